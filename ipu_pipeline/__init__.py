@@ -1,0 +1,54 @@
+"""Pipeline-parallel compilation for Transformers models: capture, price, split, run.
+
+The names below are the public door; importing this package does not import torch until one of
+them is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ipu_pipeline.capture import CapturedModel, capture
+    from ipu_pipeline.compiler import compile, plan  # noqa: A004
+    from ipu_pipeline.config import IPUConfig
+    from ipu_pipeline.ir.machine import Machine
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.targets.base import EvalResult, Executable, ExecutionOptions, StepResult
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CapturedModel": "ipu_pipeline.capture",
+    "EvalResult": "ipu_pipeline.targets.base",
+    "Executable": "ipu_pipeline.targets.base",
+    "ExecutionOptions": "ipu_pipeline.targets.base",
+    "IPUConfig": "ipu_pipeline.config",
+    "Machine": "ipu_pipeline.ir.machine",
+    "Plan": "ipu_pipeline.ir.plan",
+    "StepResult": "ipu_pipeline.targets.base",
+    "capture": "ipu_pipeline.capture",
+    "compile": "ipu_pipeline.compiler",
+    "plan": "ipu_pipeline.compiler",
+}
+
+__all__ = [
+    "CapturedModel",
+    "EvalResult",
+    "Executable",
+    "ExecutionOptions",
+    "IPUConfig",
+    "Machine",
+    "Plan",
+    "StepResult",
+    "capture",
+    "compile",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

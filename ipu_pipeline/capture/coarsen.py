@@ -1,0 +1,224 @@
+"""Coarsen the nodes of a trace into blocks.
+
+- A node computed from model inputs and constants alone belongs to the *prelude*: every stage
+  that needs it computes it again.
+- A leaf that starts a block opens one; every other node joins the latest block that it depends
+  on, by value or by the order of in-place writes.
+- Nodes that nothing needs are dropped; guards are always kept.
+- Loss functions and what follows them in the last block form the block ``loss``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules.loss import _Loss
+
+from ipu_pipeline.capture.leaves import Leaves, has_parameters
+from ipu_pipeline.capture.trace import Trace
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.graph import BlockKind
+
+LOSS = "loss"
+_LOSS_FUNCTIONS = frozenset(
+    function
+    for name, function in vars(functional).items()
+    if callable(function) and (name.endswith("_loss") or "cross_entropy" in name)
+)
+
+
+@dataclass(frozen=True)
+class BlockNodes:
+    """One block: its nodes in execution order, and the module whose call opens it."""
+
+    name: str
+    kind: BlockKind
+    module: str | None
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Coarse:
+    """A trace cut into blocks.
+
+    Attributes:
+        blocks: In execution order.
+        prelude: Nodes computed from inputs and constants alone, in execution order.
+        results: Result nodes by name.
+    """
+
+    blocks: tuple[BlockNodes, ...]
+    prelude: tuple[fx.Node, ...]
+    results: dict[str, fx.Node]
+
+
+def dependencies(node: fx.Node) -> Iterable[fx.Node]:
+    """Return all nodes that must run before ``node``."""
+    yield from node.all_input_nodes
+    yield from node.meta.get("after", ())
+
+
+def is_attribute(node: fx.Node) -> bool:
+    """Whether ``node`` reads a parameter, buffer or constant; such nodes belong to no block."""
+    return node.op == "get_attr"
+
+
+def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coarse:
+    """Assign every needed node of ``trace`` to a block or to the prelude.
+
+    Args:
+        trace: The recorded run.
+        leaves: The leaves it was recorded with.
+        wanted: Which results are kept, by name.
+
+    Raises:
+        CaptureError: No block was found, or no wanted result.
+    """
+    end = next(node for node in trace.graph.nodes if node.op == "output")
+    assert isinstance(end.args[0], dict)
+    results: dict[str, Any] = {name: n for name, n in end.args[0].items() if wanted(name)}
+    live = _live(trace, results.values(), end.meta.get("after", ()))
+    prelude = _prelude(trace, live)
+    assigned = _assign(trace, live, prelude)
+    names = _block_order(trace, assigned)
+    if not names:
+        raise CaptureError("the model calls no module with parameters; there is nothing to place")
+    _split_off_loss(trace, assigned, names)
+    kinds = _kinds(assigned, names, leaves)
+    blocks = []
+    for name, opener in names.items():
+        nodes = tuple(n for n in trace.graph.nodes if assigned.get(n) == name)
+        module = opener.meta.get("module") if opener is not None else None
+        blocks.append(BlockNodes(name, kinds[name], module, nodes))
+    return Coarse(tuple(blocks), tuple(n for n in trace.graph.nodes if n in prelude), results)
+
+
+def _live(
+    trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
+) -> dict[fx.Node, None]:
+    pending = [*results, *after, *(n for n in trace.graph.nodes if n.meta.get("guard"))]
+    live: dict[fx.Node, None] = {}
+    while pending:
+        node = pending.pop()
+        if node not in live:
+            live[node] = None
+            pending.extend(dependencies(node))
+    return live
+
+
+def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
+    found: dict[fx.Node, None] = {}
+    for node in trace.graph.nodes:
+        if node not in live or is_attribute(node) or node.op == "output":
+            continue
+        if node.op == "placeholder" or (
+            not _must_be_placed(node, trace)
+            and all(
+                n in found or (is_attribute(n) and not _is_parameter(n, trace))
+                for n in dependencies(node)
+            )
+        ):
+            found[node] = None
+    return found
+
+
+def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
+    if node.meta.get("random") or node.meta.get("guard") or "starts" in node.meta:
+        return True
+    target = trace.attributes.get(str(node.target)) if node.op == "call_module" else None
+    if isinstance(target, nn.Module) and (has_parameters(target) or target.training):
+        # A module in training mode may draw random numbers or update buffers.
+        return has_parameters(target) or any(
+            "dropout" in type(m).__name__.lower() or "batchnorm" in type(m).__name__.lower()
+            for m in target.modules()
+        )
+    return False
+
+
+def _is_parameter(node: fx.Node, trace: Trace) -> bool:
+    return isinstance(trace.attributes.get(str(node.target)), nn.Parameter)
+
+
+def _assign(
+    trace: Trace, live: dict[fx.Node, None], prelude: dict[fx.Node, None]
+) -> dict[fx.Node, str]:
+    """Return the block name of every live node outside the prelude."""
+    assigned: dict[fx.Node, str] = {}
+    rank: dict[str, int] = {}
+    waiting: list[fx.Node] = []  # parameter-only nodes before the first block
+    latest = ""
+    for node in trace.graph.nodes:
+        if node not in live or node in prelude or is_attribute(node) or node.op == "output":
+            continue
+        if "starts" in node.meta:
+            latest = node.meta["starts"]
+            rank[latest] = len(rank)
+            assigned[node] = latest
+            assigned.update(dict.fromkeys(waiting, latest))
+            waiting.clear()
+            continue
+        blocks = [assigned[n] for n in dependencies(node) if n in assigned]
+        if blocks:
+            assigned[node] = max(blocks, key=rank.__getitem__)
+        elif latest:
+            assigned[node] = latest
+        else:
+            waiting.append(node)
+    return assigned
+
+
+def _block_order(trace: Trace, assigned: dict[fx.Node, str]) -> dict[str, fx.Node | None]:
+    """Return block names in execution order, each with the node that opens it."""
+    return {
+        node.meta["starts"]: node
+        for node in trace.graph.nodes
+        if "starts" in node.meta and node in assigned
+    }
+
+
+def _is_loss(node: fx.Node, trace: Trace) -> bool:
+    if node.op == "call_module":
+        return isinstance(trace.attributes[str(node.target)], _Loss)
+    return node.op == "call_function" and node.target in _LOSS_FUNCTIONS
+
+
+def _split_off_loss(
+    trace: Trace, assigned: dict[fx.Node, str], names: dict[str, fx.Node | None]
+) -> None:
+    """Move loss functions of the last block, and all that follows them, to a block ``loss``."""
+    last = next(reversed(names))
+    moved: set[fx.Node] = set()
+    for node, block in assigned.items():
+        if block != last or names[last] is node:
+            continue
+        if _is_loss(node, trace) or any(n in moved for n in dependencies(node)):
+            moved.add(node)
+    if moved and LOSS not in names:
+        names[LOSS] = None
+        assigned.update(dict.fromkeys(moved, LOSS))
+
+
+def _kinds(
+    assigned: dict[fx.Node, str], names: dict[str, fx.Node | None], leaves: Leaves
+) -> dict[str, BlockKind]:
+    """Tell embeddings (no layer before them), layers, and heads (behind the last layer) apart."""
+    kinds: dict[str, BlockKind] = {}
+    last_layer = ""
+    behind_layer: dict[fx.Node, bool] = {}
+    for node, block in assigned.items():
+        is_layer = leaves.in_layer(str(node.meta.get("module") or node.meta.get("scope", "")))
+        before = any(behind_layer.get(n, False) for n in dependencies(node))
+        if node is names.get(block):
+            kinds[block] = "layer" if is_layer else "head" if before else "embedding"
+            last_layer = block if is_layer else last_layer
+        behind_layer[node] = before or (is_layer and "starts" in node.meta)
+    order = list(names)
+    for name in order[: order.index(last_layer)] if last_layer else order:
+        kinds[name] = "other" if kinds.get(name) == "head" else kinds.get(name, "other")
+    if LOSS in names and names[LOSS] is None:
+        kinds[LOSS] = "loss"
+    return kinds

@@ -1,0 +1,153 @@
+"""From a transformers config to a model and a matching batch: what planning by name starts from.
+
+On ``torch.device("meta")`` nothing is allocated, so a 70B model is built in a second. On
+``cpu`` the same call gives real weights and a small batch of seeded values in valid ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from ipu_pipeline.capture.example_batch import BatchSize, example_batch
+from ipu_pipeline.errors import CaptureError
+
+# The transformers auto class that finds the model class of each task.
+TASKS: Mapping[str, str] = {
+    "question-answering": "AutoModelForQuestionAnswering",
+    "masked-lm": "AutoModelForMaskedLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "image-classification": "AutoModelForImageClassification",
+    "visual-question-answering": "AutoModelForVisualQuestionAnswering",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "ctc": "AutoModelForCTC",
+    "audio-classification": "AutoModelForAudioClassification",
+}
+# transformers files these visual models under plain question answering.
+_VISUAL_QA_TYPES = ("lxmert",)
+
+
+def from_config(
+    config: PretrainedConfig | str | Path,
+    task: str,
+    *,
+    batch_size: int = 1,
+    seq_length: int = 128,
+    device: str = "meta",
+    seed: int = 0,
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build a model in training mode and a batch with labels for it.
+
+    Args:
+        config: A config, a hub name, a local folder, or the path of a ``config.json``.
+        task: One of :data:`TASKS`.
+        batch_size: Samples of the batch.
+        seq_length: Tokens of a sequence (encoder and decoder). Images and spectrograms have the
+            size that the config says.
+        device: ``meta`` for shapes only, ``cpu`` for seeded values.
+        seed: Seed of the weights and of the batch.
+
+    Returns:
+        The model and the keyword arguments of its forward; ``model(**batch)`` has a ``loss``.
+
+    Raises:
+        CaptureError: No such config or task, or the model has no class for the task.
+        ValueError: A size below 1, or longer than the model's positions.
+    """
+    resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
+    model = build_model(resolved, task, device=device, seed=seed)
+    size = BatchSize(batch_size, seq_length)
+    return model, example_batch(model, task, size, device=device, seed=seed)
+
+
+def load_config(name_or_path: str | Path) -> PretrainedConfig:
+    """Read a config by hub name, from a local folder, or from a ``config.json``.
+
+    Raises:
+        CaptureError: There is none, or transformers does not know its model type.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CaptureError(
+            f"no transformers config at {str(name_or_path)!r} ({reason}); pass a local folder, the "
+            "path of a config.json, or a hub name while online"
+        ) from error
+    return config
+
+
+def build_model(
+    config: PretrainedConfig, task: str, *, device: str = "meta", seed: int = 0
+) -> nn.Module:
+    """Build the model class of ``task`` in training mode; the global generator is untouched.
+
+    Raises:
+        CaptureError: Unknown task, or no model class for it.
+    """
+    build = model_builder(config, task)
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        return build(config).train()
+
+
+def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedConfig], nn.Module]:
+    """Return what builds the model of ``task`` from a config.
+
+    Raises:
+        CaptureError: Unknown task, or transformers has no class of this model for it.
+    """
+    if task not in TASKS:
+        raise CaptureError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    if not _class_names(config, task):
+        possible = ", ".join(_possible_tasks(config)) or "none for any known task"
+        raise CaptureError(
+            f"transformers has no {config.model_type} model for {task}; it has {possible}"
+        )
+    build: Callable[[PretrainedConfig], nn.Module] = _auto_class(config, task).from_config
+    return build
+
+
+def infer_task(config: PretrainedConfig) -> str:
+    """Return the task of the class that a published config names in ``architectures``.
+
+    Raises:
+        CaptureError: It names none, or one of no known task.
+    """
+    named = set(config.architectures or ())
+    for task in reversed(_possible_tasks(config)):
+        if named & _class_names(config, task):
+            return task
+    raise CaptureError(
+        f"cannot tell the task of this {config.model_type} config (it names "
+        f"{', '.join(sorted(named)) or 'no architecture'}); say which: "
+        f"{', '.join(_possible_tasks(config)) or 'none is known for it'}"
+    )
+
+
+def _possible_tasks(config: PretrainedConfig) -> list[str]:
+    return [task for task in TASKS if _class_names(config, task)]
+
+
+def _class_names(config: PretrainedConfig, task: str) -> set[str]:
+    """Names of the model classes of ``task`` for this config; empty when there is none."""
+    mapping = _auto_class(config, task)._model_mapping
+    if type(config) not in mapping:
+        return set()
+    found = mapping[type(config)]
+    return {item.__name__ for item in (found if isinstance(found, tuple) else (found,))}
+
+
+def _auto_class(config: PretrainedConfig, task: str) -> Any:
+    visual = task == "visual-question-answering" and config.model_type in _VISUAL_QA_TYPES
+    return getattr(transformers, TASKS["question-answering" if visual else task])

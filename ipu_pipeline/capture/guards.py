@@ -1,0 +1,80 @@
+"""Guards: a value that Python read from a tensor is specialised, and checked on every batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipu_pipeline.errors import GuardError
+
+# Calls that turn tensor values into Python values.
+VALUE_READS = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.__complex__,
+        Tensor.__array__,
+        Tensor.__contains__,
+        Tensor.equal,
+        Tensor.allclose,
+        Tensor.is_nonzero,
+        torch.equal,
+        torch.allclose,
+        torch.is_nonzero,
+    }
+)
+_LONGEST_SHOWN = 60
+
+
+class ValueGuard(torch.nn.Module):
+    """Repeats a value read at run time and refuses a batch for which it gives something else.
+
+    Args:
+        read: The function that Python called.
+        expected: What it returned at capture.
+        origin: Where in the model it was called, for the message.
+    """
+
+    def __init__(self, read: Any, expected: Any, origin: str) -> None:
+        super().__init__()
+        self.read = read
+        self.expected = expected
+        self.origin = origin
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Check the value.
+
+        Raises:
+            GuardError: It differs from the captured one.
+        """
+        found = self.read(*args, **kwargs)
+        if not _same(found, self.expected):
+            raise GuardError(
+                f"{self.origin} reads a tensor's value in Python ({name_of(self.read)}): it was "
+                f"{_short(self.expected)} when the model was captured and is {_short(found)} for "
+                "this batch, so that the model might take another branch; capture it again with "
+                "this batch, or keep the module that reads the value inside a block"
+            )
+
+
+def name_of(function: Any) -> str:
+    """Return a readable name of a torch function."""
+    return getattr(function, "__qualname__", None) or getattr(function, "__name__", repr(function))
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if hasattr(expected, "shape"):  # numpy arrays
+        return bool(found.shape == expected.shape and (found == expected).all())
+    return bool(found == expected)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."

@@ -1,0 +1,122 @@
+"""Turn blocks into programs: one small ``fx.GraphModule`` each, independent of any split.
+
+A stage runs the programs of its blocks one after another on a dictionary of named values; what
+it needs of the prelude it computes from the model inputs with :func:`prelude_program`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
+
+
+@dataclass(frozen=True)
+class Program:
+    """Executable code with named inputs and outputs.
+
+    Attributes:
+        name: The block's name, or ``prelude``.
+        inputs: Names of the values it takes, in argument order.
+        outputs: Names of the values it returns, as a tuple in this order.
+        module: Runs it; its submodules and parameters are the model's own objects.
+        prelude_order: Prelude values whose in-place writes must have happened before.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    module: fx.GraphModule
+    prelude_order: tuple[str, ...] = ()
+
+    def run(self, values: dict[str, Any]) -> None:
+        """Take the inputs from ``values`` and put the outputs there."""
+        outputs = self.module(*(values[name] for name in self.inputs))
+        values.update(zip(self.outputs, outputs, strict=True))
+
+
+def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Program, ...]:
+    """Return one program per block, in execution order."""
+    owner = {node: block.name for block in coarse.blocks for node in block.nodes}
+    needed = _needed_elsewhere(coarse, owner)
+    prelude = set(coarse.prelude)
+    return tuple(_block_program(block, needed, prelude, attributes) for block in coarse.blocks)
+
+
+def prelude_program(
+    coarse: Coarse, attributes: Mapping[str, Any], wanted: Iterable[str]
+) -> Program:
+    """Return the program that computes the prelude values ``wanted`` from the model inputs."""
+    by_name = {node.name: node for node in coarse.prelude}
+    outputs = tuple(dict.fromkeys(name for name in wanted if name in by_name))
+    pending = [by_name[name] for name in outputs]
+    closure: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in closure:
+            closure.add(node)
+            pending.extend(n for n in dependencies(node) if not is_attribute(n))
+    nodes = [node for node in coarse.prelude if node in closure]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    body = [node for node in nodes if node.op != "placeholder"]
+    return _build("prelude", body, inputs, [by_name[name] for name in outputs], attributes)
+
+
+def _needed_elsewhere(coarse: Coarse, owner: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """Return the nodes whose value another block or the caller needs."""
+    needed = {node for node in coarse.results.values() if node in owner}
+    for node, block in owner.items():
+        needed |= {n for n in node.all_input_nodes if n in owner and owner[n] != block}
+    return needed
+
+
+def _block_program(
+    block: BlockNodes, needed: set[fx.Node], prelude: set[fx.Node], attributes: Mapping[str, Any]
+) -> Program:
+    own = set(block.nodes)
+    inputs: dict[fx.Node, None] = {}
+    order: dict[str, None] = {}
+    for node in block.nodes:
+        for source in node.all_input_nodes:
+            if source not in own and not is_attribute(source):
+                inputs[source] = None
+        order.update({n.name: None for n in node.meta.get("after", ()) if n in prelude})
+    outputs = [node for node in block.nodes if node in needed]
+    program = _build(block.name, block.nodes, list(inputs), outputs, attributes)
+    return Program(block.name, program.inputs, program.outputs, program.module, tuple(order))
+
+
+def _build(
+    name: str,
+    body: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    attributes: Mapping[str, Any],
+) -> Program:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+    written = frozenset().union(*(node.meta.get("writes", frozenset()) for node in body))
+    for node in inputs:
+        if body and node.op != "placeholder" and node.meta.get("storage") in written:
+            # Values of other blocks stay as they are: another stage may hold the same memory.
+            copies[node] = graph.call_method("clone", (copies[node],))
+    for node in body:
+        for source in node.all_input_nodes:
+            if is_attribute(source) and source not in copies:
+                copies[source] = graph.node_copy(source)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    targets = {
+        str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")
+    }
+    class_name = "".join(part if part.isidentifier() else "_" for part in name.title()) or "Block"
+    module = fx.GraphModule({t: attributes[t] for t in targets}, graph, class_name)
+    return Program(
+        name, tuple(node.name for node in inputs), tuple(node.name for node in outputs), module
+    )

@@ -1,0 +1,98 @@
+"""What is changed around a capture, and put back afterwards, also after an error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def capture_surroundings(model: nn.Module) -> Iterator[None]:
+    """Make ``model`` traceable for the duration of the block.
+
+    Key-value caches are switched off in every (sub)config, and transformers is told that it is
+    being traced, so that it does not choose its masks by looking at the example's values.
+    """
+    with contextlib.ExitStack() as stack:
+        for config in _configs(model):
+            if getattr(config, "use_cache", False):
+                stack.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__name__", "")
+            if name.startswith("transformers") and "is_tracing" in vars(module):
+                stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
+        yield
+
+
+@contextlib.contextmanager
+def patched_calls(
+    module_call: Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+    function_apply: Callable[[Callable[..., Any], type, tuple[Any, ...]], Any],
+) -> Iterator[None]:
+    """Route every ``Module.__call__`` and every ``autograd.Function.apply`` through hooks.
+
+    Args:
+        module_call: Called with the original, the module and its arguments.
+        function_apply: Called with the original, the function class and its arguments.
+    """
+    original_call = nn.Module.__call__
+    original_apply = torch.autograd.Function.__dict__["apply"]
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module_call(original_call, module, args, kwargs)
+
+    def apply(cls: type, *args: Any) -> Any:
+        return function_apply(original_apply.__get__(None, cls), cls, args)
+
+    with (
+        mock.patch.object(nn.Module, "__call__", call),
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Put back buffers (running statistics), gradients and the global random state."""
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    random_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+
+
+def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature
+    return True
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Return the distinct configs of ``model`` and its submodules, nested ones included."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if config is None or id(config) in found or not hasattr(config, "to_dict"):
+            return
+        found[id(config)] = config
+        for value in list(vars(config).values()):
+            add(value)
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())

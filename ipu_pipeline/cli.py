@@ -1,0 +1,219 @@
+"""The command line: plan a model, read a plan, list blocks, check the installation.
+
+Heavy imports stay inside functions, so that ``--help`` answers at once. An error that the user
+can act on is one message on stderr and exit code 1; with ``IPU_PIPELINE_TRACEBACK=1`` in the
+environment it is raised instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from ipu_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from ipu_pipeline.config import IPUConfig
+    from ipu_pipeline.ir.graph import BlockGraph
+
+P = ParamSpec("P")
+TRACEBACK_VARIABLE = "IPU_PIPELINE_TRACEBACK"
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="ipu-pipeline",
+    help="Find the fastest pipeline split of a Transformers model that fits a machine.",
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Granularity(str, Enum):
+    """How finely a model is cut into blocks."""
+
+    layer = "layer"
+    sublayer = "sublayer"
+    op = "op"
+
+
+class Costs(str, Enum):
+    """Where the prices of the blocks come from."""
+
+    analytic = "analytic"
+    profiled = "profiled"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", help="Such as question-answering; default: what the config names."),
+]
+SeqLength = Annotated[int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")]
+GranularityOption = Annotated[Granularity, typer.Option("--granularity", help="Size of a block.")]
+
+
+def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors that the user can act on into one message and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (PipelineError, ValueError) as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+@app.command("plan")
+@_one_line_errors
+def plan_command(
+    model: Model,
+    task: TaskOption = None,
+    machine: Annotated[
+        str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
+    ] = "local",
+    num_stages: Annotated[
+        int | None, typer.Option("--num-stages", min=1, help="Default: every device.")
+    ] = None,
+    micro_batch: MicroBatch = 1,
+    microbatches: Annotated[
+        int | None,
+        typer.Option("--microbatches", min=1, help="Microbatches per optimizer step; default 8."),
+    ] = None,
+    seq_length: SeqLength = 128,
+    granularity: GranularityOption = Granularity.layer,
+    costs: Annotated[
+        Costs, typer.Option("--costs", help="Compute the prices, or measure them here.")
+    ] = Costs.analytic,
+    ipu_config: Annotated[
+        str | None,
+        typer.Option("--ipu-config", help="ipu_config.json, its folder, or a published name."),
+    ] = None,
+    ipu_config_overrides: Annotated[
+        str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
+    ] = "",
+    pod_type: Annotated[
+        str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
+    ] = None,
+) -> None:
+    """Split a model for a machine and say how close to the optimum the split is."""
+    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.compiler import plan
+
+    config = _read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    built, batch = from_config(
+        *_config_and_task(model, task),
+        batch_size=micro_batch,
+        seq_length=seq_length,
+        device="cpu" if costs is Costs.profiled else "meta",
+    )
+    made = plan(
+        built,
+        batch,
+        machine=machine,
+        num_stages=num_stages,
+        microbatches=microbatches or _accumulation(config),
+        costs=costs.value,
+        granularity=granularity.value,
+        config=config,
+    )
+    typer.echo(made.explain())
+    if output is not None:
+        made.save(output)
+        typer.echo(f"plan written to {output}")
+
+
+@app.command()
+@_one_line_errors
+def explain(plan_file: PlanFile) -> None:
+    """Print what a saved plan decides and predicts."""
+    from ipu_pipeline.ir.plan import Plan
+
+    typer.echo(Plan.load(plan_file).explain())
+
+
+@app.command()
+@_one_line_errors
+def blocks(
+    model: Model,
+    task: TaskOption = None,
+    micro_batch: MicroBatch = 1,
+    seq_length: SeqLength = 128,
+    granularity: GranularityOption = Granularity.layer,
+) -> None:
+    """List the blocks that a model is cut into, with their sizes."""
+    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.compiler import capture
+
+    built, batch = from_config(
+        *_config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
+    )
+    typer.echo(_graph_table(capture(built, batch, granularity=granularity.value).graph))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what this machine offers, and which targets can run."""
+    from ipu_pipeline.doctor import report
+
+    typer.echo(report())
+
+
+def _config_and_task(model: str, task: str | None) -> tuple[Any, str]:
+    from ipu_pipeline.capture.from_config import infer_task, load_config
+
+    config = load_config(model)
+    return config, task or infer_task(config)
+
+
+def _read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:
+    """Return the config that the three options describe, ``None`` when all are absent."""
+    from ipu_pipeline.config import IPUConfig, find_config
+
+    if name is None and not overrides and pod_type is None:
+        return None
+    config = IPUConfig() if name is None else find_config(name)
+    for note in config.legacy_notes():
+        typer.echo(f"note: {note}", err=True)
+    return config.apply_overrides(overrides).for_pod(pod_type)
+
+
+def _graph_table(graph: BlockGraph) -> str:
+    from ipu_pipeline.ir.text import megabytes, render_table
+
+    columns = ("block", "kind", "weights MB", "forward GFLOP", "backward GFLOP", "saved MB")
+    rows = [
+        (
+            block.name,
+            block.kind,
+            megabytes(graph.parameter_bytes(block)),
+            f"{block.forward_flops / 1e9:.3f}",
+            f"{block.backward_flops / 1e9:.3f}",
+            megabytes(block.saved_bytes),
+        )
+        for block in graph.blocks
+    ]
+    return render_table(columns, rows)
+
+
+def _accumulation(config: IPUConfig | None) -> int:
+    return 8 if config is None else config.gradient_accumulation_steps

@@ -1,0 +1,90 @@
+"""What is installed and what can run here, as text. torch is imported inside the functions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
+TARGETS = ("local", "distributed", "poptorch")
+MEMORY_FILE = Path("/proc/meminfo")
+
+
+def report() -> str:
+    """Return versions, the machine's cores and memory, and every target's state."""
+    from ipu_pipeline.ir.text import render_table
+
+    versions = [("python", platform.python_version()), *map(_package, PACKAGES)]
+    targets = [(name, *target_state(name)) for name in TARGETS]
+    return "\n\n".join(
+        [
+            render_table(("package", "version"), versions),
+            render_table(("machine", "value"), _machine()),
+            render_table(("target", "state", "why"), targets),
+        ]
+    )
+
+
+def target_state(name: str) -> tuple[str, str]:
+    """Return ``ready`` or ``unavailable`` for a target, and the reason."""
+    if find_spec(f"ipu_pipeline.targets.{name}") is None:
+        return "unavailable", "not part of this version of ipu-pipeline"
+    if name == "distributed":
+        return _distributed_state()
+    if name == "poptorch":
+        return _poptorch_state()
+    return "ready", "stages are threads of this process"
+
+
+def _distributed_state() -> tuple[str, str]:
+    import torch.distributed
+
+    if not torch.distributed.is_available():
+        return "unavailable", "this torch was built without torch.distributed"
+    backends = [
+        name
+        for name, present in (
+            ("gloo", torch.distributed.is_gloo_available()),
+            ("nccl", torch.distributed.is_nccl_available() and torch.cuda.is_available()),
+        )
+        if present
+    ]
+    if not backends:
+        return "unavailable", "torch.distributed has neither gloo nor a usable nccl"
+    return "ready", f"processes under torchrun, over {' and '.join(backends)}"
+
+
+def _poptorch_state() -> tuple[str, str]:
+    if find_spec("poptorch") is None:
+        return "unavailable", "poptorch comes with Graphcore's SDK, which is not installed here"
+    return "ready", "poptorch is installed"
+
+
+def _package(name: str) -> tuple[str, str]:
+    try:
+        return name, version(name)
+    except PackageNotFoundError:
+        return name, "not installed (run from a checkout)"
+
+
+def _machine() -> list[tuple[str, str]]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [
+        ("platform", platform.platform(terse=True)),
+        ("usable cores", str(cores)),
+        ("torch threads", str(torch.get_num_threads())),
+        ("memory", _memory()),
+        ("CUDA devices", str(torch.cuda.device_count())),
+    ]
+
+
+def _memory() -> str:
+    """Total memory as the kernel says, ``unknown`` where it does not say."""
+    lines = MEMORY_FILE.read_text(encoding="ascii").splitlines() if MEMORY_FILE.exists() else []
+    total = next((line.split()[1] for line in lines if line.startswith("MemTotal:")), None)
+    return "unknown" if total is None else f"{int(total) * 1024 / 1e9:.1f} GB"

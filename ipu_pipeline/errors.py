@@ -1,0 +1,65 @@
+"""Every error the library raises on purpose.
+
+::
+
+    PipelineError
+    |-- CaptureError        the model could not be captured faithfully
+    |   `-- GuardError      a value read by Python differs from the captured one
+    |-- PartitionError      no split satisfies the constraints (says what would help)
+    |-- PlanError           a plan is malformed, stale, or made for something else
+    |-- LoweringError       a target cannot run the plan
+    |-- StageError          a stage failed while running (names stage, block, microbatch)
+    |   `-- StallError      no stage made progress before the watchdog's deadline
+    |-- CheckpointError     a checkpoint is corrupt, incomplete or foreign
+    |-- ConfigError         an ipu_config.json or an override is wrong
+    `-- VerifyError         an invariant of ours is broken: a bug here, not in the input
+
+Messages say what failed, the values involved and the remedy. Wrong argument *values*
+are plain ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class CaptureError(PipelineError):
+    """The model could not be captured, or the capture does not compute what the model does."""
+
+
+class GuardError(CaptureError):
+    """A tensor value that the model reads in Python differs from the one seen at capture."""
+
+
+class PartitionError(PipelineError):
+    """No split satisfies the constraints; the message names what would make it fit."""
+
+
+class PlanError(PipelineError):
+    """A plan file is malformed, or belongs to another model, machine or library version."""
+
+
+class LoweringError(PipelineError):
+    """A target cannot run this plan; raised before anything is executed."""
+
+
+class StageError(PipelineError):
+    """A stage failed while running; the cause is chained, stage and block are named."""
+
+
+class StallError(StageError):
+    """No stage made progress before the watchdog's deadline."""
+
+
+class CheckpointError(PipelineError):
+    """A checkpoint is corrupt, incomplete, or was written for another model."""
+
+
+class ConfigError(PipelineError):
+    """An IPU configuration holds an unknown key, a wrong type or inconsistent lengths."""
+
+
+class VerifyError(PipelineError):
+    """An internal invariant is broken: a bug in this library, not in the caller's input."""

@@ -1,0 +1,292 @@
+"""The block graph: what a captured model looks like to the planner. Plain data, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from ipu_pipeline.errors import PlanError
+
+DTYPE_BYTES: Mapping[str, float] = {
+    "float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "uint64": 8,
+    "float32": 4, "int32": 4, "uint32": 4,
+    "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+}  # fmt: skip
+
+BlockKind = Literal["embedding", "layer", "head", "loss", "other"]
+OpKind = Literal["matmul", "vector", "gather", "scatter", "softmax", "norm", "copy", "random"]
+GRAPH_SCHEMA_VERSION = 1
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a dense tensor of ``shape`` and ``dtype`` (a torch dtype name without prefix).
+
+    Raises:
+        ValueError: The dtype is unknown.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BYTES))}")
+    return int(prod(shape) * DTYPE_BYTES[dtype])
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that travels between blocks or enters the model, for ONE microbatch.
+
+    Attributes:
+        name: Unique in its graph.
+        shape: Sizes; axis 0 is the micro batch for model inputs.
+        dtype: torch dtype name without ``torch.``, such as ``float32``.
+        requires_grad: Whether a gradient of the same size flows back.
+        producer: Block that computes it; ``None`` for a model input.
+        consumers: Blocks that read it, in execution order, without repeats.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool = False
+    producer: str | None = None
+    consumers: tuple[str, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return tensor_bytes(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One distinct parameter object, under its first name in the model.
+
+    Attributes:
+        fqn: First fully qualified name in ``named_parameters`` order.
+        aliases: Its other names when the object is shared (tied weights).
+        blocks: Blocks that use it, in execution order; two or more make it tied across blocks.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool = True
+    aliases: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return tensor_bytes(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class OpRecord:
+    """``count`` equal tensor operations inside a block, for one microbatch.
+
+    Attributes:
+        name: ATen name, such as ``aten.addmm``.
+        kind: Class of work, which a cost model prices differently.
+        dtype: dtype of the (first) output.
+        shapes: Shapes of the tensor arguments, in order.
+        flops: Floating point operations of ONE occurrence (a multiply-add is 2).
+        bytes_moved: Bytes read plus written by ONE occurrence (0 for views).
+        count: How often it occurs.
+    """
+
+    name: str
+    kind: OpKind
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    flops: int
+    bytes_moved: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit that may be placed on a device: a module call and the glue that follows it.
+
+    Attributes:
+        name: Unique name: the module's fqn (``fqn#2`` for its third call), or ``loss``.
+        kind: Role in the model.
+        module: fqn of the module whose call starts the block; ``None`` when it starts with glue.
+        parameters: First names of the parameters it uses.
+        inputs: Tensors it reads that other blocks produce.
+        outputs: Tensors it produces that other blocks or the caller read.
+        forward_ops: Operations of the forward pass, per microbatch.
+        backward_ops: Operations of the backward pass, per microbatch.
+        saved_bytes: Bytes kept from forward to backward without recomputation, per microbatch,
+            without parameters and without the block's inputs.
+        workspace_bytes: Largest transient bytes of one operation (outputs not saved).
+        uses_random: Whether it draws random numbers in training mode.
+    """
+
+    name: str
+    kind: BlockKind = "other"
+    module: str | None = None
+    parameters: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    forward_ops: tuple[OpRecord, ...] = ()
+    backward_ops: tuple[OpRecord, ...] = ()
+    saved_bytes: int = 0
+    workspace_bytes: int = 0
+    uses_random: bool = False
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the forward pass of one microbatch."""
+        return sum(op.flops * op.count for op in self.forward_ops)
+
+    @property
+    def backward_flops(self) -> int:
+        """FLOPs of the backward pass of one microbatch, without recomputation."""
+        return sum(op.flops * op.count for op in self.backward_ops)
+
+    @property
+    def forward_bytes_moved(self) -> int:
+        """Bytes read and written by the forward pass of one microbatch."""
+        return sum(op.bytes_moved * op.count for op in self.forward_ops)
+
+    @property
+    def backward_bytes_moved(self) -> int:
+        """Bytes read and written by the backward pass of one microbatch."""
+        return sum(op.bytes_moved * op.count for op in self.backward_ops)
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """A model as a graph of blocks, in execution order, for one microbatch.
+
+    Values computed from model inputs and constants alone (attention masks, position ids) are
+    no edges: every stage recomputes what it needs of them (DESIGN, decision 3).
+
+    Attributes:
+        model_class: Class name of the captured model.
+        blocks: Blocks in the order in which the model executes them.
+        tensors: Every tensor that crosses between blocks, and the results (``loss``).
+        inputs: Model inputs of one microbatch.
+        parameters: Every distinct parameter that some block uses.
+        results: Names of the tensors returned to the caller.
+        training: Whether it was captured in training mode.
+    """
+
+    model_class: str
+    blocks: tuple[Block, ...]
+    tensors: tuple[TensorSpec, ...] = ()
+    inputs: tuple[TensorSpec, ...] = ()
+    parameters: tuple[ParameterSpec, ...] = ()
+    results: tuple[str, ...] = ()
+    training: bool = True
+    model_fingerprint: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def block_index(self) -> Mapping[str, int]:
+        """Position of every block in execution order."""
+        return {block.name: position for position, block in enumerate(self.blocks)}
+
+    @cached_property
+    def tensor_by_name(self) -> Mapping[str, TensorSpec]:
+        """Every crossing tensor by its name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @cached_property
+    def parameter_by_fqn(self) -> Mapping[str, ParameterSpec]:
+        """Every parameter by its first name."""
+        return {parameter.fqn: parameter for parameter in self.parameters}
+
+    @cached_property
+    def tied_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of blocks that share at least one parameter, each in execution order."""
+        groups = {parameter.blocks for parameter in self.parameters if len(parameter.blocks) > 1}
+        return tuple(sorted(groups, key=lambda group: [self.block_index[name] for name in group]))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one microbatch (axis 0 of the first input), 0 without inputs."""
+        return next((spec.shape[0] for spec in self.inputs if spec.shape), 0)
+
+    def __getitem__(self, name: str) -> Block:
+        """Return the block called ``name``; ``KeyError`` names the blocks there are."""
+        if name not in self.block_index:
+            raise KeyError(f"no block {name!r}; blocks: {', '.join(self.block_index)}")
+        return self.blocks[self.block_index[name]]
+
+    def edges(self) -> Iterator[tuple[str, str, TensorSpec]]:
+        """Yield ``(producer, consumer, tensor)`` for every tensor between two blocks."""
+        for tensor in self.tensors:
+            if tensor.producer is not None:
+                for consumer in tensor.consumers:
+                    yield tensor.producer, consumer, tensor
+
+    def parameter_bytes(self, block: Block) -> int:
+        """Bytes of the parameters that ``block`` uses, shared ones included."""
+        return sum(self.parameter_by_fqn[fqn].num_bytes for fqn in block.parameters)
+
+    def fingerprint(self) -> str:
+        """Hex digest of everything in the graph: equal digests mean equal graphs."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as JSON; :meth:`load` reads it back without torch."""
+        payload = {"schema_version": GRAPH_SCHEMA_VERSION, **asdict(self)}
+        Path(path).write_text(json.dumps(payload), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockGraph:
+        """Read a graph written by :meth:`save`.
+
+        Raises:
+            PlanError: The file is no graph, or of another schema version.
+        """
+        try:
+            payload = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = payload.pop("schema_version", None)
+            if version != GRAPH_SCHEMA_VERSION:
+                raise PlanError(
+                    f"{path}: graph schema version {version!r}, this library reads "
+                    f"{GRAPH_SCHEMA_VERSION}; capture the model again"
+                )
+            return _graph_from_json(payload)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{path} is not a saved block graph: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _fields(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: _tuples(value) for key, value in raw.items()}
+
+
+def _block_from_json(raw: dict[str, Any]) -> Block:
+    ops = {
+        key: tuple(OpRecord(**_fields(op)) for op in raw.pop(key))
+        for key in ("forward_ops", "backward_ops")
+    }
+    return Block(**_fields(raw), **ops)
+
+
+def _graph_from_json(raw: dict[str, Any]) -> BlockGraph:
+    return BlockGraph(
+        blocks=tuple(_block_from_json(block) for block in raw.pop("blocks")),
+        tensors=tuple(TensorSpec(**_fields(spec)) for spec in raw.pop("tensors")),
+        inputs=tuple(TensorSpec(**_fields(spec)) for spec in raw.pop("inputs")),
+        parameters=tuple(ParameterSpec(**_fields(spec)) for spec in raw.pop("parameters")),
+        **_fields(raw),
+    )

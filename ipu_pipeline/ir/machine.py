@@ -1,0 +1,154 @@
+"""Machines: devices with memory and speed, and the links between them. Plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ipu_pipeline.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection between two devices.
+
+    Attributes:
+        bytes_per_s: Bandwidth in bytes per second, one direction.
+        latency_s: Fixed time of one message, in seconds.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_s <= 0 or self.latency_s < 0:
+            raise ValueError(
+                f"a link needs bytes_per_s > 0 and latency_s >= 0, got {self.bytes_per_s} and "
+                f"{self.latency_s}"
+            )
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """Seconds to move ``num_bytes`` in one message; 0 for nothing."""
+        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that holds stages: an IPU, a GPU, or some cores of this machine.
+
+    Attributes:
+        name: Shown in tables, such as ``ipu0``.
+        memory_bytes: Memory it can use for stages.
+        flops_per_s: Peak matrix FLOP/s by dtype; ``float32`` is required.
+        memory_bytes_per_s: Memory bandwidth in bytes per second.
+        reserved_bytes: Fixed overhead (code, control) that stages cannot use.
+    """
+
+    name: str
+    memory_bytes: int
+    flops_per_s: Mapping[str, float] = field(hash=False)
+    memory_bytes_per_s: float
+    reserved_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if "float32" not in self.flops_per_s:
+            raise ValueError(f"device {self.name!r} gives no flops_per_s for float32")
+        if self.memory_bytes <= 0 or self.memory_bytes_per_s <= 0:
+            raise ValueError(
+                f"device {self.name!r} needs memory_bytes and memory_bytes_per_s above 0, got "
+                f"{self.memory_bytes} and {self.memory_bytes_per_s}"
+            )
+        if any(speed <= 0 for speed in self.flops_per_s.values()):
+            raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """Peak FLOP/s for ``dtype``; the float32 peak where the dtype is not listed."""
+        return self.flops_per_s.get(dtype, self.flops_per_s["float32"])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices in pipeline order and the links between them.
+
+    Attributes:
+        name: Such as ``local`` or ``pod16``.
+        devices: All devices, in the order in which a pipeline visits them.
+        link: Link between devices on one board (or everywhere).
+        board_link: Link between boards; ``None`` means ``link``.
+        devices_per_board: Devices on one board; 0 means that all are on one.
+        shared_memory: Devices are threads of one process: a transfer hands over a pointer and
+            ``memory_bytes`` of the devices add up to the machine's memory.
+    """
+
+    name: str
+    devices: tuple[Device, ...]
+    link: Link
+    board_link: Link | None = None
+    devices_per_board: int = 0
+    shared_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise ValueError(f"machine {self.name!r} has no device")
+
+    def link_between(self, first: int, second: int) -> Link:
+        """Return the link between two devices, given by their positions."""
+        if self.board_link is None or self.devices_per_board <= 0:
+            return self.link
+        same_board = first // self.devices_per_board == second // self.devices_per_board
+        return self.link if same_board else self.board_link
+
+    def with_num_devices(self, num_devices: int) -> Machine:
+        """Return this machine with its first ``num_devices`` devices.
+
+        Raises:
+            ValueError: It has fewer devices, or ``num_devices`` is below 1.
+        """
+        if not 1 <= num_devices <= len(self.devices):
+            raise ValueError(
+                f"machine {self.name!r} has {len(self.devices)} devices, {num_devices} were asked "
+                f"for; ask for 1 to {len(self.devices)}"
+            )
+        return Machine(**{**self.__dict__, "devices": self.devices[:num_devices]})
+
+    def fingerprint(self) -> str:
+        """Hex digest of every number in the description."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; :meth:`from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Machine:
+        """Build a machine from plain JSON data.
+
+        Raises:
+            PlanError: A field is missing, unknown or out of range.
+        """
+        try:
+            fields = dict(raw)
+            fields["devices"] = tuple(Device(**device) for device in fields["devices"])
+            fields["link"] = Link(**fields["link"])
+            if fields.get("board_link") is not None:
+                fields["board_link"] = Link(**fields["board_link"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a machine description: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Machine:
+        """Read a machine file (JSON).
+
+        Raises:
+            PlanError: The file is missing or is no machine description.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise PlanError(f"cannot read the machine file {path}: {error}") from error

@@ -1,0 +1,104 @@
+"""Readable text for plans and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+
+
+def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
+    """Return an aligned table; the first column is text, the others are numbers."""
+    table = Table(*[], title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=StringIO(), width=160, color_system=None, highlight=False)
+    console.print(table)
+    output = console.file
+    assert isinstance(output, StringIO)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines() if line.strip())
+
+
+def megabytes(num_bytes: float) -> str:
+    """Format bytes as megabytes (10^6 bytes)."""
+    return f"{num_bytes / 1e6:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Format seconds as milliseconds."""
+    return f"{seconds * 1e3:.2f}"
+
+
+def block_table(blocks: Sequence[PlannedBlock]) -> str:
+    """Return the block list with the prices of one microbatch, and the sums."""
+    columns = ("block", "kind", "params", "GFLOP", "forward ms", "backward ms", "saved MB")
+
+    def row(name: str, kind: str, chosen: Sequence[PlannedBlock]) -> tuple[str, ...]:
+        return (
+            name,
+            kind,
+            f"{sum(block.num_parameters for block in chosen):,}",
+            f"{sum(block.forward_flops for block in chosen) / 1e9:.3f}",
+            milliseconds(sum(block.forward_s for block in chosen)),
+            milliseconds(sum(block.backward_s for block in chosen)),
+            megabytes(sum(block.stash_bytes for block in chosen)),
+        )
+
+    rows = [row(block.name, block.kind, [block]) for block in blocks]
+    return render_table(columns, [*rows, row("sum", "", blocks)])
+
+
+def explain_plan(plan: Plan) -> str:
+    """Return the whole plan as text: what goes where, what it costs, how good it is and why."""
+    lines = [
+        f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
+        f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
+        f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
+        + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
+        stage_table(plan.stages),
+        f"predicted step {milliseconds(plan.objective_s)} ms; no split is faster than "
+        f"{milliseconds(plan.lower_bound_s)} ms (gap {plan.gap:.1%}); costs: {plan.cost_source}",
+    ]
+    if plan.binding:
+        lines.append(f"limited by {plan.binding}")
+    if plan.tied_groups:
+        groups = "; ".join(" = ".join(group) for group in plan.tied_groups)
+        lines.append(f"tied weights: {groups}")
+    if plan.edited:
+        lines.append("the stages were edited by hand: the predictions belong to the first version")
+    return "\n".join(lines)
+
+
+def stage_table(stages: Sequence[PlannedStage]) -> str:
+    """Return one row per stage."""
+    columns = ("stage", "device", "blocks", "forward ms", "backward ms", "transfer ms",
+               "memory MB", "in flight")  # fmt: skip
+    rows = [
+        (
+            f"{index}: {describe_blocks(stage)}",
+            str(stage.device),
+            str(len(stage.blocks)),
+            milliseconds(stage.forward_s),
+            milliseconds(stage.backward_s),
+            milliseconds(stage.transfer_s),
+            megabytes(stage.memory_bytes),
+            str(stage.in_flight),
+        )
+        for index, stage in enumerate(stages)
+    ]
+    return render_table(columns, rows)
+
+
+def describe_blocks(stage: PlannedStage) -> str:
+    """Return ``first .. last`` of a stage's blocks, and how many are recomputed."""
+    names = [name.rsplit(".", 2)[-2:] for name in (stage.blocks[0], stage.blocks[-1])]
+    first, last = (".".join(part) for part in names)
+    text = first if len(stage.blocks) == 1 else f"{first} .. {last}"
+    return f"{text} ({len(stage.recompute)} recomputed)" if stage.recompute else text

@@ -1,0 +1,89 @@
+"""The plan verifier: run on every loaded plan and between passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.plan import Plan
+
+
+def verify_plan(plan: Plan) -> None:
+    """Check every rule a plan must obey, whatever the target.
+
+    Raises:
+        PlanError: A rule is broken; the message names the stage, the blocks and the remedy.
+    """
+    _verify_numbers(plan)
+    _verify_placement(plan)
+    _verify_order(plan)
+    _verify_annotations(plan)
+
+
+def _verify_numbers(plan: Plan) -> None:
+    if not plan.stages:
+        raise PlanError("the plan has no stage; give it at least one")
+    for name in ("num_microbatches", "replicas"):
+        value = getattr(plan, name)
+        if not isinstance(value, int) or value < 1:
+            raise PlanError(f"the plan's {name} is {value!r}; it must be a whole number from 1 on")
+    num_devices = len(plan.machine.devices)
+    for index, stage in enumerate(plan.stages):
+        if not 0 <= stage.device < num_devices:
+            raise PlanError(
+                f"stage {index} is on device {stage.device}, but machine {plan.machine.name!r} "
+                f"has devices 0 to {num_devices - 1}"
+            )
+
+
+def _verify_placement(plan: Plan) -> None:
+    known = [block.name for block in plan.blocks]
+    placed = Counter(name for stage in plan.stages for name in stage.blocks)
+    unknown = sorted(set(placed) - set(known))
+    if unknown:
+        raise PlanError(f"the stages name blocks that the model has not: {', '.join(unknown)}")
+    missing = [name for name in known if name not in placed]
+    if missing:
+        raise PlanError(f"these blocks are in no stage: {', '.join(missing)}; add each to one")
+    repeated = [name for name, count in placed.items() if count > 1]
+    if repeated:
+        raise PlanError(f"these blocks are in several stages: {', '.join(repeated)}; keep one")
+    empty = [str(index) for index, stage in enumerate(plan.stages) if not stage.blocks]
+    if empty:
+        raise PlanError(f"stage {', '.join(empty)} holds no block; remove it from the plan")
+
+
+def _verify_order(plan: Plan) -> None:
+    position = {block.name: index for index, block in enumerate(plan.blocks)}
+    for index, stage in enumerate(plan.stages):
+        order = [position[name] for name in stage.blocks]
+        if order != sorted(order):
+            raise PlanError(
+                f"stage {index} lists its blocks out of execution order: "
+                f"{', '.join(stage.blocks)}"
+            )
+    for tensor in plan.tensors:
+        if tensor.producer is None:
+            continue
+        for consumer in tensor.consumers:
+            source, sink = plan.stage_of[tensor.producer], plan.stage_of[consumer]
+            if source > sink:
+                raise PlanError(
+                    f"block {consumer!r} in stage {sink} needs {tensor.name!r} of block "
+                    f"{tensor.producer!r}, which is in the later stage {source}; move "
+                    f"{consumer!r} to stage {source} or later"
+                )
+
+
+def _verify_annotations(plan: Plan) -> None:
+    for index, stage in enumerate(plan.stages):
+        foreign = [n for n in (*stage.recompute, *stage.serialize) if n not in stage.blocks]
+        if foreign:
+            raise PlanError(
+                f"stage {index} annotates blocks it does not hold: {', '.join(foreign)}"
+            )
+        for name, factor in stage.serialize.items():
+            if not isinstance(factor, int) or factor < 1:
+                raise PlanError(
+                    f"block {name!r} has serialize factor {factor!r}; use a whole number from 1 on"
+                )

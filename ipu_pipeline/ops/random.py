@@ -1,0 +1,114 @@
+"""Random numbers that do not depend on the split.
+
+Torch draws dropout masks from one global generator, so a mask would depend on which stage ran
+first. Inside :class:`random_scope` every random torch function of the calling thread draws from
+a generator keyed by (seed, step, microbatch, block) instead; entering the same scope again, as
+recomputation does, replays the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Python-level functions that draw random numbers without taking a generator.
+_COMPOSITE = frozenset(
+    {
+        functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d,
+        functional.alpha_dropout, functional.feature_alpha_dropout, functional.gumbel_softmax,
+        functional.rrelu, functional.fractional_max_pool2d, functional.fractional_max_pool3d,
+        functional.scaled_dot_product_attention, functional.multi_head_attention_forward,
+        torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_,
+        torch.feature_dropout, torch.feature_dropout_, torch.feature_alpha_dropout,
+        torch.native_dropout, torch.rrelu, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+        torch.rand_like, torch.randn_like, torch.randint_like,
+    }
+)  # fmt: skip
+# Functions with a ``generator`` argument.
+_GENERATOR = frozenset(
+    {
+        torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.normal,
+        torch.multinomial, torch.poisson, torch.binomial,
+        Tensor.bernoulli, Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_, Tensor.random_,
+        Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_,
+        Tensor.multinomial,
+    }
+)  # fmt: skip
+
+
+def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``func`` with these arguments draws random numbers."""
+    if func is functional.scaled_dot_product_attention:
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    if func in (functional.dropout, torch.dropout):
+        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        position_of_training = 2
+        given = args[position_of_training] if len(args) > position_of_training else True
+        return bool(kwargs.get("training", kwargs.get("train", given))) and probability > 0
+    return func in _COMPOSITE or func in _GENERATOR
+
+
+class _WithGenerator(TorchDispatchMode):
+    """Gives every ATen operation that accepts a generator the one of the scope."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        kwargs = dict(kwargs or {})
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs["generator"] = kwargs.get("generator") or self.generator
+            return func(*args, **kwargs)
+        with_generator = _generator_overload(func)
+        if with_generator is not None:
+            return with_generator(*args, **kwargs, generator=self.generator)
+        return func(*args, **kwargs)
+
+
+def _generator_overload(func: Any) -> Any:
+    """Return ``func``'s twin with a generator argument (``rand`` and ``rand.generator``)."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return None
+    packet = func.overloadpacket
+    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
+    return getattr(packet, name, None)
+
+
+class random_scope(TorchFunctionMode):  # noqa: N801 - used like a function, as torch.no_grad
+    """Within it, random torch functions of this thread draw from a keyed generator.
+
+    Args:
+        *key: Whole numbers and strings that identify the scope: seed, step, microbatch, block.
+    """
+
+    def __init__(self, *key: int | str) -> None:
+        super().__init__()
+        self.key = key
+        self._generator: torch.Generator | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:  # noqa: ARG002
+        kwargs = kwargs or {}
+        if func in _COMPOSITE:
+            if not is_random(func, args, kwargs):
+                return func(*args, **kwargs)
+        elif func not in _GENERATOR:
+            return func(*args, **kwargs)
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(derive_seed(*self.key))
+        with _WithGenerator(self._generator):
+            return func(*args, **kwargs)
+
+
+def derive_seed(*key: int | str) -> int:
+    """Return a 63-bit seed that depends on every part of ``key``."""
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,7 @@
+"""Split a model into pipeline stages: exact, memory-aware, with a bound on what is possible."""
+
+from ipu_pipeline.partition.constraints import Constraints
+from ipu_pipeline.partition.result import Partition, StageAssignment
+from ipu_pipeline.partition.solver import evaluate, solve
+
+__all__ = ["Constraints", "Partition", "StageAssignment", "evaluate", "solve"]

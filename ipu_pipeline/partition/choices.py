@@ -1,0 +1,225 @@
+"""Which option each block of one stage takes: the least time that fits the memory, exactly.
+
+A multiple-choice knapsack. Partial selections are kept as a Pareto frontier of
+(time, held bytes); a frontier point is dropped when even the fractional relaxation of the
+blocks still open cannot beat a selection that is already known (Dantzig's bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipu_pipeline.partition.problem import Option
+
+Floats = NDArray[np.float64]
+_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One option per block of a stage.
+
+    Attributes:
+        forward_s: Seconds of the forward passes at speed 1.
+        backward_s: Seconds of the backward passes at speed 1.
+        held_bytes: Bytes of stash and fixed parts, plus the largest workspace.
+        picks: Position of the chosen option, per block.
+    """
+
+    forward_s: float
+    backward_s: float
+    held_bytes: float
+    picks: tuple[int, ...]
+
+
+def summarize(
+    ways: Sequence[Sequence[Option]], picks: Sequence[int], in_flight: int
+) -> Selection:
+    """Add up the options ``picks`` of the blocks ``ways``."""
+    chosen = [options[pick] for options, pick in zip(ways, picks, strict=True)]
+    return Selection(
+        sum(option.forward_s for option in chosen),
+        sum(option.backward_s for option in chosen),
+        sum(option.held_bytes(in_flight) for option in chosen)
+        + max((option.workspace_bytes for option in chosen), default=0),
+        tuple(picks),
+    )
+
+
+def fastest_picks(ways: Sequence[Sequence[Option]], in_flight: int) -> list[int]:
+    """Position of the quickest option of each block; the smaller one of equals."""
+    return [
+        min(range(len(o)), key=lambda p: (o[p].total_s, o[p].held_bytes(in_flight)))  # noqa: B023
+        for o in ways
+    ]
+
+
+def least_time(
+    ways: Sequence[Sequence[Option]], in_flight: int, budget_bytes: float
+) -> Selection | None:
+    """Return the quickest selection within ``budget_bytes``; ``None`` when nothing fits."""
+    quick = summarize(ways, fastest_picks(ways, in_flight), in_flight)
+    if quick.held_bytes <= budget_bytes:
+        return quick
+    best: Selection | None = None
+    for limit in sorted({o.workspace_bytes for options in ways for o in options}, reverse=True):
+        bound = inf if best is None else best.forward_s + best.backward_s
+        found = _knapsack(ways, in_flight, budget_bytes - limit, limit, bound)
+        if found is None:
+            continue
+        best = summarize(ways, found, in_flight)
+    return best
+
+
+def pareto(
+    ways: Sequence[Sequence[Option]], in_flight: int, budget_bytes: float, *, by_memory: bool
+) -> list[Selection]:
+    """Return every selection within the budget that no other one dominates.
+
+    Args:
+        ways: Options of each block.
+        in_flight: Microbatches kept.
+        budget_bytes: Largest ``held_bytes``.
+        by_memory: Also keep slower selections that hold fewer bytes (the memory is shared).
+    """
+    points: list[tuple[float, float, float, float, tuple[int, ...]]] = [(0.0, 0.0, 0.0, 0.0, ())]
+    for options in ways:
+        grown = [
+            (f + o.forward_s, b + o.backward_s, held + o.held_bytes(in_flight),
+             max(space, o.workspace_bytes), (*picks, pick))
+            for f, b, held, space, picks in points
+            for pick, o in enumerate(options)
+            if held + o.held_bytes(in_flight) + max(space, o.workspace_bytes) <= budget_bytes
+        ]  # fmt: skip
+        points = _undominated(grown)
+    results = [Selection(f, b, held + space, picks) for f, b, held, space, picks in points]
+    results.sort(key=lambda s: (s.forward_s + s.backward_s, s.held_bytes))
+    kept: list[Selection] = []
+    for item in results:
+        if not any(_dominates(other, item, by_memory=by_memory) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _dominates(first: Selection, second: Selection, *, by_memory: bool) -> bool:
+    return (
+        first.forward_s <= second.forward_s
+        and first.backward_s <= second.backward_s
+        and (not by_memory or first.held_bytes <= second.held_bytes)
+    )
+
+
+def _undominated(
+    points: list[tuple[float, float, float, float, tuple[int, ...]]],
+) -> list[tuple[float, float, float, float, tuple[int, ...]]]:
+    """Drop points that another one beats in all four numbers."""
+    points.sort()
+    kept: list[tuple[float, float, float, float, tuple[int, ...]]] = []
+    for point in points:
+        if not any(k[1] <= point[1] and k[2] <= point[2] and k[3] <= point[3] for k in kept):
+            kept.append(point)
+    return kept
+
+
+def _knapsack(
+    ways: Sequence[Sequence[Option]],
+    in_flight: int,
+    budget_bytes: float,
+    limit: float,
+    upper_s: float,
+) -> list[int] | None:
+    """Quickest picks with workspaces up to ``limit`` that beat ``upper_s``, or ``None``."""
+    menus = [
+        _frontier([(o.total_s, o.held_bytes(in_flight), pick) for pick, o in enumerate(options)
+                   if o.workspace_bytes <= limit])
+        for options in ways
+    ]  # fmt: skip
+    if not all(menus):
+        return None
+    order = sorted(range(len(menus)), key=lambda i: menus[i][0][1] - menus[i][-1][1], reverse=True)
+    bounds = _suffix_bounds([menus[i] for i in order])
+    times, held = np.zeros(1), np.zeros(1)
+    trail: list[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]] = []
+    for depth, position in enumerate(order):
+        menu = menus[position]
+        grown_t = (times[:, None] + np.array([way[0] for way in menu])).ravel()
+        grown_m = (held[:, None] + np.array([way[1] for way in menu])).ravel()
+        reach = grown_t + _relaxed(bounds[depth + 1], budget_bytes - grown_m)
+        keep = _thin(grown_t, grown_m, reach, upper_s)
+        if not keep.size:
+            return None
+        times, held = grown_t[keep], grown_m[keep]
+        trail.append((times, keep // len(menu), keep % len(menu)))
+    picks, point = [0] * len(ways), int(np.argmin(times))
+    for depth in range(len(order) - 1, -1, -1):
+        _, parents, chosen = trail[depth]
+        picks[order[depth]] = menus[order[depth]][int(chosen[point])][2]
+        point = int(parents[point])
+    return picks
+
+
+def _frontier(ways: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Options by ascending time and descending bytes; dominated ones dropped."""
+    kept: list[tuple[float, float, int]] = []
+    for way in sorted(ways):
+        if not kept or way[1] < kept[-1][1]:
+            kept.append(way)
+    return kept
+
+
+def _thin(times: Floats, held: Floats, reach: Floats, upper_s: float) -> NDArray[np.int64]:
+    """Positions of the undominated points that can still beat ``upper_s``."""
+    alive = np.flatnonzero(reach < upper_s * (1 - _EPS) if upper_s < inf else reach < inf)
+    order = alive[np.lexsort((times[alive], held[alive]))]
+    if not order.size:
+        return order
+    best_before = np.concatenate(([inf], np.minimum.accumulate(times[order])[:-1]))
+    return order[times[order] < best_before]
+
+
+def _suffix_bounds(
+    menus: list[list[tuple[float, float, int]]],
+) -> list[tuple[Floats, Floats]]:
+    """For every suffix of the blocks: breakpoints (bytes, seconds) of its relaxed least time."""
+    steps: list[tuple[float, float, float]] = []
+    base_bytes = base_s = 0.0
+    bounds = [(np.zeros(1), np.zeros(1))]
+    for menu in reversed(menus):
+        base_s += menu[-1][0]
+        base_bytes += menu[-1][1]
+        steps += _hull_steps(menu)
+        steps.sort()
+        spent = base_bytes + np.cumsum([0.0, *(step[1] for step in steps)])
+        left = base_s + np.cumsum([0.0, *(step[2] for step in steps)])
+        bounds.append((spent, left))
+    bounds.reverse()
+    return bounds
+
+
+def _hull_steps(menu: list[tuple[float, float, int]]) -> list[tuple[float, float, float]]:
+    """Edges (slope, bytes, seconds) of the lower convex hull, from the smallest option up."""
+    hull: list[tuple[float, float]] = []
+    for seconds, num_bytes, _ in reversed(menu):
+        point = (num_bytes, seconds)
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return [
+        (_slope(a, b), b[0] - a[0], b[1] - a[1]) for a, b in zip(hull, hull[1:], strict=False)
+    ]
+
+
+def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
+def _relaxed(bound: tuple[Floats, Floats], budget: Floats) -> Floats:
+    """Least fractional seconds of the open blocks within ``budget`` bytes; inf if none."""
+    spent, left = bound
+    slack = _EPS * max(1.0, abs(float(spent[0])))
+    return np.where(budget >= spent[0] - slack, np.interp(budget, spent, left), inf)

@@ -1,0 +1,207 @@
+"""The partitioning problem on integers: blocks are bit positions, sets of blocks are ``int`` masks.
+
+Everything the solver does is written against :class:`Problem` and :class:`Slot`, so that a
+captured model (``build.py``) and the public instance files (``benchmarks``) share one solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+
+from ipu_pipeline.ir.machine import Link
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a block, for one microbatch on a device of speed 1.
+
+    Attributes:
+        forward_s: Seconds of the forward pass.
+        backward_s: Seconds of the backward pass, a recomputed forward included.
+        stash_bytes: Bytes for each microbatch in flight.
+        workspace_bytes: Bytes needed only while the block runs; a stage needs the largest.
+        fixed_bytes: Bytes held all the time because of this option.
+    """
+
+    forward_s: float
+    backward_s: float = 0.0
+    stash_bytes: float = 0
+    workspace_bytes: float = 0
+    fixed_bytes: float = 0
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of forward and backward together."""
+        return self.forward_s + self.backward_s
+
+    def held_bytes(self, in_flight: int) -> float:
+        """Bytes held with ``in_flight`` microbatches, without the workspace."""
+        return in_flight * self.stash_bytes + self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that one block makes and others read.
+
+    Attributes:
+        producer: The block that makes it.
+        consumers: Mask of the blocks that read it.
+        forward_bytes: Bytes sent in the forward pass of one microbatch.
+        backward_bytes: Bytes of its gradient sent back; 0 without one.
+    """
+
+    producer: int
+    consumers: int
+    forward_bytes: float
+    backward_bytes: float = 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Bytes that several blocks use and that one place holds once (a tied weight, an input).
+
+    Attributes:
+        num_bytes: Size.
+        users: Mask of the blocks.
+    """
+
+    num_bytes: float
+    users: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Gradients of a tied parameter that the stages holding it add up once per step.
+
+    Attributes:
+        seconds: What it costs each stage that holds the parameter, if another one does too.
+        users: Mask of the blocks that use the parameter.
+    """
+
+    seconds: float
+    users: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Blocks, what they cost and what they exchange.
+
+    Attributes:
+        names: Block names, in execution order (which is a topological order).
+        preds: Mask of the direct predecessors of every block.
+        options: The ways to run every block; at least one each.
+        values: Tensors between blocks.
+        weight_bytes: Bytes of the parameters that only this block uses.
+        shared_weights: Parameters used by several blocks; a memory holds each once.
+        inputs: Model inputs; a stage that reads one holds it once per microbatch in flight.
+        outer_s: Seconds per optimizer step (update, gradient all-reduce) that a block adds.
+        exchanges: Gradient exchanges between stages that hold the same parameter.
+        together: Masks of blocks that must be in one stage.
+        same_device: Masks of blocks whose stages must be on one device.
+        relay: A value passes through every stage between producer and consumer, and costs on
+            each hop; otherwise it goes straight to the stages that read it.
+        host_s: Seconds per block on a host core (max-load instances), or ``None``.
+        host_only: Mask of the blocks that accelerators cannot run.
+    """
+
+    names: tuple[str, ...]
+    preds: tuple[int, ...]
+    options: tuple[tuple[Option, ...], ...]
+    values: tuple[Value, ...] = ()
+    weight_bytes: tuple[float, ...] = ()
+    shared_weights: tuple[Shared, ...] = ()
+    inputs: tuple[Shared, ...] = ()
+    outer_s: tuple[float, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+    together: tuple[int, ...] = ()
+    same_device: tuple[int, ...] = ()
+    relay: bool = True
+    host_s: tuple[float, ...] | None = None
+    host_only: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.names)
+
+    @property
+    def everything(self) -> int:
+        """Mask of all blocks."""
+        return (1 << self.num_blocks) - 1
+
+    @cached_property
+    def succs(self) -> tuple[int, ...]:
+        """Mask of the direct successors of every block."""
+        result = [0] * self.num_blocks
+        for block, mask in enumerate(self.preds):
+            for pred in bits(mask):
+                result[pred] |= 1 << block
+        return tuple(result)
+
+    @cached_property
+    def fastest(self) -> tuple[Option, ...]:
+        """The quickest option of every block (the smaller one of equals)."""
+        return tuple(
+            min(ways, key=lambda way: (way.total_s, way.stash_bytes + way.fixed_bytes))
+            for ways in self.options
+        )
+
+    @cached_property
+    def held(self) -> tuple[float, ...]:
+        """Private weight bytes of every block."""
+        return self.weight_bytes or (0.0,) * self.num_blocks
+
+    @cached_property
+    def outer(self) -> tuple[float, ...]:
+        """Seconds per optimizer step of every block."""
+        return self.outer_s or (0.0,) * self.num_blocks
+
+    def names_of(self, mask: int) -> tuple[str, ...]:
+        """Names of the blocks in ``mask``, in execution order."""
+        return tuple(self.names[block] for block in bits(mask))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One position of the pipeline: what a stage put there gets.
+
+    Attributes:
+        device: Device that runs it; slots with equal devices add up their loads.
+        pool: Memory it uses; slots with equal pools add up their bytes.
+        capacity: Bytes of that memory.
+        speed: Times are divided by this.
+        in_flight: Microbatches whose activations it keeps.
+        link_in: Link from the slot before; ``None`` costs nothing.
+        link_out: Link to the slot behind; ``None`` costs nothing.
+        forbidden: Mask of the blocks that may not be here.
+        host: A host core: times are ``Problem.host_s``, transfers and memory are free.
+    """
+
+    device: int
+    pool: int
+    capacity: float = inf
+    speed: float = 1.0
+    in_flight: int = 1
+    link_in: Link | None = None
+    link_out: Link | None = None
+    forbidden: int = 0
+    host: bool = False
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Yield the positions of the ones in ``mask``, ascending."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def mask_of(blocks: Iterable[int]) -> int:
+    """Return the mask with ones at ``blocks``."""
+    mask = 0
+    for block in blocks:
+        mask |= 1 << block
+    return mask

@@ -1,0 +1,123 @@
+"""Time every block of a captured model, forward and backward, on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.capture.signature import program_signature
+from ipu_pipeline.capture.surroundings import preserved_state
+from ipu_pipeline.cost.profiled import MeasuredTimes
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.profiling.cache import load_measurements, store_measurements
+from ipu_pipeline.profiling.concurrent import on_threads
+
+RUNS = 7
+WARMUP_RUNS = 2
+LONGEST_S = 2.0  # stop repeating a block after this time, once it ran three times
+
+
+def profile_blocks(
+    captured: CapturedModel, batch: Mapping[str, Tensor], *, num_devices: int
+) -> dict[str, MeasuredTimes]:
+    """Measure the blocks; equal blocks are measured once, known ones are read from disk.
+
+    Args:
+        captured: A model with real weights.
+        batch: The example batch that it was captured with; its values are used.
+        num_devices: Stages that will run at the same time: so many copies of a block are timed
+            together, each with its share of the cores.
+
+    Returns:
+        Seconds of one microbatch by block name.
+
+    Raises:
+        CaptureError: The model lives on the meta device: there is nothing to run.
+    """
+    if any(parameter.is_meta for parameter in captured.model.parameters()):
+        raise CaptureError(
+            "a model on the meta device cannot be profiled; load its weights, or use "
+            "costs='analytic'"
+        )
+    name = f"blocks-{num_devices}"
+    known = load_measurements(name)
+    signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
+    if any(signature not in known for signature in signatures.values()):
+        with preserved_state(captured.model):
+            _measure_missing(captured, batch, num_devices, signatures, known)
+        store_measurements(name, known)
+    return {block: MeasuredTimes(*known[signature]) for block, signature in signatures.items()}
+
+
+def _measure_missing(
+    captured: CapturedModel,
+    batch: Mapping[str, Tensor],
+    num_devices: int,
+    signatures: Mapping[str, str],
+    known: dict[str, list[float]],
+) -> None:
+    values: dict[str, Any] = {name: batch[name] for name in captured.inputs}
+    with torch.no_grad():
+        captured.prelude(captured.programs).run(values)
+    for program in captured.programs:
+        signature = signatures[program.name]
+        if signature not in known:
+            known[signature] = _measure(program, values, num_devices, captured)
+        with torch.no_grad(), random_scope("profile", program.name):
+            program.run(values)
+
+
+def _measure(
+    program: Program, values: Mapping[str, Any], num_devices: int, captured: CapturedModel
+) -> list[float]:
+    specs = captured.specs
+
+    def work() -> tuple[list[float], list[float]]:
+        inputs = [
+            values[n].detach().requires_grad_(specs[n].requires_grad)
+            if isinstance(values[n], Tensor) and specs[n].requires_grad
+            else values[n]
+            for n in program.inputs
+        ]
+        return _time_runs(program, inputs, training=captured.training)
+
+    results = on_threads(work, num_devices)
+    forward = [seconds for result in results for seconds in result[0]]
+    backward = [seconds for result in results for seconds in result[1]]
+    return [median(forward), median(backward)]
+
+
+def _time_runs(
+    program: Program, inputs: list[Any], *, training: bool
+) -> tuple[list[float], list[float]]:
+    forward, backward = [], []
+    began = time.perf_counter()
+    for run in range(WARMUP_RUNS + RUNS):
+        started = time.perf_counter()
+        grad = torch.enable_grad() if training else torch.no_grad()
+        with grad, random_scope("profile", program.name):
+            outputs = program.module(*inputs)
+        middle = time.perf_counter()
+        if training:
+            _backward(outputs)
+        ended = time.perf_counter()
+        if run >= WARMUP_RUNS:
+            forward.append(middle - started)
+            backward.append(ended - middle)
+        if len(forward) >= 3 and ended - began > LONGEST_S:
+            break
+    return forward, backward
+
+
+def _backward(outputs: tuple[Any, ...]) -> None:
+    roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])

@@ -1,0 +1,63 @@
+"""Measurements on disk, by a fingerprint of what was measured and of the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+CACHE_VARIABLE = "IPU_PIPELINE_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder for measurements: ``$IPU_PIPELINE_CACHE``, or one in the user's cache."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ipu_pipeline"
+
+
+def machine_key() -> str:
+    """Return text that names this machine's speed: processor, cores, torch version."""
+    return f"{_processor()}|{len(os.sched_getaffinity(0))} cores|torch {torch.__version__}"
+
+
+def load_measurements(name: str) -> dict[str, list[float]]:
+    """Return the measurements kept under ``name``; empty when there are none or they are damaged."""
+    try:
+        content = json.loads(_file(name).read_text(encoding="utf-8"))
+        if content.get("machine") != machine_key():
+            return {}
+        return {key: [float(v) for v in values] for key, values in content["values"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def store_measurements(name: str, values: Mapping[str, list[float]]) -> None:
+    """Keep measurements under ``name``; a folder that cannot be written is no error."""
+    path = _file(name)
+    content = {"machine": machine_key(), "values": dict(values)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        return
+
+
+def _file(name: str) -> Path:
+    return cache_folder() / f"{name}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

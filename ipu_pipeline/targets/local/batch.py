@@ -1,0 +1,68 @@
+"""Cut a batch into microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from ipu_pipeline.errors import LoweringError
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One microbatch.
+
+    Attributes:
+        index: Position in the batch; random numbers are keyed by it.
+        inputs: Model inputs by name.
+        num_samples: Size of axis 0.
+        share: Its part of the batch's samples: the weight of its loss.
+    """
+
+    index: int
+    inputs: Mapping[str, Any]
+    num_samples: int
+    share: float
+
+
+def batch_size(batch: Mapping[str, Any]) -> int:
+    """Return the common size of axis 0.
+
+    Raises:
+        LoweringError: No tensor has an axis 0, or the sizes differ.
+    """
+    sizes = {n: v.shape[0] for n, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0}
+    if not sizes:
+        raise LoweringError("the batch holds no tensor with a batch axis; pass input tensors")
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {shown}")
+    size = next(iter(sizes.values()))
+    if size == 0:
+        raise LoweringError("the batch is empty: axis 0 has size 0")
+    return size
+
+
+def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[Microbatch]:
+    """Cut axis 0 into ``num_microbatches`` equal parts; a short batch gives fewer or a short one.
+
+    Tensors without axes and other values are passed whole to every microbatch. The loss of the
+    batch is the mean over its samples' microbatches, weighted by their sizes.
+    """
+    size = batch_size(batch)
+    step = ceil(size / num_microbatches)
+    parts = []
+    for index, start in enumerate(range(0, size, step)):
+        inputs = {
+            name: value[start : start + step]
+            if isinstance(value, Tensor) and value.ndim > 0
+            else value
+            for name, value in batch.items()
+        }
+        samples = min(step, size - start)
+        parts.append(Microbatch(index, inputs, samples, samples / size))
+    return parts

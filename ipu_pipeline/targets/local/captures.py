@@ -1,0 +1,93 @@
+"""Captures made on demand: one for every batch shape, in training and in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ipu_pipeline.capture.captured import CapturedModel, capture
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.targets.local.stage import Stage, build_stages
+
+Signature = tuple[bool, tuple[tuple[str, Any], ...]]
+
+
+class StageCache:
+    """Builds the stages of a plan for the shape of a microbatch, and remembers them.
+
+    Args:
+        model: The user's model.
+        plan: Says which block belongs to which stage.
+        self_check: Compare every capture with the model before trusting it.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, *, self_check: bool) -> None:
+        self.model = model
+        self.plan = plan
+        self.self_check = self_check
+        self._stages: dict[Signature, tuple[Stage, ...]] = {}
+
+    def stages_for(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """Return the stages for inputs of this shape, in the model's present mode.
+
+        Raises:
+            CaptureError: The model cannot be captured with these inputs.
+            PlanError: In training mode, its blocks are not those of the plan.
+        """
+        signature = _signature(self.model, microbatch)
+        if signature not in self._stages:
+            captured = capture(
+                self.model,
+                microbatch,
+                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                self_check=self.self_check,
+            )
+            self._stages[signature] = self._build(captured)
+        return self._stages[signature]
+
+    def _build(self, captured: CapturedModel) -> tuple[Stage, ...]:
+        if captured.training:
+            self._check_blocks([program.name for program in captured.programs])
+        blocks = place_blocks(captured, self.plan)
+        recompute = {name for stage in self.plan.stages for name in stage.recompute}
+        return build_stages(captured, blocks, recompute)
+
+    def _check_blocks(self, found: Sequence[str]) -> None:
+        planned = [block.name for block in self.plan.blocks]
+        missing = [name for name in planned if name not in found]
+        extra = [name for name in found if name not in planned]
+        if missing or extra:
+            raise PlanError(
+                "the model's blocks for this batch are not those of the plan: "
+                f"missing {', '.join(missing) or 'none'}; new {', '.join(extra) or 'none'}; make "
+                "the plan with an example batch that has the same inputs as the training batches"
+            )
+
+
+def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
+    """Return the block names of every stage.
+
+    Blocks that the plan does not name (evaluation without labels has other glue) go to the
+    latest stage that computes something for them.
+    """
+    stage_of: dict[str, int] = {}
+    producer = {value: p.name for p in captured.programs for value in p.outputs}
+    for program in captured.programs:
+        sources = [stage_of[producer[name]] for name in program.inputs if name in producer]
+        earliest = max(sources, default=0)
+        stage_of[program.name] = plan.stage_of.get(program.name, earliest)
+    return [
+        [name for name, stage in stage_of.items() if stage == index]
+        for index in range(plan.num_stages)
+    ]
+
+
+def _signature(model: nn.Module, microbatch: Mapping[str, Any]) -> Signature:
+    described = tuple(
+        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
+        for name, value in microbatch.items()
+    )
+    return model.training, described

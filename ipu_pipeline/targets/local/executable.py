@@ -1,0 +1,299 @@
+"""The local executable: drives stage threads through a schedule, then updates the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.schedule import Action, Schedule
+from ipu_pipeline.ops.threads import threads_per_stage
+from ipu_pipeline.schedule.build import build_schedule
+from ipu_pipeline.schedule.gpipe import forward_only
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
+from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.local.captures import StageCache
+from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.targets.local.stage import RandomKey, Stage
+from ipu_pipeline.targets.optimize import apply_update
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LocalExecutable:
+    """Runs a plan in this process; every stage has a thread.
+
+    Args:
+        model: The user's model; its parameters are trained in place.
+        plan: The split.
+        optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
+        options: How to run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        options: ExecutionOptions,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.options = options
+        self.global_step = 0
+        self._cache = StageCache(model, plan, self_check=options.self_check)
+        self._threads: StageThreads | None = None
+        self._broken: Exception | None = None
+        self._closed = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Run one optimizer step on ``batch``.
+
+        Args:
+            batch: Tensors with axis 0 = micro batch x microbatches.
+
+        Returns:
+            The mean loss and what the update did.
+
+        Raises:
+            LoweringError: There is no optimizer, or the batch cannot be cut.
+            StageError: A stage failed; no weight was changed.
+        """
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        loss, stage_s = self._accumulate(batch, self.options.loss_scaling)
+        update = apply_update(
+            self.optimizer,
+            self.model.parameters(),
+            loss_scaling=self.options.loss_scaling,
+            max_grad_norm=self.options.max_grad_norm,
+        )
+        self.global_step += 1
+        return StepResult(loss, update.grad_norm, update.skipped, batch_size(batch), stage_s)
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:
+        """Return the mean loss; add unscaled gradients to ``.grad`` of the model's parameters.
+
+        Raises:
+            StageError: A stage failed; gradients are then incomplete.
+        """
+        return self._accumulate(batch, 1.0)[0]
+
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
+        """Run the model in evaluation mode, without gradients, pipelined.
+
+        Raises:
+            StageError: A stage failed.
+        """
+        microbatches = split_batch(batch, 2 * self.plan.num_stages)
+        collected: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        with self._mode(training=False), torch.no_grad():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            step = _Step(self, stages, microbatches, collected, loss_scaling=0.0)
+            self._run(forward_only(self.plan.num_stages, len(microbatches)), step)
+        return _join(microbatches, [collected[part.index] for part in microbatches])
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict."""
+        return self.model.state_dict()
+
+    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+        return write_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            global_step=self.global_step,
+            extra=extra,
+        )
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint written under any split; return its ``extra``."""
+        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.global_step = info.global_step
+        return info.extra
+
+    def close(self) -> None:
+        """Stop the stage threads; calling it again does nothing."""
+        self._closed = True
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+
+    def __enter__(self) -> LocalExecutable:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- running ------------------------------------------------------------------------
+
+    def _accumulate(
+        self, batch: Mapping[str, Any], loss_scaling: float
+    ) -> tuple[float, tuple[float, ...]]:
+        microbatches = split_batch(batch, self.plan.num_microbatches)
+        collected: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        with self._mode(training=True), torch.enable_grad():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            step = _Step(self, stages, microbatches, collected, loss_scaling)
+            name = self.options.schedule or self.plan.schedule
+            self._run(build_schedule(name, self.plan.num_stages, len(microbatches)), step)
+            step.add_shared_gradients()
+        loss = sum(float(collected[part.index]["loss"]) * part.share for part in microbatches)
+        return loss, tuple(step.busy_s)
+
+    def _run(self, schedule: Schedule, step: _Step) -> None:
+        if self._closed or self._broken is not None:
+            reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
+            raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+        try:
+            if self.options.sequential or self.plan.num_stages == 1:
+                run_sequentially(schedule, step)
+            else:
+                self._stage_threads().run(schedule, step)
+        except StageError as error:
+            step.clear()
+            if type(error) is not StageError:  # stalled threads cannot be used again
+                self._broken = error
+            raise
+        except BaseException:
+            step.clear()
+            self._broken = StageError("the step was interrupted")
+            raise
+
+    def _stage_threads(self) -> StageThreads:
+        if self._threads is None:
+            count = self.plan.num_stages
+            per_stage = threads_per_stage(count)
+            self._threads = StageThreads(
+                count, lambda: torch.set_num_threads(per_stage), self.options.stall_timeout_s
+            )
+        return self._threads
+
+    @contextlib.contextmanager
+    def _mode(self, *, training: bool) -> Iterator[None]:
+        """Switch every module to one mode and back to what each was."""
+        before = [(module, module.training) for module in self.model.modules()]
+        self.model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in before:
+                module.training = mode
+
+
+class _Step:
+    """The work of one step: called with an action, runs that stage on that microbatch."""
+
+    def __init__(
+        self,
+        executable: LocalExecutable,
+        stages: Sequence[Sequence[Stage]],
+        microbatches: Sequence[Microbatch],
+        collected: dict[int, dict[str, Tensor]],
+        loss_scaling: float,
+    ) -> None:
+        self.options = executable.options
+        self.global_step = executable.global_step
+        self.stages = stages  # [microbatch][stage]
+        self.microbatches = microbatches
+        self.collected = collected
+        self.loss_scaling = loss_scaling
+        self.grad = torch.is_grad_enabled()
+        self.busy_s = [0.0] * len(stages[0])
+        self._values: dict[tuple[int, str], Tensor] = {}
+        self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+        self._shared: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        self._lock = Lock()
+
+    def __call__(self, action: Action) -> None:
+        stage = self.stages[action.microbatch][action.stage]
+        started = time.perf_counter()
+        try:
+            with torch.set_grad_enabled(self.grad):
+                if action.kind == "F":
+                    self._forward(stage, action.microbatch)
+                else:
+                    self._backward(stage, action.microbatch)
+        except Exception as error:
+            error.pipeline_block = stage.block  # type: ignore[attr-defined]
+            raise
+        self.busy_s[action.stage] += time.perf_counter() - started
+
+    def _forward(self, stage: Stage, microbatch: int) -> None:
+        part = self.microbatches[microbatch]
+        received = {name: self._values[microbatch, name] for name in stage.receives}
+        key: RandomKey = (self.options.seed, self.global_step, microbatch)
+        with self._precision():
+            sent, results = stage.forward(microbatch, part.inputs, received, key)
+        with self._lock:
+            self._values.update({(microbatch, name): value for name, value in sent.items()})
+            self.collected[microbatch].update(results)
+
+    def _backward(self, stage: Stage, microbatch: int) -> None:
+        gradients = {}
+        for name in stage.sends:
+            parts = self._gradients.pop((microbatch, name), {})
+            self._values.pop((microbatch, name), None)
+            ordered = [parts[index] for index in sorted(parts)]  # one order, whatever the timing
+            if ordered:
+                gradients[name] = torch.stack(ordered).sum(0) if len(ordered) > 1 else ordered[0]
+        share = self.microbatches[microbatch].share
+        found, shared = stage.backward(microbatch, gradients, self.loss_scaling * share)
+        with self._lock:
+            for name, gradient in found.items():
+                self._gradients[microbatch, name][stage.index] = gradient
+            own = self._shared[stage.index]
+            for parameter, gradient in shared.items():
+                own[parameter] = own[parameter] + gradient if parameter in own else gradient
+
+    def add_shared_gradients(self) -> None:
+        """Add the gradients of parameters that several stages use, in the order of the stages."""
+        parameters = {id(p): p for stage in self.stages[0] for p in stage.shared}
+        for index in sorted(self._shared):
+            for identity, gradient in self._shared[index].items():
+                parameter = parameters[identity]
+                parameter.grad = (
+                    gradient if parameter.grad is None else parameter.grad + gradient
+                )
+
+    def clear(self) -> None:
+        """Forget all microbatches in flight."""
+        for stages in self.stages:
+            for stage in stages:
+                stage.clear()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = AUTOCAST.get(self.options.precision)
+        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+def _join(microbatches: Sequence[Microbatch], parts: Sequence[Mapping[str, Tensor]]) -> EvalResult:
+    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
+    loss = None
+    if parts and "loss" in parts[0]:
+        loss = sum(
+            float(part["loss"]) * piece.share
+            for piece, part in zip(microbatches, parts, strict=True)
+        )
+    outputs = {}
+    for name in parts[0] if parts else ():
+        values = [part[name] for part in parts]
+        if name != "loss":
+            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+    return EvalResult(loss, outputs)

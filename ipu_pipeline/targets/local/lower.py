@@ -1,0 +1,69 @@
+"""Check a plan for the local target and turn it into an executable."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.schedule.build import SCHEDULES
+from ipu_pipeline.targets.base import ExecutionOptions
+from ipu_pipeline.targets.local.executable import LocalExecutable
+
+
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> LocalExecutable:
+    """Return an executable that runs ``plan`` in this process.
+
+    Raises:
+        LoweringError: The target cannot run the plan.
+    """
+    check(plan, options)
+    _check_model(model, optimizer)
+    return LocalExecutable(model, plan, optimizer, options)
+
+
+def check(plan: Plan, options: ExecutionOptions) -> None:
+    """Refuse what the local target cannot run.
+
+    Raises:
+        LoweringError: Replicas, serialization, or a schedule that it does not have.
+    """
+    if plan.replicas > 1:
+        raise LoweringError(
+            f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
+            "plan with replicas=1, or more microbatches for the same total batch"
+        )
+    schedule = options.schedule or plan.schedule
+    if schedule not in SCHEDULES:
+        raise LoweringError(
+            f"the local target has no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}"
+        )
+    serialized = [name for stage in plan.stages for name, f in stage.serialize.items() if f > 1]
+    if serialized:
+        raise LoweringError(
+            f"the local target cannot serialize blocks yet ({', '.join(serialized)}); plan without "
+            "serialization"
+        )
+
+
+def _check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta:
+        raise LoweringError(
+            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
+            "device); load the weights before compiling"
+        )
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        groups = optimizer.param_groups
+        if any(id(p) not in own for group in groups for p in group["params"]):
+            raise LoweringError(
+                "the optimizer holds parameters that are not the model's; make it from "
+                "model.parameters() of the model that is compiled"
+            )

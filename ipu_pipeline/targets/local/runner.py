@@ -1,0 +1,200 @@
+"""Run the rows of a schedule on stage threads; one failure stops all and is raised once."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ipu_pipeline.errors import StageError, StallError
+from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+
+Work = Callable[[Action], None]
+POLL_S = 0.2
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: another stage failed first
+    """Raised inside a waiting stage when another one has failed."""
+
+
+@dataclass
+class Progress:
+    """Which actions are done, shared by all stages of one step."""
+
+    num_stages: int
+    forward_only: bool = False
+    done: set[Action] = field(default_factory=set)
+    failure: tuple[int, Action | None, BaseException] | None = None
+    current: dict[int, Action] = field(default_factory=dict)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    last_change: float = field(default_factory=time.monotonic)
+
+    def wait_for(self, action: Action) -> None:
+        """Block until everything ``action`` needs is done.
+
+        Raises:
+            Stopped: Another stage has failed.
+        """
+        needed = requirements(action, self.num_stages)
+        with self.changed:
+            self.changed.wait_for(lambda: self.failure or needed <= self.done)
+            if self.failure:
+                raise Stopped
+            self.current[action.stage] = action
+
+    def finish(self, action: Action) -> None:
+        """Note that ``action`` is done."""
+        with self.changed:
+            self.done.add(action)
+            self.current.pop(action.stage, None)
+            self.last_change = time.monotonic()
+            self.changed.notify_all()
+
+    def fail(self, device: int, action: Action | None, error: BaseException) -> None:
+        """Stop everybody; the first failure wins."""
+        with self.changed:
+            self.failure = self.failure or (device, action, error)
+            self.changed.notify_all()
+
+    def describe(self, rows: Sequence[Sequence[Action]]) -> str:
+        """Say what every device is doing or waiting for."""
+        lines = []
+        for device, row in enumerate(rows):
+            running = next((a for a in row if self.current.get(a.stage) == a), None)
+            waiting = next((a for a in row if a not in self.done), None)
+            if running is not None:
+                lines.append(f"device {device} is inside {running}")
+            elif waiting is not None:
+                missing = requirements(waiting, self.num_stages) - self.done
+                lines.append(
+                    f"device {device} waits to start {waiting} until "
+                    f"{', '.join(map(str, sorted(missing)))} is done"
+                )
+        return "; ".join(lines)
+
+
+class StageThreads:
+    """Persistent threads, one per device, that run rows of actions.
+
+    Args:
+        num_devices: Number of threads.
+        prepare: Called once in every thread before its first action.
+        stall_timeout_s: Seconds without any finished action after which a step is given up.
+    """
+
+    def __init__(
+        self, num_devices: int, prepare: Callable[[], None], stall_timeout_s: float
+    ) -> None:
+        self.stall_timeout_s = stall_timeout_s
+        self._jobs: list[queue.SimpleQueue[Callable[[], None] | None]] = []
+        self._threads: list[threading.Thread] = []
+        self._prepare = prepare
+        for device in range(num_devices):
+            jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+            thread = threading.Thread(
+                target=self._serve, args=(jobs,), name=f"pipeline-device-{device}", daemon=True
+            )
+            self._jobs.append(jobs)
+            self._threads.append(thread)
+            thread.start()
+
+    def run(self, schedule: Schedule, work: Work) -> None:
+        """Run every row on its own thread; return when all are done.
+
+        Raises:
+            StageError: A stage raised; its exception is the cause.
+            StallError: Nothing was finished for ``stall_timeout_s``.
+        """
+        progress = Progress(schedule.num_stages)
+        finished = [threading.Event() for _ in schedule.rows]
+        for device, row in enumerate(schedule.rows):
+            self._jobs[device].put(
+                lambda d=device, r=row: _run_row(d, r, work, progress, finished[d])  # type: ignore[misc]
+            )
+        try:
+            self._watch(progress, finished, schedule)
+        except BaseException as error:
+            progress.fail(-1, None, error)
+            raise
+        raise_failure(progress)
+
+    def close(self) -> None:
+        """Stop the threads; calling it again does nothing."""
+        for jobs in self._jobs:
+            jobs.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=1.0)
+        self._jobs.clear()
+        self._threads.clear()
+
+    def _serve(self, jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+        self._prepare()
+        while (job := jobs.get()) is not None:
+            job()
+
+    def _watch(
+        self, progress: Progress, finished: Sequence[threading.Event], schedule: Schedule
+    ) -> None:
+        while not all(event.wait(POLL_S) for event in finished):
+            silent_s = time.monotonic() - progress.last_change
+            if silent_s > self.stall_timeout_s:
+                raise StallError(
+                    f"no stage finished anything for {silent_s:.0f} s "
+                    f"({progress.describe(schedule.rows)}); if a single pass really takes that "
+                    "long, raise stall_timeout_s"
+                )
+
+
+def run_sequentially(schedule: Schedule, work: Work) -> None:
+    """Run all actions in the calling thread, in an order that respects every dependency.
+
+    Raises:
+        StageError: A stage raised; its exception is the cause.
+    """
+    progress = Progress(schedule.num_stages)
+    _run_row(0, schedule.total_order(), work, progress, threading.Event())
+    raise_failure(progress)
+
+
+def raise_failure(progress: Progress) -> None:
+    """Raise what the first failing stage raised, with its name.
+
+    Raises:
+        StageError: Some stage failed.
+    """
+    if progress.failure is None:
+        return
+    _, action, error = progress.failure
+    if not isinstance(error, Exception) or action is None:
+        raise error
+    block = getattr(error, "pipeline_block", "")
+    where = f" in block {block!r}" if block else ""
+    kind = "forward" if action.kind == "F" else "backward"
+    raise StageError(
+        f"stage {action.stage} failed{where} ({kind} pass of microbatch {action.microbatch}): "
+        f"{type(error).__name__}: {error}"
+    ) from error
+
+
+def _run_row(
+    device: int,
+    row: Sequence[Action],
+    work: Work,
+    progress: Progress,
+    finished: threading.Event,
+) -> None:
+    action: Action | None = None
+    try:
+        for action in row:
+            progress.wait_for(action)
+            work(action)
+            progress.finish(action)
+    except Stopped:
+        pass
+    except BaseException as error:  # noqa: BLE001 - handed to the driving thread
+        progress.fail(device, action, error)
+    finally:
+        finished.set()

@@ -1,0 +1,247 @@
+"""One stage: the programs of its blocks, forward and backward, one microbatch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.ops.random import random_scope
+
+RandomKey = tuple[int | str, ...]
+
+
+@dataclass
+class _InFlight:
+    """What a stage keeps of one microbatch between its forward and its backward pass."""
+
+    received: dict[str, Tensor]
+    sent: dict[str, Tensor]
+    loss: Tensor | None
+
+
+@dataclass
+class Stage:
+    """The code of one stage.
+
+    Attributes:
+        index: Position in the pipeline.
+        programs: Programs of its blocks, in execution order.
+        prelude: Computes what they need from the model inputs alone.
+        receives: Names of the values that earlier stages compute for it.
+        sends: Names of the values that later stages or the caller need.
+        recompute: Names of the blocks whose forward pass runs again in the backward pass.
+        shared: Parameters that other stages use too.
+        results: Value name by result name, for results that this stage computes.
+    """
+
+    index: int
+    programs: tuple[Program, ...]
+    prelude: Program
+    receives: tuple[str, ...]
+    sends: tuple[str, ...]
+    recompute: frozenset[str]
+    shared: tuple[nn.Parameter, ...]
+    results: Mapping[str, str]
+    block: str = ""
+    _in_flight: dict[int, _InFlight] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The distinct trainable parameters of its blocks."""
+        found = {id(p): p for program in self.programs for p in program.module.parameters()}
+        return tuple(parameter for parameter in found.values() if parameter.requires_grad)
+
+    def forward(
+        self,
+        microbatch: int,
+        inputs: Mapping[str, Any],
+        received: Mapping[str, Tensor],
+        key: RandomKey,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the forward pass of one microbatch.
+
+        Args:
+            microbatch: Its index.
+            inputs: Model inputs by name.
+            received: Values of earlier stages by name.
+            key: Random numbers are keyed by this and the block's name.
+
+        Returns:
+            What it sends on, and the results it computed (detached).
+        """
+        leaves = {name: _leaf(value) for name, value in received.items()}
+        values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
+        self.block = "prelude"
+        self.prelude.run(values)
+        values.update(leaves)
+        for program in self.programs:
+            self.block = program.name
+            self._run(program, values, key)
+        self.block = ""
+        sent = {name: values[name] for name in self.sends}
+        results = {name: values[value] for name, value in self.results.items()}
+        if torch.is_grad_enabled():
+            loss = results.get("loss")
+            self._in_flight[microbatch] = _InFlight(leaves, sent, loss)
+        return sent, {name: value.detach() for name, value in results.items()}
+
+    def backward(
+        self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """Run the backward pass of one microbatch.
+
+        Args:
+            microbatch: Its index.
+            gradients: Gradients of sent values by name, summed over their consumers.
+            loss_gradient: Gradient of this microbatch's loss.
+
+        Returns:
+            Gradients of the received values by name, and of shared parameters by id. Gradients
+            of all other parameters are added to their ``.grad``.
+        """
+        state = self._in_flight.pop(microbatch)
+        roots, seeds = _roots(state, gradients, loss_gradient)
+        wanted = [leaf for leaf in state.received.values() if leaf.requires_grad]
+        self.block = "backward pass"
+        if not roots:
+            return {}, {}
+        shared: dict[int, Tensor] = {}
+        if self.shared:
+            shared = self._backward_apart(roots, seeds, wanted)
+        else:
+            torch.autograd.backward(roots, seeds)
+        self.block = ""
+        found = {n: leaf.grad for n, leaf in state.received.items() if leaf.grad is not None}
+        return found, shared
+
+    def clear(self) -> None:
+        """Forget every microbatch in flight (after a failure)."""
+        self._in_flight.clear()
+
+    def _run(self, program: Program, values: dict[str, Any], key: RandomKey) -> None:
+        def call(*inputs: Any) -> Any:
+            with random_scope(*key, program.name):  # entered again when it is recomputed
+                return program.module(*inputs)
+
+        inputs = tuple(values[name] for name in program.inputs)
+        if program.name in self.recompute and torch.is_grad_enabled():
+            outputs = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            outputs = call(*inputs)
+        values.update(zip(program.outputs, outputs, strict=True))
+
+    def _backward_apart(
+        self, roots: Sequence[Tensor], seeds: Sequence[Tensor | None], wanted: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        """Backward pass that keeps gradients of shared parameters apart.
+
+        Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
+        """
+        leaves = [*wanted, *self.parameters]
+        found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
+        shared_ids = {id(parameter) for parameter in self.shared}
+        shared = {}
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if gradient is None:
+                continue
+            if id(leaf) in shared_ids:
+                shared[id(leaf)] = gradient
+            elif leaf.grad is None:
+                leaf.grad = gradient
+            else:
+                leaf.grad += gradient
+        return shared
+
+
+def build_stages(
+    captured: CapturedModel,
+    blocks: Sequence[Sequence[str]],
+    recompute: Iterable[str] = (),
+) -> tuple[Stage, ...]:
+    """Build the stages of a split.
+
+    Args:
+        captured: The captured model.
+        blocks: Block names of each stage.
+        recompute: Names of blocks to recompute in the backward pass.
+    """
+    stage_of = {name: index for index, names in enumerate(blocks) for name in names}
+    producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
+    programs = [
+        tuple(p for p in captured.programs if stage_of[p.name] == index)
+        for index in range(len(blocks))
+    ]
+    users: dict[int, set[int]] = {}
+    for index, own in enumerate(programs):
+        for program in own:
+            for parameter in program.module.parameters():
+                users.setdefault(id(parameter), set()).add(index)
+    stages = []
+    for index, own in enumerate(programs):
+        results = {
+            name: value
+            for name, value in captured.results.items()
+            if producer.get(value, 0) == index
+        }
+        own_parameters = {id(p): p for g in own for p in g.module.parameters()}
+        stages.append(
+            Stage(
+                index=index,
+                programs=own,
+                prelude=captured.prelude(own, results.values()),
+                receives=_received(own, producer, index),
+                sends=_sent(captured, producer, stage_of, index),
+                recompute=frozenset(recompute),
+                shared=tuple(
+                    p for i, p in own_parameters.items() if len(users[i]) > 1 and p.requires_grad
+                ),
+                results=results,
+            )
+        )
+    return tuple(stages)
+
+
+def _received(
+    programs: Sequence[Program], producer: Mapping[str, int], index: int
+) -> tuple[str, ...]:
+    names = (name for program in programs for name in program.inputs)
+    return tuple(dict.fromkeys(n for n in names if producer.get(n, index) != index))
+
+
+def _sent(
+    captured: CapturedModel, producer: Mapping[str, int], stage_of: Mapping[str, int], index: int
+) -> tuple[str, ...]:
+    names = (
+        name
+        for program in captured.programs
+        for name in program.inputs
+        if producer.get(name) == index and stage_of[program.name] != index
+    )
+    return tuple(dict.fromkeys(names))
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return ``value`` cut off from the graph of the stage that computed it."""
+    return value.detach().requires_grad_(value.requires_grad) if value.requires_grad else value
+
+
+def _roots(
+    state: _InFlight, gradients: Mapping[str, Tensor], loss_gradient: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    roots: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    for name, value in state.sent.items():
+        if value.requires_grad and name in gradients:
+            roots.append(value)
+            seeds.append(gradients[name])
+    if state.loss is not None and state.loss.requires_grad:
+        roots.append(state.loss)
+        seeds.append(torch.full_like(state.loss, loss_gradient))
+    return roots, seeds

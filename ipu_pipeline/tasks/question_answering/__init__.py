@@ -1,0 +1,36 @@
+"""Extractive question answering: SQuAD files, sliding windows, answer selection, EM and F1."""
+
+from ipu_pipeline.tasks.question_answering.features import (
+    QuestionAnsweringDataset,
+    Window,
+    build_features,
+)
+from ipu_pipeline.tasks.question_answering.metrics import SquadScores, score_predictions
+from ipu_pipeline.tasks.question_answering.postprocess import (
+    Candidate,
+    select_answers,
+    write_predictions,
+)
+from ipu_pipeline.tasks.question_answering.squad import (
+    Answer,
+    DatasetError,
+    SquadExample,
+    load_hub_squad,
+    read_squad,
+)
+
+__all__ = [
+    "Answer",
+    "Candidate",
+    "DatasetError",
+    "QuestionAnsweringDataset",
+    "SquadExample",
+    "SquadScores",
+    "Window",
+    "build_features",
+    "load_hub_squad",
+    "read_squad",
+    "score_predictions",
+    "select_answers",
+    "write_predictions",
+]

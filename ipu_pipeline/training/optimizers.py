@@ -1,0 +1,67 @@
+"""Optimizer and learning-rate schedule, as transformers' Trainer builds them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from ipu_pipeline.training.arguments import TrainingArguments
+
+
+def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """Return AdamW over the model's trainable parameters, each tied parameter once.
+
+    Two groups: weights that transformers decays, then biases and norms with no decay.
+
+    Args:
+        model: The unsplit model.
+        arguments: Learning rate, betas, epsilon and weight decay are read.
+
+    Raises:
+        ValueError: No parameter is trainable.
+    """
+    # transformers has the rule as a Trainer method that reads nothing of the Trainer.
+    from transformers.trainer import Trainer  # slow to import: only where it is needed
+
+    decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; set requires_grad on some"
+        )
+    groups = [
+        {
+            "params": [p for name, p in trainable if name in decayed],
+            "weight_decay": arguments.weight_decay,
+        },
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_training_steps: int
+) -> LRScheduler:
+    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds.
+
+    Args:
+        optimizer: Its groups' learning rates are set.
+        arguments: Kind of schedule, warm-up and further arguments are read.
+        num_training_steps: Optimizer steps in all.
+    """
+    kwargs = cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
+    return get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=kwargs,
+    )
