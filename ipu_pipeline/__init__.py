@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from ipu_pipeline.config import IPUConfig
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.partition import Constraints
     from ipu_pipeline.targets.base import EvalResult, Executable, ExecutionOptions, StepResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CapturedModel": "ipu_pipeline.capture",
+    "Constraints": "ipu_pipeline.partition",
     "EvalResult": "ipu_pipeline.targets.base",
     "Executable": "ipu_pipeline.targets.base",
     "ExecutionOptions": "ipu_pipeline.targets.base",
@@ -35,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "CapturedModel",
+    "Constraints",
     "EvalResult",
     "Executable",
     "ExecutionOptions",

@@ -89,12 +89,14 @@ def plan_command(
         str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
     ] = "local",
     num_stages: Annotated[
-        int | None, typer.Option("--num-stages", min=1, help="Default: every device.")
+        int | None, typer.Option("--num-stages", min=1, help="Default: the config's, or the best.")
     ] = None,
     micro_batch: MicroBatch = 1,
     microbatches: Annotated[
         int | None,
-        typer.Option("--microbatches", min=1, help="Microbatches per optimizer step; default 8."),
+        typer.Option(
+            "--microbatches", min=1, help="Microbatches per step; default 8, or the config's."
+        ),
     ] = None,
     seq_length: SeqLength = 128,
     granularity: GranularityOption = Granularity.layer,
@@ -131,7 +133,8 @@ def plan_command(
         batch,
         machine=machine,
         num_stages=num_stages,
-        microbatches=microbatches or _accumulation(config),
+        microbatches=microbatches,
+        replicas=1 if config is None else config.replicas(),
         costs=costs.value,
         granularity=granularity.value,
         config=config,
@@ -162,7 +165,7 @@ def blocks(
 ) -> None:
     """List the blocks that a model is cut into, with their sizes."""
     from ipu_pipeline.capture.from_config import from_config
-    from ipu_pipeline.compiler import capture
+    from ipu_pipeline.capture import capture
 
     built, batch = from_config(
         *_config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
@@ -213,7 +216,3 @@ def _graph_table(graph: BlockGraph) -> str:
         for block in graph.blocks
     ]
     return render_table(columns, rows)
-
-
-def _accumulation(config: IPUConfig | None) -> int:
-    return 8 if config is None else config.gradient_accumulation_steps

@@ -40,7 +40,7 @@ def minilm_folder() -> Path:
 
 
 def load_model_and_tokenizer(name_or_path: str) -> tuple[Any, Any]:
-    """Load a question-answering model in float32, and its tokenizer.
+    """Load a question-answering model, in float32 and ready to train, and its tokenizer.
 
     Args:
         name_or_path: ``minilm`` for the installed demo weights, a folder, or a hub name.
@@ -61,4 +61,4 @@ def load_model_and_tokenizer(name_or_path: str) -> tuple[Any, Any]:
             f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); without a network "
             f"pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
         ) from error
-    return model, tokenizer
+    return model.train(), tokenizer

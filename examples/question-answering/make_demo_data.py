@@ -27,7 +27,8 @@ from demo_values import Split, Subject
 MIN_SENTENCES, MAX_SENTENCES = 3, 7
 QUESTIONS_PER_PARAGRAPH = 4
 PARAGRAPHS_PER_ARTICLE = 10
-SAME_DOMAIN_SHARE = 0.6  # how often several subjects of a paragraph are of one kind
+SAME_DOMAIN_SHARE = 0.7  # how often several subjects of a paragraph are of one kind
+RIVAL_SHARE = 0.6  # how often the same is then told of both
 UNSEEN_STATEMENT_SHARE = 0.3  # of the validation sentences
 UNSEEN_QUESTION_SHARE = 0.3  # of the validation questions
 UNIT = re.compile(r"^([\d,]+) [a-z]+$")
@@ -78,18 +79,25 @@ def fields_of(template: str) -> set[str]:
 
 
 def describe(
-    domain: Domain, subject: Subject, count: int, split: Split, rng: Random
+    domain: Domain, subject: Subject, count: int, rivals: set[str], split: Split, rng: Random
 ) -> list[Sentence]:
-    """Write up to ``count`` sentences about ``subject``; each slot has one value, told once."""
+    """Write up to ``count`` sentences about ``subject``; each slot has one value, told once.
+
+    Slots in ``rivals`` were told of another subject of the same kind. They are preferred, so that
+    a question cannot be answered by looking for the right kind of word.
+    """
     values = {slot: sample(rng) for slot, sample in domain.slots.items()}
     values |= {"name": subject.name, "short": subject.short}
     seen = rng.sample(domain.statements, len(domain.statements))
-    unseen = list(domain.unseen_statements) if split == "validation" else []
+    unseen = rng.sample(domain.unseen_statements, len(domain.unseen_statements))
+    unseen = unseen if split == "validation" else []
     sentences: list[Sentence] = []
     told: set[str] = set()
     while len(sentences) < count and (seen or unseen):
         pool = unseen if unseen and rng.random() < UNSEEN_STATEMENT_SHARE else seen or unseen
-        template = pool.pop(rng.randrange(len(pool)))
+        if rng.random() < RIVAL_SHARE:
+            pool.sort(key=lambda text: not rivals & fields_of(text))
+        template = pool.pop(0)
         slots = fields_of(template)
         if slots & told:
             continue
@@ -112,7 +120,7 @@ def filler(subjects: list[tuple[Domain, Subject]], rng: Random) -> Sentence:
 
 def choose_subjects(split: Split, rng: Random) -> list[tuple[Domain, Subject]]:
     """Draw the one to three subjects of a paragraph; no two of them share a name or a word."""
-    count = rng.choices((1, 2, 3), weights=(3, 5, 2))[0]
+    count = rng.choices((1, 2, 3), weights=(2, 5, 3))[0]
     domain, same = rng.choice(DOMAINS), rng.random() < SAME_DOMAIN_SHARE
     chosen: list[tuple[Domain, Subject]] = []
     while len(chosen) < count:
@@ -128,7 +136,10 @@ def write_sentences(split: Split, rng: Random) -> list[Sentence]:
     while True:
         subjects = choose_subjects(split, rng)
         count = {1: rng.randint(2, 4), 2: 2, 3: rng.randint(1, 2)}[len(subjects)]
-        sentences = [s for d, subject in subjects for s in describe(d, subject, count, split, rng)]
+        sentences: list[Sentence] = []
+        for domain, subject in subjects:
+            rivals = {f.slot for s in sentences for f in s.facts if f.domain is domain}
+            sentences += describe(domain, subject, count, rivals, split, rng)
         low = max(0, MIN_SENTENCES - len(sentences))
         for _ in range(rng.randint(low, max(low, min(2, MAX_SENTENCES - len(sentences))))):
             extra = filler(subjects, rng)

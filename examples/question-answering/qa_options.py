@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -113,26 +113,27 @@ class Options:
         )
 
 
+def described_fields() -> list[tuple[Field[Any], tuple[Any, str]]]:
+    """Return every field of :class:`Options` with its type and its help text."""
+    hints = get_type_hints(Options, include_extras=True)
+    return [(item, get_args(hints[item.name])) for item in fields(Options)]
+
+
 def as_command(run: Callable[[Options], Any]) -> Callable[..., None]:
     """Return a function that typer turns into the command line of :class:`Options`."""
 
     def command(**values: Any) -> None:
         run(Options(**values))
 
-    hints = get_type_hints(Options, include_extras=True)
-    parameters = []
-    for item in fields(Options):
-        kind, text = get_args(hints[item.name])
-        default = inspect.Parameter.empty if item.default is MISSING else item.default
-        annotation = Annotated[kind, typer.Option(f"--{item.name}", help=text)]
-        parameters.append(
-            inspect.Parameter(
-                item.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=annotation,
-            )
+    parameters = [
+        inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if item.default is MISSING else item.default,
+            annotation=Annotated[kind, typer.Option(f"--{item.name}", help=text)],
         )
+        for item, (kind, text) in described_fields()
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
     command.__doc__ = run.__doc__

@@ -10,7 +10,7 @@ Options are spelled as in transformers' own run_qa.py; ``qa_options.py`` lists t
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, cast
 
 import typer
@@ -42,7 +42,9 @@ from ipu_pipeline.training import (
 def run(options: Options) -> None:
     """Fine-tune and evaluate a question-answering model that is split over pipeline stages."""
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading and saving files
     check_output_dir(options)
     set_seed(options.seed)  # the new head's weights
     model, tokenizer = load_model_and_tokenizer(options.model_name_or_path)
@@ -56,7 +58,7 @@ def run(options: Options) -> None:
         plan,
         target=options.target,
         optimizer=build_optimizer(model, arguments) if options.do_train else None,
-        options=arguments.execution_options(schedule=options.schedule),
+        **asdict(arguments.execution_options(schedule=options.schedule)),
     )
     timed = TimedExecutable(executable)
     folder = options.output_dir
@@ -99,14 +101,24 @@ def make_plan(options: Options, model: Any, windows: QuestionAnsweringDataset | 
     microbatches = options.gradient_accumulation_steps
     if microbatches is None:
         microbatches = 1 if config is None else config.gradient_accumulation_steps
+    replicas = 1 if config is None else config.replicas()
+    if options.target == "local" and replicas > 1:
+        typer.echo(
+            f"note: the local target runs 1 of the {replicas} replicas, so a step has fewer samples"
+        )
+        replicas = 1
     pod = options.pod_type if options.target == "poptorch" else None
-    size = options.per_device_train_batch_size
+    size = options.per_device_eval_batch_size
+    if options.do_train:
+        size = options.per_device_train_batch_size
     return ipp.plan(
         model,
         {name: column[:size] for name, column in windows.tensors.items()},
         machine=options.machine or pod or "local",
         num_stages=options.num_stages,
         microbatches=microbatches,
+        replicas=replicas,
+        schedule=options.schedule or "1f1b",
         costs=options.costs,
         config=config,
     )

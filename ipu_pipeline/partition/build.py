@@ -256,3 +256,15 @@ def _exchanges(
         for parameter in graph.parameters
         if parameter.trainable and len(parameter.blocks) > 1
     )
+
+
+def ample_memory(problem: Problem, slots: Sequence[Slot]) -> bool:
+    """Whether one pool surely holds any split with the quickest options everywhere."""
+    most = max(slot.in_flight for slot in slots)
+    weights = sum(problem.held) + sum(item.num_bytes for item in problem.shared_weights)
+    stash = sum(option.held_bytes(most) for option in problem.fastest)
+    crossing = sum(v.forward_bytes for v in problem.values)
+    entering = crossing + sum(item.num_bytes for item in problem.inputs)
+    space = max(o.workspace_bytes for ways in problem.options for o in ways)
+    total = weights + stash + len(slots) * (space + most * entering)
+    return total <= min(slot.capacity for slot in slots)

@@ -15,12 +15,17 @@ Bools = NDArray[np.bool_]
 
 
 def boundaries(lattice: Lattice, slots: Sequence[Slot], rule: LayerRule | None) -> list[Bools]:
-    """For 0..len(slots) stages done: which sets of ``lattice`` the pins and layers allow."""
+    """For 0..len(slots) stages done: which sets of ``lattice`` the pins and layers allow.
+
+    None at all when a block may not be in any slot.
+    """
     last = len(slots)
     allowed = [np.ones(len(lattice), dtype=np.bool_) for _ in range(last + 1)]
     allowed[0][1:] = False
     allowed[last][:-1] = False
-    for block, first, final in _spans(lattice, slots):
+    for block, first, final in _spans(slots):
+        if final < 0:
+            return [np.zeros(len(lattice), dtype=np.bool_) for _ in range(last + 1)]
         for done in range(1, last):
             if final < done:
                 allowed[done] &= lattice.member[block]
@@ -32,7 +37,7 @@ def boundaries(lattice: Lattice, slots: Sequence[Slot], rule: LayerRule | None) 
     return allowed
 
 
-def _spans(lattice: Lattice, slots: Sequence[Slot]) -> Iterator[tuple[int, int, int]]:
+def _spans(slots: Sequence[Slot]) -> Iterator[tuple[int, int, int]]:
     """``(block, first slot, last slot)`` of every block that may not be everywhere."""
     limited = 0
     for slot in slots:

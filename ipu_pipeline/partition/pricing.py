@@ -101,15 +101,35 @@ class Pricer:
         return min(found, key=lambda price: price.load_s) if found else None
 
     def base_bytes(self, done: int, stage: int, in_flight: int) -> float:
-        """Bytes that no option changes: private weights, and what enters, per microbatch."""
+        """Bytes that no option changes: private weights, and what enters, per microbatch.
+
+        Without relays (the public instance formats) what enters is not charged.
+        """
         problem = self.problem
-        entering = sum(value.forward_bytes for value in self.entering(done, stage))
+        entering = 0.0
+        if problem.relay:
+            entering += sum(value.forward_bytes for value in self.entering(done, stage))
         entering += sum(item.num_bytes for item in problem.inputs if item.users & stage)
         return sum(problem.held[block] for block in bits(stage)) + in_flight * entering
 
     def shared_bytes(self, stage: int) -> float:
         """Bytes of the parameters that this stage and other blocks use, each once."""
         return sum(s.num_bytes for s in self.problem.shared_weights if s.users & stage)
+
+    def least_bytes(self, done: int, stage: int, slot: Slot) -> float:
+        """Fewest bytes with which the stage runs at ``slot``, parameters of other stages apart."""
+        ways = [self.problem.options[block] for block in bits(stage)]
+        spaces = sorted({o.workspace_bytes for options in ways for o in options})
+        least = inf
+        for space in spaces:
+            fitting = [
+                [o.held_bytes(slot.in_flight) for o in options if o.workspace_bytes <= space]
+                for options in ways
+            ]
+            if all(fitting):
+                least = min(least, space + sum(min(sizes) for sizes in fitting))
+        base = self.base_bytes(done, stage, slot.in_flight)
+        return base + self.shared_bytes(stage) + least
 
     def outer_s(self, stage: int) -> float:
         """Seconds per optimizer step at speed 1: updates and gradient exchanges."""
@@ -121,24 +141,25 @@ class Pricer:
         return exchanged + sum(self.problem.outer[block] for block in bits(stage))
 
     def entering(self, done: int, stage: int) -> list[Value]:
-        """Values that cross the boundary in front of the stage and that it holds."""
-        waiting = ~done if self.problem.relay else stage
-        return [
-            value
-            for block in bits(done)
-            for value in self._by_producer[block]
-            if value.consumers & waiting
-        ]
+        """Values made outside that the stage receives (to relay them, too)."""
+        if not self.problem.relay:
+            return [v for v in self.problem.values if v.consumers & stage
+                    and not stage >> v.producer & 1]  # fmt: skip
+        return self._crossing(done, ~done)
 
     def leaving(self, done: int, stage: int) -> list[Value]:
-        """Values that the stage sends on, relayed ones included."""
-        after = ~(done | stage)
-        makers = done | stage if self.problem.relay else stage
+        """Values that the stage sends on (relayed ones, too)."""
+        if not self.problem.relay:
+            return [v for block in bits(stage) for v in self._by_producer[block]
+                    if v.consumers & ~stage]  # fmt: skip
+        return self._crossing(done | stage, ~(done | stage))
+
+    def _crossing(self, makers: int, readers: int) -> list[Value]:
         return [
             value
             for block in bits(makers)
             for value in self._by_producer[block]
-            if value.consumers & after
+            if value.consumers & readers
         ]
 
     def transfers(self, done: int, stage: int, slot: Slot) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ipu_pipeline.cost.model import BlockChoice
 
@@ -95,3 +95,7 @@ class Partition:
     def devices(self) -> tuple[int, ...]:
         """Device of every stage."""
         return tuple(stage.device for stage in self.stages)
+
+    def with_bound(self, lower_bound: float) -> Partition:
+        """Return this split with another proven bound (never above its own price)."""
+        return replace(self, lower_bound=min(lower_bound, self.objective))

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ipu_pipeline.ir.plan import Plan
 
@@ -124,4 +125,12 @@ class Executable(Protocol):
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the executable; leaving the block closes it."""
+        ...
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the executable."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -56,7 +56,7 @@ class Events:
         self.state = TrainerState(
             is_local_process_zero=arguments.should_save,
             is_world_process_zero=arguments.should_save,
-            stateful_callbacks=self._exportable(),
+            stateful_callbacks=cast(Any, self._exportable()),
             train_batch_size=arguments.train_batch_size,
         )
         self._stepped = False
@@ -95,17 +95,16 @@ class Events:
 
     def callback_states(self) -> dict[str, Any]:
         """Return the states of callbacks that export one, as JSON data."""
-        states: dict[str, Any] = TrainerState(
-            stateful_callbacks=self._exportable()
-        ).stateful_callbacks
-        return states
+        # The state turns the list it is made with into the mapping it keeps.
+        state = TrainerState(stateful_callbacks=cast(Any, self._exportable()))
+        return cast("dict[str, Any]", state.stateful_callbacks)
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take over a saved trainer state, and the states of the callbacks that are here too."""
         self.state = TrainerState(**saved)
         self.state.is_local_process_zero = self.arguments.should_save
         self.state.is_world_process_zero = self.arguments.should_save
-        for name, data in self.state.stateful_callbacks.items():
+        for name, data in cast("dict[str, Any]", self.state.stateful_callbacks).items():
             if name == TrainerControl.__name__:
                 continue  # control holds for a moment only
             own = [c for c in self.handler.callbacks if type(c).__name__ == name]

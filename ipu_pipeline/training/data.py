@@ -4,10 +4,11 @@ A batch is a pure function of (data, seed, epoch, step): the permutation is draw
 epoch), and random numbers used while reading and collating it (token masking, augmentation) are
 keyed by (seed, epoch, step). Workers, restarts and the number of stages change nothing.
 
-The last batch of an epoch may be short. A step splits its batch evenly over microbatches and
-replicas, so a short batch keeps the largest part that divides; the few samples left over (fewer
-than microbatches x replicas) sit this epoch out, another random few the next, and the log says
-so. ``dataloader_drop_last`` leaves the whole short batch out, for targets with fixed shapes.
+The last batch of an epoch may be short. A target that takes any size (its executable has
+``batch_divisor = 1``) gets it whole. Others split a batch evenly over microbatches and replicas:
+the batch keeps the largest part that divides, the few samples left over (fewer than microbatches
+x replicas) sit this epoch out, another random few the next, and the log says so.
+``dataloader_drop_last`` leaves the whole short batch out, for targets with fixed shapes.
 """
 
 from __future__ import annotations
@@ -175,13 +176,26 @@ class BatchLoader:
 
 
 def train_batches(
-    dataset: Dataset[Any], arguments: TrainingArguments, collate_fn: Collator
+    dataset: Dataset[Any],
+    arguments: TrainingArguments,
+    collate_fn: Collator,
+    *,
+    divisor: int | None = None,
 ) -> BatchLoader:
-    """Return the shuffled training batches; axis 0 is micro batch x microbatches x replicas."""
+    """Return the shuffled training batches; axis 0 is micro batch x microbatches x replicas.
+
+    Args:
+        dataset: Samples by index.
+        arguments: Batch sizes, seeds, workers and ``dataloader_drop_last`` are read.
+        collate_fn: Makes a batch of samples.
+        divisor: The size of a short batch is a multiple of this; ``None`` for microbatches x
+            replicas.
+    """
+    divisor = arguments.samples_divisor if divisor is None else divisor
     sampler = EpochBatches(
         _length(dataset),
         arguments.global_batch_size,
-        divisor=arguments.samples_divisor,
+        divisor=divisor,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         drop_last=arguments.dataloader_drop_last,
     )
@@ -193,7 +207,7 @@ def train_batches(
             sampler.num_samples,
             "is dropped, as dataloader_drop_last asks"
             if arguments.dataloader_drop_last
-            else f"has to divide into {arguments.samples_divisor} microbatches",
+            else f"has to divide into {divisor} microbatches",
         )
     return BatchLoader(dataset, sampler, collate_fn, arguments.dataloader_num_workers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.trainer_pt_utils import find_batch_size, torch_pad_and_concatenate
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import denumpify_detensorize, speed_metrics
 
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training.arguments import TrainingArguments
@@ -83,6 +83,78 @@ def evaluate_loop(
     metrics |= speed_metrics("eval", start_s, num_samples=num_samples, num_steps=len(loader))
     outputs = {name: _joined(tensors) for name, tensors in parts.items()}
     return EvalOutput(loss, outputs, num_samples, metrics)
+
+
+EvalFn = Callable[[Executable], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation during training runs.
+
+    Attributes:
+        dataset: Evaluated with :func:`evaluate_loop`; ``None`` to leave it out.
+        function: Gives further metrics; ``None`` to leave it out.
+        collate_fn: As in ``train``.
+    """
+
+    dataset: Dataset[Any] | None = None
+    function: EvalFn | None = None
+    collate_fn: Collator | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return self.dataset is None and self.function is None
+
+    def metrics(
+        self,
+        executable: Executable,
+        arguments: TrainingArguments,
+        *,
+        tokenizer: Any,
+        on_step: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Run it and return its metrics, every name with the prefix ``eval_``.
+
+        Raises:
+            ValueError: There is nothing to run.
+        """
+        metrics: dict[str, Any] = {}
+        if self.is_empty:
+            raise ValueError("an evaluation was asked for; give train() eval_dataset or eval_fn")
+        if self.dataset is not None:
+            output = evaluate_loop(
+                executable,
+                self.dataset,
+                arguments,
+                collate_fn=self.collate_fn,
+                tokenizer=tokenizer,
+                on_step=on_step,
+            )
+            metrics |= output.metrics
+        if self.function is not None:
+            found = denumpify_detensorize(dict(self.function(executable)))
+            metrics |= {_prefixed(name): value for name, value in found.items()}
+        return metrics
+
+
+def find_metric(metrics: Mapping[str, Any], name: str) -> float:
+    """Return a metric by its name with or without the prefix.
+
+    Raises:
+        ValueError: It was not computed.
+    """
+    if _prefixed(name) not in metrics:
+        raise ValueError(
+            f"metric_for_best_model is {name!r} and the evaluation gave {sorted(metrics)}; "
+            "choose one of these"
+        )
+    return float(metrics[_prefixed(name)])
+
+
+def _prefixed(name: str) -> str:
+    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -13,11 +13,12 @@ from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training.arguments import TrainingArguments
 from ipu_pipeline.training.checkpoint import find_resume_checkpoint
 from ipu_pipeline.training.data import Collator, build_collator, train_batches
+from ipu_pipeline.training.evaluate import EvalFn, Evaluation
 from ipu_pipeline.training.results import TrainResult
-from ipu_pipeline.training.run import EvalFn, Evaluation, Run
+from ipu_pipeline.training.run import Run
 
 
-def train(  # noqa: PLR0913  (the parts of a training run, all but three by name)
+def train(
     executable: Executable,
     dataset: Dataset[Any],
     arguments: TrainingArguments,
@@ -55,9 +56,10 @@ def train(  # noqa: PLR0913  (the parts of a training run, all but three by name
     """
     set_seed(arguments.seed)
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
+    divisor = getattr(executable, "batch_divisor", None)
     run = Run(
         executable,
-        train_batches(dataset, arguments, collator),
+        train_batches(dataset, arguments, collator, divisor=divisor),
         arguments,
         callbacks=callbacks,
         evaluation=Evaluation(eval_dataset, eval_fn, collate_fn),

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import denumpify_detensorize, speed_metrics
+from transformers.trainer_utils import speed_metrics
 
 from ipu_pipeline.targets.base import Executable, StepResult
 from ipu_pipeline.targets.checkpoint import is_complete
@@ -30,30 +29,13 @@ from ipu_pipeline.training.checkpoint import (
     resume_position,
     rotate_checkpoints,
 )
-from ipu_pipeline.training.data import Batch, BatchLoader, Collator, DataPosition
-from ipu_pipeline.training.evaluate import evaluate_loop
+from ipu_pipeline.training.data import Batch, BatchLoader, DataPosition
+from ipu_pipeline.training.evaluate import Evaluation, find_metric
 from ipu_pipeline.training.optimizers import build_scheduler
 from ipu_pipeline.training.progress import TrainingProgress
 from ipu_pipeline.training.results import LossMeter, TrainResult, save_results, write_json
 
 logger = logging.getLogger(__name__)
-
-EvalFn = Callable[[Executable], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation during training runs.
-
-    Attributes:
-        dataset: Evaluated with ``evaluate_loop``; ``None`` to leave it out.
-        function: Gives further metrics; ``None`` to leave it out.
-        collate_fn: As in ``train``.
-    """
-
-    dataset: Dataset[Any] | None = None
-    function: EvalFn | None = None
-    collate_fn: Collator | None = None
 
 
 class Run:
@@ -68,7 +50,7 @@ class Run:
         tokenizer: Kept in the checkpoints.
     """
 
-    def __init__(  # noqa: PLR0913  (the parts of a run; made in one place)
+    def __init__(
         self,
         executable: Executable,
         loader: BatchLoader,
@@ -126,13 +108,13 @@ class Run:
     @property
     def goes_on(self) -> bool:
         """Whether there is another epoch to begin or, after a resume, to end."""
+        if self.stopping:
+            return False
+        # With max_steps given, epochs go on until it is reached.
+        if self.arguments.max_steps < 0 and self.position.epoch >= self.num_epochs:
+            return False
         steps_left = self.events.state.global_step < self.max_steps
-        epoch_to_end = self.position.step >= len(self.loader)
-        return (
-            self.position.epoch < self.num_epochs
-            and not self.stopping
-            and (steps_left or epoch_to_end)
-        )
+        return bool(steps_left or self.position.step >= len(self.loader))
 
     def resume(self, path: Path) -> None:
         """Go on where the checkpoint at ``path`` was written.
@@ -178,9 +160,7 @@ class Run:
         state.global_step += 1
         self.position = replace(self.position, step=self.position.step + 1)
         state.epoch = self.position.epoch + self.position.step / len(self.loader)
-        self.progress.advance(
-            loss=result.loss, learning_rate=self.learning_rate, num_samples=size
-        )
+        self.progress.advance(loss=result.loss, learning_rate=self.learning_rate, num_samples=size)
 
     def end_epoch(self) -> None:
         """Move on to the next epoch, unless training stops in the middle of this one."""
@@ -209,27 +189,16 @@ class Run:
         Raises:
             ValueError: There is nothing to evaluate, or the metric to follow is not computed.
         """
-        evaluation = self.evaluation
-        metrics: dict[str, Any] = {}
-        if evaluation.dataset is None and evaluation.function is None:
-            raise ValueError("an evaluation was asked for; give train() eval_dataset or eval_fn")
-        if evaluation.dataset is not None:
-            output = evaluate_loop(
-                self.executable,
-                evaluation.dataset,
-                self.arguments,
-                collate_fn=evaluation.collate_fn,
-                tokenizer=self.tokenizer,
-                on_step=lambda: self.events.fire("on_prediction_step"),
-            )
-            metrics |= output.metrics
-        if evaluation.function is not None:
-            found = denumpify_detensorize(dict(evaluation.function(self.executable)))
-            metrics |= {_prefixed(name): value for name, value in found.items()}
+        metrics = self.evaluation.metrics(
+            self.executable,
+            self.arguments,
+            tokenizer=self.tokenizer,
+            on_step=lambda: self.events.fire("on_prediction_step"),
+        )
         self.events.log(metrics)
         self.events.fire("on_evaluate", metrics=metrics)
         if follow and self.arguments.metric_for_best_model is not None:
-            self._follow(_metric(metrics, self.arguments.metric_for_best_model))
+            self._follow(find_metric(metrics, self.arguments.metric_for_best_model))
         return metrics
 
     def save(self) -> Path:
@@ -240,7 +209,7 @@ class Run:
             best = checkpoint_path(arguments.output_dir, state.best_global_step)
             if best == path or is_complete(best):
                 state.best_model_checkpoint = str(best)
-        state.stateful_callbacks = self.events.callback_states()
+        state.stateful_callbacks = cast(Any, self.events.callback_states())
         point = TrainingPoint(
             position=self.position,
             data=describe_data(self.loader.sampler),
@@ -334,7 +303,7 @@ def _check(
                 f"{argument} is {getattr(arguments, argument)} and the plan was made for "
                 f"{planned}; set it to {planned}, or plan again"
             )
-    if arguments.do_eval and evaluation.dataset is None and evaluation.function is None:
+    if arguments.do_eval and evaluation.is_empty:
         raise ValueError(
             f"eval_strategy is {arguments.eval_strategy!r} and there is nothing to evaluate; "
             "give train() eval_dataset or eval_fn"
@@ -346,17 +315,3 @@ def _flops_per_token(model: torch.nn.Module) -> float:
     """Return transformers' estimate: 6 x parameters without embeddings; 0 if it has none."""
     count = getattr(model, "num_parameters", None)
     return 6.0 * count(exclude_embeddings=True) if count is not None else 0.0
-
-
-def _prefixed(name: str) -> str:
-    return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def _metric(metrics: Mapping[str, Any], name: str) -> float:
-    key = _prefixed(name)
-    if key not in metrics:
-        raise ValueError(
-            f"metric_for_best_model is {name!r} and the evaluation gave {sorted(metrics)}; "
-            "choose one of these"
-        )
-    return float(metrics[key])

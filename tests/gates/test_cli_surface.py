@@ -32,7 +32,7 @@ def test_planted_option_is_caught(golden, request) -> None:
     if request.config.getoption("--update-golden"):
         pytest.skip("would write the planted command")
     changed = typer.Typer(add_completion=False, rich_markup_mode=None)
-    changed.command("plan")(lambda extra=1: None)  # noqa: ARG005
+    changed.command("plan")(lambda extra=1: None)
     changed.command("other")(lambda: None)
     with pytest.raises(AssertionError, match=r"cli_help\.txt changed"):
         golden("cli_help.txt", help_pages(changed))

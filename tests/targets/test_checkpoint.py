@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -271,6 +272,19 @@ def test_another_model_names_the_first_parameters_that_differ(saved):
     assert_untouched(saved, "checkpoint of BertForMaskedLM, the model is BertForQ", model=model)
 
 
+def test_other_settings_are_announced(saved, trained, caplog):
+    model, optimizer = trained
+    read_checkpoint(saved, model=model, optimizer=optimizer)
+    assert not caplog.records
+    model.config.hidden_dropout_prob = 0.5
+    model.config.num_attention_heads = 4
+    read_checkpoint(saved, model=model, optimizer=optimizer)
+    assert "hidden_dropout_prob was 0.1 and is 0.5" in caplog.text
+    assert "num_attention_heads was 2 and is 4" in caplog.text
+    assert len(caplog.records) == 1
+    assert ";" in caplog.text
+
+
 def test_another_class_with_the_same_parameters(saved):
     class Renamed(BertForMaskedLM):
         pass
@@ -327,7 +341,7 @@ def test_settings_and_extra_that_json_cannot_hold(tmp_path):
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "odd": object()}], lr=0.1)
     with pytest.raises(CheckpointError, match="SGD has settings or state that JSON cannot hold"):
         write_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, global_step=0)
-    with pytest.raises(CheckpointError, match="extra must be JSON data .*; convert tensors"):
+    with pytest.raises(CheckpointError, match=r"extra must be JSON data .*; convert tensors"):
         write_checkpoint(
             tmp_path / "c", model=model, optimizer=None, global_step=0, extra={"x": {1}}
         )
@@ -396,12 +410,14 @@ def test_killed_between_the_two_renames_of_a_replacement(saved, trained, monkeyp
     model, optimizer = trained
 
     def replace():
+        rename = pathlib.Path.rename
+
         def die_on_second(self, target):
-            os.rename(self, target)
+            rename(self, target)
             if target.name.endswith(".previous"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr("pathlib.Path.rename", die_on_second)
+        monkeypatch.setattr(pathlib.Path, "rename", die_on_second)
         write_checkpoint(saved, model=model, optimizer=optimizer, global_step=8)
 
     killed_while(replace)

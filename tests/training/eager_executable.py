@@ -133,6 +133,12 @@ class EagerExecutable:
     def close(self) -> None:
         pass
 
+    def __enter__(self) -> EagerExecutable:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 def _split(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     size = len(next(iter(batch.values())))

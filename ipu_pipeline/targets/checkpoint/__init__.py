@@ -44,6 +44,7 @@ from ipu_pipeline.targets.checkpoint.weights import (
     load_weights,
     read_weights,
     save_weights,
+    warn_of_other_settings,
 )
 
 __all__ = [
@@ -141,6 +142,7 @@ def read_checkpoint(
     check_files(path, manifest)
     tensors = read_weights(model, path)
     state = None if optimizer is None else read_optimizer(optimizer, model, path)
+    warn_of_other_settings(model, path)
     load_weights(model, tensors)
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from ipu_pipeline.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
 # What a transformers model leaves out of its own file (Marian's position tables, for one).
 LEFT_OUT = "model.left_out.safetensors"
 _ONE_FILE_BYTES = 1 << 60
+# Set by saving or loading, without influence on what is computed.
+_NOT_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 
 
 def save_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -42,11 +47,7 @@ def save_weights(model: torch.nn.Module, folder: Path) -> None:
         written = set()
     groups = tied_names(model)
     state = model.state_dict()
-    rest = {
-        names[0]: state[names[0]].contiguous()
-        for names in groups
-        if written.isdisjoint(names)
-    }
+    rest = {names[0]: state[names[0]].contiguous() for names in groups if written.isdisjoint(names)}
     if rest:
         save_file(rest, folder / (LEFT_OUT if written else WEIGHTS), metadata={"format": "pt"})
 
@@ -112,6 +113,27 @@ def check_fingerprint(saved: Mapping[str, Any], model: torch.nn.Module, folder: 
         f"{folder} is a checkpoint of {saved['class']}, the model is {own['class']}: {what}; "
         "build the model as it was when the checkpoint was written"
     )
+
+
+def warn_of_other_settings(model: torch.nn.Module, folder: Path) -> None:
+    """Log the settings of a transformers model that differ from the checkpoint's.
+
+    Parameters of the same shapes can compute something else: another number of attention heads,
+    another activation. Some changes are meant (dropout), so this is no error.
+    """
+    if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
+        return
+    saved = type(model.config).from_pretrained(folder).to_dict()
+    own = model.config.to_dict()
+    changed = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in own.items()
+        if name not in _NOT_SETTINGS and saved.get(name) != value
+    ]
+    if changed:
+        logger.warning(
+            "the model is configured otherwise than in %s: %s", folder, "; ".join(changed)
+        )
 
 
 def tied_names(model: torch.nn.Module) -> list[list[str]]:

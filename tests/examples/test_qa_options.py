@@ -1,0 +1,114 @@
+"""The command line of run_qa.py: every published flag is accepted, contradictions are refused."""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+# The published command line of the IPU version of run_qa.py, word for word.
+PUBLISHED = """
+--model_name_or_path bert-base-uncased --ipu_config_name Graphcore/bert-base-ipu
+--dataset_name squad --do_train --do_eval --num_train_epochs 2
+--per_device_train_batch_size 4 --per_device_eval_batch_size 16
+--gradient_accumulation_steps 16 --pod_type pod16 --learning_rate 9e-5 --max_seq_length 384
+--doc_stride 128 --seed 1984 --lr_scheduler_type linear --loss_scaling 64 --weight_decay 0.01
+--warmup_ratio 0.2 --logging_steps 10 --save_steps 1000 --dataloader_num_workers 64
+--ipu_config_overrides=device_iterations=1,matmul_proportion=[0.2,0.3] --output_dir output
+"""
+
+
+@pytest.fixture
+def module(example):
+    return example("qa_options")
+
+
+@pytest.fixture
+def call(module):
+    """Return a function that runs a command line and gives the result and the options."""
+    seen = []
+
+    def call_with(*arguments):
+        app = typer.Typer(rich_markup_mode=None)
+        app.command()(module.as_command(seen.append))
+        return CliRunner().invoke(app, arguments), seen[-1] if seen else None
+
+    return call_with
+
+
+def test_takes_the_published_command_line(call):
+    result, options = call(*shlex.split(PUBLISHED))
+    assert result.exit_code == 0, result.output
+    assert options.model_name_or_path == "bert-base-uncased"
+    assert options.ipu_config_name == "Graphcore/bert-base-ipu"
+    assert options.ipu_config_overrides == "device_iterations=1,matmul_proportion=[0.2,0.3]"
+    assert (options.dataset_name, options.do_train, options.do_eval) == ("squad", True, True)
+    assert (options.num_train_epochs, options.learning_rate) == (2.0, 9e-5)
+    assert (options.gradient_accumulation_steps, options.pod_type) == (16, "pod16")
+    assert (options.loss_scaling, options.warmup_ratio, options.seed) == (64, 0.2, 1984)
+    assert options.output_dir == Path("output")
+
+
+OWN = """
+--model_name_or_path minilm --output_dir o --do_train --train_file t.json --target local
+--num_stages 2 --resume_from_checkpoint auto --max_steps 7 --max_train_samples 9
+--max_eval_samples 8 --max_grad_norm 0 --bf16 --schedule gpipe --machine local --n_best_size 3
+--max_answer_length 9 --overwrite_output_dir --costs profiled --eval_before_training
+--validation_file v.json --save_total_limit 1 --disable_tqdm
+"""
+
+
+def test_takes_the_options_of_its_own(call):
+    result, options = call(*shlex.split(OWN))
+    assert result.exit_code == 0, result.output
+    assert options.evaluates
+    assert (options.train_file, options.num_stages, options.costs) == (
+        Path("t.json"),
+        2,
+        "profiled",
+    )
+    assert (options.max_steps, options.schedule, options.bf16) == (7, "gpipe", True)
+
+
+def test_every_field_is_an_option_with_help(module, call):
+    result, _ = call("--help")
+    assert result.exit_code == 0
+    shown = " ".join(result.output.split())
+    assert len(fields(module.Options)) > 40
+    for item, (_, text) in module.described_fields():
+        assert f"--{item.name} " in shown
+        assert text.split()[0] in shown
+
+
+def test_an_unknown_option_is_refused(call):
+    result, options = call("--model_name_or_path", "m", "--output_dir", "o", "--learning-rate", "1")
+    assert result.exit_code == 2
+    assert options is None
+    assert "--learning-rate" in result.output
+
+
+CONTRADICTIONS = {
+    "nothing to do: give --do_train or --do_eval": {},
+    "--dataset_name squad and --train_file or --validation_file are both given": {
+        "do_train": True,
+        "dataset_name": "squad",
+        "train_file": Path("t"),
+    },
+    r"--do_train needs --train_file \(SQuAD v1.1 JSON\) or --dataset_name": {"do_train": True},
+    r"evaluating needs --validation_file \(SQuAD": {"do_eval": True},
+    "--plan p.json already decides what --machine and --num_stages would": {
+        "do_eval": True,
+        "validation_file": Path("v"),
+        "plan": Path("p.json"),
+        "num_stages": 2,
+        "machine": "local",
+    },
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_refuses_contradictions(module, message):
+    with pytest.raises(ValueError, match=message):
+        module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])

@@ -1,0 +1,85 @@
+"""Split models compute what unsplit models compute: loss and EVERY gradient, and loss curves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ipu_pipeline as ipp
+from tests.tiny_models import TINY
+
+MICROBATCHES = 4
+STEPS = 20
+
+
+def large_batch(name: str) -> dict[str, Tensor]:
+    return TINY[name].build(batch_size=2 * MICROBATCHES, seed=3)[1]
+
+
+def eager_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of plain gradient accumulation over the same microbatches."""
+    total = 0.0
+    for index in range(MICROBATCHES):
+        part = {key: value[2 * index : 2 * index + 2] for key, value in batch.items()}
+        loss = model(**part).loss
+        (loss / MICROBATCHES).backward()
+        total += loss.item() / MICROBATCHES
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return total, found
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+@pytest.mark.parametrize("name", TINY)
+def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedule: str) -> None:
+    model, example = TINY[name].build()
+    batch = large_batch(name)
+    expected_loss, expected = eager_gradients(model, batch)
+    plan = ipp.plan(
+        model, example, num_stages=num_stages, microbatches=MICROBATCHES, schedule=schedule
+    )
+    with ipp.compile(model, plan, self_check=False) as executable:
+        loss = executable.forward_backward(batch)
+
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert plan.num_stages == num_stages
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert set(found) == set(expected)
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for fqn, gradient in expected.items():
+        torch.testing.assert_close(found[fqn], gradient, rtol=0, atol=1e-6 * scale, msg=fqn)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_loss_curves_with_dropout_do_not_depend_on_the_split(name: str) -> None:
+    batch = large_batch(name)
+
+    def curve(num_stages: int, schedule: str, *, sequential: bool = False) -> list[float]:
+        model, example = TINY[name].build(dropout=True)
+        plan = ipp.plan(
+            model, example, num_stages=num_stages, microbatches=MICROBATCHES, schedule=schedule
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with ipp.compile(
+            model, plan, optimizer=optimizer, sequential=sequential, self_check=False
+        ) as executable:
+            return [executable.train_step(batch).loss for _ in range(STEPS)]
+
+    reference = curve(1, "1f1b")
+    assert reference[-1] < reference[0]
+    for num_stages in (2, 4):
+        for schedule in ("1f1b", "gpipe"):
+            assert curve(num_stages, schedule) == pytest.approx(reference, rel=1e-5)
+    assert curve(2, "1f1b", sequential=True) == pytest.approx(reference, rel=1e-5)
+
+
+def test_dropout_is_really_on() -> None:
+    model, example = TINY["bert-qa"].build(dropout=True)
+    plan = ipp.plan(model, example, num_stages=2, microbatches=1)
+    losses = []
+    for seed in (1, 2):
+        with ipp.compile(model, plan, seed=seed, self_check=False) as executable:
+            losses.append(executable.forward_backward(example))
+    assert losses[0] != losses[1]

@@ -1,0 +1,76 @@
+"""What the local target refuses before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ipu_pipeline as ipp
+from ipu_pipeline.errors import LoweringError
+from tests.tiny_models import TINY
+
+
+@pytest.fixture(scope="module")
+def planned() -> tuple[torch.nn.Module, ipp.Plan]:
+    model, example = TINY["bert-qa"].build()
+    return model, ipp.plan(model, example, num_stages=2, microbatches=2)
+
+
+def test_replicas_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    model, plan = planned
+    with pytest.raises(LoweringError, match="3 replicas; the local target runs one pipeline"):
+        ipp.compile(model, replace(plan, replicas=3))
+
+
+def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    model, plan = planned
+    with pytest.raises(LoweringError, match="no schedule 'zigzag'; use one of 1f1b, gpipe"):
+        ipp.compile(model, plan, schedule="zigzag")
+
+
+def test_serialized_blocks_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    model, plan = planned
+    first = replace(plan.stages[0], serialize={"bert.embeddings": 4})
+    with pytest.raises(LoweringError, match=r"cannot serialize blocks yet \(bert.embeddings\)"):
+        ipp.compile(model, replace(plan, stages=(first, *plan.stages[1:])))
+
+
+def test_unknown_targets_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    model, plan = planned
+    with pytest.raises(LoweringError, match="target 'moon' is unknown; available: local"):
+        ipp.compile(model, plan, target="moon")
+
+
+def test_models_without_weights_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    _, plan = planned
+    model, _ = TINY["bert-qa"].build(device="meta")
+    with pytest.raises(LoweringError, match="parameters of the model have no data"):
+        ipp.compile(model, plan)
+
+
+def test_foreign_optimizers_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
+    model, plan = planned
+    other, _ = TINY["bert-qa"].build()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(LoweringError, match="holds parameters that are not the model's"):
+        ipp.compile(model, plan, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"loss_scaling": 0}, "loss_scaling must be above 0, got 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be above 0, got -1"),
+        ({"stall_timeout_s": 0}, "stall_timeout_s must be above 0, got 0"),
+        ({"colour": 1}, "unknown option colour; known options: precision"),
+    ],
+)
+def test_wrong_options_are_refused(
+    planned: tuple[torch.nn.Module, ipp.Plan], option: dict[str, object], message: str
+) -> None:
+    model, plan = planned
+    with pytest.raises(ValueError, match=message):
+        ipp.compile(model, plan, **option)
