@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture import CapturedModel, capture
-    from ipu_pipeline.compiler import compile, plan  # noqa: A004
+    from ipu_pipeline.compiler import compile, plan
     from ipu_pipeline.config import IPUConfig
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import Plan

@@ -164,8 +164,8 @@ def blocks(
     granularity: GranularityOption = Granularity.layer,
 ) -> None:
     """List the blocks that a model is cut into, with their sizes."""
-    from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.capture import capture
+    from ipu_pipeline.capture.from_config import from_config
 
     built, batch = from_config(
         *_config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length

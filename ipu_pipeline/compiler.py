@@ -28,7 +28,7 @@ from ipu_pipeline.targets.registry import lower
 DEFAULT_MICROBATCHES = 8
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model: nn.Module,
     example_batch: Mapping[str, Any],
     *,
@@ -80,7 +80,7 @@ def plan(
     return make_plan(captured, described, prices, partition)
 
 
-def compile(  # noqa: A001 - the public name
+def compile(
     model: nn.Module,
     plan: Plan,
     *,

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading and saving files
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading and saving files
     check_output_dir(options)
     set_seed(options.seed)  # the new head's weights
     model, tokenizer = load_model_and_tokenizer(options.model_name_or_path)

@@ -4,9 +4,10 @@ The sweep needs stages that do not share devices or memories and a step time wit
 For the other cases it still gives a bound (``_relaxed_bound``): own devices, own memories, and
 
 * GPipe: ``max f + max b >= max (f + b)``;
-* PopART, F > 1 stages, S = 2F-1: a fill cycle c is at least as long as pipeline stage c, a flush
-  cycle as the stage behind it, so fill and flush together take at least twice the sum of all
-  stages without the first device's, and the step ``(G-S) max + 2 sum``.
+* PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
+  c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
+  once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
+  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class Engine:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
         if self._constraints.schedule == "maxload":
             return 1, 0
-        if self._constraints.schedule == "popart" and depth > 1:
+        if self._constraints.schedule == "popart" and self._training and depth > 1:
             total = least_microbatches("popart", depth, training=self._training)
             return microbatches - total, 2
         return microbatches - 1, 1

@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 _BYTES_EPS = 1e-9
+_QUANTILES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Rows:
         self.lattice, self.pricer, self.problem = lattice, pricer, problem
         self._cut_s: dict[Link | None, Floats] = {None: np.zeros(len(lattice))}
         self._held: dict[int, tuple[Floats, Floats]] = {}
+        self._lagrange: dict[int, tuple[Floats, Floats]] = {}
         self._closed: dict[int, Bools] = {}
         self._ends = [value.consumers | 1 << value.producer for value in problem.values]
         self._weights = lattice.total(problem.held)
@@ -96,7 +98,43 @@ class Rows:
         low = common + least[targets] - least[start]
         high = common + quick[targets] - quick[start] + self._space
         load_s = np.where(low > slot.capacity + slack, inf, load_s)
-        return Row(targets, load_s, high <= slot.capacity - slack)
+        certain = high <= slot.capacity - slack
+        if not certain.all():
+            room = slot.capacity - common
+            load_s = load_s + self._extra_s(start, targets, room, slot.in_flight) / slot.speed
+        return Row(targets, load_s, certain)
+
+    def _extra_s(self, start: int, targets: Ints, room: Floats, in_flight: int) -> Floats:
+        """Seconds that memory surely adds to the quickest options (Lagrangian bound).
+
+        For any price per byte p >= 0, no selection within ``room`` bytes is quicker than
+        ``sum of min (seconds + p bytes) - p room``.
+        """
+        prices, totals = self._priced(in_flight)
+        floor_s = totals[:, targets] - totals[:, start : start + 1] - prices[:, None] * room
+        quick_s = self.lattice.work_s[targets] - self.lattice.work_s[start]
+        least: Floats = floor_s.max(axis=0) * (1 - 1e-12)
+        return np.maximum(least - quick_s, 0.0)
+
+    def _priced(self, in_flight: int) -> tuple[Floats, Floats]:
+        """Prices per byte worth trying, and per price the running minimum of each set."""
+        if in_flight not in self._lagrange:
+            menus = [[(o.total_s, o.held_bytes(in_flight)) for o in ways]
+                     for ways in self.problem.options]  # fmt: skip
+            slopes = [
+                (slow[0] - quick[0]) / (quick[1] - slow[1])
+                for menu in menus
+                for quick in menu
+                for slow in menu
+                if quick[1] > slow[1] and slow[0] >= quick[0]
+            ]
+            prices = np.unique(np.quantile(slopes or [0.0], _QUANTILES))
+            totals = [
+                self.lattice.total([min(s + price * b for s, b in menu) for menu in menus])
+                for price in prices.tolist()
+            ]
+            self._lagrange[in_flight] = (prices, np.stack(totals))
+        return self._lagrange[in_flight]
 
     def memory_matters(self, slot: Slot) -> bool:
         """Whether a stage of all blocks with the quickest options could overflow the slot."""

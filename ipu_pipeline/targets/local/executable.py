@@ -40,6 +40,8 @@ class LocalExecutable:
         options: How to run.
     """
 
+    batch_divisor = 1  # a short microbatch is captured for its own shape and weighs less
+
     def __init__(
         self,
         model: nn.Module,
@@ -268,9 +270,7 @@ class _Step:
         for index in sorted(self._shared):
             for identity, gradient in self._shared[index].items():
                 parameter = parameters[identity]
-                parameter.grad = (
-                    gradient if parameter.grad is None else parameter.grad + gradient
-                )
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def clear(self) -> None:
         """Forget all microbatches in flight."""

@@ -15,8 +15,8 @@ Work = Callable[[Action], None]
 POLL_S = 0.2
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: another stage failed first
-    """Raised inside a waiting stage when another one has failed."""
+class Stopped(Exception):
+    """Not an error of its own: raised inside a waiting stage when another one has failed."""
 
 
 @dataclass
@@ -194,7 +194,7 @@ def _run_row(
             progress.finish(action)
     except Stopped:
         pass
-    except BaseException as error:  # noqa: BLE001 - handed to the driving thread
+    except BaseException as error:
         progress.fail(device, action, error)
     finally:
         finished.set()

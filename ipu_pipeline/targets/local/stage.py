@@ -145,7 +145,9 @@ class Stage:
         Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
         """
         leaves = [*wanted, *self.parameters]
-        found = torch.autograd.grad(roots, leaves, seeds, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            roots, leaves, seeds, allow_unused=True
+        )
         shared_ids = {id(parameter) for parameter in self.shared}
         shared = {}
         for leaf, gradient in zip(leaves, found, strict=True):

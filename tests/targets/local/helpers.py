@@ -25,9 +25,7 @@ def compiled(
     _, batch = TINY["bert-qa"].build(batch_size=2 * microbatches, seed=3)
     plan = ipp.plan(model, example, num_stages=num_stages, microbatches=microbatches)
     optimizer = (
-        None
-        if learning_rate is None
-        else torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        None if learning_rate is None else torch.optim.AdamW(model.parameters(), lr=learning_rate)
     )
     executable = ipp.compile(model, plan, optimizer=optimizer, self_check=False, **options)
     assert isinstance(executable, LocalExecutable)

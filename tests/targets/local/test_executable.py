@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,11 +35,11 @@ def test_forward_backward_adds_to_existing_gradients() -> None:
     executable, batch = compiled(dropout=False)
     with executable:
         executable.forward_backward(batch)
-        once = {n: p.grad.clone() for n, p in executable.model.named_parameters() if p.grad is not None}
+        parameters = dict(executable.model.named_parameters())
+        once = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
         executable.forward_backward(batch)
-    for name, parameter in executable.model.named_parameters():
-        if name in once:
-            torch.testing.assert_close(parameter.grad, 2 * once[name])
+    for name, gradient in once.items():
+        torch.testing.assert_close(parameters[name].grad, 2 * gradient)
 
 
 def test_clipping_uses_the_norm_over_all_stages() -> None:
@@ -59,7 +61,8 @@ def test_short_batches_weigh_every_sample_equally() -> None:
     short = {name: value[:5] for name, value in batch.items()}
     with executable, torch.no_grad():
         executable.model.train()
-        losses = [executable.model(**{n: v[i : i + 1] for n, v in short.items()}).loss for i in range(5)]
+        samples = [{n: v[i : i + 1] for n, v in short.items()} for i in range(5)]
+        losses = [executable.model(**sample).loss for sample in samples]
     with compiled(dropout=False)[0] as fresh:
         loss = fresh.forward_backward(short)
     assert loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
@@ -153,8 +156,6 @@ def test_a_plan_edited_by_hand_runs(tmp_path: Path) -> None:
     moved = plan.stages[0].blocks[-1]
     text = path.read_text()
     first, second = (list(stage.blocks) for stage in plan.stages)
-    import json
-
     raw = json.loads(text)
     raw["stages"][0]["blocks"] = first[:-1]
     raw["stages"][1]["blocks"] = [moved, *second]
@@ -213,14 +214,14 @@ def test_batches_with_other_inputs_than_the_plan_are_refused() -> None:
 def test_a_plan_whose_blocks_differ_is_refused_at_the_first_step() -> None:
     model, example = TINY["lxmert-qa"].build()
     plan = ipp.plan(model, example, num_stages=2, microbatches=1)
-    from dataclasses import replace
-
     first = plan.stages[0]
     renamed = replace(
         plan,
         stages=(replace(first, blocks=("ghost", *first.blocks)), *plan.stages[1:]),
         blocks=(replace(plan.blocks[0], name="ghost"), *plan.blocks),
     )
-    with ipp.compile(model, renamed, self_check=False) as executable:
-        with pytest.raises(PlanError, match="missing ghost; new none; make the plan with"):
-            executable.forward_backward(example)
+    with (
+        ipp.compile(model, renamed, self_check=False) as executable,
+        pytest.raises(PlanError, match="missing ghost; new none; make the plan with"),
+    ):
+        executable.forward_backward(example)

@@ -100,7 +100,7 @@ def test_waiting_stages_are_told_to_stop() -> None:
         if action == Action(1, "F", 2):
             raise KeyError("planted")
 
-    with pytest.raises(StageError, match="stage 1 failed .*microbatch 2.*KeyError"):
+    with pytest.raises(StageError, match=r"stage 1 failed .*microbatch 2.*KeyError"):
         threads.run(one_f_one_b(3, 8), work)
     assert Action(2, "F", 2) not in seen
     threads.close()
