@@ -1,9 +1,25 @@
 """Capture: a model becomes a block graph (plain data) and programs over its own modules.
 
-Read in this order: ``captured.py`` (the flow), ``leaves.py``, ``trace.py``, ``coarsen.py``,
-``programs.py``, ``check.py``, ``operations.py``.
+Read in this order: ``captured.py`` (the flow), ``leaves.py``, ``trace.py``, ``tracer.py``,
+``coarsen.py``, ``programs.py``, ``check.py``, ``operations.py``.
 """
+
+import sys
+from types import ModuleType
+from typing import Any
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, model_identity
 
 __all__ = ["CapturedModel", "capture", "model_identity"]
+
+
+class _CallablePackage(ModuleType):
+    """Once this package is imported, Python binds ``ipu_pipeline.capture`` to it, and not to the
+    function of that name: so that calling either does the same.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CapturedModel:
+        return capture(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
+from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.operations import OperationCounter
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.surroundings import capture_surroundings, preserved_state
 from ipu_pipeline.capture.ties import parameter_specs, parameters_of
-from ipu_pipeline.capture.trace import TensorMeta, Trace, trace
+from ipu_pipeline.capture.trace import Trace, trace
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.plan import ModelIdentity
@@ -99,13 +101,14 @@ def capture(
     """
     _refuse_checkpointing(model)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    batch = _on_device(example_batch, meta=on_meta)
     leaves = choose_leaves(model, granularity)
     with (
+        torch.inference_mode(mode=False),
         capture_surroundings(model),
         preserved_state(model),
         torch.set_grad_enabled(model.training),
     ):
+        batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
     wanted = (lambda name: name == LOSS) if model.training else (lambda name: True)
     coarse = coarsen(recorded, leaves, wanted)
@@ -166,13 +169,26 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _on_device(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
+def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
+    """Return copies: one tensor under two names (labels that are the input ids) must become two."""
     if not batch:
         raise CaptureError("the example batch is empty; pass the model's keyword arguments")
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) and any(isinstance(t, Tensor) for t in tree_leaves(value)):
+            raise CaptureError(
+                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages take "
+                "tensors by name only: pass them one by one, or wrap the model in a module that "
+                "builds the structure"
+            )
     return {
-        name: value.to("meta") if meta and isinstance(value, Tensor) else value
+        name: _copy(value, meta=meta) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+
+
+def _copy(tensor: Tensor, *, meta: bool) -> Tensor:
+    copy = tensor.detach().to("meta") if meta else tensor.detach().clone()
+    return copy.requires_grad_(tensor.requires_grad)
 
 
 def _block_graph(captured: CapturedModel) -> BlockGraph:

@@ -4,7 +4,7 @@
   that needs it computes it again.
 - A leaf that starts a block opens one; every other node joins the latest block that it depends
   on, by value or by the order of in-place writes.
-- Nodes that nothing needs are dropped; guards are always kept.
+- Nodes that nothing needs are dropped; guards and writes to buffers are always kept.
 - Loss functions and what follows them in the last block form the block ``loss``.
 """
 
@@ -100,7 +100,8 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
 def _live(
     trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
 ) -> dict[fx.Node, None]:
-    pending = [*results, *after, *(n for n in trace.graph.nodes if n.meta.get("guard"))]
+    effects = (n for n in trace.graph.nodes if n.meta.get("guard") or n.meta.get("state"))
+    pending = [*results, *after, *effects]
     live: dict[fx.Node, None] = {}
     while pending:
         node = pending.pop()
@@ -127,16 +128,16 @@ def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
 
 
 def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
-    if node.meta.get("random") or node.meta.get("guard") or "starts" in node.meta:
+    """Whether computing ``node`` again on another stage would be wrong or wasteful."""
+    if any(node.meta.get(key) for key in ("random", "guard", "state", "starts")):
         return True
     target = trace.attributes.get(str(node.target)) if node.op == "call_module" else None
-    if isinstance(target, nn.Module) and (has_parameters(target) or target.training):
-        # A module in training mode may draw random numbers or update buffers.
-        return has_parameters(target) or any(
-            "dropout" in type(m).__name__.lower() or "batchnorm" in type(m).__name__.lower()
-            for m in target.modules()
-        )
-    return False
+    if not isinstance(target, nn.Module):
+        return False
+    updates_buffers = any(module.training for module in target.modules()) and any(
+        True for _ in target.buffers()
+    )
+    return has_parameters(target) or updates_buffers
 
 
 def _is_parameter(node: fx.Node, trace: Trace) -> bool:

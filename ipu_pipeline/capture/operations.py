@@ -21,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.flops import count_flops, countable
+from ipu_pipeline.capture.guards import unguarded
+from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.signature import program_signature
-from ipu_pipeline.capture.trace import TensorMeta
+from ipu_pipeline.capture.storage import storage_key
 from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 _KINDS: tuple[tuple[OpKind, tuple[str, ...]], ...] = (
@@ -88,7 +90,14 @@ class OperationCounter:
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
         watcher = _Watcher()
-        with countable(module), mock.patch.object(quiet, "disabled", new=True), mode, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self.training):
+        with (
+            countable(module),
+            unguarded(module),
+            mock.patch.object(quiet, "disabled", new=True),
+            mode,
+            torch.random.fork_rng(devices=[]),
+            torch.set_grad_enabled(self.training),
+        ):
             state = {
                 name: tensor if real else _empty(TensorMeta.of(tensor), device)
                 for name, tensor in [*module.named_parameters(), *module.named_buffers()]
@@ -97,12 +106,12 @@ class OperationCounter:
                 state = {n: t.detach().clone().requires_grad_(t.requires_grad)
                          for n, t in state.items()}  # fmt: skip
             inputs = [_example(self.specs[name], device, real=real) for name in program.inputs]
-            own = {_key(tensor) for tensor in [*state.values(), *inputs]}
+            own = {storage_key(tensor) for tensor in [*state.values(), *inputs]}
             saved: dict[int, int] = {}
 
             def pack(tensor: Tensor) -> Tensor:
-                if _key(tensor) not in own:
-                    saved[_key(tensor)] = tensor.untyped_storage().nbytes()
+                if storage_key(tensor) not in own:
+                    saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
                 return tensor
 
             with watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -128,10 +137,6 @@ def _example(spec: TensorMeta, device: str, *, real: bool) -> Tensor:
     return torch.randn(spec.shape, dtype=dtype).requires_grad_(spec.requires_grad)
 
 
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _backward(outputs: Sequence[Any], leaves: Sequence[Tensor]) -> None:
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -154,7 +159,7 @@ class _Watcher(TorchDispatchMode):
         self._counts.clear()
         return records
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         returns = func._schema.returns

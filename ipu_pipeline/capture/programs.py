@@ -103,20 +103,31 @@ def _build(
         copies[node] = graph.placeholder(node.name)
     written = frozenset().union(*(node.meta.get("writes", frozenset()) for node in body))
     for node in inputs:
-        if body and node.op != "placeholder" and node.meta.get("storage") in written:
-            # Values of other blocks stay as they are: another stage may hold the same memory.
+        if node.meta.get("storage") in written:
+            # Values of other blocks and the caller's batch stay as they are: another stage may
+            # hold the same memory.
             copies[node] = graph.call_method("clone", (copies[node],))
+    held: dict[str, Any] = {}
     for node in body:
         for source in node.all_input_nodes:
             if is_attribute(source) and source not in copies:
-                copies[source] = graph.node_copy(source)
+                copies[source] = graph.get_attr(_tensor_name(source))
+                held[_tensor_name(source)] = attributes[str(source.target)]
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op == "call_module":
+            held[str(node.target)] = attributes[str(node.target)]
     graph.output(tuple(copies[node] for node in outputs))
-    targets = {
-        str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")
-    }
     class_name = "".join(part if part.isidentifier() else "_" for part in name.title()) or "Block"
-    module = fx.GraphModule({t: attributes[t] for t in targets}, graph, class_name)
+    module = fx.GraphModule(held, graph, class_name)
     return Program(
         name, tuple(node.name for node in inputs), tuple(node.name for node in outputs), module
     )
+
+
+def _tensor_name(node: fx.Node) -> str:
+    """Return where a program keeps a tensor of the model.
+
+    Not under its own name: fx would register it anew in the user's module when that module is a
+    part of the program, which makes a buffer persistent.
+    """
+    return f"_tensors.{str(node.target).replace('.', '_')}"

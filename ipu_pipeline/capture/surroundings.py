@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
+
+# nn.Module and transformers are patched for all threads: one capture at a time.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -19,7 +25,7 @@ def capture_surroundings(model: nn.Module) -> Iterator[None]:
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
     being traced, so that it does not choose its masks by looking at the example's values.
     """
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         for config in _configs(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
@@ -60,22 +66,29 @@ def patched_calls(
 
 @contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients and the global random state."""
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Put back buffers (running statistics), gradients and the global random states."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
-    random_state = torch.get_rng_state()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
     finally:
-        torch.set_rng_state(random_state)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
 
 
 def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.storage import storage_key
 from ipu_pipeline.errors import CaptureError
 
@@ -39,9 +40,14 @@ class Values:
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
 
-    def keep(self, value: Any) -> None:
-        """Keep ``value`` alive as long as this map."""
-        self._alive.append(value)
+    def release(self) -> None:
+        """Let go of all tensors: the trace is over, and they may be large."""
+        self._nodes.clear()
+        self._alive.clear()
+
+    def known(self, tensor: Tensor) -> fx.Node | None:
+        """Return the node of ``tensor`` if it has one."""
+        return self._nodes.get(id(tensor))
 
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Say that ``node`` computes ``tensor``."""
@@ -62,8 +68,6 @@ class Values:
 
     def bind_result(self, result: Any, node: fx.Node) -> None:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""
-        from ipu_pipeline.capture.trace import TensorMeta
-
         self._alive.append(result)
         members: dict[tuple[Any, ...], fx.Node] = {(): node}
         for path, tensor in _walk(result, ()):

@@ -21,9 +21,7 @@ class OptimizerMemory:
     state_bytes: float = 8.0
 
 
-def weight_bytes(
-    graph: BlockGraph, block: Block, memory: OptimizerMemory
-) -> Mapping[str, int]:
+def weight_bytes(graph: BlockGraph, block: Block, memory: OptimizerMemory) -> Mapping[str, int]:
     """Return bytes of weight, gradient and optimizer state by parameter, for one block."""
     result = {}
     for fqn in block.parameters:

@@ -1,6 +1,6 @@
 """The profiled cost model: measured seconds where a block ran on this machine.
 
-Measuring needs torch and lives in ``capture/profile.py``; here measured numbers become prices.
+Measuring needs torch and lives in ``profiling/blocks.py``; here measured numbers become prices.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ class BlockGraph:
         """Read a graph written by :meth:`save`.
 
         Raises:
-            PlanError: The file is no graph, or of another schema version.
+            PlanError: The file is missing, no graph, or of another schema version.
         """
         try:
             payload = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -262,7 +262,9 @@ class BlockGraph:
                     f"{GRAPH_SCHEMA_VERSION}; capture the model again"
                 )
             return _graph_from_json(payload)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise PlanError(f"cannot read the block graph {path}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a saved block graph: {error}") from error
 
 
@@ -275,11 +277,10 @@ def _fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _block_from_json(raw: dict[str, Any]) -> Block:
-    ops = {
-        key: tuple(OpRecord(**_fields(op)) for op in raw.pop(key))
-        for key in ("forward_ops", "backward_ops")
-    }
-    return Block(**_fields(raw), **ops)
+    fields = _fields(raw)
+    for key in ("forward_ops", "backward_ops"):
+        fields[key] = tuple(OpRecord(**_fields(op)) for op in raw[key])
+    return Block(**fields)
 
 
 def _graph_from_json(raw: dict[str, Any]) -> BlockGraph:

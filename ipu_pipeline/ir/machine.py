@@ -138,7 +138,7 @@ class Machine:
             if fields.get("board_link") is not None:
                 fields["board_link"] = Link(**fields["board_link"])
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"not a machine description: {error}") from error
 
     @classmethod
@@ -150,5 +150,5 @@ class Machine:
         """
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read the machine file {path}: {error}") from error

@@ -35,9 +35,7 @@ def machine_by_name(name: str) -> Machine:
             return _build(name, family, device_name, int(match[1]))
     if Path(name).is_file():
         return Machine.load(name)
-    raise PlanError(
-        f"machine {name!r} is neither known ({KNOWN}), nor 'local', nor a machine file"
-    )
+    raise PlanError(f"machine {name!r} is neither known ({KNOWN}), nor 'local', nor a machine file")
 
 
 def _build(name: str, family: str, device_name: str, num_devices: int) -> Machine:

@@ -25,19 +25,26 @@ def _verify_numbers(plan: Plan) -> None:
         raise PlanError("the plan has no stage; give it at least one")
     for name in ("num_microbatches", "replicas"):
         value = getattr(plan, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PlanError(f"the plan's {name} is {value!r}; it must be a whole number from 1 on")
     num_devices = len(plan.machine.devices)
     for index, stage in enumerate(plan.stages):
-        if not 0 <= stage.device < num_devices:
+        if not isinstance(stage.device, int) or not 0 <= stage.device < num_devices:
             raise PlanError(
-                f"stage {index} is on device {stage.device}, but machine {plan.machine.name!r} "
+                f"stage {index} is on device {stage.device!r}, but machine {plan.machine.name!r} "
                 f"has devices 0 to {num_devices - 1}"
             )
 
 
 def _verify_placement(plan: Plan) -> None:
     known = [block.name for block in plan.blocks]
+    named = {t.producer for t in plan.tensors} | {n for t in plan.tensors for n in t.consumers}
+    strange = sorted(named - {None, *known}, key=str)
+    if strange:
+        raise PlanError(
+            f"the plan's tensors name blocks that its block list has not: "
+            f"{', '.join(map(str, strange))}; make the plan again"
+        )
     placed = Counter(name for stage in plan.stages for name in stage.blocks)
     unknown = sorted(set(placed) - set(known))
     if unknown:
@@ -59,8 +66,7 @@ def _verify_order(plan: Plan) -> None:
         order = [position[name] for name in stage.blocks]
         if order != sorted(order):
             raise PlanError(
-                f"stage {index} lists its blocks out of execution order: "
-                f"{', '.join(stage.blocks)}"
+                f"stage {index} lists its blocks out of execution order: {', '.join(stage.blocks)}"
             )
     for tensor in plan.tensors:
         if tensor.producer is None:

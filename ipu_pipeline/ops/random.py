@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 # Python-level functions that draw random numbers without taking a generator.
 _COMPOSITE = frozenset(
@@ -26,7 +26,8 @@ _COMPOSITE = frozenset(
         functional.scaled_dot_product_attention, functional.multi_head_attention_forward,
         torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_,
         torch.feature_dropout, torch.feature_dropout_, torch.feature_alpha_dropout,
-        torch.native_dropout, torch.rrelu, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+        torch.feature_alpha_dropout_, torch.native_dropout, torch.rrelu, torch.rrelu_, torch.lstm,
+        torch.gru, torch.rnn_tanh, torch.rnn_relu, torch._sample_dirichlet,
         torch.rand_like, torch.randn_like, torch.randint_like,
     }
 )  # fmt: skip
@@ -34,7 +35,7 @@ _COMPOSITE = frozenset(
 _GENERATOR = frozenset(
     {
         torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.normal,
-        torch.multinomial, torch.poisson, torch.binomial,
+        torch.multinomial, torch.poisson, torch.binomial, torch._standard_gamma,
         Tensor.bernoulli, Tensor.bernoulli_, Tensor.normal_, Tensor.uniform_, Tensor.random_,
         Tensor.exponential_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_,
         Tensor.multinomial,
@@ -61,27 +62,46 @@ class _WithGenerator(TorchDispatchMode):
         super().__init__()
         self.generator = generator
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if any(argument.name == "generator" for argument in func._schema.arguments):
             kwargs["generator"] = kwargs.get("generator") or self.generator
             return func(*args, **kwargs)
+        if func is torch.ops.aten.native_dropout.default:  # it cannot be told a generator
+            return self._native_dropout(*args, **kwargs)
         with_generator = _generator_overload(func)
         if with_generator is not None:
             return with_generator(*args, **kwargs, generator=self.generator)
         return func(*args, **kwargs)
 
+    def _native_dropout(
+        self,
+        x: Tensor,
+        p: float,
+        train: bool | None = True,  # noqa: FBT001, FBT002
+    ) -> tuple[Tensor, Tensor]:
+        if not train:
+            return torch.ops.aten.native_dropout.default(x, p, train)
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=self.generator)
+        return x * kept * (1 / (1 - p) if p < 1 else 0.0), kept
+
 
 def _generator_overload(func: Any) -> Any:
-    """Return ``func``'s twin with a generator argument (``rand`` and ``rand.generator``)."""
+    """Return ``func``'s twin with a generator argument.
+
+    ``rand`` has ``rand.generator``, ``randint.low`` has ``randint.low_generator``, and
+    ``randint.low_out`` has ``randint.low_generator_out``.
+    """
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return None
-    packet = func.overloadpacket
-    name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
-    return getattr(packet, name, None)
+    words = [word for word in func._overloadname.split("_") if word != "default"]
+    position = len(words) - 1 if words[-1:] == ["out"] else len(words)
+    return getattr(
+        func.overloadpacket, "_".join([*words[:position], "generator", *words[position:]]), None
+    )
 
 
-class random_scope(TorchFunctionMode):  # noqa: N801 - used like a function, as torch.no_grad
+class random_scope(TorchFunctionMode):
     """Within it, random torch functions of this thread draw from a keyed generator.
 
     Args:
@@ -95,13 +115,15 @@ class random_scope(TorchFunctionMode):  # noqa: N801 - used like a function, as 
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:  # noqa: ARG002
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _COMPOSITE:
             if not is_random(func, args, kwargs):
                 return func(*args, **kwargs)
         elif func not in _GENERATOR:
             return func(*args, **kwargs)
+        if any(isinstance(mode, _WithGenerator) for mode in _get_current_dispatch_mode_stack()):
+            return func(*args, **kwargs)  # a scope inside this one has already taken the call
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(derive_seed(*self.key))
         with _WithGenerator(self._generator):

@@ -138,11 +138,11 @@ class PacedSearch:
 
     def _ladder(self) -> Iterator[float]:
         top = self._limit_s(self._least_sum_s)
-        work = float(self.rows.lattice.work_s[-1])
+        devices = max(self.depths) + self.layout.hosts
         speed = max(slot.speed for slot in self.layout.slots)
-        floor = work / speed / (max(self.depths) + self.layout.hosts)
-        step = 0.01
-        while len(self.rows.lattice) > LADDER_FROM and floor * (1 + step) < min(top, 4 * floor):
+        floor = self._work_s() / speed / devices
+        step = 0.01 if len(self.rows.lattice) > LADDER_FROM else 0.08
+        while floor * (1 + step) < min(top, 4 * floor):
             yield floor * (1 + step)
             step *= 2
         yield top

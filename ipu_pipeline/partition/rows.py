@@ -50,6 +50,7 @@ class Rows:
         self.lattice, self.pricer, self.problem = lattice, pricer, problem
         self._cut_s: dict[Link | None, Floats] = {None: np.zeros(len(lattice))}
         self._held: dict[int, tuple[Floats, Floats]] = {}
+        self._most_bytes: dict[int, float] = {}
         self._lagrange: dict[int, tuple[Floats, Floats]] = {}
         self._closed: dict[int, Bools] = {}
         self._ends = [value.consumers | 1 << value.producer for value in problem.values]
@@ -138,12 +139,14 @@ class Rows:
 
     def memory_matters(self, slot: Slot) -> bool:
         """Whether a stage of all blocks with the quickest options could overflow the slot."""
-        if slot.capacity == inf:
-            return False
-        _, quick = self.held_bytes(slot.in_flight)
-        entering = float(self._entering.max()) + sum(size for size, _ in self._inputs)
-        total = quick[-1] + self._weights[-1] + sum(size for size, _ in self._tied) + self._space
-        return bool(total + slot.in_flight * entering > slot.capacity * (1 - _BYTES_EPS))
+        if slot.in_flight not in self._most_bytes:
+            entering = float(self._entering.max()) + sum(size for size, _ in self._inputs)
+            stash = sum(option.held_bytes(slot.in_flight) for option in self.problem.fastest)
+            weights = sum(self.problem.held) + sum(size for size, _ in self._tied)
+            self._most_bytes[slot.in_flight] = (
+                stash + weights + self._space + slot.in_flight * entering
+            )
+        return self._most_bytes[slot.in_flight] > slot.capacity * (1 - _BYTES_EPS)
 
     def exact_s(self, start: int, target: int, slot: Slot) -> float:
         """Seconds of one stage with the best options that fit; ``inf`` if none do."""

@@ -79,7 +79,7 @@ def _run(
 ) -> Iterator[tuple[Found, Sequence[Candidate]]]:
     """Search all candidates; those that differ in depth only are searched together."""
     fast = [item for item in candidates if engine.is_fast(item)]
-    if len(fast) > 1 and _uniform(fast, machine, constraints):
+    if fast and _uniform(fast, machine, constraints):
         yield engine.run_fast(fast, upper(), uniform=True), fast
         fast = []
     for item in fast:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -28,12 +29,13 @@ def machine_key() -> str:
 
 
 def load_measurements(name: str) -> dict[str, list[float]]:
-    """Return the measurements kept under ``name``; empty when there are none or they are damaged."""
+    """Return the measurements kept under ``name``; without those that are damaged, if any."""
     try:
         content = json.loads(_file(name).read_text(encoding="utf-8"))
         if content.get("machine") != machine_key():
             return {}
-        return {key: [float(v) for v in values] for key, values in content["values"].items()}
+        values = {key: [float(v) for v in found] for key, found in content["values"].items()}
+        return {key: found for key, found in values.items() if _is_measured(found)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -53,6 +55,10 @@ def store_measurements(name: str, values: Mapping[str, list[float]]) -> None:
 
 def _file(name: str) -> Path:
     return cache_folder() / f"{name}.json"
+
+
+def _is_measured(seconds: list[float]) -> bool:
+    return bool(seconds) and all(isfinite(value) and value >= 0 for value in seconds)
 
 
 def _processor() -> str:

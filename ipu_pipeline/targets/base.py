@@ -92,14 +92,15 @@ class Executable(Protocol):
 
     ``global_step`` counts optimizer steps tried (skipped ones included); random numbers are keyed
     by it, so that a resumed run draws what the uninterrupted run would have drawn.
-    ``batch_divisor``: axis 0 of a training batch must be a multiple of it; 1 takes any size.
+    ``batch_divisor``: axis 0 of a training batch must be a multiple of it (1: any size;
+    ``None``: of microbatches x replicas).
     """
 
     plan: Plan
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     global_step: int
-    batch_divisor: int
+    batch_divisor: int | None
 
     def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """Run one optimizer step on ``batch`` (axis 0: micro batch x microbatches x replicas)."""

@@ -56,10 +56,9 @@ def train(
     """
     set_seed(arguments.seed)
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
-    divisor = getattr(executable, "batch_divisor", None)
     run = Run(
         executable,
-        train_batches(dataset, arguments, collator, divisor=divisor),
+        train_batches(dataset, arguments, collator, divisor=executable.batch_divisor),
         arguments,
         callbacks=callbacks,
         evaluation=Evaluation(eval_dataset, eval_fn, collate_fn),

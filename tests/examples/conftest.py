@@ -26,6 +26,8 @@ def example(monkeypatch):
 class EagerExecutable:
     """The unsplit model, driven microbatch by microbatch: enough to test a script around it."""
 
+    batch_divisor: int | None = None
+
     def __init__(self, model, plan, optimizer, options):
         self.model, self.plan, self.optimizer, self.options = model, plan, optimizer, options
         self.global_step = 0

@@ -30,9 +30,7 @@ def make_graph(num_blocks, edges, *, sizes=None, kinds=None, params=(), inputs=(
         ParameterSpec(fqn, (25,), "float32", True, (), tuple(names[b] for b in users))
         for fqn, users in params
     )
-    blocks = tuple(
-        Block(name, kind=kinds[i] if kinds else "layer") for i, name in enumerate(names)
-    )
+    blocks = tuple(Block(name, kind=kinds[i] if kinds else "layer") for i, name in enumerate(names))
     specs = tuple(
         TensorSpec(f"in{i}", (size,), "float32", consumers=tuple(names[c] for c in users))
         for i, (size, users) in enumerate(inputs)
@@ -43,9 +41,7 @@ def make_graph(num_blocks, edges, *, sizes=None, kinds=None, params=(), inputs=(
 def make_machine(num_devices, *, memory=10**9, bandwidth=100.0, latency=0.0, **more):
     """Equal devices unless ``memory`` is a list."""
     memories = memory if isinstance(memory, list) else [memory] * num_devices
-    devices = tuple(
-        Device(f"d{i}", memories[i], {"float32": 1e9}, 1e9) for i in range(num_devices)
-    )
+    devices = tuple(Device(f"d{i}", memories[i], {"float32": 1e9}, 1e9) for i in range(num_devices))
     return Machine("random", devices, Link(bandwidth, latency), **more)
 
 
@@ -62,7 +58,9 @@ def random_case(seed, *, max_blocks=7, chain=False):
         edges,
         sizes=[rng.randint(1, 30) for _ in range(n)],
         params=params,
-        inputs=[(rng.randint(1, 40), rng.sample(range(n), min(n, 2)))] if rng.random() < 0.3 else [],
+        inputs=[(rng.randint(1, 40), rng.sample(range(n), min(n, 2)))]
+        if rng.random() < 0.3
+        else [],
         training=rng.random() < 0.85,
     )
     costs = {}
@@ -152,7 +150,11 @@ def kept_microbatches(schedule, stage, depth, num_microbatches, *, training):
     """Microbatches in flight of one stage."""
     if not training or schedule == "maxload":
         return 1
-    count = {"1f1b": depth - stage, "gpipe": num_microbatches, "popart": 2 * (depth - 1 - stage) + 1}
+    count = {
+        "1f1b": depth - stage,
+        "gpipe": num_microbatches,
+        "popart": 2 * (depth - 1 - stage) + 1,
+    }
     return min(num_microbatches, count[schedule])
 
 

@@ -57,6 +57,8 @@ class Questions(torch.utils.data.Dataset):
 class EagerExecutable:
     """Implements the ``Executable`` protocol on the unsplit model, in the calling thread."""
 
+    batch_divisor: int | None = None
+
     def __init__(
         self,
         model: torch.nn.Module,

@@ -47,14 +47,18 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return size
 
 
-def split_batch(batch: Mapping[str, Any], num_microbatches: int) -> list[Microbatch]:
-    """Cut axis 0 into ``num_microbatches`` equal parts; a short batch gives fewer or a short one.
+def split_batch(
+    batch: Mapping[str, Any], num_microbatches: int, micro_batch_size: int = 1
+) -> list[Microbatch]:
+    """Cut axis 0 into at most ``num_microbatches`` parts.
 
-    Tensors without axes and other values are passed whole to every microbatch. The loss of the
-    batch is the mean over its samples' microbatches, weighted by their sizes.
+    A short batch gives fewer microbatches of ``micro_batch_size``, the last perhaps shorter: a
+    new shape costs a new capture. Tensors without axes and other values are passed whole to
+    every microbatch. The loss of the batch is the mean over its microbatches, weighted by their
+    sizes.
     """
     size = batch_size(batch)
-    step = ceil(size / num_microbatches)
+    step = max(ceil(size / num_microbatches), min(micro_batch_size, size))
     parts = []
     for index, start in enumerate(range(0, size, step)):
         inputs = {

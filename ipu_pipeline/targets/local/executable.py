@@ -40,7 +40,7 @@ class LocalExecutable:
         options: How to run.
     """
 
-    batch_divisor = 1  # a short microbatch is captured for its own shape and weighs less
+    batch_divisor: int | None = 1  # a short microbatch is captured for its own shape and weighs less
 
     def __init__(
         self,
@@ -148,7 +148,8 @@ class LocalExecutable:
     def _accumulate(
         self, batch: Mapping[str, Any], loss_scaling: float
     ) -> tuple[float, tuple[float, ...]]:
-        microbatches = split_batch(batch, self.plan.num_microbatches)
+        plan = self.plan
+        microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
         collected: dict[int, dict[str, Tensor]] = defaultdict(dict)
         with self._mode(training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]

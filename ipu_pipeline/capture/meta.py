@@ -1,0 +1,49 @@
+"""What is remembered of a traced tensor, and the tensors of a model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ipu_pipeline.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape, dtype (torch name without prefix) and gradient flag of a traced value."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorMeta:
+        """Describe ``tensor``."""
+        return cls(
+            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad
+        )
+
+
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the direct tensor members of a model's output, by field name or position.
+
+    Raises:
+        CaptureError: The output is neither a tensor nor a tuple, list or mapping.
+    """
+    if isinstance(output, Tensor):
+        return [("loss" if output.ndim == 0 else "output", output)]
+    if isinstance(output, Mapping):
+        return [(str(key), value) for key, value in output.items() if isinstance(value, Tensor)]
+    if isinstance(output, tuple | list):
+        names = [
+            "loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}"
+            for i, v in enumerate(output)
+        ]
+        return [(n, v) for n, v in zip(names, output, strict=True) if isinstance(v, Tensor)]
+    raise CaptureError(
+        f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
+        "mapping of tensors"
+    )

@@ -1,0 +1,248 @@
+"""The tracer: turns the calls of one run into nodes.
+
+Every call of a leaf becomes one ``call_module`` node that points at the model's own module;
+every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
+
+- ``spec``: ``TensorMeta`` of a tensor result;
+- ``after``: nodes that must run before it although no value flows (in-place writes);
+- ``writes``: keys of the storages that it changes;  ``storage``: key of its result's storage;
+- ``random``: it draws random numbers;  ``starts``: name of the block it starts;
+- ``guard``: it checks a value that Python read;  ``scope``: fqn of the innermost module;
+- ``state``: it writes to a parameter or buffer;  ``value_shape``: its shape depends on values.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ipu_pipeline.capture.calls import (
+    SHAPE_READS,
+    as_function,
+    attribute_name,
+    callable_form,
+    decided_by_chance,
+    has_value_shape,
+)
+from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
+from ipu_pipeline.capture.leaves import Leaves
+from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.region import Region, RegionCall
+from ipu_pipeline.capture.storage import StorageHistory, storage_key
+from ipu_pipeline.capture.values import Values
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops.random import is_random
+
+MATRIX_FUNCTIONS = frozenset(
+    {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
+)
+
+
+class Tracer(TorchFunctionMode):
+    """Records one run of ``model``; :func:`~ipu_pipeline.capture.trace.trace` drives it."""
+
+    def __init__(self, model: nn.Module, leaves: Leaves) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves = leaves
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Any] = {}
+        self.values = Values(self)
+        self.storages = StorageHistory()
+        self.calls: Counter[str] = Counter()
+        self.scope: list[str] = [""]
+        self.in_leaf = 0
+        self.leaf_draws = False
+        self.made_in_leaf: dict[int, weakref.ref[Tensor]] = {}
+        self.thread = threading.get_ident()
+        self.ambient = Region.current()
+        state = [*model.named_buffers(), *model.named_parameters()]
+        self.fqns = {id(tensor): fqn for fqn, tensor in state}
+        self.state = frozenset(storage_key(tensor) for _, tensor in state)
+
+    # ---- entry points -------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.in_leaf:
+            return self._inside_leaf(func, args, kwargs)
+        if func is Tensor.__iter__:  # an iterator would hide what it yields
+            self._guard_shape(Tensor.__len__, args, len(args[0]))
+            return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
+        versions = self.storages.versions((args, kwargs))
+        result = self._untraced(func, *args, **kwargs)
+        self._record(func, args, kwargs, result, versions)
+        return result
+
+    def module_call(
+        self, original: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one module call; a leaf becomes one node, glue is entered."""
+        if self.in_leaf or threading.get_ident() != self.thread:
+            return original(module, *args, **kwargs)
+        fqn = self.leaves.names.get(id(module), type(module).__name__)
+        if not self.leaves.is_leaf(module):
+            self.scope.append(fqn)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                self.scope.pop()
+        versions = self.storages.versions((args, kwargs))
+        result = self._untraced(original, module, *args, **kwargs)
+        self.attributes[fqn] = module
+        node = self._call("call_module", fqn, module, args, kwargs)
+        node.meta["random"] = self.leaf_draws
+        if self.leaves.starts_block(module):
+            node.meta["starts"] = self._count(fqn)
+            node.meta["module"] = fqn
+        self._finish(node, args, kwargs, result, versions)
+        return result
+
+    def function_apply(self, original: Any, cls: type, args: tuple[Any, ...]) -> Any:
+        """Run one ``autograd.Function.apply``; in the glue it is one node."""
+        if self.in_leaf or threading.get_ident() != self.thread:
+            return original(*args)
+        versions = self.storages.versions(args)
+        result = self._untraced(original, *args)
+        call = RegionCall(cls.apply, Region.current(), self.ambient)  # type: ignore[attr-defined]
+        node = self._held_call(call, args, {}, cls.__name__)
+        node.meta["random"] = self.leaf_draws
+        self._finish(node, args, {}, result, versions)
+        return result
+
+    def _untraced(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call something that becomes one node: nothing that happens inside is glue."""
+        self.leaf_draws = False
+        self.in_leaf += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.in_leaf -= 1
+
+    def _inside_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
+        result = func(*args, **kwargs)
+        for tensor in self.values.tensors(result):
+            self.made_in_leaf[id(tensor)] = weakref.ref(tensor)
+        return result
+
+    # ---- recording ----------------------------------------------------------------------
+
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
+        if func in VALUE_READS:
+            self._guard(func, args, kwargs, result)
+            return
+        written = self.storages.written(versions)
+        name = getattr(func, "__name__", "")
+        if name == "__set__":
+            raise CaptureError(
+                f"{self._where()} assigns an attribute of a tensor ({attribute_name(func)}); such "
+                "a write cannot be replayed: keep that module inside a block"
+            )
+        if not written and not any(True for _ in self.values.tensors(result)):
+            self._guard_shape(func, args, result)
+            return  # shapes, dtypes, flags: constant for a given batch shape
+        kind, target, arguments = callable_form(func, args)
+        node = self._call(kind, target, func, arguments, kwargs, name)
+        if name == "__setitem__":
+            result = args[0]  # later readers of the tensor come after the write
+        if has_value_shape(func, args):
+            node.meta["value_shape"] = True
+        if self.leaves.granularity == "op" and name_of(func).split(".")[-1] in MATRIX_FUNCTIONS:
+            node.meta["starts"] = self._count(f"{self.scope[-1]}.{func.__name__}".lstrip("."))
+        node.meta["random"] = is_random(func, args, kwargs)
+        self._finish(node, args, kwargs, result, versions)
+
+    def _call(
+        self, kind: str, target: Any, function: Any, args: Any, kwargs: Any, name: str = "call"
+    ) -> fx.Node:
+        region = Region.current()
+        if region != self.ambient:  # no_grad or autocast in the model's own glue
+            held = function if kind == "call_module" else as_function(kind, target)
+            return self._held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
+        arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
+        return self.new_node(kind, target, *arguments)
+
+    def _held_call(self, holder: nn.Module, args: Any, kwargs: Any, name: str) -> fx.Node:
+        """Record a call of an object that generated code cannot name."""
+        arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
+        target = f"_held.{name.strip('_')}_{len(self.attributes)}"
+        self.attributes[target] = holder
+        return self.new_node("call_module", target, *arguments)
+
+    def _guard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        node = self._held_call(ValueGuard(func, result, self._where()), args, kwargs, "guard")
+        node.meta["guard"] = True
+        if decided_by_chance(node):
+            raise CaptureError(
+                f"{self._where()} draws a random number and decides by it, in Python, what runs "
+                "next; a captured graph would always decide the same: switch that off (layerdrop=0)"
+            )
+
+    def _guard_shape(self, func: Any, args: Any, result: Any) -> None:
+        """Guard a shape that depends on values: it may be another one for another batch."""
+        if func in SHAPE_READS:
+            node = self.values.known(args[0])
+            if node is not None and node.meta.get("value_shape"):
+                self._guard(func, args, {}, result)
+
+    def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
+        written = self.storages.written(versions)
+        node.meta["after"] = self.storages.record(
+            node, self.values.tensors((args, kwargs)), written
+        )
+        node.meta["writes"] = frozenset(map(storage_key, written))
+        node.meta["state"] = bool(node.meta["writes"] & self.state)
+        self.values.bind_result(result, node)
+
+    def new_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any = (),
+        kwargs: Any = None,
+        *,
+        meta_of: Tensor | None = None,
+    ) -> fx.Node:
+        """Append one node to the graph."""
+        node = self.graph.create_node(kind, target, args, kwargs or {})
+        node.meta["scope"] = self.scope[-1]
+        if any(source.meta.get("value_shape") for source in node.all_input_nodes):
+            node.meta["value_shape"] = True
+        if meta_of is not None:
+            node.meta["spec"] = TensorMeta.of(meta_of)
+        return node
+
+    def attribute_node(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor that is no result of the trace: a parameter or constant."""
+        fqn = self.fqns.get(id(tensor))
+        if fqn is None:
+            fqn = self._constant(tensor)
+        self.attributes[fqn] = tensor
+        return self.new_node("get_attr", fqn, meta_of=tensor)
+
+    def _constant(self, tensor: Tensor) -> str:
+        made_in_leaf = self.made_in_leaf.get(id(tensor), lambda: None)() is tensor
+        large = tensor.is_floating_point() and tensor.numel() > 1
+        if made_in_leaf or large or tensor.requires_grad:
+            raise CaptureError(
+                f"{self._where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
+                "neither a parameter, a buffer, an input nor the result of a recorded call; "
+                "return it from its module instead of storing it on the side"
+            )
+        return f"_constants.c{len(self.attributes)}"
+
+    def _count(self, name: str) -> str:
+        self.calls[name] += 1
+        return name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
+
+    def _where(self) -> str:
+        return f"the code of {self.scope[-1] or type(self.model).__name__!r}"
