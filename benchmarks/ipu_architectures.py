@@ -27,6 +27,8 @@ from ipu_pipeline.ir.graph import BlockGraph
 _ALIASES = {"nanogpt": "gpt2", "mae": "vit_mae", "xlmr": "xlm-roberta"}
 # Names whose training is not that of the model they mention, with the reason.
 _OTHER_MODELS = {
+    "wideresnet": "wide ResNet: no such architecture in transformers",
+    "resnext": "ResNeXt: no such architecture in transformers",
     "dino": "DINO trains a student and a teacher on 8-10 crops: not the plain ViT of transformers",
     "dalle": "DALL-E: no such architecture in transformers",
     "gpt3": "GPT-3: no such architecture in transformers",
@@ -75,9 +77,11 @@ _BODIES = {
     "tiny": (12, 192, 3, 768), "small": (12, 384, 6, 1536), "base": (12, 768, 12, 3072),
     "large": (24, 1024, 16, 4096),
 }  # fmt: skip
+# mT5's output projection is not its embedding (Xue et al., mT5, NAACL 2021, section 3.1: T5 1.1).
+_FIXED: Mapping[str, Mapping[str, Any]] = {"mt5": {"tie_word_embeddings": False}}
 _ANY_TASK = (
     "question-answering", "seq2seq-lm", "causal-lm", "image-classification",
-    "visual-question-answering", "ctc", "speech-seq2seq", "audio-classification", "masked-lm",
+    "visual-question-answering", "speech-seq2seq", "audio-classification", "ctc", "masked-lm",
 )  # fmt: skip
 _TASK_WORDS = (
     ("vqa", "visual-question-answering"), ("gqa", "visual-question-answering"),
@@ -88,6 +92,11 @@ _TASK_WORDS = (
     ("pretraining", "masked-lm"), ("classification", "sequence-classification"),
     ("token", "token-classification"), ("swag", "multiple-choice"),
 )  # fmt: skip
+# graphcore/examples trains ViT with these (vision/vit/pytorch/configs.yml), transformers' default
+# is 0; the optimum-graphcore runs use transformers' default.
+_EXAMPLES_DROPOUT: Mapping[str, Mapping[str, float]] = {
+    "vit": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+}
 DEFAULT_SEQ_LENGTH = 128
 
 
@@ -123,6 +132,11 @@ def architecture(row: Row) -> Architecture:
     model_type = _model_type(row.model)
     config = AutoConfig.for_model(model_type)
     numbers = _numbers(config, {**_named(row.model, model_type), **row.arch})
+    numbers.update(_FIXED.get(model_type, {}))
+    if hasattr(config, "apply_spec_augment"):
+        numbers["apply_spec_augment"] = False  # draws its mask in numpy, outside the graph
+    if row.framework.startswith("PyTorch"):
+        numbers.update(_EXAMPLES_DROPOUT.get(model_type, {}))
     config = AutoConfig.for_model(model_type, **numbers)
     task = _task(row, config)
     seq_length = int(row.arch.get("seq_len") or row.seq_length or DEFAULT_SEQ_LENGTH)
@@ -246,10 +260,19 @@ def _numbers(config: PretrainedConfig, arch: Mapping[str, Any]) -> dict[str, Any
 def _task(row: Row, config: PretrainedConfig) -> str:
     words = row.task.lower()
     named = [task for word, task in _TASK_WORDS if word in words]
-    for task in [*named, *_ANY_TASK]:
+    for task in [*named, *_usual_tasks(config)]:
         if task in TASKS and _has_class(config, task):
             return task
     raise UnjudgeableRowError(f"transformers trains no {config.model_type} for {row.task!r}")
+
+
+def _usual_tasks(config: PretrainedConfig) -> tuple[str, ...]:
+    """What a model without a named task is for: a decoder writes, an encoder answers."""
+    if config.is_encoder_decoder:
+        return ("seq2seq-lm", "speech-seq2seq", *_ANY_TASK)
+    if _has_class(config, "causal-lm") and not _has_class(config, "masked-lm"):
+        return ("causal-lm", *_ANY_TASK)
+    return _ANY_TASK
 
 
 def _has_class(config: PretrainedConfig, task: str) -> bool:
@@ -262,9 +285,8 @@ def _has_class(config: PretrainedConfig, task: str) -> bool:
 
 def _head_tokens(row: Row, task: str, seq_length: int) -> int:
     """Masked tokens that reach the head: published, else the usual 15 % of a sequence."""
-    if task != "masked-lm" or "mlm" not in row.task.lower() + " " * ("pretraining" in row.task):
-        if not (task == "masked-lm" and "pretraining" in row.task.lower()):
-            return 0
+    if task != "masked-lm" or "pretraining" not in row.task.lower():
+        return 0
     return row.mask_tokens or -(-seq_length * 15 // 100)
 
 

@@ -17,7 +17,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.partition.ideals import Lattice
+from ipu_pipeline.partition.ideals import Lattice, TooManyIdeals
 from ipu_pipeline.partition.paced import PacedSearch
 from ipu_pipeline.partition.pricing import Pricer
 from ipu_pipeline.partition.problem import Option, Problem, Slot, Value, bits
@@ -25,6 +25,7 @@ from ipu_pipeline.partition.rows import Rows
 from ipu_pipeline.partition.sweep import Layout
 
 GIB = 2**30
+MOST_IDEALS = 200_000
 PIPER_BYTES_PER_S = 25 * GIB
 
 
@@ -81,7 +82,11 @@ def solve_instance(instance: Instance, time_limit_s: float | None = None) -> Pac
     chain = Lattice.of_masks(instance.problem, _execution_order(instance.problem))
     quick = PacedSearch(Rows(chain, pricer), instance.layout, depths, 1, 0)
     quick.run()
-    lattice = Lattice(instance.problem, limit=2_000_000)
+    try:
+        lattice = Lattice(instance.problem, limit=MOST_IDEALS)
+    except TooManyIdeals:
+        quick.lower_bound = quick.at_once()
+        return quick
     search = PacedSearch(
         Rows(lattice, pricer), instance.layout, depths, 1, 0, quick.upper_bound, deadline
     )

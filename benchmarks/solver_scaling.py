@@ -34,14 +34,24 @@ def chains(lengths: Sequence[int], seed: int = 0) -> tuple[BlockGraph, GraphCost
     for chain in names:
         for first, second in zip(chain, [*chain[1:], "end"], strict=True):
             if first != "end":
-                tensors.append(TensorSpec(first, (4, 128, 768), "float16", True, first, (second,)))
+                tensors.append(
+                    TensorSpec(
+                        first,
+                        (4, 128, 768),
+                        "float16",
+                        requires_grad=True,
+                        producer=first,
+                        consumers=(second,),
+                    )
+                )
     costs = {}
     for name in blocks:
         forward = rng.uniform(0.8e-3, 1.2e-3)
         plain = BlockChoice(forward, 2 * forward, rng.randrange(8_000_000, 12_000_000), 1_000_000)
         again = BlockChoice(forward, 3 * forward, 800_000, 9_000_000, recompute=True)
         costs[name] = BlockCost((plain, again), {name: rng.randrange(20_000_000, 30_000_000)})
-    graph = BlockGraph("chains", tuple(Block(name, kind="layer") for name in blocks), tuple(tensors))
+    layers = tuple(Block(name, kind="layer") for name in blocks)
+    graph = BlockGraph("chains", layers, tuple(tensors))
     return graph, GraphCosts(costs, "random")
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from ipu_pipeline.cli_report import register
 from ipu_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -152,6 +153,9 @@ def explain(plan_file: PlanFile) -> None:
     from ipu_pipeline.ir.plan import Plan
 
     typer.echo(Plan.load(plan_file).explain())
+
+
+register(app, _one_line_errors)
 
 
 @app.command()

@@ -11,6 +11,7 @@
     |-- StageError          a stage failed while running (names stage, block, microbatch)
     |   `-- StallError      no stage made progress before the watchdog's deadline
     |-- CheckpointError     a checkpoint is corrupt, incomplete or foreign
+    |-- DatasetError        a data set cannot be read
     |-- ConfigError         an ipu_config.json or an override is wrong
     `-- VerifyError         an invariant of ours is broken: a bug here, not in the input
 
@@ -55,6 +56,10 @@ class StallError(StageError):
 
 class CheckpointError(PipelineError):
     """A checkpoint is corrupt, incomplete, or was written for another model."""
+
+
+class DatasetError(PipelineError):
+    """A data set cannot be read: says which file, where in it, and what to do."""
 
 
 class ConfigError(PipelineError):

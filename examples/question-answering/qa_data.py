@@ -7,8 +7,8 @@ from typing import Any
 
 from qa_options import Options
 
+from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.tasks.question_answering import (
-    DatasetError,
     QuestionAnsweringDataset,
     SquadExample,
     build_features,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import block_table, describe_blocks, milliseconds, render_table
 
@@ -78,3 +79,29 @@ def _row(name: str, predicted_s: float, measured_s: float | None) -> tuple[str, 
         return name, milliseconds(predicted_s), "-", "-"
     ratio = f"{measured_s / predicted_s:.2f}" if predicted_s > 0 else "-"
     return name, milliseconds(predicted_s), milliseconds(measured_s), ratio
+
+
+# What the local target takes from an IPU configuration; versions say who wrote the file.
+_USED_LOCALLY = ("layers_per_ipu", "ipus_per_replica", "gradient_accumulation_steps")
+_NOT_SETTINGS = ("replication_factor", "optimum_version", "transformers_version")
+
+
+def local_note(config: IPUConfig) -> str:
+    """Say which settings of an IPU configuration do nothing on the local target; ``""``: none."""
+    plain = IPUConfig().to_dict()
+    without_effect = [
+        f"{name}={value}"
+        for name, value in config.to_dict().items()
+        if value != plain.get(name)
+        and name not in (*_USED_LOCALLY, *_NOT_SETTINGS)
+        and not name.startswith("inference_")
+    ]
+    lines = []
+    if config.replicas() > 1:
+        lines.append(
+            f"note: the local target runs 1 of the {config.replicas()} replicas, so a step has "
+            "fewer samples"
+        )
+    if without_effect:
+        lines.append(f"note: without effect on the local target: {', '.join(without_effect)}")
+    return "\n".join(lines)

@@ -17,7 +17,7 @@ import typer
 from demo_model import load_model_and_tokenizer
 from qa_data import load_windows
 from qa_options import Options, as_command
-from qa_report import TimedExecutable, describe, measured_against_predicted
+from qa_report import TimedExecutable, describe, local_note, measured_against_predicted
 
 import ipu_pipeline as ipp
 from ipu_pipeline.config import IPUConfig, find_config
@@ -102,11 +102,10 @@ def make_plan(options: Options, model: Any, windows: QuestionAnsweringDataset | 
     if microbatches is None:
         microbatches = 1 if config is None else config.gradient_accumulation_steps
     replicas = 1 if config is None else config.replicas()
-    if options.target == "local" and replicas > 1:
-        typer.echo(
-            f"note: the local target runs 1 of the {replicas} replicas, so a step has fewer samples"
-        )
+    if config is not None and options.target == "local":
         replicas = 1
+        if note := local_note(config):
+            typer.echo(note)
     pod = options.pod_type if options.target == "poptorch" else None
     size = options.per_device_eval_batch_size
     if options.do_train:

@@ -14,8 +14,10 @@ __all__ = ["CapturedModel", "capture", "model_identity"]
 
 
 class _CallablePackage(ModuleType):
-    """Once this package is imported, Python binds ``ipu_pipeline.capture`` to it, and not to the
-    function of that name: so that calling either does the same.
+    """Calling the package calls the function of its name.
+
+    Once this package is imported, Python binds ``ipu_pipeline.capture`` to it and not to the
+    public function: either way ``ipu_pipeline.capture(model, batch)`` works.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> CapturedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ _VALUE_SHAPED = frozenset(
         torch.repeat_interleave, Tensor.repeat_interleave, functional.one_hot,
     }
 )  # fmt: skip
+SHAPE: Any = Tensor.shape.__get__  # type: ignore[attr-defined]
 # Calls that turn a tensor's shape into Python values.
 SHAPE_READS = frozenset(
-    {
-        Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__,
-        torch.numel,
-    }
-)  # fmt: skip
+    {SHAPE, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel}
+)
+# Functions that give a Python sequence of parts.
+CUTS = frozenset({"unbind", "split", "chunk", "tensor_split", "split_with_sizes"})
 _COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "lt", "le", "gt", "ge")
 
 
@@ -68,11 +69,39 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return tensor
 
 
+def set_requires_grad(tensor: Tensor, value: bool) -> Tensor:  # noqa: FBT001
+    """``tensor.requires_grad = value``, returning the tensor."""
+    tensor.requires_grad = value
+    return tensor
+
+
+def returned_after_write(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Return a call's result; for an assignment the tensor, so that its readers come later."""
+    return args[0] if func is Tensor.__setitem__ or is_assignment(func) else result
+
+
+def is_assignment(func: Any) -> bool:
+    """Whether ``func`` assigns an attribute of a tensor."""
+    return getattr(func, "__name__", "") == "__set__"
+
+
+def is_nameable(func: Any) -> bool:
+    """Whether generated code can name ``func``: fx writes torch's functions as dotted names."""
+    module = getattr(func, "__module__", None)
+    if module is None or not hasattr(func, "__name__"):
+        return False
+    if module.partition(".")[0] != "torch":
+        return True  # fx passes these as objects
+    return getattr(sys.modules.get(module), func.__name__, None) is func
+
+
 def callable_form(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """Return how generated code calls ``func``: node kind, target and arguments."""
     name = getattr(func, "__name__", "")
     if func is Tensor.__setitem__:
         return "call_function", set_item, args
+    if is_assignment(func):
+        return "call_function", set_requires_grad, args
     if name == "__get__":  # x.T, x.real, x.data
         return "call_function", getattr, (args[0], attribute_name(func))
     if args and isinstance(args[0], Tensor) and getattr(Tensor, name, None) is func:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.flops import countable
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.meta import TensorMeta
-from ipu_pipeline.capture.operations import OperationCounter
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.surroundings import capture_surroundings, preserved_state
-from ipu_pipeline.capture.ties import parameter_specs, parameters_of
 from ipu_pipeline.capture.trace import Trace, trace
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity
 
 
@@ -43,6 +43,7 @@ class CapturedModel:
     training: bool
     granularity: Granularity
     notes: tuple[str, ...]
+    _batch: Mapping[str, Any]
     _trace: Trace
     _coarse: Coarse
 
@@ -70,10 +71,21 @@ class CapturedModel:
             program.run(values)
         return {name: values[value] for name, value in self.results.items()}
 
+    def example_values(self) -> dict[str, Any]:
+        """Run all blocks on the example batch; return every named value, detached."""
+        values: dict[str, Any] = {name: self._batch[name].clone() for name in self.inputs}
+        with preserved_state(self.model), torch.no_grad():
+            self.prelude(self.programs).run(values)
+            for program in self.programs:
+                program.run(values)
+        return values
+
     @cached_property
     def graph(self) -> BlockGraph:
         """The torch-free block graph, with every operation counted."""
-        return _block_graph(self)
+        from ipu_pipeline.capture.block_graph import block_graph
+
+        return block_graph(self)
 
 
 def capture(
@@ -110,13 +122,12 @@ def capture(
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
-    wanted = (lambda name: name == LOSS) if model.training else (lambda name: True)
-    coarse = coarsen(recorded, leaves, wanted)
-    if model.training and LOSS not in coarse.results:
+    if model.training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
             "labels to the batch so that the loss is part of the graph, or call model.eval()"
         )
+    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not model.training)
     captured = CapturedModel(
         model=model,
         programs=block_programs(coarse, recorded.attributes),
@@ -124,6 +135,7 @@ def capture(
         training=model.training,
         granularity=granularity,
         notes=(),
+        _batch=batch,
         _trace=recorded,
         _coarse=coarse,
     )
@@ -149,8 +161,10 @@ def _fields(captured: CapturedModel) -> dict[str, Any]:
 
 
 def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_meta: bool) -> Trace:
+    runnable = countable(model) if on_meta else contextlib.nullcontext()
     try:
-        return trace(model, batch, leaves)
+        with runnable:
+            return trace(model, batch, leaves)
     except RuntimeError as error:
         if on_meta and "meta" in str(error):
             raise CaptureError(
@@ -165,7 +179,8 @@ def _refuse_checkpointing(model: nn.Module) -> None:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise CaptureError(
             "gradient checkpointing is on in the model; recomputation is decided by the plan: "
-            "call model.gradient_checkpointing_disable()"
+            "call model.activation_checkpointing_disable() (in older transformers "
+            "model.gradient_checkpointing_disable())"
         )
 
 
@@ -174,11 +189,12 @@ def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
     if not batch:
         raise CaptureError("the example batch is empty; pass the model's keyword arguments")
     for name, value in batch.items():
-        if not isinstance(value, Tensor) and any(isinstance(t, Tensor) for t in tree_leaves(value)):
+        members = [] if isinstance(value, Tensor) else tree_leaves(value)
+        if any(isinstance(member, Tensor) for member in members):
             raise CaptureError(
-                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages take "
-                "tensors by name only: pass them one by one, or wrap the model in a module that "
-                "builds the structure"
+                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages "
+                "take tensors by name only: pass them one by one, or wrap the model in a module "
+                "that builds the structure"
             )
     return {
         name: _copy(value, meta=meta) if isinstance(value, Tensor) else value
@@ -189,62 +205,3 @@ def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
 def _copy(tensor: Tensor, *, meta: bool) -> Tensor:
     copy = tensor.detach().to("meta") if meta else tensor.detach().clone()
     return copy.requires_grad_(tensor.requires_grad)
-
-
-def _block_graph(captured: CapturedModel) -> BlockGraph:
-    model, programs = captured.model, captured.programs
-    producer = {name: program.name for program in programs for name in program.outputs}
-    parameters = parameter_specs(model, programs)
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    counter = OperationCounter(captured.specs, training=captured.training, on_meta=on_meta)
-    kinds = {block.name: block for block in captured._coarse.blocks}
-    blocks = []
-    for program in programs:
-        operations = counter.count(program)
-        nodes = kinds[program.name]
-        blocks.append(
-            Block(
-                name=program.name,
-                kind=nodes.kind,
-                module=nodes.module,
-                parameters=parameters_of(program.name, parameters),
-                inputs=tuple(name for name in program.inputs if name in producer),
-                outputs=program.outputs,
-                forward_ops=operations.forward,
-                backward_ops=operations.backward,
-                saved_bytes=operations.saved_bytes,
-                workspace_bytes=operations.workspace_bytes,
-                uses_random=any(op.kind == "random" for op in operations.forward),
-            )
-        )
-    return BlockGraph(
-        model_class=type(model).__name__,
-        blocks=tuple(blocks),
-        tensors=tuple(_crossing(captured, producer)),
-        inputs=tuple(_tensor_spec(captured, name) for name in captured.inputs),
-        parameters=parameters,
-        results=tuple(captured.results.values()),
-        training=captured.training,
-        model_fingerprint=model_identity(model).fingerprint,
-        notes=captured.notes,
-    )
-
-
-def _crossing(captured: CapturedModel, producer: Mapping[str, str]) -> Iterable[TensorSpec]:
-    for name, block in producer.items():
-        consumers = _consumers(captured.programs, name)
-        yield _tensor_spec(captured, name, producer=block, consumers=consumers)
-
-
-def _consumers(programs: Sequence[Program], name: str) -> tuple[str, ...]:
-    return tuple(program.name for program in programs if name in program.inputs)
-
-
-def _tensor_spec(
-    captured: CapturedModel,
-    name: str,
-    producer: str | None = None,
-    consumers: tuple[str, ...] = (),
-) -> TensorSpec:
-    spec = captured.specs[name]
-    return TensorSpec(name, spec.shape, spec.dtype, spec.requires_grad, producer, consumers)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional
@@ -76,12 +75,10 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
         wanted: Which results are kept, by name.
 
     Raises:
-        CaptureError: No block was found, or no wanted result.
+        CaptureError: No block was found.
     """
-    end = next(node for node in trace.graph.nodes if node.op == "output")
-    assert isinstance(end.args[0], dict)
-    results: dict[str, Any] = {name: n for name, n in end.args[0].items() if wanted(name)}
-    live = _live(trace, results.values(), end.meta.get("after", ()))
+    results = {name: node for name, node in trace.results.items() if wanted(name)}
+    live = _live(trace, results.values(), trace.graph.output_node().meta.get("after", ()))
     prelude = _prelude(trace, live)
     assigned = _assign(trace, live, prelude)
     names = _block_order(trace, assigned)

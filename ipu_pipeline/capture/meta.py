@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ipu_pipeline.errors import CaptureError
 
@@ -25,6 +25,14 @@ class TensorMeta:
         return cls(
             tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad
         )
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
+    values: list[Any] = list(vars(module).values())
+    for value in [v for v in values if isinstance(v, Mapping | list | tuple)]:
+        values.extend(value.values() if isinstance(value, Mapping) else value)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:

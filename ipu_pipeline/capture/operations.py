@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -60,12 +61,21 @@ class OperationCounter:
 
     Args:
         specs: Description of every value by name.
+        example_values: Gives real values, for blocks whose code depends on them.
         training: Whether a backward pass is wanted.
         on_meta: The model lives on the meta device.
     """
 
-    def __init__(self, specs: Mapping[str, TensorMeta], *, training: bool, on_meta: bool) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, TensorMeta],
+        example_values: Callable[[], Mapping[str, Any]],
+        *,
+        training: bool,
+        on_meta: bool,
+    ) -> None:
         self.specs = specs
+        self.example_values = lru_cache(maxsize=1)(example_values)
         self.training = training
         self.on_meta = on_meta
         self._known: dict[Any, Operations] = {}
@@ -82,7 +92,7 @@ class OperationCounter:
             return self._watch(program, contextlib.nullcontext(), "meta")
         try:
             return self._watch(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
-        except RuntimeError:  # data-dependent code inside the block: needs values, so give it some
+        except RuntimeError:  # code inside the block depends on values: give it real ones
             return self._watch(program, contextlib.nullcontext(), "cpu")
 
     def _watch(self, program: Program, mode: Any, device: str) -> Operations:
@@ -105,7 +115,7 @@ class OperationCounter:
             if real:
                 state = {n: t.detach().clone().requires_grad_(t.requires_grad)
                          for n, t in state.items()}  # fmt: skip
-            inputs = [_example(self.specs[name], device, real=real) for name in program.inputs]
+            inputs = [self._input(name, device, real=real) for name in program.inputs]
             own = {storage_key(tensor) for tensor in [*state.values(), *inputs]}
             saved: dict[int, int] = {}
 
@@ -122,19 +132,16 @@ class OperationCounter:
                     _backward(outputs, [*state.values(), *inputs])
             return Operations(forward, watcher.take(), sum(saved.values()), watcher.largest)
 
+    def _input(self, name: str, device: str, *, real: bool) -> Any:
+        spec = self.specs[name]
+        if not real:
+            return _empty(spec, device)
+        return self.example_values()[name].detach().clone().requires_grad_(spec.requires_grad)
+
 
 def _empty(spec: TensorMeta, device: str) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     return tensor.requires_grad_(spec.requires_grad)
-
-
-def _example(spec: TensorMeta, device: str, *, real: bool) -> Tensor:
-    if not real:
-        return _empty(spec, device)
-    dtype = getattr(torch, spec.dtype)
-    if not dtype.is_floating_point:
-        return torch.ones(spec.shape, dtype=dtype)
-    return torch.randn(spec.shape, dtype=dtype).requires_grad_(spec.requires_grad)
 
 
 def _backward(outputs: Sequence[Any], leaves: Sequence[Tensor]) -> None:

@@ -40,13 +40,13 @@ def capture_surroundings(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def patched_calls(
     module_call: Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any],
-    function_apply: Callable[[Callable[..., Any], type, tuple[Any, ...]], Any],
+    function_apply: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
 ) -> Iterator[None]:
     """Route every ``Module.__call__`` and every ``autograd.Function.apply`` through hooks.
 
     Args:
         module_call: Called with the original, the module and its arguments.
-        function_apply: Called with the original, the function class and its arguments.
+        function_apply: Called with the original, bound to its class, and its arguments.
     """
     original_call = nn.Module.__call__
     original_apply = torch.autograd.Function.__dict__["apply"]
@@ -54,8 +54,8 @@ def patched_calls(
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module_call(original_call, module, args, kwargs)
 
-    def apply(cls: type, *args: Any) -> Any:
-        return function_apply(original_apply.__get__(None, cls), cls, args)
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return function_apply(original_apply.__get__(None, cls), args, kwargs)
 
     with (
         mock.patch.object(nn.Module, "__call__", call),

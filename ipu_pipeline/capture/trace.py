@@ -28,6 +28,13 @@ class Trace:
     attributes: Mapping[str, Any]
     inputs: tuple[str, ...]
 
+    @property
+    def results(self) -> Mapping[str, fx.Node]:
+        """The model's results by name."""
+        named = self.graph.output_node().args[0]
+        assert isinstance(named, Mapping)
+        return named  # type: ignore[return-value]
+
 
 def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     """Run ``model(**batch)`` once and record its glue.

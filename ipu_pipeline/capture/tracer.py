@@ -14,7 +14,6 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import Counter
 from typing import Any
 
@@ -23,16 +22,21 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.calls import (
+    CUTS,
+    SHAPE,
     SHAPE_READS,
     as_function,
     attribute_name,
     callable_form,
     decided_by_chance,
     has_value_shape,
+    is_assignment,
+    is_nameable,
+    returned_after_write,
 )
 from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.meta import TensorMeta, own_tensors
 from ipu_pipeline.capture.region import Region, RegionCall
 from ipu_pipeline.capture.storage import StorageHistory, storage_key
 from ipu_pipeline.capture.values import Values
@@ -59,11 +63,12 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
-        self.made_in_leaf: dict[int, weakref.ref[Tensor]] = {}
         self.thread = threading.get_ident()
         self.ambient = Region.current()
         state = [*model.named_buffers(), *model.named_parameters()]
         self.fqns = {id(tensor): fqn for fqn, tensor in state}
+        owned = [tensor for module in model.modules() for tensor in own_tensors(module)]
+        self.owned = {id(tensor): tensor for tensor in owned}
         self.state = frozenset(storage_key(tensor) for _, tensor in state)
 
     # ---- entry points -------------------------------------------------------------------
@@ -75,7 +80,6 @@ class Tracer(TorchFunctionMode):
         if self.in_leaf:
             return self._inside_leaf(func, args, kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
-            self._guard_shape(Tensor.__len__, args, len(args[0]))
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         versions = self.storages.versions((args, kwargs))
         result = self._untraced(func, *args, **kwargs)
@@ -98,7 +102,7 @@ class Tracer(TorchFunctionMode):
         versions = self.storages.versions((args, kwargs))
         result = self._untraced(original, module, *args, **kwargs)
         self.attributes[fqn] = module
-        node = self._call("call_module", fqn, module, args, kwargs)
+        node = self._call("call_module", fqn, args, kwargs)
         node.meta["random"] = self.leaf_draws
         if self.leaves.starts_block(module):
             node.meta["starts"] = self._count(fqn)
@@ -106,16 +110,16 @@ class Tracer(TorchFunctionMode):
         self._finish(node, args, kwargs, result, versions)
         return result
 
-    def function_apply(self, original: Any, cls: type, args: tuple[Any, ...]) -> Any:
+    def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one ``autograd.Function.apply``; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
-            return original(*args)
-        versions = self.storages.versions(args)
-        result = self._untraced(original, *args)
-        call = RegionCall(cls.apply, Region.current(), self.ambient)  # type: ignore[attr-defined]
-        node = self._held_call(call, args, {}, cls.__name__)
+            return original(*args, **kwargs)
+        versions = self.storages.versions((args, kwargs))
+        result = self._untraced(original, *args, **kwargs)
+        call = RegionCall(original, Region.current(), self.ambient)
+        node = self._held_call(call, args, kwargs, original.__self__.__name__)
         node.meta["random"] = self.leaf_draws
-        self._finish(node, args, {}, result, versions)
+        self._finish(node, args, kwargs, result, versions)
         return result
 
     def _untraced(self, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,10 +133,7 @@ class Tracer(TorchFunctionMode):
 
     def _inside_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
-        result = func(*args, **kwargs)
-        for tensor in self.values.tensors(result):
-            self.made_in_leaf[id(tensor)] = weakref.ref(tensor)
-        return result
+        return func(*args, **kwargs)
 
     # ---- recording ----------------------------------------------------------------------
 
@@ -141,19 +142,19 @@ class Tracer(TorchFunctionMode):
             self._guard(func, args, kwargs, result)
             return
         written = self.storages.written(versions)
-        name = getattr(func, "__name__", "")
-        if name == "__set__":
+        if is_assignment(func) and attribute_name(func) != "requires_grad":
             raise CaptureError(
-                f"{self._where()} assigns an attribute of a tensor ({attribute_name(func)}); such "
+                f"{self.where()} assigns an attribute of a tensor ({attribute_name(func)}); such "
                 "a write cannot be replayed: keep that module inside a block"
             )
+        result = returned_after_write(func, args, result)
         if not written and not any(True for _ in self.values.tensors(result)):
             self._guard_shape(func, args, result)
             return  # shapes, dtypes, flags: constant for a given batch shape
+        if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
+            self._guard_shape(SHAPE, args, args[0].shape)
         kind, target, arguments = callable_form(func, args)
-        node = self._call(kind, target, func, arguments, kwargs, name)
-        if name == "__setitem__":
-            result = args[0]  # later readers of the tensor come after the write
+        node = self._call(kind, target, arguments, kwargs)
         if has_value_shape(func, args):
             node.meta["value_shape"] = True
         if self.leaves.granularity == "op" and name_of(func).split(".")[-1] in MATRIX_FUNCTIONS:
@@ -161,12 +162,12 @@ class Tracer(TorchFunctionMode):
         node.meta["random"] = is_random(func, args, kwargs)
         self._finish(node, args, kwargs, result, versions)
 
-    def _call(
-        self, kind: str, target: Any, function: Any, args: Any, kwargs: Any, name: str = "call"
-    ) -> fx.Node:
+    def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         region = Region.current()
-        if region != self.ambient:  # no_grad or autocast in the model's own glue
-            held = function if kind == "call_module" else as_function(kind, target)
+        switched = region != self.ambient  # no_grad or autocast in the model's own glue
+        if switched or (kind == "call_function" and not is_nameable(target)):
+            held = self.attributes[target] if kind == "call_module" else as_function(kind, target)
+            name = getattr(held, "__name__", type(held).__name__)
             return self._held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
         arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
         return self.new_node(kind, target, *arguments)
@@ -179,11 +180,11 @@ class Tracer(TorchFunctionMode):
         return self.new_node("call_module", target, *arguments)
 
     def _guard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        node = self._held_call(ValueGuard(func, result, self._where()), args, kwargs, "guard")
+        node = self._held_call(ValueGuard(func, result, self.where()), args, kwargs, "guard")
         node.meta["guard"] = True
         if decided_by_chance(node):
             raise CaptureError(
-                f"{self._where()} draws a random number and decides by it, in Python, what runs "
+                f"{self.where()} draws a random number and decides by it, in Python, what runs "
                 "next; a captured graph would always decide the same: switch that off (layerdrop=0)"
             )
 
@@ -230,13 +231,13 @@ class Tracer(TorchFunctionMode):
         return self.new_node("get_attr", fqn, meta_of=tensor)
 
     def _constant(self, tensor: Tensor) -> str:
-        made_in_leaf = self.made_in_leaf.get(id(tensor), lambda: None)() is tensor
         large = tensor.is_floating_point() and tensor.numel() > 1
-        if made_in_leaf or large or tensor.requires_grad:
+        if id(tensor) not in self.owned or large or tensor.requires_grad:
             raise CaptureError(
-                f"{self._where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
-                "neither a parameter, a buffer, an input nor the result of a recorded call; "
-                "return it from its module instead of storing it on the side"
+                f"{self.where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
+                "neither a parameter, a buffer, an input nor the result of a recorded call: a "
+                "captured graph would repeat it for every batch; return it from its module "
+                "instead of storing it on the side, or make it a buffer"
             )
         return f"_constants.c{len(self.attributes)}"
 
@@ -244,5 +245,6 @@ class Tracer(TorchFunctionMode):
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}#{self.calls[name]}"
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Say whose code is running."""
         return f"the code of {self.scope[-1] or type(self.model).__name__!r}"

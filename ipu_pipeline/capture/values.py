@@ -24,12 +24,17 @@ PLAIN = (
 class NodeSource(Protocol):
     """What the values need from the tracer."""
 
-    def new_node(self, kind: str, target: Any, args: Any = (), kwargs: Any = None, *,
-                 meta_of: Tensor | None = None) -> fx.Node: ...  # fmt: skip
+    def new_node(self, kind: str, target: Any, args: Any = ()) -> fx.Node:
+        """Append one node to the graph."""
+        ...
 
-    def attribute_node(self, tensor: Tensor) -> fx.Node: ...
+    def attribute_node(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor that is no result of the trace."""
+        ...
 
-    def _where(self) -> str: ...
+    def where(self) -> str:
+        """Say whose code is running."""
+        ...
 
 
 class Values:
@@ -103,7 +108,7 @@ class Values:
         raise CaptureError(self._refusal(value))
 
     def _refusal(self, value: Any) -> str:
-        where = self._source._where()
+        where = self._source.where()
         if isinstance(value, np.ndarray):
             return (
                 f"{where} turns a numpy array of shape {value.shape} into a tensor; a captured "

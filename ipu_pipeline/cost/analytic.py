@@ -8,7 +8,7 @@ Source: Williams, Waterman, Patterson, Roofline, CACM 2009.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
 from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
@@ -26,7 +26,7 @@ class AnalyticCostModel:
     """
 
     dtype: str | None = None
-    memory: OptimizerMemory = OptimizerMemory()
+    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""

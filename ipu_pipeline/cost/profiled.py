@@ -6,7 +6,7 @@ Measuring needs torch and lives in ``profiling/blocks.py``; here measured number
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ipu_pipeline.cost.analytic import block_choices, device_speeds
 from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
@@ -38,7 +38,7 @@ class ProfiledCostModel:
     """
 
     times: Mapping[str, MeasuredTimes]
-    memory: OptimizerMemory = OptimizerMemory()
+    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph``.

@@ -46,6 +46,8 @@ class Device:
         flops_per_s: Peak matrix FLOP/s by dtype; ``float32`` is required.
         memory_bytes_per_s: Memory bandwidth in bytes per second.
         reserved_bytes: Fixed overhead (code, control) that stages cannot use.
+        kind: Family that a specific cost model knows (``ipu-gc200``, ``ipu-bow``), else
+            ``generic``.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Device:
     flops_per_s: Mapping[str, float] = field(hash=False)
     memory_bytes_per_s: float
     reserved_bytes: int = 0
+    kind: str = "generic"
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops_per_s:

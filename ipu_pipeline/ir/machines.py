@@ -38,8 +38,26 @@ def machine_by_name(name: str) -> Machine:
     raise PlanError(f"machine {name!r} is neither known ({KNOWN}), nor 'local', nor a machine file")
 
 
+def ipu_facts(kind: str) -> dict[str, Any]:
+    """Return the chip facts of an IPU generation (``chip`` in ``data/machines.json``).
+
+    Raises:
+        PlanError: No such generation is described.
+    """
+    facts: dict[str, Any] = _facts()
+    known = [name for name, entry in facts.items() if "chip" in entry]
+    if kind not in known:
+        raise PlanError(f"no chip facts for {kind!r}; known generations: {', '.join(known)}")
+    return dict(facts[kind]["chip"])
+
+
+def _facts() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
+    return found
+
+
 def _build(name: str, family: str, device_name: str, num_devices: int) -> Machine:
-    facts: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))[family]
+    facts: dict[str, Any] = _facts()[family]
     devices = tuple(
         Device(name=f"{device_name}{index}", **facts["device"]) for index in range(num_devices)
     )

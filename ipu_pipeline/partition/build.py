@@ -125,8 +125,6 @@ def _check_names(graph: BlockGraph, costs: GraphCosts, constraints: Constraints)
     unpriced = [block.name for block in graph.blocks if block.name not in costs.blocks]
     if unpriced:
         raise PartitionError(f"no cost for {', '.join(unpriced)}; price every block of the graph")
-    if not graph.blocks:
-        raise PartitionError("the graph has no block to place")
     named = {
         "pinned_stages": constraints.pinned_stages,
         "pinned_devices": constraints.pinned_devices,
@@ -155,9 +153,7 @@ def _allowed(cost: BlockCost, constraints: Constraints) -> tuple[BlockChoice, ..
 
 
 def _option(choice: BlockChoice) -> Option:
-    return Option(
-        choice.forward_s, choice.backward_s, choice.stash_bytes, choice.workspace_bytes
-    )
+    return Option(choice.forward_s, choice.backward_s, choice.stash_bytes, choice.workspace_bytes)
 
 
 def _mask(graph: BlockGraph, names: Sequence[str]) -> int:
@@ -195,9 +191,7 @@ def _values(graph: BlockGraph) -> list[Value]:
     ]
 
 
-def _weights(
-    graph: BlockGraph, costs: GraphCosts
-) -> tuple[tuple[float, ...], tuple[Shared, ...]]:
+def _weights(graph: BlockGraph, costs: GraphCosts) -> tuple[tuple[float, ...], tuple[Shared, ...]]:
     """Bytes that one block alone needs, and parameters with all their users."""
     users: dict[str, int] = {}
     sizes: dict[str, float] = {}
@@ -219,11 +213,12 @@ def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ..
         groups += [_mask(graph, group) for group in graph.tied_groups]
     merged: list[int] = []
     for group in groups:
+        joined = group
         apart = [other for other in merged if not other & group]
         for other in merged:
             if other & group:
-                group |= other  # noqa: PLW2901
-        merged = [*apart, group]
+                joined |= other
+        merged = [*apart, joined]
     return tuple(group for group in merged if group.bit_count() > 1)
 
 

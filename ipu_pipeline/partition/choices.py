@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -37,9 +38,7 @@ class Selection:
     picks: tuple[int, ...]
 
 
-def summarize(
-    ways: Sequence[Sequence[Option]], picks: Sequence[int], in_flight: int
-) -> Selection:
+def summarize(ways: Sequence[Sequence[Option]], picks: Sequence[int], in_flight: int) -> Selection:
     """Add up the options ``picks`` of the blocks ``ways``."""
     chosen = [options[pick] for options, pick in zip(ways, picks, strict=True)]
     return Selection(
@@ -54,8 +53,7 @@ def summarize(
 def fastest_picks(ways: Sequence[Sequence[Option]], in_flight: int) -> list[int]:
     """Position of the quickest option of each block; the smaller one of equals."""
     return [
-        min(range(len(o)), key=lambda p: (o[p].total_s, o[p].held_bytes(in_flight)))  # noqa: B023
-        for o in ways
+        min(range(len(o)), key=lambda p: (o[p].total_s, o[p].held_bytes(in_flight))) for o in ways
     ]
 
 
@@ -141,10 +139,54 @@ def _knapsack(
     ]  # fmt: skip
     if not all(menus):
         return None
+    relaxed_s, greedy_s, levels = _greedy(menus, budget_bytes)
+    if relaxed_s >= upper_s * (1 - _EPS):
+        return None
+    better = None
+    if greedy_s > relaxed_s * (1 + _EPS):
+        better = _search(menus, budget_bytes, min(upper_s, greedy_s))
+    if better is None and greedy_s < upper_s:
+        better = levels
+    if better is None:
+        return None
+    return [menu[level][2] for menu, level in zip(menus, better, strict=True)]
+
+
+def _greedy(
+    menus: list[list[tuple[float, float, int]]], budget_bytes: float
+) -> tuple[float, float, list[int]]:
+    """Fractional least time, and a selection that takes the best seconds per byte first.
+
+    Returns:
+        The relaxed seconds (``inf`` if nothing fits), the selection's, and its levels.
+    """
+    levels = [len(menu) - 1 for menu in menus]
+    seconds = sum(menu[-1][0] for menu in menus)
+    room = budget_bytes - sum(menu[-1][1] for menu in menus)
+    if room < 0:
+        return inf, inf, levels
+    steps = sorted(
+        (*step, index) for index, menu in enumerate(menus) for step in _hull_steps(menu)
+    )
+    relaxed_s, relaxed_room, full = seconds, room, set()
+    for _, size, saved, level, index in steps:
+        part = min(1.0, relaxed_room / size)
+        relaxed_s, relaxed_room = relaxed_s + part * saved, relaxed_room - part * size
+        if size <= room and index not in full:
+            seconds, room, levels[index] = seconds + saved, room - size, level
+        else:
+            full.add(index)
+    return relaxed_s, seconds, levels
+
+
+def _search(
+    menus: list[list[tuple[float, float, int]]], budget_bytes: float, upper_s: float
+) -> list[int] | None:
+    """Levels of the quickest selection below ``upper_s``, or ``None``."""
     order = sorted(range(len(menus)), key=lambda i: menus[i][0][1] - menus[i][-1][1], reverse=True)
     bounds = _suffix_bounds([menus[i] for i in order])
     times, held = np.zeros(1), np.zeros(1)
-    trail: list[tuple[Floats, NDArray[np.int64], NDArray[np.int64]]] = []
+    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for depth, position in enumerate(order):
         menu = menus[position]
         grown_t = (times[:, None] + np.array([way[0] for way in menu])).ravel()
@@ -154,13 +196,12 @@ def _knapsack(
         if not keep.size:
             return None
         times, held = grown_t[keep], grown_m[keep]
-        trail.append((times, keep // len(menu), keep % len(menu)))
-    picks, point = [0] * len(ways), int(np.argmin(times))
-    for depth in range(len(order) - 1, -1, -1):
-        _, parents, chosen = trail[depth]
-        picks[order[depth]] = menus[order[depth]][int(chosen[point])][2]
+        trail.append((keep // len(menu), keep % len(menu)))
+    levels, point = [0] * len(menus), int(np.argmin(times))
+    for position, (parents, chosen) in zip(reversed(order), reversed(trail), strict=True):
+        levels[position] = int(chosen[point])
         point = int(parents[point])
-    return picks
+    return levels
 
 
 def _frontier(ways: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
@@ -192,7 +233,7 @@ def _suffix_bounds(
     for menu in reversed(menus):
         base_s += menu[-1][0]
         base_bytes += menu[-1][1]
-        steps += _hull_steps(menu)
+        steps += [step[:3] for step in _hull_steps(menu)]
         steps.sort()
         spent = base_bytes + np.cumsum([0.0, *(step[1] for step in steps)])
         left = base_s + np.cumsum([0.0, *(step[2] for step in steps)])
@@ -201,20 +242,20 @@ def _suffix_bounds(
     return bounds
 
 
-def _hull_steps(menu: list[tuple[float, float, int]]) -> list[tuple[float, float, float]]:
-    """Edges (slope, bytes, seconds) of the lower convex hull, from the smallest option up."""
-    hull: list[tuple[float, float]] = []
-    for seconds, num_bytes, _ in reversed(menu):
-        point = (num_bytes, seconds)
+def _hull_steps(
+    menu: list[tuple[float, float, int]],
+) -> list[tuple[float, float, float, int]]:
+    """Edges (slope, bytes, seconds, level reached) of the lower hull, from the smallest up."""
+    hull: list[tuple[float, float, int]] = []
+    for level in range(len(menu) - 1, -1, -1):
+        point = (menu[level][1], menu[level][0], level)
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
             hull.pop()
         hull.append(point)
-    return [
-        (_slope(a, b), b[0] - a[0], b[1] - a[1]) for a, b in zip(hull, hull[1:], strict=False)
-    ]
+    return [(_slope(a, b), b[0] - a[0], b[1] - a[1], b[2]) for a, b in pairwise(hull)]
 
 
-def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:
+def _slope(first: tuple[float, float, int], second: tuple[float, float, int]) -> float:
     return (second[1] - first[1]) / (second[0] - first[0])
 
 

@@ -1,7 +1,7 @@
 """Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
 
 The sweep needs stages that do not share devices or memories and a step time with one paced row.
-For the other cases it still gives a bound (``_relaxed_bound``): own devices, own memories, and
+For the other cases it still gives a bound (``relaxed_bound``): own devices, own memories, and
 
 * GPipe: ``max f + max b >= max (f + b)``;
 * PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
@@ -64,7 +64,9 @@ class Engine:
         self.problem = built.problem
         self._constraints, self._training, self._deadline = constraints, training, deadline
         self._masks = masks
-        self._pricers = {split: Pricer(built.problem, split_passes=split) for split in (False, True)}
+        self._pricers = {
+            split: Pricer(built.problem, split_passes=split) for split in (False, True)
+        }
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, Rows] = {}
 
@@ -108,7 +110,7 @@ class Engine:
             found = self._label_search(candidate, full, upper)
         lower = found.lower_bound
         if lower < upper:
-            lower = max(lower, min(self._relaxed_bound(candidate, upper), upper))
+            lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
         winner = found if found.objective <= best.objective else best
         return replace(winner, lower_bound=min(lower, winner.objective))
 
@@ -126,12 +128,25 @@ class Engine:
             objective,
             boundaries(lattice, candidate.slots, candidate.rule),
             self._deadline,
+            self._load_limit_s(candidate, upper),
         ).run(upper)
 
-    def _relaxed_bound(self, candidate: Candidate, upper: float) -> float:
+    def _load_limit_s(self, candidate: Candidate, upper: float) -> float:
+        """Largest load of one stage in any split below ``upper``."""
+        pace, spread = self._relaxed_weights(len(candidate.slots), candidate.shape.num_microbatches)
+        if pace <= 0 or upper == inf:
+            return inf
+        work = sum(option.total_s for option in self.problem.fastest)
+        fastest = max(slot.speed for slot in candidate.slots)
+        return max(0.0, upper - spread * work / fastest) / pace
+
+    def relaxed_bound(self, candidate: Candidate, upper: float) -> float:
+        """Bound from the fast search: every stage with its own device and memory."""
         depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
         pace, spread = self._relaxed_weights(depth, microbatches)
-        slots = tuple(replace(s, device=i, pool=i) for i, s in enumerate(candidate.slots))
+        slots = tuple(
+            replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
+        )
         devices = tuple(range(depth))
         relaxed = replace(
             candidate, slots=slots, shape=replace(candidate.shape, stage_devices=devices)

@@ -18,7 +18,7 @@ DEFAULT_LIMIT = 200_000
 _WORK_RESOLUTION = 2**52
 
 
-class TooManyIdeals(Exception):  # noqa: N818 - caught inside the package, never shown
+class TooManyIdeals(Exception):
     """The graph has more downward-closed sets than the limit."""
 
 

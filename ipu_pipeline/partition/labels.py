@@ -27,6 +27,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 BEAM_WIDTH = 64
 TOLERANCE = 1e-12
+_SLACK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class LabelSearch:
         objective: Step time, made for ``len(slots)`` stages.
         boundaries: For 0..num_stages stages done: which sets of the lattice are allowed.
         deadline: ``time.monotonic()`` at which to stop; ``None`` never.
+        load_limit_s: Stages with a larger load cannot be part of a better split.
     """
 
     lattice: Lattice
@@ -92,6 +94,7 @@ class LabelSearch:
     objective: Objective
     boundaries: Sequence[Bools]
     deadline: float | None = None
+    load_limit_s: float = inf
     _steps: list[dict[int, list[_Step]]] = field(default_factory=list)
     _to_go: list[dict[int, Floats]] = field(default_factory=list)
 
@@ -144,11 +147,16 @@ class LabelSearch:
     def _steps_from(self, stage: int, position: int, targets: Bools) -> list[_Step]:
         slot, shared = self.slots[stage], self._pool_is_shared[stage]
         done = self.lattice.masks[position]
-        reached = self.lattice.supersets(position, position + 1, len(self.lattice))
+        work = self.lattice.work_s
+        top = work[position] + self.load_limit_s * slot.speed
+        stop = int(np.searchsorted(work, top * (1 + _SLACK), side="right"))
+        reached = self.lattice.supersets(position, position + 1, max(stop, position + 1))
         steps = []
         for target in reached[targets[reached]].tolist():
             blocks = self.lattice.masks[target] ^ done
             for price in self.pricer.prices(done, blocks, slot, shared_pool=shared):
+                if price.load_s > self.load_limit_s * (1 + _SLACK):
+                    continue
                 rows = [row.load_s(stage, price) for row in self.objective.rows]
                 steps.append(_Step(target, price, np.array([*rows, price.outer_s])))
         return steps
@@ -202,7 +210,8 @@ class LabelSearch:
         rows = self._place_loads(label, stage, step.loads)
         total_s = label.total_s + step.price.load_s
         bound = max(label.bound, self._bound(stage + 1, step.target, rows, total_s))
-        return _Label(step.target, rows, total_s, *memory[:1], groups, memory[1], bound, label, step)
+        used, resident = memory
+        return _Label(step.target, rows, total_s, used, groups, resident, bound, label, step)
 
     def _place_groups(self, label: _Label, stage: int, blocks: int) -> tuple[int, ...] | None:
         if not self._groups:

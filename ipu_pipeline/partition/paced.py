@@ -94,12 +94,25 @@ class PacedSearch:
     def at_once(self) -> float:
         """Bound without a search: work shared out evenly, and the largest block."""
         if self.layout.hosts:
-            return 0.0
+            return self._at_once_with_hosts()
         speeds = sorted((slot.speed for slot in self.layout.slots), reverse=True)
         block = max(option.total_s for option in self.rows.problem.fastest)
         even = self._work_s() / sum(speeds[: max(self.depths)])
         bound = self._bound(max(even, block / speeds[0]), self._work_s() / speeds[0])
         return min(bound, self.upper_bound)
+
+    def _at_once_with_hosts(self) -> float:
+        """As ``at_once`` for equal devices: a host core is worth part of a device."""
+        problem = self.rows.problem
+        shares = [
+            option.total_s / seconds if seconds else inf
+            for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
+            if option.total_s
+        ]
+        if not shares or max(shares) == inf:
+            return 0.0
+        even = self._work_s() / (max(self.depths) + self.layout.hosts * max(shares))
+        return min(self.pace * even, self.upper_bound)
 
     def _work_s(self) -> float:
         return float(self.rows.lattice.work_s[-1])

@@ -57,12 +57,17 @@ class Pricer:
         """Price ``problem``; ``split_passes`` keeps options that trade forward for backward."""
         self.problem = problem
         self._split_passes = split_passes
-        self._stage_memo: dict[tuple[int, int, float, bool], list[Selection]] = {}
+        self._stage_memo: dict[tuple[tuple[int, ...], int, float, bool], list[Selection]] = {}
+        numbers: dict[tuple[Option, ...], int] = {}
+        self._menu = [numbers.setdefault(ways, len(numbers)) for ways in problem.options]
+        self._alive: dict[int, list[Value]] = {}
         self._by_producer: list[list[Value]] = [[] for _ in problem.names]
         for value in problem.values:
             self._by_producer[value.producer].append(value)
 
-    def prices(self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False) -> list[Price]:
+    def prices(
+        self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False
+    ) -> list[Price]:
         """Return every undominated way to run ``stage`` at ``slot`` after ``done``; may be empty.
 
         Args:
@@ -77,7 +82,8 @@ class Pricer:
             return []
         base = self.base_bytes(done, stage, slot.in_flight)
         shared = 0.0 if shared_pool else self.shared_bytes(stage)
-        selections = self._selections(stage, slot, slot.capacity - base - shared, shared_pool=shared_pool)
+        budget = slot.capacity - base - shared
+        selections = self._selections(stage, slot, budget, shared_pool=shared_pool)
         if not selections:
             return []
         send_forward, send_backward = self.transfers(done, stage, slot)
@@ -145,22 +151,25 @@ class Pricer:
         if not self.problem.relay:
             return [v for v in self.problem.values if v.consumers & stage
                     and not stage >> v.producer & 1]  # fmt: skip
-        return self._crossing(done, ~done)
+        return self._crossing(done)
 
     def leaving(self, done: int, stage: int) -> list[Value]:
         """Values that the stage sends on (relayed ones, too)."""
         if not self.problem.relay:
             return [v for block in bits(stage) for v in self._by_producer[block]
                     if v.consumers & ~stage]  # fmt: skip
-        return self._crossing(done | stage, ~(done | stage))
+        return self._crossing(done | stage)
 
-    def _crossing(self, makers: int, readers: int) -> list[Value]:
-        return [
-            value
-            for block in bits(makers)
-            for value in self._by_producer[block]
-            if value.consumers & readers
-        ]
+    def _crossing(self, done: int) -> list[Value]:
+        """Values alive at the boundary behind ``done``."""
+        if done not in self._alive:
+            self._alive[done] = [
+                value
+                for block in bits(done)
+                for value in self._by_producer[block]
+                if value.consumers & ~done
+            ]
+        return self._alive[done]
 
     def transfers(self, done: int, stage: int, slot: Slot) -> tuple[float, float]:
         """Seconds of forward and of backward transfers over both boundaries of the stage."""
@@ -185,7 +194,7 @@ class Pricer:
     def _selections(
         self, stage: int, slot: Slot, budget: float, *, shared_pool: bool
     ) -> list[Selection]:
-        key = (stage, slot.in_flight, budget, shared_pool)
+        key = (tuple(self._menu[b] for b in bits(stage)), slot.in_flight, budget, shared_pool)
         if key not in self._stage_memo:
             ways = [self.problem.options[block] for block in bits(stage)]
             if shared_pool or (self._split_passes and _forward_varies(ways)):

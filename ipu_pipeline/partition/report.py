@@ -38,7 +38,9 @@ def to_partition(
                 forward_s=price.forward_s,
                 backward_s=price.backward_s,
                 transfer_s=price.send_forward_s + price.send_backward_s,
-                memory_bytes=round(price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)),
+                memory_bytes=round(
+                    price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
+                ),
                 in_flight=slot.in_flight,
             )
         )
@@ -88,9 +90,7 @@ def _binding(
     return text
 
 
-def _slower_than_fastest(
-    stage: StageAssignment, built: Built, slot: Slot, price: Price
-) -> bool:
+def _slower_than_fastest(stage: StageAssignment, built: Built, slot: Slot, price: Price) -> bool:
     names = {name: index for index, name in enumerate(built.problem.names)}
     least = sum(built.problem.fastest[names[name]].total_s for name in stage.blocks) / slot.speed
     return price.forward_s + price.backward_s > least * (1 + 1e-9)

@@ -8,6 +8,7 @@ smallest option" and "every block takes its quickest option".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import numpy as np
@@ -51,9 +52,9 @@ class Rows:
         self._cut_s: dict[Link | None, Floats] = {None: np.zeros(len(lattice))}
         self._held: dict[int, tuple[Floats, Floats]] = {}
         self._most_bytes: dict[int, float] = {}
+        self._settled: dict[tuple[int, int, Slot], float] = {}
         self._lagrange: dict[int, tuple[Floats, Floats]] = {}
         self._closed: dict[int, Bools] = {}
-        self._ends = [value.consumers | 1 << value.producer for value in problem.values]
         self._weights = lattice.total(problem.held)
         self._entering = self._entering_bytes() if problem.relay else np.zeros(len(lattice))
         self._tied = [(item.num_bytes, self._users(item.users)) for item in problem.shared_weights]
@@ -71,8 +72,8 @@ class Rows:
 
     def row_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
         """Seconds of the stages from ``start`` to ``targets`` with their quickest options."""
-        load_s = (self.lattice.work_s[targets] - self.lattice.work_s[start]) / slot.speed
-        load_s = load_s + self._transfer_s(start, targets, slot)
+        load_s: Floats = (self.lattice.work_s[targets] - self.lattice.work_s[start]) / slot.speed
+        load_s += self._transfer_s(start, targets, slot)
         if self._host_only is not None:
             load_s[self._host_only[targets] > self._host_only[start]] = inf
         return load_s
@@ -115,7 +116,8 @@ class Rows:
         floor_s = totals[:, targets] - totals[:, start : start + 1] - prices[:, None] * room
         quick_s = self.lattice.work_s[targets] - self.lattice.work_s[start]
         least: Floats = floor_s.max(axis=0) * (1 - 1e-12)
-        return np.maximum(least - quick_s, 0.0)
+        extra_s: Floats = np.maximum(least - quick_s, 0.0)
+        return extra_s
 
     def _priced(self, in_flight: int) -> tuple[Floats, Floats]:
         """Prices per byte worth trying, and per price the running minimum of each set."""
@@ -150,9 +152,12 @@ class Rows:
 
     def exact_s(self, start: int, target: int, slot: Slot) -> float:
         """Seconds of one stage with the best options that fit; ``inf`` if none do."""
-        done = self.lattice.masks[start]
-        price = self.pricer.best(done, self.lattice.masks[target] ^ done, slot)
-        return inf if price is None else price.load_s
+        key = (start, target, slot)
+        if key not in self._settled:
+            done = self.lattice.masks[start]
+            price = self.pricer.best(done, self.lattice.masks[target] ^ done, slot)
+            self._settled[key] = inf if price is None else price.load_s
+        return self._settled[key]
 
     def held_bytes(self, in_flight: int) -> tuple[Floats, Floats]:
         """Bytes of each set with the smallest and with the quickest options."""
@@ -195,17 +200,15 @@ class Rows:
         """Boundaries that a value crosses: its producer on one side, a consumer on the other."""
         value = self.problem.values[number]
         made = self.lattice.member[value.producer]
-        if self.problem.relay:
-            return made & ~self._done(number)
         read = self.lattice.member[list(bits(value.consumers))].any(axis=0)
-        crossed: Bools = np.where(made, ~self._done(number), read)
+        crossed: Bools = (made & ~self._done(number)) | (~made & read)
         return crossed
 
     def _done(self, number: int) -> Bools:
         """Sets that contain every consumer of a value."""
         if number not in self._closed:
             rows = self.lattice.member[list(bits(self.problem.values[number].consumers))]
-            self._closed[number] = rows.all(axis=0)
+            self._closed[number] = np.all(rows, axis=0)
         return self._closed[number]
 
     def _entering_bytes(self) -> Floats:
@@ -216,7 +219,8 @@ class Rows:
 
     def _transfer_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
         if self.problem.relay:
-            return self.cut_s(slot.link_in)[start] + self.cut_s(slot.link_out)[targets]
+            seconds: Floats = self.cut_s(slot.link_out)[targets] + self.cut_s(slot.link_in)[start]
+            return seconds
         return self._direct_s(start, targets, slot.link_out or slot.link_in)
 
     def _direct_s(self, start: int, targets: Ints, link: Link | None) -> Floats:
@@ -225,7 +229,8 @@ class Rows:
             return np.zeros(len(targets))
         seconds = self.cut_s(link)[targets].copy()
         done, member = self.lattice.masks[start], self.lattice.member
-        for number, value in self._open_values(done):
+        for number in np.flatnonzero(self._straddling[start]).tolist():
+            value = self.problem.values[number]
             taken = np.zeros(len(targets), dtype=np.bool_)
             for block in bits(value.consumers & ~done):
                 taken |= member[block][targets]
@@ -236,13 +241,14 @@ class Rows:
             seconds += _both_ways_s(link, value) * (taken.astype(np.int8) - counted)
         return seconds
 
-    def _open_values(self, done: int) -> list[tuple[int, Value]]:
-        """Values with an end in ``done`` and an end outside."""
-        return [
-            (number, self.problem.values[number])
-            for number, ends in enumerate(self._ends)
-            if ends & done and ends & ~done
-        ]
+    @cached_property
+    def _straddling(self) -> Bools:
+        """``[i, v]``: value v has an end in set i and an end outside."""
+        table = np.zeros((len(self.lattice), len(self.problem.values)), dtype=np.bool_)
+        for number, value in enumerate(self.problem.values):
+            ends = self.lattice.member[list(bits(value.consumers | 1 << value.producer))]
+            table[:, number] = ends.any(axis=0) & ~ends.all(axis=0)
+        return table
 
 
 def _both_ways_s(link: Link | None, value: Value) -> float:

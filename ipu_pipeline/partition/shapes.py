@@ -45,9 +45,7 @@ def shapes(graph: BlockGraph, machine: Machine, constraints: Constraints) -> lis
         total = constraints.total_microbatches
         microbatches = constraints.num_microbatches if total is None else total // replicas
         for devices in _pipelines(graph, constraints, available // replicas):
-            needed = least_microbatches(
-                constraints.schedule, len(devices), training=graph.training
-            )
+            needed = least_microbatches(constraints.schedule, len(devices), training=graph.training)
             if needed > microbatches:
                 short = max(short, needed)
             elif len(devices) <= len(graph.blocks):
@@ -69,6 +67,8 @@ def shapes(graph: BlockGraph, machine: Machine, constraints: Constraints) -> lis
 
 
 def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) -> None:
+    if not graph.blocks:
+        raise PartitionError("the graph has no block to place")
     devices = constraints.stage_devices
     if devices is not None and (not devices or min(devices) < 0 or max(devices) >= available):
         raise PartitionError(
@@ -80,7 +80,8 @@ def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) ->
             f"{depth} stages need at least as many blocks, the graph has {len(graph.blocks)}"
         )
     needed = len(set(devices)) if devices else depth
-    needed -= int(devices is None and constraints.num_stages is not None and _may_return(graph, constraints))
+    if constraints.num_stages is not None and _may_return(graph, constraints):
+        needed -= 1
     if needed * (constraints.replicas or 1) > available:
         raise PartitionError(
             f"{depth} stages x {constraints.replicas or 1} replicas need "

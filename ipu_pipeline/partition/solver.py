@@ -1,107 +1,44 @@
-"""The flow: which pipelines to try, what the search finds for each, the best with its bound."""
+"""The public door of the solver: the best split, or an error that says what would help."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from math import inf
-from time import monotonic
+from collections.abc import Mapping
 
 from ipu_pipeline.cost.model import GraphCosts
-from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.partition.build import Built, ample_memory, build_problem, build_slots
 from ipu_pipeline.partition.constraints import Constraints
-from ipu_pipeline.partition.engine import Candidate, Engine
-from ipu_pipeline.partition.labels import Found
-from ipu_pipeline.partition.layers_per_ipu import layer_rule
-from ipu_pipeline.partition.report import to_partition
+from ipu_pipeline.partition.infeasible import explain
 from ipu_pipeline.partition.result import Partition
-from ipu_pipeline.partition.shapes import Shape, shapes
+from ipu_pipeline.partition.search import search
 
 
-def search(
-    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints
-) -> Partition | None:
-    """Return the best split, or ``None`` when no split fits.
-
-    Raises:
-        PartitionError: A constraint is wrong, or the time limit ended before any split was found.
-    """
-    deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
-    best: Partition | None = None
-    upper = lower = inf
-    for replicas, group in _by_replicas(shapes(graph, machine, constraints)):
-        built = build_problem(graph, costs, machine, constraints, replicas)
-        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
-        candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
-        for found, members in _run(engine, candidates, machine, constraints, lambda: upper):
-            lower = min(lower, found.lower_bound)
-            if found.objective < upper:
-                upper = found.objective
-                winner = _slots_of(found, members)
-                best = to_partition(found, built, winner.slots, machine, constraints, winner.shape)
-    if best is None and lower < inf:
-        raise PartitionError(
-            f"no split was found within {constraints.time_limit_s} s, and none was ruled out; "
-            "raise time_limit_s"
-        )
-    return None if best is None else replace(best, lower_bound=min(lower, best.objective))
-
-
-def candidate(
+def solve(
     graph: BlockGraph,
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    shape: Shape,
-    built: Built,
-) -> Candidate:
-    """Describe the positions of one pipeline."""
-    slots = build_slots(
-        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
-    )
-    if machine.shared_memory and ample_memory(built.problem, slots):
-        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
-    rule = None
-    if constraints.layers_per_ipu is not None:
-        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
-    return Candidate(shape, slots, rule)
+    remedies: Mapping[str, GraphCosts] | None = None,
+) -> Partition:
+    """Find the quickest split of ``graph`` over ``machine`` that satisfies ``constraints``.
 
+    Args:
+        graph: The model.
+        costs: Its prices on ``machine``.
+        machine: Devices, memories and links.
+        constraints: What is fixed, and the numbers of the run.
+        remedies: Other prices to try when nothing fits, by what the user would do to get them
+            ("keep the optimizer state off chip"). The text completes "it fits if you ...".
 
-def _run(
-    engine: Engine,
-    candidates: Sequence[Candidate],
-    machine: Machine,
-    constraints: Constraints,
-    upper,
-) -> Iterator[tuple[Found, Sequence[Candidate]]]:
-    """Search all candidates; those that differ in depth only are searched together."""
-    fast = [item for item in candidates if engine.is_fast(item)]
-    if fast and _uniform(fast, machine, constraints):
-        yield engine.run_fast(fast, upper(), uniform=True), fast
-        fast = []
-    for item in fast:
-        yield engine.run_fast([item], upper(), uniform=False), [item]
-    for item in candidates:
-        if not engine.is_fast(item):
-            yield engine.run_labels(item, upper()), [item]
+    Returns:
+        The best split, its seconds per optimizer step, and a proven lower bound over every
+        allowed split, depth and number of replicas.
 
-
-def _uniform(fast: Sequence[Candidate], machine: Machine, constraints: Constraints) -> bool:
-    """Whether a position's price depends only on how many stages are behind it."""
-    slots = max(fast, key=lambda item: len(item.slots)).slots
-    alike = len({(slot.capacity, slot.speed) for slot in slots}) == 1
-    links = {slot.link_in for slot in slots[1:]}
-    free = not (constraints.pinned_stages or constraints.pinned_devices)
-    return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
-
-
-def _slots_of(found: Found, members: Sequence[Candidate]) -> Candidate:
-    return next(item for item in members if len(item.slots) == len(found.prices))
-
-
-def _by_replicas(found: Sequence[Shape]) -> Iterator[tuple[int, list[Shape]]]:
-    for replicas in dict.fromkeys(shape.replicas for shape in found):
-        yield replicas, [shape for shape in found if shape.replicas == replicas]
+    Raises:
+        InfeasibleError: Nothing fits; the message names the smallest changes that do fit.
+        PartitionError: A constraint is wrong, or the time limit was too short for any split.
+    """
+    best = search(graph, costs, machine, constraints)
+    if best is None:
+        raise explain(graph, costs, machine, constraints, remedies or {})
+    return best

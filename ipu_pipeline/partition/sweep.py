@@ -29,7 +29,7 @@ Combine = Literal["max", "sum"]
 _SLACK = 1 + 1e-9
 
 
-class OutOfTime(Exception):  # noqa: N818 - control flow inside the package
+class OutOfTime(Exception):
     """The deadline passed before the sweep was complete."""
 
 
@@ -103,9 +103,7 @@ class _Sweep:
         deadline: float | None,
     ) -> None:
         self._rows, self._layout, self._limit = rows, layout, limit_s
-        self._join: Callable[[Floats, Floats], Floats] = (
-            np.maximum if combine == "max" else np.add
-        )  # type: ignore[assignment]
+        self._join: Callable[[Floats, Floats], Floats] = np.maximum if combine == "max" else np.add
         self._deadline = deadline
         self._depths = range(min(depths), max(depths) + 1)
         shape = (layout.hosts + 1, max(depths) + 1, len(rows.lattice))

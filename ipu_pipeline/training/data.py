@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ipu_pipeline.training.arguments import TrainingArguments
-from ipu_pipeline.training.rng import derived_seed, keyed_randomness
+from ipu_pipeline.training.rng import keyed_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ class EpochBatches(Sampler[list[int]]):
             yield BatchKey(order[step * self.batch_size : stop], (self.seed, epoch, step))
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+        # The order that transformers' Trainer gives the same seed (accelerate's seedable sampler).
+        generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import DatasetDict
 
-from ipu_pipeline.errors import PipelineError
-from ipu_pipeline.tasks.question_answering import DatasetError
+from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.errors import DatasetError, PipelineError
 from tests.examples.conftest import FOLDER, make_plan
 
 
@@ -72,7 +72,9 @@ def test_ipu_options_make_a_configuration(script, options, eager):
 def test_replicas_that_the_local_target_leaves_out_are_named(script, options, eager, capsys):
     changes = "layers_per_ipu=[1 1],replication_factor=2"
     script.run(options(do_train=True, ipu_config_overrides=changes, pod_type="pod4"))
-    assert "local target runs 1 of the 2 replicas" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "local target runs 1 of the 2 replicas" in printed
+    assert "without effect" not in printed
     assert eager["plan"]["replicas"] == 1
     script.run(
         options(
@@ -178,3 +180,12 @@ def test_runs_as_a_script(tiny_model, tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: data set 'squad' cannot be load")
     assert "Traceback" not in done.stderr
+
+
+def test_ipu_settings_without_effect_here_are_named(script):
+    report = sys.modules["qa_report"]
+    config = IPUConfig(layers_per_ipu=(1, 1), embedding_serialization_factor=2)
+    assert report.local_note(config) == (
+        "note: without effect on the local target: embedding_serialization_factor=2"
+    )
+    assert report.local_note(IPUConfig(layers_per_ipu=(1, 1))) == ""

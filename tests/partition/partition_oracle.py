@@ -45,6 +45,20 @@ def make_machine(num_devices, *, memory=10**9, bandwidth=100.0, latency=0.0, **m
     return Machine("random", devices, Link(bandwidth, latency), **more)
 
 
+def unit_costs(graph, seconds=None, *, stash=0, weights=0):
+    """Each block takes 1 s forward and 2 s backward, or ``seconds`` times that; one option."""
+    factors = seconds or [1] * len(graph.blocks)
+    return GraphCosts(
+        {
+            block.name: BlockCost(
+                (BlockChoice(factor, 2 * factor, stash),), {f"w.{block.name}": weights}
+            )
+            for block, factor in zip(graph.blocks, factors, strict=True)
+        },
+        "unit",
+    )
+
+
 def random_case(seed, *, max_blocks=7, chain=False):
     """Graph, costs and machine with memory tight enough to matter in about half of the cases."""
     rng = random.Random(seed)
@@ -158,77 +172,98 @@ def kept_microbatches(schedule, stage, depth, num_microbatches, *, training):
     return min(num_microbatches, count[schedule])
 
 
-def price_split(graph, costs, machine, constraints, stages, devices):
-    """Least step time of one split over every combination of options; ``inf`` if none fits."""
-    depth, training = len(stages), graph.training
-    microbatches = constraints.num_microbatches
+def transfers(graph, machine, stages, devices):
+    """Forward and backward transfer seconds and held bytes of every stage, hop by hop."""
+    depth = len(stages)
     stage_of = {name: s for s, stage in enumerate(stages) for name in stage}
     send_f, send_b, held = [0.0] * depth, [0.0] * depth, [0.0] * depth
-    outer = [sum(constraints.update_s.get(name, 0.0) for name in stage) for stage in stages]
     for tensor in graph.tensors:
-        first = stage_of[tensor.producer]
         last = max(stage_of[name] for name in tensor.consumers)
-        for s in range(first, last):
-            link = machine.link_between(devices[s], devices[s + 1])
-            if not machine.shared_memory and devices[s] != devices[s + 1]:
-                cost = link.transfer_s(tensor.num_bytes)
-                for side in (s, s + 1):
-                    send_f[side] += cost
-                    send_b[side] += cost if training and tensor.requires_grad else 0
+        for s in range(stage_of[tensor.producer], last):
             held[s + 1] += tensor.num_bytes
+            if machine.shared_memory or devices[s] == devices[s + 1]:
+                continue
+            cost = machine.link_between(devices[s], devices[s + 1]).transfer_s(tensor.num_bytes)
+            for side in (s, s + 1):
+                send_f[side] += cost
+                send_b[side] += cost if graph.training and tensor.requires_grad else 0
     for spec in graph.inputs:
         for s in {stage_of[name] for name in spec.consumers}:
             held[s] += spec.num_bytes
-    if constraints.tied == "exchange" and training and not machine.shared_memory:
+    return send_f, send_b, held
+
+
+def outer_seconds(graph, costs, machine, constraints, stages, devices):
+    """Longest update and tied exchange of a device, once per step."""
+    stage_of = {name: s for s, stage in enumerate(stages) for name in stage}
+    outer = [sum(constraints.update_s.get(name, 0.0) for name in stage) for stage in stages]
+    if constraints.tied == "exchange" and graph.training and not machine.shared_memory:
         link = machine.board_link or machine.link
         for parameter in graph.parameters:
             holders = {stage_of[name] for name in parameter.blocks}
             for s in holders if len(holders) > 1 else ():
                 outer[s] += link.transfer_s(parameter.num_bytes)
-    flights = [
-        kept_microbatches(constraints.schedule, s, depth, microbatches, training=training)
-        for s in range(depth)
-    ]
+    return max(
+        sum(o / costs.speed(d) for o, e in zip(outer, devices, strict=True) if e == d)
+        for d in devices
+    )
+
+
+def stage_menu(costs, stage, speed, flight, held):
+    """Undominated (forward, backward, bytes without weights) over every choice of options."""
+    ways = set()
+    for picks in itertools.product(*(costs.blocks[name].choices for name in stage)):
+        memory = flight * (sum(p.stash_bytes for p in picks) + held)
+        ways.add((
+            sum(p.forward_s for p in picks) / speed,
+            sum(p.backward_s for p in picks) / speed,
+            memory + max(p.workspace_bytes for p in picks),
+        ))  # fmt: skip
+    return [
+        w for w in ways
+        if not any(v != w and all(x <= y for x, y in zip(v, w, strict=True)) for v in ways)
+    ]  # fmt: skip
+
+
+def memory_pools(costs, machine, stages, devices):
+    """Pool of every stage, room of every pool, and the weights each pool holds once."""
     pools = [0 if machine.shared_memory else d for d in devices]
-    room = {
-        pool: sum(d.memory_bytes - d.reserved_bytes for d in machine.devices)
-        if machine.shared_memory
-        else machine.devices[pool].memory_bytes - machine.devices[pool].reserved_bytes
-        for pool in pools
-    }
+    usable = [d.memory_bytes - d.reserved_bytes for d in machine.devices]
+    room = {pool: sum(usable) if machine.shared_memory else usable[pool] for pool in pools}
     params = {pool: {} for pool in pools}
     for s, stage in enumerate(stages):
         for name in stage:
             params[pools[s]].update(costs.blocks[name].weight_bytes)
-    menus = []
-    for s, stage in enumerate(stages):
-        ways = set()
-        speed = costs.speed(devices[s])
-        for picks in itertools.product(*(costs.blocks[name].choices for name in stage)):
-            f = sum(p.forward_s for p in picks) / speed
-            b = sum(p.backward_s for p in picks) / speed
-            memory = flights[s] * (sum(p.stash_bytes for p in picks) + held[s])
-            ways.add((f, b, memory + max(p.workspace_bytes for p in picks)))
-        menus.append(
-            [w for w in ways if not any(v != w and all(x <= y for x, y in zip(v, w, strict=True))
-                                        for v in ways)]
-        )  # fmt: skip
+    return pools, room, {pool: sum(held.values()) for pool, held in params.items()}
+
+
+def price_split(graph, costs, machine, constraints, stages, devices):
+    """Least step time of one split over every combination of options; ``inf`` if none fits."""
+    depth, training = len(stages), graph.training
+    schedule, microbatches = constraints.schedule, constraints.num_microbatches
+    send_f, send_b, held = transfers(graph, machine, stages, devices)
+    pools, room, weights = memory_pools(costs, machine, stages, devices)
+    menus = [
+        stage_menu(
+            costs, stage, costs.speed(devices[s]),
+            kept_microbatches(schedule, s, depth, microbatches, training=training), held[s],
+        )
+        for s, stage in enumerate(stages)
+    ]  # fmt: skip
     best = inf
     for ways in itertools.product(*menus):
-        used = {pool: sum(params[pool].values()) for pool in pools}
-        for s, way in enumerate(ways):
-            used[pools[s]] += way[2]
+        used = dict(weights)
+        for pool, way in zip(pools, ways, strict=True):
+            used[pool] += way[2]
         if any(used[pool] > room[pool] for pool in used):
             continue
         forward = [way[0] + send_f[s] for s, way in enumerate(ways)]
         backward = [way[1] + send_b[s] for s, way in enumerate(ways)]
         seconds = step_seconds(
-            constraints.schedule, microbatches, devices, forward, backward, training=training
+            schedule, microbatches, devices, forward, backward, training=training
         )
-        loads = {d: sum(o / costs.speed(d) for o, e in zip(outer, devices, strict=True) if e == d)
-                 for d in devices}  # fmt: skip
-        best = min(best, seconds + max(loads.values()))
-    return best
+        best = min(best, seconds)
+    return best + outer_seconds(graph, costs, machine, constraints, stages, devices)
 
 
 def brute_force(graph, costs, machine, constraints, devices, allowed=lambda _: True):

@@ -5,6 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
@@ -89,6 +90,48 @@ def test_order_depends_on_seed_and_epoch_only():
     # The batch size cuts the same order elsewhere.
     recut = indices(EpochBatches(50, 5, seed=1), 0)
     assert list(chain(*indices(first, 0))) == list(chain(*recut))
+
+
+def test_the_order_is_that_of_transformers_trainer(tmp_path):
+    samples = [{"input_ids": torch.tensor([index]), "labels": 0} for index in range(50)]
+    seen: list[int] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, input_ids, labels):
+            seen.extend(input_ids.flatten().tolist())
+            return {"loss": self.weight * labels.sum()}
+
+    trainer = transformers.Trainer(
+        model=Model(),
+        args=transformers.TrainingArguments(
+            str(tmp_path),
+            seed=11,
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=samples,
+    )
+    trainer.train()
+
+    arguments = TrainingArguments(
+        output_dir="unused", seed=11, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    batches = train_batches(samples, arguments, transformers.default_data_collator, divisor=1)
+    ours = [
+        value
+        for epoch in range(2)
+        for batch in batches.batches(DataPosition(epoch, 0))
+        for value in batch["input_ids"].flatten().tolist()
+    ]
+    assert ours == seen
 
 
 def test_refusals():

@@ -13,7 +13,6 @@ from ipu_pipeline.tasks.question_answering.postprocess import (
 )
 from ipu_pipeline.tasks.question_answering.squad import (
     Answer,
-    DatasetError,
     SquadExample,
     load_hub_squad,
     read_squad,
@@ -22,7 +21,6 @@ from ipu_pipeline.tasks.question_answering.squad import (
 __all__ = [
     "Answer",
     "Candidate",
-    "DatasetError",
     "QuestionAnsweringDataset",
     "SquadExample",
     "SquadScores",

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import DatasetError
 
 SHOWN_CHARACTERS = 40
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
-
-
-class DatasetError(PipelineError):
-    """A data set cannot be read: says which file, where in it, and what to do."""
 
 
 @dataclass(frozen=True)

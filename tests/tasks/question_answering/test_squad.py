@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
-from ipu_pipeline.errors import PipelineError
-from ipu_pipeline.tasks.question_answering import DatasetError, load_hub_squad, read_squad
+from ipu_pipeline.errors import DatasetError, PipelineError
+from ipu_pipeline.tasks.question_answering import load_hub_squad, read_squad
 
 CONTEXT = "Zoë Müller was born in 1887 in Bern. Bern is old."
 

@@ -17,8 +17,8 @@ from ipu_pipeline.partition.pricing import Pricer
 from ipu_pipeline.partition.problem import Problem, bits
 from ipu_pipeline.partition.report import to_partition
 from ipu_pipeline.partition.result import Partition
+from ipu_pipeline.partition.search import candidate
 from ipu_pipeline.partition.shapes import Shape
-from ipu_pipeline.partition.solver import candidate
 
 
 def evaluate(
@@ -58,7 +58,7 @@ def evaluate(
     engine = Engine(built, constraints, training=graph.training, masks=done)
     found = engine.run_labels(item, inf)
     if not found.prices:
-        raise PartitionError(_overflow(built.problem, masks, item, machine))
+        raise PartitionError(_overflow(built.problem, masks, item))
     bound = engine.at_once(item)
     partition = to_partition(found, built, item.slots, machine, constraints, shape)
     return partition.with_bound(bound)
@@ -98,7 +98,9 @@ def _stage_masks(graph: BlockGraph, stages: Sequence[Sequence[str]]) -> list[int
         mask = 0
         for name in stage:
             if name not in graph.block_index:
-                raise PartitionError(f"stage {number} names {name!r}, which the graph does not have")
+                raise PartitionError(
+                    f"stage {number} names {name!r}, which the graph does not have"
+                )
             bit = 1 << graph.block_index[name]
             if (seen | mask) & bit:
                 raise PartitionError(f"block {name!r} is placed twice")
@@ -159,9 +161,7 @@ def _check_constraints(problem: Problem, masks: Sequence[int], item: Candidate) 
             )
 
 
-def _overflow(
-    problem: Problem, masks: Sequence[int], item: Candidate, machine: object
-) -> str:
+def _overflow(problem: Problem, masks: Sequence[int], item: Candidate) -> str:
     """Say which stage needs how much."""
     pricer, done, worst = Pricer(problem), 0, ""
     for number, (slot, mask) in enumerate(zip(item.slots, masks, strict=True)):

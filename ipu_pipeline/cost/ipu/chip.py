@@ -1,0 +1,109 @@
+"""The facts of an IPU and its pod, as the time and memory models read them. No calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.machines import ipu_facts
+
+WORKERS_PER_TILE = 6
+IPU_KIND = "ipu-"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One IPU with its share of the board, and the links to its neighbours.
+
+    Attributes:
+        name: Family, such as ``ipu-bow``.
+        tiles: Processor tiles, each with its own memory.
+        tile_memory_bytes: Memory of one tile.
+        clock_hz: Tile clock.
+        macs_per_cycle_16: Multiply-adds per tile and cycle on float16 with float16 partial sums.
+        macs_per_cycle_16_32: The same with float32 partial sums.
+        macs_per_cycle_32: The same on float32.
+        exchange_bytes_per_cycle: Bytes one tile receives per cycle over the on-chip exchange.
+        links: Bytes per second, one direction, to the neighbours on the board, fastest first.
+        board_link_bytes_per_s: Bytes per second, one direction, of one IPU to another board.
+        rack_link_bytes_per_s: The same between racks of 64 IPUs, through the gateways.
+        streaming_bytes_per_s: Streaming memory of one board, shared by its IPUs.
+        host_bytes_per_s: Network to the host of one board, shared by its IPUs.
+        ipus_per_board: IPUs on one board.
+        ipus_per_rack: IPUs that IPU-Links connect directly.
+        link_latency_s: Seconds until the first byte of a copy between two IPUs.
+    """
+
+    name: str
+    tiles: int
+    tile_memory_bytes: int
+    clock_hz: float
+    macs_per_cycle_16: int
+    macs_per_cycle_16_32: int
+    macs_per_cycle_32: int
+    exchange_bytes_per_cycle: float
+    links: tuple[float, ...]
+    board_link_bytes_per_s: float
+    rack_link_bytes_per_s: float
+    streaming_bytes_per_s: float
+    host_bytes_per_s: float
+    ipus_per_board: int
+    ipus_per_rack: int
+    link_latency_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the whole chip."""
+        return self.tiles * self.tile_memory_bytes
+
+    def macs_per_cycle(self, precision: str) -> int:
+        """Multiply-adds per tile and cycle for ``16.16``, ``16.32`` or ``32.32``."""
+        return {
+            "16.16": self.macs_per_cycle_16,
+            "16.32": self.macs_per_cycle_16_32,
+            "32.32": self.macs_per_cycle_32,
+        }[precision]
+
+    def link_bytes_per_s(self, first: int, second: int) -> float:
+        """Bytes per second, one direction, between two IPUs of a pod.
+
+        A board is a square: IPUs 2i and 2i+1 share four links, the other sides two; its diagonal
+        and every other board are reached over two links.
+        """
+        if first // self.ipus_per_rack != second // self.ipus_per_rack:
+            return self.rack_link_bytes_per_s
+        if first // self.ipus_per_board != second // self.ipus_per_board:
+            return self.board_link_bytes_per_s
+        return self.links[0] if first // 2 == second // 2 else self.links[-1]
+
+
+def is_ipu(machine: Machine) -> bool:
+    """Whether the machine's devices are IPUs (their ``kind`` says so)."""
+    return machine.devices[0].kind.startswith(IPU_KIND)
+
+
+def chip_of(machine: Machine) -> Chip:
+    """Return the facts of the IPUs of ``machine``.
+
+    Raises:
+        PlanError: Its devices are no IPUs, or of an unknown generation.
+    """
+    kind = machine.devices[0].kind
+    if not is_ipu(machine):
+        raise PlanError(
+            f"machine {machine.name!r} has devices of kind {kind!r}; the IPU model prices pod4, "
+            "pod16, ..., bow-pod16, ... and machine files whose devices say kind ipu-gc200 or "
+            "ipu-bow"
+        )
+    return chip_named(kind)
+
+
+def chip_named(kind: str) -> Chip:
+    """Return the facts of a generation: ``ipu-gc200`` or ``ipu-bow``.
+
+    Raises:
+        PlanError: The generation is unknown.
+    """
+    facts = ipu_facts(kind)
+    return Chip(name=kind, **{**facts, "links": tuple(facts["links"])})

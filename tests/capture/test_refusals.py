@@ -1,0 +1,246 @@
+"""Everything that cannot be replayed is refused by name, before anything runs wrongly."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, fx, nn
+
+from ipu_pipeline.capture import capture
+from ipu_pipeline.capture import check as check_module
+from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.meta import named_tensors
+from ipu_pipeline.errors import CaptureError
+from tests.capture.toys import Layer, batch, toy
+from tests.tiny_models import TINY, VOCAB
+
+
+def plain(self, x):
+    return {"loss": self.layers[1](self.layers[0](x)).square().mean()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_tensor_stored_on_the_side_by_a_block(dtype: torch.dtype) -> None:
+    class Secret(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            self.side = (x * 10).to(dtype)
+            return self.linear(x)
+
+    def body(self, x):
+        return {"loss": (self.layers[1](self.layers[0](x)) * self.layers[0].side).sum()}
+
+    with pytest.raises(CaptureError, match=r"uses a \(2, 4\) torch.* return it from its module"):
+        capture(toy(body, Secret), batch(), self_check=False)
+
+
+def test_integer_constants_of_the_model_are_fine_and_float_ones_are_not() -> None:
+    model = toy(lambda self, x: {"loss": (self.layers[0](x) * self.table).sum()})
+    model.table = torch.arange(4)
+    assert capture(model, batch()).notes == ()
+    model.table = torch.arange(4.0)
+    with pytest.raises(CaptureError, match="neither a parameter, a buffer, an input"):
+        capture(model, batch())
+
+
+def test_object_passed_between_blocks() -> None:
+    class Taking(Layer):
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            return self.linear(x)
+
+    def body(self, x):
+        cache = transformers.DynamicCache()
+        return {"loss": self.layers[1](self.layers[0](x, cache=cache), cache).sum()}
+
+    with pytest.raises(CaptureError, match="passes a DynamicCache object from one block to the"):
+        capture(toy(body, Taking), batch())
+
+
+def test_spec_augment_of_wav2vec2() -> None:
+    config = transformers.Wav2Vec2Config(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=16, conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(8, 8),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.5, mask_time_length=2, layerdrop=0.0,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForCTC(config).train()
+    inputs = {"input_values": torch.randn(2, 800), "labels": torch.randint(1, 9, (2, 4))}
+    with pytest.raises(CaptureError, match=r"turns a numpy array of shape .* mask_time_prob=0"):
+        capture(model, inputs)
+    model.config.mask_time_prob = 0.0
+    assert any(p.name.endswith("layers.1") for p in capture(model, inputs).programs)
+    model.config.layerdrop = 0.1
+    with pytest.raises(CaptureError, match="layerdrop=0"):
+        capture(model, inputs)
+
+
+def test_gradient_checkpointing() -> None:
+    model, inputs = TINY["bert-qa"].build()
+    model.activation_checkpointing_enable()
+    with pytest.raises(CaptureError, match=r"call model\.activation_checkpointing_disable\(\)"):
+        capture(model, inputs)
+    model.activation_checkpointing_disable()
+    assert capture(model, inputs).training
+
+
+def test_training_without_labels() -> None:
+    model, inputs = TINY["bert-qa"].build()
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(CaptureError, match=r"no loss for the batch \(input_ids, attention_mask\)"):
+        capture(model, inputs)
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(2)], {"boxes": torch.zeros(2)}])
+def test_tensors_inside_structures_of_the_batch(value) -> None:
+    with pytest.raises(CaptureError, match=f"'labels' of the batch is a {type(value).__name__}"):
+        capture(toy(plain), batch(labels=value))
+
+
+def test_empty_batch_and_unknown_granularity() -> None:
+    with pytest.raises(CaptureError, match="the example batch is empty"):
+        capture(toy(plain), {})
+    with pytest.raises(ValueError, match="granularity 'word' is unknown; use one of layer"):
+        capture(toy(plain), batch(), granularity="word")  # type: ignore[arg-type]
+
+
+def test_model_that_calls_no_module() -> None:
+    model = toy(lambda self, x: {"loss": x.sum()})
+    with pytest.raises(CaptureError, match="calls no module with parameters"):
+        capture(model, batch())
+
+
+def test_output_of_a_strange_type() -> None:
+    model = toy(lambda self, x: SimpleNamespace(loss=self.layers[0](x).sum()))
+    with pytest.raises(CaptureError, match="the model returns a SimpleNamespace; it must return"):
+        capture(model, batch())
+    assert [name for name, _ in named_tensors((torch.ones(2), None, torch.ones(()), 3))] == [
+        "output_0", "output_2",
+    ]  # fmt: skip
+
+
+def test_assigned_data_of_a_tensor() -> None:
+    def body(self, x):
+        h = self.layers[0](x)
+        h.data = h.data * 2
+        return {"loss": h.sum()}
+
+    with pytest.raises(CaptureError, match=r"assigns an attribute of a tensor \(data\)"):
+        capture(toy(body), batch())
+
+
+def test_value_read_on_meta() -> None:
+    def body(self, x):
+        h = self.layers[0](x)
+        return {"loss": h.sum() * h.max().item()}
+
+    with pytest.raises(
+        CaptureError, match=r"reads tensor values in Python .* capture it with real"
+    ):
+        capture(toy(body).to("meta"), batch())
+
+
+def test_other_errors_of_the_model_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        capture(toy(plain), {"x": torch.zeros(2, 7)})
+
+
+# ---- the self-check -----------------------------------------------------------------------
+
+
+def changed(captured: CapturedModel, target: str, change) -> None:
+    """Apply ``change`` to the only node with ``target``, wherever it is."""
+    for program in captured.programs:
+        for node in program.module.graph.nodes:
+            if node.op in ("call_method", "call_function") and node.target == target:
+                change(node)
+                program.module.recompile()
+                return
+    raise AssertionError(f"no node {target}")
+
+
+def scaled(self, x):
+    return {"loss": self.layers[1](self.layers[0](x).mul(2.0).detach()).square().mean()}
+
+
+def test_the_self_check_catches_another_number() -> None:
+    captured = capture(toy(scaled), batch())
+
+    def change(node: fx.Node) -> None:
+        node.args = (node.args[0], 2.01)
+
+    changed(captured, "mul", change)
+    with pytest.raises(CaptureError, match=r"captured Toy differs from the model on other data: "
+                       r"loss by 0\.0\d+ of its scale \(allowed 0\.0001\)"):  # fmt: skip
+        check_module.check_capture(captured, batch())
+
+
+def test_the_self_check_catches_a_gradient_that_the_model_does_not_have() -> None:
+    captured = capture(toy(scaled), batch())
+    changed(captured, "detach", lambda node: setattr(node, "target", "contiguous"))
+    with pytest.raises(CaptureError, match=r"gradient of layers\.0\.linear\.weight by "):
+        check_module.check_capture(captured, batch())
+
+
+def test_the_self_check_catches_a_lost_gradient() -> None:
+    captured = capture(toy(plain), batch())
+    changed(captured, "square", lambda node: setattr(node, "args", (_detached(node),)))
+    with pytest.raises(CaptureError, match=r"gradient of layers\.0\.linear\.weight by "):
+        check_module.check_capture(captured, batch())
+
+
+def _detached(node: fx.Node) -> fx.Node:
+    layer = next(n for n in node.graph.nodes if n.op == "call_module")
+    with node.graph.inserting_before(layer):
+        cut = node.graph.call_method("detach", (layer.args[0],))
+    layer.args = (cut,)
+    return node.args[0]
+
+
+def test_capture_runs_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = CapturedModel.run
+    monkeypatch.setattr(
+        CapturedModel, "run",
+        lambda self, inputs: {name: value * 2 for name, value in original(self, inputs).items()},
+    )  # fmt: skip
+    model, inputs = TINY["bert-qa"].build()
+    with pytest.raises(CaptureError, match="the captured BertForQuestionAnswering differs from"):
+        capture(model, inputs)
+    assert capture(model, inputs, self_check=False).notes == ()
+
+
+def test_batch_that_the_model_refuses_when_altered_is_checked_as_it_is() -> None:
+    def body(self, x, order):
+        if not bool((order[:-1] <= order[1:]).all()):
+            raise IndexError("order must rise")
+        return {"loss": self.layers[1](self.layers[0](x)).square().mean()}
+
+    captured = capture(toy(body), batch(order=torch.tensor([1, 2])))
+    assert captured.notes[0].startswith("checked on the example batch only")
+    assert "order must rise" in captured.notes[0]
+
+
+def test_altered_data_differ_and_keep_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 99, (1, 8), generator=generator)
+    boxes = torch.arange(32).reshape(1, 8, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(1, 8), "bbox": boxes,
+              "position_ids": ids, "scale": torch.tensor(2.0), "flag": True}  # fmt: skip
+    other = check_module.altered(inputs)
+    assert torch.equal(other["input_ids"], ids.flip(1))
+    assert torch.equal(other["bbox"], boxes.flip(1))
+    assert other["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 0, 0]]
+    assert torch.equal(other["position_ids"], ids)
+    assert (other["scale"], other["flag"]) == (inputs["scale"], True)
+    two = check_module.altered({"pixel_values": boxes.reshape(2, 4, 4)})
+    assert torch.equal(two["pixel_values"], boxes.reshape(2, 4, 4).flip(0))
+
+
+def test_dropout_is_off_during_the_check_only() -> None:
+    model, inputs = TINY["bert-qa"].build(dropout=True)
+    captured = capture(model, inputs)
+    torch.manual_seed(0)
+    first = captured.run(inputs)["loss"]
+    assert not torch.equal(first, captured.run(inputs)["loss"])
+    assert all(m.p == 0.1 for m in model.modules() if isinstance(m, nn.Dropout))

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.graph import BlockGraph, ParameterSpec, TensorSpec, tensor_bytes
+from tests.ir.plan_example import example_graph
+
+
+def test_save_and_load_give_the_same_graph(tmp_path: Path) -> None:
+    graph = example_graph()
+    graph.save(tmp_path / "graph.json")
+    loaded = BlockGraph.load(tmp_path / "graph.json")
+    assert loaded == graph
+    assert loaded.fingerprint() == graph.fingerprint()
+
+
+def test_fingerprint_sees_every_number() -> None:
+    graph = example_graph()
+    changed = replace(graph.blocks[1], saved_bytes=4097)
+    other = replace(graph, blocks=(graph.blocks[0], changed, *graph.blocks[2:]))
+    assert other.fingerprint() != graph.fingerprint()
+
+
+def test_edges_name_producer_consumer_and_tensor() -> None:
+    found = [(source, sink, spec.name) for source, sink, spec in example_graph().edges()]
+    assert found == [
+        ("embed", "layer.0", "e"),
+        ("embed", "head", "e"),
+        ("layer.0", "layer.1", "h0"),
+        ("layer.1", "head", "h1"),
+    ]
+
+
+def test_tied_groups_are_blocks_in_execution_order_without_repeats() -> None:
+    graph = example_graph()
+    second = ParameterSpec("other", (2,), "float32", blocks=("layer.0", "layer.1"))
+    same = ParameterSpec("bias", (2,), "float32", blocks=("embed", "head"))
+    tied = replace(graph, parameters=(second, *graph.parameters, same))
+    assert tied.tied_groups == (("embed", "head"), ("layer.0", "layer.1"))
+
+
+def test_bytes_and_flops_add_up() -> None:
+    graph = example_graph()
+    layer = graph["layer.0"]
+    assert (layer.forward_flops, layer.backward_flops) == (1024, 2048)
+    assert (layer.forward_bytes_moved, layer.backward_bytes_moved) == (768, 1536)
+    assert graph.parameter_bytes(graph["embed"]) == 320
+    assert graph.tensor_by_name["h1"].num_bytes == 64
+    assert graph.micro_batch_size == 4
+    assert replace(graph, inputs=()).micro_batch_size == 0
+    assert replace(graph, inputs=(TensorSpec("t", (), "float32"),)).micro_batch_size == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "expected"),
+    [((2, 3), "float32", 24), ((), "int64", 8), ((5,), "bool", 5), ((0, 4), "float16", 0)],
+)
+def test_tensor_bytes(shape: tuple[int, ...], dtype: str, expected: int) -> None:
+    assert tensor_bytes(shape, dtype) == expected
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown dtype 'float5'; known: bfloat16, bool"):
+        tensor_bytes((2,), "float5")
+
+
+def test_unknown_block_names_those_there_are() -> None:
+    with pytest.raises(KeyError, match=r"no block 'layer.7'; blocks: embed, layer.0"):
+        example_graph()["layer.7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a saved block graph"),
+        ("[]", "is not a saved block graph"),
+        ('{"schema_version": 1}', "is not a saved block graph: 'blocks'"),
+        ('{"schema_version": 7}', "graph schema version 7, this library reads 1; capture"),
+        ("{}", "graph schema version None"),
+        (b"\xff\xfe\x00", "is not a saved block graph"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "graph.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError, match=message):
+        BlockGraph.load(path)
+
+
+def test_unknown_field_and_missing_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    with pytest.raises(PlanError, match="cannot read the block graph"):
+        BlockGraph.load(path)
+    example_graph().save(path)
+    raw = json.loads(path.read_text())
+    raw["blocks"][0]["colour"] = "red"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(PlanError, match="colour"):
+        BlockGraph.load(path)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.machines import machine_by_name
+from tests.ir.plan_example import example_machine
+
+
+@pytest.mark.parametrize(
+    ("name", "num_devices", "kind"),
+    [
+        ("pod4", 4, "ipu"), ("pod16", 16, "ipu"), ("pod64", 64, "ipu"), ("bow-pod16", 16, "ipu"),
+        ("a100-80g-x8", 8, "gpu"),
+    ],
+)  # fmt: skip
+def test_presets(name: str, num_devices: int, kind: str) -> None:
+    machine = machine_by_name(name)
+    assert machine.name == name
+    assert len(machine.devices) == num_devices
+    assert machine.devices[-1].name == f"{kind}{num_devices - 1}"
+    assert machine.devices[0].memory_bytes > machine.devices[0].reserved_bytes
+    assert machine.devices[0].peak_flops_per_s("float16") > machine.devices[0].peak_flops_per_s(
+        "float32"
+    )
+    assert not machine.shared_memory
+
+
+def test_bow_is_the_faster_ipu_with_the_same_memory() -> None:
+    plain, bow = machine_by_name("pod4").devices[0], machine_by_name("bow-pod4").devices[0]
+    assert bow.memory_bytes == plain.memory_bytes
+    assert bow.peak_flops_per_s("float16") > plain.peak_flops_per_s("float16")
+
+
+def test_link_between_boards_is_another_one() -> None:
+    machine = machine_by_name("pod16")
+    per_board = machine.devices_per_board
+    assert machine.link_between(0, per_board - 1) == machine.link
+    assert machine.link_between(per_board - 1, per_board) == machine.board_link
+    assert machine.link_between(per_board, per_board - 1) == machine.board_link
+    toy = example_machine()
+    assert toy.link_between(0, 1) == toy.link
+
+
+def test_transfer_time() -> None:
+    link = Link(bytes_per_s=100.0, latency_s=0.5)
+    assert link.transfer_s(50) == 1.0
+    assert link.transfer_s(0) == 0.0
+
+
+def test_unlisted_dtype_takes_the_float32_peak() -> None:
+    device = example_machine().devices[0]
+    assert device.peak_flops_per_s("float16") == 4e9
+    assert device.peak_flops_per_s("float64") == 1e9
+
+
+@pytest.mark.parametrize("name", ["pod16", "a100-80g-x8"])
+def test_file_round_trip(tmp_path: Path, name: str) -> None:
+    machine = machine_by_name(name)
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(machine.to_json()))
+    loaded = machine_by_name(str(path))
+    assert loaded == machine
+    assert loaded.fingerprint() == machine.fingerprint()
+
+
+def test_part_of_a_machine() -> None:
+    machine = machine_by_name("pod16")
+    part = machine.with_num_devices(4)
+    assert part.devices == machine.devices[:4]
+    assert part.board_link == machine.board_link
+    assert part.fingerprint() != machine.fingerprint()
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match=f"has 16 devices, {wrong} were asked for; ask for 1"):
+            machine.with_num_devices(wrong)
+
+
+@pytest.mark.parametrize("name", ["pod0", "pod", "pod-16", "a100", "nosuch.json"])
+def test_unknown_machine_names_the_known_ones(name: str) -> None:
+    with pytest.raises(PlanError, match=rf"machine '{name}' is neither known \(pod4, pod16"):
+        machine_by_name(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"memory_bytes": 0}, "needs memory_bytes and memory_bytes_per_s above 0, got 0 and"),
+        ({"memory_bytes_per_s": -1.0}, "needs memory_bytes and memory_bytes_per_s above 0"),
+        ({"flops_per_s": {"float16": 1.0}}, "gives no flops_per_s for float32"),
+        ({"flops_per_s": {"float32": 0.0}}, "has a flops_per_s that is not above 0"),
+    ],
+)
+def test_wrong_devices_are_refused(change: dict, message: str) -> None:
+    fields = {"name": "d", "memory_bytes": 1, "flops_per_s": {"float32": 1.0},
+              "memory_bytes_per_s": 1.0, **change}  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        Device(**fields)
+
+
+def test_wrong_links_and_empty_machines_are_refused() -> None:
+    with pytest.raises(ValueError, match="bytes_per_s > 0 and latency_s >= 0, got 0 and 0"):
+        Link(0)
+    with pytest.raises(ValueError, match="got 1 and -1"):
+        Link(1, -1)
+    with pytest.raises(ValueError, match="machine 'none' has no device"):
+        Machine("none", (), Link(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the machine file"),
+        ("{}", "not a machine description: 'devices'"),
+        ('{"devices": [{"nme": 1}]}', "not a machine description: .*nme"),
+        ("[1, 2]", "not a machine description"),
+        (b"\xff\xff", "cannot read the machine file"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PlanError, match=message):
+        Machine.load(path)
+
+
+def test_description_with_a_list_for_a_map_is_refused() -> None:
+    raw = example_machine().to_json()
+    raw["devices"][0]["flops_per_s"] = ["float32"]
+    with pytest.raises(PlanError, match="not a machine description"):
+        Machine.from_json(raw)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot read the machine file"):
+        Machine.load(tmp_path / "none.json")

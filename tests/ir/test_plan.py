@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir import plan as plan_module
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage, library_versions
+from ipu_pipeline.ir.verify import verify_plan
+from tests.ir.plan_example import example_plan
+
+
+def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    path = tmp_path / "plan.json"
+    example_plan().save(path)
+    return path, json.loads(path.read_text())
+
+
+def rewritten(path: Path, raw: Any) -> Path:
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_save_and_load_give_the_same_plan(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    loaded = Plan.load(path)
+    assert loaded == example_plan()
+    assert not loaded.edited
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_numbers_of_the_plan() -> None:
+    plan = example_plan()
+    assert (plan.num_stages, plan.micro_batch_size, plan.total_batch_size) == (2, 4, 16)
+    assert (plan.objective, plan.lower_bound) == (0.030, 0.027)
+    assert plan.gap == pytest.approx(0.1)
+    assert replace(plan, objective_s=0.0).gap == 0.0
+    assert replace(plan, lower_bound_s=0.031).gap == 0.0
+    assert plan.stages[0].total_s == pytest.approx(0.0035)
+    assert plan.stage_of == {"embed": 0, "layer.0": 0, "layer.1": 1, "head": 1}
+
+
+def test_hand_edited_stage_list_loads_and_says_so(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    raw["stages"][0]["blocks"] = ["embed"]
+    raw["stages"][0]["recompute"] = []
+    raw["stages"][1]["blocks"] = ["layer.0", "layer.1", "head"]
+    plan = Plan.load(rewritten(path, raw))
+    assert plan.edited
+    assert plan.stage_of["layer.0"] == 1
+    assert "edited by hand" in plan.explain()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_microbatches", 5), ("schedule", "gpipe"), ("replicas", 2)]
+)
+def test_every_decision_counts_as_an_edit(field: str, value: Any) -> None:
+    assert replace(example_plan(), **{field: value}).edited
+
+
+def test_a_new_prediction_is_no_edit() -> None:
+    assert not replace(example_plan(), objective_s=1.0).edited
+
+
+# ---- refusals of plan.py ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read the plan"),
+        ("[]", "is not a plan: it has no schema_version"),
+        ("{}", "is not a plan: it has no schema_version"),
+        ('{"schema_version": 9}', "plan schema version 9, this library reads 1; make the plan"),
+        ('{"schema_version": 1}', "is not a plan: 'model'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(PlanError, match=r"cannot read the plan .*plan.json: "):
+        Plan.load(path)
+    with pytest.raises(PlanError, match=r"cannot read the plan .*none.json: "):
+        Plan.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (lambda raw: raw, "unexpected keyword argument 'colour'"),
+        (lambda raw: raw["stages"][0], "unexpected keyword argument 'colour'"),
+        (lambda raw: raw["blocks"][0], "unexpected keyword argument 'colour'"),
+        (lambda raw: raw["machine"], "not a machine description: .*colour"),
+    ],
+)
+def test_unknown_field_is_refused_by_name(tmp_path: Path, place, message: str) -> None:
+    path, raw = saved(tmp_path)
+    place(raw)["colour"] = "red"
+    with pytest.raises(PlanError, match=message):
+        Plan.load(rewritten(path, raw))
+
+
+def test_text_in_place_of_a_block_list_is_refused(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    raw["stages"][0]["blocks"] = "embed"
+    with pytest.raises(PlanError, match="stage field 'blocks' must be a list of block names"):
+        Plan.load(rewritten(path, raw))
+
+
+def test_other_library_version_is_refused_with_the_difference(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    raw["versions"]["transformers"] = "1.2.3"
+    installed = library_versions()["transformers"]
+    with pytest.raises(PlanError, match=rf"transformers: plan 1\.2\.3, installed {installed}"):
+        Plan.load(rewritten(path, raw))
+    assert Plan.load(path, any_version=True).versions["transformers"] == "1.2.3"
+    raw["versions"] = {"torch": "0.1"}
+    with pytest.raises(PlanError, match="ipu-pipeline: plan unknown, installed"):
+        Plan.load(rewritten(path, raw))
+
+
+def test_other_torch_version_is_accepted(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    raw["versions"]["torch"] = "0.1"
+    assert Plan.load(rewritten(path, raw)).versions["torch"] == "0.1"
+
+
+def test_library_that_is_not_installed_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "RECORDED_LIBRARIES", ("no-such-library-here",))
+    assert library_versions() == {"no-such-library-here": "not installed"}
+
+
+def test_other_model_is_refused_with_the_difference_spelled_out() -> None:
+    plan = example_plan()
+    plan.check_model(ModelIdentity("Toy", dict(plan.model.parameters)))
+    other = ModelIdentity("Tay", {"embed.weight": "11x8 float32", "new.bias": "8 float32"})
+    with pytest.raises(PlanError, match="made for another model") as caught:
+        plan.check_model(other)
+    message = str(caught.value)
+    assert "class: plan Toy, model Tay" in message
+    assert "embed.weight: plan 10x8 float32, model 11x8 float32" in message
+    assert "layer.0.weight: plan 8x8 float32, model absent" in message
+    assert "new.bias: plan absent, model 8 float32" in message
+    assert plan.model.fingerprint in message
+    assert other.fingerprint in message
+
+
+def test_long_differences_are_cut() -> None:
+    other = ModelIdentity("Toy", {f"p{index}": "2 float32" for index in range(20)})
+    with pytest.raises(PlanError, match=r"\.\.\. and 14 more"):
+        example_plan().check_model(other)
+
+
+# ---- refusals of verify.py ----------------------------------------------------------------
+
+
+def with_stages(*blocks: tuple[str, ...], **fields: Any) -> Plan:
+    stages = tuple(PlannedStage(index, names, **fields) for index, names in enumerate(blocks))
+    return replace(example_plan(), stages=stages)
+
+
+GOOD = (("embed", "layer.0"), ("layer.1", "head"))
+REFUSED: list[tuple[Plan, str]] = [
+    (with_stages(), "the plan has no stage"),
+    (replace(example_plan(), num_microbatches=0), "num_microbatches is 0; it must be a whole"),
+    (replace(example_plan(), num_microbatches=True), "num_microbatches is True"),
+    (replace(example_plan(), replicas=1.5), "replicas is 1.5"),
+    (with_stages(*GOOD, ()), r"stage 2 is on device 2, but machine 'toy' has devices 0 to 1"),
+    (replace(example_plan(), stages=(replace(example_plan().stages[0], device="0"),)),
+     "stage 0 is on device '0'"),
+    (with_stages(("embed", "layer.0"), ("layer.1", "head", "tail")), "the model has not: tail"),
+    (with_stages(("embed",), ("layer.1", "head")), r"in no stage: layer\.0; add each to one"),
+    (with_stages(("embed", "layer.0", "layer.1"), ("layer.1", "head")), r"several.*: layer\.1;"),
+    (with_stages((), ("embed", "layer.0", "layer.1", "head")), "stage 0 holds no block"),
+    (with_stages(("layer.0", "embed"), ("layer.1", "head")), "out of execution order"),
+    (with_stages(("layer.0", "layer.1", "head"), ("embed",)),
+     r"'layer\.0' in stage 0 needs 'e' of block 'embed', which is in the later stage 1; move"),
+    (with_stages(*GOOD, recompute=("layer.1",)), r"stage 0 annotates .* not hold: layer\.1"),
+    (with_stages(("embed", "layer.0", "layer.1", "head"), serialize={"head": 0}),
+     "block 'head' has serialize factor 0"),
+    (with_stages(("embed", "layer.0", "layer.1", "head"), serialize={"head": "2"}),
+     "block 'head' has serialize factor '2'"),
+    (replace(example_plan(), blocks=example_plan().blocks[:3], stages=with_stages(
+        ("embed", "layer.0", "layer.1")).stages), "tensors name blocks .* has not: head"),
+]  # fmt: skip
+
+
+def test_good_plans_pass() -> None:
+    verify_plan(example_plan())
+    verify_plan(with_stages(*GOOD, serialize={}))
+    verify_plan(with_stages(("embed", "layer.0", "layer.1", "head")))
+
+
+@pytest.mark.parametrize(("plan", "message"), REFUSED, ids=[text for _, text in REFUSED])
+def test_broken_plan_is_refused_by_name(plan: Plan, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        verify_plan(plan)
