@@ -79,6 +79,11 @@ _BODIES = {
 }  # fmt: skip
 # mT5's output projection is not its embedding (Xue et al., mT5, NAACL 2021, section 3.1: T5 1.1).
 _FIXED: Mapping[str, Mapping[str, Any]] = {"mt5": {"tie_word_embeddings": False}}
+# Choices drawn outside the graph (a numpy mask, a skipped layer), which capture refuses.
+_STILL: Mapping[str, Any] = {
+    "apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}  # fmt: skip
 _ANY_TASK = (
     "question-answering", "seq2seq-lm", "causal-lm", "image-classification",
     "visual-question-answering", "speech-seq2seq", "audio-classification", "ctc", "masked-lm",
@@ -132,9 +137,7 @@ def architecture(row: Row) -> Architecture:
     model_type = _model_type(row.model)
     config = AutoConfig.for_model(model_type)
     numbers = _numbers(config, {**_named(row.model, model_type), **row.arch})
-    numbers.update(_FIXED.get(model_type, {}))
-    if hasattr(config, "apply_spec_augment"):
-        numbers["apply_spec_augment"] = False  # draws its mask in numpy, outside the graph
+    numbers.update({key: value for key, value in _STILL.items() if hasattr(config, key)})
     if row.framework.startswith("PyTorch"):
         numbers.update(_EXAMPLES_DROPOUT.get(model_type, {}))
     config = AutoConfig.for_model(model_type, **numbers)
@@ -188,14 +191,25 @@ def _capture(wanted: Architecture) -> BlockGraph:
         model, batch = from_config(
             config, wanted.task, batch_size=wanted.batch_size, seq_length=wanted.seq_length
         )
+        if wanted.model_type in _FIXED and config.is_encoder_decoder:
+            _share_embeddings(model)
         return capture(model, batch, granularity=wanted.granularity).graph
     except (CaptureError, ValueError) as error:
         raise UnjudgeableRowError(f"{wanted.model_type} cannot be captured: {error}") from error
 
 
+def _share_embeddings(model: Any) -> None:
+    """Let encoder and decoder look up one table; untying in transformers 5 unties this, too."""
+    table = model.get_input_embeddings().weight
+    for part in (model.get_encoder(), model.get_decoder()):
+        part.embed_tokens.weight = table
+
+
 def _build_config(wanted: Architecture) -> PretrainedConfig:
     numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in wanted.numbers}
     config = AutoConfig.for_model(wanted.model_type, **numbers)
+    for name, value in _FIXED.get(wanted.model_type, {}).items():
+        setattr(config, name, value)  # transformers 5 ignores it as an argument
     for name in ("max_position_embeddings", "n_positions"):
         limit = getattr(config, name, None)
         if isinstance(limit, int) and limit < wanted.seq_length + 2:

@@ -13,6 +13,7 @@ from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.cost.analytic import AnalyticCostModel
+from ipu_pipeline.cost.ipu import IPUCostModel, is_ipu
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.graph import BlockGraph
@@ -192,6 +193,8 @@ def _machine(machine: str | Machine, depth: int | None) -> Machine:
 def _price(
     captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
 ) -> GraphCosts:
+    if costs == "analytic" and is_ipu(machine):
+        return IPUCostModel().estimate(captured.graph, machine)
     if costs == "analytic":
         return AnalyticCostModel().estimate(captured.graph, machine)
     if costs == "profiled":

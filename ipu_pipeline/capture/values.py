@@ -115,9 +115,11 @@ class Values:
                 "graph would repeat this one array for every batch (SpecAugment draws its masks "
                 "so: set mask_time_prob=0 and mask_feature_prob=0, or apply_spec_augment=False)"
             )
+        kind = type(value).__name__
+        remedy = " (switch caches off with use_cache=False)" if "cache" in kind.lower() else ""
         return (
-            f"{where} passes a {type(value).__name__} object from one block to the next; stages "
-            "exchange tensors and plain values only (switch caches off with use_cache=False)"
+            f"{where} passes a {kind} object from one block to the next; stages exchange tensors "
+            f"and plain values only{remedy}"
         )
 
 

@@ -165,9 +165,7 @@ def _greedy(
     room = budget_bytes - sum(menu[-1][1] for menu in menus)
     if room < 0:
         return inf, inf, levels
-    steps = sorted(
-        (*step, index) for index, menu in enumerate(menus) for step in _hull_steps(menu)
-    )
+    steps = sorted((*step, index) for index, menu in enumerate(menus) for step in _hull_steps(menu))
     relaxed_s, relaxed_room, full = seconds, room, set()
     for _, size, saved, level, index in steps:
         part = min(1.0, relaxed_room / size)
@@ -184,14 +182,14 @@ def _search(
 ) -> list[int] | None:
     """Levels of the quickest selection below ``upper_s``, or ``None``."""
     order = sorted(range(len(menus)), key=lambda i: menus[i][0][1] - menus[i][-1][1], reverse=True)
-    bounds = _suffix_bounds([menus[i] for i in order])
+    spent, left = _suffix_bounds([menus[i] for i in order])
     times, held = np.zeros(1), np.zeros(1)
     trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     for depth, position in enumerate(order):
         menu = menus[position]
         grown_t = (times[:, None] + np.array([way[0] for way in menu])).ravel()
         grown_m = (held[:, None] + np.array([way[1] for way in menu])).ravel()
-        reach = grown_t + _relaxed(bounds[depth + 1], budget_bytes - grown_m)
+        reach = grown_t + _relaxed(spent[depth + 1], left[depth + 1], budget_bytes - grown_m)
         keep = _thin(grown_t, grown_m, reach, upper_s)
         if not keep.size:
             return None
@@ -223,23 +221,23 @@ def _thin(times: Floats, held: Floats, reach: Floats, upper_s: float) -> NDArray
     return order[times[order] < best_before]
 
 
-def _suffix_bounds(
-    menus: list[list[tuple[float, float, int]]],
-) -> list[tuple[Floats, Floats]]:
-    """For every suffix of the blocks: breakpoints (bytes, seconds) of its relaxed least time."""
-    steps: list[tuple[float, float, float]] = []
-    base_bytes = base_s = 0.0
-    bounds = [(np.zeros(1), np.zeros(1))]
-    for menu in reversed(menus):
-        base_s += menu[-1][0]
-        base_bytes += menu[-1][1]
-        steps += [step[:3] for step in _hull_steps(menu)]
-        steps.sort()
-        spent = base_bytes + np.cumsum([0.0, *(step[1] for step in steps)])
-        left = base_s + np.cumsum([0.0, *(step[2] for step in steps)])
-        bounds.append((spent, left))
-    bounds.reverse()
-    return bounds
+def _suffix_bounds(menus: list[list[tuple[float, float, int]]]) -> tuple[Floats, Floats]:
+    """Per suffix of the blocks: breakpoints (bytes, seconds) of its relaxed least time.
+
+    Row d is for the blocks from d on; steps of earlier blocks have no width in it.
+    """
+    steps = sorted(
+        (*step[:3], index) for index, menu in enumerate(menus) for step in _hull_steps(menu)
+    )
+    owner = np.array([step[3] for step in steps], dtype=np.int64)
+    is_open = owner >= np.arange(len(menus) + 1)[:, None]
+    tables = []
+    for axis, column in ((1, 1), (0, 2)):
+        base = np.cumsum([0.0, *(menu[-1][axis] for menu in reversed(menus))])[::-1]
+        table = np.zeros((len(menus) + 1, len(steps) + 1))
+        np.cumsum(is_open * [step[column] for step in steps], axis=1, out=table[:, 1:])
+        tables.append(table + base[:, None])
+    return tables[0], tables[1]
 
 
 def _hull_steps(
@@ -259,8 +257,7 @@ def _slope(first: tuple[float, float, int], second: tuple[float, float, int]) ->
     return (second[1] - first[1]) / (second[0] - first[0])
 
 
-def _relaxed(bound: tuple[Floats, Floats], budget: Floats) -> Floats:
+def _relaxed(spent: Floats, left: Floats, budget: Floats) -> Floats:
     """Least fractional seconds of the open blocks within ``budget`` bytes; inf if none."""
-    spent, left = bound
     slack = _EPS * max(1.0, abs(float(spent[0])))
     return np.where(budget >= spent[0] - slack, np.interp(budget, spent, left), inf)

@@ -98,23 +98,27 @@ class Engine:
         """Best split of one candidate under any schedule."""
         chain = self._lattice(candidate, chain=True)
         full = self._lattice(candidate, chain=False)
-        best = Found(inf, 0.0)
+        best = again = Found(inf, 0.0)
         if chain is not None:
-            best = self._label_search(candidate, chain, upper)
+            if upper == inf and self._deadline is not None:
+                best = self._label_search(candidate, chain, upper).run_narrow()
+                upper = best.objective
+            again = self._label_search(candidate, chain, upper).run(upper)
+            best = again if again.objective < best.objective else best
             upper = min(upper, best.objective)
         if full is not None and len(full) == len(chain or ()):
-            found = best
+            found = again
         elif full is None or len(full) > LABEL_LIMIT:
             found = Found(inf, 0.0)
         else:
-            found = self._label_search(candidate, full, upper)
+            found = self._label_search(candidate, full, upper).run(upper)
         lower = found.lower_bound
         if lower < upper:
             lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
         winner = found if found.objective <= best.objective else best
         return replace(winner, lower_bound=min(lower, winner.objective))
 
-    def _label_search(self, candidate: Candidate, lattice: Lattice, upper: float) -> Found:
+    def _label_search(self, candidate: Candidate, lattice: Lattice, upper: float) -> LabelSearch:
         objective = make_objective(
             self._constraints.schedule,
             len(candidate.slots),
@@ -129,7 +133,7 @@ class Engine:
             boundaries(lattice, candidate.slots, candidate.rule),
             self._deadline,
             self._load_limit_s(candidate, upper),
-        ).run(upper)
+        )
 
     def _load_limit_s(self, candidate: Candidate, upper: float) -> float:
         """Largest load of one stage in any split below ``upper``."""
@@ -183,7 +187,8 @@ class Engine:
             known = len(lattice)
             rows = self._rows_of(lattice)
             layout = _layout(lattice, deepest, uniform=uniform)
-            search = PacedSearch(rows, layout, depths, pace, spread, upper, self._deadline)
+            deadline = None if chain and upper == inf else self._deadline
+            search = PacedSearch(rows, layout, depths, pace, spread, upper, deadline)
             search.run()
             if search.best is not None:
                 upper = search.best.objective

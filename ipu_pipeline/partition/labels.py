@@ -118,6 +118,11 @@ class LabelSearch:
             return full
         return Found(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
 
+    def run_narrow(self) -> Found:
+        """Search with a beam only and without a deadline: a split, but no bound."""
+        self.deadline = None
+        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else Found(inf, 0.0)
+
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
 

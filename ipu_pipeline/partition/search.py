@@ -45,8 +45,8 @@ def search(
                 best = to_partition(found, built, winner.slots, machine, constraints, winner.shape)
     if best is None and lower < inf:
         raise PartitionError(
-            f"no split was found within {constraints.time_limit_s} s, and none was ruled out; "
-            "raise time_limit_s"
+            f"no split was found, and none was ruled out, within time_limit_s="
+            f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
         )
     return None if best is None else replace(best, lower_bound=min(lower, best.objective))
 

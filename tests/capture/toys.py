@@ -39,6 +39,11 @@ def toy(body: Callable[..., Any], layer: type[nn.Module] = Layer, seed: int = 0)
     return Toy(body, layer)
 
 
+def last(self: nn.Module, h: Tensor) -> dict[str, Tensor]:
+    """The second layer and the loss."""
+    return {"loss": self.layers[1](h).square().mean()}
+
+
 def batch(seed: int = 0, **more: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     return {"x": torch.randn(2, WIDTH, generator=generator), **more}

@@ -10,6 +10,7 @@ import pytest
 from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.partition import Constraints, InfeasibleError, solve
+from ipu_pipeline.partition.search import search
 from tests.partition.partition_oracle import make_graph, make_machine, random_case, unit_costs
 
 GRAPH = make_graph(6, [(i, i + 1) for i in range(5)], sizes=[1] * 6)
@@ -91,7 +92,7 @@ def test_contradicting_pins_are_named():
 
 def test_every_proposal_for_random_problems_fits():
     refused = 0
-    for seed in range(120):
+    for seed in range(60):
         graph, prices, machine, _ = random_case(seed)
         tight = dataclasses.replace(
             machine,
@@ -99,7 +100,7 @@ def test_every_proposal_for_random_problems_fits():
         )
         constraints = Constraints(num_microbatches=4, recompute="never", allow_serialize=False)
         with contextlib.suppress(PartitionError):
-            if solve(graph, prices, tight, constraints):
+            if search(graph, prices, tight, constraints) is not None:
                 continue
         with pytest.raises(InfeasibleError) as caught:
             solve(graph, prices, tight, constraints)
@@ -107,7 +108,7 @@ def test_every_proposal_for_random_problems_fits():
         assert caught.value.changes
         for change in caught.value.changes:
             assert solve(graph, change.costs, change.machine, change.constraints).stages
-    assert refused > 40
+    assert refused > 20
 
 
 def test_costs_of_the_caller_are_left_alone():

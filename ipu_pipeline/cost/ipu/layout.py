@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from ipu_pipeline.config import expand_layers
 from ipu_pipeline.cost.ipu.settings import IPUSettings
@@ -141,3 +142,38 @@ def stage_tensors(graph: BlockGraph, layout: Layout) -> tuple[tuple[int, int, st
         if end > start:
             crossing.append((start, end, tensor.name))
     return tuple(crossing)
+
+
+def held_elements(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings
+) -> tuple[Mapping[str, int], ...]:
+    """Return, for every IPU, the parameters it holds and how many elements of each.
+
+    A parameter used twice on an IPU is held once. A table that the configuration splits over IPUs
+    is held in these shares, wherever it is used.
+    """
+    held: list[dict[str, int]] = [{} for _ in range(layout.num_ipus)]
+    for ipu in range(layout.num_ipus):
+        for name in layout.blocks_on(ipu):
+            for fqn in graph[name].parameters:
+                held[ipu][fqn] = graph.parameter_by_fqn[fqn].numel
+    for kind, splits in (
+        ("embedding", settings.embedding_splits),
+        ("head", settings.projection_splits),
+    ):
+        fqn = _table(graph, kind) if splits else None
+        if fqn is None:
+            continue
+        numel = graph.parameter_by_fqn[fqn].numel
+        for ipu in range(layout.num_ipus):
+            share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
+            held[ipu].pop(fqn, None)
+            if share:
+                held[ipu][fqn] = ceil(numel * share)
+    return tuple(held)
+
+
+def _table(graph: BlockGraph, kind: str) -> str | None:
+    """The largest parameter of the blocks of ``kind``."""
+    used = {fqn for block in graph.blocks if block.kind == kind for fqn in block.parameters}
+    return max(used, key=lambda fqn: graph.parameter_by_fqn[fqn].numel, default=None)

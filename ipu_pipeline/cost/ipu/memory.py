@@ -16,7 +16,7 @@ per parameter).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from math import prod
@@ -24,10 +24,10 @@ from math import prod
 from ipu_pipeline.cost.ipu.blocks import block_table_rows, pricer_for, serialization_factor
 from ipu_pipeline.cost.ipu.calibration import Calibration
 from ipu_pipeline.cost.ipu.chip import Chip
-from ipu_pipeline.cost.ipu.layout import Layout, stage_tensors
+from ipu_pipeline.cost.ipu.layout import Layout, held_elements, stage_tensors
 from ipu_pipeline.cost.ipu.operations import Pricer, products, result_bytes, sliced
 from ipu_pipeline.cost.ipu.settings import IPUSettings
-from ipu_pipeline.cost.ipu.timing import float_bytes, trainable_elements
+from ipu_pipeline.cost.ipu.timing import float_bytes
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
 
 # BERT-large inference on two IPUs: the fullest tile holds 336,670 and 291,170 bytes where the
@@ -89,38 +89,41 @@ class _Context:
     chip: Chip
     calibration: Calibration
 
-    def pricer(self, ipu: int) -> Pricer:
-        return pricer_for(self.chip, self.settings, ipu, self.calibration)
-
-    def factor(self, block: Block) -> int:
-        return serialization_factor(self.graph, block, self.settings)
-
 
 def ipu_memory(
     graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
 ) -> tuple[IPUMemory, ...]:
     """Return the memory of every IPU of one replica."""
     context = _Context(graph, layout, settings, chip, calibration)
-    trainable = trainable_elements(graph, layout)
-    return tuple(_one_ipu(context, ipu, trainable[ipu]) for ipu in range(layout.num_ipus))
+    held = held_elements(graph, layout, settings)
+    return tuple(_one_ipu(context, ipu, held[ipu]) for ipu in range(layout.num_ipus))
 
 
-def _one_ipu(context: _Context, ipu: int, trainable: int) -> IPUMemory:
+def _one_ipu(context: _Context, ipu: int, held: Mapping[str, int]) -> IPUMemory:
     graph, settings = context.graph, context.settings
     names = context.layout.blocks_on(ipu)
     if not names:
         return IPUMemory()
     stages = [i for i, stage in enumerate(context.layout.stages) if stage.ipu == ipu]
-    used = {fqn for name in names for fqn in graph[name].parameters}
-    found = [graph.parameter_by_fqn[fqn] for fqn in used]
+    changed = [n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable]
+    trainable, largest = sum(changed), max(changed, default=0)
     training = int(settings.training)
     on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
     activations = max(_live_bytes(context, stage) for stage in stages)
-    working = max(working_bytes(context, graph[name], context.pricer(ipu)) for name in names)
-    largest = max((p.numel for p in found if p.trainable), default=0)
+    pricer = pricer_for(context.chip, settings, ipu, context.calibration)
+    working = max(
+        working_bytes(
+            graph[name],
+            block_table_rows(graph, graph[name]),
+            serialization_factor(graph, graph[name], settings),
+            pricer,
+            settings,
+        )
+        for name in names
+    )
     updating = training * largest * _streamed_bytes(settings)
     return IPUMemory(
-        weights=sum(p.numel for p in found) * settings.element_bytes,
+        weights=sum(held.values()) * settings.element_bytes,
         gradients=training * trainable * settings.element_bytes,
         optimizer=int(training * trainable * on_chip),
         stash=sum(stash_bytes(context, stage) for stage in stages),
@@ -196,17 +199,20 @@ def _layer_of(block: Block) -> str:
 
 
 def _saved(context: _Context, name: str) -> int:
+    return saved_bytes(context.graph[name], context.settings)
+
+
+def saved_bytes(block: Block, settings: IPUSettings) -> int:
     """Bytes that a block keeps for its backward pass, in the device's precision.
 
     Dropout masks are not among them: PopART draws them again from a stashed seed.
     """
-    block = context.graph[name]
     masks = sum(
         op.count * DTYPE_BYTES.get(op.dtype, 4) * prod(op.shapes[0])
         for op in block.forward_ops
         if op.kind == "random" and op.shapes
     )
-    return int(max(0, block.saved_bytes - masks) * context.settings.element_bytes // 4)
+    return int(max(0, block.saved_bytes - masks) * settings.element_bytes // 4)
 
 
 def _live_bytes(context: _Context, stage: int) -> int:
@@ -221,15 +227,22 @@ def _live_bytes(context: _Context, stage: int) -> int:
     return max(sum(_saved(context, name) for name in segment) for segment in segments)
 
 
-def working_bytes(context: _Context, block: Block, pricer: Pricer) -> int:
+def working_bytes(
+    block: Block, rows: int, factor: int, pricer: Pricer, settings: IPUSettings
+) -> int:
     """Most bytes that one operation of ``block`` needs besides what is saved.
 
     An operation needs its result and the gradient (or value) it works on; a matrix product
     also the rearranged parts of its operands, which the memory proportion bounds.
+
+    Args:
+        block: The block.
+        rows: Rows of its large table; 0 for none.
+        factor: Slices in which operations on that table run.
+        pricer: Plans matrix products.
+        settings: Mode of the run.
     """
-    rows = block_table_rows(context.graph, block)
-    factor = context.factor(block)
-    operations = [*block.forward_ops, *(block.backward_ops if context.settings.training else ())]
+    operations = [*block.forward_ops, *(block.backward_ops if settings.training else ())]
     return int(max((_one_bytes(op, pricer, rows, factor) for op in operations), default=0.0))
 
 

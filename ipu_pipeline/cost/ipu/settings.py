@@ -29,6 +29,9 @@ class IPUSettings:
             operands of one matrix product may take while it runs.
         embedding_factor: Slices of the embedding lookup, at least 1.
         projection_factor: Slices of the output projection, at least 1.
+        embedding_splits: Slices of the embedding table that each IPU holds; empty: all of it
+            where the lookup is.
+        projection_splits: The same for the output projection.
         optimizer: Its published name; ``sgd`` has no state, every other has two moments.
         optimizer_offchip: Optimizer state in streaming memory.
         sharded: Replicated tensor sharding of the optimizer state.
@@ -52,6 +55,8 @@ class IPUSettings:
     proportions: tuple[float, ...] = ()
     embedding_factor: int = 1
     projection_factor: int = 1
+    embedding_splits: tuple[int, ...] = ()
+    projection_splits: tuple[int, ...] = ()
     optimizer: str = "adamw"
     optimizer_offchip: bool = False
     sharded: bool = False
@@ -132,10 +137,13 @@ class IPUSettings:
         inference = not training
         prefix = "inference_" if inference else ""
         num_ipus = config.num_ipus(inference=inference)
-        factors = {
-            name: getattr(config, f"{prefix}{name}_serialization_factor")
-            or sum(getattr(config, f"{prefix}serialized_{name}_splits_per_ipu") or ())
+        splits = {
+            name: getattr(config, f"{prefix}serialized_{name}_splits_per_ipu") or ()
             for name in ("embedding", "projection")
+        }
+        factors = {
+            name: getattr(config, f"{prefix}{name}_serialization_factor") or sum(splits[name])
+            for name in splits
         }
         if num_ipus < 1:
             raise ConfigError(f"a replica needs at least one IPU, got {num_ipus}")
@@ -150,6 +158,8 @@ class IPUSettings:
             proportions=config.memory_proportions(inference=inference),
             embedding_factor=max(1, factors["embedding"] or 1),
             projection_factor=max(1, factors["projection"] or factors["embedding"] or 1),
+            embedding_splits=tuple(splits["embedding"]),
+            projection_splits=tuple(splits["projection"]),
             optimizer=optimizer,
             optimizer_offchip=config.optimizer_state_offchip,
             sharded=config.replicated_tensor_sharding,

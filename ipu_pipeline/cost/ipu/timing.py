@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from ipu_pipeline.cost.ipu.blocks import block_time, pricer_for, serialization_factor
 from ipu_pipeline.cost.ipu.calibration import Calibration
 from ipu_pipeline.cost.ipu.chip import Chip
-from ipu_pipeline.cost.ipu.layout import Layout, stage_tensors
+from ipu_pipeline.cost.ipu.layout import Layout, held_elements, stage_tensors
 from ipu_pipeline.cost.ipu.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 
@@ -201,15 +201,13 @@ def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
     return size * sharing / chip.host_bytes_per_s
 
 
-def trainable_elements(graph: BlockGraph, layout: Layout) -> Mapping[int, int]:
+def trainable_elements(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings
+) -> Mapping[int, int]:
     """Trainable parameter elements by IPU; a parameter used twice on an IPU counts once."""
     return {
-        ipu: sum(
-            graph.parameter_by_fqn[name].numel
-            for name in {p for block in layout.blocks_on(ipu) for p in graph[block].parameters}
-            if graph.parameter_by_fqn[name].trainable
-        )
-        for ipu in range(layout.num_ipus)
+        ipu: sum(n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable)
+        for ipu, held in enumerate(held_elements(graph, layout, settings))
     }
 
 
@@ -219,7 +217,7 @@ def update_times(
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
     if not settings.training:
         return 0.0, 0.0, 0.0
-    elements = trainable_elements(graph, layout)
+    elements = trainable_elements(graph, layout, settings)
     most = max(elements.values())
     touched = settings.state_share * most
     per_element = 3 * settings.element_bytes + 2 * settings.state_bytes
