@@ -40,7 +40,9 @@ class LocalExecutable:
         options: How to run.
     """
 
-    batch_divisor: int | None = 1  # a short microbatch is captured for its own shape and weighs less
+    batch_divisor: int | None = (
+        1  # a short microbatch is captured for its own shape and weighs less
+    )
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from ipu_pipeline.errors import StageError, StallError
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 
 Work = Callable[[Action], None]
+Jobs = queue.SimpleQueue[Callable[[], None] | None]
 POLL_S = 0.2
 
 
@@ -24,7 +26,6 @@ class Progress:
     """Which actions are done, shared by all stages of one step."""
 
     num_stages: int
-    forward_only: bool = False
     done: set[Action] = field(default_factory=set)
     failure: tuple[int, Action | None, BaseException] | None = None
     current: dict[int, Action] = field(default_factory=dict)
@@ -88,17 +89,16 @@ class StageThreads:
         self, num_devices: int, prepare: Callable[[], None], stall_timeout_s: float
     ) -> None:
         self.stall_timeout_s = stall_timeout_s
-        self._jobs: list[queue.SimpleQueue[Callable[[], None] | None]] = []
-        self._threads: list[threading.Thread] = []
-        self._prepare = prepare
-        for device in range(num_devices):
-            jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-            thread = threading.Thread(
-                target=self._serve, args=(jobs,), name=f"pipeline-device-{device}", daemon=True
+        self._jobs: list[Jobs] = [queue.SimpleQueue() for _ in range(num_devices)]
+        self._threads = [
+            threading.Thread(
+                target=_serve, args=(jobs, prepare), name=f"pipeline-device-{device}", daemon=True
             )
-            self._jobs.append(jobs)
-            self._threads.append(thread)
+            for device, jobs in enumerate(self._jobs)
+        ]
+        for thread in self._threads:
             thread.start()
+        self._stop = weakref.finalize(self, _stop, self._jobs)  # when nobody called close()
 
     def run(self, schedule: Schedule, work: Work) -> None:
         """Run every row on its own thread; return when all are done.
@@ -122,18 +122,9 @@ class StageThreads:
 
     def close(self) -> None:
         """Stop the threads; calling it again does nothing."""
-        for jobs in self._jobs:
-            jobs.put(None)
+        self._stop()
         for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=1.0)
-        self._jobs.clear()
-        self._threads.clear()
-
-    def _serve(self, jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-        self._prepare()
-        while (job := jobs.get()) is not None:
-            job()
+            thread.join(timeout=1.0)
 
     def _watch(
         self, progress: Progress, finished: Sequence[threading.Event], schedule: Schedule
@@ -146,6 +137,17 @@ class StageThreads:
                     f"({progress.describe(schedule.rows)}); if a single pass really takes that "
                     "long, raise stall_timeout_s"
                 )
+
+
+def _serve(jobs: Jobs, prepare: Callable[[], None]) -> None:
+    prepare()
+    while (job := jobs.get()) is not None:
+        job()
+
+
+def _stop(queues: Sequence[Jobs]) -> None:
+    for jobs in queues:
+        jobs.put(None)
 
 
 def run_sequentially(schedule: Schedule, work: Work) -> None:

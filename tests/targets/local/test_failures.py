@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -125,3 +126,13 @@ def test_many_schedules_in_a_row_never_hang() -> None:
         threads.run(one_f_one_b(4, microbatches), done.add)
         assert len(done) == 2 * 4 * microbatches
     threads.close()
+
+
+def test_threads_end_when_nobody_holds_them_any_more() -> None:
+    threads = StageThreads(2, lambda: None, stall_timeout_s=20)
+    workers = list(threads._threads)
+    del threads
+    gc.collect()
+    for worker in workers:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
