@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from math import inf
+from time import monotonic
 
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.errors import PartitionError
@@ -20,6 +21,7 @@ from ipu_pipeline.partition.shapes import shapes
 
 MOST_DEVICES = 256
 TRIAL_S = 5.0
+EXPLAIN_S = 15.0
 _PLACEMENT = (
     "pinned_stages",
     "pinned_devices",
@@ -72,7 +74,7 @@ def explain(
     start = Change("", costs, machine, constraints)
     if not _fits(graph, replace(start, machine=_unlimited(machine))):
         return _placement_error(graph, start)
-    changes = tuple(_changes(graph, start, remedies))
+    changes = tuple(_changes(graph, start, remedies, monotonic() + EXPLAIN_S))
     reason = _worst_stage(graph, costs, machine, constraints)
     if not changes:
         return InfeasibleError(f"no split fits: {reason}; no single change tried makes it fit")
@@ -81,7 +83,7 @@ def explain(
 
 
 def _changes(
-    graph: BlockGraph, start: Change, remedies: Mapping[str, GraphCosts]
+    graph: BlockGraph, start: Change, remedies: Mapping[str, GraphCosts], deadline: float
 ) -> Iterator[Change]:
     """Yield the changes of options that fit (the least that works), then of the machine."""
     found = False
@@ -90,12 +92,12 @@ def _changes(
             found = True
             yield change
             break
-    more = _more_devices(graph, start)
+    more = _more_devices(graph, start, deadline)
     if more is not None:
         yield more
     elif not found:
         everything = list(_option_changes(start, remedies))
-        more = _more_devices(graph, everything[-1]) if everything else None
+        more = _more_devices(graph, everything[-1], deadline) if everything else None
         if more is not None:
             yield more
     memory = _more_memory(graph, start)
@@ -128,7 +130,7 @@ def _option_changes(start: Change, remedies: Mapping[str, GraphCosts]) -> Iterat
             yield replace(start, text=f"{name} and {words}", costs=costs, constraints=free)
 
 
-def _more_devices(graph: BlockGraph, start: Change) -> Change | None:
+def _more_devices(graph: BlockGraph, start: Change, deadline: float) -> Change | None:
     """The least number of devices (copies of the last one) with which it fits."""
     base = start.constraints
     fixed = base.stage_devices, base.layers_per_ipu
@@ -136,7 +138,6 @@ def _more_devices(graph: BlockGraph, start: Change) -> Change | None:
         return None
     have = min(base.max_devices or len(start.machine.devices), len(start.machine.devices))
     most = min(len(graph.blocks) * (base.replicas or 1), MOST_DEVICES)
-    tried: dict[int, Change] = {}
 
     def with_devices(count: int) -> Change:
         devices = start.machine.devices
@@ -150,9 +151,11 @@ def _more_devices(graph: BlockGraph, start: Change) -> Change | None:
         )
 
     for count in range(have + 1, most + 1):
-        tried[count] = with_devices(count)
-        if _fits(graph, tried[count]):
-            return tried[count]
+        if monotonic() > deadline:
+            return None
+        change = with_devices(count)
+        if _fits(graph, change):
+            return change
     return None
 
 
@@ -226,14 +229,24 @@ def _worst_stage(
             f"the stages need at least {total / 1e6:.4g} MB together, the machine has "
             f"{item.slots[0].capacity / 1e6:.4g} MB"
         )
-    overs = [needed - slot.capacity for (_, needed), slot in zip(stages, item.slots, strict=True)]
-    worst = max(range(len(stages)), key=lambda index: overs[index])
-    names = built.problem.names_of(stages[worst][0])
-    blocks = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    used = _device_bytes(built.problem, item, stages)
+    room = {slot.device: slot.capacity for slot in item.slots}
+    worst = max(used, key=lambda device: used[device] - room[device])
+    if used[worst] <= room[worst]:
+        return "memory and the constraints on where blocks go leave no split together"
+    held = [
+        (index, built.problem.names_of(mask))
+        for index, ((mask, _), slot) in enumerate(zip(stages, item.slots, strict=True))
+        if slot.device == worst
+    ]
+    text = " and ".join(
+        f"stage {index} ({names[0] if len(names) == 1 else f'{names[0]} to {names[-1]}'})"
+        for index, names in held
+    )
     return (
-        f"even split for memory alone, stage {worst} ({blocks}) needs "
-        f"{stages[worst][1] / 1e6:.4g} MB, its device has "
-        f"{item.slots[worst].capacity / 1e6:.4g} MB"
+        f"even split for memory alone, {text} {'needs' if len(held) == 1 else 'need'} "
+        f"{used[worst] / 1e6:.4g} MB, {'its' if len(held) == 1 else 'their'} device has "
+        f"{room[worst] / 1e6:.4g} MB"
     )
 
 
@@ -247,9 +260,7 @@ def _least_worst_bytes(graph: BlockGraph, start: Change) -> float:
         stages = _least_demanding(built.problem, item)
         if not stages:
             continue
-        by_device: dict[int, float] = {}
-        for (_, needed), slot in zip(stages, item.slots, strict=True):
-            by_device[slot.device] = by_device.get(slot.device, 0.0) + needed
+        by_device = _device_bytes(built.problem, item, stages)
         need = sum(by_device.values()) if machine.shared_memory else max(by_device.values())
         least = min(least, need / (len(machine.devices) if machine.shared_memory else 1))
     return least
@@ -265,9 +276,11 @@ def _least_demanding(problem: Problem, item: Candidate) -> list[tuple[int, float
     pooled = len({slot.pool for slot in item.slots}) == 1 < len(item.slots)
     nothing: tuple[float, list[tuple[int, float]]] = (inf, [])
     best = [nothing] * count + [(0.0, [])]
-    for slot in reversed(item.slots):
+    for number, slot in reversed(list(enumerate(item.slots))):
         current = [nothing] * (count + 1)
         for start in range(count):
+            if not _may_cut(problem, item, (1 << start) - 1, number):
+                continue
             for stop in range(start + 1, count + 1):
                 mask = (1 << stop) - (1 << start)
                 if mask & slot.forbidden or best[stop][0] == inf:
@@ -280,3 +293,26 @@ def _least_demanding(problem: Problem, item: Candidate) -> list[tuple[int, float
                     break
         best = current
     return best[0][1]
+
+
+def _may_cut(problem: Problem, item: Candidate, done: int, stages_done: int) -> bool:
+    """Whether the boundary behind ``done`` respects groups and given layers."""
+    groups = problem.together + (problem.same_device if item.shape.own_devices else ())
+    if any(done & group not in (0, group) for group in groups):
+        return False
+    return item.rule is None or item.rule.allows(done, stages_done)
+
+
+def _device_bytes(
+    problem: Problem, item: Candidate, stages: list[tuple[int, float]]
+) -> dict[int, float]:
+    """Bytes of every device; a parameter of two of its stages counts once."""
+    used: dict[int, float] = {}
+    blocks: dict[int, int] = {}
+    for (mask, needed), slot in zip(stages, item.slots, strict=True):
+        before = blocks.get(slot.device, 0)
+        twice = sum(w.num_bytes for w in problem.shared_weights if w.users & mask & ~before
+                    and w.users & before)  # fmt: skip
+        used[slot.device] = used.get(slot.device, 0.0) + needed - twice
+        blocks[slot.device] = before | mask
+    return used

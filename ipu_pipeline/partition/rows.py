@@ -177,10 +177,6 @@ class Rows:
             self._cut_s[link] = total
         return self._cut_s[link]
 
-    def host_work_s(self) -> Floats | None:
-        """Host seconds of each set, if there are host cores."""
-        return self._host
-
     def _host_row(self, start: int, limit_s: float) -> Row:
         assert self._host is not None
         seconds = self._host
