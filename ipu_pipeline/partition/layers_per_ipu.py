@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.config.layers import WILDCARD, expand_layers
+from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 
 
@@ -60,30 +61,15 @@ def expand_layers_per_ipu(
         PartitionError: An entry is below -1, the length is not ``num_devices``, or the sum is
             not ``num_layers``.
     """
-    given = tuple(layers_per_ipu)
-    if not given or any(count < -1 for count in given):
+    if not layers_per_ipu or any(count < WILDCARD for count in layers_per_ipu):
         raise PartitionError(
-            f"layers_per_ipu {list(given)} must hold counts of 0 or more, or -1 for the rest"
+            f"layers_per_ipu={list(layers_per_ipu)} must hold counts of 0 or more, or -1 for the "
+            "rest"
         )
-    if given == (-1,):
-        given = (-1,) * num_devices
-    if len(given) != num_devices:
-        raise PartitionError(
-            f"layers_per_ipu {list(given)} has {len(given)} entries for {num_devices} devices"
-        )
-    wildcards = [index for index, count in enumerate(given) if count == -1]
-    fixed = sum(count for count in given if count != -1)
-    rest = num_layers - fixed
-    if rest < 0 or (rest > 0 and not wildcards):
-        raise PartitionError(
-            f"layers_per_ipu {list(given)} places {fixed} layers, the model has {num_layers}"
-        )
-    if not wildcards:
-        return given
-    each, left = divmod(rest, len(wildcards))
-    counts = [each if count == -1 else count for count in given]
-    counts[wildcards[-1]] += left
-    return tuple(counts)
+    try:
+        return expand_layers(layers_per_ipu, num_devices, num_layers)
+    except ConfigError as error:
+        raise PartitionError(str(error)) from error
 
 
 def layer_rule(

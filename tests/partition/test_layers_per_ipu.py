@@ -38,7 +38,7 @@ def test_wildcards(given, layers, devices, counts):
     [
         ([3, 3], 7, 2, r"\[3, 3\] places 6 layers, the model has 7"),
         ([5, -1], 4, 2, r"\[5, -1\] places 5 layers, the model has 4"),
-        ([3, 3], 6, 3, r"\[3, 3\] has 2 entries for 3 devices"),
+        ([3, 3], 6, 3, r"\[3, 3\] has 2 entries for 3 IPUs"),
         ([3, -2], 6, 2, r"\[3, -2\] must hold counts of 0 or more, or -1"),
         ([], 6, 2, "must hold counts"),
     ],
