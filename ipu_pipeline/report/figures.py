@@ -53,6 +53,11 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _height(rows: Sequence[str]) -> int:
+    """Pixels of a chart with one bar per row."""
+    return 100 + max(24, min(40, 160 // len(rows))) * len(rows)
+
+
 def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
     """Return a label per device: its name and its stages."""
     names = {}
@@ -81,7 +86,7 @@ def timeline_figure(plan: Plan, timeline: Timeline) -> Any:
         figure.update_xaxes(
             title_text="ms", range=[window.start_s * 1e3, window.end_s * 1e3], row=1, col=column
         )
-    height = 100 + max(26, 320 // len(names)) * len(names)
+    height = 100 + max(26, min(60, 320 // len(names))) * len(names)
     figure.update_layout(layout(height, barmode="overlay", bargap=0.18, uniformtext=_UNIFORM))
     figure.update_layout(margin={"t": 60 if len(shown) > 1 else 36})
     figure.update_xaxes(gridcolor="#eceff2", automargin=True)
@@ -143,7 +148,7 @@ def share_figure(plan: Plan, timeline: Timeline) -> Any:
                    marker_color=COLOURS["sync"], text=[f"{share:.0f} %" for share in idle],
                    textposition="inside", insidetextanchor="end",
                    hovertemplate="%{x:.2f} % of the step<extra>%{y}</extra>")  # fmt: skip
-    figure.update_layout(layout(100 + max(24, 160 // len(rows)) * len(rows), barmode="stack"))
+    figure.update_layout(layout(_height(rows), barmode="stack"))
     figure.update_xaxes(title_text="% of the step", range=[0, 100])
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure
@@ -171,7 +176,7 @@ def stage_figure(plan: Plan, timeline: Timeline) -> Any:
     figure.add_annotation(x=pace_s * 1e3, y=1, yref="paper", yanchor="bottom", xanchor="right",
                           showarrow=False, text=f"pace {pace_s * 1e3:.3f} ms",
                           font={"color": COLOURS["limit"]})  # fmt: skip
-    figure.update_layout(layout(100 + max(24, 160 // len(rows)) * len(rows), barmode="stack"))
+    figure.update_layout(layout(_height(rows), barmode="stack"))
     figure.update_xaxes(title_text="ms per microbatch", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure
@@ -203,7 +208,7 @@ def memory_figure(plan: Plan, timeline: Timeline) -> Any:
                        "markers", line={"color": COLOURS["limit"], "dash": "dash", "width": 1.5},
                        marker={"symbol": "line-ns-open", "size": 14, "color": COLOURS["limit"]},
                        hovertemplate="limit %{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
-    figure.update_layout(layout(100 + max(24, 160 // len(rows)) * len(rows), barmode="stack"))
+    figure.update_layout(layout(_height(rows), barmode="stack"))
     figure.update_xaxes(title_text="MB at the peak", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure

@@ -35,7 +35,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], summary: str) 
 def head(plan: Plan, timeline: Timeline) -> str:
     """Title, key numbers and warnings."""
     samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
-    fullest = max(timeline.memory, key=lambda curve: curve.peak_bytes / curve.limit_bytes)
+    where, peak, limit = _fullest(plan, timeline)
     rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
     tiles = (
         (f"{milliseconds(timeline.step_s)} ms", "optimizer step, simulated",
@@ -43,9 +43,8 @@ def head(plan: Plan, timeline: Timeline) -> str:
         (f"{rate:,.1f}", "samples per second",
          f"{samples} samples per step"),
         (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
-        (f"{fullest.peak_bytes / fullest.limit_bytes:.1%}", "of the fullest memory",
-         f"{plan.machine.devices[fullest.device].name}: {megabytes(fullest.peak_bytes)} of "
-         f"{megabytes(fullest.limit_bytes)} MB"),
+        (f"{peak / limit:.1%}", "of the fullest memory",
+         f"{where}: {megabytes(peak)} of {megabytes(limit)} MB"),
         (f"{plan.gap:.1%}", "gap to the lower bound",
          f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"),
     )  # fmt: skip
@@ -62,6 +61,15 @@ def head(plan: Plan, timeline: Timeline) -> str:
         f"{plan.micro_batch_size}{replicas}; costs: {escape(plan.cost_source)}</p>"
         f'<div class="tiles">{boxes}</div>{_warnings(plan, timeline)}'
     )
+
+
+def _fullest(plan: Plan, timeline: Timeline) -> tuple[str, int, int]:
+    """Name, peak and limit of the fullest memory; devices may share one."""
+    curves = timeline.memory
+    if timeline.shared_memory:
+        return "all devices", sum(curve.peak_bytes for curve in curves), curves[0].limit_bytes
+    fullest = max(curves, key=lambda curve: curve.peak_bytes / curve.limit_bytes)
+    return plan.machine.devices[fullest.device].name, fullest.peak_bytes, fullest.limit_bytes
 
 
 def _warnings(plan: Plan, timeline: Timeline) -> str:
@@ -86,12 +94,15 @@ def reasons(plan: Plan, timeline: Timeline) -> str:
     if not plan.edited:
         lines.append(f"Lower bound {milliseconds(plan.lower_bound_s)} ms: {proven}.")
     if timeline.closed_form_s:
-        exchanged = simulate(plan, copies="exchanged").step_s
         lines.append(
             f"The solver's closed form gives {milliseconds(timeline.closed_form_s)} ms, the event "
-            f"simulation {timeline.step_s / timeline.closed_form_s - 1:+.2%}; with every copy "
-            f"counted once, on both of its ends at the same time, the step takes "
-            f"{milliseconds(exchanged)} ms."
+            f"simulation differs by {timeline.step_s / timeline.closed_form_s - 1:+.2%}."
+        )
+    if any(event.kind == "copy" for event in timeline.events):
+        exchanged = simulate(plan, copies="exchanged").step_s
+        lines.append(
+            "Copies are charged as the solver does, to the sender and then to the receiver; on "
+            f"both at the same time the step takes {milliseconds(exchanged)} ms."
         )
     if timeline.update_s > 0:
         lines.append(f"{milliseconds(timeline.update_s)} ms per step are update and all-reduce.")

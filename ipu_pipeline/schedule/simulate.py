@@ -24,6 +24,7 @@ PopART all devices wait for the slowest before one common exchange, so steps may
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
 from ipu_pipeline.ir.machine import Machine
@@ -73,19 +74,17 @@ def simulate(
     devices = tuple(dict.fromkeys(load.device for load in loads))
     closed = closed_form_s(plan, loads)
     update_s = once_per_step_s(plan, closed)
-    events += [
-        Event(device, "update", None, None, passes_s, passes_s + update_s)
-        for device in devices
-        if update_s > 0
-    ]
-    position = {device: index for index, device in enumerate(devices)}
+    by_device = {own[0].device: own for own in events if own}
+    for device, own in by_device.items():
+        if update_s > 0:
+            own.append(Event(device, "update", None, None, passes_s, passes_s + update_s))
     if (rows.name, rows.num_microbatches) != (plan.schedule, plan.num_microbatches):
         closed = None
     return Timeline(
         schedule=rows.name,
         num_microbatches=rows.num_microbatches,
         devices=devices,
-        events=tuple(sorted(events, key=lambda event: position[event.device])),
+        events=tuple(chain.from_iterable(by_device[device] for device in devices)),
         step_s=passes_s + update_s,
         update_s=update_s,
         closed_form_s=None if closed is None else closed + update_s,

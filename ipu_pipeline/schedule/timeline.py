@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,10 +104,10 @@ class Timeline:
     @cached_property
     def seconds(self) -> Mapping[tuple[int, EventKind], float]:
         """Seconds of every kind on every device; kinds that do not occur are 0."""
-        total: dict[tuple[int, EventKind], float] = defaultdict(float)
+        total = {device: dict.fromkeys(KINDS, 0.0) for device in self.devices}
         for device, kind, _, _, start_s, end_s in self.events:
-            total[device, kind] += end_s - start_s
-        return {(device, kind): total[device, kind] for device in self.devices for kind in KINDS}
+            total[device][kind] += end_s - start_s
+        return {(device, kind): own[kind] for device, own in total.items() for kind in KINDS}
 
     def share(self, device: int, *kinds: EventKind) -> float:
         """Share of the step that ``device`` spends on ``kinds``."""

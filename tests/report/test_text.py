@@ -18,12 +18,11 @@ def test_balanced_1f1b_is_drawn_as_in_the_paper() -> None:
     plan = make_plan([1.0] * 3, [2.0] * 3, 4)
     lines = drawn(plan, simulate(plan), width=18).splitlines()
     assert lines[1:] == [
-        "d0 |FFF   BBFBB BB BB|"[:3] + "|FFF   BBFBB" + lines[1][15:],
-        *lines[2:],
+        "d0 |FFF    BBFBB BB BB|",
+        "d1 | FF  BBFBBFBB BB  |",
+        "d2 |  FBBFBBFBBFBB    |",
     ]
     assert lines[0].startswith("the whole step, 18000.00 ms: F forward, B backward")
-    assert [line.count("F") for line in lines[1:]] == [4, 4, 4]
-    assert [line.count("B") for line in lines[1:]] == [8, 8, 8]
 
 
 def test_a_plan_without_times_is_not_drawn() -> None:

@@ -75,6 +75,19 @@ def test_loss_curves_with_dropout_do_not_depend_on_the_split(name: str) -> None:
     assert curve(2, "1f1b", sequential=True) == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "popart"])
+@pytest.mark.parametrize("samples", [12, 5])
+def test_every_schedule_gives_the_same_loss(schedule: str, samples: int) -> None:
+    losses = []
+    for name in ("1f1b", schedule):
+        model, example = TINY["t5"].build(dropout=True)
+        _, batch = TINY["t5"].build(batch_size=samples, seed=3)
+        plan = ipp.plan(model, example, num_stages=3, microbatches=6)
+        with ipp.compile(model, plan, schedule=name, self_check=False) as executable:
+            losses.append(executable.forward_backward(batch))
+    assert losses[0] == losses[1]
+
+
 def test_dropout_is_really_on() -> None:
     model, example = TINY["bert-qa"].build(dropout=True)
     plan = ipp.plan(model, example, num_stages=2, microbatches=1)
