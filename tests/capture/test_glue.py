@@ -36,6 +36,20 @@ def set_item_from_a_later_block(self, x):
     return {"loss": (h * g).square().mean()}
 
 
+def set_item_read_by_a_third_block(self, x):
+    h = self.layers[0](x) * 1
+    g = self.layers[1](x)
+    h[:, 0] = g[:, 0]
+    return last(self, h)
+
+
+def write_to_an_input_value_after_a_block_read_it(self, x):
+    t = x * 1
+    h = self.layers[0](x) + t
+    t.zero_()
+    return last(self, h - t)
+
+
 def shifted_labels(self, x, labels):
     shifted = labels.new_zeros(labels.shape)
     shifted[..., 1:] = labels[..., :-1].clone()
@@ -122,7 +136,10 @@ def requires_grad_assigned(self, x):
 
 
 BODIES = [
-    set_item_on_a_view, write_after_read, set_item_from_a_later_block, no_grad_region,
+    set_item_on_a_view,
+    set_item_read_by_a_third_block,
+    write_to_an_input_value_after_a_block_read_it, write_after_read,
+    set_item_from_a_later_block, no_grad_region,
     no_grad_block, enable_grad_in_no_grad, autocast_region, autograd_function,
     reversed_power_and_iteration, attributes_of_tensors, out_argument, named_results,
     requires_grad_assigned,
@@ -216,5 +233,5 @@ def test_random_module_without_parameters_is_placed_and_not_recomputed() -> None
     model = toy(body)
     model.noise = Noise()
     captured = capture(model, batch())
-    nodes = [node.name for node in captured.programs[0].module.graph.nodes]
-    assert "noise" in nodes
+    nodes = [(node.op, node.target) for node in captured.programs[0].module.graph.nodes]
+    assert ("call_module", "noise") in nodes

@@ -86,7 +86,7 @@ def test_other_functions_in_equal_places_are_other_work() -> None:
     assert "aten.tanh" in names[1]
 
 
-def test_other_regions_and_settings_are_other_work() -> None:
+def test_other_settings_of_equal_modules_are_other_work() -> None:
     class Repeating(Layer):
         def __init__(self) -> None:
             super().__init__()
@@ -98,19 +98,30 @@ def test_other_regions_and_settings_are_other_work() -> None:
             return x
 
     def body(self, x):
-        h = self.layers[0](x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            h = h @ torch.ones(4, 4)
-        h = self.layers[1](h.float())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            h = h + 1
-        return {"loss": h.sum()}
+        for layer in (0, 1, 0):
+            x = self.layers[layer](x).neg()
+        return {"loss": self.layers[1](x).mean()}
 
     model = toy(body, Repeating)
     model.layers[1].times = 3
-    first, second = capture(model, batch()).graph.blocks
-    assert first.forward_flops == 2 * (2 * 2 * 4 * 4)
-    assert second.forward_flops == 3 * (2 * 2 * 4 * 4)
+    blocks = capture(model, batch()).graph.blocks
+    assert [block.forward_flops for block in blocks] == [64, 3 * 64, 64, 3 * 64]
+
+
+def test_other_functions_in_regions_are_other_work() -> None:
+    def body(self, x):
+        for layer, function in enumerate((torch.exp, torch.tanh, torch.relu, torch.exp)):
+            h = self.layers[layer % 2](x)
+            with torch.no_grad():
+                scale = function(h)
+            x = h * scale
+        return {"loss": x.mean()}
+
+    blocks = capture(toy(body), batch()).graph.blocks
+    names = [{op.name for op in block.forward_ops} for block in blocks]
+    assert "aten.tanh" in names[1]
+    assert "aten.relu" in names[2]
+    assert "aten.tanh" not in names[2]
 
 
 def test_code_that_needs_values_is_counted_on_the_example() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,11 +22,20 @@ class StageCache:
     Args:
         model: The user's model.
         plan: Says which block belongs to which stage.
+        precision: Autocast region that the steps run in; captures are made in it, too.
         self_check: Compare every capture with the model before trusting it.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, *, self_check: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        precision: Callable[[], AbstractContextManager[Any]],
+        *,
+        self_check: bool,
+    ) -> None:
         self.model = model
+        self.precision = precision
         self.plan = plan
         self.self_check = self_check
         self._stages: dict[Signature, tuple[Stage, ...]] = {}
@@ -39,12 +49,13 @@ class StageCache:
         """
         signature = _signature(self.model, microbatch)
         if signature not in self._stages:
-            captured = capture(
-                self.model,
-                microbatch,
-                granularity=self.plan.granularity,  # type: ignore[arg-type]
-                self_check=self.self_check,
-            )
+            with self.precision():
+                captured = capture(
+                    self.model,
+                    microbatch,
+                    granularity=self.plan.granularity,  # type: ignore[arg-type]
+                    self_check=self.self_check,
+                )
             self._stages[signature] = self._build(captured)
         return self._stages[signature]
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -56,7 +57,8 @@ class LocalExecutable:
         self.optimizer = optimizer
         self.options = options
         self.global_step = 0
-        self._cache = StageCache(model, plan, self_check=options.self_check)
+        self._precision = partial(autocast_region, options.precision)
+        self._cache = StageCache(model, plan, self._precision, self_check=options.self_check)
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -246,7 +248,7 @@ class _Step:
         part = self.microbatches[microbatch]
         received = {name: self._values[microbatch, name] for name in stage.receives}
         key: RandomKey = (self.options.seed, self.global_step, microbatch)
-        with self._precision():
+        with autocast_region(self.options.precision):
             sent, results = stage.forward(microbatch, part.inputs, received, key)
         with self._lock:
             self._values.update({(microbatch, name): value for name, value in sent.items()})
@@ -283,9 +285,11 @@ class _Step:
             for stage in stages:
                 stage.clear()
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = AUTOCAST.get(self.options.precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the region in which forward passes of ``precision`` run."""
+    dtype = AUTOCAST.get(precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
 def _join(microbatches: Sequence[Microbatch], parts: Sequence[Mapping[str, Tensor]]) -> EvalResult:

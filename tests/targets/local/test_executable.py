@@ -97,6 +97,16 @@ def test_bf16_autocast_is_close_to_float32() -> None:
     assert losses["bf16"] == pytest.approx(losses["float32"], rel=2e-2)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_bf16_equals_the_unsplit_model_under_autocast(name: str) -> None:
+    model, example = TINY[name].build()
+    plan = ipp.plan(model, example, num_stages=3, microbatches=1)
+    with ipp.compile(model, plan, precision="bf16") as executable:
+        loss = executable.forward_backward(example)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss == pytest.approx(model(**example).loss.item(), rel=1e-6)
+
+
 def test_fp16_with_loss_scaling_trains_and_skips_an_overflow() -> None:
     executable, batch = compiled(dropout=False, precision="fp16", loss_scaling=128.0)
     reference, _ = compiled(dropout=False)
