@@ -65,8 +65,12 @@ def test_1f1b_is_its_closed_form_for_balanced_stages(depth, forward, backward, c
 
 
 @given(stage_times(), st.booleans())
-def test_1f1b_s_period_is_exact_for_any_times(times, copies) -> None:
-    """Many microbatches more cost the busiest device's load each, as the closed form says."""
+def test_1f1b_settles_at_the_closed_form_s_pace(times, copies) -> None:
+    """In the long run a microbatch costs the busiest device's load, as the closed form says.
+
+    No step is shorter than the busiest device's work, and microbatches more never cost more than
+    the pace each: together they leave only the pace. (How soon it settles depends on the times.)
+    """
     depth = len(times[0])
     short, long = 40 * depth, 60 * depth
     plan = make_plan(*times, short, copies=copies)
@@ -75,7 +79,8 @@ def test_1f1b_s_period_is_exact_for_any_times(times, copies) -> None:
     )
     longer = simulate(plan, one_f_one_b(depth, long))
     assert longer.closed_form_s is None  # the plan's form is for another number of microbatches
-    assert longer.step_s - simulate(plan).step_s == pytest.approx((long - short) * pace_s, rel=1e-9)
+    assert longer.step_s >= long * pace_s * (1 - 1e-9)
+    assert longer.step_s - simulate(plan).step_s <= (long - short) * pace_s * (1 + 1e-9)
 
 
 @given(stage_times(), st.integers(1, 20))

@@ -463,8 +463,14 @@ def test_nothing_is_pickled(saved):
     assert endings == {".json", ".safetensors"}
 
 
-def test_the_progress_bars_of_transformers_stay_as_they_were(tmp_path, capfd):
-    model = bert()
-    write_checkpoint(tmp_path / "c", model=model, optimizer=None, global_step=0)
-    assert capfd.readouterr().err == ""
-    assert checkpoint.weights.transformers_logging.is_progress_bar_enabled()
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bars_of_transformers_stay_as_they_were(tmp_path, capfd, shown):
+    logging = checkpoint.weights.transformers_logging
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        write_checkpoint(tmp_path / "c", model=bert(), optimizer=None, global_step=0)
+        assert capfd.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() is shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
