@@ -85,9 +85,25 @@ def _binding(
         if _slower_than_fastest(stage, built, slot, price)
     ]
     if slowed:
-        memory = ", ".join(f"{i} ({stages[i].memory_bytes / 1e6:.4g} MB)" for i in slowed)
-        text += f"; memory: slower options so that stage {memory} fits"
+        fullest = max((stages[index] for index in slowed), key=lambda stage: stage.memory_bytes)
+        limit = machine.devices[fullest.device]
+        text += (
+            f"; memory: stage {_ranges(slowed)} recompute or serialize to fit (fullest: stage "
+            f"{fullest.index} with {fullest.memory_bytes / 1e6:.4g} of "
+            f"{(limit.memory_bytes - limit.reserved_bytes) / 1e6:.4g} MB)"
+        )
     return text
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Return ascending numbers as text, runs shortened: ``0-3, 5``."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _slower_than_fastest(stage: StageAssignment, built: Built, slot: Slot, price: Price) -> bool:
