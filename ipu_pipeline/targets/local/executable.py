@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Action, Schedule
+from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
@@ -25,10 +22,8 @@ from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
-from ipu_pipeline.targets.local.stage import RandomKey, Stage
+from ipu_pipeline.targets.local.step import Step, autocast_region
 from ipu_pipeline.targets.optimize import apply_update
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LocalExecutable:
@@ -105,12 +100,11 @@ class LocalExecutable:
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        collected: dict[int, dict[str, Tensor]] = defaultdict(dict)
         with self._mode(training=False), torch.no_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            step = _Step(self, stages, microbatches, collected, loss_scaling=0.0)
+            step = Step(stages, microbatches, self.options, self.global_step, loss_scaling=0.0)
             self._run(forward_only(self.plan.num_stages, len(microbatches)), step)
-        return _join(microbatches, [collected[part.index] for part in microbatches])
+        return _join(microbatches, step.results)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -154,19 +148,17 @@ class LocalExecutable:
     ) -> tuple[float, tuple[float, ...]]:
         plan = self.plan
         microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
-        collected: dict[int, dict[str, Tensor]] = defaultdict(dict)
         with self._mode(training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            step = _Step(self, stages, microbatches, collected, loss_scaling)
+            step = Step(stages, microbatches, self.options, self.global_step, loss_scaling)
             name = self.options.schedule or plan.schedule
             if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
                 name = "1f1b"
             self._run(build_schedule(name, self.plan.num_stages, len(microbatches)), step)
             step.add_shared_gradients()
-        loss = sum(float(collected[part.index]["loss"]) * part.share for part in microbatches)
-        return loss, tuple(step.busy_s)
+        return _mean_loss(microbatches, step.results), tuple(step.busy_s)
 
-    def _run(self, schedule: Schedule, step: _Step) -> None:
+    def _run(self, schedule: Schedule, step: Step) -> None:
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
@@ -206,103 +198,22 @@ class LocalExecutable:
                 module.training = mode
 
 
-class _Step:
-    """The work of one step: called with an action, runs that stage on that microbatch."""
-
-    def __init__(
-        self,
-        executable: LocalExecutable,
-        stages: Sequence[Sequence[Stage]],
-        microbatches: Sequence[Microbatch],
-        collected: dict[int, dict[str, Tensor]],
-        loss_scaling: float,
-    ) -> None:
-        self.options = executable.options
-        self.global_step = executable.global_step
-        self.stages = stages  # [microbatch][stage]
-        self.microbatches = microbatches
-        self.collected = collected
-        self.loss_scaling = loss_scaling
-        self.grad = torch.is_grad_enabled()
-        self.busy_s = [0.0] * len(stages[0])
-        self._values: dict[tuple[int, str], Tensor] = {}
-        self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: dict[int, dict[int, Tensor]] = defaultdict(dict)
-        self._lock = Lock()
-
-    def __call__(self, action: Action) -> None:
-        stage = self.stages[action.microbatch][action.stage]
-        started = time.perf_counter()
-        try:
-            with torch.set_grad_enabled(self.grad):
-                if action.kind == "F":
-                    self._forward(stage, action.microbatch)
-                else:
-                    self._backward(stage, action.microbatch)
-        except Exception as error:
-            error.pipeline_block = stage.block  # type: ignore[attr-defined]
-            raise
-        self.busy_s[action.stage] += time.perf_counter() - started
-
-    def _forward(self, stage: Stage, microbatch: int) -> None:
-        part = self.microbatches[microbatch]
-        received = {name: self._values[microbatch, name] for name in stage.receives}
-        key: RandomKey = (self.options.seed, self.global_step, microbatch)
-        with autocast_region(self.options.precision):
-            sent, results = stage.forward(microbatch, part.inputs, received, key)
-        with self._lock:
-            self._values.update({(microbatch, name): value for name, value in sent.items()})
-            self.collected[microbatch].update(results)
-
-    def _backward(self, stage: Stage, microbatch: int) -> None:
-        gradients = {}
-        for name in stage.sends:
-            parts = self._gradients.pop((microbatch, name), {})
-            self._values.pop((microbatch, name), None)
-            ordered = [parts[index] for index in sorted(parts)]  # one order, whatever the timing
-            if ordered:
-                gradients[name] = torch.stack(ordered).sum(0) if len(ordered) > 1 else ordered[0]
-        share = self.microbatches[microbatch].share
-        found, shared = stage.backward(microbatch, gradients, self.loss_scaling * share)
-        with self._lock:
-            for name, gradient in found.items():
-                self._gradients[microbatch, name][stage.index] = gradient
-            own = self._shared[stage.index]
-            for parameter, gradient in shared.items():
-                own[parameter] = own[parameter] + gradient if parameter in own else gradient
-
-    def add_shared_gradients(self) -> None:
-        """Add the gradients of parameters that several stages use, in the order of the stages."""
-        parameters = {id(p): p for stage in self.stages[0] for p in stage.shared}
-        for index in sorted(self._shared):
-            for identity, gradient in self._shared[index].items():
-                parameter = parameters[identity]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-
-    def clear(self) -> None:
-        """Forget all microbatches in flight."""
-        for stages in self.stages:
-            for stage in stages:
-                stage.clear()
+def _mean_loss(
+    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Return the mean of the microbatches' losses, weighted by their samples."""
+    pairs = zip(microbatches, results, strict=True)
+    return sum(float(result["loss"]) * part.share for part, result in pairs)
 
 
-def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the region in which forward passes of ``precision`` run."""
-    dtype = AUTOCAST.get(precision)
-    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
-
-
-def _join(microbatches: Sequence[Microbatch], parts: Sequence[Mapping[str, Tensor]]) -> EvalResult:
+def _join(
+    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
+) -> EvalResult:
     """Put the microbatches' outputs together on axis 0; average the loss over samples."""
-    loss = None
-    if parts and "loss" in parts[0]:
-        loss = sum(
-            float(part["loss"]) * piece.share
-            for piece, part in zip(microbatches, parts, strict=True)
-        )
+    loss = _mean_loss(microbatches, results) if "loss" in results[0] else None
     outputs = {}
-    for name in parts[0] if parts else ():
-        values = [part[name] for part in parts]
+    for name in results[0]:
+        values = [result[name] for result in results]
         if name != "loss":
             outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
     return EvalResult(loss, outputs)
