@@ -23,15 +23,14 @@ DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
   --learning_rate 3e-4 --warmup_ratio 0.1 --weight_decay 0.01 --max_seq_length 96 \
   --doc_stride 32 --per_device_train_batch_size 8 --gradient_accumulation_steps 4 \
   --per_device_eval_batch_size 16 --logging_steps 16 --save_steps 32 --output_dir $(DEMO_OUT)
-# Modules of benchmarks/ that can be run; the others are what they share.
-BENCHMARKS := $(basename $(notdir $(shell grep -ls '^if __name__ ==' benchmarks/*.py)))
-HIDDEN := $(if $(BENCHMARKS),^$$,^bench:)
+# Those of benchmarks/ that need no arguments; benchmarks/README.md lists all.
+BENCHMARKS := solver_scaling split_comparison
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume test check format clean
+.PHONY: help demo demo-resume test check format bench clean
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -vE '$(HIDDEN)' | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 demo: $(STAMP) ## fine-tune real MiniLM weights for question answering in 2 stages
 	@rm -rf $(DEMO_OUT)
@@ -55,11 +54,8 @@ check: $(STAMP) ## lint, format, types, import layers
 format: $(STAMP) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
-ifneq ($(BENCHMARKS),)
-.PHONY: bench
 bench: $(STAMP) ## run what benchmarks/ measures
 	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
-endif
 
 clean: ## remove the environment, caches and outputs
 	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
