@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from benchmarks.ipu_rows import Row, UnjudgeableRowError
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.captured import Granularity
 from ipu_pipeline.capture.from_config import TASKS, from_config, model_builder
+from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 
@@ -68,6 +68,16 @@ _NAMED: Mapping[str, Mapping[str, int]] = {
                 "ffn": 3072, "vocab": 32128},
     "t5-large": {"layers": 24, "decoder_layers": 24, "hidden": 1024, "heads": 16, "dim_head": 64,
                  "ffn": 4096, "vocab": 32128},
+    "bart-base": {"layers": 6, "decoder_layers": 6, "hidden": 768, "heads": 12, "ffn": 3072},
+    "bart-large": {"layers": 12, "decoder_layers": 12, "hidden": 1024, "heads": 16, "ffn": 4096},
+    "distilbert": {"layers": 6, "hidden": 768, "heads": 12, "ffn": 3072},
+    "whisper-tiny": {"layers": 4, "decoder_layers": 4, "hidden": 384, "heads": 6, "ffn": 1536},
+    "whisper-base": {"layers": 6, "decoder_layers": 6, "hidden": 512, "heads": 8, "ffn": 2048},
+    "whisper-small": {"layers": 12, "decoder_layers": 12, "hidden": 768, "heads": 12, "ffn": 3072},
+    "whisper-medium": {"layers": 24, "decoder_layers": 24, "hidden": 1024, "heads": 16,
+                       "ffn": 4096},
+    "whisper-large": {"layers": 32, "decoder_layers": 32, "hidden": 1280, "heads": 20,
+                      "ffn": 5120},
     "gpt2-medium": {"layers": 24, "hidden": 1024, "heads": 16, "ffn": 4096},
     "gpt2-large": {"layers": 36, "hidden": 1280, "heads": 20, "ffn": 5120},
     "gpt2-xl": {"layers": 48, "hidden": 1600, "heads": 25, "ffn": 6400},
@@ -78,7 +88,13 @@ _BODIES = {
     "large": (24, 1024, 16, 4096),
 }  # fmt: skip
 # mT5's output projection is not its embedding (Xue et al., mT5, NAACL 2021, section 3.1: T5 1.1).
-_FIXED: Mapping[str, Mapping[str, Any]] = {"mt5": {"tie_word_embeddings": False}}
+# DeBERTa's published models attend to relative positions (He et al., ICLR 2021, section 3.1).
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "mt5": {"tie_word_embeddings": False},
+    "deberta": {
+        "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False,
+    },
+}  # fmt: skip
 # Choices drawn outside the graph (a numpy mask, a skipped layer), which capture refuses.
 _STILL: Mapping[str, Any] = {
     "apply_spec_augment": False, "layerdrop": 0.0, "encoder_layerdrop": 0.0,
@@ -97,8 +113,9 @@ _TASK_WORDS = (
     ("pretraining", "masked-lm"), ("classification", "sequence-classification"),
     ("token", "token-classification"), ("swag", "multiple-choice"),
 )  # fmt: skip
-# graphcore/examples trains ViT with these (vision/vit/pytorch/configs.yml), transformers' default
-# is 0; the optimum-graphcore runs use transformers' default.
+# graphcore/examples trains ViT with these (vision/vit/pytorch/configs.yml), and its feed-forward
+# has a dropout after the activation, too (models/modules.py, class Mlp). transformers' default is
+# 0, which the optimum-graphcore runs use.
 _EXAMPLES_DROPOUT: Mapping[str, Mapping[str, float]] = {
     "vit": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
 }
@@ -154,7 +171,7 @@ def architecture(row: Row) -> Architecture:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def capture_architecture(wanted: Architecture) -> BlockGraph:
     """Return the block graph, on the meta device.
 
@@ -184,18 +201,27 @@ def with_head_of(graph: BlockGraph, other: BlockGraph) -> BlockGraph:
     return replace(graph, blocks=blocks, tensors=tensors)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capture(wanted: Architecture) -> BlockGraph:
     try:
         config = _build_config(wanted)
         model, batch = from_config(
             config, wanted.task, batch_size=wanted.batch_size, seq_length=wanted.seq_length
         )
+        if getattr(config, "hidden_dropout_prob", 0.0) and wanted.model_type in _EXAMPLES_DROPOUT:
+            _drop_activations(model, config.hidden_dropout_prob)
         if wanted.model_type in _FIXED and config.is_encoder_decoder:
             _share_embeddings(model)
         return capture(model, batch, granularity=wanted.granularity).graph
     except (CaptureError, ValueError) as error:
         raise UnjudgeableRowError(f"{wanted.model_type} cannot be captured: {error}") from error
+
+
+def _drop_activations(model: nn.Module, probability: float) -> None:
+    for module in list(model.modules()):
+        activation = dict(module.named_children()).get("activation_fn")
+        if activation is not None:
+            module.activation_fn = nn.Sequential(activation, nn.Dropout(probability))
 
 
 def _share_embeddings(model: Any) -> None:
@@ -210,6 +236,9 @@ def _build_config(wanted: Architecture) -> PretrainedConfig:
     config = AutoConfig.for_model(wanted.model_type, **numbers)
     for name, value in _FIXED.get(wanted.model_type, {}).items():
         setattr(config, name, value)  # transformers 5 ignores it as an argument
+    config.architectures = config.architectures or []  # several classes for a task: the first
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     for name in ("max_position_embeddings", "n_positions"):
         limit = getattr(config, name, None)
         if isinstance(limit, int) and limit < wanted.seq_length + 2:
@@ -229,7 +258,7 @@ def _model_type(name: str) -> str:
     for word, model_type in _ALIASES.items():
         if squeezed.startswith(word):
             return model_type
-    known = {_squeeze(model_type): model_type for model_type in CONFIG_MAPPING_NAMES}
+    known = {_squeeze(model_type): model_type for model_type in CONFIG_MAPPING}
     found = [key for key in known if key in squeezed]
     if not found:
         raise UnjudgeableRowError(f"no transformers model type in the name {name!r}")

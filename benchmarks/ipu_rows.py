@@ -70,7 +70,9 @@ def read_row(raw: Raw) -> Row:
         raise UnjudgeableRowError("phased or tensor-parallel execution: not a layer pipeline")
     assumed: list[str] = []
     placement = tuple((ipu, *counts) for ipu, counts in raw.get("att_ffn_placement") or ())
-    micro_batch = _int(raw.get("micro_batch_size")) or _int(raw.get("micro_batch"))
+    micro_batch = _first(
+        raw, "micro_batch_size", "micro_batch", "per_device_train_batch_size", "batch_size", "batch"
+    )
     if not micro_batch:
         micro_batch = 1
         assumed.append("micro batch 1 (not published)")
@@ -81,7 +83,7 @@ def read_row(raw: Raw) -> Row:
         arch=_arch(raw),
         task=_text(raw, "task") or "any",
         micro_batch=micro_batch,
-        seq_length=_int(raw.get("seq_len")) or _int(raw.get("seq")),
+        seq_length=_first(raw, "seq_len", "seq", "seq_length", "sequence_length"),
         mask_tokens=_int(raw.get("mask_tokens")),
         settings=settings,
         framework=_text(raw, "framework"),
@@ -98,7 +100,7 @@ def _settings(raw: Raw, placement: Sequence[tuple[int, ...]], assumed: list[str]
     if training and not isinstance(offchip, bool):
         offchip = True
         assumed.append("optimizer state off chip (not published)")
-    accumulation = _int(raw.get("gradient_accumulation"))
+    accumulation = _first(raw, "gradient_accumulation", "gradient_accumulation_steps")
     if training and not accumulation:
         accumulation = 4 * num_ipus
         assumed.append(f"gradient accumulation {accumulation} (not published)")
@@ -109,7 +111,10 @@ def _settings(raw: Raw, placement: Sequence[tuple[int, ...]], assumed: list[str]
         head_ipu=_head_ipu(raw, num_ipus),
         replicas=_replicas(raw, num_ipus),
         accumulation=max(1, accumulation) if training else 1,
-        device_iterations=max(1, _int(raw.get("device_iterations"))),
+        # In inference TensorFlow's pipelines count their microbatches as accumulation.
+        device_iterations=max(
+            1, _int(raw.get("device_iterations")), 0 if training else accumulation
+        ),
         proportions=_proportions(raw.get("matmul_proportion"), num_ipus),
         embedding_factor=max(1, _int(raw.get("embedding_serialization_factor"))),
         projection_factor=max(
@@ -204,14 +209,19 @@ def _text(raw: Raw, key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _first(raw: Raw, *keys: str) -> int:
+    """Return the first of several spellings of a number that the row has; 0 for none."""
+    return next((found for key in keys if (found := _int(raw.get(key)))), 0)
+
+
 def _int(value: Any) -> int:
-    """Read a number that may be text such as ``16..4096 (batch/DI)`` or ``source ~128``."""
+    """Read a number that may be text: ``16..4096 (batch/DI)``, ``~128``, ``>20`` (at least 21)."""
     if isinstance(value, bool) or value is None:
         return 0
     if isinstance(value, (int, float)):
         return int(value)
-    found = re.search(r"\d+", value) if isinstance(value, str) else None
-    return int(found[0]) if found else 0
+    found = re.search(r"(>?)\s*(\d+)", value) if isinstance(value, str) else None
+    return int(found[2]) + len(found[1]) if found else 0
 
 
 def misfit_row(raw: Raw) -> Row:
@@ -283,12 +293,21 @@ def placed_layers(row: Row, graph: BlockGraph) -> tuple[dict[str, int] | None, s
     counts = row.settings.layers_per_ipu
     if -1 in counts or sum(counts) in (0, len(layers)):
         return None, ""
-    ends = [sum(counts[: ipu + 1]) / sum(counts) * len(layers) for ipu in range(len(counts))]
-    placed = {
-        block.name: next(ipu for ipu, end in enumerate(ends) if position + 0.5 <= end + 1e-9)
-        for position, block in enumerate(layers)
-    }
-    return placed, f"layers_per_ipu counts {sum(counts)} layers, scaled to {len(layers)}"
+    counted, note = layers, f"layers_per_ipu counts {sum(counts)} layers, scaled to {len(layers)}"
+    for number in range(len(layers)):
+        if sum(counts) == len(layers) - number and _family(layers[number]) != _family(layers[0]):
+            counted = layers[number:]
+            note = f"layers_per_ipu does not count the first {number} layers"
+    ends = [sum(counts[: ipu + 1]) / sum(counts) * len(counted) for ipu in range(len(counts))]
+    placed = dict.fromkeys((block.name for block in layers), row.settings.embedding_ipu)
+    for position, block in enumerate(counted):
+        placed[block.name] = next(i for i, end in enumerate(ends) if position + 0.5 <= end + 1e-9)
+    return placed, note
+
+
+def _family(block: Block) -> str:
+    """Name of the list that a layer is in: ``encoder.layers`` of ``encoder.layers.3``."""
+    return re.sub(r"\.\d+.*$", "", block.name)
 
 
 def _placed_halves(

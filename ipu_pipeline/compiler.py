@@ -13,7 +13,7 @@ from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.ipu import IPUCostModel, is_ipu
+from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.graph import BlockGraph
@@ -68,7 +68,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = capture(model, example_batch, granularity=granularity)
     depth = _depth(num_stages, config)
     described = _machine(machine, depth)
-    prices = _price(captured, example_batch, described, costs)
+    prices = _price(captured, example_batch, described, costs, config, replicas)
     limits = replace(
         constraints or Constraints(),
         num_stages=depth,
@@ -191,16 +191,28 @@ def _machine(machine: str | Machine, depth: int | None) -> Machine:
 
 
 def _price(
-    captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
+    captured: CapturedModel,
+    batch: Mapping[str, Any],
+    machine: Machine,
+    costs: str,
+    config: IPUConfig | None,
+    replicas: int,
 ) -> GraphCosts:
     if costs == "analytic" and is_ipu(machine):
-        return IPUCostModel().estimate(captured.graph, machine)
+        return _ipu_model(config, replicas).estimate(captured.graph, machine)
     if costs == "analytic":
         return AnalyticCostModel().estimate(captured.graph, machine)
     if costs == "profiled":
         times = profile_blocks(captured, batch, num_devices=len(machine.devices))
         return ProfiledCostModel(times).estimate(captured.graph, machine)
     raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
+
+
+def _ipu_model(config: IPUConfig | None, replicas: int) -> IPUCostModel:
+    """Price IPUs as the configuration says: memory proportion, optimizer's place, precision."""
+    if config is None:
+        return IPUCostModel()
+    return IPUCostModel(IPUSettings.from_config(config, replicas=replicas))
 
 
 def _microbatches(microbatches: int | None, config: IPUConfig | None) -> int:

@@ -1,6 +1,7 @@
 """The calibration of the IPU model: few constants with a meaning, the same for GC200 and Bow.
 
-Everything else is a published fact (``ir/data/machines.json``) or is counted from the graph.
+Everything else is a published fact (``ir/data/machines.json``, code sizes in ``memory.py``), a
+property of an algorithm (passes over the data, ``operations.py``) or counted from the graph.
 ``benchmarks/ipu_fit.py`` finds these values again from published measurements.
 """
 
@@ -18,7 +19,8 @@ class Calibration:
             multiply-adds: loading the block and starting the six workers. Published on-tile
             products show 331 with the launch of the whole product included.
         vector_bytes_per_cycle: Bytes read and written per tile and cycle by elementwise float16
-            work. The load and store units allow 24 (two 8-byte loads and one store).
+            work, the copies between tile layouts that precede it included, which is why it is
+            far below what the load and store units allow (two 8-byte loads and a store: 24).
         launch_cycles: Cycles between two operations: synchronising the tiles and starting the
             next program step.
         exchange_share: Share of the exchange's peak that moving operands and transposing reach.
@@ -30,14 +32,14 @@ class Calibration:
             of small program steps (reduction over replicas, norms, moments, weight, gather).
     """
 
-    amp_block_cycles: float = 60.0
-    vector_bytes_per_cycle: float = 8.0
-    launch_cycles: float = 1500.0
-    exchange_share: float = 0.7
-    copy_share: float = 0.6
-    step_host_s: float = 0.02
-    poptorch_factor: float = 1.05
-    tensor_update_s: float = 2e-4
+    amp_block_cycles: float = 62.47
+    vector_bytes_per_cycle: float = 1.993
+    launch_cycles: float = 1179.0
+    exchange_share: float = 0.7492
+    copy_share: float = 0.7782
+    step_host_s: float = 0.0264
+    poptorch_factor: float = 1.08
+    tensor_update_s: float = 0.0001799
 
 
 DEFAULT_CALIBRATION = Calibration()

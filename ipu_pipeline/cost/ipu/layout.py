@@ -161,15 +161,15 @@ def held_elements(
         ("embedding", settings.embedding_splits),
         ("head", settings.projection_splits),
     ):
-        fqn = _table(graph, kind) if splits else None
-        if fqn is None:
+        table = _table(graph, kind) if splits else None
+        if table is None:
             continue
-        numel = graph.parameter_by_fqn[fqn].numel
+        numel = graph.parameter_by_fqn[table].numel
         for ipu in range(layout.num_ipus):
             share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
-            held[ipu].pop(fqn, None)
+            held[ipu].pop(table, None)
             if share:
-                held[ipu][fqn] = ceil(numel * share)
+                held[ipu][table] = ceil(numel * share)
     return tuple(held)
 
 

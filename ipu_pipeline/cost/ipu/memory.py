@@ -102,25 +102,16 @@ def ipu_memory(
 def _one_ipu(context: _Context, ipu: int, held: Mapping[str, int]) -> IPUMemory:
     graph, settings = context.graph, context.settings
     names = context.layout.blocks_on(ipu)
-    if not names:
+    if not names and not held:
         return IPUMemory()
     stages = [i for i, stage in enumerate(context.layout.stages) if stage.ipu == ipu]
     changed = [n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable]
     trainable, largest = sum(changed), max(changed, default=0)
     training = int(settings.training)
     on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
-    activations = max(_live_bytes(context, stage) for stage in stages)
+    activations = max((_live_bytes(context, stage) for stage in stages), default=0)
     pricer = pricer_for(context.chip, settings, ipu, context.calibration)
-    working = max(
-        working_bytes(
-            graph[name],
-            block_table_rows(graph, graph[name]),
-            serialization_factor(graph, graph[name], settings),
-            pricer,
-            settings,
-        )
-        for name in names
-    )
+    working = _working_of(context, names, pricer)
     updating = training * largest * _streamed_bytes(settings)
     return IPUMemory(
         weights=sum(held.values()) * settings.element_bytes,
@@ -134,6 +125,20 @@ def _one_ipu(context: _Context, ipu: int, held: Mapping[str, int]) -> IPUMemory:
     )
 
 
+def _working_of(context: _Context, names: Sequence[str], pricer: Pricer) -> int:
+    known: dict[tuple[int, ...], int] = {}
+    for name in names:
+        block = context.graph[name]
+        rows, factor = (
+            block_table_rows(context.graph, block),
+            serialization_factor(context.graph, block, context.settings),
+        )
+        key = (id(block.forward_ops), id(block.backward_ops), rows, factor)
+        if key not in known:  # equal layers share their operations
+            known[key] = working_bytes(block, rows, factor, pricer, context.settings)
+    return max(known.values(), default=0)
+
+
 def _streamed_bytes(settings: IPUSettings) -> float:
     """Bytes per element that are on the chip only while a parameter is updated."""
     return settings.state_bytes * settings.state_share if settings.optimizer_offchip else 0.0
@@ -141,9 +146,7 @@ def _streamed_bytes(settings: IPUSettings) -> float:
 
 def code_bytes(blocks: Sequence[Block], *, training: bool) -> int:
     """Bytes of code, vertex state, exchange and control of ``blocks`` on one IPU."""
-    count = sum(
-        op.count for block in blocks for op in block.forward_ops if op.kind == "matmul"
-    )
+    count = sum(op.count for block in blocks for op in block.forward_ops if op.kind == "matmul")
     base = CODE_BYTES_TRAINING if training else CODE_BYTES_INFERENCE
     return int(base + count * CODE_BYTES_PER_PRODUCT)
 

@@ -28,8 +28,8 @@ class IPUCostModel:
     Bytes are scaled to the fullest tile, so that a stage fits when its sum does.
 
     Attributes:
-        settings: Precision, memory proportion (of IPU 0), optimizer, its place and sharding,
-            replicas, front end. Mode is the graph's.
+        settings: Precision, memory proportion (the middle one of several), optimizer, its place
+            and sharding, replicas, front end. Mode is the graph's.
         factors: Slices offered for blocks with a large table: lookups and output projections.
         calibration: Constants of the time model.
     """
@@ -45,7 +45,8 @@ class IPUCostModel:
             PlanError: The machine's devices are no IPUs.
         """
         settings = replace(self.settings, training=graph.training)
-        proportion = settings.proportion(0)
+        given = sorted(settings.proportions)
+        proportion = given[len(given) // 2] if given else settings.proportion(0)
         pricer = Pricer(chip_of(machine), settings.precision, proportion, self.calibration)
         known: dict[object, tuple[BlockTime, int]] = {}
         blocks = {
@@ -99,9 +100,7 @@ class IPUCostModel:
             )
         return tuple(plain + again) if entering < saved else tuple(plain)
 
-    def _weights(
-        self, graph: BlockGraph, block: Block, settings: IPUSettings
-    ) -> Mapping[str, int]:
+    def _weights(self, graph: BlockGraph, block: Block, settings: IPUSettings) -> Mapping[str, int]:
         """Bytes by parameter: weight, accumulator, and optimizer state on the chip."""
         found = {}
         for fqn in block.parameters:

@@ -18,7 +18,13 @@ from math import ceil, prod
 
 from ipu_pipeline.cost.ipu.calibration import Calibration
 from ipu_pipeline.cost.ipu.chip import WORKERS_PER_TILE, Chip
-from ipu_pipeline.cost.ipu.matmul import MatmulPlan, Product, access_waste, plan_matmul
+from ipu_pipeline.cost.ipu.matmul import (
+    ACCESS_BYTES,
+    MatmulPlan,
+    Product,
+    access_waste,
+    plan_matmul,
+)
 from ipu_pipeline.ir.graph import DTYPE_BYTES, OpRecord
 
 _FREE = frozenset({
@@ -31,6 +37,7 @@ _PASSES = (
     ("gelu_backward", 2), ("gelu", 2), ("tanh", 2), ("sigmoid", 2), ("exp", 2), ("silu", 2),
     ("pow", 2), ("log", 2),
 )  # fmt: skip
+_BY_ELEMENT = frozenset({"gather", "scatter", "scatter_add", "gather_backward", "take_along_dim"})
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 SCAN_CYCLES = 6  # a tile compares every index with its slice of a table: load, compare, branch
 
@@ -187,19 +194,27 @@ def result_bytes(op: OpRecord, element_bytes: int, table_rows: int, factor: int)
 def lookup_size(op: OpRecord) -> tuple[int, int]:
     """Return how many rows a lookup (or its gradient) moves, and their width."""
     table, indices = (*op.shapes, (), ())[:2]
+    if op.name.split(".")[-1] in _BY_ELEMENT:
+        return prod(indices), 1
     count = prod(indices) if indices else prod(table)
     return count, table[-1] if table and indices else 1
 
 
 def _lookup_cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float:
-    """A table is spread over the tiles by rows: each scans the indices and sends what it has.
+    """Cycles of a lookup, or of its gradient, which scatters rows the same way back.
 
-    A gradient is scattered the same way, the rows arriving instead of leaving.
+    A table is spread over the tiles by rows: each tile scans all indices and sends what it has.
+    A lookup by element (``gather``) stays in its row, so that every tile scans its own indices;
+    each element is an access of its own.
     """
     count, width = lookup_size(op)
-    slices = factor if table_rows else 1
-    scan = slices * (count * SCAN_CYCLES / WORKERS_PER_TILE + pricer.calibration.launch_cycles)
-    return scan + pricer.moved_cycles(count * width * pricer.element_bytes)
+    slices, scanned = factor if table_rows else 1, float(count)
+    moved = count * width * pricer.element_bytes
+    if op.name.split(".")[-1] in _BY_ELEMENT:
+        slices, scanned = 1, count / pricer.chip.tiles
+        moved = count * ACCESS_BYTES
+    step = scanned * SCAN_CYCLES / WORKERS_PER_TILE + pricer.calibration.launch_cycles
+    return slices * step + pricer.moved_cycles(moved)
 
 
 def _is_scalar(op: OpRecord) -> bool:

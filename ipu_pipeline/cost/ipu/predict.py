@@ -143,7 +143,8 @@ def _notes(prediction: Prediction) -> tuple[str, ...]:
     if settings.pipelined and given < least:
         name = "gradient_accumulation_steps" if settings.training else "device_iterations"
         found.append(
-            f"PopART refuses this: {num_stages} forward stages need {name} >= {least}, it is {given}"
+            f"PopART refuses this: {num_stages} forward stages need {name} of at least {least}, "
+            f"it is {given}"
         )
     for ipu, memory in enumerate(prediction.memory):
         over = memory.fullest_tile_bytes(chip) - chip.tile_memory_bytes

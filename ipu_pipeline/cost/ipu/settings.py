@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.errors import ConfigError
 
 Precision = Literal["16.16", "16.32", "32.32"]
 FrontEnd = Literal["popart", "poptorch"]
@@ -145,8 +144,6 @@ class IPUSettings:
             name: getattr(config, f"{prefix}{name}_serialization_factor") or sum(splits[name])
             for name in splits
         }
-        if num_ipus < 1:
-            raise ConfigError(f"a replica needs at least one IPU, got {num_ipus}")
         return cls(
             num_ipus=num_ipus,
             layers_per_ipu=config.layers(inference=inference),

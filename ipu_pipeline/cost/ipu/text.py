@@ -48,8 +48,10 @@ def _stage_table(prediction: Prediction) -> list[str]:
     for position, (stage, time) in enumerate(
         zip(prediction.layout.stages, prediction.time.stages, strict=True)
     ):
-        blocks = stage.blocks[0] if len(stage.blocks) == 1 else (
-            f"{stage.blocks[0]} .. {stage.blocks[-1]}"
+        blocks = (
+            stage.blocks[0]
+            if len(stage.blocks) == 1
+            else (f"{stage.blocks[0]} .. {stage.blocks[-1]}")
         )
         seconds = (time.forward_s, time.backward_s, time.recompute_s)
         rows.append(

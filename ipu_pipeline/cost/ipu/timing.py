@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ipu_pipeline.cost.ipu.blocks import block_time, pricer_for, serialization_factor
+from ipu_pipeline.cost.ipu.blocks import BlockTime, block_time, pricer_for, serialization_factor
 from ipu_pipeline.cost.ipu.calibration import Calibration
 from ipu_pipeline.cost.ipu.chip import Chip
 from ipu_pipeline.cost.ipu.layout import Layout, held_elements, stage_tensors
@@ -59,7 +59,7 @@ class StepTime:
         optimizer_s: Optimizer arithmetic, one parameter tensor after another.
         streaming_s: Optimizer state between the chip and streaming memory.
         all_reduce_s: Gradients summed over replicas.
-        host_s: Return to the host, shared by the device iterations.
+        host_s: Return to the host, shared by the device iterations (0 in inference).
         num_cycles: fill, main and flush cycles.
     """
 
@@ -102,7 +102,8 @@ def step_time(
         main = sum(stage.forward_s + stage.backward_s for stage in stages)
     num_main = max(1, microbatches - len(fill))
     update = update_times(graph, layout, settings, chip, calibration)
-    iterations = settings.device_iterations if settings.training else 1
+    # Inference queues its next call while this one runs; a training step waits for the host.
+    host_s = calibration.step_host_s / settings.device_iterations if settings.training else 0.0
     return StepTime(
         stages=stages,
         cycle_s=main + between,
@@ -114,7 +115,7 @@ def step_time(
         optimizer_s=update[0],
         streaming_s=update[1],
         all_reduce_s=update[2],
-        host_s=calibration.step_host_s / iterations,
+        host_s=host_s,
         num_cycles=(len(fill), num_main, len(flush)),
     )
 
@@ -124,13 +125,19 @@ def stage_times(
 ) -> tuple[StageTime, ...]:
     """Price every forward stage for one microbatch."""
     found = []
+    known: dict[tuple[object, ...], BlockTime] = {}
     for position, stage in enumerate(layout.stages):
         pricer = pricer_for(chip, settings, stage.ipu, calibration)
         forward = backward = 0.0
         for name in stage.blocks:
             block = graph[name]
             factor = serialization_factor(graph, block, settings)
-            time = block_time(graph, block, pricer, settings, factor)
+            # Equal layers share their operation tuples, which are long to hash.
+            key = (id(block.forward_ops), id(block.backward_ops), block.kind, pricer.proportion,
+                   factor, graph.parameter_bytes(block))  # fmt: skip
+            if key not in known:
+                known[key] = block_time(graph, block, pricer, settings, factor)
+            time = known[key]
             forward += time.forward_s
             backward += time.backward_s
         again = settings.training and settings.recompute and position < len(layout.stages) - 1
@@ -242,7 +249,7 @@ def _all_reduce(
     replicas = settings.replicas
     if replicas == 1:
         return 0.0
-    total = replicas * settings.num_ipus
-    speed = chip.link_bytes_per_s(0, total - 1 if total > chip.ipus_per_rack else chip.ipus_per_board)
+    racks = replicas * settings.num_ipus > chip.ipus_per_rack
+    speed = chip.link_bytes_per_s(0, chip.ipus_per_rack if racks else chip.ipus_per_board)
     size = 2 * (replicas - 1) / replicas * elements * settings.element_bytes
     return size / (speed * calibration.copy_share)
