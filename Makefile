@@ -30,7 +30,7 @@ BENCHMARKS := solver_scaling split_comparison
 .PHONY: help demo demo-resume test check format bench clean
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 demo: $(STAMP) ## fine-tune real MiniLM weights for question answering in 2 stages
 	@rm -rf $(DEMO_OUT)

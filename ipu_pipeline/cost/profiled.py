@@ -17,7 +17,7 @@ from ipu_pipeline.ir.machine import Machine
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Seconds of one microbatch of a block, median of several runs.
+    """Seconds of one microbatch of a block, lower quartile of several runs.
 
     Attributes:
         forward_s: Forward pass.
