@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from ipu_pipeline.cli_predict import register as register_predict
 from ipu_pipeline.cli_report import register
+from ipu_pipeline.cli_tune import register as register_tune
 from ipu_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ def explain(plan_file: PlanFile) -> None:
 
 
 register(app, _one_line_errors)
+register_predict(app, _one_line_errors)
+register_tune(app, _one_line_errors)
 
 
 @app.command()

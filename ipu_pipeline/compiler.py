@@ -37,7 +37,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     num_stages: int | None = None,
     microbatches: int | None = None,
     replicas: int = 1,
-    schedule: str = "1f1b",
+    schedule: str | None = None,
     costs: str = "analytic",
     granularity: Granularity = "layer",
     config: IPUConfig | None = None,
@@ -54,7 +54,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
         microbatches: Microbatches per optimizer step; ``None``: the config's, else 8.
         replicas: Copies of the pipeline.
-        schedule: ``1f1b`` or ``gpipe``.
+        schedule: ``1f1b``, ``gpipe``, or ``popart`` (the one that IPUs run); ``None``: that of
+            the machine.
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
         granularity: How fine the blocks are: ``layer``, ``sublayer`` or ``op``.
         config: An IPU configuration; its ``layers_per_ipu`` is respected to the letter.
@@ -70,11 +71,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     described = _machine(machine, depth)
     prices = _price(captured, example_batch, described, costs, config, replicas)
     limits = replace(
-        constraints or Constraints(),
+        constraints or _machine_limits(described),
         num_stages=depth,
         num_microbatches=_microbatches(microbatches, config),
         replicas=replicas,
-        schedule=schedule,  # type: ignore[arg-type]
+        schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
         layers_per_ipu=_layers(captured.graph, config, depth),
     )
     partition = solve(captured.graph, prices, described, limits)
@@ -188,6 +189,13 @@ def _machine(machine: str | Machine, depth: int | None) -> Machine:
     if machine == "local":
         return local_machine(depth or max(1, torch.get_num_threads()))
     return machine_by_name(machine)
+
+
+def _machine_limits(machine: Machine) -> Constraints:
+    """Return what the machine insists on: IPUs cut the execution order and copy no weight."""
+    if is_ipu(machine):
+        return Constraints(execution_order=True, tied="same_device")
+    return Constraints()
 
 
 def _price(

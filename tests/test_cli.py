@@ -107,7 +107,7 @@ def test_traceback_on_request(monkeypatch) -> None:
 def test_settings_without_effect_are_said(bert: str, tmp_path) -> None:
     folder = tmp_path / "ipu"
     folder.mkdir()
-    settings = {"layers_per_ipu": [2, 2], "use_popdist": True}
+    settings = {"layers_per_ipu": [2, 2], "use_popdist": True, "gradient_accumulation_steps": 4}
     (folder / "ipu_config.json").write_text(json.dumps(settings))
     options = ("--ipu-config", str(folder), "--machine", "pod4", "--seq-length", "16")
     result = invoke("plan", bert, *options)

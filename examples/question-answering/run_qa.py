@@ -117,7 +117,7 @@ def make_plan(options: Options, model: Any, windows: QuestionAnsweringDataset | 
         num_stages=options.num_stages,
         microbatches=microbatches,
         replicas=replicas,
-        schedule=options.schedule or "1f1b",
+        schedule=options.schedule,
         costs=options.costs,
         config=config,
     )
