@@ -34,7 +34,7 @@ help: ## show the targets
 
 demo: $(STAMP) ## fine-tune real MiniLM weights for question answering in 2 stages
 	@rm -rf $(DEMO_OUT)
-	@$(BIN)/python examples/question-answering/make_demo_data.py --num_train 3200 --output_dir $(DEMO_DATA)
+	@$(BIN)/python examples/question-answering/make_demo_data.py --output_dir $(DEMO_DATA)
 	@$(BIN)/python examples/question-answering/run_qa.py $(DEMO_ARGS)
 
 demo-resume: $(STAMP) ## go on with a demo that was interrupted, from its last checkpoint
