@@ -13,7 +13,9 @@ import typer
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture import CapturedModel
+    from ipu_pipeline.config import IPUConfig
     from ipu_pipeline.cost.ipu import Prediction
+    from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.tuning.search import Point, Progress
     from ipu_pipeline.tuning.tune import TuneResult
 
@@ -76,10 +78,11 @@ def tune_command(
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas,
                           device_iterations, optimizer, least_free=free)  # fmt: skip
     described = machine_by_name(machine)
+    rival = None if compare is None else _published(compare, described)
     capture = _capturer(model, task, seq_length)
     with _progress() as progress:
         result = tune(capture, described, request, progress)
-    other = None if compare is None else _predict(result, compare)
+    other = None if rival is None else result.predict(rival)
     if as_json:
         typer.echo(json.dumps(_as_json(result, other), indent=1))
     else:
@@ -109,13 +112,12 @@ def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], 
     return captured
 
 
-def _predict(result: TuneResult, name: str) -> Prediction:
-    """Predict a published configuration, with its replicas for a pod of this size."""
+def _published(name: str, machine: Machine) -> IPUConfig:
+    """Return a published configuration, with its replicas for a pod of this size."""
     from ipu_pipeline.config import find_config
 
-    config = find_config(name)
-    pod = re.search(r"pod\d+", result.machine.name)
-    return result.predict(config.for_pod(pod[0] if pod else None))
+    pod = re.search(r"pod\d+", machine.name)
+    return find_config(name).for_pod(pod[0] if pod else None)
 
 
 @contextmanager
