@@ -115,6 +115,17 @@ def test_settings_without_effect_are_said(bert: str, tmp_path) -> None:
     assert "note: use_popdist=True has no effect" in result.stderr
 
 
+def test_a_process_of_its_own_collects_rarely() -> None:
+    code = (
+        "import gc, sys; from ipu_pipeline.cli import run; sys.argv = ['x', '--help']\n"
+        "try: run()\nexcept SystemExit: print(gc.get_threshold())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "(200000, 20, 100)" in result.stdout
+
+
 def test_module_form() -> None:
     command = [sys.executable, "-m", "ipu_pipeline", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
