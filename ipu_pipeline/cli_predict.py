@@ -45,12 +45,13 @@ def predict_command(
     from ipu_pipeline.cost.ipu import predict
     from ipu_pipeline.ir.machines import machine_by_name
 
+    settings = find_config(ipu_config).apply_overrides(ipu_config_overrides).for_pod(pod_type)
+    pod = machine_by_name(machine)
     config = load_config(model)
     built, batch = from_config(
         config, task or infer_task(config), batch_size=micro_batch, seq_length=seq_length
     )
-    settings = find_config(ipu_config).apply_overrides(ipu_config_overrides).for_pod(pod_type)
-    prediction = predict(capture(built, batch).graph, settings, machine_by_name(machine))
+    prediction = predict(capture(built, batch).graph, settings, pod)
     typer.echo(prediction.text())
 
 

@@ -178,3 +178,25 @@ def test_distributed_backends(monkeypatch, available: bool, gloo: bool, expected
 def test_memory_is_unknown_where_the_kernel_does_not_say(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(doctor, "MEMORY_FILE", tmp_path / "none")
     assert doctor._memory() == "unknown"
+
+
+# ---------------------------------------------------------------- predict
+
+
+def test_predict_shows_memory_and_step_of_a_configuration(bert: str, tmp_path) -> None:
+    folder = tmp_path / "ipu"
+    folder.mkdir()
+    settings = {"layers_per_ipu": [2, 2], "gradient_accumulation_steps": 4}
+    (folder / "ipu_config.json").write_text(json.dumps(settings))
+    options = ("--ipu-config", str(folder), "--machine", "pod4", "--seq-length", "16")
+    result = invoke("predict", bert, *options)
+    assert result.exit_code == 0, result.output
+    assert "samples/s in training on 1 x 2 ipu-gc200" in result.output
+    for part in ("stash", "fullest tile", "fill", "flush", "optimizer"):
+        assert part in result.output
+
+
+def test_predict_refuses_an_unknown_configuration(bert: str) -> None:
+    result = invoke("predict", bert, "--ipu-config", "Graphcore/no-such-ipu")
+    assert result.exit_code == 1
+    assert "no packaged preset is called 'Graphcore/no-such-ipu'" in result.stderr
