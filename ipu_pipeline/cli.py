@@ -14,10 +14,11 @@ import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
+from ipu_pipeline.cli_options import MicroBatch, Model, SeqLength, TaskOption
 from ipu_pipeline.cli_predict import register as register_predict
 from ipu_pipeline.cli_report import register
 from ipu_pipeline.cli_tune import register as register_tune
@@ -56,16 +57,7 @@ class Costs(str, Enum):
     profiled = "profiled"
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
-]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
-TaskOption = Annotated[
-    str | None,
-    typer.Option("--task", help="Such as question-answering; default: what the config names."),
-]
-SeqLength = Annotated[int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")]
 GranularityOption = Annotated[Granularity, typer.Option("--granularity", help="Size of a block.")]
 
 
@@ -123,12 +115,12 @@ def plan_command(
     ] = None,
 ) -> None:
     """Split a model for a machine and say how close to the optimum the split is."""
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
     from ipu_pipeline.compiler import plan
 
     config = _read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
     built, batch = from_config(
-        *_config_and_task(model, task),
+        *config_and_task(model, task),
         batch_size=micro_batch,
         seq_length=seq_length,
         device="cpu" if costs is Costs.profiled else "meta",
@@ -175,10 +167,10 @@ def blocks(
 ) -> None:
     """List the blocks that a model is cut into, with their sizes."""
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
 
     built, batch = from_config(
-        *_config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
+        *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
     )
     typer.echo(_graph_table(capture(built, batch, granularity=granularity.value).graph))
 
@@ -200,13 +192,6 @@ def run() -> None:
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
     app(prog_name="ipu-pipeline")
-
-
-def _config_and_task(model: str, task: str | None) -> tuple[Any, str]:
-    from ipu_pipeline.capture.from_config import infer_task, load_config
-
-    config = load_config(model)
-    return config, task or infer_task(config)
 
 
 def _read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:

@@ -7,30 +7,21 @@ from typing import Annotated
 
 import typer
 
+from ipu_pipeline.cli_options import MicroBatch, Model, PodOption, SeqLength, TaskOption
+
 Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def predict_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
-    ],
+    model: Model,
     ipu_config: Annotated[
         str,
         typer.Option("--ipu-config", help="ipu_config.json, its folder, or a published name."),
     ],
-    machine: Annotated[
-        str, typer.Option("--machine", help="pod4, pod16, bow-pod16, ..., or a machine file.")
-    ] = "pod16",
-    task: Annotated[
-        str | None,
-        typer.Option("--task", help="Such as question-answering; default: what the config names."),
-    ] = None,
-    micro_batch: Annotated[
-        int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")
-    ] = 1,
-    seq_length: Annotated[
-        int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")
-    ] = 128,
+    machine: PodOption = "pod16",
+    task: TaskOption = None,
+    micro_batch: MicroBatch = 1,
+    seq_length: SeqLength = 128,
     pod_type: Annotated[
         str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
     ] = None,
@@ -40,16 +31,15 @@ def predict_command(
 ) -> None:
     """Predict an IPU configuration as it is: memory of every IPU, parts of a step, samples/s."""
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config, infer_task, load_config
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
     from ipu_pipeline.config import find_config
     from ipu_pipeline.cost.ipu import predict
     from ipu_pipeline.ir.machines import machine_by_name
 
     settings = find_config(ipu_config).apply_overrides(ipu_config_overrides).for_pod(pod_type)
     pod = machine_by_name(machine)
-    config = load_config(model)
     built, batch = from_config(
-        config, task or infer_task(config), batch_size=micro_batch, seq_length=seq_length
+        *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
     )
     prediction = predict(capture(built, batch).graph, settings, pod)
     typer.echo(prediction.text())

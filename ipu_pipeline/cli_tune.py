@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ipu_pipeline.cli_options import Model, PodOption, SeqLength, TaskOption
+
 if TYPE_CHECKING:
     from ipu_pipeline.capture import CapturedModel
     from ipu_pipeline.config import IPUConfig
@@ -23,22 +25,13 @@ Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def tune_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
-    ],
+    model: Model,
     global_batch: Annotated[
         int, typer.Option("--global-batch", min=1, help="Samples of one optimizer step.")
     ],
-    task: Annotated[
-        str | None,
-        typer.Option("--task", help="Such as question-answering; default: what the config names."),
-    ] = None,
-    machine: Annotated[
-        str, typer.Option("--machine", help="pod4, pod16, bow-pod16, ..., or a machine file.")
-    ] = "pod16",
-    seq_length: Annotated[
-        int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")
-    ] = 128,
+    task: TaskOption = None,
+    machine: PodOption = "pod16",
+    seq_length: SeqLength = 128,
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="sgd, or one with two moments.")
     ] = "adamw",
@@ -100,10 +93,9 @@ def tune_command(
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config, infer_task, load_config
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
 
-    config = load_config(model)
-    chosen = task or infer_task(config)
+    config, chosen = config_and_task(model, task)
 
     def captured(micro_batch: int) -> CapturedModel:
         built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)

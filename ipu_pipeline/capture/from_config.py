@@ -118,6 +118,16 @@ def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedCo
     return build
 
 
+def config_and_task(model: str, task: str | None = None) -> tuple[PretrainedConfig, str]:
+    """Return the config called ``model`` and ``task``, or the task that the config names.
+
+    Raises:
+        CaptureError: There is no such config, or it names no task.
+    """
+    config = load_config(model)
+    return config, task or infer_task(config)
+
+
 def infer_task(config: PretrainedConfig) -> str:
     """Return the task of the class that a published config names in ``architectures``.
 

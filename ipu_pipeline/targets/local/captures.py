@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from ipu_pipeline.capture.captured import CapturedModel, capture
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.local.stage import Stage, build_stages
+from ipu_pipeline.targets.local.step import autocast_region
 
 Signature = tuple[bool, tuple[tuple[str, Any], ...]]
 
@@ -22,7 +22,7 @@ class StageCache:
     Args:
         model: The user's model.
         plan: Says which block belongs to which stage.
-        precision: Autocast region that the steps run in; captures are made in it, too.
+        precision: Of the steps; captures are made in the same autocast region.
         self_check: Compare every capture with the model before trusting it.
     """
 
@@ -30,7 +30,7 @@ class StageCache:
         self,
         model: nn.Module,
         plan: Plan,
-        precision: Callable[[], AbstractContextManager[Any]],
+        precision: str,
         *,
         self_check: bool,
     ) -> None:
@@ -49,7 +49,7 @@ class StageCache:
         """
         signature = _signature(self.model, microbatch)
         if signature not in self._stages:
-            with self.precision():
+            with autocast_region(self.precision):
                 captured = capture(
                     self.model,
                     microbatch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
-from ipu_pipeline.targets.local.step import Step, autocast_region
+from ipu_pipeline.targets.local.step import Step
 from ipu_pipeline.targets.optimize import apply_update
 
 
@@ -36,9 +35,8 @@ class LocalExecutable:
         options: How to run.
     """
 
-    batch_divisor: int | None = (
-        1  # a short microbatch is captured for its own shape and weighs less
-    )
+    # A short microbatch is captured for its own shape and weighs less.
+    batch_divisor: int | None = 1
 
     def __init__(
         self,
@@ -52,8 +50,7 @@ class LocalExecutable:
         self.optimizer = optimizer
         self.options = options
         self.global_step = 0
-        self._precision = partial(autocast_region, options.precision)
-        self._cache = StageCache(model, plan, self._precision, self_check=options.self_check)
+        self._cache = StageCache(model, plan, options.precision, self_check=options.self_check)
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
