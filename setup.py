@@ -1,5 +1,81 @@
-"""Build script; everything static is in pyproject.toml."""
+"""Build script: compiles the C++ kernels with CMake; everything static is in pyproject.toml.
 
-from setuptools import setup
+The kernels are optional. Where they cannot be built, the package installs without them and the
+reason is kept for ``ipu-pipeline doctor``. ``IPU_PIPELINE_KERNELS=require`` turns that into an
+error, ``IPU_PIPELINE_KERNELS=off`` does not try.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SWITCH = "IPU_PIPELINE_KERNELS"
+
+
+class CMakeBuild(build_ext):
+    """Builds the operator library, which is no Python module: torch loads it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return a file name without a Python tag: the library does not use Python."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build with CMake; leave a note and go on when that fails."""
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        note = library.with_suffix(".txt")
+        note.unlink(missing_ok=True)
+        library.unlink(missing_ok=True)
+        wish = os.environ.get(SWITCH, "")
+        if wish == "off":
+            note.write_text(f"not built: {SWITCH}=off when it was installed\n", encoding="utf-8")
+            return
+        try:
+            shutil.copyfile(self._compile(), library)
+        except (OSError, RuntimeError, ImportError) as error:
+            if wish == "require":
+                raise
+            note.write_text(f"not built: {error}\n", encoding="utf-8")
+            print(f"warning: the C++ kernels are not built: {error}", file=sys.stderr)
+
+    def _compile(self) -> Path:
+        import torch.utils
+
+        cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if cmake is None:
+            raise RuntimeError("cmake was not found; install cmake, then this package again")
+        folder = ROOT / "build" / "kernels"
+        _run([cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release",
+              f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"])  # fmt: skip
+        _run([cmake, "--build", str(folder), "--parallel", str(len(os.sched_getaffinity(0)))])
+        return folder / "kernels" / "torch" / "kernels.so"
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python: the library depends on the platform and on torch only."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag ``py3-none-PLATFORM``."""
+        return "py3", "none", super().get_tag()[2]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise RuntimeError(f"{' '.join(command[:2])} failed: {' | '.join(lines[-8:])}")
+
+
+setup(
+    ext_modules=[Extension("ipu_pipeline.ops._kernels", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
