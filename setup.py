@@ -8,6 +8,7 @@ error, ``IPU_PIPELINE_KERNELS=off`` does not try.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,13 +95,14 @@ def _cores() -> int:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:2])} failed: {_excerpt(done.stdout + done.stderr)}")
+        step = "building" if "--build" in command else "configuring"
+        raise RuntimeError(f"{step} with cmake failed: {_excerpt(done.stderr + done.stdout)}")
 
 
 def _excerpt(output: str) -> str:
-    """Return the first lines that speak of an error; the last ones if none does."""
+    """Return the first error of CMake or of a compiler; the last lines if there is none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -4)
+    first = next((i for i, line in enumerate(lines) if re.search(r"error:|Error at", line)), -4)
     return " | ".join(lines[first:][:4])
 
 

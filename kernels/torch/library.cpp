@@ -21,12 +21,8 @@ const char threads[] = "one thread";
 #endif
 
 // What it was built for, the loops it runs on this machine, and on how many threads.
-std::string build_info() {
-  return std::string(built_for) + " " + ipu::isa_name() + "; " + threads;
-}
+std::string build_info() { return std::string(built_for) + " " + ipu::isa_name() + "; " + threads; }
 
 }  // namespace
 
-TORCH_LIBRARY(ipu_pipeline, m) {
-  m.def("build_info() -> str", &build_info);
-}
+TORCH_LIBRARY(ipu_pipeline, m) { m.def("build_info() -> str", &build_info); }
