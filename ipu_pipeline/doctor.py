@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
 TARGETS = ("local", "distributed", "poptorch")
-WRAP = 120
+WRAP = 80
 MEMORY_FILE = Path("/proc/meminfo")
 
 
@@ -92,11 +92,9 @@ def _kernels() -> list[tuple[str, str]]:
     from ipu_pipeline.ops import extension
 
     state = extension.state()
-    first, *more = textwrap.wrap(state.detail, width=WRAP)
     rows = [
         ("library", "ready" if state.usable else "not used; everything runs on plain torch"),
-        ("file" if state.usable else "why not", first),
-        *(("", line) for line in more),
+        *_wrapped("file" if state.usable else "why not", state.detail),
         ("compiled against", f"torch {state.built_for}" if state.built_for else "unknown"),
     ]
     if not state.usable:
@@ -107,8 +105,14 @@ def _kernels() -> list[tuple[str, str]]:
         *rows,
         ("instruction set", state.instruction_set),
         ("threads", f"{threads}{without}"),
-        ("operators", ", ".join(extension.operators()) or "none"),
+        *_wrapped("operators", ", ".join(extension.operators()) or "none"),
     ]
+
+
+def _wrapped(name: str, text: str) -> list[tuple[str, str]]:
+    """Return rows that hold a long text in full: the table itself would cut it off."""
+    lines = textwrap.wrap(text, width=WRAP, break_long_words=False, break_on_hyphens=False)
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _memory() -> str:
