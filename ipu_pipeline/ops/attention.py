@@ -153,7 +153,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _softmax(q: Tensor, k: Tensor, part: _Part, options: _Options) -> Tensor:
     scores = (_wide(q[part.at]) * options.scale) @ _wide(k[part.at]).mT
-    if part.mask is None:
+    if part.mask is None or part.blind is None:
         return torch.softmax(scores, -1)
     if part.mask.dtype == torch.bool:
         scores.masked_fill_(~part.mask, -math.inf)

@@ -89,8 +89,10 @@ def bernoulli_counter_(
     draw = _draw(keep_probability, seed, stream, offset)
     with torch.no_grad():
         if _has_kernel(out):
-            return torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
-        return out.copy_(_kept(out, draw))
+            torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
+        else:
+            out.copy_(_kept(out, draw))
+    return out
 
 
 def _draw(keep_probability: float, seed: int, stream: int, offset: int) -> _Draw:
@@ -178,5 +180,5 @@ def _fake_dropout(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_bernoulli(out: Tensor, *_: Any) -> Tensor:
-    return out
+def _fake_bernoulli(*_: Any) -> None:
+    """It changes its argument, and returns nothing."""

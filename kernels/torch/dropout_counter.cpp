@@ -86,11 +86,12 @@ at::Tensor dropout_counter(const at::Tensor& x, double scale, int64_t threshold,
   return out.is_contiguous() ? out : out.copy_(result);
 }
 
-at::Tensor& bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed, int64_t stream,
-                               int64_t offset) {
+void bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed, int64_t stream,
+                        int64_t offset) {
   const ipu::CounterDraw draw = make_draw(threshold, seed, stream);
   if (threshold == 0) {
-    return out.zero_();
+    out.zero_();
+    return;
   }
   const bool direct =
       out.is_contiguous() && (out.scalar_type() == at::kFloat || out.scalar_type() == at::kBool ||
@@ -107,7 +108,9 @@ at::Tensor& bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed,
                              draw);
     }
   });
-  return direct ? out : out.copy_(target);
+  if (!direct) {
+    out.copy_(target);
+  }
 }
 
 }  // namespace
@@ -118,7 +121,7 @@ TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
       "-> Tensor");
   m.def(
       "bernoulli_counter_(Tensor(a!) out, int threshold, int seed, int stream, int offset) "
-      "-> Tensor(a!)");
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(ipu_pipeline, CPU, m) {
