@@ -179,7 +179,6 @@ def test_the_nth_mask_of_a_scope_is_its_stream_n() -> None:
     assert torch.equal(found[0], dropout_counter(X, 0.3, seed, 0))
     assert torch.equal(found[1], dropout_counter(X, 0.3, seed, 1))
     assert torch.equal(found[2], mask)
-    assert torch.equal(found[2], mask)
     torch.testing.assert_close(found[3], dropout_counter(X, 0.3, seed, 3))
 
 
