@@ -99,7 +99,12 @@ def _draw(keep_probability: float, seed: int, stream: int, offset: int) -> _Draw
     for name, value in (("seed", seed), ("stream", stream), ("offset", offset)):
         if not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value}; use a number from 0 to 2^63 - 1")
-    return _Draw(round(keep_probability * 2**32), seed, stream, offset)
+    return _Draw(kept_words(keep_probability), seed, stream, offset)
+
+
+def kept_words(keep_probability: float) -> int:
+    """Return how many of the 2^32 words keep an element."""
+    return round(keep_probability * 2**32)
 
 
 class _DropoutCounter(torch.autograd.Function):

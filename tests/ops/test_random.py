@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ipu_pipeline.ops import attention as ops_attention
 from ipu_pipeline.ops import dropout as ops_dropout
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.dropout import bernoulli_counter_, dropout_counter
@@ -187,8 +188,11 @@ def test_the_numbers_do_not_depend_on_the_library(name: str, monkeypatch) -> Non
     with random_scope("seed", 0):
         found = DRAWS[name]()
     monkeypatch.setattr(ops_dropout, "_kernels", lambda: False)
+    monkeypatch.setattr(ops_attention, "_kernels", lambda: False)
     with random_scope("seed", 0):
-        assert torch.equal(DRAWS[name](), found)
+        again = DRAWS[name]()
+    torch.testing.assert_close(again, found)  # matmuls of attention differ by rounding
+    assert torch.equal(again, found) or "sdpa" in name
 
 
 @pytest.mark.parametrize(
