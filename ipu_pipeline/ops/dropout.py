@@ -24,8 +24,9 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # Elements come in groups that share blocks of four words, see kernels/torch/simd.
 _BLOCKS = 16
 _GROUP = 4 * _BLOCKS
-# Plain torch works on pieces: their 64-bit temporaries are ten times their size.
-_PIECE = 1 << 16
+# Plain torch works on pieces: their 64-bit temporaries are ten times their size. Below 2^15
+# elements torch uses one thread, so its two hundred small operations do not wait for others.
+_PIECE = 480 * _GROUP
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 _FACTORS = (0xD2511F53, 0xCD9E8D57)
