@@ -105,8 +105,8 @@ class Head {
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value,
                const Options& options) {
-  Tensor out = at::empty({query.size(0), query.size(1), query.size(2), value.size(3)},
-                         value.options());
+  Tensor out =
+      at::empty({query.size(0), query.size(1), query.size(2), value.size(3)}, value.options());
   const auto type = wide(query);
   at::parallel_for(0, query.size(0) * query.size(1), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -157,8 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
         drop(weights_grad, weights_grad, first, options);
         Tensor scores_grad = head.buffer(2, rows);
         at::_softmax_backward_data_out(scores_grad, weights_grad, softmax, -1, type);
-        head.of(query_grad, task).narrow(0, row, rows).copy_(
-            at::mm(scores_grad, k).mul_(options.scale));
+        head.of(query_grad, task)
+            .narrow(0, row, rows)
+            .copy_(at::mm(scores_grad, k).mul_(options.scale));
         k_grad.addmm_(scores_grad.t(), q_rows);
       }
       head.of(key_grad, task).copy_(k_grad);
@@ -171,10 +172,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
 Options make_options(const std::optional<Tensor>& mask, const std::optional<Tensor>& blind,
                      double scale, double kept_scale, int64_t threshold, int64_t seed,
                      int64_t stream) {
-  return {mask,      blind,
-          scale,     kept_scale,
-          threshold, {static_cast<uint64_t>(seed), static_cast<uint64_t>(stream),
-                      static_cast<uint32_t>(threshold - 1)}};
+  return {mask,
+          blind,
+          scale,
+          kept_scale,
+          threshold,
+          {static_cast<uint64_t>(seed), static_cast<uint64_t>(stream),
+           static_cast<uint32_t>(threshold - 1)}};
 }
 
 Tensor attention_counter(const Tensor& query, const Tensor& key, const Tensor& value,

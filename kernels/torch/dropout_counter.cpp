@@ -68,9 +68,9 @@ void run(const at::Tensor& x, const at::Tensor& out, int64_t offset, const ipu::
 at::Tensor dropout_counter(const at::Tensor& x, double scale, int64_t threshold, int64_t seed,
                            int64_t stream, int64_t offset) {
   const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                  type == at::kHalf,
-              "dropout of ", type, " is not supported; use a floating-point type");
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "dropout of ", type, " is not supported; use a floating-point type");
   const ipu::CounterDraw draw = make_draw(threshold, seed, stream);
   at::Tensor out = at::empty_like(x);
   if (threshold == 0) {
@@ -101,8 +101,7 @@ void bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed, int64_
   const bool is_float = target.scalar_type() == at::kFloat;
   at::parallel_for(0, target.numel(), ELEMENTS_PER_TASK, [&](int64_t begin, int64_t end) {
     if (is_float) {
-      IPU_LOOP(bernoulli_f32)(static_cast<float*>(data) + begin, offset + begin, end - begin,
-                              draw);
+      IPU_LOOP(bernoulli_f32)(static_cast<float*>(data) + begin, offset + begin, end - begin, draw);
     } else {
       IPU_LOOP(bernoulli_u8)(static_cast<uint8_t*>(data) + begin, offset + begin, end - begin,
                              draw);
