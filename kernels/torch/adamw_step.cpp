@@ -40,8 +40,6 @@ ipu::Number number_of(const at::Tensor& tensor) {
 }
 
 void check(const at::Tensor& weight, const at::Tensor& other, const char* name, size_t index) {
-  TORCH_CHECK(other.layout() == at::kStrided, "adamw_step: ", name, " ", index, " is ",
-              other.layout(), "; it must be dense");
   TORCH_CHECK(other.sizes() == weight.sizes(), "adamw_step: ", name, " ", index, " has shape ",
               other.sizes(), ", its weight ", weight.sizes());
   const bool fits = other.scalar_type() == weight.scalar_type() ||
