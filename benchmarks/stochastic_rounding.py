@@ -29,15 +29,15 @@ from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "question-answering"))
 
-from demo_model import load_model_and_tokenizer  # noqa: E402
+from demo_model import load_model_and_tokenizer
 
-import ipu_pipeline as ipp  # noqa: E402
-from ipu_pipeline.tasks.question_answering import (  # noqa: E402
+import ipu_pipeline as ipp
+from ipu_pipeline.tasks.question_answering import (
     QuestionAnsweringDataset,
     build_features,
     read_squad,
 )
-from ipu_pipeline.training import TrainingArguments, build_optimizer, train  # noqa: E402
+from ipu_pipeline.training import TrainingArguments, build_optimizer, train
 
 VARIANTS: dict[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),

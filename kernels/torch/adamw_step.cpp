@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <vector>
 
 #include "simd/adamw.h"
@@ -21,6 +20,11 @@ constexpr int64_t kLine = 64;
 struct Settings {
   double lr, beta1, beta2, weight_decay, eps;
   bool maximize;
+};
+
+struct Lists {
+  at::TensorList weights, gradients, exp_avgs, exp_avg_sqs, steps;
+  at::IntArrayRef keys;
 };
 
 ipu::Number number_of(const at::Tensor& tensor) {
@@ -39,7 +43,8 @@ ipu::Number number_of(const at::Tensor& tensor) {
   }
 }
 
-void check(const at::Tensor& weight, const at::Tensor& other, const char* name, size_t index) {
+void check_companion(const at::Tensor& weight, const at::Tensor& other, const char* name,
+                     size_t index) {
   TORCH_CHECK(other.sizes() == weight.sizes(), "adamw_step: ", name, " ", index, " has shape ",
               other.sizes(), ", its weight ", weight.sizes());
   const bool fits = other.scalar_type() == weight.scalar_type() ||
@@ -49,7 +54,36 @@ void check(const at::Tensor& weight, const at::Tensor& other, const char* name, 
               "; it must be of the same type, or float32 where the weight has fewer bits");
 }
 
-double raised(const at::Tensor& step) { return step.item<double>() + 1; }
+// Everything is checked before anything is changed.
+void check(const Lists& lists) {
+  const auto& [weights, gradients, exp_avgs, exp_avg_sqs, steps, keys] = lists;
+  const size_t count = weights.size();
+  TORCH_CHECK(gradients.size() == count && exp_avgs.size() == count &&
+                  exp_avg_sqs.size() == count && steps.size() == count &&
+                  (keys.empty() || keys.size() == count),
+              "adamw_step: ", count, " weights, but ", gradients.size(), " gradients, ",
+              exp_avgs.size(), " and ", exp_avg_sqs.size(), " averages, ", steps.size(),
+              " steps, ", keys.size(), " keys; all lists must be equally long (keys may be empty)");
+  for (size_t i = 0; i < count; ++i) {
+    number_of(weights[i]);
+    check_companion(weights[i], gradients[i], "gradient", i);
+    check_companion(weights[i], exp_avgs[i], "exp_avg", i);
+    check_companion(weights[i], exp_avg_sqs[i], "exp_avg_sq", i);
+    TORCH_CHECK(exp_avgs[i].scalar_type() == exp_avg_sqs[i].scalar_type(), "adamw_step: exp_avg ",
+                i, " is ", exp_avgs[i].scalar_type(), ", exp_avg_sq ",
+                exp_avg_sqs[i].scalar_type(), "; they must be of one type");
+    TORCH_CHECK(steps[i].numel() == 1 && (steps[i].scalar_type() == at::kFloat ||
+                                          steps[i].scalar_type() == at::kDouble),
+                "adamw_step: step ", i, " has ", steps[i].numel(), " elements of type ",
+                steps[i].scalar_type(), "; it must be one float32 or float64");
+  }
+}
+
+// Counts a step and returns its number, the first is 1.
+double advance(const at::Tensor& step) {
+  if (step.scalar_type() == at::kFloat) return *step.mutable_data_ptr<float>() += 1;
+  return *step.mutable_data_ptr<double>() += 1;
+}
 
 ipu::AdamWFactors factors(const Settings& s, double step) {
   return {s.maximize ? -1.0 : 1.0,
@@ -62,13 +96,13 @@ ipu::AdamWFactors factors(const Settings& s, double step) {
           -(s.lr / (1 - std::pow(s.beta1, step)))};
 }
 
-// A contiguous stand-in for a tensor that is not.
-class Contiguous {
+// A tensor that is written, and a contiguous stand-in for it where it is not contiguous itself.
+class Written {
  public:
-  explicit Contiguous(const at::Tensor& original)
+  explicit Written(const at::Tensor& original)
       : original_(original), used_(original.contiguous()) {}
-  void* data() const { return used_.data_ptr(); }
-  // After a change: brings it to the original, and lets autograd know that it happened.
+  void* data() const { return used_.mutable_data_ptr(); }
+  // After the change: brings it to the original, and lets autograd know that it happened.
   void finish() const {
     if (!used_.is_same(original_)) {
       original_.copy_(used_);
@@ -81,85 +115,70 @@ class Contiguous {
   at::Tensor original_, used_;
 };
 
-struct Work {
+struct Item {
+  Written weight, exp_avg, exp_avg_sq;
+  at::Tensor gradient;
   ipu::AdamWTensor tensor;
   ipu::AdamWFactors factors;
   int64_t numel;
   int64_t start;  // on the line
 };
 
-void run(const std::vector<Work>& work, int64_t length) {
+Item make_item(const Lists& lists, size_t i, const ipu::AdamWFactors& factors, int64_t start) {
+  const at::Tensor& weight = lists.weights[i];
+  Item item{Written(weight), Written(lists.exp_avgs[i]), Written(lists.exp_avg_sqs[i]),
+            lists.gradients[i].contiguous(), {}, factors, weight.numel(), start};
+  item.tensor = {item.weight.data(),
+                 item.gradient.const_data_ptr(),
+                 item.exp_avg.data(),
+                 item.exp_avg_sq.data(),
+                 number_of(weight),
+                 number_of(item.gradient),
+                 number_of(lists.exp_avgs[i]),
+                 !lists.keys.empty(),
+                 lists.keys.empty() ? 0 : static_cast<uint64_t>(lists.keys[i])};
+  return item;
+}
+
+// Updates what lies in [first, last) of the line.
+void update_line(const std::vector<Item>& line, int64_t first, int64_t last) {
   const auto loop = IPU_LOOP(adamw_range);
-  const int64_t pieces = (length + kPiece - 1) / kPiece;
-  at::parallel_for(0, pieces, 1, [&](int64_t first_piece, int64_t last_piece) {
-    const int64_t first = first_piece * kPiece;
-    const int64_t last = std::min(last_piece * kPiece, length);
-    auto item = std::upper_bound(work.begin(), work.end(), first,
-                                 [](int64_t at, const Work& w) { return at < w.start; });
-    for (--item; item != work.end() && item->start < last; ++item) {
-      const int64_t from = std::max(first - item->start, int64_t{0});
-      const int64_t to = std::min(last - item->start, item->numel);
-      if (from < to) loop(item->tensor, item->factors, from, to);
-    }
-  });
+  auto item = std::upper_bound(line.begin(), line.end(), first,
+                               [](int64_t at, const Item& i) { return at < i.start; });
+  for (--item; item != line.end() && item->start < last; ++item) {
+    const int64_t from = std::max(first - item->start, int64_t{0});
+    const int64_t to = std::min(last - item->start, item->numel);
+    if (from < to) loop(item->tensor, item->factors, from, to);
+  }
 }
 
 void adamw_step(at::TensorList weights, at::TensorList gradients, at::TensorList exp_avgs,
                 at::TensorList exp_avg_sqs, at::TensorList steps, double lr, double beta1,
                 double beta2, double weight_decay, double eps, bool maximize,
                 at::IntArrayRef keys) {
-  const size_t count = weights.size();
-  TORCH_CHECK(gradients.size() == count && exp_avgs.size() == count &&
-                  exp_avg_sqs.size() == count && steps.size() == count &&
-                  (keys.empty() || keys.size() == count),
-              "adamw_step: ", count, " weights, but ", gradients.size(), " gradients, ",
-              exp_avgs.size(), " and ", exp_avg_sqs.size(), " averages, ", steps.size(),
-              " steps, ", keys.size(), " keys; all lists must be equally long (keys may be empty)");
-  // Everything is checked before anything is changed.
-  for (size_t i = 0; i < count; ++i) {
-    number_of(weights[i]);
-    check(weights[i], gradients[i], "gradient", i);
-    check(weights[i], exp_avgs[i], "exp_avg", i);
-    check(weights[i], exp_avg_sqs[i], "exp_avg_sq", i);
-    TORCH_CHECK(exp_avgs[i].scalar_type() == exp_avg_sqs[i].scalar_type(), "adamw_step: exp_avg ",
-                i, " is ", exp_avgs[i].scalar_type(), ", exp_avg_sq ",
-                exp_avg_sqs[i].scalar_type(), "; they must be of one type");
-  }
+  const Lists lists{weights, gradients, exp_avgs, exp_avg_sqs, steps, keys};
+  check(lists);
   const Settings settings{lr, beta1, beta2, weight_decay, eps, maximize};
-  std::vector<Contiguous> written, read;
-  written.reserve(3 * count);
-  read.reserve(count);
-  std::vector<Work> work;
-  work.reserve(count);
+  std::vector<Item> line;
+  line.reserve(weights.size());
   int64_t length = 0;
-  std::optional<double> known_step;
-  ipu::AdamWFactors known{};
-  for (size_t i = 0; i < count; ++i) {
-    const double step = raised(steps[i]);
-    steps[i].fill_(step);
-    if (step != known_step) {
-      known_step = step;
-      known = factors(settings, step);
-    }
+  double step = 0;
+  ipu::AdamWFactors of_step{};
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const double own_step = advance(steps[i]);
+    if (own_step != step) of_step = factors(settings, step = own_step);
     if (weights[i].numel() == 0) continue;
-    written.emplace_back(weights[i]);
-    written.emplace_back(exp_avgs[i]);
-    written.emplace_back(exp_avg_sqs[i]);
-    read.emplace_back(gradients[i]);
-    const ipu::AdamWTensor tensor{written.end()[-3].data(),
-                                  read.back().data(),
-                                  written.end()[-2].data(),
-                                  written.end()[-1].data(),
-                                  number_of(weights[i]),
-                                  number_of(gradients[i]),
-                                  number_of(exp_avgs[i]),
-                                  !keys.empty(),
-                                  keys.empty() ? 0 : static_cast<uint64_t>(keys[i])};
-    work.push_back({tensor, known, weights[i].numel(), length});
+    line.push_back(make_item(lists, i, of_step, length));
     length += (weights[i].numel() + kLine - 1) / kLine * kLine;
   }
-  run(work, length);
-  for (const Contiguous& tensor : written) tensor.finish();
+  at::parallel_for(0, (length + kPiece - 1) / kPiece, 1, [&](int64_t first, int64_t last) {
+    update_line(line, first * kPiece, std::min(last * kPiece, length));
+  });
+  for (const Item& item : line) {
+    item.weight.finish();
+    item.exp_avg.finish();
+    item.exp_avg_sq.finish();
+  }
 }
 
 }  // namespace

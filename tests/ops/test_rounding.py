@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.ops import adamw as adamw_module
 from ipu_pipeline.ops import extension
-from ipu_pipeline.ops.adamw import AdamW, AdamWSettings, AdamWTensors, adamw_step
+from ipu_pipeline.ops.adamw import AdamW
+from ipu_pipeline.ops.adamw_step import AdamWSettings, AdamWTensors, adamw_step
 from ipu_pipeline.ops.rounding import random_bits, stochastic_round
 
 NEEDS_LIBRARY = pytest.mark.skipif(
@@ -200,7 +200,7 @@ def trained(*, seed: int = 0, order: tuple[int, ...] = (0, 1), steps: int = 1) -
 
 @pytest.mark.parametrize("path", PATHS)
 def test_seed_and_position_decide(path, monkeypatch) -> None:
-    monkeypatch.setattr(adamw_module.extension, "available", lambda: path == "library")
+    monkeypatch.setattr(extension, "available", lambda: path == "library")
     first = trained()
     assert all(torch.equal(a, b) for a, b in zip(first, trained(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, trained(seed=1), strict=True))
@@ -211,7 +211,7 @@ def test_seed_and_position_decide(path, monkeypatch) -> None:
 def test_kernel_and_plain_torch_train_alike(monkeypatch) -> None:
     results = []
     for usable in (True, False):
-        monkeypatch.setattr(adamw_module.extension, "available", lambda usable=usable: usable)
+        monkeypatch.setattr(extension, "available", lambda usable=usable: usable)
         results.append(torch.cat(trained(steps=5)))
     # A float32 ulp of the update decides differently once in some thousand roundings.
     assert (results[0] == results[1]).float().mean() > 0.995
@@ -223,7 +223,7 @@ def test_kernel_and_plain_torch_train_alike(monkeypatch) -> None:
 def test_small_updates_add_up_where_rounding_to_nearest_loses_them(
     path, dtype, monkeypatch
 ) -> None:
-    monkeypatch.setattr(adamw_module.extension, "available", lambda: path == "library")
+    monkeypatch.setattr(extension, "available", lambda: path == "library")
     held = [nn.Parameter(torch.ones(20_000, dtype=dtype)) for _ in range(2)]
     groups = [{"params": held[:1], "stochastic_rounding": True}, {"params": held[1:]}]
     optimizer = AdamW(groups, lr=1e-4, weight_decay=0.0)
