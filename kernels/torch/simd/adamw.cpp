@@ -95,19 +95,29 @@ inline uint16_t nearest_float16(float x) {
   return static_cast<uint16_t>(sign | (u >= 0x47800000u ? special : finite));
 }
 
+// x < limit ? a : b for numbers below 2^31, in arithmetic: of nested conditions the compiler makes
+// jumps, and then no vectors.
+inline uint32_t if_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - ((x - limit) >> 31);
+  return (a & mask) | (b & ~mask);
+}
+
 inline uint16_t stochastic_float16(float x, uint32_t noise) {
   const uint32_t u = bits_of(x) & 0x7fffffffu;
   const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
   const uint32_t normal = ((u + (noise >> 19)) >> 13) - kHalfRebias;
-  // Below 2^-14 the spacing is 2^-24: count in it, and go up where the noise is below the rest.
-  const float count = (u < kHalfSmallest ? from_bits(u) : 0.0f) * 16777216.0f;
+  // Below 2^-14 the spacing is 2^-24: count in it, and go up where the noise is below the rest;
+  // that is where the sign bit of their difference is set.
+  const float count = from_bits(if_below(u, kHalfSmallest, u, 0u)) * 16777216.0f;
   const int32_t whole = static_cast<int32_t>(count);
-  const float chance = static_cast<float>(static_cast<int32_t>((noise >> 9) * 2u + 1u)) *
-                       (1.0f / 16777216.0f);
-  const uint32_t subnormal =
-      static_cast<uint32_t>(whole) + (chance < count - static_cast<float>(whole) ? 1u : 0u);
-  const uint32_t kept = u < kHalfSmallest ? subnormal : normal;
-  return u >= kHalfLargest ? nearest_float16(x) : static_cast<uint16_t>(sign | kept);
+  const float rest = (count - static_cast<float>(whole)) * 16777216.0f;
+  const float chance = static_cast<float>(static_cast<int32_t>((noise >> 9) * 2u + 1u));
+  const uint32_t subnormal = static_cast<uint32_t>(whole) + (bits_of(chance - rest) >> 31);
+  // To nearest from the largest number on, as for bfloat16; 65520 is half way to 65536.
+  const uint32_t infinite = if_below(kInfinity, u, 0x7e00u, 0x7c00u);
+  const uint32_t large = if_below(u, 0x477ff000u, 0x7bffu, infinite);
+  const uint32_t regular = if_below(u, kHalfLargest, normal, large);
+  return static_cast<uint16_t>(sign | if_below(u, kHalfSmallest, subnormal, regular));
 }
 
 // ------------------------------------------------------------------ tiles
