@@ -139,7 +139,7 @@ class Menus:
                         stash_bytes=own[1].stash_bytes + _besides_softmax(pair),
                         forward_s=fused.forward_s,
                         backward_s=fused.backward_s + seconds[head.name][0],
-                        workspace_bytes=fused.workspace_bytes + head.saved_bytes,
+                        workspace_bytes=fused.workspace_bytes + _kept_by_head(pair),
                         serialize_factor=factor,
                     )
                 )
@@ -159,7 +159,7 @@ class Menus:
         return BlockChoice(
             forward_s=forward_s + extra_forward_s,
             backward_s=backward_s + extra_backward_s + recomputed_s,
-            stash_bytes=head.saved_bytes + _besides_softmax(pair),
+            stash_bytes=_kept_by_head(pair) + _besides_softmax(pair),
             workspace_bytes=_slice_bytes(pair, factor) + gradients,
             serialize_factor=factor,
         )
@@ -195,6 +195,11 @@ def fused_factors(pair: FusedHead) -> tuple[int, ...]:
     found = [least << step for step in range(FUSED_CHOICES)]
     most = 1 << (max(1, pair.tokens).bit_length() - 1)
     return tuple(sorted({min(factor, most) for factor in found} - {1}))
+
+
+def _kept_by_head(pair: FusedHead) -> int:
+    """Bytes that the head keeps besides what is as large as the logits."""
+    return pair.head.saved_bytes - pair.saved_logits_bytes
 
 
 def _besides_softmax(pair: FusedHead) -> int:
