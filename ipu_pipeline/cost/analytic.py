@@ -21,11 +21,13 @@ class AnalyticCostModel:
         dtype: Compute dtype whose peak is used; ``None`` takes each operation's own.
         memory: What a trainable parameter costs in bytes besides its weight.
         factors: More numbers of slices to offer, by block (``menus.py``).
+        unfused: Projections that are in another stage than the loss.
     """
 
     dtype: str | None = None
     memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
+    unfused: tuple[str, ...] = ()
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
@@ -37,7 +39,7 @@ class AnalyticCostModel:
             )
             for block in graph.blocks
         }
-        menus, together = Menus(graph, roofline, self.factors).all(seconds)
+        menus, together = Menus(graph, roofline, self.factors, self.unfused).all(seconds)
         blocks = {
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks

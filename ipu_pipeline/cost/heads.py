@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ipu_pipeline.cost.tables import Table, table_of
@@ -54,6 +54,17 @@ def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHe
             if pair is not None and (pair.table.is_large or pair.head.name in named):
                 found.append(pair)
     return tuple(found)
+
+
+def unfused_heads(
+    graph: BlockGraph, stage_of: Mapping[str, int], named: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the projections of :func:`fused_heads` whose loss is in another stage."""
+    return tuple(
+        pair.head.name
+        for pair in fused_heads(graph, named)
+        if stage_of[pair.head.name] != stage_of[pair.loss.name]
+    )
 
 
 def _pair(graph: BlockGraph, loss: Block, logits: TensorSpec) -> FusedHead | None:

@@ -22,7 +22,7 @@ the loss has only its time, and ``GraphCosts.together`` keeps them in one stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -48,11 +48,13 @@ class Menus:
         graph: The graph.
         roofline: Device, for what slicing adds.
         factors: More numbers of slices to offer, by block; also for tables that are not large.
+        unfused: Projections that are in another stage than the loss, where nothing is fused.
     """
 
     graph: BlockGraph
     roofline: Roofline
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    unfused: Collection[str] = ()
 
     def all(
         self, seconds: Mapping[str, Seconds]
@@ -63,7 +65,8 @@ class Menus:
             seconds: Forward and backward seconds of one plain microbatch, by block.
         """
         menus = {b.name: self._alone(b, seconds[b.name]) for b in self.graph.blocks}
-        heads = fused_heads(self.graph, self.factors)
+        found = fused_heads(self.graph, self.factors)
+        heads = [pair for pair in found if pair.head.name not in self.unfused]
         for pair in heads:
             menus[pair.head.name] = self._fused(pair, seconds)
             menus[pair.loss.name] = (BlockChoice(*seconds[pair.loss.name]),)

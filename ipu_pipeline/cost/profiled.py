@@ -39,11 +39,13 @@ class ProfiledCostModel:
         memory: What a trainable parameter costs in bytes besides its weight.
         factors: More numbers of slices to offer, by block. What slicing adds is not measured but
             computed from the machine's peaks (``menus.py``).
+        unfused: Projections that are in another stage than the loss.
     """
 
     times: Mapping[str, MeasuredTimes]
     memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
+    unfused: tuple[str, ...] = ()
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph``.
@@ -57,7 +59,8 @@ class ProfiledCostModel:
                 f"no measurement for {', '.join(missing)}; profile the model again on this machine"
             )
         seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
-        menus, together = Menus(graph, Roofline(machine.devices[0]), self.factors).all(seconds)
+        roofline = Roofline(machine.devices[0])
+        menus, together = Menus(graph, roofline, self.factors, self.unfused).all(seconds)
         blocks = {
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks
