@@ -106,7 +106,8 @@ class LocalExecutable:
         with self._mode(training=False), torch.no_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             schedule = forward_only(self.plan.num_stages, len(microbatches))
-            self._run(Step(stages, microbatches, self.options, self.global_step, 0.0, schedule))
+            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
+            self._run(step)
         return _join(microbatches, step.results)
 
     # ---- state --------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class SerializedRegion(TorchFunctionMode):
 
     def _look_up(  # the parameters of functional.embedding
         self,
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         weight: Tensor,
         padding_idx: int | None = None,
         max_norm: None = None,
@@ -68,7 +68,7 @@ class SerializedRegion(TorchFunctionMode):
 
     def _project(
         self,
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
     ) -> Tensor:
