@@ -1,13 +1,15 @@
 """An output projection and its cross entropy in one operation that never holds the full logits.
 
 Tokens are taken slice by slice: the logits of a slice become its losses and, in the same memory,
-the gradient of its logits, from which the gradients of input and weight are accumulated.
+the gradient of its logits, from which the gradients of input and weight are accumulated. Without
+the C++ kernels the same is done with torch's own operations.
 
 Axes: N tokens, H hidden features, V classes (the vocabulary).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -15,18 +17,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ipu_pipeline.ops.projection import autocast_like_linear, slices
+from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.projection import autocast_like_linear
 
 Reduction = Literal["mean", "sum", "none"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.
 SUM_PIECE = 16_384
+# With more tokens a slice has matmuls that are hardly faster, and logits as large as the weight.
+MOST_TOKENS = 512
 
 
 class _Options(NamedTuple):
     ignore_index: int
     label_smoothing: float
     num_slices: int
+
+    def slice_tokens(self, num_tokens: int) -> int:
+        num_slices = max(self.num_slices, -(-num_tokens // MOST_TOKENS))
+        return max(1, -(-num_tokens // num_slices))
 
 
 class _Operands(NamedTuple):
@@ -64,7 +73,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy t
         reduction: ``"mean"`` over the weights of the tokens, ``"sum"`` or ``"none"``.
         ignore_index: Tokens of this class count nowhere.
         label_smoothing: 0 to 1, the share of the target spread over all classes.
-        num_slices: At least this many slices; about ``N / num_slices * V`` logits exist at once.
+        num_slices: At least this many slices, of 512 tokens at most; the logits of one slice exist.
         hold_gradients: Compute the gradients together with the loss and hold them until backward
             (3 matmuls). Without it, or with reduction ``"none"``, or in float16, whose gradients
             need the loss scale that only backward knows, backward computes the logits again
@@ -187,25 +196,48 @@ def _sum(values: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in values.split(SUM_PIECE)]).sum()
 
 
+def _kernel(
+    operands: _Operands, options: _Options, scale: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    x, weight, bias, target, class_weight = operands
+    return torch.ops.ipu_pipeline.linear_cross_entropy(
+        x, weight, target, bias, class_weight, scale, options.ignore_index,
+        options.label_smoothing, options.slice_tokens(len(x)), *needs,
+    )  # fmt: skip
+
+
 def _losses(operands: _Operands, options: _Options) -> Tensor:
+    if extension.available():
+        return _kernel(operands, options, None, (False, False, False))[0]
     losses = operands.x.new_empty(len(operands.target), dtype=_loss_dtype(operands))
-    for cut in slices(len(losses), options.num_slices):
+    for cut in _cuts(operands, options):
         losses[cut], _ = _slice_losses(operands, options, cut)
     return losses
+
+
+def _cuts(operands: _Operands, options: _Options) -> Iterator[slice]:
+    num_tokens = len(operands.x)
+    step = options.slice_tokens(num_tokens)
+    return (slice(start, start + step) for start in range(0, num_tokens, step))
 
 
 def _gradients(
     operands: _Operands, options: _Options, scale: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the losses and the gradients of x, weight and bias; ``scale`` is a scalar or N."""
-    x, weight, bias = operands.x, operands.weight, operands.bias
+    x, weight, bias = operands[:3]
+    if extension.available():
+        losses, *found = _kernel(operands, options, scale.expand(len(x)), needs)
+        wanted = (*needs[:2], needs[2] and bias is not None)
+        dx, dw, db = (each if need else None for each, need in zip(found, wanted, strict=True))
+        return losses, dx, dw, db
     losses = x.new_empty(len(x), dtype=_loss_dtype(operands))
     scale_N = scale.expand(len(x))
     dx, dw, db = (
         torch.zeros_like(each) if need and each is not None else None
         for each, need in zip((x, weight, bias), needs, strict=True)
     )
-    for cut in slices(len(x), options.num_slices):
+    for cut in _cuts(operands, options):
         losses[cut], grad = _slice_losses(operands, options, cut, scale_N[cut])
         assert grad is not None
         if dx is not None:

@@ -131,7 +131,7 @@ def test_impossible_and_huge_logits() -> None:
     x, weight, target, bias = operands(torch.float32)
     target.fill_(4)
     with torch.no_grad():
-        weight.mul_(100)
+        weight.mul_(20)
         bias[7] = -torch.inf
     compare(x, weight, target, bias)
     with torch.no_grad():
