@@ -9,11 +9,14 @@ Axes: V rows of the table, H hidden size, N ids looked up, U different ids among
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ipu_pipeline.ops import extension
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,17 @@ class _Lookup:
         first: First id that is looked up.
         last: One past the last id that is looked up; other ids give zeros.
         offset: Id of the table's row 0.
-        split: The table is a part of a larger one, so other ids are allowed.
         padding_id: This id's row gets no gradient; -1 for none.
         by_frequency: A row's gradient is divided by the number of times it was looked up.
+        split: The table is a part of a larger one, so other ids are allowed.
     """
 
     first: int
     last: int
     offset: int
-    split: bool
     padding_id: int
     by_frequency: bool
+    split: bool
 
 
 def embedding_serialized(
@@ -83,9 +86,9 @@ def embedding_serialized(
             first=first,
             last=last,
             offset=offset,
-            split=rows is not None,
             padding_id=-1 if padding_idx is None else padding_idx,
             by_frequency=scale_grad_by_freq,
+            split=rows is not None,
         ),
     )
 
@@ -139,6 +142,10 @@ class _EmbeddingSerialized(torch.autograd.Function):
 
 
 def _rows_of(ids_N: Tensor, weight_VH: Tensor, lookup: _Lookup) -> Tensor:
+    if weight_VH.is_contiguous() and _has_kernel(weight_VH):
+        return torch.ops.ipu_pipeline.embedding_serialized(
+            ids_N, weight_VH, lookup.first, lookup.last, lookup.offset, lookup.split
+        )
     if not lookup.split:
         return weight_VH.index_select(0, ids_N)
     inside_N = (ids_N >= lookup.first) & (ids_N < lookup.last)
@@ -148,14 +155,42 @@ def _rows_of(ids_N: Tensor, weight_VH: Tensor, lookup: _Lookup) -> Tensor:
 
 def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Tensor, Tensor]:
     """Return the table's rows that get a gradient, ascending, and the gradient of each."""
+    if _has_kernel(grad_NH):
+        return torch.ops.ipu_pipeline.embedding_serialized_backward(
+            grad_NH, ids_N, *astuple(lookup)[:-1]
+        )
     counted_N = (ids_N >= lookup.first) & (ids_N < lookup.last) & (ids_N != lookup.padding_id)
     positions = counted_N.nonzero().squeeze(1)
     rows_U, slot, count_U = (ids_N[positions].long() - lookup.offset).unique(
         return_inverse=True, return_counts=True
     )
     accumulated = torch.promote_types(grad_NH.dtype, torch.float32)
-    values_UH = torch.zeros(len(rows_U), grad_NH.shape[1], dtype=accumulated)
+    values_UH = grad_NH.new_zeros(len(rows_U), grad_NH.shape[1], dtype=accumulated)
     values_UH.index_add_(0, slot, grad_NH[positions].to(accumulated))
     if lookup.by_frequency:
         values_UH /= count_U[:, None]
     return rows_U, values_UH.to(grad_NH.dtype)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    known = tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return known and tensor.device.type in ("cpu", "meta") and _kernels()
+
+
+@functools.cache
+def _kernels() -> bool:
+    if not extension.available():
+        return False
+    torch.library.register_fake("ipu_pipeline::embedding_serialized", _fake_lookup)
+    torch.library.register_fake("ipu_pipeline::embedding_serialized_backward", _fake_backward)
+    return True
+
+
+def _fake_lookup(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty(ids.numel(), weight.shape[1])
+
+
+def _fake_backward(grad: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    rows_U = ids.new_empty(num_rows, dtype=torch.int64)
+    return rows_U, grad.new_empty(num_rows, grad.shape[1])

@@ -7,9 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ipu_pipeline.ops import embedding, extension
 from ipu_pipeline.ops.embedding import embedding_serialized
 
 V, H = 23, 5
+
+
+@pytest.fixture(params=["kernel", "plain torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which implementation a test runs on."""
+    if request.param == "plain torch":
+        monkeypatch.setattr(embedding, "_kernels", lambda: False)
+    elif not extension.state().usable:
+        pytest.skip(extension.state().detail)
+    return request.param
 
 
 def table(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -180,3 +191,65 @@ def test_refusals(options, message) -> None:
 def test_an_id_outside_of_the_table(bad: int) -> None:
     with pytest.raises(IndexError, match="out of range"):
         embedding_serialized(torch.tensor([0, bad]), table(), factor=1)
+
+
+def on_every_path(monkeypatch: pytest.MonkeyPatch, function) -> list[tuple[Tensor, ...]]:
+    found = [function()]
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_kernels", lambda: False)
+        found.append(function())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"padding_idx": 4}, {"scale_grad_by_freq": True},
+                                     {"rows": (3, 17)}])  # fmt: skip
+def test_both_paths_give_the_same_bits(path, monkeypatch, dtype, options) -> None:
+    ids = some_ids(5, 60)
+    kernel, plain = on_every_path(
+        monkeypatch,
+        lambda: gradient_of(
+            lambda w: embedding_serialized(ids, w, factor=2, **options), table().to(dtype)
+        ),
+    )
+    assert torch.equal(kernel[0], plain[0])
+    assert torch.equal(kernel[1].indices(), plain[1].indices())
+    assert torch.equal(kernel[1].values(), plain[1].values())
+
+
+def test_1_2_and_4_threads_give_the_same_bits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight_VH = torch.randn(5000, 300, generator=generator)
+    ids = torch.randint(0, 5000, (8000,), generator=generator)
+    ids[::3] = 7  # one row takes a third of the work
+    found = []
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        found.append(gradient_of(lambda w: embedding_serialized(ids, w, factor=4), weight_VH))
+    torch.set_num_threads(1)
+    for out, sparse in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(sparse.indices(), found[0][1].indices())
+        assert torch.equal(sparse.values(), found[0][1].values())
+
+
+def test_operators_are_declared_right(path: str) -> None:
+    if path != "kernel":
+        pytest.skip("there is no operator")
+    embedding._kernels()
+    operators = torch.ops.ipu_pipeline
+    ids = some_ids(12)
+    torch.library.opcheck(operators.embedding_serialized.default, (ids, table(), 3, 17, 0, True))
+    torch.library.opcheck(
+        operators.embedding_serialized_backward.default,
+        (torch.randn(12, H), ids, 0, V, 0, 4, True),
+    )
+
+
+def test_a_gradient_of_another_shape_is_refused(path: str) -> None:
+    if path != "kernel":
+        pytest.skip("there is no operator")
+    with pytest.raises(RuntimeError, match=r"the gradient has shape \[3, 5\] for 4 ids"):
+        torch.ops.ipu_pipeline.embedding_serialized_backward(
+            torch.zeros(3, H), torch.zeros(4, dtype=torch.long), 0, V, 0, -1, False
+        )
