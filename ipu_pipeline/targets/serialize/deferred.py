@@ -1,10 +1,10 @@
 """Logits that are not computed until something needs them.
 
-While training, a serialized projection in front of the loss gives :class:`DeferredLogits`: shape and dtype of the logits,
-but no memory. What models do between projection and loss (reshape, cut off the last token, cast,
-scale, add a bias) is done to the hidden states or the bias instead, and a cross entropy takes
-hidden states and weight together. Anything else computes the logits and goes on with them: the
-result is the same, only the memory is that of the plain model.
+While training, a serialized projection in front of the loss gives :class:`DeferredLogits`: shape
+and dtype of the logits, but no memory. What models do between projection and loss (reshape, cut
+off the last token, cast, scale, add a bias) is done to the hidden states or the bias instead, a
+soft cap is remembered, and a cross entropy takes all of it together. Anything else computes the
+logits and goes on with them: the result is the same, only the memory is that of the plain model.
 
 Axes: V classes, H hidden size, N tokens; ``...`` are the token axes.
 """
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops.linear_cross_entropy import linear_cross_entropy
 from ipu_pipeline.ops.projection import serialized_linear
+from ipu_pipeline.targets.serialize.capped import Pointwise, apply, capped_cross_entropy
 
 
 @dataclass
@@ -50,6 +51,7 @@ class DeferredLogits(Tensor):
     x: Tensor
     bias_V: Tensor | None
     projection: _Projection
+    pointwise: Pointwise
     x_version: int
     _computed: Tensor | None
 
@@ -108,9 +110,7 @@ class DeferredLogits(Tensor):
             x, weight_VH, bias_V = self.operands()
             with torch.autocast("cpu", enabled=False):
                 full = serialized_linear(x, weight_VH, bias_V, factor=self.projection.factor)
-            with torch._C.DisableTorchFunctionSubclass():
-                dtype = self.dtype
-            self._computed = full.to(dtype)
+            self._computed = apply(self.pointwise, full).to(self.dtype)
         return self._computed
 
     @classmethod
@@ -142,7 +142,11 @@ class DeferredLogits(Tensor):
 
 
 def _make(
-    projection: _Projection, x: Tensor, bias_V: Tensor | None, dtype: torch.dtype
+    projection: _Projection,
+    x: Tensor,
+    bias_V: Tensor | None,
+    dtype: torch.dtype,
+    pointwise: Pointwise = (),
 ) -> DeferredLogits:
     shape = (*x.shape[:-1], projection.weight_VH.shape[0])
     needs_grad = any(t is not None and t.requires_grad for t in (x, bias_V, projection.weight_VH))
@@ -150,6 +154,7 @@ def _make(
         DeferredLogits, shape, dtype=dtype, device=x.device, requires_grad=needs_grad
     )
     logits.x, logits.bias_V, logits.projection = x, bias_V, projection
+    logits.pointwise = pointwise
     logits.x_version = x._version
     logits._computed = None
     return logits
@@ -157,7 +162,14 @@ def _make(
 
 def _view(logits: DeferredLogits, x: Tensor) -> DeferredLogits:
     logits.projection.num_views += 1
-    return _make(logits.projection, x, logits.bias_V, logits.dtype)
+    return _make(logits.projection, x, logits.bias_V, logits.dtype, logits.pointwise)
+
+
+def _then(logits: DeferredLogits, function: Callable[[Tensor], Tensor]) -> DeferredLogits:
+    dtype = logits.dtype
+    before = logits.pointwise or (lambda values: values.to(dtype),)
+    pointwise = (*before, function)
+    return _make(logits.projection, logits.x, logits.bias_V, logits.dtype, pointwise)
 
 
 def _refuse_hidden_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -228,7 +240,7 @@ def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits | None:
     """Only to the dtype that losses are computed in anyway: others round."""
     if dtype == logits.dtype:
         return logits
-    if dtype != torch.float32 or logits.dtype == torch.float64:
+    if dtype != torch.float32 or logits.dtype == torch.float64 or logits.pointwise:
         return None
     return _make(logits.projection, logits.x, logits.bias_V, dtype)
 
@@ -248,7 +260,12 @@ def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | N
 
 
 def _add(logits: DeferredLogits, other: Any, *, alpha: float = 1) -> DeferredLogits | None:
-    if alpha != 1 or not isinstance(other, Tensor) or isinstance(other, DeferredLogits):
+    if (
+        alpha != 1
+        or logits.pointwise
+        or not isinstance(other, Tensor)
+        or isinstance(other, DeferredLogits)
+    ):
         return None
     classes = logits.shape[-1]
     if other.shape[-1:] != (classes,) or other.numel() != classes or other.ndim > logits.ndim:
@@ -263,6 +280,8 @@ def _add(logits: DeferredLogits, other: Any, *, alpha: float = 1) -> DeferredLog
 def _scale(logits: DeferredLogits, factor: Any) -> DeferredLogits | None:
     if not isinstance(factor, int | float) or isinstance(factor, bool):
         return None
+    if logits.pointwise:
+        return _then(logits, lambda values: values * factor)
     bias_V = None if logits.bias_V is None else logits.bias_V * factor
     return _make(logits.projection, logits.x * factor, bias_V, logits.dtype)
 
@@ -271,6 +290,10 @@ def _divide(logits: DeferredLogits, divisor: Any, **how: Any) -> DeferredLogits 
     if how or not isinstance(divisor, int | float) or divisor == 0:
         return None
     return _scale(logits, 1 / divisor)
+
+
+def _tanh(logits: DeferredLogits) -> DeferredLogits:
+    return _then(logits, torch.tanh)
 
 
 def _cross_entropy(  # the parameters of functional.cross_entropy
@@ -286,24 +309,25 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
     by_class = logits.ndim == 2 and target.ndim == 1 and target.dtype == torch.int64
     if not by_class or size_average is not None or reduce is not None:
         return None
-    projection = logits.projection
     if not torch.is_grad_enabled():
         return None
     in_autocast = torch.is_autocast_enabled("cpu")
-    x_NH, weight_VH, bias_V = logits.operands()
+    x_NH, weight_VH, bias_V = operands = logits.operands()
+    options = {
+        "class_weight_V": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "num_slices": logits.projection.factor,
+    }
     with torch.autocast("cpu", enabled=False):
-        loss = linear_cross_entropy(
-            x_NH,
-            weight_VH,
-            target,
-            bias_V,
-            class_weight_V=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            num_slices=projection.factor,
-            hold_gradients=projection.hold_gradients,
-        )
+        if logits.pointwise:
+            loss = capped_cross_entropy(operands, logits.pointwise, target, **options)
+        else:
+            hold = logits.projection.hold_gradients
+            loss = linear_cross_entropy(
+                x_NH, weight_VH, target, bias_V, hold_gradients=hold, **options
+            )
     return loss if in_autocast else loss.to(logits.dtype)
 
 
@@ -314,6 +338,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
     **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _scale),
     **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div), _divide),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
     Tensor.__getitem__: _index,
     Tensor.float: _float,
     Tensor.to: _to,
