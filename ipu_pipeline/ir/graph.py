@@ -129,7 +129,8 @@ class Block:
         backward_ops: Operations of the backward pass, per microbatch.
         saved_bytes: Bytes kept from forward to backward without recomputation, per microbatch,
             without parameters and without the block's inputs.
-        workspace_bytes: Largest transient bytes of one operation (outputs not saved).
+        workspace_bytes: Most bytes alive at one time while it runs forward or backward, beyond
+            ``saved_bytes``, parameters, their gradients, and its inputs.
         uses_random: Whether it draws random numbers in training mode.
     """
 

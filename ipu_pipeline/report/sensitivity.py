@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ipu_pipeline.cost.analytic import block_choices, device_speeds
+from ipu_pipeline.cost.analytic import device_speeds
+from ipu_pipeline.cost.menus import block_choices
 from ipu_pipeline.cost.model import BlockCost, GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
