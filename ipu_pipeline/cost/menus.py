@@ -170,16 +170,22 @@ def block_choices(
 ) -> tuple[BlockChoice, ...]:
     """Return the ways to run ``block`` whole: plain, and with its forward pass recomputed.
 
-    Recomputation keeps only what enters the block and needs the saved tensors again as
-    workspace while the block runs backward.
+    A tensor between two blocks that is kept for a backward pass is charged to the block that
+    makes it, however many read it. Recomputation keeps only what enters the block, also when
+    nobody else would, and needs the saved tensors again as workspace while the block runs
+    backward.
     """
-    plain = BlockChoice(forward_s, backward_s, block.saved_bytes, block.workspace_bytes)
+    stash = block.saved_bytes + block.kept_bytes
+    plain = BlockChoice(forward_s, backward_s, stash, block.workspace_bytes)
     if not graph.training or block.saved_bytes == 0:
         return (plain,)
+    outputs = [graph.tensor_by_name[name] for name in block.outputs if name in graph.tensor_by_name]
+    inputs = [graph.tensor_by_name[name] for name in block.inputs]
     recomputed = BlockChoice(
         forward_s=forward_s,
         backward_s=backward_s + forward_s,
-        stash_bytes=sum(graph.tensor_by_name[name].num_bytes for name in block.inputs),
+        stash_bytes=sum(spec.num_bytes for spec in outputs if spec.kept)
+        + sum(spec.num_bytes for spec in inputs if not spec.kept),
         workspace_bytes=block.workspace_bytes + block.saved_bytes,
         recompute=True,
     )
