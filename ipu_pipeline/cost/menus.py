@@ -128,6 +128,7 @@ class Menus:
             )
             for way in own
         ]
+        logits = pair.logits.num_bytes if pair.logits.kept else 0
         wanted = {*fused_factors(pair), *self.factors.get(head.name, ())} - {0, 1}
         for factor in sorted(wanted):
             fused = self._fused_way(pair, seconds, factor)
@@ -136,7 +137,7 @@ class Menus:
                 ways.append(
                     replace(
                         own[1],
-                        stash_bytes=own[1].stash_bytes + _besides_softmax(pair),
+                        stash_bytes=own[1].stash_bytes - logits + _besides_softmax(pair),
                         forward_s=fused.forward_s,
                         backward_s=fused.backward_s + seconds[head.name][0],
                         workspace_bytes=fused.workspace_bytes + _kept_by_head(pair),
