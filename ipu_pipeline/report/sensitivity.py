@@ -217,4 +217,9 @@ def _costs(plan: Plan, graph: BlockGraph, machine: Machine, factor: float) -> Gr
         )
         for planned, block in zip(plan.blocks, graph.blocks, strict=True)
     }
-    return GraphCosts(blocks, plan.cost_source, device_speeds(machine))
+    return GraphCosts(
+        blocks,
+        plan.cost_source,
+        device_speeds(machine),
+        frees_in_order=plan.cost_source in ("analytic", "profiled"),
+    )
