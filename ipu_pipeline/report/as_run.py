@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ipu_pipeline.cost.analytic import device_speeds
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.schedule.load import block_bytes
 
 
 def as_run(plan: Plan) -> Plan:
@@ -31,14 +32,11 @@ def _as_run(
 ) -> dict[str, PlannedBlock]:
     blocks = [prices[name] for name in stage.blocks]
     again = set(stage.recompute)
-    entering = sum(
-        spec.num_bytes * len(again.intersection(spec.consumers)) for spec in plan.tensors
-    )
-    stash = entering + sum(b.stash_bytes for b in blocks if b.name not in again)
     forward_s = sum(b.forward_s for b in blocks)
     backward_s = sum(b.backward_s + (b.forward_s if b.name in again else 0.0) for b in blocks)
     sliced = [prices[name] for name in stage.serialize]
-    saved = stash - (stage.stash_bytes or 0)
+    _, plain_stash, _ = block_bytes(plan, stage)
+    saved = plain_stash - (stage.stash_bytes or 0)
     return {
         block.name: replace(
             block,

@@ -10,11 +10,13 @@ from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.report.as_run import as_run
 from tests.ir.plan_example import example_plan
 
+ENTERING = 2 * 4 * 8 * 4  # e and h0
+
 
 def sliced(*, recompute: tuple[str, ...] = (), **stage: object) -> Plan:
     """Stage 1 (layer.1 and head: 1 ms, 2 ms and 4096 bytes each) with the head in slices."""
     plan = example_plan()
-    fields = {"forward_s": 0.0025, "backward_s": 0.007, "stash_bytes": 4200, **stage}
+    fields = {"forward_s": 0.0025, "backward_s": 0.007, "stash_bytes": ENTERING + 4200, **stage}
     second = PlannedStage(1, ("layer.1", "head"), recompute, {"head": 4}, **fields)  # type: ignore[arg-type]
     made = replace(plan, stages=(plan.stages[0], second))
     return replace(made, decision_digest=made.digest())
@@ -29,8 +31,7 @@ def test_what_a_stage_differs_by_is_its_serialized_blocks() -> None:
 
 
 def test_recomputed_blocks_are_accounted_for() -> None:
-    entering = 4 * 8 * 4  # h0
-    plan = sliced(recompute=("layer.1",), stash_bytes=entering + 100)
+    plan = sliced(recompute=("layer.1",), stash_bytes=ENTERING + 4 * 8 * 4 + 100)
     head = as_run(plan).blocks[3]
     assert head.backward_s == pytest.approx(0.007 - 0.002 - 0.001)
     assert head.stash_bytes == 100
