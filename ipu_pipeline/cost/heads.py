@@ -78,6 +78,19 @@ def unfused_heads(
     )
 
 
+def is_end(graph: BlockGraph, block: Block) -> bool:
+    """Whether ``block`` needs every other block, so that any split has it in the last stage."""
+    producers = {tensor.name: tensor.producer for tensor in graph.tensors}
+    needed, pending = {block.name}, [block]
+    while pending:
+        for name in pending.pop().inputs:
+            producer = producers[name]
+            if producer is not None and producer not in needed:
+                needed.add(producer)
+                pending.append(graph[producer])
+    return len(needed) == len(graph.blocks)
+
+
 def _pair(graph: BlockGraph, loss: Block, logits: TensorSpec) -> FusedHead | None:
     if logits.producer is None or logits.name in graph.results:
         return None
