@@ -110,6 +110,10 @@ def plan_command(
     pod_type: Annotated[
         str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
     ] = None,
+    passes: Annotated[
+        str,
+        typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
+    ] = "",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
     ] = None,
@@ -135,6 +139,7 @@ def plan_command(
         costs=costs.value,
         granularity=granularity.value,
         config=config,
+        passes=passes,
     )
     typer.echo(made.explain())
     if output is not None:

@@ -13,15 +13,21 @@ from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.cost.analytic import AnalyticCostModel
+from ipu_pipeline.cost.heads import unfused_heads
 from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu
-from ipu_pipeline.cost.model import GraphCosts
+from ipu_pipeline.cost.model import CostModel, GraphCosts
 from ipu_pipeline.cost.profiled import ProfiledCostModel
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.cost.tables import table_of
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage, PlannedTable
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, Partition, solve
+from ipu_pipeline.partition import Constraints, Partition, StageAssignment, solve
+from ipu_pipeline.partition.annotated import evaluate_plan, factors_of
+from ipu_pipeline.partition.objective import in_flight
+from ipu_pipeline.passes.manager import PassManager
 from ipu_pipeline.profiling import local_machine, profile_blocks
 from ipu_pipeline.targets.base import Executable, ExecutionOptions
 from ipu_pipeline.targets.registry import lower
@@ -42,6 +48,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     granularity: Granularity = "layer",
     config: IPUConfig | None = None,
     constraints: Constraints | None = None,
+    passes: str = "",
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -60,16 +67,20 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         granularity: How fine the blocks are: ``layer``, ``sublayer`` or ``op``.
         config: An IPU configuration; its ``layers_per_ipu`` is respected to the letter.
         constraints: Further limits; the arguments above replace its fields of the same meaning.
+        passes: Passes over the solved plan, such as ``serialize_projection{factor=16},
+            recompute{blocks=all}``; the predictions are those of the annotated plan.
 
     Raises:
         CaptureError: The model cannot be captured.
-        PartitionError: No split satisfies the constraints.
+        PartitionError: No split satisfies the constraints, or what the passes made of it does not
+            fit.
+        PlanError: A pass cannot be applied.
         ValueError: An argument is out of range.
     """
+    manager = PassManager.parse(passes)
     captured = capture(model, example_batch, granularity=granularity)
     depth = _depth(num_stages, config)
     described = _machine(machine, depth)
-    prices = _price(captured, example_batch, described, costs, config, replicas)
     limits = replace(
         constraints or _machine_limits(described),
         num_stages=depth,
@@ -78,8 +89,12 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
         layers_per_ipu=_layers(captured.graph, config, depth),
     )
+    model_of_costs = _cost_model(captured, example_batch, described, costs, config, limits)
+    asked = limits.factors(captured.graph.block_index)
+    prices = _offering(model_of_costs, asked).estimate(captured.graph, described)
     partition = solve(captured.graph, prices, described, limits)
-    return make_plan(captured, described, prices, partition)
+    made = make_plan(captured, described, prices, partition)
+    return _annotated(captured.graph, made, manager, model_of_costs, limits)
 
 
 def compile(
@@ -122,20 +137,7 @@ def make_plan(
     made = Plan(
         model=model_identity(captured.model),
         machine=machine,
-        stages=tuple(
-            PlannedStage(
-                device=stage.device,
-                blocks=stage.blocks,
-                recompute=stage.recomputed,
-                serialize=stage.serialized,
-                forward_s=stage.forward_s,
-                backward_s=stage.backward_s,
-                transfer_s=stage.transfer_s,
-                memory_bytes=stage.memory_bytes,
-                in_flight=stage.in_flight,
-            )
-            for stage in partition.stages
-        ),
+        stages=tuple(map(_planned_stage, partition.stages)),
         blocks=tuple(_planned_blocks(graph, costs)),
         tensors=tuple(spec for spec in graph.tensors if spec.consumers),
         inputs=graph.inputs,
@@ -152,6 +154,50 @@ def make_plan(
     return replace(made, decision_digest=made.digest())
 
 
+def _annotated(
+    graph: BlockGraph, made: Plan, manager: PassManager, costs: CostModel, limits: Constraints
+) -> Plan:
+    """Run the passes and predict again for what they wrote."""
+    if not manager.passes:
+        return made
+    annotated = manager.run(made)
+    factors = factors_of(annotated)
+    apart = unfused_heads(graph, annotated.stage_of, [n for n, f in factors.items() if f > 1])
+    prices = _offering(costs, factors, apart).estimate(graph, made.machine)
+    try:
+        partition = evaluate_plan(graph, prices, made.machine, limits, annotated)
+    except PartitionError as error:
+        raise PartitionError(f"the plan after the passes {manager}: {error}") from error
+    stages = tuple(
+        replace(_planned_stage(stage), table_slices=before.table_slices)
+        for stage, before in zip(partition.stages, annotated.stages, strict=True)
+    )
+    priced = replace(
+        annotated,
+        stages=stages,
+        objective_s=partition.objective,
+        lower_bound_s=min(made.lower_bound_s, partition.objective),
+        binding=partition.binding,
+    )
+    return replace(priced, decision_digest=priced.digest())
+
+
+def _planned_stage(stage: StageAssignment) -> PlannedStage:
+    return PlannedStage(
+        device=stage.device,
+        blocks=stage.blocks,
+        recompute=stage.recomputed,
+        serialize=stage.serialized,
+        forward_s=stage.forward_s,
+        backward_s=stage.backward_s,
+        transfer_s=stage.transfer_s,
+        memory_bytes=stage.memory_bytes,
+        in_flight=stage.in_flight,
+        weight_bytes=stage.weight_bytes,
+        stash_bytes=stage.stash_bytes,
+    )
+
+
 def _planned_blocks(graph: BlockGraph, costs: GraphCosts) -> list[PlannedBlock]:
     planned = []
     for block in graph.blocks:
@@ -166,9 +212,17 @@ def _planned_blocks(graph: BlockGraph, costs: GraphCosts) -> list[PlannedBlock]:
                 forward_s=price.plain.forward_s,
                 backward_s=price.plain.backward_s,
                 stash_bytes=price.plain.stash_bytes,
+                table=_planned_table(graph, block),
             )
         )
     return planned
+
+
+def _planned_table(graph: BlockGraph, block: Block) -> PlannedTable | None:
+    table = table_of(graph, block)
+    if table is None:
+        return None
+    return PlannedTable(table.parameter, table.rows, table.width, table.use, table.is_large)
 
 
 def _depth(num_stages: int | None, config: IPUConfig | None) -> int | None:
@@ -198,22 +252,37 @@ def _machine_limits(machine: Machine) -> Constraints:
     return Constraints()
 
 
-def _price(
+def _cost_model(
     captured: CapturedModel,
     batch: Mapping[str, Any],
     machine: Machine,
     costs: str,
     config: IPUConfig | None,
-    replicas: int,
-) -> GraphCosts:
+    limits: Constraints,
+) -> CostModel:
+    replicas = limits.replicas or 1
     if costs == "analytic" and is_ipu(machine):
-        return _ipu_model(config, replicas).estimate(captured.graph, machine)
+        return _ipu_model(config, replicas)
+    microbatches = (limits.total_microbatches or limits.num_microbatches * replicas) // replicas
+    last = in_flight(limits.schedule, 1, microbatches)
     if costs == "analytic":
-        return AnalyticCostModel().estimate(captured.graph, machine)
+        return AnalyticCostModel(loss_in_flight=last)
     if costs == "profiled":
         times = profile_blocks(captured, batch, num_devices=len(machine.devices))
-        return ProfiledCostModel(times).estimate(captured.graph, machine)
+        return ProfiledCostModel(times, loss_in_flight=last)
     raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
+
+
+def _offering(
+    costs: CostModel, factors: Mapping[str, int], unfused: tuple[str, ...] = ()
+) -> CostModel:
+    """Let the menus of some blocks have so many slices, too."""
+    if isinstance(costs, IPUCostModel):
+        return replace(costs, factors=tuple(sorted({*costs.factors, *factors.values()})))
+    if isinstance(costs, AnalyticCostModel | ProfiledCostModel):
+        sliced = {name: (factor,) for name, factor in factors.items() if factor > 1}
+        return replace(costs, factors=sliced, unfused=unfused)
+    return costs
 
 
 def _ipu_model(config: IPUConfig | None, replicas: int) -> IPUCostModel:

@@ -56,7 +56,8 @@ def serialized_linear(
             f"use 1 to {max(limit, 1)}"
         )
     x, weight_VH, bias_V = autocast_like_linear(x, weight_VH, bias_V)
-    return _SerializedLinear.apply(x, weight_VH, bias_V, factor, mode)
+    y_MV = _SerializedLinear.apply(x, weight_VH, bias_V, factor, mode)
+    return y_MV.view(*x.shape[:-1], rows)  # in the function it would refuse in-place writes
 
 
 def autocast_like_linear(
@@ -101,7 +102,7 @@ class _SerializedLinear(torch.autograd.Function):
             else:
                 for cut in slices(x_MH.shape[0], factor):
                     y_MV[cut] = functional.linear(x_MH[cut], weight, bias)
-        return y_MV.view(*x.shape[:-1], weight.shape[0])
+        return y_MV
 
     @staticmethod
     @once_differentiable

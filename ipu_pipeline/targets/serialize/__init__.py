@@ -1,0 +1,25 @@
+"""Large tables in slices: lookups, projections and losses, for every target that runs torch."""
+
+from ipu_pipeline.targets.serialize.forward import SerializedForward
+from ipu_pipeline.targets.serialize.gradients import GradientSum, add_gradient, add_sums
+from ipu_pipeline.targets.serialize.tables import (
+    Table,
+    TableUses,
+    check_factors,
+    find_tables,
+    fused_projections,
+    serialized,
+)
+
+__all__ = [
+    "GradientSum",
+    "SerializedForward",
+    "Table",
+    "TableUses",
+    "add_gradient",
+    "add_sums",
+    "check_factors",
+    "find_tables",
+    "fused_projections",
+    "serialized",
+]
