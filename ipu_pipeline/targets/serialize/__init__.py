@@ -2,6 +2,7 @@
 
 from ipu_pipeline.targets.serialize.forward import SerializedForward
 from ipu_pipeline.targets.serialize.gradients import GradientSum, add_gradient, add_sums
+from ipu_pipeline.targets.serialize.spread import Share, spread_tables
 from ipu_pipeline.targets.serialize.tables import (
     Table,
     TableUses,
@@ -14,6 +15,7 @@ from ipu_pipeline.targets.serialize.tables import (
 __all__ = [
     "GradientSum",
     "SerializedForward",
+    "Share",
     "Table",
     "TableUses",
     "add_gradient",
@@ -22,4 +24,5 @@ __all__ = [
     "find_tables",
     "fused_projections",
     "serialized",
+    "spread_tables",
 ]
