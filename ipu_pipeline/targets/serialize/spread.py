@@ -144,13 +144,19 @@ class _Lookups(TorchFunctionMode):
 def _find_lookup(captured: CapturedModel, program: Program, table: Table) -> dict[str, Any]:
     """Run ``program`` without data; return which of its inputs it looks up, and how."""
     seen = _Lookups(table.parameter)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        inputs = []
-        for name in program.inputs:
-            spec = captured.specs[name]
-            inputs.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
-        with seen:
-            program.module(*inputs)
+    inputs: list[Tensor] = []
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            for name in program.inputs:
+                spec = captured.specs[name]
+                inputs.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
+            with seen:
+                program.module(*inputs)
+    except (RuntimeError, KeyError) as error:
+        raise LoweringError(
+            f"the table of block {program.name!r} cannot be held by several stages: what the block "
+            f"looks up depends on values ({error}); plan without splits"
+        ) from error
     calls = [call for call in seen.calls if call]
     ids = [
         n for n, v in zip(program.inputs, inputs, strict=True) if calls and v is calls[0]["input"]

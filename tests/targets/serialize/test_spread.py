@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.passes.serialize_embedding import SerializeEmbedding
 from ipu_pipeline.targets.local.executable import LocalExecutable
 from tests.targets.serialize.models import (
     MICROBATCHES,
@@ -92,6 +93,11 @@ class Shifted(nn.Embedding):
         return super().forward(ids + 1)
 
 
+class Valued(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * (2 if bool((ids > 3).any()) else 1)
+
+
 def shifted(model: Glue, ids: Tensor) -> Tensor:
     return model.embed(ids)
 
@@ -109,10 +115,25 @@ def glue(look_up: Any, embed: nn.Embedding | None = None) -> tuple[nn.Module, An
     return model, batch, plan
 
 
+def test_plans_of_the_pass_run() -> None:
+    model, example, batch, _ = built("t5 (tied)")
+    expected_loss, expected = eager(model, batch)
+    plan = ipp.plan(model, example, num_stages=4, microbatches=MICROBATCHES)
+    block = "decoder.embed_tokens"
+    home = plan.stage_of[block]
+    assert home > 0
+    plan = SerializeEmbedding(factor=7, splits=(3, 4), blocks=(block,)).run(plan)
+    assert plan.stages[home - 1].table_slices == {block: (0, 3)}
+    with ipp.compile(model, plan, self_check=False) as executable:
+        assert executable.forward_backward(batch) == pytest.approx(expected_loss, rel=1e-6)
+    assert_equal_gradients(gradients(model), expected)
+
+
 @pytest.mark.parametrize(
     ("look_up", "embed", "message"),
     [
         (shifted, Shifted(30, 4), "must use it once, to look up one of its own inputs unchanged"),
+        (shifted, Valued(20, 4), "what the block looks up depends on values"),
         (computed, None, r"another block computes the ids \(argmax\)"),
     ],
 )
@@ -138,5 +159,5 @@ def test_ids_outside_of_every_stage_are_refused() -> None:
     model, batch, plan = glue(shifted)
     with compiled(model, spread(plan, "embed", [1, 1])) as executable:
         executable.forward_backward(batch)
-        with pytest.raises(StageError, match="ids from 12 to 20 are looked up.*which has 20 rows"):
+        with pytest.raises(StageError, match=r"ids from 12 to 20 are looked up.*which has 20 rows"):
             executable.forward_backward({"ids": torch.tensor([[12, 20]] * 4)})
