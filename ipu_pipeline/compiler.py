@@ -192,6 +192,8 @@ def _planned_stage(stage: StageAssignment) -> PlannedStage:
         transfer_s=stage.transfer_s,
         memory_bytes=stage.memory_bytes,
         in_flight=stage.in_flight,
+        weight_bytes=stage.weight_bytes,
+        stash_bytes=stage.stash_bytes,
     )
 
 

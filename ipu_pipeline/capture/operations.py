@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -48,14 +48,18 @@ class Operations:
         forward: Operations of the forward pass.
         backward: Operations of the backward pass.
         saved_bytes: Bytes kept for the backward pass, without parameters and block inputs.
-        workspace_bytes: Most bytes alive at one time in either pass beyond ``saved_bytes``,
-            without parameters, their gradients, and block inputs.
+        peak_bytes: Most bytes alive at one time in either pass, without parameters, their
+            gradients, and block inputs.
+        output_bytes: Bytes that each output adds to ``saved_bytes`` while it is alive.
+        keeps_inputs: Whether each input is kept for the backward pass.
     """
 
     forward: tuple[OpRecord, ...]
     backward: tuple[OpRecord, ...]
     saved_bytes: int
-    workspace_bytes: int
+    peak_bytes: int
+    output_bytes: tuple[int, ...]
+    keeps_inputs: tuple[bool, ...]
 
 
 class OperationCounter:
@@ -144,15 +148,19 @@ def _measure(
     taken: list[Tensor] = []
     entered = tuple(_produced(value, taken) for value in inputs)
     saved: dict[int, int] = {}
+    saved_outside: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        if not live.is_apart(tensor):
+        if live.is_apart(tensor):
+            saved_outside.add(storage_key(tensor))
+        else:
             saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = torch.func.functional_call(module, dict(state), entered)
-    forward, peak, kept = watcher.take(), live.take_peak(), sum(saved.values())
+    forward, peak = watcher.take(), live.take_peak()
+    output_bytes = tuple(_added(outputs, live, saved))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
         with watcher:
@@ -165,7 +173,25 @@ def _measure(
         with watcher:
             torch.autograd.backward(end, seed)
         peak = max(peak, live.take_peak())
-    return Operations(forward, watcher.take(), kept, max(0, peak - kept))
+    return Operations(
+        forward,
+        watcher.take(),
+        sum(saved.values()),
+        peak,
+        output_bytes,
+        tuple(isinstance(v, Tensor) and storage_key(v) in saved_outside for v in inputs),
+    )
+
+
+def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> Iterator[int]:
+    """Bytes that each value has for itself: not outside, saved, or shared with one before it."""
+    known = set(counted)
+    for value in values:
+        if not isinstance(value, Tensor) or live.is_apart(value) or storage_key(value) in known:
+            yield 0
+            continue
+        known.add(storage_key(value))
+        yield int(value.untyped_storage().nbytes())
 
 
 def _produced(value: Any, taken: list[Tensor]) -> Any:

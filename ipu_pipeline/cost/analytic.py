@@ -44,7 +44,7 @@ class AnalyticCostModel:
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks
         }
-        return GraphCosts(blocks, "analytic", device_speeds(machine), together)
+        return GraphCosts(blocks, "analytic", device_speeds(machine), together, frees_in_order=True)
 
 
 def device_speeds(machine: Machine) -> tuple[float, ...]:

@@ -128,6 +128,7 @@ class Menus:
             )
             for way in own
         ]
+        logits = pair.logits.num_bytes if pair.logits.kept else 0
         wanted = {*fused_factors(pair), *self.factors.get(head.name, ())} - {0, 1}
         for factor in sorted(wanted):
             fused = self._fused_way(pair, seconds, factor)
@@ -136,10 +137,10 @@ class Menus:
                 ways.append(
                     replace(
                         own[1],
-                        stash_bytes=own[1].stash_bytes + _besides_softmax(pair),
+                        stash_bytes=own[1].stash_bytes - logits + _besides_softmax(pair),
                         forward_s=fused.forward_s,
                         backward_s=fused.backward_s + seconds[head.name][0],
-                        workspace_bytes=fused.workspace_bytes + head.saved_bytes,
+                        workspace_bytes=fused.workspace_bytes + _kept_by_head(pair),
                         serialize_factor=factor,
                     )
                 )
@@ -159,7 +160,7 @@ class Menus:
         return BlockChoice(
             forward_s=forward_s + extra_forward_s,
             backward_s=backward_s + extra_backward_s + recomputed_s,
-            stash_bytes=head.saved_bytes + _besides_softmax(pair),
+            stash_bytes=_kept_by_head(pair) + _besides_softmax(pair),
             workspace_bytes=_slice_bytes(pair, factor) + gradients,
             serialize_factor=factor,
         )
@@ -170,16 +171,22 @@ def block_choices(
 ) -> tuple[BlockChoice, ...]:
     """Return the ways to run ``block`` whole: plain, and with its forward pass recomputed.
 
-    Recomputation keeps only what enters the block and needs the saved tensors again as
-    workspace while the block runs backward.
+    A tensor between two blocks that is kept for a backward pass is charged to the block that
+    makes it, however many read it. Recomputation keeps only what enters the block, also when
+    nobody else would, and needs the saved tensors again as workspace while the block runs
+    backward.
     """
-    plain = BlockChoice(forward_s, backward_s, block.saved_bytes, block.workspace_bytes)
+    stash = block.saved_bytes + block.kept_bytes
+    plain = BlockChoice(forward_s, backward_s, stash, block.workspace_bytes)
     if not graph.training or block.saved_bytes == 0:
         return (plain,)
+    outputs = [graph.tensor_by_name[name] for name in block.outputs if name in graph.tensor_by_name]
+    inputs = [graph.tensor_by_name[name] for name in block.inputs]
     recomputed = BlockChoice(
         forward_s=forward_s,
         backward_s=backward_s + forward_s,
-        stash_bytes=sum(graph.tensor_by_name[name].num_bytes for name in block.inputs),
+        stash_bytes=sum(spec.num_bytes for spec in outputs if spec.kept)
+        + sum(spec.num_bytes for spec in inputs if not spec.kept),
         workspace_bytes=block.workspace_bytes + block.saved_bytes,
         recompute=True,
     )
@@ -195,6 +202,11 @@ def fused_factors(pair: FusedHead) -> tuple[int, ...]:
     found = [least << step for step in range(FUSED_CHOICES)]
     most = 1 << (max(1, pair.tokens).bit_length() - 1)
     return tuple(sorted({min(factor, most) for factor in found} - {1}))
+
+
+def _kept_by_head(pair: FusedHead) -> int:
+    """Bytes that the head keeps besides what is as large as the logits."""
+    return pair.head.saved_bytes - pair.saved_logits_bytes
 
 
 def _besides_softmax(pair: FusedHead) -> int:

@@ -65,4 +65,4 @@ class ProfiledCostModel:
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks
         }
-        return GraphCosts(blocks, "profiled", device_speeds(machine), together)
+        return GraphCosts(blocks, "profiled", device_speeds(machine), together, frees_in_order=True)

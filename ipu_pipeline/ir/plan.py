@@ -109,6 +109,8 @@ class PlannedStage:
         transfer_s: Predicted seconds of one microbatch's transfers.
         memory_bytes: Predicted peak bytes on the device for this stage.
         in_flight: Most microbatches whose activations it holds at one time.
+        weight_bytes: Part of ``memory_bytes`` that never changes; ``None`` in older files.
+        stash_bytes: Part of ``memory_bytes`` for each microbatch in flight; ``None`` likewise.
     """
 
     device: int
@@ -120,6 +122,8 @@ class PlannedStage:
     transfer_s: float = 0.0
     memory_bytes: int = 0
     in_flight: int = 0
+    weight_bytes: int | None = None
+    stash_bytes: int | None = None
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property

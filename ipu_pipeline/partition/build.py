@@ -22,10 +22,12 @@ class Built:
     Attributes:
         problem: The problem.
         choices: The caller's choice behind every option of every block.
+        frees_in_order: As in the prices.
     """
 
     problem: Problem
     choices: tuple[tuple[BlockChoice, ...], ...]
+    frees_in_order: bool = False
 
 
 def build_problem(
@@ -51,7 +53,7 @@ def build_problem(
             names=tuple(index),
             preds=_predecessors(graph, constraints),
             options=ways,
-            values=tuple(_values(graph)),
+            values=tuple(_values(graph, machine)),
             weight_bytes=private,
             shared_weights=shared,
             inputs=tuple(
@@ -65,6 +67,7 @@ def build_problem(
             same_device=_device_groups(graph, constraints),
         ),
         choices,
+        costs.frees_in_order,
     )
 
 
@@ -227,12 +230,13 @@ def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...
     return tuple(preds)
 
 
-def _values(graph: BlockGraph) -> list[Value]:
+def _values(graph: BlockGraph, machine: Machine) -> list[Value]:
+    """Tensors between blocks. In a shared memory the one that is kept is the producer's own."""
     return [
         Value(
             graph.block_index[tensor.producer],
             _mask(graph, tensor.consumers),
-            tensor.num_bytes,
+            0 if machine.shared_memory and tensor.kept else tensor.num_bytes,
             tensor.num_bytes if tensor.requires_grad and graph.training else 0,
         )
         for tensor in graph.tensors
