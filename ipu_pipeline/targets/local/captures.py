@@ -69,7 +69,7 @@ class StageCache:
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
-        tables = find_tables(captured.programs, uses, serialized(self.plan))
+        tables = find_tables(captured, uses, serialized(self.plan))
         shares = spread_tables(captured, self.plan, tables)
         return build_stages(captured, blocks, self.recompute, tables, shares)
 

@@ -6,7 +6,7 @@ from ipu_pipeline.targets.serialize.spread import Share, spread_tables
 from ipu_pipeline.targets.serialize.tables import (
     Table,
     TableUses,
-    check_factors,
+    check_blocks,
     find_tables,
     fused_projections,
     serialized,
@@ -20,7 +20,7 @@ __all__ = [
     "TableUses",
     "add_gradient",
     "add_sums",
-    "check_factors",
+    "check_blocks",
     "find_tables",
     "fused_projections",
     "serialized",
