@@ -6,6 +6,7 @@
 // Tiles and blocks do not depend on the number of threads, and inside a parallel region a matmul
 // of torch keeps to one thread: the result has the same bits for any number of threads.
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -22,6 +23,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "simd/softmax_loss.h"
 
@@ -30,7 +32,7 @@ namespace {
 using at::Tensor;
 using std::int64_t;
 
-constexpr int64_t kTileClasses = 1024;
+constexpr int64_t kTileClasses = 512;
 constexpr int64_t kBlockTokens = 128;
 
 template <typename Body>
@@ -136,6 +138,7 @@ class Slices {
     buffers_ = at::empty({at::get_num_threads(), most_tokens * std::min(classes_, kTileClasses)},
                          in.x.options());
     if (gradients.wanted()) chunk_ = at::empty({most_tokens, classes_}, in.x.options());
+    target_gradients_ = at::zeros({in.x.size(0)}, numbers);
     if (gradients.bias.defined()) bias_sums_ = at::zeros({classes_}, numbers);
     if (in.x.scalar_type() == at::kFloat && in.weight.is_contiguous() && in.weight.numel() > 0 &&
         ipu::isa() == ipu::Isa::avx512) {
@@ -172,9 +175,43 @@ class Slices {
 
   void finish() {
     if (gradients_.bias.defined()) gradients_.bias.copy_(bias_sums_);
+    if (!gradients_.weight.defined()) return;
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, in_.x.scalar_type(), "target_rows",
+                                    [&] { add_target_rows<scalar_t>(); });
   }
 
  private:
+  // Adds what the tokens' own classes contribute to the weight's gradient. It is most of these
+  // rows: in half precision, rounding it once more for every later slice would show.
+  template <typename T>
+  void add_target_rows() const {
+    const int64_t* target = in_.target.template const_data_ptr<int64_t>();
+    std::vector<int64_t> tokens;
+    for (int64_t n = 0; n < in_.x.size(0); ++n) {
+      if (target[n] != loss_.ignore_index) tokens.push_back(n);
+    }
+    std::stable_sort(tokens.begin(), tokens.end(),
+                     [&](int64_t a, int64_t b) { return target[a] < target[b]; });
+    std::vector<size_t> starts;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      if (i == 0 || target[tokens[i]] != target[tokens[i - 1]]) starts.push_back(i);
+    }
+    starts.push_back(tokens.size());
+    const int64_t hidden = in_.x.size(1);
+    const T* x = in_.x.template const_data_ptr<T>();
+    const A* factors = target_gradients_.template const_data_ptr<A>();
+    T* rows = gradients_.weight.template mutable_data_ptr<T>();
+    for_each(static_cast<int64_t>(starts.size()) - 1, [&](int64_t group) {
+      T* row = rows + target[tokens[starts[group]]] * hidden;
+      std::vector<A> sum(row, row + hidden);
+      for (size_t i = starts[group]; i < starts[group + 1]; ++i) {
+        const T* x_n = x + tokens[i] * hidden;
+        for (int64_t h = 0; h < hidden; ++h) sum[h] += factors[tokens[i]] * static_cast<A>(x_n[h]);
+      }
+      for (int64_t h = 0; h < hidden; ++h) row[h] = static_cast<T>(sum[h]);
+    });
+  }
+
   struct Tile {
     ipu::LogitTile loop;
     Tensor buffer;
@@ -249,7 +286,8 @@ class Slices {
     Tile tile = tile_at(index);
     const int64_t first = tile.loop.first_class;
     const ipu::RowFactors factors{row_value(1), row_value(2), row_value(3), row_value(4),
-                                  counted_.template const_data_ptr<bool>()};
+                                  counted_.template const_data_ptr<bool>(),
+                                  target_gradients_.template mutable_data_ptr<A>() + first_};
     A* column_sums =
         bias_sums_.defined() ? bias_sums_.template mutable_data_ptr<A>() + first : nullptr;
     void* copy = gradients_.weight.defined() ? tile.buffer.mutable_data_ptr() : nullptr;
@@ -300,6 +338,8 @@ class Slices {
   // The slice's logits, then their gradient.
   Tensor chunk_;
   Tensor bias_sums_;
+  // [N]: the gradient of every token's target logit.
+  Tensor target_gradients_;
   int64_t first_ = 0;
   int64_t tokens_ = 0;
   Tensor x_;

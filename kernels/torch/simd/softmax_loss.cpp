@@ -183,8 +183,10 @@ void tile_gradient(const LogitTile& tile, T* logits, int64_t stride, T* copy, vo
     row_gradient<T, A>(here, z, tile.classes, weight, row_copy, sums);
     if (has_target) {
       const A hard = at(factors.hard, row);
-      narrow(here.gradient(logit, weight == nullptr ? A(1) : weight[target]) - hard, z[target]);
-      if (copy != nullptr) row_copy[target] = z[target];
+      const A gradient = here.gradient(logit, weight == nullptr ? A(1) : weight[target]) - hard;
+      narrow(gradient, z[target]);
+      static_cast<A*>(factors.at_target)[row] = gradient;
+      if (copy != nullptr) row_copy[target] = T{};
       if (sums != nullptr) sums[target] -= hard;
     }
   }

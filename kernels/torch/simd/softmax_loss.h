@@ -40,6 +40,7 @@ struct RowFactors {
   const void* uniform;
   const void* hard;
   const bool* counted;  // a row that is not counted gets zeros
+  void* at_target;      // receives the target's gradient, unrounded, if the target is in this tile
 };
 
 }  // namespace ipu
@@ -49,6 +50,8 @@ IPU_DECLARE_LOOP(void, softmax_tile_sums, const ipu::LogitTile&, const void* log
                  std::int64_t copy_stride, const ipu::TileSums&)
 
 // Turns logits, with `stride` between rows, into their gradients in place; `copy`, if not null,
-// receives them contiguously; `column_sums` [classes], if not null, has them added.
+// receives them contiguously, with 0 at the target: there the two parts of the gradient have
+// different sizes, and the caller adds `at_target` in its own precision. `column_sums` [classes],
+// if not null, has all gradients added.
 IPU_DECLARE_LOOP(void, softmax_tile_gradient, const ipu::LogitTile&, void* logits,
                  std::int64_t stride, void* copy, void* column_sums, const ipu::RowFactors&)
