@@ -96,14 +96,12 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = 0
-        work = []
         for number, group in enumerate(self.param_groups):
             _check_gradients(group["params"], number)
-            work.append((group, first))
-            first += len(group["params"])
-        for group, first_index in work:
+        first_index = 0
+        for group in self.param_groups:
             tensors = self._tensors(group, first_index)
+            first_index += len(group["params"])
             if tensors.weights:
                 adamw_step(tensors, _settings(group))
         return loss
