@@ -45,9 +45,7 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
                 backward_ops=operations.backward,
                 saved_bytes=operations.saved_bytes,
                 kept_bytes=kept_bytes,
-                workspace_bytes=max(
-                    0, operations.peak_bytes - operations.saved_bytes - kept_bytes
-                ),
+                workspace_bytes=max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes),
                 uses_random=any(op.kind == "random" for op in operations.forward),
             )
         )
