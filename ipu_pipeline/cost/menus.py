@@ -129,7 +129,8 @@ class Menus:
             replace(
                 way,
                 stash_bytes=way.stash_bytes + loss.saved_bytes,
-                workspace_bytes=max(way.workspace_bytes, loss.workspace_bytes),
+                # The head runs before the loss has kept anything and after it has let it go.
+                workspace_bytes=max(way.workspace_bytes - loss.saved_bytes, loss.workspace_bytes),
             )
             for way in own
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -102,3 +104,41 @@ def test_a_run_on_real_tensors_measures_the_same() -> None:
         for kind in (Wide, Choosing)
     )
     assert fake.workspace_bytes == real.workspace_bytes
+
+
+def test_a_trace_keeps_nothing_for_a_backward_pass() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(Wide):
+        def forward(self, x: Tensor) -> Tensor:
+            inside = self.up(x).exp()
+            alive.append(weakref.ref(inside.untyped_storage()))
+            return self.down(inside)
+
+    def body(self, x):
+        found = self.layers[1](self.layers[0](x)).sum()
+        counts.append(sum(storage() is not None for storage in alive))
+        return {"loss": found}
+
+    counts: list[int] = []
+    capture(toy(body, Watched), batch(x=torch.ones(16, 4)), self_check=False)
+    assert counts == [0]
+
+
+def test_a_model_may_run_a_backward_pass_inside() -> None:
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            place = x.detach().requires_grad_()
+            energy = self.linear(place).square().sum()
+            (force,) = torch.autograd.grad(energy, place, create_graph=True)
+            return x + force
+
+    def body(self, x):
+        return {"loss": self.layers[1](self.layers[0](x)).square().mean()}
+
+    captured = capture(toy(body, Force), batch())
+    assert len(captured.programs) == 2
