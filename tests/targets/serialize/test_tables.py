@@ -58,9 +58,7 @@ def test_blocks_without_a_table_are_refused() -> None:
 
 
 def test_too_many_slices_are_refused() -> None:
-    with pytest.raises(
-        LoweringError, match=r"'lm_head'.*into 100 slices: .* has 99 rows"
-    ):
+    with pytest.raises(LoweringError, match=r"'lm_head'.*into 100 slices: .* has 99 rows"):
         found("gpt2 (tied)", {"lm_head": 100})
 
 
