@@ -12,8 +12,9 @@ from torch import nn
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.config.layers import WILDCARD
 from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu
+from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu, predict
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.graph import BlockGraph
@@ -21,7 +22,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, Partition, solve
+from ipu_pipeline.partition import Constraints, Partition, configured_partition, solve
 from ipu_pipeline.profiling import local_machine, profile_blocks
 from ipu_pipeline.targets.base import Executable, ExecutionOptions
 from ipu_pipeline.targets.registry import lower
@@ -70,6 +71,15 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     depth = _depth(num_stages, config)
     described = _machine(machine, depth)
     prices = _price(captured, example_batch, described, costs, config, replicas)
+    if constraints is None and _is_spelled_out(config, described):
+        assert config is not None
+        settings = replace(
+            IPUSettings.from_config(config, replicas=replicas),
+            accumulation=_microbatches(microbatches, config),
+        )
+        prediction = predict(captured.graph, settings, described)
+        partition = configured_partition(captured.graph, prediction, prices)
+        return make_plan(captured, described, prices, partition)
     limits = replace(
         constraints or _machine_limits(described),
         num_stages=depth,
@@ -181,6 +191,11 @@ def _depth(num_stages: int | None, config: IPUConfig | None) -> int | None:
             "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
         )
     return depth
+
+
+def _is_spelled_out(config: IPUConfig | None, machine: Machine) -> bool:
+    """Whether the configuration says where every layer runs, so that nothing is left to solve."""
+    return config is not None and is_ipu(machine) and config.layers_per_ipu != (WILDCARD,)
 
 
 def _machine(machine: str | Machine, depth: int | None) -> Machine:
