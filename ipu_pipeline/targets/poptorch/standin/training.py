@@ -1,0 +1,116 @@
+"""The training and inference programs: what the device computes in one call."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .device import Weights, find_loss, modes, random_numbers, run_model
+from .device_optimizer import DeviceOptimizer
+from .options import Options
+from .structure import (
+    Collector,
+    Counts,
+    leaves,
+    micro_batch,
+    reduction_divisor,
+    to_device,
+    to_host,
+)
+from .tracing import Watcher
+
+SeedHook = Optional[Callable[[int, int, int], int]]
+"""Seed of a micro-batch from (update or device iteration, accumulation step, replica)."""
+
+
+class DeviceProgram:
+    """A compiled model on the emulated device.
+
+    Args:
+        model: The user's model; its modules run with the device's weights in them.
+        options: Effective options.
+        weights: The device's copies.
+        flags: Training flag of every module, as compiled.
+        optimizer: The device's optimizer; ``None`` for inference.
+
+    Attributes:
+        iterations_done: Device iterations so far; in training, the weight updates.
+        seed_hook: Makes every random number depend on the micro-batch only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        weights: Weights,
+        flags: list[bool],
+        optimizer: DeviceOptimizer | None,
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._weights = weights
+        self._flags = flags
+        self.optimizer = optimizer
+        self.iterations_done = 0
+        self.seed_hook: SeedHook = None
+        self._counts = Counts.of(options)
+
+    def run(self, inputs: Any) -> Any:
+        """Run all micro-batches of one call and return the outputs that the options keep."""
+        collector = Collector(
+            self._counts, self._options.output_mode, self._options.output_return_period
+        )
+        inputs = to_device(inputs)
+        with modes(self._model, self._flags):
+            for iteration in range(self._counts.iterations):
+                self._iterate(iteration, inputs, collector)
+                self.iterations_done += 1
+        return collector.result()
+
+    def _iterate(self, iteration: int, inputs: Any, collector: Collector) -> None:
+        sums: dict[str, Tensor] = {}
+        for step in range(self._counts.accumulation):
+            for replica in range(self._counts.replicas):
+                slot = self._counts.slot(iteration, step, replica)
+                batch = micro_batch(inputs, slot, self._counts.divisor)
+                seed = self._seed(step, replica)
+                with random_numbers(seed), self._weights.in_model(replica):
+                    outputs = self._micro_batch(batch, sums)
+                collector.add(iteration, replica, to_host(outputs))
+        if self.optimizer is not None:
+            self._update(sums)
+
+    def _seed(self, step: int, replica: int) -> int | None:
+        if self.seed_hook is None:
+            return None
+        return self.seed_hook(self.iterations_done, step, replica)
+
+    def _micro_batch(self, batch: Any, sums: dict[str, Tensor]) -> Any:
+        watcher = Watcher(training=self.optimizer is not None)
+        outputs = run_model(self._model, batch, watcher)
+        if self.optimizer is None:
+            return outputs
+        loss = find_loss(watcher.losses, leaves(outputs))
+        trained = [
+            (name, tensor)
+            for name, tensor in zip(self._weights.names, self._weights.parameters)
+            if tensor.requires_grad
+        ]
+        gradients = torch.autograd.grad(
+            loss * self.optimizer.loss_scaling, [t for _, t in trained], allow_unused=True
+        )
+        kind = self.optimizer.values["accumType"]
+        for (name, _), gradient in zip(trained, gradients):
+            if gradient is not None:
+                value = gradient.to(kind)
+                sums[name] = sums[name] + value if name in sums else value
+        return outputs
+
+    def _update(self, sums: dict[str, Tensor]) -> None:
+        assert self.optimizer is not None
+        divisor = self.optimizer.loss_scaling * reduction_divisor(self._options, self._counts)
+        gradients = {name: value.float() / divisor for name, value in sums.items()}
+        parameters = dict(zip(self._weights.names, self._weights.parameters))
+        self.optimizer.update(gradients, parameters)  # type: ignore[arg-type]
