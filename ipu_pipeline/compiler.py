@@ -76,6 +76,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         settings = replace(
             IPUSettings.from_config(config, replicas=replicas),
             accumulation=_microbatches(microbatches, config),
+            hoisted=False,
         )
         prediction = predict(captured.graph, settings, described)
         partition = configured_partition(captured.graph, prediction, prices)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
 
 
@@ -60,6 +61,8 @@ class ExecutionOptions:
         sequential: Run the stages one after another in the calling thread (the reference).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
+        ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
+            optimizer off chip, ...); for the ``poptorch`` target.
     """
 
     precision: str = "float32"
@@ -70,6 +73,7 @@ class ExecutionOptions:
     sequential: bool = False
     stall_timeout_s: float = 600.0
     self_check: bool = True
+    ipu_config: IPUConfig | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):

@@ -1,0 +1,36 @@
+"""Keep model code from doing what a device program cannot: read values, keep caches.
+
+transformers skips an attention mask when all of it is ones, unless it is being traced; poptorch's
+tracing is not the one that model code asks about. Caches of keys and values start with empty
+tensors, which the device does not have, and training needs none.
+"""
+
+import contextlib
+
+import torch
+
+
+@contextlib.contextmanager
+def static_graph(model):
+    """While it lasts, ``torch.jit.is_tracing()`` says yes and ``model`` uses no cache."""
+    own = torch.jit.is_tracing
+    configs = _configs_with_cache(model)
+    torch.jit.is_tracing = lambda: True
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        torch.jit.is_tracing = own
+        for config in configs:
+            config.use_cache = True
+
+
+def _configs_with_cache(model):
+    """Return the distinct configurations of ``model`` and its parts that ask for a cache."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            found[id(config)] = config
+    return list(found.values())
