@@ -6,6 +6,7 @@ tensors, which the device does not have, and training needs none.
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -34,3 +35,18 @@ def _configs_with_cache(model):
         if getattr(config, "use_cache", False) is True:
             found[id(config)] = config
     return list(found.values())
+
+
+def loss_only(model, poptorch):
+    """Make ``model.forward`` return only its loss, marked as the loss; return what undoes it."""
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        with static_graph(model):
+            output = plain(*args, **kwargs)
+        # A sum of losses must be marked as the one loss.
+        return poptorch.identity_loss(output["loss"], reduction="none")
+
+    model.forward = forward
+    return lambda: delattr(model, "forward")
