@@ -1,1 +1,1 @@
-"""The Graphcore target: a plan becomes a poptorch program (the SDK is imported inside functions)."""
+"""Graphcore: a plan becomes a poptorch program (the SDK is imported inside functions only)."""

@@ -47,7 +47,7 @@ class Optimizer(torch.optim.Optimizer):
         """Return the values that all groups share."""
         return {name: getattr(self, name) for name in self._wide}
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Refuse: the device updates the weights.
 
         Raises:

@@ -23,8 +23,18 @@ _BACKEND_NAMES = {
     "max_weight_norm": "maxWeightNorm",
 }
 _IGNORED = frozenset(
-    "params maximize foreach fused capturable differentiable amsgrad centered "
-    "initial_lr decoupled_weight_decay".split()
+    [
+        "params",
+        "maximize",
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+        "amsgrad",
+        "centered",
+        "initial_lr",
+        "decoupled_weight_decay",
+    ]
 )
 _TORCH_KINDS = {
     torch.optim.SGD: "SGD",

@@ -201,6 +201,8 @@ def check_popart_kinds(options: dict[str, Any]) -> str:
         ):
             return f"Unknown {_kind_name(value)} option {key}"
     for key, value in options.items():
+        if isinstance(value, dict) and not all(isinstance(v, (str, int)) for v in value.values()):
+            return f"The values of option {key} must be text or int, got {value}"
         if not isinstance(value, (bool, int, float, str, list, set, tuple, dict)):
             return f"Unknown {type(value).__name__} option {key}"
     return ""

@@ -61,6 +61,7 @@ class Program:
         pipelined: Compiled for pipelined execution.
         blocks: Blocks in the order of execution.
         custom_ops: Names of custom operations; the stand-in computes zeros for them.
+        overlapped: Copies of inputs or outputs overlap with compute.
         replication_factor: Replicas of this process.
         num_ipus: IPUs reserved for all replicas; set by the checks.
     """
@@ -69,6 +70,7 @@ class Program:
     pipelined: bool
     blocks: list[BlockRecord] = field(default_factory=list)
     custom_ops: list[str] = field(default_factory=list)
+    overlapped: bool = False
     replication_factor: int = 1
     num_ipus: int = 0
 
