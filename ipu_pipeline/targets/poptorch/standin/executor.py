@@ -7,6 +7,8 @@ import logging
 import time
 from typing import Any
 
+from torch import Tensor
+
 from . import saving
 from .compile import bind_inputs, effective_options, group_of_parameters, record, values_of
 from .device import Weights
@@ -19,7 +21,7 @@ from .optim_base import changed_constant, popart_type
 from .options_base import require
 from .rules import check_options
 from .structure import Counts, check_inputs, same_signature, signature_of
-from .training import DeviceProgram
+from .training import GRADIENT, DeviceProgram
 
 _LOG = logging.getLogger("poptorch")
 
@@ -135,6 +137,24 @@ class PoplarExecutor(DeviceModel):
         if self._link is not None:
             self._link.device_is_newer = True
         return outputs
+
+    def getTensorNames(self) -> list[str]:
+        """Return the names of the tensors that can be anchored: parameters' gradients."""
+        self._require_compiled("getTensorNames()")
+        return [GRADIENT + name for name in self.program.trained] if self._training else []
+
+    def getAnchoredTensor(self, short_name: str) -> Tensor:
+        """Return what the last call kept of a tensor named by ``Options.anchorTensor``.
+
+        Raises:
+            Error: Not compiled, not run, or no such tensor.
+        """
+        self._require_compiled("getAnchoredTensor()")
+        anchors = self._options.anchored_tensors
+        if short_name not in anchors:
+            raise createPoptorchError(f"{short_name!r} is not anchored, only {sorted(anchors)} are")
+        assert self._device is not None
+        return self._device.anchored(anchors[short_name][0])
 
     def _check_call(self, inputs: Any) -> None:
         check_inputs(inputs, Counts.of(self._options))

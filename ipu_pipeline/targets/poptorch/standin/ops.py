@@ -226,6 +226,7 @@ class CPU:
             layer_to_call.requires_grad_(False)
 
     def __call__(self, *inputs: Any) -> Any:
+        """Call the layer."""
         return self._layer(*inputs)
 
 

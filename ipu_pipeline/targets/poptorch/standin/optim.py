@@ -53,6 +53,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: Always.
         """
+        del closure
         raise RuntimeError(
             "poptorch optimizers do not update weights on the host: call the training model, "
             "and setOptimizer() after changing a value"
