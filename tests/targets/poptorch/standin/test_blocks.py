@@ -136,9 +136,7 @@ def test_no_active_block_after_a_context(poptorch) -> None:
                 x = self.first(x)
             return nn.functional.cross_entropy(x, target)
 
-    with pytest.raises(
-        poptorch.Error, match="No active Block, all the ops must belong to a Block"
-    ):
+    with pytest.raises(poptorch.Error, match="No active Block, all the ops must belong to a Block"):
         compiled(poptorch, Net())
 
 

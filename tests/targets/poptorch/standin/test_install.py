@@ -12,17 +12,68 @@ import pytest
 from ipu_pipeline.targets.poptorch import standin
 from tests.targets.poptorch.standin.toys import mlp
 
-PUBLIC = """
-AsynchronousDataAccessor Attribute AutoStage BeginBlock Block BlockFunction CPU CommGroupType
-ConfigFileError ConnectionType DataLoader DataLoaderMode Error Liveness MatMulSerializationMode
-MeanReductionStrategy MultiConv NameScope Options OutputMode OverlapMode ParallelPhasedExecution
-Phase PipelinedExecution PoplarExecutor RecoverableError ReductionType SerialPhasedExecution
-ShardedExecution SharingStrategy Stage SyncPattern TensorLocationSettings UnrecoverableError
-VariableRetrievalMode __version__ cond custom_op dynamic_slice dynamic_update enums for_loop
-identity_loss inferenceModel ipuHardwareIsAvailable ipuHardwareVersion ipu_print_tensor
-isRunningOnIpu load nop optim options recomputationCheckpoint removeBlocks serializedMatMul
-setLogLevel set_available_memory set_overlap_for_input set_overlap_for_output trainingModel
-""".split()
+PUBLIC = [
+    "AsynchronousDataAccessor",
+    "Attribute",
+    "AutoStage",
+    "BeginBlock",
+    "Block",
+    "BlockFunction",
+    "CPU",
+    "CommGroupType",
+    "ConfigFileError",
+    "ConnectionType",
+    "DataLoader",
+    "DataLoaderMode",
+    "Error",
+    "Liveness",
+    "MatMulSerializationMode",
+    "MeanReductionStrategy",
+    "MultiConv",
+    "NameScope",
+    "Options",
+    "OutputMode",
+    "OverlapMode",
+    "ParallelPhasedExecution",
+    "Phase",
+    "PipelinedExecution",
+    "PoplarExecutor",
+    "RecoverableError",
+    "ReductionType",
+    "SerialPhasedExecution",
+    "ShardedExecution",
+    "SharingStrategy",
+    "Stage",
+    "SyncPattern",
+    "TensorLocationSettings",
+    "UnrecoverableError",
+    "VariableRetrievalMode",
+    "__version__",
+    "cond",
+    "custom_op",
+    "dynamic_slice",
+    "dynamic_update",
+    "enums",
+    "for_loop",
+    "identity_loss",
+    "inferenceModel",
+    "ipuHardwareIsAvailable",
+    "ipuHardwareVersion",
+    "ipu_print_tensor",
+    "isRunningOnIpu",
+    "load",
+    "nop",
+    "optim",
+    "options",
+    "recomputationCheckpoint",
+    "removeBlocks",
+    "serializedMatMul",
+    "setLogLevel",
+    "set_available_memory",
+    "set_overlap_for_input",
+    "set_overlap_for_output",
+    "trainingModel",
+]
 
 
 def test_poptorch_is_importable_inside_only() -> None:
