@@ -73,7 +73,7 @@ def test_bert_trains_as_in_plain_torch(poptorch, name) -> None:
         for index in range(ACCUMULATION):
             part = {k: v[2 * index : 2 * index + 2] for k, v in inputs.items()}
             loss = plain(**part).loss
-            assert float(losses[step][index]) == pytest.approx(float(loss), abs=1e-5)
+            assert float(losses[step][index]) == pytest.approx(loss.item(), abs=1e-5)
             (loss / ACCUMULATION).backward()
         plain_optimizer.step()
     own = executor.model.inner.state_dict()

@@ -178,7 +178,7 @@ def test_strategy_refusals(poptorch) -> None:
         pipelined("a", ["b", "a"])
     with pytest.raises(AssertionError, match="A Stage needs at least one block id"):
         poptorch.Stage()
-    with pytest.raises(AssertionError, match="Unexpected type .*a block id of Stage"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*a block id of Stage"):
         poptorch.Stage(1)
     with pytest.raises(AssertionError, match=r"Unexpected type .*Stage.ipu"):
         poptorch.Stage("a").ipu("0")
@@ -210,9 +210,9 @@ def test_phases(poptorch) -> None:
     serial = poptorch.SerialPhasedExecution("first", ["last"])
     serial.setTensorsLiveness(poptorch.Liveness.AlwaysLive).useSeparateBackwardPhase()
     assert serial.phase(1).stage(0).blocks == ["last"]
-    with pytest.raises(AssertionError, match="Unexpected type .*setTensorsLiveness"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*setTensorsLiveness"):
         serial.setTensorsLiveness(0)
-    with pytest.raises(AssertionError, match="Unexpected type .*useSeparateBackwardPhase"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*useSeparateBackwardPhase"):
         serial.useSeparateBackwardPhase(1)
     program = compiled(poptorch, two_ipus(poptorch, mlp()), strategy=serial, accumulation=1).program
     assert named(program) == [("first", 0, 0), ("last", 1, 1)]
@@ -220,7 +220,7 @@ def test_phases(poptorch) -> None:
 
 def test_parallel_phases_alternate_ipus(poptorch) -> None:
     parallel = poptorch.ParallelPhasedExecution("first", "last").sendTensorsOffChipAfterFwd(True)
-    with pytest.raises(AssertionError, match="Unexpected type .*sendTensorsOffChipAfterFwd"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*sendTensorsOffChipAfterFwd"):
         parallel.sendTensorsOffChipAfterFwd(1)
     model = mlp()
     poptorch.BeginBlock(model.first, "first")

@@ -96,13 +96,13 @@ def test_processes_share_the_dataset(poptorch) -> None:
 
 
 def test_types(poptorch) -> None:
-    with pytest.raises(AssertionError, match="Unexpected type .*options"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*options"):
         poptorch.DataLoader(None, dataset())
-    with pytest.raises(AssertionError, match="Unexpected type .*mode"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*mode"):
         poptorch.DataLoader(poptorch.Options(), dataset(), mode="async")
     with pytest.raises(AssertionError, match=r"needs DataLoaderMode.AsyncRebatched"):
         poptorch.DataLoader(poptorch.Options(), dataset(), rebatched_worker_size=2)
-    with pytest.raises(AssertionError, match="Unexpected type .*sharing_strategy"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*sharing_strategy"):
         AsynchronousDataAccessor([1], sharing_strategy="fork")
     with pytest.raises(AssertionError, match="buffer_size must be above 0, got 0"):
         AsynchronousDataAccessor([1], buffer_size=0)

@@ -158,9 +158,9 @@ def test_inference_needs_no_accumulation(poptorch) -> None:
 
 def test_models_and_options_are_typed(poptorch) -> None:
     for make in (poptorch.trainingModel, poptorch.inferenceModel):
-        with pytest.raises(AssertionError, match="Unexpected type .*the model"):
+        with pytest.raises(AssertionError, match=r"Unexpected type .*the model"):
             make(torch.relu)
-    with pytest.raises(AssertionError, match="Unexpected type .*options"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*options"):
         poptorch.inferenceModel(mlp(), {"deviceIterations": 2})
 
 
@@ -212,7 +212,7 @@ def test_models_that_do_not_pickle(poptorch, tmp_path) -> None:
     model.note = lambda: None
     executor = trainer(poptorch, model)
     executor.compile(*batch(2))
-    with pytest.raises(poptorch.Error, match="cannot be saved .*use export_model=False"):
+    with pytest.raises(poptorch.Error, match=r"cannot be saved .*use export_model=False"):
         executor.save(str(tmp_path))
     executor.save(str(tmp_path), export_model=False, save_rng_state=False)
     trainer(poptorch, mlp()).loadExecutable(str(tmp_path))

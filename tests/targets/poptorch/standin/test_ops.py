@@ -64,7 +64,7 @@ def test_serialized_matmul_refusals(poptorch) -> None:
     mode = poptorch.MatMulSerializationMode
     a = torch.ones(2, 2)
     for args in (("a", a, mode.Disabled), (a, a, "output_channels"), (a, a, mode.Disabled, 2.0)):
-        with pytest.raises(AssertionError, match="Unexpected type .*serializedMatMul"):
+        with pytest.raises(AssertionError, match=r"Unexpected type .*serializedMatMul"):
             poptorch.serializedMatMul(*args)
     with pytest.raises(AssertionError, match="keep_precision"):
         poptorch.serializedMatMul(a, a, mode.Disabled, 0, 1)
@@ -171,7 +171,7 @@ def test_loops_and_conditions(poptorch) -> None:
     for args in ((1.0, len, []), (1, len, ())):
         with pytest.raises(AssertionError, match="Unexpected type"):
             poptorch.for_loop(*args)
-    with pytest.raises(AssertionError, match="Unexpected type .*condition"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*condition"):
         poptorch.cond(True, len, [], len, [])
 
 

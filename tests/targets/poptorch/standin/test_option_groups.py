@@ -22,9 +22,9 @@ def test_precision_flags_are_typed(poptorch) -> None:
     precision = poptorch.Options().Precision
     precision.halfFloatCasting(None).runningStatisticsAlwaysFloat(True)
     assert precision.enableFloatingPointExceptions(True).toDict()["enableFloatingPointChecks"]
-    with pytest.raises(AssertionError, match="Unexpected type .*enableStochasticRounding"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*enableStochasticRounding"):
         precision.enableStochasticRounding(1)
-    with pytest.raises(AssertionError, match="Unexpected type .*enableFloatingPointExceptions"):
+    with pytest.raises(AssertionError, match=r"Unexpected type .*enableFloatingPointExceptions"):
         precision.enableFloatingPointExceptions("yes")
 
 

@@ -81,7 +81,7 @@ def test_output_mode_refusals(poptorch) -> None:
 def test_input_replica_grouping_reads_the_replication_factor(poptorch) -> None:
     group = poptorch.CommGroupType
     poptorch.Options().replicationFactor(4).inputReplicaGrouping(2, group.Orthogonal)
-    with pytest.raises(ValueError, match="does not take CommGroupType.All"):
+    with pytest.raises(ValueError, match=r"does not take CommGroupType.All"):
         poptorch.Options().inputReplicaGrouping(1, group.All)
     with pytest.raises(ValueError, match="must divide the replication factor 1"):
         poptorch.Options().inputReplicaGrouping(2, group.Consecutive)
@@ -107,7 +107,7 @@ def test_offline_version(poptorch) -> None:
 def test_keys_of_two_groups_are_refused(poptorch) -> None:
     options = poptorch.Options().outputMode(poptorch.OutputMode.All)
     options._Popart.set("enableStochasticRounding", True)
-    with pytest.raises(AssertionError, match="set twice.*enableStochasticRounding"):
+    with pytest.raises(AssertionError, match=r"set twice.*enableStochasticRounding"):
         options.toDict()
 
 

@@ -130,7 +130,7 @@ def test_wrong_batch_dimension(poptorch) -> None:
 
 
 def test_inputs_must_not_require_gradients(poptorch) -> None:
-    with pytest.raises(poptorch.Error, match="Input 0 of shape .* requires gradients"):
+    with pytest.raises(poptorch.Error, match=r"Input 0 of shape .* requires gradients"):
         poptorch.inferenceModel(Echo())(torch.ones(2, requires_grad=True))
 
 

@@ -227,7 +227,7 @@ def test_overlap_rules(poptorch) -> None:
 
     with pytest.raises(poptorch.Error, match="cannot be used with PipelinedExecution"):
         run(sharded=False)
-    with pytest.raises(poptorch.Error, match="needs TensorLocations.numIOTiles"):
+    with pytest.raises(poptorch.Error, match=r"needs TensorLocations.numIOTiles"):
         run(tiles=False)
     with pytest.raises(poptorch.Error, match=r"needs OutputMode.All or OutputMode.Sum"):
         run(final=True)
