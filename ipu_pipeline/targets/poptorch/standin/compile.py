@@ -59,6 +59,10 @@ def record(
             program.trained = _trained(loss, weights)
     check_program(program, options)
     _check_anchors(program, options)
+    for name, ipus in program.ipus_of_variables().items():
+        # A pipelined program was refused for this; others are only advised against it.
+        if len(ipus) > 1:
+            _LOG.warning("%s is used on IPUs %s: keep tied weights on one IPU", name, ipus)
     for name in program.custom_ops:
         _LOG.warning("stand-in: custom_op %s is not computed, its outputs are zeros", name)
     return program

@@ -218,6 +218,15 @@ def test_phases(poptorch) -> None:
     assert named(program) == [("first", 0, 0), ("last", 1, 1)]
 
 
+def test_serial_phases_are_on_ipu_0_by_default(poptorch) -> None:
+    model = mlp()
+    poptorch.BeginBlock(model.first, "first")
+    poptorch.BeginBlock(model.last, "last")
+    strategy = poptorch.SerialPhasedExecution("first", "last")
+    program = compiled(poptorch, model, strategy=strategy, accumulation=1).program
+    assert named(program) == [("first", 0, 0), ("last", 1, 0)]
+
+
 def test_parallel_phases_alternate_ipus(poptorch) -> None:
     parallel = poptorch.ParallelPhasedExecution("first", "last").sendTensorsOffChipAfterFwd(True)
     with pytest.raises(AssertionError, match=r"Unexpected type .*sendTensorsOffChipAfterFwd"):

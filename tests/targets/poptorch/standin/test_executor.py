@@ -169,8 +169,10 @@ def test_attributes_of_the_model(poptorch) -> None:
     executor = trainer(poptorch, model)
     assert executor.first is model.first
     assert executor.model is model
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="absent"):
         executor.absent  # noqa: B018
+    with pytest.raises(AttributeError, match="__fspath__"):
+        executor.__fspath__  # noqa: B018
 
 
 def test_save_and_load(poptorch, tmp_path) -> None:
@@ -221,6 +223,21 @@ def test_models_that_do_not_pickle(poptorch, tmp_path) -> None:
 def test_options_can_be_pickled(poptorch) -> None:
     made = pickle.loads(pickle.dumps(poptorch.Options().deviceIterations(3)))
     assert made.device_iterations == 3
+
+
+def test_inference_can_be_detached_and_destroyed(poptorch) -> None:
+    inference = poptorch.inferenceModel(mlp())
+    inference(batch(2)[0])
+    inference.detachFromDevice()
+    inference.destroy()
+    assert not inference.isCompiled()
+
+
+def test_seed_hook_after_compilation(poptorch) -> None:
+    executor = trainer(poptorch, mlp(dropout=0.5), lr=0.0)
+    executor.compile(*batch(2))
+    executor.setSeedHook(lambda _update, _step, _replica: 5)
+    assert torch.equal(executor(*batch(2))[0], executor(*batch(2))[0])
 
 
 def test_rng_state_restores_dropout(poptorch) -> None:

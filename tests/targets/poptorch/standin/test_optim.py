@@ -89,6 +89,13 @@ def test_unexpected_group_keys_warn(poptorch, caplog) -> None:
     assert "Ignoring unexpected attributes of optimizer group 0: ['loss_scaling']" in caplog.text
 
 
+def test_maximize_is_ignored_and_said_so(poptorch, caplog) -> None:
+    model = mlp()
+    optimizer = poptorch.optim.SGD(model.parameters(), lr=0.1, maximize=True)
+    wrapped(poptorch, optimizer, model)(*batch(2))
+    assert "maximize of optimizer group 0 is ignored by the device" in caplog.text
+
+
 def test_step_is_refused(poptorch) -> None:
     with pytest.raises(RuntimeError, match="do not update weights on the host"):
         poptorch.optim.SGD(mlp().parameters(), lr=0.1).step()

@@ -119,6 +119,13 @@ def test_a_variable_lives_on_one_ipu(poptorch) -> None:
         train(poptorch, model)
 
 
+def test_sharing_a_variable_is_only_advised_against_when_sharded(poptorch, caplog) -> None:
+    model = chain(poptorch, [0, 1])
+    model.layers[1].weight = model.layers[0].weight
+    train(poptorch, model, accumulation=1, strategy=poptorch.ShardedExecution())
+    assert "layers.0.weight is used on IPUs [0, 1]: keep tied weights on one IPU" in caplog.text
+
+
 def test_losses(poptorch) -> None:
     class Net(nn.Module):
         def __init__(self, make):
