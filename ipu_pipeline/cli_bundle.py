@@ -1,4 +1,4 @@
-"""Two commands about IPUs: ``emit`` writes a bundle, ``run`` runs one; ``cli.py`` registers them."""
+"""Two commands about bundles for IPUs, ``emit`` and ``run``; ``cli.py`` registers them."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def _require_poptorch(bundle: Path) -> None:
 
     if find_spec("poptorch") is None:
         raise LoweringError(
-            "poptorch is not installed: it comes with Graphcore's SDK; copy the bundle to a machine "
-            f"that has it, or emulate it here: ipu-pipeline run {bundle} --emulate"
+            "poptorch is not installed: it comes with Graphcore's SDK; copy the bundle to a "
+            f"machine that has it, or emulate it here: ipu-pipeline run {bundle} --emulate"
         )
 
 

@@ -98,9 +98,9 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         lines.append(f"    {call:<{width}}  # {_block_note(annotation)}")
     heading = (
         f'"""Where each block of {plan.model.model_class} runs, on {num_ipus} IPUs.\n\n'
-        "One line per block, in the order of execution. Move a block by changing its stage and IPU;\n"
-        "run.py says what an edit breaks. Milliseconds are for one microbatch of "
-        f"{plan.micro_batch_size}; all\nnumbers in comments are predictions.\n"
+        "One line per block, in the order of execution. To move a block, change stage and IPU;\n"
+        "run.py says what an edit breaks. Numbers in comments are predictions, milliseconds for\n"
+        f"one microbatch of {plan.micro_batch_size}.\n"
         '"""\n'
     )
     helper = (

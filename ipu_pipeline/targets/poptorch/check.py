@@ -7,6 +7,7 @@ poptorch contract (sections 1, 2, 3, 5) and PopART's pipelining notes, SDK 3.4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from ipu_pipeline.cost.ipu import is_ipu
 from ipu_pipeline.errors import LoweringError
@@ -37,10 +38,10 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
 def merged_stages(plan: Plan) -> int:
     """Return the forward stages that PopART makes: neighbours on one IPU become one."""
     devices = [stage.device for stage in plan.stages]
-    return 1 + sum(a != b for a, b in zip(devices, devices[1:], strict=False))
+    return 1 + sum(a != b for a, b in pairwise(devices))
 
 
-def _machine(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _machine(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if not is_ipu(plan.machine):
         yield (
             f"the plan is for {plan.machine.name}, whose devices are no IPUs; make it with "
@@ -48,17 +49,17 @@ def _machine(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _accumulation(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     stages = merged_stages(plan)
     least = 2 * stages - 1
     if stages > 1 and plan.num_microbatches < least:
         yield (
-            f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} forward "
-            f"stages - 1, which the pipeline needs to fill; use at least {least} microbatches"
+            f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} "
+            f"forward stages - 1, which the pipeline needs to fill; use {least} microbatches or more"
         )
 
 
-def _ipus(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     per_replica = max(stage.device for stage in plan.stages) + 1
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
@@ -75,7 +76,7 @@ def _ipus(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _tied(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     kinds = {block.name: block.kind for block in plan.blocks}
     for group in plan.tied_groups:
         if {kinds[name] for name in group} == {"layer"}:
@@ -89,7 +90,7 @@ def _tied(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
             )
 
 
-def _slices(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     for stage in plan.stages:
         for name, factor in stage.serialize.items():
             rows = _table_rows(plan, name)
@@ -102,13 +103,13 @@ def _slices(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
                 )
 
 
-def _proportions(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
     if outside:
         yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
 
 
-def _clipping(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     optimizer = settings.optimizer
     if optimizer.max_grad_norm is not None and optimizer.optimizer in ("LAMB", "RMSprop"):
         yield (
@@ -117,7 +118,7 @@ def _clipping(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _batch(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if plan.micro_batch_size < 1:
         yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
 

@@ -26,8 +26,8 @@ from ipu_pipeline.targets.poptorch.optimizers import (
     read_state,
     write_state,
 )
-from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.optimizer import make_optimizer
+from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.placement import Placement
 from ipu_pipeline.targets.poptorch.runtime.static_graph import static_graph
 from ipu_pipeline.targets.poptorch.settings import PopTorchSettings
@@ -101,7 +101,7 @@ class PopTorchExecutable:
         self.global_step += iterations
         return StepResult(float(losses.float().mean()), None, num_samples=size)
 
-    def forward_backward(self, batch: Mapping[str, Any]) -> float:
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:  # noqa: ARG002
         """Refuse: gradients stay on the device.
 
         Raises:

@@ -22,8 +22,8 @@ def read_data(path: str, call_size: int) -> dict[str, Tensor]:
         raise ValueError(f"{path}: the tensors have different numbers of rows: {rows}")
     if next(iter(rows.values())) < call_size:
         raise ValueError(
-            f"{path} has {next(iter(rows.values()))} rows, one call of the device takes {call_size} "
-            "= micro batch x accumulation x replicas x device iterations; give more rows"
+            f"{path} has {next(iter(rows.values()))} rows, one call of the device takes "
+            f"{call_size} = micro batch x accumulation x replicas x iterations; give more rows"
         )
     return data
 

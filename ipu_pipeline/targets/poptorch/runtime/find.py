@@ -1,13 +1,22 @@
 """Find the modules that a plan names, also where this transformers version names them otherwise."""
 
+from __future__ import annotations
+
 import difflib
+from typing import Mapping, Sequence, Tuple
+
+from torch import nn
+
+Structure = Tuple[Tuple[str, str], ...]
 
 
 class ModuleNotFound(LookupError):
     """A module that the plan names is not in the model."""
 
 
-def find_modules(model, paths, planned_parameters):
+def find_modules(
+    model: nn.Module, paths: Sequence[str], planned_parameters: Mapping[str, str]
+) -> dict[str, nn.Module]:
     """Return the module of every path.
 
     A path that the model does not have is matched by structure: the modules whose parameters have
@@ -28,7 +37,7 @@ def find_modules(model, paths, planned_parameters):
     here = dict(model.named_modules())
     found = {path: here[path] for path in paths if path in here}
     missing = [path for path in paths if path not in here]
-    groups = {}
+    groups: dict[Structure, list[str]] = {}
     for path in missing:
         groups.setdefault(_planned_structure(path, planned_parameters), []).append(path)
     taken = {id(module) for module in found.values()}
@@ -44,7 +53,7 @@ def find_modules(model, paths, planned_parameters):
     return found
 
 
-def _planned_structure(path, planned_parameters):
+def _planned_structure(path: str, planned_parameters: Mapping[str, str]) -> Structure:
     below = {
         name[len(path) + 1 :]: text.split(" ")[0]
         for name, text in planned_parameters.items()
@@ -53,7 +62,7 @@ def _planned_structure(path, planned_parameters):
     return tuple(sorted(below.items()))
 
 
-def _structure(module):
+def _structure(module: nn.Module) -> Structure:
     shapes = {
         name: "x".join(str(size) for size in parameter.shape) or "scalar"
         for name, parameter in module.named_parameters()
@@ -61,10 +70,13 @@ def _structure(module):
     return tuple(sorted(shapes.items()))
 
 
-def _message(members, candidates, here):
+def _message(
+    members: Sequence[str], candidates: Sequence[nn.Module], here: Mapping[str, nn.Module]
+) -> str:
     close = difflib.get_close_matches(members[0], list(here), n=3)
     hint = "; close names: " + ", ".join(close) if close else ""
     return (
-        "the model has no module {!r} and {} modules of its structure for {} that the plan names{}; "
-        "use the transformers version the plan was made with, or correct the paths"
-    ).format(members[0], len(candidates), len(members), hint)
+        f"the model has no module {members[0]!r}, and {len(candidates)} modules of its structure "
+        f"for {len(members)} that the plan names{hint}; use the transformers version the plan was "
+        "made with, or correct the paths"
+    )

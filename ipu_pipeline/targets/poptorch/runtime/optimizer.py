@@ -1,11 +1,18 @@
 """The device's optimizer, with every number that a schedule may change given explicitly."""
 
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
 import torch
+from torch import nn
 
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def make_optimizer(settings, groups, poptorch):
+def make_optimizer(
+    settings: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], poptorch: Any
+) -> Any:
     """Return an optimizer of ``poptorch.optim``.
 
     Args:
@@ -35,7 +42,7 @@ def make_optimizer(settings, groups, poptorch):
     return getattr(poptorch.optim, name)(groups, **arguments)
 
 
-def decayed_groups(model, weight_decay):
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two groups as transformers makes them: biases and norms are not decayed."""
     norms = {
         id(parameter)
@@ -43,7 +50,8 @@ def decayed_groups(model, weight_decay):
         if "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
     }
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             bias = name.rsplit(".", 1)[-1] == "bias"

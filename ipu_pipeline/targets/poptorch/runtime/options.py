@@ -1,7 +1,13 @@
 """``poptorch.Options`` from settings, in the order in which the front end needs them."""
 
+from __future__ import annotations
 
-def make_options(settings, poptorch, inference=False):
+from typing import Any, Mapping
+
+import torch
+
+
+def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool = False) -> Any:
     """Return options without an execution strategy.
 
     Args:
@@ -18,21 +24,21 @@ def make_options(settings, poptorch, inference=False):
         options.randomSeed(settings["seed"])
     proportions = settings["inference_memory_proportions" if inference else "memory_proportions"]
     options.setAvailableMemoryProportion(
-        {"IPU{}".format(ipu): share for ipu, share in enumerate(proportions)}
+        {f"IPU{ipu}": share for ipu, share in enumerate(proportions)}
     )
     if settings["executable_cache_dir"]:
         options.enableExecutableCaching(settings["executable_cache_dir"])
-    _outputs(options, settings, poptorch, inference)
+    _outputs(options, settings, poptorch, inference=inference)
     if inference:
         options.Training.gradientAccumulation(1)
     else:
         _training(options, settings, poptorch)
-    _precision(options, settings, inference)
-    _popart(options, inference)
+    _precision(options, settings, inference=inference)
+    _popart(options, inference=inference)
     return options
 
 
-def _outputs(options, settings, poptorch, inference):
+def _outputs(options: Any, settings: Mapping[str, Any], poptorch: Any, *, inference: bool) -> None:
     if inference:
         options.outputMode(poptorch.OutputMode.All)
         return
@@ -45,7 +51,7 @@ def _outputs(options, settings, poptorch, inference):
     options.outputMode(modes[settings["output_mode"]])
 
 
-def _training(options, settings, poptorch):
+def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
     training = options.Training
     training.gradientAccumulation(settings["gradient_accumulation_steps"])
     training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
@@ -59,16 +65,14 @@ def _training(options, settings, poptorch):
     options.TensorLocations.setOptimizerLocation(state)
 
 
-def _precision(options, settings, inference):
-    import torch
-
+def _precision(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
     options.Precision.enableStochasticRounding(settings["half"] and not inference)
     if settings["half"]:
         partials = torch.half if settings["enable_half_partials"] else torch.float
         options.Precision.setPartialsType(partials)
 
 
-def _popart(options, inference):
+def _popart(options: Any, *, inference: bool) -> None:
     """Settings that published runs on IPUs use; they change speed and memory, not results."""
     options._Popart.set("disableGradAccumulationTensorStreams", True)
     options._Popart.set("outlineThreshold", 10.0)

@@ -1,6 +1,9 @@
 """Put the annotations of a plan on a model, and take every one of them off again."""
 
+from __future__ import annotations
+
 import functools
+from typing import Any, Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -28,12 +31,18 @@ class Placement:
         ValueError: A block cannot be serialized.
     """
 
-    def __init__(self, model, annotations, planned_parameters, poptorch):
+    def __init__(
+        self,
+        model: nn.Module,
+        annotations: Sequence[Mapping[str, Any]],
+        planned_parameters: Mapping[str, str],
+        poptorch: Any,
+    ) -> None:
         self.model = model
         self.annotations = [a for a in annotations if a["module"] and not a["again"]]
         self.poptorch = poptorch
-        self._handles = []
-        self._tables = []
+        self._handles: list[Any] = []
+        self._tables: list[nn.Module] = []
         paths = [annotation["module"] for annotation in self.annotations]
         self.modules = find_modules(model, paths, planned_parameters)
         self.begun = _first_use(self.annotations, self.modules)
@@ -43,9 +52,9 @@ class Placement:
             self.undo()
             raise
 
-    def strategy(self, pipelined=True):
+    def strategy(self, *, pipelined: bool = True) -> Any:
         """Return the execution strategy: one stage per stage of the plan, on its IPU."""
-        stages = {}
+        stages: dict[int, list[Mapping[str, Any]]] = {}
         for annotation in self.begun:
             stages.setdefault(annotation["stage"], []).append(annotation)
         kind = self.poptorch.PipelinedExecution if pipelined else self.poptorch.ShardedExecution
@@ -58,7 +67,7 @@ class Placement:
             ]
         )
 
-    def undo(self):
+    def undo(self) -> None:
         """Leave the model as it was: blocks, hooks and serialized modules are gone."""
         self.poptorch.removeBlocks(self.model)
         for handle in self._handles:
@@ -67,9 +76,9 @@ class Placement:
             restore(table)
         self._handles, self._tables = [], []
 
-    def _check_variables(self):
+    def _check_variables(self) -> None:
         """Refuse a parameter that modules on two IPUs hold: PopART copies no variables."""
-        homes = {}
+        homes: dict[int, Mapping[str, Any]] = {}
         for annotation in self.annotations:
             for name, parameter in self.modules[annotation["module"]].named_parameters():
                 home = homes.setdefault(id(parameter), annotation)
@@ -81,7 +90,7 @@ class Placement:
                         )
                     )
 
-    def _apply(self):
+    def _apply(self) -> None:
         self._check_variables()
         shared = _SharedParameters(self.model)
         for annotation in self.begun:
@@ -105,12 +114,12 @@ class _SharedParameters:
     value, on the IPU of the block before it; later blocks are given the same value.
     """
 
-    def __init__(self, model):
-        self._values = {}
+    def __init__(self, model: nn.Module) -> None:
+        self._values: dict[int, Tensor] = {}
         self._model = model
         self._cleared = False
 
-    def watch(self, module):
+    def watch(self, module: nn.Module) -> list[Any]:
         """Return the handles of the hooks put on ``module``."""
         handles = [_register_pre_hook(module, self._replace)]
         if not self._cleared:
@@ -118,17 +127,19 @@ class _SharedParameters:
             self._cleared = True
         return handles
 
-    def _clear(self, _module, _args):
+    def _clear(self, _module: nn.Module, _args: Any) -> None:
         self._values = {}
 
-    def _value(self, item):
+    def _value(self, item: Any) -> Any:
         if not isinstance(item, nn.Parameter):
             return item
         if id(item) not in self._values:
             self._values[id(item)] = item + 0
         return self._values[id(item)]
 
-    def _replace(self, _module, args, kwargs):
+    def _replace(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not any(isinstance(a, nn.Parameter) for a in [*args, *kwargs.values()]):
             return None
         return (
@@ -137,21 +148,23 @@ class _SharedParameters:
         )
 
 
-def _register_pre_hook(module, hook):
+def _register_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> Any:
     try:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
     except TypeError:  # torch before 2.0 has no keyword arguments in hooks
 
-        def positional(owner, args):
+        def positional(owner: nn.Module, args: tuple[Any, ...]) -> Any:
             changed = hook(owner, args, {})
             return None if changed is None else changed[0]
 
         return module.register_forward_pre_hook(positional)
 
 
-def _first_use(annotations, modules):
+def _first_use(
+    annotations: Sequence[Mapping[str, Any]], modules: Mapping[str, nn.Module]
+) -> list[Mapping[str, Any]]:
     """Return the annotations without further names of a module that is already begun."""
-    seen = {}
+    seen: dict[int, Mapping[str, Any]] = {}
     begun = []
     for annotation in annotations:
         module = modules[annotation["module"]]
@@ -169,7 +182,7 @@ def _first_use(annotations, modules):
     return begun
 
 
-def _checkpoint(poptorch, _module, _args, output):
+def _checkpoint(poptorch: Any, _module: nn.Module, _args: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
         return poptorch.recomputationCheckpoint(output)
     if isinstance(output, tuple) and type(output) is tuple:

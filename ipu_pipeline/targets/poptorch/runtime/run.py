@@ -1,4 +1,4 @@
-"""Train the model of this bundle on IPUs: python run.py --model MODEL --data data.pt
+"""Train the model of this bundle on IPUs.
 
 Needs torch, transformers and poptorch, and nothing else. Edit model_parallel.py to move blocks;
 what the edit breaks is said before anything is compiled.
@@ -93,7 +93,7 @@ def train(
         print(f"saved: {arguments.output}")
 
 
-class Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset):  # torch 1.13 does not take a type here
     """Rows of the named tensors."""
 
     def __init__(self, data: Any) -> None:
@@ -116,7 +116,7 @@ def load_model(source: str, model_class: str) -> Any:
         )
     path = Path(source)
     config = path if path.is_file() else path / "config.json"
-    has_weights = path.is_dir() and any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    has_weights = (path.is_dir() and any(path.glob("*.safetensors"))) or any(path.glob("*.bin"))
     if config.is_file() and not has_weights:
         torch.manual_seed(0)
         return cls(cls.config_class.from_json_file(str(config))).train()

@@ -1,19 +1,28 @@
-"""Tables computed in slices, without changing what the model is: the module keeps its parameters,
-its hooks and its names; only its ``forward`` is another one until :func:`restore`.
+"""Tables computed in slices, without changing what the model is.
+
+The module keeps its parameters, its hooks and its names; only its ``forward`` is another one until
+:func:`restore`.
 """
 
-import importlib
+from __future__ import annotations
 
-from torch import nn
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional
 
 
 class _SlicedLinear:
     """``forward`` of an ``nn.Linear`` whose product runs in slices of the output channels."""
 
-    def forward(self, x):
+    weight: Tensor
+    bias: Tensor | None
+    serialization_factor: int
+
+    def forward(self, x: Tensor) -> Tensor:
         poptorch = importlib.import_module("poptorch")
-        y = poptorch.serializedMatMul(
+        y: Tensor = poptorch.serializedMatMul(
             x,
             self.weight.t(),
             poptorch.MatMulSerializationMode.OutputChannels,
@@ -25,18 +34,24 @@ class _SlicedLinear:
 class _SlicedEmbedding:
     """``forward`` of an ``nn.Embedding`` that looks up one slice of the rows after the other."""
 
-    def forward(self, ids):
+    weight: Tensor
+    num_embeddings: int
+    padding_idx: int | None
+    serialization_factor: int
+
+    def forward(self, ids: Tensor) -> Tensor:
         rows = self.num_embeddings // self.serialization_factor
-        total = None
+        total: Tensor | None = None
         for number in range(self.serialization_factor):
             first = number * rows
             part = sliced_lookup(ids, self.weight[first : first + rows], first, self.padding_idx)
             total = part if total is None else total + part
+        assert total is not None
         return total
 
 
-def sliced_lookup(ids, rows, first, padding_idx=None):
-    """Return the rows of ``ids`` that lie in ``rows`` (those from ``first`` on), zeros elsewhere."""
+def sliced_lookup(ids: Tensor, rows: Tensor, first: int, padding_idx: int | None = None) -> Tensor:
+    """Look up ``ids`` in ``rows``, the table's rows from ``first`` on; zeros for other ids."""
     inside = ((ids >= first) & (ids < first + rows.shape[0])).to(rows.dtype)
     local = (ids - first).clamp(0, rows.shape[0] - 1)
     padding = None if padding_idx is None else padding_idx - first
@@ -45,7 +60,7 @@ def sliced_lookup(ids, rows, first, padding_idx=None):
     return functional.embedding(local, rows, padding) * inside.unsqueeze(-1)
 
 
-def find_table(module, factor, name):
+def find_table(module: nn.Module, factor: int, name: str) -> nn.Embedding | nn.Linear:
     """Return the table of ``module``: its embedding or linear layer with the most rows.
 
     Raises:
@@ -55,34 +70,35 @@ def find_table(module, factor, name):
     tables = [part for part in module.modules() if isinstance(part, (nn.Embedding, nn.Linear))]
     if not tables:
         raise ValueError(
-            "block {!r} is serialized by {}, but has no embedding and no linear layer; set its "
-            "factor to 1".format(name, factor)
+            f"block {name!r} is serialized by {factor}, but has no embedding and no linear layer; "
+            "set its factor to 1"
         )
     table = max(tables, key=lambda part: part.weight.shape[0])
     rows = table.weight.shape[0]
     if rows % factor:
         divisors = [n for n in range(2, 65) if rows % n == 0]
         raise ValueError(
-            "serialization factor {} of {!r} does not divide its {} rows; divisors up to 64: {}; "
-            "choose one, or pad the table".format(factor, name, rows, divisors or "none")
+            f"serialization factor {factor} of {name!r} does not divide its {rows} rows; divisors "
+            f"up to 64: {divisors or 'none'}; choose one, or pad the table"
         )
     if isinstance(table, nn.Embedding) and (table.max_norm or table.sparse):
         raise ValueError(
-            "the embedding of {!r} has max_norm or sparse gradients, which slices cannot keep; set "
-            "its factor to 1".format(name)
+            f"the embedding of {name!r} has max_norm or sparse gradients, which slices cannot "
+            "keep; set its factor to 1"
         )
     return table
 
 
-def serialize(table, factor):
-    """Make ``table`` (from :func:`find_table`) compute in ``factor`` slices; undo: :func:`restore`."""
+def serialize(table: nn.Embedding | nn.Linear, factor: int) -> None:
+    """Make ``table`` compute in ``factor`` slices; :func:`restore` undoes it."""
     own = type(table)
     behaviour = _SlicedEmbedding if isinstance(table, nn.Embedding) else _SlicedLinear
-    table.serialization_factor = factor
-    table.__class__ = type("Serialized" + own.__name__, (behaviour, own), {"original": own})
+    changed: Any = table
+    changed.serialization_factor = factor
+    changed.__class__ = type("Serialized" + own.__name__, (behaviour, own), {"original": own})
 
 
-def restore(table):
+def restore(table: Any) -> None:
     """Give ``table`` its own class back."""
     table.__class__ = type(table).original
     del table.serialization_factor

@@ -5,29 +5,34 @@ tracing is not the one that model code asks about. Caches of keys and values sta
 tensors, which the device does not have, and training needs none.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
+from typing import Any, Callable, Iterator
 
 import torch
+from torch import nn
 
 
 @contextlib.contextmanager
-def static_graph(model):
+def static_graph(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``torch.jit.is_tracing()`` says yes and ``model`` uses no cache."""
-    own = torch.jit.is_tracing
+    jit: Any = torch.jit
+    own = jit.is_tracing
     configs = _configs_with_cache(model)
-    torch.jit.is_tracing = lambda: True
+    jit.is_tracing = lambda: True
     for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
-        torch.jit.is_tracing = own
+        jit.is_tracing = own
         for config in configs:
             config.use_cache = True
 
 
-def _configs_with_cache(model):
+def _configs_with_cache(model: nn.Module) -> list[Any]:
     """Return the distinct configurations of ``model`` and its parts that ask for a cache."""
     found = {}
     for module in model.modules():
@@ -37,12 +42,12 @@ def _configs_with_cache(model):
     return list(found.values())
 
 
-def loss_only(model, poptorch):
+def loss_only(model: nn.Module, poptorch: Any) -> Callable[[], None]:
     """Make ``model.forward`` return only its loss, marked as the loss; return what undoes it."""
     plain = model.forward
 
     @functools.wraps(plain)
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with static_graph(model):
             output = plain(*args, **kwargs)
         # A sum of losses must be marked as the one loss.

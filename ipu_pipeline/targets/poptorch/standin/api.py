@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import enums, errors, optim, options, stages
+from . import enums, optim, options
 from .blocks import BeginBlock, Block, BlockFunction, removeBlocks
 from .dataloader import AsynchronousDataAccessor, DataLoader
 from .enums import (
@@ -90,13 +90,69 @@ def ipuHardwareVersion(_num_ipus: int = 1) -> int:
 
 
 def public_names() -> dict[str, Any]:
-    """Return the public names of the module."""
-    hidden = {"annotations", "logging", "Any", "public_names", "errors", "stages"}
-    return {
-        name: value
-        for name, value in globals().items()
-        if name == "__version__" or not (name.startswith("_") or name in hidden)
-    }
+    """Return the public names of the module with their values."""
+    return {name: globals()[name] for name in __all__}
 
 
-__all__ = [name for name in public_names() if name != "__version__"]
+__all__ = [
+    "CPU",
+    "AsynchronousDataAccessor",
+    "Attribute",
+    "AutoStage",
+    "BeginBlock",
+    "Block",
+    "BlockFunction",
+    "CommGroupType",
+    "ConfigFileError",
+    "ConnectionType",
+    "DataLoader",
+    "DataLoaderMode",
+    "Error",
+    "Liveness",
+    "MatMulSerializationMode",
+    "MeanReductionStrategy",
+    "MultiConv",
+    "NameScope",
+    "Options",
+    "OutputMode",
+    "OverlapMode",
+    "ParallelPhasedExecution",
+    "Phase",
+    "PipelinedExecution",
+    "PoplarExecutor",
+    "RecoverableError",
+    "ReductionType",
+    "SerialPhasedExecution",
+    "ShardedExecution",
+    "SharingStrategy",
+    "Stage",
+    "SyncPattern",
+    "TensorLocationSettings",
+    "UnrecoverableError",
+    "VariableRetrievalMode",
+    "__version__",
+    "cond",
+    "custom_op",
+    "dynamic_slice",
+    "dynamic_update",
+    "enums",
+    "for_loop",
+    "identity_loss",
+    "inferenceModel",
+    "ipuHardwareIsAvailable",
+    "ipuHardwareVersion",
+    "ipu_print_tensor",
+    "isRunningOnIpu",
+    "load",
+    "nop",
+    "optim",
+    "options",
+    "recomputationCheckpoint",
+    "removeBlocks",
+    "serializedMatMul",
+    "setLogLevel",
+    "set_available_memory",
+    "set_overlap_for_input",
+    "set_overlap_for_output",
+    "trainingModel",
+]

@@ -33,6 +33,7 @@ class LegacyBeginBlockFn:
         functools.update_wrapper(self, layer, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Start the block and call the layer."""
         self._start(None, args)  # type: ignore[arg-type]
         return self._layer(*args, **kwargs)
 

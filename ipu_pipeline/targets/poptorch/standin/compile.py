@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .device import Weights, find_loss, modes, run_model
 from .enums import MeanReductionStrategy, OutputMode
@@ -19,6 +19,7 @@ from .rules import check_program
 from .stages import ShardedExecution
 from .structure import Counts, leaves, micro_batch, to_device
 from .tracing import Recorder
+from .training import GRADIENT
 
 _LOG = logging.getLogger("poptorch")
 
@@ -54,11 +55,34 @@ def record(
         with weights.in_model(0):
             outputs = run_model(model, batch, recorder)
         if training:
-            find_loss(recorder.losses, leaves(outputs))
+            loss = find_loss(recorder.losses, leaves(outputs))
+            program.trained = _trained(loss, weights)
     check_program(program, options)
+    _check_anchors(program, options)
+    for name, ipus in program.ipus_of_variables().items():
+        # A pipelined program was refused for this; others are only advised against it.
+        if len(ipus) > 1:
+            _LOG.warning("%s is used on IPUs %s: keep tied weights on one IPU", name, ipus)
     for name in program.custom_ops:
         _LOG.warning("stand-in: custom_op %s is not computed, its outputs are zeros", name)
     return program
+
+
+def _trained(loss: Tensor, weights: Weights) -> list[str]:
+    """Return the names of the parameters that the loss depends on."""
+    leaves_ = [(n, t) for n, t in zip(weights.names, weights.parameters) if t.requires_grad]
+    gradients = torch.autograd.grad(loss, [t for _, t in leaves_], allow_unused=True)
+    return [name for (name, _), made in zip(leaves_, gradients) if made is not None]
+
+
+def _check_anchors(program: Program, options: Options) -> None:
+    known = [GRADIENT + name for name in program.trained]
+    for short, (name, _, _) in options.anchored_tensors.items():
+        if name not in known:
+            raise createPoptorchError(
+                f"The anchored tensor {short!r} is unknown: {name!r}; the stand-in anchors "
+                f"gradients in training only, named {GRADIENT}<parameter>"
+            )
 
 
 def group_of_parameters(optimizer: Any, weights: Weights) -> dict[str, int]:

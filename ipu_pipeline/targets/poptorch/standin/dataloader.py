@@ -57,9 +57,9 @@ class DataLoader(torch.utils.data.DataLoader):  # type: ignore[type-arg]
         self._options = options
         self._mode = mode
         self._combined: int | None = None
-        workers = {
+        workers: dict[str, Any] = {
             "num_workers": num_workers,
-            "persistent_workers": bool(num_workers)
+            "persistent_workers": num_workers > 0
             if persistent_workers is None
             else persistent_workers,
         }

@@ -115,8 +115,8 @@ class Weights:
         with torch.no_grad():
             for tensor, host in zip(self.parameters, self._host.values()):
                 host.data.copy_(tensor)
-            for tensor, host in zip(self._buffers[0], self._host_buffers.values()):
-                host.data.copy_(tensor)
+            for buffer, host_buffer in zip(self._buffers[0], self._host_buffers.values()):
+                host_buffer.data.copy_(buffer)
 
     def host_pointers(self) -> dict[int, str]:
         """Return the address of every host parameter, as optimizers look it up."""

@@ -35,10 +35,6 @@ class DeviceOptimizer:
         """Factor of the loss before the backward pass."""
         return float(self.values["lossScaling"][0])
 
-    def covers(self, name: str) -> bool:
-        """Tell whether a parameter is in one of the groups."""
-        return name in self._groups
-
     def load(self, state: dict[str, Tensor]) -> None:
         """Replace the state.
 

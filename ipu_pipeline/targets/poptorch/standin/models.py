@@ -40,7 +40,7 @@ def inferenceModel(
         Error: The options accumulate gradients.
     """
     user_model = model.model if isinstance(model, PoplarExecutor) else model
-    if options is not None and options.Training.gradient_accumulation != 1:
+    if isinstance(options, Options) and options.Training.gradient_accumulation != 1:
         raise createPoptorchError(
             "Gradient accumulation must be 1 for inference models, got "
             f"{options.Training.gradient_accumulation}"

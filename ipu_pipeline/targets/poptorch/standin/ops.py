@@ -90,8 +90,10 @@ def identity_loss(x: Tensor, reduction: str) -> Tensor:
         reduction in ("sum", "mean", "none"),
         f"Unsupported reduction type {reduction!r}; use 'sum', 'mean' or 'none'",
     )
-    reduced = {"sum": torch.sum, "mean": torch.mean, "none": _same}[reduction]
-    loss: Tensor = reduced(x)
+    if reduction == "none":
+        loss = _same(x)
+    else:
+        loss = torch.sum(x) if reduction == "sum" else torch.mean(x)
     tracing.note_loss(loss, "identity_loss")
     return loss
 
@@ -111,12 +113,14 @@ def set_available_memory(tensor: Tensor, available_memory_proportion: float) -> 
 def set_overlap_for_input(tensors: Any, mode: OverlapMode) -> Any:
     """Overlap the copy of inputs with compute."""
     require_type(mode, OverlapMode, "set_overlap_for_input's mode")
+    tracing.note_overlap(mode)
     return tensors
 
 
 def set_overlap_for_output(tensors: Any, mode: OverlapMode) -> Any:
     """Overlap the copy of outputs with compute."""
     require_type(mode, OverlapMode, "set_overlap_for_output's mode")
+    tracing.note_overlap(mode)
     return tensors
 
 
@@ -139,7 +143,7 @@ def dynamic_slice(tensor: Tensor, dim: int, start: Any, size: int, step: int) ->
     return torch.index_select(tensor, dim, indices)
 
 
-def dynamic_update(input: Tensor, src: Tensor, dim: int, start: Any, size: int) -> Tensor:  # noqa: A002
+def dynamic_update(input: Tensor, src: Tensor, dim: int, start: Any, size: int) -> Tensor:
     """Return ``input`` with a slice replaced."""
     return torch.index_copy(input, dim, torch.arange(0, size) + start, src)
 
@@ -222,6 +226,7 @@ class CPU:
             layer_to_call.requires_grad_(False)
 
     def __call__(self, *inputs: Any) -> Any:
+        """Call the layer."""
         return self._layer(*inputs)
 
 

@@ -47,12 +47,13 @@ class Optimizer(torch.optim.Optimizer):
         """Return the values that all groups share."""
         return {name: getattr(self, name) for name in self._wide}
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Refuse: the device updates the weights.
 
         Raises:
             RuntimeError: Always.
         """
+        del closure
         raise RuntimeError(
             "poptorch optimizers do not update weights on the host: call the training model, "
             "and setOptimizer() after changing a value"

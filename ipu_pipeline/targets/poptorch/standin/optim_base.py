@@ -23,8 +23,18 @@ _BACKEND_NAMES = {
     "max_weight_norm": "maxWeightNorm",
 }
 _IGNORED = frozenset(
-    "params maximize foreach fused capturable differentiable amsgrad centered "
-    "initial_lr decoupled_weight_decay".split()
+    [
+        "params",
+        "maximize",
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+        "amsgrad",
+        "centered",
+        "initial_lr",
+        "decoupled_weight_decay",
+    ]
 )
 _TORCH_KINDS = {
     torch.optim.SGD: "SGD",
@@ -174,6 +184,8 @@ def _is_constant(optimizer: Any, name: str, value: Any) -> bool:
 def _warn_unknown(optimizer: Any) -> None:
     known = _IGNORED | set(_BACKEND_NAMES) | {"betas"}
     for index, group in enumerate(optimizer.param_groups):
+        if group.get("maximize"):
+            _LOG.warning("maximize of optimizer group %d is ignored by the device", index)
         unknown = sorted(set(group) - known)
         if unknown:
             _LOG.warning("Ignoring unexpected attributes of optimizer group %d: %s", index, unknown)

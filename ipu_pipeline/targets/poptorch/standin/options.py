@@ -169,7 +169,7 @@ class Options(SessionOptions):
         for part in dotted.split("."):
             found = getattr(found, part)
         require(callable(found), f"{dotted} is not a setter of Options")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def clone(self) -> Options:
         """Return an unfrozen copy."""

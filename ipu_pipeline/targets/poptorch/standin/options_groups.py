@@ -192,7 +192,7 @@ class PopartOptions(OptionsDict):
 def check_popart_kinds(options: dict[str, Any]) -> str:
     """Return what is wrong with the kinds of PopART values that are known here; empty if nothing.
 
-    The full table has 127 keys and is not public; these are the ones that are written down.
+    The back end's table has 127 keys, which the contract does not list: a wrong NAME passes here.
     """
     for key, kinds in _KNOWN_KINDS.items():
         value = options.get(key)
@@ -201,6 +201,8 @@ def check_popart_kinds(options: dict[str, Any]) -> str:
         ):
             return f"Unknown {_kind_name(value)} option {key}"
     for key, value in options.items():
+        if isinstance(value, dict) and not all(isinstance(v, (str, int)) for v in value.values()):
+            return f"The values of option {key} must be text or int, got {value}"
         if not isinstance(value, (bool, int, float, str, list, set, tuple, dict)):
             return f"Unknown {type(value).__name__} option {key}"
     return ""

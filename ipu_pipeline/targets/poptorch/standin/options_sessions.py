@@ -1,4 +1,4 @@
-"""Setters of ``Options`` that choose the device, logging and caching; nothing here runs anything."""
+"""Setters of ``Options`` that choose the device, logging and caching."""
 
 from __future__ import annotations
 

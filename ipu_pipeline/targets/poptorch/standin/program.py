@@ -61,6 +61,8 @@ class Program:
         pipelined: Compiled for pipelined execution.
         blocks: Blocks in the order of execution.
         custom_ops: Names of custom operations; the stand-in computes zeros for them.
+        overlapped: Copies of inputs or outputs overlap with compute.
+        trained: Names of the parameters that get a gradient.
         replication_factor: Replicas of this process.
         num_ipus: IPUs reserved for all replicas; set by the checks.
     """
@@ -69,6 +71,8 @@ class Program:
     pipelined: bool
     blocks: list[BlockRecord] = field(default_factory=list)
     custom_ops: list[str] = field(default_factory=list)
+    overlapped: bool = False
+    trained: list[str] = field(default_factory=list)
     replication_factor: int = 1
     num_ipus: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .enums import OutputMode, ReductionType
 from .errors import backend_error
 from .options import Options
 from .options_groups import check_popart_kinds
@@ -11,13 +12,23 @@ from .stages import ParallelPhasedExecution
 MAX_IPUS = 64
 
 
+def check_options(options: Options) -> None:
+    """Check what needs no program.
+
+    Raises:
+        Error: The first rule that is broken.
+    """
+    _check_popart(options)
+    _check_counts(options)
+
+
 def check_program(program: Program, options: Options) -> None:
     """Check a recorded program against its options.
 
     Raises:
         Error: The first rule that is broken.
     """
-    _check_popart(options)
+    _check_overlap(program, options)
     if program.pipelined:
         _check_stage_order(program)
         _check_one_ipu_per_stage(program)
@@ -43,6 +54,38 @@ def _check_popart(options: Options) -> None:
         raise backend_error("useOfflineIpuTarget cannot be used with useIpuId")
     if "ipu_version" in options._values and options.log_cycle_count:
         raise backend_error("useOfflineIpuTarget cannot be used with logCycleCount")
+
+
+def _check_counts(options: Options) -> None:
+    for name, value in (
+        ("deviceIterations", options.device_iterations),
+        ("replicationFactor", options.replication_factor),
+        ("Training.gradientAccumulation", options.Training.gradient_accumulation),
+    ):
+        if value < 1:
+            raise backend_error(f"{name} must be at least 1, got {value}")
+    period = options.output_return_period
+    if options.output_mode is OutputMode.EveryN and options.device_iterations % period:
+        raise backend_error(
+            f"deviceIterations ({options.device_iterations}) must be a multiple of the output "
+            f"return period ({period})"
+        )
+    reduction = options.Training.accumulation_and_replication_reduction_type
+    if options.Training.automaticLossScaling and reduction is not ReductionType.Mean:
+        raise backend_error("Automatic loss scaling needs ReductionType.Mean")
+
+
+def _check_overlap(program: Program, options: Options) -> None:
+    if not program.overlapped:
+        return
+    if program.pipelined:
+        raise backend_error("Overlapped input or output cannot be used with PipelinedExecution")
+    if options.TensorLocations.toDict().get("numIOTiles", 0) < 32:
+        raise backend_error(
+            "Overlapped input or output needs TensorLocations.numIOTiles of at least 32"
+        )
+    if options.output_mode not in (OutputMode.All, OutputMode.Sum):
+        raise backend_error("Overlapped input or output needs OutputMode.All or OutputMode.Sum")
 
 
 def _active_blocks(program: Program) -> list[BlockRecord]:

@@ -52,7 +52,7 @@ class Link:
             _links[id(tensor)] = self
             is_parameter = isinstance(tensor, nn.Parameter)
             tensor.__class__ = PoptorchParameter if is_parameter else PoptorchBuffer
-        base = type(self._model)
+        base = self._base = type(self._model)
         body = {
             "_poptorch_base": base,
             "destroy": lambda _model: self._destroy(),
@@ -65,7 +65,7 @@ class Link:
             tensor.__class__ = kind
             _links.pop(id(tensor), None)
         self._classes.clear()
-        self._model.__class__ = type(self._model)._poptorch_base
+        self._model.__class__ = self._base
 
     @contextlib.contextmanager
     def unwrapped(self) -> Iterator[None]:
@@ -112,7 +112,7 @@ class PoptorchParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _fetch_for(args)
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # type: ignore[attr-defined]
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
 
 class PoptorchBuffer(Tensor):
@@ -121,4 +121,4 @@ class PoptorchBuffer(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _fetch_for(args)
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # type: ignore[attr-defined]
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})

@@ -9,24 +9,54 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterator
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .enums import OverlapMode
 from .errors import backend_error, createPoptorchError
 from .program import BlockRecord, Program, SerializedMatMul
 from .stages import ExecutionStrategy
 
 _HOST_READS = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __contains__ __array__ "
-    "is_nonzero equal allclose".split()
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+    ]
 )
 LOSS_FUNCTIONS = frozenset(
-    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
-    "binary_cross_entropy_with_logits kl_div ctc_loss poisson_nll_loss gaussian_nll_loss "
-    "hinge_embedding_loss margin_ranking_loss soft_margin_loss multi_margin_loss "
-    "multilabel_margin_loss multilabel_soft_margin_loss triplet_margin_loss "
-    "triplet_margin_with_distance_loss cosine_embedding_loss".split()
+    [
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "kl_div",
+        "ctc_loss",
+        "poisson_nll_loss",
+        "gaussian_nll_loss",
+        "hinge_embedding_loss",
+        "margin_ranking_loss",
+        "soft_margin_loss",
+        "multi_margin_loss",
+        "multilabel_margin_loss",
+        "multilabel_soft_margin_loss",
+        "triplet_margin_loss",
+        "triplet_margin_with_distance_loss",
+        "cosine_embedding_loss",
+    ]
 )
 """Functions of torch whose result counts as a loss."""
 
@@ -260,6 +290,13 @@ def note_custom_op(name: str) -> None:
     recorder = _recorder()
     if recorder is not None:
         recorder.program.custom_ops.append(name)
+
+
+def note_overlap(mode: OverlapMode) -> None:
+    """Record that copies overlap with compute."""
+    recorder = _recorder()
+    if recorder is not None and mode is not OverlapMode.NoOverlap:
+        recorder.program.overlapped = True
 
 
 def refuse_in_training(what: str) -> None:

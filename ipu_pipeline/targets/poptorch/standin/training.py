@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .device import Weights, find_loss, modes, random_numbers, run_model
 from .device_optimizer import DeviceOptimizer
+from .errors import createPoptorchError
 from .options import Options
 from .structure import (
     Collector,
@@ -21,6 +22,8 @@ from .structure import (
 )
 from .tracing import Watcher
 
+GRADIENT = "Gradient___"
+"""Prefix of a gradient's name on the device."""
 SeedHook = Optional[Callable[[int, int, int], int]]
 """Seed of a micro-batch from (update or device iteration, accumulation step, replica)."""
 
@@ -56,12 +59,17 @@ class DeviceProgram:
         self.iterations_done = 0
         self.seed_hook: SeedHook = None
         self._counts = Counts.of(options)
+        self._anchors: dict[str, Collector] = {}
 
     def run(self, inputs: Any) -> Any:
         """Run all micro-batches of one call and return the outputs that the options keep."""
         collector = Collector(
             self._counts, self._options.output_mode, self._options.output_return_period
         )
+        self._anchors = {
+            name: Collector(self._counts, mode or self._options.output_mode, period)
+            for name, mode, period in self._options.anchored_tensors.values()
+        }
         inputs = to_device(inputs)
         with modes(self._model, self._flags):
             for iteration in range(self._counts.iterations):
@@ -77,7 +85,9 @@ class DeviceProgram:
                 batch = micro_batch(inputs, slot, self._counts.divisor)
                 seed = self._seed(step, replica)
                 with random_numbers(seed), self._weights.in_model(replica):
-                    outputs = self._micro_batch(batch, sums)
+                    outputs, gradients = self._micro_batch(batch, sums)
+                for name, anchor in self._anchors.items():
+                    anchor.add(iteration, replica, to_host(gradients[name]))
                 collector.add(iteration, replica, to_host(outputs))
         if self.optimizer is not None:
             self._update(sums)
@@ -87,11 +97,23 @@ class DeviceProgram:
             return None
         return self.seed_hook(self.iterations_done, step, replica)
 
-    def _micro_batch(self, batch: Any, sums: dict[str, Tensor]) -> Any:
+    def anchored(self, name: str) -> Tensor:
+        """Return what the last call kept of an internal tensor.
+
+        Raises:
+            Error: There was no call yet.
+        """
+        if name not in self._anchors:
+            raise createPoptorchError(f"{name} is read before the first call of the model")
+        kept: Tensor = self._anchors[name].result()
+        return kept
+
+    def _micro_batch(self, batch: Any, sums: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Return the outputs and, by their names on the device, the gradients."""
         watcher = Watcher(training=self.optimizer is not None)
         outputs = run_model(self._model, batch, watcher)
         if self.optimizer is None:
-            return outputs
+            return outputs, {}
         loss = find_loss(watcher.losses, leaves(outputs))
         trained = [
             (name, tensor)
@@ -102,11 +124,13 @@ class DeviceProgram:
             loss * self.optimizer.loss_scaling, [t for _, t in trained], allow_unused=True
         )
         kind = self.optimizer.values["accumType"]
+        named: dict[str, Tensor] = {}
         for (name, _), gradient in zip(trained, gradients):
             if gradient is not None:
+                named[GRADIENT + name] = gradient
                 value = gradient.to(kind)
                 sums[name] = sums[name] + value if name in sums else value
-        return outputs
+        return outputs, named
 
     def _update(self, sums: dict[str, Tensor]) -> None:
         assert self.optimizer is not None
