@@ -55,7 +55,7 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if stages > 1 and plan.num_microbatches < least:
         yield (
             f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} "
-            f"forward stages - 1, which the pipeline needs to fill; use {least} microbatches or more"
+            f"forward stages - 1, which the pipeline needs; use {least} microbatches or more"
         )
 
 
