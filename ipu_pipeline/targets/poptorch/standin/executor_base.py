@@ -57,6 +57,7 @@ class DeviceModel(PerfCounters):
         self._seen_version = -1
         self._seed_hook: SeedHook = None
         self._link: sync.Link | None = None
+        name = type(model).__name__
         if training:
             self._link = sync.Link(model, self._download, self.destroy)
         _LOG.info(
@@ -64,7 +65,7 @@ class DeviceModel(PerfCounters):
             "the CPU",
             __version__,
             "training" if training else "inference",
-            type(model).__name__,
+            name,
         )
 
     @property

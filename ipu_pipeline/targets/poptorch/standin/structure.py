@@ -8,7 +8,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .enums import CommGroupType, OutputMode, ReductionType
+from .enums import CommGroupType, OutputMode
 from .errors import createPoptorchError
 from .options import Options
 from .options_base import require
@@ -223,9 +223,3 @@ def _add(first: Any, second: Any) -> Any:
         return value + other if isinstance(value, Tensor) else value
 
     return map_leaves(plus, first)
-
-
-def reduction_divisor(options: Options, counts: Counts) -> int:
-    """Return what the summed gradients are divided by."""
-    kind = options.Training.accumulation_and_replication_reduction_type
-    return counts.accumulation * counts.replicas if kind is ReductionType.Mean else 1

@@ -118,6 +118,12 @@ class PoptorchParameter(nn.Parameter):
 class PoptorchBuffer(Tensor):
     """A buffer whose newest value may be on the device."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        # A copy belongs to no executor, so it is a plain tensor.
+        made = self.data.clone()
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _fetch_for(args)

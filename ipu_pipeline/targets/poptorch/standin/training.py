@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .device import Weights, find_loss, modes, random_numbers, run_model
 from .device_optimizer import DeviceOptimizer
+from .enums import MeanReductionStrategy, ReductionType
 from .errors import createPoptorchError
 from .options import Options
 from .structure import (
@@ -16,7 +17,6 @@ from .structure import (
     Counts,
     leaves,
     micro_batch,
-    reduction_divisor,
     to_device,
     to_host,
 )
@@ -78,14 +78,15 @@ class DeviceProgram:
         return collector.result()
 
     def _iterate(self, iteration: int, inputs: Any, collector: Collector) -> None:
-        sums: dict[str, Tensor] = {}
+        sums = [_Accumulator(self._options, self.optimizer) for _ in range(self._counts.replicas)]
         for step in range(self._counts.accumulation):
             for replica in range(self._counts.replicas):
                 slot = self._counts.slot(iteration, step, replica)
                 batch = micro_batch(inputs, slot, self._counts.divisor)
                 seed = self._seed(step, replica)
                 with random_numbers(seed), self._weights.in_model(replica):
-                    outputs, gradients = self._micro_batch(batch, sums)
+                    outputs, gradients = self._micro_batch(batch)
+                sums[replica].add(step, gradients)
                 for name, anchor in self._anchors.items():
                     anchor.add(iteration, replica, to_host(gradients[name]))
                 collector.add(iteration, replica, to_host(outputs))
@@ -108,7 +109,7 @@ class DeviceProgram:
         kept: Tensor = self._anchors[name].result()
         return kept
 
-    def _micro_batch(self, batch: Any, sums: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def _micro_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """Return the outputs and, by their names on the device, the gradients."""
         watcher = Watcher(training=self.optimizer is not None)
         outputs = run_model(self._model, batch, watcher)
@@ -123,18 +124,50 @@ class DeviceProgram:
         gradients = torch.autograd.grad(
             loss * self.optimizer.loss_scaling, [t for _, t in trained], allow_unused=True
         )
-        kind = self.optimizer.values["accumType"]
-        named: dict[str, Tensor] = {}
-        for (name, _), gradient in zip(trained, gradients):
-            if gradient is not None:
-                named[GRADIENT + name] = gradient
-                value = gradient.to(kind)
-                sums[name] = sums[name] + value if name in sums else value
-        return outputs, named
+        named = zip((GRADIENT + name for name, _ in trained), gradients)
+        return outputs, {name: gradient for name, gradient in named if gradient is not None}
 
-    def _update(self, sums: dict[str, Tensor]) -> None:
+    def _update(self, sums: list[_Accumulator]) -> None:
+        """Reduce over the replicas and change the weights."""
         assert self.optimizer is not None
-        divisor = self.optimizer.loss_scaling * reduction_divisor(self._options, self._counts)
-        gradients = {name: value.float() / divisor for name, value in sums.items()}
+        divisor = self.optimizer.loss_scaling * sums[0].divisor * sums[0].mean_over(len(sums))
+        gradients = {
+            name[len(GRADIENT) :]: torch.stack([part.sums[name].float() for part in sums]).sum(0)
+            / divisor
+            for name in sums[0].sums
+        }
         parameters = dict(zip(self._weights.names, self._weights.parameters))
         self.optimizer.update(gradients, parameters)  # type: ignore[arg-type]
+
+
+class _Accumulator:
+    """Gradients of one replica over the micro-batches of an update, in the accumulation type.
+
+    With the Running strategy it holds a mean at all times, which float16 cannot overflow as a sum
+    would; the Post strategy divides after the reduction over replicas.
+    """
+
+    def __init__(self, options: Options, optimizer: DeviceOptimizer | None) -> None:
+        training = options.Training
+        strategy = training.meanAccumulationAndReplicationReductionStrategy
+        kind = training.accumulation_and_replication_reduction_type
+        self._mean = kind is ReductionType.Mean
+        self._running = self._mean and strategy is MeanReductionStrategy.Running
+        self._dtype = torch.float32 if optimizer is None else optimizer.values["accumType"]
+        self.sums: dict[str, Tensor] = {}
+        self.divisor = training.gradient_accumulation if self._mean and not self._running else 1
+
+    def mean_over(self, replicas: int) -> int:
+        """Return what the sum over replicas is divided by."""
+        return replicas if self._mean else 1
+
+    def add(self, step: int, gradients: dict[str, Tensor]) -> None:
+        """Take the gradients of one micro-batch."""
+        for name, gradient in gradients.items():
+            value = gradient.to(self._dtype)
+            if name not in self.sums:
+                self.sums[name] = value
+            elif self._running:
+                self.sums[name] = self.sums[name] * (step / (step + 1)) + value / (step + 1)
+            else:
+                self.sums[name] = self.sums[name] + value

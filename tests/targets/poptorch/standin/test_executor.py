@@ -94,10 +94,13 @@ def test_destroy_before_compilation_leaves_the_model_wrapped(poptorch) -> None:
 
 def test_wrapped_models_can_be_copied(poptorch) -> None:
     model = mlp()
+    model.register_buffer("note", torch.ones(2))
     executor = trainer(poptorch, model)
     executor(*batch(2))
     made = copy.deepcopy(model)
     assert largest_difference(made, model) == 0.0
+    assert type(made.note) is torch.Tensor
+    assert torch.equal(made.note, torch.ones(2))
 
 
 def test_attach_and_detach(poptorch) -> None:

@@ -103,7 +103,9 @@ def test_public_names_are_pinned(poptorch) -> None:
 
 def test_a_model_says_that_it_runs_on_the_stand_in(poptorch, caplog) -> None:
     with caplog.at_level(logging.INFO, logger="poptorch"):
-        poptorch.inferenceModel(mlp())
+        poptorch.trainingModel(mlp())
+    assert len(caplog.records) == 1
+    assert "training model Mlp runs on the CPU" in caplog.text
     assert "stand-in 3.4.0+standin (no IPU, no Graphcore SDK)" in caplog.text
 
 

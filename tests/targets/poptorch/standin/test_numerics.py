@@ -272,6 +272,44 @@ def test_half_precision_model_and_accumulators(poptorch) -> None:
     assert state["Accl2___first.weight"].dtype is torch.float32
 
 
+def test_running_mean_does_not_overflow_float16(poptorch) -> None:
+    """The sum of four scaled gradients is above 65504, their mean is not."""
+
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return poptorch.identity_loss(self.w * x, "sum")
+
+    def trained(dtype):
+        model = Weight()
+        optimizer = poptorch.optim.SGD(
+            model.parameters(), lr=0.5, loss_scaling=30000.0, accum_type=dtype
+        )
+        poptorch.trainingModel(model, options_for(poptorch, replicas=2), optimizer)(torch.ones(8))
+        return model.w.item()
+
+    assert trained(torch.float32) == pytest.approx(0.5)
+    assert trained(torch.float16) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_running_strategy_is_the_same_mean(poptorch, replicas) -> None:
+    model, plain = mlp(), mlp()
+    options = options_for(poptorch, replicas=replicas)
+    options.Training.setMeanAccumulationAndReplicationReductionStrategy(
+        poptorch.MeanReductionStrategy.Running
+    )
+    optimizer = poptorch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = batch(4 * replicas)
+    poptorch.trainingModel(model, options, optimizer)(*inputs)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    reference_step(plain, reference, inputs, micro_batches=4 * replicas)
+    assert largest_difference(model, plain) <= 1e-6
+
+
 def test_dropout_draws_from_torch_or_by_micro_batch(poptorch) -> None:
     def losses(hook, *, seed=3, first=0):
         model = mlp(dropout=0.5)
