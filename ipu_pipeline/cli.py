@@ -18,14 +18,23 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from ipu_pipeline.cli_options import MicroBatch, Model, SeqLength, TaskOption
+from ipu_pipeline.cli_bundle import register as register_bundle
+from ipu_pipeline.cli_options import (
+    IPUConfigName,
+    IPUConfigOverrides,
+    MicroBatch,
+    Model,
+    PodType,
+    SeqLength,
+    TaskOption,
+    read_ipu_config,
+)
 from ipu_pipeline.cli_predict import register as register_predict
 from ipu_pipeline.cli_report import register
 from ipu_pipeline.cli_tune import register as register_tune
 from ipu_pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from ipu_pipeline.config import IPUConfig
     from ipu_pipeline.ir.graph import BlockGraph
 
 P = ParamSpec("P")
@@ -100,16 +109,9 @@ def plan_command(
     costs: Annotated[
         Costs, typer.Option("--costs", help="Compute the prices, or measure them here.")
     ] = Costs.analytic,
-    ipu_config: Annotated[
-        str | None,
-        typer.Option("--ipu-config", help="ipu_config.json, its folder, or a published name."),
-    ] = None,
-    ipu_config_overrides: Annotated[
-        str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
-    ] = "",
-    pod_type: Annotated[
-        str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
-    ] = None,
+    ipu_config: IPUConfigName = None,
+    ipu_config_overrides: IPUConfigOverrides = "",
+    pod_type: PodType = None,
     passes: Annotated[
         str,
         typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
@@ -122,7 +124,7 @@ def plan_command(
     from ipu_pipeline.capture.from_config import config_and_task, from_config
     from ipu_pipeline.compiler import plan
 
-    config = _read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
     built, batch = from_config(
         *config_and_task(model, task),
         batch_size=micro_batch,
@@ -159,6 +161,7 @@ def explain(plan_file: PlanFile) -> None:
 register(app, _one_line_errors)
 register_predict(app, _one_line_errors)
 register_tune(app, _one_line_errors)
+register_bundle(app, _one_line_errors)
 
 
 @app.command()
@@ -197,18 +200,6 @@ def run() -> None:
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
     app(prog_name="ipu-pipeline")
-
-
-def _read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:
-    """Return the config that the three options describe, ``None`` when all are absent."""
-    from ipu_pipeline.config import IPUConfig, find_config
-
-    if name is None and not overrides and pod_type is None:
-        return None
-    config = IPUConfig() if name is None else find_config(name)
-    for note in config.legacy_notes():
-        typer.echo(f"note: {note}", err=True)
-    return config.apply_overrides(overrides).for_pod(pod_type)
 
 
 def _graph_table(graph: BlockGraph) -> str:

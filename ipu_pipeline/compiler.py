@@ -12,9 +12,10 @@ from torch import nn
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.config.layers import WILDCARD
 from ipu_pipeline.cost.analytic import AnalyticCostModel
 from ipu_pipeline.cost.heads import unfused_heads
-from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu
+from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu, predict
 from ipu_pipeline.cost.model import CostModel, GraphCosts
 from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.cost.tables import table_of
@@ -24,7 +25,13 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage, PlannedTable
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, Partition, StageAssignment, solve
+from ipu_pipeline.partition import (
+    Constraints,
+    Partition,
+    StageAssignment,
+    configured_partition,
+    solve,
+)
 from ipu_pipeline.partition.annotated import evaluate_plan, factors_of
 from ipu_pipeline.partition.objective import in_flight
 from ipu_pipeline.passes.manager import PassManager
@@ -92,7 +99,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model_of_costs = _cost_model(captured, example_batch, described, costs, config, limits)
     asked = limits.factors(captured.graph.block_index)
     prices = _offering(model_of_costs, asked).estimate(captured.graph, described)
-    partition = solve(captured.graph, prices, described, limits)
+    if constraints is None and _is_spelled_out(config, described):
+        partition = _configured(captured.graph, prices, described, config, limits)
+    else:
+        partition = solve(captured.graph, prices, described, limits)
     made = make_plan(captured, described, prices, partition)
     return _annotated(captured.graph, made, manager, model_of_costs, limits)
 
@@ -235,6 +245,27 @@ def _depth(num_stages: int | None, config: IPUConfig | None) -> int | None:
             "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
         )
     return depth
+
+
+def _is_spelled_out(config: IPUConfig | None, machine: Machine) -> bool:
+    """Whether the configuration says where every layer runs, so that nothing is left to solve."""
+    return config is not None and is_ipu(machine) and config.layers_per_ipu != (WILDCARD,)
+
+
+def _configured(
+    graph: BlockGraph,
+    prices: GraphCosts,
+    machine: Machine,
+    config: IPUConfig | None,
+    limits: Constraints,
+) -> Partition:
+    assert config is not None
+    settings = replace(
+        IPUSettings.from_config(config, replicas=limits.replicas),
+        accumulation=limits.num_microbatches,
+        hoisted=False,
+    )
+    return configured_partition(graph, predict(graph, settings, machine), prices)
 
 
 def _machine(machine: str | Machine, depth: int | None) -> Machine:

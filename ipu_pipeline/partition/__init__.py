@@ -14,8 +14,10 @@ Read the files in this order:
 7. ``labels.py``: the exact search for shared devices and memories and for the other schedules.
 8. ``shapes.py``, ``engine.py``, ``search.py``: what to try, with which search.
 9. ``solver.py``, ``infeasible.py``, ``given.py``, ``report.py``: answers and refusals.
+10. ``configured.py``: the split that an IPU configuration spells out, nothing searched.
 """
 
+from ipu_pipeline.partition.configured import configured_partition, partition_of_prediction
 from ipu_pipeline.partition.constraints import Constraints
 from ipu_pipeline.partition.given import evaluate
 from ipu_pipeline.partition.infeasible import Change, InfeasibleError
@@ -28,6 +30,8 @@ __all__ = [
     "InfeasibleError",
     "Partition",
     "StageAssignment",
+    "configured_partition",
     "evaluate",
+    "partition_of_prediction",
     "solve",
 ]

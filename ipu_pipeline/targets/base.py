@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
 
 
@@ -62,6 +63,8 @@ class ExecutionOptions:
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
+        ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
+            optimizer off chip, ...); for the ``poptorch`` target.
     """
 
     precision: str = "float32"
@@ -73,6 +76,7 @@ class ExecutionOptions:
     recompute: str | Sequence[str] | None = None
     stall_timeout_s: float = 600.0
     self_check: bool = True
+    ipu_config: IPUConfig | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):

@@ -9,13 +9,10 @@ from ipu_pipeline.capture import CapturedModel
 from ipu_pipeline.compiler import make_plan
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, Prediction, chip_of, predict
-from ipu_pipeline.cost.ipu.blocks import serialization_factor
-from ipu_pipeline.cost.ipu.memory import stash_depth
-from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Partition, StageAssignment
+from ipu_pipeline.partition import partition_of_prediction
 from ipu_pipeline.tuning.search import Front, Point, Progress, candidates, search
 from ipu_pipeline.tuning.space import TuneRequest, shapes
 
@@ -73,7 +70,7 @@ class TuneResult:
         proportions = prediction.settings.proportions
         settings = replace(prediction.settings, proportions=(min(proportions),))
         costs = IPUCostModel(settings).estimate(captured.graph, self.machine)
-        partition = partition_of(chosen, captured, costs)
+        partition = partition_of_prediction(captured.graph, prediction, costs, chosen.bound_s)
         return make_plan(captured, self.machine, costs, partition)
 
     def predict(self, config: IPUConfig) -> Prediction:
@@ -114,55 +111,6 @@ def ipu_config_of(settings: IPUSettings) -> IPUConfig:
         recompute_checkpoint_every_layer=settings.checkpoint_layers,
         enable_half_partials=settings.precision == "16.16",
         enable_half_first_order_momentum=True if settings.half_first_moment else None,
-    )
-
-
-def partition_of(point: Point, captured: CapturedModel, costs: GraphCosts) -> Partition:
-    """Return a point as a split; seconds and bytes are those of its prediction."""
-    prediction, graph = point.prediction, captured.graph
-    settings, layout = prediction.settings, prediction.layout
-    shown: set[int] = set()
-    stages = []
-    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
-        again = time.recompute_s > 0
-        choices = tuple(
-            replace(
-                costs.blocks[name].plain,
-                recompute=again,
-                serialize_factor=serialization_factor(graph, graph[name], settings),
-            )
-            for name in stage.blocks
-        )
-        # What an IPU holds is shown once, in its first stage.
-        held = 0 if stage.ipu in shown else prediction.memory[stage.ipu].total_bytes
-        shown.add(stage.ipu)
-        stages.append(
-            StageAssignment(
-                index=index,
-                device=stage.ipu,
-                blocks=stage.blocks,
-                choices=choices,
-                forward_s=time.forward_s,
-                backward_s=time.backward_s + time.recompute_s,
-                transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
-                memory_bytes=held,
-                in_flight=stash_depth(len(layout.stages), index),
-            )
-        )
-    loads = [sum(s.load_s for s in stages if s.device == ipu) for ipu in range(layout.num_ipus)]
-    busiest = max(range(len(loads)), key=loads.__getitem__)
-    fullest = max(m.fullest_tile_bytes(prediction.chip) for m in prediction.memory)
-    return Partition(
-        stages=tuple(stages),
-        objective=prediction.time.total_s,
-        lower_bound=min(point.bound_s, prediction.time.total_s),
-        binding=(
-            f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has "
-            f"{point.free:.1%} free ({fullest / 1024:.0f} KiB used)"
-        ),
-        schedule="popart",
-        num_microbatches=settings.accumulation,
-        replicas=settings.replicas,
     )
 
 

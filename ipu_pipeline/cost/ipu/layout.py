@@ -6,7 +6,9 @@ stage is the earliest one on its IPU that is not before what it reads, so that b
 which follow each other share a stage, and a head back on IPU 0 is one more stage there.
 
 Source: POPART_PIPELINE.md (merging of stages), README of the shared data (F = 5 for heads back on
-IPU 0); PopART refuses a parameter on two IPUs, so a tied head is with its embedding.
+IPU 0); PopART refuses a parameter on two IPUs, so a tied head is with its embedding. The published
+library computes a decoder's embedding together with the encoder's (``hoisted``); a model whose
+own forward pass runs comes back to that IPU for it, which is one more stage.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def make_layout(
             "correct the placement or ipus_per_replica"
         )
     placed = _place(graph, settings, ipus)
-    return Layout(_stages(graph, placed), settings.num_ipus)
+    stages = _stages(graph, placed) if settings.hoisted else _stages_in_order(graph, placed)
+    return Layout(stages, settings.num_ipus)
 
 
 def _by_counts(layers: Sequence[str], settings: IPUSettings) -> dict[str, int]:
@@ -128,6 +131,18 @@ def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
         members[stage].append(block.name)
         stage_of[block.name] = stage
     return tuple(Stage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
+
+
+def _stages_in_order(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
+    """Begin a stage wherever execution comes to another IPU."""
+    stages: list[Stage] = []
+    for block in graph.blocks:
+        ipu = placed[block.name]
+        if stages and stages[-1].ipu == ipu:
+            stages[-1] = Stage(ipu, (*stages[-1].blocks, block.name))
+        else:
+            stages.append(Stage(ipu, (block.name,)))
+    return tuple(stages)
 
 
 def stage_tensors(graph: BlockGraph, layout: Layout) -> tuple[tuple[int, int, str], ...]:

@@ -66,7 +66,8 @@ class IPUCostModel:
         pricer: Pricer,
         known: dict[object, tuple[BlockTime, int]],
     ) -> tuple[BlockChoice, ...]:
-        rows = block_table_rows(graph, block)
+        # A layer's feed-forward matrix is tall, too, but only tables are computed in slices.
+        rows = 0 if block.kind == "layer" else block_table_rows(graph, block)
         factors = self.factors if rows else (1,)
         saved = saved_bytes(block, settings) if settings.training else 0
         tensors = [graph.tensor_by_name[name] for name in block.inputs]

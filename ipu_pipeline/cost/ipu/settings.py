@@ -42,6 +42,8 @@ class IPUSettings:
         front_end: Library that built the program.
         training: Whether there is a backward pass.
         pipelined: Whether stages run as a pipeline (else one after another).
+        hoisted: Later embeddings are computed in the stage of the first one, as the published
+            library does; else wherever the model's forward pass comes to them.
     """
 
     num_ipus: int
@@ -67,6 +69,7 @@ class IPUSettings:
     front_end: FrontEnd = "poptorch"
     training: bool = True
     pipelined: bool = True
+    hoisted: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

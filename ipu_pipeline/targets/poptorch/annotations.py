@@ -1,0 +1,139 @@
+"""What a plan says about each module, in the words of poptorch: plain data, no torch.
+
+One :class:`Annotation` per block of the plan, in execution order. Both doors use it: the
+in-process lowering applies it to the user's model, the bundle writes it down as code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan, PlannedBlock
+
+CALL_MARK = "#"  # "shared#2" is the third call of the module "shared"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Where one block runs, and how.
+
+    Attributes:
+        block: Its name in the plan.
+        module: Dotted path of the module whose call begins it; empty for glue that goes on in
+            the block before it (the loss).
+        kind: ``embedding``, ``layer``, ``head``, ``loss`` or ``other``.
+        stage: Pipeline stage.
+        ipu: IPU within one replica.
+        again: It is a further call of a module that an earlier annotation names.
+        checkpoint: Its outputs are kept for the backward pass (a recomputation checkpoint).
+        serialize: Slices of its table lookup or output projection; 1 is whole.
+        forward_ms: Predicted milliseconds of one microbatch's forward pass.
+        backward_ms: Predicted milliseconds of its backward pass, without recomputation.
+        weight_mb: Predicted megabytes (10^6 bytes) of weights, gradients and optimizer state.
+    """
+
+    block: str
+    module: str
+    kind: str
+    stage: int
+    ipu: int
+    again: bool = False
+    checkpoint: bool = False
+    serialize: int = 1
+    forward_ms: float = 0.0
+    backward_ms: float = 0.0
+    weight_mb: float = 0.0
+
+    @property
+    def begins(self) -> bool:
+        """Whether a ``BeginBlock`` is emitted for it."""
+        return bool(self.module) and not self.again
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation, ...]:
+    """Return the annotations of ``plan``.
+
+    Args:
+        plan: A plan for IPUs.
+        checkpoint_layers: Keep the outputs of every layer (``recompute_checkpoint_every_layer``).
+
+    Raises:
+        LoweringError: A stage begins with code that belongs to no module, or the calls of one
+            module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
+    """
+    kept = _kept(plan)
+    found: list[Annotation] = []
+    homes: dict[str, int] = {}
+    for block in plan.blocks:
+        stage = plan.stage_of[block.name]
+        module = module_of(block)
+        again = module in homes
+        if again and homes[module] != stage:
+            raise LoweringError(
+                f"module {module!r} is called in stages {homes[module]} and {stage}; BeginBlock "
+                "gives every call of a module one stage: put its blocks into one stage"
+            )
+        if module:
+            homes[module] = stage
+        found.append(
+            Annotation(
+                block=block.name,
+                module=module,
+                kind=block.kind,
+                stage=stage,
+                ipu=plan.stages[stage].device,
+                again=again,
+                checkpoint=block.name in kept or (checkpoint_layers and block.kind == "layer"),
+                serialize=plan.stages[stage].serialize.get(block.name, 1),
+                forward_ms=block.forward_s * 1e3,
+                backward_ms=block.backward_s * 1e3,
+                weight_mb=block.weight_bytes / 1e6,
+            )
+        )
+    _check_stage_openers(found)
+    return tuple(found)
+
+
+def module_of(block: PlannedBlock) -> str:
+    """Return the path of the module that begins ``block``; empty for the loss."""
+    return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
+
+
+def _kept(plan: Plan) -> set[str]:
+    """Return the blocks whose outputs are kept although others of their stage are recomputed.
+
+    PopART recomputes a whole stage, from what was kept; the last stage keeps everything.
+    """
+    return {
+        name
+        for stage in plan.stages[:-1]
+        if stage.recompute
+        for name in stage.blocks
+        if name not in stage.recompute
+    }
+
+
+def _check_stage_openers(annotations: list[Annotation]) -> None:
+    first: dict[int, Annotation] = {}
+    for annotation in annotations:
+        opener = first.setdefault(annotation.stage, annotation)
+        if opener is annotation and not annotation.module and annotation.stage > 0:
+            raise LoweringError(
+                f"stage {annotation.stage} begins with {annotation.block!r}, which is no module's "
+                "call; BeginBlock needs one: put it into the stage of the block before it"
+            )
+
+
+def stages_in_order(annotations: tuple[Annotation, ...]) -> dict[int, list[Annotation]]:
+    """Return the annotations that emit a ``BeginBlock``, by stage."""
+    found: dict[int, list[Annotation]] = {}
+    for annotation in annotations:
+        if annotation.begins:
+            found.setdefault(annotation.stage, []).append(annotation)
+    return dict(sorted(found.items()))

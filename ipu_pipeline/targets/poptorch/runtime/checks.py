@@ -1,0 +1,129 @@
+"""What run.py checks before it compiles: a bundle may have been edited by hand."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import nn
+
+
+class BundleError(ValueError):
+    """The bundle cannot run as it is."""
+
+
+def check_blocks(
+    blocks: Sequence[Mapping[str, Any]],
+    planned: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Check the list of ``model_parallel.py`` by itself.
+
+    Args:
+        blocks: Its entries, in the order of the file.
+        planned: Blocks of the plan, glue left out.
+        settings: The object of ``settings.json``.
+
+    Raises:
+        BundleError: A block is missing, unknown or listed twice; stages are not 0, 1, 2, ... in
+            the order of the file; a stage has two IPUs; an IPU between others is missing; the
+            gradient accumulation is too small for the number of stages.
+    """
+    names = [block["block"] for block in blocks]
+    _check_names(names, planned)
+    stages = [block["stage"] for block in blocks]
+    for before, after, name in zip(stages, stages[1:], names[1:]):
+        if after not in (before, before + 1):
+            raise BundleError(
+                f"model_parallel.py: block {name!r} is in stage {after} after one in stage "
+                f"{before}; stages must be 0, 1, 2, ... in the order of execution"
+            )
+    if stages[0] != 0:
+        raise BundleError(f"model_parallel.py: the first stage is {stages[0]}; begin with 0")
+    _check_ipus(blocks, settings)
+    ipus = [block["ipu"] for block in blocks]
+    forward = 1 + sum(a != b for a, b in zip(ipus, ipus[1:]))
+    least = 2 * forward - 1
+    steps = settings["gradient_accumulation_steps"]
+    if forward > 1 and steps < least:
+        raise BundleError(
+            f"settings.json: gradient_accumulation_steps {steps} is below {least} = 2 x {forward} "
+            f"forward stages - 1, which the pipeline needs; use {least} or more"
+        )
+
+
+def check_order(
+    model: nn.Module,
+    blocks: Sequence[Mapping[str, Any]],
+    modules: Mapping[str, nn.Module],
+    batch: Mapping[str, Any],
+) -> None:
+    """Run the model once on the host and compare the order of its modules with the stages.
+
+    Raises:
+        BundleError: A module runs before one of an earlier stage, or does not run at all.
+    """
+    called: list[str] = []
+    handles = []
+    for block in blocks:
+        name = block["block"]
+        hook = lambda *_, n=name: called.append(n)  # noqa: E731
+        handles.append(modules[block["module"]].register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stage_of = {block["block"]: block["stage"] for block in blocks}
+    missing = [name for name in stage_of if name not in called]
+    if missing:
+        raise BundleError(
+            f"model_parallel.py: {missing[0]!r} does not run in the model's forward pass; remove "
+            "the line, or correct its module"
+        )
+    for before, after in zip(called, called[1:]):
+        if stage_of[after] < stage_of[before]:
+            raise BundleError(
+                f"model_parallel.py: {after!r} (stage {stage_of[after]}) runs after {before!r} "
+                f"(stage {stage_of[before]}); a later module cannot be in an earlier stage"
+            )
+
+
+def _check_names(names: Sequence[str], planned: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    missing = [name for name in planned if name not in names]
+    unknown = [name for name in names if name not in planned]
+    for what, found in (
+        ("listed twice", twice),
+        ("missing", missing),
+        ("not in the plan", unknown),
+    ):
+        if found:
+            raise BundleError(
+                f"model_parallel.py: {what}: {', '.join(found)}; the plan has {len(planned)} "
+                "blocks, each needs one line"
+            )
+
+
+def _check_ipus(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    of_stage: dict[int, int] = {}
+    for block in blocks:
+        home = of_stage.setdefault(block["stage"], block["ipu"])
+        if home != block["ipu"]:
+            raise BundleError(
+                f"model_parallel.py: block {block['block']!r} is on IPU {block['ipu']}, its stage "
+                f"{block['stage']} on IPU {home}; a stage has one IPU"
+            )
+    used = set(of_stage.values())
+    wanted = set(range(settings["ipus_per_replica"]))
+    if used - wanted:
+        raise BundleError(
+            f"model_parallel.py: IPU {max(used)} is used, a replica has {len(wanted)} "
+            "(ipus_per_replica in settings.json)"
+        )
+    if wanted - used:
+        raise BundleError(
+            f"model_parallel.py: no block is on IPU {min(wanted - used)}; a replica has "
+            f"{len(wanted)} IPUs: place a block there, or lower ipus_per_replica in settings.json"
+        )

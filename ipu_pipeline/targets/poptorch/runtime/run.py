@@ -1,0 +1,147 @@
+"""Train the model of this bundle on IPUs.
+
+Needs torch, transformers and poptorch, and nothing else. Edit model_parallel.py to move blocks;
+what the edit breaks is said before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from runtime.checks import BundleError, check_blocks, check_order  # noqa: E402
+from runtime.data import read_data, synthetic_data  # noqa: E402
+from runtime.find import ModuleNotFound, find_modules  # noqa: E402
+from runtime.optimizer import decayed_groups, make_optimizer  # noqa: E402
+from runtime.options import make_options  # noqa: E402
+from runtime.placement import Placement, PlacementError  # noqa: E402
+from runtime.static_graph import loss_only  # noqa: E402
+
+USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, FileNotFoundError, ValueError)
+
+
+def main() -> None:
+    """Check, compile, train, save."""
+    arguments = parse_arguments()
+    plan = read_json("plan.json")
+    settings = read_json("settings.json")
+    blocks = importlib.import_module("model_parallel").BLOCKS
+    planned = {block["name"] for block in plan["blocks"]}
+    check_blocks(
+        blocks, [name for name in settings["annotated_blocks"] if name in planned], settings
+    )
+    model = load_model(arguments.model, plan["model"]["model_class"])
+    calls = settings["device_iterations"] * settings["gradient_accumulation_steps"]
+    call_size = settings["micro_batch_size"] * calls * settings["replication_factor"]
+    if arguments.data:
+        data = read_data(arguments.data, call_size)
+    else:
+        data = synthetic_data(plan["inputs"], call_size * arguments.steps, settings["seed"] or 0)
+    modules = find_modules(model, [b["module"] for b in blocks], plan["model"]["parameters"])
+    sample = {name: value[: settings["micro_batch_size"]] for name, value in data.items()}
+    check_order(model, blocks, modules, sample)
+    print(f"checked: {len(blocks)} blocks, {settings['num_stages']} stages")
+    if not arguments.check_only:
+        train(model, blocks, plan, settings, data, arguments)
+
+
+def train(
+    model: Any, blocks: Any, plan: Any, settings: Any, data: Any, arguments: argparse.Namespace
+) -> None:
+    """Compile, run the steps, and save the weights under their own names."""
+    poptorch = importlib.import_module("poptorch")
+    if settings["half"]:
+        model = model.half()
+    placement = Placement(model, blocks, plan["model"]["parameters"], poptorch)
+    options = make_options(settings, poptorch)
+    options.setExecutionStrategy(placement.strategy())
+    groups = decayed_groups(model, settings["weight_decay"])
+    optimizer = make_optimizer(settings, groups, poptorch)
+    loader = poptorch.DataLoader(
+        options, Rows(data), batch_size=settings["micro_batch_size"], shuffle=arguments.shuffle
+    )
+    restore = loss_only(model, poptorch)
+    executor = poptorch.trainingModel(model.train(), options, optimizer)
+    losses = []
+    samples = 0
+    started = time.perf_counter()
+    for step, batch in enumerate(loader):
+        if step == arguments.steps:
+            break
+        loss = float(executor(**batch).float().mean())
+        losses.append(loss)
+        samples += loader.combinedBatchSize or 0
+        rate = samples / (time.perf_counter() - started)
+        print(f"step {step + 1}: loss {loss:.6f}, {rate:.1f} samples/s, compilation included")
+    executor.copyWeightsToHostIfNeeded()
+    executor.destroy()
+    restore()
+    placement.undo()
+    if arguments.output:
+        model.float().save_pretrained(arguments.output)
+        (Path(arguments.output) / "losses.json").write_text(json.dumps(losses))
+        print(f"saved: {arguments.output}")
+
+
+class Rows(torch.utils.data.Dataset):  # torch 1.13 does not take a type here
+    """Rows of the named tensors."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
+
+    def __getitem__(self, index: int) -> Any:
+        return {name: value[index] for name, value in self.data.items()}
+
+
+def load_model(source: str, model_class: str) -> Any:
+    """Return the model in training mode: from a folder or hub name, or fresh from a config."""
+    cls = getattr(transformers, model_class, None)
+    if cls is None:
+        raise BundleError(
+            f"transformers {transformers.__version__} has no {model_class}; install a version that "
+            "has it"
+        )
+    path = Path(source)
+    config = path if path.is_file() else path / "config.json"
+    has_weights = (path.is_dir() and any(path.glob("*.safetensors"))) or any(path.glob("*.bin"))
+    if config.is_file() and not has_weights:
+        torch.manual_seed(0)
+        return cls(cls.config_class.from_json_file(str(config))).train()
+    return cls.from_pretrained(source).train()
+
+
+def read_json(name: str) -> Any:
+    """Return the parsed file of this bundle."""
+    return json.loads((HERE / name).read_text(encoding="utf-8"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(HERE), help="folder, hub name or config.json")
+    parser.add_argument("--data", help="torch.save'd dict of tensors: model inputs, rows first")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default 10)")
+    parser.add_argument("--output", help="folder for the trained weights")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle the rows")
+    parser.add_argument("--check-only", action="store_true", help="check, do not compile")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,137 @@
+"""Compilation: one recording run of the model, then the rules of the back end."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .device import Weights, find_loss, modes, run_model
+from .enums import MeanReductionStrategy, OutputMode
+from .errors import createPoptorchError
+from .optim_base import device_values
+from .options import Options
+from .program import Program
+from .rules import check_program
+from .stages import ShardedExecution
+from .structure import Counts, leaves, micro_batch, to_device
+from .tracing import Recorder
+from .training import GRADIENT
+
+_LOG = logging.getLogger("poptorch")
+
+
+def bind_inputs(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Return the inputs in the form that ``forward`` names them, so that calls compare equal."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return bound.args, {key: bound.kwargs[key] for key in sorted(bound.kwargs)}
+
+
+def record(
+    model: nn.Module,
+    options: Options,
+    weights: Weights,
+    inputs: Any,
+    flags: list[bool],
+    *,
+    training: bool,
+) -> Program:
+    """Run the model once on the first micro-batch and check what it did.
+
+    Raises:
+        Error: Something that cannot be traced, or a rule of the back end is broken.
+    """
+    counts = Counts.of(options)
+    strategy = options.execution_strategy
+    if isinstance(strategy, ShardedExecution):
+        strategy.forget_automatic()
+    program = Program(training, strategy.is_pipelined, replication_factor=counts.replicas)
+    recorder = Recorder(program, strategy, weights.named_tensors())
+    batch = micro_batch(to_device(inputs), 0, counts.divisor)
+    with torch.random.fork_rng(devices=[]), weights.buffers_kept(), modes(model, flags):
+        with weights.in_model(0):
+            outputs = run_model(model, batch, recorder)
+        if training:
+            loss = find_loss(recorder.losses, leaves(outputs))
+            program.trained = _trained(loss, weights)
+    check_program(program, options)
+    _check_anchors(program, options)
+    for name, ipus in program.ipus_of_variables().items():
+        # A pipelined program was refused for this; others are only advised against it.
+        if len(ipus) > 1:
+            _LOG.warning("%s is used on IPUs %s: keep tied weights on one IPU", name, ipus)
+    for name in program.custom_ops:
+        _LOG.warning("stand-in: custom_op %s is not computed, its outputs are zeros", name)
+    return program
+
+
+def _trained(loss: Tensor, weights: Weights) -> list[str]:
+    """Return the names of the parameters that the loss depends on."""
+    leaves_ = [(n, t) for n, t in zip(weights.names, weights.parameters) if t.requires_grad]
+    gradients = torch.autograd.grad(loss, [t for _, t in leaves_], allow_unused=True)
+    return [name for (name, _), made in zip(leaves_, gradients) if made is not None]
+
+
+def _check_anchors(program: Program, options: Options) -> None:
+    known = [GRADIENT + name for name in program.trained]
+    for short, (name, _, _) in options.anchored_tensors.items():
+        if name not in known:
+            raise createPoptorchError(
+                f"The anchored tensor {short!r} is unknown: {name!r}; the stand-in anchors "
+                f"gradients in training only, named {GRADIENT}<parameter>"
+            )
+
+
+def group_of_parameters(optimizer: Any, weights: Weights) -> dict[str, int]:
+    """Return the group of every parameter, found by its address.
+
+    Raises:
+        Error: A parameter of the optimizer is not in the model, or a trainable parameter of the
+            model is in no group.
+    """
+    name_at = weights.host_pointers()
+    groups: dict[str, int] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for tensor in group["params"]:
+            if tensor.data_ptr() not in name_at:
+                raise createPoptorchError(
+                    f"Group {index} of the optimizer has a parameter of shape "
+                    f"{tuple(tensor.shape)} that is not a parameter of the model"
+                )
+            groups[name_at[tensor.data_ptr()]] = index
+    trained = zip(weights.names, weights.parameters)
+    missing = [name for name, tensor in trained if tensor.requires_grad and name not in groups]
+    if missing:
+        raise createPoptorchError(
+            f"Trainable parameters in no group of the optimizer: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; give them a group or requires_grad_(False)"
+        )
+    return groups
+
+
+def values_of(optimizer: Any) -> dict[str, Any]:
+    """Return the device's values of an optimizer, saying what upstream gets wrong."""
+    values = device_values(optimizer)
+    if values["optimizer_type"] == "ADAMW_NO_BIAS":
+        _LOG.warning(
+            "AdamW(bias_correction=False) has no effect on the device in SDK 2.5 to 3.4: the "
+            "bias is corrected"
+        )
+    return values
+
+
+def effective_options(given: Options, training: bool, optimizer: Any) -> Options:
+    """Return the frozen copy that an executor works with: no Default is left in it."""
+    options = given.clone()
+    if options.output_mode is OutputMode.Default:
+        options.outputMode(OutputMode.Final if training else OutputMode.All)
+    half = getattr(optimizer, "accum_type", torch.float32) is torch.float16
+    if half and not getattr(optimizer, "use_combined_accum", False):
+        options.Training.setMeanAccumulationAndReplicationReductionStrategy(
+            MeanReductionStrategy.Running
+        )
+    options._freeze()
+    return options
