@@ -49,8 +49,8 @@ void check_companion(const at::Tensor& weight, const at::Tensor& other, const ch
               other.sizes(), ", its weight ", weight.sizes());
   const bool fits = other.scalar_type() == weight.scalar_type() ||
                     (other.scalar_type() == at::kFloat && weight.scalar_type() != at::kDouble);
-  TORCH_CHECK(fits, "adamw_step: ", name, " ", index, " is ", other.scalar_type(),
-              ", its weight ", weight.scalar_type(),
+  TORCH_CHECK(fits, "adamw_step: ", name, " ", index, " is ", other.scalar_type(), ", its weight ",
+              weight.scalar_type(),
               "; it must be of the same type, or float32 where the weight has fewer bits");
 }
 
@@ -62,18 +62,18 @@ void check(const Lists& lists) {
                   exp_avg_sqs.size() == count && steps.size() == count &&
                   (keys.empty() || keys.size() == count),
               "adamw_step: ", count, " weights, but ", gradients.size(), " gradients, ",
-              exp_avgs.size(), " and ", exp_avg_sqs.size(), " averages, ", steps.size(),
-              " steps, ", keys.size(), " keys; all lists must be equally long (keys may be empty)");
+              exp_avgs.size(), " and ", exp_avg_sqs.size(), " averages, ", steps.size(), " steps, ",
+              keys.size(), " keys; all lists must be equally long (keys may be empty)");
   for (size_t i = 0; i < count; ++i) {
     number_of(weights[i]);
     check_companion(weights[i], gradients[i], "gradient", i);
     check_companion(weights[i], exp_avgs[i], "exp_avg", i);
     check_companion(weights[i], exp_avg_sqs[i], "exp_avg_sq", i);
     TORCH_CHECK(exp_avgs[i].scalar_type() == exp_avg_sqs[i].scalar_type(), "adamw_step: exp_avg ",
-                i, " is ", exp_avgs[i].scalar_type(), ", exp_avg_sq ",
-                exp_avg_sqs[i].scalar_type(), "; they must be of one type");
-    TORCH_CHECK(steps[i].numel() == 1 && (steps[i].scalar_type() == at::kFloat ||
-                                          steps[i].scalar_type() == at::kDouble),
+                i, " is ", exp_avgs[i].scalar_type(), ", exp_avg_sq ", exp_avg_sqs[i].scalar_type(),
+                "; they must be of one type");
+    TORCH_CHECK(steps[i].numel() == 1 &&
+                    (steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble),
                 "adamw_step: step ", i, " has ", steps[i].numel(), " elements of type ",
                 steps[i].scalar_type(), "; it must be one float32 or float64");
   }
@@ -126,8 +126,14 @@ struct Item {
 
 Item make_item(const Lists& lists, size_t i, const ipu::AdamWFactors& factors, int64_t start) {
   const at::Tensor& weight = lists.weights[i];
-  Item item{Written(weight), Written(lists.exp_avgs[i]), Written(lists.exp_avg_sqs[i]),
-            lists.gradients[i].contiguous(), {}, factors, weight.numel(), start};
+  Item item{Written(weight),
+            Written(lists.exp_avgs[i]),
+            Written(lists.exp_avg_sqs[i]),
+            lists.gradients[i].contiguous(),
+            {},
+            factors,
+            weight.numel(),
+            start};
   item.tensor = {item.weight.data(),
                  item.gradient.const_data_ptr(),
                  item.exp_avg.data(),

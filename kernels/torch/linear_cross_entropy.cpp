@@ -108,10 +108,10 @@ void check(const Inputs& in, const Loss& loss, int64_t slice_tokens) {
                     in.target.sizes(), " of ", in.target.scalar_type(),
                     ", and slices of at least 1 token, not ", slice_tokens);
   for (const Tensor* vector : {&in.bias, &in.class_weight}) {
-    TORCH_CHECK_VALUE(!vector->defined() ||
-                          (vector->dim() == 1 && vector->size(0) == in.weight.size(0)),
-                      "linear_cross_entropy: bias and class weights need one entry for each of ",
-                      in.weight.size(0), " classes");
+    TORCH_CHECK_VALUE(
+        !vector->defined() || (vector->dim() == 1 && vector->size(0) == in.weight.size(0)),
+        "linear_cross_entropy: bias and class weights need one entry for each of ",
+        in.weight.size(0), " classes");
   }
   TORCH_CHECK_VALUE(!in.scale.defined() || (in.scale.dim() == 1 && in.scale.size(0) == tokens),
                     "linear_cross_entropy: the scale needs one entry for each of ", tokens,
@@ -130,7 +130,10 @@ template <typename A>
 class Slices {
  public:
   Slices(const Inputs& in, const Loss& loss, const Gradients& gradients, int64_t most_tokens)
-      : in_(in), loss_(loss), gradients_(gradients), classes_(in.weight.size(0)),
+      : in_(in),
+        loss_(loss),
+        gradients_(gradients),
+        classes_(in.weight.size(0)),
         num_tiles_((classes_ + kTileClasses - 1) / kTileClasses) {
     const auto numbers = in.x.options().dtype(c10::CppTypeToScalarType<A>::value);
     tile_sums_ = at::zeros({3, num_tiles_, most_tokens}, numbers);
@@ -230,7 +233,8 @@ class Slices {
       chunk = static_cast<char*>(chunk_.mutable_data_ptr()) + first * chunk_.element_size();
     }
     return {{logit_type(in_.x.scalar_type()), tokens_, classes, first, target_, class_weight},
-            buffer, chunk};
+            buffer,
+            chunk};
   }
 
   A* tile_sum(int64_t which, int64_t tile) const {
@@ -269,8 +273,8 @@ class Slices {
     const bool counted = target != loss_.ignore_index;
     counted_.template mutable_data_ptr<bool>()[row] = counted;
     if (!counted) return 0;
-    const double hard = (1 - loss_.smoothing) *
-                        (class_weights_ == nullptr ? 1.0 : double{class_weights_[target]});
+    const double hard =
+        (1 - loss_.smoothing) * (class_weights_ == nullptr ? 1.0 : double{class_weights_[target]});
     const double uniform = loss_.smoothing / static_cast<double>(classes_);
     const double scale =
         in_.scale.defined() ? double{in_.scale.template const_data_ptr<A>()[first_ + row]} : 0.0;
@@ -286,7 +290,10 @@ class Slices {
   void gradient_of(int64_t index) {
     Tile tile = tile_at(index);
     const int64_t first = tile.loop.first_class;
-    const ipu::RowFactors factors{row_value(1), row_value(2), row_value(3), row_value(4),
+    const ipu::RowFactors factors{row_value(1),
+                                  row_value(2),
+                                  row_value(3),
+                                  row_value(4),
                                   counted_.template const_data_ptr<bool>(),
                                   target_gradients_.template mutable_data_ptr<A>() + first_};
     A* column_sums =

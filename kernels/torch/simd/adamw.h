@@ -27,14 +27,14 @@ struct AdamWTensor {
 
 // What one step multiplies with; see torch.optim.AdamW for the formula.
 struct AdamWFactors {
-  double sign;         // -1 to maximize
-  double decay;        // 1 - lr * weight_decay
-  double new_share;    // 1 - beta1
+  double sign;       // -1 to maximize
+  double decay;      // 1 - lr * weight_decay
+  double new_share;  // 1 - beta1
   double beta2;
-  double new_square;   // 1 - beta2
-  double root_scale;   // sqrt(1 - beta2^step)
+  double new_square;  // 1 - beta2
+  double root_scale;  // sqrt(1 - beta2^step)
   double eps;
-  double minus_rate;   // -lr / (1 - beta1^step)
+  double minus_rate;  // -lr / (1 - beta1^step)
 };
 
 }  // namespace ipu

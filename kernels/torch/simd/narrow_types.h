@@ -27,8 +27,7 @@ inline float widen(Float16 x) {
   const std::uint32_t shifted = magnitude << 13;
   // A subnormal is read as the fraction beside 2^-14, which is then taken away.
   const float subnormal = std::bit_cast<float>(shifted | 0x38800000u) - 0x1p-14f;
-  const std::uint32_t normal =
-      magnitude < 0x7c00u ? shifted + (112u << 23) : shifted | 0x7f800000u;
+  const std::uint32_t normal = magnitude < 0x7c00u ? shifted + (112u << 23) : shifted | 0x7f800000u;
   const std::uint32_t value =
       magnitude < 0x0400u ? std::bit_cast<std::uint32_t>(subnormal) : normal;
   return std::bit_cast<float>(value | sign);

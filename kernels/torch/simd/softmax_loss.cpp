@@ -164,7 +164,9 @@ template <typename T>
 void tile_gradient(const LogitTile& tile, T* logits, int64_t stride, T* copy, void* column_sums,
                    const RowFactors& factors) {
   using A = Accumulator<T>;
-  const auto at = [](const void* values, int64_t row) { return static_cast<const A*>(values)[row]; };
+  const auto at = [](const void* values, int64_t row) {
+    return static_cast<const A*>(values)[row];
+  };
   const A* weight = static_cast<const A*>(tile.class_weight);
   A* sums = static_cast<A*>(column_sums);
   for (int64_t row = 0; row < tile.rows; ++row) {
