@@ -16,6 +16,7 @@ from ipu_pipeline.targets.base import Executable, ExecutionOptions
 # name -> (module, attribute) of a function with the signature of ``lower``.
 _TARGETS: Mapping[str, tuple[str, str]] = {
     "local": ("ipu_pipeline.targets.local.lower", "lower"),
+    "distributed": ("ipu_pipeline.targets.distributed.lower", "lower"),
     "poptorch": ("ipu_pipeline.targets.poptorch.lower", "lower"),
 }
 

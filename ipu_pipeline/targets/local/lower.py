@@ -26,7 +26,7 @@ def lower(
         LoweringError: The target cannot run the plan.
     """
     check(plan, options)
-    _check_model(model, optimizer)
+    check_model(model, optimizer)
     return LocalExecutable(model, plan, optimizer, options)
 
 
@@ -51,7 +51,12 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     check_blocks(plan)
 
 
-def _check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a model without weights, and an optimizer of other parameters.
+
+    Raises:
+        LoweringError: Either is the case.
+    """
     on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
     if on_meta:
         raise LoweringError(

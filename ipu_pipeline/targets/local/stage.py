@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.random import random_scope
 from ipu_pipeline.targets.serialize import (
@@ -52,6 +53,7 @@ class Stage:
         tables: Tables of its serialized blocks, by block name.
         fused: Its serialized projections whose logits only its loss reads.
         shares: Rows that it holds of tables that several stages hold.
+        specs: Descriptions of the tensors that it sends, by name.
     """
 
     index: int
@@ -65,6 +67,7 @@ class Stage:
     tables: Mapping[str, Table] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()
     shares: tuple[Share, ...] = ()
+    specs: Mapping[str, TensorMeta] = field(default_factory=dict)
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
 
@@ -97,10 +100,37 @@ class Stage:
             What it sends on, and the results it computed (detached).
         """
         leaves = {name: _leaf(value) for name, value in received.items()}
+        values, blocks = self.compute(inputs, leaves, key, alone=alone)
+        sent = {name: values[name] for name in self.sends}
+        results = {name: values[value] for name, value in self.results.items()}
+        if torch.is_grad_enabled():
+            loss = results.get("loss")
+            self._in_flight[microbatch] = _InFlight(leaves, sent, loss, blocks.leaves.pairs())
+        return sent, {name: value.detach() for name, value in results.items()}
+
+    def compute(
+        self,
+        inputs: Mapping[str, Any],
+        received: Mapping[str, Tensor],
+        key: RandomKey,
+        *,
+        alone: bool = False,
+    ) -> tuple[dict[str, Any], SerializedForward]:
+        """Run its blocks on values that stay part of the caller's graph; remember nothing.
+
+        Args:
+            inputs: Model inputs by name.
+            received: Values of earlier stages by name.
+            key: Random numbers are keyed by this and the block's name.
+            alone: As in :meth:`forward`.
+
+        Returns:
+            Every value by name, and what ran the serialized blocks.
+        """
         values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
         self.block = "prelude"
         self.prelude.run(values)
-        values.update(leaves)
+        values.update(received)
         again = self.recompute.intersection((*self.fused, LOSS))
         blocks = SerializedForward(
             self.tables, self.fused, self.shares, hold_gradients=alone and not again
@@ -111,12 +141,7 @@ class Stage:
             self.block = program.name
             self._run(program, values, key, blocks)
         self.block = ""
-        sent = {name: values[name] for name in self.sends}
-        results = {name: values[value] for name, value in self.results.items()}
-        if torch.is_grad_enabled():
-            loss = results.get("loss")
-            self._in_flight[microbatch] = _InFlight(leaves, sent, loss, blocks.leaves.pairs())
-        return sent, {name: value.detach() for name, value in results.items()}
+        return values, blocks
 
     def backward(
         self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
@@ -231,6 +256,7 @@ def build_stages(
             if producer.get(value, 0) == index
         }
         held = tuple(shares.get(index, ()))
+        sends = _sent(captured, producer, stage_of, index)
         stages.append(
             Stage(
                 index=index,
@@ -241,7 +267,7 @@ def build_stages(
                     *(share.received for share in held if share.received),
                 ),
                 sends=(
-                    *_sent(captured, producer, stage_of, index),
+                    *sends,
                     *(share.sent for share in held if share.sent),
                 ),
                 recompute=frozenset(recompute),
@@ -249,6 +275,7 @@ def build_stages(
                 results=results,
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
                 shares=held,
+                specs=_specs(captured, (*sends, *results.values()), held),
                 fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
         )
@@ -277,6 +304,19 @@ def _sent(
         if producer.get(name) == index and stage_of[program.name] != index
     )
     return tuple(dict.fromkeys(names))
+
+
+def _specs(
+    captured: CapturedModel, names: Iterable[str], shares: Sequence[Share]
+) -> dict[str, TensorMeta]:
+    found = {name: captured.specs[name] for name in names if name in captured.specs}
+    for share in shares:
+        table = share.table.parameter
+        shape = (*captured.specs[share.ids].shape, table.shape[1])
+        dtype = str(table.dtype).removeprefix("torch.")
+        if share.sent:
+            found[share.sent] = TensorMeta(shape, dtype, table.requires_grad)
+    return found
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Refuse at the start, on every rank, what would otherwise hang or train something else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from ipu_pipeline.capture import model_identity
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan, library_versions
+from ipu_pipeline.targets.base import ExecutionOptions
+from ipu_pipeline.targets.distributed.groups import everyones
+
+
+def description(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> dict[str, str]:
+    """Return what has to be equal on all ranks, readable, by what it is called in a message."""
+    settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
+    return {
+        "plan": plan.digest(),
+        "model": model_identity(model).fingerprint,
+        "weights of the model": _checksum(model),
+        "optimizer": type(optimizer).__name__,
+        **{f"option {name}": repr(value) for name, value in settings.items()},
+        **{f"version of {name}": version for name, version in library_versions().items()},
+    }
+
+
+def agree(own: Mapping[str, str], problem: str = "") -> None:
+    """Compare ``own`` with the other ranks'. Every process must call this.
+
+    Args:
+        own: From :func:`description`.
+        problem: Why this rank cannot start; all ranks then refuse.
+
+    Raises:
+        LoweringError: Something differs, or some rank has a problem; the same on every rank.
+    """
+    found = everyones((problem, dict(own)))
+    problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
+    if problems:
+        raise LoweringError(f"not all ranks can start: {'; '.join(problems[:3])}")
+    lines = []
+    for name in found[0][1]:
+        values = [theirs.get(name, "missing") for _, theirs in found]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            lines.append(f"{name}: rank 0 {values[0]}, rank {other} {values[other]}")
+    if lines:
+        raise LoweringError(
+            f"the ranks do not run the same thing ({'; '.join(lines[:4])}); give all of them the "
+            "same plan, model, seed and libraries"
+        )
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise ``error`` here and its like on all ranks, if any rank has one.
+
+    Raises:
+        Exception: Of the type that the first failing rank has.
+    """
+    kinds = everyones(None if error is None else (type(error), str(error)))
+    failed = next((rank for rank, kind in enumerate(kinds) if kind is not None), None)
+    if error is not None:
+        raise error
+    if failed is not None:
+        kind, text = kinds[failed]
+        raise kind(f"rank {failed}: {text}")
+
+
+def _checksum(model: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            plain = parameter.detach().cpu().contiguous().flatten()
+            digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

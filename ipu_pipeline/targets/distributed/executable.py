@@ -1,0 +1,247 @@
+"""The distributed executable: this process's part of a plan that many processes run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.distributed import state
+from ipu_pipeline.targets.distributed.evaluate import evaluate
+from ipu_pipeline.targets.distributed.faults import Watch
+from ipu_pipeline.targets.distributed.gradients import kept_aside, sum_over_ranks, update
+from ipu_pipeline.targets.distributed.groups import Groups
+from ipu_pipeline.targets.distributed.module import StepInputs
+from ipu_pipeline.targets.distributed.ownership import Ownership, OwnParameters, find_ownership
+from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
+from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.local.captures import StageCache
+from ipu_pipeline.targets.local.stage import Stage
+from ipu_pipeline.targets.recompute import recomputed_blocks
+
+
+class DistributedExecutable:
+    """Runs this process's stages of a plan. Every process calls every method, in one order.
+
+    Args:
+        model: The whole model; this process trains the parameters of its stages in place.
+        plan: The split.
+        optimizer: Over ``model.parameters()``; cut down to this process's own parameters.
+        options: How to run.
+        groups: The processes.
+        watch: Stops all processes when one fails.
+    """
+
+    # Buffers between stages have one shape; a batch that does not fill them is refused.
+    batch_divisor: int | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        options: ExecutionOptions,
+        *,
+        groups: Groups,
+        watch: Watch,
+        owns_processes: bool,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.options = options
+        self.global_step = 0
+        self.groups = groups
+        self._watch = watch
+        self._owns_processes = owns_processes
+        self._own = None if optimizer is None else OwnParameters(optimizer)
+        self._ownership: Ownership | None = None
+        self._cache = StageCache(
+            model,
+            plan,
+            options.precision,
+            recompute=recomputed_blocks(options.recompute, plan),
+            self_check=options.self_check,
+        )
+        self._pipelines: dict[int, TrainingPipeline] = {}
+        self._closed = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Run one optimizer step; every process passes the same whole batch.
+
+        Args:
+            batch: Tensors with axis 0 = micro batch x microbatches x replicas.
+
+        Returns:
+            The same on every process: mean loss, norm over all stages, whether it was skipped.
+
+        Raises:
+            LoweringError: There is no optimizer, or the batch cannot be shared out.
+            StageError: This process or another one failed.
+        """
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        with self._running("a training step"):
+            loss, ownership = self._accumulate(batch, self.options.loss_scaling)
+            own = state.own_parameters(self.model, ownership)
+            self._watch.doing.what = "the optimizer step"
+            done = update(self.optimizer, own, ownership, self.groups, self.options)
+        self.global_step += 1
+        return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:
+        """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.
+
+        Raises:
+            StageError: This process or another one failed; gradients are then incomplete.
+        """
+        with self._running("a forward and backward pass"):
+            return self._accumulate(batch, 1.0)[0]
+
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
+        """Run the model in evaluation mode, without gradients; every process gets the result.
+
+        Raises:
+            StageError: This process or another one failed.
+        """
+        with self._running("evaluation"), self._mode(training=False), torch.no_grad():
+            parts = split_batch(batch, 2 * self.plan.num_stages)
+            stages = [self._cache.stages_for(part.inputs) for part in parts]
+            options = self.options
+            inputs = StepInputs((), options.seed, self.global_step, options.precision)
+            return evaluate(stages, parts, inputs, self.groups, self._watch.doing)
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict, whole on every process."""
+        if self._ownership is not None:
+            with self._running("collecting weights"):
+                state.collect_weights(self.model, self._ownership, self.groups)
+        return self.model.state_dict()
+
+    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+        """Write one checkpoint of the whole model atomically, by the first rank."""
+        with self._running("saving a checkpoint"):
+            return state.save(
+                path,
+                model=self.model,
+                own=self._own,
+                ownership=self._ownership,
+                groups=self.groups,
+                global_step=self.global_step,
+                extra=extra,
+            )
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
+        with self._running("loading a checkpoint"):
+            self.global_step, extra = state.load(
+                path,
+                model=self.model,
+                own=self._own,
+                ownership=self._ownership,
+            )
+        return extra
+
+    def close(self) -> None:
+        """Leave the processes; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.leave()
+        self._watch.close()
+        self._pipelines.clear()
+        if self._owns_processes and self._watch.verdict is None and dist.is_initialized():
+            dist.barrier()  # the store must outlive the last look at it
+            dist.destroy_process_group()
+
+    def __enter__(self) -> DistributedExecutable:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- running ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        if self._closed:
+            raise LoweringError("this executable was closed; compile the model again")
+        with self._watch.guarding(what, self.global_step):
+            yield
+
+    def _accumulate(self, batch: Mapping[str, Any], loss_scaling: float) -> tuple[float, Ownership]:
+        parts = self._own_microbatches(batch)
+        with self._mode(training=True), torch.enable_grad():
+            stages = self._cache.stages_for(parts[0].inputs)
+            ownership = self._settle_ownership(stages)
+            pipeline = self._pipeline(stages)
+            keys = {
+                "seed": self.options.seed,
+                "global_step": self.global_step,
+                "precision": self.options.precision,
+            }
+            with kept_aside(state.own_parameters(self.model, ownership)):
+                own_loss = pipeline.run(parts, keys, loss_scaling)
+                self._watch.doing.what = "summing gradients"
+                sum_over_ranks(self.model, ownership, self.groups)
+        return self.groups.sum_numbers(own_loss), ownership
+
+    def _own_microbatches(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+        """Return this replica's part of the batch."""
+        per_replica = self.plan.num_microbatches
+        wanted = per_replica * self.plan.replicas
+        size = batch_size(batch)
+        if size % wanted:
+            raise LoweringError(
+                f"a batch of {size} samples does not divide into {per_replica} microbatches x "
+                f"{self.plan.replicas} replicas of one size; use a multiple of {wanted} (drop the "
+                "last short batch)"
+            )
+        first = self.groups.layout.replica * per_replica
+        return split_batch(batch, wanted, size // wanted)[first : first + per_replica]
+
+    def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
+        """Find out who holds what, at the first capture; it does not depend on the shape."""
+        if self._ownership is None:
+            self._ownership = find_ownership(stages, self.groups.layout)
+            sets = {positions for positions in self._ownership.holders.values()}
+            self.groups.make_holders(sorted(s for s in sets if len(s) > 1))
+            if self._own is not None:
+                self._own.keep(self._ownership)
+        return self._ownership
+
+    def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
+        if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs
+            self._pipelines[id(stages)] = TrainingPipeline(
+                stages,
+                layout=self.groups.layout,
+                schedule=self.options.schedule or self.plan.schedule,
+                num_microbatches=self.plan.num_microbatches,
+                group=self.groups.pipeline,
+                device=self.groups.device,
+                doing=self._watch.doing,
+            )
+        return self._pipelines[id(stages)]
+
+    @contextlib.contextmanager
+    def _mode(self, *, training: bool) -> Iterator[None]:
+        """Switch every module to one mode and back to what each was."""
+        before = [(module, module.training) for module in self.model.modules()]
+        self.model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in before:
+                module.training = mode

@@ -1,0 +1,170 @@
+"""One rank that raises, dies or hangs stops all ranks, and every one of them says who it was.
+
+Every process shows a sign of life in the store of the process group and looks for a note that
+another one has failed. A thread does this, because the main thread may be inside a receive that
+never ends; the thread then breaks the connections, which ends the receive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from torch.distributed.distributed_c10d import Store
+
+from ipu_pipeline.errors import PipelineError, StageError, StallError
+from ipu_pipeline.targets.distributed.groups import Groups
+from ipu_pipeline.targets.distributed.pipeline import Doing
+
+BEAT_S = 0.5
+# A process that shows no sign of life for so long is gone.
+SILENT_S = 20.0
+# After a broken connection, wait so long for whoever knows why.
+VERDICT_S = SILENT_S + 5.0
+_FAILED = "failed"
+
+
+class Watch:
+    """Watches the other processes, and tells them when this one fails.
+
+    Args:
+        store: Where the processes leave notes for each other; used by this object only.
+        rank: Of this process.
+        world_size: How many there are.
+        doing: What this process is doing.
+        break_connections: Ends every receive of this process with an error.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        doing: Doing,
+        break_connections: Callable[[], None],
+    ) -> None:
+        self.rank = rank
+        self.doing = doing
+        self.verdict: str | None = None
+        self._store = store
+        # The first looks after all others, those after the first.
+        self._others = [r for r in range(world_size) if r != rank and 0 in (r, rank)]
+        self._break = break_connections
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._stop = threading.Event()
+        self._decided = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="rank-watch", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def guarding(self, what: str, step: int) -> Iterator[None]:
+        """Turn a failure inside into one that all ranks report alike.
+
+        Raises:
+            StageError: This rank or another one failed.
+        """
+        self._refuse_after_failure()
+        self.doing.step = step
+        self.doing.what, self.doing.stage = what, None
+        try:
+            yield
+        except BaseException as error:
+            raise self._explained(error) from error
+        finally:
+            self.doing.what = "nothing"
+
+    def close(self) -> None:
+        """Stop watching; calling it again does nothing."""
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+
+    def _refuse_after_failure(self) -> None:
+        if self.verdict is not None:
+            raise StageError(
+                f"this executable cannot run after a failure ({self.verdict}); start the "
+                "processes again and load the last checkpoint"
+            )
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return what to raise for ``error``; the other ranks are told."""
+        if isinstance(error, PipelineError) and self.doing.stage is None:
+            return error  # every rank refuses the same thing, nothing is left half done
+        lost = self.doing.stage is None and isinstance(error, RuntimeError)
+        if lost and self._decided.wait(VERDICT_S):
+            return StageError(f"{self.verdict}; rank {self.rank} was {self.doing} and stopped")
+        cause = error.__cause__ if self.doing.stage is not None and error.__cause__ else error
+        what = f"{type(cause).__name__}: {cause}"
+        text = f"rank {self.rank} failed ({self.doing}): {what}"
+        if self.verdict is None:
+            self._decide(text)
+        if not isinstance(error, Exception):
+            return error
+        return (StallError if lost else StageError)(text)
+
+    def _decide(self, text: str) -> None:
+        """Note the first failure for everybody and break this process's connections."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its process
+            text = self._store.compare_set(_FAILED, "", text).decode() or text
+        self._conclude(text)
+
+    def _conclude(self, text: str) -> None:
+        self.verdict = self.verdict or text
+        self._decided.set()
+        self._stop.set()
+        self._break()
+
+    def _serve(self) -> None:
+        beats = 0
+        while not self._stop.wait(BEAT_S):
+            beats += 1
+            try:
+                self._store.set(f"alive/{self.rank}", f"{beats} {self.doing}")
+                if self._store.check([_FAILED]):
+                    self._conclude(self._store.get(_FAILED).decode())
+                    return
+                silent = self._silent_rank()
+            except RuntimeError as error:
+                if not self._stop.is_set():
+                    self._conclude(
+                        "the store of the process group is gone, and with it the process that "
+                        f"held it (rank 0, or torchrun's agent): {str(error).splitlines()[0]}"
+                    )
+                return
+            if silent is not None:
+                last = self._seen[silent][0].partition(" ")[2]
+                self._decide(
+                    f"rank {silent} showed no sign of life for {SILENT_S:.0f} s; last seen in: "
+                    f"{last}"
+                )
+                return
+
+    def _silent_rank(self) -> int | None:
+        now = time.monotonic()
+        for other in self._others:
+            key = f"alive/{other}"
+            beat = self._store.get(key).decode() if self._store.check([key]) else ""
+            if beat != self._seen.get(other, ("", 0.0))[0] or other not in self._seen:
+                self._seen[other] = (beat, now)
+            elif beat.startswith("closed"):
+                continue
+            elif now - self._seen[other][1] > SILENT_S:
+                return other
+        return None
+
+    def leave(self) -> None:
+        """Tell the others that this process ends as it should."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"alive/{self.rank}", "closed")
+
+
+def connection_breaker(groups: Groups) -> Callable[[], None]:
+    """Return what ends every receive of this process."""
+
+    def break_all() -> None:
+        for group in groups.all:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                group.abort()
+
+    return break_all

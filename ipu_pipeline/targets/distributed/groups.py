@@ -1,0 +1,126 @@
+"""Process groups of a layout, and the few collectives that everything else is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.targets.distributed.layout import Layout
+
+# What torchrun sets, and what the rendezvous of ``env://`` reads.
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_processes(device: torch.device, timeout_s: float) -> bool:
+    """Make sure that there is a default process group; return whether it was made here.
+
+    Raises:
+        LoweringError: The script was not started by torchrun or something like it.
+    """
+    if dist.is_initialized():
+        return False
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise LoweringError(
+            f"the distributed target runs in processes that torchrun starts, but "
+            f"{', '.join(missing)} is not set; start the script with "
+            "'torchrun --nproc-per-node N script.py'"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return True
+
+
+class Groups:
+    """The process groups of one executable.
+
+    Args:
+        layout: Who stands where.
+        device: Where tensors have to be for the backend.
+
+    Attributes:
+        pipeline: The ranks of this replica.
+        replicas: The ranks at this position, one per replica.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.device = device
+        mesh = init_device_mesh(
+            device.type,
+            (layout.num_replicas, layout.num_ranks),
+            mesh_dim_names=("replica", "pipeline"),
+        )
+        self.pipeline = mesh.get_group("pipeline")
+        self.replicas = mesh.get_group("replica")
+        self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    @property
+    def all(self) -> list[dist.ProcessGroup]:
+        """Every group, that of all processes last."""
+        world = dist.group.WORLD
+        return [*self._holders.values(), self.pipeline, self.replicas, *([world] if world else [])]
+
+    def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Make the groups of positions that share parameters. Every process must call this."""
+        for positions in sets:
+            if positions in self._holders:
+                continue
+            for replica in range(self.layout.num_replicas):
+                ranks = [replica * self.layout.num_ranks + position for position in positions]
+                group = dist.new_group(ranks)
+                if self.layout.rank in ranks:
+                    self._holders[positions] = group
+
+    def holders(self, positions: tuple[int, ...]) -> dist.ProcessGroup:
+        """Return the group of these positions of this replica's pipeline."""
+        return self._holders[positions]
+
+    def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum over a group, added in the order of its ranks: the same bits for all."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def sum_numbers(self, value: float, group: dist.ProcessGroup | None = None) -> float:
+        """Return the sum of a number over a group (default: all processes)."""
+        own = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return float(self.sum_in_order(own, group or _world()))
+
+    def any_true(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for every flag whether it is set on any process."""
+        own = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in own.tolist()]
+
+    def from_position(self, tensor: Tensor, position: int) -> None:
+        """Overwrite ``tensor`` with what the process at ``position`` of this pipeline has."""
+        wire = tensor.detach().contiguous().to(self.device)
+        wire = wire.view(torch.uint8) if wire.dtype == torch.bool else wire
+        dist.broadcast(wire, group=self.pipeline, group_src=position)
+        with torch.no_grad():
+            tensor.copy_(wire.view(tensor.dtype))
+
+
+def everyones(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world

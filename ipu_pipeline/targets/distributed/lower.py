@@ -1,0 +1,118 @@
+"""Check a plan for the distributed target and turn it into an executable."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from ipu_pipeline.errors import LoweringError, PipelineError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.targets.base import ExecutionOptions
+from ipu_pipeline.targets.distributed.agreement import agree, description
+from ipu_pipeline.targets.distributed.executable import DistributedExecutable
+from ipu_pipeline.targets.distributed.faults import Watch, connection_breaker
+from ipu_pipeline.targets.distributed.groups import Groups, join_processes
+from ipu_pipeline.targets.distributed.layout import make_layout
+from ipu_pipeline.targets.distributed.pipeline import Doing
+from ipu_pipeline.targets.distributed.schedules import torch_schedule
+from ipu_pipeline.targets.local.lower import check_model
+from ipu_pipeline.targets.recompute import recomputed_blocks
+from ipu_pipeline.targets.serialize import check_blocks, serialized
+
+
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> DistributedExecutable:
+    """Return this process's executable of ``plan``. Every process of the job calls this.
+
+    Raises:
+        LoweringError: The processes cannot run the plan, or do not agree on what to run; the
+            same on all of them.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    made_here = join_processes(device, options.stall_timeout_s)
+    try:
+        return _lower(model, plan, optimizer, options, device=device, made_here=made_here)
+    except PipelineError:
+        if made_here:
+            dist.destroy_process_group()
+        raise
+
+
+def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
+    """Refuse what the target cannot run whatever the number of processes.
+
+    Raises:
+        LoweringError: An unknown schedule, one that splits the backward pass of blocks that
+            need it whole, unknown blocks, or autocast on a GPU.
+    """
+    name = options.schedule or plan.schedule
+    splits = torch_schedule(name).splits_backward
+    again = recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
+    if splits and serialized(plan):
+        raise LoweringError(
+            f"schedule {name} computes gradients of inputs and weights at different times, which "
+            "serialized blocks cannot; use interleaved or looped_bfs, or plan without "
+            "serialization"
+        )
+    if splits and again:
+        raise LoweringError(
+            f"schedule {name} computes gradients of inputs and weights at different times: "
+            f"recomputed blocks ({', '.join(sorted(again)[:3])}) would run their forward pass "
+            "three times; use interleaved or looped_bfs, or recompute='none'"
+        )
+    if options.sequential:
+        raise LoweringError(
+            "sequential runs all stages in one thread, the distributed target in several "
+            "processes; use the local target for the sequential reference"
+        )
+    if device.type != "cpu" and options.precision != "float32":
+        raise LoweringError(
+            f"precision {options.precision!r} is for CPUs only in this version (the model is on "
+            f"{device}); use float32"
+        )
+
+
+def _lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+    *,
+    device: torch.device,
+    made_here: bool,
+) -> DistributedExecutable:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    problem = ""
+    try:
+        check(plan, options, device)
+        check_model(model, optimizer)
+        make_layout(plan, options.schedule or plan.schedule, rank, world_size)
+    except PipelineError as error:
+        problem = str(error)
+    agree(description(model, plan, optimizer, options), problem)
+    layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
+    groups = Groups(layout, device)
+    doing = Doing()
+    own_connection = _get_default_store().clone()  # type: ignore[attr-defined]
+    store: Store = PrefixStore(f"ipu_pipeline/{_number()}", own_connection)
+    watch = Watch(store, rank, world_size, doing, connection_breaker(groups))
+    return DistributedExecutable(
+        model, plan, optimizer, options, groups=groups, watch=watch, owns_processes=made_here
+    )
+
+
+_made = 0
+
+
+def _number() -> int:
+    """Count the executables of this process: each has its own notes in the store."""
+    global _made
+    _made += 1
+    return _made

@@ -1,0 +1,184 @@
+"""Torch's stages and schedule for one shape of microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.pipelining as torch_pipelining
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+
+from ipu_pipeline.targets.distributed.layout import Layout
+from ipu_pipeline.targets.distributed.module import Crossings, StageModule, StepInputs, crossings
+from ipu_pipeline.targets.distributed.schedules import torch_schedule
+from ipu_pipeline.targets.local.batch import Microbatch
+from ipu_pipeline.targets.local.stage import Stage
+
+
+@dataclass
+class Doing:
+    """What this process is doing, for messages.
+
+    Attributes:
+        what: Such as ``forward pass``.
+        stage: Its stage, with its block.
+        microbatch: Position in the step; -1 outside of one.
+        step: Optimizer step.
+    """
+
+    what: str = "nothing"
+    stage: Stage | None = None
+    microbatch: int = -1
+    step: int = 0
+
+    def __str__(self) -> str:
+        if self.stage is None:
+            return f"{self.what}, step {self.step}"
+        block = f", block {self.stage.block!r}" if self.stage.block else ""
+        return (
+            f"stage {self.stage.index}{block}, {self.what} of microbatch {self.microbatch}, "
+            f"step {self.step}"
+        )
+
+    @contextmanager
+    def during(self, what: str, stage: Stage | None, microbatch: int) -> Iterator[None]:
+        """Note what is being done; it stays noted when it fails."""
+        self.what, self.stage, self.microbatch = what, stage, microbatch
+        yield
+        self.what, self.stage, self.microbatch = "waiting for other ranks", None, -1
+
+
+class _NotedStage(PipelineStage):
+    """Torch's stage; it notes what it is doing."""
+
+    def __init__(self, module: StageModule, doing: Doing, **arguments: Any) -> None:
+        super().__init__(module, module.stage.index, **arguments)
+        self._doing = doing
+        self._code = module.stage
+        self._inputs = module.inputs
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._noted("forward pass", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._noted("backward pass", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._noted("backward pass of the weights", bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def _noted(self, what: str, chunk: int) -> Any:
+        index = self._inputs.microbatches[chunk].index
+        return self._doing.during(what, self._code, index)
+
+
+class TrainingPipeline:
+    """The stages of this rank and the schedule that runs them, for one shape of microbatch.
+
+    Args:
+        stages: All stages of the plan, captured for this shape.
+        layout: Which of them are this rank's.
+        schedule: Name of the schedule.
+        num_microbatches: Of one pipeline in one step.
+        group: The processes of the pipeline.
+        device: Where the tensors live.
+        doing: Notes what is being done.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        layout: Layout,
+        schedule: str,
+        num_microbatches: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        doing: Doing,
+    ) -> None:
+        self.num_microbatches = num_microbatches
+        self._inputs = StepInputs()
+        self._crossing = crossings(stages)
+        loss = next(stage.results["loss"] for stage in stages if "loss" in stage.results)
+        self.modules = [
+            self._module(stages[index], loss, layout.num_stages) for index in layout.own_stages
+        ]
+        arguments = {"num_stages": layout.num_stages, "device": device, "group": group}
+        made = [
+            _NotedStage(module, doing, **arguments, **self._metadata(module, self._crossing))
+            for module in self.modules
+        ]
+        kind = torch_schedule(schedule)
+        make: Callable[..., Any] = getattr(torch_pipelining, kind.torch_name)
+        self._schedule = make(
+            made[0] if kind.placement == "one" else made,
+            num_microbatches,
+            loss_fn=_weighted_loss,
+            scale_grads=False,
+        )
+        self._has_last = layout.num_stages - 1 in layout.own_stages
+
+    def run(
+        self, microbatches: Sequence[Microbatch], inputs: Mapping[str, Any], loss_scaling: float
+    ) -> float:
+        """Run one step's forward and backward passes; gradients are added to ``.grad``.
+
+        Args:
+            microbatches: This replica's.
+            inputs: Fields of :class:`StepInputs`.
+            loss_scaling: Factor of the loss before the backward pass.
+
+        Returns:
+            This replica's part of the loss on the rank of the loss, else 0.
+        """
+        self._inputs.microbatches = microbatches
+        for name, value in inputs.items():
+            setattr(self._inputs, name, value)
+        positions = torch.arange(self.num_microbatches)
+        arguments: dict[str, Any] = {}
+        if self._has_last:
+            arguments["target"] = torch.tensor(
+                [part.share * loss_scaling for part in microbatches], dtype=torch.float64
+            )
+            arguments["losses"] = []
+        try:
+            self._schedule.step(microbatch=positions, return_outputs=False, **arguments)
+            for module in self.modules:
+                module.finish()
+            return self._loss(microbatches)
+        finally:
+            for module in self.modules:
+                module.clear()
+
+    def _loss(self, microbatches: Sequence[Microbatch]) -> float:
+        total = 0.0
+        for module in self.modules:
+            for position, results in sorted(module.results.items()):
+                if "loss" in results:
+                    total += float(results["loss"]) * microbatches[position].share
+        return total
+
+    def _module(self, stage: Stage, loss: str, num_stages: int) -> StageModule:
+        last = stage.index == num_stages - 1
+        sent = (loss,) if last else self._crossing.names[stage.index]
+        return StageModule(stage, self._crossing.into(stage.index), sent, self._inputs)
+
+    @staticmethod
+    def _metadata(module: StageModule, crossing: Crossings) -> dict[str, Any]:
+        """Return what every boundary carries, so that torch asks no other rank for it."""
+        return {
+            "input_args": crossing.tensors(module.received, grad=True),
+            "output_args": crossing.tensors(module.sent, grad=True),
+        }
+
+
+def _weighted_loss(outputs: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    """Return the loss times its weight (share x loss scaling), shape ``()``."""
+    return outputs[0] * float(weight)

@@ -1,0 +1,183 @@
+"""What the processes of a test do; results are plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ipu_pipeline as ipp
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.targets.distributed import executable, faults  # noqa: F401 - preloaded
+from ipu_pipeline.targets.distributed.executable import DistributedExecutable
+from tests.tiny_models import TINY
+
+MICROBATCHES = 4
+torch.set_num_threads(1)
+
+
+def built(
+    name: str, *, num_stages: int, replicas: int = 1, dropout: bool = False, **planned: Any
+) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
+    """Return a model, its plan, and a batch for all replicas."""
+    model, example = TINY[name].build(dropout=dropout)
+    planned = {"microbatches": MICROBATCHES, **planned}
+    size = 2 * planned["microbatches"] * replicas
+    _, batch = TINY[name].build(batch_size=size, seed=3)
+    plan = ipp.plan(model, example, num_stages=num_stages, replicas=replicas, **planned)
+    return model, plan, batch
+
+
+def compiled(
+    name: str,
+    *,
+    target: str = "distributed",
+    planned: dict[str, Any],
+    learning_rate: float | None = 1e-3,
+    **options: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    model, plan, batch = built(name, **planned)
+    optimizer = (
+        None if learning_rate is None else torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    )
+    made = ipp.compile(model, plan, target=target, optimizer=optimizer, self_check=False, **options)
+    return made, batch
+
+
+def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Compare this rank's gradients with those of plain accumulation over the whole batch."""
+    made, batch = compiled(name, planned=planned, learning_rate=None, **options)
+    with made:
+        loss = made.forward_backward(batch)
+        found = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+    made.model.zero_grad()
+    parts = len(next(iter(batch.values()))) // 2
+    expected_loss = 0.0
+    for index in range(parts):
+        part = {key: value[2 * index : 2 * index + 2] for key, value in batch.items()}
+        own = made.model(**part).loss
+        (own / parts).backward()
+        expected_loss += own.item() / parts
+    expected = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    return {
+        "loss": loss,
+        "expected_loss": expected_loss,
+        "expected": set(expected),
+        "found": set(found),
+        "error": max((found[n] - expected[n]).abs().max().item() / scale for n in found),
+    }
+
+
+def curve(name: str, planned: dict[str, Any], steps: int, **options: Any) -> dict[str, Any]:
+    """Train; return losses, norms, and what the weights are afterwards."""
+    made, batch = compiled(name, planned={"dropout": True, **planned}, **options)
+    with made:
+        results = [made.train_step(batch) for _ in range(steps)]
+        own = {n: digest(p) for n, p in made.model.named_parameters() if held(made, p)}
+        return {
+            "losses": [result.loss for result in results],
+            "norms": [result.grad_norm for result in results],
+            "skipped": [result.skipped for result in results],
+            "own": own,
+            "state": {n: digest(t) for n, t in made.state_dict().items()},
+            "sum": sum(t.double().sum().item() for t in made.state_dict().values()),
+        }
+
+
+def held(made: DistributedExecutable, parameter: nn.Parameter) -> bool:
+    assert made._ownership is not None
+    return made._ownership.is_held(parameter)
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any) -> dict[str, Any]:
+    """Evaluate a batch of any size; compare with the unsplit model."""
+    made, _ = compiled(name, planned=planned, learning_rate=None, **options)
+    _, batch = TINY[name].build(batch_size=samples, seed=5)
+    with made:
+        result = made.eval_step(batch)
+    made.model.eval()
+    with torch.no_grad():
+        expected = made.model(**batch)
+    errors = {n: (v - expected[n]).abs().max().item() for n, v in result.outputs.items()}
+    return {"loss": result.loss, "expected_loss": expected.loss.item(), "errors": errors}
+
+
+def train_and_save(
+    name: str, planned: dict[str, Any], path: str, load: str = "", **options: Any
+) -> dict[str, Any]:
+    """Load if asked, take three steps, save, take three more."""
+    made, batch = compiled(name, planned={"dropout": True, **planned}, **options)
+    with made:
+        extra = made.load_checkpoint(load) if load else {}
+        before = [made.train_step(batch).loss for _ in range(3)]
+        made.save_checkpoint(path, {"epoch": 1})
+        after = [made.train_step(batch).loss for _ in range(3)]
+        num_states = len(made.optimizer.state)
+    return {"before": before, "after": after, "extra": extra, "num_states": num_states}
+
+
+def save_into_a_file(planned: dict[str, Any], path: str) -> str:
+    made, batch = compiled("bert-qa", planned=planned)
+    with made:
+        made.train_step(batch)
+        try:
+            made.save_checkpoint(path)
+        except OSError as error:
+            return str(error)
+    return "saved"
+
+
+def mismatch(what: str, planned: dict[str, Any]) -> str:
+    """Start with something different on the last rank; return the refusal."""
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    model, plan, _ = built("bert-qa", **planned)
+    options: dict[str, Any] = {}
+    if what == "plan" and odd:
+        model, plan, _ = built("bert-qa", **{**planned, "microbatches": 2 * MICROBATCHES})
+    if what == "weights" and odd:
+        torch.nn.init.ones_(next(model.parameters()))
+    if what == "option" and odd:
+        options["seed"] = 7
+    if what == "problem" and odd:
+        options["recompute"] = ["nothing"]
+    try:
+        ipp.compile(model, plan, target="distributed", self_check=False, **options)
+    except ipp.errors.LoweringError as error:
+        return str(error)
+    return "started"
+
+
+def failure(how: str, planned: dict[str, Any]) -> str:
+    """Train until the last rank's stage fails in step 1; return the error."""
+    faults.SILENT_S, faults.VERDICT_S = 4.0, 8.0
+    made, batch = compiled("bert-qa", planned=planned)
+    module = made.model.bert.encoder.layer[-1]
+    steps = []
+
+    def hook(*_: Any) -> None:
+        steps.append(made.global_step)
+        if made.global_step == 1 and steps.count(1) == 2 and _last():
+            if how == "dies":
+                os._exit(9)
+            raise ValueError("the disk is on fire")
+
+    module.register_forward_pre_hook(hook)
+    try:
+        for _ in range(3):
+            made.train_step(batch)
+    except ipp.errors.StageError as error:
+        return str(error)
+    return "trained"
+
+
+def _last() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
