@@ -13,7 +13,7 @@ from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.targets.base import ExecutionOptions
-from ipu_pipeline.targets.distributed.groups import everyones
+from ipu_pipeline.targets.distributed.groups import Groups, everyones
 
 
 def description(
@@ -61,13 +61,13 @@ def agree(own: Mapping[str, str], problem: str = "") -> None:
         )
 
 
-def raise_together(error: Exception | None) -> None:
+def raise_together(groups: Groups, error: Exception | None) -> None:
     """Raise ``error`` here and its like on all ranks, if any rank has one.
 
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    kinds = everyones(None if error is None else (type(error), str(error)))
+    kinds = groups.everyones(None if error is None else (type(error), str(error)))
     failed = next((rank for rank, kind in enumerate(kinds) if kind is not None), None)
     if error is not None:
         raise error

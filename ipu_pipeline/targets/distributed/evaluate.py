@@ -58,9 +58,10 @@ def evaluate(
                 passed[index + 1, position] = outputs
             for value in outputs if target != layout.position else ():
                 work = dist.isend(_wire(value), group=groups.pipeline, group_dst=target)
+                assert work is not None
                 sends.append((work, value))
     for work, _ in sends:
-        work.wait()
+        groups.waiter.run(work.wait)
     return _shared(microbatches, results, groups)
 
 
@@ -70,7 +71,9 @@ def _receive(module: StageModule, crossing: Crossings, groups: Groups) -> tuple[
     values = []
     for described in crossing.tensors(module.received, grad=False):
         value = torch.empty_like(described, device=groups.device)
-        dist.recv(_wire(value), group=groups.pipeline, group_src=source)
+        work = dist.irecv(_wire(value), group=groups.pipeline, group_src=source)
+        assert work is not None
+        groups.waiter.run(work.wait)
         values.append(value)
     return tuple(values)
 
@@ -91,9 +94,7 @@ def _shared(
             joined[name] = torch.stack([value.double() * part.share for part, value in pairs]).sum()
         else:
             joined[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
-    described: list[Any] = [None] * groups.layout.num_ranks
-    own = {name: (value.shape, value.dtype) for name, value in joined.items()}
-    dist.all_gather_object(described, own, group=groups.pipeline)
+    described = groups.of_pipeline({n: (value.shape, value.dtype) for n, value in joined.items()})
     outputs = {}
     for position, names in enumerate(described):
         for name, (shape, dtype) in names.items():

@@ -151,6 +151,7 @@ class DistributedExecutable:
                 model=self.model,
                 own=self._own,
                 ownership=self._ownership,
+                groups=self.groups,
             )
         return extra
 
@@ -161,6 +162,7 @@ class DistributedExecutable:
         self._closed = True
         self._watch.leave()
         self._watch.close()
+        self.groups.waiter.close()
         self._pipelines.clear()
         if self._owns_processes and self._watch.verdict is None and dist.is_initialized():
             dist.barrier()  # the store must outlive the last look at it
@@ -229,8 +231,7 @@ class DistributedExecutable:
                 layout=self.groups.layout,
                 schedule=self.options.schedule or self.plan.schedule,
                 num_microbatches=self.plan.num_microbatches,
-                group=self.groups.pipeline,
-                device=self.groups.device,
+                groups=self.groups,
                 doing=self._watch.doing,
             )
         return self._pipelines[id(stages)]

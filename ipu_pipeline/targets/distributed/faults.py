@@ -1,8 +1,8 @@
 """One rank that raises, dies or hangs stops all ranks, and every one of them says who it was.
 
 Every process shows a sign of life in the store of the process group and looks for a note that
-another one has failed. A thread does this, because the main thread may be inside a receive that
-never ends; the thread then breaks the connections, which ends the receive.
+another one has failed. A thread does this, because the main thread may be waiting for a rank that
+is gone; it then gives up waiting (``waiting.py``).
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch.distributed.distributed_c10d import Store
 
 from ipu_pipeline.errors import PipelineError, StageError, StallError
-from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.pipeline import Doing
 
 BEAT_S = 0.5
@@ -34,7 +33,6 @@ class Watch:
         rank: Of this process.
         world_size: How many there are.
         doing: What this process is doing.
-        break_connections: Ends every receive of this process with an error.
     """
 
     def __init__(
@@ -43,7 +41,6 @@ class Watch:
         rank: int,
         world_size: int,
         doing: Doing,
-        break_connections: Callable[[], None],
     ) -> None:
         self.rank = rank
         self.doing = doing
@@ -51,7 +48,6 @@ class Watch:
         self._store = store
         # The first looks after all others, those after the first.
         self._others = [r for r in range(world_size) if r != rank and 0 in (r, rank)]
-        self._break = break_connections
         self._seen: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._decided = threading.Event()
@@ -104,7 +100,7 @@ class Watch:
         return (StallError if lost else StageError)(text)
 
     def _decide(self, text: str) -> None:
-        """Note the first failure for everybody and break this process's connections."""
+        """Note the first failure for everybody to find."""
         with contextlib.suppress(RuntimeError):  # the store may be gone with its process
             text = self._store.compare_set(_FAILED, "", text).decode() or text
         self._conclude(text)
@@ -113,7 +109,6 @@ class Watch:
         self.verdict = self.verdict or text
         self._decided.set()
         self._stop.set()
-        self._break()
 
     def _serve(self) -> None:
         beats = 0
@@ -157,14 +152,3 @@ class Watch:
         """Tell the others that this process ends as it should."""
         with contextlib.suppress(RuntimeError):
             self._store.set(f"alive/{self.rank}", "closed")
-
-
-def connection_breaker(groups: Groups) -> Callable[[], None]:
-    """Return what ends every receive of this process."""
-
-    def break_all() -> None:
-        for group in groups.all:
-            with contextlib.suppress(RuntimeError, AttributeError):
-                group.abort()
-
-    return break_all

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -52,9 +51,9 @@ def sum_over_ranks(model: nn.Module, ownership: Ownership, groups: Groups) -> No
         parameter.grad = groups.sum_in_order(_gradient(parameter), group)
     if groups.layout.num_replicas > 1:
         alone = [p for p in own if not ownership.shared(p)]
-        _reduce_in_buckets(alone, groups.replicas)
+        _reduce_in_buckets(alone, groups)
         for parameter in tied:  # one by one: every holder then adds in the same order
-            dist.all_reduce(_gradient(parameter), group=groups.replicas)
+            groups.sum_over_replicas(_gradient(parameter))
 
 
 def update(
@@ -93,12 +92,12 @@ def update(
     return UpdateResult(grad_norm=float(norm), skipped=skipped)
 
 
-def _reduce_in_buckets(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum gradients over ``group``, all of one type in one message."""
+def _reduce_in_buckets(parameters: Sequence[nn.Parameter], groups: Groups) -> None:
+    """Sum gradients over the replicas, all of one type in one message."""
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         gradients = [_gradient(p) for p in parameters if p.dtype == dtype]
         bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(bucket, group=group)
+        groups.sum_over_replicas(bucket)
         parts = bucket.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.targets.distributed.layout import Layout
+from ipu_pipeline.targets.distributed.waiting import Waiter
 
 # What torchrun sets, and what the rendezvous of ``env://`` reads.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,6 +50,7 @@ class Groups:
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
+        waiter: Every wait for another rank goes through it.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -61,13 +63,8 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
+        self.waiter = Waiter()
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
-
-    @property
-    def all(self) -> list[dist.ProcessGroup]:
-        """Every group, that of all processes last."""
-        world = dist.group.WORLD
-        return [*self._holders.values(), self.pipeline, self.replicas, *([world] if world else [])]
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
         """Make the groups of positions that share parameters. Every process must call this."""
@@ -76,7 +73,7 @@ class Groups:
                 continue
             for replica in range(self.layout.num_replicas):
                 ranks = [replica * self.layout.num_ranks + position for position in positions]
-                group = dist.new_group(ranks)
+                group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
                 if self.layout.rank in ranks:
                     self._holders[positions] = group
 
@@ -87,7 +84,8 @@ class Groups:
     def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the sum over a group, added in the order of its ranks: the same bits for all."""
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
+        own = tensor.contiguous()
+        self.waiter.run(lambda: dist.all_gather(parts, own, group=group))
         total = parts[0]
         for part in parts[1:]:
             total += part
@@ -98,19 +96,33 @@ class Groups:
         own = torch.tensor([value], dtype=torch.float64, device=self.device)
         return float(self.sum_in_order(own, group or _world()))
 
+    def sum_over_replicas(self, tensor: Tensor) -> None:
+        """Sum ``tensor`` over the replicas, in place."""
+        self.waiter.run(lambda: dist.all_reduce(tensor, group=self.replicas))
+
     def any_true(self, flags: Sequence[bool]) -> list[bool]:
         """Return for every flag whether it is set on any process."""
         own = torch.tensor(flags, dtype=torch.uint8, device=self.device)
-        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX))
         return [bool(flag) for flag in own.tolist()]
 
     def from_position(self, tensor: Tensor, position: int) -> None:
         """Overwrite ``tensor`` with what the process at ``position`` of this pipeline has."""
         wire = tensor.detach().contiguous().to(self.device)
         wire = wire.view(torch.uint8) if wire.dtype == torch.bool else wire
-        dist.broadcast(wire, group=self.pipeline, group_src=position)
+        self.waiter.run(lambda: dist.broadcast(wire, group=self.pipeline, group_src=position))
         with torch.no_grad():
             tensor.copy_(wire.view(tensor.dtype))
+
+    def of_pipeline(self, value: Any) -> list[Any]:
+        """Return the values of the ranks of this pipeline, by position."""
+        found: list[Any] = [None] * self.layout.num_ranks
+        self.waiter.run(lambda: dist.all_gather_object(found, value, group=self.pipeline))
+        return found
+
+    def everyones(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        return self.waiter.run(lambda: everyones(value))
 
 
 def everyones(value: Any) -> list[Any]:

@@ -12,14 +12,14 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.distributed.agreement import agree, description
 from ipu_pipeline.targets.distributed.executable import DistributedExecutable
-from ipu_pipeline.targets.distributed.faults import Watch, connection_breaker
+from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.groups import Groups, join_processes
 from ipu_pipeline.targets.distributed.layout import make_layout
 from ipu_pipeline.targets.distributed.pipeline import Doing
 from ipu_pipeline.targets.distributed.schedules import torch_schedule
 from ipu_pipeline.targets.local.lower import check_model
 from ipu_pipeline.targets.recompute import recomputed_blocks
-from ipu_pipeline.targets.serialize import check_blocks, serialized
+from ipu_pipeline.targets.serialize import check_blocks
 
 
 def lower(
@@ -48,25 +48,12 @@ def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
     """Refuse what the target cannot run whatever the number of processes.
 
     Raises:
-        LoweringError: An unknown schedule, one that splits the backward pass of blocks that
-            need it whole, unknown blocks, or autocast on a GPU.
+        LoweringError: An unknown schedule, unknown blocks, the sequential mode, or autocast on a
+            GPU.
     """
-    name = options.schedule or plan.schedule
-    splits = torch_schedule(name).splits_backward
-    again = recomputed_blocks(options.recompute, plan)
+    torch_schedule(options.schedule or plan.schedule)
+    recomputed_blocks(options.recompute, plan)
     check_blocks(plan)
-    if splits and serialized(plan):
-        raise LoweringError(
-            f"schedule {name} computes gradients of inputs and weights at different times, which "
-            "serialized blocks cannot; use interleaved or looped_bfs, or plan without "
-            "serialization"
-        )
-    if splits and again:
-        raise LoweringError(
-            f"schedule {name} computes gradients of inputs and weights at different times: "
-            f"recomputed blocks ({', '.join(sorted(again)[:3])}) would run their forward pass "
-            "three times; use interleaved or looped_bfs, or recompute='none'"
-        )
     if options.sequential:
         raise LoweringError(
             "sequential runs all stages in one thread, the distributed target in several "
@@ -102,7 +89,8 @@ def _lower(
     doing = Doing()
     own_connection = _get_default_store().clone()  # type: ignore[attr-defined]
     store: Store = PrefixStore(f"ipu_pipeline/{_number()}", own_connection)
-    watch = Watch(store, rank, world_size, doing, connection_breaker(groups))
+    watch = Watch(store, rank, world_size, doing)
+    groups.waiter.failed = lambda: watch.verdict is not None
     return DistributedExecutable(
         model, plan, optimizer, options, groups=groups, watch=watch, owns_processes=made_here
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,16 @@ import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.targets.distributed.schedules import torch_schedule
+from ipu_pipeline.targets.distributed.split_backward import can_split_backward
+from ipu_pipeline.targets.distributed.waiting import Waiter
 from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,11 +60,12 @@ class Doing:
 
 
 class _NotedStage(PipelineStage):
-    """Torch's stage; it notes what it is doing."""
+    """Torch's stage; it notes what it is doing, and its waits can be given up."""
 
-    def __init__(self, module: StageModule, doing: Doing, **arguments: Any) -> None:
+    def __init__(self, module: StageModule, doing: Doing, waiter: Waiter, **arguments: Any) -> None:
         super().__init__(module, module.stage.index, **arguments)
         self._doing = doing
+        self._waiter = waiter
         self._code = module.stage
         self._inputs = module.inputs
 
@@ -74,6 +81,26 @@ class _NotedStage(PipelineStage):
         with self._noted("backward pass of the weights", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return [self._waiter.guarded(op) for op in super().get_fwd_recv_ops(fwd_chunk_id)]
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return [self._waiter.guarded(op) for op in super().get_bwd_recv_ops(bwd_chunk_id)]
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return [self._waiter.guarded(op) for op in super().get_fwd_send_ops(fwd_chunk_id)]
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return [self._waiter.guarded(op) for op in super().get_bwd_send_ops(bwd_chunk_id)]
+
+    def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> Tensor:
+        vote = super()._warmup_forward_vote
+        return self._waiter.run(lambda: vote(*args, **kwargs))
+
+    def _warmup_backward_result(self, *args: Any, **kwargs: Any) -> Tensor:
+        result = super()._warmup_backward_result
+        return self._waiter.run(lambda: result(*args, **kwargs))
+
     def _noted(self, what: str, chunk: int) -> Any:
         index = self._inputs.microbatches[chunk].index
         return self._doing.during(what, self._code, index)
@@ -87,8 +114,7 @@ class TrainingPipeline:
         layout: Which of them are this rank's.
         schedule: Name of the schedule.
         num_microbatches: Of one pipeline in one step.
-        group: The processes of the pipeline.
-        device: Where the tensors live.
+        groups: The processes.
         doing: Notes what is being done.
     """
 
@@ -99,8 +125,7 @@ class TrainingPipeline:
         layout: Layout,
         schedule: str,
         num_microbatches: int,
-        group: dist.ProcessGroup,
-        device: torch.device,
+        groups: Groups,
         doing: Doing,
     ) -> None:
         self.num_microbatches = num_microbatches
@@ -110,15 +135,22 @@ class TrainingPipeline:
         self.modules = [
             self._module(stages[index], loss, layout.num_stages) for index in layout.own_stages
         ]
-        arguments = {"num_stages": layout.num_stages, "device": device, "group": group}
-        made = [
-            _NotedStage(module, doing, **arguments, **self._metadata(module, self._crossing))
+        arguments = {
+            "num_stages": layout.num_stages,
+            "device": groups.device,
+            "group": groups.pipeline,
+        }
+        self._stages = [
+            _NotedStage(
+                module, doing, groups.waiter, **arguments, **self._metadata(module, self._crossing)
+            )
             for module in self.modules
         ]
         kind = torch_schedule(schedule)
+        self._untried = kind.splits_backward
         make: Callable[..., Any] = getattr(torch_pipelining, kind.torch_name)
         self._schedule = make(
-            made[0] if kind.placement == "one" else made,
+            self._stages[0] if kind.placement == "one" else self._stages,
             num_microbatches,
             loss_fn=_weighted_loss,
             scale_grads=False,
@@ -141,6 +173,7 @@ class TrainingPipeline:
         self._inputs.microbatches = microbatches
         for name, value in inputs.items():
             setattr(self._inputs, name, value)
+        self._choose_backward()
         positions = torch.arange(self.num_microbatches)
         arguments: dict[str, Any] = {}
         if self._has_last:
@@ -156,6 +189,21 @@ class TrainingPipeline:
         finally:
             for module in self.modules:
                 module.clear()
+
+    def _choose_backward(self) -> None:
+        """Let stages whose backward pass torch cannot split compute it whole."""
+        if not self._untried:
+            return
+        self._untried = False
+        for stage, module in zip(self._stages, self.modules, strict=True):
+            received = self._crossing.tensors(module.received, grad=True)
+            if not can_split_backward(module, received):
+                logger.warning(
+                    "stage %d computes gradients of inputs and weights together: torch cannot "
+                    "split its backward pass, so the schedule saves no time there",
+                    module.stage.index,
+                )
+                stage.dw_builder = _nothing_left
 
     def _loss(self, microbatches: Sequence[Microbatch]) -> float:
         total = 0.0
@@ -177,6 +225,11 @@ class TrainingPipeline:
             "input_args": crossing.tensors(module.received, grad=True),
             "output_args": crossing.tensors(module.sent, grad=True),
         }
+
+
+def _nothing_left() -> Callable[..., None]:
+    """Build the weights' part of a backward pass that was computed whole."""
+    return lambda: None
 
 
 def _weighted_loss(outputs: tuple[Tensor, ...], weight: Tensor) -> Tensor:

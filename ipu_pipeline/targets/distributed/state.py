@@ -59,7 +59,7 @@ def save(
                     with_all.undo()
         except Exception as problem:
             error = problem
-    raise_together(error)
+    raise_together(groups, error)
     return Path(path)
 
 
@@ -69,6 +69,7 @@ def load(
     model: nn.Module,
     own: OwnParameters | None,
     ownership: Ownership | None,
+    groups: Groups,
 ) -> tuple[int, dict[str, Any]]:
     """Load a checkpoint on every rank; each keeps the optimizer state of its own parameters.
 
@@ -89,7 +90,7 @@ def load(
         error = problem
     if own is not None and ownership is not None:
         own.keep(ownership)
-    raise_together(error)
+    raise_together(groups, error)
     return step, extra
 
 
@@ -106,7 +107,7 @@ def _optimizer_states(
         if parameter in own.optimizer.state and ownership.owner(parameter) == position
     }
     found: list[Any] | None = [None] * groups.layout.num_ranks if position == 0 else None
-    dist.gather_object(mine, found, group=groups.pipeline, group_dst=0)
+    groups.waiter.run(lambda: dist.gather_object(mine, found, group=groups.pipeline, group_dst=0))
     return {name: state for part in found or [] for name, state in part.items()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-ANSWER_S = 100.0
+ANSWER_S = 30.0
 
 
 def free_port() -> int:
