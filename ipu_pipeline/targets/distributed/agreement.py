@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 
 from ipu_pipeline.capture import model_identity
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.distributed.groups import Groups, everyones
@@ -64,16 +65,22 @@ def agree(own: Mapping[str, str], problem: str = "") -> None:
 def raise_together(groups: Groups, error: Exception | None) -> None:
     """Raise ``error`` here and its like on all ranks, if any rank has one.
 
+    Nothing is broken then: the ranks may go on.
+
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    kinds = groups.everyones(None if error is None else (type(error), str(error)))
-    failed = next((rank for rank, kind in enumerate(kinds) if kind is not None), None)
-    if error is not None:
-        raise error
-    if failed is not None:
-        kind, text = kinds[failed]
-        raise kind(f"rank {failed}: {text}")
+    found = groups.everyones(None if error is None else (type(error), str(error)))
+    failed = next((rank for rank, theirs in enumerate(found) if theirs is not None), None)
+    if failed is None:
+        return
+    raised: Any = error
+    if raised is None:
+        kind, text = found[failed]
+        known = issubclass(kind, PipelineError | OSError)
+        raised = (kind if known else StageError)(f"rank {failed}: {text}")
+    raised.raised_on_all_ranks = True
+    raise raised
 
 
 def _checksum(model: nn.Module) -> str:

@@ -85,8 +85,9 @@ class Watch:
 
     def _explained(self, error: BaseException) -> BaseException:
         """Return what to raise for ``error``; the other ranks are told."""
-        if isinstance(error, PipelineError) and self.doing.stage is None:
-            return error  # every rank refuses the same thing, nothing is left half done
+        refused = isinstance(error, PipelineError) and self.doing.stage is None
+        if refused or getattr(error, "raised_on_all_ranks", False):
+            return error  # every rank raises the same thing, nothing is left half done
         lost = self.doing.stage is None and isinstance(error, RuntimeError)
         if lost and self._decided.wait(VERDICT_S):
             return StageError(f"{self.verdict}; rank {self.rank} was {self.doing} and stopped")

@@ -88,7 +88,6 @@ class StageModule(nn.Module):
         """Forget the last step."""
         self._lookups.clear()
         self.results.clear()
-        self.stage.block = ""
 
 
 @dataclass(frozen=True)

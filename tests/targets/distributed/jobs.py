@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def built(
     planned = {"microbatches": MICROBATCHES, **planned}
     size = 2 * planned["microbatches"] * replicas
     _, batch = TINY[name].build(batch_size=size, seed=3)
-    plan = ipp.plan(model, example, num_stages=num_stages, replicas=replicas, **planned)
-    return model, plan, batch
+    plan = ipp.plan(model, example, num_stages=num_stages, **planned)
+    return model, replace(plan, replicas=replicas), batch
 
 
 def compiled(
@@ -99,7 +100,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any) -> dict[str, Any]:
-    """Evaluate a batch of any size; compare with the unsplit model."""
+    """Evaluate a batch of any size; compare with the unsplit model and the local target."""
     made, _ = compiled(name, planned=planned, learning_rate=None, **options)
     _, batch = TINY[name].build(batch_size=samples, seed=5)
     with made:
@@ -108,7 +109,9 @@ def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any)
     with torch.no_grad():
         expected = made.model(**batch)
     errors = {n: (v - expected[n]).abs().max().item() for n, v in result.outputs.items()}
-    return {"loss": result.loss, "expected_loss": expected.loss.item(), "errors": errors}
+    with ipp.compile(made.model, made.plan, self_check=False) as local:
+        expected_loss = local.eval_step(batch).loss
+    return {"loss": result.loss, "expected_loss": expected_loss, "errors": errors}
 
 
 def train_and_save(
@@ -175,9 +178,31 @@ def failure(how: str, planned: dict[str, Any]) -> str:
         for _ in range(3):
             made.train_step(batch)
     except ipp.errors.StageError as error:
-        return str(error)
-    return "trained"
+        found = str(error)
+    try:
+        made.train_step(batch)
+    except ipp.errors.StageError as error:
+        found += f"; then: {error}"
+    made.close()
+    return found
 
 
 def _last() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def misuse(planned: dict[str, Any]) -> list[str]:
+    """Return what is said to calls that cannot be answered."""
+    made, batch = compiled("bert-qa", planned=planned, learning_rate=None)
+    found = []
+    short = {name: value[:7] for name, value in batch.items()}
+    calls = [(made.train_step, batch), (made.forward_backward, short), (made.eval_step, batch)]
+    for index, (call, argument) in enumerate(calls):
+        if index == 2:
+            made.close()
+            made.close()
+        try:
+            call(argument)
+        except ipp.errors.LoweringError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,59 @@
+"""Four processes: four stages, or two stages of two replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.targets.distributed import jobs
+from tests.targets.distributed.processes import Processes
+from tests.targets.distributed.test_training import NAMES, assert_equal
+
+TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
+ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Processes]:
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_four_stages(four: Processes, name: str, schedule: str) -> None:
+    planned = {"num_stages": 4}
+    assert_equal(four.run("gradients", name=name, planned=planned, schedule=schedule))
+
+
+@pytest.mark.parametrize("name", ["gpt2-lm", "lxmert-qa"])
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_eight_stages_on_four_ranks(four: Processes, name: str, schedule: str) -> None:
+    planned = {"num_stages": 8 if name == "lxmert-qa" else 6, "microbatches": 8}
+    if planned["num_stages"] == 6:
+        planned = {"num_stages": 4, "microbatches": 8, "replicas": 2}
+    assert_equal(four.run("gradients", name=name, planned=planned, schedule=schedule))
+
+
+@pytest.mark.parametrize("name", ["bert-qa", "gpt2-lm"])
+def test_two_by_two_equals_one_process_at_the_same_batch(four: Processes, name: str) -> None:
+    steps = 20
+    found = four.run("curve", name=name, planned=TWO_BY_TWO, steps=steps, max_grad_norm=0.5)
+    made, batch = jobs.compiled(
+        name, target="local", planned={"dropout": True, **ONE}, max_grad_norm=0.5
+    )
+    with made:
+        expected = [made.train_step(batch) for _ in range(steps)]
+        total = sum(t.double().sum().item() for t in made.state_dict().values())
+    for rank in found:
+        assert rank["losses"] == pytest.approx([e.loss for e in expected], rel=1e-5)
+        assert rank["norms"] == pytest.approx([e.grad_norm for e in expected], rel=1e-4)
+        assert rank["state"] == found[0]["state"]
+        assert rank["sum"] == pytest.approx(total, abs=1e-2)
+    assert found[0]["own"] == found[2]["own"]
+    assert found[1]["own"] == found[3]["own"]
+    both = set(found[0]["own"]) & set(found[1]["own"])
+    assert bool(both) == (name == "gpt2-lm")  # tied over ranks
+    assert all(found[0]["own"][n] == found[1]["own"][n] for n in both)
