@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -156,22 +157,29 @@ class DistributedExecutable:
         return extra
 
     def close(self) -> None:
-        """Leave the processes; calling it again does nothing."""
+        """Leave together with the other processes; calling it again does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._watch.leave()
+        if self._watch.verdict is None:
+            with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
+                self.groups.everyones(None)
         self._watch.close()
         self.groups.waiter.close()
         self._pipelines.clear()
-        if self._owns_processes and self._watch.verdict is None and dist.is_initialized():
-            dist.barrier()  # the store must outlive the last look at it
-            dist.destroy_process_group()
+        if self._watch.verdict is None:
+            self.groups.close()
+            if self._owns_processes and dist.is_initialized():
+                dist.destroy_process_group()
 
     def __enter__(self) -> DistributedExecutable:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._watch.leave_with(error)
         self.close()
 
     # ---- running ------------------------------------------------------------------------

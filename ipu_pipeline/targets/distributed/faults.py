@@ -23,6 +23,7 @@ SILENT_S = 20.0
 # After a broken connection, wait so long for whoever knows why.
 VERDICT_S = SILENT_S + 5.0
 _FAILED = "failed"
+_CLOSED = "closed"
 
 
 class Watch:
@@ -71,10 +72,18 @@ class Watch:
         finally:
             self.doing.what = "nothing"
 
+    def leave_with(self, error: BaseException) -> None:
+        """Tell the others that this process stops because of ``error``, raised by the caller."""
+        if self.verdict is None:
+            what = f"{type(error).__name__}: {error}"
+            self._decide(f"rank {self.rank} left after step {self.doing.step}: {what}")
+
     def close(self) -> None:
-        """Stop watching; calling it again does nothing."""
+        """Stop watching and being watched; calling it again does nothing."""
         self._stop.set()
         self._thread.join(timeout=5.0)
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its process
+            self._store.set(f"alive/{self.rank}", _CLOSED)
 
     def _refuse_after_failure(self) -> None:
         if self.verdict is not None:
@@ -143,13 +152,8 @@ class Watch:
             beat = self._store.get(key).decode() if self._store.check([key]) else ""
             if beat != self._seen.get(other, ("", 0.0))[0] or other not in self._seen:
                 self._seen[other] = (beat, now)
-            elif beat.startswith("closed"):
+            elif beat == _CLOSED:
                 continue
             elif now - self._seen[other][1] > SILENT_S:
                 return other
         return None
-
-    def leave(self) -> None:
-        """Tell the others that this process ends as it should."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"alive/{self.rank}", "closed")

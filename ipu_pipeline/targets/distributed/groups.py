@@ -114,6 +114,12 @@ class Groups:
         with torch.no_grad():
             tensor.copy_(wire.view(tensor.dtype))
 
+    def close(self) -> None:
+        """Destroy the groups made here. No process may still be using them."""
+        for group in {self.pipeline, self.replicas, *self._holders.values()}:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
     def of_pipeline(self, value: Any) -> list[Any]:
         """Return the values of the ranks of this pipeline, by position."""
         found: list[Any] = [None] * self.layout.num_ranks

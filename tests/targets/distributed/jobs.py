@@ -206,3 +206,19 @@ def misuse(planned: dict[str, Any]) -> list[str]:
         except ipp.errors.LoweringError as error:
             found.append(str(error))
     return found
+
+
+def leaving(planned: dict[str, Any]) -> str:
+    """The caller's own code fails on the last rank after one step."""
+    made, batch = compiled("bert-qa", planned=planned)
+    try:
+        with made:
+            for _ in range(3):
+                made.train_step(batch)
+                if _last():
+                    raise KeyError("mine")
+    except ipp.errors.StageError as error:
+        return str(error)
+    except KeyError:
+        return "left"
+    return "trained"

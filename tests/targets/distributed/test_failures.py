@@ -41,6 +41,14 @@ def test_misuse_is_refused_by_every_rank(two: Processes) -> None:
         assert "this executable was closed" in rank[2]
 
 
+def test_a_rank_that_leaves_is_named_by_the_others() -> None:
+    processes = Processes(2, joined=False)
+    answers = processes.answers("leaving", planned=TWO)
+    processes.close()
+    assert answers[0][1].startswith("rank 1 left after step 0: KeyError: 'mine'; rank 0 was ")
+    assert answers[1] == (True, "left")
+
+
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_failing_rank_is_named_by_the_others(how: str) -> None:
     processes = Processes(2, joined=False)
