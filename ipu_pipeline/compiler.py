@@ -112,7 +112,7 @@ def compile(
     Args:
         model: The model that the plan was made for, with its weights.
         plan: From :func:`plan` or ``Plan.load``.
-        target: ``local`` or ``poptorch``.
+        target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
         **options: Fields of :class:`~ipu_pipeline.targets.base.ExecutionOptions`: ``precision``,
             ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -171,6 +172,8 @@ class DistributedExecutable:
             self.groups.close()
             if self._owns_processes and dist.is_initialized():
                 dist.destroy_process_group()
+            # Threads of a group that is still referenced at exit abort the process now and then.
+            gc.collect()
 
     def __enter__(self) -> DistributedExecutable:
         return self

@@ -119,6 +119,8 @@ class Groups:
         for group in {self.pipeline, self.replicas, *self._holders.values()}:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+        self._holders.clear()
+        del self.pipeline, self.replicas
 
     def of_pipeline(self, value: Any) -> list[Any]:
         """Return the values of the ranks of this pipeline, by position."""

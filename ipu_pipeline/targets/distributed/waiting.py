@@ -74,8 +74,10 @@ class Waiter:
         return operation
 
     def close(self) -> None:
-        """Stop the thread, unless a call still waits."""
+        """Stop the thread; a call that still waits is left to end with the process."""
         self._jobs.put(None)
+        if self._thread is not None:  # a thread inside of torch at exit would abort the process
+            self._thread.join(timeout=2 * POLL_S)
 
     @staticmethod
     def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
