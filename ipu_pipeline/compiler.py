@@ -26,6 +26,7 @@ from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage, PlannedTable
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.partition import Constraints, Partition, StageAssignment, solve
 from ipu_pipeline.partition.annotated import evaluate_plan, factors_of
+from ipu_pipeline.partition.objective import in_flight
 from ipu_pipeline.passes.manager import PassManager
 from ipu_pipeline.profiling import local_machine, profile_blocks
 from ipu_pipeline.targets.base import Executable, ExecutionOptions
@@ -80,7 +81,6 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = capture(model, example_batch, granularity=granularity)
     depth = _depth(num_stages, config)
     described = _machine(machine, depth)
-    model_of_costs = _cost_model(captured, example_batch, described, costs, config, replicas)
     limits = replace(
         constraints or _machine_limits(described),
         num_stages=depth,
@@ -89,6 +89,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
         layers_per_ipu=_layers(captured.graph, config, depth),
     )
+    model_of_costs = _cost_model(captured, example_batch, described, costs, config, limits)
     asked = limits.factors(captured.graph.block_index)
     prices = _offering(model_of_costs, asked).estimate(captured.graph, described)
     partition = solve(captured.graph, prices, described, limits)
@@ -257,14 +258,18 @@ def _cost_model(
     machine: Machine,
     costs: str,
     config: IPUConfig | None,
-    replicas: int,
+    limits: Constraints,
 ) -> CostModel:
+    replicas = limits.replicas or 1
     if costs == "analytic" and is_ipu(machine):
         return _ipu_model(config, replicas)
+    microbatches = (limits.total_microbatches or limits.num_microbatches * replicas) // replicas
+    last = in_flight(limits.schedule, 1, microbatches)
     if costs == "analytic":
-        return AnalyticCostModel()
+        return AnalyticCostModel(loss_in_flight=last)
     if costs == "profiled":
-        return ProfiledCostModel(profile_blocks(captured, batch, num_devices=len(machine.devices)))
+        times = profile_blocks(captured, batch, num_devices=len(machine.devices))
+        return ProfiledCostModel(times, loss_in_flight=last)
     raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
 
 

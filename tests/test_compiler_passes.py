@@ -184,3 +184,18 @@ def test_command_line(tmp_path: Path) -> None:
     wrong = runner.invoke(app, [*command, "serialize_projection{factor"])
     assert wrong.exit_code == 1
     assert "expected =, found 'the end'" in wrong.output
+
+
+def test_a_serialized_plan_is_simulated_and_varied_as_it_runs() -> None:
+    from ipu_pipeline.report.sensitivity import sensitivity
+    from ipu_pipeline.schedule.simulate import simulate
+
+    model, batch = built()
+    plan = ipp.plan(
+        model, batch, machine=devices(), num_stages=2, microbatches=4,
+        constraints=Constraints(serialize={"lm_head": 4}),
+    )  # fmt: skip
+    timeline = simulate(plan)
+    assert timeline.loads[1].stash_bytes < 4 * 8 * 32 * VOCAB
+    as_planned = sensitivity(plan, timeline)[0]
+    assert as_planned.step_s == pytest.approx(plan.objective, rel=1e-6)

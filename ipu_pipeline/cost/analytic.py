@@ -22,12 +22,14 @@ class AnalyticCostModel:
         memory: What a trainable parameter costs in bytes besides its weight.
         factors: More numbers of slices to offer, by block (``menus.py``).
         unfused: Projections that are in another stage than the loss.
+        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     dtype: str | None = None
     memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     unfused: tuple[str, ...] = ()
+    loss_in_flight: int | None = None
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
@@ -39,7 +41,8 @@ class AnalyticCostModel:
             )
             for block in graph.blocks
         }
-        menus, together = Menus(graph, roofline, self.factors, self.unfused).all(seconds)
+        menu = Menus(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
+        menus, together = menu.all(seconds)
         blocks = {
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks

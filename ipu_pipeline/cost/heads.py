@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ipu_pipeline.cost.tables import Table, table_of
-from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
+from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec, tensor_bytes
 
-_SHAPE_ONLY = ("_unsafe_view", "view", "reshape")
+# What the fused operation can do to logits on the way: nothing, scale them, add a bias, cap them.
+_FUSIBLE = ("_unsafe_view", "view", "reshape", "mul", "div", "add", "tanh")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class FusedHead:
     logits: TensorSpec
 
     @property
+    def saved_logits_bytes(self) -> int:
+        """Bytes of the head's saved tensors that are as large as the logits: what a cap keeps."""
+        caps = (
+            op.count * tensor_bytes(op.shapes[0], op.dtype)
+            for op in self.head.forward_ops
+            if op.name.split(".")[-1] == "tanh" and op.shapes[0][-1:] == (self.table.rows,)
+        )
+        return min(self.head.saved_bytes, sum(caps))
+
+    @property
     def tokens(self) -> int:
         """Rows of the logits of one microbatch."""
         size = 1
@@ -41,7 +52,7 @@ def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHe
 
     The graph must be one for training; the loss must be the only reader of the projection's
     result, which is no result of the model; between the product and the softmax over the table's
-    rows there may be copies and changes of shape, but no arithmetic.
+    rows there may be copies, changes of shape, scaling, a bias and a cap, but nothing else.
     """
     if not graph.training:
         return ()
@@ -67,6 +78,19 @@ def unfused_heads(
     )
 
 
+def is_end(graph: BlockGraph, block: Block) -> bool:
+    """Whether ``block`` needs every other block, so that any split has it in the last stage."""
+    producers = {tensor.name: tensor.producer for tensor in graph.tensors}
+    needed, pending = {block.name}, [block]
+    while pending:
+        for name in pending.pop().inputs:
+            producer = producers[name]
+            if producer is not None and producer not in needed:
+                needed.add(producer)
+                pending.append(graph[producer])
+    return len(needed) == len(graph.blocks)
+
+
 def _pair(graph: BlockGraph, loss: Block, logits: TensorSpec) -> FusedHead | None:
     if logits.producer is None or logits.name in graph.results:
         return None
@@ -75,7 +99,7 @@ def _pair(graph: BlockGraph, loss: Block, logits: TensorSpec) -> FusedHead | Non
     if table is None or table.use != "projection" or logits.consumers != (loss.name,):
         return None
     rows = table.rows
-    if logits.shape[-1:] != (rows,) or not _has_softmax(loss, rows) or _changes(head, rows):
+    if logits.shape[-1:] != (rows,) or not _has_softmax(loss, rows) or not _fusible(head, rows):
         return None
     return FusedHead(head, loss, table, logits)
 
@@ -87,11 +111,10 @@ def _has_softmax(loss: Block, rows: int) -> bool:
     )
 
 
-def _changes(head: Block, rows: int) -> bool:
-    """Whether the head computes with the logits (scales or caps them)."""
-    return any(
-        op.kind not in ("matmul", "copy")
-        and op.name.split(".")[-1] not in _SHAPE_ONLY
-        and any(shape[-1:] == (rows,) for shape in op.shapes if len(shape) > 1)
+def _fusible(head: Block, rows: int) -> bool:
+    """Whether the fused operation can do all that the head does to the logits."""
+    return all(
+        op.kind in ("matmul", "copy") or op.name.split(".")[-1] in _FUSIBLE
         for op in head.forward_ops
+        if any(shape[-1:] == (rows,) for shape in op.shapes if len(shape) > 1)
     )

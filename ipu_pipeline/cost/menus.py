@@ -10,11 +10,13 @@ What serialization saves and costs, by what a block does with its table (``table
   of their size is kept. Every further slice reads the table again, forward and in each product
   of the backward pass.
 
-Time of the fused way: with one microbatch in flight gradients can be computed in the forward pass
-(three products with the table), with more of them in flight that would hold a gradient of the
-table for each, so the logits are computed again in the backward pass (four products, and the
-softmax a second time). A menu is made before the split, so it does not know how many are in
-flight: the price is that of four, right on every stage but the last of 1F1B and never too low.
+Time of the fused way: with one microbatch in flight gradients are computed in the forward pass
+(three products with the table, as many as without fusing). With more of them in flight that would
+hold a gradient of the table for each, so the logits are computed again in the backward pass (four
+products, and the softmax a second time); so they are when the head is recomputed. A menu is made
+before the split, but a loss that needs every other block is in the last stage of any split, and
+how many microbatches are in flight there depends on the schedule alone: ``loss_in_flight``. Where
+that is not known, or the loss is not the end of the model, the price is the higher one.
 
 A projection and its loss are priced as a pair: the projection's menu carries the bytes of both,
 the loss has only its time, and ``GraphCosts.together`` keeps them in one stage.
@@ -26,7 +28,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from ipu_pipeline.cost.heads import FusedHead, fused_heads
+from ipu_pipeline.cost.heads import FusedHead, fused_heads, is_end
 from ipu_pipeline.cost.model import BlockChoice
 from ipu_pipeline.cost.roofline import Roofline
 from ipu_pipeline.cost.tables import Table, looked_up, products_with, table_of
@@ -36,6 +38,7 @@ SLICE_BYTES = 64_000_000  # a slice of logits, or of a table, is at most about t
 FUSED_CHOICES = 3
 _FLOAT_BYTES = 4  # the fused kernel computes slices of logits in float32
 _INDEX_BYTES = 8
+_TIE = 1e-6  # equally quick ways: the plain one, which needs no kernel of ours, is preferred
 Seconds = tuple[float, float]
 Menu = tuple[BlockChoice, ...]
 
@@ -49,12 +52,14 @@ class Menus:
         roofline: Device, for what slicing adds.
         factors: More numbers of slices to offer, by block; also for tables that are not large.
         unfused: Projections that are in another stage than the loss, where nothing is fused.
+        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     graph: BlockGraph
     roofline: Roofline
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict)
     unfused: Collection[str] = ()
+    loss_in_flight: int | None = None
 
     def all(
         self, seconds: Mapping[str, Seconds]
@@ -129,18 +134,22 @@ class Menus:
             )
             for way in own
         ]
+        logits = pair.logits.num_bytes if pair.logits.kept else 0
         wanted = {*fused_factors(pair), *self.factors.get(head.name, ())} - {0, 1}
         for factor in sorted(wanted):
             fused = self._fused_way(pair, seconds, factor)
-            ways.append(fused)
+            again_s = self._logits_again_s(pair, seconds, factor)
+            alone = self.loss_in_flight == 1 and is_end(self.graph, loss)
+            more_s = _TIE * fused.total_s if alone else again_s
+            ways.append(replace(fused, backward_s=fused.backward_s + more_s))
             if len(own) > 1:
                 ways.append(
                     replace(
                         own[1],
-                        stash_bytes=own[1].stash_bytes + _besides_softmax(pair),
+                        stash_bytes=own[1].stash_bytes - logits + _besides_softmax(pair),
                         forward_s=fused.forward_s,
-                        backward_s=fused.backward_s + seconds[head.name][0],
-                        workspace_bytes=fused.workspace_bytes + head.saved_bytes,
+                        backward_s=fused.backward_s + again_s + seconds[head.name][0],
+                        workspace_bytes=fused.workspace_bytes + _kept_by_head(pair),
                         serialize_factor=factor,
                     )
                 )
@@ -149,21 +158,28 @@ class Menus:
     def _fused_way(
         self, pair: FusedHead, seconds: Mapping[str, Seconds], factor: int
     ) -> BlockChoice:
+        """The fused way with as many products as the plain one."""
         head, table = pair.head, pair.table
         forward_s, backward_s = seconds[head.name]
         extra_forward_s, extra_backward_s = self._again(head, table, factor)
-        products = sum(op.flops * op.count for op in products_with(head.forward_ops, table))
-        logits_s = forward_s * products / head.forward_flops
-        recomputed_s = logits_s + extra_forward_s + seconds[pair.loss.name][0]
         hidden = pair.tokens * table.num_bytes // table.rows
         gradients = hidden + (table.num_bytes if table.trainable else 0)
         return BlockChoice(
             forward_s=forward_s + extra_forward_s,
-            backward_s=backward_s + extra_backward_s + recomputed_s,
-            stash_bytes=head.saved_bytes + _besides_softmax(pair),
+            backward_s=backward_s + extra_backward_s,
+            stash_bytes=_kept_by_head(pair) + _besides_softmax(pair),
             workspace_bytes=_slice_bytes(pair, factor) + gradients,
             serialize_factor=factor,
         )
+
+    def _logits_again_s(
+        self, pair: FusedHead, seconds: Mapping[str, Seconds], factor: int
+    ) -> float:
+        """Seconds of computing the logits and their softmax a second time."""
+        products = products_with(pair.head.forward_ops, pair.table)
+        share = sum(op.flops * op.count for op in products) / pair.head.forward_flops
+        extra_s, _ = self._again(pair.head, pair.table, factor)
+        return share * seconds[pair.head.name][0] + extra_s + seconds[pair.loss.name][0]
 
 
 def block_choices(
@@ -202,6 +218,11 @@ def fused_factors(pair: FusedHead) -> tuple[int, ...]:
     found = [least << step for step in range(FUSED_CHOICES)]
     most = 1 << (max(1, pair.tokens).bit_length() - 1)
     return tuple(sorted({min(factor, most) for factor in found} - {1}))
+
+
+def _kept_by_head(pair: FusedHead) -> int:
+    """Bytes that the head keeps besides what is as large as the logits."""
+    return pair.head.saved_bytes - pair.saved_logits_bytes
 
 
 def _besides_softmax(pair: FusedHead) -> int:

@@ -40,12 +40,14 @@ class ProfiledCostModel:
         factors: More numbers of slices to offer, by block. What slicing adds is not measured but
             computed from the machine's peaks (``menus.py``).
         unfused: Projections that are in another stage than the loss.
+        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     times: Mapping[str, MeasuredTimes]
     memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     unfused: tuple[str, ...] = ()
+    loss_in_flight: int | None = None
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph``.
@@ -60,7 +62,8 @@ class ProfiledCostModel:
             )
         seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
         roofline = Roofline(machine.devices[0])
-        menus, together = Menus(graph, roofline, self.factors, self.unfused).all(seconds)
+        menu = Menus(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
+        menus, together = menu.all(seconds)
         blocks = {
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
             for block in graph.blocks

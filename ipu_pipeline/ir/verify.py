@@ -93,18 +93,7 @@ def _verify_annotations(plan: Plan) -> None:
                 raise PlanError(
                     f"block {name!r} has serialize factor {factor!r}; use a whole number from 1 on"
                 )
-    _verify_tables(plan)
     _verify_slices(plan)
-
-
-def _verify_tables(plan: Plan) -> None:
-    for block in plan.blocks:
-        factor = plan.stages[plan.stage_of[block.name]].serialize.get(block.name, 1)
-        if block.table is not None and factor > block.table.rows:
-            raise PlanError(
-                f"block {block.name!r} is cut into {factor} slices, but its table "
-                f"{block.table.parameter!r} has {block.table.rows} rows; use at most that many"
-            )
 
 
 def _verify_slices(plan: Plan) -> None:

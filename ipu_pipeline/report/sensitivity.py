@@ -6,6 +6,7 @@ again by the exact solver. What the plan does not hold is derived, and the varia
 - Another micro batch size scales times and activations of a block in proportion (fixed costs of
   an operation are not known, so a smaller micro batch looks too good, a larger one too bad).
 - Devices that share cores (``local``) get slower or faster in proportion to their number.
+- Serialized blocks stay serialized (``as_run.py``).
 - A block's workspace is that of its stage; parameters tied between blocks count for each.
 - The seconds once per optimizer step (update, all-reduce) are those of the plan.
 
@@ -27,6 +28,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedBlock
 from ipu_pipeline.partition import Constraints, solve
 from ipu_pipeline.partition.objective import SCHEDULES
+from ipu_pipeline.report.as_run import as_run
 from ipu_pipeline.schedule.load import is_training
 from ipu_pipeline.schedule.timeline import Timeline
 
@@ -89,6 +91,7 @@ def sensitivity(plan: Plan, timeline: Timeline) -> tuple[Variant, ...]:
     """
     if plan.schedule not in SCHEDULES:
         return ()
+    plan = as_run(plan)
     return tuple(_solved(plan, timeline, setting) for setting in settings(plan))
 
 

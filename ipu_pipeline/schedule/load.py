@@ -171,7 +171,7 @@ def _predicted(plan: Plan, index: int, copies: Copies) -> StageLoad:
     stage = plan.stages[index]
     if copies.forward_s + copies.backward_s <= 0 < stage.transfer_s:
         copies = _even(plan, index)
-    weights, stash, _ = _bytes(plan, stage)
+    weights, stash, _ = block_bytes(plan, stage)
     if stage.weight_bytes is not None and stage.stash_bytes is not None:
         weights, stash = stage.weight_bytes, stage.stash_bytes
     depth = max(1, stage.in_flight)
@@ -201,7 +201,7 @@ def _derived(plan: Plan, index: int, copies: Copies) -> StageLoad:
     blocks = _blocks(plan, stage)
     speed = device_speeds(plan.machine)[stage.device]
     again = sum(block.forward_s for block in blocks if block.name in stage.recompute)
-    weights, stash, workspace = _bytes(plan, stage)
+    weights, stash, workspace = block_bytes(plan, stage)
     return StageLoad(
         stage.device,
         sum(block.forward_s for block in blocks) / speed,
@@ -217,7 +217,7 @@ def _blocks(plan: Plan, stage: PlannedStage) -> list[PlannedBlock]:
     return [block for block in plan.blocks if block.name in stage.blocks]
 
 
-def _bytes(plan: Plan, stage: PlannedStage) -> tuple[int, int, int]:
+def block_bytes(plan: Plan, stage: PlannedStage) -> tuple[int, int, int]:
     """Bytes of weights, of the stash of one microbatch, and of a recomputed block's tensors.
 
     A tensor that is kept for a backward pass is part of the stash of the block that makes it. A

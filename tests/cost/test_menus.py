@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.heads import fused_heads
+from ipu_pipeline.cost.heads import fused_heads, is_end
 from ipu_pipeline.cost.menus import SLICE_BYTES, fused_factors
 from ipu_pipeline.cost.model import BlockChoice
 from ipu_pipeline.cost.profiled import MeasuredTimes, ProfiledCostModel
+from ipu_pipeline.ir.graph import Block, TensorSpec
 from tests.cost.table_graph import HIDDEN, TOKENS, VOCAB, machine, table_graph
 from tests.ir.plan_example import example_graph, example_machine
 
@@ -81,6 +82,26 @@ def test_a_fused_head_computes_the_logits_and_the_softmax_again() -> None:
     assert product == pytest.approx(2 * TOKENS * HIDDEN * VOCAB / 1e12)
     assert fused.forward_s == pytest.approx(plain.forward_s)  # bound by FLOPs, slices or not
     assert fused.backward_s == pytest.approx(plain.backward_s + plain.forward_s + loss.forward_s)
+
+
+def test_alone_in_flight_a_fused_head_computes_nothing_twice() -> None:
+    graph = table_graph(saved=3 * ROWS)
+    several, alone, many = (menu("head", graph, loss_in_flight=n) for n in (None, 1, 2))
+    assert several == many
+    plain, again, fused, both, *_ = alone
+    assert (plain, again) == several[:2]
+    assert plain.total_s < fused.total_s < plain.total_s * (1 + 1e-5)
+    assert both == several[3]  # recomputed, it holds nothing
+
+
+def test_a_loss_that_is_not_the_end_may_have_several_in_flight() -> None:
+    graph = table_graph()
+    other = Block("aside", inputs=("h1",), outputs=("out",))
+    out = TensorSpec("out", (4,), "float32", True, "aside")
+    aside = replace(graph, blocks=(*graph.blocks, other), tensors=(*graph.tensors, out))
+    assert is_end(graph, graph["loss"])
+    assert not is_end(aside, aside["loss"])
+    assert menu("head", aside, loss_in_flight=1) == menu("head", graph)
 
 
 def test_thin_slices_read_the_table_again_and_again() -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from ipu_pipeline.cost.analytic import AnalyticCostModel
 from ipu_pipeline.cost.heads import fused_heads
 from ipu_pipeline.cost.tables import looked_up, products_with, table_of, table_rows
 from ipu_pipeline.ir.graph import OpRecord
-from tests.cost.table_graph import HIDDEN, TOKENS, VOCAB, table_graph
+from tests.cost.table_graph import HIDDEN, TOKENS, VOCAB, machine, table_graph
 
 
 @pytest.mark.parametrize(
@@ -64,13 +65,31 @@ def changed(block: str, **fields: object):
     return replace(graph, blocks=blocks)
 
 
-def test_arithmetic_on_the_logits_prevents_fusing_but_copies_do_not() -> None:
+def test_logits_may_be_copied_scaled_and_capped_but_nothing_else() -> None:
     head = table_graph()["head"]
     logits = ((TOKENS, VOCAB),)
-    capped = OpRecord("aten.tanh", "vector", "float32", logits, 0, 100)
-    assert not fused_heads(changed("head", forward_ops=(*head.forward_ops, capped)))
-    copied = OpRecord("aten.clone", "copy", "float32", logits, 0, 100)
-    assert fused_heads(changed("head", forward_ops=(*head.forward_ops, copied)))
+    for name, kind, fits in (
+        ("clone", "copy", True), ("mul", "vector", True), ("tanh", "vector", True),
+        ("sigmoid", "vector", False), ("_softmax", "softmax", False),
+    ):  # fmt: skip
+        op = OpRecord(f"aten.{name}", kind, "float32", logits, 0, 100)  # type: ignore[arg-type]
+        found = fused_heads(changed("head", forward_ops=(*head.forward_ops, op)))
+        assert bool(found) == fits
+
+
+def test_a_cap_keeps_logits_only_where_it_is_not_fused() -> None:
+    cap = OpRecord("aten.tanh", "vector", "float32", ((TOKENS, VOCAB),), 0, 100)
+    wide = 4 * TOKENS * VOCAB
+    operations = (*table_graph()["head"].forward_ops, cap)
+    graph = changed("head", forward_ops=operations, saved_bytes=wide + 100)
+    (pair,) = fused_heads(graph)
+    assert pair.saved_logits_bytes == wide
+    plain, fused = (
+        next(w for w in AnalyticCostModel().estimate(graph, machine()).blocks["head"].choices
+             if (w.serialize_factor > 1) == cut and not w.recompute)
+        for cut in (False, True)
+    )  # fmt: skip
+    assert (plain.stash_bytes, fused.stash_bytes) == (2 * wide + 104, 104)
 
 
 def test_what_prevents_fusing() -> None:
