@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
 TARGETS = ("local", "distributed", "poptorch")
+WRAP = 120
 MEMORY_FILE = Path("/proc/meminfo")
 
 
 def report() -> str:
-    """Return versions, the machine's cores and memory, and every target's state."""
+    """Return versions, the machine's cores and memory, the kernels, and every target's state."""
     from ipu_pipeline.ir.text import render_table
 
     versions = [("python", platform.python_version()), *map(_package, PACKAGES)]
@@ -23,6 +25,7 @@ def report() -> str:
         [
             render_table(("package", "version"), versions),
             render_table(("machine", "value"), _machine()),
+            render_table(("kernels", "value"), _kernels()),
             render_table(("target", "state", "why"), targets),
         ]
     )
@@ -80,6 +83,31 @@ def _machine() -> list[tuple[str, str]]:
         ("torch threads", str(torch.get_num_threads())),
         ("memory", _memory()),
         ("CUDA devices", str(torch.cuda.device_count())),
+    ]
+
+
+def _kernels() -> list[tuple[str, str]]:
+    import torch
+
+    from ipu_pipeline.ops import extension
+
+    state = extension.state()
+    first, *more = textwrap.wrap(state.detail, width=WRAP)
+    rows = [
+        ("library", "ready" if state.usable else "not used; everything runs on plain torch"),
+        ("file" if state.usable else "why not", first),
+        *(("", line) for line in more),
+        ("compiled against", f"torch {state.built_for}" if state.built_for else "unknown"),
+    ]
+    if not state.usable:
+        return rows
+    threads = torch.get_num_threads() if state.threaded else 1
+    without = "" if state.threaded else " (compiled without OpenMP)"
+    return [
+        *rows,
+        ("instruction set", state.instruction_set),
+        ("threads", f"{threads}{without}"),
+        ("operators", ", ".join(extension.operators()) or "none"),
     ]
 
 

@@ -24,8 +24,9 @@ FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # Elements come in groups that share blocks of four words, see kernels/torch/simd.
 _BLOCKS = 16
 _GROUP = 4 * _BLOCKS
-# Plain torch works on pieces: their 64-bit temporaries are ten times their size.
-_PIECE = 1 << 16
+# Plain torch works on pieces: their 64-bit temporaries are ten times their size. Below 2^15
+# elements torch uses one thread, so its two hundred small operations do not wait for others.
+_PIECE = 480 * _GROUP
 _LOW = 0xFFFFFFFF
 _ROUNDS = 10
 _FACTORS = (0xD2511F53, 0xCD9E8D57)
@@ -89,15 +90,22 @@ def bernoulli_counter_(
     draw = _draw(keep_probability, seed, stream, offset)
     with torch.no_grad():
         if _has_kernel(out):
-            return torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
-        return out.copy_(_kept(out, draw))
+            torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
+        else:
+            out.copy_(_kept(out, draw))
+    return out
 
 
 def _draw(keep_probability: float, seed: int, stream: int, offset: int) -> _Draw:
     for name, value in (("seed", seed), ("stream", stream), ("offset", offset)):
         if not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value}; use a number from 0 to 2^63 - 1")
-    return _Draw(round(keep_probability * 2**32), seed, stream, offset)
+    return _Draw(kept_words(keep_probability), seed, stream, offset)
+
+
+def kept_words(keep_probability: float) -> int:
+    """Return how many of the 2^32 words keep an element."""
+    return round(keep_probability * 2**32)
 
 
 class _DropoutCounter(torch.autograd.Function):
@@ -178,5 +186,5 @@ def _fake_dropout(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_bernoulli(out: Tensor, *_: Any) -> Tensor:
-    return out
+def _fake_bernoulli(*_: Any) -> None:
+    """It changes its argument, and returns nothing."""

@@ -9,6 +9,7 @@ Axes: N tokens, H hidden features, V classes (the vocabulary).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -196,6 +197,27 @@ def _sum(values: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in values.split(SUM_PIECE)]).sum()
 
 
+@functools.cache
+def _kernels() -> bool:
+    if extension.available():
+        torch.library.register_fake("ipu_pipeline::linear_cross_entropy", _fake)
+    return extension.available()
+
+
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, bias, _, scale, *_, need_x, need_weight, need_bias = rest
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    needs = (need_x, need_weight, need_bias and bias is not None)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return (
+        x.new_empty(x.shape[:1], dtype=dtype),
+        *(
+            x.new_empty(shape if need and scale is not None else (0,))
+            for shape, need in zip(shapes, needs, strict=True)
+        ),
+    )
+
+
 def _kernel(
     operands: _Operands, options: _Options, scale: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
@@ -207,7 +229,7 @@ def _kernel(
 
 
 def _losses(operands: _Operands, options: _Options) -> Tensor:
-    if extension.available():
+    if _kernels():
         return _kernel(operands, options, None, (False, False, False))[0]
     losses = operands.x.new_empty(len(operands.target), dtype=_loss_dtype(operands))
     for cut in _cuts(operands, options):
@@ -226,7 +248,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the losses and the gradients of x, weight and bias; ``scale`` is a scalar or N."""
     x, weight, bias = operands[:3]
-    if extension.available():
+    if _kernels():
         losses, *found = _kernel(operands, options, scale.expand(len(x)), needs)
         wanted = (*needs[:2], needs[2] and bias is not None)
         dx, dw, db = (each if need else None for each, need in zip(found, wanted, strict=True))

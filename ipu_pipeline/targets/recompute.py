@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.select import select_all, unmatched
 
 
 def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
@@ -26,23 +26,13 @@ def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset
         return frozenset(name for stage in plan.stages for name in stage.recompute)
     if isinstance(wish, str):
         return frozenset(names if wish == "all" else ())
-    found: set[str] = set()
-    unknown = []
-    for entry in wish:
-        matching = {name for name in names if _fits(name, entry)}
-        found |= matching
-        if not matching:
-            unknown.append(entry)
+    unknown = unmatched(wish, names)
     if unknown:
         raise LoweringError(
             f"recompute names {', '.join(map(repr, unknown))}, which is no block, prefix or "
             f"pattern of one; the blocks are {_shown(names)}"
         )
-    return frozenset(found)
-
-
-def _fits(name: str, entry: str) -> bool:
-    return name == entry or name.startswith((f"{entry}.", f"{entry}#")) or fnmatchcase(name, entry)
+    return frozenset(select_all(wish, names))
 
 
 def _shown(names: Iterable[str], limit: int = 40) -> str:

@@ -68,9 +68,9 @@ void run(const at::Tensor& x, const at::Tensor& out, int64_t offset, const ipu::
 at::Tensor dropout_counter(const at::Tensor& x, double scale, int64_t threshold, int64_t seed,
                            int64_t stream, int64_t offset) {
   const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 ||
-                  type == at::kHalf,
-              "dropout of ", type, " is not supported; use a floating-point type");
+  TORCH_CHECK(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf,
+      "dropout of ", type, " is not supported; use a floating-point type");
   const ipu::CounterDraw draw = make_draw(threshold, seed, stream);
   at::Tensor out = at::empty_like(x);
   if (threshold == 0) {
@@ -86,11 +86,12 @@ at::Tensor dropout_counter(const at::Tensor& x, double scale, int64_t threshold,
   return out.is_contiguous() ? out : out.copy_(result);
 }
 
-at::Tensor& bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed, int64_t stream,
-                               int64_t offset) {
+void bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed, int64_t stream,
+                        int64_t offset) {
   const ipu::CounterDraw draw = make_draw(threshold, seed, stream);
   if (threshold == 0) {
-    return out.zero_();
+    out.zero_();
+    return;
   }
   const bool direct =
       out.is_contiguous() && (out.scalar_type() == at::kFloat || out.scalar_type() == at::kBool ||
@@ -100,14 +101,15 @@ at::Tensor& bernoulli_counter_(at::Tensor& out, int64_t threshold, int64_t seed,
   const bool is_float = target.scalar_type() == at::kFloat;
   at::parallel_for(0, target.numel(), ELEMENTS_PER_TASK, [&](int64_t begin, int64_t end) {
     if (is_float) {
-      IPU_LOOP(bernoulli_f32)(static_cast<float*>(data) + begin, offset + begin, end - begin,
-                              draw);
+      IPU_LOOP(bernoulli_f32)(static_cast<float*>(data) + begin, offset + begin, end - begin, draw);
     } else {
       IPU_LOOP(bernoulli_u8)(static_cast<uint8_t*>(data) + begin, offset + begin, end - begin,
                              draw);
     }
   });
-  return direct ? out : out.copy_(target);
+  if (!direct) {
+    out.copy_(target);
+  }
 }
 
 }  // namespace
@@ -118,7 +120,7 @@ TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
       "-> Tensor");
   m.def(
       "bernoulli_counter_(Tensor(a!) out, int threshold, int seed, int stream, int offset) "
-      "-> Tensor(a!)");
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(ipu_pipeline, CPU, m) {

@@ -91,9 +91,11 @@ std::vector<std::pair<int64_t, int64_t>> sorted_entries(const at::Tensor& ids, i
   return entries;
 }
 
-std::tuple<at::Tensor, at::Tensor> embedding_serialized_backward(
-    const at::Tensor& grad, const at::Tensor& ids, int64_t first, int64_t last, int64_t offset,
-    int64_t padding_id, bool by_frequency) {
+std::tuple<at::Tensor, at::Tensor> embedding_serialized_backward(const at::Tensor& grad,
+                                                                 const at::Tensor& ids,
+                                                                 int64_t first, int64_t last,
+                                                                 int64_t offset, int64_t padding_id,
+                                                                 bool by_frequency) {
   TORCH_CHECK(grad.dim() == 2 && grad.size(0) == ids.numel(), "the gradient has shape ",
               grad.sizes(), " for ", ids.numel(), " ids; it needs one row for each");
   const auto entries = sorted_entries(ids, first, last, offset, padding_id);

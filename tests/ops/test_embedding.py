@@ -201,6 +201,7 @@ def on_every_path(monkeypatch: pytest.MonkeyPatch, function) -> list[tuple[Tenso
     return found
 
 
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{"padding_idx": 4}, {"scale_grad_by_freq": True},
                                      {"rows": (3, 17)}])  # fmt: skip
@@ -233,9 +234,8 @@ def test_1_2_and_4_threads_give_the_same_bits() -> None:
         assert torch.equal(sparse.values(), found[0][1].values())
 
 
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_operators_are_declared_right(path: str) -> None:
-    if path != "kernel":
-        pytest.skip("there is no operator")
     embedding._kernels()
     operators = torch.ops.ipu_pipeline
     ids = some_ids(12)
@@ -246,9 +246,8 @@ def test_operators_are_declared_right(path: str) -> None:
     )
 
 
+@pytest.mark.parametrize("path", ["kernel"], indirect=True)
 def test_a_gradient_of_another_shape_is_refused(path: str) -> None:
-    if path != "kernel":
-        pytest.skip("there is no operator")
     with pytest.raises(RuntimeError, match=r"the gradient has shape \[3, 5\] for 4 ids"):
         torch.ops.ipu_pipeline.embedding_serialized_backward(
             torch.zeros(3, H), torch.zeros(4, dtype=torch.long), 0, V, 0, -1, False

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ipu_pipeline.ops.linear_cross_entropy import linear_cross_entropy
+from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.linear_cross_entropy import _kernels, linear_cross_entropy
 
 NUM_CLASSES = 50
 # Relative to the largest entry; the reference is computed in float64 from the same operands.
@@ -191,7 +192,7 @@ def test_backward_twice(hold: bool) -> None:
         torch.autograd.grad(loss, (x, weight, bias))
 
 
-def test_the_held_gradient_becomes_the_weights_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_held_gradient_becomes_the_weights_own() -> None:
     x, weight, target, _ = operands()
     loss = linear_cross_entropy(x, weight, target)
     held = loss.grad_fn.held[1].data_ptr()
@@ -278,3 +279,135 @@ def test_targets_out_of_range(wrong: int) -> None:
     target[5] = wrong
     with pytest.raises(IndexError, match=f"target {wrong} is out of bounds for 50 classes"):
         linear_cross_entropy(x, weight, target)
+
+
+# ---------------------------------------------------------------- the C++ operator itself
+needs_kernels = pytest.mark.skipif(
+    not extension.state().usable, reason="the C++ kernels are not built, or switched off"
+)
+
+
+def operator(*arguments: Any) -> tuple[Tensor, ...]:
+    assert _kernels()  # registers the fake kernel
+    return torch.ops.ipu_pipeline.linear_cross_entropy(*arguments)
+
+
+def many_tiles(dtype: torch.dtype, tokens: int = 300) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, target, bias; classes fill two tiles and a part of a third."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((tokens, 64), (2500, 64), (2500,))
+    x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    target = torch.randint(2500, (tokens,), generator=generator)
+    target[::7] = -100
+    return x.requires_grad_(), weight.mul_(0.2).requires_grad_(), target, bias.requires_grad_()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_operator_passes_torchs_own_checks(dtype: torch.dtype, scaled: bool) -> None:
+    x, weight, target, bias = (each.detach() for each in operands(dtype))
+    scale = torch.rand(33, dtype=torch.float64).to(x.dtype) if scaled else None
+    assert _kernels()
+    for needs in ((True, True, True), (True, False, False)):
+        torch.library.opcheck(
+            torch.ops.ipu_pipeline.linear_cross_entropy.default,
+            (x, weight, target, bias, class_weights(), scale, -100, 0.1, 16, *needs),
+        )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_1_2_and_4_threads_give_the_same_bits(dtype: torch.dtype, tokens: int) -> None:
+    x, weight, target, bias = many_tiles(dtype, tokens)
+    target[0] = 3
+    found = []
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        try:
+            loss = linear_cross_entropy(x, weight, target, bias, num_slices=2, label_smoothing=0.1)
+            found.append((loss, *torch.autograd.grad(loss, (x, weight, bias))))
+        finally:
+            torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("num_slices", [1, 4])
+def test_several_tiles_of_classes(dtype: torch.dtype, num_slices: int) -> None:
+    x, weight, target, bias = many_tiles(dtype)
+    weights = torch.linspace(0.5, 1.5, 2500)
+    compare(x, weight, target, bias, num_slices=num_slices)
+    compare(x, weight, target, None, label_smoothing=0.1, class_weight_V=weights)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1.0), (torch.float16, 1.1)])
+def test_half_precision_is_as_good_as_torchs(dtype: torch.dtype, allowed: float) -> None:
+    x, weight, target, _ = many_tiles(dtype)
+    target.clamp_(min=0)
+
+    def errors(loss: Tensor) -> list[float]:
+        found = torch.autograd.grad(loss, (x, weight))
+        pairs = zip((loss.detach(), *found), (exact.detach(), *exact_gradients), strict=True)
+        return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
+
+    leaves = [each.detach().double().requires_grad_() for each in (x, weight)]
+    exact = functional.cross_entropy(functional.linear(*leaves), target, reduction="sum") / 300
+    exact_gradients = torch.autograd.grad(exact, leaves)
+    ours = errors(linear_cross_entropy(x, weight, target, num_slices=4))
+    torchs = errors(functional.cross_entropy(functional.linear(x, weight), target))
+    assert all(a <= allowed * b for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+@needs_kernels
+def test_every_16_bit_number_survives_as_a_logit() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        # One class per number; with x = 1 the logits are the weights, and the loss of a token
+        # whose only other logit is its target is log(1 + exp(z)).
+        numbers = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
+        numbers = numbers[numbers.isfinite() & (numbers.abs() <= 80)]
+        x = torch.stack([numbers, torch.zeros_like(numbers)], -1)
+        weight = torch.eye(2, dtype=dtype)
+        target = torch.ones(len(numbers), dtype=torch.int64)
+        losses = linear_cross_entropy(x, weight, target, reduction="none")
+        expected = functional.softplus(numbers.double())
+        torch.testing.assert_close(losses.double(), expected, rtol=3e-7, atol=1e-7)
+
+
+@needs_kernels
+def test_gradients_follow_the_exponential_down_to_its_end() -> None:
+    z = torch.linspace(-80, 0, 40_001)
+    weight = torch.stack([z, torch.zeros_like(z)]).t().contiguous()
+    x = torch.tensor([[1.0, 0.0]])
+    target = torch.tensor([40_000])
+    ones = torch.ones(1)
+    arguments = (x, weight, target, None, None, ones, -100, 0.0, 1, False, True, False)
+    gradient = operator(*arguments)[2][:-1, 0].double()
+    expected = z.double().softmax(0)[:-1]
+    # The rounding of the log-sum-exp, about 6, is part of it: half a unit of its last place.
+    assert ((gradient - expected).abs() / expected).max() < 8e-6
+
+
+@needs_kernels
+def test_operator_refuses_what_it_cannot_read() -> None:
+    x, weight, target, bias = (each.detach() for each in operands(torch.float32))
+    rest = (-100, 0.0, 16, True, True, True)
+    with pytest.raises(ValueError, match=r"x \[33, 16\] and weight \[50, 15\] must be N x H"):
+        operator(x, weight[:, 1:], target, None, None, None, *rest)
+    with pytest.raises(ValueError, match=r"needed are 33 int64 targets, not \[32\] of Long"):
+        operator(x, weight, target[1:], None, None, None, *rest)
+    with pytest.raises(ValueError, match=r"slices of at least 1 token, not 0"):
+        operator(x, weight, target, None, None, None, -100, 0.0, 0, True, True, True)
+    with pytest.raises(ValueError, match="need one entry for each of 50 classes"):
+        operator(x, weight, target, bias[1:], None, None, *rest)
+    with pytest.raises(ValueError, match="the scale needs one entry for each of 33 tokens"):
+        operator(x, weight, target, None, None, x[0], *rest)
+    with pytest.raises(ValueError, match="x is Long; use float32, float64, bfloat16 or float16"):
+        operator(x.long(), weight.long(), target, None, None, None, *rest)
+    target[5] = 50
+    with pytest.raises(IndexError, match="target 50 is out of bounds for 50 classes"):
+        operator(x, weight, target, None, None, None, *rest)

@@ -12,7 +12,7 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.local.stage import Stage, build_stages
 from ipu_pipeline.targets.local.step import autocast_region
-from ipu_pipeline.targets.serialize import TableUses, find_tables, serialized
+from ipu_pipeline.targets.serialize import TableUses, find_tables, serialized, spread_tables
 
 Signature = tuple[bool, tuple[tuple[str, Any], ...]]
 
@@ -69,8 +69,9 @@ class StageCache:
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
-        tables = find_tables(captured.programs, uses, serialized(self.plan))
-        return build_stages(captured, blocks, self.recompute, tables)
+        tables = find_tables(captured, uses, serialized(self.plan))
+        shares = spread_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, shares)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

@@ -11,7 +11,7 @@ from ipu_pipeline.schedule.build import SCHEDULES
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.local.executable import LocalExecutable
 from ipu_pipeline.targets.recompute import recomputed_blocks
-from ipu_pipeline.targets.serialize import check_factors
+from ipu_pipeline.targets.serialize import check_blocks
 
 
 def lower(
@@ -27,7 +27,6 @@ def lower(
     """
     check(plan, options)
     _check_model(model, optimizer)
-    check_factors(model, plan)
     return LocalExecutable(model, plan, optimizer, options)
 
 
@@ -35,7 +34,8 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     """Refuse what the local target cannot run.
 
     Raises:
-        LoweringError: Replicas, a schedule that it does not have, or unknown blocks to recompute.
+        LoweringError: Replicas, a schedule that it does not have, unknown blocks to recompute, or
+            a serialized block without parameters.
     """
     if plan.replicas > 1:
         raise LoweringError(
@@ -48,6 +48,7 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
             f"the local target has no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}"
         )
     recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
 
 
 def _check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.random import random_scope
 from ipu_pipeline.targets.serialize import (
     SerializedForward,
+    Share,
     Table,
     add_gradient,
     fused_projections,
@@ -49,6 +51,7 @@ class Stage:
         results: Value name by result name, for results that this stage computes.
         tables: Tables of its serialized blocks, by block name.
         fused: Its serialized projections whose logits only its loss reads.
+        shares: Rows that it holds of tables that several stages hold.
     """
 
     index: int
@@ -61,6 +64,7 @@ class Stage:
     results: Mapping[str, str]
     tables: Mapping[str, Table] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()
+    shares: tuple[Share, ...] = ()
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
 
@@ -98,7 +102,11 @@ class Stage:
         self.prelude.run(values)
         values.update(leaves)
         again = self.recompute.intersection((*self.fused, LOSS))
-        blocks = SerializedForward(self.tables, self.fused, hold_gradients=alone and not again)
+        blocks = SerializedForward(
+            self.tables, self.fused, self.shares, hold_gradients=alone and not again
+        )
+        self.block = "tables of other stages"
+        blocks.look_up_shares(values)
         for program in self.programs:
             self.block = program.name
             self._run(program, values, key, blocks)
@@ -195,6 +203,7 @@ def build_stages(
     blocks: Sequence[Sequence[str]],
     recompute: Iterable[str] = (),
     tables: Mapping[str, Table] | None = None,
+    shares: Mapping[int, Sequence[Share]] | None = None,
 ) -> tuple[Stage, ...]:
     """Build the stages of a split.
 
@@ -203,19 +212,17 @@ def build_stages(
         blocks: Block names of each stage.
         recompute: Names of blocks to recompute in the backward pass.
         tables: Tables of serialized blocks, by block name.
+        shares: Rows of tables that several stages hold, by stage.
     """
-    tables = tables or {}
+    tables, shares = tables or {}, shares or {}
     stage_of = {name: index for index, names in enumerate(blocks) for name in names}
     producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
     programs = [
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
-    users: dict[int, set[int]] = {}
-    for index, own in enumerate(programs):
-        for program in own:
-            for parameter in program.module.parameters():
-                users.setdefault(id(parameter), set()).add(index)
+    parameters = [_parameters(own, shares.get(i, ())) for i, own in enumerate(programs)]
+    users = Counter(parameter for found in parameters for parameter in found)
     stages = []
     for index, own in enumerate(programs):
         results = {
@@ -223,24 +230,34 @@ def build_stages(
             for name, value in captured.results.items()
             if producer.get(value, 0) == index
         }
-        own_parameters = {id(p): p for g in own for p in g.module.parameters()}
+        held = tuple(shares.get(index, ()))
         stages.append(
             Stage(
                 index=index,
                 programs=own,
-                prelude=captured.prelude(own, results.values()),
-                receives=_received(own, producer, index),
-                sends=_sent(captured, producer, stage_of, index),
-                recompute=frozenset(recompute),
-                shared=tuple(
-                    p for i, p in own_parameters.items() if len(users[i]) > 1 and p.requires_grad
+                prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
+                receives=(
+                    *_received(own, producer, index),
+                    *(share.received for share in held if share.received),
                 ),
+                sends=(
+                    *_sent(captured, producer, stage_of, index),
+                    *(share.sent for share in held if share.sent),
+                ),
+                recompute=frozenset(recompute),
+                shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
+                shares=held,
                 fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
         )
     return tuple(stages)
+
+
+def _parameters(programs: Sequence[Program], shares: Sequence[Share]) -> list[nn.Parameter]:
+    found = dict.fromkeys(p for program in programs for p in program.module.parameters())
+    return list(found | dict.fromkeys(share.table.parameter for share in shares))
 
 
 def _received(

@@ -2,10 +2,11 @@
 
 from ipu_pipeline.targets.serialize.forward import SerializedForward
 from ipu_pipeline.targets.serialize.gradients import GradientSum, add_gradient, add_sums
+from ipu_pipeline.targets.serialize.spread import Share, spread_tables
 from ipu_pipeline.targets.serialize.tables import (
     Table,
     TableUses,
-    check_factors,
+    check_blocks,
     find_tables,
     fused_projections,
     serialized,
@@ -14,12 +15,14 @@ from ipu_pipeline.targets.serialize.tables import (
 __all__ = [
     "GradientSum",
     "SerializedForward",
+    "Share",
     "Table",
     "TableUses",
     "add_gradient",
     "add_sums",
-    "check_factors",
+    "check_blocks",
     "find_tables",
     "fused_projections",
     "serialized",
+    "spread_tables",
 ]

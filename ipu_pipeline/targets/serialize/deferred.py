@@ -118,6 +118,8 @@ class DeferredLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _COMMUTATIVE and len(args) == 2 and not kwargs:
+            args = args if isinstance(args[0], DeferredLogits) else args[::-1]
         logits = args[0] if args else None
         if isinstance(logits, DeferredLogits):
             if func in _DESCRIPTIONS:
@@ -335,15 +337,16 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
     **dict.fromkeys((Tensor.contiguous,), _same),
-    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
-    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _scale),
-    **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div), _divide),
+    **dict.fromkeys((Tensor.add, torch.add), _add),
+    **dict.fromkeys((Tensor.mul, torch.mul), _scale),
+    **dict.fromkeys((Tensor.div, torch.div), _divide),
     **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
     Tensor.__getitem__: _index,
     Tensor.float: _float,
     Tensor.to: _to,
     functional.cross_entropy: _cross_entropy,
 }
+_COMMUTATIVE = frozenset({Tensor.add, torch.add, Tensor.mul, torch.mul})
 _DESCRIPTIONS = frozenset(
     {
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),

@@ -24,8 +24,8 @@ class LookupLeaves:
         self._leaves: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def of(self, table: nn.Parameter) -> Tensor:
-        """Return the stand-in of ``table``; the same one every time."""
-        if not table.requires_grad:
+        """Return the stand-in of ``table``, the same one every time; without gradients, itself."""
+        if not (table.requires_grad and torch.is_grad_enabled()):
             return table
         if id(table) not in self._leaves:
             self._leaves[id(table)] = (table, table.detach().requires_grad_())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -13,6 +12,7 @@ from ipu_pipeline.ops.embedding import embedding_serialized
 from ipu_pipeline.ops.projection import serialized_linear
 from ipu_pipeline.targets.serialize.deferred import DeferredLogits
 from ipu_pipeline.targets.serialize.gradients import LookupLeaves
+from ipu_pipeline.targets.serialize.spread import Share
 from ipu_pipeline.targets.serialize.tables import Table
 
 
@@ -24,16 +24,24 @@ class SerializedRegion(TorchFunctionMode):
         leaves: Stand-ins that collect the lookups' gradients.
         defer: Compute no logits but leave them to the loss behind the block.
         hold_gradients: Compute that loss's gradients in its forward pass.
+        last_share: Where other stages hold rows too: the rows of this one, and the sum of theirs.
     """
 
     def __init__(
-        self, table: Table, leaves: LookupLeaves, *, defer: bool, hold_gradients: bool
+        self,
+        table: Table,
+        leaves: LookupLeaves,
+        *,
+        defer: bool,
+        hold_gradients: bool,
+        last_share: tuple[Share, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.table = table
         self.leaves = leaves
         self.defer = defer
         self.hold_gradients = hold_gradients
+        self.last_share = last_share
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -57,10 +65,13 @@ class SerializedRegion(TorchFunctionMode):
         sparse: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         del weight, max_norm, norm_type, sparse  # tables.py refuses the ones that matter
-        grad = torch.is_grad_enabled()
+        leaf = self.leaves.of(self.table.parameter)
+        if self.last_share is not None:
+            share, received = self.last_share
+            return share.look_up(input, leaf, received)
         return embedding_serialized(
             input,
-            self.leaves.of(self.table.parameter) if grad else self.table.parameter,
+            leaf,
             factor=self.table.factor,
             padding_idx=padding_idx,
             scale_grad_by_freq=scale_grad_by_freq,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.errors import LoweringError
@@ -74,19 +75,16 @@ def _why_not(
     return ""
 
 
-def check_factors(model: nn.Module, plan: Plan) -> None:
-    """Refuse what can be told from the modules alone, before anything runs.
+def check_blocks(plan: Plan) -> None:
+    """Refuse what can be told before anything runs.
 
     Raises:
-        LoweringError: A serialized block has no parameter, or fewer rows than slices.
+        LoweringError: A serialized block has no parameter.
     """
     parameters = {block.name: block.num_parameters for block in plan.blocks}
-    for block, factor in serialized(plan).items():
+    for block in serialized(plan):
         if not parameters[block]:
             raise _no_table(block)
-        rows = max((len(p) for p in _matrices(model, block)), default=factor)
-        if rows < factor:
-            raise _too_many_slices(block, factor, rows)
 
 
 def serialized(plan: Plan) -> dict[str, int]:
@@ -95,12 +93,12 @@ def serialized(plan: Plan) -> dict[str, int]:
 
 
 def find_tables(
-    programs: Iterable[Program], uses: TableUses, factors: Mapping[str, int]
+    captured: CapturedModel, uses: TableUses, factors: Mapping[str, int]
 ) -> dict[str, Table]:
-    """Return the table of every program that ``factors`` names.
+    """Return the table of every block that ``factors`` names.
 
     Args:
-        programs: Of all blocks.
+        captured: The captured model.
         uses: Was active while the model ran.
         factors: Slices by block name.
 
@@ -108,8 +106,9 @@ def find_tables(
         LoweringError: A block has no table, a table with fewer rows than slices, or one that
             cannot be sliced.
     """
+    names = {id(parameter): name for name, parameter in captured.model.named_parameters()}
     tables = {}
-    for program in programs:
+    for program in captured.programs:
         factor = factors.get(program.name, 1)
         if factor == 1:
             continue
@@ -118,7 +117,10 @@ def find_tables(
             raise _no_table(program.name)
         table = max(candidates, key=len)
         if len(table) < factor:
-            raise _too_many_slices(program.name, factor, len(table))
+            raise LoweringError(
+                f"block {program.name!r} cannot be serialized into {factor} slices: its table "
+                f"{names[id(table)]!r} has {len(table)} rows; use a factor from 1 to {len(table)}"
+            )
         reason = uses.refused[id(table)]
         if reason:
             raise LoweringError(
@@ -154,23 +156,8 @@ def fused_projections(
     )
 
 
-def _matrices(model: nn.Module, block: str) -> list[nn.Parameter]:
-    try:
-        module = model.get_submodule(block.split("#")[0])
-    except AttributeError:  # a block that a function opens: its table is found when it runs
-        return []
-    return [parameter for parameter in module.parameters() if parameter.ndim == 2]
-
-
 def _no_table(block: str) -> LoweringError:
     return LoweringError(
         f"block {block!r} cannot be serialized: it has no table (a two-dimensional parameter used "
         "by functional.embedding or functional.linear); plan without serializing this block"
-    )
-
-
-def _too_many_slices(block: str, factor: int, rows: int) -> LoweringError:
-    return LoweringError(
-        f"block {block!r} cannot be serialized into {factor} slices: its table has {rows} rows; "
-        f"use a factor from 1 to {rows}"
     )

@@ -28,8 +28,8 @@ IPU_DECLARE_LOOP(void, dropout_f32, const float* x, float* out, int64_t first, i
                  const CounterDraw& draw, double scale)
 IPU_DECLARE_LOOP(void, dropout_f64, const double* x, double* out, int64_t first, int64_t count,
                  const CounterDraw& draw, double scale)
-IPU_DECLARE_LOOP(void, dropout_bf16, const uint16_t* x, uint16_t* out, int64_t first,
-                 int64_t count, const CounterDraw& draw, double scale)
+IPU_DECLARE_LOOP(void, dropout_bf16, const uint16_t* x, uint16_t* out, int64_t first, int64_t count,
+                 const CounterDraw& draw, double scale)
 // Writes 1 for what is kept, 0 for what is not.
 IPU_DECLARE_LOOP(void, bernoulli_u8, uint8_t* out, int64_t first, int64_t count,
                  const CounterDraw& draw)
