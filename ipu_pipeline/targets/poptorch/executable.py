@@ -25,7 +25,7 @@ from ipu_pipeline.targets.poptorch.optimizers import read_state
 from ipu_pipeline.targets.poptorch.parts import Part, join, rows
 from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.placement import Placement
-from ipu_pipeline.targets.poptorch.runtime.static_graph import DeviceForward
+from ipu_pipeline.targets.poptorch.runtime.static_graph import DeviceForward, is_changed
 from ipu_pipeline.targets.poptorch.sessions import Sessions
 from ipu_pipeline.targets.poptorch.settings import PopTorchSettings
 
@@ -40,6 +40,9 @@ class PopTorchExecutable:
         annotations: Of the plan.
         settings: Of the plan.
         poptorch: The front end.
+
+    Raises:
+        LoweringError: Another executable of the model is open.
     """
 
     batch_divisor: int | None
@@ -53,6 +56,10 @@ class PopTorchExecutable:
         settings: PopTorchSettings,
         poptorch: Any,
     ) -> None:
+        if is_changed(model):
+            raise LoweringError(
+                "the model is compiled already; close() that executable before compiling it again"
+            )
         self.model = model
         self.plan = plan
         self.optimizer = optimizer
@@ -192,11 +199,13 @@ class PopTorchExecutable:
                 is then only written, not kept.
 
         Raises:
-            LoweringError: Compiled already for IPUs that are here, or the offline compiler cannot
-                round up the number of IPUs.
+            LoweringError: The folder does not exist; compiled already for IPUs that are here; the
+                offline compiler cannot round up the number of IPUs.
         """
         self._require_open()
         self._check_size(batch)
+        if not Path(path).parent.is_dir():  # said now, not after an hour of compiling
+            raise LoweringError(f"{Path(path).parent} is no folder; make it first")
         if offline_ipu_version is not None:
             self._check_offline()
         executor = self._sessions.attach_training(offline_ipu_version=offline_ipu_version)

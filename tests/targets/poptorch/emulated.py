@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
+from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.poptorch.executable import PopTorchExecutable
@@ -86,6 +87,7 @@ class Case:
         model: Without dropout.
         example: One microbatch.
         config: The IPU configuration.
+        changes: Of the model's configuration.
         plan: For pod16.
     """
 
@@ -93,6 +95,7 @@ class Case:
     model: nn.Module
     example: Batch
     config: IPUConfig
+    changes: dict[str, Any] = field(default_factory=dict)
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +115,7 @@ class Case:
     def batch(self, seed: int = 1, copies: int | None = None) -> Batch:
         """Return ``copies`` microbatches whose samples differ."""
         count = 2 * (copies or self.copies)
-        return ALL[self.name].build(batch_size=count, seed=seed)[1]
+        return _build(self.name, self.changes, count, seed)[1]
 
     def compile(self, make: MakeOptimizer | None = sgd, **options: Any) -> PopTorchExecutable:
         """Compile the model for the stand-in, which must be installed."""
@@ -136,11 +139,24 @@ class Case:
         return ipp.compile(model, plan, optimizer=optimizer, self_check=False, **options)
 
 
-def case(name: str = "bert-qa", *, layers: tuple[int, ...] = (2, 2), **config: Any) -> Case:
+def case(
+    name: str = "bert-qa",
+    *,
+    layers: tuple[int, ...] = (2, 2),
+    changes: dict[str, Any] | None = None,
+    **config: Any,
+) -> Case:
     """Build a tiny model and plan it for IPUs."""
     settings: dict[str, Any] = {"gradient_accumulation_steps": 4, "output_mode": "all", **config}
-    model, example = ALL[name].build()
-    return Case(name, model, example, IPUConfig(layers_per_ipu=layers, **settings))
+    model, example = _build(name, changes or {}, 2, 0)
+    return Case(name, model, example, IPUConfig(layers_per_ipu=layers, **settings), changes or {})
+
+
+def _build(name: str, changes: dict[str, Any], count: int, seed: int) -> tuple[nn.Module, Batch]:
+    tiny = ALL[name]
+    return from_config(
+        tiny.config(**changes), tiny.task, batch_size=count, seq_length=16, device="cpu", seed=seed
+    )
 
 
 def assert_same_weights(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> None:

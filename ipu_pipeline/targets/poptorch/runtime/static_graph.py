@@ -64,7 +64,7 @@ class DeviceForward:
         plain = model.forward
 
         @functools.wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def changed(*args: Any, **kwargs: Any) -> Any:
             with static_graph(model):
                 output = plain(*args, **kwargs)
             if model.training:
@@ -74,6 +74,8 @@ class DeviceForward:
             self.names = list(tensors)
             return tuple(tensors.values())
 
+        forward: Any = changed
+        forward.returns_tensors = True
         self._changed = forward
         model.forward = forward
 
@@ -92,3 +94,8 @@ class DeviceForward:
             yield
         finally:
             self._model.forward = self._changed
+
+
+def is_changed(model: nn.Module) -> bool:
+    """Tell whether a :class:`DeviceForward` is on ``model``."""
+    return getattr(model.forward, "returns_tensors", False)
