@@ -23,6 +23,7 @@ from ipu_pipeline.targets.poptorch.annotations import Annotation
 from ipu_pipeline.targets.poptorch.check import is_power_of_two
 from ipu_pipeline.targets.poptorch.optimizers import read_state
 from ipu_pipeline.targets.poptorch.parts import Part, join, rows
+from ipu_pipeline.targets.poptorch.runtime.data import mean_loss
 from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.placement import Placement
 from ipu_pipeline.targets.poptorch.runtime.static_graph import DeviceForward, is_changed
@@ -99,11 +100,8 @@ class PopTorchExecutable:
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         size = self._check_size(batch)
-        loss = float(self._sessions.train(batch).float().mean())
-        iterations = self._flat["device_iterations"]
-        if self._flat["output_mode"] == "sum":
-            loss /= self.plan.num_microbatches * iterations
-        self.global_step += iterations
+        loss = mean_loss(self._sessions.train(batch), self._flat)
+        self.global_step += self._flat["device_iterations"]
         # The device stepped; torch's schedulers look for this mark before they warn.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return StepResult(loss, None, num_samples=size)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from runtime.checks import BundleError, check_blocks, check_order  # noqa: E402
-from runtime.data import read_data, synthetic_data  # noqa: E402
+from runtime.data import mean_loss, read_data, synthetic_data  # noqa: E402
 from runtime.find import ModuleNotFound, find_modules  # noqa: E402
 from runtime.optimizer import decayed_groups, make_optimizer  # noqa: E402
 from runtime.options import make_options  # noqa: E402
@@ -79,7 +79,7 @@ def train(
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = float(executor(**batch).float().mean())
+        loss = mean_loss(executor(**batch), settings)
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)
