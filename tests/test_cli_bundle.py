@@ -54,7 +54,9 @@ def test_the_published_command_lines(name: str, tmp_path: Path) -> None:
     plan = Plan.load(file)
     assert (plan.num_stages, plan.replicas, plan.num_microbatches) == (4, replicas, accumulation)
     assert plan.total_batch_size == total
-    emitted = invoke("emit", str(file), *config, "--loss-scaling", "64", "--half", "-o", str(folder))
+    emitted = invoke(
+        "emit", str(file), *config, "--loss-scaling", "64", "--half", "-o", str(folder)
+    )
     assert emitted.exit_code == 0, emitted.output
     assert f"4 stages, {per_call} samples per call of the device" in emitted.output
     settings = json.loads((folder / "settings.json").read_text())

@@ -53,7 +53,9 @@ def optimizer_settings(
     first = optimizer.param_groups[0]
     refused = [key for key in ("amsgrad", "maximize", "nesterov", "dampening") if first.get(key)]
     if refused:
-        raise LoweringError(f"{kind}({refused[0]}={first[refused[0]]}) does not run on the device; leave it out")
+        raise LoweringError(
+            f"{kind}({refused[0]}={first[refused[0]]}) does not run on the device; leave it out"
+        )
     return OptimizerSettings(
         optimizer=kind,
         learning_rate=float(first["lr"]),
@@ -104,9 +106,7 @@ def write_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     """Return the torch optimizer's state under the device's names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        _STATE[key] + names[id(parameter)]: torch.as_tensor(
-            state[key], dtype=torch.float32
-        ).clone()
+        _STATE[key] + names[id(parameter)]: torch.as_tensor(state[key], dtype=torch.float32).clone()
         for parameter, state in optimizer.state.items()
         for key in _KEYS[type(optimizer).__name__]
         if state.get(key) is not None

@@ -158,9 +158,7 @@ class Sessions:
         if state:
             own = self.device_optimizer.state_dict()
             scaling = {"lossScaling": self._settings["loss_scaling"]}
-            self.device_optimizer.load_state_dict(
-                {**own, "ipu_state": state, "ipu_param": scaling}
-            )
+            self.device_optimizer.load_state_dict({**own, "ipu_state": state, "ipu_param": scaling})
 
     def _required_optimizer(self) -> torch.optim.Optimizer:
         if self._optimizer is None:

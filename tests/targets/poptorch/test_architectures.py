@@ -24,11 +24,7 @@ def test_trains_where_the_plan_says(name: str) -> None:
         device.close()
         assert losses == pytest.approx(expected, rel=1e-6)
         assert_same_weights(made.model, local.model)
-    planned = {
-        a.block: (a.stage, a.ipu)
-        for a in annotate(made.plan)
-        if a.begins
-    }
+    planned = {a.block: (a.stage, a.ipu) for a in annotate(made.plan) if a.begins}
     assert {b.id: (b.stage, b.ipu) for b in program.blocks if b.id} == planned
     for stage in made.plan.stages:
         assert stage.device < 2

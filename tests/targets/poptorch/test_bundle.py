@@ -265,7 +265,7 @@ def test_wrong_edits_are_caught_before_compiling(
         ('"ipus_per_replica": 2', '"ipus_per_replica": 4', r"no block is on IPU 2"),
     ],
 )
-def test_wrong_edits_of_the_settings(  # noqa: PLR0913 - three of them are fixtures
+def test_wrong_edits_of_the_settings(
     before: str,
     after: str,
     message: str,
@@ -319,7 +319,10 @@ def _expect_refusal(
     ("content", "message"),
     [
         ([1], r"must hold a dict of tensors by the model's input names"),
-        ({"a": torch.ones(3), "b": torch.ones(2)}, r"different numbers of rows: \{'a': 3, 'b': 2\}"),
+        (
+            {"a": torch.ones(3), "b": torch.ones(2)},
+            r"different numbers of rows: \{'a': 3, 'b': 2\}",
+        ),
         ({"input_ids": torch.ones(3, 16)}, r"has 3 rows, one call of the device takes 8 = micro"),
     ],
 )

@@ -119,7 +119,9 @@ def test_a_scheduler_reaches_the_device() -> None:
     made = case()
     with made.local() as local, made.compile() as device:
         for executable in (local, device):
-            scheduler = torch.optim.lr_scheduler.LambdaLR(executable.optimizer, lambda n: 1 / (n + 1))
+            scheduler = torch.optim.lr_scheduler.LambdaLR(
+                executable.optimizer, lambda n: 1 / (n + 1)
+            )
             for seed in range(4):
                 # pytest turns warnings into errors: torch must believe that the optimizer stepped
                 executable.train_step(made.batch(seed))
