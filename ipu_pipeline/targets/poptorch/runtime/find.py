@@ -34,7 +34,8 @@ def find_modules(
     Raises:
         ModuleNotFound: No module, or not as many as the plan names, have that structure.
     """
-    here = dict(model.named_modules())
+    # One module object may have several paths (T5's embedding, in older versions).
+    here = dict(model.named_modules(remove_duplicate=False))
     found = {path: here[path] for path in paths if path in here}
     missing = [path for path in paths if path not in here]
     groups: dict[Structure, list[str]] = {}
@@ -44,7 +45,7 @@ def find_modules(
     for structure, members in groups.items():
         candidates = [
             module
-            for module in here.values()
+            for module in model.modules()
             if id(module) not in taken and structure and _structure(module) == structure
         ]
         if len(candidates) != len(members):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -42,16 +42,60 @@ def _configs_with_cache(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def loss_only(model: nn.Module, poptorch: Any) -> Callable[[], None]:
-    """Make ``model.forward`` return only its loss, marked as the loss; return what undoes it."""
-    plain = model.forward
+class DeviceForward:
+    """Makes ``model.forward`` return only what the device gives back, until :meth:`restore`.
 
-    @functools.wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with static_graph(model):
-            output = plain(*args, **kwargs)
-        # A sum of losses must be marked as the one loss.
-        return poptorch.identity_loss(output["loss"], reduction="none")
+    In training that is the loss, marked as the loss; in evaluation a tuple of all tensors of the
+    output, whose names are in :attr:`names`.
 
-    model.forward = forward
-    return lambda: delattr(model, "forward")
+    Args:
+        model: The user's model.
+        poptorch: The front end.
+
+    Attributes:
+        names: Of the tensors of the last evaluation.
+    """
+
+    def __init__(self, model: nn.Module, poptorch: Any) -> None:
+        self.names: list[str] = []
+        self._model = model
+        # Somebody may have put a forward on the object before us.
+        self._own = model.__dict__.get("forward")
+        plain = model.forward
+
+        @functools.wraps(plain)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            with static_graph(model):
+                output = plain(*args, **kwargs)
+            if model.training:
+                # A sum of losses must be marked as the one loss.
+                return poptorch.identity_loss(output["loss"], reduction="none")
+            tensors = {n: value for n, value in output.items() if isinstance(value, Tensor)}
+            self.names = list(tensors)
+            return tuple(tensors.values())
+
+        forward: Any = changed
+        forward.returns_tensors = True
+        self._changed = forward
+        model.forward = forward
+
+    def restore(self) -> None:
+        """Give the model its own ``forward`` back."""
+        if self._own is None:
+            self._model.__dict__.pop("forward", None)
+        else:
+            self._model.__dict__["forward"] = self._own
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """While it lasts, the model has its own ``forward``."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self._model.forward = self._changed
+
+
+def is_changed(model: nn.Module) -> bool:
+    """Tell whether a :class:`DeviceForward` is on ``model``."""
+    return getattr(model.forward, "returns_tensors", False)
