@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.memory_mt5`` runs each way in a fresh process: the same random weights, the
 same two microbatches, float32, AdamW. ``eager`` is transformers with gradient accumulation and
-``torch.optim.AdamW``; ``plan`` takes the AdamW that our training loop takes, and runs two stages with every block recomputed, the head fused with the loss in
-slices and the lookups in slices. The plan is made from the shapes alone, as on a laptop.
+``torch.optim.AdamW``. ``plan`` takes the AdamW of our training loop and runs two stages with every
+block recomputed, the head fused with the loss in slices and the lookups in slices. The plan is made
+from the shapes alone, as on a laptop.
 
 glibc raises the size from which it gives freed blocks back to the system, up to 32 MB, and keeps
 smaller ones in an arena per thread. ``MALLOC_MMAP_THRESHOLD_`` holds that size down, so that
