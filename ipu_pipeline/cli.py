@@ -112,6 +112,10 @@ def plan_command(
     ipu_config: IPUConfigName = None,
     ipu_config_overrides: IPUConfigOverrides = "",
     pod_type: PodType = None,
+    passes: Annotated[
+        str,
+        typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
+    ] = "",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
     ] = None,
@@ -137,6 +141,7 @@ def plan_command(
         costs=costs.value,
         granularity=granularity.value,
         config=config,
+        passes=passes,
     )
     typer.echo(made.explain())
     if output is not None:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ipu_pipeline.capture import CapturedModel, capture, model_identity
+from ipu_pipeline.capture import capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.config.layers import WILDCARD
-from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu, predict
-from ipu_pipeline.cost.model import GraphCosts
-from ipu_pipeline.cost.profiled import ProfiledCostModel
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.cost.ipu import is_ipu
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, Partition, configured_partition, solve
-from ipu_pipeline.profiling import local_machine, profile_blocks
+from ipu_pipeline.partition import Constraints, Partition, solve
+from ipu_pipeline.passes.manager import PassManager
+from ipu_pipeline.plan_request import (
+    configured,
+    cost_model_of,
+    depth_of,
+    is_spelled_out,
+    layers_of,
+    machine_limits,
+    machine_of,
+    microbatches_of,
+    offering,
+)
+from ipu_pipeline.plan_writer import make_plan, price_annotated, run_passes
 from ipu_pipeline.targets.base import Executable, ExecutionOptions
 from ipu_pipeline.targets.registry import lower
-
-DEFAULT_MICROBATCHES = 8
 
 
 def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
@@ -43,6 +48,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     granularity: Granularity = "layer",
     config: IPUConfig | None = None,
     constraints: Constraints | None = None,
+    passes: str = "",
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -61,36 +67,39 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         granularity: How fine the blocks are: ``layer``, ``sublayer`` or ``op``.
         config: An IPU configuration; its ``layers_per_ipu`` is respected to the letter.
         constraints: Further limits; the arguments above replace its fields of the same meaning.
+        passes: Passes over the solved plan, such as ``serialize_projection{factor=16},
+            recompute{blocks=all}``; the predictions are those of the annotated plan.
 
     Raises:
         CaptureError: The model cannot be captured.
-        PartitionError: No split satisfies the constraints.
+        PartitionError: No split satisfies the constraints, or what the passes made of it does not
+            fit.
+        PlanError: A pass cannot be applied.
         ValueError: An argument is out of range.
     """
+    manager = PassManager.parse(passes)
     captured = capture(model, example_batch, granularity=granularity)
-    depth = _depth(num_stages, config)
-    described = _machine(machine, depth)
-    prices = _price(captured, example_batch, described, costs, config, replicas)
-    if constraints is None and _is_spelled_out(config, described):
-        assert config is not None
-        settings = replace(
-            IPUSettings.from_config(config, replicas=replicas),
-            accumulation=_microbatches(microbatches, config),
-            hoisted=False,
-        )
-        prediction = predict(captured.graph, settings, described)
-        partition = configured_partition(captured.graph, prediction, prices)
-        return make_plan(captured, described, prices, partition)
+    depth = depth_of(num_stages, config)
+    described = machine_of(machine, depth)
     limits = replace(
-        constraints or _machine_limits(described),
+        constraints or machine_limits(described),
         num_stages=depth,
-        num_microbatches=_microbatches(microbatches, config),
+        num_microbatches=microbatches_of(microbatches, config),
         replicas=replicas,
         schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
-        layers_per_ipu=_layers(captured.graph, config, depth),
+        layers_per_ipu=layers_of(captured.graph, config, depth),
     )
-    partition = solve(captured.graph, prices, described, limits)
-    return make_plan(captured, described, prices, partition)
+    model_of_costs = cost_model_of(captured, example_batch, described, costs, config, limits)
+    asked = limits.factors(captured.graph.block_index)
+    prices = offering(model_of_costs, asked).estimate(captured.graph, described)
+    price: Callable[[Plan], Partition]
+    if constraints is None and is_spelled_out(config, described):
+        partition = configured(captured.graph, prices, described, config, limits)
+        price = partial(configured, captured.graph, prices, described, config, limits)
+    else:
+        partition = solve(captured.graph, prices, described, limits)
+        price = partial(price_annotated, captured.graph, model_of_costs, limits)
+    return run_passes(make_plan(captured, described, prices, partition), manager, price)
 
 
 def compile(
@@ -106,7 +115,7 @@ def compile(
     Args:
         model: The model that the plan was made for, with its weights.
         plan: From :func:`plan` or ``Plan.load``.
-        target: ``local``.
+        target: ``local`` or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
         **options: Fields of :class:`~ipu_pipeline.targets.base.ExecutionOptions`: ``precision``,
             ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...
@@ -123,133 +132,3 @@ def compile(
         known = ", ".join(ExecutionOptions.__dataclass_fields__)
         raise ValueError(f"unknown option {', '.join(unknown)}; known options: {known}")
     return lower(target, model, plan, optimizer, ExecutionOptions(**options))
-
-
-def make_plan(
-    captured: CapturedModel, machine: Machine, costs: GraphCosts, partition: Partition
-) -> Plan:
-    """Write down a solved split as a plan."""
-    graph = captured.graph
-    made = Plan(
-        model=model_identity(captured.model),
-        machine=machine,
-        stages=tuple(
-            PlannedStage(
-                device=stage.device,
-                blocks=stage.blocks,
-                recompute=stage.recomputed,
-                serialize=stage.serialized,
-                forward_s=stage.forward_s,
-                backward_s=stage.backward_s,
-                transfer_s=stage.transfer_s,
-                memory_bytes=stage.memory_bytes,
-                in_flight=stage.in_flight,
-            )
-            for stage in partition.stages
-        ),
-        blocks=tuple(_planned_blocks(graph, costs)),
-        tensors=tuple(spec for spec in graph.tensors if spec.consumers),
-        inputs=graph.inputs,
-        num_microbatches=partition.num_microbatches,
-        replicas=partition.replicas,
-        schedule=partition.schedule,
-        granularity=captured.granularity,
-        cost_source=costs.source,
-        objective_s=partition.objective,
-        lower_bound_s=partition.lower_bound,
-        binding=partition.binding,
-        tied_groups=graph.tied_groups,
-    )
-    return replace(made, decision_digest=made.digest())
-
-
-def _planned_blocks(graph: BlockGraph, costs: GraphCosts) -> list[PlannedBlock]:
-    planned = []
-    for block in graph.blocks:
-        price = costs.blocks[block.name]
-        planned.append(
-            PlannedBlock(
-                name=block.name,
-                kind=block.kind,
-                num_parameters=sum(graph.parameter_by_fqn[f].numel for f in block.parameters),
-                weight_bytes=sum(price.weight_bytes.values()),
-                forward_flops=block.forward_flops,
-                forward_s=price.plain.forward_s,
-                backward_s=price.plain.backward_s,
-                stash_bytes=price.plain.stash_bytes,
-            )
-        )
-    return planned
-
-
-def _depth(num_stages: int | None, config: IPUConfig | None) -> int | None:
-    if config is None or (config.ipus_per_replica is None and len(config.layers_per_ipu) == 1):
-        return num_stages
-    depth = config.num_ipus()
-    if num_stages not in (None, depth):
-        raise ValueError(
-            f"num_stages is {num_stages}, but the IPU configuration has {depth} IPUs in a replica; "
-            "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
-        )
-    return depth
-
-
-def _is_spelled_out(config: IPUConfig | None, machine: Machine) -> bool:
-    """Whether the configuration says where every layer runs, so that nothing is left to solve."""
-    return config is not None and is_ipu(machine) and config.layers_per_ipu != (WILDCARD,)
-
-
-def _machine(machine: str | Machine, depth: int | None) -> Machine:
-    if isinstance(machine, Machine):
-        return machine
-    if machine == "local":
-        return local_machine(depth or max(1, torch.get_num_threads()))
-    return machine_by_name(machine)
-
-
-def _machine_limits(machine: Machine) -> Constraints:
-    """Return what the machine insists on: IPUs cut the execution order and copy no weight."""
-    if is_ipu(machine):
-        return Constraints(execution_order=True, tied="same_device")
-    return Constraints()
-
-
-def _price(
-    captured: CapturedModel,
-    batch: Mapping[str, Any],
-    machine: Machine,
-    costs: str,
-    config: IPUConfig | None,
-    replicas: int,
-) -> GraphCosts:
-    if costs == "analytic" and is_ipu(machine):
-        return _ipu_model(config, replicas).estimate(captured.graph, machine)
-    if costs == "analytic":
-        return AnalyticCostModel().estimate(captured.graph, machine)
-    if costs == "profiled":
-        times = profile_blocks(captured, batch, num_devices=len(machine.devices))
-        return ProfiledCostModel(times).estimate(captured.graph, machine)
-    raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
-
-
-def _ipu_model(config: IPUConfig | None, replicas: int) -> IPUCostModel:
-    """Price IPUs as the configuration says: memory proportion, optimizer's place, precision."""
-    if config is None:
-        return IPUCostModel()
-    return IPUCostModel(IPUSettings.from_config(config, replicas=replicas))
-
-
-def _microbatches(microbatches: int | None, config: IPUConfig | None) -> int:
-    if microbatches is not None:
-        return microbatches
-    return config.gradient_accumulation_steps if config is not None else DEFAULT_MICROBATCHES
-
-
-def _layers(
-    graph: BlockGraph, config: IPUConfig | None, depth: int | None
-) -> tuple[int, ...] | None:
-    """Return the layers of each IPU that the configuration asks for; ``None``: no wish."""
-    if config is None or depth is None or config.layers_per_ipu == (-1,):
-        return None
-    num_layers = sum(block.kind == "layer" for block in graph.blocks)
-    return config.resolve_layers(num_layers)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
 TARGETS = ("local", "distributed", "poptorch")
+WRAP = 80
 MEMORY_FILE = Path("/proc/meminfo")
 
 
 def report() -> str:
-    """Return versions, the machine's cores and memory, and every target's state."""
+    """Return versions, the machine's cores and memory, the kernels, and every target's state."""
     from ipu_pipeline.ir.text import render_table
 
     versions = [("python", platform.python_version()), *map(_package, PACKAGES)]
@@ -23,6 +25,7 @@ def report() -> str:
         [
             render_table(("package", "version"), versions),
             render_table(("machine", "value"), _machine()),
+            render_table(("kernels", "value"), _kernels()),
             render_table(("target", "state", "why"), targets),
         ]
     )
@@ -81,6 +84,35 @@ def _machine() -> list[tuple[str, str]]:
         ("memory", _memory()),
         ("CUDA devices", str(torch.cuda.device_count())),
     ]
+
+
+def _kernels() -> list[tuple[str, str]]:
+    import torch
+
+    from ipu_pipeline.ops import extension
+
+    state = extension.state()
+    rows = [
+        ("library", "ready" if state.usable else "not used; everything runs on plain torch"),
+        *_wrapped("file" if state.usable else "why not", state.detail),
+        ("compiled against", f"torch {state.built_for}" if state.built_for else "unknown"),
+    ]
+    if not state.usable:
+        return rows
+    threads = torch.get_num_threads() if state.threaded else 1
+    without = "" if state.threaded else " (compiled without OpenMP)"
+    return [
+        *rows,
+        ("instruction set", state.instruction_set),
+        ("threads", f"{threads}{without}"),
+        *_wrapped("operators", ", ".join(extension.operators()) or "none"),
+    ]
+
+
+def _wrapped(name: str, text: str) -> list[tuple[str, str]]:
+    """Return rows that hold a long text in full: the table itself would cut it off."""
+    lines = textwrap.wrap(text, width=WRAP, break_long_words=False, break_on_hyphens=False)
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def _memory() -> str:

@@ -7,7 +7,6 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from ipu_pipeline import doctor
 from ipu_pipeline.cli import app
 from ipu_pipeline.ir.plan import Plan
 from tests.tiny_models import TINY
@@ -130,54 +129,6 @@ def test_module_form() -> None:
     command = [sys.executable, "-m", "ipu_pipeline", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Usage: ipu-pipeline" in result.stdout
-
-
-# ---------------------------------------------------------------- doctor
-
-
-def test_doctor_names_versions_and_targets() -> None:
-    result = invoke("doctor")
-    assert result.exit_code == 0
-    for word in ("torch", "transformers", "usable cores", "local", "distributed", "poptorch"):
-        assert word in result.output
-
-
-def test_local_target_is_ready() -> None:
-    assert doctor.target_state("local")[0] == "ready"
-
-
-def test_missing_target_says_why() -> None:
-    state = ("unavailable", "not part of this version of ipu-pipeline")
-    assert doctor.target_state("nosuch") == state
-
-
-def test_missing_sdk_says_where_it_comes_from() -> None:
-    assert doctor._poptorch_state() == (
-        "unavailable",
-        "poptorch comes with Graphcore's SDK, which is not installed here",
-    )
-
-
-@pytest.mark.parametrize(
-    ("available", "gloo", "expected"),
-    [
-        (False, False, "this torch was built without torch.distributed"),
-        (True, False, "torch.distributed has neither gloo nor a usable nccl"),
-        (True, True, "processes under torchrun, over gloo"),
-    ],
-)
-def test_distributed_backends(monkeypatch, available: bool, gloo: bool, expected: str) -> None:
-    import torch.distributed
-
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
-    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: gloo)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert doctor._distributed_state()[1] == expected
-
-
-def test_memory_is_unknown_where_the_kernel_does_not_say(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(doctor, "MEMORY_FILE", tmp_path / "none")
-    assert doctor._memory() == "unknown"
 
 
 # ---------------------------------------------------------------- predict

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
-from ipu_pipeline.capture.operations import OperationCounter
+from ipu_pipeline.capture.operations import OperationCounter, Operations
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.ties import parameter_specs, parameters_of
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
@@ -21,9 +22,16 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
         captured.specs, captured.example_values, training=captured.training, on_meta=on_meta
     )
     kinds = {block.name: block for block in captured._coarse.blocks}
+    counted = {program.name: counter.count(program) for program in programs}
+    kept = _kept(programs, counted)
     blocks = []
     for program in programs:
-        operations = counter.count(program)
+        operations = counted[program.name]
+        kept_bytes = sum(
+            num_bytes
+            for name, num_bytes in zip(program.outputs, operations.output_bytes, strict=True)
+            if name in kept
+        )
         nodes = kinds[program.name]
         blocks.append(
             Block(
@@ -36,14 +44,15 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
                 forward_ops=operations.forward,
                 backward_ops=operations.backward,
                 saved_bytes=operations.saved_bytes,
-                workspace_bytes=operations.workspace_bytes,
+                kept_bytes=kept_bytes,
+                workspace_bytes=max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes),
                 uses_random=any(op.kind == "random" for op in operations.forward),
             )
         )
     return BlockGraph(
         model_class=type(model).__name__,
         blocks=tuple(blocks),
-        tensors=tuple(_crossing(captured, producer)),
+        tensors=tuple(_crossing(captured, producer, kept)),
         inputs=tuple(_tensor_spec(captured, name) for name in captured.inputs),
         parameters=parameters,
         results=tuple(captured.results.values()),
@@ -53,10 +62,23 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     )
 
 
-def _crossing(captured: CapturedModel, producer: Mapping[str, str]) -> Iterable[TensorSpec]:
+def _kept(programs: Sequence[Program], counted: Mapping[str, Operations]) -> frozenset[str]:
+    """Names of the values that some block reads and keeps for its backward pass."""
+    return frozenset(
+        name
+        for program in programs
+        for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
+        if keeps
+    )
+
+
+def _crossing(
+    captured: CapturedModel, producer: Mapping[str, str], kept: Collection[str]
+) -> Iterable[TensorSpec]:
     for name, block in producer.items():
         consumers = _consumers(captured.programs, name)
-        yield _tensor_spec(captured, name, producer=block, consumers=consumers)
+        spec = _tensor_spec(captured, name, producer=block, consumers=consumers)
+        yield replace(spec, kept=name in kept)
 
 
 def _consumers(programs: Sequence[Program], name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.flops import count_flops, countable
 from ipu_pipeline.capture.guards import unguarded
+from ipu_pipeline.capture.live_bytes import LiveBytes
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.signature import program_signature
@@ -47,13 +48,18 @@ class Operations:
         forward: Operations of the forward pass.
         backward: Operations of the backward pass.
         saved_bytes: Bytes kept for the backward pass, without parameters and block inputs.
-        workspace_bytes: Largest output of one operation.
+        peak_bytes: Most bytes alive at one time in either pass, without parameters, their
+            gradients, and block inputs.
+        output_bytes: Bytes that each output adds to ``saved_bytes`` while it is alive.
+        keeps_inputs: Whether each input is kept for the backward pass.
     """
 
     forward: tuple[OpRecord, ...]
     backward: tuple[OpRecord, ...]
     saved_bytes: int
-    workspace_bytes: int
+    peak_bytes: int
+    output_bytes: tuple[int, ...]
+    keeps_inputs: tuple[bool, ...]
 
 
 class OperationCounter:
@@ -99,7 +105,6 @@ class OperationCounter:
         module = program.module
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
-        watcher = _Watcher()
         with (
             countable(module),
             unguarded(module),
@@ -116,21 +121,7 @@ class OperationCounter:
                 state = {n: t.detach().clone().requires_grad_(t.requires_grad)
                          for n, t in state.items()}  # fmt: skip
             inputs = [self._input(name, device, real=real) for name in program.inputs]
-            own = {storage_key(tensor) for tensor in [*state.values(), *inputs]}
-            saved: dict[int, int] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                if storage_key(tensor) not in own:
-                    saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-                return tensor
-
-            with watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                outputs = torch.func.functional_call(module, state, tuple(inputs))
-            forward = watcher.take()
-            if self.training:
-                with watcher:
-                    _backward(outputs, [*state.values(), *inputs])
-            return Operations(forward, watcher.take(), sum(saved.values()), watcher.largest)
+            return _measure(module, state, inputs, training=self.training)
 
     def _input(self, name: str, device: str, *, real: bool) -> Any:
         spec = self.specs[name]
@@ -144,21 +135,127 @@ def _empty(spec: TensorMeta, device: str) -> Tensor:
     return tensor.requires_grad_(spec.requires_grad)
 
 
-def _backward(outputs: Sequence[Any], leaves: Sequence[Tensor]) -> None:
+def _measure(
+    module: torch.nn.Module, state: Mapping[str, Tensor], inputs: Sequence[Any], *, training: bool
+) -> Operations:
+    """Run ``module`` forward and backward as it runs inside a stage."""
+    weights = [tensor for tensor in state.values() if tensor.requires_grad and training]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
+    watcher = _Watcher(live, gradients)
+    taken: list[Tensor] = []
+    entered = tuple(_produced(value, taken) for value in inputs)
+    saved: dict[int, int] = {}
+    saved_outside: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if live.is_apart(tensor):
+            saved_outside.add(storage_key(tensor))
+        else:
+            saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = torch.func.functional_call(module, dict(state), entered)
+    forward, peak = watcher.take(), live.take_peak()
+    output_bytes = tuple(_added(outputs, live, saved))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if roots and wanted:
-        gradients = [torch.ones_like(root) for root in roots]
-        torch.autograd.grad(roots, wanted, gradients, allow_unused=True)
+    if training and roots:
+        with watcher:
+            for root in roots:  # who hands a gradient over is not known: this block pays for it
+                torch.ones_like(root)
+        end = _Handed.apply(watcher, *roots)
+        seed = torch.ones_like(end)
+        del outputs, roots, root  # a stage lets go of what nobody saved
+        live.take_peak()
+        with watcher:
+            torch.autograd.backward(end, seed)
+        peak = max(peak, live.take_peak())
+    return Operations(
+        forward,
+        watcher.take(),
+        sum(saved.values()),
+        peak,
+        output_bytes,
+        tuple(isinstance(v, Tensor) and storage_key(v) in saved_outside for v in inputs),
+    )
+
+
+def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> Iterator[int]:
+    """Bytes that each value has for itself: not outside, saved, or shared with one before it."""
+    known = set(counted)
+    for value in values:
+        if not isinstance(value, Tensor) or live.is_apart(value) or storage_key(value) in known:
+            yield 0
+            continue
+        known.add(storage_key(value))
+        yield int(value.untyped_storage().nbytes())
+
+
+def _produced(value: Any, taken: list[Tensor]) -> Any:
+    wanted = isinstance(value, Tensor) and value.requires_grad
+    return _Produced.apply(taken, value) if wanted else value
+
+
+class _Produced(torch.autograd.Function):
+    """An input as inside a stage, where its producer takes the gradient: no leaf adds it up."""
+
+    @staticmethod
+    def forward(ctx: Any, taken: list[Tensor], value: Tensor) -> Tensor:
+        ctx.taken = taken
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.taken.append(gradient)
+        return None, None
+
+
+class _Handed(torch.autograd.Function):
+    """Hands gradients to a block's outputs as a later block does: it keeps no reference."""
+
+    @staticmethod
+    def forward(ctx: Any, watcher: _Watcher, *roots: Tensor) -> Tensor:
+        ctx.watcher = watcher
+        likes = [torch.empty_like(root) for root in roots]
+        ctx.kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in likes]
+        return torch.zeros((), device=roots[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.watcher.unrecorded():
+            handed = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
+                for shape, stride, dtype, device in ctx.kinds
+            ]
+        return (None, *handed)
 
 
 class _Watcher(TorchDispatchMode):
-    """Records every operation that moves data."""
+    """Records every operation that moves data, and which storages are alive.
 
-    def __init__(self) -> None:
+    Args:
+        live: Is told about every result.
+        gradients: Of the parameters; what is added to them is work of the optimizer step.
+    """
+
+    def __init__(self, live: LiveBytes, gradients: Sequence[Tensor]) -> None:
         super().__init__()
-        self.largest = 0
+        self.live = live
+        self._recording = True
+        self._gradients = {storage_key(gradient) for gradient in gradients}
         self._counts: Counter[OpRecord] = Counter()
+
+    @contextlib.contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Only follow storages."""
+        self._recording = False
+        try:
+            yield
+        finally:
+            self._recording = True
 
     def take(self) -> tuple[OpRecord, ...]:
         """Return what was recorded since the last call."""
@@ -174,9 +271,13 @@ class _Watcher(TorchDispatchMode):
             value.alias_info is not None and not value.alias_info.is_write for value in returns
         )
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not is_view and outputs:
+        if not is_view and outputs and self._recording and not self._accumulates(outputs):
             self._note(func, args, kwargs, result, outputs)
+        self.live.note(outputs)
         return result
+
+    def _accumulates(self, outputs: Sequence[Tensor]) -> bool:
+        return storage_key(outputs[0]) in self._gradients
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
@@ -185,7 +286,6 @@ class _Watcher(TorchDispatchMode):
         flops = count_flops(func.overloadpacket, args, kwargs, result)
         name = str(func.overloadpacket)
         written = sum(_num_bytes(t) for t in outputs)
-        self.largest = max(self.largest, written)
         record = OpRecord(
             name=name,
             kind=_kind(name, flops),

@@ -1,19 +1,16 @@
-"""The analytic cost model: a roofline over counted operations, for any machine description.
-
-An operation takes the longer of ``flops / peak`` and ``bytes moved / memory bandwidth``.
-
-Source: Williams, Waterman, Patterson, Roofline, CACM 2009.
-"""
+"""The analytic cost model: a roofline over counted operations, for any machine description."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
-from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
-from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
-from ipu_pipeline.ir.machine import Device, Machine
+from ipu_pipeline.cost.menus import Menus
+from ipu_pipeline.cost.model import BlockCost, GraphCosts
+from ipu_pipeline.cost.roofline import Roofline
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -23,53 +20,34 @@ class AnalyticCostModel:
     Attributes:
         dtype: Compute dtype whose peak is used; ``None`` takes each operation's own.
         memory: What a trainable parameter costs in bytes besides its weight.
+        factors: More numbers of slices to offer, by block (``menus.py``).
+        unfused: Projections that are in another stage than the loss.
+        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     dtype: str | None = None
     memory: OptimizerMemory = field(default_factory=OptimizerMemory)
+    factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
+    unfused: tuple[str, ...] = ()
+    loss_in_flight: int | None = None
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
-        device = machine.devices[0]
-        blocks = {block.name: self._block(graph, block, device) for block in graph.blocks}
-        return GraphCosts(blocks, "analytic", device_speeds(machine))
-
-    def _block(self, graph: BlockGraph, block: Block, device: Device) -> BlockCost:
-        forward = self._seconds(block.forward_ops, device)
-        backward = self._seconds(block.backward_ops, device)
-        weights = weight_bytes(graph, block, self.memory)
-        return BlockCost(block_choices(graph, block, forward, backward), weights)
-
-    def _seconds(self, operations: Iterable[OpRecord], device: Device) -> float:
-        return sum(
-            op.count
-            * max(
-                op.flops / device.peak_flops_per_s(self.dtype or op.dtype),
-                op.bytes_moved / device.memory_bytes_per_s,
+        roofline = Roofline(machine.devices[0], self.dtype)
+        seconds = {
+            block.name: (
+                roofline.seconds(block.forward_ops),
+                roofline.seconds(block.backward_ops),
             )
-            for op in operations
-        )
-
-
-def block_choices(
-    graph: BlockGraph, block: Block, forward_s: float, backward_s: float
-) -> tuple[BlockChoice, ...]:
-    """Return the ways to run ``block``: plain, and with its forward pass recomputed.
-
-    Recomputation keeps only what enters the block and needs the saved tensors again as
-    workspace while the block runs backward.
-    """
-    plain = BlockChoice(forward_s, backward_s, block.saved_bytes, block.workspace_bytes)
-    if not graph.training or block.saved_bytes == 0:
-        return (plain,)
-    recomputed = BlockChoice(
-        forward_s=forward_s,
-        backward_s=backward_s + forward_s,
-        stash_bytes=sum(graph.tensor_by_name[name].num_bytes for name in block.inputs),
-        workspace_bytes=block.workspace_bytes + block.saved_bytes,
-        recompute=True,
-    )
-    return (plain, recomputed) if recomputed.stash_bytes < plain.stash_bytes else (plain,)
+            for block in graph.blocks
+        }
+        menu = Menus(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
+        menus, together = menu.all(seconds)
+        blocks = {
+            block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
+            for block in graph.blocks
+        }
+        return GraphCosts(blocks, "analytic", device_speeds(machine), together, frees_in_order=True)
 
 
 def device_speeds(machine: Machine) -> tuple[float, ...]:

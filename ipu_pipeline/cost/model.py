@@ -66,11 +66,17 @@ class GraphCosts:
         source: ``analytic`` or ``profiled``: where the numbers come from.
         device_speed: Relative speed of each device of the machine (1.0 is the first device):
             a block on device d takes ``time / device_speed[d]``.
+        together: Groups of blocks that were priced as one: the first carries the bytes of all of
+            them, so they must be in one stage.
+        frees_in_order: A block's stash goes as soon as it has run backward, so the workspace of
+            an early block never meets the stash of later ones.
     """
 
     blocks: Mapping[str, BlockCost]
     source: str
     device_speed: tuple[float, ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
+    frees_in_order: bool = False
 
     def speed(self, device: int) -> float:
         """Relative speed of ``device``; 1.0 where nothing else was said."""

@@ -48,6 +48,7 @@ class TensorSpec:
         requires_grad: Whether a gradient of the same size flows back.
         producer: Block that computes it; ``None`` for a model input.
         consumers: Blocks that read it, in execution order, without repeats.
+        kept: Whether a block that reads it keeps it for its backward pass.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TensorSpec:
     requires_grad: bool = False
     producer: str | None = None
     consumers: tuple[str, ...] = ()
+    kept: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -129,7 +131,10 @@ class Block:
         backward_ops: Operations of the backward pass, per microbatch.
         saved_bytes: Bytes kept from forward to backward without recomputation, per microbatch,
             without parameters and without the block's inputs.
-        workspace_bytes: Largest transient bytes of one operation (outputs not saved).
+        kept_bytes: Bytes of its outputs that later blocks keep for their backward pass and that
+            are not in ``saved_bytes``.
+        workspace_bytes: Most bytes alive at one time while it runs forward or backward, beyond
+            ``saved_bytes``, ``kept_bytes``, parameters, their gradients, and its inputs.
         uses_random: Whether it draws random numbers in training mode.
     """
 
@@ -142,6 +147,7 @@ class Block:
     forward_ops: tuple[OpRecord, ...] = ()
     backward_ops: tuple[OpRecord, ...] = ()
     saved_bytes: int = 0
+    kept_bytes: int = 0
     workspace_bytes: int = 0
     uses_random: bool = False
 

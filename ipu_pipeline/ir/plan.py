@@ -57,8 +57,30 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class PlannedTable:
+    """The table of a block: what serialization cuts into slices.
+
+    Attributes:
+        parameter: First name of the parameter.
+        rows: Its entries, such as the size of a vocabulary.
+        width: Numbers in a row.
+        use: ``lookup`` (an embedding) or ``projection`` (an output head).
+        large: Whether it is a large table, whose block is serialized when none is named.
+    """
+
+    parameter: str
+    rows: int
+    width: int
+    use: str
+    large: bool
+
+
+@dataclass(frozen=True)
 class PlannedBlock:
-    """One block with its price as the solver saw it. Times and bytes are for one microbatch."""
+    """One block with its price as the solver saw it. Times and bytes are for one microbatch.
+
+    ``table`` is ``None`` where the block has none.
+    """
 
     name: str
     kind: str
@@ -68,6 +90,7 @@ class PlannedBlock:
     forward_s: float
     backward_s: float
     stash_bytes: int
+    table: PlannedTable | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +102,15 @@ class PlannedStage:
         blocks: Block names in execution order.
         recompute: Those of its blocks whose forward pass runs again in the backward pass.
         serialize: Slices by block name, for blocks that run in more than one slice.
+        table_slices: First slice and the one behind the last that this stage holds of the table
+            of a block, where several consecutive stages hold it; the block itself is in the last.
         forward_s: Predicted seconds of one microbatch's forward pass.
         backward_s: Predicted seconds of one microbatch's backward pass, recompute included.
         transfer_s: Predicted seconds of one microbatch's transfers.
         memory_bytes: Predicted peak bytes on the device for this stage.
         in_flight: Most microbatches whose activations it holds at one time.
+        weight_bytes: Part of ``memory_bytes`` that never changes; ``None`` in older files.
+        stash_bytes: Part of ``memory_bytes`` for each microbatch in flight; ``None`` likewise.
     """
 
     device: int
@@ -95,6 +122,9 @@ class PlannedStage:
     transfer_s: float = 0.0
     memory_bytes: int = 0
     in_flight: int = 0
+    weight_bytes: int | None = None
+    stash_bytes: int | None = None
+    table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property
     def total_s(self) -> float:
@@ -184,9 +214,10 @@ class Plan:
     def digest(self) -> str:
         """Digest of the decisions: stages, devices, recompute, slices, schedule, microbatches."""
         decisions = [
-            [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items())]
+            [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items()),
+             *([sorted(stage.table_slices.items())] if stage.table_slices else [])]
             for stage in self.stages
-        ]
+        ]  # fmt: skip
         text = json.dumps([decisions, self.schedule, self.num_microbatches, self.replicas])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -303,7 +334,7 @@ def plan_from_json(raw: Any, source: str) -> Plan:
     try:
         fields["model"] = ModelIdentity(**fields["model"])
         fields["machine"] = Machine.from_json(fields["machine"])
-        fields["blocks"] = tuple(PlannedBlock(**block) for block in fields["blocks"])
+        fields["blocks"] = tuple(_block_from_json(block) for block in fields["blocks"])
         fields["stages"] = tuple(_stage_from_json(stage) for stage in fields["stages"])
         for key in ("tensors", "inputs"):
             fields[key] = tuple(_tensor_from_json(spec) for spec in fields[key])
@@ -313,6 +344,13 @@ def plan_from_json(raw: Any, source: str) -> Plan:
         raise PlanError(f"{source} is not a plan: {error}") from error
 
 
+def _block_from_json(raw: Mapping[str, Any]) -> PlannedBlock:
+    fields = dict(raw)
+    if fields.get("table") is not None:
+        fields["table"] = PlannedTable(**fields["table"])
+    return PlannedBlock(**fields)
+
+
 def _stage_from_json(raw: Mapping[str, Any]) -> PlannedStage:
     fields = dict(raw)
     for key in ("blocks", "recompute"):
@@ -320,7 +358,16 @@ def _stage_from_json(raw: Mapping[str, Any]) -> PlannedStage:
         if not isinstance(value, list | tuple):
             raise TypeError(f"stage field {key!r} must be a list of block names, got {value!r}")
         fields[key] = tuple(value)
+    fields["table_slices"] = {
+        name: _slice_range(name, value) for name, value in fields.get("table_slices", {}).items()
+    }
     return PlannedStage(**fields)
+
+
+def _slice_range(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or [type(item) for item in value] != [int, int]:
+        raise TypeError(f"table_slices of {name!r} must be two whole numbers, got {value!r}")
+    return (value[0], value[1])
 
 
 def _tensor_from_json(raw: Mapping[str, Any]) -> TensorSpec:

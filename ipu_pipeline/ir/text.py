@@ -68,12 +68,54 @@ def explain_plan(plan: Plan) -> str:
     ]
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
+    lines += annotation_lines(plan)
     if plan.tied_groups:
         groups = "; ".join(" = ".join(group) for group in plan.tied_groups)
         lines.append(f"tied weights: {groups}")
     if plan.edited:
         lines.append("the stages were edited by hand: the predictions belong to the first version")
     return "\n".join(lines)
+
+
+def annotation_lines(plan: Plan) -> list[str]:
+    """Return one line for each way in which blocks do not run plainly."""
+    recomputed, sliced, held = [], [], []
+    for index, stage in enumerate(plan.stages):
+        ordered = [name for name in stage.blocks if name in stage.recompute]
+        if ordered:
+            recomputed.append(f"{shortened(ordered)} (stage {index})")
+        sliced += [
+            f"{name} in {stage.serialize[name]} slices (stage {index})"
+            for name in stage.blocks
+            if stage.serialize.get(name, 1) > 1
+        ]
+        held += [
+            f"{_slice_range(first, last)} of {name} (stage {index})"
+            for name, (first, last) in stage.table_slices.items()
+        ]
+    named = {"recomputed": recomputed, "serialized": sliced, "table split": held}
+    return [f"{what}: {'; '.join(parts)}" for what, parts in named.items() if parts]
+
+
+def _slice_range(first: int, last: int) -> str:
+    return f"slice {first}" if last - first == 1 else f"slices {first}-{last - 1}"
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return names with runs of numbers joined: ``encoder.layer.0-5, pooler``."""
+    runs: list[tuple[str, list[int]]] = []
+    for name in names:
+        stem, _, number = name.rpartition(".")
+        if not (stem and number.isdecimal()):
+            runs.append((name, []))
+        elif runs and runs[-1][0] == stem and runs[-1][1][-1:] == [int(number) - 1]:
+            runs[-1][1].append(int(number))
+        else:
+            runs.append((stem, [int(number)]))
+    return ", ".join(
+        stem + (f".{run[0]}" if run else "") + (f"-{run[-1]}" if len(run) > 1 else "")
+        for stem, run in runs
+    )
 
 
 def stage_table(stages: Sequence[PlannedStage]) -> str:
@@ -97,8 +139,10 @@ def stage_table(stages: Sequence[PlannedStage]) -> str:
 
 
 def describe_blocks(stage: PlannedStage) -> str:
-    """Return ``first .. last`` of a stage's blocks, and how many are recomputed."""
+    """Return ``first .. last`` of a stage's blocks, and how many do not run plainly."""
     names = [name.rsplit(".", 2)[-2:] for name in (stage.blocks[0], stage.blocks[-1])]
     first, last = (".".join(part) for part in names)
     text = first if len(stage.blocks) == 1 else f"{first} .. {last}"
-    return f"{text} ({len(stage.recompute)} recomputed)" if stage.recompute else text
+    counts = {"recomputed": len(stage.recompute), "serialized": len(stage.serialize)}
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{text} ({said})" if said else text

@@ -93,3 +93,30 @@ def _verify_annotations(plan: Plan) -> None:
                 raise PlanError(
                     f"block {name!r} has serialize factor {factor!r}; use a whole number from 1 on"
                 )
+    _verify_slices(plan)
+
+
+def _verify_slices(plan: Plan) -> None:
+    """Check tables that several stages hold: all slices once, in order, the block behind them."""
+    held: dict[str, list[tuple[int, int, int]]] = {}
+    for index, stage in enumerate(plan.stages):
+        for name, (first, last) in stage.table_slices.items():
+            if name not in plan.stage_of:
+                raise PlanError(f"stage {index} holds slices of {name!r}, which no stage runs")
+            held.setdefault(name, []).append((index, first, last))
+    for name, parts in held.items():
+        home = plan.stage_of[name]
+        factor = plan.stages[home].serialize.get(name, 1)
+        stages = [index for index, _, _ in parts]
+        if stages != list(range(stages[0], home + 1)):
+            raise PlanError(
+                f"slices of {name!r} are in stages {stages}; they must be in consecutive stages of "
+                f"which the last is {home}, where the block runs"
+            )
+        starts, ends = [0, *(last for _, _, last in parts)], [*(f for _, f, _ in parts), factor]
+        if starts != ends or any(first >= last for _, first, last in parts):
+            ranges = ", ".join(f"{first} to {last}" for _, first, last in parts)
+            raise PlanError(
+                f"the stages hold slices {ranges} of {name!r}, which has {factor}; together they "
+                "must hold each once, in order, and each stage at least one"
+            )

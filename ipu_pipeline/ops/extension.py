@@ -4,24 +4,31 @@ The library is built by ``setup.py`` from ``kernels/torch`` and lies beside this
 optional: an operation asks :func:`available` and takes its plain-torch path when the answer is
 no. The first such question warns, once per process.
 
-``IPU_PIPELINE_KERNELS=off`` in the environment switches the library off; any other value is the
-path of another build of it.
+``IPU_PIPELINE_KERNELS`` in the environment: ``off`` switches the library off, ``require`` makes
+its absence an error, any other value is the path of another build of it.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ipu_pipeline.errors import PipelineError
+
 LIBRARY = Path(__file__).with_name("_kernels.so")
 # setup.py leaves the reason here when it could not build the library.
 BUILD_NOTE = Path(__file__).with_name("_kernels.txt")
 SWITCH = "IPU_PIPELINE_KERNELS"
+NAMESPACE = "ipu_pipeline"
+# kernels/torch/library.cpp puts these words into the library.
+_MARK = re.compile(rb"ipu_pipeline kernels for torch ([0-9.]+)")
+_BUILD_AGAIN = "install ipu-pipeline again with pip install --no-build-isolation"
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,18 @@ class ExtensionState:
 
     Attributes:
         usable: The library is loaded and fits this torch.
-        detail: What it was built for and runs on, or why it is not used.
+        detail: Why it is not used; where it was loaded from otherwise.
+        built_for: Version of torch that it was compiled against; empty if unknown.
+        instruction_set: The loops it runs here: ``baseline``, ``avx2`` or ``avx512``; empty if it
+            is not loaded.
+        threaded: It uses as many threads as torch does.
     """
 
     usable: bool
     detail: str
+    built_for: str = ""
+    instruction_set: str = ""
+    threaded: bool = False
 
 
 @functools.cache
@@ -43,35 +57,79 @@ def state() -> ExtensionState:
     wish = os.environ.get(SWITCH, "")
     if wish == "off":
         return ExtensionState(usable=False, detail=f"switched off by {SWITCH}=off")
-    library = Path(wish) if wish else LIBRARY
-    if not library.exists():
+    library = LIBRARY if wish in ("", "require") else Path(wish)
+    if not library.is_file():
         return ExtensionState(usable=False, detail=_why_missing(library))
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return ExtensionState(usable=False, detail=f"{library} does not load: {error}")
-    info = str(torch.ops.ipu_pipeline.build_info())
-    built_for = info.split(",")[0].removeprefix("torch ")
-    if _minor(built_for) != _minor(torch.__version__):
-        detail = f"built for torch {built_for}, this is {torch.__version__}: install again"
-        return ExtensionState(usable=False, detail=detail)
-    return ExtensionState(usable=True, detail=info)
+    built_for = _built_for(library)
+    refusal = _why_unfit(library, built_for)
+    if refusal is None:
+        return _load(library, built_for)
+    return ExtensionState(usable=False, detail=refusal, built_for=built_for)
+
+
+def available() -> bool:
+    """Whether the C++ operators can be used; warns on the first ``False`` of a process.
+
+    Raises:
+        PipelineError: They cannot, and ``IPU_PIPELINE_KERNELS=require``.
+    """
+    if state().usable:
+        return True
+    if os.environ.get(SWITCH) == "require":
+        raise PipelineError(f"{SWITCH}=require, and the C++ kernels: {state().detail}")
+    _warn_once()
+    return False
+
+
+def operators() -> tuple[str, ...]:
+    """Return the names of all operators that the library has, sorted; none if it is not usable."""
+    if not state().usable:
+        return ()
+    schemas = torch._C._jit_get_all_schemas()
+    names = {schema.name for schema in schemas if schema.name.startswith(f"{NAMESPACE}::")}
+    return tuple(sorted(name.partition("::")[2] for name in names - {f"{NAMESPACE}::build_info"}))
+
+
+def _built_for(library: Path) -> str:
+    found = _MARK.search(library.read_bytes())
+    return found[1].decode() if found else ""
 
 
 def _why_missing(library: Path) -> str:
     if library != LIBRARY:
-        return f"{SWITCH} names {library}, which does not exist"
+        return f"{SWITCH} names {library}, which is not a file"
     if BUILD_NOTE.exists():
         return BUILD_NOTE.read_text(encoding="utf-8").strip()
-    return "not built: install the package again where there is a C++ compiler"
+    return f"not built: {_BUILD_AGAIN} where there is a C++ compiler"
 
 
-def available() -> bool:
-    """Whether the C++ operators can be used; warns on the first ``False`` of a process."""
-    if state().usable:
-        return True
-    _warn_once()
-    return False
+def _why_unfit(library: Path, built_for: str) -> str | None:
+    """Say what is wrong with a file before it is loaded: one for another torch may crash."""
+    if not built_for:
+        return f"{library} is not a library of these kernels: {_BUILD_AGAIN}"
+    if _minor(built_for) != _minor(torch.__version__):
+        return f"built for torch {built_for}, this is {torch.__version__}: {_BUILD_AGAIN}"
+    return None
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def _load(library: Path, built_for: str) -> ExtensionState:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        detail = f"{library} does not load ({error}): {_BUILD_AGAIN}"
+        return ExtensionState(usable=False, detail=detail, built_for=built_for)
+    _, instruction_set, threads = str(torch.ops.ipu_pipeline.build_info()).split("; ")
+    return ExtensionState(
+        usable=True,
+        detail=str(library),
+        built_for=built_for,
+        instruction_set=instruction_set,
+        threaded=threads != "one thread",
+    )
 
 
 @functools.cache
@@ -82,7 +140,3 @@ def _warn_once() -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split("+")[0].split(".")[:2])

@@ -1,14 +1,20 @@
 """Random numbers that do not depend on the split.
 
 Torch draws dropout masks from one global generator, so a mask would depend on which stage ran
-first. Inside :class:`random_scope` every random torch function of the calling thread draws from
-a generator keyed by (seed, step, microbatch, block) instead; entering the same scope again, as
+first. Inside :class:`random_scope` every random torch function of the calling thread draws
+numbers keyed by (seed, step, microbatch, block) instead; entering the same scope again, as
 recomputation does, replays the same numbers.
+
+Dropout masks are counted (:mod:`ipu_pipeline.ops.dropout`): the n-th mask of a scope is stream n
+of the scope's seed, and is computed again in the backward pass. Everything else draws from a
+``torch.Generator`` of that seed.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +22,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from ipu_pipeline.ops.attention import attention_counter
+from ipu_pipeline.ops.dropout import FLOATS, bernoulli_counter_, dropout_counter
 
 # Python-level functions that draw random numbers without taking a generator.
 _COMPOSITE = frozenset(
@@ -55,24 +64,42 @@ def is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return func in _COMPOSITE or func in _GENERATOR
 
 
-class _WithGenerator(TorchDispatchMode):
-    """Gives every ATen operation that accepts a generator the one of the scope."""
+class _Source:
+    """Where a scope's numbers come from: streams for masks, a generator for all else."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self._streams = count()
+
+    def mask_key(self) -> tuple[int, int]:
+        """Return seed and stream of the next mask."""
+        return self.seed, next(self._streams)
+
+
+class _FromSource(TorchDispatchMode):
+    """Gives every ATen operation that draws its numbers from the scope's source."""
+
+    def __init__(self, source: _Source) -> None:
         super().__init__()
-        self.generator = generator
+        self.source = source
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            kwargs["generator"] = kwargs.get("generator") or self.generator
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.native_dropout.default:  # it cannot be told a generator
+        if func is torch.ops.aten.bernoulli_.float and kwargs.get("generator") is None:
+            return self._bernoulli_(*args)
+        if func is torch.ops.aten.native_dropout.default:
             return self._native_dropout(*args, **kwargs)
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs["generator"] = kwargs.get("generator") or self.source.generator
+            return func(*args, **kwargs)
         with_generator = _generator_overload(func)
         if with_generator is not None:
-            return with_generator(*args, **kwargs, generator=self.generator)
+            return with_generator(*args, **kwargs, generator=self.source.generator)
         return func(*args, **kwargs)
+
+    def _bernoulli_(self, out: Tensor, p: float = 0.5) -> Tensor:
+        return bernoulli_counter_(out, p, *self.source.mask_key())
 
     def _native_dropout(
         self,
@@ -82,7 +109,7 @@ class _WithGenerator(TorchDispatchMode):
     ) -> tuple[Tensor, Tensor]:
         if not train:
             return torch.ops.aten.native_dropout.default(x, p, train)
-        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=self.generator)
+        kept = self._bernoulli_(torch.empty_like(x, dtype=torch.bool), 1 - p)
         return x * kept * (1 / (1 - p) if p < 1 else 0.0), kept
 
 
@@ -111,7 +138,7 @@ class random_scope(TorchFunctionMode):
     def __init__(self, *key: int | str) -> None:
         super().__init__()
         self.key = key
-        self._generator: torch.Generator | None = None
+        self._source: _Source | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -122,12 +149,61 @@ class random_scope(TorchFunctionMode):
                 return func(*args, **kwargs)
         elif func not in _GENERATOR:
             return func(*args, **kwargs)
-        if any(isinstance(mode, _WithGenerator) for mode in _get_current_dispatch_mode_stack()):
+        if any(isinstance(mode, _FromSource) for mode in _get_current_dispatch_mode_stack()):
             return func(*args, **kwargs)  # a scope inside this one has already taken the call
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(derive_seed(*self.key))
-        with _WithGenerator(self._generator):
+        if self._source is None:
+            self._source = _Source(derive_seed(*self.key))
+        own = _OWN.get(func)
+        result = None if own is None else own(self._source, *args, **kwargs)
+        if result is not None:
+            return result
+        with _FromSource(self._source):
             return func(*args, **kwargs)
+
+
+def _dropout(
+    source: _Source,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,  # noqa: FBT001, FBT002
+    inplace: bool = False,  # noqa: FBT001, FBT002
+) -> Tensor | None:
+    if not training or not 0 < p <= 1 or input.dtype not in FLOATS:
+        return None
+    result = dropout_counter(input, p, *source.mask_key())
+    return input.copy_(result) if inplace else result
+
+
+def _torch_dropout(
+    source: _Source,
+    input: Tensor,
+    p: float,
+    train: bool,  # noqa: FBT001
+) -> Tensor | None:
+    return _dropout(source, input, p, train)
+
+
+def _torch_dropout_(
+    source: _Source,
+    input: Tensor,
+    p: float,
+    train: bool,  # noqa: FBT001
+) -> Tensor | None:
+    return _dropout(source, input, p, train, inplace=True)
+
+
+def _attention(source: _Source, *args: Any, **kwargs: Any) -> Tensor | None:
+    return attention_counter(source.mask_key(), *args, **kwargs)
+
+
+# Functions with a path of our own. It returns None for a call that torch has to take, and has
+# torch's names of arguments.
+_OWN: dict[Any, Callable[..., Tensor | None]] = {
+    functional.dropout: _dropout,
+    torch.dropout: _torch_dropout,
+    torch.dropout_: _torch_dropout_,
+    functional.scaled_dot_product_attention: _attention,
+}
 
 
 def derive_seed(*key: int | str) -> int:

@@ -9,6 +9,7 @@ from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Link, Machine
+from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.partition.constraints import Constraints
 from ipu_pipeline.partition.objective import in_flight
 from ipu_pipeline.partition.problem import Exchange, Option, Problem, Shared, Slot, Value
@@ -21,10 +22,12 @@ class Built:
     Attributes:
         problem: The problem.
         choices: The caller's choice behind every option of every block.
+        frees_in_order: As in the prices.
     """
 
     problem: Problem
     choices: tuple[tuple[BlockChoice, ...], ...]
+    frees_in_order: bool = False
 
 
 def build_problem(
@@ -42,7 +45,7 @@ def build_problem(
     """
     index = graph.block_index
     _check_names(graph, costs, constraints)
-    choices = tuple(_allowed(costs.blocks[block.name], constraints) for block in graph.blocks)
+    choices = _menus(graph, costs, constraints)
     ways = tuple(tuple(_option(choice) for choice in menu) for menu in choices)
     private, shared = _weights(graph, costs)
     return Built(
@@ -50,7 +53,7 @@ def build_problem(
             names=tuple(index),
             preds=_predecessors(graph, constraints),
             options=ways,
-            values=tuple(_values(graph)),
+            values=tuple(_values(graph, machine)),
             weight_bytes=private,
             shared_weights=shared,
             inputs=tuple(
@@ -60,14 +63,11 @@ def build_problem(
             ),
             outer_s=_outer_seconds(graph, machine, constraints, replicas),
             exchanges=_exchanges(graph, machine, constraints),
-            together=tuple(
-                (1 << index[name]) | (1 << (index[name] - 1))
-                for name in constraints.forbidden_cuts
-                if index[name] > 0
-            ),
+            together=_together(graph, costs, constraints),
             same_device=_device_groups(graph, constraints),
         ),
         choices,
+        costs.frees_in_order,
     )
 
 
@@ -131,9 +131,16 @@ def _check_names(graph: BlockGraph, costs: GraphCosts, constraints: Constraints)
         "forbidden_cuts": constraints.forbidden_cuts,
         "update_s": constraints.update_s,
         "same_device": [name for group in constraints.same_device for name in group],
+        "together": [name for group in costs.together for name in group],
     }
-    for what, names in named.items():
-        unknown = [name for name in names if name not in graph.block_index]
+    wrong = {
+        what: [name for name in names if name not in graph.block_index]
+        for what, names in named.items()
+    }
+    patterns = constraints.recompute if isinstance(constraints.recompute, tuple) else ()
+    wrong["recompute"] = list(unmatched(patterns, graph.block_index))
+    wrong["serialize"] = list(unmatched(constraints.serialize, graph.block_index))
+    for what, unknown in wrong.items():
         if unknown:
             raise PartitionError(
                 f"{what} names {', '.join(unknown)}, which the graph does not have; its blocks: "
@@ -141,15 +148,60 @@ def _check_names(graph: BlockGraph, costs: GraphCosts, constraints: Constraints)
             )
 
 
-def _allowed(cost: BlockCost, constraints: Constraints) -> tuple[BlockChoice, ...]:
-    """Choices that the constraints leave; a block that cannot obey keeps what it has."""
+def _menus(
+    graph: BlockGraph, costs: GraphCosts, constraints: Constraints
+) -> tuple[tuple[BlockChoice, ...], ...]:
+    """Choices of every block that the constraints leave."""
+    names = tuple(graph.block_index)
+    recomputed: dict[str, bool] = {}
+    if isinstance(constraints.recompute, tuple):
+        chosen = select_all(constraints.recompute, names)
+        recomputed = {name: name in chosen for name in names}
+    elif constraints.recompute != "auto":
+        recomputed = dict.fromkeys(names, constraints.recompute == "always")
+    factors = constraints.factors(names)
+    menus = []
+    for name in names:
+        menu = _in_slices(name, costs.blocks[name], factors.get(name), constraints)
+        if name in recomputed:
+            menu = tuple(way for way in menu if way.recompute == recomputed[name]) or menu
+        menus.append(menu)
+    return tuple(menus)
+
+
+def _in_slices(
+    name: str, cost: BlockCost, factor: int | None, constraints: Constraints
+) -> tuple[BlockChoice, ...]:
+    """Choices with ``factor`` slices; ``None``: those that ``allow_serialize`` leaves.
+
+    Raises:
+        PartitionError: There is no price for so many slices.
+    """
     menu = cost.choices
+    if factor is not None:
+        exact = tuple(way for way in menu if way.serialize_factor == factor)
+        if not exact:
+            offered = ", ".join(str(f) for f in sorted({way.serialize_factor for way in menu}))
+            raise PartitionError(
+                f"serialize asks for block {name!r} in {factor} slices, which has prices for "
+                f"{offered}; give the number to the cost model's factors (a block without a table "
+                "has no slices)"
+            )
+        return exact
     if not constraints.allow_serialize:
-        menu = tuple(way for way in menu if way.serialize_factor == 1) or menu
-    if constraints.recompute != "auto":
-        wanted = constraints.recompute == "always"
-        menu = tuple(way for way in menu if way.recompute == wanted) or menu
+        return tuple(way for way in menu if way.serialize_factor == 1) or menu
     return menu
+
+
+def _together(graph: BlockGraph, costs: GraphCosts, constraints: Constraints) -> tuple[int, ...]:
+    """Blocks that stay in one stage: not to be cut, or priced as one."""
+    index = graph.block_index
+    uncut = (
+        (1 << index[name]) | (1 << (index[name] - 1))
+        for name in constraints.forbidden_cuts
+        if index[name] > 0
+    )
+    return (*uncut, *(_mask(graph, group) for group in costs.together))
 
 
 def _option(choice: BlockChoice) -> Option:
@@ -178,12 +230,13 @@ def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...
     return tuple(preds)
 
 
-def _values(graph: BlockGraph) -> list[Value]:
+def _values(graph: BlockGraph, machine: Machine) -> list[Value]:
+    """Tensors between blocks. In a shared memory the one that is kept is the producer's own."""
     return [
         Value(
             graph.block_index[tensor.producer],
             _mask(graph, tensor.consumers),
-            tensor.num_bytes,
+            0 if machine.shared_memory and tensor.kept else tensor.num_bytes,
             tensor.num_bytes if tensor.requires_grad and graph.training else 0,
         )
         for tensor in graph.tensors

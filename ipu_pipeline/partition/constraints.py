@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ipu_pipeline.ir.select import select
 from ipu_pipeline.partition.objective import SCHEDULES, ScheduleName
 
 TiedPolicy = Literal["same_device", "exchange", "free"]
@@ -30,8 +31,11 @@ class Constraints:
         pinned_devices: Block to the device it must be on.
         layers_per_ipu: Layers on each device, with -1 for "the rest" (``layers_per_ipu.py``).
         forbidden_cuts: Blocks that stay in the stage of the block executed before them.
-        recompute: Whether blocks may, may never or must recompute where they can.
+        recompute: Whether blocks may, may never or must recompute where they can; or names,
+            prefixes and patterns of the blocks that must, where they can, while others may not.
         allow_serialize: Whether blocks may be serialized.
+        serialize: Slices by name, prefix or pattern of blocks (0 and 1: whole); the last pattern
+            that means a block counts. Blocks that no pattern means are the solver's to choose.
         replicas: Copies of the pipeline; ``None`` finds the best number (needs
             ``total_microbatches``).
         total_microbatches: Microbatches per optimizer step over all replicas; each pipeline
@@ -54,8 +58,9 @@ class Constraints:
     pinned_devices: Mapping[str, int] = field(default_factory=dict, hash=False)
     layers_per_ipu: tuple[int, ...] | None = None
     forbidden_cuts: tuple[str, ...] = ()
-    recompute: Literal["auto", "never", "always"] = "auto"
+    recompute: Literal["auto", "never", "always"] | tuple[str, ...] = "auto"
     allow_serialize: bool = True
+    serialize: Mapping[str, int] = field(default_factory=dict, hash=False)
     replicas: int | None = 1
     total_microbatches: int | None = None
     max_devices: int | None = None
@@ -80,14 +85,25 @@ class Constraints:
                 f"{self.num_stages}; leave num_stages out"
             )
 
+    def factors(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the slices that ``serialize`` asks for, by block; 1 is whole."""
+        known = tuple(names)
+        return {
+            name: max(1, factor)
+            for pattern, factor in self.serialize.items()
+            for name in select(pattern, known)
+        }
+
     def _check_names(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; use one of {SCHEDULES}")
         if self.tied not in _TIED:
             raise ValueError(f"unknown tied policy {self.tied!r}; use one of {_TIED}")
-        if self.recompute not in ("auto", "never", "always"):
+        named = isinstance(self.recompute, tuple)
+        if not named and self.recompute not in ("auto", "never", "always"):
             raise ValueError(
-                f"recompute must be 'auto', 'never' or 'always', got {self.recompute!r}"
+                "recompute must be 'auto', 'never' or 'always', or a tuple of block names, got "
+                f"{self.recompute!r}"
             )
 
     def _check_counts(self) -> None:
@@ -102,5 +118,10 @@ class Constraints:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for pattern, factor in self.serialize.items():
+            if factor < 0:
+                raise ValueError(
+                    f"serialize asks for {factor} slices of {pattern}; use 0 or 1 for whole"
+                )
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             raise ValueError(f"time_limit_s must be above 0, got {self.time_limit_s}")

@@ -138,7 +138,8 @@ def _check_constraints(problem: Problem, masks: Sequence[int], item: Candidate) 
     for group in problem.together:
         if not any(group & ~mask == 0 for mask in masks):
             raise PartitionError(
-                f"{' and '.join(problem.names_of(group))} must stay in one stage (forbidden_cuts)"
+                f"{' and '.join(problem.names_of(group))} must stay in one stage "
+                "(forbidden_cuts, or their prices are those of a pair)"
             )
     for group in problem.same_device:
         used = {d for d, mask in zip(devices, masks, strict=True) if mask & group}
@@ -170,7 +171,8 @@ def _overflow(problem: Problem, masks: Sequence[int], item: Candidate) -> str:
         if least > slot.capacity:
             return (
                 f"stage {number} needs at least {least / 1e6:.4g} MB, its memory is "
-                f"{slot.capacity / 1e6:.4g} MB; move blocks to another stage"
+                f"{slot.capacity / 1e6:.4g} MB; move blocks to "
+                "another stage, or recompute or serialize more of them"
             )
         worst = f"{slot.capacity / 1e6:.4g} MB"
     return (

@@ -109,9 +109,18 @@ def _option_changes(start: Change, remedies: Mapping[str, GraphCosts]) -> Iterat
     """Yield changes of how blocks run, single ones first, then all together."""
     base = start.constraints
     single: list[Change] = []
-    if base.recompute == "never":
+    fixed = base.recompute == "never" or isinstance(base.recompute, tuple)
+    if fixed:
         single.append(
-            replace(start, text="allow recompute", constraints=replace(base, recompute="auto"))
+            replace(
+                start,
+                text="allow recompute" + (" of every block" if base.recompute != "never" else ""),
+                constraints=replace(base, recompute="auto"),
+            )
+        )
+    if base.serialize:
+        single.append(
+            replace(start, text="drop serialize", constraints=replace(base, serialize={}))
         )
     if not base.allow_serialize:
         single.append(
@@ -119,8 +128,8 @@ def _option_changes(start: Change, remedies: Mapping[str, GraphCosts]) -> Iterat
                     constraints=replace(base, allow_serialize=True))
         )  # fmt: skip
     yield from single
-    free = replace(base, recompute="auto" if base.recompute == "never" else base.recompute,
-                   allow_serialize=True)  # fmt: skip
+    free = replace(base, recompute="auto" if fixed else base.recompute,
+                   allow_serialize=True, serialize={})  # fmt: skip
     words = " and ".join(change.text for change in single)
     if len(single) > 1:
         yield replace(start, text=words, constraints=free)
@@ -201,6 +210,14 @@ def _placement_error(graph: BlockGraph, start: Change) -> InfeasibleError:
         change = Change(f"drop {name}", start.costs, start.machine, relaxed)
         if _fits(graph, change):
             blamed.append(change)
+    if not blamed and start.costs.together:
+        apart = Change("", replace(start.costs, together=()), start.machine, start.constraints)
+        if _fits(graph, apart):
+            pairs = "; ".join(" and ".join(group) for group in start.costs.together)
+            return InfeasibleError(
+                f"no split keeps {pairs} in one stage, which run as one when they are serialized; "
+                "use fewer stages, or do not pin them to different ones"
+            )
     if not blamed:
         return InfeasibleError(
             "no split satisfies the constraints together, whatever the memory: pins, groups of "

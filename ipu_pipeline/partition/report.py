@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
+from ipu_pipeline.cost.model import BlockChoice
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.partition.build import Built
 from ipu_pipeline.partition.constraints import Constraints
@@ -29,19 +31,23 @@ def to_partition(
     ):
         blocks = list(bits(boundary & ~done))
         picks = zip(blocks, price.picks, strict=True)
+        choices = tuple(built.choices[block][pick] for block, pick in picks)
+        held = price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
+        weights = 0.0 if slot.host else _weights(built, boundary & ~done)
+        space = max((choice.workspace_bytes for choice in choices), default=0)
         stages.append(
             StageAssignment(
                 index=index,
                 device=slot.device,
                 blocks=tuple(built.problem.names[block] for block in blocks),
-                choices=tuple(built.choices[block][pick] for block, pick in picks),
+                choices=choices,
                 forward_s=price.forward_s,
                 backward_s=price.backward_s,
                 transfer_s=price.send_forward_s + price.send_backward_s,
-                memory_bytes=round(
-                    price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
-                ),
+                memory_bytes=round(held - (_never_at_once(choices) if built.frees_in_order else 0)),
                 in_flight=slot.in_flight,
+                weight_bytes=round(weights),
+                stash_bytes=round(max(0.0, held - weights - space) / max(1, slot.in_flight)),
             )
         )
         done = boundary
@@ -54,6 +60,26 @@ def to_partition(
         num_microbatches=shape.num_microbatches,
         replicas=shape.replicas,
     )
+
+
+def _weights(built: Built, stage: int) -> float:
+    """Bytes of all parameters that the stage uses, each once."""
+    problem = built.problem
+    shared = sum(item.num_bytes for item in problem.shared_weights if item.users & stage)
+    return shared + sum(problem.held[block] for block in bits(stage))
+
+
+def _never_at_once(choices: Sequence[BlockChoice]) -> int:
+    """Bytes by which the largest workspace plus the whole stash exceeds the stage's real peak.
+
+    While a block runs, forward or backward, of its microbatch only its own stash and that of the
+    blocks before it are there. The search adds up the largest of both, which is never too low.
+    """
+    if not choices:
+        return 0
+    stashed = list(accumulate(choice.stash_bytes for choice in choices))
+    peak = max(s + choice.workspace_bytes for s, choice in zip(stashed, choices, strict=True))
+    return stashed[-1] + max(choice.workspace_bytes for choice in choices) - peak
 
 
 def _tied_bytes(built: Built, stage: int, slot: Slot, slots: Sequence[Slot]) -> float:

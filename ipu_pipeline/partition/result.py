@@ -22,6 +22,9 @@ class StageAssignment:
         memory_bytes: Bytes it holds; parameters that another stage of the same memory also
             uses are counted in each, but once in the check of that memory.
         in_flight: Microbatches whose activations it holds at the same time.
+        weight_bytes: The part of ``memory_bytes`` that never changes.
+        stash_bytes: The part that it holds for each microbatch in flight; what is left of
+            ``memory_bytes`` is needed only while a block runs.
     """
 
     index: int
@@ -33,6 +36,8 @@ class StageAssignment:
     transfer_s: float
     memory_bytes: int
     in_flight: int
+    weight_bytes: int = 0
+    stash_bytes: int = 0
 
     @property
     def load_s(self) -> float:

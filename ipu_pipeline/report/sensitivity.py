@@ -6,6 +6,7 @@ again by the exact solver. What the plan does not hold is derived, and the varia
 - Another micro batch size scales times and activations of a block in proportion (fixed costs of
   an operation are not known, so a smaller micro batch looks too good, a larger one too bad).
 - Devices that share cores (``local``) get slower or faster in proportion to their number.
+- Serialized blocks stay serialized (``as_run.py``).
 - A block's workspace is that of its stage; parameters tied between blocks count for each.
 - The seconds once per optimizer step (update, all-reduce) are those of the plan.
 
@@ -18,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ipu_pipeline.cost.analytic import block_choices, device_speeds
+from ipu_pipeline.cost.analytic import device_speeds
+from ipu_pipeline.cost.menus import block_choices
 from ipu_pipeline.cost.model import BlockCost, GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
@@ -26,6 +28,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedBlock
 from ipu_pipeline.partition import Constraints, solve
 from ipu_pipeline.partition.objective import SCHEDULES
+from ipu_pipeline.report.as_run import as_run
 from ipu_pipeline.schedule.load import is_training
 from ipu_pipeline.schedule.timeline import Timeline
 
@@ -88,6 +91,7 @@ def sensitivity(plan: Plan, timeline: Timeline) -> tuple[Variant, ...]:
     """
     if plan.schedule not in SCHEDULES:
         return ()
+    plan = as_run(plan)
     return tuple(_solved(plan, timeline, setting) for setting in settings(plan))
 
 
@@ -213,4 +217,9 @@ def _costs(plan: Plan, graph: BlockGraph, machine: Machine, factor: float) -> Gr
         )
         for planned, block in zip(plan.blocks, graph.blocks, strict=True)
     }
-    return GraphCosts(blocks, plan.cost_source, device_speeds(machine))
+    return GraphCosts(
+        blocks,
+        plan.cost_source,
+        device_speeds(machine),
+        frees_in_order=plan.cost_source in ("analytic", "profiled"),
+    )

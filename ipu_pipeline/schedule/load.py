@@ -2,9 +2,10 @@
 
 The plan's own predictions are used as they are. Three things are not written in a plan and are
 derived from it: which part of ``transfer_s`` belongs to which boundary and direction (from the
-tensors that cross it and the machine's links), how ``memory_bytes`` divides into weights, stash
-and workspace (from the prices of the blocks), and the seconds that the solver's price adds once
-per optimizer step (update, all-reduce: what is left of ``objective_s``).
+tensors that cross it and the machine's links), in plans of older versions how ``memory_bytes``
+divides into weights, stash and workspace (from the prices of the blocks), and the seconds that
+the solver's price adds once per optimizer step (update, all-reduce: what is left of
+``objective_s``).
 
 In a plan edited by hand the predictions belong to another split. Then everything is added up
 again from the prices of the blocks; effects of serialization and the once-per-step seconds are
@@ -170,7 +171,9 @@ def _predicted(plan: Plan, index: int, copies: Copies) -> StageLoad:
     stage = plan.stages[index]
     if copies.forward_s + copies.backward_s <= 0 < stage.transfer_s:
         copies = _even(plan, index)
-    weights, stash, _ = _bytes(plan, stage)
+    weights, stash, _ = block_bytes(plan, stage)
+    if stage.weight_bytes is not None and stage.stash_bytes is not None:
+        weights, stash = stage.weight_bytes, stage.stash_bytes
     depth = max(1, stage.in_flight)
     stash = min(stash, stage.memory_bytes // depth)
     fixed = stage.memory_bytes - stash * depth
@@ -198,7 +201,7 @@ def _derived(plan: Plan, index: int, copies: Copies) -> StageLoad:
     blocks = _blocks(plan, stage)
     speed = device_speeds(plan.machine)[stage.device]
     again = sum(block.forward_s for block in blocks if block.name in stage.recompute)
-    weights, stash, workspace = _bytes(plan, stage)
+    weights, stash, workspace = block_bytes(plan, stage)
     return StageLoad(
         stage.device,
         sum(block.forward_s for block in blocks) / speed,
@@ -214,17 +217,23 @@ def _blocks(plan: Plan, stage: PlannedStage) -> list[PlannedBlock]:
     return [block for block in plan.blocks if block.name in stage.blocks]
 
 
-def _bytes(plan: Plan, stage: PlannedStage) -> tuple[int, int, int]:
+def block_bytes(plan: Plan, stage: PlannedStage) -> tuple[int, int, int]:
     """Bytes of weights, of the stash of one microbatch, and of a recomputed block's tensors.
 
-    A recomputed block keeps what enters it; the stage also keeps what enters the stage.
+    A tensor that is kept for a backward pass is part of the stash of the block that makes it. A
+    recomputed block keeps the others that enter it, too; the stage also keeps what enters the
+    stage, where that is no memory of the stage before.
     """
     blocks, inside = _blocks(plan, stage), set(stage.blocks)
     recompute = set(stage.recompute)
     stash = sum(block.stash_bytes for block in blocks if block.name not in recompute)
     for spec in plan.tensors:
-        stash += spec.num_bytes * len(recompute.intersection(spec.consumers))
-        stash += spec.num_bytes * _enters(plan, spec.producer, spec.consumers, stage)
+        if spec.kept:
+            stash += spec.num_bytes * (spec.producer in recompute)
+        else:
+            stash += spec.num_bytes * len(recompute.intersection(spec.consumers))
+        if not (spec.kept and plan.machine.shared_memory):
+            stash += spec.num_bytes * _enters(plan, spec.producer, spec.consumers, stage)
     stash += sum(spec.num_bytes for spec in plan.inputs if inside.intersection(spec.consumers))
     workspace = max((block.stash_bytes for block in blocks if block.name in recompute), default=0)
     return sum(block.weight_bytes for block in blocks), stash, workspace

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from ipu_pipeline.schedule.load import StageLoad
@@ -143,6 +145,22 @@ class Timeline:
     def peak_memory_bytes(self) -> int:
         """Peak of the fullest device."""
         return max(curve.peak_bytes for curve in self.memory)
+
+    @property
+    def peak_activation_bytes(self) -> int:
+        """Most bytes of stash and workspace that all devices together hold at one time."""
+        changes = [
+            (time, index, held - curve.weight_bytes)
+            for index, curve in enumerate(self.memory)
+            for time, held in zip(curve.times_s, curve.held_bytes, strict=True)
+        ]
+        changes.sort(key=itemgetter(0))  # stable: each curve keeps its own order
+        now, peak = [0] * len(self.memory), 0
+        for _, at_once in groupby(changes, key=itemgetter(0)):
+            for _, index, held in at_once:
+                now[index] = held
+            peak = max(peak, sum(now))
+        return peak
 
     @property
     def overflow_bytes(self) -> Mapping[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,6 +59,8 @@ class ExecutionOptions:
         seed: Root of every random number drawn while training.
         schedule: ``1f1b`` or ``gpipe``; ``None`` takes the plan's.
         sequential: Run the stages one after another in the calling thread (the reference).
+        recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
+            plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
@@ -72,6 +74,7 @@ class ExecutionOptions:
     seed: int = 42
     schedule: str | None = None
     sequential: bool = False
+    recompute: str | Sequence[str] | None = None
     stall_timeout_s: float = 600.0
     self_check: bool = True
     ipu_config: IPUConfig | None = None
@@ -80,6 +83,11 @@ class ExecutionOptions:
         if self.precision not in ("float32", "bf16", "fp16"):
             raise ValueError(
                 f"precision {self.precision!r} is unknown; use 'float32', 'bf16' or 'fp16'"
+            )
+        if isinstance(self.recompute, str) and self.recompute not in ("all", "none"):
+            raise ValueError(
+                f"recompute {self.recompute!r} is unknown; use 'all', 'none', None, or a list of "
+                "names of blocks"
             )
         if self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")

@@ -61,6 +61,8 @@ class TrainingArguments:
         adam_beta1: Decay rate of the first moment, in [0, 1).
         adam_beta2: Decay rate of the second moment, in [0, 1).
         adam_epsilon: Added to the denominator of the update.
+        stochastic_rounding: AdamW rounds weights of 16 bits at random, right on average, so that
+            updates below half of their spacing are not lost; needs a model that holds such weights.
         max_grad_norm: Clip the gradient norm over all stages to this; 0 for no clipping.
         lr_scheduler_type: A name that ``transformers.get_scheduler`` knows.
         lr_scheduler_kwargs: Further arguments of that scheduler; a JSON object as text works.
@@ -107,6 +109,7 @@ class TrainingArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    stochastic_rounding: bool = False
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] | str | None = None

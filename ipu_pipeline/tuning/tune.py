@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ipu_pipeline.capture import CapturedModel
-from ipu_pipeline.compiler import make_plan
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, Prediction, chip_of, predict
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.partition import partition_of_prediction
+from ipu_pipeline.plan_writer import make_plan
 from ipu_pipeline.tuning.search import Front, Point, Progress, candidates, search
 from ipu_pipeline.tuning.space import TuneRequest, shapes
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ipu_pipeline.cost.analytic import AnalyticCostModel, block_choices, device_speeds
+from ipu_pipeline.cost.analytic import AnalyticCostModel, device_speeds
 from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
+from ipu_pipeline.cost.menus import block_choices
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.cost.profiled import MeasuredTimes, ProfiledCostModel
 from ipu_pipeline.ir.graph import OpRecord

@@ -9,7 +9,13 @@ import pytest
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir import plan as plan_module
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage, library_versions
+from ipu_pipeline.ir.plan import (
+    ModelIdentity,
+    Plan,
+    PlannedStage,
+    PlannedTable,
+    library_versions,
+)
 from ipu_pipeline.ir.verify import verify_plan
 from tests.ir.plan_example import example_plan
 
@@ -207,3 +213,68 @@ def test_good_plans_pass() -> None:
 def test_broken_plan_is_refused_by_name(plan: Plan, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         verify_plan(plan)
+
+
+# ---- tables and slices --------------------------------------------------------------------
+
+
+def with_table(factor: int = 4, **slices: tuple[int, int]) -> Plan:
+    """``layer.1`` in stage 1 is cut; ``s0``, ``s1``: what the stages hold of its table."""
+    plan = example_plan()
+    table = PlannedTable("layer.1.weight", 8, 8, "lookup", large=False)
+    blocks = tuple(
+        replace(block, table=table) if block.name == "layer.1" else block for block in plan.blocks
+    )
+    stages = [
+        replace(stage, table_slices={"layer.1": slices[f"s{i}"]} if f"s{i}" in slices else {})
+        for i, stage in enumerate(plan.stages)
+    ]
+    stages[1] = replace(stages[1], serialize={"layer.1": factor})
+    return replace(plan, stages=tuple(stages), blocks=blocks)
+
+
+def test_tables_and_slices_are_saved_and_are_decisions(tmp_path: Path) -> None:
+    plan = with_table(s0=(0, 1), s1=(1, 4))
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.digest() != with_table().digest() != with_table(5).digest()
+
+
+def test_plans_written_before_there_were_tables_load(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    for stage in raw["stages"]:
+        del stage["table_slices"]
+    for block in raw["blocks"]:
+        del block["table"]
+    assert Plan.load(rewritten(path, raw)) == example_plan()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            with_table(s0=(0, 4)),
+            r"slices of 'layer\.1' are in stages \[0\]; they must be in consec",
+        ),
+        (with_table(s0=(0, 1), s1=(2, 4)), r"the stages hold slices 0 to 1, 2 to 4 of 'layer\.1'"),
+        (with_table(s0=(0, 2), s1=(2, 3)), r"of 'layer\.1', which has 4; together they must hold"),
+        (with_table(s0=(0, 0), s1=(0, 4)), "each stage at least one"),
+    ],
+)
+def test_impossible_slices_are_refused(plan: Plan, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        verify_plan(plan)
+
+
+def test_slices_of_no_block_are_refused() -> None:
+    plan = example_plan()
+    first = replace(plan.stages[0], table_slices={"nope": (0, 1)})
+    with pytest.raises(PlanError, match="stage 0 holds slices of 'nope', which no stage runs"):
+        verify_plan(replace(plan, stages=(first, plan.stages[1])))
+
+
+def test_malformed_slices_are_refused(tmp_path: Path) -> None:
+    path, raw = saved(tmp_path)
+    raw["stages"][0]["table_slices"] = {"embed": [0, "x"]}
+    with pytest.raises(PlanError, match="table_slices of 'embed' must be two whole numbers, got"):
+        Plan.load(rewritten(path, raw))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipu_pipeline.ir.plan import PlannedStage
-from ipu_pipeline.ir.text import describe_blocks
+from ipu_pipeline.ir.text import annotation_lines, describe_blocks, shortened
 from tests.ir.plan_example import example_plan
 
 
@@ -20,6 +20,25 @@ def test_explain_says_what_is_unusual(golden) -> None:
 
 def test_block_table(golden) -> None:
     golden("block_table.txt", example_plan().block_table() + "\n")
+
+
+def test_runs_of_numbered_blocks_are_joined() -> None:
+    names = ["h.0", "h.1", "h.2", "h.4", "g.5", "pooler", "h.9", "h.10"]
+    assert shortened(names) == "h.0-2, h.4, g.5, pooler, h.9-10"
+    assert shortened([]) == ""
+    assert shortened(["3", "h.3.attention"]) == "3, h.3.attention"
+
+
+def test_annotations_are_spelled_out() -> None:
+    plan = example_plan()
+    first = replace(plan.stages[0], serialize={"embed": 2}, table_slices={"embed": (0, 1)})
+    second = replace(plan.stages[1], table_slices={"embed": (1, 3)})
+    assert annotation_lines(replace(plan, stages=(first, second))) == [
+        "recomputed: layer.0 (stage 0)",
+        "serialized: embed in 2 slices (stage 0)",
+        "table split: slice 0 of embed (stage 0); slices 1-2 of embed (stage 1)",
+    ]
+    assert describe_blocks(first) == "embed .. layer.0 (1 recomputed, 1 serialized)"
 
 
 def test_describe_blocks() -> None:

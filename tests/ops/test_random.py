@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from ipu_pipeline.ops import attention as ops_attention
+from ipu_pipeline.ops import dropout as ops_dropout
 from ipu_pipeline.ops import random as ops_random
+from ipu_pipeline.ops.dropout import bernoulli_counter_, dropout_counter
 from ipu_pipeline.ops.random import derive_seed, is_random, random_scope
 
 X = torch.linspace(0.1, 0.9, 64).reshape(8, 8)
@@ -160,6 +164,85 @@ def test_eight_threads_at_once_give_what_one_gives() -> None:
         with random_scope(key):
             alone = torch.cat([functional.dropout(X).flatten() for _ in range(20)])
         assert torch.equal(found, alone)
+
+
+def test_the_nth_mask_of_a_scope_is_its_stream_n() -> None:
+    seed = derive_seed("a", 1)
+    with random_scope("a", 1):
+        torch.rand(3)  # the generator counts for itself
+        found = [
+            functional.dropout(X, 0.3),
+            torch.dropout(X, 0.3, train=True),
+            X.clone().bernoulli_(0.7),
+            torch.native_dropout(X, 0.3, train=True)[0],
+        ]
+    mask = bernoulli_counter_(torch.empty_like(X), 0.7, seed, 2)
+    assert torch.equal(found[0], dropout_counter(X, 0.3, seed, 0))
+    assert torch.equal(found[1], dropout_counter(X, 0.3, seed, 1))
+    assert torch.equal(found[2], mask)
+    torch.testing.assert_close(found[3], dropout_counter(X, 0.3, seed, 3))
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_numbers_do_not_depend_on_the_library(name: str, monkeypatch) -> None:
+    with random_scope("seed", 0):
+        found = DRAWS[name]()
+    monkeypatch.setattr(ops_dropout, "_kernels", lambda: False)
+    monkeypatch.setattr(ops_attention, "_kernels", lambda: False)
+    with random_scope("seed", 0):
+        again = DRAWS[name]()
+    torch.testing.assert_close(again, found)  # matmuls of attention differ by rounding
+    assert torch.equal(again, found) or "sdpa" in name
+
+
+@pytest.mark.parametrize(
+    "drop_",
+    [
+        lambda x: functional.dropout(x, 0.4, inplace=True),
+        lambda x: torch.dropout_(x, 0.4, train=True),
+        lambda x: nn.Dropout(0.4, inplace=True)(x),
+    ],
+)
+def test_dropout_in_place(drop_) -> None:
+    leaf = X.clone().requires_grad_()
+    x = leaf * 1
+    with random_scope(3):
+        y = drop_(x[:, ::2])
+    kept = dropout_counter(torch.ones_like(X[:, ::2]), 0.4, derive_seed(3), 0)
+    assert torch.equal(x[:, ::2], y)
+    assert torch.equal(y, X[:, ::2] * kept)
+    assert torch.equal(x[:, 1::2], X[:, 1::2])
+    x.sum().backward()
+    assert torch.equal(leaf.grad[:, ::2], kept)
+    assert torch.equal(leaf.grad[:, 1::2], torch.ones_like(X[:, 1::2]))
+    with random_scope(3), pytest.raises(RuntimeError, match="leaf Variable"):
+        drop_(X.clone().requires_grad_())
+
+
+def test_dropout_that_torch_refuses_is_still_refused() -> None:
+    with random_scope(1):
+        with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+            functional.dropout(X, 1.5)
+        with pytest.raises(RuntimeError, match="Long"):
+            functional.dropout(torch.ones(3, dtype=torch.long))
+        assert not functional.dropout(X, 1.0).any()
+
+
+def test_recomputation_replays_the_masks() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+    gradients = []
+
+    def call(x: Tensor) -> Tensor:
+        with random_scope(7, "layer"):
+            q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            x = x + functional.scaled_dot_product_attention(q, q, q, dropout_p=0.2).mean()
+            return layer(functional.dropout(x))
+
+    for recompute in (False, True):
+        x = X[None].clone().requires_grad_()
+        y = checkpoint(call, x, use_reentrant=False) if recompute else call(x)
+        gradients.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_dropout_mask_has_the_right_share_scale_and_gradient() -> None:

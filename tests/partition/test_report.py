@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.partition import Constraints, solve
+from ipu_pipeline.partition.result import StageAssignment
 
 
 def chain(num_blocks: int) -> BlockGraph:
@@ -45,3 +48,37 @@ def test_memory_names_the_stages_and_the_fullest() -> None:
         "0.00025 MB)"
     )
     assert bound_by(250).endswith(expected)
+
+
+def one_stage(*, frees_in_order: bool) -> StageAssignment:
+    graph = chain(3)
+    ways = (BlockChoice(1.0, 2.0, 100, 500), BlockChoice(1.0, 2.0, 100, 30), BlockChoice(1, 2, 100))
+    costs = GraphCosts(
+        {b.name: BlockCost((way,), {"w": 7}) for b, way in zip(graph.blocks, ways, strict=True)},
+        "test",
+        frees_in_order=frees_in_order,
+    )
+    machine = Machine("one", (Device("d", 10_000, {"float32": 1.0}, 1.0),), Link(1.0))
+    return solve(graph, costs, machine, Constraints(num_stages=1, num_microbatches=2)).stages[0]
+
+
+def test_memory_follows_the_order_of_the_blocks() -> None:
+    plain, ordered = one_stage(frees_in_order=False), one_stage(frees_in_order=True)
+    assert plain.memory_bytes == 7 + 300 + 500
+    assert ordered.memory_bytes == 7 + (100 + 500)  # nothing of the later blocks is there
+    for stage in (plain, ordered):
+        assert (stage.weight_bytes, stage.stash_bytes) == (7, 300)
+
+
+def test_what_is_kept_in_a_shared_memory_enters_no_stage_twice() -> None:
+    held = {}
+    for kept in (False, True):
+        graph = chain(2)
+        tensor = replace(graph.tensors[0], kept=kept)
+        graph = replace(graph, tensors=(tensor,))
+        costs = GraphCosts({b.name: BlockCost((BlockChoice(1, 1),), {}) for b in graph.blocks}, "t")
+        devices = tuple(Device(f"d{i}", 1000, {"float32": 1.0}, 1.0) for i in range(2))
+        machine = Machine("two", devices, Link(1.0), shared_memory=True)
+        found = solve(graph, costs, machine, Constraints(num_stages=2, num_microbatches=4))
+        held[kept] = [stage.memory_bytes for stage in found.stages]
+    assert held == {False: [0, 4], True: [0, 0]}

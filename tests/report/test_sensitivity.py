@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.compiler import make_plan as plan_of
 from ipu_pipeline.cost.analytic import AnalyticCostModel
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.partition import Constraints, solve
+from ipu_pipeline.plan_writer import make_plan as plan_of
 from ipu_pipeline.report.sensitivity import sensitivity, settings
 from ipu_pipeline.schedule.simulate import simulate
 from tests.schedule.plans import make_plan

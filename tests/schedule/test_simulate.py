@@ -231,6 +231,20 @@ def test_overflow_of_one_device_and_of_a_shared_memory() -> None:
     assert simulate(replace(plan, machine=pooled)).overflow_bytes == {0: total - 2000}
 
 
+@given(st.integers(1, 4), st.integers(0, 6))
+def test_activations_of_all_devices_peak_at_one_time(depth, more) -> None:
+    timeline = simulate(make_plan([1.0] * depth, [2.0] * depth, 2 * depth - 1 + more, "1f1b"))
+    moments = sorted({time for curve in timeline.memory for time in curve.times_s})
+
+    def held(curve, moment):
+        return [h for t, h in zip(curve.times_s, curve.held_bytes, strict=True) if t <= moment][-1]
+
+    expected = max(sum(held(c, m) - c.weight_bytes for c in timeline.memory) for m in moments)
+    assert timeline.peak_activation_bytes == expected
+    peaks = [curve.peak_bytes - curve.weight_bytes for curve in timeline.memory]
+    assert max(peaks) <= timeline.peak_activation_bytes <= sum(peaks)
+
+
 def test_json_holds_the_figures() -> None:
     timeline = simulate(make_plan([1.0, 1.0], [2.0, 2.0], 4))
     raw = timeline.to_json()

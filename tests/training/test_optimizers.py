@@ -3,6 +3,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration, Trainer
 from transformers import TrainingArguments as TheirArguments
 
+from ipu_pipeline.ops.adamw import AdamW
 from ipu_pipeline.training import TrainingArguments, build_optimizer, build_scheduler
 
 
@@ -54,6 +55,43 @@ def test_nothing_to_train():
     model = torch.nn.Linear(2, 2).requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="Linear has no trainable parameter; set requires_grad"):
         build_optimizer(model, TrainingArguments())
+
+
+def test_our_adamw_trains_as_torchs(tmp_path):
+    ours, theirs = bert(), bert()
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [
+        build_optimizer(ours, TrainingArguments(**SETTINGS)),
+        Trainer(
+            theirs,
+            TheirArguments(output_dir=str(tmp_path), use_cpu=True, optim="adamw_torch", **SETTINGS),
+        ).create_optimizer(),
+    ]
+    assert isinstance(optimizers[0], AdamW)
+    assert isinstance(optimizers[0], torch.optim.AdamW)
+    ids = torch.arange(40).reshape(4, 10)
+    for _ in range(5):
+        losses = []
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.eval()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_stochastic_rounding_is_for_weights_of_16_bits():
+    arguments = TrainingArguments(stochastic_rounding=True, seed=7)
+    model = bert()
+    message = r"those of BertForMaskedLM are torch.float32; load the model with dtype=torch.bfloat"
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(model, arguments)
+    for group in build_optimizer(model.bfloat16(), arguments).param_groups:
+        assert (group["stochastic_rounding"], group["seed"]) == (True, 7)
+    for group in build_optimizer(model, TrainingArguments()).param_groups:
+        assert group["stochastic_rounding"] is False
 
 
 @pytest.mark.parametrize(

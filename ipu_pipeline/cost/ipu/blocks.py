@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ipu_pipeline.cost.ipu.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.cost.ipu.chip import Chip
-from ipu_pipeline.cost.ipu.operations import Pricer, table_rows
+from ipu_pipeline.cost.ipu.operations import Pricer
 from ipu_pipeline.cost.ipu.settings import IPUSettings
+from ipu_pipeline.cost.tables import table_rows
 from ipu_pipeline.ir.graph import Block, BlockGraph
 
 

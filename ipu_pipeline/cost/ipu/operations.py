@@ -11,7 +11,6 @@ moments, then scales. Every pass starts a program step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -219,10 +218,3 @@ def _lookup_cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -
 
 def _is_scalar(op: OpRecord) -> bool:
     return op.bytes_moved <= 64
-
-
-def table_rows(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Return the rows of the tall matrix among parameter ``shapes``: a table; 0 for none."""
-    tall = [shape for shape in shapes if len(shape) == 2 and shape[0] >= 4 * shape[1]]
-    rows = max((shape[0] for shape in tall), default=0)
-    return rows if rows >= 4096 else 0

@@ -12,6 +12,7 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.local.stage import Stage, build_stages
 from ipu_pipeline.targets.local.step import autocast_region
+from ipu_pipeline.targets.serialize import TableUses, find_tables, serialized, spread_tables
 
 Signature = tuple[bool, tuple[tuple[str, Any], ...]]
 
@@ -23,6 +24,7 @@ class StageCache:
         model: The user's model.
         plan: Says which block belongs to which stage.
         precision: Of the steps; captures are made in the same autocast region.
+        recompute: Names of the blocks to recompute in the backward pass.
         self_check: Compare every capture with the model before trusting it.
     """
 
@@ -32,11 +34,13 @@ class StageCache:
         plan: Plan,
         precision: str,
         *,
+        recompute: frozenset[str],
         self_check: bool,
     ) -> None:
         self.model = model
         self.precision = precision
         self.plan = plan
+        self.recompute = recompute
         self.self_check = self_check
         self._stages: dict[Signature, tuple[Stage, ...]] = {}
 
@@ -45,26 +49,29 @@ class StageCache:
 
         Raises:
             CaptureError: The model cannot be captured with these inputs.
+            LoweringError: A block that the plan serializes has no table for so many slices.
             PlanError: In training mode, its blocks are not those of the plan.
         """
         signature = _signature(self.model, microbatch)
         if signature not in self._stages:
-            with autocast_region(self.precision):
+            uses = TableUses()
+            with autocast_region(self.precision), uses:
                 captured = capture(
                     self.model,
                     microbatch,
                     granularity=self.plan.granularity,  # type: ignore[arg-type]
                     self_check=self.self_check,
                 )
-            self._stages[signature] = self._build(captured)
+            self._stages[signature] = self._build(captured, uses)
         return self._stages[signature]
 
-    def _build(self, captured: CapturedModel) -> tuple[Stage, ...]:
+    def _build(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
-        recompute = {name for stage in self.plan.stages for name in stage.recompute}
-        return build_stages(captured, blocks, recompute)
+        tables = find_tables(captured, uses, serialized(self.plan))
+        shares = spread_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, shares)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

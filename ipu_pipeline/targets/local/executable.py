@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
@@ -23,6 +22,7 @@ from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.targets.local.step import Step
 from ipu_pipeline.targets.optimize import apply_update
+from ipu_pipeline.targets.recompute import recomputed_blocks
 
 
 class LocalExecutable:
@@ -50,7 +50,13 @@ class LocalExecutable:
         self.optimizer = optimizer
         self.options = options
         self.global_step = 0
-        self._cache = StageCache(model, plan, options.precision, self_check=options.self_check)
+        self._cache = StageCache(
+            model,
+            plan,
+            options.precision,
+            recompute=recomputed_blocks(options.recompute, plan),
+            self_check=options.self_check,
+        )
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -99,8 +105,9 @@ class LocalExecutable:
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
         with self._mode(training=False), torch.no_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            step = Step(stages, microbatches, self.options, self.global_step, loss_scaling=0.0)
-            self._run(forward_only(self.plan.num_stages, len(microbatches)), step)
+            schedule = forward_only(self.plan.num_stages, len(microbatches))
+            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
+            self._run(step)
         return _join(microbatches, step.results)
 
     # ---- state --------------------------------------------------------------------------
@@ -147,23 +154,26 @@ class LocalExecutable:
         microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
         with self._mode(training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            step = Step(stages, microbatches, self.options, self.global_step, loss_scaling)
             name = self.options.schedule or plan.schedule
             if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
                 name = "1f1b"
-            self._run(build_schedule(name, self.plan.num_stages, len(microbatches)), step)
+            schedule = build_schedule(name, plan.num_stages, len(microbatches))
+            step = Step(
+                stages, microbatches, self.options, self.global_step, loss_scaling, schedule
+            )
+            self._run(step)
             step.add_shared_gradients()
         return _mean_loss(microbatches, step.results), tuple(step.busy_s)
 
-    def _run(self, schedule: Schedule, step: Step) -> None:
+    def _run(self, step: Step) -> None:
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
         try:
             if self.options.sequential or self.plan.num_stages == 1:
-                run_sequentially(schedule, step)
+                run_sequentially(step.schedule, step)
             else:
-                self._stage_threads().run(schedule, step)
+                self._stage_threads().run(step.schedule, step)
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again

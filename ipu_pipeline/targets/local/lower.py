@@ -10,6 +10,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.schedule.build import SCHEDULES
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.local.executable import LocalExecutable
+from ipu_pipeline.targets.recompute import recomputed_blocks
+from ipu_pipeline.targets.serialize import check_blocks
 
 
 def lower(
@@ -32,7 +34,8 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     """Refuse what the local target cannot run.
 
     Raises:
-        LoweringError: Replicas, serialization, or a schedule that it does not have.
+        LoweringError: Replicas, a schedule that it does not have, unknown blocks to recompute, or
+            a serialized block without parameters.
     """
     if plan.replicas > 1:
         raise LoweringError(
@@ -48,12 +51,8 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
         raise LoweringError(
             f"the local target has no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}"
         )
-    serialized = [name for stage in plan.stages for name, f in stage.serialize.items() if f > 1]
-    if serialized:
-        raise LoweringError(
-            f"the local target cannot serialize blocks yet ({', '.join(serialized)}); plan without "
-            "serialization"
-        )
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
 
 
 def _check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.targets.serialize import (
+    SerializedForward,
+    Share,
+    Table,
+    add_gradient,
+    fused_projections,
+)
 
 RandomKey = tuple[int | str, ...]
 
@@ -24,6 +33,7 @@ class _InFlight:
     received: dict[str, Tensor]
     sent: dict[str, Tensor]
     loss: Tensor | None
+    lookups: tuple[tuple[nn.Parameter, Tensor], ...]
 
 
 @dataclass
@@ -39,6 +49,9 @@ class Stage:
         recompute: Names of the blocks whose forward pass runs again in the backward pass.
         shared: Parameters that other stages use too.
         results: Value name by result name, for results that this stage computes.
+        tables: Tables of its serialized blocks, by block name.
+        fused: Its serialized projections whose logits only its loss reads.
+        shares: Rows that it holds of tables that several stages hold.
     """
 
     index: int
@@ -49,6 +62,9 @@ class Stage:
     recompute: frozenset[str]
     shared: tuple[nn.Parameter, ...]
     results: Mapping[str, str]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
+    shares: tuple[Share, ...] = ()
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
 
@@ -64,6 +80,8 @@ class Stage:
         inputs: Mapping[str, Any],
         received: Mapping[str, Tensor],
         key: RandomKey,
+        *,
+        alone: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run the forward pass of one microbatch.
 
@@ -72,6 +90,8 @@ class Stage:
             inputs: Model inputs by name.
             received: Values of earlier stages by name.
             key: Random numbers are keyed by this and the block's name.
+            alone: No other microbatch of this stage is in flight before its backward pass: a
+                fused loss then computes its gradients at once.
 
         Returns:
             What it sends on, and the results it computed (detached).
@@ -81,20 +101,26 @@ class Stage:
         self.block = "prelude"
         self.prelude.run(values)
         values.update(leaves)
+        again = self.recompute.intersection((*self.fused, LOSS))
+        blocks = SerializedForward(
+            self.tables, self.fused, self.shares, hold_gradients=alone and not again
+        )
+        self.block = "tables of other stages"
+        blocks.look_up_shares(values)
         for program in self.programs:
             self.block = program.name
-            self._run(program, values, key)
+            self._run(program, values, key, blocks)
         self.block = ""
         sent = {name: values[name] for name in self.sends}
         results = {name: values[value] for name, value in self.results.items()}
         if torch.is_grad_enabled():
             loss = results.get("loss")
-            self._in_flight[microbatch] = _InFlight(leaves, sent, loss)
+            self._in_flight[microbatch] = _InFlight(leaves, sent, loss, blocks.leaves.pairs())
         return sent, {name: value.detach() for name, value in results.items()}
 
     def backward(
         self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
-    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    ) -> tuple[dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
         """Run the backward pass of one microbatch.
 
         Args:
@@ -103,20 +129,23 @@ class Stage:
             loss_gradient: Gradient of this microbatch's loss.
 
         Returns:
-            Gradients of the received values by name, and of shared parameters by id. Gradients
-            of all other parameters are added to their ``.grad``.
+            Gradients of the received values by name, and of shared parameters, dense or sparse,
+            perhaps several of one. Gradients of all others are added to their ``.grad``.
         """
         state = self._in_flight.pop(microbatch)
         roots, seeds = _roots(state, gradients, loss_gradient)
         wanted = [leaf for leaf in state.received.values() if leaf.requires_grad]
         self.block = "backward pass"
         if not roots:
-            return {}, {}
-        shared: dict[int, Tensor] = {}
+            return {}, []
+        shared: list[tuple[nn.Parameter, Tensor]] = []
         if self.shared:
-            shared = self._backward_apart(roots, seeds, wanted)
+            shared = self._backward_apart(roots, seeds, wanted, state.lookups)
         else:
             torch.autograd.backward(roots, seeds)
+            for table, leaf in state.lookups:
+                if leaf.grad is not None:
+                    add_gradient(table, leaf.grad)
         self.block = ""
         found = {n: leaf.grad for n, leaf in state.received.items() if leaf.grad is not None}
         return found, shared
@@ -125,40 +154,47 @@ class Stage:
         """Forget every microbatch in flight (after a failure)."""
         self._in_flight.clear()
 
-    def _run(self, program: Program, values: dict[str, Any], key: RandomKey) -> None:
+    def _run(
+        self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
+    ) -> None:
         def call(*inputs: Any) -> Any:
             with random_scope(*key, program.name):  # entered again when it is recomputed
-                return program.module(*inputs)
+                return blocks.run(program, inputs)
 
         inputs = tuple(values[name] for name in program.inputs)
-        if program.name in self.recompute and torch.is_grad_enabled():
+        again = program.name in self.recompute and torch.is_grad_enabled()
+        if again and not (program.name == LOSS and self.fused):  # that one does it by itself
             outputs = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             outputs = call(*inputs)
         values.update(zip(program.outputs, outputs, strict=True))
 
     def _backward_apart(
-        self, roots: Sequence[Tensor], seeds: Sequence[Tensor | None], wanted: Sequence[Tensor]
-    ) -> dict[int, Tensor]:
+        self,
+        roots: Sequence[Tensor],
+        seeds: Sequence[Tensor | None],
+        wanted: Sequence[Tensor],
+        lookups: Sequence[tuple[nn.Parameter, Tensor]],
+    ) -> list[tuple[nn.Parameter, Tensor]]:
         """Backward pass that keeps gradients of shared parameters apart.
 
         Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
         """
-        leaves = [*wanted, *self.parameters]
+        own = self.parameters
+        leaves = [*wanted, *own, *(leaf for _, leaf in lookups)]
         found: Sequence[Tensor | None] = torch.autograd.grad(
             roots, leaves, seeds, allow_unused=True
         )
+        for leaf, gradient in zip(wanted, found, strict=False):
+            leaf.grad = gradient
         shared_ids = {id(parameter) for parameter in self.shared}
-        shared = {}
-        for leaf, gradient in zip(leaves, found, strict=True):
-            if gradient is None:
-                continue
-            if id(leaf) in shared_ids:
-                shared[id(leaf)] = gradient
-            elif leaf.grad is None:
-                leaf.grad = gradient
-            else:
-                leaf.grad += gradient
+        shared = []
+        parameters = [*own, *(table for table, _ in lookups)]
+        for parameter, gradient in zip(parameters, found[len(wanted) :], strict=True):
+            if gradient is not None and id(parameter) in shared_ids:
+                shared.append((parameter, gradient))
+            elif gradient is not None:
+                add_gradient(parameter, gradient)
         return shared
 
 
@@ -166,6 +202,8 @@ def build_stages(
     captured: CapturedModel,
     blocks: Sequence[Sequence[str]],
     recompute: Iterable[str] = (),
+    tables: Mapping[str, Table] | None = None,
+    shares: Mapping[int, Sequence[Share]] | None = None,
 ) -> tuple[Stage, ...]:
     """Build the stages of a split.
 
@@ -173,18 +211,18 @@ def build_stages(
         captured: The captured model.
         blocks: Block names of each stage.
         recompute: Names of blocks to recompute in the backward pass.
+        tables: Tables of serialized blocks, by block name.
+        shares: Rows of tables that several stages hold, by stage.
     """
+    tables, shares = tables or {}, shares or {}
     stage_of = {name: index for index, names in enumerate(blocks) for name in names}
     producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
     programs = [
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
-    users: dict[int, set[int]] = {}
-    for index, own in enumerate(programs):
-        for program in own:
-            for parameter in program.module.parameters():
-                users.setdefault(id(parameter), set()).add(index)
+    parameters = [_parameters(own, shares.get(i, ())) for i, own in enumerate(programs)]
+    users = Counter(parameter for found in parameters for parameter in found)
     stages = []
     for index, own in enumerate(programs):
         results = {
@@ -192,22 +230,34 @@ def build_stages(
             for name, value in captured.results.items()
             if producer.get(value, 0) == index
         }
-        own_parameters = {id(p): p for g in own for p in g.module.parameters()}
+        held = tuple(shares.get(index, ()))
         stages.append(
             Stage(
                 index=index,
                 programs=own,
-                prelude=captured.prelude(own, results.values()),
-                receives=_received(own, producer, index),
-                sends=_sent(captured, producer, stage_of, index),
-                recompute=frozenset(recompute),
-                shared=tuple(
-                    p for i, p in own_parameters.items() if len(users[i]) > 1 and p.requires_grad
+                prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
+                receives=(
+                    *_received(own, producer, index),
+                    *(share.received for share in held if share.received),
                 ),
+                sends=(
+                    *_sent(captured, producer, stage_of, index),
+                    *(share.sent for share in held if share.sent),
+                ),
+                recompute=frozenset(recompute),
+                shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
+                tables={p.name: tables[p.name] for p in own if p.name in tables},
+                shares=held,
+                fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
         )
     return tuple(stages)
+
+
+def _parameters(programs: Sequence[Program], shares: Sequence[Share]) -> list[nn.Parameter]:
+    found = dict.fromkeys(p for program in programs for p in program.module.parameters())
+    return list(found | dict.fromkeys(share.table.parameter for share in shares))
 
 
 def _received(

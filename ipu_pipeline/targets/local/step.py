@@ -10,12 +10,13 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ipu_pipeline.ir.schedule import Action
+from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.stage import RandomKey, Stage
+from ipu_pipeline.targets.serialize import GradientSum, add_sums
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +30,7 @@ class Step:
         options: Precision and seed.
         global_step: Random numbers are keyed by it.
         loss_scaling: Factor of the loss before the backward pass.
+        schedule: The rows that will be run.
 
     Attributes:
         results: What each microbatch computed, by name, in the order of the microbatches.
@@ -42,6 +44,7 @@ class Step:
         options: ExecutionOptions,
         global_step: int,
         loss_scaling: float,
+        schedule: Schedule,
     ) -> None:
         self.stages = stages
         self.microbatches = microbatches
@@ -50,10 +53,14 @@ class Step:
         self.loss_scaling = loss_scaling
         self.results: list[dict[str, Tensor]] = [{} for _ in microbatches]
         self.grad = torch.is_grad_enabled()
+        self.schedule = schedule
+        self.alone = [schedule.peak_in_flight(stage.index) == 1 for stage in stages[0]]
         self.busy_s = [0.0] * len(stages[0])
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
+            defaultdict(GradientSum) for _ in stages[0]
+        ]
         self._lock = Lock()
 
     def __call__(self, action: Action) -> None:
@@ -76,7 +83,9 @@ class Step:
         received = {name: self._values[microbatch, name] for name in stage.receives}
         key: RandomKey = (self.options.seed, self.global_step, microbatch)
         with autocast_region(self.options.precision):
-            sent, results = stage.forward(microbatch, part.inputs, received, key)
+            sent, results = stage.forward(
+                microbatch, part.inputs, received, key, alone=self.alone[stage.index]
+            )
         with self._lock:
             self._values.update({(microbatch, name): value for name, value in sent.items()})
             self.results[microbatch].update(results)
@@ -94,17 +103,14 @@ class Step:
         with self._lock:
             for name, gradient in found.items():
                 self._gradients[microbatch, name][stage.index] = gradient
-            own = self._shared[stage.index]
-            for parameter, gradient in shared.items():
-                own[parameter] = own[parameter] + gradient if parameter in own else gradient
+        for parameter, gradient in shared:  # sums of this stage, which runs in one thread
+            self._shared[stage.index][parameter].add(gradient)
 
     def add_shared_gradients(self) -> None:
         """Add the gradients of parameters that several stages use, in the order of the stages."""
-        parameters = {id(p): p for stage in self.stages[0] for p in stage.shared}
-        for index in sorted(self._shared):
-            for identity, gradient in self._shared[index].items():
-                parameter = parameters[identity]
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        parameters = dict.fromkeys(p for sums in self._shared for p in sums)
+        for parameter in parameters:
+            add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))
 
     def clear(self) -> None:
         """Forget all microbatches in flight."""

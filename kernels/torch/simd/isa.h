@@ -20,6 +20,7 @@ const char* isa_name();
 
 }  // namespace ipu
 
+// clang-format off
 #if defined(__x86_64__)
 #define IPU_DECLARE_LOOP(result, name, ...)                  \
   namespace ipu::baseline { result name(__VA_ARGS__); }      \
@@ -34,3 +35,4 @@ const char* isa_name();
   namespace ipu::baseline { result name(__VA_ARGS__); }
 #define IPU_LOOP(name) (&::ipu::baseline::name)
 #endif
+// clang-format on

@@ -13,7 +13,6 @@ from ipu_pipeline.cost.ipu.operations import (
     products,
     result_bytes,
     sliced,
-    table_rows,
 )
 from ipu_pipeline.ir.graph import OpRecord
 from tests.cost.ipu.ipu_graphs import product, vector
@@ -125,14 +124,6 @@ def test_a_gather_by_element_stays_in_its_row() -> None:
     assert lookup_size(gather) == (1472 * 32, 1)
     assert PRICER.cycles(gather) == (32 + 100) + 32 * 8 / (4 * 0.5) + 100
     assert result_bytes(gather, 2, 0, 1) == 1472 * 32 * 2
-
-
-@pytest.mark.parametrize(
-    ("shapes", "rows"),
-    [([(30522, 768), (768,)], 30522), ([(768, 768)], 0), ([(4096, 1024)], 4096), ([(2, 768)], 0)],
-)
-def test_tables_are_tall(shapes: list[tuple[int, ...]], rows: int) -> None:
-    assert table_rows(shapes) == rows
 
 
 def test_plans_use_the_tiles_they_need() -> None:

@@ -30,13 +30,6 @@ def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]
         ipp.compile(model, plan, schedule="zigzag")
 
 
-def test_serialized_blocks_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
-    model, plan = planned
-    first = replace(plan.stages[0], serialize={"bert.embeddings": 4})
-    with pytest.raises(LoweringError, match=r"cannot serialize blocks yet \(bert.embeddings\)"):
-        ipp.compile(model, replace(plan, stages=(first, *plan.stages[1:])))
-
-
 def test_unknown_targets_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
     with pytest.raises(LoweringError, match="target 'moon' is unknown; available: local"):

@@ -1,0 +1,89 @@
+"""What a serialized lookup costs: ``python -m benchmarks.kernel_embedding [--threads N]``.
+
+A table of 250,112 x 768 (mT5-base) and 2,048 ids, against ``functional.embedding``. The gradient
+is added into one that is there already, as in every microbatch but the first. Peak memory is
+that of the backward pass over what was resident before it, from /proc (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ipu_pipeline.ops import embedding, extension
+from ipu_pipeline.ops.embedding import embedding_serialized
+
+ROWS, HIDDEN, IDS = 250_112, 768, 2048
+
+
+def resident_bytes(field: str) -> int:
+    """``VmRSS``: bytes resident now; ``VmHWM``: the most since the mark was reset."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def reset_high_water_mark() -> None:
+    """Start measuring ``VmHWM`` anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def measure(lookup: Callable[[], Tensor]) -> tuple[float, float, float]:
+    """Return seconds forward, seconds backward, and MiB that the backward pass needs."""
+    start = perf_counter()
+    out_NH = lookup()
+    forward_s = perf_counter() - start
+    upstream_NH = torch.ones_like(out_NH)
+    reset_high_water_mark()
+    resident = resident_bytes("VmRSS")
+    start = perf_counter()
+    out_NH.backward(upstream_NH)
+    backward_s = perf_counter() - start
+    return forward_s, backward_s, (resident_bytes("VmHWM") - resident) / 2**20
+
+
+def main() -> None:
+    """Interleave the three ways; print medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if not embedding._kernels():
+        raise SystemExit(extension.state().detail)
+    weight_VH = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    weight_VH.grad = torch.zeros(ROWS, HIDDEN)
+    ids = torch.randint(ROWS, (4, IDS // 4))
+
+    def serialized() -> Tensor:
+        return embedding_serialized(ids, weight_VH, factor=4)
+
+    def plain() -> Tensor:
+        return functional.embedding(ids, weight_VH)
+
+    ways = {"functional.embedding": plain, "serialized, plain torch": serialized,
+            "serialized, kernel": serialized}  # fmt: skip
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            with mock.patch.object(embedding, "_kernels", return_value="plain" not in name):
+                found[name].append(measure(way))
+    print(f"{arguments.threads} threads, {extension.state().detail}")
+    for name, rows in found.items():
+        forward_s, backward_s, peak = (median(column) for column in zip(*rows, strict=True))
+        print(f"  {name:24} {1e3 * forward_s:7.2f} ms + {1e3 * backward_s:8.2f} ms, "
+              f"backward pass needs {peak:7.1f} MiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

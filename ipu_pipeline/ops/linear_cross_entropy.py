@@ -1,0 +1,298 @@
+"""An output projection and its cross entropy in one operation that never holds the full logits.
+
+Tokens are taken slice by slice: the logits of a slice become its losses and, in the same memory,
+the gradient of its logits, from which the gradients of input and weight are accumulated. Without
+the C++ kernels the same is done with torch's own operations.
+
+Axes: N tokens, H hidden features, V classes (the vocabulary).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.projection import autocast_like_linear
+
+Reduction = Literal["mean", "sum", "none"]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.
+SUM_PIECE = 16_384
+# With more tokens a slice has matmuls that are hardly faster, and logits as large as the weight.
+MOST_TOKENS = 512
+
+
+class _Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    num_slices: int
+
+    def slice_tokens(self, num_tokens: int) -> int:
+        num_slices = max(self.num_slices, -(-num_tokens // MOST_TOKENS))
+        return max(1, -(-num_tokens // num_slices))
+
+
+class _Operands(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    class_weight: Tensor | None
+
+
+def linear_cross_entropy(  # noqa: PLR0913 - those of linear and cross_entropy together
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    class_weight_V: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_slices: int = 1,
+    hold_gradients: bool = True,
+) -> Tensor:
+    """Compute ``cross_entropy(linear(x, weight, bias), target, ...)`` in slices of tokens.
+
+    Reductions, class weights, ignored tokens and label smoothing mean what they mean in
+    ``torch.nn.functional.cross_entropy``. A second derivative is not available.
+
+    Args:
+        x_NH: Input of the projection.
+        weight_VH: Weight of the projection, of the same type.
+        target_N: Class of every token, int64.
+        bias_V: Bias of the projection, or None.
+        class_weight_V: Weight of every class, or None.
+        reduction: ``"mean"`` over the weights of the tokens, ``"sum"`` or ``"none"``.
+        ignore_index: Tokens of this class count nowhere.
+        label_smoothing: 0 to 1, the share of the target spread over all classes.
+        num_slices: At least this many slices, of 512 tokens at most; the logits of one slice exist.
+        hold_gradients: Compute the gradients together with the loss and hold them until backward
+            (3 matmuls). Without it, or with reduction ``"none"``, or in float16, whose gradients
+            need the loss scale that only backward knows, backward computes the logits again
+            (4 matmuls, nothing is held).
+
+    Returns:
+        The loss, a scalar, or N losses with reduction ``"none"``; float64 for float64 input, else
+        float32.
+
+    Raises:
+        ValueError: A shape, type or option does not fit.
+        IndexError: A target is neither a class nor ``ignore_index``.
+    """
+    x_NH, weight_VH, bias_V = autocast_like_linear(x_NH, weight_VH, bias_V)
+    operands = _Operands(x_NH, weight_VH, bias_V, target_N, class_weight_V)
+    _check_operands(operands)
+    options = _Options(ignore_index, label_smoothing, num_slices)
+    _check_options(options, reduction)
+    _check_targets(target_N, weight_VH.shape[0], ignore_index)
+    hold = hold_gradients and torch.is_grad_enabled() and x_NH.dtype is not torch.float16
+    return _LinearCrossEntropy.apply(*operands, options, reduction, hold)
+
+
+def _check_operands(operands: _Operands) -> None:
+    x, weight, bias, target, class_weight = operands
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must be N x H and V x H; "
+            "flatten the tokens to N rows"
+        )
+    types = [each.dtype for each in (x, weight, bias) if each is not None]
+    if x.dtype not in DTYPES or len(set(types)) != 1:
+        raise ValueError(
+            f"x, weight and bias are {', '.join(map(str, types))}; "
+            "use float32, float64, bfloat16 or float16 for all of them"
+        )
+    if target.shape != x.shape[:1] or target.dtype is not torch.int64:
+        raise ValueError(
+            f"target is {target.dtype} {tuple(target.shape)}, needed is int64 ({x.shape[0]},): "
+            "one class per token"
+        )
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is not None and vector.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name} {tuple(vector.shape)} must have one entry for each of the "
+                f"{weight.shape[0]} rows of weight"
+            )
+
+
+def _check_options(options: _Options, reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"reduction {reduction!r} is unknown; use one of {', '.join(get_args(Reduction))}"
+        )
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing {options.label_smoothing} must be between 0 and 1")
+    if options.num_slices < 1:
+        raise ValueError(f"num_slices {options.num_slices} must be at least 1")
+
+
+def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if wrong.any():
+        raise IndexError(
+            f"target {int(target[wrong][0])} is out of bounds for {num_classes} classes and is not "
+            f"ignore_index {ignore_index}"
+        )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        operands = _Operands(*arguments[:5])
+        options, reduction, hold = arguments[5:]
+        ctx.save_for_backward(*operands)
+        ctx.options = options
+        ctx.scale = _scale(operands, options, reduction)
+        ctx.held = None
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast("cpu", enabled=False):
+            if hold and reduction != "none" and any(needs):
+                losses, *ctx.held = _gradients(operands, options, ctx.scale, needs)
+            else:
+                losses = _losses(operands, options)
+        return losses if reduction == "none" else _sum(losses) * ctx.scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Autograd may keep a gradient that nobody else refers to instead of copying it.
+        held, ctx.held = ctx.held, None
+        if held is None:
+            operands, needs = _Operands(*ctx.saved_tensors), ctx.needs_input_grad[:3]
+            with torch.autocast("cpu", enabled=False):
+                _, *held = _gradients(operands, ctx.options, ctx.scale * grad, needs)
+        elif grad.item() != 1.0:
+            for each in held:
+                if each is not None:
+                    each.mul_(grad)
+        return (*held, None, None, None, None, None)
+
+
+def _loss_dtype(operands: _Operands) -> torch.dtype:
+    return torch.float64 if operands.x.dtype is torch.float64 else torch.float32
+
+
+def _scale(operands: _Operands, options: _Options, reduction: Reduction) -> Tensor:
+    """Return what every token's loss is multiplied with, a scalar."""
+    target, class_weight = operands.target, operands.class_weight
+    one = torch.ones((), dtype=_loss_dtype(operands))
+    if reduction != "mean":
+        return one
+    counted = target[target != options.ignore_index]
+    if class_weight is None:
+        return one / counted.numel()
+    return one / _sum(class_weight.to(one.dtype)[counted])
+
+
+def _sum(values: Tensor) -> Tensor:
+    return torch.stack([piece.sum() for piece in values.split(SUM_PIECE)]).sum()
+
+
+@functools.cache
+def _kernels() -> bool:
+    if extension.available():
+        torch.library.register_fake("ipu_pipeline::linear_cross_entropy", _fake)
+    return extension.available()
+
+
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, bias, _, scale, *_, need_x, need_weight, need_bias = rest
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    needs = (need_x, need_weight, need_bias and bias is not None)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return (
+        x.new_empty(x.shape[:1], dtype=dtype),
+        *(
+            x.new_empty(shape if need and scale is not None else (0,))
+            for shape, need in zip(shapes, needs, strict=True)
+        ),
+    )
+
+
+def _kernel(
+    operands: _Operands, options: _Options, scale: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    x, weight, bias, target, class_weight = operands
+    return torch.ops.ipu_pipeline.linear_cross_entropy(
+        x, weight, target, bias, class_weight, scale, options.ignore_index,
+        options.label_smoothing, options.slice_tokens(len(x)), *needs,
+    )  # fmt: skip
+
+
+def _losses(operands: _Operands, options: _Options) -> Tensor:
+    if _kernels():
+        return _kernel(operands, options, None, (False, False, False))[0]
+    losses = operands.x.new_empty(len(operands.target), dtype=_loss_dtype(operands))
+    for cut in _cuts(operands, options):
+        losses[cut], _ = _slice_losses(operands, options, cut)
+    return losses
+
+
+def _cuts(operands: _Operands, options: _Options) -> Iterator[slice]:
+    num_tokens = len(operands.x)
+    step = options.slice_tokens(num_tokens)
+    return (slice(start, start + step) for start in range(0, num_tokens, step))
+
+
+def _gradients(
+    operands: _Operands, options: _Options, scale: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the losses and the gradients of x, weight and bias; ``scale`` is a scalar or N."""
+    x, weight, bias = operands[:3]
+    if _kernels():
+        losses, *found = _kernel(operands, options, scale.expand(len(x)), needs)
+        wanted = (*needs[:2], needs[2] and bias is not None)
+        dx, dw, db = (each if need else None for each, need in zip(found, wanted, strict=True))
+        return losses, dx, dw, db
+    losses = x.new_empty(len(x), dtype=_loss_dtype(operands))
+    scale_N = scale.expand(len(x))
+    dx, dw, db = (
+        torch.zeros_like(each) if need and each is not None else None
+        for each, need in zip((x, weight, bias), needs, strict=True)
+    )
+    for cut in _cuts(operands, options):
+        losses[cut], grad = _slice_losses(operands, options, cut, scale_N[cut])
+        assert grad is not None
+        if dx is not None:
+            torch.mm(grad, weight, out=dx[cut])
+        if dw is not None:
+            dw.addmm_(grad.t(), x[cut])
+        if db is not None:
+            db += grad.sum(0)
+    return losses, dx, dw, db
+
+
+def _slice_losses(
+    operands: _Operands, options: _Options, cut: slice, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the losses of a slice and, given a scale, the gradient of its logits."""
+    dtype = _loss_dtype(operands)
+    x, target = operands.x[cut], operands.target[cut]
+    log_p = functional.linear(x, operands.weight, operands.bias).to(dtype).log_softmax(-1)
+    counted = target != options.ignore_index
+    target = target.where(counted, 0).unsqueeze(-1)
+    share = options.label_smoothing / log_p.shape[-1]
+    ones = torch.ones(log_p.shape[-1], dtype=dtype)
+    weights = ones if operands.class_weight is None else operands.class_weight.to(dtype)
+    hard = (1 - options.label_smoothing) * weights[target]
+    losses = -hard * log_p.gather(-1, target)
+    if share:
+        losses -= share * (log_p @ weights).unsqueeze(-1)
+    losses = losses.squeeze(-1).where(counted, 0)
+    if scale is None:
+        return losses, None
+    grad = log_p.exp_().mul_(hard + share * weights.sum())
+    if share:
+        grad -= share * weights
+    grad.scatter_add_(-1, target, -hard)
+    grad.mul_(scale.unsqueeze(-1)).masked_fill_(~counted.unsqueeze(-1), 0)
+    return losses, grad.to(x.dtype)
