@@ -5,6 +5,10 @@ same two microbatches, float32, ``torch.optim.AdamW``. ``eager`` is transformers
 accumulation; ``plan`` runs two stages with every block recomputed, the head fused with the loss in
 slices and the lookups in slices. The plan is made from the shapes alone, as on a laptop.
 
+glibc raises the size from which it gives freed blocks back to the system, up to 32 MB, and keeps
+smaller ones in an arena per thread. ``MALLOC_MMAP_THRESHOLD_`` holds that size down, so that
+resident memory is what is allocated; both ways run with it.
+
 Needs about 15 GB of free memory for ``eager``.
 """
 
@@ -133,7 +137,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--ways", default="plan,eager")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--mmap-threshold", help="MALLOC_MMAP_THRESHOLD_ of the processes, bytes")
+    parser.add_argument(
+        "--mmap-threshold",
+        type=int,
+        default=1 << 20,
+        help="MALLOC_MMAP_THRESHOLD_ of the processes in bytes; 0 leaves glibc's own",
+    )
     parser.add_argument("--child", help="run this way here with the plan of --plan, print JSON")
     parser.add_argument("--plan", type=Path)
     options = parser.parse_args()
@@ -152,7 +161,7 @@ def main() -> None:
         size = ["--micro-batch", str(options.micro_batch), "--length", str(options.length),
                 "--threads", str(options.threads), "--plan", str(path)]  # fmt: skip
         threshold = options.mmap_threshold
-        environment = {"MALLOC_MMAP_THRESHOLD_": threshold} if threshold else {}
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(threshold)} if threshold else {}
         for way in options.ways.split(","):
             found = run_child("benchmarks.memory_mt5", [*size, "--child", way], environment)
             print(
