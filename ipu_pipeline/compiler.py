@@ -81,19 +81,20 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = capture(model, example_batch, granularity=granularity)
     depth = depth_of(num_stages, config)
     described = machine_of(machine, depth)
+    spelled_out = constraints is None and is_spelled_out(config, described)
     limits = replace(
         constraints or machine_limits(described),
         num_stages=depth,
         num_microbatches=microbatches_of(microbatches, config),
         replicas=replicas,
         schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
-        layers_per_ipu=layers_of(captured.graph, config, depth),
+        layers_per_ipu=None if spelled_out else layers_of(captured.graph, config, depth),
     )
     model_of_costs = cost_model_of(captured, example_batch, described, costs, config, limits)
     asked = limits.factors(captured.graph.block_index)
     prices = offering(model_of_costs, asked).estimate(captured.graph, described)
     price: Callable[[Plan], Partition]
-    if constraints is None and is_spelled_out(config, described):
+    if spelled_out:
         partition = configured(captured.graph, prices, described, config, limits)
         price = partial(configured, captured.graph, prices, described, config, limits)
     else:

@@ -1,14 +1,13 @@
 """Configuration: ``ipu_config.json``, command line overrides and published presets. No torch."""
 
 from ipu_pipeline.config.ipu_config import CONFIG_FILE_NAME, IPUConfig
-from ipu_pipeline.config.layers import counted_layers, expand_layers
+from ipu_pipeline.config.layers import expand_layers
 from ipu_pipeline.config.overrides import parse_overrides
 from ipu_pipeline.config.presets import find_config, load_preset, preset_names, preset_source
 
 __all__ = [
     "CONFIG_FILE_NAME",
     "IPUConfig",
-    "counted_layers",
     "expand_layers",
     "find_config",
     "load_preset",

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from ipu_pipeline.config import counted_layers, expand_layers
+from ipu_pipeline.config.layers import counted_layers, expand_layers
 from ipu_pipeline.cost.ipu.settings import IPUSettings
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import BlockGraph

@@ -132,7 +132,14 @@ def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
                 )
 
 
-def _splits(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    for index, stage in enumerate(plan.stages):
+        for name, (first, last) in stage.table_slices.items():
+            yield (
+                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
+                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
+                "alone cuts the table on its IPU)"
+            )
     for what in ("embedding", "projection"):
         splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
         if splits is not None:

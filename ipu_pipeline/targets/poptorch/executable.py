@@ -75,7 +75,9 @@ class PopTorchExecutable:
             model, [item.to_json() for item in annotations], plan.model.parameters, poptorch
         )
         self._forward = DeviceForward(model, poptorch)
-        self._sessions = Sessions(model, self._placement, optimizer, self._flat, poptorch)
+        self._sessions = Sessions(
+            model, self._placement, self._forward, optimizer, self._flat, poptorch
+        )
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -237,12 +239,14 @@ class PopTorchExecutable:
         if self._closed:
             return
         self._closed = True
-        self._sessions.fetch_weights()
-        self._sessions.release()
-        self._forward.restore()
-        self._placement.undo()
-        for module, mode in self._modes:
-            module.training = mode
+        try:
+            self._sessions.fetch_weights()
+        finally:  # also when the device is lost
+            self._sessions.release()
+            self._forward.restore()
+            self._placement.undo()
+            for module, mode in self._modes:
+                module.training = mode
 
     def __enter__(self) -> Self:
         return self
@@ -269,8 +273,7 @@ class PopTorchExecutable:
         return int(self.plan.micro_batch_size * copies)
 
     def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> Part:
-        values = self._sessions.evaluate(rows(batch, start, start + call))
-        return Part(call, dict(zip(self._forward.names, values, strict=True)))
+        return Part(call, self._sessions.evaluate(rows(batch, start, start + call)))
 
     def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> Part:
         self._sessions.fetch_weights()

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.targets.poptorch.optimizers import device_groups, group_values, write_state
 from ipu_pipeline.targets.poptorch.runtime.optimizer import make_optimizer
 from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.placement import Placement
+from ipu_pipeline.targets.poptorch.runtime.static_graph import DeviceForward
 
 
 class Sessions:
@@ -21,6 +22,7 @@ class Sessions:
     Args:
         model: The annotated model.
         placement: Its annotations.
+        forward: What the model's forward is while it is on the device.
         optimizer: The user's torch optimizer; ``None`` for evaluation only.
         settings: The flat object of ``settings.json``.
         poptorch: The front end.
@@ -35,6 +37,7 @@ class Sessions:
         self,
         model: nn.Module,
         placement: Placement,
+        forward: DeviceForward,
         optimizer: torch.optim.Optimizer | None,
         settings: Mapping[str, Any],
         poptorch: Any,
@@ -44,12 +47,14 @@ class Sessions:
         self.device_optimizer: Any = None
         self._model = model
         self._placement = placement
+        self._forward = forward
         self._optimizer = optimizer
         self._settings = settings
         self._poptorch = poptorch
         self._own = own_classes(model)
         self._sent: list[dict[str, Any]] = []
         self._evaluated: frozenset[str] = frozenset()
+        self._result_names: list[str] = []
 
     def train(self, batch: Mapping[str, Any]) -> Any:
         """Run one call of the training program on ``batch`` and return its losses.
@@ -64,13 +69,18 @@ class Sessions:
             self._sent = values
         return self._call(executor, batch)
 
-    def evaluate(self, batch: Mapping[str, Any]) -> Any:
-        """Run one call of the evaluation program on ``batch`` and return its tensors.
+    def evaluate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run one call of the evaluation program on ``batch`` and return its tensors by name.
 
         Raises:
             LoweringError: poptorch refuses to compile the model.
         """
-        return self._call(self._attach_inference(frozenset(batch)), batch)
+        executor = self._attach_inference(frozenset(batch))
+        is_new = not executor.isCompiled()
+        values = self._call(executor, batch)
+        if is_new:  # a compiled program never calls forward again
+            self._result_names = list(self._forward.names)
+        return dict(zip(self._result_names, values, strict=True))
 
     def attach_training(self, *, offline_ipu_version: int | None = None) -> Any:
         """Return the executor that trains; if it is compiled, it is on the IPUs.

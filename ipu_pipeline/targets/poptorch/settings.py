@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ipu_pipeline.config import IPUConfig, counted_layers
+from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.config.layers import counted_layers
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import ipu_pipeline as ipp
-from ipu_pipeline.config import IPUConfig, counted_layers
+from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.config.layers import counted_layers
 from ipu_pipeline.errors import ConfigError, LoweringError
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.targets.poptorch.annotations import annotate, module_of, stages_in_order

@@ -136,6 +136,14 @@ def test_tables_split_over_ipus(what: str) -> None:
     )
 
 
+def test_slices_of_a_table_in_a_stage() -> None:
+    first, second = _plan().stages
+    _refused(
+        r"stage 0 holds the slices 0 to 1 of the table of 'bert.embeddings', but a variable is on",
+        _stages(_plan(), replace(first, table_slices={"bert.embeddings": (0, 2)}), second),
+    )
+
+
 def test_device_iterations_with_the_default_output() -> None:
     _refused(
         r"device_iterations 2 with output_mode 'default' gives back the last iteration's loss only",

@@ -79,6 +79,23 @@ def test_close_without_a_step() -> None:
     kept.assert_kept()
 
 
+def test_a_lost_device_leaves_the_model_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case()
+    kept = _Snapshot(made.model)
+    device = made.compile()
+    device.train_step(made.batch())
+
+    def lost() -> None:
+        raise RuntimeError("the device is lost")
+
+    executor = device._sessions.training
+    monkeypatch.setattr(executor, "copyWeightsToHostIfNeeded", lost)
+    monkeypatch.setattr(executor, "destroy", lambda: None)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        device.close()
+    kept.assert_kept()
+
+
 def test_a_failed_compilation_leaves_the_model_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     made = case()
     kept = _Snapshot(made.model)
@@ -171,6 +188,9 @@ def test_evaluation_without_labels_and_without_an_optimizer() -> None:
     bare = {n: v for n, v in batch.items() if not n.endswith("positions")}
     with made.compile(None) as device:
         assert device.eval_step(bare).loss is None
+        assert device.eval_step(batch).loss is not None
+        # a remainder on the host without labels does not confuse the compiled program
+        assert device.eval_step({name: value[:1] for name, value in bare.items()}).loss is None
         assert device.eval_step(batch).loss is not None
         with pytest.raises(LoweringError, match=r"train_step needs an optimizer"):
             device.train_step(made.batch())
