@@ -49,10 +49,10 @@ def main() -> None:
         data = synthetic_data(plan["inputs"], call_size * arguments.steps, settings["seed"] or 0)
     modules = find_modules(model, [b["module"] for b in blocks], plan["model"]["parameters"])
     sample = {name: value[: settings["micro_batch_size"]] for name, value in data.items()}
-    check_order(model, blocks, modules, sample)
-    print(f"checked: {len(blocks)} blocks, {settings['num_stages']} stages")
+    running = check_order(model, blocks, modules, sample)
+    print(f"checked: {len(running)} blocks, {settings['num_stages']} stages")
     if not arguments.check_only:
-        train(model, blocks, plan, settings, data, arguments)
+        train(model, running, plan, settings, data, arguments)
 
 
 def train(

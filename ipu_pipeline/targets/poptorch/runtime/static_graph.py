@@ -1,5 +1,7 @@
 """Keep model code from doing what a device program cannot: read values, keep caches.
 
+Causal masks of older transformers fill a tensor with a number that is itself a tensor.
+
 transformers skips an attention mask when all of it is ones, unless it is being traced; poptorch's
 tracing is not the one that model code asks about. Caches of keys and values start with empty
 tensors, which the device does not have, and training needs none.
@@ -19,17 +21,28 @@ from torch import Tensor, nn
 def static_graph(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``torch.jit.is_tracing()`` says yes and ``model`` uses no cache."""
     jit: Any = torch.jit
-    own = jit.is_tracing
+    own, full = jit.is_tracing, torch.full
     configs = _configs_with_cache(model)
     jit.is_tracing = lambda: True
+    torch.full = functools.partial(_full, full)
     for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
         jit.is_tracing = own
+        torch.full = full
         for config in configs:
             config.use_cache = True
+
+
+def _full(own: Any, size: Any, fill_value: Any, **options: Any) -> Tensor:
+    """Do what ``torch.full`` does, without reading a ``fill_value`` that is a tensor."""
+    if not isinstance(fill_value, Tensor):
+        filled: Tensor = own(size, fill_value, **options)
+        return filled
+    options.setdefault("dtype", fill_value.dtype)
+    return torch.zeros(size, **options) + fill_value
 
 
 def _configs_with_cache(model: nn.Module) -> list[Any]:

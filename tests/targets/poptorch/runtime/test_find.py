@@ -112,19 +112,35 @@ def test_one_object_under_two_names_begins_once(poptorch) -> None:
     placement.undo()
 
 
-def test_one_object_in_two_stages_is_refused(poptorch) -> None:
+def test_one_object_begins_a_block_per_call(poptorch) -> None:
     model = _Shared()
     entries = [
         _entry("encoder.embed_tokens", 0, 0),
         _entry("encoder.block.0", 1, 1),
         _entry("decoder.embed_tokens", 2, 0),
     ]
-    with pytest.raises(
-        PlacementError,
-        match=r"'encoder.embed_tokens' and 'decoder.embed_tokens' are one module in this model, "
-        r"but stages 0 and 2 in the plan; put them into one stage",
-    ):
-        Placement(model, entries, model_identity(model).parameters, poptorch)
+    placement = Placement(model, entries, model_identity(model).parameters, poptorch)
+    options = poptorch.Options()
+    options.Training.gradientAccumulation(5)
+    options.setExecutionStrategy(placement.strategy())
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return poptorch.identity_loss(self.inner(ids), reduction="mean")
+
+    executor = poptorch.trainingModel(Loss().train(), options)
+    for _ in range(2):  # every forward pass begins with the first block again
+        executor(torch.arange(5) % 8)
+    found = [(block.id, block.stage, block.ipu) for block in executor.program.blocks if block.id]
+    assert found == [(e["block"], e["stage"], e["ipu"]) for e in entries]
+    executor.destroy()
+    placement.undo()
+    assert not model.shared._forward_pre_hooks
+    assert not model._forward_pre_hooks
 
 
 def test_a_parameter_on_two_ipus_is_refused(poptorch) -> None:
@@ -166,3 +182,18 @@ def test_shapes_tell_alike_names_apart() -> None:
     found = find_modules(model, ["old.a", "old.b"], planned)
     assert found == {"old.a": model.second, "old.b": model.first}
     assert torch.equal(found["old.a"].weight, model.second.weight)
+
+
+def test_parameters_renamed_below_renamed_modules() -> None:
+    planned = {
+        f"old.{layer}.{name}": f"{shape} float32"
+        for layer in range(2)
+        for name, shape in (("q.weight", "3x2"), ("q.bias", "3"), ("out.weight", "2x3"))
+    }
+    model = nn.Module()
+    model.new = nn.ModuleList(
+        nn.ModuleDict({"query": nn.Linear(2, 3), "dense": nn.Linear(3, 2, bias=False)})
+        for _ in range(2)
+    )
+    found = find_modules(model, ["old.0", "old.1"], planned)
+    assert list(found.values()) == list(model.new)

@@ -190,6 +190,17 @@ class _Cached(nn.Module):
         return {"loss": self.inner(x).sum(), "logits": x, "rest": (x,)}
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_tensor_fills_a_tensor_without_being_read(dtype: torch.dtype | None) -> None:
+    options = {} if dtype is None else {"dtype": dtype}
+    with static_graph(nn.Linear(1, 1)):
+        found = torch.full((2, 3), torch.tensor(-1.5), **options)
+        plain = torch.full((2,), 7)
+    assert torch.equal(found, torch.full((2, 3), -1.5, **options))
+    assert found.dtype == (dtype or torch.float32)
+    assert torch.equal(plain, torch.tensor([7, 7]))
+
+
 def test_a_static_graph_is_undone_after_an_error() -> None:
     model = _Cached()
     wrong_shape = torch.ones(1, 3)
