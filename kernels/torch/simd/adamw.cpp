@@ -52,11 +52,11 @@ Noise noise_from(uint64_t key, int64_t first) {
 // ------------------------------------------------------------------ bfloat16
 constexpr uint32_t kInfinity = 0x7f800000u;
 
-template <typename Narrow>
-inline uint16_t nearest(float x) {
-  Narrow result;
-  ::ipu::IPU_ISA::narrow(x, result);
-  return result.bits;
+// x < limit ? a : b for numbers below 2^31, in arithmetic: of nested conditions the compiler makes
+// jumps, and then no vectors.
+inline uint32_t if_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - ((x - limit) >> 31);
+  return (a & mask) | (b & ~mask);
 }
 
 // Adds noise below the kept bits and cuts. Beyond the largest number it rounds to nearest: noise
@@ -64,20 +64,13 @@ inline uint16_t nearest(float x) {
 inline uint16_t stochastic_bfloat16(float x, uint32_t noise) {
   const uint32_t u = bits_of(x);
   const uint32_t cut = (u + (noise >> 16)) >> 16;
-  return (u & 0x7fffffffu) >= 0x7f7f0000u ? nearest<BFloat16>(x) : static_cast<uint16_t>(cut);
+  return static_cast<uint16_t>(if_below(u & 0x7fffffffu, 0x7f7f0000u, cut, nearest_bfloat16(x)));
 }
 
 // ------------------------------------------------------------------ float16
 constexpr uint32_t kHalfSmallest = 0x38800000u;  // 2^-14, the smallest normal float16
 constexpr uint32_t kHalfLargest = 0x477fe000u;   // 65504
 constexpr uint32_t kHalfRebias = 112u << 10;     // exponent 127 of float32 is 15 of float16
-
-// x < limit ? a : b for numbers below 2^31, in arithmetic: of nested conditions the compiler makes
-// jumps, and then no vectors.
-inline uint32_t if_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) {
-  const uint32_t mask = 0u - ((x - limit) >> 31);
-  return (a & mask) | (b & ~mask);
-}
 
 inline uint16_t stochastic_float16(float x, uint32_t noise) {
   const uint32_t u = bits_of(x) & 0x7fffffffu;
@@ -120,10 +113,10 @@ void store_nearest(void* data, Number type, const float* __restrict x, int64_t f
   uint16_t* __restrict narrow = static_cast<uint16_t*>(data) + first;
   if (type == Number::bfloat16) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) narrow[i] = nearest<BFloat16>(x[i]);
+    for (int64_t i = 0; i < n; ++i) narrow[i] = nearest_bfloat16(x[i]);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) narrow[i] = nearest<Float16>(x[i]);
+    for (int64_t i = 0; i < n; ++i) narrow[i] = nearest_float16(x[i]);
   }
 }
 
