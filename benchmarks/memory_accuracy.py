@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
+from benchmarks.memory_mt5 import untied
 from benchmarks.memory_probe import Probe, run_child
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
@@ -64,9 +65,7 @@ CASES = {
         "causal-lm", 2, 256, {"transformer.wte": 4, "lm_head": 8},
     ),
     "mt5": Case(
-        lambda: transformers.MT5Config(
-            vocab_size=50112, num_layers=4, num_decoder_layers=4, tie_word_embeddings=False
-        ),
+        lambda: transformers.MT5Config(vocab_size=50112, num_layers=4, num_decoder_layers=4),
         "seq2seq-lm", 2, 256, {"encoder.embed_tokens": 4, "decoder.embed_tokens": 4, "lm_head": 8},
     ),
     "vit": Case(
@@ -90,6 +89,8 @@ def build(case: Case) -> tuple[nn.Module, dict[str, Any]]:
     )
     torch.manual_seed(0)
     model = type(meta)(case.config())
+    if model.get_output_embeddings() is not None and case.task == "seq2seq-lm":
+        untied(model)
     return model.train(), {name: _values(value) for name, value in batch.items()}
 
 

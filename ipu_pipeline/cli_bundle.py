@@ -45,6 +45,7 @@ def emit_command(
     from ipu_pipeline.errors import LoweringError
     from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.targets.poptorch.bundle import emit
+    from ipu_pipeline.targets.poptorch.check import notes
     from ipu_pipeline.targets.poptorch.settings import OptimizerSettings, settings_for
 
     plan = Plan.load(plan_file)
@@ -71,6 +72,8 @@ def emit_command(
         except OSError as error:
             raise LoweringError(f"cannot read the model's configuration: {error}") from error
     folder = emit(plan, settings, output, model_config=text)
+    for note in notes(plan, settings):
+        typer.echo(f"note: {note}", err=True)
     samples = plan.total_batch_size * settings.config.device_iterations
     typer.echo(
         f"bundle written to {folder}: {plan.num_stages} stages, {samples} samples per call of the "

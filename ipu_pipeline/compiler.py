@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ipu_pipeline.cost.ipu import is_ipu
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, solve
+from ipu_pipeline.partition import Constraints, Partition, solve
 from ipu_pipeline.passes.manager import PassManager
 from ipu_pipeline.plan_request import (
     configured,
@@ -29,7 +30,7 @@ from ipu_pipeline.plan_request import (
     microbatches_of,
     offering,
 )
-from ipu_pipeline.plan_writer import make_plan, run_passes
+from ipu_pipeline.plan_writer import make_plan, price_annotated, run_passes
 from ipu_pipeline.targets.base import Executable, ExecutionOptions
 from ipu_pipeline.targets.registry import lower
 
@@ -80,23 +81,26 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = capture(model, example_batch, granularity=granularity)
     depth = depth_of(num_stages, config)
     described = machine_of(machine, depth)
+    spelled_out = constraints is None and is_spelled_out(config, described)
     limits = replace(
         constraints or machine_limits(described),
         num_stages=depth,
         num_microbatches=microbatches_of(microbatches, config),
         replicas=replicas,
         schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
-        layers_per_ipu=layers_of(captured.graph, config, depth),
+        layers_per_ipu=None if spelled_out else layers_of(captured.graph, config, depth),
     )
     model_of_costs = cost_model_of(captured, example_batch, described, costs, config, limits)
     asked = limits.factors(captured.graph.block_index)
     prices = offering(model_of_costs, asked).estimate(captured.graph, described)
-    if constraints is None and is_spelled_out(config, described):
+    price: Callable[[Plan], Partition]
+    if spelled_out:
         partition = configured(captured.graph, prices, described, config, limits)
+        price = partial(configured, captured.graph, prices, described, config, limits)
     else:
         partition = solve(captured.graph, prices, described, limits)
-    made = make_plan(captured, described, prices, partition)
-    return run_passes(captured.graph, made, manager, model_of_costs, limits)
+        price = partial(price_annotated, captured.graph, model_of_costs, limits)
+    return run_passes(make_plan(captured, described, prices, partition), manager, price)
 
 
 def compile(

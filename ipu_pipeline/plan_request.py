@@ -21,6 +21,7 @@ from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.partition import Constraints, Partition, configured_partition
 from ipu_pipeline.partition.objective import in_flight
 from ipu_pipeline.profiling import local_machine, profile_blocks
@@ -134,8 +135,17 @@ def configured(
     machine: Machine,
     config: IPUConfig | None,
     limits: Constraints,
+    annotated: Plan | None = None,
 ) -> Partition:
     """Return the split that a spelled-out configuration describes.
+
+    Args:
+        graph: The model.
+        prices: Of its blocks.
+        machine: A pod.
+        config: The configuration.
+        limits: Replicas and microbatches are read.
+        annotated: A plan of it after passes, whose slices and recomputation are predicted.
 
     Raises:
         ConfigError: It does not fit the model or the machine.
@@ -147,4 +157,18 @@ def configured(
         accumulation=limits.num_microbatches,
         hoisted=False,
     )
-    return configured_partition(graph, predict(graph, settings, machine), prices)
+    if annotated is not None:
+        settings = replace(
+            settings,
+            embedding_factor=_slices(annotated, "embedding"),
+            projection_factor=_slices(annotated, "head"),
+            recompute=any(stage.recompute for stage in annotated.stages),
+        )
+    return configured_partition(graph, predict(graph, settings, machine), prices, annotated)
+
+
+def _slices(plan: Plan, kind: str) -> int:
+    """Return the most slices of any block of ``kind``."""
+    wanted = {block.name for block in plan.blocks if block.kind == kind}
+    factors = [f for s in plan.stages for name, f in s.serialize.items() if name in wanted]
+    return max(factors, default=1)

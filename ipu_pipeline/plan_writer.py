@@ -5,6 +5,7 @@ Passes may annotate a solved plan; it is then priced again exactly as it is anno
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ipu_pipeline.capture import CapturedModel, model_identity
@@ -46,18 +47,22 @@ def make_plan(
     return replace(made, decision_digest=made.digest())
 
 
-def run_passes(
-    graph: BlockGraph, made: Plan, manager: PassManager, costs: CostModel, limits: Constraints
-) -> Plan:
-    """Run the passes and predict again for what they wrote."""
+def run_passes(made: Plan, manager: PassManager, price: Callable[[Plan], Partition]) -> Plan:
+    """Run the passes and predict again for what they wrote.
+
+    Args:
+        made: The solved plan.
+        manager: The passes.
+        price: Prices a plan as it is annotated.
+
+    Raises:
+        PartitionError: The annotated plan does not fit.
+    """
     if not manager.passes:
         return made
     annotated = manager.run(made)
-    factors = factors_of(annotated)
-    apart = unfused_heads(graph, annotated.stage_of, [n for n, f in factors.items() if f > 1])
-    prices = offering(costs, factors, apart).estimate(graph, made.machine)
     try:
-        partition = evaluate_plan(graph, prices, made.machine, limits, annotated)
+        partition = price(annotated)
     except PartitionError as error:
         raise PartitionError(f"the plan after the passes {manager}: {error}") from error
     stages = tuple(
@@ -72,6 +77,20 @@ def run_passes(
         binding=partition.binding,
     )
     return replace(priced, decision_digest=priced.digest())
+
+
+def price_annotated(
+    graph: BlockGraph, costs: CostModel, limits: Constraints, annotated: Plan
+) -> Partition:
+    """Price the split of ``annotated`` as the solver would, with its own slices and recomputation.
+
+    Raises:
+        PartitionError: It does not fit.
+    """
+    factors = factors_of(annotated)
+    apart = unfused_heads(graph, annotated.stage_of, [n for n, f in factors.items() if f > 1])
+    prices = offering(costs, factors, apart).estimate(graph, annotated.machine)
+    return evaluate_plan(graph, prices, annotated.machine, limits, annotated)
 
 
 def _planned_stage(stage: StageAssignment) -> PlannedStage:

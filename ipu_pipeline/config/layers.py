@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ipu_pipeline.errors import ConfigError
 
@@ -56,3 +56,24 @@ def expand_layers(
     filled = [share if count == WILDCARD else count for count in written]
     filled[wildcards[-1]] += remainder
     return tuple(filled)
+
+
+def counted_layers(
+    layers: Mapping[str, bool], layers_per_ipu: Sequence[int], num_ipus: int
+) -> tuple[str, ...]:
+    """Return the layers that ``layers_per_ipu`` counts.
+
+    Published lists for speech models count the transformer layers only; the convolutions in front
+    of them (a feature extractor) then stay with what comes before the first layer.
+
+    Args:
+        layers: In execution order; whether each is a convolution, by name.
+        layers_per_ipu: Layers of each IPU, or -1.
+        num_ipus: IPUs of one replica.
+    """
+    names = list(layers)
+    front = next((i for i, name in enumerate(names) if not layers[name]), len(names))
+    written = WILDCARD not in layers_per_ipu and num_ipus > 1
+    if written and sum(layers_per_ipu) == len(names) - front:
+        return tuple(names[front:])
+    return tuple(names)

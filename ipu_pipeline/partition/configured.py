@@ -15,11 +15,20 @@ from ipu_pipeline.cost.ipu.memory import stash_depth
 from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.partition.result import Partition, StageAssignment
 
 
-def configured_partition(graph: BlockGraph, prediction: Prediction, costs: GraphCosts) -> Partition:
+def configured_partition(
+    graph: BlockGraph, prediction: Prediction, costs: GraphCosts, annotated: Plan | None = None
+) -> Partition:
     """Return the split of a predicted configuration; it is its own bound.
+
+    Args:
+        graph: The model.
+        prediction: Of the configuration.
+        costs: Prices of the blocks.
+        annotated: Says which blocks recompute and run in slices; ``None``: the configuration.
 
     Raises:
         PartitionError: An IPU has not enough memory for what the configuration puts on it.
@@ -35,7 +44,8 @@ def configured_partition(graph: BlockGraph, prediction: Prediction, costs: Graph
             "matmul_proportion, serialize the embedding, put the optimizer state off chip, or "
             "leave layers_per_ipu at [-1] and let the solver choose"
         )
-    return partition_of_prediction(graph, prediction, costs, prediction.time.total_s)
+    partition = partition_of_prediction(graph, prediction, costs, prediction.time.total_s)
+    return partition if annotated is None else _as_annotated(partition, annotated)
 
 
 def partition_of_prediction(
@@ -87,6 +97,21 @@ def partition_of_prediction(
         num_microbatches=settings.accumulation,
         replicas=settings.replicas,
     )
+
+
+def _as_annotated(partition: Partition, plan: Plan) -> Partition:
+    stages = []
+    for stage, wanted in zip(partition.stages, plan.stages, strict=True):
+        choices = tuple(
+            replace(
+                choice,
+                recompute=name in wanted.recompute,
+                serialize_factor=wanted.serialize.get(name, 1),
+            )
+            for name, choice in zip(stage.blocks, stage.choices, strict=True)
+        )
+        stages.append(replace(stage, choices=choices))
+    return replace(partition, stages=tuple(stages))
 
 
 def _binding(prediction: Prediction, stages: list[StageAssignment]) -> str:

@@ -64,7 +64,8 @@ class ExecutionOptions:
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
-            optimizer off chip, ...); for the ``poptorch`` target.
+            optimizer off chip, ...); the ``poptorch`` target needs it where the plan was made with
+            one, the ``local`` target refuses it.
     """
 
     precision: str = "float32"

@@ -13,11 +13,11 @@ own forward pass runs comes back to that IPU for it, which is one more stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from ipu_pipeline.config import expand_layers
+from ipu_pipeline.config.layers import counted_layers, expand_layers
 from ipu_pipeline.cost.ipu.settings import IPUSettings
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -66,9 +66,8 @@ def make_layout(
     Raises:
         ConfigError: The layers do not add up, or an IPU is outside the replica.
     """
-    layers = [block.name for block in graph.blocks if block.kind == "layer"]
     if ipus is None:
-        ipus = _by_counts(layers, settings)
+        ipus = _by_counts(graph, settings)
     outside = sorted({ipu for ipu in ipus.values() if not 0 <= ipu < settings.num_ipus})
     if outside:
         raise ConfigError(
@@ -80,7 +79,13 @@ def make_layout(
     return Layout(stages, settings.num_ipus)
 
 
-def _by_counts(layers: Sequence[str], settings: IPUSettings) -> dict[str, int]:
+def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
+    convolutions = {
+        block.name: all(len(graph.parameter_by_fqn[fqn].shape) != 2 for fqn in block.parameters)
+        for block in graph.blocks
+        if block.kind == "layer"
+    }
+    layers = counted_layers(convolutions, settings.layers_per_ipu, settings.num_ipus)
     counts = expand_layers(settings.layers_per_ipu, settings.num_ipus, len(layers))
     owners = [ipu for ipu, count in enumerate(counts) for _ in range(count)]
     return dict(zip(layers, owners, strict=True))

@@ -42,6 +42,10 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
             f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
             "plan with replicas=1, or more microbatches for the same total batch"
         )
+    if options.ipu_config is not None:
+        raise LoweringError(
+            "the local target runs on no IPU: leave ipu_config out, or use target='poptorch'"
+        )
     schedule = options.schedule or plan.schedule
     if schedule not in SCHEDULES:
         raise LoweringError(

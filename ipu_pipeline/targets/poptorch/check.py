@@ -35,6 +35,35 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
         raise LoweringError(f"poptorch cannot run this plan, for {len(found)} reasons:{lines}")
 
 
+def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
+    """Return what poptorch will do otherwise than one may expect, one line each."""
+    config = settings.config
+    found = []
+    per_replica = config.num_ipus()
+    total = per_replica * plan.replicas
+    if not is_power_of_two(total):
+        rounded = 1 << total.bit_length()
+        found.append(
+            f"{total} IPUs ({plan.replicas} x {per_replica}) are no power of two: poptorch takes "
+            f"{rounded}, and {rounded - total} of them idle"
+        )
+    if config.output_mode in ("final", "default") and plan.num_microbatches > 1:
+        found.append(
+            f"output_mode {config.output_mode!r} gives back the loss of the last of "
+            f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
+        )
+    if config.layers(inference=True) != config.layers():
+        found.append(
+            "inference_layers_per_ipu is not used: evaluation runs under the placement of training"
+        )
+    return tuple(found)
+
+
+def is_power_of_two(number: int) -> bool:
+    """Tell whether ``number`` is 1, 2, 4, 8, ..."""
+    return number > 0 and number & (number - 1) == 0
+
+
 def merged_stages(plan: Plan) -> int:
     """Return the forward stages that PopART makes: neighbours on one IPU become one."""
     devices = [stage.device for stage in plan.stages]
@@ -103,6 +132,58 @@ def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
                 )
 
 
+def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    for index, stage in enumerate(plan.stages):
+        for name, (first, last) in stage.table_slices.items():
+            yield (
+                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
+                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
+                "alone cuts the table on its IPU)"
+            )
+    for what in ("embedding", "projection"):
+        splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
+        if splits is not None:
+            yield (
+                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
+                f"which this target does not do; set it to null and {what}_serialization_factor="
+                f"{sum(splits)} (slices on one IPU) instead"
+            )
+
+
+def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    position = {block.name: index for index, block in enumerate(plan.blocks)}
+    last, before = -1, ""
+    for index, stage in enumerate(plan.stages):
+        for name in stage.blocks:
+            if position[name] < last:
+                yield (
+                    f"block {name!r} of stage {index} runs before {before!r} of an earlier stage; "
+                    "poptorch's stages follow the order of execution: make the plan with "
+                    "execution_order=True, or exchange the two"
+                )
+                return
+            last, before = position[name], name
+
+
+def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    config = settings.config
+    if config.device_iterations > 1 and config.output_mode == "default":
+        yield (
+            f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
+            "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
+        )
+    if config.auto_loss_scaling and not settings.half:
+        yield (
+            "auto_loss_scaling works on float16 gradients, but the model is in float32; leave it "
+            "out, or put the model into float16"
+        )
+    if plan.schedule != "popart":
+        yield (
+            f"the plan's schedule is {plan.schedule!r}, IPUs run 'popart'; make the plan with "
+            "schedule='popart'"
+        )
+
+
 def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
     if outside:
@@ -141,7 +222,10 @@ RULES: tuple[Rule, ...] = (
     _accumulation,
     _ipus,
     _tied,
+    _order,
     _slices,
+    _splits,
+    _iterations,
     _proportions,
     _clipping,
 )

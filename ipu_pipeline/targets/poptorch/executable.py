@@ -6,8 +6,8 @@ evaluation on the host and ``state_dict``. Gradients never come back.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,14 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import EvalResult, StepResult
 from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
 from ipu_pipeline.targets.poptorch.annotations import Annotation
-from ipu_pipeline.targets.poptorch.optimizers import (
-    device_groups,
-    group_values,
-    read_state,
-    write_state,
-)
-from ipu_pipeline.targets.poptorch.runtime.optimizer import make_optimizer
+from ipu_pipeline.targets.poptorch.check import is_power_of_two
+from ipu_pipeline.targets.poptorch.optimizers import read_state
+from ipu_pipeline.targets.poptorch.parts import Part, join, rows
+from ipu_pipeline.targets.poptorch.runtime.data import mean_loss
 from ipu_pipeline.targets.poptorch.runtime.options import make_options
 from ipu_pipeline.targets.poptorch.runtime.placement import Placement
-from ipu_pipeline.targets.poptorch.runtime.static_graph import static_graph
+from ipu_pipeline.targets.poptorch.runtime.static_graph import DeviceForward, is_changed
+from ipu_pipeline.targets.poptorch.sessions import Sessions
 from ipu_pipeline.targets.poptorch.settings import PopTorchSettings
 
 
@@ -43,9 +41,12 @@ class PopTorchExecutable:
         annotations: Of the plan.
         settings: Of the plan.
         poptorch: The front end.
+
+    Raises:
+        LoweringError: Another executable of the model is open.
     """
 
-    batch_divisor: int | None = None
+    batch_divisor: int | None
 
     def __init__(
         self,
@@ -56,23 +57,27 @@ class PopTorchExecutable:
         settings: PopTorchSettings,
         poptorch: Any,
     ) -> None:
+        if is_changed(model):
+            raise LoweringError(
+                "the model is compiled already; close() that executable before compiling it again"
+            )
         self.model = model
         self.plan = plan
         self.optimizer = optimizer
         self.global_step = 0
         self.settings = settings
         self._flat = settings.to_json()
+        self.batch_divisor = plan.total_batch_size * self._flat["device_iterations"]
         self._poptorch = poptorch
         self._class = type(model)
+        self._modes = [(module, module.training) for module in model.modules()]
         self._placement = Placement(
             model, [item.to_json() for item in annotations], plan.model.parameters, poptorch
         )
-        self._result_names: list[str] = []
-        self._plain_forward = model.forward
-        model.forward = self._patched_forward()
-        self._training: Any = None
-        self._inference: Any = None
-        self._sent: list[dict[str, Any]] = []
+        self._forward = DeviceForward(model, poptorch)
+        self._sessions = Sessions(
+            model, self._placement, self._forward, optimizer, self._flat, poptorch
+        )
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -80,26 +85,28 @@ class PopTorchExecutable:
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
         """Run ``device_iterations`` optimizer steps (normally one) in one call of the device.
 
+        ``StepResult.loss`` is the mean over the microbatches of every replica under the output
+        modes ``all`` and ``sum``; under ``final`` and ``default`` the device gives back only the
+        last microbatch of every replica, and the loss is the mean of these. The weights are the
+        same under every mode.
+
         Args:
             batch: Tensors with axis 0 = device iterations x microbatches x replicas x micro
                 batch, in this order.
 
         Raises:
-            LoweringError: There is no optimizer, or axis 0 has another size.
+            LoweringError: There is no optimizer, axis 0 has another size, or poptorch refuses to
+                compile the model.
         """
         self._require_open()
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
-        iterations = self._flat["device_iterations"]
-        size = self._check_size(batch, self.plan.total_batch_size * iterations)
-        executor = self._attach_training()
-        values = group_values(self.optimizer)
-        if values != self._sent:
-            executor.setOptimizer(self._device_optimizer())
-            self._sent = values
-        losses = executor(**batch)
-        self.global_step += iterations
-        return StepResult(float(losses.float().mean()), None, num_samples=size)
+        size = self._check_size(batch)
+        loss = mean_loss(self._sessions.train(batch), self._flat)
+        self.global_step += self._flat["device_iterations"]
+        # The device stepped; torch's schedulers look for this mark before they warn.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return StepResult(loss, None, num_samples=size)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:  # noqa: ARG002
         """Refuse: gradients stay on the device.
@@ -115,7 +122,12 @@ class PopTorchExecutable:
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode.
 
-        Samples that fill no whole call of the device run on the host, with the same weights.
+        Samples that fill no whole call of the device run on the host, with the same weights. The
+        loss is the mean over the samples, each with the loss of its microbatch: where a model
+        weighs tokens instead of samples, another cut of the batch gives a slightly other mean.
+
+        Raises:
+            LoweringError: Axis 0 differs between tensors, or poptorch refuses to compile.
         """
         self._require_open()
         sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
@@ -126,22 +138,36 @@ class PopTorchExecutable:
         parts = [self._on_device(batch, start, call) for start in range(0, whole, call)]
         if whole < size:
             parts.append(self._on_host(batch, whole, size))
-        return _join(parts)
+        return join(parts)
+
+    def data_loader(self, dataset: Any, **options: Any) -> Any:
+        """Return a ``poptorch.DataLoader`` whose batches are what :meth:`train_step` takes.
+
+        Args:
+            dataset: Rows as dicts of tensors.
+            **options: Of ``poptorch.DataLoader`` (``shuffle``, ``num_workers``, ``mode``, ...).
+        """
+        return self._poptorch.DataLoader(
+            make_options(self._flat, self._poptorch),
+            dataset,
+            batch_size=self.plan.micro_batch_size,
+            **options,
+        )
 
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's own state dict, fetched from the device."""
-        self._fetch_weights()
+        self._sessions.fetch_weights()
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
         """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
-        self._fetch_weights()
-        if self.optimizer is not None and self._training is not None:
-            state = self._training_optimizer.state_dict()["ipu_state"]
-            read_state(self.optimizer, state or {}, self.model)
-        with _OwnClass(self.model, self._class, self._plain_forward):
+        self._require_open()
+        self._sessions.fetch_weights()
+        if self.optimizer is not None:
+            read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
+        with self._as_made():
             return write_checkpoint(
                 path,
                 model=self.model,
@@ -152,21 +178,75 @@ class PopTorchExecutable:
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written by any target; the program is compiled again."""
-        self._release()
-        with _OwnClass(self.model, self._class, self._plain_forward):
+        self._require_open()
+        self._sessions.release()
+        with self._as_made():
             info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
         self.global_step = info.global_step
         return info.extra
+
+    def save_executable(
+        self, path: str | Path, batch: Mapping[str, Any], *, offline_ipu_version: int | None = None
+    ) -> Path:
+        """Compile the training program for the shapes of ``batch`` and write it to ``path``.
+
+        The model itself is not in the file.
+
+        Args:
+            path: File for the executable.
+            batch: As for :meth:`train_step`; its values are not used.
+            offline_ipu_version: Compile for IPUs that are not here (2: Mk2, 21: Bow); the program
+                is then only written, not kept.
+
+        Raises:
+            LoweringError: The folder does not exist; compiled already for IPUs that are here; the
+                offline compiler cannot round up the number of IPUs.
+        """
+        self._require_open()
+        self._check_size(batch)
+        if not Path(path).parent.is_dir():  # said now, not after an hour of compiling
+            raise LoweringError(f"{Path(path).parent} is no folder; make it first")
+        if offline_ipu_version is not None:
+            self._check_offline()
+        executor = self._sessions.attach_training(offline_ipu_version=offline_ipu_version)
+        try:
+            executor.compileAndExport(str(path), export_model=False, **batch)
+        except BaseException:
+            self._sessions.release()
+            raise
+        if offline_ipu_version is not None:
+            self._sessions.release()
+        return Path(path)
+
+    def load_executable(self, path: str | Path) -> None:
+        """Take the training program from ``path`` instead of compiling it.
+
+        Raises:
+            LoweringError: It is compiled already, or the file is of another version of poptorch.
+        """
+        self._require_open()
+        executor = self._sessions.attach_training()
+        if executor.isCompiled():
+            raise LoweringError("the model is compiled already; load the executable before it runs")
+        try:
+            executor.loadExecutable(str(path))
+        except self._poptorch.Error as error:
+            self._sessions.release()
+            raise LoweringError(f"poptorch cannot load {path}: {error}") from error
 
     def close(self) -> None:
         """Fetch the weights, free the IPUs, and leave the model as it was."""
         if self._closed:
             return
-        self._fetch_weights()
-        self._release()
-        self._placement.undo()
-        del self.model.forward
         self._closed = True
+        try:
+            self._sessions.fetch_weights()
+        finally:  # also when the device is lost
+            self._sessions.release()
+            self._forward.restore()
+            self._placement.undo()
+            for module, mode in self._modes:
+                module.training = mode
 
     def __enter__(self) -> Self:
         return self
@@ -174,63 +254,16 @@ class PopTorchExecutable:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # ---- the device ---------------------------------------------------------------------
-
-    def _attach_training(self) -> Any:
-        if self._training is None:
-            self._detach(self._inference)
-            options = make_options(self._flat, self._poptorch)
-            options.setExecutionStrategy(self._placement.strategy())
-            self._training_optimizer = self._device_optimizer()
-            assert self.optimizer is not None
-            self._sent = group_values(self.optimizer)
-            state = write_state(self.optimizer, self.model)
-            if state:
-                own = self._training_optimizer.state_dict()
-                scaling = {"lossScaling": self._flat["loss_scaling"]}
-                self._training_optimizer.load_state_dict(
-                    {**own, "ipu_state": state, "ipu_param": scaling}
-                )
-            self.model.train()
-            self._training = self._poptorch.trainingModel(
-                self.model, options, self._training_optimizer
-            )
-        elif self._training.isCompiled() and not self._training.isAttachedToDevice():
-            self._detach(self._inference)
-            self._training.attachToDevice()
-        return self._training
-
-    def _attach_inference(self) -> Any:
-        if self._training is not None:
-            self._detach(self._training)
-        if self._inference is None:
-            options = make_options(self._flat, self._poptorch, inference=True)
-            strategy = self._placement.strategy(
-                pipelined=self._flat["inference_device_iterations"] >= self.plan.num_stages
-            )
-            options.setExecutionStrategy(strategy)
-            self._inference = self._poptorch.inferenceModel(self.model.eval(), options)
-        elif self._inference.isCompiled() and not self._inference.isAttachedToDevice():
-            self._inference.attachToDevice()
-        return self._inference
-
-    def _detach(self, executor: Any) -> None:
-        if executor is not None and executor.isCompiled() and executor.isAttachedToDevice():
-            executor.detachFromDevice()
-
-    def _release(self) -> None:
-        for executor in (self._inference, self._training):
-            if executor is not None:
-                executor.destroy()
-        self._training = self._inference = None
-
-    def _fetch_weights(self) -> None:
-        if self._training is not None and self._training.isCompiled():
-            self._training.copyWeightsToHostIfNeeded()
-
-    def _device_optimizer(self) -> Any:
-        assert self.optimizer is not None
-        return make_optimizer(self._flat, device_groups(self.optimizer), self._poptorch)
+    @contextlib.contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """While it lasts, the model has its own class and forward (poptorch wraps both)."""
+        wrapped = self.model.__class__
+        self.model.__class__ = self._class
+        try:
+            with self._forward.restored():
+                yield
+        finally:
+            self.model.__class__ = wrapped
 
     # ---- evaluation ---------------------------------------------------------------------
 
@@ -239,98 +272,44 @@ class PopTorchExecutable:
         copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
         return int(self.plan.micro_batch_size * copies)
 
-    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> _Part:
-        executor = self._attach_inference()
-        values = executor(**_rows(batch, start, start + call))
-        return _Part(call, dict(zip(self._result_names, values, strict=True)))
+    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> Part:
+        return Part(call, self._sessions.evaluate(rows(batch, start, start + call)))
 
-    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> _Part:
-        self._fetch_weights()
+    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> Part:
+        self._sessions.fetch_weights()
         self.model.eval()
         with torch.no_grad():
-            values = self.model.forward(**_rows(batch, start, stop))
-        return _Part(stop - start, dict(zip(self._result_names, values, strict=True)))
-
-    def _patched_forward(self) -> Any:
-        """Return ``forward`` with what the device gives back: the loss, or all tensors."""
-        plain, poptorch = self._plain_forward, self._poptorch
-
-        @functools.wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with static_graph(self.model):
-                output = plain(*args, **kwargs)
-            if self.model.training:
-                # A sum of losses must be marked as the one loss.
-                return poptorch.identity_loss(output["loss"], reduction="none")
-            tensors = {n: value for n, value in output.items() if isinstance(value, Tensor)}
-            self._result_names = list(tensors)
-            return tuple(tensors.values())
-
-        return forward
+            values = self.model(**rows(batch, start, stop))
+        return Part(stop - start, dict(zip(self._forward.names, values, strict=True)))
 
     # ---- checks -------------------------------------------------------------------------
 
-    def _check_size(self, batch: Mapping[str, Any], wanted: int) -> int:
+    def _check_size(self, batch: Mapping[str, Any]) -> int:
+        flat, wanted = self._flat, self.plan.total_batch_size * self._flat["device_iterations"]
         sizes = {n: v.shape[0] for n, v in batch.items() if isinstance(v, Tensor) and v.ndim}
         if any(size != wanted for size in sizes.values()):
-            flat = self._flat
             raise LoweringError(
                 f"axis 0 of the batch must be {wanted} = device iterations "
                 f"{flat['device_iterations']} x microbatches {self.plan.num_microbatches} x "
                 f"replicas {self.plan.replicas} x micro batch {self.plan.micro_batch_size}, got "
                 f"{sizes}; drop the last short batch (dataloader_drop_last)"
             )
-        return wanted
+        return int(wanted)
+
+    def _check_offline(self) -> None:
+        if self._sessions.training is not None:
+            raise LoweringError(
+                "the training program is made already for IPUs that are here; save an executable "
+                "for others before the first step"
+            )
+        total = self._flat["ipus_per_replica"] * self._flat["replication_factor"]
+        if not is_power_of_two(total):
+            raise LoweringError(
+                f"an offline compilation does not round up the number of IPUs, and {total} = "
+                f"{self._flat['ipus_per_replica']} x {self._flat['replication_factor']} replicas "
+                "is no power of two; change the IPUs of a replica"
+            )
 
     def _require_open(self) -> None:
         if self._closed:
             raise LoweringError("this executable is closed; compile the model again")
-
-
-class _Part:
-    """Results of one call: samples, and values by name."""
-
-    def __init__(self, num_samples: int, values: dict[str, Tensor]) -> None:
-        self.num_samples = num_samples
-        self.values = values
-
-
-def _rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    return {
-        name: value[start:stop] if isinstance(value, Tensor) and value.ndim else value
-        for name, value in batch.items()
-    }
-
-
-def _join(parts: list[_Part]) -> EvalResult:
-    total = sum(part.num_samples for part in parts)
-    loss = None
-    if "loss" in parts[0].values:
-        # A call gives one loss per microbatch; they have equal sizes.
-        weighed = [float(p.values["loss"].float().mean()) * p.num_samples for p in parts]
-        loss = sum(weighed) / total
-    outputs = {
-        name: torch.cat([part.values[name] for part in parts])
-        for name in parts[0].values
-        if name != "loss"
-    }
-    return EvalResult(loss, outputs)
-
-
-class _OwnClass:
-    """While it lasts, the model has its own class and forward back (poptorch wraps both)."""
-
-    def __init__(self, model: nn.Module, own: type, forward: Any) -> None:
-        self.model = model
-        self.own = own
-        self.forward = forward
-
-    def __enter__(self) -> None:
-        self._wrapped = self.model.__class__
-        self._patched = self.model.forward
-        self.model.__class__ = self.own
-        del self.model.forward
-
-    def __exit__(self, *exception: object) -> None:
-        self.model.__class__ = self._wrapped
-        self.model.forward = self._patched

@@ -1,7 +1,14 @@
-"""Check a plan for poptorch and turn it into an executable."""
+"""Check a plan for poptorch and turn it into an executable.
+
+Everything here was run against the stand-in (:mod:`ipu_pipeline.targets.poptorch.standin`), which
+was written from the public sources of poptorch 3.4. Nothing of it has run on an IPU or with
+Graphcore's own poptorch.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,10 +20,12 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.poptorch.annotations import annotate
-from ipu_pipeline.targets.poptorch.check import check
+from ipu_pipeline.targets.poptorch.check import check, notes
 from ipu_pipeline.targets.poptorch.executable import PopTorchExecutable
 from ipu_pipeline.targets.poptorch.optimizers import optimizer_settings
 from ipu_pipeline.targets.poptorch.settings import settings_for
+
+logger = logging.getLogger(__name__)
 
 
 def lower(
@@ -41,17 +50,17 @@ def lower(
         plan,
         options.ipu_config,
         optimizer=device_optimizer,
-        half=options.precision == "fp16",
+        half=_is_half(model),
         seed=options.seed,
     )
     check(plan, settings)
+    for note in notes(plan, settings):
+        logger.warning("%s", note)
     annotations = annotate(plan, checkpoint_layers=settings.config.recompute_checkpoint_every_layer)
     return PopTorchExecutable(model, plan, optimizer, annotations, settings, poptorch)
 
 
 def _poptorch() -> Any:
-    import sys
-
     if "poptorch" not in sys.modules and find_spec("poptorch") is None:
         raise LoweringError(
             "poptorch is not installed: it comes with Graphcore's SDK. Here you can write a bundle "
@@ -61,9 +70,24 @@ def _poptorch() -> Any:
     return import_module("poptorch")
 
 
+def _is_half(model: nn.Module) -> bool:
+    kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    if not kinds <= {torch.float32, torch.float16}:
+        raise LoweringError(
+            f"the model has parameters of type {', '.join(sorted(map(str, kinds)))}; IPUs have "
+            "float32 and float16: call model.float() or model.half()"
+        )
+    return torch.float16 in kinds
+
+
 def _check_options(options: ExecutionOptions) -> None:
     if options.precision == "bf16":
-        raise LoweringError("IPUs have no bfloat16; use precision='fp16' or 'float32'")
+        raise LoweringError("IPUs have no bfloat16; use model.half(), or float32")
+    if options.precision == "fp16":
+        raise LoweringError(
+            "precision='fp16' is autocast, which the device has not: its weights are float16 "
+            "themselves; call model.half() before plan() and compile(), and leave precision out"
+        )
     if options.schedule not in (None, "popart"):
         raise LoweringError(
             f"IPUs run PopART's schedule, not {options.schedule!r}; leave schedule out"

@@ -21,9 +21,18 @@ _VARYING = {
     "AdamW": ("lr", "betas", "eps", "weight_decay"),
     "Adam": ("lr", "betas", "eps", "weight_decay"),
     "SGD": ("lr", "momentum", "weight_decay"),
-    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum"),
 }
-_STATE = {"exp_avg": "Accl1___", "exp_avg_sq": "Accl2___", "step": "Step___"}
+_STATE = {
+    "exp_avg": "Accl1___",
+    "momentum_buffer": "Accl1___",
+    "exp_avg_sq": "Accl2___",
+    "step": "Step___",
+}
+_KEYS = {
+    "AdamW": ("exp_avg", "exp_avg_sq", "step"),
+    "Adam": ("exp_avg", "exp_avg_sq", "step"),
+    "SGD": ("momentum_buffer",),
+}
 
 
 def optimizer_settings(
@@ -37,13 +46,16 @@ def optimizer_settings(
     kind = type(optimizer).__name__
     if kind not in _VARYING:
         raise LoweringError(
-            f"PopART has no {kind}; use torch.optim's {', '.join(_VARYING)} (the device runs its "
-            "own optimizer, never Python code)"
+            f"the device runs PopART's own optimizer, never Python code, and {kind} has no "
+            f"counterpart whose state moves both ways; use torch.optim's {', '.join(_VARYING)} "
+            "(a bundle also runs LAMB and RMSprop)"
         )
     first = optimizer.param_groups[0]
-    refused = [key for key in ("amsgrad", "maximize", "nesterov", "centered") if first.get(key)]
+    refused = [key for key in ("amsgrad", "maximize", "nesterov", "dampening") if first.get(key)]
     if refused:
-        raise LoweringError(f"{kind}({refused[0]}=True) does not run on the device; leave it out")
+        raise LoweringError(
+            f"{kind}({refused[0]}={first[refused[0]]}) does not run on the device; leave it out"
+        )
     return OptimizerSettings(
         optimizer=kind,
         learning_rate=float(first["lr"]),
@@ -77,12 +89,13 @@ def read_state(
 ) -> None:
     """Copy the device's optimizer state into the torch optimizer."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    keys = _KEYS[type(optimizer).__name__]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             found = {
-                key: ipu_state[prefix + names[id(parameter)]]
-                for key, prefix in _STATE.items()
-                if prefix + names[id(parameter)] in ipu_state
+                key: ipu_state[_STATE[key] + names[id(parameter)]]
+                for key in keys
+                if _STATE[key] + names[id(parameter)] in ipu_state
             }
             for key, value in found.items():
                 shaped = value.reshape(()) if key == "step" else value.reshape(parameter.shape)
@@ -93,8 +106,8 @@ def write_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     """Return the torch optimizer's state under the device's names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        prefix + names[id(parameter)]: torch.as_tensor(state[key], dtype=torch.float32).clone()
+        _STATE[key] + names[id(parameter)]: torch.as_tensor(state[key], dtype=torch.float32).clone()
         for parameter, state in optimizer.state.items()
-        for key, prefix in _STATE.items()
-        if key in state
+        for key in _KEYS[type(optimizer).__name__]
+        if state.get(key) is not None
     }

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.config.layers import counted_layers
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
@@ -145,25 +146,41 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         LoweringError: ``base`` says something else than the plan about layers, replicas,
             accumulation or slices.
     """
-    said = {**_structure(plan), **_slices(plan, base)}
+    said = {**_structure(plan, base), **_slices(plan, base)}
     if base is None:
         return IPUConfig(**said)
     _check_agreement(base, said)
     return replace(base, **said)
 
 
-def _structure(plan: Plan) -> dict[str, Any]:
+def _structure(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     num_ipus = max(stage.device for stage in plan.stages) + 1
-    kinds = {block.name: block.kind for block in plan.blocks}
+    home = {name: stage.device for stage in plan.stages for name in stage.blocks}
     counts = [0] * num_ipus
-    for stage in plan.stages:
-        counts[stage.device] += sum(kinds[name] == "layer" for name in stage.blocks)
+    for name in _counted(plan, base, home):
+        counts[home[name]] += 1
     return {
         "layers_per_ipu": tuple(counts),
         "ipus_per_replica": num_ipus,
         "replication_factor": plan.replicas,
         "gradient_accumulation_steps": plan.num_microbatches,
     }
+
+
+def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the layers that the base configuration counts, if it left the others on IPU 0."""
+    layers = {b.name: _is_convolution(plan, b.name) for b in plan.blocks if b.kind == "layer"}
+    if base is None:
+        return tuple(layers)
+    counted = counted_layers(layers, base.layers_per_ipu, base.num_ipus())
+    beside = [home[name] for name in layers if name not in counted]
+    return counted if not any(beside) else tuple(layers)
+
+
+def _is_convolution(plan: Plan, block: str) -> bool:
+    prefix = block.split("#")[0] + "."
+    shapes = [text for fqn, text in plan.model.parameters.items() if fqn.startswith(prefix)]
+    return all(shape.split(" ")[0].count("x") != 1 for shape in shapes)
 
 
 def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:

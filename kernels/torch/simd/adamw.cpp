@@ -3,6 +3,8 @@
 
 #include "adamw.h"
 
+#include "narrow_types.h"
+
 namespace ipu::IPU_ISA {
 namespace {
 
@@ -50,13 +52,11 @@ Noise noise_from(uint64_t key, int64_t first) {
 // ------------------------------------------------------------------ bfloat16
 constexpr uint32_t kInfinity = 0x7f800000u;
 
-inline float widen_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
-
-inline uint16_t nearest_bfloat16(float x) {
-  const uint32_t u = bits_of(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const uint32_t nan = (u >> 16) | 0x40u;
-  return static_cast<uint16_t>((u & 0x7fffffffu) > kInfinity ? nan : rounded);
+// x < limit ? a : b for numbers below 2^31, in arithmetic: of nested conditions the compiler makes
+// jumps, and then no vectors.
+inline uint32_t if_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - ((x - limit) >> 31);
+  return (a & mask) | (b & ~mask);
 }
 
 // Adds noise below the kept bits and cuts. Beyond the largest number it rounds to nearest: noise
@@ -64,43 +64,13 @@ inline uint16_t nearest_bfloat16(float x) {
 inline uint16_t stochastic_bfloat16(float x, uint32_t noise) {
   const uint32_t u = bits_of(x);
   const uint32_t cut = (u + (noise >> 16)) >> 16;
-  return (u & 0x7fffffffu) >= 0x7f7f0000u ? nearest_bfloat16(x) : static_cast<uint16_t>(cut);
+  return static_cast<uint16_t>(if_below(u & 0x7fffffffu, 0x7f7f0000u, cut, nearest_bfloat16(x)));
 }
 
 // ------------------------------------------------------------------ float16
 constexpr uint32_t kHalfSmallest = 0x38800000u;  // 2^-14, the smallest normal float16
 constexpr uint32_t kHalfLargest = 0x477fe000u;   // 65504
 constexpr uint32_t kHalfRebias = 112u << 10;     // exponent 127 of float32 is 15 of float16
-
-inline float widen_float16(uint16_t x) {
-  const uint32_t magnitude = x & 0x7fffu;
-  const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
-  const uint32_t normal = (magnitude << 13) + (112u << 23);
-  // 2^-14 + m * 2^-24 is exact, and no float32 subnormal appears on the way.
-  const uint32_t subnormal =
-      bits_of(from_bits(kHalfSmallest | (magnitude << 13)) - from_bits(kHalfSmallest));
-  const uint32_t special = (magnitude << 13) | kInfinity;
-  const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
-  return from_bits(sign | (magnitude >= 0x7c00u ? special : finite));
-}
-
-inline uint16_t nearest_float16(float x) {
-  const uint32_t u = bits_of(x) & 0x7fffffffu;
-  const uint32_t sign = (bits_of(x) >> 16) & 0x8000u;
-  const uint32_t normal = ((u + 0x0fffu + ((u >> 13) & 1u)) >> 13) - kHalfRebias;
-  // Adding 0.5 leaves the multiples of 2^-24 in the low bits, rounded to nearest by the addition.
-  const uint32_t subnormal = bits_of(from_bits(u) + 0.5f) - bits_of(0.5f);
-  const uint32_t special = u > kInfinity ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = u < kHalfSmallest ? subnormal : normal;
-  return static_cast<uint16_t>(sign | (u >= 0x47800000u ? special : finite));
-}
-
-// x < limit ? a : b for numbers below 2^31, in arithmetic: of nested conditions the compiler makes
-// jumps, and then no vectors.
-inline uint32_t if_below(uint32_t x, uint32_t limit, uint32_t a, uint32_t b) {
-  const uint32_t mask = 0u - ((x - limit) >> 31);
-  return (a & mask) | (b & ~mask);
-}
 
 inline uint16_t stochastic_float16(float x, uint32_t noise) {
   const uint32_t u = bits_of(x) & 0x7fffffffu;
@@ -130,10 +100,10 @@ float* widened(Pointer* data, Number type, float* __restrict buffer, int64_t fir
   const uint16_t* __restrict narrow = static_cast<const uint16_t*>(data) + first;
   if (type == Number::bfloat16) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen_bfloat16(narrow[i]);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(BFloat16{narrow[i]});
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen_float16(narrow[i]);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(Float16{narrow[i]});
   }
   return buffer;
 }

@@ -35,12 +35,13 @@ inline float widen(Float16 x) {
 
 inline void narrow(float x, float& out) { out = x; }
 inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, BFloat16& out) {
+// The bits of x, rounded. Values in, values out: loops around these become vectors.
+inline std::uint16_t nearest_bfloat16(float x) {
   const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  out.bits = static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
+  return static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest);
 }
-inline void narrow(float x, Float16& out) {
+inline std::uint16_t nearest_float16(float x) {
   const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t magnitude = u & 0x7fffffffu;
   // Beside 0.5 a float32 has steps of 2^-24, those of a float16 subnormal: the sum is rounded.
@@ -51,8 +52,10 @@ inline void narrow(float x, Float16& out) {
   const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
   std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? special : half;
-  out.bits = static_cast<std::uint16_t>(half | (u >> 16 & 0x8000u));
+  return static_cast<std::uint16_t>(half | (u >> 16 & 0x8000u));
 }
+inline void narrow(float x, BFloat16& out) { out.bits = nearest_bfloat16(x); }
+inline void narrow(float x, Float16& out) { out.bits = nearest_float16(x); }
 
 }  // namespace
 }  // namespace ipu::IPU_ISA

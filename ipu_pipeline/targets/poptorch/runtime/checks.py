@@ -57,18 +57,29 @@ def check_order(
     blocks: Sequence[Mapping[str, Any]],
     modules: Mapping[str, nn.Module],
     batch: Mapping[str, Any],
-) -> None:
+) -> list[Mapping[str, Any]]:
     """Run the model once on the host and compare the order of its modules with the stages.
 
+    A module that stands for several blocks runs them in turn, one per call.
+
+    Returns:
+        The blocks that run. Some transformers versions read a module's weight instead of calling
+        it; such a block goes on in the block before it, if its stage has another one.
+
     Raises:
-        BundleError: A module runs before one of an earlier stage, or does not run at all.
+        BundleError: A module runs before one of an earlier stage, or no block of a stage runs.
     """
     called: list[str] = []
-    handles = []
+    turns: dict[int, list[str]] = {}
     for block in blocks:
-        name = block["block"]
-        hook = lambda *_, n=name: called.append(n)  # noqa: E731
-        handles.append(modules[block["module"]].register_forward_pre_hook(hook))
+        turns.setdefault(id(modules[block["module"]]), []).append(block["block"])
+
+    def note(module: nn.Module, _args: Any) -> None:
+        names = turns[id(module)]
+        called.append(names.pop(0) if len(names) > 1 else names[0])
+
+    distinct = {id(modules[block["module"]]): modules[block["module"]] for block in blocks}
+    handles = [module.register_forward_pre_hook(note) for module in distinct.values()]
     try:
         with torch.no_grad():
             model(**batch)
@@ -76,18 +87,20 @@ def check_order(
         for handle in handles:
             handle.remove()
     stage_of = {block["block"]: block["stage"] for block in blocks}
-    missing = [name for name in stage_of if name not in called]
-    if missing:
-        raise BundleError(
-            f"model_parallel.py: {missing[0]!r} does not run in the model's forward pass; remove "
-            "the line, or correct its module"
-        )
+    running = {stage_of[name] for name in called}
+    for name, stage in stage_of.items():
+        if stage not in running:
+            raise BundleError(
+                f"model_parallel.py: {name!r} does not run in the model's forward pass, and no "
+                f"other block of stage {stage} does; correct its module, or join it to a stage"
+            )
     for before, after in zip(called, called[1:]):
         if stage_of[after] < stage_of[before]:
             raise BundleError(
                 f"model_parallel.py: {after!r} (stage {stage_of[after]}) runs after {before!r} "
                 f"(stage {stage_of[before]}); a later module cannot be in an earlier stage"
             )
+    return [block for block in blocks if block["block"] in called]
 
 
 def _check_names(names: Sequence[str], planned: Sequence[str]) -> None:

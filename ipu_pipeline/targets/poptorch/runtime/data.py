@@ -40,3 +40,15 @@ def synthetic_data(inputs: Sequence[Mapping[str, Any]], rows: int, seed: int) ->
         else:
             data[spec["name"]] = torch.randint(0, 2, shape, generator=generator).to(dtype)
     return data
+
+
+def mean_loss(losses: Tensor, settings: Mapping[str, Any]) -> float:
+    """Return one number for the losses of one call: the mean of what the device gave back.
+
+    That is the mean over all microbatches under the output modes ``all`` and ``sum``, and over the
+    last microbatch of every replica under ``final`` and ``default``.
+    """
+    mean = float(losses.float().mean())
+    if settings["output_mode"] == "sum":
+        mean /= settings["gradient_accumulation_steps"] * settings["device_iterations"]
+    return mean

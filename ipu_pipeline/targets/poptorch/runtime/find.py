@@ -20,7 +20,8 @@ def find_modules(
     """Return the module of every path.
 
     A path that the model does not have is matched by structure: the modules whose parameters have
-    the same names below them and the same shapes, in the order of the model, one to one.
+    the same names below them and the same shapes, or at least the same shapes, in the order of the
+    model, one to one.
 
     Args:
         model: The model.
@@ -34,23 +35,28 @@ def find_modules(
     Raises:
         ModuleNotFound: No module, or not as many as the plan names, have that structure.
     """
-    here = dict(model.named_modules())
+    # One module object may have several paths (T5's embedding, in older versions).
+    here = dict(model.named_modules(remove_duplicate=False))
     found = {path: here[path] for path in paths if path in here}
     missing = [path for path in paths if path not in here]
     groups: dict[Structure, list[str]] = {}
     for path in missing:
         groups.setdefault(_planned_structure(path, planned_parameters), []).append(path)
     taken = {id(module) for module in found.values()}
+    free = [module for module in model.modules() if id(module) not in taken]
     for structure, members in groups.items():
-        candidates = [
-            module
-            for module in here.values()
-            if id(module) not in taken and structure and _structure(module) == structure
-        ]
+        candidates = [m for m in free if structure and _structure(m) == structure]
+        if not candidates:  # parameters were renamed, too
+            shapes = _shapes(structure)
+            candidates = [m for m in free if shapes and _shapes(_structure(m)) == shapes]
         if len(candidates) != len(members):
             raise ModuleNotFound(_message(members, candidates, here))
         found.update(zip(members, candidates))
     return found
+
+
+def _shapes(structure: Structure) -> tuple[str, ...]:
+    return tuple(sorted(shape for _, shape in structure))
 
 
 def _planned_structure(path: str, planned_parameters: Mapping[str, str]) -> Structure:

@@ -25,8 +25,11 @@ class Placement:
         planned_parameters: See :func:`find_modules`.
         poptorch: The front end.
 
+    A module that stands for several blocks (one embedding for encoder and decoder) begins them in
+    turn: its first call the first, its second call the second.
+
     Raises:
-        PlacementError: Two blocks of different stages are the same module.
+        PlacementError: Blocks on two IPUs use the same parameter.
         ModuleNotFound: A module is not there.
         ValueError: A block cannot be serialized.
     """
@@ -45,7 +48,7 @@ class Placement:
         self._tables: list[nn.Module] = []
         paths = [annotation["module"] for annotation in self.annotations]
         self.modules = find_modules(model, paths, planned_parameters)
-        self.begun = _first_use(self.annotations, self.modules)
+        self.begun = _distinct(self.annotations, self.modules)
         try:
             self._apply()
         except Exception:
@@ -93,18 +96,50 @@ class Placement:
     def _apply(self) -> None:
         self._check_variables()
         shared = _SharedParameters(self.model)
+        by_module: dict[int, list[Mapping[str, Any]]] = {}
         for annotation in self.begun:
-            module = self.modules[annotation["module"]]
-            if annotation["serialize"] > 1:
-                table = find_table(module, annotation["serialize"], annotation["block"])
-                serialize(table, annotation["serialize"])
-                self._tables.append(table)
-            # Before BeginBlock: the hook then still runs in the block before this one.
-            self._handles.extend(shared.watch(module))
-            self.poptorch.BeginBlock(module, user_id=annotation["block"], ipu_id=annotation["ipu"])
-            if annotation["checkpoint"]:
-                keep = functools.partial(_checkpoint, self.poptorch)
-                self._handles.append(module.register_forward_hook(keep))
+            by_module.setdefault(id(self.modules[annotation["module"]]), []).append(annotation)
+        for together in by_module.values():
+            self._put(together, self.modules[together[0]["module"]], shared)
+
+    def _put(
+        self, annotations: Sequence[Mapping[str, Any]], module: nn.Module, shared: _SharedParameters
+    ) -> None:
+        """Put all annotations of one module on it."""
+        first = annotations[0]
+        slices = max(annotation["serialize"] for annotation in annotations)
+        if slices > 1:
+            table = find_table(module, slices, first["block"])
+            serialize(table, slices)
+            self._tables.append(table)
+        # Before the block begins: the hook then still runs in the block before this one.
+        self._handles.extend(shared.watch(module))
+        if len(annotations) == 1:
+            self.poptorch.BeginBlock(module, user_id=first["block"], ipu_id=first["ipu"])
+        else:
+            turns = _Turns(annotations, self.poptorch)
+            self._handles.append(module.register_forward_pre_hook(turns.begin))
+            self._handles.append(self.model.register_forward_pre_hook(turns.restart))
+        if any(annotation["checkpoint"] for annotation in annotations):
+            keep = functools.partial(_checkpoint, self.poptorch)
+            self._handles.append(module.register_forward_hook(keep))
+
+
+class _Turns:
+    """Begins one block after the other, a new one at every call of their common module."""
+
+    def __init__(self, annotations: Sequence[Mapping[str, Any]], poptorch: Any) -> None:
+        self._annotations = annotations
+        self._poptorch = poptorch
+        self._calls = 0
+
+    def restart(self, _module: nn.Module, _args: Any) -> None:
+        self._calls = 0
+
+    def begin(self, _module: nn.Module, _args: Any) -> None:
+        annotation = self._annotations[min(self._calls, len(self._annotations) - 1)]
+        self._calls += 1
+        self._poptorch.Block.start(user_id=annotation["block"], ipu_id=annotation["ipu"])
 
 
 class _SharedParameters:
@@ -160,25 +195,17 @@ def _register_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> Any:
         return module.register_forward_pre_hook(positional)
 
 
-def _first_use(
+def _distinct(
     annotations: Sequence[Mapping[str, Any]], modules: Mapping[str, nn.Module]
 ) -> list[Mapping[str, Any]]:
-    """Return the annotations without further names of a module that is already begun."""
-    seen: dict[int, Mapping[str, Any]] = {}
+    """Return the annotations without further ones of a module in the same stage."""
+    seen: set[tuple[int, int]] = set()
     begun = []
     for annotation in annotations:
-        module = modules[annotation["module"]]
-        before = seen.get(id(module))
-        if before is None:
-            seen[id(module)] = annotation
+        key = (id(modules[annotation["module"]]), annotation["stage"])
+        if key not in seen:
+            seen.add(key)
             begun.append(annotation)
-        elif before["stage"] != annotation["stage"]:
-            raise PlacementError(
-                "{!r} and {!r} are one module in this model, but stages {} and {} in the plan; put "
-                "them into one stage".format(
-                    before["module"], annotation["module"], before["stage"], annotation["stage"]
-                )
-            )
     return begun
 
 

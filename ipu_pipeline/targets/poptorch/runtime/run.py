@@ -20,12 +20,12 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from runtime.checks import BundleError, check_blocks, check_order  # noqa: E402
-from runtime.data import read_data, synthetic_data  # noqa: E402
+from runtime.data import mean_loss, read_data, synthetic_data  # noqa: E402
 from runtime.find import ModuleNotFound, find_modules  # noqa: E402
 from runtime.optimizer import decayed_groups, make_optimizer  # noqa: E402
 from runtime.options import make_options  # noqa: E402
 from runtime.placement import Placement, PlacementError  # noqa: E402
-from runtime.static_graph import loss_only  # noqa: E402
+from runtime.static_graph import DeviceForward  # noqa: E402
 
 USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, FileNotFoundError, ValueError)
 
@@ -49,10 +49,10 @@ def main() -> None:
         data = synthetic_data(plan["inputs"], call_size * arguments.steps, settings["seed"] or 0)
     modules = find_modules(model, [b["module"] for b in blocks], plan["model"]["parameters"])
     sample = {name: value[: settings["micro_batch_size"]] for name, value in data.items()}
-    check_order(model, blocks, modules, sample)
-    print(f"checked: {len(blocks)} blocks, {settings['num_stages']} stages")
+    running = check_order(model, blocks, modules, sample)
+    print(f"checked: {len(running)} blocks, {settings['num_stages']} stages")
     if not arguments.check_only:
-        train(model, blocks, plan, settings, data, arguments)
+        train(model, running, plan, settings, data, arguments)
 
 
 def train(
@@ -62,6 +62,7 @@ def train(
     poptorch = importlib.import_module("poptorch")
     if settings["half"]:
         model = model.half()
+        data = {name: v.half() if v.is_floating_point() else v for name, v in data.items()}
     placement = Placement(model, blocks, plan["model"]["parameters"], poptorch)
     options = make_options(settings, poptorch)
     options.setExecutionStrategy(placement.strategy())
@@ -70,7 +71,7 @@ def train(
     loader = poptorch.DataLoader(
         options, Rows(data), batch_size=settings["micro_batch_size"], shuffle=arguments.shuffle
     )
-    restore = loss_only(model, poptorch)
+    forward = DeviceForward(model, poptorch)
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     losses = []
     samples = 0
@@ -78,14 +79,14 @@ def train(
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = float(executor(**batch).float().mean())
+        loss = mean_loss(executor(**batch), settings)
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)
         print(f"step {step + 1}: loss {loss:.6f}, {rate:.1f} samples/s, compilation included")
     executor.copyWeightsToHostIfNeeded()
     executor.destroy()
-    restore()
+    forward.restore()
     placement.undo()
     if arguments.output:
         model.float().save_pretrained(arguments.output)
