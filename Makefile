@@ -25,8 +25,8 @@ DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
   --train_file $(DEMO_DATA)/train.json --validation_file $(DEMO_DATA)/validation.json \
   --do_train --do_eval --eval_before_training --costs profiled --num_train_epochs 1 \
   --learning_rate 3e-4 --warmup_ratio 0.1 --weight_decay 0.01 --max_seq_length 96 \
-  --doc_stride 32 --per_device_train_batch_size 8 --gradient_accumulation_steps 4 \
-  --per_device_eval_batch_size 16 --logging_steps 16 --save_steps 32 --output_dir $(DEMO_OUT)
+  --doc_stride 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
+  --per_device_eval_batch_size 16 --logging_steps 32 --save_steps 64 --output_dir $(DEMO_OUT)
 # Those of benchmarks/ that need no arguments; benchmarks/README.md lists all.
 BENCHMARKS := solver_scaling split_comparison
 
