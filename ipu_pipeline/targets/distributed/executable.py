@@ -27,6 +27,7 @@ from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.stage import Stage
+from ipu_pipeline.targets.mode import in_mode
 from ipu_pipeline.targets.recompute import recomputed_blocks
 
 
@@ -116,7 +117,7 @@ class DistributedExecutable:
         Raises:
             StageError: This process or another one failed.
         """
-        with self._running("evaluation"), self._mode(training=False), torch.no_grad():
+        with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             options = self.options
@@ -196,7 +197,7 @@ class DistributedExecutable:
 
     def _accumulate(self, batch: Mapping[str, Any], loss_scaling: float) -> tuple[float, Ownership]:
         parts = self._own_microbatches(batch)
-        with self._mode(training=True), torch.enable_grad():
+        with in_mode(self.model, training=True), torch.enable_grad():
             stages = self._cache.stages_for(parts[0].inputs)
             ownership = self._settle_ownership(stages)
             pipeline = self._pipeline(stages)
@@ -246,14 +247,3 @@ class DistributedExecutable:
                 doing=self._watch.doing,
             )
         return self._pipelines[id(stages)]
-
-    @contextlib.contextmanager
-    def _mode(self, *, training: bool) -> Iterator[None]:
-        """Switch every module to one mode and back to what each was."""
-        before = [(module, module.training) for module in self.model.modules()]
-        self.model.train(training)
-        try:
-            yield
-        finally:
-            for module, mode in before:
-                module.training = mode

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.targets.local.step import Step
+from ipu_pipeline.targets.mode import in_mode
 from ipu_pipeline.targets.optimize import apply_update
 from ipu_pipeline.targets.recompute import recomputed_blocks
 
@@ -103,7 +103,7 @@ class LocalExecutable:
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        with self._mode(training=False), torch.no_grad():
+        with in_mode(self.model, training=False), torch.no_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             schedule = forward_only(self.plan.num_stages, len(microbatches))
             step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
@@ -152,7 +152,7 @@ class LocalExecutable:
     ) -> tuple[float, tuple[float, ...]]:
         plan = self.plan
         microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
-        with self._mode(training=True), torch.enable_grad():
+        with in_mode(self.model, training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             name = self.options.schedule or plan.schedule
             if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
@@ -192,17 +192,6 @@ class LocalExecutable:
                 count, lambda: torch.set_num_threads(per_stage), self.options.stall_timeout_s
             )
         return self._threads
-
-    @contextlib.contextmanager
-    def _mode(self, *, training: bool) -> Iterator[None]:
-        """Switch every module to one mode and back to what each was."""
-        before = [(module, module.training) for module in self.model.modules()]
-        self.model.train(training)
-        try:
-            yield
-        finally:
-            for module, mode in before:
-                module.training = mode
 
 
 def _mean_loss(

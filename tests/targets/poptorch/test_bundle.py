@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from ipu_pipeline.targets.poptorch.bundle import RUNTIME, emit, model_parallel_t
 from ipu_pipeline.targets.poptorch.settings import OptimizerSettings, settings_for
 from tests.targets.poptorch.emulated import ALL, Case, case
 
-PYTHON38 = Path("/root/.pyenv/versions/3.8.18/bin/python")
+_PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+PYTHON38 = next(iter(_PYENV.glob("versions/3.8.*/bin/python")), Path("no-python-3.8"))
 ALLOWED = {"torch", "transformers", "poptorch", "runtime", "__future__"}
 GOLDEN = {
     "bert-qa": {"layers_per_ipu": (1, 3), "recompute_checkpoint_every_layer": True},

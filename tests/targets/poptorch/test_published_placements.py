@@ -22,8 +22,6 @@ from ipu_pipeline.targets.poptorch.check import check
 from ipu_pipeline.targets.poptorch.settings import settings_for
 
 ROWS = Path(__file__).parents[4] / "shared/data/ipu/known_good_configs.json"
-if not ROWS.is_file():  # a worktree elsewhere
-    ROWS = Path("/work/shared/data/ipu/known_good_configs.json")
 pytestmark = pytest.mark.skipif(
     not ROWS.is_file(), reason="the shared IPU files (../shared/data/ipu) are not here"
 )
