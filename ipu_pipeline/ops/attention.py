@@ -217,16 +217,14 @@ def _numbers(options: _Options) -> tuple[float, float, int, int, int]:
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "meta") and _kernels()
+    return extension.takes(x) and _kernels()
 
 
 @functools.cache
 def _kernels() -> bool:
-    if not extension.available():
-        return False
-    torch.library.register_fake("ipu_pipeline::attention_counter", _fake_forward)
-    torch.library.register_fake("ipu_pipeline::attention_counter_backward", _fake_backward)
-    return True
+    return extension.register_fakes(
+        attention_counter=_fake_forward, attention_counter_backward=_fake_backward
+    )
 
 
 def _fake_forward(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> Tensor:

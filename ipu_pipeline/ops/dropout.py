@@ -170,16 +170,14 @@ def philox_4x32(
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "meta") and _kernels()
+    return extension.takes(x) and _kernels()
 
 
 @functools.cache
 def _kernels() -> bool:
-    if not extension.available():
-        return False
-    torch.library.register_fake("ipu_pipeline::dropout_counter", _fake_dropout)
-    torch.library.register_fake("ipu_pipeline::bernoulli_counter_", _fake_bernoulli)
-    return True
+    return extension.register_fakes(
+        dropout_counter=_fake_dropout, bernoulli_counter_=_fake_bernoulli
+    )
 
 
 def _fake_dropout(x: Tensor, *_: Any) -> Tensor:

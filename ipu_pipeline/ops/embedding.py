@@ -174,16 +174,14 @@ def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Ten
 
 def _has_kernel(tensor: Tensor) -> bool:
     known = tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return known and tensor.device.type in ("cpu", "meta") and _kernels()
+    return known and extension.takes(tensor) and _kernels()
 
 
 @functools.cache
 def _kernels() -> bool:
-    if not extension.available():
-        return False
-    torch.library.register_fake("ipu_pipeline::embedding_serialized", _fake_lookup)
-    torch.library.register_fake("ipu_pipeline::embedding_serialized_backward", _fake_backward)
-    return True
+    return extension.register_fakes(
+        embedding_serialized=_fake_lookup, embedding_serialized_backward=_fake_backward
+    )
 
 
 def _fake_lookup(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -14,10 +14,13 @@ import functools
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ipu_pipeline.errors import PipelineError
 
@@ -140,3 +143,24 @@ def _warn_once() -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def register_fakes(**fakes: Callable[..., Any]) -> bool:
+    """Tell torch what operators return for tensors without data.
+
+    Args:
+        **fakes: By the operator's name in the namespace ``ipu_pipeline``.
+
+    Returns:
+        :func:`available`; without the library nothing is registered.
+    """
+    if not available():
+        return False
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"ipu_pipeline::{name}", fake)
+    return True
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the operators run where ``tensor`` is; on meta only their shapes do."""
+    return tensor.device.type in ("cpu", "meta")

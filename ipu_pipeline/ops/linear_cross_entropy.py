@@ -199,9 +199,7 @@ def _sum(values: Tensor) -> Tensor:
 
 @functools.cache
 def _kernels() -> bool:
-    if extension.available():
-        torch.library.register_fake("ipu_pipeline::linear_cross_entropy", _fake)
-    return extension.available()
+    return extension.register_fakes(linear_cross_entropy=_fake)
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
