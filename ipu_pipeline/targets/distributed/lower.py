@@ -15,6 +15,7 @@ from ipu_pipeline.targets.distributed.executable import DistributedExecutable
 from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.groups import Groups, join_processes
 from ipu_pipeline.targets.distributed.layout import make_layout
+from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.pipeline import Doing
 from ipu_pipeline.targets.distributed.schedules import torch_schedule
 from ipu_pipeline.targets.local.lower import check_model
@@ -87,13 +88,25 @@ def _lower(
     layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
     groups = Groups(layout, device)
     doing = Doing()
-    own_connection = _get_default_store().clone()  # type: ignore[attr-defined]
-    store: Store = PrefixStore(f"ipu_pipeline/{_number()}", own_connection)
-    watch = Watch(store, rank, world_size, doing)
+    name = f"ipu_pipeline/{_number()}"
+    watch = Watch(_own_store(name), rank, world_size, doing)
     groups.waiter.failed = lambda: watch.verdict is not None
+    notes = Notes(_own_store(f"{name}/saves"), rank, world_size, groups.waiter.failed)
     return DistributedExecutable(
-        model, plan, optimizer, options, groups=groups, watch=watch, owns_processes=made_here
+        model,
+        plan,
+        optimizer,
+        options,
+        groups=groups,
+        watch=watch,
+        notes=notes,
+        owns_processes=made_here,
     )
+
+
+def _own_store(name: str) -> Store:
+    """Return notes under ``name``, through a connection that no other thread waits on."""
+    return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]
 
 
 _made = 0

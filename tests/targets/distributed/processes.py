@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -71,11 +73,18 @@ class Processes:
             process.kill()
 
 
+def _find(job: str) -> Callable[..., Any]:
+    """Return a function of ``jobs.py``, or ``other_module.function``."""
+    module, _, name = job.rpartition(".")
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"tests.targets.distributed.{module or 'jobs'}"), name
+    )
+    return found
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool) -> None:
     import torch
     import torch.distributed as dist
-
-    from tests.targets.distributed import jobs
 
     os.environ |= {
         "RANK": str(rank),
@@ -92,7 +101,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, getattr(jobs, job)(**arguments)))
+            pipe.send((True, _find(job)(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))
