@@ -97,17 +97,18 @@ def load(
 def _optimizer_states(
     model: nn.Module, own: OwnParameters | None, ownership: Ownership | None, groups: Groups
 ) -> dict[str, dict[str, Any]]:
-    """Return the first pipeline's optimizer state by parameter name, on the first rank."""
-    if own is None or ownership is None or groups.layout.replica != 0:
+    """Return the whole optimizer state by parameter name, on the first rank."""
+    if own is None or ownership is None:
         return {}
-    position = groups.layout.position
     mine = {
         name: _on_cpu(own.optimizer.state[parameter])
         for name, parameter in model.named_parameters()
-        if parameter in own.optimizer.state and ownership.owner(parameter) == position
+        if parameter in own.optimizer.state and ownership.is_chief(parameter)
     }
-    found: list[Any] | None = [None] * groups.layout.num_ranks if position == 0 else None
-    groups.waiter.run(lambda: dist.gather_object(mine, found, group=groups.pipeline, group_dst=0))
+    found: list[Any] | None = None
+    if groups.layout.rank == 0:
+        found = [None] * dist.get_world_size()
+    groups.waiter.run(lambda: dist.gather_object(mine, found))
     return {name: state for part in found or [] for name, state in part.items()}
 
 
