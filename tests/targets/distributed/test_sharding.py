@@ -63,11 +63,11 @@ def test_trains_as_one_process_does_with_a_share_of_the_state(
         "curve",
         name=name,
         planned=planned,
-        steps=8,
+        steps=5,
         **options,
         **SHARDED,
     )
-    expected = local_curve(name, 2 * replicas, 8, **options)
+    expected = local_curve(name, 2 * replicas, 5, **options)
     for rank in found:
         assert rank["losses"] == pytest.approx([e.loss for e in expected], rel=1e-5)
         assert rank["norms"] == pytest.approx([e.grad_norm for e in expected], rel=1e-4)
@@ -86,7 +86,7 @@ def owned(found: list[Any], name: str) -> list[dict[str, str]]:
 
 
 def test_two_replicas_compute_the_bits_of_undivided_state(started: dict[int, Processes]) -> None:
-    arguments: dict[str, Any] = {"name": "gpt2-lm", "planned": TWO_BY_TWO, "steps": 20}
+    arguments: dict[str, Any] = {"name": "gpt2-lm", "planned": TWO_BY_TWO, "steps": 10}
     found = run(started, 4, "curve", **arguments, **SHARDED)
     whole = run(started, 4, "curve", **arguments)
     for divided, undivided in zip(found, whole, strict=True):
