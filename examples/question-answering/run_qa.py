@@ -139,6 +139,9 @@ def training_arguments(options: Options, plan: Plan) -> TrainingArguments:
     given |= {"output_dir": str(options.output_dir), "replicas": plan.replicas}
     if options.gradient_accumulation_steps is None:
         given["gradient_accumulation_steps"] = plan.num_microbatches
+    config = read_ipu_config(options)
+    if config is not None and options.target == "distributed":
+        given["replicated_tensor_sharding"] = config.replicated_tensor_sharding
     return TrainingArguments(**given)
 
 

@@ -63,6 +63,8 @@ class ExecutionOptions:
         sequential: Run the stages one after another in the calling thread (the reference).
         recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
+        replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
+            updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
@@ -77,6 +79,7 @@ class ExecutionOptions:
     schedule: str | None = None
     sequential: bool = False
     recompute: str | Sequence[str] | None = None
+    replicated_tensor_sharding: bool = False
     stall_timeout_s: float = 600.0
     self_check: bool = True
     ipu_config: IPUConfig | None = None

@@ -93,6 +93,8 @@ class TrainingArguments:
         fp16: Compute in float16 with ``loss_scaling``.
         bf16: Compute in bfloat16.
         loss_scaling: Static factor of the loss in the backward pass; used with ``fp16`` only.
+        replicated_tensor_sharding: Divide optimizer state among the replicas (``distributed``
+            target; named as in ``ipu_config.json``).
         resume_from_checkpoint: A checkpoint folder; ``latest`` (or ``true``) for the newest in
             ``output_dir``; ``auto`` for the newest if there is one, else a fresh start.
         ignore_data_skip: On resume, start the epoch over instead of at the next batch.
@@ -141,6 +143,7 @@ class TrainingArguments:
     fp16: bool = False
     bf16: bool = False
     loss_scaling: float = 1.0
+    replicated_tensor_sharding: bool = False
     resume_from_checkpoint: str | None = None
     ignore_data_skip: bool = False
     disable_tqdm: bool = False
@@ -268,7 +271,7 @@ class TrainingArguments:
         return int(self.warmup_steps)
 
     def execution_options(self, **overrides: Any) -> ExecutionOptions:
-        """Return the options a target runs with: precision, loss scaling, clipping, seed.
+        """Return the options a target runs with: precision, clipping, seed, ...
 
         Args:
             **overrides: Fields of :class:`ExecutionOptions` to set otherwise.
@@ -284,6 +287,7 @@ class TrainingArguments:
             "loss_scaling": self.loss_scaling if self.fp16 else 1.0,
             "max_grad_norm": self.max_grad_norm or None,
             "seed": self.seed,
+            "replicated_tensor_sharding": self.replicated_tensor_sharding,
         }
         return ExecutionOptions(**(options | overrides))
 

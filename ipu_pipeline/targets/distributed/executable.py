@@ -27,6 +27,7 @@ from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.ownership import Ownership, OwnParameters, find_ownership
 from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
 from ipu_pipeline.targets.distributed.saving import Saver
+from ipu_pipeline.targets.distributed.sharding import sharded
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.stage import Stage
@@ -102,7 +103,8 @@ class DistributedExecutable:
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         with self._running("a training step"):
-            loss, ownership = self._accumulate(batch, self.options.loss_scaling)
+            scaling = self.options.loss_scaling
+            loss, ownership = self._accumulate(batch, scaling, for_update=True)
             own = state.own_parameters(self.model, ownership)
             self._watch.doing.what = "the optimizer step"
             done = update(self.optimizer, own, ownership, self.groups, self.options)
@@ -116,7 +118,7 @@ class DistributedExecutable:
             StageError: This process or another one failed; gradients are then incomplete.
         """
         with self._running("a forward and backward pass"):
-            return self._accumulate(batch, 1.0)[0]
+            return self._accumulate(batch, 1.0, for_update=False)[0]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -242,7 +244,9 @@ class DistributedExecutable:
         with self._watch.guarding(what, self.global_step):
             yield
 
-    def _accumulate(self, batch: Mapping[str, Any], loss_scaling: float) -> tuple[float, Ownership]:
+    def _accumulate(
+        self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
+    ) -> tuple[float, Ownership]:
         parts = self._own_microbatches(batch)
         with in_mode(self.model, training=True), torch.enable_grad():
             stages = self._cache.stages_for(parts[0].inputs)
@@ -256,7 +260,7 @@ class DistributedExecutable:
             with kept_aside(state.own_parameters(self.model, ownership)):
                 own_loss = pipeline.run(parts, keys, loss_scaling)
                 self._watch.doing.what = "summing gradients"
-                sum_over_ranks(self.model, ownership, self.groups)
+                sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
 
     def _own_microbatches(self, batch: Mapping[str, Any]) -> list[Microbatch]:
@@ -276,12 +280,21 @@ class DistributedExecutable:
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
         if self._ownership is None:
-            self._ownership = find_ownership(stages, self.groups.layout)
+            self._ownership = self._find_ownership(stages)
             sets = {positions for positions in self._ownership.holders.values()}
             self.groups.make_holders(sorted(s for s in sets if len(s) > 1))
             if self._own is not None:
                 self._own.keep(self._ownership)
         return self._ownership
+
+    def _find_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
+        layout = self.groups.layout
+        found = find_ownership(stages, layout)
+        shard = self.options.replicated_tensor_sharding and layout.num_replicas > 1
+        if not shard or self._own is None:
+            return found
+        parameters = list(self.model.parameters())
+        return sharded(found, parameters, layout.num_replicas, self._own.trains)
 
     def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
         if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs

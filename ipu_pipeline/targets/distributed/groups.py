@@ -100,10 +100,27 @@ class Groups:
         """Sum ``tensor`` over the replicas, in place."""
         self.waiter.run(lambda: dist.all_reduce(tensor, group=self.replicas))
 
-    def any_true(self, flags: Sequence[bool]) -> list[bool]:
-        """Return for every flag whether it is set on any process."""
+    def start_reduce(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to sum ``tensor`` over the replicas, for one of them; spoils it on the others."""
+        work = dist.reduce(tensor, group=self.replicas, group_dst=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def start_broadcast(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to overwrite ``tensor`` with what it is in one of the replicas."""
+        work = dist.broadcast(tensor, group=self.replicas, group_src=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def from_holder(self, tensor: Tensor, positions: tuple[int, ...], position: int) -> None:
+        """Overwrite ``tensor`` with what it is at one of the positions that share parameters."""
+        group, source = self.holders(positions), positions.index(position)
+        self.waiter.run(lambda: dist.broadcast(tensor, group=group, group_src=source))
+
+    def any_true(self, flags: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+        """Return for every flag whether it is set on any process of a group."""
         own = torch.tensor(flags, dtype=torch.uint8, device=self.device)
-        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX))
+        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group))
         return [bool(flag) for flag in own.tolist()]
 
     def from_position(self, tensor: Tensor, position: int) -> None:

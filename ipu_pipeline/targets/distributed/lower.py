@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +23,8 @@ from ipu_pipeline.targets.distributed.schedules import torch_schedule
 from ipu_pipeline.targets.local.lower import check_model
 from ipu_pipeline.targets.recompute import recomputed_blocks
 from ipu_pipeline.targets.serialize import check_blocks
+
+logger = logging.getLogger(__name__)
 
 
 def lower(
@@ -86,6 +90,11 @@ def _lower(
         problem = str(error)
     agree(description(model, plan, optimizer, options), problem)
     layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
+    if options.replicated_tensor_sharding and plan.replicas == 1:
+        logger.warning(
+            "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps the "
+            "optimizer state of all its parameters"
+        )
     groups = Groups(layout, device)
     doing = Doing()
     name = f"ipu_pipeline/{_number()}"

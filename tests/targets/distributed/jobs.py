@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.adamw import AdamW
 from ipu_pipeline.targets.distributed import executable, faults  # noqa: F401 - preloaded
 from ipu_pipeline.targets.distributed.executable import DistributedExecutable
 from tests.tiny_models import TINY
@@ -22,10 +23,17 @@ torch.set_num_threads(1)
 
 
 def built(
-    name: str, *, num_stages: int, replicas: int = 1, dropout: bool = False, **planned: Any
+    name: str,
+    *,
+    num_stages: int,
+    replicas: int = 1,
+    dropout: bool = False,
+    dtype: torch.dtype | None = None,
+    **planned: Any,
 ) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
     """Return a model, its plan, and a batch for all replicas."""
     model, example = TINY[name].build(dropout=dropout)
+    model.to(dtype)
     planned = {"microbatches": MICROBATCHES, **planned}
     size = 2 * planned["microbatches"] * replicas
     _, batch = TINY[name].build(batch_size=size, seed=3)
@@ -39,14 +47,23 @@ def compiled(
     target: str = "distributed",
     planned: dict[str, Any],
     learning_rate: float | None = 1e-3,
+    optimizer_class: Any = torch.optim.AdamW,
+    num_trained: int | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
     model, plan, batch = built(name, **planned)
-    optimizer = (
-        None if learning_rate is None else torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    )
+    optimizer = None
+    if learning_rate is not None:
+        optimizer = optimizer_class(list(model.parameters())[:num_trained], lr=learning_rate)
     made = ipp.compile(model, plan, target=target, optimizer=optimizer, self_check=False, **options)
     return made, batch
+
+
+class StochasticAdamW(AdamW):
+    """Ours, over parameters in an order in which the tied table has several positions."""
+
+    def __init__(self, parameters: list[Any], lr: float) -> None:
+        super().__init__(parameters[::-1], lr=lr, stochastic_rounding=True, seed=3)
 
 
 def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -87,7 +104,27 @@ def curve(name: str, planned: dict[str, Any], steps: int, **options: Any) -> dic
             "own": own,
             "state": {n: digest(t) for n, t in made.state_dict().items()},
             "sum": sum(t.double().sum().item() for t in made.state_dict().values()),
+            "moments": num_moments(made),
         }
+
+
+def num_moments(made: Any) -> int:
+    """Count the elements of the optimizer state that this process keeps, step counters aside."""
+    states = made.optimizer.state.values()
+    return sum(v.numel() for s in states for v in s.values() if isinstance(v, Tensor) and v.ndim)
+
+
+def two_sums(name: str, planned: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Add the gradients of a step to those of a call before it, and update once."""
+    made, batch = compiled(name, planned=planned, **options)
+    with made:
+        made.train_step(batch)
+        made.forward_backward(batch)
+        held = {n: digest(p.grad) for n, p in made.model.named_parameters() if p.grad is not None}
+        made.train_step(batch)
+        left = [n for n, p in made.model.named_parameters() if p.grad is not None]
+        state = {n: digest(t) for n, t in made.state_dict().items()}
+    return {"gradients": held, "left": left, "state": state}
 
 
 def held(made: DistributedExecutable, parameter: nn.Parameter) -> bool:
@@ -96,7 +133,8 @@ def held(made: DistributedExecutable, parameter: nn.Parameter) -> bool:
 
 
 def digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+    whole = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(whole.numpy().tobytes()).hexdigest()
 
 
 def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any) -> dict[str, Any]:
