@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -44,7 +45,12 @@ class Processes:
             self.processes.append(process)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Return what the job returned on every rank."""
+        """Return what the job returned on every rank.
+
+        Args:
+            job: A function of ``jobs.py``, or ``file.function`` of another file in this folder.
+            **arguments: Of the function.
+        """
         answers = self.answers(job, **arguments)
         failed = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
@@ -75,8 +81,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
     import torch
     import torch.distributed as dist
 
-    from tests.targets.distributed import jobs
-
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -92,7 +96,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, getattr(jobs, job)(**arguments)))
+            file, _, function = job.rpartition(".")
+            jobs = importlib.import_module(f"tests.targets.distributed.{file or 'jobs'}")
+            pipe.send((True, getattr(jobs, function)(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))
