@@ -18,6 +18,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.targets.checkpoint import Attach
 from ipu_pipeline.targets.distributed import state
+from ipu_pipeline.targets.distributed.batches import Pipelines, captured
 from ipu_pipeline.targets.distributed.evaluate import evaluate
 from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.gradients import kept_aside, sum_over_ranks, update
@@ -25,10 +26,10 @@ from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.module import StepInputs
 from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.ownership import Ownership, OwnParameters, find_ownership
-from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
+from ipu_pipeline.targets.distributed.same_batch import SameBatch
 from ipu_pipeline.targets.distributed.saving import Saver
 from ipu_pipeline.targets.distributed.sharding import sharded
-from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.local.batch import batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.stage import Stage
 from ipu_pipeline.targets.mode import in_mode
@@ -49,8 +50,8 @@ class DistributedExecutable:
         owns_processes: Whether to leave the default process group with the executable.
     """
 
-    # Buffers between stages have one shape; a batch that does not fill them is refused.
-    batch_divisor: int | None = None
+    # A short microbatch is a run of its own and weighs less.
+    batch_divisor: int | None = 1
 
     def __init__(
         self,
@@ -75,14 +76,16 @@ class DistributedExecutable:
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._saver = Saver(model, self._own, groups, notes)
         self._ownership: Ownership | None = None
+        self._pipelines = Pipelines(options.schedule or plan.schedule, groups, watch.doing)
         self._cache = StageCache(
             model,
             plan,
             options.precision,
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
+            on_drop=self._pipelines.drop,
         )
-        self._pipelines: dict[int, TrainingPipeline] = {}
+        self._same_batch = SameBatch(groups)
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -91,7 +94,7 @@ class DistributedExecutable:
         """Run one optimizer step; every process passes the same whole batch.
 
         Args:
-            batch: Tensors with axis 0 = micro batch x microbatches x replicas.
+            batch: Tensors with axis 0 = micro batch x microbatches x replicas, or less.
 
         Returns:
             The same on every process: mean loss, norm over all stages, whether it was skipped.
@@ -127,6 +130,7 @@ class DistributedExecutable:
             StageError: This process or another one failed.
         """
         with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
+            self._same_batch.check("evaluation", self.global_step, batch)
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             options = self.options
@@ -247,35 +251,22 @@ class DistributedExecutable:
     def _accumulate(
         self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
     ) -> tuple[float, Ownership]:
-        parts = self._own_microbatches(batch)
+        plan = self.plan
+        self._same_batch.check("training", self.global_step, batch)
+        parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad():
-            stages = self._cache.stages_for(parts[0].inputs)
-            ownership = self._settle_ownership(stages)
-            pipeline = self._pipeline(stages)
+            stages = captured(parts, self._cache)
+            ownership = self._settle_ownership(stages[parts[0].num_samples])
             keys = {
                 "seed": self.options.seed,
                 "global_step": self.global_step,
                 "precision": self.options.precision,
             }
             with kept_aside(state.own_parameters(self.model, ownership)):
-                own_loss = pipeline.run(parts, keys, loss_scaling)
+                own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
                 self._watch.doing.what = "summing gradients"
                 sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
-
-    def _own_microbatches(self, batch: Mapping[str, Any]) -> list[Microbatch]:
-        """Return this replica's part of the batch."""
-        per_replica = self.plan.num_microbatches
-        wanted = per_replica * self.plan.replicas
-        size = batch_size(batch)
-        if size % wanted:
-            raise LoweringError(
-                f"a batch of {size} samples does not divide into {per_replica} microbatches x "
-                f"{self.plan.replicas} replicas of one size; use a multiple of {wanted} (drop the "
-                "last short batch)"
-            )
-        first = self.groups.layout.replica * per_replica
-        return split_batch(batch, wanted, size // wanted)[first : first + per_replica]
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
@@ -295,15 +286,3 @@ class DistributedExecutable:
             return found
         parameters = list(self.model.parameters())
         return sharded(found, parameters, layout.num_replicas, self._own.trains)
-
-    def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
-        if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs
-            self._pipelines[id(stages)] = TrainingPipeline(
-                stages,
-                layout=self.groups.layout,
-                schedule=self.options.schedule or self.plan.schedule,
-                num_microbatches=self.plan.num_microbatches,
-                groups=self.groups,
-                doing=self._watch.doing,
-            )
-        return self._pipelines[id(stages)]
