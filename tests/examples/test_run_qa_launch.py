@@ -35,6 +35,7 @@ def log_history(folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_processes_train_and_write_what_one_does(script, options, tmp_path):
     one = options(do_train=True, do_eval=True, num_stages=2, output_dir=tmp_path / "one", **STEPS)
     script.run(one)
@@ -46,7 +47,7 @@ def test_two_processes_train_and_write_what_one_does(script, options, tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after training: F1") == 1

@@ -133,6 +133,7 @@ time.sleep(100)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_signals_are_passed_on(tmp_path: Path, plan_file: Path) -> None:
     script, told = tmp_path / "script.py", tmp_path / "told"
     script.write_text(WAITS)
@@ -147,7 +148,7 @@ def test_signals_are_passed_on(tmp_path: Path, plan_file: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=60)
+    _, messages = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM
     assert {"0", "1"} < {path.name for path in told.iterdir()}
     assert "error: stopped by SIGTERM" in messages
@@ -170,6 +171,7 @@ with ipp.compile(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TRAINS)
@@ -178,7 +180,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> Non
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.splitlines() == [
