@@ -1,6 +1,8 @@
 """The command line of run_qa.py: one field per option, under transformers' own spelling.
 
-A field ``max_seq_length`` is the option ``--max_seq_length``; its text is the option's help.
+A field ``max_seq_length`` is the option ``--max_seq_length``; its text is the option's help. A
+second text names an environment variable that the default is taken from; ``ipu-pipeline launch``
+sets it.
 """
 
 from __future__ import annotations
@@ -62,14 +64,20 @@ class Options:
     overwrite_output_dir: Annotated[bool, "Train into a folder that is not empty."] = False
     disable_tqdm: Annotated[bool, "No progress bar."] = False
     # ---- where and how it runs
-    target: Annotated[str, "What runs the plan."] = "local"
+    target: Annotated[
+        str, "What runs the plan: local, distributed or poptorch.", "IPU_PIPELINE_TARGET"
+    ] = "local"
     machine: Annotated[
         str | None, "Machine to plan for; default: the pod with --target poptorch, else local."
     ] = None
     num_stages: Annotated[int | None, "Pipeline stages; default: every device."] = None
-    schedule: Annotated[str | None, "1f1b or gpipe; default: the plan's."] = None
+    schedule: Annotated[
+        str | None, "1f1b, gpipe, ...; default: the plan's.", "IPU_PIPELINE_SCHEDULE"
+    ] = None
     costs: Annotated[str, "Prices of the blocks: analytic, or profiled here."] = "analytic"
-    plan: Annotated[Path | None, "Run this plan.json instead of planning."] = None
+    plan: Annotated[Path | None, "Run this plan.json instead of planning.", "IPU_PIPELINE_PLAN"] = (
+        None
+    )
     ipu_config_name: Annotated[
         str | None, "Published name such as Graphcore/bert-base-ipu, or a local ipu_config.json."
     ] = None
@@ -107,14 +115,19 @@ class Options:
                 "evaluating needs --validation_file (SQuAD v1.1 JSON) or --dataset_name",
             ),
             (
+                self.target == "distributed" and self.plan is None,
+                "--target distributed runs in processes that share one plan: give --plan, or start "
+                "with ipu-pipeline launch plan.json -- run_qa.py ...",
+            ),
+            (
                 self.plan is not None and bool(planned),
                 f"--plan {self.plan} already decides what {names} would; leave {names} out",
             ),
         )
 
 
-def described_fields() -> list[tuple[Field[Any], tuple[Any, str]]]:
-    """Return every field of :class:`Options` with its type and its help text."""
+def described_fields() -> list[tuple[Field[Any], tuple[Any, ...]]]:
+    """Return every field of :class:`Options` with type, help text, and its variable if any."""
     hints = get_type_hints(Options, include_extras=True)
     return [(item, get_args(hints[item.name])) for item in fields(Options)]
 
@@ -130,9 +143,11 @@ def as_command(run: Callable[[Options], Any]) -> Callable[..., None]:
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if item.default is MISSING else item.default,
-            annotation=Annotated[kind, typer.Option(f"--{item.name}", help=text)],
+            annotation=Annotated[
+                kind, typer.Option(f"--{item.name}", help=text, envvar=variable or None)
+            ],
         )
-        for item, (kind, text) in described_fields()
+        for item, (kind, text, *variable) in described_fields()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}

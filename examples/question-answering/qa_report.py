@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import typer
 from torch import Tensor
 
 from ipu_pipeline.config import IPUConfig
@@ -15,6 +17,17 @@ from ipu_pipeline.ir.text import block_table, describe_blocks, milliseconds, ren
 
 if TYPE_CHECKING:
     from ipu_pipeline.targets.base import Executable, StepResult
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files: the only one, or the first of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print for the user, once for all processes."""
+    if is_first():
+        typer.echo(text)
 
 
 class TimedExecutable:
@@ -59,24 +72,23 @@ def measured_against_predicted(plan: Plan, timed: TimedExecutable) -> str:
 
     Measured times are medians over the steps of this run, without the first, which also captures
     and warms up. A stage's time is what it computes; the step adds waiting and the optimizer.
+    Where a target does not measure its stages, there is the step alone.
     """
     if not timed.step_s:
         return "no training step was run, so there is nothing to compare with the plan"
     stages = timed.stage_s[1:] or timed.stage_s
     steps = timed.step_s[1:] or timed.step_s
     rows = []
-    for index, stage in enumerate(plan.stages):
+    for index, stage in enumerate(plan.stages if stages else ()):
         predicted_s = (stage.forward_s + stage.backward_s) * plan.num_microbatches
-        measured_s = median(times[index] for times in stages) if stages else None
+        measured_s = median(times[index] for times in stages)
         rows.append(_row(f"{index}: {describe_blocks(stage)}", predicted_s, measured_s))
     rows.append(_row("optimizer step", plan.objective_s, median(steps)))
     table = render_table(("stage", "predicted ms", "measured ms", "measured/predicted"), rows)
     return f"{table}\n{timed.samples_per_s:.1f} samples/s over {len(timed.step_s)} steps"
 
 
-def _row(name: str, predicted_s: float, measured_s: float | None) -> tuple[str, ...]:
-    if measured_s is None:
-        return name, milliseconds(predicted_s), "-", "-"
+def _row(name: str, predicted_s: float, measured_s: float) -> tuple[str, ...]:
     ratio = f"{measured_s / predicted_s:.2f}" if predicted_s > 0 else "-"
     return name, milliseconds(predicted_s), milliseconds(measured_s), ratio
 

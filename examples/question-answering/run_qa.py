@@ -17,7 +17,14 @@ import typer
 from demo_model import load_model_and_tokenizer
 from qa_data import load_windows
 from qa_options import Options, as_command
-from qa_report import TimedExecutable, describe, local_note, measured_against_predicted
+from qa_report import (
+    TimedExecutable,
+    describe,
+    is_first,
+    local_note,
+    measured_against_predicted,
+    say,
+)
 
 import ipu_pipeline as ipp
 from ipu_pipeline.config import IPUConfig, find_config
@@ -42,16 +49,18 @@ from ipu_pipeline.training import (
 def run(options: Options) -> None:
     """Fine-tune and evaluate a question-answering model that is split over pipeline stages."""
     from transformers import set_seed
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading and saving files
+    if not is_first():
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # the first process says the same
     check_output_dir(options)
     set_seed(options.seed)  # the new head's weights
     model, tokenizer = load_model_and_tokenizer(options.model_name_or_path)
     train_windows, validation_windows = load_windows(options, tokenizer)
 
     plan = make_plan(options, model, train_windows or validation_windows)
-    typer.echo(describe(plan))
+    say(describe(plan))
     arguments = training_arguments(options, plan)
     executable = ipp.compile(
         model,
@@ -61,22 +70,24 @@ def run(options: Options) -> None:
         **asdict(arguments.execution_options(schedule=options.schedule)),
     )
     timed = TimedExecutable(executable)
-    folder = options.output_dir
     try:
         if options.eval_before_training:
             scores = evaluate(options, executable, validation_windows, arguments)
-            typer.echo(f"before training: {in_words(scores)}")
-            save_results(folder, "before", {f"before_{name}": scores[name] for name in scores})
+            say(f"before training: {in_words(scores)}")
+            write_results(options, "before", {f"before_{name}": scores[name] for name in scores})
         if train_windows is not None:
             train(cast(Executable, timed), train_windows, arguments, tokenizer=tokenizer)
-            typer.echo(measured_against_predicted(plan, timed))
-            model.save_pretrained(folder, state_dict=executable.state_dict())
-            tokenizer.save_pretrained(folder)
+            say(measured_against_predicted(plan, timed))
+            weights = executable.state_dict()  # of all processes, so all of them ask
+            if is_first():
+                model.save_pretrained(options.output_dir, state_dict=weights)
+                tokenizer.save_pretrained(options.output_dir)
         if options.do_eval:
             scores = evaluate(options, executable, validation_windows, arguments)
-            typer.echo(f"{'after training' if options.do_train else 'result'}: {in_words(scores)}")
-            save_results(folder, "eval", scores)
-        plan.save(folder / "plan.json")
+            say(f"{'after training' if options.do_train else 'result'}: {in_words(scores)}")
+            write_results(options, "eval", scores)
+        if is_first():
+            plan.save(options.output_dir / "plan.json")
     finally:
         executable.close()
 
@@ -105,7 +116,7 @@ def make_plan(options: Options, model: Any, windows: QuestionAnsweringDataset | 
     if config is not None and options.target == "local":
         replicas = 1
         if note := local_note(config):
-            typer.echo(note)
+            say(note)
     pod = options.pod_type if options.target == "poptorch" else None
     size = options.per_device_eval_batch_size
     if options.do_train:
@@ -164,12 +175,19 @@ def evaluate(
     )
     best = {identifier: candidates[0].text for identifier, candidates in answers.items()}
     scores = score_predictions(windows.examples, best)
-    write_predictions(options.output_dir, answers)
+    if is_first():
+        write_predictions(options.output_dir, answers)
     return output.metrics | {
         "eval_f1": scores.f1,
         "eval_exact_match": scores.exact_match,
         "eval_samples": scores.total,
     }
+
+
+def write_results(options: Options, split: str, scores: dict[str, Any]) -> None:
+    """Write scores to the result files, if this is the process that writes."""
+    if is_first():
+        save_results(options.output_dir, split, scores)
 
 
 def in_words(scores: dict[str, Any]) -> str:

@@ -77,9 +77,32 @@ def test_every_field_is_an_option_with_help(module, call):
     assert result.exit_code == 0
     shown = " ".join(result.output.split())
     assert len(fields(module.Options)) > 40
-    for item, (_, text) in module.described_fields():
+    for item, (_, text, *_) in module.described_fields():
         assert f"--{item.name} " in shown
         assert text.split()[0] in shown
+
+
+def test_launch_tells_plan_target_and_schedule(call, monkeypatch):
+    told = {"PLAN": "p.json", "TARGET": "distributed", "SCHEDULE": "gpipe"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"IPU_PIPELINE_{name}", value)
+    given = (
+        "--model_name_or_path",
+        "m",
+        "--output_dir",
+        "o",
+        "--do_eval",
+        "--validation_file",
+        "v",
+    )
+    _, options = call(*given)
+    assert (options.plan, options.target, options.schedule) == (
+        Path("p.json"),
+        "distributed",
+        "gpipe",
+    )
+    _, options = call(*given, "--target", "local", "--plan", "own.json")
+    assert (options.plan, options.target) == (Path("own.json"), "local")
 
 
 def test_an_unknown_option_is_refused(call):
@@ -98,6 +121,11 @@ CONTRADICTIONS = {
     },
     r"--do_train needs --train_file \(SQuAD v1.1 JSON\) or --dataset_name": {"do_train": True},
     r"evaluating needs --validation_file \(SQuAD": {"do_eval": True},
+    "--target distributed runs in processes that share one plan: give --plan, or start": {
+        "do_eval": True,
+        "validation_file": Path("v"),
+        "target": "distributed",
+    },
     "--plan p.json already decides what --machine and --num_stages would": {
         "do_eval": True,
         "validation_file": Path("v"),

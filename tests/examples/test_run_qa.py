@@ -156,6 +156,31 @@ def test_measurements_leave_out_the_first_step(example):
     assert shown.endswith("3.0 samples/s over 3 steps")
 
 
+def test_without_times_of_stages_there_is_the_step_alone(example):
+    report = example("qa_report")
+    timed = report.TimedExecutable(None)
+    timed.step_s, timed.num_samples = [9, 0.5, 0.5], 30
+    *_, step, summary = report.measured_against_predicted(make_plan(), timed).splitlines()
+    assert step.split() == ["optimizer", "step", "100.00", "500.00", "5.00"]
+    assert summary == "3.0 samples/s over 3 steps"
+    assert "0:" not in report.measured_against_predicted(make_plan(), timed)
+
+
+def test_only_the_first_process_prints_and_writes(script, options, eager, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    made = options(do_train=True, do_eval=True, eval_before_training=True, num_stages=2)
+    script.run(made)
+    assert "F1" not in capsys.readouterr().out
+    # The stand-in for the target does not know of other processes, so the loop writes its files.
+    written = {path.name for path in made.output_dir.iterdir()}
+    assert written <= {
+        "train_results.json",
+        "all_results.json",
+        "trainer_state.json",
+        "checkpoint-3",
+    }
+
+
 MISTAKES = [
     (["--do_train"], r"error: --do_train needs --train_file \(SQuAD v1.1 JSON\)"),
     (["--do_eval", "--validation_file", "none.json"], r"error: none\.json does not exist"),

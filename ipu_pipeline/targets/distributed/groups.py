@@ -33,7 +33,8 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
         raise LoweringError(
             f"the distributed target runs in processes that torchrun starts, but "
             f"{', '.join(missing)} is not set; start the script with "
-            "'torchrun --nproc-per-node N script.py'"
+            "'torchrun --nproc-per-node N script.py', or with "
+            "'ipu-pipeline launch plan.json -- script.py'"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
