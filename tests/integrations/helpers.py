@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ipu_pipeline.integrations.transformers import PipelineTrainer
+
 SCRIPTS = Path(__file__).parent / "scripts"
 THEIRS = "from transformers import Trainer\n"
 OURS = "from ipu_pipeline.integrations.transformers import PipelineTrainer as Trainer\n"
+TWO_STAGES = "from tests.integrations.helpers import TwoStages as Trainer\n"
 QUIET = {
     "disable_tqdm": True,
     "report_to": "none",
@@ -25,25 +29,29 @@ QUIET = {
 }
 
 
-def load_script(name: str, *, ours: bool) -> ModuleType:
-    """Return the script as a module, with our class in place of transformers' if asked for."""
+class TwoStages(PipelineTrainer):
+    """What a user writes as ``num_stages=2``: the tiny models are fastest in one stage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"num_stages": 2} | kwargs)
+
+
+def load_script(name: str, line: str = THEIRS) -> ModuleType:
+    """Return the script as a module, with ``line`` in place of its import of the trainer."""
     source = (SCRIPTS / f"{name}.py").read_text()
     assert source.count(THEIRS) == 1
-    module = ModuleType(f"{name}_{'ours' if ours else 'theirs'}")
-    import sys
-
+    module = ModuleType(f"script_{name}")
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source.replace(THEIRS, OURS) if ours else source, name, "exec"), module.__dict__)
+    exec(compile(source.replace(THEIRS, line), name, "exec"), module.__dict__)
     return module
 
 
-def run_script(name: str, output_dir: Path, *, ours: bool, **options: Any) -> Any:
+def run_script(name: str, output_dir: Path, line: str = THEIRS, **options: Any) -> Any:
     """Run the script's ``main`` with these command line options; return its trainer."""
-    merged = {**QUIET, **options}
     argv = ["--output_dir", str(output_dir)]
-    for option, value in merged.items():
+    for option, value in {**QUIET, **options}.items():
         argv += [f"--{option}", str(value)]
-    return load_script(name, ours=ours).main(argv)
+    return load_script(name, line).main(argv)
 
 
 def losses(trainer: Any, name: str = "loss") -> list[float]:
