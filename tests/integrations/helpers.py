@@ -10,7 +10,7 @@ from typing import Any
 from ipu_pipeline.integrations.transformers import PipelineTrainer
 
 SCRIPTS = Path(__file__).parent / "scripts"
-THEIRS = "from transformers import Trainer\n"
+THEIRS = "from transformers import Trainer  # isort: skip\n"
 OURS = "from ipu_pipeline.integrations.transformers import PipelineTrainer as Trainer\n"
 TWO_STAGES = "from tests.integrations.helpers import TwoStages as Trainer\n"
 QUIET = {

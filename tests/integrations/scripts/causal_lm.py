@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, HfArgumentParser
-from transformers import Trainer
+
+from transformers import Trainer  # isort: skip
 from transformers import TrainingArguments, set_seed
 
 PAD, SEPARATOR, VOCAB, LENGTH = 0, 1, 20, 20

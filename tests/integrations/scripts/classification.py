@@ -18,7 +18,8 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
-from transformers import Trainer
+
+from transformers import Trainer  # isort: skip
 from transformers import TrainingArguments, set_seed
 
 WORDS = [f"w{index}" for index in range(30)]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction, HfArgumentParser
-from transformers import Trainer
+
+from transformers import Trainer  # isort: skip
 from transformers import TrainingArguments, set_seed
 
 OPEN, CLOSE, VOCAB, LENGTH = 5, 6, 40, 24
