@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
 T = TypeVar("T")
@@ -70,6 +71,8 @@ class ExecutionOptions:
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
             optimizer off chip, ...); the ``poptorch`` target needs it where the plan was made with
             one, the ``local`` target refuses it.
+        training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
+            plan may have been made without labels.
     """
 
     precision: str = "float32"
@@ -83,6 +86,7 @@ class ExecutionOptions:
     stall_timeout_s: float = 600.0
     self_check: bool = True
     ipu_config: IPUConfig | None = None
+    training: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):
@@ -102,6 +106,18 @@ class ExecutionOptions:
             )
         if self.stall_timeout_s <= 0:
             raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    def require_training(self) -> None:
+        """Refuse a training step of what was compiled for evaluation.
+
+        Raises:
+            LoweringError: ``training`` is off.
+        """
+        if not self.training:
+            raise LoweringError(
+                "the model was compiled with training=False, for eval_step only; compile it again "
+                "without that, from a plan that was made with labels"
+            )
 
 
 @runtime_checkable

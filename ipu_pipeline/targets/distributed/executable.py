@@ -103,6 +103,7 @@ class DistributedExecutable:
             LoweringError: There is no optimizer, or the batch cannot be shared out.
             StageError: This process or another one failed.
         """
+        self.options.require_training()
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         with self._running("a training step"):
@@ -120,6 +121,7 @@ class DistributedExecutable:
         Raises:
             StageError: This process or another one failed; gradients are then incomplete.
         """
+        self.options.require_training()
         with self._running("a forward and backward pass"):
             return self._accumulate(batch, 1.0, for_update=False)[0]
 

@@ -21,7 +21,7 @@ from ipu_pipeline.targets.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.local.batch import Microbatch, batch_size, cut_batches, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.targets.local.step import Step
@@ -82,9 +82,10 @@ class LocalExecutable:
             LoweringError: There is no optimizer, or the batch cannot be cut.
             StageError: A stage failed; no weight was changed.
         """
+        self.options.require_training()
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
-        loss, stage_s = self._accumulate(batch, self.options.loss_scaling)
+        step = self._accumulate(self._split(batch), self.options.loss_scaling)
         update = apply_update(
             self.optimizer,
             self.model.parameters(),
@@ -92,7 +93,13 @@ class LocalExecutable:
             max_grad_norm=self.options.max_grad_norm,
         )
         self.global_step += 1
-        return StepResult(loss, update.grad_norm, update.skipped, batch_size(batch), stage_s)
+        return StepResult(
+            _mean_loss(step.microbatches, step.results),
+            update.grad_norm,
+            update.skipped,
+            batch_size(batch),
+            tuple(step.busy_s),
+        )
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add unscaled gradients to ``.grad`` of the model's parameters.
@@ -100,7 +107,27 @@ class LocalExecutable:
         Raises:
             StageError: A stage failed; gradients are then incomplete.
         """
-        return self._accumulate(batch, 1.0)[0]
+        step = self._accumulate(self._split(batch), 1.0)
+        return _mean_loss(step.microbatches, step.results)
+
+    def forward_backward_parts(
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
+    ) -> list[float]:
+        """Run microbatches that the caller has cut, each of its own shape.
+
+        Args:
+            parts: One batch per microbatch, at least one.
+            weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``.
+
+        Returns:
+            The loss of every microbatch, not weighted.
+
+        Raises:
+            LoweringError: There is no microbatch, or not one weight for each.
+            StageError: A stage failed; gradients are then incomplete.
+        """
+        step = self._accumulate(cut_batches(parts, weights), 1.0)
+        return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients, pipelined.
@@ -109,12 +136,18 @@ class LocalExecutable:
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        with in_mode(self.model, training=False), torch.no_grad():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            schedule = forward_only(self.plan.num_stages, len(microbatches))
-            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
-            self._run(step)
-        return _join(microbatches, step.results)
+        return _join(microbatches, self._evaluate(microbatches))
+
+    def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+        """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
+
+        Raises:
+            LoweringError: There is no batch.
+            StageError: A stage failed.
+        """
+        microbatches = cut_batches(parts, [1.0] * len(parts))
+        found = zip(microbatches, self._evaluate(microbatches), strict=True)
+        return [_join([part], [results]) for part, results in found]
 
     # ---- state --------------------------------------------------------------------------
 
@@ -190,11 +223,22 @@ class LocalExecutable:
 
     # ---- running ------------------------------------------------------------------------
 
-    def _accumulate(
-        self, batch: Mapping[str, Any], loss_scaling: float
-    ) -> tuple[float, tuple[float, ...]]:
+    def _split(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+        return split_batch(batch, self.plan.num_microbatches, self.plan.micro_batch_size)
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
+        """Return what each microbatch computed, by name."""
+        with in_mode(self.model, training=False), torch.no_grad():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            schedule = forward_only(self.plan.num_stages, len(microbatches))
+            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
+            self._run(step)
+        return step.results
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
+        """Run a training step up to the gradients; return it with its results and times."""
+        self.options.require_training()
         plan = self.plan
-        microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             name = self.options.schedule or plan.schedule
@@ -206,7 +250,7 @@ class LocalExecutable:
             )
             self._run(step)
             step.add_shared_gradients()
-        return _mean_loss(microbatches, step.results), tuple(step.busy_s)
+        return step
 
     def _run(self, step: Step) -> None:
         if self._closed or self._broken is not None:
