@@ -91,7 +91,10 @@ class _NotedStage(PipelineStage):
         return [self._waiter.guarded(op) for op in super().get_fwd_send_ops(fwd_chunk_id)]
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return [self._waiter.guarded(op) for op in super().get_bwd_send_ops(bwd_chunk_id)]
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        for operation in operations:  # a split backward pass gives gradients of any layout
+            operation.tensor = operation.tensor.contiguous()
+        return [self._waiter.guarded(operation) for operation in operations]
 
     def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> Tensor:
         vote = super()._warmup_forward_vote

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 
 
 def free_port() -> int:
@@ -25,10 +25,12 @@ def free_port() -> int:
 class Processes:
     """``world_size`` gloo processes with one thread each.
 
-    They are forked from a server that has imported everything once.
+    They are forked from a server that has imported everything once. An answer may take
+    ``answer_s`` seconds.
     """
 
-    def __init__(self, world_size: int, *, joined: bool = True) -> None:
+    def __init__(self, world_size: int, *, joined: bool = True, answer_s: float = ANSWER_S) -> None:
+        self.answer_s = answer_s
         os.environ["PYTHONPATH"] = str(ROOT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.targets.distributed.jobs"])
@@ -64,7 +66,7 @@ class Processes:
         found = []
         for pipe in self.pipes:
             try:
-                assert pipe.poll(ANSWER_S), "a rank does not answer"
+                assert pipe.poll(self.answer_s), "a rank does not answer"
                 found.append(pipe.recv())
             except EOFError:
                 found.append((False, "died"))
