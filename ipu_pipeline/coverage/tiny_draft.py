@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS, LENGTH = 2, 16
+ROWS, LENGTH, REGIONS = 2, 16, 6
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipu_pipeline.coverage.tiny_draft import ROWS, Draft
+from ipu_pipeline.coverage.tiny_draft import REGIONS, ROWS, Draft
 from ipu_pipeline.coverage.tiny_text import FIRST_ORDINARY, LAST_ORDINARY
 
 IGNORED = -100
@@ -82,6 +82,9 @@ def _sentence(draft: Draft) -> Labels:
 
 def _pretraining(draft: Draft) -> Labels:
     found = _tokens(draft) if "input_ids" in draft.batch else {}
+    if "visual_embeds" in draft.batch:  # one label for each of them, too
+        ids = found["labels"]
+        found["labels"] = torch.cat([ids, torch.full((ROWS, REGIONS), IGNORED)], dim=1)
     if "Electra" in type(draft.model).__name__:
         found = {"labels": draft.integers(0, 2, *draft.batch["input_ids"].shape)}
     for name in ("next_sentence_label", "sentence_order_label", "matched_label", "ans"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipu_pipeline.coverage.tiny_draft import ROWS, Draft
+from ipu_pipeline.coverage.tiny_draft import REGIONS, ROWS, Draft
 from ipu_pipeline.coverage.tiny_rules import IMAGE, PATCH
 
 Media = dict[str, Any]
@@ -159,7 +159,7 @@ def _wave(draft: Draft) -> Media | None:
     if not draft.accepts("input_values"):
         return None
     stride = prod(draft.value("conv_stride", default=(160,)))
-    return {"input_values": draft.normal(ROWS, stride * 16)}
+    return {"input_values": draft.normal(ROWS, stride * 24)}
 
 
 def _channel_wave(draft: Draft) -> Media | None:
@@ -224,13 +224,13 @@ def _flat_series(draft: Draft) -> Media | None:
 def _regions(draft: Draft) -> Media | None:
     """Features (B, N, dim) and boxes (B, N, 4) of regions of an image."""
     if draft.accepts("visual_embeds"):
-        features = draft.normal(ROWS, 6, draft.config.visual_embedding_dim)
-        return {"visual_embeds": features, "visual_attention_mask": torch.ones(ROWS, 6)}
+        features = draft.normal(ROWS, REGIONS, draft.config.visual_embedding_dim)
+        return {"visual_embeds": features, "visual_attention_mask": torch.ones(ROWS, REGIONS)}
     if not draft.accepts("visual_feats"):
         return None
     return {
-        "visual_feats": draft.normal(ROWS, 6, draft.config.visual_feat_dim),
-        "visual_pos": draft.uniform(ROWS, 6, draft.config.visual_pos_dim),
+        "visual_feats": draft.normal(ROWS, REGIONS, draft.config.visual_feat_dim),
+        "visual_pos": draft.uniform(ROWS, REGIONS, draft.config.visual_pos_dim),
     }
 
 

@@ -37,7 +37,7 @@ INTEGERS: tuple[tuple[str, int], ...] = (
      r"ffn_size|inner_dim|dim_feedforward|feedforward_size|mlp_hidden_size|hidden_ffn)", 2 * WIDTH),
     (r"image_size|.*_image_size|img_size|input_image_size|crop_size", IMAGE),
     (r"patch_size|vision_patch_size|.*_patch_size", PATCH),
-    (r"patch_stride", PATCH),
+    (r"patch_stride|encoder_stride", PATCH),
     (r".*(num_mel_bins|feature_size|n_mels|num_mels|mel_bins|input_feat_per_channel)", 16),
     (r"num_queries|num_query_tokens|query_num|num_latents|.*n_latents|num_object_queries", 6),
     (r"num_feature_levels|.*_n_points", 2),
@@ -85,7 +85,14 @@ FLAGS: tuple[tuple[str, bool], ...] = (
 )
 
 # Values for fields that a class leaves empty and its models then read.
-WHERE_NONE = {"head_dim": 16, "num_key_value_heads": HEADS, "vocab_size": VOCAB}
+WHERE_NONE = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "head_dim": 16,
+    "num_key_value_heads": HEADS,
+    "vocab_size": VOCAB,
+}
 
 
 def _token_ids() -> dict[str, int]:

@@ -16,7 +16,8 @@ FIRST_ORDINARY, LAST_ORDINARY = 10, 90  # below and above are special tokens of 
 
 def text(draft: Draft, length: int = LENGTH) -> dict[str, Any]:
     """Return ids (B, L), their mask, and every other input per token that the model takes."""
-    ids = draft.integers(FIRST_ORDINARY, LAST_ORDINARY, ROWS, length)
+    vocab = draft.text_config.to_dict().get("vocab_size") or LAST_ORDINARY
+    ids = draft.integers(FIRST_ORDINARY, min(LAST_ORDINARY, vocab), ROWS, length)
     mask = torch.ones_like(ids)
     if draft.padded:
         mask[1, -3:] = 0
