@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,9 @@ def check_class(item: ModelClass, say: Say = lambda _: None) -> Record:
     torch.set_num_threads(1)
     facts: dict[str, Any] = {}
     try:
-        result, reason = _check(item, say, facts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models and configs
+            result, reason = _check(item, say, facts)
     except _Finding as finding:
         result, reason = finding.result, finding.reason
     seconds = round(time.perf_counter() - start, 2)

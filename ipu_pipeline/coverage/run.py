@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import resource
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -172,7 +171,6 @@ def _end(job: _Job, time_limit_s: float) -> Record:
 def _child(connection: Connection, item: ModelClass, check: Check | None) -> None:
     """Check one class and send its record; messages before that say what silence would mean."""
     _limit_memory()
-    warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     from ipu_pipeline.coverage.check import check_class
 
