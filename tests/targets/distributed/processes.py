@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,7 @@ class Processes:
             self.processes.append(process)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Return what the job returned on every rank.
-
-        Args:
-            job: A function of ``jobs.py``, or ``file.function`` of another file in this folder.
-            **arguments: Of the function.
-        """
+        """Return what the job returned on every rank."""
         answers = self.answers(job, **arguments)
         failed = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
@@ -77,6 +73,15 @@ class Processes:
             process.kill()
 
 
+def _find(job: str) -> Callable[..., Any]:
+    """Return a function of ``jobs.py``, or ``other_module.function``."""
+    module, _, name = job.rpartition(".")
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"tests.targets.distributed.{module or 'jobs'}"), name
+    )
+    return found
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool) -> None:
     import torch
     import torch.distributed as dist
@@ -96,9 +101,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            file, _, function = job.rpartition(".")
-            jobs = importlib.import_module(f"tests.targets.distributed.{file or 'jobs'}")
-            pipe.send((True, getattr(jobs, function)(**arguments)))
+            pipe.send((True, _find(job)(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))
