@@ -116,8 +116,8 @@ class Pipelines:
         if schedule != self._schedule and not self._said and layout.position == 0:
             self._said = True
             logger.warning(
-                "schedule %s cannot run the %d microbatches of a short batch; such batches run "
-                "with %s, which computes the same",
+                "schedule %s cannot run a number of microbatches that a short batch has (%d); it "
+                "runs with %s then, which computes the same",
                 self._schedule,
                 num_microbatches,
                 schedule,

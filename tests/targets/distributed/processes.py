@@ -48,12 +48,7 @@ class Processes:
             self.processes.append(process)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Return what the job returned on every rank.
-
-        Args:
-            job: A function of ``jobs.py``, or ``file.function`` of another file in this folder.
-            **arguments: Of the function.
-        """
+        """Return what the job returned on every rank."""
         answers = self.answers(job, **arguments)
         failed = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
