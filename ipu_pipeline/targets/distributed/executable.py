@@ -97,8 +97,8 @@ class DistributedExecutable:
         with self._running("a training step"):
             loss, ownership = self._accumulate(batch, self.options.loss_scaling)
             own = state.own_parameters(self.model, ownership)
-            self._watch.doing.what = "the optimizer step"
-            done = update(self.optimizer, own, ownership, self.groups, self.options)
+            with self._watch.doing.during("the optimizer step"):
+                done = update(self.optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
         return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
 
@@ -208,8 +208,8 @@ class DistributedExecutable:
             }
             with kept_aside(state.own_parameters(self.model, ownership)):
                 own_loss = pipeline.run(parts, keys, loss_scaling)
-                self._watch.doing.what = "summing gradients"
-                sum_over_ranks(self.model, ownership, self.groups)
+                with self._watch.doing.during("summing gradients"):
+                    sum_over_ranks(self.model, ownership, self.groups)
         return self.groups.sum_numbers(own_loss), ownership
 
     def _own_microbatches(self, batch: Mapping[str, Any]) -> list[Microbatch]:
@@ -238,6 +238,7 @@ class DistributedExecutable:
 
     def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
         if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs
+            self._watch.doing.prepares = True
             self._pipelines[id(stages)] = TrainingPipeline(
                 stages,
                 layout=self.groups.layout,

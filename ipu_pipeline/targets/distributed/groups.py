@@ -46,14 +46,14 @@ class Groups:
     Args:
         layout: Who stands where.
         device: Where tensors have to be for the backend.
+        waiter: Every wait for another rank goes through it.
 
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
-        waiter: Every wait for another rank goes through it.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
         self.layout = layout
         self.device = device
         mesh = init_device_mesh(
@@ -63,7 +63,7 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.waiter = Waiter()
+        self.waiter = waiter
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:

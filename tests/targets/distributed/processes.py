@@ -29,7 +29,9 @@ class Processes:
     def __init__(self, world_size: int, *, joined: bool = True) -> None:
         os.environ["PYTHONPATH"] = str(ROOT)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.targets.distributed.jobs"])
+        context.set_forkserver_preload(
+            ["tests.targets.distributed.jobs", "tests.targets.distributed.fault_jobs"]
+        )
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
@@ -50,12 +52,20 @@ class Processes:
         assert not failed, "\n".join(failed)
         return [value for _, value in answers]
 
-    def answers(self, job: str, **arguments: Any) -> list[tuple[bool, Any]]:
-        """Return per rank whether the job ended well, and its result or error."""
+    def answers(
+        self, job: str, *, mute: tuple[int, ...] = (), **arguments: Any
+    ) -> list[tuple[bool, Any]]:
+        """Return per rank whether the job ended well, and its result or error.
+
+        Ranks that are ``mute`` cannot answer and are not waited for.
+        """
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found = []
-        for pipe in self.pipes:
+        for rank, pipe in enumerate(self.pipes):
+            if rank in mute:
+                found.append((False, "mute"))
+                continue
             try:
                 assert pipe.poll(ANSWER_S), "a rank does not answer"
                 found.append(pipe.recv())
@@ -75,7 +85,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
     import torch
     import torch.distributed as dist
 
-    from tests.targets.distributed import jobs
+    from tests.targets.distributed import fault_jobs, jobs
 
     os.environ |= {
         "RANK": str(rank),
@@ -92,7 +102,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, getattr(jobs, job)(**arguments)))
+            run = getattr(jobs, job, None) or getattr(fault_jobs, job)
+            pipe.send((True, run(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))
