@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 import ipu_pipeline as ipp
 from ipu_pipeline.targets.distributed import doing, faults
@@ -53,18 +54,21 @@ def failure(how: str, where: str, planned: dict[str, Any], rank: int = 1, **opti
     layer = made.model.bert.encoder.layer[-1 if rank else 0]
     calls = []
 
-    def act(*_: Any) -> None:
+    def act(*_: Any, nth: int = 2) -> None:
         calls.append(made.global_step)
-        if made.global_step == 1 and calls.count(1) == 2 and dist.get_rank() == rank:
+        if made.global_step == 1 and calls.count(1) == nth and dist.get_rank() == rank:
             HOW[how]()
+
+    def watch(value: Tensor) -> None:
+        value.register_hook(act)
 
     if where == "forward":
         layer.register_forward_pre_hook(act)
     elif where == "backward":
         inside = layer.attention
-        inside.register_forward_hook(lambda _, __, out: _first(out).register_hook(act) and None)
+        inside.register_forward_hook(lambda *seen: watch(_first(seen[-1])))
     else:
-        made.optimizer.register_step_pre_hook(lambda *_: (act(), act()) and None)
+        made.optimizer.register_step_pre_hook(lambda *_: act(nth=1))
     try:
         for _ in range(3):
             made.train_step(batch)
