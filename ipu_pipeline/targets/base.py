@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -131,8 +131,28 @@ class Executable(Protocol):
         """Return the unsplit model's own state dict."""
         ...
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+        """
+        ...
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
         ...
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,6 +65,15 @@ def agree(own: Mapping[str, str], problem: str = "") -> None:
         )
 
 
+# The type of a rank's error and its text; what other ranks can raise.
+Problem = tuple[type[Exception], str] | None
+
+
+def problem_of(error: Exception | None) -> Problem:
+    """Return what the other ranks are told."""
+    return None if error is None else (type(error), str(error))
+
+
 def raise_together(groups: Groups, error: Exception | None) -> None:
     """Raise ``error`` here and its like on all ranks, if any rank has one.
 
@@ -73,13 +82,25 @@ def raise_together(groups: Groups, error: Exception | None) -> None:
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    found = groups.everyones(None if error is None else (type(error), str(error)))
+    raise_alike(groups.everyones(problem_of(error)), error)
+
+
+def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
+    """Raise what :func:`raise_together` does.
+
+    Args:
+        found: All ranks' problems.
+        error: This rank's own.
+
+    Raises:
+        Exception: Of the type that the first failing rank has.
+    """
     failed = next((rank for rank, theirs in enumerate(found) if theirs is not None), None)
     if failed is None:
         return
     raised: Any = error
     if raised is None:
-        kind, text = found[failed]
+        kind, text = found[failed] or (StageError, "")
         known = issubclass(kind, PipelineError | OSError)
         raised = (kind if known else StageError)(f"rank {failed}: {text}")
     raised.raised_on_all_ranks = True

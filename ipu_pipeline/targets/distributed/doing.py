@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class Doing:
         waiting: Whether it waits for other ranks.
         since: When it began or last ended a wait, by ``time.monotonic``.
         longest: Seconds of the longest action so far, by ``what``.
+        thread: That runs the methods of the executable.
     """
 
     what: str = OUTSIDE
@@ -43,6 +45,7 @@ class Doing:
     waiting: bool = False
     since: float = field(default_factory=time.monotonic)
     longest: dict[str, float] = field(default_factory=dict)
+    thread: int = field(default_factory=threading.get_ident)
 
     def __str__(self) -> str:
         if self.stage is None:
@@ -55,6 +58,7 @@ class Doing:
 
     def enter(self, what: str, step: int) -> None:
         """Note that a method of the executable begins."""
+        self.thread = threading.get_ident()
         self.step, self.prepares, self.inside = step, False, True
         self._note(what, None, -1)
 
@@ -78,7 +82,13 @@ class Doing:
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """Note that other ranks are waited for; this time is no part of the action."""
+        """Note that other ranks are waited for; this time is no part of the action.
+
+        Threads that wait in the background note nothing.
+        """
+        if threading.get_ident() != self.thread:
+            yield
+            return
         self.since, self.waiting = time.monotonic(), True
         try:
             yield

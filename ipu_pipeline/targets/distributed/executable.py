@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.checkpoint import Attach
 from ipu_pipeline.targets.distributed import state
 from ipu_pipeline.targets.distributed.evaluate import evaluate
 from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.gradients import kept_aside, sum_over_ranks, update
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.module import StepInputs
+from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.ownership import Ownership, OwnParameters, find_ownership
 from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
+from ipu_pipeline.targets.distributed.saving import Saver
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.stage import Stage
@@ -41,6 +44,8 @@ class DistributedExecutable:
         options: How to run.
         groups: The processes.
         watch: Stops all processes when one fails.
+        notes: What processes tell each other while checkpoints are written.
+        owns_processes: Whether to leave the default process group with the executable.
     """
 
     # Buffers between stages have one shape; a batch that does not fill them is refused.
@@ -55,6 +60,7 @@ class DistributedExecutable:
         *,
         groups: Groups,
         watch: Watch,
+        notes: Notes,
         owns_processes: bool,
     ) -> None:
         self.model = model
@@ -66,6 +72,7 @@ class DistributedExecutable:
         self._watch = watch
         self._owns_processes = owns_processes
         self._own = None if optimizer is None else OwnParameters(optimizer)
+        self._saver = Saver(model, self._own, groups, notes)
         self._ownership: Ownership | None = None
         self._cache = StageCache(
             model,
@@ -133,22 +140,44 @@ class DistributedExecutable:
                 state.collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write one checkpoint of the whole model atomically, by the first rank."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write one checkpoint of the whole model atomically; every rank writes what it owns.
+
+        Args:
+            path: The folder; the first rank's counts.
+            extra: JSON data; the first rank's counts.
+            blocking: ``False`` copies everything and writes while training goes on; the next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once, on the first rank, with the folder that becomes the
+                checkpoint, to add files to it.
+        """
         with self._running("saving a checkpoint"):
-            return state.save(
+            return self._saver.save(
                 path,
-                model=self.model,
-                own=self._own,
                 ownership=self._ownership,
-                groups=self.groups,
                 global_step=self.global_step,
                 extra=extra,
+                attach=attach,
+                blocking=blocking,
             )
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        with self._running("waiting for a checkpoint"):
+            self._saver.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         with self._running("loading a checkpoint"):
+            self._saver.wait()
             self.global_step, extra = state.load(
                 path,
                 model=self.model,
@@ -163,6 +192,7 @@ class DistributedExecutable:
         if self._closed:
             return
         self._closed = True
+        error = self._error_of_last_save()
         if self._watch.verdict is None:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.everyones(None)
@@ -175,6 +205,8 @@ class DistributedExecutable:
                 dist.destroy_process_group()
             # Threads of a group that is still referenced at exit abort the process now and then.
             gc.collect()
+        if error is not None:
+            raise error
 
     def __enter__(self) -> DistributedExecutable:
         return self
@@ -183,8 +215,17 @@ class DistributedExecutable:
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
+            self._error_of_last_save()  # logged; the caller's own error goes on
             self._watch.leave_with(error)
         self.close()
+
+    def _error_of_last_save(self) -> Exception | None:
+        """Wait for the last checkpoint; return the error that all ranks have with it."""
+        try:
+            self._saver.wait()
+        except Exception as error:
+            return error if getattr(error, "raised_on_all_ranks", False) else None
+        return None
 
     # ---- running ------------------------------------------------------------------------
 
@@ -238,7 +279,6 @@ class DistributedExecutable:
 
     def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
         if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs
-            self._watch.doing.prepares = True
             self._pipelines[id(stages)] = TrainingPipeline(
                 stages,
                 layout=self.groups.layout,

@@ -68,7 +68,6 @@ class Watch:
         self._warned_of = 0.0
         self._closing = threading.Event()
         self._decided = threading.Event()
-        self._main = threading.get_ident()
         self._bulletin = Bulletin(store, rank, others, self._beat)
         self._unsay = say_when_terminated(self._last_words)
         self._thread = threading.Thread(target=self._serve, name="rank-watch", daemon=True)
@@ -82,7 +81,6 @@ class Watch:
             StageError: This rank or another one failed.
         """
         self._refuse_after_failure()
-        self._main = threading.get_ident()
         self.doing.enter(what, step)
         try:
             yield
@@ -276,7 +274,7 @@ class Watch:
 
     def _place(self) -> str:
         """Return where in the code the thread is that drives the executable."""
-        frame: FrameType | None = sys._current_frames().get(self._main)
+        frame: FrameType | None = sys._current_frames().get(self.doing.thread)
         if frame is None:
             return "at an unknown place"
         code = frame.f_code

@@ -16,6 +16,7 @@ from ipu_pipeline.targets.distributed.executable import DistributedExecutable
 from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.groups import Groups, join_processes
 from ipu_pipeline.targets.distributed.layout import make_layout
+from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.schedules import torch_schedule
 from ipu_pipeline.targets.distributed.waiting import Waiter
 from ipu_pipeline.targets.local.lower import check_model
@@ -81,11 +82,11 @@ def _lower(
     made_here: bool,
 ) -> DistributedExecutable:
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    own_connection = _get_default_store().clone()  # type: ignore[attr-defined]
-    store: Store = PrefixStore(f"ipu_pipeline/{_number()}", own_connection)
+    name = f"ipu_pipeline/{_number()}"
     doing = Doing()
     waiter = Waiter(doing)
-    watch = Watch(store, rank, world_size, doing, stall_timeout_s=options.stall_timeout_s)
+    timeout_s = options.stall_timeout_s
+    watch = Watch(_own_store(name), rank, world_size, doing, stall_timeout_s=timeout_s)
     waiter.failed = lambda: watch.verdict is not None
     try:
         with watch.guarding("comparing what the ranks run", 0):
@@ -94,12 +95,20 @@ def _lower(
             waiter.run(lambda: agree(own, problem))
             layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
             groups = Groups(layout, device, waiter)
+            notes = Notes(_own_store(f"{name}/saves"), rank, world_size, waiter)
     except BaseException:
         watch.close()
         waiter.close()
         raise
     return DistributedExecutable(
-        model, plan, optimizer, options, groups=groups, watch=watch, owns_processes=made_here
+        model,
+        plan,
+        optimizer,
+        options,
+        groups=groups,
+        watch=watch,
+        notes=notes,
+        owns_processes=made_here,
     )
 
 
@@ -118,6 +127,11 @@ def _problem(
     except PipelineError as error:
         return str(error)
     return ""
+
+
+def _own_store(name: str) -> Store:
+    """Return notes under ``name``, through a connection that no other thread waits on."""
+    return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]
 
 
 _made = 0

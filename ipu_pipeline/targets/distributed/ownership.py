@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,3 +77,12 @@ class OwnParameters:
         """Put all parameters back, without state."""
         for group, members in zip(self.optimizer.param_groups, self._all, strict=True):
             group["params"] = list(members)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the groups with all parameters, held here or not."""
+        pairs = zip(self.optimizer.param_groups, self._all, strict=True)
+        return [{**group, "params": list(members)} for group, members in pairs]
+
+    def names_with_state(self, model: nn.Module) -> list[str]:
+        """Return the parameters whose optimizer state is here."""
+        return [name for name, p in model.named_parameters() if self.optimizer.state.get(p)]

@@ -94,6 +94,7 @@ class TrainingPipeline:
         groups: Groups,
         doing: Doing,
     ) -> None:
+        doing.prepares = True
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)

@@ -37,7 +37,7 @@ class Waiter:
 
     def __init__(self, doing: Doing | None = None) -> None:
         self.failed: Callable[[], bool] = lambda: False
-        self._doing = doing or Doing()
+        self.doing = doing or Doing()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -64,7 +64,7 @@ class Waiter:
                 errors.append(error)
             done.set()
 
-        with self._doing.waits():
+        with self.doing.waits():
             self._jobs.put(job)
             while not done.wait(POLL_S):
                 if self.failed():

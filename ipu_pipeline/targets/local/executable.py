@@ -15,7 +15,12 @@ from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
-from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
+from ipu_pipeline.targets.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
@@ -59,6 +64,7 @@ class LocalExecutable:
         )
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
+        self._background = Background()
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -116,18 +122,46 @@ class LocalExecutable:
         """Return the unsplit model's own state dict."""
         return self.model.state_dict()
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, for this checkpoint or for the one before.
+        """
+        self.wait_for_checkpoint()
         return write_checkpoint(
             path,
             model=self.model,
             optimizer=self.optimizer,
             global_step=self.global_step,
             extra=extra,
+            attach=attach,
+            background=None if blocking else self._background,
         )
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written under any split; return its ``extra``."""
+        self.wait_for_checkpoint()
         info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
         self.global_step = info.global_step
         return info.extra
@@ -138,12 +172,17 @@ class LocalExecutable:
         if self._threads is not None:
             self._threads.close()
             self._threads = None
+        self.wait_for_checkpoint()
 
     def __enter__(self) -> LocalExecutable:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # otherwise it was logged, and the caller's own error goes on
+                raise
 
     # ---- running ------------------------------------------------------------------------
 
