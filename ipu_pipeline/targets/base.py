@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from typing_extensions import Self
 
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class Executable(Protocol):
                 its error.
             attach: Called at once with the folder that becomes the checkpoint, to add files.
         """
+        ...
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed; every process of the executable calls this."""
         ...
 
     def wait_for_checkpoint(self) -> None:

@@ -81,6 +81,9 @@ class TrainingArguments:
         save_strategy: ``no``, ``steps`` or ``epoch``.
         save_steps: Save every so many steps; the last step is saved too.
         save_total_limit: Complete checkpoints to keep; ``None`` keeps all.
+        async_save: Write checkpoints while training goes on; costs host memory for a copy of what
+            a process saves. An error is raised at the next save, or at the end. Transformers has
+            no such argument.
         load_best_model_at_end: Go back to the best checkpoint when training ends.
         metric_for_best_model: Metric that decides; ``None`` takes ``loss`` where one is needed.
         greater_is_better: ``None`` derives it: a metric that ends in ``loss`` should fall.
@@ -128,6 +131,7 @@ class TrainingArguments:
     save_strategy: str = "steps"
     save_steps: int = 500
     save_total_limit: int | None = None
+    async_save: bool = False
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None

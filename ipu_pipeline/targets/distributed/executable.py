@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.targets.checkpoint import Attach
 from ipu_pipeline.targets.distributed import state
 from ipu_pipeline.targets.distributed.evaluate import evaluate
@@ -168,6 +168,12 @@ class DistributedExecutable:
                 attach=attach,
                 blocking=blocking,
             )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed, as a copy."""
+        with self._running("agreeing on a value"):
+            first: T = self.groups.everyones(value)[0]
+        return first
 
     def wait_for_checkpoint(self) -> None:
         """Wait until every checkpoint is written."""

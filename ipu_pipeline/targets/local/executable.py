@@ -14,7 +14,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
-from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.targets.checkpoint import (
     Attach,
     Background,
@@ -154,6 +154,10 @@ class LocalExecutable:
             attach=attach,
             background=None if blocking else self._background,
         )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
 
     def wait_for_checkpoint(self) -> None:
         """Wait until every checkpoint is written."""

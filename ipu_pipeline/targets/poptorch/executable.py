@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.targets.base import EvalResult, StepResult
+from ipu_pipeline.targets.base import EvalResult, StepResult, T
 from ipu_pipeline.targets.checkpoint import (
     Attach,
     Background,
@@ -204,6 +204,10 @@ class PopTorchExecutable:
                 attach=attach,
                 background=None if blocking else self._background,
             )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
 
     def wait_for_checkpoint(self) -> None:
         """Wait until every checkpoint is written."""

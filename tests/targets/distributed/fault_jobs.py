@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ipu_pipeline as ipp
-from ipu_pipeline.targets.distributed import doing, faults
+from ipu_pipeline.targets.distributed import bulletin, doing, faults
 from tests.targets.distributed.jobs import compiled
 
 LONG_S = 1000.0
@@ -23,7 +23,7 @@ LONG_S = 1000.0
 
 def lower_limits() -> None:
     faults.SILENT_S, faults.VERDICT_S, faults.REACT_S = 4.0, 8.0, 1.0
-    doing.HANG_S, doing.HANG_FACTOR = 3.0, 1.0
+    doing.HANG_S, doing.HANG_FACTOR = 4.0, 1.0
 
 
 def _raise() -> None:
@@ -36,6 +36,11 @@ def _spin() -> None:
         pass
 
 
+def _stop() -> None:
+    time.sleep(6 * bulletin.BEAT_S)  # so that the others have seen a beat
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 HOW: dict[str, Callable[[], Any]] = {
     "raises": _raise,
     "dies": lambda: os._exit(9),
@@ -43,7 +48,7 @@ HOW: dict[str, Callable[[], Any]] = {
     "spins": _spin,
     # Holds Python's lock, so no other thread of the process runs.
     "freezes": lambda: ctypes.PyDLL(None).sleep(int(LONG_S)),
-    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "is stopped": _stop,
 }
 
 

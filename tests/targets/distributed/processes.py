@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,7 @@ class Processes:
     def __init__(self, world_size: int, *, joined: bool = True) -> None:
         os.environ["PYTHONPATH"] = str(ROOT)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["tests.targets.distributed.jobs", "tests.targets.distributed.fault_jobs"]
-        )
+        context.set_forkserver_preload(["tests.targets.distributed.jobs"])
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
@@ -81,11 +81,18 @@ class Processes:
             process.kill()
 
 
+def _find(job: str) -> Callable[..., Any]:
+    """Return a function of ``jobs.py``, or ``other_module.function``."""
+    module, _, name = job.rpartition(".")
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"tests.targets.distributed.{module or 'jobs'}"), name
+    )
+    return found
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool) -> None:
     import torch
     import torch.distributed as dist
-
-    from tests.targets.distributed import fault_jobs, jobs
 
     os.environ |= {
         "RANK": str(rank),
@@ -102,8 +109,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            run = getattr(jobs, job, None) or getattr(fault_jobs, job)
-            pipe.send((True, run(**arguments)))
+            pipe.send((True, _find(job)(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))

@@ -69,7 +69,7 @@ def fresh() -> Iterator[Processes]:
 
 @pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
 def test_a_rank_that_raises_is_named_by_all(fresh: Processes, where: str) -> None:
-    first, second = fresh.answers("failure", how="raises", where=where, planned=TWO)
+    first, second = fresh.answers("fault_jobs.failure", how="raises", where=where, planned=TWO)
     message = f"StageError: rank 1 failed ({WHERE[where]}): ValueError: the disk is on fire"
     assert first[1].startswith(message)
     assert re.search(r"rank 0 was .*, step \d and stopped", first[1])
@@ -78,7 +78,7 @@ def test_a_rank_that_raises_is_named_by_all(fresh: Processes, where: str) -> Non
 
 
 def test_a_rank_that_dies_is_named_by_the_others(fresh: Processes) -> None:
-    first, second = fresh.answers("failure", how="dies", where="forward", planned=TWO)
+    first, second = fresh.answers("fault_jobs.failure", how="dies", where="forward", planned=TWO)
     message = "StageError: the process of rank 1 has ended; rank 1 was last seen in: "
     assert first[1].startswith(message)
     assert second == (False, "died")
@@ -90,7 +90,7 @@ def test_a_rank_that_dies_is_named_by_the_others(fresh: Processes) -> None:
 def test_a_rank_that_hangs_is_named_by_the_others_and_ends(
     fresh: Processes, how: str, where: str
 ) -> None:
-    first, second = fresh.answers("failure", how=how, where=where, planned=TWO)
+    first, second = fresh.answers("fault_jobs.failure", how=how, where=where, planned=TWO)
     place = r"at .*fault_jobs.py:\d+ "
     message = rf"StallError: rank 1 hangs \({re.escape(WHERE[where])}\) since \d+ s, {place}"
     assert re.match(message, first[1])
@@ -101,14 +101,14 @@ def test_a_rank_that_hangs_is_named_by_the_others_and_ends(
 
 @pytest.mark.parametrize("how", ["freezes", "is stopped"])
 def test_a_process_that_cannot_run_is_named_by_the_others(fresh: Processes, how: str) -> None:
-    first, _ = fresh.answers("failure", mute=(1,), how=how, where="forward", planned=TWO)
+    first, _ = fresh.answers("fault_jobs.failure", mute=(1,), how=how, where="forward", planned=TWO)
     message = "StageError: rank 1 showed no sign of life for 4 s; rank 1 was last seen in: "
     assert first[1].startswith(message)
 
 
 def test_the_process_that_holds_the_store_is_stopped(fresh: Processes) -> None:
     _, second = fresh.answers(
-        "failure", mute=(0,), how="is stopped", where="forward", planned=TWO, rank=0
+        "fault_jobs.failure", mute=(0,), how="is stopped", where="forward", planned=TWO, rank=0
     )
     message = "StageError: the store of the process group did not answer for 4 s: the process "
     assert second[1].startswith(message)
@@ -116,7 +116,7 @@ def test_the_process_that_holds_the_store_is_stopped(fresh: Processes) -> None:
 
 
 def test_waiting_for_the_callers_code_is_said_once(fresh: Processes, tmp_path: Path) -> None:
-    first, second = fresh.answers("absence", planned=TWO, path=str(tmp_path / "flag"))
+    first, second = fresh.answers("fault_jobs.absence", planned=TWO, path=str(tmp_path / "flag"))
     message = r"rank 0 \(.*step 1\) has waited \d+ s for others: rank 1 in the caller's own code"
     assert re.match(message, first[1])
     assert first[1].count("has waited") == 1
@@ -124,7 +124,7 @@ def test_waiting_for_the_callers_code_is_said_once(fresh: Processes, tmp_path: P
 
 
 def test_a_rank_that_never_comes_back_ends(fresh: Processes) -> None:
-    first, second = fresh.answers("desertion", planned=TWO)
+    first, second = fresh.answers("fault_jobs.desertion", planned=TWO)
     message = r"rank 0 \(.*step 2\) has waited \d+ s for others: rank 1 in the caller's own code"
     assert re.match(message, first[1])
     assert second == (False, "died")
@@ -132,6 +132,6 @@ def test_a_rank_that_never_comes_back_ends(fresh: Processes) -> None:
 
 def test_a_rank_that_dies_before_it_starts_is_missed() -> None:
     processes = Processes(2)
-    first, _ = processes.answers("absent_at_the_start", planned=TWO)
+    first, _ = processes.answers("fault_jobs.absent_at_the_start", planned=TWO)
     processes.close()
     assert "rank 1 has not started" in first[1]
