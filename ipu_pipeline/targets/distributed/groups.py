@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,32 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.waiting import Waiter
-
-# What torchrun sets, and what the rendezvous of ``env://`` reads.
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def join_processes(device: torch.device, timeout_s: float) -> bool:
-    """Make sure that there is a default process group; return whether it was made here.
-
-    Raises:
-        LoweringError: The script was not started by torchrun or something like it.
-    """
-    if dist.is_initialized():
-        return False
-    missing = [name for name in ENVIRONMENT if name not in os.environ]
-    if missing:
-        raise LoweringError(
-            f"the distributed target runs in processes that torchrun starts, but "
-            f"{', '.join(missing)} is not set; start the script with "
-            "'torchrun --nproc-per-node N script.py'"
-        )
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return True
 
 
 class Groups:
