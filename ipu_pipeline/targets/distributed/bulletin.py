@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Beat:
         waiting: Whether it waited for others.
         process: Its process id, where that can be looked up.
         closed: It left when all was done.
+        told: It was told to end, from outside.
     """
 
     count: int
@@ -57,6 +59,7 @@ class Beat:
     waiting: bool = False
     process: tuple[str, int] = ("", 0)
     closed: bool = False
+    told: bool = False
 
 
 class Bulletin:
@@ -105,6 +108,13 @@ class Bulletin:
     def look_at(self, ranks: Iterable[int]) -> None:
         """Read the beats of more ranks from now on."""
         self._watched = tuple(dict.fromkeys((*self._watched, *ranks)))
+
+    def refresh(self) -> None:
+        """Exchange notes now, if the store answers soon."""
+        goal, until = self.rounds + 2, time.monotonic() + BEAT_S  # one round may be under way
+        while self.rounds < goal and time.monotonic() < until:
+            self._wake.set()
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Leave the others; they do not miss this process then."""

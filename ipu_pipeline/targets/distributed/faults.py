@@ -39,6 +39,8 @@ SILENT_S = 20.0
 VERDICT_S = SILENT_S + 5.0
 # Say once whom this process has been waiting for so long.
 WARN_S = 45.0
+# A process that is told to end looks so long for the reason.
+WORDS_S = 1.0
 # A main thread that goes on so long after a failure hangs.
 REACT_S = 10.0
 
@@ -65,6 +67,7 @@ class Watch:
         # The first looks after all others, those after the first.
         others = [r for r in self._all_others if 0 in (r, rank)]
         self._reacted = False
+        self._told = False
         self._warned_of = 0.0
         self._closing = threading.Event()
         self._decided = threading.Event()
@@ -147,7 +150,10 @@ class Watch:
         self._conclude(self._bulletin.tell(verdict))
 
     def _conclude(self, verdict: Verdict) -> None:
-        self.verdict = self.verdict or verdict
+        if self.verdict is None:
+            self.verdict = verdict
+            # At once: torchrun's agent may end this process before it has printed its error.
+            logger.error("rank %d stops: %s", self.rank, verdict.text)
         self._decided.set()
 
     # ---- the watch ----------------------------------------------------------------------
@@ -188,12 +194,14 @@ class Watch:
         return None
 
     def _problem_of_others(self) -> Verdict | None:
+        """Return what is known; who was told to end is no news to one that was told, too."""
         for other, rounds in list(self._bulletin.quiet.items()):
             beat = self._bulletin.seen.get(other)
-            if beat is None or beat.closed:
+            if beat is None or beat.closed or (beat.told and self._told):
                 continue
             if is_gone(beat.process):
-                return Verdict(f"the process of rank {other} has ended{self._last_of(other)}")
+                how = "was told to end" if beat.told else "has ended"
+                return Verdict(f"the process of rank {other} {how}{self._last_of(other)}")
             if rounds * BEAT_S > SILENT_S:
                 return Verdict(
                     f"rank {other} showed no sign of life for {SILENT_S:.0f} s"
@@ -260,7 +268,7 @@ class Watch:
     def _beat(self, count: int) -> Beat:
         doing = self.doing
         seconds = time.monotonic() - doing.since
-        return Beat(count, str(doing), seconds, doing.waiting, own_process())
+        return Beat(count, str(doing), seconds, doing.waiting, own_process(), told=self._told)
 
     def _last_of(self, other: int) -> str:
         beat = self._bulletin.seen.get(other)
@@ -268,7 +276,15 @@ class Watch:
 
     def _last_words(self) -> str:
         """Return what is known when the process is ended from outside."""
-        verdict = self.verdict or self._bulletin.verdict or self._problem_of_others()
+        self._told = True
+        until = time.monotonic() + WORDS_S
+        verdict = self.verdict
+        while verdict is None and time.monotonic() < until:
+            self._bulletin.refresh()
+            verdict = self._bulletin.verdict
+            if self._problem_of_others() is not None:
+                self._bulletin.refresh()  # who ended later may have been told to, like this one
+                verdict = self._problem_of_others()
         known = f": {verdict.text}" if verdict is not None else ""
         return f"rank {self.rank} was {self.doing} when it was told to end{known}"
 

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.targets.distributed.joining import meet
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.waiting import Waiter
+
+# What torchrun sets, and what the rendezvous of ``env://`` reads.
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_processes(device: torch.device, timeout_s: float) -> bool:
+    """Make sure that there is a default process group; return whether it was made here.
+
+    Raises:
+        LoweringError: The script was not started by torchrun or something like it, or not all
+            processes came.
+    """
+    if dist.is_initialized():
+        return False
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise LoweringError(
+            f"the distributed target runs in processes that torchrun starts, but "
+            f"{', '.join(missing)} is not set; start the script with "
+            "'torchrun --nproc-per-node N script.py'"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return True
 
 
 class Groups:

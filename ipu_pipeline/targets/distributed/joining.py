@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 
-import torch
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store
 
 from ipu_pipeline.errors import LoweringError
 
-# What torchrun sets, and what the rendezvous of ``env://`` reads.
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.02
-
-
-def join_processes(device: torch.device, timeout_s: float) -> bool:
-    """Make sure that there is a default process group; return whether it was made here.
-
-    Raises:
-        LoweringError: The script was not started by torchrun or something like it, or some
-            process does not come.
-    """
-    if dist.is_initialized():
-        return False
-    missing = [name for name in ENVIRONMENT if name not in os.environ]
-    if missing:
-        raise LoweringError(
-            f"the distributed target runs in processes that torchrun starts, but "
-            f"{', '.join(missing)} is not set; start the script with "
-            "'torchrun --nproc-per-node N script.py'"
-        )
-    timeout = timedelta(seconds=timeout_s)
-    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return True
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:

@@ -14,8 +14,7 @@ from ipu_pipeline.targets.distributed.agreement import agree, description
 from ipu_pipeline.targets.distributed.doing import Doing
 from ipu_pipeline.targets.distributed.executable import DistributedExecutable
 from ipu_pipeline.targets.distributed.faults import Watch
-from ipu_pipeline.targets.distributed.groups import Groups
-from ipu_pipeline.targets.distributed.joining import join_processes
+from ipu_pipeline.targets.distributed.groups import Groups, join_processes
 from ipu_pipeline.targets.distributed.layout import make_layout
 from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.schedules import torch_schedule

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import random
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.targets.distributed import drill_worker
@@ -49,7 +51,7 @@ class Outcome:
     seconds: float
 
 
-def run(kill: Kill | None, folder: Path, *, torchrun: bool, **options: Any) -> Outcome:
+def run(kill: Kill | None, folder: Path, *, torchrun: bool = False, **options: Any) -> Outcome:
     """Train with restarts in ``folder``.
 
     Args:
@@ -122,32 +124,50 @@ def drill(
     folder: Path,
     *,
     places: tuple[str, ...] = PLACES,
-    torchrun: bool = False,
+    torchrun_every: int = 0,
     **options: Any,
 ) -> int:
     """Run all points, print a line for each; return the number of those that failed."""
     (folder / "whole").mkdir()
-    reference = run(None, folder / "whole", torchrun=torchrun, **options)
+    reference = run(None, folder / "whole", **options)
     loss = reference.result["loss"]
     print(f"uninterrupted: loss {loss:.6f}, {reference.seconds:.1f} s", flush=True)
     failed = 0
     for number, kill in enumerate(points(reference, count, seed, places)):
         place = folder / str(number)
         place.mkdir()
-        outcome = run(kill, place, torchrun=torchrun, **options)
+        torchrun = bool(torchrun_every) and number % torchrun_every == 0
+        try:
+            outcome = run(kill, place, torchrun=torchrun, **options)
+        except (ChildFailedError, subprocess.CalledProcessError) as error:
+            failed += 1
+            print(f"{kill}: {error}", flush=True)
+            continue
         wrong = problems(outcome, reference, kill)
         failed += bool(wrong)
-        resumed = outcome.result["resumed"] or "the start"
         print(
-            f"{kill}: from {resumed}, loss {outcome.result['loss']:.6f}, "
-            f"{outcome.seconds:.1f} s: {'; '.join(wrong) or 'same'}",
+            f"{described(kill)}{' by torchrun' if torchrun else ''}: "
+            f"from {outcome.result['resumed'] or 'the start'}, loss "
+            f"{outcome.result['loss']:.6f}, {outcome.seconds:.1f} s: {'; '.join(wrong) or 'same'}",
             flush=True,
         )
     print(f"{failed} of {count * len(places)} points failed", flush=True)
     return failed
 
 
+def described(kill: Kill) -> str:
+    """Return a point in a few words."""
+    where = f"rank {kill.rank} in step {kill.step}, {kill.place}"
+    if kill.module:
+        return f"{where} of {kill.module}, microbatch {kill.call}"
+    if kill.place == "optimizer":
+        return f"{where}, {'after' if kill.call else 'before'} it"
+    at = f"change {kill.call}" if kill.seconds < 0 else f"after {1000 * kill.seconds:.1f} ms"
+    return f"{where}, {at}"
+
+
 def _agent(logs: Path, arguments: dict[str, Any]) -> None:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     multiprocessing.get_context("forkserver").set_forkserver_preload([drill_worker.__name__])
     config = LaunchConfig(
         min_nodes=1,
@@ -179,18 +199,19 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=10, help="per place")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
-    parser.add_argument("--torchrun", action="store_true", help="through the command itself")
+    parser.add_argument("--torchrun-every", type=int, default=0, help="use the command itself")
     parser.add_argument("--async-save", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        return drill(
+        failed = drill(
             given.points,
             given.seed,
             Path(folder),
             places=tuple(given.places),
-            torchrun=given.torchrun,
+            torchrun_every=given.torchrun_every,
             async_save=given.async_save,
         )
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
