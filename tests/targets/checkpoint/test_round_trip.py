@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertForMaskedLM,
     MarianConfig,
@@ -12,8 +13,10 @@ from transformers import (
 )
 
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.targets import checkpoint
 from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
-from tests.targets.checkpoint.models import SIZES, Tied, adamw, bert, one_step
+from tests.targets.checkpoint.models import SIZES, Tied, adamw, bert, one_step, reseal
+from tests.tiny_models import TINY
 
 
 def test_round_trip_continues_bit_for_bit(trained, saved):
@@ -132,3 +135,42 @@ def test_frozen_parameters_have_no_optimizer_state(tmp_path):
     message = r"covers other parameters: only there \[\], only here \['first.bias'\]"
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(path, model=other, optimizer=torch.optim.AdamW(other.parameters()))
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_tied_weights_have_the_names_that_save_pretrained_gives_them(name, tmp_path):
+    model, _ = TINY[name].build()
+    model.save_pretrained(tmp_path, save_original_format=False)
+    kept, _ = checkpoint.weights.weights_to_save(model)
+    assert set(kept) == set(load_file(tmp_path / "model.safetensors"))
+
+
+def test_checkpoints_of_the_first_schema_load(trained, tmp_path, monkeypatch):
+    """Written as version 0.1 did, by save_pretrained; the format has not changed for one file."""
+    model, optimizer = trained
+    path = write_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, global_step=7)
+    model.save_pretrained(path, save_original_format=False)
+    monkeypatch.setattr(checkpoint.manifest, "SCHEMA_VERSION", 1)
+    reseal(path, lambda body: None)
+    monkeypatch.undo()
+    other = bert(seed=9)
+    restored = adamw(other)
+    assert read_checkpoint(path, model=other, optimizer=restored).global_step == 7
+    assert one_step(model, optimizer) == one_step(other, restored)
+
+
+class Sharing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        whole = torch.rand(4, 6)
+        self.register_buffer("first", whole[:2])
+        self.register_buffer("second", whole[2:])
+        self.register_buffer("again", whole.view(6, 4))
+        self.register_buffer("turned", torch.rand(3, 2).t())
+
+
+def test_tensors_that_share_memory(tmp_path):
+    model, other = Sharing(), Sharing()
+    path = write_checkpoint(tmp_path / "c", model=model, optimizer=None, global_step=0)
+    read_checkpoint(path, model=other, optimizer=None)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -12,11 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
+import ipu_pipeline as ipp
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.targets.distributed import faults, saving
+from ipu_pipeline.training import TrainingArguments, build_optimizer, checkpoint, train
 from tests.targets.distributed.jobs import compiled
+from tests.training.eager_executable import Questions, tiny_bert
 
 
 def trained(planned: dict[str, Any], path: str = "", load: str = "", steps: int = 3) -> Any:
@@ -173,3 +178,68 @@ def without_shared_disk(folder: str, planned: dict[str, Any]) -> Any:
             made.save_checkpoint(f"{folder}/again", blocking=False)
     saving.logger.removeHandler(handler)
     return lines
+
+
+class Stopped(Exception):
+    """Training is interrupted."""
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: Any) -> Any:
+    """Train with checkpoints; ranks but the first look for them in the wrong place."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        disable_tqdm=True,
+        **{
+            "max_steps": 8,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "resume_from_checkpoint": "auto",
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": True,
+        }
+        | changes,
+    )
+    model = tiny_bert()
+    example = {k: torch.tensor([v, v]) for k, v in Questions(1)[0].items()}
+    plan = ipp.plan(model, example, num_stages=2, microbatches=4)
+    made = ipp.compile(
+        model,
+        plan,
+        target=target,
+        optimizer=build_optimizer(model, arguments),
+        max_grad_norm=arguments.max_grad_norm,
+        self_check=False,
+    )
+    blind = target == "distributed" and dist.get_rank() > 0
+    find = checkpoint.find_resume_checkpoint
+    checkpoint.find_resume_checkpoint = (lambda _: None) if blind else find
+    try:
+        with made:
+            result = train(
+                made,
+                Questions(24),
+                arguments,
+                callbacks=[StopAt(stop_at)],
+                eval_dataset=Questions(8, seed=3),
+            )
+    except Stopped:
+        return None
+    finally:
+        checkpoint.find_resume_checkpoint = find
+    logs = [log["loss"] for log in result.log_history if "loss" in log]
+    return logs, Path(str(result.best_checkpoint)).name, result.training_loss
