@@ -6,6 +6,7 @@ can find out by themselves. So they say at that moment what they know.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -49,11 +50,13 @@ def say_when_terminated(words: Callable[[], str]) -> Callable[[], None]:
 def record(error: BaseException) -> None:
     """Let torchrun's summary of the failure show ``error``, unless it shows another already."""
     path = os.environ.get(ERROR_FILE)
-    if path and not Path(path).exists():
-        try:
+    if not path or Path(path).exists():
+        return
+    try:
+        raise error  # what is written is the error being handled
+    except BaseException:
+        with contextlib.suppress(OSError):  # it is said elsewhere as well
             ErrorHandler().record_exception(error)
-        except OSError as problem:
-            say(f"could not write {path}: {problem}")
 
 
 def end_process(text: str) -> None:

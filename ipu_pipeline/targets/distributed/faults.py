@@ -92,6 +92,7 @@ class Watch:
             self._reacted = True
             if explained is error:
                 raise
+            explained.__cause__ = error
             record(explained)
             raise explained from error
         finally:
