@@ -6,5 +6,6 @@ replica runs, in which runs), ``same_batch.py`` (all ranks were given the same b
 computes), ``layout.py`` (which rank runs what), ``gradients.py`` (sums over ranks, norm, update),
 ``sharding.py`` (optimizer state divided among replicas), ``state.py`` (whole weights, loading),
 ``saving.py`` (one checkpoint that all ranks write), ``notes.py`` (what ranks tell each other
-meanwhile), ``faults.py`` (one failure stops all), ``agreement.py`` (refusals at the start).
+meanwhile), ``faults.py`` (one failure stops all; ``doing.py``, ``bulletin.py``, ``farewell.py``
+are its eyes, ears and voice), ``joining.py`` and ``agreement.py`` (the start).
 """

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
+from ipu_pipeline.targets.distributed.doing import Doing
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.layout import Layout
-from ipu_pipeline.targets.distributed.pipeline import Doing, TrainingPipeline
+from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
 from ipu_pipeline.targets.distributed.schedules import schedule_for
 from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.captures import StageCache

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
-from ipu_pipeline.targets.distributed.waiting import GivenUp
+from ipu_pipeline.targets.distributed.waiting import GivenUp, Waiter
 
 _POLL_S = 0.02
 
@@ -25,14 +24,12 @@ class Notes:
         store: Used by this object only.
         rank: Of this process.
         world_size: How many there are.
-        failed: Whether some rank has failed, so that it may not answer.
+        waiter: Knows whether some rank has failed, so that it may not answer.
     """
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, failed: Callable[[], bool]
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
         self.rank = rank
-        self.failed = failed
+        self._waiter = waiter
         self._store = store
         self._world_size = world_size
         self._exchanges = 0
@@ -46,12 +43,13 @@ class Notes:
         self._exchanges += 1
         self._store.set(self._key(self._exchanges, self.rank), pickle.dumps(value))  # type: ignore[arg-type]
         found = []
-        for rank in range(self._world_size):
-            key = self._key(self._exchanges, rank)
-            while not self._store.check([key]):
-                self.give_up_after_failure()
-                time.sleep(_POLL_S)
-            found.append(pickle.loads(self._store.get(key)))
+        with self._waiter.doing.waits():
+            for rank in range(self._world_size):
+                key = self._key(self._exchanges, rank)
+                while not self._store.check([key]):
+                    self.give_up_after_failure()
+                    time.sleep(_POLL_S)
+                found.append(pickle.loads(self._store.get(key)))
         # Who takes part in this exchange has read the one before.
         self._store.delete_key(self._key(self._exchanges - 1, self.rank))
         return found
@@ -62,7 +60,7 @@ class Notes:
         Raises:
             GivenUp: It has.
         """
-        if self.failed():
+        if self._waiter.failed():
             raise GivenUp("another rank has failed")
 
     @staticmethod
