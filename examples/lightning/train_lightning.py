@@ -107,9 +107,8 @@ def main(argv: list[str] | None = None) -> L.Trainer:
         gradient_clip_val=1.0,
         log_every_n_steps=1,
         callbacks=[
-            L.pytorch.callbacks.ModelCheckpoint(
-                f"{options.output_dir}/checkpoints", every_n_train_steps=5, save_top_k=-1
-            )
+            # Once per epoch: Lightning resumes in the middle of one from its first batch again.
+            L.pytorch.callbacks.ModelCheckpoint(f"{options.output_dir}/checkpoints", save_top_k=-1)
         ],
     )
     with module.executable:

@@ -85,22 +85,22 @@ def lightning_losses(root: Path, folder: Path, *options: str) -> tuple[list[floa
         step(self, name, value, **rest)
 
     module.PipelineModule.log = log
-    argv = ["--output_dir", str(folder), "--max_steps", "12", *options]
+    argv = ["--output_dir", str(folder), "--max_steps", "19", *options]
     return losses, module.main(argv)
 
 
 @lightning_warnings
 def test_lightning_trains_as_the_unsplit_model(root: Path, tmp_path: Path) -> None:
     found, trainer = lightning_losses(root, tmp_path, "--dropout", "0.0")
-    expected = reference_losses(recipe(root, "lightning"), 12, 12)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert trainer.global_step == 12
+    expected = reference_losses(recipe(root, "lightning"), 16, 19)
+    assert found[:16] == pytest.approx(expected, rel=1e-4)
+    assert trainer.global_step == 19
     assert {"val_loss", "accuracy"} <= trainer.callback_metrics.keys()
 
 
 @lightning_warnings
 def test_lightning_resumes_with_dropout(root: Path, tmp_path: Path) -> None:
     whole, _ = lightning_losses(root, tmp_path)
-    checkpoint = next(tmp_path.rglob("*step=5.ckpt"))
+    checkpoint = next(tmp_path.rglob("*step=16.ckpt"))
     rest, _ = lightning_losses(root, tmp_path, "--ckpt_path", str(checkpoint))
-    assert rest == whole[5:]
+    assert rest == whole[16:]
