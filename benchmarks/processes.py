@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -37,16 +38,34 @@ def from_first(make: Callable[[], T]) -> T:
     return made
 
 
-def step_seconds(step: Step) -> float:
-    """Return how long one step takes from when all processes begin until all have ended."""
-    dist.barrier()
-    begin = perf_counter()
-    step()
-    dist.barrier()
-    return perf_counter() - begin
+@dataclass
+class Times:
+    """What the timed steps of one contestant took.
+
+    Attributes:
+        seconds: From when all processes begin until all have ended, by round.
+        cpu_s: Processor seconds of this process, by round: the load of the machine hardly
+            matters to them.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def run(self, step: Step) -> None:
+        """Take one step and note its times. Every process must call this."""
+        dist.barrier()
+        begin, cpu = perf_counter(), process_time()
+        step()
+        self.cpu_s.append(process_time() - cpu)
+        dist.barrier()
+        self.seconds.append(perf_counter() - begin)
+
+    def cpu_by_rank(self) -> list[float]:
+        """Return the median processor seconds of every process."""
+        return everyones(median(self.cpu_s))
 
 
-def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict[str, Times]:
     """Time every contestant in every round; each round begins with another one.
 
     The load of the machine falls on all alike. Every process must call this.
@@ -55,19 +74,21 @@ def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict
         steps: What to time, by name.
         rounds: Rounds that count.
         warmup: Rounds before them (captures, first messages).
-
-    Returns:
-        Seconds by name and round.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    times = {name: Times() for name in steps}
     order = list(steps)
     for number in range(warmup + rounds):
         order = order[1:] + order[:1]
         for name in order:
-            taken = step_seconds(steps[name])
-            if number >= warmup:
-                seconds[name].append(taken)
-    return seconds
+            (times[name] if number >= warmup else Times()).run(steps[name])
+    return times
+
+
+def everyones(value: T) -> list[T]:
+    """Return the values of all processes, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> dict[str, float]:
