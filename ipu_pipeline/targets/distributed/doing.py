@@ -48,11 +48,12 @@ class Doing:
     thread: int = field(default_factory=threading.get_ident)
 
     def __str__(self) -> str:
-        if self.stage is None:
+        stage = self.stage  # the main thread may be changing it
+        if stage is None:
             return f"{self.what}, step {self.step}"
-        block = f", block {self.stage.block!r}" if self.stage.block else ""
+        block = f", block {stage.block!r}" if stage.block else ""
         return (
-            f"stage {self.stage.index}{block}, {self.what} of microbatch {self.microbatch}, "
+            f"stage {stage.index}{block}, {self.what} of microbatch {self.microbatch}, "
             f"step {self.step}"
         )
 

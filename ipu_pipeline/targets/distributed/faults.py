@@ -27,7 +27,7 @@ from ipu_pipeline.targets.distributed.bulletin import (
     is_gone,
     own_process,
 )
-from ipu_pipeline.targets.distributed.doing import Doing
+from ipu_pipeline.targets.distributed.doing import OUTSIDE, Doing
 from ipu_pipeline.targets.distributed.farewell import end_process, record, say_when_terminated
 from ipu_pipeline.targets.distributed.waiting import GivenUp
 
@@ -153,8 +153,9 @@ class Watch:
     def _conclude(self, verdict: Verdict) -> None:
         if self.verdict is None:
             self.verdict = verdict
-            # At once: torchrun's agent may end this process before it has printed its error.
-            logger.error("rank %d stops: %s", self.rank, verdict.text)
+            if self.doing.what != OUTSIDE:
+                # At once: torchrun's agent may end this process before it has printed its error.
+                logger.error("rank %d stops: %s", self.rank, verdict.text)
         self._decided.set()
 
     # ---- the watch ----------------------------------------------------------------------
@@ -195,7 +196,13 @@ class Watch:
         return None
 
     def _problem_of_others(self) -> Verdict | None:
-        """Return what is known; who was told to end is no news to one that was told, too."""
+        if self._missing() is None:
+            return None
+        self._bulletin.refresh()  # whoever ended may have said why, just before
+        return self._missing()
+
+    def _missing(self) -> Verdict | None:
+        """Return who is gone; that others were told to end is no news to one that was, too."""
         for other, rounds in list(self._bulletin.quiet.items()):
             beat = self._bulletin.seen.get(other)
             if beat is None or beat.closed or (beat.told and self._told):
@@ -282,10 +289,7 @@ class Watch:
         verdict = self.verdict
         while verdict is None and time.monotonic() < until:
             self._bulletin.refresh()
-            verdict = self._bulletin.verdict
-            if self._problem_of_others() is not None:
-                self._bulletin.refresh()  # who ended later may have been told to, like this one
-                verdict = self._problem_of_others()
+            verdict = self._bulletin.verdict or self._problem_of_others()
         known = f": {verdict.text}" if verdict is not None else ""
         return f"rank {self.rank} was {self.doing} when it was told to end{known}"
 
