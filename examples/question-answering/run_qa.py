@@ -9,20 +9,23 @@ Options are spelled as in transformers' own run_qa.py; ``qa_options.py`` lists t
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, cast
 
 import typer
 from demo_model import load_model_and_tokenizer
+from plan_report import TimedExecutable, describe, measured_against_predicted
 from qa_data import load_windows
-from qa_options import Options, as_command
-from qa_report import TimedExecutable, describe, local_note, measured_against_predicted
+from qa_options import Options
+from script_run import (
+    check_output_dir,
+    make_plan,
+    read_ipu_config,
+    run_command_line,
+    training_arguments,
+)
 
 import ipu_pipeline as ipp
-from ipu_pipeline.config import IPUConfig, find_config
-from ipu_pipeline.errors import PipelineError
-from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.tasks.question_answering import (
     QuestionAnsweringDataset,
@@ -50,9 +53,13 @@ def run(options: Options) -> None:
     model, tokenizer = load_model_and_tokenizer(options.model_name_or_path)
     train_windows, validation_windows = load_windows(options, tokenizer)
 
-    plan = make_plan(options, model, train_windows or validation_windows)
+    windows = train_windows or validation_windows
+    assert windows is not None  # the options refuse to do neither training nor evaluation
+    plan = make_plan(options, model, windows.tensors, read_ipu_config(options))
     typer.echo(describe(plan))
-    arguments = training_arguments(options, plan)
+    arguments = training_arguments(
+        options, microbatches=plan.num_microbatches, replicas=plan.replicas
+    )
     executable = ipp.compile(
         model,
         plan,
@@ -79,67 +86,6 @@ def run(options: Options) -> None:
         plan.save(folder / "plan.json")
     finally:
         executable.close()
-
-
-def check_output_dir(options: Options) -> None:
-    """Refuse to train into a folder that holds another run."""
-    folder = options.output_dir
-    fresh = options.do_train and options.resume_from_checkpoint is None
-    if fresh and not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
-        raise PipelineError(
-            f"{folder} is not empty; resume with --resume_from_checkpoint latest, start over with "
-            "--overwrite_output_dir, or choose another --output_dir"
-        )
-
-
-def make_plan(options: Options, model: Any, windows: QuestionAnsweringDataset | None) -> Plan:
-    """Read the plan of ``--plan``, or find the best split."""
-    if options.plan is not None:
-        return Plan.load(options.plan)
-    assert windows is not None  # Options refuses to do neither training nor evaluation
-    config = read_ipu_config(options)
-    microbatches = options.gradient_accumulation_steps
-    if microbatches is None:
-        microbatches = 1 if config is None else config.gradient_accumulation_steps
-    replicas = 1 if config is None else config.replicas()
-    if config is not None and options.target == "local":
-        replicas = 1
-        if note := local_note(config):
-            typer.echo(note)
-    pod = options.pod_type if options.target == "poptorch" else None
-    size = options.per_device_eval_batch_size
-    if options.do_train:
-        size = options.per_device_train_batch_size
-    return ipp.plan(
-        model,
-        {name: column[:size] for name, column in windows.tensors.items()},
-        machine=options.machine or pod or "local",
-        num_stages=options.num_stages,
-        microbatches=microbatches,
-        replicas=replicas,
-        schedule=options.schedule,
-        costs=options.costs,
-        config=config,
-    )
-
-
-def read_ipu_config(options: Options) -> IPUConfig | None:
-    """Return the configuration that the IPU options describe, ``None`` when all are absent."""
-    name, overrides = options.ipu_config_name, options.ipu_config_overrides
-    if name is None and not overrides and options.pod_type is None:
-        return None
-    config = IPUConfig() if name is None else find_config(name)
-    return config.apply_overrides(overrides).for_pod(options.pod_type)
-
-
-def training_arguments(options: Options, plan: Plan) -> TrainingArguments:
-    """Hand over every option that ``TrainingArguments`` has a field for."""
-    names = {item.name for item in fields(TrainingArguments)} & {f.name for f in fields(Options)}
-    given: dict[str, Any] = {name: getattr(options, name) for name in sorted(names)}
-    given |= {"output_dir": str(options.output_dir), "replicas": plan.replicas}
-    if options.gradient_accumulation_steps is None:
-        given["gradient_accumulation_steps"] = plan.num_microbatches
-    return TrainingArguments(**given)
 
 
 def evaluate(
@@ -178,13 +124,8 @@ def in_words(scores: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the command line; an error that the user can act on is one line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(as_command(run))
-    try:
-        app()
-    except (PipelineError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    """Run the command line."""
+    run_command_line(run, Options)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_a_hub_data_set_without_the_split_is_refused(example, options, monkeypat
 
 
 def test_measurements_leave_out_the_first_step(example):
-    report = example("qa_report")
+    report = example("plan_report")
     timed = report.TimedExecutable(None)
     plan = make_plan()
     assert "nothing to compare" in report.measured_against_predicted(plan, timed)
@@ -183,7 +183,7 @@ def test_runs_as_a_script(tiny_model, tmp_path):
 
 
 def test_ipu_settings_without_effect_here_are_named(script):
-    report = sys.modules["qa_report"]
+    report = sys.modules["plan_report"]
     config = IPUConfig(layers_per_ipu=(1, 1), embedding_serialization_factor=2)
     assert report.local_note(config) == (
         "note: without effect on the local target: embedding_serialization_factor=2"

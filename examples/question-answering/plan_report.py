@@ -1,4 +1,4 @@
-"""What run_qa.py prints about the plan: blocks, split, and prediction against measurement."""
+"""What the scripts print about the plan: blocks, split, and prediction against measurement."""
 
 from __future__ import annotations
 
