@@ -16,6 +16,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.config import IPUConfig, find_config
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.partition import Constraints
 from ipu_pipeline.training import TrainingArguments
 
 _Options = TypeVar("_Options", bound=CommonOptions)
@@ -42,7 +43,11 @@ def read_ipu_config(options: CommonOptions) -> IPUConfig | None:
 
 
 def make_plan(
-    options: CommonOptions, model: Any, columns: Mapping[str, Tensor], config: IPUConfig | None
+    options: CommonOptions,
+    model: Any,
+    columns: Mapping[str, Tensor],
+    config: IPUConfig | None,
+    constraints: Constraints | None = None,
 ) -> Plan:
     """Read the plan of ``--plan``, or find the best split.
 
@@ -52,6 +57,7 @@ def make_plan(
         columns: Samples of the data, at least as many as a microbatch holds where there are so
             many; axis 0 counts them.
         config: What :func:`read_ipu_config` gave, adapted to the model or not.
+        constraints: Further limits.
     """
     if options.plan is not None:
         return Plan.load(options.plan)
@@ -75,6 +81,7 @@ def make_plan(
         schedule=options.schedule,
         costs=options.costs,
         config=config,
+        constraints=constraints,
     )
 
 
