@@ -27,6 +27,7 @@ from common.report import (
 from ipu_pipeline.config import IPUConfig, find_config
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.partition import Constraints
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training import TrainingArguments, build_optimizer, save_results, train
 from ipu_pipeline.training.data import Collator
@@ -47,6 +48,8 @@ class Job:
         evaluate: Returns the scores of the model as it is now.
         in_words: Returns scores as a line.
         collate_fn: Makes a batch of samples; ``None`` for that of transformers' Trainer.
+        ipu_config: The options' configuration, adapted to the model; ``None`` to leave it as it is.
+        constraints: Further limits of the split.
     """
 
     model: Any
@@ -56,6 +59,8 @@ class Job:
     evaluate: Callable[[Executable, TrainingArguments], Scores]
     in_words: Callable[[Scores], str]
     collate_fn: Collator | None = None
+    ipu_config: IPUConfig | None = None
+    constraints: Constraints | None = None
 
 
 def prepare(options: CommonOptions) -> None:
@@ -78,7 +83,9 @@ def fine_tune(options: CommonOptions, job: Job) -> None:
     """Plan, compile, train and evaluate as the options say; write results, model and plan."""
     plan = make_plan(options, job)
     say(describe(plan))
-    arguments = training_arguments(options, plan)
+    arguments = training_arguments(
+        options, microbatches=plan.num_microbatches, replicas=plan.replicas
+    )
     executable = ipp.compile(
         job.model,
         plan,
@@ -138,7 +145,7 @@ def make_plan(options: CommonOptions, job: Job) -> Plan:
     """Read the plan of ``--plan``, or find the best split."""
     if options.plan is not None:
         return Plan.load(options.plan)
-    config = read_ipu_config(options)
+    config = job.ipu_config or read_ipu_config(options)
     microbatches = options.gradient_accumulation_steps
     if microbatches is None:
         microbatches = 1 if config is None else config.gradient_accumulation_steps
@@ -161,6 +168,7 @@ def make_plan(options: CommonOptions, job: Job) -> Plan:
         schedule=options.schedule,
         costs=options.costs,
         config=config,
+        constraints=job.constraints,
     )
 
 
@@ -173,13 +181,15 @@ def read_ipu_config(options: CommonOptions) -> IPUConfig | None:
     return config.apply_overrides(overrides).for_pod(options.pod_type)
 
 
-def training_arguments(options: CommonOptions, plan: Plan) -> TrainingArguments:
+def training_arguments(
+    options: CommonOptions, *, microbatches: int, replicas: int
+) -> TrainingArguments:
     """Hand over every option that ``TrainingArguments`` has a field for."""
     names = {item.name for item in fields(TrainingArguments)} & {f.name for f in fields(options)}
     given: dict[str, Any] = {name: getattr(options, name) for name in sorted(names)}
-    given |= {"output_dir": str(options.output_dir), "replicas": plan.replicas}
+    given |= {"output_dir": str(options.output_dir), "replicas": replicas}
     if options.gradient_accumulation_steps is None:
-        given["gradient_accumulation_steps"] = plan.num_microbatches
+        given["gradient_accumulation_steps"] = microbatches
     config = read_ipu_config(options)
     if config is not None and options.target == "distributed":
         given["replicated_tensor_sharding"] = config.replicated_tensor_sharding

@@ -67,7 +67,7 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _explained(name_or_path):
+    with explained(name_or_path):
         return AutoTokenizer.from_pretrained(source_of(name_or_path), **options)
 
 
@@ -86,7 +86,7 @@ def load_model(name_or_path: str, auto_class: str, **config: Any) -> Any:
     import torch
     import transformers
 
-    with _explained(name_or_path), _quiet():  # its report of missing weights is one line below
+    with explained(name_or_path), _quiet():  # its report of missing weights is one line below
         model, info = getattr(transformers, auto_class).from_pretrained(
             source_of(name_or_path),
             dtype=torch.float32,
@@ -106,15 +106,23 @@ def source_of(name_or_path: str) -> str:
 
 
 @contextlib.contextmanager
-def _explained(name_or_path: str) -> Iterator[None]:
-    """Turn what transformers says about a model that it cannot load into one line."""
+def explained(name_or_path: str, alias: str = MINILM_ALIAS) -> Iterator[None]:
+    """Turn what transformers says about a model that it cannot load into one line.
+
+    Args:
+        name_or_path: What was asked for.
+        alias: What works without a network.
+
+    Raises:
+        PipelineError: What is loaded inside is not here, or is of another kind.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PipelineError(
             f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); without a network "
-            f"pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
+            f"pass a local folder, or '{alias}'"
         ) from error
 
 

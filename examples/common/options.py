@@ -38,6 +38,7 @@ class CommonOptions:
     max_train_samples: Annotated[int | None, "Use only the first samples to train."] = None
     max_eval_samples: Annotated[int | None, "Use only the first samples to evaluate."] = None
     dataloader_num_workers: Annotated[int, "Processes that prepare batches."] = 0
+    dataloader_drop_last: Annotated[bool, "Drop a last batch smaller than the others."] = False
     # ---- what to do
     do_train: Annotated[bool, "Train."] = False
     do_eval: Annotated[bool, "Evaluate, after training if there is any."] = False
