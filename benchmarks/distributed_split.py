@@ -192,20 +192,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
     if not is_started():
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ[CACHE_VARIABLE] = folder  # measure now, not when something was measured
-            plan_all(Path(folder), arguments)
-            codes = [
-                start("benchmarks.distributed_split", count, [*given, "--plans", folder])
-                for count in arguments.processes
-            ]
-        return max(codes)
+        return run_all(arguments, given)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = [measure(name, arguments) for name in arguments.models]
     if dist.get_rank() == 0:
-        print(json.dumps(rows, indent=1) if arguments.json else table(rows), flush=True)
+        results_of(Path(arguments.plans), dist.get_world_size()).write_text(json.dumps(rows))
     dist.destroy_process_group()
+    return 0
+
+
+def results_of(folder: Path, processes: int) -> Path:
+    """Return where the job of so many processes leaves its rows."""
+    return folder / f"results-{processes}.json"
+
+
+def run_all(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    """Plan, start one job per number of processes, and print what they measured."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ[CACHE_VARIABLE] = name  # measure now, not when something was measured
+        plan_all(folder, arguments)
+        for count in arguments.processes:
+            code = start("benchmarks.distributed_split", count, [*given, "--plans", name])
+            if code:
+                return code
+            rows += json.loads(results_of(folder, count).read_text())
+    print(json.dumps(rows, indent=1) if arguments.json else table(rows))
     return 0
 
 
