@@ -95,12 +95,12 @@ def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    failed = next((rank for rank, theirs in enumerate(found) if theirs is not None), None)
-    if failed is None:
+    problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
+    if not problems:
         return
     raised: Any = error
     if raised is None:
-        kind, text = found[failed] or (StageError, "")
+        failed, kind, text = problems[0]
         known = issubclass(kind, PipelineError | OSError)
         raised = (kind if known else StageError)(f"rank {failed}: {text}")
     raised.raised_on_all_ranks = True
