@@ -102,7 +102,8 @@ class Bulletin:
         """Note a failure for everybody to find; return the first one, perhaps another rank's."""
         self._told = self._told or verdict
         self._wake.set()
-        self._known.wait(TELL_S)
+        if self._thread.is_alive():
+            self._known.wait(TELL_S)
         return self.verdict or verdict
 
     def look_at(self, ranks: Iterable[int]) -> None:

@@ -148,9 +148,7 @@ class Watch:
 
     def _decide(self, verdict: Verdict) -> None:
         """Note the first failure for everybody to find."""
-        self._conclude(self._bulletin.tell(verdict))
-
-    def _conclude(self, verdict: Verdict) -> None:
+        verdict = self._bulletin.tell(verdict)
         if self.verdict is None:
             self.verdict = verdict
             if self.doing.what != OUTSIDE:
@@ -172,11 +170,10 @@ class Watch:
             ticks, since = (ticks + 1 if same else 0), self.doing.since
             silent_ticks = silent_ticks + 1 if self._bulletin.rounds == rounds else 0
             rounds = self._bulletin.rounds
-            found = self._bulletin.verdict or self._problem_of_store(silent_ticks * BEAT_S)
-            if found is not None:
-                self._conclude(found)
-                continue
-            found = self._problem_of_others() or self._problem_here(ticks * BEAT_S)
+            silent_s = silent_ticks * BEAT_S
+            known = self._bulletin.verdict
+            found = known or self._problem_of_others() or self._problem_of_store(silent_s)
+            found = found or self._problem_here(ticks * BEAT_S)
             if found is not None:
                 self._decide(found)
         self._end_if_hung()

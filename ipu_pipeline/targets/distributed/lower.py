@@ -98,7 +98,8 @@ def _lower(
             waiter.run(lambda: agree(own, problem))
             layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
             groups = Groups(layout, device, waiter)
-            notes = Notes(_own_store(f"{name}/saves"), rank, world_size, waiter)
+            saves = _own_store(f"{name}/saves")
+            notes = Notes(saves, rank, world_size, waiter.failed, doing.waits)
     except BaseException:
         watch.close()
         waiter.close()

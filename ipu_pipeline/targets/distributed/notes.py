@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
-from ipu_pipeline.targets.distributed.waiting import GivenUp, Waiter
+from ipu_pipeline.targets.distributed.waiting import GivenUp
 
 _POLL_S = 0.02
 
@@ -24,12 +26,21 @@ class Notes:
         store: Used by this object only.
         rank: Of this process.
         world_size: How many there are.
-        waiter: Knows whether some rank has failed, so that it may not answer.
+        failed: Whether some rank has failed, so that it may not answer.
+        waits: Entered while others are waited for.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        failed: Callable[[], bool],
+        waits: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.rank = rank
-        self._waiter = waiter
+        self.failed = failed
+        self._waits = waits
         self._store = store
         self._world_size = world_size
         self._exchanges = 0
@@ -43,7 +54,7 @@ class Notes:
         self._exchanges += 1
         self._store.set(self._key(self._exchanges, self.rank), pickle.dumps(value))  # type: ignore[arg-type]
         found = []
-        with self._waiter.doing.waits():
+        with self._waits():
             for rank in range(self._world_size):
                 key = self._key(self._exchanges, rank)
                 while not self._store.check([key]):
@@ -60,7 +71,7 @@ class Notes:
         Raises:
             GivenUp: It has.
         """
-        if self._waiter.failed():
+        if self.failed():
             raise GivenUp("another rank has failed")
 
     @staticmethod

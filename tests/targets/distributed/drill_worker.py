@@ -210,7 +210,7 @@ def inspected(output: Path) -> dict[str, str]:
     """Return what is in the output folder: checkpoints load, anything else is passed over."""
     found = {}
     for item in sorted(output.iterdir()) if output.is_dir() else []:
-        if not is_complete(item):
+        if item.name.startswith(".") or not is_complete(item):
             found[item.name] = "passed over"
             continue
         model, _ = TINY[MODEL].build(seed=1)
