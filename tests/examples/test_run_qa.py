@@ -118,7 +118,7 @@ def test_closes_the_executable_after_an_error(example, script, options, eager, m
     def fail(*_, **__):
         raise PipelineError("stage 1 failed")
 
-    monkeypatch.setattr(example("common.flow"), "train", fail)
+    monkeypatch.setattr(example("fine_tuning"), "train", fail)
     with pytest.raises(PipelineError, match="stage 1 failed"):
         script.run(options(do_train=True))
     assert eager["executable"].closed
@@ -137,7 +137,7 @@ def test_a_hub_data_set_without_the_split_is_refused(example, options, monkeypat
 
 
 def test_measurements_leave_out_the_first_step(example):
-    report = example("common.report")
+    report = example("plan_report")
     timed = report.TimedExecutable(None)
     plan = make_plan()
     assert "nothing to compare" in report.measured_against_predicted(plan, timed)
@@ -150,7 +150,7 @@ def test_measurements_leave_out_the_first_step(example):
 
 
 def test_without_times_of_stages_there_is_the_step_alone(example):
-    report = example("common.report")
+    report = example("plan_report")
     timed = report.TimedExecutable(None)
     timed.step_s, timed.num_samples = [9, 0.5, 0.5], 30
     *_, step, summary = report.measured_against_predicted(make_plan(), timed).splitlines()
@@ -208,7 +208,7 @@ def test_runs_as_a_script(tiny_model, tmp_path):
 
 
 def test_ipu_settings_without_effect_here_are_named(script):
-    report = sys.modules["common.report"]
+    report = sys.modules["plan_report"]
     config = IPUConfig(layers_per_ipu=(1, 1), embedding_serialization_factor=2)
     assert report.local_note(config) == (
         "note: without effect on the local target: embedding_serialization_factor=2"
