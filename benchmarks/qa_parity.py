@@ -20,12 +20,12 @@ from typing import Any
 import typer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "question-answering"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent)]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent / "common")]
 
-from common.model import load_model_and_tokenizer  # noqa: E402
-from common.options import as_command  # noqa: E402
+from demo_model import load_model_and_tokenizer  # noqa: E402
 from qa_data import load_windows  # noqa: E402
 from qa_options import Options  # noqa: E402
+from script_options import as_command  # noqa: E402
 
 from ipu_pipeline.tasks.question_answering import (  # noqa: E402
     QuestionAnsweringDataset,

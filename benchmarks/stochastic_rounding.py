@@ -27,9 +27,9 @@ import torch
 import typer
 from torch.utils.data import Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "common"))
 
-from common.model import load_model_and_tokenizer
+from demo_model import load_model_and_tokenizer
 
 import ipu_pipeline as ipp
 from ipu_pipeline.tasks.question_answering import (

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from common.flow import Job, Scores, command_line, fine_tune, prepare
-from common.model import load_model, load_tokenizer, source_of
-from common.options import CommonOptions
-from common.report import say
+from demo_model import load_model, load_tokenizer, source_of
+from fine_tuning import Job, Scores, fine_tune, prepare
+from plan_report import say
+from script_options import CommonOptions
+from script_run import run_command_line
+
 from ipu_pipeline.capture.example_batch import pair_label
 from ipu_pipeline.capture.from_config import load_config
 from ipu_pipeline.errors import DatasetError
@@ -36,7 +38,7 @@ def main(task_name: str) -> None:
         run(task, options)
 
     command.__doc__ = f"Fine-tune and evaluate a model for {task_name}, split over pipeline stages."
-    command_line(command, options_of(task))
+    run_command_line(command, options_of(task))
 
 
 def options_of(task: Task) -> type[CommonOptions]:

@@ -4,7 +4,7 @@ r"""Fine-tune a Transformers model for extractive question answering, split over
         --train_file out/demo_data/train.json --validation_file out/demo_data/validation.json \
         --do_train --do_eval --output_dir out/qa
 
-Options are spelled as in transformers' own run_qa.py: ``qa_options.py`` and ``common/options.py``.
+Options are spelled as in transformers' own run_qa.py: ``qa_options.py``, ``../common/``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from common.flow import Job, Scores, command_line, fine_tune, prepare
-from common.model import load_model_and_tokenizer
-from common.report import is_first
+from demo_model import load_model_and_tokenizer
+from fine_tuning import Job, Scores, fine_tune, prepare
+from plan_report import is_first
 from qa_data import load_windows
 from qa_options import Options
+from script_run import run_command_line
 
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.tasks.question_answering import (
@@ -91,7 +92,7 @@ def in_words(scores: Scores) -> str:
 
 def main() -> None:
     """Run the command line; an error that the user can act on is one line."""
-    command_line(run, Options)
+    run_command_line(run, Options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ r"""Train LXMERT for visual question answering, split over pipeline stages.
         --dataset_name easy-vqa --ipu_config_name Graphcore/lxmert-base-ipu \
         --do_train --do_eval --output_dir out/vqa
 
-Options are spelled as in transformers' own scripts: ``vqa_options.py`` and ``common/options.py``.
+Options are spelled as in transformers' own scripts: ``vqa_options.py``, ``../common/``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from common.flow import (
-    Job,
-    Scores,
-    command_line,
-    fine_tune,
-    prepare,
-    read_ipu_config,
-    training_arguments,
-    write_results,
-)
-from common.report import is_first, say
+from fine_tuning import Job, Scores, fine_tune, prepare, write_results
+from plan_report import is_first, say
+from script_run import read_ipu_config, run_command_line, training_arguments
 from vqa_data import read_splits
 from vqa_model import Loaded, load_lxmert
 from vqa_options import Options
@@ -138,7 +130,7 @@ def _write_predictions(folder: Path, dataset: Dataset, answers: Sequence[str]) -
 
 def main() -> None:
     """Run the command line."""
-    command_line(run, Options)
+    run_command_line(run, Options)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.model import explained, load_model
-from common.report import say
+import typer
+from model_loading import load_weights, loading
 from torch import nn
 from vqa_data import Splits
 from vqa_options import Options
@@ -46,7 +46,7 @@ def load_lxmert(options: Options, splits: Splits) -> Loaded:
 
     name = options.model_name_or_path
     source = str(SMALL_FOLDER) if name == SMALL_ALIAS else name
-    with explained(name, SMALL_ALIAS):
+    with loading(name, f"without a network pass a local folder, or '{SMALL_ALIAS}'"):
         config = AutoConfig.from_pretrained(source)
     if config.model_type != "lxmert":
         raise PipelineError(
@@ -81,7 +81,7 @@ def _new(options: Options, splits: Splits, source: str, config: Any) -> Loaded:
     config.update({"vocab_size": len(tokenizer), "visual_feat_dim": features[-1]})
     _name_answers(config, answers)
     model = LxmertForQuestionAnswering(config)
-    say(
+    typer.echo(
         f"{options.model_name_or_path}: new weights: {model.num_parameters():,} parameters, "
         f"{len(tokenizer)} words, {len(answers)} answers"
     )
@@ -90,16 +90,16 @@ def _new(options: Options, splits: Splits, source: str, config: Any) -> Loaded:
 
 def _trained(options: Options, splits: Splits, source: str) -> Loaded:
     """Return a model with the weights of its files, with its own answers or the data's."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LxmertForQuestionAnswering
 
     name = options.model_name_or_path
-    with explained(name, SMALL_ALIAS):
+    with loading(name, f"without a network pass a local folder, or '{SMALL_ALIAS}'"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    model = load_model(name, "LxmertForQuestionAnswering")
+        model = load_weights(LxmertForQuestionAnswering, source, name)
     if options.replace_qa_head:
         answers = splits.answers()
         _replace_head(model, answers)
-        say(f"{name}: new question answering head for {len(answers)} answers")
+        typer.echo(f"{name}: new question answering head for {len(answers)} answers")
         return Loaded(model, tokenizer, answers)
     size = model.config.num_qa_labels
     names = model.config.id2label

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from common.options import CommonOptions
+from script_options import CommonOptions
 
 EASY_VQA = "easy-vqa"
 

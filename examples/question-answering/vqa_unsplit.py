@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from common.report import say
+import typer
 from torch import Tensor, nn
 
 from ipu_pipeline.targets.base import EvalResult
@@ -74,7 +74,7 @@ def train_unsplit(
             num_samples += len(batch["labels"])
             if len(losses) % arguments.logging_steps == 0:
                 recent = losses[-arguments.logging_steps :]
-                say(f"step {len(losses)}: loss {sum(recent) / len(recent):.4f}")
+                typer.echo(f"step {len(losses)}: loss {sum(recent) / len(recent):.4f}")
             if len(losses) == num_steps:
                 break
     runtime_s = time.time() - start_s

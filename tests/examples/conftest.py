@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "question-answering"
 @pytest.fixture
 def example(monkeypatch):
     """Return a function that imports a module of the example by name."""
-    monkeypatch.syspath_prepend(str(FOLDER.parent))  # for common/
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "common"))
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 
@@ -54,15 +54,9 @@ class EagerExecutable:
     def state_dict(self):
         return self.model.state_dict()
 
-    def save_checkpoint(self, path, extra=None, *, blocking=True, attach=None):
+    def save_checkpoint(self, path, extra=None):
         Path(path).mkdir(parents=True, exist_ok=True)
         return Path(path)
-
-    def wait_for_checkpoint(self):
-        pass
-
-    def from_first_rank(self, value):
-        return value
 
     def close(self):
         self.closed = True

@@ -9,7 +9,7 @@ from ipu_pipeline.errors import PipelineError
 
 @pytest.fixture
 def module(example):
-    return example("common.model")
+    return example("demo_model")
 
 
 def install(monkeypatch, module, folder):

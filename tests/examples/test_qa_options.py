@@ -27,7 +27,7 @@ def module(example):
 
 @pytest.fixture
 def common(example):
-    return example("common.options")
+    return example("script_options")
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""What every script can be told: one field per option, under transformers' own spelling.
+"""The command line of the scripts: one field per option, under transformers' own spelling.
 
 A field ``max_seq_length`` is the option ``--max_seq_length``; its text is the option's help. A
 second text names an environment variable that the default is taken from; ``ipu-pipeline launch``
-sets it. A script adds its own options as fields of a subclass.
+sets it. A script adds the fields of its task in a subclass.
 """
 
 from __future__ import annotations
@@ -18,20 +18,14 @@ import typer
 
 @dataclass(frozen=True, kw_only=True)
 class CommonOptions:
-    """Options of every script.
+    """What every script can be told: model, data, training, and where it runs."""
 
-    Attributes:
-        file_format: What ``--train_file`` and ``--validation_file`` hold, for messages.
-    """
+    file_format: ClassVar[str] = "a data file"
 
-    file_format: ClassVar[str] = "json, jsonl or csv"
-
-    model_name_or_path: Annotated[str, "Hub name, local folder, or 'minilm' (installed)."]
+    model_name_or_path: Annotated[str, "Hub name or local folder."]
     output_dir: Annotated[Path, "Where checkpoints, predictions and results go."]
     # ---- data
-    dataset_name: Annotated[
-        str | None, "Data set of the hub, or a folder that datasets can load."
-    ] = None
+    dataset_name: Annotated[str | None, "Data set of the hub."] = None
     dataset_config_name: Annotated[str | None, "Its configuration."] = None
     train_file: Annotated[Path | None, "File to train on."] = None
     validation_file: Annotated[Path | None, "File to evaluate on."] = None
@@ -134,22 +128,17 @@ class CommonOptions:
 _Options = TypeVar("_Options", bound=CommonOptions)
 
 
-def described_fields(options: type[CommonOptions]) -> list[tuple[Field[Any], tuple[Any, ...]]]:
-    """Return every field of a class of options with type, help text, and its variable if any."""
-    hints = get_type_hints(options, include_extras=True)
-    return [(item, get_args(hints[item.name])) for item in fields(options)]
+def described_fields(kind: type[CommonOptions]) -> list[tuple[Field[Any], tuple[Any, ...]]]:
+    """Return every field of ``kind`` with type, help text, and its variable if any."""
+    hints = get_type_hints(kind, include_extras=True)
+    return [(item, get_args(hints[item.name])) for item in fields(kind)]
 
 
-def as_command(run: Callable[[_Options], Any], options: type[_Options]) -> Callable[..., None]:
-    """Return a function that typer turns into the command line of ``options``.
-
-    Args:
-        run: Called with the options that were given; its docstring is the command's.
-        options: Their class.
-    """
+def as_command(run: Callable[[_Options], Any], kind: type[_Options]) -> Callable[..., None]:
+    """Return a function that typer turns into the command line of the options ``kind``."""
 
     def command(**values: Any) -> None:
-        run(options(**values))
+        run(kind(**values))
 
     parameters = [
         inspect.Parameter(
@@ -157,10 +146,10 @@ def as_command(run: Callable[[_Options], Any], options: type[_Options]) -> Calla
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if item.default is MISSING else item.default,
             annotation=Annotated[
-                kind, typer.Option(_flag(item), help=text, envvar=variable or None)
+                given, typer.Option(_flag(item), help=text, envvar=variable or None)
             ],
         )
-        for item, (kind, text, *variable) in described_fields(options)
+        for item, (given, text, *variable) in described_fields(kind)
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {item.name: item.annotation for item in parameters}
