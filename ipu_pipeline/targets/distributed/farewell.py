@@ -6,6 +6,7 @@ can find out by themselves. So they say at that moment what they know.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -59,19 +60,43 @@ def record(error: BaseException) -> None:
             ErrorHandler().record_exception(error)
 
 
+_stuck: list[threading.Thread] = []
+
+
+def end_at_exit(thread: threading.Thread) -> None:
+    """Skip the interpreter's clean-up when this process exits while ``thread`` still waits in torch.
+
+    Destroying what it waits in would abort the process, after all messages, with a signal instead
+    of exit code 1.
+    """
+    _stuck.append(thread)
+
+
+# Registered at import, so that it runs after what others register later.
+@atexit.register
+def _end_if_stuck() -> None:
+    if any(thread.is_alive() for thread in _stuck):
+        _flush_in_time()
+        os._exit(1)
+
+
 def end_process(text: str) -> None:
     """Say ``text`` and end this process at once, with exit code 1, whatever hangs in it."""
     say(text)
-    # Whoever hangs may hold the lock of a stream.
-    flusher = threading.Thread(target=_flush, daemon=True)
-    flusher.start()
-    flusher.join(FLUSH_S)
+    _flush_in_time()
     os._exit(1)
 
 
 def say(text: str) -> None:
     """Write a line to standard error without any lock that a hung thread could hold."""
     os.write(2, f"{text}\n".encode())
+
+
+def _flush_in_time() -> None:
+    # Whoever hangs may hold the lock of a stream.
+    flusher = threading.Thread(target=_flush, daemon=True)
+    flusher.start()
+    flusher.join(FLUSH_S)
 
 
 def _flush() -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.targets.distributed.doing import Doing
+from ipu_pipeline.targets.distributed.farewell import end_at_exit
 
 POLL_S = 0.2
 T = TypeVar("T")
@@ -90,8 +91,10 @@ class Waiter:
     def close(self) -> None:
         """Stop the thread; a call that still waits is left to end with the process."""
         self._jobs.put(None)
-        if self._thread is not None:  # a thread inside of torch at exit would abort the process
+        if self._thread is not None:
             self._thread.join(timeout=2 * POLL_S)
+            if self._thread.is_alive():
+                end_at_exit(self._thread)
 
     @staticmethod
     def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

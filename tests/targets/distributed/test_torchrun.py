@@ -45,6 +45,7 @@ def test_a_script(tmp_path: Path, how: str) -> None:
     assert (done.returncode == 0) == (how == "ends")
     if how == "fails":
         assert "ValueError: mine" in done.stderr
+        assert "exitcode: -6" not in done.stderr  # no rank aborts, whatever it still waits for
     if how == "hangs":
         message = "rank 1 hangs (stage 1, block 'bert.encoder.layer.3', forward pass of microbatch"
         summary = done.stderr.partition("Root Cause")[2]
