@@ -64,7 +64,7 @@ _stuck: list[threading.Thread] = []
 
 
 def end_at_exit(thread: threading.Thread) -> None:
-    """Skip the interpreter's clean-up when this process exits while ``thread`` still waits in torch.
+    """Skip the interpreter's clean-up if ``thread`` still waits in torch when this process exits.
 
     Destroying what it waits in would abort the process, after all messages, with a signal instead
     of exit code 1.
