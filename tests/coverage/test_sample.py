@@ -19,7 +19,8 @@ SAMPLE = (
     "LlamaForCausalLM", "LlavaForConditionalGeneration", "LongT5ForConditionalGeneration",
     "LxmertForQuestionAnswering", "MPNetForSequenceClassification", "MambaForCausalLM",
     "MixtralForCausalLM", "MobileBertForPreTraining", "OPTForCausalLM", "PegasusForCausalLM",
-    "PvtForImageClassification", "Qwen2VLForConditionalGeneration", "SegformerForSemanticSegmentation",
+    "PvtForImageClassification", "Qwen2VLForConditionalGeneration",
+    "SegformerForSemanticSegmentation",
     "T5ForConditionalGeneration", "ViTForImageClassification", "VideoMAEForVideoClassification",
     "Wav2Vec2ForAudioFrameClassification", "WhisperForConditionalGeneration",
 )  # fmt: skip
