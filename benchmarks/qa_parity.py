@@ -20,11 +20,12 @@ from typing import Any
 import typer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "question-answering"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent / "common")]
 
 from demo_model import load_model_and_tokenizer  # noqa: E402
 from qa_data import load_windows  # noqa: E402
-from qa_options import Options, as_command  # noqa: E402
+from qa_options import Options  # noqa: E402
+from script_options import as_command  # noqa: E402
 
 from ipu_pipeline.tasks.question_answering import (  # noqa: E402
     QuestionAnsweringDataset,
@@ -109,5 +110,5 @@ def _score(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(as_command(compare))
+    app.command()(as_command(compare, Options))
     app()

@@ -27,7 +27,7 @@ import torch
 import typer
 from torch.utils.data import Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "question-answering"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "common"))
 
 from demo_model import load_model_and_tokenizer
 

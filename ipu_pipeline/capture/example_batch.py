@@ -22,6 +22,8 @@ from ipu_pipeline.errors import CaptureError
 IGNORED_LABEL = -100
 MASKED_SHARE = 0.15  # Devlin et al., BERT, NAACL 2019, section 3.1
 NUM_CHOICES = 2
+SENTENCE_ORDER_LABEL = "sentence_order_label"  # ALBERT's; the other one is BERT's
+PAIR_LABELS = ("next_sentence_label", SENTENCE_ORDER_LABEL)
 NUM_REGIONS = 36  # image regions of the published LXMERT features
 _SPECIAL_IDS = (
     "pad_token_id",
@@ -242,6 +244,23 @@ def _masked_lm(draft: _Draft) -> dict[str, Tensor]:
     return {**inputs, "input_ids": tokens, "labels": labels}
 
 
+def _pretraining(draft: _Draft) -> dict[str, Tensor]:
+    """Masked tokens, and whether two segments follow each other."""
+    label = pair_label(draft.model)
+    if label is None:
+        raise CaptureError(
+            f"{type(draft.model).__name__} learns nothing about pairs of sentences (its forward "
+            f"has none of {', '.join(PAIR_LABELS)}); use masked-lm, or another task that it has"
+        )
+    return {**_masked_lm(draft), label: draft.integers(0, 2, (draft.size.batch_size,))}
+
+
+def pair_label(model: nn.Module) -> str | None:
+    """Return what ``model`` calls its label of a pair of sentences; ``None`` if it has none."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in PAIR_LABELS if name in accepted), None)
+
+
 def _causal_lm(draft: _Draft) -> dict[str, Tensor]:
     inputs = _text_inputs(draft)
     inputs.pop("token_type_ids", None)
@@ -333,6 +352,7 @@ def _audio_classification(draft: _Draft) -> dict[str, Tensor]:
 _BUILDERS: Mapping[str, Callable[[_Draft], dict[str, Tensor]]] = {
     "question-answering": _question_answering,
     "masked-lm": _masked_lm,
+    "pretraining": _pretraining,
     "causal-lm": _causal_lm,
     "seq2seq-lm": _seq2seq_lm,
     "sequence-classification": _sequence_classification,

@@ -18,8 +18,10 @@ from transformers import AutoConfig, PretrainedConfig
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch
 from ipu_pipeline.errors import CaptureError
 
-# The transformers auto class that finds the model class of each task.
+# The transformers auto class that finds the model class of each task. The class that a config names
+# decides its task, the last one that fits: pretraining is first, as it is another task's for most.
 TASKS: Mapping[str, str] = {
+    "pretraining": "AutoModelForPreTraining",
     "question-answering": "AutoModelForQuestionAnswering",
     "masked-lm": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",

@@ -19,6 +19,8 @@ from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training.arguments import TrainingArguments
 from ipu_pipeline.training.data import Collator, build_collator, eval_batches
 
+Measure = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class EvalOutput:
@@ -46,6 +48,7 @@ def evaluate_loop(
     collate_fn: Collator | None = None,
     tokenizer: Any = None,
     on_step: Callable[[], None] | None = None,
+    measure: Measure | None = None,
 ) -> EvalOutput:
     """Evaluate every sample of ``dataset`` once, in order.
 
@@ -59,6 +62,8 @@ def evaluate_loop(
         collate_fn: As in ``train``.
         tokenizer: As in ``train``.
         on_step: Called after every batch.
+        measure: Called with the outputs and the batch; what it returns (axis 0: samples) is kept
+            in place of the outputs, such as a few numbers in place of logits over a vocabulary.
     """
     start_s = time.time()
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
@@ -73,7 +78,8 @@ def evaluate_loop(
         if result.loss is not None:
             losses.append((result.loss, size))
         if not arguments.prediction_loss_only:
-            for name, tensor in result.outputs.items():
+            outputs = result.outputs if measure is None else measure(result.outputs, batch)
+            for name, tensor in outputs.items():
                 if tensor.ndim:
                     parts.setdefault(name, []).append(tensor.detach().cpu())
         if on_step is not None:
@@ -81,8 +87,8 @@ def evaluate_loop(
     loss = math.fsum(x * n for x, n in losses) / sum(n for _, n in losses) if losses else None
     metrics = {} if loss is None else {"eval_loss": loss}
     metrics |= speed_metrics("eval", start_s, num_samples=num_samples, num_steps=len(loader))
-    outputs = {name: _joined(tensors) for name, tensors in parts.items()}
-    return EvalOutput(loss, outputs, num_samples, metrics)
+    joined = {name: _joined(tensors) for name, tensors in parts.items()}
+    return EvalOutput(loss, joined, num_samples, metrics)
 
 
 EvalFn = Callable[[Executable], Mapping[str, Any]]

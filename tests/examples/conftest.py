@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "question-answering"
 @pytest.fixture
 def example(monkeypatch):
     """Return a function that imports a module of the example by name."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "common"))
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 

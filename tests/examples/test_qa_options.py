@@ -26,13 +26,18 @@ def module(example):
 
 
 @pytest.fixture
-def call(module):
+def common(example):
+    return example("script_options")
+
+
+@pytest.fixture
+def call(module, common):
     """Return a function that runs a command line and gives the result and the options."""
     seen = []
 
     def call_with(*arguments):
         app = typer.Typer(rich_markup_mode=None)
-        app.command()(module.as_command(seen.append))
+        app.command()(common.as_command(seen.append, module.Options))
         return CliRunner().invoke(app, arguments), seen[-1] if seen else None
 
     return call_with
@@ -72,12 +77,12 @@ def test_takes_the_options_of_its_own(call):
     assert (options.max_steps, options.schedule, options.bf16) == (7, "gpipe", True)
 
 
-def test_every_field_is_an_option_with_help(module, call):
+def test_every_field_is_an_option_with_help(module, common, call):
     result, _ = call("--help")
     assert result.exit_code == 0
     shown = " ".join(result.output.split())
     assert len(fields(module.Options)) > 40
-    for item, (_, text, *_) in module.described_fields():
+    for item, (_, text, *_) in common.described_fields(module.Options):
         assert f"--{item.name} " in shown
         assert text.split()[0] in shown
 

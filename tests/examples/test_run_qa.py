@@ -90,9 +90,13 @@ def test_replicas_that_the_local_target_leaves_out_are_named(script, options, ea
 
 
 @pytest.mark.parametrize(("target", "sharded"), [("distributed", True), ("local", False)])
-def test_state_is_divided_where_the_configuration_says_so(script, options, eager, target, sharded):
-    changes = "layers_per_ipu=[1 1],replicated_tensor_sharding=true"
-    script.run(options(do_train=True, ipu_config_overrides=changes, target=target))
+def test_state_is_divided_where_the_configuration_says_so(
+    script, options, eager, tmp_path, target, sharded
+):
+    plan = tmp_path / "plan.json"
+    make_plan(2, 2).save(plan)
+    changes = "replicated_tensor_sharding=true"
+    script.run(options(do_train=True, ipu_config_overrides=changes, target=target, plan=plan))
     assert eager["compile"]["options"].replicated_tensor_sharding is sharded
 
 
@@ -121,11 +125,11 @@ def test_refuses_a_folder_with_another_run(script, options, eager, tmp_path):
     assert eager["executable"].global_step == 3
 
 
-def test_closes_the_executable_after_an_error(script, options, eager, monkeypatch):
+def test_closes_the_executable_after_an_error(example, script, options, eager, monkeypatch):
     def fail(*_, **__):
         raise PipelineError("stage 1 failed")
 
-    monkeypatch.setattr(script, "train", fail)
+    monkeypatch.setattr(example("fine_tuning"), "train", fail)
     with pytest.raises(PipelineError, match="stage 1 failed"):
         script.run(options(do_train=True))
     assert eager["executable"].closed
@@ -144,7 +148,7 @@ def test_a_hub_data_set_without_the_split_is_refused(example, options, monkeypat
 
 
 def test_measurements_leave_out_the_first_step(example):
-    report = example("qa_report")
+    report = example("plan_report")
     timed = report.TimedExecutable(None)
     plan = make_plan()
     assert "nothing to compare" in report.measured_against_predicted(plan, timed)
@@ -157,7 +161,7 @@ def test_measurements_leave_out_the_first_step(example):
 
 
 def test_without_times_of_stages_there_is_the_step_alone(example):
-    report = example("qa_report")
+    report = example("plan_report")
     timed = report.TimedExecutable(None)
     timed.step_s, timed.num_samples = [9, 0.5, 0.5], 30
     *_, step, summary = report.measured_against_predicted(make_plan(), timed).splitlines()
@@ -215,7 +219,7 @@ def test_runs_as_a_script(tiny_model, tmp_path):
 
 
 def test_ipu_settings_without_effect_here_are_named(script):
-    report = sys.modules["qa_report"]
+    report = sys.modules["plan_report"]
     config = IPUConfig(layers_per_ipu=(1, 1), embedding_serialization_factor=2)
     assert report.local_note(config) == (
         "note: without effect on the local target: embedding_serialization_factor=2"

@@ -36,8 +36,8 @@ class Part:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no tensor to write."""
-        return not any(self.tensors.values())
+        """Whether there is nothing to write."""
+        return not any(self.tensors.values()) and not self.values
 
 
 @dataclass(frozen=True)

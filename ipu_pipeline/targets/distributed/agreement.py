@@ -16,6 +16,9 @@ from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.distributed.groups import Groups, everyones
 
+# Elements of a parameter that are compared between ranks.
+SAMPLE = 256
+
 
 def description(
     model: nn.Module,
@@ -92,12 +95,12 @@ def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    failed = next((rank for rank, theirs in enumerate(found) if theirs is not None), None)
-    if failed is None:
+    problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
+    if not problems:
         return
     raised: Any = error
     if raised is None:
-        kind, text = found[failed] or (StageError, "")
+        failed, kind, text = problems[0]
         known = issubclass(kind, PipelineError | OSError)
         raised = (kind if known else StageError)(f"rank {failed}: {text}")
     raised.raised_on_all_ranks = True
@@ -105,9 +108,19 @@ def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
 
 
 def _checksum(model: nn.Module) -> str:
+    """Digest names, shapes and a sample of every parameter: its cost does not grow with sizes.
+
+    The sample is spread evenly and holds both ends. What differs elsewhere only goes unnoticed;
+    other seeds, other checkpoints and training steps change everything.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            plain = parameter.detach().cpu().contiguous().flatten()
-            digest.update(plain.view(torch.uint8).numpy().data)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        if parameter.is_meta or not parameter.numel():
+            continue
+        flat = parameter.detach().reshape(-1)
+        count = min(SAMPLE, flat.numel())
+        where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+        sample = flat[where.to(flat.device)].cpu()
+        digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()

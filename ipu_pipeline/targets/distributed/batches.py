@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
 
+from ipu_pipeline.targets.distributed.doing import Doing
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.layout import Layout
-from ipu_pipeline.targets.distributed.pipeline import Doing, TrainingPipeline
+from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
 from ipu_pipeline.targets.distributed.schedules import schedule_for
 from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.captures import StageCache
@@ -116,8 +117,8 @@ class Pipelines:
         if schedule != self._schedule and not self._said and layout.position == 0:
             self._said = True
             logger.warning(
-                "schedule %s cannot run the %d microbatches of a short batch; such batches run "
-                "with %s, which computes the same",
+                "schedule %s cannot run a number of microbatches that a short batch has (%d); it "
+                "runs with %s then, which computes the same",
                 self._schedule,
                 num_microbatches,
                 schedule,

@@ -110,8 +110,8 @@ class DistributedExecutable:
             scaling = self.options.loss_scaling
             loss, ownership = self._accumulate(batch, scaling, for_update=True)
             own = state.own_parameters(self.model, ownership)
-            self._watch.doing.what = "the optimizer step"
-            done = update(self.optimizer, own, ownership, self.groups, self.options)
+            with self._watch.doing.during("the optimizer step"):
+                done = update(self.optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
         return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
 
@@ -266,8 +266,8 @@ class DistributedExecutable:
             }
             with kept_aside(state.own_parameters(self.model, ownership)):
                 own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
-                self._watch.doing.what = "summing gradients"
-                sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
+                with self._watch.doing.during("summing gradients"):
+                    sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:

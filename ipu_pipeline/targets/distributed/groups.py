@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.targets.distributed.joining import meet
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.waiting import Waiter
 
@@ -24,7 +27,8 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
     """Make sure that there is a default process group; return whether it was made here.
 
     Raises:
-        LoweringError: The script was not started by torchrun or something like it.
+        LoweringError: The script was not started by torchrun or something like it, or not all
+            processes came.
     """
     if dist.is_initialized():
         return False
@@ -37,7 +41,10 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
             "'ipu-pipeline launch plan.json -- script.py'"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
 
@@ -47,14 +54,14 @@ class Groups:
     Args:
         layout: Who stands where.
         device: Where tensors have to be for the backend.
+        waiter: Every wait for another rank goes through it.
 
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
-        waiter: Every wait for another rank goes through it.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
         self.layout = layout
         self.device = device
         mesh = init_device_mesh(
@@ -64,7 +71,7 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.waiter = Waiter()
+        self.waiter = waiter
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
@@ -26,13 +27,20 @@ class Notes:
         rank: Of this process.
         world_size: How many there are.
         failed: Whether some rank has failed, so that it may not answer.
+        waits: Entered while others are waited for.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, failed: Callable[[], bool]
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        failed: Callable[[], bool],
+        waits: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.rank = rank
         self.failed = failed
+        self._waits = waits
         self._store = store
         self._world_size = world_size
         self._exchanges = 0
@@ -46,12 +54,13 @@ class Notes:
         self._exchanges += 1
         self._store.set(self._key(self._exchanges, self.rank), pickle.dumps(value))  # type: ignore[arg-type]
         found = []
-        for rank in range(self._world_size):
-            key = self._key(self._exchanges, rank)
-            while not self._store.check([key]):
-                self.give_up_after_failure()
-                time.sleep(_POLL_S)
-            found.append(pickle.loads(self._store.get(key)))
+        with self._waits():
+            for rank in range(self._world_size):
+                key = self._key(self._exchanges, rank)
+                while not self._store.check([key]):
+                    self.give_up_after_failure()
+                    time.sleep(_POLL_S)
+                found.append(pickle.loads(self._store.get(key)))
         # Who takes part in this exchange has read the one before.
         self._store.delete_key(self._key(self._exchanges - 1, self.rank))
         return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.tasks.samples import hub_splits
 
 SHOWN_CHARACTERS = 40
 _T = TypeVar("_T", str, int, list[Any], dict[str, Any])
@@ -85,17 +86,10 @@ def load_hub_squad(
         DatasetError: It cannot be loaded (offline and not cached, unknown), or its columns are not
             ``id, question, context, answers``.
     """
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(dataset_name, config_name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(
-            f"data set {dataset_name!r} cannot be loaded ({reason.rstrip('.')}); without a network "
-            "pass --train_file and --validation_file with SQuAD v1.1 JSON files instead of "
-            "--dataset_name (examples/question-answering/make_demo_data.py writes such files)"
-        ) from error
+    instead = (
+        "SQuAD v1.1 JSON files (examples/question-answering/make_demo_data.py writes such files)"
+    )
+    splits = hub_splits(dataset_name, config_name, instead=instead)
     return {str(name): _hub_split(rows, f"{dataset_name}[{name}]") for name, rows in splits.items()}
 
 

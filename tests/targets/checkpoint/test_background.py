@@ -9,6 +9,7 @@ import torch
 
 from ipu_pipeline.targets import checkpoint
 from ipu_pipeline.targets.checkpoint import Background, is_complete, write_checkpoint
+from ipu_pipeline.targets.checkpoint.parts import Part
 from tests.targets.checkpoint.models import one_step
 from tests.targets.distributed.jobs import compiled
 from tests.targets.distributed.saving_jobs import files
@@ -147,3 +148,8 @@ def test_nothing_is_left_when_attaching_fails(trained, tmp_path):
             tmp_path / "a", model=trained[0], optimizer=None, global_step=0, attach=attach
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_without_tensors_may_have_values():
+    assert Part({"model": {}}).is_empty
+    assert not Part({"model": {}}, {"weight": {"step": 1}}).is_empty

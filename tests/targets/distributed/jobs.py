@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.adamw import AdamW
-from ipu_pipeline.targets.distributed import executable, faults  # noqa: F401 - preloaded
+from ipu_pipeline.targets.distributed import executable  # noqa: F401 - preloaded
 from ipu_pipeline.targets.distributed.executable import DistributedExecutable
 from tests.tiny_models import TINY
 
@@ -213,34 +212,6 @@ def mismatch(what: str, planned: dict[str, Any]) -> str:
     except ipp.errors.LoweringError as error:
         return str(error)
     return "started"
-
-
-def failure(how: str, planned: dict[str, Any]) -> str:
-    """Train until the last rank's stage fails in step 1; return the error."""
-    faults.SILENT_S, faults.VERDICT_S = 4.0, 8.0
-    made, batch = compiled("bert-qa", planned=planned)
-    module = made.model.bert.encoder.layer[-1]
-    steps = []
-
-    def hook(*_: Any) -> None:
-        steps.append(made.global_step)
-        if made.global_step == 1 and steps.count(1) == 2 and _last():
-            if how == "dies":
-                os._exit(9)
-            raise ValueError("the disk is on fire")
-
-    module.register_forward_pre_hook(hook)
-    try:
-        for _ in range(3):
-            made.train_step(batch)
-    except ipp.errors.StageError as error:
-        found = str(error)
-    try:
-        made.train_step(batch)
-    except ipp.errors.StageError as error:
-        found += f"; then: {error}"
-    made.close()
-    return found
 
 
 def _last() -> bool:

@@ -48,23 +48,26 @@ class Processes:
             self.processes.append(process)
 
     def run(self, job: str, **arguments: Any) -> list[Any]:
-        """Return what the job returned on every rank.
-
-        Args:
-            job: A function of ``jobs.py``, or ``file.function`` of another file in this folder.
-            **arguments: Of the function.
-        """
+        """Return what the job returned on every rank."""
         answers = self.answers(job, **arguments)
         failed = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(answers) if not good]
         assert not failed, "\n".join(failed)
         return [value for _, value in answers]
 
-    def answers(self, job: str, **arguments: Any) -> list[tuple[bool, Any]]:
-        """Return per rank whether the job ended well, and its result or error."""
+    def answers(
+        self, job: str, *, mute: tuple[int, ...] = (), **arguments: Any
+    ) -> list[tuple[bool, Any]]:
+        """Return per rank whether the job ended well, and its result or error.
+
+        Ranks that are ``mute`` cannot answer and are not waited for.
+        """
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found = []
-        for pipe in self.pipes:
+        for rank, pipe in enumerate(self.pipes):
+            if rank in mute:
+                found.append((False, "mute"))
+                continue
             try:
                 assert pipe.poll(self.answer_s), "a rank does not answer"
                 found.append(pipe.recv())

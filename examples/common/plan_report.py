@@ -1,4 +1,4 @@
-"""What run_qa.py prints about the plan: blocks, split, and prediction against measurement."""
+"""What a script prints about the plan: blocks, split, and prediction against measurement."""
 
 from __future__ import annotations
 

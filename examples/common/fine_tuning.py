@@ -1,0 +1,133 @@
+"""From options to a trained and evaluated model: the part that is the same for every task.
+
+A script loads its model and data, says how it is scored, and calls :func:`fine_tune`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from plan_report import TimedExecutable, describe, is_first, measured_against_predicted, say
+from script_options import CommonOptions
+from script_run import (
+    check_output_dir,
+    make_plan,
+    microbatch_size,
+    read_ipu_config,
+    training_arguments,
+)
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import ipu_pipeline as ipp
+from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.partition import Constraints
+from ipu_pipeline.targets.base import Executable
+from ipu_pipeline.training import TrainingArguments, build_optimizer, save_results, train
+from ipu_pipeline.training.data import Collator
+
+Scores = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a script trains, on what, and how it is scored.
+
+    Attributes:
+        model: A transformers model.
+        tokenizer: Saved beside it.
+        train_data: Samples to train on; ``None`` not to train.
+        example: Returns the first so many samples as the batch that planning looks at.
+        evaluate: Returns the scores of the model as it is now.
+        in_words: Returns scores as a line.
+        collate_fn: Makes a batch of samples; ``None`` for that of transformers' Trainer.
+        ipu_config: The options' configuration, adapted to the model; ``None`` to leave it as it is.
+        constraints: Further limits of the split.
+    """
+
+    model: Any
+    tokenizer: Any
+    train_data: Dataset[Any] | None
+    example: Callable[[int], Mapping[str, Tensor]]
+    evaluate: Callable[[Executable, TrainingArguments], Scores]
+    in_words: Callable[[Scores], str]
+    collate_fn: Collator | None = None
+    ipu_config: IPUConfig | None = None
+    constraints: Constraints | None = None
+
+
+def prepare(options: CommonOptions) -> None:
+    """Check the output folder, seed everything, and let transformers say less.
+
+    Raises:
+        PipelineError: The folder holds another run.
+    """
+    from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading and saving files
+    if not is_first():
+        set_verbosity_error()  # type: ignore[no-untyped-call]  # the first process says the same
+    check_output_dir(options)
+    set_seed(options.seed)  # the new head's weights
+
+
+def fine_tune(options: CommonOptions, job: Job) -> None:
+    """Plan, compile, train and evaluate as the options say; write results, model and plan."""
+    columns = job.example(microbatch_size(options))
+    config = job.ipu_config or read_ipu_config(options)
+    plan = make_plan(options, job.model, columns, config, constraints=job.constraints)
+    say(describe(plan))
+    arguments = training_arguments(
+        options, microbatches=plan.num_microbatches, replicas=plan.replicas
+    )
+    executable = ipp.compile(
+        job.model,
+        plan,
+        target=options.target,
+        optimizer=build_optimizer(job.model, arguments) if options.do_train else None,
+        **asdict(arguments.execution_options(schedule=options.schedule)),
+    )
+    try:
+        if options.eval_before_training:
+            scores = job.evaluate(executable, arguments)
+            say(f"before training: {job.in_words(scores)}")
+            write_results(options, "before", {f"before_{name}": scores[name] for name in scores})
+        if job.train_data is not None:
+            _train(options, job, executable, arguments)
+        if options.do_eval:
+            scores = job.evaluate(executable, arguments)
+            say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
+            write_results(options, "eval", scores)
+        if is_first():
+            plan.save(options.output_dir / "plan.json")
+    finally:
+        executable.close()
+
+
+def _train(
+    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
+) -> None:
+    """Train, compare the times with the plan's, and write the model."""
+    assert job.train_data is not None
+    timed = TimedExecutable(executable)
+    train(
+        cast(Executable, timed),
+        job.train_data,
+        arguments,
+        collate_fn=job.collate_fn,
+        tokenizer=job.tokenizer,
+    )
+    say(measured_against_predicted(executable.plan, timed))
+    weights = executable.state_dict()  # of all processes, so all of them ask
+    if is_first():
+        job.model.save_pretrained(options.output_dir, state_dict=weights)
+        job.tokenizer.save_pretrained(options.output_dir)
+
+
+def write_results(options: CommonOptions, split: str, scores: Scores) -> None:
+    """Write scores to the result files, if this is the process that writes."""
+    if is_first():
+        save_results(options.output_dir, split, scores)

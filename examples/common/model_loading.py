@@ -1,0 +1,65 @@
+"""Load a model in float32, ready to train; say in one line which of its weights are new."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from plan_report import say
+
+from ipu_pipeline.errors import PipelineError
+
+
+@contextlib.contextmanager
+def loading(name_or_path: str, remedy: str) -> Iterator[None]:
+    """Turn what transformers raises about a missing or unfit model into one line.
+
+    Raises:
+        PipelineError: What is loaded inside is not here, or is of another kind.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PipelineError(
+            f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); {remedy}"
+        ) from error
+
+
+def load_weights(auto_class: Any, source: str, name_or_path: str, **config: Any) -> Any:
+    """Return a model in training mode; name the weights that its files do not hold.
+
+    Args:
+        auto_class: A class of transformers with ``from_pretrained``.
+        source: What it loads.
+        name_or_path: What the user called it.
+        **config: Changes to its configuration. Weights whose shape they change are new.
+    """
+    import torch
+
+    with _quiet():  # its report of missing weights is said in one line below
+        model, info = auto_class.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=bool(config),
+            **config,
+        )
+    reshaped = (key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
+    if new := ", ".join(sorted({*info["missing_keys"], *reshaped})):
+        say(f"{name_or_path}: new weights, to be trained: {new}")
+    return model.train()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers log errors only."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

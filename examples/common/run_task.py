@@ -1,0 +1,152 @@
+"""One flow for every task of the table in ``ipu_pipeline/tasks/table.py``.
+
+Read the data, choose the classes, load the model, encode, then plan, train and evaluate; the
+trivial baseline is scored on the same batches as the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from demo_model import load_model, load_tokenizer, source_of
+from fine_tuning import Job, Scores, fine_tune, prepare
+from plan_report import say
+from script_options import CommonOptions
+from script_run import run_command_line
+
+from ipu_pipeline.capture.example_batch import pair_label
+from ipu_pipeline.capture.from_config import load_config
+from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.tasks.evaluation import baseline_scores, evaluate_task
+from ipu_pipeline.tasks.features import Setup
+from ipu_pipeline.tasks.labels import choose_classes, label_config
+from ipu_pipeline.tasks.samples import Rows, load_hub_rows, read_rows
+from ipu_pipeline.tasks.table import TASKS, Task
+from ipu_pipeline.training import TrainingArguments
+from ipu_pipeline.training.data import build_collator
+from ipu_pipeline.training.rng import keyed_randomness
+
+
+def main(task_name: str) -> None:
+    """Run the command line of a task; an error that the user can act on is one line."""
+    task = TASKS[task_name]
+
+    def command(options: CommonOptions) -> None:
+        run(task, options)
+
+    command.__doc__ = f"Fine-tune and evaluate a model for {task_name}, split over pipeline stages."
+    run_command_line(command, options_of(task))
+
+
+def options_of(task: Task) -> type[CommonOptions]:
+    """Return the class of what a task's script can be told."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CommonOptions, task.options):  # type: ignore[name-defined,misc]
+        """Options of every script, and of the task."""
+
+        file_format = "json, jsonl, csv or txt"
+
+        def __post_init__(self) -> None:
+            CommonOptions.__post_init__(self)
+            task.options.__post_init__(self)
+
+    return Options
+
+
+def run(task: Task, options: CommonOptions) -> None:
+    """Fine-tune and evaluate a model for ``task``."""
+    prepare(options)
+    rows = read_splits(options)
+    name = options.model_name_or_path
+    tokenizer = load_tokenizer(name, **task.tokenizer_options)
+    classes = find_classes(task, rows, options)
+    model = load_model(name, task.auto_class, **label_config(classes))
+    setup = Setup(tokenizer, options, classes, pair_label(model))
+    data = {split: task.encode(samples, setup) for split, samples in rows.items()}
+    collate = build_collator(model, TrainingArguments(), task.collator(setup))
+    any_data = next(iter(data.values()))
+
+    def example(size: int) -> Any:
+        with keyed_randomness(options.seed):
+            return collate([any_data[i] for i in range(min(size, len(any_data)))])
+
+    def evaluate(executable: Any, arguments: TrainingArguments) -> Scores:
+        scores = evaluate_task(task, executable, data["validation"], arguments, setup)
+        if "train" in data:
+            trivial = baseline_scores(
+                task, model, data["train"], data["validation"], arguments, setup
+            )
+            scores |= {f"eval_baseline_{score}": value for score, value in trivial.items()}
+        return scores
+
+    say(", ".join(f"{len(samples)} sequences to {_USES[split]}" for split, samples in data.items()))
+    job = Job(
+        model,
+        tokenizer,
+        data.get("train"),
+        example=example,
+        evaluate=evaluate,
+        in_words=partial(in_words, task),
+        collate_fn=task.collator(setup),
+    )
+    fine_tune(options, job)
+
+
+_USES = {"train": "train on", "validation": "evaluate on"}
+
+
+def read_splits(options: CommonOptions) -> dict[str, Rows]:
+    """Return the samples of every split that is needed.
+
+    Raises:
+        DatasetError: The data cannot be read, or a split is missing.
+    """
+    wanted = {
+        "train": (options.do_train, options.train_file, options.max_train_samples),
+        "validation": (options.evaluates, options.validation_file, options.max_eval_samples),
+    }
+    hub: Mapping[str, Rows] = {}
+    if options.dataset_name is not None:
+        hub = load_hub_rows(options.dataset_name, options.dataset_config_name)
+    rows: dict[str, Sequence[Any]] = {}
+    for split, (needed, path, limit) in wanted.items():
+        if not needed:
+            continue
+        if path is None and split not in hub:
+            raise DatasetError(
+                f"data set {options.dataset_name!r} has no split {split!r}, only "
+                f"{', '.join(hub)}; write that part to a file and pass both by --train_file and "
+                "--validation_file"
+            )
+        rows[split] = (read_rows(path) if path is not None else hub[split])[:limit]
+    return rows
+
+
+def find_classes(task: Task, rows: Mapping[str, Rows], options: CommonOptions) -> tuple[str, ...]:
+    """Return the classes of the data as the model numbers them; empty for tasks without any."""
+    labels_of = task.labels_of
+    if labels_of is None:
+        return ()
+    config = load_config(source_of(options.model_name_or_path))
+    return choose_classes(
+        {split: labels_of(samples, options) for split, samples in rows.items()}, config.label2id
+    )
+
+
+def in_words(task: Task, scores: Scores) -> str:
+    """Return the task's main score as a line, beside that of the trivial baseline."""
+    name = task.main_metric
+    line = f"{name} {scores[f'eval_{name}']:.4g}"
+    if f"eval_baseline_{name}" in scores:
+        line += f" (trivial baseline {scores[f'eval_baseline_{name}']:.4g})"
+    others = [
+        key for key in scores if key.startswith("eval_") and f"eval_baseline_{key[5:]}" in scores
+    ]
+    rest = [f"{key[5:]} {scores[key]:.4g}" for key in others if key != f"eval_{name}"]
+    return ", ".join([line, *rest]) + (
+        f", on {scores['eval_samples']} sequences ({scores['eval_runtime']:.1f} s)"
+    )

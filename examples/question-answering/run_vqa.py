@@ -1,0 +1,137 @@
+r"""Train LXMERT for visual question answering, split over pipeline stages.
+
+    python examples/question-answering/run_vqa.py --model_name_or_path small \
+        --dataset_name easy-vqa --ipu_config_name Graphcore/lxmert-base-ipu \
+        --do_train --do_eval --output_dir out/vqa
+
+Options are spelled as in transformers' own scripts: ``vqa_options.py``, ``../common/``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
+
+from fine_tuning import Job, Scores, fine_tune, prepare, write_results
+from plan_report import is_first, say
+from script_run import read_ipu_config, run_command_line, training_arguments
+from vqa_data import read_splits
+from vqa_model import Loaded, load_lxmert
+from vqa_options import Options
+from vqa_placement import in_execution_order, with_published_placement
+from vqa_unsplit import Unsplit, train_unsplit
+
+from ipu_pipeline.targets.base import Executable
+from ipu_pipeline.tasks.visual_question_answering import (
+    VisualQuestionAnsweringDataset,
+    score_answers,
+)
+from ipu_pipeline.training import TrainingArguments, evaluate_loop
+
+Dataset = VisualQuestionAnsweringDataset
+
+
+def run(options: Options) -> None:
+    """Train and evaluate LXMERT for visual question answering, split over pipeline stages."""
+    prepare(options)
+    splits = read_splits(options)
+    loaded = load_lxmert(options, splits)
+    width = loaded.model.config.visual_feat_dim
+    train_set, validation = splits.build(options, loaded.tokenizer, loaded.answers, width)
+    job = make_job(options, loaded, train_set, validation)
+    if options.unsplit:
+        _run_unsplit(options, job, train_set)
+    else:
+        fine_tune(options, job)
+
+
+def make_job(
+    options: Options, loaded: Loaded, train_set: Dataset | None, validation: Dataset | None
+) -> Job:
+    """Return what is trained and how it is scored, in the published placement if one is named."""
+    dataset = train_set or validation
+    assert dataset is not None  # the options refuse to do neither training nor evaluation
+
+    def evaluate_now(executable: Executable, arguments: TrainingArguments) -> Scores:
+        assert validation is not None  # read_splits gives it whenever something is evaluated
+        return evaluate(options.output_dir, executable, validation, arguments, loaded)
+
+    config = with_published_placement(read_ipu_config(options), loaded.model.config)
+    pod = options.pod_type if options.target == "poptorch" else None
+    return Job(
+        loaded.model,
+        loaded.tokenizer,
+        train_set,
+        example=dataset.head,
+        evaluate=evaluate_now,
+        in_words=in_words,
+        ipu_config=config,
+        constraints=in_execution_order(config, options.machine or pod or "local"),
+    )
+
+
+def _run_unsplit(options: Options, job: Job, train_set: Dataset | None) -> None:
+    """Train and evaluate the model in one piece."""
+    arguments = training_arguments(options, microbatches=1, replicas=1)
+    runner = cast(Executable, Unsplit(job.model))
+    if options.eval_before_training:
+        say(f"before training: {job.in_words(job.evaluate(runner, arguments))}")
+    if train_set is not None:
+        write_results(options, "train", train_unsplit(job.model, train_set, arguments))
+        job.model.save_pretrained(options.output_dir)
+        job.tokenizer.save_pretrained(options.output_dir)
+    if options.do_eval:
+        scores = job.evaluate(runner, arguments)
+        say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
+        write_results(options, "eval", scores)
+
+
+def evaluate(
+    folder: Path,
+    executable: Executable,
+    dataset: Dataset,
+    arguments: TrainingArguments,
+    loaded: Loaded,
+) -> dict[str, Any]:
+    """Answer every validation question; write the answers and return the scores."""
+    output = evaluate_loop(executable, dataset, arguments)
+    chosen = output.outputs["question_answering_score"].argmax(dim=1).tolist()
+    scores = score_answers(dataset.labels.weights, chosen)
+    if is_first():
+        _write_predictions(folder, dataset, [loaded.answers.names[i] for i in chosen])
+    return output.metrics | {
+        "eval_accuracy": scores.accuracy,
+        "eval_constant_accuracy": scores.constant_accuracy,
+        "eval_samples": scores.total,
+    }
+
+
+def in_words(scores: Scores) -> str:
+    """Return the scores as a line."""
+    return (
+        f"accuracy {scores['eval_accuracy']:.2f} on {scores['eval_samples']} questions "
+        f"({scores['eval_runtime']:.1f} s); the best single answer to all of them: "
+        f"{scores['eval_constant_accuracy']:.2f}"
+    )
+
+
+def _write_predictions(folder: Path, dataset: Dataset, answers: Sequence[str]) -> None:
+    """Write ``predictions.json`` in the format of VQA's results."""
+    rows = [{"question_id": i, "answer": a} for i, a in zip(dataset.ids, answers, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rows, indent=1, default=int)
+    (folder / "predictions.json").write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command_line(run, Options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The command line of run_vqa.py: what the scripts share, and what is particular to images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from script_options import CommonOptions
+
+EASY_VQA = "easy-vqa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    """Everything that run_vqa.py can be told; see ``run_vqa.py --help``."""
+
+    file_format: ClassVar[str] = "Parquet or JSON with region features"
+
+    model_name_or_path: Annotated[
+        str, "LXMERT: hub name, local folder (with or without weights), or 'small' (new weights)."
+    ]
+    dataset_name: Annotated[
+        str | None, "'easy-vqa' (installed), a hub name, or a folder that datasets saved."
+    ] = None
+    train_file: Annotated[Path | None, "Parquet or JSON file to train on."] = None
+    validation_file: Annotated[Path | None, "Parquet or JSON file to evaluate on."] = None
+    max_seq_length: Annotated[int, "Tokens of a question."] = 20
+    image_grid: Annotated[int, "Regions along each side of an image of easy-vqa."] = 4
+    replace_qa_head: Annotated[bool, "Give the model a new head for the data's answers."] = False
+    unsplit: Annotated[bool, "Train the unsplit model in a plain torch loop, to compare."] = False
+
+    def _mistakes(self) -> tuple[tuple[bool, str], ...]:
+        unused = [
+            name
+            for name in ("num_stages", "plan", "schedule", "ipu_config_name", "pod_type", "fp16",
+                         "bf16", "resume_from_checkpoint", "ipu_config_overrides", "machine")
+            if getattr(self, name)
+        ]  # fmt: skip
+        named = ", ".join(f"--{name}" for name in unused)
+        return (
+            *super()._mistakes(),
+            (
+                self.unsplit and (bool(unused) or self.target != "local"),
+                f"--unsplit runs the whole model in float32 in this process, without a plan and "
+                f"without checkpoints; leave out {named or '--target'}",
+            ),
+            (
+                self.replace_qa_head and not self.do_train,
+                "--replace_qa_head makes a new head, which has to be trained; add --do_train, or "
+                "leave it out to evaluate the head that the model has",
+            ),
+        )
