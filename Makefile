@@ -27,11 +27,18 @@ DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
   --learning_rate 3e-4 --warmup_ratio 0.1 --weight_decay 0.01 --max_seq_length 96 \
   --doc_stride 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 \
   --per_device_eval_batch_size 16 --logging_steps 32 --save_steps 64 --output_dir $(DEMO_OUT)
+VQA_OUT := out/demo-vqa
+VQA_EPOCHS := 1
+VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ipu \
+  --dataset_name easy-vqa --do_train --do_eval --eval_before_training \
+  --num_train_epochs $(VQA_EPOCHS) --learning_rate 2e-3 --warmup_ratio 0.1 --weight_decay 0.01 \
+  --per_device_train_batch_size 16 --gradient_accumulation_steps 4 \
+  --per_device_eval_batch_size 64 --logging_steps 100 --save_steps 1000 --output_dir $(VQA_OUT)
 # Those of benchmarks/ that need no arguments; benchmarks/README.md lists all.
 BENCHMARKS := solver_scaling split_comparison
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume test check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test check format bench coverage wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +50,10 @@ demo: $(KERNELS) ## fine-tune real MiniLM weights for question answering in 2 st
 
 demo-resume: $(KERNELS) ## go on with a demo that was interrupted, from its last checkpoint
 	@$(BIN)/python examples/question-answering/run_qa.py $(DEMO_ARGS) --resume_from_checkpoint auto
+
+demo-vqa: $(KERNELS) ## train a small LXMERT on images, in the published placement of 4 stages
+	@rm -rf $(VQA_OUT)
+	@$(BIN)/python examples/question-answering/run_vqa.py $(VQA_ARGS)
 
 test: $(KERNELS) ## run every test
 	@$(BIN)/python -m pytest -q -n $(WORKERS)

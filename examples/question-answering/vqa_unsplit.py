@@ -6,6 +6,7 @@ split run, and with the same seed it starts from the same weights.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +58,7 @@ def train_unsplit(
     optimizer = build_optimizer(model, arguments)
     num_steps = arguments.max_steps
     if num_steps < 0:
-        num_steps = round(arguments.num_train_epochs * len(loader))
+        num_steps = math.ceil(arguments.num_train_epochs * len(loader))
     scheduler = build_scheduler(optimizer, arguments, num_steps)
     start_s, losses, num_samples = time.time(), [], 0
     model.train()
