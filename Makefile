@@ -31,7 +31,7 @@ DEMO_ARGS = --model_name_or_path minilm --num_stages $(DEMO_STAGES) \
 BENCHMARKS := solver_scaling split_comparison
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume test check format bench wheel clean
+.PHONY: help demo demo-resume test check format bench coverage wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,9 @@ format: $(STAMP) ## rewrite the sources in the project's format
 
 bench: $(KERNELS) ## run what benchmarks/ measures
 	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+coverage: $(KERNELS) ## check every model class of transformers; goes on where it was interrupted
+	@$(BIN)/ipu-pipeline coverage --resume --output docs/coverage.json
 
 wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at all
 	@IPU_PIPELINE_KERNELS=require $(PIP) wheel --no-deps --no-build-isolation -w dist .

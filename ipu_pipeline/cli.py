@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli_bundle import register as register_bundle
+from ipu_pipeline.cli_coverage import register as register_coverage
 from ipu_pipeline.cli_launch import register as register_launch
 from ipu_pipeline.cli_options import (
     IPUConfigName,
@@ -164,6 +165,7 @@ register_predict(app, _one_line_errors)
 register_tune(app, _one_line_errors)
 register_bundle(app, _one_line_errors)
 register_launch(app, _one_line_errors)
+register_coverage(app, _one_line_errors)
 
 
 @app.command()

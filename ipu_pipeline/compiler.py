@@ -53,9 +53,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
     Args:
-        model: In training mode, and returning a loss for ``example_batch``. It may live on the
-            ``meta`` device when ``costs`` is ``analytic``.
-        example_batch: Keyword arguments of one microbatch (axis 0: micro batch), labels included.
+        model: In training mode, and returning a loss for ``example_batch``; or in evaluation mode,
+            for ``compile(training=False)``. It may live on the ``meta`` device when ``costs`` is
+            ``analytic``.
+        example_batch: Keyword arguments of one microbatch (axis 0: micro batch), labels included
+            in training mode.
         machine: ``local`` (this machine, measured), a known name such as ``pod16``, a machine
             file, or a description.
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
@@ -119,12 +121,15 @@ def compile(
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
         **options: Fields of :class:`~ipu_pipeline.targets.base.ExecutionOptions`: ``precision``,
-            ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...
+            ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...;
+            ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
+            come from a model in evaluation mode and a batch without labels.
 
     Raises:
         PlanError: The plan was made for another model, or is invalid.
         LoweringError: The target cannot run the plan.
-        ValueError: An option is unknown or out of range.
+        ValueError: An option is unknown or out of range, or there is an optimizer and nothing to
+            train.
     """
     verify_plan(plan)
     plan.check_model(model_identity(model))
@@ -132,4 +137,7 @@ def compile(
     if unknown:
         known = ", ".join(ExecutionOptions.__dataclass_fields__)
         raise ValueError(f"unknown option {', '.join(unknown)}; known options: {known}")
-    return lower(target, model, plan, optimizer, ExecutionOptions(**options))
+    execution = ExecutionOptions(**options)
+    if optimizer is not None and not execution.training:
+        raise ValueError("training=False leaves nothing to an optimizer; pass one of the two only")
+    return lower(target, model, plan, optimizer, execution)

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ipu_pipeline as ipp
+from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.partition import Constraints
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training import TrainingArguments, build_optimizer, save_results, train
 from ipu_pipeline.training.data import Collator
@@ -41,6 +43,8 @@ class Job:
         evaluate: Returns the scores of the model as it is now.
         in_words: Returns scores as a line.
         collate_fn: Makes a batch of samples; ``None`` for that of transformers' Trainer.
+        ipu_config: The options' configuration, adapted to the model; ``None`` to leave it as it is.
+        constraints: Further limits of the split.
     """
 
     model: Any
@@ -50,6 +54,8 @@ class Job:
     evaluate: Callable[[Executable, TrainingArguments], Scores]
     in_words: Callable[[Scores], str]
     collate_fn: Collator | None = None
+    ipu_config: IPUConfig | None = None
+    constraints: Constraints | None = None
 
 
 def prepare(options: CommonOptions) -> None:
@@ -71,7 +77,8 @@ def prepare(options: CommonOptions) -> None:
 def fine_tune(options: CommonOptions, job: Job) -> None:
     """Plan, compile, train and evaluate as the options say; write results, model and plan."""
     columns = job.example(microbatch_size(options))
-    plan = make_plan(options, job.model, columns, read_ipu_config(options))
+    config = job.ipu_config or read_ipu_config(options)
+    plan = make_plan(options, job.model, columns, config, constraints=job.constraints)
     say(describe(plan))
     arguments = training_arguments(
         options, microbatches=plan.num_microbatches, replicas=plan.replicas

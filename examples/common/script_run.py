@@ -101,6 +101,9 @@ def training_arguments(
     given |= {"output_dir": str(options.output_dir), "replicas": replicas}
     if options.gradient_accumulation_steps is None:
         given["gradient_accumulation_steps"] = microbatches
+    config = read_ipu_config(options)
+    if config is not None and options.target == "distributed":
+        given["replicated_tensor_sharding"] = config.replicated_tensor_sharding
     return TrainingArguments(**given)
 
 

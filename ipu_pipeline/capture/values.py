@@ -93,6 +93,8 @@ class Values:
         """
         if isinstance(value, Tensor):
             return self.node_of(value)
+        if isinstance(value, np.integer | np.floating | np.bool_):
+            return value.item()  # before PLAIN: np.float64 is a float that code cannot name
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, torch.Size):
@@ -103,8 +105,6 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
-        if isinstance(value, np.integer | np.floating | np.bool_):
-            return value.item()
         raise CaptureError(self._refusal(value))
 
     def _refusal(self, value: Any) -> str:

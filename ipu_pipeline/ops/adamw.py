@@ -36,7 +36,7 @@ class AdamW(torch.optim.AdamW):
         maximize: Ascend instead of descend.
         stochastic_rounding: Round bfloat16 and float16 weights at random after each step; does
             nothing to others. The random numbers depend on ``seed``, the weight's step, its
-            position among the parameters and the element only.
+            position among the parameters it was made with and the element only.
         seed: Of the stochastic rounding.
 
     Raises:
@@ -57,6 +57,7 @@ class AdamW(torch.optim.AdamW):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
+        self._positions: dict[Tensor, int] = {}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         own = {"stochastic_rounding": stochastic_rounding, "seed": seed}
         self.defaults.update(own)
@@ -78,6 +79,22 @@ class AdamW(torch.optim.AdamW):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._number(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickling and copying leave of an optimizer."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("_positions", {})
+        for group in self.param_groups:
+            self._number(group)
+
+    def _number(self, group: dict[str, Any]) -> None:
+        """Note where parameters stand; others may be taken out of the groups later."""
+        for parameter in group["params"]:
+            self._position(parameter)
+
+    def _position(self, parameter: Tensor) -> int:
+        return self._positions.setdefault(parameter, len(self._positions))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,10 +115,8 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             _check_gradients(group["params"], number)
-        first_index = 0
         for group in self.param_groups:
-            tensors = self._tensors(group, first_index)
-            first_index += len(group["params"])
+            tensors = self._tensors(group)
             if tensors.weights:
                 adamw_step(tensors, _settings(group))
         return loss
@@ -132,10 +147,10 @@ class AdamW(torch.optim.AdamW):
             if value is not None and _narrow(parameter) and value.dtype == torch.float32:
                 self.state[parameter][name] = value.to(parameter.device)
 
-    def _tensors(self, group: dict[str, Any], first_index: int) -> AdamWTensors:
+    def _tensors(self, group: dict[str, Any]) -> AdamWTensors:
         """Collect what a group's step reads and writes; begins the state of new parameters."""
         tensors = AdamWTensors()
-        for index, parameter in enumerate(group["params"], first_index):
+        for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self._state(parameter)
@@ -145,8 +160,8 @@ class AdamW(torch.optim.AdamW):
             tensors.exp_avg_sqs.append(state["exp_avg_sq"])
             tensors.steps.append(state["step"])
             if group["stochastic_rounding"]:
-                step = int(state["step"])
-                tensors.keys.append(derive_seed("adamw", group["seed"], step, index))
+                step, position = int(state["step"]), self._position(parameter)
+                tensors.keys.append(derive_seed("adamw", group["seed"], step, position))
         return tensors
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,15 @@ class ExecutionOptions:
         sequential: Run the stages one after another in the calling thread (the reference).
         recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
+        replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
+            updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
         self_check: Compare every new capture with the model on other data before trusting it.
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
             optimizer off chip, ...); the ``poptorch`` target needs it where the plan was made with
             one, the ``local`` target refuses it.
+        training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
+            plan may have been made without labels.
     """
 
     precision: str = "float32"
@@ -75,9 +82,11 @@ class ExecutionOptions:
     schedule: str | None = None
     sequential: bool = False
     recompute: str | Sequence[str] | None = None
+    replicated_tensor_sharding: bool = False
     stall_timeout_s: float = 600.0
     self_check: bool = True
     ipu_config: IPUConfig | None = None
+    training: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):
@@ -97,6 +106,18 @@ class ExecutionOptions:
             )
         if self.stall_timeout_s <= 0:
             raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    def require_training(self) -> None:
+        """Refuse a training step of what was compiled for evaluation.
+
+        Raises:
+            LoweringError: ``training`` is off.
+        """
+        if not self.training:
+            raise LoweringError(
+                "the model was compiled with training=False, for eval_step only; compile it again "
+                "without that, from a plan that was made with labels"
+            )
 
 
 @runtime_checkable
@@ -131,8 +152,32 @@ class Executable(Protocol):
         """Return the unsplit model's own state dict."""
         ...
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+        """
+        ...
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed; every process of the executable calls this."""
+        ...
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
         ...
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:

@@ -81,6 +81,9 @@ class TrainingArguments:
         save_strategy: ``no``, ``steps`` or ``epoch``.
         save_steps: Save every so many steps; the last step is saved too.
         save_total_limit: Complete checkpoints to keep; ``None`` keeps all.
+        async_save: Write checkpoints while training goes on; costs host memory for a copy of what
+            a process saves. An error is raised at the next save, or at the end. Transformers has
+            no such argument.
         load_best_model_at_end: Go back to the best checkpoint when training ends.
         metric_for_best_model: Metric that decides; ``None`` takes ``loss`` where one is needed.
         greater_is_better: ``None`` derives it: a metric that ends in ``loss`` should fall.
@@ -90,6 +93,8 @@ class TrainingArguments:
         fp16: Compute in float16 with ``loss_scaling``.
         bf16: Compute in bfloat16.
         loss_scaling: Static factor of the loss in the backward pass; used with ``fp16`` only.
+        replicated_tensor_sharding: Divide optimizer state among the replicas (``distributed``
+            target; named as in ``ipu_config.json``).
         resume_from_checkpoint: A checkpoint folder; ``latest`` (or ``true``) for the newest in
             ``output_dir``; ``auto`` for the newest if there is one, else a fresh start.
         ignore_data_skip: On resume, start the epoch over instead of at the next batch.
@@ -128,6 +133,7 @@ class TrainingArguments:
     save_strategy: str = "steps"
     save_steps: int = 500
     save_total_limit: int | None = None
+    async_save: bool = False
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
@@ -137,6 +143,7 @@ class TrainingArguments:
     fp16: bool = False
     bf16: bool = False
     loss_scaling: float = 1.0
+    replicated_tensor_sharding: bool = False
     resume_from_checkpoint: str | None = None
     ignore_data_skip: bool = False
     disable_tqdm: bool = False
@@ -264,7 +271,7 @@ class TrainingArguments:
         return int(self.warmup_steps)
 
     def execution_options(self, **overrides: Any) -> ExecutionOptions:
-        """Return the options a target runs with: precision, loss scaling, clipping, seed.
+        """Return the options a target runs with: precision, clipping, seed, ...
 
         Args:
             **overrides: Fields of :class:`ExecutionOptions` to set otherwise.
@@ -280,6 +287,7 @@ class TrainingArguments:
             "loss_scaling": self.loss_scaling if self.fp16 else 1.0,
             "max_grad_norm": self.max_grad_norm or None,
             "seed": self.seed,
+            "replicated_tensor_sharding": self.replicated_tensor_sharding,
         }
         return ExecutionOptions(**(options | overrides))
 

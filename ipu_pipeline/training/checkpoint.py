@@ -12,7 +12,13 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ipu_pipeline.errors import CheckpointError
-from ipu_pipeline.targets.checkpoint import MANIFEST, is_complete, remove_directory
+from ipu_pipeline.targets.base import Executable
+from ipu_pipeline.targets.checkpoint import (
+    MANIFEST,
+    is_complete,
+    remove_directory,
+    restore_previous,
+)
 from ipu_pipeline.training.arguments import TrainingArguments
 from ipu_pipeline.training.data import DataPosition, EpochBatches
 from ipu_pipeline.training.results import LossMeter
@@ -101,6 +107,33 @@ def rotate_checkpoints(
     for path in others[: max(0, len(others) - max(0, limit - present))]:
         logger.info("deleting %s: save_total_limit is %d", path, limit)
         remove_directory(path)
+
+
+def agreed_resume_checkpoint(executable: Executable, arguments: TrainingArguments) -> Path | None:
+    """Return what :func:`find_resume_checkpoint` does on the first process, on every process.
+
+    Others may look at another disk, or a moment too early or too late.
+
+    Raises:
+        CheckpointError: The newest one is asked for and the first process finds none.
+    """
+    found, problem = None, ""
+    try:
+        if arguments.should_save:
+            restore_checkpoints(arguments.output_dir)
+        found = find_resume_checkpoint(arguments)
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    found, problem = executable.from_first_rank((found, problem))
+    if problem:
+        raise CheckpointError(problem)
+    return found
+
+
+def restore_checkpoints(output_dir: str | Path) -> None:
+    """Finish or undo replacements of checkpoints that were cut off."""
+    for item in Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.previous"):
+        restore_previous(item.with_name(item.name.removeprefix(".").removesuffix(".previous")))
 
 
 def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:

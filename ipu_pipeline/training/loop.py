@@ -11,7 +11,7 @@ from transformers.trainer_utils import set_seed
 
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.training.arguments import TrainingArguments
-from ipu_pipeline.training.checkpoint import find_resume_checkpoint
+from ipu_pipeline.training.checkpoint import agreed_resume_checkpoint
 from ipu_pipeline.training.data import Collator, build_collator, train_batches
 from ipu_pipeline.training.evaluate import EvalFn, Evaluation
 from ipu_pipeline.training.results import TrainResult
@@ -52,7 +52,8 @@ def train(
     Raises:
         ValueError: Executable, data and arguments do not fit together.
         CheckpointError: The checkpoint to resume from cannot be used.
-        OSError: A checkpoint cannot be written; earlier ones are untouched.
+        OSError: A checkpoint cannot be written; earlier ones are untouched. With ``async_save``
+            it is raised at the next save, or at the end.
     """
     set_seed(arguments.seed)
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
@@ -64,7 +65,7 @@ def train(
         evaluation=Evaluation(eval_dataset, eval_fn, collate_fn),
         tokenizer=tokenizer,
     )
-    checkpoint = find_resume_checkpoint(arguments)
+    checkpoint = agreed_resume_checkpoint(executable, arguments)
     if checkpoint is not None:
         run.resume(checkpoint)
     with run:

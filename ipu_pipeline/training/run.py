@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -84,6 +85,7 @@ class Run:
         self.position = DataPosition()
         self.losses = LossMeter()
         self.learning_rate = self._current_lr()
+        self._being_saved: Path | None = None
         self.first_step = 0
         self.num_samples = 0
         self.start_s = time.time()
@@ -97,8 +99,11 @@ class Run:
         self.start_s = time.time()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._stack.close()
+        if error is not None:
+            with contextlib.suppress(Exception):  # logged; the error that ended the run goes on
+                self.settle_save()
 
     @property
     def stopping(self) -> bool:
@@ -202,7 +207,11 @@ class Run:
         return metrics
 
     def save(self) -> Path:
-        """Write ``checkpoint-<step>``; then delete those beyond ``save_total_limit``."""
+        """Write ``checkpoint-<step>``; then delete those beyond ``save_total_limit``.
+
+        With ``async_save`` the deletion waits for the next save, or the end.
+        """
+        self.settle_save()
         state, arguments = self.events.state, self.arguments
         path = checkpoint_path(arguments.output_dir, state.global_step)
         if state.best_global_step:
@@ -217,22 +226,34 @@ class Run:
             trainer_state=asdict(state),
             losses=self.losses,
         )
-        self.executable.save_checkpoint(path, extra=point.to_json())
-        if arguments.should_save:
-            # For people and transformers' tools; resuming reads checkpoint.json alone.
-            write_json(path / "trainer_state.json", asdict(state))
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(path)
-            rotate_checkpoints(
-                arguments.output_dir,
-                arguments.save_total_limit,
-                newest=path,
-                best=state.best_model_checkpoint,
-            )
+        self.executable.save_checkpoint(
+            path,
+            extra=point.to_json(),
+            blocking=not arguments.async_save,
+            attach=self._add_files,
+        )
+        self._being_saved = path
+        if not arguments.async_save:
+            self.settle_save()
         return path
+
+    def settle_save(self) -> None:
+        """Wait until the last checkpoint is complete; only then delete what is too old."""
+        newest, self._being_saved = self._being_saved, None
+        if newest is None:
+            return
+        self.executable.wait_for_checkpoint()
+        if self.arguments.should_save:
+            rotate_checkpoints(
+                self.arguments.output_dir,
+                self.arguments.save_total_limit,
+                newest=newest,
+                best=self.events.state.best_model_checkpoint,
+            )
 
     def finish(self) -> TrainResult:
         """Report the totals, go back to the best checkpoint if asked, write the result files."""
+        self.settle_save()
         state, arguments = self.events.state, self.arguments
         metrics: dict[str, Any] = speed_metrics(
             "train",
@@ -242,9 +263,10 @@ class Run:
         )
         metrics |= {"total_flos": state.total_flos, "train_loss": self.losses.mean}
         self.events.log(metrics)
-        if arguments.load_best_model_at_end and state.best_model_checkpoint:
-            logger.info("loading the best checkpoint %s", state.best_model_checkpoint)
-            self.executable.load_checkpoint(state.best_model_checkpoint)
+        best = self.executable.from_first_rank(state.best_model_checkpoint)
+        if arguments.load_best_model_at_end and best:
+            logger.info("loading the best checkpoint %s", best)
+            self.executable.load_checkpoint(best)
         self.events.fire("on_train_end")
         if arguments.should_save:
             save_results(arguments.output_dir, "train", metrics)
@@ -257,6 +279,12 @@ class Run:
             skipped_steps=self.losses.skipped,
             best_checkpoint=state.best_model_checkpoint,
         )
+
+    def _add_files(self, folder: Path) -> None:
+        """Add what people and transformers' tools read; resuming reads checkpoint.json alone."""
+        write_json(folder / "trainer_state.json", asdict(self.events.state))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     def _follow(self, value: float) -> None:
         state, arguments = self.events.state, self.arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ def write_to_an_input_value_after_a_block_read_it(self, x):
     h = self.layers[0](x) + t
     t.zero_()
     return last(self, h - t)
+
+
+def numpy_number(self, x):
+    h = self.layers[0](x) * np.sqrt(WIDTH)
+    return last(self, h * np.float32(2) + np.int64(3))
 
 
 def shifted_labels(self, x, labels):
@@ -136,6 +142,7 @@ def requires_grad_assigned(self, x):
 
 
 BODIES = [
+    numpy_number,
     set_item_on_a_view,
     set_item_read_by_a_third_block,
     write_to_an_input_value_after_a_block_read_it, write_after_read,

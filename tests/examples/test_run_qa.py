@@ -89,6 +89,17 @@ def test_replicas_that_the_local_target_leaves_out_are_named(script, options, ea
     assert (eager["plan"]["replicas"], eager["plan"]["machine"]) == (2, "pod4")
 
 
+@pytest.mark.parametrize(("target", "sharded"), [("distributed", True), ("local", False)])
+def test_state_is_divided_where_the_configuration_says_so(
+    script, options, eager, tmp_path, target, sharded
+):
+    plan = tmp_path / "plan.json"
+    make_plan(2, 2).save(plan)
+    changes = "replicated_tensor_sharding=true"
+    script.run(options(do_train=True, ipu_config_overrides=changes, target=target, plan=plan))
+    assert eager["compile"]["options"].replicated_tensor_sharding is sharded
+
+
 def test_evaluation_alone_needs_no_optimizer(script, options, eager, capsys):
     script.run(options(do_eval=True, train_file=None, max_eval_samples=3))
     assert eager["compile"]["optimizer"] is None

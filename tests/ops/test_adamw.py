@@ -307,6 +307,20 @@ def test_float32_averages_of_16_bit_weights_survive_a_state_dict() -> None:
         assert torch.equal(first.state[p]["exp_avg_sq"], second.state[q]["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("remake", [lambda made: made, copy.deepcopy])
+def test_a_part_of_the_parameters_is_rounded_as_in_the_whole(path, remake) -> None:
+    held = parameters(torch.bfloat16)
+    whole = AdamW(held, lr=1e-2, stochastic_rounding=True, seed=3)
+    part = remake(AdamW(copies(held), lr=1e-2, stochastic_rounding=True, seed=3))
+    (group,) = part.param_groups
+    give_gradients([held, group["params"]], 0)
+    del group["params"][0]
+    whole.step()
+    part.step()
+    for p, q in zip(held[1:], group["params"], strict=True):
+        assert torch.equal(p, q)
+
+
 def test_16_bit_averages_from_torch_stay_so(path) -> None:
     held, others = parameters(torch.bfloat16), parameters(torch.bfloat16)
     theirs = torch.optim.AdamW(others, lr=1e-2)

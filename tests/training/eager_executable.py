@@ -12,8 +12,13 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.targets.base import EvalResult, StepResult
-from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
+from ipu_pipeline.targets.base import EvalResult, StepResult, T
+from ipu_pipeline.targets.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ipu_pipeline.targets.optimize import apply_update
 
 VOCABULARY, LENGTH = 64, 12
@@ -79,6 +84,7 @@ class EagerExecutable:
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.losses: list[float] = []
+        self.background = Background()
 
     def forward_backward(self, batch: Mapping[str, Tensor]) -> float:
         self.model.train()
@@ -118,14 +124,30 @@ class EagerExecutable:
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        self.wait_for_checkpoint()
         return write_checkpoint(
             path,
             model=self.model,
             optimizer=self.optimizer,
             global_step=self.global_step,
             extra=extra,
+            attach=attach,
+            background=None if blocking else self.background,
         )
+
+    def from_first_rank(self, value: T) -> T:
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        self.background.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)

@@ -106,6 +106,12 @@ def test_execution_options(caplog):
     assert "loss_scaling 16384 is not applied" in caplog.text
 
 
+def test_state_divided_among_replicas_is_an_execution_option():
+    assert not TrainingArguments().execution_options().replicated_tensor_sharding
+    arguments = TrainingArguments(replicated_tensor_sharding=True, replicas=2)
+    assert arguments.execution_options().replicated_tensor_sharding
+
+
 def test_a_command_line_gives_them():
     flags = (
         "--output_dir out --num_train_epochs 2 --per_device_train_batch_size 2 "

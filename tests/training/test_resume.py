@@ -210,13 +210,13 @@ def test_kill_9_while_saving(tmp_path, whole, monkeypatch):
     if pid == 0:
         try:
 
-            def die(folder, content):
+            def die(folder, content, *others):
                 if content["global_step"] == 9:
                     os.kill(os.getpid(), signal.SIGKILL)
-                write(folder, content)
+                write(folder, content, *others)
 
-            write = checkpoint.write_manifest
-            monkeypatch.setattr(checkpoint, "write_manifest", die)
+            write = checkpoint.new.write_manifest
+            monkeypatch.setattr(checkpoint.new, "write_manifest", die)
             run(settings(tmp_path))
         finally:
             os._exit(1)
@@ -263,10 +263,10 @@ def test_rotation_deletes_only_after_the_new_one_is_complete(tmp_path):
     arguments = settings(tmp_path, save_total_limit=1)
 
     class FullDisk(EagerExecutable):
-        def save_checkpoint(self, path, extra=None):
+        def save_checkpoint(self, path, extra=None, **options):
             if self.global_step == 9:
                 raise OSError(28, "No space left on device")
-            return super().save_checkpoint(path, extra)
+            return super().save_checkpoint(path, extra, **options)
 
     with pytest.raises(OSError, match="No space left on device"):
         run(arguments, executable_class=FullDisk)

@@ -3,9 +3,10 @@
 ::
 
     checkpoint-100/
-    |-- model.safetensors       loadable with from_pretrained; of tied tensors one
+    |-- model.safetensors       loadable with from_pretrained; of tied tensors one. Where several
+    |                           processes write, each has its own file, and there is an index
     |-- config.json, ...        what save_pretrained adds (transformers models)
-    |-- optimizer.safetensors   state tensors, "exp_avg/encoder.layer.0.weight"
+    |-- optimizer.safetensors   state tensors, "exp_avg/encoder.layer.0.weight"; the same
     |-- optimizer.json          groups by parameter name, with their settings
     `-- checkpoint.json         versions, model fingerprint, step, random state, checksums, extra
 
@@ -22,37 +23,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ipu_pipeline.errors import CheckpointError
-from ipu_pipeline.targets.checkpoint.directory import (
-    atomic_directory,
-    remove_directory,
-    restore_previous,
-)
-from ipu_pipeline.targets.checkpoint.manifest import (
-    MANIFEST,
-    check_files,
-    read_manifest,
-    write_manifest,
-)
-from ipu_pipeline.targets.checkpoint.optimizer_state import read_optimizer, save_optimizer
-from ipu_pipeline.targets.checkpoint.rng import rng_state, set_rng_state
+from ipu_pipeline.targets.checkpoint.background import Background
+from ipu_pipeline.targets.checkpoint.directory import remove_directory, restore_previous
+from ipu_pipeline.targets.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from ipu_pipeline.targets.checkpoint.new import Attach, NewCheckpoint, take_part
+from ipu_pipeline.targets.checkpoint.optimizer_state import read_optimizer
+from ipu_pipeline.targets.checkpoint.parts import Part, write_part
+from ipu_pipeline.targets.checkpoint.rng import set_rng_state
 from ipu_pipeline.targets.checkpoint.weights import (
     check_fingerprint,
-    fingerprint,
     load_weights,
     read_weights,
-    save_weights,
     warn_of_other_settings,
 )
 
 __all__ = [
     "MANIFEST",
+    "Attach",
+    "Background",
     "CheckpointInfo",
     "is_complete",
     "read_checkpoint",
     "remove_directory",
+    "restore_previous",
     "write_checkpoint",
 ]
 
@@ -79,15 +74,19 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     global_step: int,
     extra: Mapping[str, Any] | None = None,
+    attach: Attach | None = None,
+    background: Background | None = None,
 ) -> Path:
     """Write a checkpoint atomically; one already at ``path`` is replaced.
 
     Args:
         path: The checkpoint's folder.
-        model: The unsplit model. Through its own ``save_pretrained`` if it has one.
+        model: The unsplit model. With the files of its ``save_pretrained`` if it has one.
         optimizer: Over the model's own parameters; ``None`` to leave it out.
         global_step: Optimizer steps tried so far.
         extra: JSON data to keep with it.
+        attach: Called at once with the folder that becomes the checkpoint, to add files to it.
+        background: Copy everything, and write it there.
 
     Returns:
         ``path``.
@@ -96,23 +95,33 @@ def write_checkpoint(
         CheckpointError: Something cannot be written as safetensors or JSON.
         OSError: The disk is full, or not writable. Earlier checkpoints are untouched.
     """
-    path = Path(path)
-    with atomic_directory(path) as folder:
-        try:
-            save_weights(model, folder)
-            if optimizer is not None:
-                save_optimizer(optimizer, model, folder)
-        except SafetensorError as error:
-            # safetensors reports a full disk in its own type.
-            raise OSError(f"could not write {path}: {error}") from error
-        content = {
-            "model": fingerprint(model),
-            "global_step": global_step,
-            "rng": rng_state(),
-            "extra": dict(extra or {}),
-        }
-        write_manifest(folder, content)
-    return path
+    new = NewCheckpoint(
+        path,
+        model=model,
+        optimizer=optimizer,
+        global_step=global_step,
+        extra=extra,
+        attach=attach,
+    )
+    try:
+        part = take_part(model, optimizer, copy=background is not None)
+    except BaseException:
+        new.discard()
+        raise
+    if background is None:
+        _write(new, part)
+    else:
+        background.start(lambda: _write(new, part))
+    return Path(path)
+
+
+def _write(new: NewCheckpoint, part: Part) -> None:
+    try:
+        written = write_part(new.folder, part)
+    except BaseException:
+        new.discard()
+        raise
+    new.finish([written])
 
 
 def read_checkpoint(
@@ -121,6 +130,7 @@ def read_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     restore_rng: bool = True,
+    repair: bool = True,
 ) -> CheckpointInfo:
     """Load a checkpoint into ``model`` and ``optimizer``, in place.
 
@@ -131,17 +141,21 @@ def read_checkpoint(
         model: The same model; its own parameters are filled, under any split.
         optimizer: The same kind of optimizer, grouped in any way; ``None`` to leave it out.
         restore_rng: Set the global random states as well.
+        repair: Finish a replacement of ``path`` that was cut off; for one process only.
 
     Raises:
         CheckpointError: The checkpoint is damaged, incomplete, newer, or of another model.
     """
     path = Path(path)
-    restore_previous(path)
+    if repair:
+        restore_previous(path)
     manifest = read_manifest(path)
     check_fingerprint(manifest["model"], model, path)
     check_files(path, manifest)
-    tensors = read_weights(model, path)
-    state = None if optimizer is None else read_optimizer(optimizer, model, path)
+    tensors = read_weights(model, path, manifest["files"])
+    state = None
+    if optimizer is not None:
+        state = read_optimizer(optimizer, model, path, manifest["files"])
     warn_of_other_settings(model, path)
     load_weights(model, tensors)
     if optimizer is not None and state is not None:

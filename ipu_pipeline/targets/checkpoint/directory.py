@@ -6,8 +6,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _INCOMPLETE = ".incomplete."
@@ -16,35 +14,59 @@ _PREVIOUS = ".previous"
 _FOREIGN_STALE_S = 24 * 3600.0
 
 
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary sibling that becomes ``path`` when the block ends well.
+# Of this process, in whatever thread: not stale.
+_in_use: set[Path] = set()
 
-    Everything is flushed to the disk before the rename. If the block raises, the sibling is
-    removed and ``path`` is as before; if the process is killed, the sibling stays under a hidden
-    name and the next save into the same folder removes it. A directory that ``path`` names
-    already is replaced.
+
+class NewDirectory:
+    """A hidden sibling of ``path`` to fill; it appears as ``path`` whole or not at all.
+
+    If the process is killed, it stays under its hidden name, and the next save into the same
+    parent removes it.
 
     Args:
-        path: Where the directory is to appear; parents are made.
+        path: Where the directory is to appear; parents are made. What is there stays until then.
+
+    Attributes:
+        path: The same, absolute.
+        folder: The hidden directory, empty at first.
 
     Raises:
         OSError: The disk is full, or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(path.parent)
-    restore_previous(path)
-    temporary = path.parent / f".{path.name}{_INCOMPLETE}{socket.gethostname()}.{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        for item in temporary.rglob("*"):
-            _flush(item)
-        _flush(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _move_into_place(temporary, path)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        parent = self.path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(parent)
+        restore_previous(self.path)
+        self.folder = parent / f".{path.name}{_INCOMPLETE}{socket.gethostname()}.{os.getpid()}"
+        self.folder.mkdir()
+        _in_use.add(self.folder)
+
+    def publish(self) -> None:
+        """Flush everything to the disk, then rename; a directory at ``path`` is replaced.
+
+        Raises:
+            OSError: The disk is full; ``path`` is as before and the new directory is gone.
+        """
+        try:
+            for item in self.folder.rglob("*"):
+                flush(item)
+            flush(self.folder)
+            _move_into_place(self.folder, self.path)
+        except BaseException:
+            self.discard()
+            restore_previous(self.path)
+            raise
+        _in_use.discard(self.folder)
+
+    def discard(self) -> None:
+        """Remove the directory; ``path`` is as before. Does nothing once it is published."""
+        if self.folder in _in_use:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            _in_use.discard(self.folder)
 
 
 def remove_directory(path: Path) -> None:
@@ -68,7 +90,7 @@ def restore_previous(path: Path) -> None:
 def remove_stale(folder: Path) -> None:
     """Remove the temporary directories in ``folder`` whose writers are gone."""
     for item in folder.glob(f".*{_INCOMPLETE}*"):
-        if item.is_dir() and _is_stale(item):
+        if item.is_dir() and item.absolute() not in _in_use and _is_stale(item):
             shutil.rmtree(item, ignore_errors=True)
 
 
@@ -77,7 +99,7 @@ def _move_into_place(temporary: Path, path: Path) -> None:
     if path.exists():
         path.rename(previous)
     temporary.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
     if previous.exists():
         shutil.rmtree(previous, ignore_errors=True)
 
@@ -101,7 +123,8 @@ def _is_stale(temporary: Path) -> bool:
     return False
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

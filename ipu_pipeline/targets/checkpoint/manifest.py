@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,51 @@ from typing import Any
 from ipu_pipeline.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
-SCHEMA_VERSION = 1
+# 2: tensors may be spread over several files.
+SCHEMA_VERSION = 2
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: Path,
+    content: Mapping[str, Any],
+    described: Mapping[str, Mapping[str, Any]] | None = None,
+    unlisted: Collection[str] = (),
+) -> None:
     """Write ``content`` with versions and the size and SHA-256 of every file in ``folder``.
 
-    Raises:
-        CheckpointError: ``content`` is not JSON data.
+    Args:
+        folder: The checkpoint.
+        content: JSON data.
+        described: Files that :func:`describe` was asked about by whoever wrote them.
+        unlisted: Files and folders that may be changed later without damage.
     """
+    files = {name: dict(entry) for name, entry in (described or {}).items()}
+    for item in folder.iterdir():
+        if item.name not in files and item.name not in unlisted:
+            files[item.name] = describe(item)
     body = {
         "schema_version": SCHEMA_VERSION,
         "library_version": _library_version(),
         **content,
-        "files": {item.name: _describe(item) for item in sorted(folder.iterdir())},
+        "files": dict(sorted(files.items())),
     }
+    text = json.dumps(body | {"sha256": _digest(body)}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def as_json_data(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``content``, as it will be read.
+
+    Raises:
+        CheckpointError: It is not JSON data.
+    """
     try:
-        digest = _digest(body)
+        copied: dict[str, Any] = json.loads(json.dumps(content))
     except TypeError as error:
         raise CheckpointError(
             f"extra must be JSON data ({error}); convert tensors and arrays to numbers or lists"
         ) from error
-    text = json.dumps(body | {"sha256": digest}, indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return copied
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,7 +111,8 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
     )
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the SHA-256 of a file."""
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 

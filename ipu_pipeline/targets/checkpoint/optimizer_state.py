@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.targets.checkpoint.parts import files_of
 
-TENSORS = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
 SETTINGS = "optimizer.json"
 # How the update is computed, not what it computes: the loading side decides.
 _NOT_SAVED = frozenset(
@@ -22,41 +23,78 @@ _NOT_SAVED = frozenset(
 _SEPARATOR = "/"
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: Path) -> None:
-    """Write the state tensors and the groups' settings, by parameter name.
+def optimizer_settings(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    groups: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return the kind of optimizer and its groups' settings, by parameter name, as JSON data.
+
+    Args:
+        optimizer: Over the model's parameters, or a part of them.
+        model: The unsplit model.
+        groups: All groups with all parameters; ``None`` for those that the optimizer has now.
 
     Raises:
         CheckpointError: The optimizer holds a parameter that is not the model's, or a setting
             that JSON cannot hold.
     """
-    tensors: dict[str, Tensor] = {}
+    groups = optimizer.param_groups if groups is None else groups
+    described = [
+        {
+            "parameters": members,
+            "settings": {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED},
+        }
+        for group, members in zip(groups, _names(groups, model), strict=True)
+    ]
+    return _json_data({"class": type(optimizer).__name__, "groups": described}, optimizer)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """Return the state that is here: tensors, and values that are none, by parameter name.
+
+    Raises:
+        CheckpointError: JSON cannot hold a value.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
     values: dict[str, dict[str, Any]] = {}
-    groups = []
-    for group, members in zip(optimizer.param_groups, _names(optimizer, model), strict=True):
-        settings = {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED}
-        groups.append({"parameters": members, "settings": settings})
-        for name, parameter in zip(members, group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{key}{_SEPARATOR}{name}"] = value.detach().contiguous()
-                else:
-                    values.setdefault(name, {})[key] = value
-    content = {"class": type(optimizer).__name__, "groups": groups, "values": values}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors.setdefault(name, {})[key] = value
+            else:
+                values.setdefault(name, {})[key] = value
+    return tensors, _json_data(values, optimizer)
+
+
+def tensor_key(name: str, key: str) -> str:
+    """Return what the state ``key`` of a parameter is called in the file."""
+    return f"{key}{_SEPARATOR}{name}"
+
+
+def _json_data(content: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     try:
-        text = json.dumps(content, indent=1)
+        copied: dict[str, Any] = json.loads(json.dumps(content))
     except TypeError as error:
         raise CheckpointError(
             f"{type(optimizer).__name__} has settings or state that JSON cannot hold ({error}); "
             "use tensors, numbers or text"
         ) from error
-    save_file(tensors, folder / TENSORS)
-    (folder / SETTINGS).write_text(text, encoding="utf-8")
+    return copied
 
 
 def read_optimizer(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: Path
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: Path, files: Iterable[str]
 ) -> dict[str, Any]:
     """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
+
+    Args:
+        optimizer: To be filled.
+        model: Its parameters' names.
+        folder: The checkpoint.
+        files: All its files.
 
     Raises:
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
@@ -74,9 +112,12 @@ def read_optimizer(
             f"{type(optimizer).__name__}; use the same optimizer, or load with optimizer=None"
         )
     saved = {name: group["settings"] for group in content["groups"] for name in group["parameters"]}
-    groups = _names(optimizer, model)
+    groups = _names(optimizer.param_groups, model)
     _check_same_parameters(set(saved), {name for group in groups for name in group}, folder)
-    state = _state_by_name(load_file(folder / TENSORS), content["values"])
+    tensors: dict[str, Tensor] = {}
+    for name in files_of(OPTIMIZER, files):
+        tensors |= load_file(folder / name)
+    state = _state_by_name(tensors, content["values"])
     order = [name for group in groups for name in group]
     indices = iter(range(len(order)))
     return {
@@ -89,19 +130,19 @@ def read_optimizer(
     }
 
 
-def _names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
+def _names(groups: Sequence[Mapping[str, Any]], model: torch.nn.Module) -> list[list[str]]:
     """Return the parameter names of every group."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = []
-    for number, group in enumerate(optimizer.param_groups):
+    names = []
+    for number, group in enumerate(groups):
         shapes = [tuple(p.shape) for p in group["params"] if id(p) not in known]
         if shapes:
             raise CheckpointError(
                 f"group {number} of the optimizer holds a parameter of shape {shapes[0]} that is "
                 f"not one of {type(model).__name__}'s; build the optimizer over model.parameters()"
             )
-        groups.append([known[id(p)] for p in group["params"]])
-    return groups
+        names.append([known[id(p)] for p in group["params"]])
+    return names
 
 
 def _check_same_parameters(saved: set[str], own: set[str], folder: Path) -> None:

@@ -3,53 +3,55 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.targets.checkpoint.parts import files_of
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = "model"
 # What a transformers model leaves out of its own file (Marian's position tables, for one).
-LEFT_OUT = "model.left_out.safetensors"
-_ONE_FILE_BYTES = 1 << 60
+LEFT_OUT = "model.left_out"
 # Set by saving or loading, without influence on what is computed.
 _NOT_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
 
 
-def save_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Write weights and, for a transformers model, its configuration into ``folder``.
+def weights_to_save(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's tensors for its own file, and those it leaves out; of tied ones one.
 
-    Of tied tensors one is written. Names are those of the model in memory, so that loading
-    needs no conversion (``from_pretrained`` accepts them as well).
+    Names are those of the model in memory, so that loading needs no conversion
+    (``from_pretrained`` accepts them as well).
     """
+    targets: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = model.state_dict(keep_vars=True)
+    kept: dict[str, Tensor] = {}
+    left_out: dict[str, Tensor] = {}
+    for names in tied_names(model):
+        name = next((n for n in names if n not in targets), names[0])
+        (left_out if ignored.intersection(names) else kept)[name] = state[name]
+    return kept, left_out
+
+
+def save_settings(model: torch.nn.Module, folder: Path) -> None:
+    """Write what ``save_pretrained`` adds to the weights of a transformers model."""
     if isinstance(model, PreTrainedModel):
         bar_was_on = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            model.save_pretrained(
-                folder, max_shard_size=_ONE_FILE_BYTES, save_original_format=False
-            )
+            model.save_pretrained(folder, state_dict={}, save_original_format=False)
         finally:
             if bar_was_on:
                 transformers_logging.enable_progress_bar()
-        written = _names(folder / WEIGHTS)
-    else:
-        written = set()
-    groups = tied_names(model)
-    state = model.state_dict()
-    rest = {names[0]: state[names[0]].contiguous() for names in groups if written.isdisjoint(names)}
-    if rest:
-        save_file(rest, folder / (LEFT_OUT if written else WEIGHTS), metadata={"format": "pt"})
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -57,16 +59,20 @@ def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(tensors), strict=False)
 
 
-def read_weights(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     """Read the weights and check that they fill ``model`` exactly; change nothing.
+
+    Args:
+        model: To be filled.
+        folder: The checkpoint.
+        files: All its files.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape.
     """
     tensors: dict[str, Tensor] = {}
-    for name in (WEIGHTS, LEFT_OUT):
-        if (folder / name).is_file():
-            tensors |= load_file(folder / name)
+    for name in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
+        tensors |= load_file(folder / name)
     state = model.state_dict()
     missing = [names[0] for names in tied_names(model) if not tensors.keys() & set(names)]
     unknown = [name for name in tensors if name not in state]
@@ -142,8 +148,3 @@ def tied_names(model: torch.nn.Module) -> list[list[str]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
-
-
-def _names(path: Path) -> set[str]:
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,9 @@ from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.targets.base import ExecutionOptions
 from ipu_pipeline.targets.distributed.groups import Groups, everyones
+
+# Elements of a parameter that are compared between ranks.
+SAMPLE = 256
 
 
 def description(
@@ -62,6 +65,15 @@ def agree(own: Mapping[str, str], problem: str = "") -> None:
         )
 
 
+# The type of a rank's error and its text; what other ranks can raise.
+Problem = tuple[type[Exception], str] | None
+
+
+def problem_of(error: Exception | None) -> Problem:
+    """Return what the other ranks are told."""
+    return None if error is None else (type(error), str(error))
+
+
 def raise_together(groups: Groups, error: Exception | None) -> None:
     """Raise ``error`` here and its like on all ranks, if any rank has one.
 
@@ -70,13 +82,25 @@ def raise_together(groups: Groups, error: Exception | None) -> None:
     Raises:
         Exception: Of the type that the first failing rank has.
     """
-    found = groups.everyones(None if error is None else (type(error), str(error)))
-    failed = next((rank for rank, theirs in enumerate(found) if theirs is not None), None)
-    if failed is None:
+    raise_alike(groups.everyones(problem_of(error)), error)
+
+
+def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
+    """Raise what :func:`raise_together` does.
+
+    Args:
+        found: All ranks' problems.
+        error: This rank's own.
+
+    Raises:
+        Exception: Of the type that the first failing rank has.
+    """
+    problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
+    if not problems:
         return
     raised: Any = error
     if raised is None:
-        kind, text = found[failed]
+        failed, kind, text = problems[0]
         known = issubclass(kind, PipelineError | OSError)
         raised = (kind if known else StageError)(f"rank {failed}: {text}")
     raised.raised_on_all_ranks = True
@@ -84,9 +108,19 @@ def raise_together(groups: Groups, error: Exception | None) -> None:
 
 
 def _checksum(model: nn.Module) -> str:
+    """Digest names, shapes and a sample of every parameter: its cost does not grow with sizes.
+
+    The sample is spread evenly and holds both ends. What differs elsewhere only goes unnoticed;
+    other seeds, other checkpoints and training steps change everything.
+    """
     digest = hashlib.blake2b(digest_size=8)
-    for parameter in model.parameters():
-        if not parameter.is_meta:
-            plain = parameter.detach().cpu().contiguous().flatten()
-            digest.update(plain.view(torch.uint8).numpy().data)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        if parameter.is_meta or not parameter.numel():
+            continue
+        flat = parameter.detach().reshape(-1)
+        count = min(SAMPLE, flat.numel())
+        where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+        sample = flat[where.to(flat.device)].cpu()
+        digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()

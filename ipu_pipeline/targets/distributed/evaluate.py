@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.targets.base import EvalResult
+from ipu_pipeline.targets.distributed.doing import Doing
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.module import Crossings, StageModule, StepInputs, crossings
-from ipu_pipeline.targets.distributed.pipeline import Doing
 from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.stage import Stage
 

@@ -15,16 +15,21 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.targets.checkpoint import Attach
 from ipu_pipeline.targets.distributed import state
+from ipu_pipeline.targets.distributed.batches import Pipelines, captured
 from ipu_pipeline.targets.distributed.evaluate import evaluate
 from ipu_pipeline.targets.distributed.faults import Watch
 from ipu_pipeline.targets.distributed.gradients import kept_aside, sum_over_ranks, update
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.module import StepInputs
+from ipu_pipeline.targets.distributed.notes import Notes
 from ipu_pipeline.targets.distributed.ownership import Ownership, OwnParameters, find_ownership
-from ipu_pipeline.targets.distributed.pipeline import TrainingPipeline
-from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.distributed.same_batch import SameBatch
+from ipu_pipeline.targets.distributed.saving import Saver
+from ipu_pipeline.targets.distributed.sharding import sharded
+from ipu_pipeline.targets.local.batch import batch_size, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.stage import Stage
 from ipu_pipeline.targets.mode import in_mode
@@ -41,10 +46,12 @@ class DistributedExecutable:
         options: How to run.
         groups: The processes.
         watch: Stops all processes when one fails.
+        notes: What processes tell each other while checkpoints are written.
+        owns_processes: Whether to leave the default process group with the executable.
     """
 
-    # Buffers between stages have one shape; a batch that does not fill them is refused.
-    batch_divisor: int | None = None
+    # A short microbatch is a run of its own and weighs less.
+    batch_divisor: int | None = 1
 
     def __init__(
         self,
@@ -55,6 +62,7 @@ class DistributedExecutable:
         *,
         groups: Groups,
         watch: Watch,
+        notes: Notes,
         owns_processes: bool,
     ) -> None:
         self.model = model
@@ -66,15 +74,18 @@ class DistributedExecutable:
         self._watch = watch
         self._owns_processes = owns_processes
         self._own = None if optimizer is None else OwnParameters(optimizer)
+        self._saver = Saver(model, self._own, groups, notes)
         self._ownership: Ownership | None = None
+        self._pipelines = Pipelines(options.schedule or plan.schedule, groups, watch.doing)
         self._cache = StageCache(
             model,
             plan,
             options.precision,
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
+            on_drop=self._pipelines.drop,
         )
-        self._pipelines: dict[int, TrainingPipeline] = {}
+        self._same_batch = SameBatch(groups)
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -83,7 +94,7 @@ class DistributedExecutable:
         """Run one optimizer step; every process passes the same whole batch.
 
         Args:
-            batch: Tensors with axis 0 = micro batch x microbatches x replicas.
+            batch: Tensors with axis 0 = micro batch x microbatches x replicas, or less.
 
         Returns:
             The same on every process: mean loss, norm over all stages, whether it was skipped.
@@ -92,13 +103,15 @@ class DistributedExecutable:
             LoweringError: There is no optimizer, or the batch cannot be shared out.
             StageError: This process or another one failed.
         """
+        self.options.require_training()
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         with self._running("a training step"):
-            loss, ownership = self._accumulate(batch, self.options.loss_scaling)
+            scaling = self.options.loss_scaling
+            loss, ownership = self._accumulate(batch, scaling, for_update=True)
             own = state.own_parameters(self.model, ownership)
-            self._watch.doing.what = "the optimizer step"
-            done = update(self.optimizer, own, ownership, self.groups, self.options)
+            with self._watch.doing.during("the optimizer step"):
+                done = update(self.optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
         return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
 
@@ -108,8 +121,9 @@ class DistributedExecutable:
         Raises:
             StageError: This process or another one failed; gradients are then incomplete.
         """
+        self.options.require_training()
         with self._running("a forward and backward pass"):
-            return self._accumulate(batch, 1.0)[0]
+            return self._accumulate(batch, 1.0, for_update=False)[0]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -118,6 +132,7 @@ class DistributedExecutable:
             StageError: This process or another one failed.
         """
         with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
+            self._same_batch.check("evaluation", self.global_step, batch)
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             options = self.options
@@ -133,22 +148,50 @@ class DistributedExecutable:
                 state.collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write one checkpoint of the whole model atomically, by the first rank."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write one checkpoint of the whole model atomically; every rank writes what it owns.
+
+        Args:
+            path: The folder; the first rank's counts.
+            extra: JSON data; the first rank's counts.
+            blocking: ``False`` copies everything and writes while training goes on; the next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once, on the first rank, with the folder that becomes the
+                checkpoint, to add files to it.
+        """
         with self._running("saving a checkpoint"):
-            return state.save(
+            return self._saver.save(
                 path,
-                model=self.model,
-                own=self._own,
                 ownership=self._ownership,
-                groups=self.groups,
                 global_step=self.global_step,
                 extra=extra,
+                attach=attach,
+                blocking=blocking,
             )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed, as a copy."""
+        with self._running("agreeing on a value"):
+            first: T = self.groups.everyones(value)[0]
+        return first
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        with self._running("waiting for a checkpoint"):
+            self._saver.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         with self._running("loading a checkpoint"):
+            self._saver.wait()
             self.global_step, extra = state.load(
                 path,
                 model=self.model,
@@ -163,6 +206,7 @@ class DistributedExecutable:
         if self._closed:
             return
         self._closed = True
+        error = self._error_of_last_save()
         if self._watch.verdict is None:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.everyones(None)
@@ -175,6 +219,8 @@ class DistributedExecutable:
                 dist.destroy_process_group()
             # Threads of a group that is still referenced at exit abort the process now and then.
             gc.collect()
+        if error is not None:
+            raise error
 
     def __enter__(self) -> DistributedExecutable:
         return self
@@ -183,8 +229,17 @@ class DistributedExecutable:
         self, kind: object, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
+            self._error_of_last_save()  # logged; the caller's own error goes on
             self._watch.leave_with(error)
         self.close()
+
+    def _error_of_last_save(self) -> Exception | None:
+        """Wait for the last checkpoint; return the error that all ranks have with it."""
+        try:
+            self._saver.wait()
+        except Exception as error:
+            return error if getattr(error, "raised_on_all_ranks", False) else None
+        return None
 
     # ---- running ------------------------------------------------------------------------
 
@@ -195,55 +250,41 @@ class DistributedExecutable:
         with self._watch.guarding(what, self.global_step):
             yield
 
-    def _accumulate(self, batch: Mapping[str, Any], loss_scaling: float) -> tuple[float, Ownership]:
-        parts = self._own_microbatches(batch)
+    def _accumulate(
+        self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
+    ) -> tuple[float, Ownership]:
+        plan = self.plan
+        self._same_batch.check("training", self.global_step, batch)
+        parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad():
-            stages = self._cache.stages_for(parts[0].inputs)
-            ownership = self._settle_ownership(stages)
-            pipeline = self._pipeline(stages)
+            stages = captured(parts, self._cache)
+            ownership = self._settle_ownership(stages[parts[0].num_samples])
             keys = {
                 "seed": self.options.seed,
                 "global_step": self.global_step,
                 "precision": self.options.precision,
             }
             with kept_aside(state.own_parameters(self.model, ownership)):
-                own_loss = pipeline.run(parts, keys, loss_scaling)
-                self._watch.doing.what = "summing gradients"
-                sum_over_ranks(self.model, ownership, self.groups)
+                own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
+                with self._watch.doing.during("summing gradients"):
+                    sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
-
-    def _own_microbatches(self, batch: Mapping[str, Any]) -> list[Microbatch]:
-        """Return this replica's part of the batch."""
-        per_replica = self.plan.num_microbatches
-        wanted = per_replica * self.plan.replicas
-        size = batch_size(batch)
-        if size % wanted:
-            raise LoweringError(
-                f"a batch of {size} samples does not divide into {per_replica} microbatches x "
-                f"{self.plan.replicas} replicas of one size; use a multiple of {wanted} (drop the "
-                "last short batch)"
-            )
-        first = self.groups.layout.replica * per_replica
-        return split_batch(batch, wanted, size // wanted)[first : first + per_replica]
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
         if self._ownership is None:
-            self._ownership = find_ownership(stages, self.groups.layout)
+            self._ownership = self._find_ownership(stages)
             sets = {positions for positions in self._ownership.holders.values()}
             self.groups.make_holders(sorted(s for s in sets if len(s) > 1))
             if self._own is not None:
                 self._own.keep(self._ownership)
         return self._ownership
 
-    def _pipeline(self, stages: tuple[Stage, ...]) -> TrainingPipeline:
-        if id(stages) not in self._pipelines:  # the cache keeps the stages, so ids stay theirs
-            self._pipelines[id(stages)] = TrainingPipeline(
-                stages,
-                layout=self.groups.layout,
-                schedule=self.options.schedule or self.plan.schedule,
-                num_microbatches=self.plan.num_microbatches,
-                groups=self.groups,
-                doing=self._watch.doing,
-            )
-        return self._pipelines[id(stages)]
+    def _find_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
+        layout = self.groups.layout
+        found = find_ownership(stages, layout)
+        shard = self.options.replicated_tensor_sharding and layout.num_replicas > 1
+        if not shard or self._own is None:
+            return found
+        parameters = list(self.model.parameters())
+        return sharded(found, parameters, layout.num_replicas, self._own.trains)

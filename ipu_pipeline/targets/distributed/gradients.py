@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ipu_pipeline.targets.base import ExecutionOptions
+from ipu_pipeline.targets.distributed.buckets import exchange
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.ownership import Ownership
+from ipu_pipeline.targets.distributed.sharding import share_updated, sum_to_updaters
 from ipu_pipeline.targets.optimize import UpdateResult
 
 
@@ -31,28 +34,54 @@ def kept_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def sum_over_ranks(model: nn.Module, ownership: Ownership, groups: Groups) -> None:
-    """Sum gradients over the holders of tied parameters, then over the replicas.
+def sum_over_ranks(
+    model: nn.Module, ownership: Ownership, groups: Groups, *, for_update: bool
+) -> None:
+    """Sum gradients over the holders of tied parameters, and over the replicas.
 
     Every rank calls this. What has no gradient on any rank keeps none. Losses are weighted by
-    their share of the whole batch, so sums are all that is needed.
+    their share of the whole batch, so sums are all that is needed. Parameters of one position
+    come first: replicas of a late stage sum them while earlier stages still run.
+
+    Args:
+        model: Its gradients are this rank's own.
+        ownership: Who holds what.
+        groups: The processes.
+        for_update: The sums are needed only where a parameter is updated.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    present = groups.any_true([p.grad is not None for p in parameters])
-    own = [
-        p for p, found in zip(parameters, present, strict=True) if found and ownership.is_held(p)
-    ]
-    for parameter in own:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    tied = [p for p in own if ownership.shared(p)]
-    for parameter in tied:
-        group = groups.holders(ownership.shared(parameter))
-        parameter.grad = groups.sum_in_order(_gradient(parameter), group)
+    to_updaters = for_update and bool(ownership.updaters)
+    alone = [p for p in parameters if ownership.is_held(p) and not ownership.shared(p)]
     if groups.layout.num_replicas > 1:
-        alone = [p for p in own if not ownership.shared(p)]
-        _reduce_in_buckets(alone, groups)
-        for parameter in tied:  # one by one: every holder then adds in the same order
+        alone = _present(alone, groups, groups.replicas)
+        if to_updaters:
+            sum_to_updaters(alone, ownership, groups)
+        else:
+            exchange([_gradient(p) for p in alone], groups.sum_over_replicas)
+    for positions in sorted({ownership.shared(p) for p in parameters} - {()}):
+        if ownership.here.position in positions:
+            tied = [p for p in parameters if ownership.shared(p) == positions]
+            _sum_tied(tied, positions, ownership, groups, to_updaters=to_updaters)
+
+
+def _sum_tied(
+    tied: Sequence[nn.Parameter],
+    positions: tuple[int, ...],
+    ownership: Ownership,
+    groups: Groups,
+    *,
+    to_updaters: bool,
+) -> None:
+    holders = groups.holders(positions)
+    found = _present(tied, groups, holders)
+    if groups.layout.num_replicas > 1:
+        found = _present(tied, groups, groups.replicas)
+    for parameter in found:
+        parameter.grad = groups.sum_in_order(_gradient(parameter), holders)
+    if to_updaters:
+        sum_to_updaters(found, ownership, groups)
+    elif groups.layout.num_replicas > 1:
+        for parameter in found:  # one by one: every holder then adds in the same order
             groups.sum_over_replicas(_gradient(parameter))
 
 
@@ -66,41 +95,46 @@ def update(
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
 
     Args:
-        optimizer: Over the parameters that this process holds.
-        parameters: Those parameters, each once.
-        ownership: A tied parameter counts once in the norm.
-        groups: The norm is over this replica's pipeline; replicas have the same gradients.
+        optimizer: Over the parameters that this process updates.
+        parameters: Those that it holds, each once.
+        ownership: Every parameter counts once in the norm, and is updated by its updaters.
+        groups: The processes.
         options: Loss scaling and clipping.
     """
     with_grad = [p for p in parameters if p.grad is not None]
-    gradients = [_gradient(p) for p in with_grad]
-    if options.loss_scaling != 1.0 and gradients:
+    updated = [p for p in with_grad if ownership.is_updated(p)]
+    if options.loss_scaling != 1.0 and updated:
         with torch.no_grad():
-            torch._foreach_div_(gradients, options.loss_scaling)
-    counted = [_gradient(p) for p in with_grad if ownership.owner(p) == groups.layout.position]
+            torch._foreach_div_([_gradient(p) for p in updated], options.loss_scaling)
+    counted = [_gradient(p) for p in updated if ownership.is_chief(p)]
     square = float(get_total_norm(counted)) ** 2 if counted else 0.0
     # The same bits on every rank, so that all of them skip or none does.
-    norm = torch.tensor(groups.sum_numbers(square, groups.pipeline)).sqrt()
+    norm = torch.tensor(groups.sum_numbers(square)).sqrt()
     skipped = not bool(torch.isfinite(norm))
     if not skipped:
         if options.max_grad_norm is not None:
-            clip_grads_with_norm_(with_grad, options.max_grad_norm, norm)
+            clip_grads_with_norm_(updated, options.max_grad_norm, norm)
         optimizer.step()
+        if ownership.updaters:
+            share_updated(with_grad, ownership, groups)
     optimizer.zero_grad(set_to_none=True)
     for parameter in with_grad:
         parameter.grad = None
     return UpdateResult(grad_norm=float(norm), skipped=skipped)
 
 
-def _reduce_in_buckets(parameters: Sequence[nn.Parameter], groups: Groups) -> None:
-    """Sum gradients over the replicas, all of one type in one message."""
-    for dtype in sorted({p.dtype for p in parameters}, key=str):
-        gradients = [_gradient(p) for p in parameters if p.dtype == dtype]
-        bucket = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        groups.sum_over_replicas(bucket)
-        parts = bucket.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+def _present(
+    parameters: Sequence[nn.Parameter], groups: Groups, group: dist.ProcessGroup
+) -> list[nn.Parameter]:
+    """Return those that have a gradient on any rank of the group; all have one afterwards."""
+    if not parameters:
+        return []
+    flags = groups.any_true([p.grad is not None for p in parameters], group)
+    found = [p for p, flag in zip(parameters, flags, strict=True) if flag]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return found
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

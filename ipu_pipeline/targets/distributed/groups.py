@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.targets.distributed.joining import meet
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.waiting import Waiter
 
@@ -24,7 +27,8 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
     """Make sure that there is a default process group; return whether it was made here.
 
     Raises:
-        LoweringError: The script was not started by torchrun or something like it.
+        LoweringError: The script was not started by torchrun or something like it, or not all
+            processes came.
     """
     if dist.is_initialized():
         return False
@@ -37,7 +41,10 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
             "'ipu-pipeline launch plan.json -- script.py'"
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
 
@@ -47,14 +54,14 @@ class Groups:
     Args:
         layout: Who stands where.
         device: Where tensors have to be for the backend.
+        waiter: Every wait for another rank goes through it.
 
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
-        waiter: Every wait for another rank goes through it.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
         self.layout = layout
         self.device = device
         mesh = init_device_mesh(
@@ -64,7 +71,7 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.waiter = Waiter()
+        self.waiter = waiter
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
@@ -101,10 +108,27 @@ class Groups:
         """Sum ``tensor`` over the replicas, in place."""
         self.waiter.run(lambda: dist.all_reduce(tensor, group=self.replicas))
 
-    def any_true(self, flags: Sequence[bool]) -> list[bool]:
-        """Return for every flag whether it is set on any process."""
+    def start_reduce(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to sum ``tensor`` over the replicas, for one of them; spoils it on the others."""
+        work = dist.reduce(tensor, group=self.replicas, group_dst=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def start_broadcast(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to overwrite ``tensor`` with what it is in one of the replicas."""
+        work = dist.broadcast(tensor, group=self.replicas, group_src=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def from_holder(self, tensor: Tensor, positions: tuple[int, ...], position: int) -> None:
+        """Overwrite ``tensor`` with what it is at one of the positions that share parameters."""
+        group, source = self.holders(positions), positions.index(position)
+        self.waiter.run(lambda: dist.broadcast(tensor, group=group, group_src=source))
+
+    def any_true(self, flags: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+        """Return for every flag whether it is set on any process of a group."""
         own = torch.tensor(flags, dtype=torch.uint8, device=self.device)
-        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX))
+        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group))
         return [bool(flag) for flag in own.tolist()]
 
     def from_position(self, tensor: Tensor, position: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
+from ipu_pipeline.targets.distributed.doing import Doing
 from ipu_pipeline.targets.distributed.groups import Groups
 from ipu_pipeline.targets.distributed.layout import Layout
 from ipu_pipeline.targets.distributed.module import Crossings, StageModule, StepInputs, crossings
@@ -24,39 +23,6 @@ from ipu_pipeline.targets.local.batch import Microbatch
 from ipu_pipeline.targets.local.stage import Stage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Doing:
-    """What this process is doing, for messages.
-
-    Attributes:
-        what: Such as ``forward pass``.
-        stage: Its stage, with its block.
-        microbatch: Position in the step; -1 outside of one.
-        step: Optimizer step.
-    """
-
-    what: str = "nothing"
-    stage: Stage | None = None
-    microbatch: int = -1
-    step: int = 0
-
-    def __str__(self) -> str:
-        if self.stage is None:
-            return f"{self.what}, step {self.step}"
-        block = f", block {self.stage.block!r}" if self.stage.block else ""
-        return (
-            f"stage {self.stage.index}{block}, {self.what} of microbatch {self.microbatch}, "
-            f"step {self.step}"
-        )
-
-    @contextmanager
-    def during(self, what: str, stage: Stage | None, microbatch: int) -> Iterator[None]:
-        """Note what is being done; it stays noted when it fails."""
-        self.what, self.stage, self.microbatch = what, stage, microbatch
-        yield
-        self.what, self.stage, self.microbatch = "waiting for other ranks", None, -1
 
 
 class _NotedStage(PipelineStage):
@@ -91,7 +57,10 @@ class _NotedStage(PipelineStage):
         return [self._waiter.guarded(op) for op in super().get_fwd_send_ops(fwd_chunk_id)]
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return [self._waiter.guarded(op) for op in super().get_bwd_send_ops(bwd_chunk_id)]
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        for operation in operations:  # a split backward pass gives gradients of any layout
+            operation.tensor = operation.tensor.contiguous()
+        return [self._waiter.guarded(operation) for operation in operations]
 
     def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> Tensor:
         vote = super()._warmup_forward_vote
@@ -128,6 +97,7 @@ class TrainingPipeline:
         groups: Groups,
         doing: Doing,
     ) -> None:
+        doing.prepares = True
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)

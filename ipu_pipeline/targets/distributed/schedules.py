@@ -99,5 +99,25 @@ def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches:
         )
 
 
+# Of every placement, the schedule that runs any number of microbatches.
+_ANY_NUMBER = {"one": "gpipe", "loop": "looped_bfs", "v": "zbv"}
+
+
+def schedule_for(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> str:
+    """Return ``name`` if it can run so many microbatches, else one of its placement that can.
+
+    Args:
+        name: Of a schedule that can run the plan's number of microbatches.
+        num_stages: Pipeline depth.
+        num_ranks: Processes of one pipeline.
+        num_microbatches: Of this run, at least 1.
+    """
+    try:
+        check_schedule(name, num_stages, num_ranks, num_microbatches)
+    except LoweringError:
+        return _ANY_NUMBER[torch_schedule(name).placement]
+    return name
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").removeprefix("schedule")

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 
 def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
-    """Try one microbatch; parameters must have no gradients, and have none afterwards.
+    """Try one microbatch; gradients that parameters have (of full microbatches) are kept.
 
     Args:
         module: The stage; its inputs are set.
@@ -34,6 +34,7 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     if stage.tables or stage.shares or stage.recompute & names:
         return False
     parameters = [p for p in module.parameters() if p.requires_grad]
+    earlier = [p.grad for p in parameters]
     try:
         with preserved_state(module):
             whole = _gradients(module, received, parameters, _whole)
@@ -41,8 +42,8 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     except RuntimeError:
         return False
     finally:
-        for parameter in parameters:
-            parameter.grad = None
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
         module.clear()
     return all(_equal(a, b) for a, b in zip(whole, parts, strict=True))
 

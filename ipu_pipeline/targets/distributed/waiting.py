@@ -15,19 +15,30 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from ipu_pipeline.targets.distributed.doing import Doing
+from ipu_pipeline.targets.distributed.farewell import end_at_exit
+
 POLL_S = 0.2
 T = TypeVar("T")
 
 
 class GivenUp(RuntimeError):
-    """Not an error of its own: waiting ended because some rank has failed."""
+    """Not an error of its own: waiting ended because some rank has failed, or is gone."""
 
 
 class Waiter:
-    """Runs blocking calls in a thread of its own, one at a time."""
+    """Runs blocking calls in a thread of its own, one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        doing: Notes that this process waits.
+
+    Attributes:
+        failed: Whether some rank is known to have failed.
+    """
+
+    def __init__(self, doing: Doing | None = None) -> None:
         self.failed: Callable[[], bool] = lambda: False
+        self.doing = doing or Doing()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -35,7 +46,8 @@ class Waiter:
         """Return what ``function`` returns, or raise what it raises.
 
         Raises:
-            GivenUp: Some rank has failed; the call may still be waiting.
+            GivenUp: Some rank has failed; the call may still be waiting. Or the connection to
+                one broke.
         """
         if self._thread is None:
             self._thread = threading.Thread(
@@ -53,10 +65,13 @@ class Waiter:
                 errors.append(error)
             done.set()
 
-        self._jobs.put(job)
-        while not done.wait(POLL_S):
-            if self.failed():
-                raise GivenUp("another rank has failed")
+        with self.doing.waits():
+            self._jobs.put(job)
+            while not done.wait(POLL_S):
+                if self.failed():
+                    raise GivenUp("another rank has failed")
+        if errors and (type(errors[0]) is RuntimeError or isinstance(errors[0], dist.DistError)):
+            raise GivenUp(str(errors[0])) from errors[0]
         if errors:
             raise errors[0]
         return found[0]
@@ -76,8 +91,10 @@ class Waiter:
     def close(self) -> None:
         """Stop the thread; a call that still waits is left to end with the process."""
         self._jobs.put(None)
-        if self._thread is not None:  # a thread inside of torch at exit would abort the process
+        if self._thread is not None:
             self._thread.join(timeout=2 * POLL_S)
+            if self._thread.is_alive():
+                end_at_exit(self._thread)
 
     @staticmethod
     def _serve(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

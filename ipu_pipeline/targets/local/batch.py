@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -20,7 +20,7 @@ class Microbatch:
         index: Position in the batch; random numbers are keyed by it.
         inputs: Model inputs by name.
         num_samples: Size of axis 0.
-        share: Its part of the batch's samples: the weight of its loss.
+        share: Weight of its loss: its part of the batch's samples, or what the caller says.
     """
 
     index: int
@@ -70,3 +70,25 @@ def split_batch(
         samples = min(step, size - start)
         parts.append(Microbatch(index, inputs, samples, samples / size))
     return parts
+
+
+def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> list[Microbatch]:
+    """Return microbatches that somebody else has cut; ``weights`` are those of their losses.
+
+    Raises:
+        LoweringError: There is none, or not one weight for each.
+    """
+    if not parts or len(parts) != len(weights):
+        raise LoweringError(
+            f"{len(parts)} microbatches with {len(weights)} weights cannot be run; pass at least "
+            "one microbatch, and one weight for each"
+        )
+    return [
+        Microbatch(index, part, _num_samples(part), weight)
+        for index, (part, weight) in enumerate(zip(parts, weights, strict=True))
+    ]
+
+
+def _num_samples(part: Mapping[str, Any]) -> int:
+    sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
+    return next(sizes, 1)

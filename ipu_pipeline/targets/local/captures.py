@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,13 +13,18 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.local.stage import Stage, build_stages
 from ipu_pipeline.targets.local.step import autocast_region
+from ipu_pipeline.targets.recent import RecentlyUsed
 from ipu_pipeline.targets.serialize import TableUses, find_tables, serialized, spread_tables
 
 Signature = tuple[bool, tuple[tuple[str, Any], ...]]
 
+# A step needs two shapes (full and short microbatches), training and evaluation alternate.
+MAX_SHAPES = 16
+logger = logging.getLogger(__name__)
+
 
 class StageCache:
-    """Builds the stages of a plan for the shape of a microbatch, and remembers them.
+    """Builds the stages of a plan for the shape of a microbatch, and remembers the last few.
 
     Args:
         model: The user's model.
@@ -26,6 +32,8 @@ class StageCache:
         precision: Of the steps; captures are made in the same autocast region.
         recompute: Names of the blocks to recompute in the backward pass.
         self_check: Compare every capture with the model before trusting it.
+        max_shapes: So many shapes are remembered, those of training and evaluation together.
+        on_drop: Called with stages that are forgotten.
     """
 
     def __init__(
@@ -36,13 +44,17 @@ class StageCache:
         *,
         recompute: frozenset[str],
         self_check: bool,
+        max_shapes: int = MAX_SHAPES,
+        on_drop: Callable[[tuple[Stage, ...]], None] | None = None,
     ) -> None:
         self.model = model
         self.precision = precision
         self.plan = plan
         self.recompute = recompute
         self.self_check = self_check
-        self._stages: dict[Signature, tuple[Stage, ...]] = {}
+        self._stages = RecentlyUsed[Signature, tuple[Stage, ...]](max_shapes, self._dropped)
+        self._on_drop = on_drop
+        self._warned = False
 
     def stages_for(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
         """Return the stages for inputs of this shape, in the model's present mode.
@@ -53,17 +65,30 @@ class StageCache:
             PlanError: In training mode, its blocks are not those of the plan.
         """
         signature = _signature(self.model, microbatch)
-        if signature not in self._stages:
-            uses = TableUses()
-            with autocast_region(self.precision), uses:
-                captured = capture(
-                    self.model,
-                    microbatch,
-                    granularity=self.plan.granularity,  # type: ignore[arg-type]
-                    self_check=self.self_check,
-                )
-            self._stages[signature] = self._build(captured, uses)
-        return self._stages[signature]
+        return self._stages.get(signature, lambda: self._captured(microbatch))
+
+    def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
+        uses = TableUses()
+        with autocast_region(self.precision), uses:
+            captured = capture(
+                self.model,
+                microbatch,
+                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                self_check=self.self_check,
+            )
+        return self._build(captured, uses)
+
+    def _dropped(self, stages: tuple[Stage, ...]) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "microbatches have come in more than %d shapes; the least recently used ones are "
+                "forgotten and captured again when they return, which takes longer than a step: "
+                "pad to fewer lengths (pad_to_multiple_of)",
+                self._stages.limit,
+            )
+        if self._on_drop is not None:
+            self._on_drop(stages)
 
     def _build(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         if captured.training:

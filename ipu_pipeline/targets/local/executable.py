@@ -14,9 +14,14 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
-from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
-from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
-from ipu_pipeline.targets.local.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.targets.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ipu_pipeline.targets.local.batch import Microbatch, batch_size, cut_batches, split_batch
 from ipu_pipeline.targets.local.captures import StageCache
 from ipu_pipeline.targets.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.targets.local.step import Step
@@ -59,6 +64,7 @@ class LocalExecutable:
         )
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
+        self._background = Background()
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -76,9 +82,10 @@ class LocalExecutable:
             LoweringError: There is no optimizer, or the batch cannot be cut.
             StageError: A stage failed; no weight was changed.
         """
+        self.options.require_training()
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
-        loss, stage_s = self._accumulate(batch, self.options.loss_scaling)
+        step = self._accumulate(self._split(batch), self.options.loss_scaling)
         update = apply_update(
             self.optimizer,
             self.model.parameters(),
@@ -86,7 +93,13 @@ class LocalExecutable:
             max_grad_norm=self.options.max_grad_norm,
         )
         self.global_step += 1
-        return StepResult(loss, update.grad_norm, update.skipped, batch_size(batch), stage_s)
+        return StepResult(
+            _mean_loss(step.microbatches, step.results),
+            update.grad_norm,
+            update.skipped,
+            batch_size(batch),
+            tuple(step.busy_s),
+        )
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add unscaled gradients to ``.grad`` of the model's parameters.
@@ -94,7 +107,27 @@ class LocalExecutable:
         Raises:
             StageError: A stage failed; gradients are then incomplete.
         """
-        return self._accumulate(batch, 1.0)[0]
+        step = self._accumulate(self._split(batch), 1.0)
+        return _mean_loss(step.microbatches, step.results)
+
+    def forward_backward_parts(
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
+    ) -> list[float]:
+        """Run microbatches that the caller has cut, each of its own shape.
+
+        Args:
+            parts: One batch per microbatch, at least one.
+            weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``.
+
+        Returns:
+            The loss of every microbatch, not weighted.
+
+        Raises:
+            LoweringError: There is no microbatch, or not one weight for each.
+            StageError: A stage failed; gradients are then incomplete.
+        """
+        step = self._accumulate(cut_batches(parts, weights), 1.0)
+        return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients, pipelined.
@@ -103,12 +136,18 @@ class LocalExecutable:
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        with in_mode(self.model, training=False), torch.no_grad():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            schedule = forward_only(self.plan.num_stages, len(microbatches))
-            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
-            self._run(step)
-        return _join(microbatches, step.results)
+        return _join(microbatches, self._evaluate(microbatches))
+
+    def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+        """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
+
+        Raises:
+            LoweringError: There is no batch.
+            StageError: A stage failed.
+        """
+        microbatches = cut_batches(parts, [1.0] * len(parts))
+        found = zip(microbatches, self._evaluate(microbatches), strict=True)
+        return [_join([part], [results]) for part, results in found]
 
     # ---- state --------------------------------------------------------------------------
 
@@ -116,18 +155,50 @@ class LocalExecutable:
         """Return the unsplit model's own state dict."""
         return self.model.state_dict()
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, for this checkpoint or for the one before.
+        """
+        self.wait_for_checkpoint()
         return write_checkpoint(
             path,
             model=self.model,
             optimizer=self.optimizer,
             global_step=self.global_step,
             extra=extra,
+            attach=attach,
+            background=None if blocking else self._background,
         )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written under any split; return its ``extra``."""
+        self.wait_for_checkpoint()
         info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
         self.global_step = info.global_step
         return info.extra
@@ -138,20 +209,36 @@ class LocalExecutable:
         if self._threads is not None:
             self._threads.close()
             self._threads = None
+        self.wait_for_checkpoint()
 
     def __enter__(self) -> LocalExecutable:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # otherwise it was logged, and the caller's own error goes on
+                raise
 
     # ---- running ------------------------------------------------------------------------
 
-    def _accumulate(
-        self, batch: Mapping[str, Any], loss_scaling: float
-    ) -> tuple[float, tuple[float, ...]]:
+    def _split(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+        return split_batch(batch, self.plan.num_microbatches, self.plan.micro_batch_size)
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
+        """Return what each microbatch computed, by name."""
+        with in_mode(self.model, training=False), torch.no_grad():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            schedule = forward_only(self.plan.num_stages, len(microbatches))
+            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
+            self._run(step)
+        return step.results
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
+        """Run a training step up to the gradients; return it with its results and times."""
+        self.options.require_training()
         plan = self.plan
-        microbatches = split_batch(batch, plan.num_microbatches, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             name = self.options.schedule or plan.schedule
@@ -163,7 +250,7 @@ class LocalExecutable:
             )
             self._run(step)
             step.add_shared_gradients()
-        return _mean_loss(microbatches, step.results), tuple(step.busy_s)
+        return step
 
     def _run(self, step: Step) -> None:
         if self._closed or self._broken is not None:

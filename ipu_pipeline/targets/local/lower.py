@@ -34,8 +34,8 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     """Refuse what the local target cannot run.
 
     Raises:
-        LoweringError: Replicas, a schedule that it does not have, unknown blocks to recompute, or
-            a serialized block without parameters.
+        LoweringError: Replicas or state divided among them, a schedule that it does not have,
+            unknown blocks to recompute, or a serialized block without parameters.
     """
     if plan.replicas > 1:
         raise LoweringError(
@@ -45,6 +45,12 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     if options.ipu_config is not None:
         raise LoweringError(
             "the local target runs on no IPU: leave ipu_config out, or use target='poptorch'"
+        )
+    if options.replicated_tensor_sharding:
+        raise LoweringError(
+            "replicated_tensor_sharding divides optimizer state among replicas, and the local "
+            "target runs one pipeline in one process; leave it out, or use target='distributed' "
+            "with a plan of several replicas"
         )
     schedule = options.schedule or plan.schedule
     if schedule not in SCHEDULES:

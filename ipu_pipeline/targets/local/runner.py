@@ -15,6 +15,8 @@ from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 Work = Callable[[Action], None]
 Jobs = queue.SimpleQueue[Callable[[], None] | None]
 POLL_S = 0.2
+# Wait so long for a thread that was told to stop; a stalled one is left behind.
+JOIN_S = 2.0
 
 
 class Stopped(Exception):
@@ -98,7 +100,8 @@ class StageThreads:
         ]
         for thread in self._threads:
             thread.start()
-        self._stop = weakref.finalize(self, _stop, self._jobs)  # when nobody called close()
+        # When nobody called close(): a thread that still runs at exit can abort the process.
+        self._stop = weakref.finalize(self, _stop, self._jobs, self._threads)
 
     def run(self, schedule: Schedule, work: Work) -> None:
         """Run every row on its own thread; return when all are done.
@@ -123,8 +126,6 @@ class StageThreads:
     def close(self) -> None:
         """Stop the threads; calling it again does nothing."""
         self._stop()
-        for thread in self._threads:
-            thread.join(timeout=1.0)
 
     def _watch(
         self, progress: Progress, finished: Sequence[threading.Event], schedule: Schedule
@@ -145,9 +146,12 @@ def _serve(jobs: Jobs, prepare: Callable[[], None]) -> None:
         job()
 
 
-def _stop(queues: Sequence[Jobs]) -> None:
+def _stop(queues: Sequence[Jobs], threads: Sequence[threading.Thread]) -> None:
     for jobs in queues:
         jobs.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=JOIN_S)
 
 
 def run_sequentially(schedule: Schedule, work: Work) -> None:

@@ -17,8 +17,13 @@ from typing_extensions import Self
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.targets.base import EvalResult, StepResult
-from ipu_pipeline.targets.checkpoint import read_checkpoint, write_checkpoint
+from ipu_pipeline.targets.base import EvalResult, StepResult, T
+from ipu_pipeline.targets.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ipu_pipeline.targets.poptorch.annotations import Annotation
 from ipu_pipeline.targets.poptorch.check import is_power_of_two
 from ipu_pipeline.targets.poptorch.optimizers import read_state
@@ -78,6 +83,7 @@ class PopTorchExecutable:
         self._sessions = Sessions(
             model, self._placement, self._forward, optimizer, self._flat, poptorch
         )
+        self._background = Background()
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -161,9 +167,30 @@ class PopTorchExecutable:
         self._sessions.fetch_weights()
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-    def save_checkpoint(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically."""
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, for this checkpoint or for the one before.
+        """
         self._require_open()
+        self.wait_for_checkpoint()
         self._sessions.fetch_weights()
         if self.optimizer is not None:
             read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
@@ -174,11 +201,22 @@ class PopTorchExecutable:
                 optimizer=self.optimizer,
                 global_step=self.global_step,
                 extra=extra,
+                attach=attach,
+                background=None if blocking else self._background,
             )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written by any target; the program is compiled again."""
         self._require_open()
+        self.wait_for_checkpoint()
         self._sessions.release()
         with self._as_made():
             info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
@@ -247,6 +285,7 @@ class PopTorchExecutable:
             self._placement.undo()
             for module, mode in self._modes:
                 module.training = mode
+        self.wait_for_checkpoint()
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.base import ExecutionOptions
@@ -94,3 +95,9 @@ def _check_options(options: ExecutionOptions) -> None:
         )
     if options.sequential:
         raise LoweringError("sequential is the local target's; leave it out for poptorch")
+    config = options.ipu_config or IPUConfig()
+    if options.replicated_tensor_sharding and not config.replicated_tensor_sharding:
+        raise LoweringError(
+            "replicated_tensor_sharding is asked for, but IPUs read it from ipu_config, where it "
+            "is off; set it there: ipu_config=IPUConfig(replicated_tensor_sharding=True, ...)"
+        )

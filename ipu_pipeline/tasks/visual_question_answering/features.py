@@ -63,8 +63,9 @@ def grid_regions(images_NHWC: npt.NDArray[np.uint8], cells: int) -> tuple[_Float
 def _cells(pixels_NHWX: _Floats, cells: int) -> _Floats:
     """Return the pixels of every cell: shape ``N, R, pixels of a cell, X``."""
     n, height, width, x = pixels_NHWX.shape
-    split = pixels_NHWX.reshape(n, cells, height // cells, cells, width // cells, x)
-    return split.transpose(0, 1, 3, 2, 4, 5).reshape(n, cells * cells, -1, x)
+    h, w = height // cells, width // cells
+    split = pixels_NHWX.reshape(n, cells, h, cells, w, x)
+    return split.transpose(0, 1, 3, 2, 4, 5).reshape(n, cells * cells, h * w, x)
 
 
 def _edges(pixels_NHWC: _Floats) -> _Floats:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
-class SoftAnswerLoss(nn.Module):
+class SoftAnswerLoss(nn.BCEWithLogitsLoss):
     """Binary cross entropy of every answer by itself, mean over questions and answers.
 
     ``model.loss = SoftAnswerLoss()`` makes a ``LxmertForQuestionAnswering`` read soft labels of
@@ -18,4 +17,4 @@ class SoftAnswerLoss(nn.Module):
 
     def forward(self, scores_NA: Tensor, weights: Tensor) -> Tensor:
         """Return the loss of ``scores_NA`` for as many ``weights``, flattened or not."""
-        return F.binary_cross_entropy_with_logits(scores_NA, weights.view_as(scores_NA))
+        return super().forward(scores_NA, weights.view_as(scores_NA))

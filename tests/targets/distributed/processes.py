@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 
 
 def free_port() -> int:
@@ -23,10 +25,12 @@ def free_port() -> int:
 class Processes:
     """``world_size`` gloo processes with one thread each.
 
-    They are forked from a server that has imported everything once.
+    They are forked from a server that has imported everything once. An answer may take
+    ``answer_s`` seconds.
     """
 
-    def __init__(self, world_size: int, *, joined: bool = True) -> None:
+    def __init__(self, world_size: int, *, joined: bool = True, answer_s: float = ANSWER_S) -> None:
+        self.answer_s = answer_s
         os.environ["PYTHONPATH"] = str(ROOT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.targets.distributed.jobs"])
@@ -50,14 +54,22 @@ class Processes:
         assert not failed, "\n".join(failed)
         return [value for _, value in answers]
 
-    def answers(self, job: str, **arguments: Any) -> list[tuple[bool, Any]]:
-        """Return per rank whether the job ended well, and its result or error."""
+    def answers(
+        self, job: str, *, mute: tuple[int, ...] = (), **arguments: Any
+    ) -> list[tuple[bool, Any]]:
+        """Return per rank whether the job ended well, and its result or error.
+
+        Ranks that are ``mute`` cannot answer and are not waited for.
+        """
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found = []
-        for pipe in self.pipes:
+        for rank, pipe in enumerate(self.pipes):
+            if rank in mute:
+                found.append((False, "mute"))
+                continue
             try:
-                assert pipe.poll(ANSWER_S), "a rank does not answer"
+                assert pipe.poll(self.answer_s), "a rank does not answer"
                 found.append(pipe.recv())
             except EOFError:
                 found.append((False, "died"))
@@ -71,11 +83,18 @@ class Processes:
             process.kill()
 
 
+def _find(job: str) -> Callable[..., Any]:
+    """Return a function of ``jobs.py``, or ``other_module.function``."""
+    module, _, name = job.rpartition(".")
+    found: Callable[..., Any] = getattr(
+        importlib.import_module(f"tests.targets.distributed.{module or 'jobs'}"), name
+    )
+    return found
+
+
 def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool) -> None:
     import torch
     import torch.distributed as dist
-
-    from tests.targets.distributed import jobs
 
     os.environ |= {
         "RANK": str(rank),
@@ -92,7 +111,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except (EOFError, OSError):
             os._exit(0)
         try:
-            pipe.send((True, getattr(jobs, job)(**arguments)))
+            pipe.send((True, _find(job)(**arguments)))
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))

@@ -13,6 +13,8 @@ from tests.targets.distributed.processes import ROOT, free_port
 
 SCRIPT = """
 import sys
+import time
+from tests.targets.distributed.fault_jobs import lower_limits
 from tests.targets.distributed.jobs import compiled
 
 made, batch = compiled("bert-qa", planned={"num_stages": 2})
@@ -20,11 +22,14 @@ with made:
     print("loss", made.train_step(batch).loss)
     if sys.argv[1] == "fails" and made.groups.layout.rank == 1:
         raise ValueError("mine")
+    if sys.argv[1] == "hangs" and made.groups.layout.rank == 1:
+        lower_limits()
+        made.model.bert.encoder.layer[3].register_forward_pre_hook(lambda *_: time.sleep(1000))
     print("loss", made.train_step(batch).loss)
 """
 
 
-@pytest.mark.parametrize("how", ["ends", "fails"])
+@pytest.mark.parametrize("how", ["ends", "fails", "hangs"])
 def test_a_script(tmp_path: Path, how: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -40,3 +45,8 @@ def test_a_script(tmp_path: Path, how: str) -> None:
     assert (done.returncode == 0) == (how == "ends")
     if how == "fails":
         assert "ValueError: mine" in done.stderr
+        assert "exitcode: -6" not in done.stderr  # no rank aborts, whatever it still waits for
+    if how == "hangs":
+        message = "rank 1 hangs (stage 1, block 'bert.encoder.layer.3', forward pass of microbatch"
+        summary = done.stderr.partition("Root Cause")[2]
+        assert f"StallError: {message} 0, step 1) since " in summary

@@ -1,4 +1,4 @@
-"""Split over processes, a model computes what it computes in one: gradients, curves, norms."""
+"""Split over two processes, a model trains as in one: curves, norms (gradients: test_matrix.py)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.targets.distributed import jobs
+from tests.targets.distributed.matrix import problem
 from tests.targets.distributed.processes import Processes
 
 TWO = {"num_stages": 2}
-FOUR = {"num_stages": 4}
 NAMES = ["bert-qa", "gpt2-lm", "t5", "lxmert-qa"]
 
 
@@ -22,34 +22,9 @@ def two() -> Iterator[Processes]:
     processes.close()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "planned"),
-    [
-        ("1f1b", TWO),
-        ("gpipe", TWO),
-        ("interleaved", FOUR),
-        ("looped_bfs", FOUR),
-        ("interleaved_zero_bubble", FOUR),
-        ("zbv", FOUR),
-        ("dualpipev", FOUR),
-    ],
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_gradient_equals_the_unsplit_models(
-    two: Processes, name: str, schedule: str, planned: dict[str, Any]
-) -> None:
-    found = two.run("gradients", name=name, planned=planned, schedule=schedule)
-    assert_equal(found)
-
-
 def assert_equal(found: list[dict[str, Any]]) -> None:
-    names: set[str] = set()
-    for rank in found:
-        assert rank["loss"] == pytest.approx(rank["expected_loss"], rel=1e-6)
-        assert rank["error"] <= 1e-6
-        names |= rank["found"]
-    assert names == found[0]["expected"]
-    assert all(rank["found"] < names for rank in found)
+    """Check the gradients of all ranks."""
+    assert problem(found) == ""
 
 
 @pytest.mark.parametrize("recompute", ["all", "none"])

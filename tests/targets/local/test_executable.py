@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from dataclasses import replace
@@ -202,6 +203,16 @@ def test_threads_end_when_it_is_closed() -> None:
     assert not any(t.name.startswith("pipeline-device") for t in threading.enumerate())
     with pytest.raises(LoweringError, match="cannot run: it was closed; compile the model again"):
         executable.train_step(batch)
+
+
+def test_threads_end_when_it_is_forgotten() -> None:
+    executable, batch = compiled()
+    executable.train_step(batch)
+    threads = [t for t in threading.enumerate() if t.name.startswith("pipeline-device")]
+    assert threads
+    del executable
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_step_without_optimizer_is_refused() -> None:

@@ -24,6 +24,13 @@ def test_replicas_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None
         ipp.compile(model, replace(plan, replicas=3))
 
 
+def test_state_divided_among_replicas_is_refused(
+    planned: tuple[torch.nn.Module, ipp.Plan],
+) -> None:
+    with pytest.raises(LoweringError, match=r"runs one pipeline in one process; leave it out, or"):
+        ipp.compile(*planned, replicated_tensor_sharding=True)
+
+
 def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
     with pytest.raises(LoweringError, match="no schedule 'zigzag'; use one of 1f1b, gpipe"):

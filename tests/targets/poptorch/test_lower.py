@@ -29,6 +29,10 @@ def test_without_poptorch() -> None:
         ({"precision": "fp16"}, r"precision='fp16' is autocast, which the device has not"),
         ({"schedule": "1f1b"}, r"IPUs run PopART's schedule, not '1f1b'; leave schedule out"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
+        (
+            {"replicated_tensor_sharding": True},
+            r"IPUs read it from ipu_config, where it is off; set it there",
+        ),
     ],
 )
 def test_options_of_other_targets(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,243 @@
+"""What our layer costs over raw ``torch.distributed.pipelining`` with the same stages.
+
+    python -m benchmarks.distributed_overhead [--rounds 12] [--schedules 1f1b gpipe] [--json]
+
+One job of 2 processes with 1 thread each. A BERT for question answering is trained by our
+distributed target, and by torch's ``PipelineStage`` and the same schedule over stages written by
+hand, cut at the same blocks: the same weights, batch, optimizer and number of threads. Both step in
+every round, by turns first; the overhead is the median of the rounds' ratios of seconds per step,
+minus 1, with its quartiles; printed too is the overhead in processor time of both processes, which
+leaves out waiting. Before anything is timed both must give the same loss.
+
+Raw torch does less: it neither sums the loss for all ranks, nor computes a norm, nor can it say
+who failed. With dropout on it also draws other masks: torch's, which depend on the split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.pipelining as torch_pipelining
+import transformers
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.nn import functional
+from transformers import BertConfig, BertForQuestionAnswering
+from transformers.masking_utils import create_bidirectional_mask
+
+import ipu_pipeline as ipp
+from benchmarks.processes import everyones, from_first, interleaved, is_started, ratio, start
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.targets.distributed.schedules import SCHEDULES
+
+PROCESSES = 2
+Batch = dict[str, Tensor]
+
+
+class RawStage(nn.Module):
+    """Some layers of a BERT, as one writes them down for ``PipelineStage``."""
+
+    def __init__(self, model: BertForQuestionAnswering, blocks: Sequence[str]) -> None:
+        super().__init__()
+        self.config = model.config
+        self.embeddings = model.bert.embeddings if "bert.embeddings" in blocks else None
+        layers = {
+            f"bert.encoder.layer.{i}": layer for i, layer in enumerate(model.bert.encoder.layer)
+        }
+        self.layers = nn.ModuleList(layers[name] for name in blocks if name in layers)
+        self.head = model.qa_outputs if "qa_outputs" in blocks else None
+
+    def forward(self, x: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Return hidden states ``(B, L, D)``, or logits ``(B, L, 2)`` of the last stage."""
+        if self.embeddings is not None:
+            x = self.embeddings(input_ids=x, token_type_ids=token_type_ids)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x if self.head is None else self.head(x)
+
+
+class Raw:
+    """Training with torch alone.
+
+    Args:
+        model: Cut into stages; trained in place.
+        plan: Where to cut.
+        schedule: Name of the schedule.
+        learning_rate: Of AdamW.
+    """
+
+    def __init__(
+        self, model: BertForQuestionAnswering, plan: Plan, schedule: str, learning_rate: float
+    ) -> None:
+        rank, count = dist.get_rank(), plan.num_stages
+        own = range(rank, count, dist.get_world_size())
+        modules = [RawStage(model, plan.stages[index].blocks) for index in own]
+        stages = [
+            PipelineStage(module, index, count, torch.device("cpu"))
+            for module, index in zip(modules, own, strict=True)
+        ]
+        self._is_last = count - 1 in own
+        self._share = 1 / plan.num_microbatches
+        kind = SCHEDULES[schedule]
+        self._schedule = getattr(torch_pipelining, kind.torch_name)(
+            stages[0] if kind.placement == "one" else stages,
+            plan.num_microbatches,
+            loss_fn=self._loss,
+            scale_grads=False,  # the loss has its share already: one pass over the gradients less
+        )
+        self._optimizer = torch.optim.AdamW(
+            (p for module in modules for p in module.parameters()), lr=learning_rate
+        )
+
+    def step(self, batch: Batch) -> float:
+        """Run one optimizer step; return the loss on the rank of the loss, else 0."""
+        rest = {name: batch[name] for name in ("attention_mask", "token_type_ids")}
+        losses: list[Tensor] = []
+        first = (batch["input_ids"],) if dist.get_rank() == 0 else ()
+        target = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
+        arguments = {"target": target, "losses": losses} if self._is_last else {}
+        self._schedule.step(*first, return_outputs=False, **arguments, **rest)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return sum(float(loss.detach()) for loss in losses)
+
+    def _loss(self, logits_BL2: Tensor, target_B2: Tensor) -> Tensor:
+        starts, ends = logits_BL2.unbind(-1)
+        both = functional.cross_entropy(starts, target_B2[:, 0]) + functional.cross_entropy(
+            ends, target_B2[:, 1]
+        )
+        return both * (0.5 * self._share)
+
+
+def make_batch(config: BertConfig, samples: int, length: int) -> Batch:
+    """Return a random batch with some padding."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(length // 2, length + 1, (samples, 1), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths).long()
+    ids = torch.randint(0, config.vocab_size, (samples, length), generator=generator)
+    positions = torch.randint(0, length // 2, (2, samples), generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(ids),
+        "start_positions": positions[0],
+        "end_positions": positions[1],
+    }
+
+
+def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dict[str, Any]:
+    """Return samples per second of both, and the overhead, for one schedule."""
+    config = BertConfig(
+        hidden_size=arguments.hidden,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        intermediate_size=4 * arguments.hidden,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(BertForQuestionAnswering(config).train())
+    batch = make_batch(config, arguments.micro_batch * arguments.microbatches, arguments.seq_length)
+    example = {name: value[: arguments.micro_batch] for name, value in batch.items()}
+    stages = PROCESSES if SCHEDULES[schedule].placement == "one" else 2 * PROCESSES
+    plan = from_first(
+        lambda: ipp.plan(models[0], example, num_stages=stages, microbatches=arguments.microbatches)
+    )
+    optimizer = torch.optim.AdamW(models[0].parameters(), lr=1e-5)
+    ours = ipp.compile(
+        models[0], plan, target="distributed", optimizer=optimizer, schedule=schedule,
+        self_check=False,
+    )  # fmt: skip
+    raw = Raw(models[1], plan, schedule, 1e-5)
+    with ours:
+        first = (ours.train_step(batch).loss, _on_all(raw.step(batch)))
+        if dropout == 0 and abs(first[0] / first[1] - 1) > 1e-5:
+            raise SystemExit(f"the stages are not the same: losses {first}")
+        steps: dict[str, Callable[[], object]] = {
+            "ours": lambda: ours.train_step(batch),
+            "raw": lambda: raw.step(batch),
+        }
+        times = interleaved(steps, arguments.rounds)
+    samples = len(batch["input_ids"])
+    relative = ratio(times["ours"].seconds, times["raw"].seconds)
+    cpu = [sum(times[name].cpu_by_rank()) for name in steps]
+    return {
+        "schedule": schedule,
+        "dropout": dropout,
+        "stages": [len(stage.blocks) for stage in plan.stages],
+        "ours_samples_per_s": samples / median(times["ours"].seconds),
+        "raw_samples_per_s": samples / median(times["raw"].seconds),
+        "overhead_percent": {name: 100 * (value - 1) for name, value in relative.items()},
+        "cpu_overhead_percent": 100 * (cpu[0] / cpu[1] - 1),
+    }
+
+
+def _on_all(value: float) -> float:
+    return sum(everyones(value))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the processes; in them, measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed_overhead")
+    names = [name for name, kind in SCHEDULES.items() if kind.placement != "v"]
+    parser.add_argument(
+        "--schedules", nargs="+", choices=names, default=["1f1b", "gpipe", "interleaved"]
+    )
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_args(given)
+    if not is_started():
+        return start("benchmarks.distributed_overhead", PROCESSES, given)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = [
+        measure(arguments, schedule, dropout)
+        for schedule in arguments.schedules
+        for dropout in arguments.dropout
+    ]
+    if dist.get_rank() == 0:
+        print(json.dumps(rows, indent=1) if arguments.json else table(rows))
+    dist.destroy_process_group()
+    return 0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "| schedule | dropout | ours, samples/s | raw | overhead (quartiles) | processor time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        over = row["overhead_percent"]
+        lines.append(
+            f"| {row['schedule']} | {row['dropout']} | {row['ours_samples_per_s']:.2f} | "
+            f"{row['raw_samples_per_s']:.2f} | {over['median']:+.1f} % "
+            f"({over['low']:+.1f} to {over['high']:+.1f}) | "
+            f"{row['cpu_overhead_percent']:+.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
