@@ -145,6 +145,34 @@ def test_other_tasks_compute_a_loss(task: str) -> None:
     assert torch.isfinite(model(**batch).loss)
 
 
+PAIRED = {
+    "next_sentence_label": transformers.BertConfig(**ENCODER),
+    "sentence_order_label": transformers.AlbertConfig(**ENCODER, embedding_size=8),
+}
+
+
+@pytest.mark.parametrize("label", PAIRED)
+def test_pretraining_has_hidden_tokens_and_pairs(label: str) -> None:
+    model, batch = from_config(
+        PAIRED[label], "pretraining", batch_size=8, device="cpu", seq_length=16
+    )
+    assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels", label}
+    assert set(batch[label].tolist()) == {0, 1}
+    assert torch.isfinite(model(**batch).loss)
+
+
+def test_pretraining_without_pairs_is_another_task() -> None:
+    config = transformers.RobertaConfig(**ENCODER)
+    with pytest.raises(CaptureError, match=r"RobertaForMaskedLM learns nothing about pairs of sen"):
+        from_config(config, "pretraining", seq_length=16)
+    assert (
+        infer_task(transformers.RobertaConfig(architectures=["RobertaForMaskedLM"])) == "masked-lm"
+    )
+    assert (
+        infer_task(transformers.BertConfig(architectures=["BertForPreTraining"])) == "pretraining"
+    )
+
+
 def test_single_output_gets_a_number_per_sample() -> None:
     config = transformers.BertConfig(**ENCODER, num_labels=1)
     _, batch = from_config(config, "sequence-classification", seq_length=8, device="cpu")
@@ -220,7 +248,7 @@ def test_task_of_a_bare_config_is_unknown() -> None:
 
 
 def test_unknown_task() -> None:
-    with pytest.raises(CaptureError, match="unknown task 'qa'; choose one of question-answering"):
+    with pytest.raises(CaptureError, match="unknown task 'qa'; choose one of pretraining"):
         build_model(transformers.BertConfig(), "qa")
     with pytest.raises(CaptureError, match="no example batch for task 'qa'"):
         example_batch(

@@ -55,3 +55,19 @@ def test_lengths_that_differ_are_padded():
     output = evaluate_loop(Growing(tiny_bert(), None), WithoutAnswers(3), arguments)
     assert output.outputs["x"].tolist() == [[1, 1, -100], [1, 1, -100], [1, 1, 1]]
     assert list(output.outputs) == ["x"]
+
+
+def test_what_is_measured_is_kept_in_place_of_the_outputs():
+    data, arguments = Questions(7), TrainingArguments(per_device_eval_batch_size=4)
+    executable = EagerExecutable(tiny_bert(), None)
+
+    def measure(outputs, batch):
+        places = outputs["start_logits"].argmax(dim=1)
+        return {"right": places == batch["start_positions"], "count": torch.tensor(1)}
+
+    output = evaluate_loop(executable, data, arguments, measure=measure)
+    assert list(output.outputs) == ["right"]
+    assert output.outputs["right"].shape == (7,)
+    whole = evaluate_loop(executable, data, arguments)
+    expected = whole.outputs["start_logits"].argmax(dim=1) == data.places
+    assert torch.equal(output.outputs["right"], expected)
