@@ -165,8 +165,8 @@ class Demo:
 DEMOS = {
     "classification": Demo(make_review, as_csv, "csv", 3000),
     "ner": Demo(make_entities, as_jsonl, "jsonl", 2000),
-    "swag": Demo(make_choice, as_csv, "csv", 800),
-    "mlm": Demo(make_story, as_lines, "txt", 3000),
+    "swag": Demo(make_choice, as_csv, "csv", 400),
+    "mlm": Demo(make_story, as_lines, "txt", 1500),
     "pretraining": Demo(make_story, as_documents, "txt", 1500),
 }
 

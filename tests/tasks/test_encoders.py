@@ -1,6 +1,8 @@
 """From rows to features: what each task's tokens and labels are, and what is refused."""
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, RobertaConfig, RobertaTokenizer
 
 from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.tasks.features import Setup
@@ -95,6 +97,22 @@ def test_a_label_stands_at_the_first_token_of_its_word():
     assert texts(data, 0) == "[CLS] w1 x ##y ##z a ##b [SEP]"
     assert data.columns["labels"][0][:8] == [NO, 2, 0, NO, NO, 1, NO, NO]
     assert data.columns["labels"][0][8:] == [NO] * 8
+
+
+def test_tokenizers_that_see_spaces_get_one_before_every_word(tmp_path):
+    letters = sorted(ByteLevel.alphabet())
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    RobertaTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    RobertaConfig().save_pretrained(tmp_path)
+    task = TASKS["token-classification"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, **task.tokenizer_options)
+    row = {"tokens": ["ab", "c"], "ner_tags": ["O", "B-PER"]}
+    setup = setup_for(task.name, ("B-PER", "O"), tokenizer=tokenizer, max_seq_length=8)
+    data = task.encode([row], setup)
+    tokens = tokenizer.convert_ids_to_tokens(data.columns["input_ids"][0])
+    assert tokens[:7] == ["<s>", "\u0120", "a", "b", "\u0120", "c", "</s>"]
+    assert data.columns["labels"][0] == [NO, 1, NO, NO, 0, NO, NO, NO]
 
 
 def test_words_behind_the_length_are_cut(caplog):
