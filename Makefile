@@ -38,7 +38,7 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
 BENCHMARKS := solver_scaling split_comparison
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume demo-vqa test check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test test-acceptance check format bench coverage wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -55,8 +55,11 @@ demo-vqa: $(KERNELS) ## train a small LXMERT on images, in the published placeme
 	@rm -rf $(VQA_OUT)
 	@$(BIN)/python examples/question-answering/run_vqa.py $(VQA_ARGS)
 
-test: $(KERNELS) ## run every test
-	@$(BIN)/python -m pytest -q -n $(WORKERS)
+test: $(KERNELS) ## run the tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not acceptance"
+
+test-acceptance: $(KERNELS) ## run the longest tests: kill drills, 40 classes of the coverage, ...
+	@$(BIN)/python -m pytest -q -n $(WORKERS) -m acceptance
 
 check: $(STAMP) ## lint, format, types, import layers
 	@echo "ruff check"   && $(BIN)/ruff check --quiet .

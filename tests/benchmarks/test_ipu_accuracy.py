@@ -18,6 +18,8 @@ from benchmarks.ipu_rows import UnjudgeableRowError, load_rows, read_row
 from ipu_pipeline.cost.ipu import DEFAULT_CALIBRATION, chip_named
 from ipu_pipeline.cost.ipu.timing import step_time
 
+pytestmark = pytest.mark.timeout(400)  # the models of all published rows are captured once
+
 needs_files = pytest.mark.skipif(
     not (SHARED / "throughput.json").exists(),
     reason="the shared IPU files (../shared/data/ipu) are not here",

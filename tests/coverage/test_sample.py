@@ -26,6 +26,7 @@ SAMPLE = (
 )  # fmt: skip
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("name", SAMPLE)
 def test_class_trains_as_eager_does(name: str) -> None:
     (item,) = model_classes(name)

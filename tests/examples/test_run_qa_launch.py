@@ -34,7 +34,7 @@ def log_history(folder: Path):
     return [row for row in state["log_history"] if "loss" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(300)
 def test_two_processes_train_and_write_what_one_does(script, options, tmp_path):
     one = options(do_train=True, do_eval=True, num_stages=2, output_dir=tmp_path / "one", **STEPS)

@@ -69,7 +69,7 @@ def test_predictions_have_their_order_and_nesting(trained, name) -> None:
     assert found.metrics.keys() >= {"test_loss", "test_runtime"}
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_with_dropout_it_learns_as_much_within_the_spread_over_seeds(tmp_path) -> None:
     # Masks are drawn differently. Measured over 5 seeds: the means of the first ten losses differ
     # by 0.0003, with a standard deviation of 0.01 between seeds (further numbers: decision 18).

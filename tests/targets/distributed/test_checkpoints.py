@@ -172,8 +172,9 @@ def test_a_rank_that_is_killed_leaves_the_earlier_checkpoint(tmp_path: Path, whe
     assert time.monotonic() - started < 60
     survivor = 1 if where == "finish" else 0
     assert [good for good, _ in answers] == [rank == survivor for rank in range(2)]
-    message = f"the process of rank {1 - survivor} has ended"
-    assert message in answers[survivor][1]
+    # Rank 0 takes the store with it, which its survivor may notice first.
+    messages = [f"the process of rank {1 - survivor} has ended", "process that holds it (rank 0"]
+    assert any(message in answers[survivor][1] for message in messages[: 1 + survivor])
     assert not (tmp_path / "second").exists()
     with jobs.compiled("gpt2-lm", planned=TWO, target="local")[0] as made:
         made.load_checkpoint(tmp_path / "first")

@@ -14,6 +14,7 @@ import pytest
 from tests.targets.distributed.processes import ROOT
 
 
+@pytest.mark.acceptance
 @pytest.mark.timeout(600)  # most of it is starting processes
 def test_a_killed_rank_changes_nothing() -> None:
     command = [sys.executable, "-m", "tests.targets.distributed.drill", "--points", "1"]
