@@ -82,6 +82,7 @@ def test_short_batches_equal_the_local_targets(
         ("gpt2-lm", "zbv", {**TWO_BY_TWO, "num_stages": 4}, [7, 1]),
     ],
 )
+@pytest.mark.acceptance
 def test_on_four_processes(
     four: Processes, name: str, schedule: str, planned: dict[str, Any], sizes: list[int]
 ) -> None:

@@ -69,6 +69,7 @@ def test_what_cannot_run_is_refused_by_every_rank(two: Processes) -> None:
     assert "needs at least as many microbatches as stages" in answers[0]["refused"]
 
 
+@pytest.mark.acceptance
 def test_fifty_steps_with_dropout_and_tied_weights_after_a_hundred(two: Processes) -> None:
     compare_curves(two, "gpt2-lm", 2)
 
