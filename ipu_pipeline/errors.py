@@ -26,6 +26,11 @@ class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says, without a full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class CaptureError(PipelineError):
     """The model could not be captured, or the capture does not compute what the model does."""
 

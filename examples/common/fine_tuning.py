@@ -15,7 +15,6 @@ from script_run import (
     check_output_dir,
     make_plan,
     microbatch_size,
-    read_ipu_config,
     training_arguments,
 )
 from torch import Tensor
@@ -43,7 +42,7 @@ class Job:
         evaluate: Returns the scores of the model as it is now.
         in_words: Returns scores as a line.
         collate_fn: Makes a batch of samples; ``None`` for that of transformers' Trainer.
-        ipu_config: The options' configuration, adapted to the model; ``None`` to leave it as it is.
+        ipu_config: Where the options name one: what to plan with and train by.
         constraints: Further limits of the split.
     """
 
@@ -77,11 +76,13 @@ def prepare(options: CommonOptions) -> None:
 def fine_tune(options: CommonOptions, job: Job) -> None:
     """Plan, compile, train and evaluate as the options say; write results, model and plan."""
     columns = job.example(microbatch_size(options))
-    config = job.ipu_config or read_ipu_config(options)
-    plan = make_plan(options, job.model, columns, config, constraints=job.constraints)
+    plan = make_plan(options, job.model, columns, job.ipu_config, constraints=job.constraints)
     say(describe(plan))
     arguments = training_arguments(
-        options, microbatches=plan.num_microbatches, replicas=plan.replicas
+        options,
+        job.ipu_config,
+        microbatches=plan.num_microbatches,
+        replicas=plan.replicas,
     )
     executable = ipp.compile(
         job.model,
@@ -91,16 +92,10 @@ def fine_tune(options: CommonOptions, job: Job) -> None:
         **asdict(arguments.execution_options(schedule=options.schedule)),
     )
     try:
-        if options.eval_before_training:
-            scores = job.evaluate(executable, arguments)
-            say(f"before training: {job.in_words(scores)}")
-            write_results(options, "before", {f"before_{name}": scores[name] for name in scores})
+        evaluate_before(options, job, executable, arguments)
         if job.train_data is not None:
             _train(options, job, executable, arguments)
-        if options.do_eval:
-            scores = job.evaluate(executable, arguments)
-            say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
-            write_results(options, "eval", scores)
+        evaluate_after(options, job, executable, arguments)
         if is_first():
             plan.save(options.output_dir / "plan.json")
     finally:
@@ -121,6 +116,31 @@ def _train(
         tokenizer=job.tokenizer,
     )
     say(measured_against_predicted(executable.plan, timed))
+    save_model(options, job, executable)
+
+
+def evaluate_before(
+    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
+) -> None:
+    """Print and write the scores before training, if they are asked for."""
+    if options.eval_before_training:
+        scores = job.evaluate(executable, arguments)
+        say(f"before training: {job.in_words(scores)}")
+        write_results(options, "before", {f"before_{name}": scores[name] for name in scores})
+
+
+def evaluate_after(
+    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
+) -> None:
+    """Print and write the scores in the end, if they are asked for."""
+    if options.do_eval:
+        scores = job.evaluate(executable, arguments)
+        say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
+        write_results(options, "eval", scores)
+
+
+def save_model(options: CommonOptions, job: Job, executable: Executable) -> None:
+    """Write the model and its tokenizer, if this is the process that writes."""
     weights = executable.state_dict()  # of all processes, so all of them ask
     if is_first():
         job.model.save_pretrained(options.output_dir, state_dict=weights)

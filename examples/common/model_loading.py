@@ -8,7 +8,7 @@ from typing import Any
 
 from plan_report import say
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import PipelineError, first_line
 
 
 @contextlib.contextmanager
@@ -21,9 +21,8 @@ def loading(name_or_path: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PipelineError(
-            f"model {name_or_path!r} cannot be loaded ({reason.rstrip('.')}); {remedy}"
+            f"model {name_or_path!r} cannot be loaded ({first_line(error)}); {remedy}"
         ) from error
 
 

@@ -6,7 +6,7 @@ trivial baseline is scored on the same batches as the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +15,10 @@ from demo_model import load_model, load_tokenizer, source_of
 from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import say
 from script_options import CommonOptions
-from script_run import run_command_line
+from script_run import read_ipu_config, run_command_line, split_of
 
 from ipu_pipeline.capture.example_batch import pair_label
 from ipu_pipeline.capture.from_config import load_config
-from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.tasks.evaluation import baseline_scores, evaluate_task
 from ipu_pipeline.tasks.features import Setup
 from ipu_pipeline.tasks.labels import choose_classes, label_config
@@ -92,6 +91,7 @@ def run(task: Task, options: CommonOptions) -> None:
         evaluate=evaluate,
         in_words=partial(in_words, task),
         collate_fn=task.collator(setup),
+        ipu_config=read_ipu_config(options),
     )
     fine_tune(options, job)
 
@@ -105,24 +105,14 @@ def read_splits(options: CommonOptions) -> dict[str, Rows]:
     Raises:
         DatasetError: The data cannot be read, or a split is missing.
     """
-    wanted = {
-        "train": (options.do_train, options.train_file, options.max_train_samples),
-        "validation": (options.evaluates, options.validation_file, options.max_eval_samples),
-    }
     hub: Mapping[str, Rows] = {}
     if options.dataset_name is not None:
         hub = load_hub_rows(options.dataset_name, options.dataset_config_name)
-    rows: dict[str, Sequence[Any]] = {}
-    for split, (needed, path, limit) in wanted.items():
-        if not needed:
-            continue
-        if path is None and split not in hub:
-            raise DatasetError(
-                f"data set {options.dataset_name!r} has no split {split!r}, only "
-                f"{', '.join(hub)}; write that part to a file and pass both by --train_file and "
-                "--validation_file"
-            )
-        rows[split] = (read_rows(path) if path is not None else hub[split])[:limit]
+    rows: dict[str, Rows] = {}
+    for split in options.splits:
+        path, limit = options.source(split)
+        found = read_rows(path) if path is not None else split_of(hub, split, options)
+        rows[split] = found[:limit]
     return rows
 
 

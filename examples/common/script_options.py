@@ -94,6 +94,18 @@ class CommonOptions:
         """Whether validation samples are needed."""
         return self.do_eval or self.eval_before_training
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Parts of the data that are needed."""
+        needed = {"train": self.do_train, "validation": self.evaluates}
+        return tuple(split for split, wanted in needed.items() if wanted)
+
+    def source(self, split: str) -> tuple[Path | None, int | None]:
+        """Return the file of ``train`` or ``validation``, and how many of its samples to use."""
+        if split == "train":
+            return self.train_file, self.max_train_samples
+        return self.validation_file, self.max_eval_samples
+
     def _mistakes(self) -> tuple[tuple[bool, str], ...]:
         hub = self.dataset_name is not None
         planned = [n for n in ("machine", "num_stages", "ipu_config_name") if getattr(self, n)]

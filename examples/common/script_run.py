@@ -14,12 +14,13 @@ from torch import Tensor
 
 import ipu_pipeline as ipp
 from ipu_pipeline.config import IPUConfig, find_config
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import DatasetError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.partition import Constraints
 from ipu_pipeline.training import TrainingArguments
 
 _Options = TypeVar("_Options", bound=CommonOptions)
+_Rows = TypeVar("_Rows")
 
 
 def check_output_dir(options: CommonOptions) -> None:
@@ -31,6 +32,28 @@ def check_output_dir(options: CommonOptions) -> None:
             f"{folder} is not empty; resume with --resume_from_checkpoint latest, start over with "
             "--overwrite_output_dir, or choose another --output_dir"
         )
+
+
+def split_of(
+    stored: Mapping[str, _Rows], split: str, options: CommonOptions, file: str = "file"
+) -> _Rows:
+    """Return one part of the data set that ``--dataset_name`` names.
+
+    Args:
+        stored: All parts.
+        split: ``train`` or ``validation``.
+        options: The command line.
+        file: What to write instead, for the message.
+
+    Raises:
+        DatasetError: There is no such part.
+    """
+    if split not in stored:
+        raise DatasetError(
+            f"data set {options.dataset_name!r} has no split {split!r}, only {', '.join(stored)}; "
+            f"write that part to a {file} and pass both by --train_file and --validation_file"
+        )
+    return stored[split]
 
 
 def read_ipu_config(options: CommonOptions) -> IPUConfig | None:
@@ -93,15 +116,21 @@ def microbatch_size(options: CommonOptions) -> int:
 
 
 def training_arguments(
-    options: CommonOptions, *, microbatches: int, replicas: int
+    options: CommonOptions, config: IPUConfig | None, *, microbatches: int, replicas: int
 ) -> TrainingArguments:
-    """Hand over every option that ``TrainingArguments`` has a field for."""
+    """Hand over every option that ``TrainingArguments`` has a field for.
+
+    Args:
+        options: The command line.
+        config: What :func:`make_plan` was given.
+        microbatches: Of an optimizer step, where the options do not say.
+        replicas: Of the plan.
+    """
     names = {item.name for item in fields(TrainingArguments)} & {f.name for f in fields(options)}
     given: dict[str, Any] = {name: getattr(options, name) for name in sorted(names)}
     given |= {"output_dir": str(options.output_dir), "replicas": replicas}
     if options.gradient_accumulation_steps is None:
         given["gradient_accumulation_steps"] = microbatches
-    config = read_ipu_config(options)
     if config is not None and options.target == "distributed":
         given["replicated_tensor_sharding"] = config.replicated_tensor_sharding
     return TrainingArguments(**given)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qa_options import Options
+from script_run import split_of
 
-from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.tasks.question_answering import (
     QuestionAnsweringDataset,
     SquadExample,
@@ -25,18 +25,10 @@ def read_split(
     Raises:
         DatasetError: The data set of the hub has no such split, or the file cannot be read.
     """
-    training = split == "train"
-    path = options.train_file if training else options.validation_file
-    limit = options.max_train_samples if training else options.max_eval_samples
+    path, limit = options.source(split)
     if path is not None:
         return read_squad(path)[:limit]
-    if split not in hub:
-        raise DatasetError(
-            f"data set {options.dataset_name!r} has no split {split!r}, only {', '.join(hub)}; "
-            f"write that part to a SQuAD v1.1 file and pass both by --train_file and "
-            "--validation_file"
-        )
-    return hub[split][:limit]
+    return split_of(hub, split, options, "SQuAD v1.1 file")[:limit]
 
 
 def load_windows(

@@ -20,7 +20,7 @@ from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import is_first
 from qa_data import load_windows
 from qa_options import Options
-from script_run import run_command_line
+from script_run import read_ipu_config, run_command_line
 
 from ipu_pipeline.targets.base import Executable
 from ipu_pipeline.tasks.question_answering import (
@@ -51,6 +51,7 @@ def run(options: Options) -> None:
         example=lambda size: {name: column[:size] for name, column in windows.tensors.items()},
         evaluate=evaluate_now,
         in_words=in_words,
+        ipu_config=read_ipu_config(options),
     )
     fine_tune(options, job)
 

@@ -17,8 +17,17 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from fine_tuning import Job, Scores, fine_tune, prepare, write_results
-from plan_report import is_first, say
+from fine_tuning import (
+    Job,
+    Scores,
+    evaluate_after,
+    evaluate_before,
+    fine_tune,
+    prepare,
+    save_model,
+    write_results,
+)
+from plan_report import is_first
 from script_run import read_ipu_config, run_command_line, training_arguments
 from vqa_data import read_splits
 from vqa_model import Loaded, load_lxmert
@@ -77,18 +86,13 @@ def make_job(
 
 def _run_unsplit(options: Options, job: Job, train_set: Dataset | None) -> None:
     """Train and evaluate the model in one piece."""
-    arguments = training_arguments(options, microbatches=1, replicas=1)
+    arguments = training_arguments(options, job.ipu_config, microbatches=1, replicas=1)
     runner = cast(Executable, Unsplit(job.model))
-    if options.eval_before_training:
-        say(f"before training: {job.in_words(job.evaluate(runner, arguments))}")
+    evaluate_before(options, job, runner, arguments)
     if train_set is not None:
         write_results(options, "train", train_unsplit(job.model, train_set, arguments))
-        job.model.save_pretrained(options.output_dir)
-        job.tokenizer.save_pretrained(options.output_dir)
-    if options.do_eval:
-        scores = job.evaluate(runner, arguments)
-        say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
-        write_results(options, "eval", scores)
+        save_model(options, job, runner)
+    evaluate_after(options, job, runner, arguments)
 
 
 def evaluate(

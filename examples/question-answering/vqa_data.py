@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from easy_vqa_data import read_easy_vqa
+from script_run import split_of
 from vqa_options import EASY_VQA, Options
 
-from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.tasks.visual_question_answering import (
     AnswerSet,
     Questions,
@@ -82,16 +82,10 @@ def read_splits(options: Options) -> Splits:
 
 
 def _read(options: Options, split: str, stored: Mapping[str, Any]) -> Questions:
-    training = split == "train"
-    limit = options.max_train_samples if training else options.max_eval_samples
-    path = options.train_file if training else options.validation_file
+    path, limit = options.source(split)
     if options.dataset_name == EASY_VQA:
         return read_easy_vqa(split, limit, options.image_grid)
     if path is not None:
         return read_rows(load_file(path), str(path), limit)
-    if split not in stored:
-        raise DatasetError(
-            f"data set {options.dataset_name!r} has no split {split!r}, only {', '.join(stored)}; "
-            "write that part to a file and pass both by --train_file and --validation_file"
-        )
-    return read_rows(stored[split], f"{options.dataset_name}[{split}]", limit)
+    rows = split_of(stored, split, options)
+    return read_rows(rows, f"{options.dataset_name}[{split}]", limit)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ipu_pipeline.capture import CapturedModel, capture
 from ipu_pipeline.capture.surroundings import preserved_state
@@ -24,7 +25,6 @@ from ipu_pipeline.coverage.eager import (
     eager_step,
     find_batches,
     own_values,
-    seed_everything,
     why_not_repeatable,
 )
 from ipu_pipeline.coverage.record import Record, Result, one_line
@@ -164,7 +164,7 @@ def _trained(
             preserved_state(model),
             compile_plan(model, plan, optimizer=optimizer, self_check=False) as executable,
         ):
-            seed_everything(0)
+            set_seed(0)
             loss = _step(executable, parts)
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             stepped = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ipu_pipeline.capture.surroundings import preserved_state
 from ipu_pipeline.coverage.classes import ModelClass
@@ -45,7 +44,7 @@ def build_model(item: ModelClass) -> nn.Module:
     """Build a small model with seeded weights in training mode."""
     kind = item.load()
     config = tiny_config(kind.config_class, fixed=EXCEPTIONS.get(item.name))
-    seed_everything(0)
+    set_seed(0)
     model: nn.Module = kind(config)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):  # whatever the config says
@@ -83,7 +82,7 @@ def eager_step(model: nn.Module, parts: Sequence[Batch], seed: int = 0) -> Outco
         EagerError: There is no scalar loss.
     """
     with preserved_state(model):
-        seed_everything(seed)
+        set_seed(seed)
         losses = [_backward(model, part, len(parts)) for part in parts]
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -97,13 +96,6 @@ def why_not_repeatable(model: nn.Module, parts: Sequence[Batch], first: Outcome)
     if _differ(first, eager_step(model, parts, seed=1)):
         return "the model draws random numbers while training, whatever its config says"
     return None
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every global generator that models draw from."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - some models draw from the global generator
-    random.seed(seed)
 
 
 def own_values(batch: Batch) -> dict[str, Any]:

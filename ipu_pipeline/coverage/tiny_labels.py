@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipu_pipeline.capture.example_batch import IGNORED_LABEL
 from ipu_pipeline.coverage.tiny_draft import REGIONS, ROWS, Draft
 from ipu_pipeline.coverage.tiny_text import FIRST_ORDINARY, LAST_ORDINARY
 
-IGNORED = -100
 Labels = dict[str, Any]
 
 
@@ -30,7 +30,7 @@ def _tokens(draft: Draft) -> Labels:
         return {"labels": ids, "decoder_input_ids": ids.roll(1, dims=-1)}
     mask = draft.batch.get("attention_mask", torch.ones_like(ids))
     ordinary = (mask == 1) & (ids >= FIRST_ORDINARY) & (ids < LAST_ORDINARY)
-    return {"labels": ids.masked_fill(~ordinary, IGNORED)}
+    return {"labels": ids.masked_fill(~ordinary, IGNORED_LABEL)}
 
 
 def _classes(draft: Draft) -> Labels:
@@ -84,7 +84,7 @@ def _pretraining(draft: Draft) -> Labels:
     found = _tokens(draft) if "input_ids" in draft.batch else {}
     if "visual_embeds" in draft.batch:  # one label for each of them, too
         ids = found["labels"]
-        found["labels"] = torch.cat([ids, torch.full((ROWS, REGIONS), IGNORED)], dim=1)
+        found["labels"] = torch.cat([ids, torch.full((ROWS, REGIONS), IGNORED_LABEL)], dim=1)
     if "Electra" in type(draft.model).__name__:
         found = {"labels": draft.integers(0, 2, *draft.batch["input_ids"].shape)}
     for name in ("next_sentence_label", "sentence_order_label", "matched_label", "ans"):

@@ -169,6 +169,10 @@ class Executable(Protocol):
                 save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
                 its error.
             attach: Called at once with the folder that becomes the checkpoint, to add files.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, for this checkpoint or for the one before.
         """
         ...
 

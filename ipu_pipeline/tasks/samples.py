@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, first_line
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
@@ -124,15 +125,30 @@ def hub_splits(
     """
     from datasets import load_dataset
 
-    try:
+    files = f"--train_file and --validation_file with {instead} instead of --dataset_name"
+    with loading_data(dataset_name, files):
         splits: Mapping[str, Iterable[Row]] = load_dataset(dataset_name, config_name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(
-            f"data set {dataset_name!r} cannot be loaded ({reason.rstrip('.')}); without a network "
-            f"pass --train_file and --validation_file with {instead} instead of --dataset_name"
-        ) from error
     return splits
+
+
+@contextmanager
+def loading_data(dataset_name: str, instead: str) -> Iterator[None]:
+    """Turn what ``datasets`` raises about a data set into one line.
+
+    Args:
+        dataset_name: What is loaded inside.
+        instead: What to pass without a network.
+
+    Raises:
+        DatasetError: It cannot be loaded: offline and not cached, or unknown.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DatasetError(
+            f"data set {dataset_name!r} cannot be loaded ({first_line(error)}); without a network "
+            f"pass {instead}"
+        ) from error
 
 
 def load_hub_rows(dataset_name: str, config_name: str | None = None) -> dict[str, Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -265,12 +266,28 @@ def test_a_plan_without_times() -> None:
 @pytest.mark.parametrize("schedule", ["1f1b", "popart"])
 def test_sixteen_devices_and_512_microbatches_are_quick(schedule) -> None:
     plan = make_plan([0.001] * 16, [0.002] * 16, 512, schedule, copies=True)
-    before = time.process_time()
-    timeline = simulate(plan)
-    assert timeline.peak_memory_bytes
-    assert 0 < timeline.bubble_fraction < 1
-    # A hundredth of a second per device on most machines; far more would be another algorithm.
-    assert time.process_time() - before < 2.0
+    used, counting = [], []
+    gc.disable()  # it would walk everything that other tests have imported
+    try:
+        for _ in range(3):  # CPU time: other processes of this machine are none of our business
+            counting.append(_seconds_of_counting())
+            before = time.process_time()
+            timeline = simulate(plan)
+            assert timeline.peak_memory_bytes
+            assert 0 < timeline.bubble_fraction < 1
+            used.append(time.process_time() - before)
+    finally:
+        gc.enable()
+    # A tenth of a second where counting to a million takes a fiftieth.
+    assert min(used) < 5 * min(counting)
+
+
+def _seconds_of_counting() -> float:
+    """Return the CPU time of a million turns of a plain loop: how fast this machine is now."""
+    before, total = time.process_time(), 0
+    for number in range(1_000_000):
+        total += number
+    return time.process_time() - before
 
 
 def test_another_schedule_can_be_tried() -> None:

@@ -156,16 +156,10 @@ class DistributedExecutable:
         blocking: bool = True,
         attach: Attach | None = None,
     ) -> Path:
-        """Write one checkpoint of the whole model atomically; every rank writes what it owns.
+        """Write one checkpoint of the whole model; every rank writes what it owns.
 
-        Args:
-            path: The folder; the first rank's counts.
-            extra: JSON data; the first rank's counts.
-            blocking: ``False`` copies everything and writes while training goes on; the next
-                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
-                its error.
-            attach: Called at once, on the first rank, with the folder that becomes the
-                checkpoint, to add files to it.
+        Arguments and errors are those of :class:`Executable`; of ``path``, ``extra`` and
+        ``attach`` the first rank's count.
         """
         with self._running("saving a checkpoint"):
             return self._saver.save(

@@ -181,7 +181,7 @@ class Watch:
     def _problem_of_store(self, silent_s: float) -> Verdict | None:
         where = "the process that holds it (rank 0, or torchrun's agent)"
         if self._bulletin.lost:
-            return Verdict(
+            return self._missing_soon() or Verdict(
                 f"the store of the process group is gone, and with it {where}: "
                 f"{self._bulletin.lost}{self._last_of(0)}"
             )
@@ -213,6 +213,13 @@ class Watch:
                     f"{self._last_of(other)}"
                 )
         return None
+
+    def _missing_soon(self) -> Verdict | None:
+        """Look a little longer: a process ends its connections before it counts as ended."""
+        until = time.monotonic() + BEAT_S
+        while (found := self._missing()) is None and time.monotonic() < until:
+            time.sleep(BEAT_S / 50)
+        return found
 
     def _problem_here(self, lasted_s: float) -> Verdict | None:
         doing = self.doing

@@ -163,20 +163,7 @@ class LocalExecutable:
         blocking: bool = True,
         attach: Attach | None = None,
     ) -> Path:
-        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
-
-        Args:
-            path: The folder.
-            extra: JSON data.
-            blocking: ``False`` copies everything and writes while training goes on. The next
-                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
-                its error.
-            attach: Called at once with the folder that becomes the checkpoint, to add files.
-
-        Raises:
-            CheckpointError: Something cannot be written as safetensors or JSON.
-            OSError: The disk is full, for this checkpoint or for the one before.
-        """
+        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
         self.wait_for_checkpoint()
         return write_checkpoint(
             path,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.tasks.samples import loading_data
 from ipu_pipeline.tasks.visual_question_answering.answers import AnswerSet, read_label
 from ipu_pipeline.tasks.visual_question_answering.dataset import Questions
 
@@ -65,18 +66,15 @@ def load_splits(name: str, config_name: str | None = None) -> dict[str, Any]:
     """
     import datasets
 
-    try:
+    instead = (
+        "'easy-vqa' (installed), a folder that datasets saved, or --train_file and "
+        "--validation_file"
+    )
+    with loading_data(name, instead):
         if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
             found = datasets.load_from_disk(name)
         else:
             found = datasets.load_dataset(name, config_name)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DatasetError(
-            f"data set {name!r} cannot be loaded ({reason.rstrip('.')}); without a network pass "
-            "'easy-vqa' (installed), a folder that datasets saved, or --train_file and "
-            "--validation_file"
-        ) from error
     return dict(found) if isinstance(found, Mapping) else {"train": found}
 
 

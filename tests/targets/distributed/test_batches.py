@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,20 +21,6 @@ FULL = 2 * jobs.MICROBATCHES
 # Descending: a short microbatch is first met after full ones of the same step.
 EVERY = list(range(FULL, 0, -1))
 OPTIONS = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    processes = Processes(4)
-    yield processes
-    processes.close()
 
 
 @pytest.mark.parametrize(

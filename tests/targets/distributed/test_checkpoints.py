@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ from tests.targets.distributed.processes import Processes
 TWO = {"num_stages": 2}
 FOUR_BY_ONE = {"num_stages": 4, "microbatches": 8}
 TWO_BY_TWO = {"num_stages": 2, "microbatches": 4, "replicas": 2}
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    processes = Processes(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +157,7 @@ def test_a_rank_that_is_killed_leaves_the_earlier_checkpoint(tmp_path: Path, whe
     assert time.monotonic() - started < 60
     survivor = 1 if where == "finish" else 0
     assert [good for good, _ in answers] == [rank == survivor for rank in range(2)]
-    # Rank 0 takes the store with it, which its survivor may notice first.
+    # Rank 0 takes the store with it, perhaps before rank 1 has read its first sign of life.
     messages = [f"the process of rank {1 - survivor} has ended", "process that holds it (rank 0"]
     assert any(message in answers[survivor][1] for message in messages[: 1 + survivor])
     assert not (tmp_path / "second").exists()

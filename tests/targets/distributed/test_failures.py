@@ -14,13 +14,6 @@ from tests.targets.distributed.processes import Processes
 TWO = {"num_stages": 2}
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
 @pytest.mark.parametrize(
     ("what", "message"),
     [

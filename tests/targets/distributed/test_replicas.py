@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.targets.distributed import jobs, matrix
@@ -11,13 +9,6 @@ from tests.targets.distributed.processes import Processes
 
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
 ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Processes]:
-    processes = Processes(4)
-    yield processes
-    processes.close()
 
 
 @pytest.mark.parametrize("name", ["gpt2-lm", "lxmert-qa"])

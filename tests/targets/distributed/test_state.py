@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from tests.targets.distributed.test_training import assert_equal
 
 TWO = {"num_stages": 2}
 FOUR = {"num_stages": 4}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def test_checkpoints_are_those_of_the_local_target(two: Processes, tmp_path: Path) -> None:

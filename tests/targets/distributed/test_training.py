@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,13 +12,6 @@ from tests.targets.distributed.processes import Processes
 
 TWO = {"num_stages": 2}
 NAMES = ["bert-qa", "gpt2-lm", "t5", "lxmert-qa"]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
 
 
 def assert_equal(found: list[dict[str, Any]]) -> None:
