@@ -16,7 +16,7 @@ from ipu_pipeline.capture.signature import program_signature
 from ipu_pipeline.capture.surroundings import preserved_state
 from ipu_pipeline.cost.profiled import MeasuredTimes
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
 from ipu_pipeline.profiling.concurrent import on_threads
 
@@ -71,7 +71,7 @@ def _measure_missing(
         signature = signatures[program.name]
         if signature not in known:
             known[signature] = _measure(program, values, num_devices, captured)
-        with torch.no_grad(), random_scope("profile", program.name):
+        with torch.no_grad(), block_scope("profile", program.name):
             program.run(values)
 
 
@@ -108,7 +108,7 @@ def _time_runs(
     for run in range(WARMUP_RUNS + RUNS):
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
-        with grad, random_scope("profile", program.name):
+        with grad, block_scope("profile", program.name):
             outputs = program.module(*inputs)
         middle = time.perf_counter()
         if training:
