@@ -45,7 +45,7 @@ def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if not _is_large(input, weight) or not _is_alike(weight, bias) or not _kernels():
         return None
     if not torch.is_autocast_enabled("cpu"):
-        fits = input.dtype is torch.float32 and _onednn_products()
+        fits = input.dtype is torch.float32 and onednn_products()
         return torch.ops.ipu_pipeline.linear(input, weight, bias) if fits else None
     if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
         return None
@@ -128,11 +128,16 @@ def _kernels() -> bool:
 
 
 @functools.cache
-def _onednn_products() -> bool:
+def onednn_products() -> bool:
+    """Whether large float32 products go to oneDNN here: on processors that MKL uses half of.
+
+    Raises:
+        PipelineError: ``IPU_PIPELINE_MATMUL`` names another library.
+    """
     wish = os.environ.get(SWITCH, "")
     if wish not in ("", "onednn", "mkl"):
         raise PipelineError(f"{SWITCH}={wish} is unknown; use onednn, mkl, or do not set it")
-    return bool(torch.ops.ipu_pipeline.onednn_products())
+    return extension.available() and bool(torch.ops.ipu_pipeline.onednn_products())
 
 
 def _fake_forward(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     if not extension.state().usable:
         pytest.skip(extension.state().detail)
     monkeypatch.setattr(linear, "_LEAST_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(linear, "_onednn_products", lambda: True)
+    monkeypatch.setattr(linear, "onednn_products", lambda: True)
 
 
 def layer(m: int = M, k: int = K, n: int = N, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -216,7 +216,7 @@ def test_a_blocks_layers_come_here(every_size: None) -> None:
 @needs_kernels
 @pytest.mark.parametrize(("wish", "chosen"), [("onednn", True), ("mkl", False)])
 def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
-    code = "from ipu_pipeline.ops import linear as l; l._kernels(); print(l._onednn_products())"
+    code = "from ipu_pipeline.ops import linear as l; print(l.onednn_products())"
     environment = {**os.environ, linear.SWITCH: wish}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -228,4 +228,4 @@ def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
 def test_an_unknown_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(linear.SWITCH, "blis")
     with pytest.raises(linear.PipelineError, match="IPU_PIPELINE_MATMUL=blis is unknown"):
-        linear._onednn_products.__wrapped__()
+        linear.onednn_products.__wrapped__()
