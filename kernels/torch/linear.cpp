@@ -3,8 +3,6 @@
 //
 // Axes: M rows of the input (all its leading dimensions), K input features, N output features.
 
-#include "product.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -18,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "product.h"
 #include "simd/add_narrow.h"
 
 namespace {
@@ -43,8 +42,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
 }
 
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
-                                           const Tensor& weight, bool needs_x,
-                                           bool needs_weight) {
+                                           const Tensor& weight, bool needs_x, bool needs_weight) {
   const Tensor grad_MN = rows_of(grad);
   Tensor x_grad, weight_grad;
   if (needs_x) {
