@@ -68,8 +68,7 @@ class Values:
 
     def tensors(self, value: Any) -> Iterator[Tensor]:
         """Yield every tensor inside ``value``."""
-        for _, tensor in _walk(value, ()):
-            yield tensor
+        return tensors_in(value)
 
     def bind_result(self, result: Any, node: fx.Node) -> None:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""
@@ -105,9 +104,10 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
-        raise CaptureError(self._refusal(value))
+        raise CaptureError(self.refusal(value))
 
-    def _refusal(self, value: Any) -> str:
+    def refusal(self, value: Any) -> str:
+        """Say why ``value`` cannot be replayed on a stage."""
         where = self._source.where()
         if isinstance(value, np.ndarray):
             return (
@@ -124,6 +124,12 @@ class Values:
 
 
 Path = tuple[tuple[Any, Any], ...]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside ``value``."""
+    for _, tensor in _walk(value, ()):
+        yield tensor
 
 
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:

@@ -10,6 +10,9 @@ from typing import Any
 _SWIN = {"depths": [1, 1], "num_heads": [1, 2]}
 _EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 320}
 _STARTED = {"decoder_start_token_id": 0}
+_KEYS_SHARED = {
+    "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": _EFFICIENT,
@@ -27,6 +30,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma4_text": _KEYS_SHARED,
+    "gemma4_unified_text": _KEYS_SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hgnet_v2": {"hidden_sizes": ...},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},

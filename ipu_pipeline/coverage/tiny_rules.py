@@ -19,7 +19,8 @@ INTEGERS: tuple[tuple[str, int], ...] = (
     (r"(q|kv|o|qk|gate|decay|a|v|g|w)_lora_(rank|dim)|.*lora_rank|.*low_rank.*", 16),
     (r"num_hidden_layers|n_layers?|num_layers|depth", LAYERS),
     (r".*(num_)?(hidden_)?layers|.*_depth|depth_.*|l_layers|x_layers|r_layers|num_blocks", 2),
-    (r"num_nextn_predict_layers|num_kv_shared_layers|num_mtp.*", 0),
+    (r"num_nextn_predict_layers|num_mtp.*", 0),
+    (r"num_kv_shared_layers", 2),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"(num_|n_)?(shared|zero)_experts|num_shared_expert|moe_num_shared_experts", 1),
     (r".*num_experts_per_tok(en)?|moe_k|moe_topk|top_k|top_k_experts|num_selects?_experts|"
