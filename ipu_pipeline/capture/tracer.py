@@ -70,6 +70,7 @@ class Tracer(TorchFunctionMode):
         self.attributes: dict[str, Any] = {}
         self.values = Values(self)
         self.storages = StorageHistory()
+        self.constants: Versions = []
         self.calls: Counter[str] = Counter()
         self.scope: list[str] = [""]
         self.in_leaf = 0
@@ -318,9 +319,33 @@ class Tracer(TorchFunctionMode):
         self.attributes[fqn] = tensor
         return self.new_node("get_attr", fqn, meta_of=tensor)
 
+    def module_node(self, module: nn.Module) -> fx.Node | None:
+        """Return the node of a module of the model that is an argument of another one."""
+        fqn = self.leaves.names.get(id(module))
+        if fqn is None:
+            return None
+        self.attributes[fqn] = module
+        return self.new_node("get_attr", fqn)
+
+    def check_constants(self) -> None:
+        """Make sure that the constants that were used are what they were before the run.
+
+        Raises:
+            CaptureError: The model itself changed or replaced one.
+        """
+        modules = self.model.modules()
+        owned = {id(tensor) for module in modules for tensor in own_tensors(module)}
+        for tensor, version in self.constants:
+            if tensor._version != version or id(tensor) not in owned:
+                raise CaptureError(
+                    f"{type(self.model).__name__} reads a {tuple(tensor.shape)} {tensor.dtype} "
+                    "tensor that it keeps beside its parameters and buffers, and changes it in "
+                    "the same run; make it a buffer, so that it is kept from batch to batch"
+                )
+
     def _constant(self, tensor: Tensor) -> str:
-        large = tensor.is_floating_point() and tensor.numel() > 1
-        if id(tensor) not in self.owned or large or tensor.requires_grad:
+        self.constants.append((tensor, tensor._version))
+        if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
                 f"{self.where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
                 "neither a parameter, a buffer, an input nor the result of a recorded call: a "

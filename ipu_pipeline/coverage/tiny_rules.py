@@ -40,7 +40,8 @@ INTEGERS: tuple[tuple[str, int], ...] = (
     (r"patch_size|vision_patch_size|.*_patch_size", PATCH),
     (r"patch_stride|encoder_stride", PATCH),
     (r".*(num_mel_bins|feature_size|n_mels|num_mels|mel_bins|input_feat_per_channel)", 16),
-    (r"num_queries|num_query_tokens|query_num|num_latents|.*n_latents|num_object_queries", 6),
+    (r"num_queries|num_query_tokens|query_num|num_latents|latent_query_num|.*n_latents|"
+     r"num_object_queries", 6),
     (r"num_feature_levels|.*_n_points", 2),
     (r".*(hidden_size|d_model|embed_dim|n_embd|hidden_dim|embedding_size|projection_dim|"
      r"hidden_channels|embedding_dim|embed_size|dim_model|model_dim|proj_dim|decoder_dim|dim|"
@@ -97,7 +98,7 @@ WHERE_NONE = {
 
 
 def _token_ids() -> dict[str, int]:
-    fixed = ("pad", "bos", "eos", "decoder_start", "cls", "sep", "mask", "unk")
+    fixed = ("pad", "bos", "eos", "decoder_start", "cls", "sep", "mask", "unk", "blank")
     marks = (
         "image", "video", "audio", "vision_start", "vision_end", "image_start", "image_end",
         "video_start", "video_end", "audio_start", "audio_end", "audio_bos", "audio_eos", "boi",
