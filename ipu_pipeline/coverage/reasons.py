@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -44,7 +45,19 @@ def why_not_trained(kind: type[nn.Module], error: BaseException) -> str:
     package_of_loss = _missing_package_of_loss(kind)
     if package_of_loss:
         return f"its loss needs the package {package_of_loss}, which is not installed"
-    return one_line(error)
+    return f"no small config and batch of ours suits it: {one_line(error)}"
+
+
+def why_not_built(kind: type[nn.Module], error: BaseException) -> str:
+    """Return the reason why a small model of a class cannot be built.
+
+    Args:
+        kind: The class.
+        error: What building it ended with.
+    """
+    if not (is_final(error) or _builds_by_default(kind)):
+        return f"transformers cannot build it from its own default config: {one_line(error)}"
+    return why_not_trained(kind, error)
 
 
 def is_final(error: BaseException) -> bool:
@@ -78,6 +91,16 @@ def _missing_package_of_loss(kind: type[nn.Module]) -> str | None:
     loss = LOSS_MAPPING.get(kind.__name__)
     if loss is None or importlib.util.find_spec("scipy") is not None:
         return None
-    return (
-        "scipy" if "HungarianMatcher" in inspect.getsource(sys.modules[loss.__module__]) else None
-    )
+    used = [loss, *vars(sys.modules[loss.__module__]).values()]
+    modules = {getattr(value, "__module__", None) or "" for value in used}
+    losses = [sys.modules[name] for name in modules if name.startswith("transformers.loss")]
+    return "scipy" if any("HungarianMatcher" in inspect.getsource(m) for m in losses) else None
+
+
+def _builds_by_default(kind: Any) -> bool:
+    try:
+        with torch.device("meta"):
+            kind(kind.config_class())
+    except Exception:  # whatever a class does with the defaults of its config
+        return False
+    return True

@@ -53,6 +53,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"image_size": 128},
     "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "mt5": _STARTED,
+    "muse_spark_audio": {"num_hidden_layers": ...},
     "paddleocr_vl_text": {
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2],
@@ -64,6 +65,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "radio": {"video_temporal_patch_size": 2},
     "reformer": {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"],
         "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "num_buckets": 4,
@@ -76,6 +78,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "textnet": {"hidden_sizes": ...},
     "upernet": {"use_auxiliary_head": False},
     "umt5": _STARTED,
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": ...},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "layer_types": ...},
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "layer_types": ...},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.coverage.check import check_class
 from ipu_pipeline.coverage.classes import ModelClass
-from ipu_pipeline.coverage.reasons import Progress, why_not_trained
+from ipu_pipeline.coverage.reasons import Progress, why_not_built, why_not_trained
 
 
 class Labelled(nn.Module):
@@ -29,7 +29,11 @@ class Unlabelled(nn.Module):
         (Labelled, ImportError("A requires the timm library but"), "needs the package timm, which"),
         (Labelled, NotImplementedError("Not yet"), "transformers does not train it: Not yet"),
         (Labelled, ValueError("X is not trainable"), "transformers does not train it: X is not"),
-        (Labelled, IndexError("list\n index"), "IndexError: list index"),
+        (
+            Labelled,
+            IndexError("list\n index"),
+            "no small config and batch of ours suits it: IndexError: list index",
+        ),
         (Unlabelled, IndexError("list"), "transformers computes no loss for it: its forward takes"),
     ],
 )
@@ -46,8 +50,16 @@ def test_losses_of_detection_need_a_package(
     error = IndexError("list index out of range")
     reason = why_not_trained(transformers.RTDetrForObjectDetection, error)
     package = "its loss needs the package scipy, which is not installed"
-    assert reason == ("IndexError: list index out of range" if installed else package)
-    assert why_not_trained(transformers.BertForMaskedLM, error).startswith("IndexError")
+    ours = "no small config and batch of ours suits it: IndexError: list index out of range"
+    assert reason == (ours if installed else package)
+    assert why_not_trained(transformers.BertForMaskedLM, error) == ours
+
+
+def test_a_class_that_its_own_defaults_do_not_build() -> None:
+    error = AttributeError("no rope_theta")
+    whose = why_not_built(transformers.DbrxForCausalLM, error)
+    assert whose.startswith("transformers cannot build it from its own default config: Attribute")
+    assert why_not_built(transformers.BertForMaskedLM, error).startswith("no small config and")
 
 
 def test_progress_counts_module_calls_while_it_is_asked_to() -> None:
