@@ -55,7 +55,10 @@ def why_not_built(kind: type[nn.Module], error: BaseException) -> str:
         kind: The class.
         error: What building it ended with.
     """
-    if not (is_final(error) or _builds_by_default(kind)):
+    by_default = None if is_final(error) else _default_error(kind)
+    if by_default is not None and is_final(by_default):
+        return why_not_trained(kind, by_default)
+    if type(by_default) is type(error):
         return f"transformers cannot build it from its own default config: {one_line(error)}"
     return why_not_trained(kind, error)
 
@@ -97,10 +100,11 @@ def _missing_package_of_loss(kind: type[nn.Module]) -> str | None:
     return "scipy" if any("HungarianMatcher" in inspect.getsource(m) for m in losses) else None
 
 
-def _builds_by_default(kind: Any) -> bool:
+def _default_error(kind: Any) -> BaseException | None:
+    """Return what building a class from its default config ends with; ``None`` when it works."""
     try:
         with torch.device("meta"):
             kind(kind.config_class())
-    except Exception:  # whatever a class does with the defaults of its config
-        return False
-    return True
+    except Exception as error:  # whatever a class does with the defaults of its config
+        return error
+    return None

@@ -60,6 +60,18 @@ def test_a_class_that_its_own_defaults_do_not_build() -> None:
     whose = why_not_built(transformers.DbrxForCausalLM, error)
     assert whose.startswith("transformers cannot build it from its own default config: Attribute")
     assert why_not_built(transformers.BertForMaskedLM, error).startswith("no small config and")
+    other = why_not_built(transformers.DbrxForCausalLM, IndexError("list"))
+    assert other.startswith("no small config and batch of ours suits it: IndexError: list")
+
+
+def test_a_class_that_needs_a_package_by_default() -> None:
+    class Needy(Labelled):
+        config_class = dict
+
+        def __init__(self, config: dict[str, Any]) -> None:
+            raise ImportError("NeedyLoss requires the scipy library but it was not found")
+
+    assert why_not_built(Needy, ValueError("groups")).startswith("needs the package scipy, which")
 
 
 def test_progress_counts_module_calls_while_it_is_asked_to() -> None:
