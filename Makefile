@@ -58,7 +58,7 @@ demo-vqa: $(KERNELS) ## train a small LXMERT on images, in the published placeme
 test: $(KERNELS) ## run the tests
 	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not acceptance"
 
-test-acceptance: $(KERNELS) ## run the longest tests: kill drills, 40 classes of the coverage, ...
+test-acceptance: $(KERNELS) ## run the longest tests: kill drills, ...
 	@$(BIN)/python -m pytest -q -n $(WORKERS) -m acceptance
 
 check: $(STAMP) ## lint, format, types, import layers

@@ -138,7 +138,10 @@ def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
 
 
 def _is_parameter(node: fx.Node, trace: Trace) -> bool:
-    return isinstance(trace.attributes.get(str(node.target)), nn.Parameter)
+    found = trace.attributes.get(str(node.target))
+    return isinstance(found, nn.Parameter) or (
+        isinstance(found, nn.Module) and has_parameters(found)
+    )
 
 
 def _assign(

@@ -29,10 +29,15 @@ class TensorMeta:
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
+    return [value for value in own_values(module) if isinstance(value, Tensor)]
+
+
+def own_values(module: nn.Module) -> list[Any]:
+    """Return what ``module`` keeps as plain attributes, also in lists and maps."""
     values: list[Any] = list(vars(module).values())
     for value in [v for v in values if isinstance(v, Mapping | list | tuple)]:
         values.extend(value.values() if isinstance(value, Mapping) else value)
-    return [value for value in values if isinstance(value, Tensor)]
+    return values
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:

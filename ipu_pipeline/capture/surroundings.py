@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import threading
@@ -13,9 +14,12 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch._functorch import apis
 
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
+# What torch.vmap hands on before the arguments: function, in_dims, out_dims, randomness, chunks.
+_VMAP_SETTINGS = 5
 
 
 @contextlib.contextmanager
@@ -41,14 +45,17 @@ def capture_surroundings(model: nn.Module) -> Iterator[None]:
 def patched_calls(
     module_call: Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any],
     function_apply: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+    vmapped_call: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
 ) -> Iterator[None]:
-    """Route every ``Module.__call__`` and every ``autograd.Function.apply`` through hooks.
+    """Route module calls, ``autograd.Function.apply`` and calls of ``vmap(f)`` through hooks.
 
     Args:
         module_call: Called with the original, the module and its arguments.
         function_apply: Called with the original, bound to its class, and its arguments.
+        vmapped_call: Called with the original, bound to what ``vmap`` was given, and its arguments.
     """
     original_call = nn.Module.__call__
+    original_vmap = vars(apis)["vmap_impl"]
     original_apply = torch.autograd.Function.__dict__["apply"]
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -57,9 +64,14 @@ def patched_calls(
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         return function_apply(original_apply.__get__(None, cls), args, kwargs)
 
+    def vmapped(*settings_and_args: Any, **kwargs: Any) -> Any:
+        settings, args = settings_and_args[:_VMAP_SETTINGS], settings_and_args[_VMAP_SETTINGS:]
+        return vmapped_call(functools.partial(original_vmap, *settings), args, kwargs)
+
     with (
         mock.patch.object(nn.Module, "__call__", call),
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        mock.patch.object(apis, "vmap_impl", vmapped),
     ):
         yield
 

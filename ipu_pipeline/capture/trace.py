@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.meta import named_tensors
-from ipu_pipeline.capture.surroundings import patched_calls
 from ipu_pipeline.capture.tracer import Tracer
 
 
@@ -42,13 +41,14 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     Raises:
         CaptureError: Something happens in the glue that cannot be replayed faithfully.
     """
-    tracer = Tracer(model, leaves)
+    tracer = Tracer(model, leaves, kept=batch.values())
     inputs = [name for name, value in batch.items() if isinstance(value, Tensor)]
     for name in inputs:
         tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
     try:
-        with patched_calls(tracer.module_call, tracer.function_apply), tracer:
+        with tracer.patched(), tracer:
             output = model(**batch)
+        tracer.check_constants()
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])

@@ -13,8 +13,10 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +38,12 @@ from ipu_pipeline.capture.calls import (
 )
 from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.meta import TensorMeta, own_tensors
+from ipu_pipeline.capture.meta import TensorMeta, own_tensors, own_values
+from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
+from ipu_pipeline.capture.outside import OutsideCall, Watch, modes_above
 from ipu_pipeline.capture.region import Region, RegionCall
-from ipu_pipeline.capture.storage import StorageHistory, storage_key
+from ipu_pipeline.capture.storage import StorageHistory, Versions, storage_key
+from ipu_pipeline.capture.surroundings import patched_calls
 from ipu_pipeline.capture.values import Values
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random
@@ -49,9 +54,15 @@ MATRIX_FUNCTIONS = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Records one run of ``model``; :func:`~ipu_pipeline.capture.trace.trace` drives it."""
+    """Records one run of ``model``; :func:`~ipu_pipeline.capture.trace.trace` drives it.
 
-    def __init__(self, model: nn.Module, leaves: Leaves) -> None:
+    Args:
+        model: The model.
+        leaves: Which of its modules are kept whole.
+        kept: Objects that live longer than the run, beside those of the model.
+    """
+
+    def __init__(self, model: nn.Module, leaves: Leaves, kept: Iterable[Any] = ()) -> None:
         super().__init__()
         self.model = model
         self.leaves = leaves
@@ -59,6 +70,7 @@ class Tracer(TorchFunctionMode):
         self.attributes: dict[str, Any] = {}
         self.values = Values(self)
         self.storages = StorageHistory()
+        self.constants: Versions = []
         self.calls: Counter[str] = Counter()
         self.scope: list[str] = [""]
         self.in_leaf = 0
@@ -70,6 +82,8 @@ class Tracer(TorchFunctionMode):
         owned = [tensor for module in model.modules() for tensor in own_tensors(module)]
         self.owned = {id(tensor): tensor for tensor in owned}
         self.state = frozenset(storage_key(tensor) for _, tensor in state)
+        owned_values = [value for module in model.modules() for value in own_values(module)]
+        self.kept = frozenset(map(id, [*kept, *owned_values]))
 
     # ---- entry points -------------------------------------------------------------------
 
@@ -99,16 +113,91 @@ class Tracer(TorchFunctionMode):
                 return original(module, *args, **kwargs)
             finally:
                 self.scope.pop()
-        versions = self.storages.versions((args, kwargs))
-        result = self._untraced(original, module, *args, **kwargs)
         self.attributes[fqn] = module
+        objects = objects_among(args, kwargs, self.kept)
+        if objects:
+            return self._object_call(original, module, args, kwargs, objects)
+        versions = self._versions(module, args, kwargs)
+        result = self._untraced(original, module, *args, **kwargs)
         node = self._call("call_module", fqn, args, kwargs)
-        node.meta["random"] = self.leaf_draws
-        if self.leaves.starts_block(module):
-            node.meta["starts"] = self._count(fqn)
-            node.meta["module"] = fqn
+        self._open_block(node, module)
         self._finish(node, args, kwargs, result, versions)
         return result
+
+    def _versions(self, module: nn.Module, *given: Any) -> Versions:
+        """Return the versions of all that a call of a leaf may write to, its statistics as well."""
+        return self.storages.versions((given, list(module.buffers())))
+
+    def _open_block(self, node: fx.Node, module: nn.Module) -> None:
+        node.meta["random"] = self.leaf_draws
+        if self.leaves.starts_block(module):
+            fqn = self.leaves.names[id(module)]
+            node.meta["starts"] = self._count(fqn)
+            node.meta["module"] = fqn
+
+    def _object_call(
+        self, original: Any, module: nn.Module, args: Any, kwargs: Any, objects: Any
+    ) -> Any:
+        """Run a leaf that is given objects: the node takes and returns the tensors in them."""
+        before, watch = self._snapshot(objects), Watch()
+        versions = self._versions(module, args, kwargs, before.tensors)
+        with watch:
+            result = self._untraced(original, module, *args, **kwargs)
+        after = self._snapshot(objects)
+        if not needs_objects(objects, before, after):
+            node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
+            self._open_block(node, module)
+            self._finish(node, args, kwargs, result, versions)
+            return result
+        seen = {id(tensor) for tensor in (*watch.outside, *self.values.tensors(result))}
+        used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
+        written = {id(tensor) for tensor in self.storages.written(versions)}
+        fresh = [
+            n
+            for n, tensor in enumerate(after.tensors)
+            if self.values.known(tensor) is None or id(tensor) in written
+        ]
+        call = RegionCall(
+            ObjectCall(module, before, used, after, fresh), Region.current(), self.ambient
+        )
+        given = tuple(before.tensors[n] for n in used)
+        rest = tuple(None if n in objects else value for n, value in enumerate(args))
+        named = {name: None if name in objects else value for name, value in kwargs.items()}
+        node = self._held_call(call, (given, rest, named), {}, type(module).__name__)
+        self._open_block(node, module)
+        results = (result, tuple(after.tensors[n] for n in fresh))
+        self._finish(node, (given, rest, named), {}, results, versions)
+        return result
+
+    def _snapshot(self, objects: Mapping[Any, Any]) -> Snapshot:
+        try:
+            return Snapshot.of(objects)
+        except Exception as error:  # whatever a class does when it is copied
+            first = next(iter(objects.values()))
+            raise CaptureError(
+                f"{self.values.refusal(first)}; this one cannot be copied: {error}"
+            ) from error
+
+    def vmapped_call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of ``vmap(f)``; in the glue it is one node with all that ``f`` reads."""
+        if self.in_leaf or threading.get_ident() != self.thread:
+            return original(*args, **kwargs)
+        watch = Watch()
+        modes = modes_above(self)
+        versions = self.storages.versions((args, kwargs))
+        with watch:
+            result = self._untraced(original, *args, **kwargs)
+        inner = OutsideCall(original, watch.outside, modes)
+        call = RegionCall(inner, Region.current(), self.ambient)
+        arguments = (inner.outside, args, kwargs)
+        node = self._held_call(call, arguments, {}, "vmap")
+        node.meta["random"] = self.leaf_draws
+        self._finish(node, arguments, {}, result, versions)
+        return result
+
+    def patched(self) -> contextlib.AbstractContextManager[None]:
+        """Route calls that become one node here."""
+        return patched_calls(self.module_call, self.function_apply, self.vmapped_call)
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one ``autograd.Function.apply``; in the glue it is one node."""
@@ -230,9 +319,33 @@ class Tracer(TorchFunctionMode):
         self.attributes[fqn] = tensor
         return self.new_node("get_attr", fqn, meta_of=tensor)
 
+    def module_node(self, module: nn.Module) -> fx.Node | None:
+        """Return the node of a module of the model that is an argument of another one."""
+        fqn = self.leaves.names.get(id(module))
+        if fqn is None:
+            return None
+        self.attributes[fqn] = module
+        return self.new_node("get_attr", fqn)
+
+    def check_constants(self) -> None:
+        """Make sure that the constants that were used are what they were before the run.
+
+        Raises:
+            CaptureError: The model itself changed or replaced one.
+        """
+        modules = self.model.modules()
+        owned = {id(tensor) for module in modules for tensor in own_tensors(module)}
+        for tensor, version in self.constants:
+            if tensor._version != version or id(tensor) not in owned:
+                raise CaptureError(
+                    f"{type(self.model).__name__} reads a {tuple(tensor.shape)} {tensor.dtype} "
+                    "tensor that it keeps beside its parameters and buffers, and changes it in "
+                    "the same run; make it a buffer, so that it is kept from batch to batch"
+                )
+
     def _constant(self, tensor: Tensor) -> str:
-        large = tensor.is_floating_point() and tensor.numel() > 1
-        if id(tensor) not in self.owned or large or tensor.requires_grad:
+        self.constants.append((tensor, tensor._version))
+        if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
                 f"{self.where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
                 "neither a parameter, a buffer, an input nor the result of a recorded call: a "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.storage import storage_key
@@ -30,6 +30,10 @@ class NodeSource(Protocol):
 
     def attribute_node(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor that is no result of the trace."""
+        ...
+
+    def module_node(self, module: nn.Module) -> fx.Node | None:
+        """Return the node of a module of the model; ``None`` for any other module."""
         ...
 
     def where(self) -> str:
@@ -68,8 +72,7 @@ class Values:
 
     def tensors(self, value: Any) -> Iterator[Tensor]:
         """Yield every tensor inside ``value``."""
-        for _, tensor in _walk(value, ()):
-            yield tensor
+        return tensors_in(value)
 
     def bind_result(self, result: Any, node: fx.Node) -> None:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""
@@ -105,9 +108,13 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
-        raise CaptureError(self._refusal(value))
+        node = self._source.module_node(value) if isinstance(value, nn.Module) else None
+        if node is None:
+            raise CaptureError(self.refusal(value))
+        return node
 
-    def _refusal(self, value: Any) -> str:
+    def refusal(self, value: Any) -> str:
+        """Say why ``value`` cannot be replayed on a stage."""
         where = self._source.where()
         if isinstance(value, np.ndarray):
             return (
@@ -124,6 +131,12 @@ class Values:
 
 
 Path = tuple[tuple[Any, Any], ...]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside ``value``."""
+    for _, tensor in _walk(value, ()):
+        yield tensor
 
 
 def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:

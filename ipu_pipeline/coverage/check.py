@@ -27,6 +27,7 @@ from ipu_pipeline.coverage.eager import (
     own_values,
     why_not_repeatable,
 )
+from ipu_pipeline.coverage.reasons import why_not_built
 from ipu_pipeline.coverage.record import Record, Result, one_line
 from ipu_pipeline.coverage.tiny_draft import ROWS
 from ipu_pipeline.ir.machine import Device, Link, Machine
@@ -112,11 +113,12 @@ def _with_eager(item: ModelClass, facts: dict[str, Any]) -> tuple[nn.Module, lis
     """Return the model, microbatches, and what eager training makes of them."""
     try:
         model = build_model(item)
+    except Exception as error:
+        raise _Finding("eager-fails", why_not_built(item.load(), error)) from error
+    try:
         parts = find_batches(model, item.task)
     except EagerError as error:
         raise _Finding("eager-fails", str(error)) from error
-    except Exception as error:
-        raise _Finding("eager-fails", f"cannot be built small: {one_line(error)}") from error
     facts["inputs"] = tuple(parts[0])
     expected = eager_step(model, parts)
     reason = why_not_repeatable(model, parts, expected)

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from ipu_pipeline.capture.surroundings import preserved_state
 from ipu_pipeline.coverage.classes import ModelClass
-from ipu_pipeline.coverage.record import one_line
+from ipu_pipeline.coverage.reasons import Progress, is_final, why_not_trained
 from ipu_pipeline.coverage.tiny_batch import candidates
 from ipu_pipeline.coverage.tiny_config import tiny_config
 from ipu_pipeline.coverage.tiny_exceptions import EXCEPTIONS
@@ -56,23 +56,30 @@ def find_batches(model: nn.Module, task: str) -> list[Batch]:
     """Return microbatches of equal shapes on which the model trains.
 
     Raises:
-        EagerError: It trains on none of the candidates; the reason is that of the first.
+        EagerError: It trains on none of the candidates; the reason is that of the one that got
+            furthest.
     """
-    reasons = []
-    streams = [candidates(model, task, seed) for seed in range(MICROBATCHES)]
+    failures: list[tuple[int, BaseException]] = []
+    progress = Progress()
+    streams = [candidates(model, task, seed, progress, failures) for seed in range(MICROBATCHES)]
     for batches in zip(*streams, strict=False):
         try:
-            outcome = eager_step(model, batches)
-        except Exception as error:
-            reasons.append(one_line(error))
-            continue
-        if not outcome.gradients:
-            reasons.append("the loss does not depend on any parameter")
-        elif not all(map(_finite, [torch.tensor(outcome.loss), *outcome.gradients.values()])):
-            reasons.append(f"loss or gradients are not finite (loss {outcome.loss})")
-        else:
+            with progress.counting():
+                _check_outcome(eager_step(model, batches))
             return list(batches)
-    raise EagerError(reasons[0] if reasons else "no batch could be made for it")
+        except Exception as error:
+            failures.append((progress.calls, error))
+    if not failures:
+        failures.append((0, EagerError("no batch could be made for it")))
+    reason = max(failures, key=lambda failure: (is_final(failure[1]), failure[0]))[1]
+    raise EagerError(why_not_trained(type(model), reason)) from reason
+
+
+def _check_outcome(outcome: Outcome) -> None:
+    if not outcome.gradients:
+        raise EagerError("the loss does not depend on any parameter")
+    if not all(map(_finite, [torch.tensor(outcome.loss), *outcome.gradients.values()])):
+        raise EagerError(f"loss or gradients are not finite (loss {outcome.loss})")
 
 
 def eager_step(model: nn.Module, parts: Sequence[Batch], seed: int = 0) -> Outcome:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipu_pipeline.coverage.reasons import Progress
 from ipu_pipeline.coverage.tiny_draft import Draft
 from ipu_pipeline.coverage.tiny_labels import labels
 from ipu_pipeline.coverage.tiny_media import forms, kinds_of_tokens, mark_tokens, masks
@@ -25,25 +26,47 @@ _TEXT_TASKS = frozenset({
 })  # fmt: skip
 
 
-def candidates(model: nn.Module, task: str, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield batches of two samples, the most telling first; a failing builder is passed over."""
+def candidates(
+    model: nn.Module,
+    task: str,
+    seed: int = 0,
+    progress: Progress | None = None,
+    failures: list[tuple[int, BaseException]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield batches of two samples, the most telling first; a failing builder is passed over.
+
+    Args:
+        model: The model.
+        task: Its task, see :mod:`ipu_pipeline.coverage.classes`.
+        seed: Of all that is drawn.
+        progress: Counts how far the model gets in builders that run it.
+        failures: Takes how far each failing builder got, and its error.
+    """
+    progress = progress or Progress()
     for padded in (True, False):
         draft = Draft(model, task, torch.Generator().manual_seed(seed), padded)
         for inputs in _inputs(draft):
             try:
-                yield _complete(draft, inputs)
-            except Exception:  # a form that does not suit the model at all
+                with progress.counting():
+                    batch = _complete(draft, inputs)
+            except Exception as error:  # a form that does not suit the model at all
+                if failures is not None:
+                    failures.append((progress.calls, error))
                 continue
+            yield batch
 
 
 def _inputs(draft: Draft) -> Iterator[dict[str, Any]]:
-    reads_text = draft.accepts("input_ids") and draft.config.model_type != "perceiver"
+    reads_text = draft.accepts("input_ids")
+    if draft.accepts("inputs"):  # of any kind
+        reads_text = draft.task in _TEXT_TASKS
     if reads_text and draft.task in _TEXT_TASKS:
         yield text(draft)
     for media in forms(draft):
         yield {**(text(draft) if reads_text else {}), **media}
         if not reads_text:
-            yield {**media, **masks(draft, media)}
+            for axis in (-1, 1):
+                yield {**media, **masks(draft, media, axis)}
         if reads_text and draft.config.is_encoder_decoder:
             yield media
     if reads_text and draft.task not in _TEXT_TASKS:

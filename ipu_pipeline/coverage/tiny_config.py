@@ -147,6 +147,8 @@ def _rotation(kind: Any, given: Mapping[str, Any], values: Mapping[str, Any]) ->
         return {}
     head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+    if not rope:
+        return {}  # the class makes it, layer by layer
     return {"rope_parameters": {**rope, _SECTIONS: [pairs - 2 * (pairs // 4), *[pairs // 4] * 2]}}
 
 

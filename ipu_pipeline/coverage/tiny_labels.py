@@ -26,7 +26,8 @@ def _tokens(draft: Draft) -> Labels:
     """Ids (B, L): the text itself, or for sound and images a text of its own."""
     ids = draft.batch.get("input_ids")
     if ids is None or draft.config.is_encoder_decoder:
-        ids = draft.integers(FIRST_ORDINARY, LAST_ORDINARY, ROWS, 8)
+        last = min(LAST_ORDINARY, draft.value("vocab_size", default=LAST_ORDINARY))
+        ids = draft.integers(FIRST_ORDINARY, last, ROWS, 8)
         return {"labels": ids, "decoder_input_ids": ids.roll(1, dims=-1)}
     mask = draft.batch.get("attention_mask", torch.ones_like(ids))
     ordinary = (mask == 1) & (ids >= FIRST_ORDINARY) & (ids < LAST_ORDINARY)
@@ -87,14 +88,41 @@ def _pretraining(draft: Draft) -> Labels:
         found["labels"] = torch.cat([ids, torch.full((ROWS, REGIONS), IGNORED_LABEL)], dim=1)
     if "Electra" in type(draft.model).__name__:
         found = {"labels": draft.integers(0, 2, *draft.batch["input_ids"].shape)}
+    if draft.accepts("bool_masked_pos") and "pixel_values" in draft.batch:
+        found["bool_masked_pos"] = _masked_patches(draft)["bool_masked_pos"]
+    if draft.accepts("sampled_negative_indices"):
+        found.update(_masked_frames(draft))
+    if draft.accepts("question_positions"):
+        found = {**_question(draft), **_span(draft)}
+        found.update({name: found[name][:, None] for name in ("start_positions", "end_positions")})
+    found["labels_input_ids"] = found.get("labels")
     for name in ("next_sentence_label", "sentence_order_label", "matched_label", "ans"):
         found[name] = draft.integers(0, 2, ROWS)
     return found
 
 
+def _masked_frames(draft: Draft) -> Labels:
+    """Which frames are hidden (B, T), and frames that they are told from (B, T, N)."""
+    model: Any = draft.model
+    frames = int(model._get_feat_extract_output_lengths(draft.batch["input_values"].shape[-1]))
+    masked = torch.zeros(ROWS, frames, dtype=torch.bool)
+    masked[:, ::2] = True
+    others = draft.integers(0, ROWS * frames, ROWS, frames, draft.config.num_negatives)
+    return {"mask_time_indices": masked, "sampled_negative_indices": others}
+
+
+def _question(draft: Draft) -> Labels:
+    """Ids with a token that asks, and where it is (B, 1)."""
+    ids = draft.batch["input_ids"].clone()
+    ids[:, 3] = draft.config.question_token_id
+    return {"input_ids": ids, "question_positions": torch.full((ROWS, 1), 3)}
+
+
 def _short_text(draft: Draft) -> Labels:
-    """Ids (B, 3) without blanks, for losses over alignments."""
-    return {"labels": draft.integers(1, draft.value("vocab_size", default=32) - 2, ROWS, 3)}
+    """Ids (B, 3) without blanks, for losses over alignments; a decoder starts with a blank."""
+    ids = draft.integers(FIRST_ORDINARY, draft.value("vocab_size", default=32) - 2, ROWS, 3)
+    blank = draft.value("blank_token_id", default=0)
+    return {"labels": ids, "decoder_input_ids": torch.nn.functional.pad(ids, (1, 0), value=blank)}
 
 
 def _pixel_classes(draft: Draft) -> Labels:
@@ -126,7 +154,10 @@ def _masked_patches(draft: Draft) -> Labels:
     config = draft.vision_config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     height, width = draft.batch["pixel_values"].shape[-2:]
-    masked = torch.zeros(ROWS, (height // patch) * (width // patch), dtype=torch.bool)
+    count = (height // patch) * (width // patch)
+    if draft.batch["pixel_values"].ndim == 5:  # a video
+        count *= draft.batch["pixel_values"].shape[1] // draft.value("tubelet_size", default=1)
+    masked = torch.zeros(ROWS, count, dtype=torch.bool)
     masked[:, ::2] = True
     return {"bool_masked_pos": masked}
 

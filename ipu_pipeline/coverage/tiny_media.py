@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipu_pipeline.coverage.tiny_draft import REGIONS, ROWS, Draft
+from ipu_pipeline.coverage.tiny_draft import LENGTH, REGIONS, ROWS, Draft
 from ipu_pipeline.coverage.tiny_rules import IMAGE, PATCH
 
 Media = dict[str, Any]
@@ -124,6 +124,24 @@ def _tile(draft: Draft) -> Media | None:
     """One tile for every image (B, 1, C, H, W)."""
     tiles = _tiles(draft)
     return tiles and {**tiles, "pixel_values": tiles["pixel_values"][:, :1]}
+
+
+def _marked_images(draft: Draft) -> Media | None:
+    """Images (B, C, H, W), and the tokens (B, L) in whose place they are put."""
+    images = _pixels(draft)
+    if images is None or not draft.accepts("image_embeds_position_mask"):
+        return None
+    mask = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    mask[:, 1 : 1 + draft.value("latent_query_num", default=1)] = 1
+    return {**images, "image_embeds_position_mask": mask}
+
+
+def _seen_tiles(draft: Draft) -> Media | None:
+    """Images of every sample (B, 2, C, H, W), and which of them each token sees (B, L, 2)."""
+    if not draft.accepts("image_attention_mask"):
+        return None
+    tiles = _tiles(draft)
+    return tiles and {**tiles, "image_attention_mask": torch.ones(ROWS, LENGTH, 2)}
 
 
 def _frames(draft: Draft) -> Media | None:
@@ -244,7 +262,8 @@ def _image_array(draft: Draft) -> Media | None:
 
 _FORMS: tuple[Callable[[Draft], Media | None], ...] = (
     _regions, _series, _flat_series, _packed_images, _packed_patches, _padded_patches,
-    _placed_patches, _flat_patches, _image_array, _videos, _pixels, _sized_pixels, _tiles, _tile,
+    _placed_patches, _flat_patches, _image_array, _videos, _marked_images, _pixels, _sized_pixels,
+    _seen_tiles, _tiles, _tile,
     _frames, _mel_first, _time_first, _channel_spectrogram, _wave, _image_spectrogram,
     _channel_wave,
 )  # fmt: skip
@@ -272,13 +291,20 @@ def kinds_of_tokens(draft: Draft, ids: Tensor) -> Tensor:
     return kinds
 
 
-def masks(draft: Draft, media: Media) -> Media:
-    """Return the masks, all ones, of sound whose length the model counts."""
+def masks(draft: Draft, media: Media, axis: int = -1) -> Media:
+    """Return the masks, all ones, of sound whose length the model counts.
+
+    Args:
+        draft: The batch in the making.
+        media: The sound.
+        axis: Of time in a spectrogram: 1, or -1 for the longest one.
+    """
     name = next((n for n in ("input_features", "input_values") if n in media), None)
     if name is None:
         return {}
     values = media[name]
     length = values.shape[-1] if name == "input_values" else max(values.shape[1:])
+    length = values.shape[1] if axis == 1 else length
     ones = torch.ones(ROWS, length, dtype=torch.long)
     accepted = ("attention_mask", f"{name}_mask", "padding_mask", "feature_attention_mask")
     return {mask: ones for mask in accepted if draft.accepts(mask)}

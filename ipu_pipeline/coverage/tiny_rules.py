@@ -19,7 +19,8 @@ INTEGERS: tuple[tuple[str, int], ...] = (
     (r"(q|kv|o|qk|gate|decay|a|v|g|w)_lora_(rank|dim)|.*lora_rank|.*low_rank.*", 16),
     (r"num_hidden_layers|n_layers?|num_layers|depth", LAYERS),
     (r".*(num_)?(hidden_)?layers|.*_depth|depth_.*|l_layers|x_layers|r_layers|num_blocks", 2),
-    (r"num_nextn_predict_layers|num_kv_shared_layers|num_mtp.*", 0),
+    (r"num_nextn_predict_layers|num_mtp.*", 0),
+    (r"num_kv_shared_layers", 2),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"(num_|n_)?(shared|zero)_experts|num_shared_expert|moe_num_shared_experts", 1),
     (r".*num_experts_per_tok(en)?|moe_k|moe_topk|top_k|top_k_experts|num_selects?_experts|"
@@ -39,7 +40,8 @@ INTEGERS: tuple[tuple[str, int], ...] = (
     (r"patch_size|vision_patch_size|.*_patch_size", PATCH),
     (r"patch_stride|encoder_stride", PATCH),
     (r".*(num_mel_bins|feature_size|n_mels|num_mels|mel_bins|input_feat_per_channel)", 16),
-    (r"num_queries|num_query_tokens|query_num|num_latents|.*n_latents|num_object_queries", 6),
+    (r"num_queries|num_query_tokens|query_num|num_latents|latent_query_num|.*n_latents|"
+     r"num_object_queries", 6),
     (r"num_feature_levels|.*_n_points", 2),
     (r".*(hidden_size|d_model|embed_dim|n_embd|hidden_dim|embedding_size|projection_dim|"
      r"hidden_channels|embedding_dim|embed_size|dim_model|model_dim|proj_dim|decoder_dim|dim|"
@@ -96,7 +98,7 @@ WHERE_NONE = {
 
 
 def _token_ids() -> dict[str, int]:
-    fixed = ("pad", "bos", "eos", "decoder_start", "cls", "sep", "mask", "unk")
+    fixed = ("pad", "bos", "eos", "decoder_start", "cls", "sep", "mask", "unk", "blank")
     marks = (
         "image", "video", "audio", "vision_start", "vision_end", "image_start", "image_end",
         "video_start", "video_end", "audio_start", "audio_end", "audio_bos", "audio_eos", "boi",

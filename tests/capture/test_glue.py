@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ipu_pipeline.capture import capture
-from tests.capture.toys import WIDTH, Layer, assert_replays, batch, last, toy
+from ipu_pipeline.errors import CaptureError
+from tests.capture.toys import (
+    WIDTH,
+    Layer,
+    assert_replays,
+    assert_trains_in_stages,
+    batch,
+    last,
+    toy,
+)
 
 Pair = namedtuple("Pair", "first second")
 
@@ -242,3 +251,27 @@ def test_random_module_without_parameters_is_placed_and_not_recomputed() -> None
     captured = capture(model, batch())
     nodes = [(node.op, node.target) for node in captured.programs[0].module.graph.nodes]
     assert ("call_module", "noise") in nodes
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_module_as_an_argument_of_another_one(own: bool) -> None:
+    class Scaled(Layer):
+        def forward(self, x: Tensor, other: nn.Module) -> Tensor:
+            return self.linear(x) * other.weight.sum()
+
+    other = nn.Linear(WIDTH, WIDTH)
+
+    def body(self, x):
+        h = self.layers[0](x, self.other if own else other)
+        return {"loss": self.layers[1](h, other=self.other).square().mean()}
+
+    model = toy(body, Scaled)
+    model.other = nn.Linear(WIDTH, WIDTH)
+    if not own:
+        with pytest.raises(CaptureError, match="passes a Linear object from one block to the"):
+            capture(model, batch())
+        return
+    captured = capture(model, batch())
+    assert all("other.weight" in block.parameters for block in captured.graph.blocks[:2])
+    assert_replays(model, captured, batch(seed=5))
+    assert_trains_in_stages(model, batch(seed=6))

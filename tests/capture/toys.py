@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ipu_pipeline as ipp
+from ipu_pipeline.ir.machine import Device, Link, Machine
+
 WIDTH = 4
 
 
@@ -76,3 +79,26 @@ def assert_replays(model: nn.Module, captured: Any, inputs: dict[str, Any]) -> N
     expected = results_and_gradients(model, lambda: model(**copies()))
     found = results_and_gradients(model, lambda: captured.run(copies()))
     assert_same(found, expected)
+
+
+def assert_trains_in_stages(model: nn.Module, inputs: dict[str, Any], stages: int = 2) -> None:
+    """A plan with stages computes the model's loss and every gradient for two microbatches."""
+
+    def half(first: int) -> dict[str, Any]:
+        return {n: v[first : first + 1] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+    model.zero_grad(set_to_none=True)
+    losses = [model(**half(n))["loss"] / 2 for n in range(2)]
+    total = torch.stack(losses).sum()
+    total.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    devices = tuple(Device(f"d{i}", 10**9, {"float32": 1e9}, 1e9) for i in range(stages))
+    machine = Machine("toy", devices, Link(bytes_per_s=1e9))
+    plan = ipp.plan(model, half(0), machine=machine, num_stages=stages, microbatches=2)
+    assert plan.num_stages == stages
+    with ipp.compile(model, plan, self_check=False) as executable:
+        loss = executable.forward_backward(inputs)
+    assert abs(loss - float(total.detach())) <= 1e-6 * abs(loss)
+    assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+    model.zero_grad(set_to_none=True)

@@ -25,9 +25,14 @@ SAMPLE = (
     "Wav2Vec2ForAudioFrameClassification", "WhisperForConditionalGeneration",
 )  # fmt: skip
 
+# Keys shared in a dict, a cache in training, masks under vmap, statistics that no loss needs.
+UNUSUAL = (
+    "FlaubertForTokenClassification", "Gemma3ForSequenceClassification", "Gemma4ForCausalLM",
+    "MobileNetV2ForSemanticSegmentation",
+)  # fmt: skip
 
-@pytest.mark.acceptance
-@pytest.mark.parametrize("name", SAMPLE)
+
+@pytest.mark.parametrize("name", [*SAMPLE, *UNUSUAL])
 def test_class_trains_as_eager_does(name: str) -> None:
     (item,) = model_classes(name)
     record = check_class(item)
