@@ -18,7 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -34,7 +35,6 @@ from transformers.masking_utils import create_bidirectional_mask
 
 import ipu_pipeline as ipp
 from benchmarks.processes import everyones, from_first, interleaved, is_started, ratio, start
-from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.targets.distributed.schedules import SCHEDULES
 
 PROCESSES = 2
@@ -42,10 +42,23 @@ Batch = dict[str, Tensor]
 
 
 class RawStage(nn.Module):
-    """Some layers of a BERT, as one writes them down for ``PipelineStage``."""
+    """Some layers of a BERT, as one writes them down for ``PipelineStage``.
 
-    def __init__(self, model: BertForQuestionAnswering, blocks: Sequence[str]) -> None:
+    Args:
+        model: Its modules are used, not copied.
+        blocks: Names of the modules of this stage.
+        dtype: What is computed in under autocast, and what crosses to the next stage; ``None``
+            for no autocast.
+    """
+
+    def __init__(
+        self,
+        model: BertForQuestionAnswering,
+        blocks: Sequence[str],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.config = model.config
         self.embeddings = model.bert.embeddings if "bert.embeddings" in blocks else None
         layers = {
@@ -56,6 +69,13 @@ class RawStage(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         """Return hidden states ``(B, L, D)``, or logits ``(B, L, 2)`` of the last stage."""
+        if self.dtype is None:
+            return self._forward(x, attention_mask, token_type_ids)
+        with torch.autocast("cpu", self.dtype):
+            # Sums and norms of a layer may have been computed in float32.
+            return self._forward(x, attention_mask, token_type_ids).to(self.dtype)
+
+    def _forward(self, x: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
         if self.embeddings is not None:
             x = self.embeddings(input_ids=x, token_type_ids=token_type_ids)
         mask = create_bidirectional_mask(
@@ -71,52 +91,71 @@ class Raw:
 
     Args:
         model: Cut into stages; trained in place.
-        plan: Where to cut.
+        stages: Names of the modules of every stage.
         schedule: Name of the schedule.
-        learning_rate: Of AdamW.
+        make_optimizer: From parameters to their optimizer.
+        dtype: That of autocast; ``None`` for none.
     """
 
     def __init__(
-        self, model: BertForQuestionAnswering, plan: Plan, schedule: str, learning_rate: float
+        self,
+        model: BertForQuestionAnswering,
+        stages: Sequence[Sequence[str]],
+        schedule: str,
+        make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        rank, count = dist.get_rank(), plan.num_stages
-        own = range(rank, count, dist.get_world_size())
-        modules = [RawStage(model, plan.stages[index].blocks) for index in own]
-        stages = [
+        self._kind, count = SCHEDULES[schedule], len(stages)
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        own = [*range(rank, count, processes)]
+        if self._kind.placement == "v":
+            own = [rank, count - 1 - rank]
+        modules = [RawStage(model, stages[index], dtype) for index in own]
+        self.modules = nn.ModuleList(modules)
+        self._stages = [
             PipelineStage(module, index, count, torch.device("cpu"))
             for module, index in zip(modules, own, strict=True)
         ]
         self._is_last = count - 1 in own
-        self._share = 1 / plan.num_microbatches
-        kind = SCHEDULES[schedule]
-        self._schedule = getattr(torch_pipelining, kind.torch_name)(
-            stages[0] if kind.placement == "one" else stages,
-            plan.num_microbatches,
-            loss_fn=self._loss,
-            scale_grads=False,  # the loss has its share already: one pass over the gradients less
-        )
-        self._optimizer = torch.optim.AdamW(
-            (p for module in modules for p in module.parameters()), lr=learning_rate
-        )
+        self._schedules: dict[int, Any] = {}
+        self._optimizer = make_optimizer(self.modules.parameters())
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, microbatches: int) -> float:
         """Run one optimizer step; return the loss on the rank of the loss, else 0."""
+        loss = self.forward_backward(batch, microbatches)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def forward_backward(self, batch: Batch, microbatches: int) -> float:
+        """Add gradients; return the loss on the rank of the loss, else 0."""
         rest = {name: batch[name] for name in ("attention_mask", "token_type_ids")}
         losses: list[Tensor] = []
         first = (batch["input_ids"],) if dist.get_rank() == 0 else ()
         target = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
         arguments = {"target": target, "losses": losses} if self._is_last else {}
-        self._schedule.step(*first, return_outputs=False, **arguments, **rest)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        schedule = self._schedule_of(microbatches)
+        schedule.step(*first, return_outputs=False, **arguments, **rest)
         return sum(float(loss.detach()) for loss in losses)
 
-    def _loss(self, logits_BL2: Tensor, target_B2: Tensor) -> Tensor:
-        starts, ends = logits_BL2.unbind(-1)
-        both = functional.cross_entropy(starts, target_B2[:, 0]) + functional.cross_entropy(
-            ends, target_B2[:, 1]
-        )
-        return both * (0.5 * self._share)
+    def _schedule_of(self, microbatches: int) -> Any:
+        if microbatches not in self._schedules:
+            self._schedules[microbatches] = getattr(torch_pipelining, self._kind.torch_name)(
+                self._stages[0] if self._kind.placement == "one" else self._stages,
+                microbatches,
+                loss_fn=partial(qa_loss, share=1 / microbatches),
+                scale_grads=False,  # the loss has its share already: a pass over them less
+            )
+        return self._schedules[microbatches]
+
+
+def qa_loss(logits_BL2: Tensor, target_B2: Tensor, share: float) -> Tensor:
+    """Return a microbatch's share of the loss of a batch."""
+    starts, ends = logits_BL2.float().unbind(-1)
+    both = functional.cross_entropy(starts, target_B2[:, 0]) + functional.cross_entropy(
+        ends, target_B2[:, 1]
+    )
+    return both * (0.5 * share)
 
 
 def make_batch(config: BertConfig, samples: int, length: int) -> Batch:
@@ -161,14 +200,22 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
         models[0], plan, target="distributed", optimizer=optimizer, schedule=schedule,
         self_check=False,
     )  # fmt: skip
-    raw = Raw(models[1], plan, schedule, 1e-5)
+    raw = Raw(
+        models[1],
+        [stage.blocks for stage in plan.stages],
+        schedule,
+        partial(torch.optim.AdamW, lr=1e-5),
+    )
     with ours:
-        first = (ours.train_step(batch).loss, _on_all(raw.step(batch)))
+        first = (
+            ours.train_step(batch).loss,
+            sum(everyones(raw.step(batch, arguments.microbatches))),
+        )
         if dropout == 0 and abs(first[0] / first[1] - 1) > 1e-5:
             raise SystemExit(f"the stages are not the same: losses {first}")
         steps: dict[str, Callable[[], object]] = {
             "ours": lambda: ours.train_step(batch),
-            "raw": lambda: raw.step(batch),
+            "raw": lambda: raw.step(batch, arguments.microbatches),
         }
         times = interleaved(steps, arguments.rounds)
     samples = len(batch["input_ids"])
@@ -183,10 +230,6 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
         "overhead_percent": {name: 100 * (value - 1) for name, value in relative.items()},
         "cpu_overhead_percent": 100 * (cpu[0] / cpu[1] - 1),
     }
-
-
-def _on_all(value: float) -> float:
-    return sum(everyones(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
