@@ -103,8 +103,12 @@ def everyones(value: T) -> list[T]:
 
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles of the rounds' ratios ``seconds / of``."""
-    ratios = [a / b for a, b in zip(seconds, of, strict=True)]
-    if len(ratios) < 2:
-        return {"low": ratios[0], "median": ratios[0], "high": ratios[0]}
-    quarter = quantiles(ratios, n=4, method="inclusive")
-    return {"low": quarter[0], "median": median(ratios), "high": quarter[2]}
+    return spread([a / b for a, b in zip(seconds, of, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles; of one value, three times that."""
+    if len(values) < 2:
+        return {"low": values[0], "median": values[0], "high": values[0]}
+    quarter = quantiles(values, n=4, method="inclusive")
+    return {"low": quarter[0], "median": median(values), "high": quarter[2]}

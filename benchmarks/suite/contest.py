@@ -95,7 +95,9 @@ class Team:
         except (EOFError, BrokenPipeError):
             self._log.seek(0)
             said = self._log.read().decode(errors="replace")
-            raise ContestError(f"{name} failed in {do!r}; its process said:\n{said[-3000:]}") from None
+            raise ContestError(
+                f"{name} failed in {do!r}; its process said:\n{said[-3000:]}"
+            ) from None
         return answers[0]
 
     def _answer(self, process: subprocess.Popen[str]) -> Any:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -204,7 +205,9 @@ class RawPipeline:
     def __init__(self, material: Material, contestant: Contestant) -> None:
         model: Any = material.model
         if not hasattr(model, "bert"):
-            raise UnavailableError(f"stages by hand are written for BERT, not {type(model).__name__}")
+            raise UnavailableError(
+                f"stages by hand are written for BERT, not {type(model).__name__}"
+            )
         layers = [f"bert.encoder.layer.{i}" for i in range(len(model.bert.encoder.layer))]
         stages = even_split(layers, contestant.stages)
         stages[0].insert(0, "bert.embeddings")
@@ -230,7 +233,7 @@ class RawPipeline:
 def even_split(names: Sequence[str], parts: int) -> list[list[str]]:
     """Cut names into consecutive parts whose lengths differ by at most 1."""
     ends = [round(len(names) * part / parts) for part in range(parts + 1)]
-    return [list(names[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [list(names[a:b]) for a, b in pairwise(ends)]
 
 
 @contextlib.contextmanager

@@ -27,6 +27,13 @@ def _one_of(what: str, name: str, known: Sequence[str] | Mapping[str, Any]) -> N
         raise WorkloadError(f"unknown {what} {name!r}; use one of {'; '.join(known)}")
 
 
+def _each_of(what: str, names: Sequence[str], known: Sequence[str] | Mapping[str, Any]) -> None:
+    if not names:
+        raise WorkloadError(f"no {what} is listed; use some of {'; '.join(known)}")
+    for name in names:
+        _one_of(what, name, known)
+
+
 def _at_least_one(entry: Any, *names: str) -> None:
     for name in names:
         value = getattr(entry, name)
@@ -65,8 +72,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "sequence", "micro_batch", "microbatches", "rounds")
-        for precision in self.precisions:
-            _one_of("precision", precision, PRECISIONS)
+        _each_of("precision", self.precisions, PRECISIONS)
         if not 1 <= self.check_microbatches <= self.microbatches:
             raise WorkloadError(
                 f"check_microbatches is {self.check_microbatches}; use 1 to {self.microbatches}, "
@@ -82,6 +88,7 @@ class Memory:
     precision: str
     microbatches: int
     steps: int
+    contestants: Sequence[str]
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -153,10 +160,10 @@ class Suite:
     def __post_init__(self) -> None:
         _at_least_one(self, "cores", "quick_rounds")
         for workload in self.workloads.values():
-            for contestant in workload.contestants:
-                _one_of("contestant", contestant, self.contestants)
+            _each_of("contestant", workload.contestants, self.contestants)
         for memory in self.memory:
             _one_of("workload", memory.workload, self.workloads)
+            _each_of("contestant", memory.contestants, self.contestants)
 
 
 def load(path: Path = FILE) -> Suite:
@@ -166,10 +173,14 @@ def load(path: Path = FILE) -> Suite:
         WorkloadError: A field is missing, unknown, or out of range; says where and what to write.
     """
     given = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    for name, kind in (("contestants", Contestant), ("workloads", Workload), ("planning", Planning)):
+    for name, kind in (
+        ("contestants", Contestant),
+        ("workloads", Workload),
+        ("planning", Planning),
+    ):
         entries = given.get(name, {}).items()
         given[name] = {key: _make(kind, entry, f"{name}: {key}") for key, entry in entries}
-    for name, kind in (("memory", Memory), ("solver", Solving)):
+    for name, kind in {"memory": Memory, "solver": Solving}.items():
         given[name] = [_make(kind, entry, name) for entry in given.get(name, ())]
     if "kernels" in given:
         given["kernels"] = _make(Kernels, given["kernels"], "kernels")
