@@ -118,16 +118,19 @@ def _row(texts: Mapping[str, str]) -> Row:
     return Row(**{**values, "rounds": int(texts["rounds"])})
 
 
-def compare(before: Sequence[Row], now: Sequence[Row], threshold_percent: float) -> list[str]:
+def compare(
+    before: Sequence[Row], now: Sequence[Row], threshold_percent: float, *, whole: bool = True
+) -> list[str]:
     """Name everything that is worse by more than the threshold.
 
     Compared are the medians of ratios to eager or torch where there are, else of seconds, MB and
-    errors. What was there before and was not measured now counts, if its workload was.
+    errors.
 
     Args:
         before: Of an earlier run.
         now: Of this run.
         threshold_percent: By how much a median may be worse.
+        whole: Whether what was measured before and is not now counts, if its workload was run.
 
     Returns:
         One sentence per regression.
@@ -137,11 +140,10 @@ def compare(before: Sequence[Row], now: Sequence[Row], threshold_percent: float)
     """
     old, new = ({row.key: row for row in _compared(rows)} for rows in (before, now))
     workloads = {key[:2] for key in new}
-    common = [key for key in old if key[:2] in workloads]
+    common = [key for key in old if key[:2] in workloads and (whole or key in new)]
     if not common:
         raise ResultsError(
-            "the two results have no workload in common; compare runs of the same groups, both "
-            "with --quick or both without"
+            "the two results have no workload in common; compare with a run of the same groups"
         )
     found = []
     for key in common:

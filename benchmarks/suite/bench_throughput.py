@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,12 +20,13 @@ Contests = Callable[[str, str], Contest]
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make one benchmark per workload, precision and contestant."""
     quick = metafunc.config.getoption("--suite-quick")
-    cases = []
-    for name, workload in load().workloads.items():
+    suite, cases = load(), []
+    for name, workload in suite.workloads.items():
         if quick and not workload.quick:
             continue
         for precision in workload.precisions[: 1 if quick else None]:
-            cases += [(name, precision, contestant) for contestant in workload.contestants]
+            wanted = suite.wanted(workload.contestants, quick=quick)
+            cases += [(name, precision, contestant) for contestant in wanted]
     ids = ["-".join(case).replace(" ", "_") for case in cases]
     metafunc.parametrize(("name", "precision", "contestant"), cases, ids=ids)
 
@@ -37,7 +39,8 @@ def contests(suite: Suite, quick: bool) -> Contests:  # noqa: FBT001 - a fixture
     def run(name: str, precision: str) -> Contest:
         workload = suite.workloads[name]
         rounds = suite.quick_rounds if quick else workload.rounds
-        return contest(suite, workload, precision, rounds)
+        names = suite.wanted(workload.contestants, quick=quick)
+        return contest(suite, replace(workload, contestants=names), precision, rounds)
 
     return run
 

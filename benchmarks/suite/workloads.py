@@ -48,6 +48,7 @@ class Contestant:
     kind: str
     stages: int = 1
     schedule: str | None = None
+    quick: bool = True
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
@@ -164,6 +165,10 @@ class Suite:
         for memory in self.memory:
             _one_of("workload", memory.workload, self.workloads)
             _each_of("contestant", memory.contestants, self.contestants)
+
+    def wanted(self, names: Sequence[str], *, quick: bool) -> list[str]:
+        """Return the contestants to run of those listed."""
+        return [name for name in names if self.contestants[name].quick or not quick]
 
 
 def load(path: Path = FILE) -> Suite:

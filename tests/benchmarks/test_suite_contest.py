@@ -63,7 +63,9 @@ def test_what_cannot_run_here_says_why(monkeypatch) -> None:
     with pytest.raises(UnavailableError, match=r"torch.compile needs a C\+\+ compiler: c\+\+, g"):
         make(Contestant("compiled"), TINY, "float32", material)
     other = replace(TINY, model="gpt2", task="causal-lm", config=GPT2)
-    with pytest.raises(UnavailableError, match="stages are written for BERT, not for GPT2LMHead"):
+    with pytest.raises(
+        UnavailableError, match="stages by hand are written for BERT, not GPT2LMHead"
+    ):
         make(Contestant("raw", 2, "1f1b"), other, "float32", material)
 
 
@@ -97,7 +99,9 @@ def test_a_contest_and_its_memory(suite) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("bf16", marks=pytest.mark.acceptance)]
+)
 def test_a_contest_over_processes(suite, precision) -> None:
     names = [name for name, each in suite.contestants.items() if each.kind != "compiled"]
     wanted = [*names[:1], *names[2:]]

@@ -82,7 +82,8 @@ def test_pytest_benchmark_writes_the_recorded_seconds(tmp_path: Path, root: Path
     (tmp_path / "bench_x.py").write_text(BENCH, encoding="utf-8")
     command = [
         sys.executable, "-m", "pytest", str(tmp_path / "bench_x.py"), "-q",
-        "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*",
+        "-p", "no:cacheprovider", "-p", "no:xdist",
+        "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*",
         "-c", str(root / "pyproject.toml"), f"--rootdir={root}", "--benchmark-json", "out.json",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -112,6 +112,7 @@ def test_what_is_not_measured_any_more_counts_if_its_workload_ran(rows) -> None:
     without = [row for row in rows if row.metric != "ratio_to_eager"]
     (found,) = [line for line in compare(rows, without, 10) if "ratio" in line]
     assert found.endswith("was 2 x, is not measured now")
+    assert compare(rows, [*without[:2], *without[4:]], 10, whole=False) == []
     assert compare(rows, [row for row in rows if row.group == "memory"], 10) == []
     with pytest.raises(ResultsError, match="the two results have no workload in common; compare"):
         compare(rows, [replace(rows[0], workload="other")], 10)

@@ -35,6 +35,13 @@ def test_the_committed_file_is_valid() -> None:
     assert kinds == {"eager", "compiled", "local", "distributed", "ddp", "raw"}
 
 
+def test_quick_leaves_out_what_compiles() -> None:
+    suite = load()
+    names = suite.workloads["bert-small-qa"].contestants
+    assert set(names) - set(suite.wanted(names, quick=True)) == {"torch.compile"}
+    assert suite.wanted(names, quick=False) == list(names)
+
+
 @pytest.mark.parametrize("part", ["workloads", "memory", "planning", "solver"])
 def test_every_part_has_something_quick(part) -> None:
     found = getattr(load(), part)
