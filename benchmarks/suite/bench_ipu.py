@@ -15,8 +15,13 @@ pytestmark = pytest.mark.benchmark(group="ipu", timer=CLOCK.now)
 FILES = ("known_good_configs.json", "throughput.json", "does_not_fit.json")
 
 
-def bench_published_throughput(benchmark: Any) -> None:
+def bench_published_throughput(
+    benchmark: Any,
+    quick: bool,  # noqa: FBT001 - a fixture
+) -> None:
     """Every published speed that can be judged, and whether configurations fit."""
+    if quick:
+        pytest.skip("captures every published model: half a minute, and the same every time")
     missing = [name for name in FILES if not (SHARED / name).is_file()]
     if missing:
         pytest.skip(f"{', '.join(missing)} of the published figures not found in {SHARED}")

@@ -19,15 +19,8 @@ import transformers
 
 from benchmarks.memory_probe import reset_peak, resident_bytes
 from benchmarks.processes import Times, everyones, is_started
-from benchmarks.suite.contestants import (
-    Batch,
-    Material,
-    Trained,
-    UnavailableError,
-    make,
-    make_batch,
-    make_material,
-)
+from benchmarks.suite.contestants import Trained, UnavailableError, make
+from benchmarks.suite.material import Batch, Material, make_batch, make_material
 from benchmarks.suite.workloads import MANY_PROCESSES, Contestant, Workload
 
 

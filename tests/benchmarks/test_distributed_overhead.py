@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
-from benchmarks.distributed_overhead import RawStage, make_batch, qa_loss
+from benchmarks.distributed_overhead import make_batch
 from benchmarks.processes import ratio, rotations
+from benchmarks.raw_pipeline import RawStage, qa_loss
 
 CONFIG = BertConfig(
     vocab_size=99,

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.suite import contestants
 from benchmarks.suite.contest import ContestError, Team, check_losses, contest, memory
-from benchmarks.suite.contestants import UnavailableError, even_split, make, make_batch
+from benchmarks.suite.contestants import UnavailableError, even_split, make
+from benchmarks.suite.material import make_batch, make_material
 from benchmarks.suite.workloads import Contestant, Suite, Workload, load
 
 TINY = Workload(
@@ -42,7 +43,7 @@ def test_an_even_split() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_eager_and_ours_compute_the_same_and_learn(precision) -> None:
-    material = contestants.make_material(TINY, precision)
+    material = make_material(TINY, precision)
     batch = make_batch(TINY, 4)
     eager, ours = (
         make(Contestant(kind, stages), TINY, precision, material)
@@ -58,7 +59,7 @@ def test_eager_and_ours_compute_the_same_and_learn(precision) -> None:
 
 
 def test_what_cannot_run_here_says_why(monkeypatch) -> None:
-    material = contestants.make_material(TINY, "float32")
+    material = make_material(TINY, "float32")
     monkeypatch.setattr(contestants.shutil, "which", lambda name: None)
     with pytest.raises(UnavailableError, match=r"torch.compile needs a C\+\+ compiler: c\+\+, g"):
         make(Contestant("compiled"), TINY, "float32", material)

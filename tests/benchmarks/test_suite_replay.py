@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,11 @@ def test_pytest_benchmark_writes_the_recorded_seconds(tmp_path: Path, root: Path
         "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*",
         "-c", str(root / "pyproject.toml"), f"--rootdir={root}", "--benchmark-json", "out.json",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    # Below xdist pytest-benchmark would be off.
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["benchmarks"]
     (replayed,) = [each for each in found if each["name"] == "bench_replayed"]
