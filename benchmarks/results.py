@@ -12,8 +12,8 @@ FOLDER = Path(__file__).resolve().parent / "results"
 KINDS = ("measured", "simulated", "predicted")
 # Metrics of which more is better; of all others less is.
 MORE_IS_BETTER = ("samples_per_s", "ratio_to_eager", "ratio_to_torch")
-# Of a contestant that has one of these nothing else is compared: the load and the speed of the
-# machine fall on both sides of a ratio.
+# Of a contestant that has one of these nothing else is compared: the speed of the machine is
+# on both sides of a ratio.
 RATIOS = ("ratio_to_eager", "ratio_to_torch")
 # Says the same as the seconds beside it.
 _TWICE = "samples_per_s"

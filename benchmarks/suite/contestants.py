@@ -197,7 +197,7 @@ def make(contestant: Contestant, workload: Workload, precision: str, shared: Mat
     if contestant.kind == "compiled":
         if not any(map(shutil.which, COMPILERS)):
             raise UnavailableError(f"torch.compile needs a C++ compiler: {', '.join(COMPILERS)}")
-        # What our capture does to modules and takes back still makes torch compile them again.
+        # Apart, so that nothing our capture does to modules can make torch compile them again.
         own = make_material(workload, precision)
         return Eager(own, torch.compile(own.model))
     if contestant.kind == "ddp":
