@@ -34,8 +34,8 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
   --num_train_epochs $(VQA_EPOCHS) --learning_rate 2e-3 --warmup_ratio 0.1 --weight_decay 0.01 \
   --per_device_train_batch_size 16 --gradient_accumulation_steps 4 \
   --per_device_eval_batch_size 64 --logging_steps 100 --save_steps 1000 --output_dir $(VQA_OUT)
-# Those of benchmarks/ that need no arguments; benchmarks/README.md lists all.
-BENCHMARKS := solver_scaling split_comparison
+# For example: make bench BENCH_ARGS='--quick --compare benchmarks/results/latest.csv'
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-resume demo-vqa test test-acceptance check format bench coverage wheel clean
@@ -74,8 +74,8 @@ format: $(STAMP) ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(CPP)
 
-bench: $(KERNELS) ## run what benchmarks/ measures
-	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+bench: $(KERNELS) ## run the benchmark suite; options in BENCH_ARGS, such as --help
+	@$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 coverage: $(KERNELS) ## check every model class of transformers; goes on where it was interrupted
 	@$(BIN)/ipu-pipeline coverage --resume --output docs/coverage.json

@@ -19,104 +19,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.pipelining as torch_pipelining
 import transformers
-from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.nn import functional
 from transformers import BertConfig, BertForQuestionAnswering
-from transformers.masking_utils import create_bidirectional_mask
 
 import ipu_pipeline as ipp
 from benchmarks.processes import everyones, from_first, interleaved, is_started, ratio, start
-from ipu_pipeline.ir.plan import Plan
+from benchmarks.raw_pipeline import Batch, Raw
 from ipu_pipeline.targets.distributed.schedules import SCHEDULES
 
 PROCESSES = 2
-Batch = dict[str, Tensor]
-
-
-class RawStage(nn.Module):
-    """Some layers of a BERT, as one writes them down for ``PipelineStage``."""
-
-    def __init__(self, model: BertForQuestionAnswering, blocks: Sequence[str]) -> None:
-        super().__init__()
-        self.config = model.config
-        self.embeddings = model.bert.embeddings if "bert.embeddings" in blocks else None
-        layers = {
-            f"bert.encoder.layer.{i}": layer for i, layer in enumerate(model.bert.encoder.layer)
-        }
-        self.layers = nn.ModuleList(layers[name] for name in blocks if name in layers)
-        self.head = model.qa_outputs if "qa_outputs" in blocks else None
-
-    def forward(self, x: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        """Return hidden states ``(B, L, D)``, or logits ``(B, L, 2)`` of the last stage."""
-        if self.embeddings is not None:
-            x = self.embeddings(input_ids=x, token_type_ids=token_type_ids)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask
-        )
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x if self.head is None else self.head(x)
-
-
-class Raw:
-    """Training with torch alone.
-
-    Args:
-        model: Cut into stages; trained in place.
-        plan: Where to cut.
-        schedule: Name of the schedule.
-        learning_rate: Of AdamW.
-    """
-
-    def __init__(
-        self, model: BertForQuestionAnswering, plan: Plan, schedule: str, learning_rate: float
-    ) -> None:
-        rank, count = dist.get_rank(), plan.num_stages
-        own = range(rank, count, dist.get_world_size())
-        modules = [RawStage(model, plan.stages[index].blocks) for index in own]
-        stages = [
-            PipelineStage(module, index, count, torch.device("cpu"))
-            for module, index in zip(modules, own, strict=True)
-        ]
-        self._is_last = count - 1 in own
-        self._share = 1 / plan.num_microbatches
-        kind = SCHEDULES[schedule]
-        self._schedule = getattr(torch_pipelining, kind.torch_name)(
-            stages[0] if kind.placement == "one" else stages,
-            plan.num_microbatches,
-            loss_fn=self._loss,
-            scale_grads=False,  # the loss has its share already: one pass over the gradients less
-        )
-        self._optimizer = torch.optim.AdamW(
-            (p for module in modules for p in module.parameters()), lr=learning_rate
-        )
-
-    def step(self, batch: Batch) -> float:
-        """Run one optimizer step; return the loss on the rank of the loss, else 0."""
-        rest = {name: batch[name] for name in ("attention_mask", "token_type_ids")}
-        losses: list[Tensor] = []
-        first = (batch["input_ids"],) if dist.get_rank() == 0 else ()
-        target = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
-        arguments = {"target": target, "losses": losses} if self._is_last else {}
-        self._schedule.step(*first, return_outputs=False, **arguments, **rest)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return sum(float(loss.detach()) for loss in losses)
-
-    def _loss(self, logits_BL2: Tensor, target_B2: Tensor) -> Tensor:
-        starts, ends = logits_BL2.unbind(-1)
-        both = functional.cross_entropy(starts, target_B2[:, 0]) + functional.cross_entropy(
-            ends, target_B2[:, 1]
-        )
-        return both * (0.5 * self._share)
 
 
 def make_batch(config: BertConfig, samples: int, length: int) -> Batch:
@@ -161,14 +78,22 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
         models[0], plan, target="distributed", optimizer=optimizer, schedule=schedule,
         self_check=False,
     )  # fmt: skip
-    raw = Raw(models[1], plan, schedule, 1e-5)
+    raw = Raw(
+        models[1],
+        [stage.blocks for stage in plan.stages],
+        schedule,
+        partial(torch.optim.AdamW, lr=1e-5),
+    )
     with ours:
-        first = (ours.train_step(batch).loss, _on_all(raw.step(batch)))
+        first = (
+            ours.train_step(batch).loss,
+            sum(everyones(raw.step(batch, arguments.microbatches))),
+        )
         if dropout == 0 and abs(first[0] / first[1] - 1) > 1e-5:
             raise SystemExit(f"the stages are not the same: losses {first}")
         steps: dict[str, Callable[[], object]] = {
             "ours": lambda: ours.train_step(batch),
-            "raw": lambda: raw.step(batch),
+            "raw": lambda: raw.step(batch, arguments.microbatches),
         }
         times = interleaved(steps, arguments.rounds)
     samples = len(batch["input_ids"])
@@ -183,10 +108,6 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
         "overhead_percent": {name: 100 * (value - 1) for name, value in relative.items()},
         "cpu_overhead_percent": 100 * (cpu[0] / cpu[1] - 1),
     }
-
-
-def _on_all(value: float) -> float:
-    return sum(everyones(value))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

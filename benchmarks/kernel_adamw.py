@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -23,6 +22,7 @@ import torch
 import typer
 from transformers import BertConfig, BertModel
 
+from benchmarks.processes import interleaved
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.adamw import AdamW
 
@@ -67,24 +67,6 @@ def roundings(parameters: list[torch.nn.Parameter]) -> dict[str, Step]:
     }
 
 
-def seconds(step: Step) -> float:
-    """Return how long one call takes."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Time all contestants in every round; two rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            taken = seconds(step)
-            if number >= 2:
-                times[name].append(taken)
-    return times
-
-
 def stream_step() -> Step:
     """Return the array update whose bandwidth is the yardstick."""
     a, b = torch.zeros(STREAM_ELEMENTS), torch.ones(STREAM_ELEMENTS)
@@ -101,7 +83,8 @@ def measure(
     """Return medians, and ratios to the first contestant, for one list of parameters."""
     parameters = parameter_list(config, dtype)
     count = sum(p.numel() for p in parameters)
-    times = interleaved(make(parameters) | {"stream": stream_step()}, rounds)
+    steps = make(parameters) | {"stream": stream_step()}
+    times = {name: taken.seconds for name, taken in interleaved(steps, rounds).items()}
     stream = STREAM_ELEMENTS * 12 / statistics.median(times.pop("stream")) / 1e9
     first = next(iter(times.values()))
     return {

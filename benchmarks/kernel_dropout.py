@@ -8,7 +8,8 @@ BERT-base feed-forward activation, attention with dropout, and one BERT-base lay
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from unittest import mock
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.processes import ratio
 from ipu_pipeline.ops import dropout, extension
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.dropout import dropout_counter
@@ -94,41 +96,49 @@ def saved_bytes(function: Callable[[], Tensor], parameters: list[Tensor]) -> int
     return sum(saved.values())
 
 
-def compare(
-    title: str, ways: Mapping[str, Callable[[], Tensor]], leaves: list[Tensor], rounds: int
-) -> None:
-    """Print medians of each way, and the median ratio of the last to the first."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            with mock.patch.object(dropout, "_kernels", return_value="plain" not in name):
-                start = perf_counter()
-                out = way()
-                middle = perf_counter()
-                torch.autograd.grad(out, leaves, torch.ones_like(out))
-                times[name].append((middle - start, perf_counter() - middle))
-    print(title)
-    for name, way in ways.items():
+@dataclass(frozen=True)
+class Comparison:
+    """Ways to compute the same.
+
+    Attributes:
+        title: What is computed.
+        ways: By name; torch's first, the counted one last.
+        leaves: What gradients are computed of.
+    """
+
+    title: str
+    ways: Mapping[str, Callable[[], Tensor]]
+    leaves: list[Tensor]
+
+    def times(self, rounds: int) -> dict[str, list[tuple[float, float]]]:
+        """Return forward and backward seconds of every way, by round."""
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in self.ways}
+        for _ in range(rounds):
+            for name, way in self.ways.items():
+                with mock.patch.object(dropout, "_kernels", return_value="plain" not in name):
+                    start = perf_counter()
+                    out = way()
+                    middle = perf_counter()
+                    torch.autograd.grad(out, self.leaves, torch.ones_like(out))
+                    found[name].append((middle - start, perf_counter() - middle))
+        return found
+
+
+def report(comparison: Comparison, rounds: int) -> None:
+    """Print medians of each way, and the median ratio of the first to the last."""
+    times = comparison.times(rounds)
+    print(comparison.title)
+    for name, way in comparison.ways.items():
         forward, backward = (1e3 * median(column) for column in zip(*times[name], strict=True))
-        kept = saved_bytes(way, leaves) / 2**20
+        kept = saved_bytes(way, comparison.leaves) / 2**20
         print(f"  {name:24} {forward:8.2f} ms + {backward:8.2f} ms, keeps {kept:7.2f} MiB")
     first, *_, last = (list(map(sum, column)) for column in times.values())
-    ratio = median(a / b for a, b in zip(first, last, strict=True))
-    print(f"  {ratio:.2f} times as fast (median of {rounds} ratios)")
+    print(f"  {ratio(first, last)['median']:.2f} times as fast (median of {rounds} ratios)")
 
 
-def main() -> None:
-    """Run the three comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=21)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def comparisons() -> Iterator[Comparison]:
+    """Yield what is compared: dropout alone, in attention, and in a layer."""
     torch.manual_seed(0)
-    if not dropout._kernels():
-        raise SystemExit(extension.state().detail)
-    print(f"{arguments.threads} threads, {extension.state().detail}")
-
     x = torch.randn(MICRO_BATCH, LENGTH, FEED_FORWARD, requires_grad=True)
 
     def counted() -> Tensor:
@@ -139,7 +149,7 @@ def main() -> None:
         "counted, plain torch": counted,
         "counted, kernel": counted,
     }
-    compare(f"dropout of {tuple(x.shape)}", ways, [x], arguments.rounds)
+    yield Comparison(f"dropout of {tuple(x.shape)}", ways, [x])
 
     shape = (MICRO_BATCH, LENGTH, HEADS, HIDDEN // HEADS)
     qkv = [torch.randn(shape).transpose(1, 2).requires_grad_() for _ in range(3)]
@@ -149,7 +159,7 @@ def main() -> None:
         return functional.scaled_dot_product_attention(*qkv, mask, P)
 
     ways = {"generator": before(attention), "counted": now(attention)}
-    compare(f"attention of {tuple(qkv[0].shape)}", ways, [*qkv], arguments.rounds)
+    yield Comparison(f"attention of {tuple(qkv[0].shape)}", ways, [*qkv])
 
     layer = Layer()
     hidden = torch.randn(MICRO_BATCH, LENGTH, HIDDEN, requires_grad=True)
@@ -158,7 +168,21 @@ def main() -> None:
         "counted": now(lambda: layer(hidden, mask)),
     }
     leaves = [hidden, *layer.parameters()]
-    compare("a BERT-base layer, micro batch 2, length 384", ways, leaves, arguments.rounds)
+    yield Comparison("a BERT-base layer, micro batch 2, length 384", ways, leaves)
+
+
+def main() -> None:
+    """Run the three comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=21)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not dropout._kernels():
+        raise SystemExit(extension.state().detail)
+    print(f"{arguments.threads} threads, {extension.state().detail}")
+    for comparison in comparisons():
+        report(comparison, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ that of the backward pass over what was resident before it, from /proc (Linux).
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from unittest import mock
@@ -19,22 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.memory_probe import reset_peak, resident_bytes
 from ipu_pipeline.ops import embedding, extension
 from ipu_pipeline.ops.embedding import embedding_serialized
 
 ROWS, HIDDEN, IDS = 250_112, 768, 2048
-
-
-def resident_bytes(field: str) -> int:
-    """``VmRSS``: bytes resident now; ``VmHWM``: the most since the mark was reset."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def reset_high_water_mark() -> None:
-    """Start measuring ``VmHWM`` anew."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def measure(lookup: Callable[[], Tensor]) -> tuple[float, float, float]:
@@ -43,7 +30,7 @@ def measure(lookup: Callable[[], Tensor]) -> tuple[float, float, float]:
     out_NH = lookup()
     forward_s = perf_counter() - start
     upstream_NH = torch.ones_like(out_NH)
-    reset_high_water_mark()
+    reset_peak()
     resident = resident_bytes("VmRSS")
     start = perf_counter()
     out_NH.backward(upstream_NH)
@@ -51,16 +38,9 @@ def measure(lookup: Callable[[], Tensor]) -> tuple[float, float, float]:
     return forward_s, backward_s, (resident_bytes("VmHWM") - resident) / 2**20
 
 
-def main() -> None:
-    """Interleave the three ways; print medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def times(rounds: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Return what :func:`measure` returns of every way, by round; torch's is the first."""
     torch.manual_seed(0)
-    if not embedding._kernels():
-        raise SystemExit(extension.state().detail)
     weight_VH = torch.randn(ROWS, HIDDEN, requires_grad=True)
     weight_VH.grad = torch.zeros(ROWS, HIDDEN)
     ids = torch.randint(ROWS, (4, IDS // 4))
@@ -74,10 +54,23 @@ def main() -> None:
     ways = {"functional.embedding": plain, "serialized, plain torch": serialized,
             "serialized, kernel": serialized}  # fmt: skip
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for name, way in ways.items():
             with mock.patch.object(embedding, "_kernels", return_value="plain" not in name):
                 found[name].append(measure(way))
+    return found
+
+
+def main() -> None:
+    """Interleave the three ways; print medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not embedding._kernels():
+        raise SystemExit(extension.state().detail)
+    found = times(arguments.rounds)
     print(f"{arguments.threads} threads, {extension.state().detail}")
     for name, rows in found.items():
         forward_s, backward_s, peak = (median(column) for column in zip(*rows, strict=True))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.memory_probe import reset_peak, resident_bytes
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -67,15 +68,10 @@ def peak_bytes(variant: str, vocab: int, hidden: int, tokens: int, dtype: str) -
     """Return how much the resident memory of this process grows at most during one step."""
     VARIANTS[variant](*operands(300, hidden, 64, dtype)).backward()
     given = operands(vocab, hidden, tokens, dtype)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _resident("VmRSS")
+    reset_peak()
+    before = resident_bytes("VmRSS")
     VARIANTS[variant](*given).backward()
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in status if line.startswith(key)).split()[1])
+    return resident_bytes("VmHWM") - before
 
 
 def seconds(vocab: int, hidden: int, tokens: int, dtype: str, rounds: int) -> list[dict[str, Any]]:

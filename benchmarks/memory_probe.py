@@ -50,7 +50,7 @@ class Probe:
             getattr(self._libc, name).restype = ctypes.c_long
         if trim:
             self._libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+        reset_peak()
         self._resident = resident_bytes("VmRSS")
         self._libc.heap_reset_peak()
         self._live = int(self._libc.heap_live_bytes())
@@ -70,6 +70,11 @@ def resident_bytes(which: str) -> int:
         if line.startswith(f"{which}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(f"/proc/self/status has no {which}; this measurement needs Linux")
+
+
+def reset_peak() -> None:
+    """Start measuring ``VmHWM`` anew."""
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
 
 
 def run_child(

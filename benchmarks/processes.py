@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from time import perf_counter, process_time
@@ -52,12 +52,12 @@ class Times:
     cpu_s: list[float] = field(default_factory=list)
 
     def run(self, step: Step) -> None:
-        """Take one step and note its times. Every process must call this."""
-        dist.barrier()
+        """Take one step and note its times. Every process of a job must call this."""
+        _together()
         begin, cpu = perf_counter(), process_time()
         step()
         self.cpu_s.append(process_time() - cpu)
-        dist.barrier()
+        _together()
         self.seconds.append(perf_counter() - begin)
 
     def cpu_by_rank(self) -> list[float]:
@@ -76,12 +76,22 @@ def interleaved(steps: Mapping[str, Step], rounds: int, warmup: int = 2) -> dict
         warmup: Rounds before them (captures, first messages).
     """
     times = {name: Times() for name in steps}
-    order = list(steps)
-    for number in range(warmup + rounds):
-        order = order[1:] + order[:1]
+    for number, order in enumerate(rotations(list(steps), warmup + rounds)):
         for name in order:
             (times[name] if number >= warmup else Times()).run(steps[name])
     return times
+
+
+def rotations(names: Sequence[T], rounds: int) -> Iterator[list[T]]:
+    """Yield the names once per round; each round begins with another one."""
+    for number in range(1, rounds + 1):
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
+
+
+def _together() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def everyones(value: T) -> list[T]:
@@ -93,8 +103,12 @@ def everyones(value: T) -> list[T]:
 
 def ratio(seconds: Sequence[float], of: Sequence[float]) -> dict[str, float]:
     """Return the median and the quartiles of the rounds' ratios ``seconds / of``."""
-    ratios = [a / b for a, b in zip(seconds, of, strict=True)]
-    if len(ratios) < 2:
-        return {"low": ratios[0], "median": ratios[0], "high": ratios[0]}
-    quarter = quantiles(ratios, n=4, method="inclusive")
-    return {"low": quarter[0], "median": median(ratios), "high": quarter[2]}
+    return spread([a / b for a, b in zip(seconds, of, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles; of one value, three times that."""
+    if len(values) < 2:
+        return {"low": values[0], "median": values[0], "high": values[0]}
+    quarter = quantiles(values, n=4, method="inclusive")
+    return {"low": quarter[0], "median": median(values), "high": quarter[2]}

@@ -22,6 +22,7 @@ from ipu_pipeline.partition.problem import Option, Problem, Slot, Value
 from ipu_pipeline.partition.sweep import Layout
 
 MICROBATCHES = 256
+AMPLE_BYTES = 10**12
 
 
 def chains(lengths: Sequence[int], seed: int = 0) -> tuple[BlockGraph, GraphCosts]:
@@ -64,7 +65,7 @@ def machine(num_devices: int, memory_bytes: int) -> Machine:
 
 
 def timed(
-    lengths: Sequence[int], num_devices: int, memory_bytes: int = 10**12
+    lengths: Sequence[int], num_devices: int, memory_bytes: int = AMPLE_BYTES
 ) -> tuple[float, Partition]:
     """Seconds to solve chains for a fixed depth, and the answer."""
     graph, costs = chains(lengths)
@@ -122,7 +123,7 @@ def _max_load(preds: Sequence[int], num_devices: int, rng: random.Random) -> Ins
     return Instance(problem, Layout((slot,) * num_devices, hosts=1), num_devices)
 
 
-def _tight_bytes(num_blocks: int, num_devices: int) -> int:
+def tight_bytes(num_blocks: int, num_devices: int) -> int:
     """Memory in which the first stages must recompute almost everything, the last ones nothing."""
     return int(1.15 * (25_000_000 + 800_000 * num_devices) * num_blocks / num_devices)
 
@@ -131,7 +132,7 @@ def _print_chain_curve() -> None:
     print("one chain                  seconds: memory never binds / binds    ns per n^2 x devices")
     for length, devices in ((125, 8), (250, 16), (500, 32), (1000, 64)):
         loose, _ = timed((length,), devices)
-        tight, found = timed((length,), devices, _tight_bytes(length, devices))
+        tight, found = timed((length,), devices, tight_bytes(length, devices))
         unit = 1e9 / (length**2 * devices)
         print(
             f"n={length:5} devices={devices:3}    {loose:8.3f} / {tight:8.3f}      "
@@ -146,7 +147,7 @@ def _print_two_chains() -> None:
         loose, found = timed(lengths, devices)
         text = f"{loose:8.3f}"
         if sum(lengths) <= 100:
-            tight, found = timed(lengths, devices, _tight_bytes(sum(lengths), devices))
+            tight, found = timed(lengths, devices, tight_bytes(sum(lengths), devices))
             text += f" / {tight:8.3f}"
         print(f"{lengths} devices={devices:3}   {text}    gap {found.gap:.1e}", flush=True)
 

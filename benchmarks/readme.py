@@ -1,0 +1,91 @@
+"""Write the numbers of README.md from ``benchmarks/results``: ``python -m benchmarks.readme``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import FOLDER, ResultsError, Row, read_csv
+from benchmarks.tables import Section, markdown, sections
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NOT_YET = "Not measured yet: `make bench`, then `python -m benchmarks.readme`.\n"
+HEADINGS = {
+    "throughput": "Training steps: all contestants interleaved on the same cores, medians",
+    "memory": "Peak resident memory of a training step",
+    "planning": "Capturing and planning",
+    "solver": "The solver alone",
+    "kernels": "Our operations against torch's, interleaved",
+    "ipu": "The IPU model against published figures",
+}
+WORDS = {
+    "measured": "measured on the machine below",
+    "simulated": "simulated",
+    "predicted": "predicted; nothing was run on an IPU",
+}
+
+
+def section(folder: Path = FOLDER) -> str:
+    """Return what stands between the marks.
+
+    Args:
+        folder: Holds ``latest.csv`` and ``latest.json``.
+
+    Raises:
+        ResultsError: ``latest.csv`` is no results file.
+    """
+    if not (folder / "latest.csv").is_file():
+        return NOT_YET
+    rows = read_csv(folder / "latest.csv")
+    machine = json.loads((folder / "latest.json").read_text(encoding="utf-8"))["machine_info"]
+    tables = [_table(each) for each in sections(rows)]
+    return "\n".join([*tables, _below(rows, machine)])
+
+
+def _table(found: Section) -> str:
+    title = HEADINGS.get(found.group, found.group)
+    return f"**{title}** ({WORDS[found.kind]})\n\n{markdown(found)}"
+
+
+def _below(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    dates, commits = (
+        ", ".join(sorted({getattr(row, name) for row in rows})) for name in ("date", "commit")
+    )
+    return (
+        f"{machine['cpu']['brand_raw']}, {machine['threads']} cores used in all, Python "
+        f"{machine['python_version']}, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {dates}, commit {commits}. Written by `make bench` and "
+        "`python -m benchmarks.readme`; every number with its quartiles is in "
+        "`benchmarks/results/latest.csv`.\n"
+    )
+
+
+def replaced(text: str, numbers: str) -> str:
+    """Return a README with new numbers between the marks.
+
+    Raises:
+        ResultsError: The marks are not there, each once and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ResultsError(f"the README must hold {BEGIN} and after it {END}, each once")
+    return f"{before}{BEGIN}\n{numbers}{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Rewrite the section."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of latest.csv")
+    given = parser.parse_args(argv)
+    text = given.readme.read_text(encoding="utf-8")
+    given.readme.write_text(replaced(text, section(given.results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The workloads file is valid, and what is not is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.suite.workloads import FILE, WorkloadError, load
+
+
+@pytest.fixture
+def changed(tmp_path: Path):
+    """Load the committed file after a change."""
+
+    def _changed(change) -> Any:
+        given = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+        change(given)
+        path = tmp_path / "workloads.yaml"
+        path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+        return load(path)
+
+    return _changed
+
+
+def test_the_committed_file_is_valid() -> None:
+    suite = load()
+    main = suite.workloads["bert-base-qa"]
+    assert (main.sequence, main.micro_batch, main.microbatches) == (384, 2, 16)
+    assert list(main.precisions) == ["float32", "bf16"]
+    assert all(each.contestants[0] == "eager" for each in suite.workloads.values())
+    kinds = {suite.contestants[name].kind for name in main.contestants}
+    assert kinds == {"eager", "compiled", "local", "distributed", "ddp", "raw"}
+
+
+def test_quick_leaves_out_what_compiles() -> None:
+    suite = load()
+    names = suite.workloads["bert-small-qa"].contestants
+    assert set(names) - set(suite.wanted(names, quick=True)) == {"torch.compile"}
+    assert suite.wanted(names, quick=False) == list(names)
+
+
+@pytest.mark.parametrize("part", ["workloads", "memory", "planning", "solver"])
+def test_every_part_has_something_quick(part) -> None:
+    found = getattr(load(), part)
+    entries = list(found.values() if isinstance(found, dict) else found)
+    assert 0 < sum(entry.quick for entry in entries) < len(entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("colour", 1, "workloads: bert-base-qa: unknown field colour; known are model"),
+        ("precisions", ["fp8"], "unknown precision 'fp8'; use one of float32; bf16"),
+        ("precisions", [], "no precision is listed; use some of float32; bf16"),
+        ("contestants", ["jax"], "unknown contestant 'jax'; use one of eager; torch.compile"),
+        ("rounds", 0, "workloads: bert-base-qa: rounds is 0; use a whole number, at least 1"),
+        ("check_microbatches", 17, "check_microbatches is 17; use 1 to 16, the microbatches"),
+    ],
+)
+def test_workloads_are_checked(changed, name, value, message) -> None:
+    def change(given) -> None:
+        given["workloads"]["bert-base-qa"][name] = value
+
+    with pytest.raises(WorkloadError, match=message.replace(".", r"\.")):
+        changed(change)
+
+
+def test_what_is_missing_is_named(changed) -> None:
+    with pytest.raises(WorkloadError, match="planning: llama 8B: stages, rounds is missing"):
+        changed(lambda given: [given["planning"]["llama 8B"].pop(n) for n in ("stages", "rounds")])
+
+
+def test_kinds_and_workloads_are_known(changed) -> None:
+    with pytest.raises(WorkloadError, match="contestants: DDP: unknown kind 'fsdp'; use one of"):
+        changed(lambda given: given["contestants"]["DDP"].update(kind="fsdp"))
+    with pytest.raises(WorkloadError, match="unknown workload 'x'; use one of bert-base-qa"):
+        changed(lambda given: given["memory"][0].update(workload="x"))
