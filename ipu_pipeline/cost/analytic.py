@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
+from ipu_pipeline.cost.memory import OptimizerMemory, gradient_bytes, weight_bytes
 from ipu_pipeline.cost.menus import Menus
 from ipu_pipeline.cost.model import BlockCost, GraphCosts
 from ipu_pipeline.cost.roofline import Roofline
@@ -37,7 +37,8 @@ class AnalyticCostModel:
         seconds = {
             block.name: (
                 roofline.seconds(block.forward_ops),
-                roofline.seconds(block.backward_ops),
+                roofline.seconds(block.backward_ops)
+                + roofline.accumulation_s(gradient_bytes(graph, block)),
             )
             for block in graph.blocks
         }

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
+from ipu_pipeline.profiling.calibration import (
+    bytes_curve,
+    flat,
+    op_rates,
+    overhead_s,
+    points,
+    product_curve,
+)
 from ipu_pipeline.profiling.concurrent import on_threads
 
 MATRIX_SIZE = 768
 COPY_ELEMENTS = 16 * 1024 * 1024
 REPEATS = 5
 DTYPES = ("float32", "bfloat16")
+DETAILS = ("copy", "overhead", "products", "bytes", "rate-gelu")
+RATE = "rate-"
 USABLE_MEMORY = 0.8  # of what is free: the rest is for the interpreter, data and the page cache
 
 
@@ -35,23 +46,46 @@ def local_machine(num_devices: int) -> Machine:
     """
     if num_devices < 1:
         raise ValueError(f"num_devices must be at least 1, got {num_devices}")
-    speeds = _speeds(num_devices)
-    bandwidth = speeds.pop("copy")
+    measured = _measured(num_devices)
+    (bandwidth,), (overhead,) = measured["copy"], measured["overhead"]
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(
-        Device(f"cpu{index}", memory, speeds, bandwidth) for index in range(num_devices)
+        Device(
+            f"cpu{index}",
+            memory,
+            {dtype: measured[dtype][0] for dtype in DTYPES},
+            bandwidth,
+            op_overhead_s=overhead,
+            product_curve=points(measured["products"]),
+            bytes_curve=points(measured["bytes"]),
+            op_rates=_rates(measured),
+        )
+        for index in range(num_devices)
     )
     return Machine("local", devices, Link(bytes_per_s=bandwidth), shared_memory=True)
 
 
-def _speeds(num_devices: int) -> dict[str, float]:
-    name = f"machine-{num_devices}"
+def _measured(num_devices: int) -> dict[str, list[float]]:
+    """Return everything measured about one device; what is not on disk is measured now."""
+    name = f"machine-{num_devices}x{threads_per_stage(num_devices)}"
     known = load_measurements(name)
-    if set(known) != {*DTYPES, "copy"}:
+    if not {*DTYPES, *DETAILS} <= set(known):
         known = {dtype: [_matrix_flops_per_s(dtype, num_devices)] for dtype in DTYPES}
         known["copy"] = [_copy_bytes_per_s(num_devices)]
+        known["overhead"] = [overhead_s(num_devices)]
+        known["products"] = flat(product_curve(num_devices))
+        known["bytes"] = flat(bytes_curve(num_devices))
+        known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
         store_measurements(name, known)
-    return {key: values[0] for key, values in known.items()}
+    return known
+
+
+def _rates(measured: Mapping[str, list[float]]) -> dict[str, float]:
+    return {
+        name.removeprefix(RATE): values[0]
+        for name, values in measured.items()
+        if name.startswith(RATE)
+    }
 
 
 def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
