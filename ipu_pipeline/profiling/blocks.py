@@ -16,7 +16,8 @@ from ipu_pipeline.capture.signature import program_signature
 from ipu_pipeline.capture.surroundings import preserved_state
 from ipu_pipeline.cost.profiled import MeasuredTimes
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
 from ipu_pipeline.profiling.concurrent import on_threads
@@ -73,7 +74,7 @@ def _measure_missing(
         signature = signatures[program.name]
         if signature not in known:
             known[signature] = _measure(program, values, num_devices, captured)
-        with torch.no_grad(), random_scope("profile", program.name):
+        with torch.no_grad(), block_scope("profile", program.name):
             program.run(values)
 
 
@@ -113,7 +114,7 @@ def _time_runs(
         others.add_(1)  # what the stage's other blocks do between two runs of this one
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
-        with grad, random_scope("profile", program.name):
+        with grad, block_scope("profile", program.name):
             outputs = program.module(*inputs)
         forward_s = time.perf_counter() - started
         backward_s = _backward_s(outputs, inputs, others) if training else 0.0
@@ -132,7 +133,8 @@ def _backward_s(outputs: tuple[Any, ...], inputs: Sequence[Any], others: Tensor)
     seeds = [torch.ones_like(root) for root in roots]
     others.add_(1)
     started = time.perf_counter()
-    torch.autograd.backward(roots, seeds)
+    with adding_to_grad():
+        torch.autograd.backward(roots, seeds)
     seconds = time.perf_counter() - started
     for value in inputs:
         if isinstance(value, Tensor):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.profiling.concurrent import on_threads
 
 Call = Callable[[], object]
@@ -121,10 +122,11 @@ def _linears(size: int, count: int) -> Call:
     def call() -> None:
         x.grad = None
         y = x
-        with random_scope("calibration"):
+        with block_scope("calibration"):
             for weight, bias in zip(weights, biases, strict=True):
                 y = functional.linear(y, weight, bias)
-        y.backward(y.detach())
+        with adding_to_grad():
+            y.backward(y.detach())
 
     return call
 
@@ -168,7 +170,7 @@ def _dropout(x: Tensor) -> Call:
     """The whole of a dropout: its product and quotient are counted as operations of their own."""
 
     def call() -> None:
-        with random_scope("calibration"):
+        with block_scope("calibration"):
             functional.dropout(x, 0.1)
 
     return call

@@ -1,19 +1,20 @@
 """Describe this machine: measured matrix FLOP/s and memory bandwidth of one pipeline device.
 
 All devices are measured at the same time, each with its share of the cores, because the stages
-of a pipeline run at the same time, too.
+of a pipeline run at the same time, too; ``calibration.py`` has what is measured besides the peaks.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
 from ipu_pipeline.profiling.calibration import (
@@ -23,12 +24,11 @@ from ipu_pipeline.profiling.calibration import (
     overhead_s,
     points,
     product_curve,
+    seconds_of,
 )
-from ipu_pipeline.profiling.concurrent import on_threads
 
 MATRIX_SIZE = 768
 COPY_ELEMENTS = 16 * 1024 * 1024
-REPEATS = 5
 DTYPES = ("float32", "bfloat16")
 DETAILS = ("copy", "overhead", "products", "bytes", "rate-gelu")
 RATE = "rate-"
@@ -92,9 +92,14 @@ def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
     def make() -> Callable[[], object]:
         shape = (MATRIX_SIZE, MATRIX_SIZE)
         left, right = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
-        return lambda: left @ right
 
-    return 2 * MATRIX_SIZE**3 / _best_seconds(make, num_devices)
+        def call() -> None:
+            with torch.no_grad(), block_scope("calibration"):
+                functional.linear(left, right)
+
+        return call
+
+    return 2 * MATRIX_SIZE**3 / seconds_of(make, num_devices)
 
 
 def _copy_bytes_per_s(num_devices: int) -> float:
@@ -102,24 +107,7 @@ def _copy_bytes_per_s(num_devices: int) -> float:
         source, target = torch.ones(COPY_ELEMENTS), torch.ones(COPY_ELEMENTS)
         return lambda: target.copy_(source)
 
-    return 2 * 4 * COPY_ELEMENTS / _best_seconds(make, num_devices)
-
-
-def _best_seconds(make: Callable[[], Callable[[], object]], num_devices: int) -> float:
-    """Return the best time of one call while all devices do the same."""
-
-    def measure() -> float:
-        call = make()
-        call()
-        times = []
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    results = on_threads(measure, num_devices)
-    return sum(results) / len(results)
+    return 2 * 4 * COPY_ELEMENTS / seconds_of(make, num_devices)
 
 
 def _available_memory() -> int:

@@ -9,10 +9,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/_softmax_backward_data.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -21,6 +19,7 @@
 #include <optional>
 #include <tuple>
 
+#include "product.h"
 #include "simd/dropout_counter.h"
 
 namespace {
@@ -81,7 +80,7 @@ class Head {
     const int64_t rows = scaled_q.size(0);
     Tensor scores = buffer(0, rows);
     Tensor result = buffer(1, rows);
-    at::mm_out(scores, scaled_q, k.t());
+    ipu::product(scaled_q, k.t(), scores);
     if (options_.mask) {
       const Tensor mask = of(*options_.mask, task).narrow(0, row, rows);
       if (mask.scalar_type() == at::kBool) {
@@ -119,7 +118,9 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value,
         const int64_t rows = std::min(head.rows(), head.length() - row);
         const Tensor weights = head.softmax(q.narrow(0, row, rows), k, task, row);
         drop(weights, weights, head.first(task, row), options);
-        head.of(out, task).narrow(0, row, rows).copy_(at::mm(weights, v));
+        Tensor out_rows = at::empty({rows, v.size(1)}, v.options());
+        ipu::product(weights, v, out_rows);
+        head.of(out, task).narrow(0, row, rows).copy_(out_rows);
       }
     }
   });
@@ -151,16 +152,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
         const Tensor softmax = head.softmax(q_rows, k, task, row);
         Tensor weights = head.buffer(0, rows);
         drop(softmax, weights, first, options);
-        v_grad.addmm_(weights.t(), g_rows);
+        ipu::product(weights.t(), g_rows, v_grad, true);
         Tensor weights_grad = head.buffer(0, rows);
-        at::mm_out(weights_grad, g_rows, v.t());
+        ipu::product(g_rows, v.t(), weights_grad);
         drop(weights_grad, weights_grad, first, options);
         Tensor scores_grad = head.buffer(2, rows);
         at::_softmax_backward_data_out(scores_grad, weights_grad, softmax, -1, type);
-        head.of(query_grad, task)
-            .narrow(0, row, rows)
-            .copy_(at::mm(scores_grad, k).mul_(options.scale));
-        k_grad.addmm_(scores_grad.t(), q_rows);
+        Tensor q_grad = at::empty({rows, k.size(1)}, k.options());
+        ipu::product(scores_grad, k, q_grad);
+        head.of(query_grad, task).narrow(0, row, rows).copy_(q_grad.mul_(options.scale));
+        ipu::product(scores_grad.t(), q_rows, k_grad, true);
       }
       head.of(key_grad, task).copy_(k_grad);
       head.of(value_grad, task).copy_(v_grad);

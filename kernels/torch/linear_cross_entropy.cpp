@@ -10,7 +10,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -21,10 +20,10 @@
 #include <cmath>
 #include <limits>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "product.h"
 #include "simd/softmax_loss.h"
 
 namespace {
@@ -45,25 +44,6 @@ void for_each(int64_t count, const Body& body) {
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (int64_t i = begin; i < std::min(end, count); ++i) body(i);
   });
-}
-
-using Linear = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
-                      c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-
-// oneDNN's float32 linear layer, as torch.compile calls it; null where this torch has none.
-// torch's own matmul goes to MKL, whose float32 loops use AVX2 on AMD's AVX-512 machines: there
-// oneDNN takes half the time (120 against 250 GFLOP/s on one Zen 5 core).
-const c10::TypedOperatorHandle<Linear>* onednn_linear() {
-  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<Linear>> {
-    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
-    try {
-      return op->typed<Linear>();
-    } catch (const c10::Error&) {
-      return std::nullopt;  // another signature than in the torch this was written for
-    }
-  }();
-  return found ? &*found : nullptr;
 }
 
 ipu::LogitType logit_type(at::ScalarType type) {
@@ -146,7 +126,7 @@ class Slices {
     if (gradients.bias.defined()) bias_sums_ = at::zeros({classes_}, numbers);
     if (in.x.scalar_type() == at::kFloat && in.weight.is_contiguous() && in.weight.numel() > 0 &&
         ipu::isa() == ipu::Isa::avx512) {
-      onednn_ = onednn_linear();
+      onednn_ = ipu::onednn_linear();
     }
     class_weight_sum_ = static_cast<double>(classes_);
     if (in.class_weight.defined()) {
@@ -335,7 +315,7 @@ class Slices {
   const int64_t num_tiles_;
   const A* class_weights_ = nullptr;
   double class_weight_sum_ = 0;
-  const c10::TypedOperatorHandle<Linear>* onednn_ = nullptr;
+  const c10::TypedOperatorHandle<ipu::OnednnLinear>* onednn_ = nullptr;
   // [3, tiles, tokens]: maximum, sum of exponentials, weighted sum of the logits.
   Tensor tile_sums_;
   // [5, tokens]: the target's logit, log-sum-exp, and the three factors of the gradient.

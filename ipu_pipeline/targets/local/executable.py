@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.linear import forget_casts
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
@@ -235,7 +236,10 @@ class LocalExecutable:
             step = Step(
                 stages, microbatches, self.options, self.global_step, loss_scaling, schedule
             )
-            self._run(step)
+            try:
+                self._run(step)
+            finally:
+                forget_casts()
             step.add_shared_gradients()
         return step
 

@@ -15,7 +15,8 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.targets.serialize import (
     SerializedForward,
     Share,
@@ -167,7 +168,8 @@ class Stage:
         if self.shared:
             shared = self._backward_apart(roots, seeds, wanted, state.lookups)
         else:
-            torch.autograd.backward(roots, seeds)
+            with adding_to_grad():
+                torch.autograd.backward(roots, seeds)
             for table, leaf in state.lookups:
                 if leaf.grad is not None:
                     add_gradient(table, leaf.grad)
@@ -183,7 +185,7 @@ class Stage:
         self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
     ) -> None:
         def call(*inputs: Any) -> Any:
-            with random_scope(*key, program.name):  # entered again when it is recomputed
+            with block_scope(*key, program.name):  # entered again when it is recomputed
                 return blocks.run(program, inputs)
 
         inputs = tuple(values[name] for name in program.inputs)

@@ -1,0 +1,151 @@
+"""Linear layers whose matrix products run where they are fast.
+
+In float32, large products go to oneDNN on processors where MKL does not use the widest vectors.
+Under bfloat16 autocast, a weight is cast once and not for every microbatch. In both, a backward
+pass inside :func:`adding_to_grad` adds the weight's gradient to ``.grad`` within the product
+(float32) or in one pass (bfloat16), where autograd would write it, read it and add it.
+
+Only the C++ kernels do this; without them every layer is torch's. Decision 0019 has the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ops import extension
+
+# Which library computes float32 products: "onednn", "mkl", or nothing for what suits the processor.
+SWITCH = "IPU_PIPELINE_MATMUL"
+# Smaller products gain less than the detour costs.
+_LEAST_MULTIPLICATIONS = 4 << 20
+# A weight's number of in-place writes when it was cast, and the cast.
+_casts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Compute ``torch.nn.functional.linear``.
+
+    Args:
+        input: Of any leading shape, last dimension K.
+        weight: ``(N, K)``.
+        bias: ``(N)``, or None.
+
+    Returns:
+        The product; None for what torch computes as fast: small products, other types and
+        devices, and everything where the kernels are missing.
+    """
+    if not _is_large(input, weight) or not _is_alike(weight, bias) or not _kernels():
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        fits = input.dtype is torch.float32 and _onednn_products()
+        return torch.ops.ipu_pipeline.linear(input, weight, bias) if fits else None
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
+        return None
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    narrow = _cast(weight, torch.bfloat16)
+    return torch.ops.ipu_pipeline.linear(input.to(torch.bfloat16), weight, bias, narrow)
+
+
+def fast_addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor | None:
+    """Compute ``torch.addmm``, which Transformers' ``Conv1D`` calls, as a linear layer.
+
+    Args:
+        input: The bias, ``(N)``.
+        mat1: ``(M, K)``.
+        mat2: The weight, ``(K, N)``.
+        beta: Only 1 is taken.
+        alpha: Only 1 is taken.
+
+    Returns:
+        The product; None for what torch computes as fast.
+    """
+    if input.dim() != 1 or mat2.dim() != 2 or beta != 1 or alpha != 1:
+        return None
+    return fast_linear(mat1, mat2.t(), input)
+
+
+@contextlib.contextmanager
+def adding_to_grad() -> Iterator[None]:
+    """Within it, backward passes of this thread add weight gradients to ``.grad`` themselves.
+
+    Only for ``torch.autograd.backward`` that accumulates into all parameters: what a parameter
+    would receive no longer passes its hooks' place in the graph. Parameters that have hooks, or
+    no ``.grad`` yet, are left to autograd.
+    """
+    if not (extension.state().usable):
+        yield
+        return
+    before = torch.ops.ipu_pipeline.set_adds_to_grad(True)
+    try:
+        yield
+    finally:
+        torch.ops.ipu_pipeline.set_adds_to_grad(before)
+
+
+def forget_casts() -> None:
+    """Give back the memory of the weights that were cast."""
+    _casts.clear()
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    found = _casts.get(weight)
+    if found is None or found[0] != weight._version:
+        found = (weight._version, weight.detach().to(dtype))
+        _casts[weight] = found
+    cast: Tensor = found[1]
+    return cast
+
+
+def _is_large(input: Tensor, weight: Tensor) -> bool:
+    return (
+        weight.dim() == 2
+        and input.dim() > 1
+        and input.shape[-1] == weight.shape[1]
+        and input.numel() * weight.shape[0] >= _LEAST_MULTIPLICATIONS
+    )
+
+
+def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+        return False
+    return bias is None or (bias.dtype is torch.float32 and bias.dim() == 1)
+
+
+@functools.cache
+def _kernels() -> bool:
+    return extension.register_fakes(linear_forward=_fake_forward, linear_backward=_fake_backward)
+
+
+@functools.cache
+def _onednn_products() -> bool:
+    wish = os.environ.get(SWITCH, "")
+    if wish not in ("", "onednn", "mkl"):
+        raise PipelineError(f"{SWITCH}={wish} is unknown; use onednn, mkl, or do not set it")
+    return bool(torch.ops.ipu_pipeline.onednn_products())
+
+
+def _fake_forward(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_backward(
+    _grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs_x: bool,  # noqa: FBT001
+    needs_weight: bool,  # noqa: FBT001
+) -> tuple[Tensor | None, Tensor | None]:
+    return x.new_empty(x.shape) if needs_x else None, weight.new_empty(
+        weight.shape
+    ) if needs_weight else None

@@ -1,0 +1,160 @@
+// A linear layer whose products run where they are fast, and which can add its weight gradient to
+// the sum of the microbatches within the product.
+//
+// Axes: M rows of the input (all its leading dimensions), K input features, N output features.
+
+#include "product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "simd/add_narrow.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t ELEMENTS_PER_TASK = 1 << 16;
+
+// Set by a stage around its backward passes; for tensors of the CPU, torch runs a backward pass in
+// the thread that asks for it.
+thread_local bool adds_to_grad = false;
+
+bool set_adds_to_grad(bool wish) { return std::exchange(adds_to_grad, wish); }
+
+Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return ipu::product_with_bias(rows_of(x), weight, bias).reshape(shape);
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
+                                           const Tensor& weight, bool needs_x,
+                                           bool needs_weight) {
+  const Tensor grad_MN = rows_of(grad);
+  Tensor x_grad, weight_grad;
+  if (needs_x) {
+    x_grad = at::empty({grad_MN.size(0), weight.size(1)}, weight.options());
+    ipu::product(grad_MN, weight, x_grad);
+    x_grad = x_grad.view(x.sizes());
+  }
+  if (needs_weight) {
+    weight_grad = at::empty(weight.sizes(), weight.options());
+    ipu::product(grad_MN.t(), rows_of(x), weight_grad);
+  }
+  return {x_grad, weight_grad};
+}
+
+void add_weight_grad(const Tensor& sum_NK, const Tensor& grad, const Tensor& x) {
+  const Tensor grad_NM = rows_of(grad).t();
+  if (grad.scalar_type() == at::kFloat) {
+    ipu::product(grad_NM, rows_of(x), sum_NK, true);
+    return;
+  }
+  const Tensor part = at::mm(grad_NM, rows_of(x)).contiguous();
+  const auto* values = static_cast<const uint16_t*>(part.const_data_ptr());
+  float* sums = sum_NK.mutable_data_ptr<float>();
+  at::parallel_for(0, part.numel(), ELEMENTS_PER_TASK, [&](int64_t begin, int64_t end) {
+    IPU_LOOP(add_bf16)(values + begin, sums + begin, end - begin);
+  });
+}
+
+// Whether a weight's gradient goes nowhere but into a dense float32 sum.
+bool is_only_summed(const Tensor& weight) {
+  using namespace torch::autograd::impl;
+  if (!weight.is_leaf() || !hooks(weight).empty() || post_acc_grad_hooks(weight) != nullptr) {
+    return false;
+  }
+  const auto accumulator = try_get_grad_accumulator(weight);
+  if (accumulator != nullptr &&
+      !(accumulator->pre_hooks().empty() && accumulator->post_hooks().empty())) {
+    return false;
+  }
+  const Tensor& sum = weight.grad();
+  return sum.defined() && sum.scalar_type() == at::kFloat && sum.layout() == at::kStrided &&
+         sum.is_contiguous() && !sum.requires_grad();
+}
+
+class Linear : public torch::autograd::Function<Linear> {
+ public:
+  // `narrow` is the weight in the type of `x`, if it does not have that type itself.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& narrow) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ipu_pipeline::linear_forward", "")
+                               .typed<decltype(linear_forward)>();
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({x, weight, narrow.value_or(Tensor())});
+    std::optional<Tensor> addend;
+    if (bias) {
+      ctx->saved_data["bias_type"] = bias->scalar_type();
+      addend = bias->to(x.scalar_type());
+    }
+    return op.call(x, narrow.value_or(weight), addend);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ipu_pipeline::linear_backward", "")
+                               .typed<decltype(linear_backward)>();
+    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(),
+                                "ipu_pipeline::linear has no second derivative");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& x = saved[0];
+    const Tensor& weight = saved[1];
+    const Tensor& used = saved[2].defined() ? saved[2] : weight;
+    const Tensor& grad = grads[0];
+    bool needs_weight = ctx->needs_input_grad(1);
+    const bool addable = grad.scalar_type() == at::kFloat || grad.scalar_type() == at::kBFloat16;
+    if (needs_weight && adds_to_grad && addable && is_only_summed(weight)) {
+      add_weight_grad(weight.grad(), grad, x);
+      needs_weight = false;
+    }
+    auto [x_grad, weight_grad] = op.call(grad, x, used, ctx->needs_input_grad(0), needs_weight);
+    if (weight_grad.defined()) {
+      weight_grad = weight_grad.to(weight.scalar_type());
+    }
+    Tensor bias_grad;
+    if (ctx->saved_data.count("bias_type") != 0 && ctx->needs_input_grad(2)) {
+      bias_grad = rows_of(grad).sum(0, false, ctx->saved_data["bias_type"].toScalarType());
+    }
+    return {x_grad, weight_grad, bias_grad, Tensor()};
+  }
+};
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& narrow) {
+  return Linear::apply(x, weight, bias, narrow);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
+  m.def("onednn_products() -> bool", &ipu::onednn_products);
+  m.def("set_adds_to_grad(bool wish) -> bool", &set_adds_to_grad);
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? narrow=None) -> Tensor",
+        &linear);
+  m.def("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> "
+      "(Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(ipu_pipeline, CPU, m) {
+  m.impl("linear_forward", &linear_forward);
+  m.impl("linear_backward", &linear_backward);
+}

@@ -1,0 +1,36 @@
+// Matrix products by whichever of torch's two libraries is fast on this processor.
+//
+// Torch gives float32 products to MKL, which runs AVX2 code on processors that are not Intel's,
+// however wide their vectors. oneDNN, which torch contains as well, runs what the processor has:
+// twice as fast with AVX-512 (docs/decisions/0019-float32-products.md).
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string_view>
+
+namespace ipu {
+
+using OnednnLinear = at::Tensor(const at::Tensor&, const at::Tensor&,
+                                const std::optional<at::Tensor>&, std::string_view,
+                                c10::List<std::optional<at::Scalar>>,
+                                std::optional<std::string_view>);
+
+// oneDNN's linear layer, as torch.compile calls it; null where this torch has none.
+const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear();
+
+// Whether float32 products go to oneDNN here. IPU_PIPELINE_MATMUL=onednn or =mkl decides it,
+// otherwise the processor does. False if this torch does not offer oneDNN's products.
+bool onednn_products();
+
+// out = a b, or out += a b. Matrices of any strides and one type.
+void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add = false);
+
+// x W^T + b, with x (M, K) and W (N, K).
+at::Tensor product_with_bias(const at::Tensor& x, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias);
+
+}  // namespace ipu
