@@ -79,7 +79,7 @@ class Roofline:
 
 
 def moved_bytes(op: OpRecord) -> int:
-    """Return the bytes that ``op`` really moves: a lookup reads the rows it wants, not the table."""
+    """Return the bytes that ``op`` moves: a lookup reads the rows it wants, not the table."""
     if op.kind != "gather" or len(op.shapes) < 2:
         return op.bytes_moved
     table = int(prod(op.shapes[0]) * DTYPE_BYTES.get(op.dtype, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import log
 from pathlib import Path
@@ -38,7 +38,7 @@ class Link:
         return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
 
 
-Curve = Sequence[Sequence[float]]
+Curve = tuple[tuple[float, float], ...]
 
 
 def on_curve(curve: Curve, size: float) -> float:
@@ -99,6 +99,13 @@ class Device:
             )
         if any(speed <= 0 for speed in self.flops_per_s.values()):
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
+        for name in ("product_curve", "bytes_curve"):  # JSON gives lists
+            object.__setattr__(
+                self, name, tuple((size, rate) for size, rate in getattr(self, name))
+            )
+        self._check_measurements()
+
+    def _check_measurements(self) -> None:
         points = [*self.product_curve, *self.bytes_curve]
         rates = [*(rate for _, rate in points), *self.op_rates.values()]
         if self.op_overhead_s < 0 or any(rate <= 0 for rate in rates):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ipu_pipeline.cost.attention import BACKWARD, FORWARD
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.profiling.concurrent import on_threads
@@ -177,38 +178,42 @@ def _dropout(x: Tensor) -> Call:
 
 
 def _attention_rates(num_devices: int) -> dict[str, float]:
-    """FLOP/s of attention as torch's one operation, and of batched products."""
+    """FLOP/s of attention without and with dropout, and of batched products."""
     batch, heads, length, width = ATTENTION
     pair = 4.0 * batch * heads * length * length * width  # two products
-    forward_s, backward_s = (
-        seconds_of(lambda w=which: _attention(w), num_devices)  # type: ignore[misc]
-        for which in ("forward", "backward")
-    )
+
+    def rate(flops: float, make: Callable[[], Call]) -> float:
+        return flops / seconds_of(make, num_devices)
 
     def products() -> Call:
-        query, weights = torch.randn(batch * heads, length, width), torch.empty(0)
+        query = torch.randn(batch * heads, length, width)
         weights = torch.bmm(query, query.mT)
         return lambda: (torch.bmm(query, query.mT), torch.bmm(weights, query))
 
     return {
-        _FLASH: pair / forward_s,
-        f"{_FLASH}_backward": 2.5 * pair / backward_s,  # five products
-        "bmm": pair / seconds_of(products, num_devices),
+        _FLASH: rate(pair, lambda: _attention(0.0)[0]),
+        f"{_FLASH}_backward": rate(2.5 * pair, lambda: _attention(0.0)[1]),
+        # By the products of plain attention: computing weights again is part of the price.
+        FORWARD: rate(pair, lambda: _attention(0.1)[0]),
+        BACKWARD: rate(2 * pair, lambda: _attention(0.1)[1]),
+        "bmm": rate(pair, products),
     }
 
 
-def _attention(which: str) -> Call:
+def _attention(p: float) -> tuple[Call, Call]:
+    """Forward and backward pass of attention with dropout ``p`` and a mask."""
     query, key, value = (torch.randn(ATTENTION, requires_grad=True) for _ in range(3))
+    batch, _, length, _ = ATTENTION
+    mask = torch.zeros(batch, 1, length, length)
 
     def forward() -> Tensor:
-        return functional.scaled_dot_product_attention(query, key, value)
+        with block_scope("calibration"):
+            attend = functional.scaled_dot_product_attention
+            return attend(query, key, value, attn_mask=mask, dropout_p=p)
 
-    if which == "forward":
-        return forward
     out = forward()
-    return lambda: torch.autograd.grad(
-        out, (query, key, value), torch.ones_like(out), retain_graph=True
-    )
+    seed = torch.ones_like(out)
+    return forward, lambda: torch.autograd.grad(out, (query, key, value), seed, retain_graph=True)
 
 
 def _timed(call: Call) -> float:
