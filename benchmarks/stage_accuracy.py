@@ -24,10 +24,12 @@ import contextlib
 import gc
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import mean, median
 from typing import Any
 from unittest import mock
@@ -80,6 +82,7 @@ def measure(
     steps: int = 5,
     ways: Sequence[Way] = WAYS,
     clock: str = "wall",
+    progress: Callable[[str], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row per model, way, source of costs and stage.
 
@@ -88,6 +91,7 @@ def measure(
         steps: Timed steps of each plan; two more warm up.
         ways: How the plans are run.
         clock: ``wall``, or ``processor`` for the seconds of the stage's own thread.
+        progress: Gets a line for each model, way and source of costs when it is measured.
 
     Returns:
         Rows with ``model``, ``way``, ``num_stages``, ``costs``, ``stage``, ``predicted_s``,
@@ -100,8 +104,10 @@ def measure(
             for way in ways:
                 one_thread = clock == "processor" or way.name == "in turns"
                 with _threads(1 if one_thread and way.at_once == 1 else None):
-                    for row in _rows(model, batch, way, steps):
-                        rows.append({"model": name, **row})
+                    found = [{"model": name, **row} for row in _rows(model, batch, way, steps)]
+                rows += found
+                for line in _lines(found) if progress is not None else ():
+                    progress(line)
             del model
             gc.collect()
     return rows
@@ -184,7 +190,17 @@ def _fresh_cache() -> Iterator[None]:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line per model, way and source of costs, and the means over all stages."""
-    lines = [f"{'model':10s} {'way':12s} stages costs     mean error  largest"]
+    lines = [f"{'model':10s} {'way':12s} stages costs     mean error  largest", *_lines(rows)]
+    for source in dict.fromkeys(r["costs"] for r in rows):
+        errors = [abs(r["error_percent"]) for r in rows if r["costs"] == source]
+        lines.append(
+            f"all {len(errors)} stages, {source}: mean error {mean(errors):.1f} % "
+            f"(limit {LIMITS[source]:.0f} %), largest {max(errors):.1f} %"
+        )
+    return lines
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     groups = dict.fromkeys((r["model"], r["way"], r["num_stages"], r["costs"]) for r in rows)
     for group in groups:
         errors = [
@@ -193,17 +209,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if (r["model"], r["way"], r["num_stages"], r["costs"]) == group
         ]
         model, way, num_stages, source = group
-        lines.append(
+        yield (
             f"{model:10s} {way:12s} {num_stages:6d} {source:9s} "
             f"{mean(map(abs, errors)):8.1f} %  {max(errors, key=abs):+7.1f} %"
         )
-    for source in dict.fromkeys(r["costs"] for r in rows):
-        errors = [abs(r["error_percent"]) for r in rows if r["costs"] == source]
-        lines.append(
-            f"all {len(errors)} stages, {source}: mean error {mean(errors):.1f} % "
-            f"(limit {LIMITS[source]:.0f} %), largest {max(errors):.1f} %"
-        )
-    return lines
 
 
 def main() -> None:
@@ -215,7 +224,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    rows = measure(options.models, steps=options.steps, clock=options.clock)
+    rows = measure(
+        options.models,
+        steps=options.steps,
+        clock=options.clock,
+        progress=partial(print, file=sys.stderr, flush=True),
+    )
     print(json.dumps(rows, indent=1) if options.json else "\n".join(summary(rows)))
 
 

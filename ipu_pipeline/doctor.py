@@ -90,6 +90,7 @@ def _kernels() -> list[tuple[str, str]]:
     import torch
 
     from ipu_pipeline.ops import extension
+    from ipu_pipeline.ops.linear import onednn_products
 
     state = extension.state()
     rows = [
@@ -104,6 +105,7 @@ def _kernels() -> list[tuple[str, str]]:
     return [
         *rows,
         ("instruction set", state.instruction_set),
+        ("float32 products", "oneDNN" if onednn_products() else "MKL, or what torch uses here"),
         ("threads", f"{threads}{without}"),
         *_wrapped("operators", ", ".join(extension.operators()) or "none"),
     ]

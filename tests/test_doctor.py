@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from ipu_pipeline import doctor
 from ipu_pipeline.cli import app
-from ipu_pipeline.ops import extension
+from ipu_pipeline.ops import extension, linear
 from ipu_pipeline.ops.extension import ExtensionState
 
 
@@ -75,6 +75,7 @@ def kernels(monkeypatch, state: ExtensionState) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("threaded", [True, False])
 def test_kernels_that_can_be_used(monkeypatch, threaded: bool) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(linear, "onednn_products", lambda: threaded)
     state = ExtensionState(
         usable=True,
         detail="/there/_kernels.so",
@@ -87,6 +88,7 @@ def test_kernels_that_can_be_used(monkeypatch, threaded: bool) -> None:
         ("file", "/there/_kernels.so"),
         ("compiled against", "torch 2.13.0"),
         ("instruction set", "avx2"),
+        ("float32 products", "oneDNN" if threaded else "MKL, or what torch uses here"),
         ("threads", "3" if threaded else "1 (compiled without OpenMP)"),
         ("operators", "adamw_step, dropout_counter"),
     ]

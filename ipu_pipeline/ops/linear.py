@@ -42,17 +42,7 @@ def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         The product; None for what torch computes as fast: small products, other types and
         devices, and everything where the kernels are missing.
     """
-    if not _is_large(input, weight) or not _is_alike(weight, bias) or not _kernels():
-        return None
-    if not torch.is_autocast_enabled("cpu"):
-        fits = input.dtype is torch.float32 and _onednn_products()
-        return torch.ops.ipu_pipeline.linear(input, weight, bias) if fits else None
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
-        return None
-    if input.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    narrow = _cast(weight, torch.bfloat16)
-    return torch.ops.ipu_pipeline.linear(input.to(torch.bfloat16), weight, bias, narrow)
+    return _fast(input, weight, bias)
 
 
 def fast_addmm(
@@ -70,9 +60,9 @@ def fast_addmm(
     Returns:
         The product; None for what torch computes as fast.
     """
-    if input.dim() != 1 or mat2.dim() != 2 or beta != 1 or alpha != 1:
+    if beta != 1 or alpha != 1:
         return None
-    return fast_linear(mat1, mat2.t(), input)
+    return _fast(mat1, mat2, input, transposed=True)
 
 
 @contextlib.contextmanager
@@ -98,6 +88,25 @@ def forget_casts() -> None:
     _casts.clear()
 
 
+def _fast(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False
+) -> Tensor | None:
+    if not _is_large(input, weight, transposed=transposed) or not _is_alike(weight, bias):
+        return None
+    if not _kernels():
+        return None
+    operator = torch.ops.ipu_pipeline.linear
+    if not torch.is_autocast_enabled("cpu"):
+        fits = input.dtype is torch.float32 and onednn_products()
+        return operator(input, weight, bias, transposed=transposed) if fits else None
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
+        return None
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    narrow = _cast(weight, torch.bfloat16)
+    return operator(input.to(torch.bfloat16), weight, bias, narrow, transposed)
+
+
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     found = _casts.get(weight)
     if found is None or found[0] != weight._version:
@@ -107,13 +116,11 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _is_large(input: Tensor, weight: Tensor) -> bool:
-    return (
-        weight.dim() == 2
-        and input.dim() > 1
-        and input.shape[-1] == weight.shape[1]
-        and input.numel() * weight.shape[0] >= _LEAST_MULTIPLICATIONS
-    )
+def _is_large(input: Tensor, weight: Tensor, *, transposed: bool) -> bool:
+    if weight.dim() != 2 or input.dim() < 2:
+        return False
+    outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+    return input.shape[-1] == inputs and input.numel() * outputs >= _LEAST_MULTIPLICATIONS
 
 
 def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
@@ -128,24 +135,36 @@ def _kernels() -> bool:
 
 
 @functools.cache
-def _onednn_products() -> bool:
+def onednn_products() -> bool:
+    """Whether large float32 products go to oneDNN here: on processors that MKL uses half of.
+
+    Raises:
+        PipelineError: ``IPU_PIPELINE_MATMUL`` names another library.
+    """
     wish = os.environ.get(SWITCH, "")
     if wish not in ("", "onednn", "mkl"):
         raise PipelineError(f"{SWITCH}={wish} is unknown; use onednn, mkl, or do not set it")
-    return bool(torch.ops.ipu_pipeline.onednn_products())
+    return extension.available() and bool(torch.ops.ipu_pipeline.onednn_products())
 
 
-def _fake_forward(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    transposed: bool,  # noqa: FBT001
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
 
 
 def _fake_backward(
     _grad: Tensor,
     x: Tensor,
     weight: Tensor,
+    _transposed: bool,  # noqa: FBT001
     needs_x: bool,  # noqa: FBT001
     needs_weight: bool,  # noqa: FBT001
 ) -> tuple[Tensor | None, Tensor | None]:
-    return x.new_empty(x.shape) if needs_x else None, weight.new_empty(
-        weight.shape
-    ) if needs_weight else None
+    return (
+        x.new_empty(x.shape) if needs_x else None,
+        weight.new_empty(weight.shape) if needs_weight else None,
+    )

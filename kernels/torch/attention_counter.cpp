@@ -21,6 +21,7 @@
 
 #include "product.h"
 #include "simd/dropout_counter.h"
+#include "simd/hide.h"
 
 namespace {
 
@@ -54,6 +55,18 @@ at::ScalarType wide(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Writes minus infinity where the mask (L, S) is true.
+void hide(const Tensor& mask, const Tensor& scores) {
+  if (scores.scalar_type() != at::kFloat || mask.stride(1) != 1) {
+    Tensor(scores).masked_fill_(mask, -std::numeric_limits<double>::infinity());
+    return;
+  }
+  for (int64_t row = 0; row < scores.size(0); ++row) {
+    IPU_LOOP(hide_f32)(mask.const_data_ptr<bool>() + row * mask.stride(0),
+                       scores.mutable_data_ptr<float>() + row * scores.stride(0), scores.size(1));
+  }
+}
+
 // The head that a task works on, its tiles, and their buffers.
 class Head {
  public:
@@ -84,14 +97,17 @@ class Head {
     if (options_.mask) {
       const Tensor mask = of(*options_.mask, task).narrow(0, row, rows);
       if (mask.scalar_type() == at::kBool) {
-        scores.masked_fill_(mask, -std::numeric_limits<double>::infinity());
+        hide(mask, scores);
       } else {
         scores.add_(mask);
       }
     }
     at::_softmax_out(result, scores, -1, false);
     if (options_.blind) {
-      result.masked_fill_(of(*options_.blind, task).narrow(0, row, rows), 0);
+      const Tensor blind = of(*options_.blind, task).narrow(0, row, rows);
+      if (blind.any().item<bool>()) {
+        result.masked_fill_(blind, 0);
+      }
     }
     return result;
   }

@@ -27,7 +27,7 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     if not extension.state().usable:
         pytest.skip(extension.state().detail)
     monkeypatch.setattr(linear, "_LEAST_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(linear, "_onednn_products", lambda: True)
+    monkeypatch.setattr(linear, "onednn_products", lambda: True)
 
 
 def layer(m: int = M, k: int = K, n: int = N, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -87,10 +87,13 @@ def test_empty_input(every_size: None) -> None:
 def test_operators_are_well_described() -> None:
     linear._kernels()
     x, weight, bias = (tensor.detach() for tensor in layer())
-    torch.library.opcheck(torch.ops.ipu_pipeline.linear_forward, (x, weight, bias))
     grad = torch.randn(2, M // 2, N)
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.ipu_pipeline.linear_backward, (grad, x, weight, *needs))
+    forward = torch.ops.ipu_pipeline.linear_forward
+    backward = torch.ops.ipu_pipeline.linear_backward
+    for transposed, stored in ((False, weight), (True, weight.t().contiguous())):
+        torch.library.opcheck(forward, (x, stored, bias, transposed))
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(backward, (grad, x, stored, transposed, *needs))
 
 
 def test_gradients_in_double(every_size: None) -> None:
@@ -142,13 +145,15 @@ def test_without_kernels_torch_takes_all(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_addmm(every_size: None) -> None:
     x, weight, bias = layer()
-    rows, transposed = x.reshape(-1, K), weight.t()
-    found = fast_addmm(bias, rows, transposed)
-    assert found is not None
-    assert torch.allclose(found, torch.addmm(bias, rows, transposed), atol=1e-6)
-    assert fast_addmm(bias, rows, transposed, beta=2) is None
-    assert fast_addmm(bias, rows, transposed, alpha=2) is None
-    assert fast_addmm(found, rows, transposed) is None
+    bias, rows, weight = (t.detach().requires_grad_() for t in (bias, x.reshape(-1, K), weight.t()))
+    weight = weight.detach().contiguous().requires_grad_()
+    expected = gradients(torch.addmm, [bias, rows, weight])
+    for found, right in zip(gradients(fast_addmm, [bias, rows, weight]), expected, strict=True):
+        assert torch.allclose(found, right, atol=1e-5)
+        assert found.stride() == right.stride()
+    assert fast_addmm(bias, rows, weight, beta=2) is None
+    assert fast_addmm(bias, rows, weight, alpha=2) is None
+    assert fast_addmm(expected[0], rows, weight) is None
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -156,13 +161,17 @@ def test_adding_to_grad_gives_autograds_sum(autocast: bool, every_size: None) ->
     sums = []
     for scope in (adding_to_grad, lambda: torch.enable_grad()):
         x, weight, bias = layer(64, 32, 16)
+        other = torch.randn(16, 7, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        end = torch.zeros(7, requires_grad=True)
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                out = fast_linear(x, weight, bias)
+                middle = fast_linear(x, weight, bias)
+                assert middle is not None
+                out = fast_addmm(end, middle.flatten(0, 1), other)
             assert out is not None
             with scope():
                 out.float().square().sum().backward()
-        sums.append([tensor.grad for tensor in (x, weight, bias)])
+        sums.append([tensor.grad for tensor in (x, weight, bias, other, end)])
     for found, right in zip(*sums, strict=True):
         assert found is not None
         assert right is not None
@@ -216,7 +225,7 @@ def test_a_blocks_layers_come_here(every_size: None) -> None:
 @needs_kernels
 @pytest.mark.parametrize(("wish", "chosen"), [("onednn", True), ("mkl", False)])
 def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
-    code = "from ipu_pipeline.ops import linear as l; l._kernels(); print(l._onednn_products())"
+    code = "from ipu_pipeline.ops import linear as l; print(l.onednn_products())"
     environment = {**os.environ, linear.SWITCH: wish}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -228,4 +237,4 @@ def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
 def test_an_unknown_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(linear.SWITCH, "blis")
     with pytest.raises(linear.PipelineError, match="IPU_PIPELINE_MATMUL=blis is unknown"):
-        linear._onednn_products.__wrapped__()
+        linear.onednn_products.__wrapped__()

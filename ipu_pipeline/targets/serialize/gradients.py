@@ -62,11 +62,17 @@ class GradientSum:
 
 @torch.no_grad()
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add ``gradient`` to ``parameter.grad``, which is dense afterwards."""
+    """Add ``gradient`` to ``parameter.grad``, which is dense afterwards.
+
+    A new ``.grad`` has the parameter's strides, as autograd gives it: torch's fused optimizers
+    read both as if they were one-dimensional.
+    """
     if parameter.grad is not None:
         parameter.grad += gradient
     elif gradient.is_sparse:
         parameter.grad = torch.zeros_like(parameter).add_(gradient)
+    elif gradient.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
     else:
         parameter.grad = gradient
 

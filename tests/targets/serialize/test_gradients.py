@@ -31,6 +31,15 @@ def test_gradients_become_dense() -> None:
     assert torch.equal(parameter.grad, expected)
 
 
+def test_a_new_gradient_has_the_strides_of_its_parameter() -> None:
+    parameter = nn.Parameter(torch.zeros(ROWS, WIDTH))
+    gradient = torch.arange(12.0).reshape(WIDTH, ROWS).t()
+    add_gradient(parameter, gradient)
+    assert parameter.grad is not None
+    assert parameter.grad.stride() == parameter.stride()
+    assert torch.equal(parameter.grad, gradient)
+
+
 def test_sums_leave_what_they_were_given() -> None:
     first = torch.ones(ROWS, WIDTH)
     total = GradientSum()
