@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.programs import Program
@@ -83,6 +86,8 @@ def _measure(
 ) -> list[float]:
     specs = captured.specs
 
+    modules = _one_for_each(program.module, num_devices)
+
     def work() -> tuple[list[float], list[float]]:
         inputs = [
             values[n].detach().requires_grad_(specs[n].requires_grad)
@@ -90,12 +95,21 @@ def _measure(
             else values[n]
             for n in program.inputs
         ]
-        return _time_runs(program, inputs, training=captured.training)
+        own = replace(program, module=modules.pop())
+        return _time_runs(own, inputs, training=captured.training)
 
     results = on_threads(work, num_devices)
     forward = [seconds for result in results for seconds in result[0]]
     backward = [seconds for result in results for seconds in result[1]]
     return [_undisturbed(forward), _undisturbed(backward)]
+
+
+def _one_for_each(module: GraphModule, num_devices: int) -> list[GraphModule]:
+    """Return copies of a block, because no two stages add to the gradients of the same weights."""
+    try:
+        return [module, *(copy.deepcopy(module) for _ in range(num_devices - 1))]
+    except (TypeError, RuntimeError):  # it holds something that cannot be copied, such as a lock
+        return [module] * num_devices
 
 
 def _undisturbed(seconds: list[float]) -> float:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,16 @@ def test_equal_blocks_are_timed_once_and_known_ones_not_again(
     (cache / "blocks-1x1.json").write_text(json.dumps(content))
     profile_blocks(captured, batch, num_devices=1)
     assert len(timed) == 8
+
+
+def test_devices_have_weights_of_their_own_where_a_block_can_be_copied() -> None:
+    model, batch = TINY["vit"].build()
+    module = capture(model, batch).programs[1].module
+    first, second = blocks_module._one_for_each(module, 2)
+    assert first is module
+    assert all(a is not b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    module.lock = threading.Lock()
+    assert blocks_module._one_for_each(module, 2) == [module, module]
 
 
 def test_evaluation_has_no_backward_pass() -> None:
