@@ -11,12 +11,14 @@ import ipu_pipeline as ipp
 from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
 
 @pytest.fixture(autouse=True)
 def _own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPU_PIPELINE_CACHE", str(tmp_path / "cache"))
+    make_quick(monkeypatch)
 
 
 def two_devices(memory_bytes: int = 10**9) -> Machine:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ipu_pipeline.cost.memory import OptimizerMemory, weight_bytes
+from ipu_pipeline.cost.attention import FORWARD, as_one_operation
+from ipu_pipeline.cost.memory import OptimizerMemory, gradient_bytes, weight_bytes
 from ipu_pipeline.cost.menus import Menus
 from ipu_pipeline.cost.model import BlockCost, GraphCosts
 from ipu_pipeline.cost.roofline import Roofline
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 
 
@@ -34,13 +35,7 @@ class AnalyticCostModel:
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
         roofline = Roofline(machine.devices[0], self.dtype)
-        seconds = {
-            block.name: (
-                roofline.seconds(block.forward_ops),
-                roofline.seconds(block.backward_ops),
-            )
-            for block in graph.blocks
-        }
+        seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
         menu = Menus(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
         menus, together = menu.all(seconds)
         blocks = {
@@ -48,6 +43,14 @@ class AnalyticCostModel:
             for block in graph.blocks
         }
         return GraphCosts(blocks, "analytic", device_speeds(machine), together, frees_in_order=True)
+
+
+def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:
+    forward, backward = block.forward_ops, block.backward_ops
+    if FORWARD in roofline.device.op_rates:  # a device that runs our operations
+        forward, backward = as_one_operation(block)
+    adding_s = roofline.accumulation_s(gradient_bytes(graph, block))
+    return roofline.seconds(forward), roofline.seconds(backward) + adding_s
 
 
 def device_speeds(machine: Machine) -> tuple[float, ...]:

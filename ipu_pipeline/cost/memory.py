@@ -33,3 +33,11 @@ def weight_bytes(graph: BlockGraph, block: Block, memory: OptimizerMemory) -> Ma
             total += parameter.numel * (per_element + memory.state_bytes)
         result[fqn] = int(total)
     return result
+
+
+def gradient_bytes(graph: BlockGraph, block: Block) -> int:
+    """Return the bytes of the gradients that one microbatch of ``block`` adds to those before."""
+    if not graph.training:
+        return 0
+    parameters = (graph.parameter_by_fqn[fqn] for fqn in block.parameters)
+    return sum(parameter.num_bytes for parameter in parameters if parameter.trainable)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,24 @@ class Link:
         return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
 
 
+Curve = tuple[tuple[float, float], ...]
+
+
+def on_curve(curve: Curve, size: float) -> float:
+    """Return a measured rate at ``size``: between two points along the logarithm of the size.
+
+    Args:
+        curve: Points ``(size, rate)`` by rising size, at least one.
+        size: Below the first point its rate holds, beyond the last one that one's.
+    """
+    position = bisect_left([point[0] for point in curve], size)
+    if position == 0 or position == len(curve):
+        return curve[min(position, len(curve) - 1)][1]
+    (low, slow), (high, fast) = curve[position - 1], curve[position]
+    share = log(size / low) / log(high / low)
+    return slow + share * (fast - slow)
+
+
 @dataclass(frozen=True)
 class Device:
     """One device that holds stages: an IPU, a GPU, or some cores of this machine.
@@ -48,6 +68,14 @@ class Device:
         reserved_bytes: Fixed overhead (code, control) that stages cannot use.
         kind: Family that a specific cost model knows (``ipu-gc200``, ``ipu-bow``), else
             ``generic``.
+        op_overhead_s: Seconds that every operation takes besides its work.
+        product_curve: Measured float32 FLOP/s of one matrix product by its FLOPs, rising; small
+            products do not reach the peak. Empty: all reach it.
+        bytes_curve: Measured bytes per second of an operation that makes a new tensor, by the
+            bytes it reads and writes, rising: small tensors are still in a cache, the pages of
+            large ones come new from the system. Empty: ``memory_bytes_per_s`` for all.
+        op_rates: Measured work per second of operations by name (``gelu``): FLOP/s where FLOPs
+            are counted, else elements.
     """
 
     name: str
@@ -56,6 +84,10 @@ class Device:
     memory_bytes_per_s: float
     reserved_bytes: int = 0
     kind: str = "generic"
+    op_overhead_s: float = 0.0
+    product_curve: Curve = field(default=(), hash=False)
+    bytes_curve: Curve = field(default=(), hash=False)
+    op_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops_per_s:
@@ -67,6 +99,26 @@ class Device:
             )
         if any(speed <= 0 for speed in self.flops_per_s.values()):
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
+        for name in ("product_curve", "bytes_curve"):  # JSON gives lists
+            object.__setattr__(
+                self, name, tuple((size, rate) for size, rate in getattr(self, name))
+            )
+        self._check_measurements()
+
+    def _check_measurements(self) -> None:
+        points = [*self.product_curve, *self.bytes_curve]
+        rates = [*(rate for _, rate in points), *self.op_rates.values()]
+        if self.op_overhead_s < 0 or any(rate <= 0 for rate in rates):
+            raise ValueError(
+                f"device {self.name!r} needs op_overhead_s of at least 0 and measured rates above 0"
+            )
+        for curve in (self.product_curve, self.bytes_curve):
+            sizes = [size for size, _ in curve]
+            if sizes != sorted(set(sizes)) or any(size <= 0 for size in sizes):
+                raise ValueError(
+                    f"device {self.name!r} has a curve whose sizes are not above 0 and rising: "
+                    f"{sizes}"
+                )
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Peak FLOP/s for ``dtype``; the float32 peak where the dtype is not listed."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.programs import Program
@@ -16,12 +19,15 @@ from ipu_pipeline.capture.signature import program_signature
 from ipu_pipeline.capture.surroundings import preserved_state
 from ipu_pipeline.cost.profiled import MeasuredTimes
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
 from ipu_pipeline.profiling.concurrent import on_threads
 
 RUNS = 7
 WARMUP_RUNS = 2
+OTHER_BYTES = 48 * 1024 * 1024  # more than a device's part of the caches
 LONGEST_S = 2.0  # stop repeating a block after this time, once it ran three times
 
 
@@ -47,7 +53,7 @@ def profile_blocks(
             "a model on the meta device cannot be profiled; load its weights, or use "
             "costs='analytic'"
         )
-    name = f"blocks-{num_devices}"
+    name = f"blocks-{num_devices}x{threads_per_stage(num_devices)}"
     known = {key: times for key, times in load_measurements(name).items() if len(times) == 2}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
@@ -80,6 +86,8 @@ def _measure(
 ) -> list[float]:
     specs = captured.specs
 
+    modules = _one_for_each(program.module, num_devices)
+
     def work() -> tuple[list[float], list[float]]:
         inputs = [
             values[n].detach().requires_grad_(specs[n].requires_grad)
@@ -87,12 +95,21 @@ def _measure(
             else values[n]
             for n in program.inputs
         ]
-        return _time_runs(program, inputs, training=captured.training)
+        own = replace(program, module=modules.pop())
+        return _time_runs(own, inputs, training=captured.training)
 
     results = on_threads(work, num_devices)
     forward = [seconds for result in results for seconds in result[0]]
     backward = [seconds for result in results for seconds in result[1]]
     return [_undisturbed(forward), _undisturbed(backward)]
+
+
+def _one_for_each(module: GraphModule, num_devices: int) -> list[GraphModule]:
+    """Return copies of a block, because no two stages add to the gradients of the same weights."""
+    try:
+        return [module, *(copy.deepcopy(module) for _ in range(num_devices - 1))]
+    except (TypeError, RuntimeError):  # it holds something that cannot be copied, such as a lock
+        return [module] * num_devices
 
 
 def _undisturbed(seconds: list[float]) -> float:
@@ -103,26 +120,37 @@ def _undisturbed(seconds: list[float]) -> float:
 def _time_runs(
     program: Program, inputs: list[Any], *, training: bool
 ) -> tuple[list[float], list[float]]:
+    """Return the seconds of each run, as a block runs in a stage: nothing of it is in a cache."""
     forward, backward = [], []
+    others = torch.zeros(OTHER_BYTES // 4)
     began = time.perf_counter()
     for run in range(WARMUP_RUNS + RUNS):
+        others.add_(1)  # what the stage's other blocks do between two runs of this one
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
         with grad, block_scope("profile", program.name):
             outputs = program.module(*inputs)
-        middle = time.perf_counter()
-        if training:
-            _backward(outputs)
-        ended = time.perf_counter()
+        forward_s = time.perf_counter() - started
+        backward_s = _backward_s(outputs, inputs, others) if training else 0.0
         if run >= WARMUP_RUNS:
-            forward.append(middle - started)
-            backward.append(ended - middle)
-        if len(forward) >= 3 and ended - began > LONGEST_S:
+            forward.append(forward_s)
+            backward.append(backward_s)
+        if len(forward) >= 3 and time.perf_counter() - began > LONGEST_S:
             break
     return forward, backward
 
 
-def _backward(outputs: tuple[Any, ...]) -> None:
+def _backward_s(outputs: tuple[Any, ...], inputs: Sequence[Any], others: Tensor) -> float:
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
-    if roots:
-        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    if not roots:
+        return 0.0
+    seeds = [torch.ones_like(root) for root in roots]
+    others.add_(1)
+    started = time.perf_counter()
+    with adding_to_grad():
+        torch.autograd.backward(roots, seeds)
+    seconds = time.perf_counter() - started
+    for value in inputs:
+        if isinstance(value, Tensor):
+            value.grad = None  # in a stage its producer takes it, nothing is added up
+    return seconds

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ipu_pipeline.ops import extension, linear
+
+METHOD = 2  # of measuring: what an older one has found is measured again
 CACHE_VARIABLE = "IPU_PIPELINE_CACHE"
 
 
@@ -24,8 +27,14 @@ def cache_folder() -> Path:
 
 
 def machine_key() -> str:
-    """Return text that names this machine's speed: processor, cores, torch version."""
-    return f"{_processor()}|{len(os.sched_getaffinity(0))} cores|torch {torch.__version__}"
+    """Return text that names this machine's speed: processor, cores, torch, what runs products."""
+    cores = len(os.sched_getaffinity(0))
+    kernels = "kernels" if extension.state().usable else "no kernels"
+    products = os.environ.get(linear.SWITCH, "")
+    return (
+        f"{_processor()}|{cores} cores|torch {torch.__version__}|{kernels}|products {products}|"
+        f"method {METHOD}"
+    )
 
 
 def load_measurements(name: str) -> dict[str, list[float]]:

@@ -1,26 +1,37 @@
 """Describe this machine: measured matrix FLOP/s and memory bandwidth of one pipeline device.
 
 All devices are measured at the same time, each with its share of the cores, because the stages
-of a pipeline run at the same time, too.
+of a pipeline run at the same time, too; ``calibration.py`` has what is measured besides the peaks.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
-from ipu_pipeline.profiling.concurrent import on_threads
+from ipu_pipeline.profiling.calibration import (
+    bytes_curve,
+    flat,
+    op_rates,
+    overhead_s,
+    points,
+    product_curve,
+    seconds_of,
+)
 
 MATRIX_SIZE = 768
 COPY_ELEMENTS = 16 * 1024 * 1024
-REPEATS = 5
 DTYPES = ("float32", "bfloat16")
+DETAILS = ("copy", "overhead", "products", "bytes", "rate-gelu")
+RATE = "rate-"
 USABLE_MEMORY = 0.8  # of what is free: the rest is for the interpreter, data and the page cache
 
 
@@ -35,32 +46,60 @@ def local_machine(num_devices: int) -> Machine:
     """
     if num_devices < 1:
         raise ValueError(f"num_devices must be at least 1, got {num_devices}")
-    speeds = _speeds(num_devices)
-    bandwidth = speeds.pop("copy")
+    measured = _measured(num_devices)
+    (bandwidth,), (overhead,) = measured["copy"], measured["overhead"]
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(
-        Device(f"cpu{index}", memory, speeds, bandwidth) for index in range(num_devices)
+        Device(
+            f"cpu{index}",
+            memory,
+            {dtype: measured[dtype][0] for dtype in DTYPES},
+            bandwidth,
+            op_overhead_s=overhead,
+            product_curve=points(measured["products"]),
+            bytes_curve=points(measured["bytes"]),
+            op_rates=_rates(measured),
+        )
+        for index in range(num_devices)
     )
     return Machine("local", devices, Link(bytes_per_s=bandwidth), shared_memory=True)
 
 
-def _speeds(num_devices: int) -> dict[str, float]:
-    name = f"machine-{num_devices}"
+def _measured(num_devices: int) -> dict[str, list[float]]:
+    """Return everything measured about one device; what is not on disk is measured now."""
+    name = f"machine-{num_devices}x{threads_per_stage(num_devices)}"
     known = load_measurements(name)
-    if set(known) != {*DTYPES, "copy"}:
+    if not {*DTYPES, *DETAILS} <= set(known):
         known = {dtype: [_matrix_flops_per_s(dtype, num_devices)] for dtype in DTYPES}
         known["copy"] = [_copy_bytes_per_s(num_devices)]
+        known["overhead"] = [overhead_s(num_devices)]
+        known["products"] = flat(product_curve(num_devices))
+        known["bytes"] = flat(bytes_curve(num_devices))
+        known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
         store_measurements(name, known)
-    return {key: values[0] for key, values in known.items()}
+    return known
+
+
+def _rates(measured: Mapping[str, list[float]]) -> dict[str, float]:
+    return {
+        name.removeprefix(RATE): values[0]
+        for name, values in measured.items()
+        if name.startswith(RATE)
+    }
 
 
 def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
     def make() -> Callable[[], object]:
         shape = (MATRIX_SIZE, MATRIX_SIZE)
         left, right = (torch.randn(shape).to(getattr(torch, dtype)) for _ in range(2))
-        return lambda: left @ right
 
-    return 2 * MATRIX_SIZE**3 / _best_seconds(make, num_devices)
+        def call() -> None:
+            with torch.no_grad(), block_scope("calibration"):
+                functional.linear(left, right)
+
+        return call
+
+    return 2 * MATRIX_SIZE**3 / seconds_of(make, num_devices)
 
 
 def _copy_bytes_per_s(num_devices: int) -> float:
@@ -68,24 +107,7 @@ def _copy_bytes_per_s(num_devices: int) -> float:
         source, target = torch.ones(COPY_ELEMENTS), torch.ones(COPY_ELEMENTS)
         return lambda: target.copy_(source)
 
-    return 2 * 4 * COPY_ELEMENTS / _best_seconds(make, num_devices)
-
-
-def _best_seconds(make: Callable[[], Callable[[], object]], num_devices: int) -> float:
-    """Return the best time of one call while all devices do the same."""
-
-    def measure() -> float:
-        call = make()
-        call()
-        times = []
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    results = on_threads(measure, num_devices)
-    return sum(results) / len(results)
+    return 2 * 4 * COPY_ELEMENTS / seconds_of(make, num_devices)
 
 
 def _available_memory() -> int:

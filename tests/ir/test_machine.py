@@ -137,3 +137,18 @@ def test_description_with_a_list_for_a_map_is_refused() -> None:
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot read the machine file"):
         Machine.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("op_overhead_s", -1.0, "op_overhead_s of at least 0 and measured rates above 0"),
+        ("op_rates", {"gelu": 0.0}, "measured rates above 0"),
+        ("bytes_curve", ((1.0, 0.0),), "measured rates above 0"),
+        ("product_curve", ((2.0, 1.0), (1.0, 1.0)), r"above 0 and rising: \[2.0, 1.0\]"),
+        ("bytes_curve", ((0.0, 1.0),), r"above 0 and rising: \[0.0\]"),
+    ],
+)
+def test_wrong_measurements_are_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Device("d", 1, {"float32": 1.0}, 1.0, **{field: value})  # type: ignore[arg-type]

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from ipu_pipeline.capture import capture
+from ipu_pipeline.cost.attention import BACKWARD, FORWARD
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.profiling import blocks as blocks_module
 from ipu_pipeline.profiling import local_machine, profile_blocks
 from ipu_pipeline.profiling import local_machine as exported
@@ -18,6 +21,7 @@ from ipu_pipeline.profiling.cache import (
     store_measurements,
 )
 from ipu_pipeline.profiling.concurrent import on_threads
+from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
 
@@ -29,10 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    module = __import__("sys").modules["ipu_pipeline.profiling.local_machine"]
-    monkeypatch.setattr(module, "MATRIX_SIZE", 64)
-    monkeypatch.setattr(module, "COPY_ELEMENTS", 1 << 16)
+    make_quick(monkeypatch)
 
 
 def test_machine_description(quick: None, cache: Path) -> None:
@@ -47,14 +48,19 @@ def test_machine_description(quick: None, cache: Path) -> None:
     assert 0 < device.memory_bytes < 1e14
     assert machine.link.bytes_per_s == device.memory_bytes_per_s
     assert machine.link.latency_s == 0
-    assert [path.name for path in cache.iterdir()] == ["machine-2.json"]
+    assert [size for size, _ in device.product_curve] == [2 * 8**3, 2 * 16**3]
+    assert [size for size, _ in device.bytes_curve] == [8 << 8, 8 << 12]
+    assert 0 < device.op_overhead_s < 1
+    assert {"gelu", "bmm", "bernoulli_", FORWARD, BACKWARD} <= set(device.op_rates)
+    assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
+    assert [path.name for path in cache.iterdir()] == ["machine-2x1.json"]
 
 
 def test_measured_once(quick: None, cache: Path) -> None:
     first = local_machine(2).devices[0].flops_per_s
-    stored = json.loads((cache / "machine-2.json").read_text())
+    stored = json.loads((cache / "machine-2x1.json").read_text())
     stored["values"]["float32"] = [123.0]
-    (cache / "machine-2.json").write_text(json.dumps(stored))
+    (cache / "machine-2x1.json").write_text(json.dumps(stored))
     assert local_machine(2).devices[0].flops_per_s["float32"] == 123.0
     assert local_machine(1).devices[0].flops_per_s["float32"] != 123.0
     assert first["float32"] != 123.0
@@ -70,9 +76,19 @@ def test_measured_once(quick: None, cache: Path) -> None:
 def test_damaged_or_foreign_cache_is_measured_again(quick, cache: Path, damage: str) -> None:
     cache.mkdir()
     text = damage.replace("KEY", machine_key())
-    (cache / "machine-1.json").write_text(text)
+    (cache / "machine-1x1.json").write_text(text)
     assert local_machine(1).devices[0].flops_per_s["float32"] > 1e6
-    assert (cache / "machine-1.json").read_text() != text
+    assert (cache / "machine-1x1.json").read_text() != text
+
+
+def test_what_was_measured_in_another_way_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    store_measurements("x", {"a": [1.0]})
+    assert load_measurements("x") == {"a": [1.0]}
+    monkeypatch.setenv("IPU_PIPELINE_MATMUL", "mkl")
+    assert load_measurements("x") == {}
+    monkeypatch.delenv("IPU_PIPELINE_MATMUL")
+    monkeypatch.setattr("ipu_pipeline.profiling.cache.METHOD", 0)
+    assert load_measurements("x") == {}
 
 
 def test_no_devices_is_refused() -> None:
@@ -127,11 +143,21 @@ def test_equal_blocks_are_timed_once_and_known_ones_not_again(
     assert first["bert.encoder.layer.0"] == first["bert.encoder.layer.3"]
     assert profile_blocks(captured, batch, num_devices=1) == first
     assert len(timed) == 4
-    content = json.loads((cache / "blocks-1.json").read_text())
+    content = json.loads((cache / "blocks-1x1.json").read_text())
     content["values"] = {key: [1.0] for key in content["values"]}  # damaged: two are needed
-    (cache / "blocks-1.json").write_text(json.dumps(content))
+    (cache / "blocks-1x1.json").write_text(json.dumps(content))
     profile_blocks(captured, batch, num_devices=1)
     assert len(timed) == 8
+
+
+def test_devices_have_weights_of_their_own_where_a_block_can_be_copied() -> None:
+    model, batch = TINY["vit"].build()
+    module = capture(model, batch).programs[1].module
+    first, second = blocks_module._one_for_each(module, 2)
+    assert first is module
+    assert all(a is not b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    module.lock = threading.Lock()
+    assert blocks_module._one_for_each(module, 2) == [module, module]
 
 
 def test_evaluation_has_no_backward_pass() -> None:

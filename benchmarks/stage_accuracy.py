@@ -1,0 +1,237 @@
+"""Predicted against measured seconds of every stage, on this machine, in this process.
+
+A stage's predicted time is its forward and backward seconds times the microbatches; its measured
+time is ``StepResult.stage_s``, what it computed in one step without waiting, median of the steps.
+The optimizer is in neither. Three ways to run a plan (``WAYS``):
+
+- ``alone``: one stage with all threads;
+- ``concurrent``: one thread for each of two stages, which run at the same time;
+- ``in turns``: 2 or 4 stages one after another on one thread, because more stages than cores
+  would measure how they share cores. The machine that the plan is made for is described so, too.
+
+    python -m benchmarks.stage_accuracy [--models bert gpt2 ...] [--steps 5] [--clock processor]
+
+``--clock processor`` takes the processor time of the stage's thread on both sides instead of wall
+time, for a machine that does other work meanwhile; it misses what more than one thread per stage
+does, so ``alone`` then has one thread. All is measured anew: the user's cache of measurements is
+neither read nor written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import mean, median
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import ipu_pipeline as ipp
+from benchmarks.stage_models import MODELS
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.plan_request import cost_model_of
+from ipu_pipeline.profiling import local_machine
+from ipu_pipeline.profiling.cache import CACHE_VARIABLE
+
+SOURCES = ("analytic", "profiled")
+LIMITS = {"analytic": 25.0, "profiled": 10.0}  # mean error in percent, of issue 9
+MICROBATCHES = 4
+WARMUP_STEPS = 2
+CLOCKS = {"wall": time.perf_counter, "processor": time.thread_time}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a plan.
+
+    Attributes:
+        name: See the module.
+        num_stages: Stages of the plan.
+        at_once: Stages that run at the same time.
+    """
+
+    name: str
+    num_stages: int
+    at_once: int
+
+
+WAYS = (
+    Way("alone", 1, 1),
+    Way("concurrent", 2, 2),
+    Way("in turns", 2, 1),
+    Way("in turns", 4, 1),
+)
+
+
+def measure(
+    models: Sequence[str] = tuple(MODELS),
+    *,
+    steps: int = 5,
+    ways: Sequence[Way] = WAYS,
+    clock: str = "wall",
+    progress: Callable[[str], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Return one row per model, way, source of costs and stage.
+
+    Args:
+        models: Names in ``stage_models.MODELS``.
+        steps: Timed steps of each plan; two more warm up.
+        ways: How the plans are run.
+        clock: ``wall``, or ``processor`` for the seconds of the stage's own thread.
+        progress: Gets a line for each model, way and source of costs when it is measured.
+
+    Returns:
+        Rows with ``model``, ``way``, ``num_stages``, ``costs``, ``stage``, ``predicted_s``,
+        ``measured_s`` and ``error_percent`` (positive: predicted too long).
+    """
+    rows = []
+    with _fresh_cache(), mock.patch.object(time, "perf_counter", CLOCKS[clock]):
+        for name in models:
+            model, batch = MODELS[name].build()
+            for way in ways:
+                one_thread = clock == "processor" or way.name == "in turns"
+                with _threads(1 if one_thread and way.at_once == 1 else None):
+                    found = [{"model": name, **row} for row in _rows(model, batch, way, steps)]
+                rows += found
+                for line in _lines(found) if progress is not None else ():
+                    progress(line)
+            del model
+            gc.collect()
+    return rows
+
+
+def _rows(
+    model: nn.Module, batch: Mapping[str, Tensor], way: Way, steps: int
+) -> Iterator[dict[str, Any]]:
+    known: dict[tuple[Any, ...], tuple[float, ...]] = {}
+    for source in SOURCES:
+        plan = _planned(model, batch, way, source)
+        split = tuple(stage.blocks for stage in plan.stages)
+        if split not in known:  # the sources often agree
+            known[split] = _measured(model, plan, batch, way, steps)
+        for index, stage in enumerate(plan.stages):
+            predicted_s = (stage.forward_s + stage.backward_s) * plan.num_microbatches
+            measured_s = known[split][index]
+            yield {
+                "way": way.name,
+                "num_stages": way.num_stages,
+                "costs": source,
+                "stage": index,
+                "predicted_s": predicted_s,
+                "measured_s": measured_s,
+                "error_percent": 100 * (predicted_s / measured_s - 1),
+            }
+
+
+def _planned(model: nn.Module, batch: Mapping[str, Tensor], way: Way, source: str) -> Plan:
+    """Plan for devices that are this machine as ``way`` shares it."""
+    measured = local_machine(way.at_once)
+    devices = tuple(
+        replace(measured.devices[0], name=f"cpu{index}") for index in range(way.num_stages)
+    )
+    machine: Machine = replace(measured, devices=devices)
+
+    def costs(captured: Any, inputs: Any, described: Machine, *others: Any) -> Any:
+        running = replace(described, devices=described.devices[: way.at_once])
+        return cost_model_of(captured, inputs, running, *others)
+
+    with mock.patch("ipu_pipeline.compiler.cost_model_of", costs):
+        return ipp.plan(
+            model,
+            batch,
+            machine=machine,
+            num_stages=way.num_stages,
+            microbatches=MICROBATCHES,
+            costs=source,
+        )
+
+
+def _measured(
+    model: nn.Module, plan: Plan, batch: Mapping[str, Tensor], way: Way, steps: int
+) -> tuple[float, ...]:
+    whole = {name: torch.cat([value] * MICROBATCHES) for name, value in batch.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sequential = way.at_once < way.num_stages
+    with ipp.compile(model, plan, optimizer=optimizer, sequential=sequential) as executable:
+        found = [executable.train_step(whole).stage_s for _ in range(WARMUP_STEPS + steps)]
+    return tuple(map(median, zip(*found[WARMUP_STEPS:], strict=True)))
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """Keep measurements in folders of this run, one for each number of threads."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+        os.environ[CACHE_VARIABLE] = folder
+        yield
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line per model, way and source of costs, and the means over all stages."""
+    lines = [f"{'model':10s} {'way':12s} stages costs     mean error  largest", *_lines(rows)]
+    for source in dict.fromkeys(r["costs"] for r in rows):
+        errors = [abs(r["error_percent"]) for r in rows if r["costs"] == source]
+        lines.append(
+            f"all {len(errors)} stages, {source}: mean error {mean(errors):.1f} % "
+            f"(limit {LIMITS[source]:.0f} %), largest {max(errors):.1f} %"
+        )
+    return lines
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    groups = dict.fromkeys((r["model"], r["way"], r["num_stages"], r["costs"]) for r in rows)
+    for group in groups:
+        errors = [
+            r["error_percent"]
+            for r in rows
+            if (r["model"], r["way"], r["num_stages"], r["costs"]) == group
+        ]
+        model, way, num_stages, source = group
+        yield (
+            f"{model:10s} {way:12s} {num_stages:6d} {source:9s} "
+            f"{mean(map(abs, errors)):8.1f} %  {max(errors, key=abs):+7.1f} %"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rows = measure(
+        options.models,
+        steps=options.steps,
+        clock=options.clock,
+        progress=partial(print, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(rows, indent=1) if options.json else "\n".join(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()
