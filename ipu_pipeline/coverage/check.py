@@ -32,6 +32,7 @@ from ipu_pipeline.coverage.record import Record, Result, one_line
 from ipu_pipeline.coverage.tiny_draft import ROWS
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.linear import torchs_products
 from ipu_pipeline.partition import Constraints, solve
 from ipu_pipeline.plan_writer import make_plan
 from ipu_pipeline.targets.base import Executable
@@ -71,7 +72,7 @@ def check_class(item: ModelClass, say: Say = lambda _: None) -> Record:
     torch.set_num_threads(1)
     facts: dict[str, Any] = {}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torchs_products():
             warnings.simplefilter("ignore")  # of models and configs
             result, reason = _check(item, say, facts)
     except _Finding as finding:

@@ -160,6 +160,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 TORCH_LIBRARY_FRAGMENT(ipu_pipeline, m) {
   m.def("onednn_products() -> bool", &ipu::onednn_products);
+  m.def("set_onednn_products(bool wish) -> bool", &ipu::set_onednn_products);
   m.def("set_adds_to_grad(bool wish) -> bool", &set_adds_to_grad);
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? narrow=None, "

@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
+#include <atomic>
 #include <cstdlib>
 
 #include "simd/isa.h"
@@ -29,6 +30,17 @@ bool processor_wants_onednn() {
 #endif
 }
 
+bool is_offered() { return &at::native::mkldnn_matmul != nullptr && onednn_linear() != nullptr; }
+
+std::atomic<bool>& choice() {
+  static std::atomic<bool> chosen = [] {
+    const char* wish = std::getenv("IPU_PIPELINE_MATMUL");
+    const std::string_view name = wish == nullptr ? "" : wish;
+    return is_offered() && (name == "onednn" || (name != "mkl" && processor_wants_onednn()));
+  }();
+  return chosen;
+}
+
 bool goes_to_onednn(const at::Tensor& a, int64_t columns) {
   return onednn_products() && a.scalar_type() == at::kFloat &&
          a.numel() * columns >= LEAST_MULTIPLICATIONS;
@@ -49,15 +61,9 @@ const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear() {
   return found ? &*found : nullptr;
 }
 
-bool onednn_products() {
-  static const bool chosen = [] {
-    const char* wish = std::getenv("IPU_PIPELINE_MATMUL");
-    const std::string_view name = wish == nullptr ? "" : wish;
-    const bool offered = &at::native::mkldnn_matmul != nullptr && onednn_linear() != nullptr;
-    return offered && (name == "onednn" || (name != "mkl" && processor_wants_onednn()));
-  }();
-  return chosen;
-}
+bool onednn_products() { return choice().load(std::memory_order_relaxed); }
+
+bool set_onednn_products(bool wish) { return choice().exchange(wish && is_offered()); }
 
 void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add) {
   at::Tensor result = out;

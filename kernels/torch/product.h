@@ -26,6 +26,9 @@ const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear();
 // otherwise the processor does. False if this torch does not offer oneDNN's products.
 bool onednn_products();
 
+// Changes that choice for all threads; returns what it was.
+bool set_onednn_products(bool wish);
+
 // out = a b, or out += a b. Matrices of any strides and one type.
 void product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out, bool add = false);
 

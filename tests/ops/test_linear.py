@@ -223,6 +223,20 @@ def test_a_blocks_layers_come_here(every_size: None) -> None:
 
 
 @needs_kernels
+def test_results_can_be_made_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.ops.ipu_pipeline.set_onednn_products(True)
+    x, weight, bias = (tensor.detach() for tensor in layer(256, 256, 128))
+    with linear.torchs_products():
+        assert not linear.onednn_products()
+        assert fast_linear(x, weight, bias) is None
+        with linear.torchs_products():
+            pass
+        assert not linear.onednn_products()
+    assert linear.onednn_products()
+    assert torch.ops.ipu_pipeline.set_onednn_products(before)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("wish", "chosen"), [("onednn", True), ("mkl", False)])
 def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
     code = "from ipu_pipeline.ops import linear as l; print(l.onednn_products())"
@@ -237,4 +251,4 @@ def test_the_environment_chooses_the_library(wish: str, chosen: bool) -> None:
 def test_an_unknown_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(linear.SWITCH, "blis")
     with pytest.raises(linear.PipelineError, match="IPU_PIPELINE_MATMUL=blis is unknown"):
-        linear.onednn_products.__wrapped__()
+        linear._kernels.__wrapped__()
