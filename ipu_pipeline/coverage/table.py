@@ -19,7 +19,8 @@ Every model class that transformers {transformers} lists for a task is built wit
 captured, planned for 2 and for 4 stages, and trained one step (SGD, 2 microbatches) by the local
 target. The loss, every gradient, every buffer and every weight after the step are compared with the
 same step of the model alone. Configs and batches are made by general rules: no code knows a single
-model. Dropout probabilities are 0, because masks are drawn per block.
+model. Dropout probabilities are 0, because masks are drawn per block, and float32 products are torch's
+on both sides: two libraries of them round differently.
 """
 
 
@@ -72,7 +73,9 @@ def markdown(records: Sequence[Record], versions: Mapping[str, str]) -> str:
         _grid(
             ("class", "architecture", "result", "reason"),
             ((r.name, r.architecture, r.result, r.reason) for r in left),
-        ),
+        )
+        if left
+        else "None.\n",
         "## Every class\n",
         _grid(
             ("class", "architecture", "task", "blocks", "stages", "difference", "result", "reason"),
