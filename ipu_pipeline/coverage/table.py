@@ -19,8 +19,8 @@ Every model class that transformers {transformers} lists for a task is built wit
 captured, planned for 2 and for 4 stages, and trained one step (SGD, 2 microbatches) by the local
 target. The loss, every gradient, every buffer and every weight after the step are compared with the
 same step of the model alone. Configs and batches are made by general rules: no code knows a single
-model. Dropout probabilities are 0, because masks are drawn per block, and float32 products are torch's
-on both sides: two libraries of them round differently.
+model. Dropout probabilities are 0, because masks are drawn per block, and float32 products are
+torch's on both sides: two libraries of them round differently.
 """
 
 
