@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from ipu_pipeline.ops import extension, linear
 
@@ -60,6 +62,22 @@ def store_measurements(name: str, values: Mapping[str, list[float]]) -> None:
         partial.replace(path)
     except OSError:
         return
+
+
+@contextlib.contextmanager
+def one_process(name: str) -> Iterator[None]:
+    """Let one process at a time measure ``name``: ranks that plan at once must find the same."""
+    lock = FileLock(cache_folder() / f".{name}.lock")
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:  # nothing can be kept there either
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _file(name: str) -> Path:

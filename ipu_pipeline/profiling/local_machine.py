@@ -16,7 +16,7 @@ from torch.nn import functional
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
-from ipu_pipeline.profiling.cache import load_measurements, store_measurements
+from ipu_pipeline.profiling.cache import load_measurements, one_process, store_measurements
 from ipu_pipeline.profiling.calibration import (
     bytes_curve,
     flat,
@@ -69,14 +69,25 @@ def _measured(num_devices: int) -> dict[str, list[float]]:
     """Return everything measured about one device; what is not on disk is measured now."""
     name = f"machine-{num_devices}x{threads_per_stage(num_devices)}"
     known = load_measurements(name)
-    if not {*DTYPES, *DETAILS} <= set(known):
-        known = {dtype: [_matrix_flops_per_s(dtype, num_devices)] for dtype in DTYPES}
-        known["copy"] = [_copy_bytes_per_s(num_devices)]
-        known["overhead"] = [overhead_s(num_devices)]
-        known["products"] = flat(product_curve(num_devices))
-        known["bytes"] = flat(bytes_curve(num_devices))
-        known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
-        store_measurements(name, known)
+    if _is_whole(known):
+        return known
+    with one_process(name):
+        known = load_measurements(name)
+        return known if _is_whole(known) else _measure(name, num_devices)
+
+
+def _is_whole(known: Mapping[str, list[float]]) -> bool:
+    return {*DTYPES, *DETAILS} <= set(known)
+
+
+def _measure(name: str, num_devices: int) -> dict[str, list[float]]:
+    known = {dtype: [_matrix_flops_per_s(dtype, num_devices)] for dtype in DTYPES}
+    known["copy"] = [_copy_bytes_per_s(num_devices)]
+    known["overhead"] = [overhead_s(num_devices)]
+    known["products"] = flat(product_curve(num_devices))
+    known["bytes"] = flat(bytes_curve(num_devices))
+    known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
+    store_measurements(name, known)
     return known
 
 
