@@ -24,25 +24,41 @@ from ipu_pipeline.ops import extension
 
 # Which library computes float32 products: "onednn", "mkl", or nothing for what suits the processor.
 SWITCH = "IPU_PIPELINE_MATMUL"
-# Smaller products gain less than the detour costs.
+# Smaller products gain less than the detour costs (LEAST_MULTIPLICATIONS of product.cpp).
 _LEAST_MULTIPLICATIONS = 4 << 20
 # A weight's number of in-place writes when it was cast, and the cast.
 _casts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def fast_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor | None:
     """Compute ``torch.nn.functional.linear``.
 
     Args:
         input: Of any leading shape, last dimension K.
         weight: ``(N, K)``.
         bias: ``(N)``, or None.
+        transposed: The weight is ``(K, N)``.
 
     Returns:
         The product; None for what torch computes as fast: small products, other types and
         devices, and everything where the kernels are missing.
     """
-    return _fast(input, weight, bias)
+    if not _is_large(input, weight, transposed=transposed) or not _is_alike(weight, bias):
+        return None
+    if not _kernels():
+        return None
+    operator = torch.ops.ipu_pipeline.linear
+    if not torch.is_autocast_enabled("cpu"):
+        fits = input.dtype is torch.float32 and onednn_products()
+        return operator(input, weight, bias, transposed=transposed) if fits else None
+    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
+        return None
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    narrow = _cast(weight, torch.bfloat16)
+    return operator(input.to(torch.bfloat16), weight, bias, narrow, transposed)
 
 
 def fast_addmm(
@@ -62,7 +78,7 @@ def fast_addmm(
     """
     if beta != 1 or alpha != 1:
         return None
-    return _fast(mat1, mat2, input, transposed=True)
+    return fast_linear(mat1, mat2, input, transposed=True)
 
 
 @contextlib.contextmanager
@@ -73,7 +89,7 @@ def adding_to_grad() -> Iterator[None]:
     would receive no longer passes its hooks' place in the graph. Parameters that have hooks, or
     no ``.grad`` yet, are left to autograd.
     """
-    if not (extension.state().usable):
+    if not extension.state().usable:
         yield
         return
     before = torch.ops.ipu_pipeline.set_adds_to_grad(True)
@@ -99,28 +115,13 @@ def torchs_products() -> Iterator[None]:
         torch.ops.ipu_pipeline.set_onednn_products(True)
 
 
-def forget_casts() -> None:
-    """Give back the memory of the weights that were cast."""
-    _casts.clear()
-
-
-def _fast(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False
-) -> Tensor | None:
-    if not _is_large(input, weight, transposed=transposed) or not _is_alike(weight, bias):
-        return None
-    if not _kernels():
-        return None
-    operator = torch.ops.ipu_pipeline.linear
-    if not torch.is_autocast_enabled("cpu"):
-        fits = input.dtype is torch.float32 and onednn_products()
-        return operator(input, weight, bias, transposed=transposed) if fits else None
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
-        return None
-    if input.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    narrow = _cast(weight, torch.bfloat16)
-    return operator(input.to(torch.bfloat16), weight, bias, narrow, transposed)
+@contextlib.contextmanager
+def casts_of_one_step() -> Iterator[None]:
+    """Give back the memory of the weights that were cast when the step ends."""
+    try:
+        yield
+    finally:
+        _casts.clear()
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.targets.checkpoint import Attach
 from ipu_pipeline.targets.distributed import state
@@ -250,7 +251,7 @@ class DistributedExecutable:
         plan = self.plan
         self._same_batch.check("training", self.global_step, batch)
         parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
-        with in_mode(self.model, training=True), torch.enable_grad():
+        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
             stages = captured(parts, self._cache)
             ownership = self._settle_ownership(stages[parts[0].num_samples])
             keys = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ops.linear import forget_casts
+from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
@@ -227,7 +227,7 @@ class LocalExecutable:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
         plan = self.plan
-        with in_mode(self.model, training=True), torch.enable_grad():
+        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
             name = self.options.schedule or plan.schedule
             if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
@@ -236,10 +236,7 @@ class LocalExecutable:
             step = Step(
                 stages, microbatches, self.options, self.global_step, loss_scaling, schedule
             )
-            try:
-                self._run(step)
-            finally:
-                forget_casts()
+            self._run(step)
             step.add_shared_gradients()
         return step
 

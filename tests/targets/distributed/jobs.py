@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops import linear
 from ipu_pipeline.ops.adamw import AdamW
 from ipu_pipeline.targets.distributed import executable  # noqa: F401 - preloaded
 from ipu_pipeline.targets.distributed.executable import DistributedExecutable
@@ -96,6 +98,25 @@ def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, A
         "error": max(differences.values()) / scale,
         "own_error": max(d / max(largest[n], NOISE * scale) for n, d in differences.items()),
     }
+
+
+def casts_kept(name: str, planned: dict[str, Any], **options: Any) -> tuple[int, int]:
+    """Return how many weights a bfloat16 step has cast, and how many casts are left after it."""
+    made: list[Tensor] = []
+
+    def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        made.append(weight)
+        return plain(weight, dtype)
+
+    plain = linear._cast
+    trained, batch = compiled(name, planned=planned, precision="bf16", **options)
+    with (
+        trained,
+        mock.patch.object(linear, "_LEAST_MULTIPLICATIONS", 0),
+        mock.patch.object(linear, "_cast", cast),
+    ):
+        trained.forward_backward(batch)
+    return len(made), len(linear._casts)
 
 
 def gradients_or_refusal(name: str, **arguments: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipu_pipeline.ops import extension
 from tests.targets.distributed import jobs
 from tests.targets.distributed.processes import Processes
 from tests.targets.distributed.test_training import assert_equal
@@ -37,6 +38,14 @@ def test_checkpoints_are_those_of_the_local_target(two: Processes, tmp_path: Pat
     assert again[0]["before"] == pytest.approx(local["after"], rel=1e-5)
     num_parameters = local["num_states"]
     assert all(0 < rank["num_states"] < num_parameters for rank in (*saved, *again))
+
+
+@pytest.mark.skipif(not extension.state().usable, reason=extension.state().detail)
+def test_casts_of_weights_last_for_a_step(two: Processes) -> None:
+    local = jobs.casts_kept("bert-qa", TWO, target="local")
+    for made, left in (local, *two.run("casts_kept", name="bert-qa", planned=TWO)):
+        assert made > 0
+        assert left == 0
 
 
 def test_a_full_disk_is_reported_by_every_rank(two: Processes, tmp_path: Path) -> None:
