@@ -182,7 +182,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fresh_cache() -> Iterator[None]:
-    """Keep measurements in folders of this run, one for each number of threads."""
+    """Keep measurements in a folder of this run."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         os.environ[CACHE_VARIABLE] = folder
         yield

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from benchmarks.processes import everyones, from_first
 from benchmarks.raw_pipeline import Raw
 from benchmarks.suite.material import Batch, Material, adamw, make_material
 from benchmarks.suite.workloads import MANY_PROCESSES, Contestant, Workload
+from ipu_pipeline.targets.mode import in_mode
 
 COMPILERS = ("c++", "g++", "clang++")
 # Contestants wait while the others step; the watch of our target must not take that for a fault.
@@ -52,7 +52,7 @@ class Eager:
 
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
-        with _evaluating(self._model), torch.no_grad(), self._material.autocast():
+        with in_mode(self._model, training=False), torch.no_grad(), self._material.autocast():
             return fmean(
                 float(self._forward(**part).loss) for part in self._material.microbatches(batch)
             )
@@ -117,7 +117,7 @@ class Parallel:
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
         model = self._model.module
-        with _evaluating(model), torch.no_grad(), self._material.autocast():
+        with in_mode(model, training=False), torch.no_grad(), self._material.autocast():
             return fmean(everyones(fmean(float(model(**p).loss) for p in self._own(batch))))
 
     def step(self, batch: Batch) -> None:
@@ -159,7 +159,7 @@ class RawPipeline:
 
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
-        with _evaluating(self._raw.modules):
+        with in_mode(self._raw.modules, training=False):
             found = self._raw.forward_backward(dict(batch), self._count(batch))
         self._raw.modules.zero_grad(set_to_none=True)
         return sum(everyones(found))
@@ -173,15 +173,6 @@ def even_split(names: Sequence[str], parts: int) -> list[list[str]]:
     """Cut names into consecutive parts whose lengths differ by at most 1."""
     ends = [round(len(names) * part / parts) for part in range(parts + 1)]
     return [list(names[a:b]) for a, b in pairwise(ends)]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
 
 
 def make(contestant: Contestant, workload: Workload, precision: str, shared: Material) -> Trained:

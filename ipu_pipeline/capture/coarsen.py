@@ -116,7 +116,7 @@ def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
         if node.op == "placeholder" or (
             not _must_be_placed(node, trace)
             and all(
-                n in found or (is_attribute(n) and not _is_parameter(n, trace))
+                n in found or (is_attribute(n) and not _holds_parameters(n, trace))
                 for n in dependencies(node)
             )
         ):
@@ -137,7 +137,7 @@ def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
     return has_parameters(target) or updates_buffers
 
 
-def _is_parameter(node: fx.Node, trace: Trace) -> bool:
+def _holds_parameters(node: fx.Node, trace: Trace) -> bool:
     found = trace.attributes.get(str(node.target))
     return isinstance(found, nn.Parameter) or (
         isinstance(found, nn.Module) and has_parameters(found)

@@ -119,10 +119,16 @@ class Tracer(TorchFunctionMode):
             return self._object_call(original, module, args, kwargs, objects)
         versions = self._versions(module, args, kwargs)
         result = self._untraced(original, module, *args, **kwargs)
-        node = self._call("call_module", fqn, args, kwargs)
+        self._plain_call(module, args, kwargs, result, versions)
+        return result
+
+    def _plain_call(
+        self, module: nn.Module, args: Any, kwargs: Any, result: Any, versions: Versions
+    ) -> None:
+        """Record a call of a leaf that was given tensors and plain values only."""
+        node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
         self._open_block(node, module)
         self._finish(node, args, kwargs, result, versions)
-        return result
 
     def _versions(self, module: nn.Module, *given: Any) -> Versions:
         """Return the versions of all that a call of a leaf may write to, its statistics as well."""
@@ -145,9 +151,7 @@ class Tracer(TorchFunctionMode):
             result = self._untraced(original, module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
-            node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
-            self._open_block(node, module)
-            self._finish(node, args, kwargs, result, versions)
+            self._plain_call(module, args, kwargs, result, versions)
             return result
         seen = {id(tensor) for tensor in (*watch.outside, *self.values.tensors(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]

@@ -7,9 +7,8 @@ gradients to add to. Every rate is measured on all devices at the same time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import quantiles
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,9 +228,4 @@ def flat(curve: Sequence[tuple[float, float]]) -> list[float]:
 
 def points(numbers: Sequence[float]) -> tuple[tuple[float, float], ...]:
     """Return what :func:`flat` made a list of."""
-    return tuple(_pairs(numbers))
-
-
-def _pairs(numbers: Sequence[float]) -> Iterator[tuple[float, float]]:
-    values: Iterator[Any] = iter(numbers)
-    yield from zip(values, values, strict=True)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
