@@ -110,6 +110,7 @@ def failing_saves(folder: str, planned: dict[str, Any], rank: int, blocking: boo
             made.save_checkpoint(f"{folder}/third")
         except OSError as error:
             errors.append(str(error))
+        dist.barrier()  # the first rank has removed what it began
         left = sorted(item.name for item in Path(folder).iterdir())
         made.train_step(batch)
         made.save_checkpoint(f"{folder}/third", blocking=False)
