@@ -85,12 +85,11 @@ def available() -> bool:
 
 
 def operators() -> tuple[str, ...]:
-    """Return the names of all operators that the library has, sorted; none if it is not usable."""
+    """Return the names of all operators on tensors, sorted; none if the library is not usable."""
     if not state().usable:
         return ()
-    schemas = torch._C._jit_get_all_schemas()
-    names = {schema.name for schema in schemas if schema.name.startswith(f"{NAMESPACE}::")}
-    return tuple(sorted(name.partition("::")[2] for name in names - {f"{NAMESPACE}::build_info"}))
+    ours = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{NAMESPACE}::")]
+    return tuple(sorted({s.name.partition("::")[2] for s in ours if "Tensor" in str(s)}))
 
 
 def _built_for(library: Path) -> str:

@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
 
-import torch
-
-from ipu_pipeline.ops.threads import threads_per_stage
+from ipu_pipeline.ops.threads import take_threads, threads_per_stage
 
 T = TypeVar("T")
 
@@ -19,17 +17,13 @@ def on_threads(work: Callable[[], T], count: int) -> list[T]:
 
     Every thread gets the intra-op threads that a stage of a ``count``-stage pipeline gets.
     """
-    before = torch.get_num_threads()
     per_thread = threads_per_stage(count)
     barrier = Barrier(count)
 
     def start() -> T:
-        torch.set_num_threads(per_thread)
+        take_threads(per_thread)
         barrier.wait()
         return work()
 
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            return [future.result() for future in [pool.submit(start) for _ in range(count)]]
-    finally:
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result() for future in [pool.submit(start) for _ in range(count)]]

@@ -1,6 +1,7 @@
 // The operator library `ipu_pipeline`: its name, and what it says about itself.
 // Every other file here adds its own operators with TORCH_LIBRARY_FRAGMENT.
 
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -23,6 +24,17 @@ const char threads[] = "one thread";
 // What it was built for, the loops it runs on this machine, and on how many threads.
 std::string build_info() { return std::string(built_for) + " " + ipu::isa_name() + "; " + threads; }
 
+// Threads of the calling thread's operators. Every shared library that uses ATen's parallel loops
+// has its own flag for a thread's first one, which sets the thread's number to the process's: here
+// that happens now, and no later operator of this library undoes torch.set_num_threads.
+int64_t threads_here() {
+  at::internal::lazy_init_num_threads();
+  return at::get_num_threads();
+}
+
 }  // namespace
 
-TORCH_LIBRARY(ipu_pipeline, m) { m.def("build_info() -> str", &build_info); }
+TORCH_LIBRARY(ipu_pipeline, m) {
+  m.def("build_info() -> str", &build_info);
+  m.def("threads_here() -> int", &threads_here);
+}

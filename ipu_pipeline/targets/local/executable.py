@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.ops.threads import threads_per_stage
+from ipu_pipeline.ops.threads import take_threads, threads_per_stage
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
@@ -264,7 +264,7 @@ class LocalExecutable:
             count = self.plan.num_stages
             per_stage = threads_per_stage(count)
             self._threads = StageThreads(
-                count, lambda: torch.set_num_threads(per_stage), self.options.stall_timeout_s
+                count, lambda: take_threads(per_stage), self.options.stall_timeout_s
             )
         return self._threads
 
