@@ -20,12 +20,18 @@ HEADINGS = {
     "planning": "Capturing and planning",
     "solver": "The solver alone",
     "kernels": "Our operations against torch's, interleaved",
+    "stages": "Predicted against measured seconds of stages on this machine",
     "ipu": "The IPU model against published figures",
 }
 WORDS = {
     "measured": "measured on the machine below",
     "simulated": "simulated",
-    "predicted": "predicted; nothing was run on an IPU",
+    "predicted": "predicted",
+}
+# Where the words of the kind are not enough.
+MORE_WORDS = {
+    "ipu": "predicted; nothing was run on an IPU",
+    "stages": "errors of the predictions; both sides in one run",
 }
 
 
@@ -48,7 +54,7 @@ def section(folder: Path = FOLDER) -> str:
 
 def _table(found: Section) -> str:
     title = HEADINGS.get(found.group, found.group)
-    return f"**{title}** ({WORDS[found.kind]})\n\n{markdown(found)}"
+    return f"**{title}** ({MORE_WORDS.get(found.group, WORDS[found.kind])})\n\n{markdown(found)}"
 
 
 def _below(rows: Sequence[Row], machine: dict[str, Any]) -> str:

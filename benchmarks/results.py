@@ -161,7 +161,12 @@ def compare(
 
 
 def worse_percent(before: Row, now: Row) -> float:
-    """Return by how many percent of what it was a median is worse; below 0: better."""
+    """Return by how many percent of what it was a median is worse; below 0: better.
+
+    What is in percent itself is worse by its points.
+    """
+    if before.metric.endswith("_percent"):
+        return now.median - before.median
     if before.median == 0:
         return 0.0 if now.median == 0 else float("inf")
     change = 100 * (now.median / before.median - 1)

@@ -39,7 +39,3 @@ def bench_published_throughput(
                [100 * (1 - report["fits_share"])], "predicted"),
     ]  # fmt: skip
     record(benchmark, "published throughput", "IPU model", seconds, metrics)
-
-
-# The stage times on this machine (benchmarks/stage_accuracy.py, measure) belong beside this, as a
-# group of their own: per model and cost source, metric("error_percent", "%", ..., "predicted").

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from benchmarks.stage_models import MODELS
+
 FILE = Path(__file__).resolve().parent.parent / "workloads.yaml"
 KINDS = ("eager", "compiled", "local", "distributed", "ddp", "raw")
 # Kinds that run in one process per core; the others use all cores from one.
@@ -135,6 +137,20 @@ class Solving:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """Models whose stage times are predicted and measured."""
+
+    models: Sequence[str]
+    steps: int
+    quick_models: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps")
+        _each_of("model", self.models, MODELS)
+        _each_of("model", self.quick_models, MODELS)
+
+
+@dataclass(frozen=True)
 class Kernels:
     """How often operations are timed."""
 
@@ -156,6 +172,7 @@ class Suite:
     memory: Sequence[Memory]
     planning: Mapping[str, Planning]
     solver: Sequence[Solving]
+    stages: Stages
     kernels: Kernels
 
     def __post_init__(self) -> None:
@@ -187,8 +204,9 @@ def load(path: Path = FILE) -> Suite:
         given[name] = {key: _make(kind, entry, f"{name}: {key}") for key, entry in entries}
     for name, kind in {"memory": Memory, "solver": Solving}.items():
         given[name] = [_make(kind, entry, name) for entry in given.get(name, ())]
-    if "kernels" in given:
-        given["kernels"] = _make(Kernels, given["kernels"], "kernels")
+    for name, kind in {"stages": Stages, "kernels": Kernels}.items():
+        if name in given:
+            given[name] = _make(kind, given[name], name)
     return _make(Suite, given, path.name)
 
 

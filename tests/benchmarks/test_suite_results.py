@@ -122,6 +122,8 @@ def test_more_is_worse_only_of_what_should_be_small(rows) -> None:
     seconds, ratio = rows[0], rows[4]
     assert worse_percent(seconds, replace(seconds, median=3.0)) == pytest.approx(50)
     assert worse_percent(ratio, replace(ratio, median=3.0)) == pytest.approx(-50)
+    error = replace(seconds, metric="mean_error_percent")
+    assert worse_percent(error, replace(error, median=3.0)) == pytest.approx(1)
     zero = replace(seconds, median=0.0)
     assert (worse_percent(zero, zero), worse_percent(zero, seconds)) == (0.0, float("inf"))
 
