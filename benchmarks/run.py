@@ -21,9 +21,9 @@ COMPARED = """\
 Compared are medians. Where a contestant has a ratio to eager or to torch, which both were measured
 in the same rounds, only that ratio is compared: a slower machine slows both sides. A busy one does
 not: contestants of two threads lose more than those of two processes; run on a quiet one. All
-else is compared as it is: seconds of capturing, planning and solving, MB, and errors of predictions
-in percent, by points. Seconds are worth comparing on the same quiet machine only. What is not measured any
-more counts as a regression, but not with --quick, which leaves out much."""
+else is compared as it is: seconds of capturing, planning and solving, MB, and, by points, errors of
+predictions in percent. Seconds are worth comparing on the same quiet machine only. What is not
+measured any more counts as a regression, but not with --quick, which leaves out much."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

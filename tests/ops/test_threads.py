@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ipu_pipeline.ops import extension
-from ipu_pipeline.ops.threads import take_threads, threads_per_stage
+from ipu_pipeline.ops.threads import share_threads, take_threads, threads_per_stage
 
 T = TypeVar("T")
 
@@ -48,6 +51,14 @@ def test_the_thread_has_its_number_and_keeps_it() -> None:
     assert stage(lambda: threads_per_stage(1)) == 1
 
 
+def test_the_number_can_change() -> None:
+    stage = Worker()
+    for count in (1, 3, 2):
+        stage(lambda n=count: take_threads(n))  # type: ignore[misc]
+        assert stage(ours) == count
+    assert Worker()(torch.get_num_threads) == 3
+
+
 def test_no_other_thread_is_changed() -> None:
     # It has used torch, and our library not yet.
     early, stage = Worker(), Worker()
@@ -73,3 +84,32 @@ def test_several_at_once() -> None:
         list(pool.map(lambda stage: stage(lambda: take_threads(2)), stages))
     assert [stage(ours) for stage in stages] == [2] * 4
     assert Worker()(ours) == 3
+
+
+def all_shares(works: int, available: int) -> Iterator[tuple[int, ...]]:
+    for shares in itertools.product(range(1, available + 1), repeat=works):
+        if sum(shares) <= max(available, works):
+            yield shares
+
+
+@given(
+    loads=st.lists(st.floats(min_value=0.0, max_value=10.0), min_size=1, max_size=4),
+    available=st.integers(min_value=1, max_value=7),
+)
+def test_no_other_way_to_share_has_a_smaller_largest_load(
+    loads: list[float], available: int
+) -> None:
+    def largest(shares: tuple[int, ...]) -> float:
+        return max(load / share for load, share in zip(loads, shares, strict=True))
+
+    shares = share_threads(loads, available)
+    assert sum(shares) == max(available, len(loads))
+    assert largest(shares) == min(map(largest, all_shares(len(loads), available)))
+
+
+@pytest.mark.parametrize(
+    ("loads", "available", "shares"),
+    [([2, 2], 8, (4, 4)), ([3, 1], 8, (6, 2)), ([1, 1, 1], 8, (3, 3, 2)), ([0, 0], 4, (2, 2))],
+)
+def test_shares(loads: list[float], available: int, shares: tuple[int, ...]) -> None:
+    assert share_threads(loads, available) == shares

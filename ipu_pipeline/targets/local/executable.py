@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.ops.threads import take_threads, threads_per_stage
+from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.schedule.build import build_schedule
 from ipu_pipeline.schedule.gpipe import forward_only
 from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult, T
@@ -248,7 +249,7 @@ class LocalExecutable:
             if self.options.sequential or self.plan.num_stages == 1:
                 run_sequentially(step.schedule, step)
             else:
-                self._stage_threads().run(step.schedule, step)
+                self._stage_threads().run(step.schedule, step, self._intra_op(step.schedule))
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -259,13 +260,15 @@ class LocalExecutable:
             self._broken = StageError("the step was interrupted")
             raise
 
+    def _intra_op(self, schedule: Schedule) -> tuple[int, ...]:
+        """Share the threads of the caller among the rows by what their stages are to take."""
+        seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
+        loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
+        return share_threads(loads, available_threads())
+
     def _stage_threads(self) -> StageThreads:
         if self._threads is None:
-            count = self.plan.num_stages
-            per_stage = threads_per_stage(count)
-            self._threads = StageThreads(
-                count, lambda: take_threads(per_stage), self.options.stall_timeout_s
-            )
+            self._threads = StageThreads(self.plan.num_stages, self.options.stall_timeout_s)
         return self._threads
 
 

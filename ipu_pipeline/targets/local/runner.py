@@ -8,12 +8,15 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ipu_pipeline.errors import StageError, StallError
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+from ipu_pipeline.ops.threads import take_threads
 
 Work = Callable[[Action], None]
-Jobs = queue.SimpleQueue[Callable[[], None] | None]
+# Intra-op threads, and what to run on them.
+Jobs = queue.SimpleQueue[tuple[int, Callable[[], None]] | None]
 POLL_S = 0.2
 # Wait so long for a thread that was told to stop; a stalled one is left behind.
 JOIN_S = 2.0
@@ -83,18 +86,15 @@ class StageThreads:
 
     Args:
         num_devices: Number of threads.
-        prepare: Called once in every thread before its first action.
         stall_timeout_s: Seconds without any finished action after which a step is given up.
     """
 
-    def __init__(
-        self, num_devices: int, prepare: Callable[[], None], stall_timeout_s: float
-    ) -> None:
+    def __init__(self, num_devices: int, stall_timeout_s: float) -> None:
         self.stall_timeout_s = stall_timeout_s
         self._jobs: list[Jobs] = [queue.SimpleQueue() for _ in range(num_devices)]
         self._threads = [
             threading.Thread(
-                target=_serve, args=(jobs, prepare), name=f"pipeline-device-{device}", daemon=True
+                target=_serve, args=(jobs,), name=f"pipeline-device-{device}", daemon=True
             )
             for device, jobs in enumerate(self._jobs)
         ]
@@ -103,8 +103,13 @@ class StageThreads:
         # When nobody called close(): a thread that still runs at exit can abort the process.
         self._stop = weakref.finalize(self, _stop, self._jobs, self._threads)
 
-    def run(self, schedule: Schedule, work: Work) -> None:
+    def run(self, schedule: Schedule, work: Work, intra_op: Sequence[int]) -> None:
         """Run every row on its own thread; return when all are done.
+
+        Args:
+            schedule: Its rows.
+            work: Does an action.
+            intra_op: Threads of the operators of each row.
 
         Raises:
             StageError: A stage raised; its exception is the cause.
@@ -113,9 +118,8 @@ class StageThreads:
         progress = Progress(schedule.num_stages)
         finished = [threading.Event() for _ in schedule.rows]
         for device, row in enumerate(schedule.rows):
-            self._jobs[device].put(
-                lambda d=device, r=row: _run_row(d, r, work, progress, finished[d])  # type: ignore[misc]
-            )
+            job = partial(_run_row, device, row, work, progress, finished[device])
+            self._jobs[device].put((intra_op[device], job))
         try:
             self._watch(progress, finished, schedule)
         except BaseException as error:
@@ -140,9 +144,13 @@ class StageThreads:
                 )
 
 
-def _serve(jobs: Jobs, prepare: Callable[[], None]) -> None:
-    prepare()
-    while (job := jobs.get()) is not None:
+def _serve(jobs: Jobs) -> None:
+    has = 0
+    while (given := jobs.get()) is not None:
+        intra_op, job = given
+        if intra_op != has:
+            take_threads(intra_op)
+            has = intra_op
         job()
 
 

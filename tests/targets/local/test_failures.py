@@ -93,7 +93,7 @@ def test_a_stalled_stage_is_reported_with_what_everybody_does() -> None:
 
 
 def test_waiting_stages_are_told_to_stop() -> None:
-    threads = StageThreads(3, lambda: None, stall_timeout_s=30)
+    threads = StageThreads(3, stall_timeout_s=30)
     seen: list[Action] = []
 
     def work(action: Action) -> None:
@@ -102,34 +102,34 @@ def test_waiting_stages_are_told_to_stop() -> None:
             raise KeyError("planted")
 
     with pytest.raises(StageError, match=r"stage 1 failed .*microbatch 2.*KeyError"):
-        threads.run(one_f_one_b(3, 8), work)
+        threads.run(one_f_one_b(3, 8), work, [1] * 3)
     assert Action(2, "F", 2) not in seen
     threads.close()
 
 
 def test_an_interrupt_stops_the_stages() -> None:
-    threads = StageThreads(2, lambda: None, stall_timeout_s=30)
+    threads = StageThreads(2, stall_timeout_s=30)
 
     def work(action: Action) -> None:
         if action == Action(1, "F", 0):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        threads.run(one_f_one_b(2, 2), work)
+        threads.run(one_f_one_b(2, 2), work, [1] * 2)
     threads.close()
 
 
 def test_many_schedules_in_a_row_never_hang() -> None:
-    threads = StageThreads(4, lambda: None, stall_timeout_s=20)
+    threads = StageThreads(4, stall_timeout_s=20)
     for microbatches in range(1, 40):
         done: set[Action] = set()
-        threads.run(one_f_one_b(4, microbatches), done.add)
+        threads.run(one_f_one_b(4, microbatches), done.add, [1] * 4)
         assert len(done) == 2 * 4 * microbatches
     threads.close()
 
 
 def test_threads_end_when_nobody_holds_them_any_more() -> None:
-    threads = StageThreads(2, lambda: None, stall_timeout_s=20)
+    threads = StageThreads(2, stall_timeout_s=20)
     workers = list(threads._threads)
     del threads
     gc.collect()
