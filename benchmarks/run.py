@@ -30,11 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write, compare; return the exit code."""
     options = parser().parse_args(argv)
     try:
+        check(options)
         before = read_csv(options.compare) if options.compare else None
         rows = measure(options)
     except ResultsError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+    if options.update:
+        whole = options.output_dir / "latest.csv"
+        write_csv(updated(read_csv(whole), rows), whole)
     show(rows, Console(width=None if sys.stdout.isatty() else 140))
     return 0 if before is None else report(before, rows, options.threshold, whole=not options.quick)
 
@@ -50,11 +54,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", default=[],
                        help=f"groups to run, of: {', '.join(GROUPS)}")  # fmt: skip
     found.add_argument("--quick", action="store_true",
-                       help="small workloads and few rounds; under 2 minutes")  # fmt: skip
+                       help="small workloads and few rounds; 3 minutes")  # fmt: skip
     found.add_argument("--compare", type=Path, metavar="CSV",
                        help="name what is worse than in an earlier CSV; exit with 1")  # fmt: skip
     found.add_argument("--threshold", type=float, default=10.0, metavar="PERCENT",
                        help="by how much a median may be worse; 10 by default")  # fmt: skip
+    found.add_argument("--update", action="store_true",
+                       help="with --only: put these groups into latest.csv in place of what it has "
+                       "of them; every row keeps its commit and date")  # fmt: skip
     found.add_argument("--output-dir", type=Path, default=FOLDER,
                        help="where the JSON and the CSV go; benchmarks/results by default. They "
                        "are called latest, or, of a part, by its groups and quick")  # fmt: skip
@@ -80,6 +87,26 @@ def measure(options: argparse.Namespace) -> list[Row]:
     if code != pytest.ExitCode.OK:
         raise ResultsError(f"a benchmark failed, see above; what was measured is in {path}")
     return rows
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what would end badly, before anything is measured.
+
+    Raises:
+        ResultsError: --update has nothing to update, or would with what is no whole group.
+    """
+    if not options.update:
+        return
+    if not options.only or options.quick:
+        raise ResultsError("--update goes with --only, and not with --quick")
+    read_csv(options.output_dir / "latest.csv")
+
+
+def updated(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
+    """Return ``before`` with the groups of ``now`` in place of its own, in the suite's order."""
+    measured = {row.group for row in now}
+    rows = [*(row for row in before if row.group not in measured), *now]
+    return sorted(rows, key=lambda row: GROUPS.index(row.group))
 
 
 def name_of(only: Sequence[str], *, quick: bool) -> str:

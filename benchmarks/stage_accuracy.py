@@ -2,14 +2,16 @@
 
 A stage's predicted time is its forward and backward seconds times the microbatches; its measured
 time is ``StepResult.stage_s``, what it computed in one step without waiting, median of the steps.
-The optimizer is in neither. Three ways to run a plan (``WAYS``):
+The optimizer is in neither. A machine that slows down for some seconds between the two would be
+taken for a wrong prediction, so both are done ``PASSES`` times in turns, for the split of the first
+pass; medians count. Three ways to run a plan (``WAYS``):
 
 - ``alone``: one stage with all threads;
 - ``concurrent``: one thread for each of two stages, which run at the same time;
 - ``in turns``: 2 or 4 stages one after another on one thread, because more stages than cores
   would measure how they share cores. The machine that the plan is made for is described so, too.
 
-    python -m benchmarks.stage_accuracy [--models bert gpt2 ...] [--steps 5] [--clock processor]
+    python -m benchmarks.stage_accuracy [--models bert gpt2 ...] [--steps 2] [--clock processor]
 
 ``--clock processor`` takes the processor time of the stage's thread on both sides instead of wall
 time, for a machine that does other work meanwhile; it misses what more than one thread per stage
@@ -41,15 +43,15 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from benchmarks.stage_models import MODELS
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.plan_request import cost_model_of
+from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.plan_request import cost_model_of, machine_limits
 from ipu_pipeline.profiling import local_machine
-from ipu_pipeline.profiling.cache import CACHE_VARIABLE
+from ipu_pipeline.profiling.cache import CACHE_VARIABLE, cache_folder
 
 SOURCES = ("analytic", "profiled")
 LIMITS = {"analytic": 25.0, "profiled": 10.0}  # mean error in percent, of issue 9
 MICROBATCHES = 4
-WARMUP_STEPS = 2
+PASSES = 3
 CLOCKS = {"wall": time.perf_counter, "processor": time.thread_time}
 
 
@@ -79,7 +81,7 @@ WAYS = (
 def measure(
     models: Sequence[str] = tuple(MODELS),
     *,
-    steps: int = 5,
+    steps: int = 2,
     ways: Sequence[Way] = WAYS,
     clock: str = "wall",
     progress: Callable[[str], object] | None = None,
@@ -88,7 +90,7 @@ def measure(
 
     Args:
         models: Names in ``stage_models.MODELS``.
-        steps: Timed steps of each plan; two more warm up.
+        steps: Timed steps of each plan in every pass; one more warms up.
         ways: How the plans are run.
         clock: ``wall``, or ``processor`` for the seconds of the stage's own thread.
         progress: Gets a line for each model, way and source of costs when it is measured.
@@ -116,33 +118,58 @@ def measure(
 def _rows(
     model: nn.Module, batch: Mapping[str, Tensor], way: Way, steps: int
 ) -> Iterator[dict[str, Any]]:
-    known: dict[tuple[Any, ...], tuple[float, ...]] = {}
-    for source in SOURCES:
-        plan = _planned(model, batch, way, source)
-        split = tuple(stage.blocks for stage in plan.stages)
-        if split not in known:  # the sources often agree
-            known[split] = _measured(model, plan, batch, way, steps)
-        for index, stage in enumerate(plan.stages):
-            predicted_s = (stage.forward_s + stage.backward_s) * plan.num_microbatches
-            measured_s = known[split][index]
+    plans = {source: _planned(model, batch, way, source) for source in SOURCES}
+    # The sources often agree on the split, which is then run once.
+    runs = {_split(plan): _Run(model, plan, batch, way) for plan in plans.values()}
+    predicted: dict[str, list[list[float]]] = {source: [] for source in SOURCES}
+    for number in range(PASSES):
+        if number > 0:
+            _forget_blocks()
+            plans = {s: _planned(model, batch, way, s, plan) for s, plan in plans.items()}
+        for source, plan in plans.items():
+            predicted[source].append([_stage_s(stage, plan) for stage in plan.stages])
+        for run in runs.values():
+            run.take(steps)
+    for source, plan in plans.items():
+        measured = runs[_split(plan)].finish()
+        for index, (p, m) in enumerate(zip(_medians(predicted[source]), measured, strict=True)):
             yield {
                 "way": way.name,
                 "num_stages": way.num_stages,
                 "costs": source,
                 "stage": index,
-                "predicted_s": predicted_s,
-                "measured_s": measured_s,
-                "error_percent": 100 * (predicted_s / measured_s - 1),
+                "predicted_s": p,
+                "measured_s": m,
+                "error_percent": 100 * (p / m - 1),
             }
 
 
-def _planned(model: nn.Module, batch: Mapping[str, Tensor], way: Way, source: str) -> Plan:
-    """Plan for devices that are this machine as ``way`` shares it."""
+def _split(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    return tuple(stage.blocks for stage in plan.stages)
+
+
+def _stage_s(stage: PlannedStage, plan: Plan) -> float:
+    return (stage.forward_s + stage.backward_s) * plan.num_microbatches
+
+
+def _medians(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [median(column) for column in zip(*rows, strict=True)]
+
+
+def _planned(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    way: Way,
+    source: str,
+    like: Plan | None = None,
+) -> Plan:
+    """Plan for devices that are this machine as ``way`` shares it; with the split of ``like``."""
     measured = local_machine(way.at_once)
     devices = tuple(
         replace(measured.devices[0], name=f"cpu{index}") for index in range(way.num_stages)
     )
     machine: Machine = replace(measured, devices=devices)
+    pins = {} if like is None else {b: i for i, blocks in enumerate(_split(like)) for b in blocks}
 
     def costs(captured: Any, inputs: Any, described: Machine, *others: Any) -> Any:
         running = replace(described, devices=described.devices[: way.at_once])
@@ -156,18 +183,29 @@ def _planned(model: nn.Module, batch: Mapping[str, Tensor], way: Way, source: st
             num_stages=way.num_stages,
             microbatches=MICROBATCHES,
             costs=source,
+            constraints=replace(machine_limits(machine), pinned_stages=pins),
         )
 
 
-def _measured(
-    model: nn.Module, plan: Plan, batch: Mapping[str, Tensor], way: Way, steps: int
-) -> tuple[float, ...]:
-    whole = {name: torch.cat([value] * MICROBATCHES) for name, value in batch.items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sequential = way.at_once < way.num_stages
-    with ipp.compile(model, plan, optimizer=optimizer, sequential=sequential) as executable:
-        found = [executable.train_step(whole).stage_s for _ in range(WARMUP_STEPS + steps)]
-    return tuple(map(median, zip(*found[WARMUP_STEPS:], strict=True)))
+class _Run:
+    """Steps of one split, some in every pass."""
+
+    def __init__(self, model: nn.Module, plan: Plan, batch: Mapping[str, Tensor], way: Way) -> None:
+        self._batch = {name: torch.cat([value] * MICROBATCHES) for name, value in batch.items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        sequential = way.at_once < way.num_stages
+        self._executable = ipp.compile(model, plan, optimizer=optimizer, sequential=sequential)
+        self._found: list[Sequence[float]] = []
+
+    def take(self, steps: int) -> None:
+        """Warm up with one step and time some."""
+        self._executable.train_step(self._batch)
+        self._found += [self._executable.train_step(self._batch).stage_s for _ in range(steps)]
+
+    def finish(self) -> list[float]:
+        """Return the median seconds of every stage; there are no more steps."""
+        self._executable.close()
+        return _medians(self._found)
 
 
 @contextlib.contextmanager
@@ -186,6 +224,12 @@ def _fresh_cache() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         os.environ[CACHE_VARIABLE] = folder
         yield
+
+
+def _forget_blocks() -> None:
+    """Have the blocks measured again; the machine stays as it was calibrated."""
+    for file in cache_folder().glob("blocks-*"):
+        file.unlink()
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -219,7 +263,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()

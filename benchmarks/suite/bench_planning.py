@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -13,9 +14,12 @@ from benchmarks.suite.replay import CLOCK, record, seconds_of
 from benchmarks.suite.workloads import Planning, Suite, load
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.profiling import local_machine
 
 pytestmark = pytest.mark.benchmark(group="planning", timer=CLOCK.now)
 PARTS = ("capture", "capture and plan")
+DEVICE_BYTES = 256 * 10**9
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,9 +49,23 @@ def planning_seconds(entry: Planning, part: str) -> float:
         batch_size=entry.micro_batch,
         seq_length=entry.sequence,
     )
+    machine = roomy_machine(entry.stages)
     begin = perf_counter()
     if part == PARTS[0]:
         capture(model, example)
     else:
-        ipp.plan(model, example, num_stages=entry.stages, microbatches=entry.microbatches)
+        ipp.plan(
+            model,
+            example,
+            machine=machine,
+            num_stages=entry.stages,
+            microbatches=entry.microbatches,
+        )
     return perf_counter() - begin
+
+
+def roomy_machine(num_devices: int) -> Machine:
+    """Return devices as fast as those of this machine, on which any model of the suite fits."""
+    measured = local_machine(num_devices)
+    devices = tuple(replace(each, memory_bytes=DEVICE_BYTES) for each in measured.devices)
+    return replace(measured, devices=devices)

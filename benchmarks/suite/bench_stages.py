@@ -33,14 +33,13 @@ def _models(stages: Stages, *, quick: bool) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def rows_of(suite: Suite, quick: bool) -> Callable[[str], Found]:  # noqa: FBT001 - a fixture
+def rows_of(suite: Suite) -> Callable[[str], Found]:
     """Measure every model once, when its first source of costs asks."""
-    steps = suite.quick_rounds if quick else suite.stages.steps
 
     @cache
     def run(model: str) -> Found:
         begin = perf_counter()
-        rows = measure([model], steps=steps)
+        rows = measure([model], steps=suite.stages.steps)
         return perf_counter() - begin, rows
 
     return run

@@ -25,10 +25,14 @@ from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.profiling.cache import load_measurements, store_measurements
 from ipu_pipeline.profiling.concurrent import on_threads
 
-RUNS = 7
-WARMUP_RUNS = 2
+# All blocks are visited so often: what slows the machine for a second then falls on one visit.
+VISITS = 3
+RUNS = 3  # of a block that count, per visit
 OTHER_BYTES = 48 * 1024 * 1024  # more than a device's part of the caches
-LONGEST_S = 2.0  # stop repeating a block after this time, once it ran three times
+LONGEST_S = 0.7  # stop repeating a block in a visit after this time, once a run has counted
+
+# Seconds of the forward and of the backward passes of one thread's runs.
+Runs = tuple[list[float], list[float]]
 
 
 def profile_blocks(
@@ -73,22 +77,32 @@ def _measure_missing(
     values: dict[str, Any] = {name: batch[name] for name in captured.inputs}
     with torch.no_grad():
         captured.prelude(captured.programs).run(values)
+        for program in captured.programs:
+            with block_scope("profile", program.name):
+                program.run(values)
+    missing: dict[str, Program] = {}
     for program in captured.programs:
-        signature = signatures[program.name]
-        if signature not in known:
-            known[signature] = _measure(program, values, num_devices, captured)
-        with torch.no_grad(), block_scope("profile", program.name):
-            program.run(values)
+        if signatures[program.name] not in known:
+            missing.setdefault(signatures[program.name], program)
+    found: dict[str, list[Runs]] = {signature: [] for signature in missing}
+    for _ in range(VISITS):
+        for signature, program in missing.items():
+            found[signature] += _measure(program, values, num_devices, captured)
+    for signature, visits in found.items():
+        known[signature] = [
+            _undisturbed([seconds for runs in visits for seconds in runs[which]])
+            for which in (0, 1)
+        ]
 
 
 def _measure(
     program: Program, values: Mapping[str, Any], num_devices: int, captured: CapturedModel
-) -> list[float]:
+) -> list[Runs]:
+    """Visit a block: run it on as many threads as there are devices."""
     specs = captured.specs
-
     modules = _one_for_each(program.module, num_devices)
 
-    def work() -> tuple[list[float], list[float]]:
+    def work() -> Runs:
         inputs = [
             values[n].detach().requires_grad_(specs[n].requires_grad)
             if isinstance(values[n], Tensor) and specs[n].requires_grad
@@ -98,10 +112,7 @@ def _measure(
         own = replace(program, module=modules.pop())
         return _time_runs(own, inputs, training=captured.training)
 
-    results = on_threads(work, num_devices)
-    forward = [seconds for result in results for seconds in result[0]]
-    backward = [seconds for result in results for seconds in result[1]]
-    return [_undisturbed(forward), _undisturbed(backward)]
+    return on_threads(work, num_devices)
 
 
 def _one_for_each(module: GraphModule, num_devices: int) -> list[GraphModule]:
@@ -117,14 +128,12 @@ def _undisturbed(seconds: list[float]) -> float:
     return quantiles(seconds, n=4)[0] if len(seconds) > 1 else seconds[0]
 
 
-def _time_runs(
-    program: Program, inputs: list[Any], *, training: bool
-) -> tuple[list[float], list[float]]:
-    """Return the seconds of each run, as a block runs in a stage: nothing of it is in a cache."""
+def _time_runs(program: Program, inputs: list[Any], *, training: bool) -> Runs:
+    """Time each run but the first, as a block runs in a stage: nothing of it is in a cache."""
     forward, backward = [], []
     others = torch.zeros(OTHER_BYTES // 4)
     began = time.perf_counter()
-    for run in range(WARMUP_RUNS + RUNS):
+    for run in range(1 + RUNS):
         others.add_(1)  # what the stage's other blocks do between two runs of this one
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
@@ -132,11 +141,11 @@ def _time_runs(
             outputs = program.module(*inputs)
         forward_s = time.perf_counter() - started
         backward_s = _backward_s(outputs, inputs, others) if training else 0.0
-        if run >= WARMUP_RUNS:
+        if run > 0:
             forward.append(forward_s)
             backward.append(backward_s)
-        if len(forward) >= 3 and time.perf_counter() - began > LONGEST_S:
-            break
+            if time.perf_counter() - began > LONGEST_S:
+                break
     return forward, backward
 
 

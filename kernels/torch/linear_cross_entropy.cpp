@@ -10,9 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -124,10 +122,6 @@ class Slices {
     if (gradients.wanted()) chunk_ = at::empty({most_tokens, classes_}, in.x.options());
     target_gradients_ = at::zeros({in.x.size(0)}, numbers);
     if (gradients.bias.defined()) bias_sums_ = at::zeros({classes_}, numbers);
-    if (in.x.scalar_type() == at::kFloat && in.weight.is_contiguous() && in.weight.numel() > 0 &&
-        ipu::isa() == ipu::Isa::avx512) {
-      onednn_ = ipu::onednn_linear();
-    }
     class_weight_sum_ = static_cast<double>(classes_);
     if (in.class_weight.defined()) {
       class_weights_ = in.class_weight.template const_data_ptr<A>();
@@ -152,8 +146,8 @@ class Slices {
     for_each((tokens + kBlockTokens - 1) / kBlockTokens, [&](int64_t block) {
       const int64_t start = block * kBlockTokens;
       const int64_t count = std::min(kBlockTokens, tokens - start);
-      Tensor out = gradients_.x.narrow(0, first + start, count);
-      multiply(out, chunk_.narrow(0, start, count), in_.weight.t());
+      ipu::product(chunk_.narrow(0, start, count), in_.weight,
+                   gradients_.x.narrow(0, first + start, count));
     });
   }
 
@@ -228,9 +222,10 @@ class Slices {
   void logits_of(int64_t index) {
     Tile tile = tile_at(index);
     const Tensor weight = in_.weight.narrow(0, tile.loop.first_class, tile.loop.classes);
-    Tensor bias;
-    if (in_.bias.defined()) bias = in_.bias.narrow(0, tile.loop.first_class, tile.loop.classes);
-    multiply(tile.buffer, x_, weight, bias);
+    if (in_.bias.defined()) {
+      tile.buffer.copy_(in_.bias.narrow(0, tile.loop.first_class, tile.loop.classes));
+    }
+    ipu::product(x_, weight.t(), tile.buffer, /*add=*/in_.bias.defined());
     const ipu::TileSums sums{tile_sum(0, index), tile_sum(1, index),
                              loss_.smoothing > 0 ? tile_sum(2, index) : nullptr, row_value(0)};
     IPU_LOOP(softmax_tile_sums)
@@ -282,30 +277,8 @@ class Slices {
     IPU_LOOP(softmax_tile_gradient)
     (tile.loop, tile.chunk, classes_, copy, column_sums, factors);
     if (!gradients_.weight.defined()) return;
-    Tensor rows = gradients_.weight.narrow(0, first, tile.loop.classes);
-    if (first_ == 0) {
-      multiply(rows, tile.buffer.t(), x_.t());
-    } else if (onednn_ != nullptr) {
-      rows.add_(onednn(tile.buffer.t(), x_.t(), {}));
-    } else {
-      at::addmm_out(rows, rows, tile.buffer.t(), x_);
-    }
-  }
-
-  // out = a b^T + bias
-  void multiply(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias = {}) const {
-    if (onednn_ != nullptr) {
-      out.copy_(onednn(a, b, bias));
-    } else if (bias.defined()) {
-      at::addmm_out(out, bias, a, b.t());
-    } else {
-      at::mm_out(out, a, b.t());
-    }
-  }
-
-  Tensor onednn(const Tensor& a, const Tensor& b, const Tensor& bias) const {
-    const std::optional<Tensor> addend = bias.defined() ? std::optional(bias) : std::nullopt;
-    return onednn_->call(a, b, addend, "none", c10::List<std::optional<at::Scalar>>(), "");
+    const Tensor rows = gradients_.weight.narrow(0, first, tile.loop.classes);
+    ipu::product(tile.buffer.t(), x_, rows, /*add=*/first_ > 0);
   }
 
   const Inputs& in_;
@@ -315,7 +288,6 @@ class Slices {
   const int64_t num_tiles_;
   const A* class_weights_ = nullptr;
   double class_weight_sum_ = 0;
-  const c10::TypedOperatorHandle<ipu::OnednnLinear>* onednn_ = nullptr;
   // [3, tiles, tokens]: maximum, sum of exponentials, weighted sum of the logits.
   Tensor tile_sums_;
   // [5, tokens]: the target's logit, log-sum-exp, and the three factors of the gradient.

@@ -2,11 +2,13 @@
 
 #include "product.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
 #include <atomic>
 #include <cstdlib>
+#include <string_view>
 
 #include "simd/isa.h"
 
@@ -30,6 +32,25 @@ bool processor_wants_onednn() {
 #endif
 }
 
+using OnednnLinear = at::Tensor(const at::Tensor&, const at::Tensor&,
+                                const std::optional<at::Tensor>&, std::string_view,
+                                c10::List<std::optional<at::Scalar>>,
+                                std::optional<std::string_view>);
+
+// oneDNN's linear layer, as torch.compile calls it; null where this torch has none.
+const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear() {
+  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OnednnLinear>> {
+    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
+    try {
+      return op->typed<OnednnLinear>();
+    } catch (const c10::Error&) {
+      return std::nullopt;  // another signature than in the torch this was written for
+    }
+  }();
+  return found ? &*found : nullptr;
+}
+
 bool is_offered() { return &at::native::mkldnn_matmul != nullptr && onednn_linear() != nullptr; }
 
 std::atomic<bool>& choice() {
@@ -47,19 +68,6 @@ bool goes_to_onednn(const at::Tensor& a, int64_t columns) {
 }
 
 }  // namespace
-
-const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear() {
-  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OnednnLinear>> {
-    const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-    if (!op || !op->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
-    try {
-      return op->typed<OnednnLinear>();
-    } catch (const c10::Error&) {
-      return std::nullopt;  // another signature than in the torch this was written for
-    }
-  }();
-  return found ? &*found : nullptr;
-}
 
 bool onednn_products() { return choice().load(std::memory_order_relaxed); }
 

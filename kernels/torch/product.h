@@ -7,20 +7,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
-#include <string_view>
 
 namespace ipu {
-
-using OnednnLinear = at::Tensor(const at::Tensor&, const at::Tensor&,
-                                const std::optional<at::Tensor>&, std::string_view,
-                                c10::List<std::optional<at::Scalar>>,
-                                std::optional<std::string_view>);
-
-// oneDNN's linear layer, as torch.compile calls it; null where this torch has none.
-const c10::TypedOperatorHandle<OnednnLinear>* onednn_linear();
 
 // Whether float32 products go to oneDNN here. IPU_PIPELINE_MATMUL=onednn or =mkl decides it,
 // otherwise the processor does. False if this torch does not offer oneDNN's products.

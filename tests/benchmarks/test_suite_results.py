@@ -178,6 +178,29 @@ def test_a_part_does_not_overwrite_the_whole() -> None:
     assert "--suite-quick" not in files
 
 
+def test_measured_groups_replace_those_of_the_whole(rows, monkeypatch, tmp_path) -> None:
+    solver = replace(rows[0], group="solver")
+    whole = tmp_path / "latest.csv"
+    write_csv([*rows, solver], whole)
+    now = [replace(rows[5], median=800.0, commit="later")]
+    monkeypatch.setattr(run, "measure", lambda _: now)
+    assert run.main(["--only", "memory", "--update", "--output-dir", str(tmp_path)]) == 0
+    assert read_csv(whole) == [*rows[:5], *now, solver]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--update"], "--update goes with --only"),
+        (["--update", "--only", "ipu", "--quick"], "and not with --quick"),
+        (["--update", "--only", "ipu"], "there are no results at"),
+    ],
+)
+def test_an_update_of_nothing_is_refused(tmp_path, capsys, arguments, said) -> None:
+    assert run.main([*arguments, "--output-dir", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_every_group_has_a_file() -> None:
     assert {f"bench_{group}.py" for group in run.GROUPS} == {
         path.name for path in run.SUITE.glob("bench_*.py")
