@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 from ipu_pipeline.partition.problem import Option
 
 Floats = NDArray[np.float64]
+# Seconds forward and backward, bytes held, largest workspace, picks.
+Point = tuple[float, float, float, float, tuple[int, ...]]
 _EPS = 1e-12
+# A table of pairs is quicker for some; of more it takes too much memory.
+_MOST_IN_A_TABLE = 512
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def pareto(
         budget_bytes: Largest ``held_bytes``.
         by_memory: Also keep slower selections that hold fewer bytes (the memory is shared).
     """
-    points: list[tuple[float, float, float, float, tuple[int, ...]]] = [(0.0, 0.0, 0.0, 0.0, ())]
+    points: list[Point] = [(0.0, 0.0, 0.0, 0.0, ())]
     for options in ways:
         grown = [
             (f + o.forward_s, b + o.backward_s, held + o.held_bytes(in_flight),
@@ -112,12 +116,19 @@ def _dominates(first: Selection, second: Selection, *, by_memory: bool) -> bool:
     )
 
 
-def _undominated(
-    points: list[tuple[float, float, float, float, tuple[int, ...]]],
-) -> list[tuple[float, float, float, float, tuple[int, ...]]]:
+def _undominated(points: list[Point]) -> list[Point]:
     """Drop points that another one beats in all four numbers."""
     points.sort()
-    kept: list[tuple[float, float, float, float, tuple[int, ...]]] = []
+    if not 0 < len(points) <= _MOST_IN_A_TABLE:
+        return _undominated_of_many(points)
+    backward, held, space = np.array([point[1:4] for point in points]).T
+    beats = (backward[:, None] <= backward) & (held[:, None] <= held) & (space[:, None] <= space)
+    dropped = np.triu(beats, k=1).any(axis=0)  # by one before it, which is not slower forward
+    return [point for point, drop in zip(points, dropped.tolist(), strict=True) if not drop]
+
+
+def _undominated_of_many(points: Sequence[Point]) -> list[Point]:
+    kept: list[Point] = []
     for point in points:
         if not any(k[1] <= point[1] and k[2] <= point[2] and k[3] <= point[3] for k in kept):
             kept.append(point)

@@ -283,11 +283,11 @@ def _undominated(labels: list[_Label]) -> list[_Label]:
         return labels
     labels.sort(key=lambda label: label.bound)
     kept: list[_Label] = []
-    table: list[Floats] = []
+    table = np.empty((len(labels), len(labels[0].numbers())))
     for label in labels:
         numbers = label.numbers()
-        if table and bool((np.stack(table) <= numbers).all(axis=1).any()):
+        if (table[: len(kept)] <= numbers).all(axis=1).any():
             continue
+        table[len(kept)] = numbers
         kept.append(label)
-        table.append(numbers)
     return kept
