@@ -69,7 +69,8 @@ def sections(rows: Sequence[Row]) -> Iterator[Section]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    text = f"{row.median:,.2f}" if row.median < 100 else f"{row.median:,.0f}"
+    digits = ".2g" if 0 < row.median < 0.1 else ",.2f" if row.median < 100 else ",.0f"
+    text = format(row.median, digits)
     if row.metric in _WITH_QUARTILES:
         return f"{text} ({row.low:.2f} to {row.high:.2f})"
     return f"{text} {row.unit}" if row.unit.startswith("%") else text
