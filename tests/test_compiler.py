@@ -75,7 +75,7 @@ def test_profiled_costs_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     measure = blocks._measure
 
-    def counted(program: object, *rest: object) -> list[float]:
+    def counted(program: object, *rest: object) -> list[blocks.Runs]:
         runs.append(program)
         return measure(program, *rest)  # type: ignore[arg-type]
 
@@ -83,11 +83,12 @@ def test_profiled_costs_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = TINY["bert-qa"].build()
     plan = ipp.plan(model, batch, num_stages=2, costs="profiled")
     assert plan.cost_source == "profiled"
-    assert len(runs) == 4  # embeddings, one layer for all four, head, loss
+    # Embeddings, one layer for all four, head, loss.
+    assert len(runs) == 4 * blocks.VISITS
     layers = [b.forward_s for b in plan.blocks if b.kind == "layer"]
     assert len(set(layers)) == 1
     ipp.plan(model, batch, num_stages=2, costs="profiled")
-    assert len(runs) == 4
+    assert len(runs) == 4 * blocks.VISITS
 
 
 def test_tied_blocks_may_be_apart_on_the_local_target() -> None:
