@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", default=[],
                        help=f"groups to run, of: {', '.join(GROUPS)}")  # fmt: skip
     found.add_argument("--quick", action="store_true",
-                       help="small workloads and few rounds; 3 minutes")  # fmt: skip
+                       help="small workloads and few rounds; some minutes")  # fmt: skip
     found.add_argument("--compare", type=Path, metavar="CSV",
                        help="name what is worse than in an earlier CSV; exit with 1")  # fmt: skip
     found.add_argument("--threshold", type=float, default=10.0, metavar="PERCENT",
