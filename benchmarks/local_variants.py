@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -64,7 +63,7 @@ def main() -> None:
     first = {}
     for name, step in steps.items():
         with _pinned() if name == "pinned" else contextlib.nullcontext():
-            first[name] = _seconds(step)
+            first[name] = interleaved({name: step}, rounds=1, warmup=0)[name].seconds[0]
     times = {name: found.seconds for name, found in interleaved(steps, options.rounds).items()}
     lines = [f"{'variant':16} {'first s':>8} {'median s':>9} {'ratio (quartiles)':>22}  to"]
     for name, base in BASES.items():
@@ -101,12 +100,6 @@ def _pinned() -> Any:
         take_threads(count)
 
     return mock.patch("ipu_pipeline.targets.local.runner.take_threads", take_core_and_threads)
-
-
-def _seconds(step: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
