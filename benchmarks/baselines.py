@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
-from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.options.model import GraphCosts
 
 Split = tuple[tuple[str, ...], ...]
 

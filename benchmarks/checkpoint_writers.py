@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ipu_pipeline.targets.checkpoint.parts import Part, on_host, write_part
+from ipu_pipeline.checkpoint.parts import Part, on_host, write_part
 
 PIECES = 8
 

@@ -35,14 +35,14 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from benchmarks.baselines import BASELINES
 from benchmarks.processes import Step, interleaved, is_started, ratio, start
+from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
+from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Constraints, Partition, evaluate, solve
 from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.profiling import local_machine, profile_blocks
-from ipu_pipeline.profiling.cache import CACHE_VARIABLE
+from ipu_pipeline.planner.options.profiled import ProfiledCostModel
+from ipu_pipeline.planner.search import Constraints, Partition, evaluate, solve
 
 MODELS: Mapping[str, tuple[str, transformers.PretrainedConfig]] = {
     "bert-mlm": (

@@ -19,7 +19,7 @@ from benchmarks.ipu_architectures import architecture, capture_architecture
 from benchmarks.ipu_fit import SHARED, fit
 from benchmarks.ipu_observations import Observation, judged, load_observations, predict_row
 from benchmarks.ipu_rows import Raw, UnjudgeableRowError, load_rows, misfit_row, read_row
-from ipu_pipeline.cost.ipu import DEFAULT_CALIBRATION, chip_named
+from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, chip_named
 
 GIBIBYTE = 2**30
 LEFT_OUT_ITERATIONS = 60

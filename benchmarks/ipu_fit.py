@@ -19,8 +19,8 @@ from math import exp, log
 from pathlib import Path
 
 from benchmarks.ipu_observations import Observation, judged, load_observations
-from ipu_pipeline.cost.ipu import DEFAULT_CALIBRATION, Calibration, chip_named
-from ipu_pipeline.cost.ipu.matmul import Product, plan_matmul
+from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, Calibration, chip_named
+from ipu_pipeline.backends.ipu.prices.matmul import Product, plan_matmul
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "ipu"
 ROW_ERROR, PRODUCT_ERROR = 0.05, 0.15

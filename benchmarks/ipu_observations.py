@@ -21,7 +21,7 @@ from benchmarks.ipu_rows import (
     placed_layers,
     throughput_row,
 )
-from ipu_pipeline.cost.ipu import (
+from ipu_pipeline.backends.ipu.prices import (
     DEFAULT_CALIBRATION,
     Calibration,
     Chip,
@@ -29,8 +29,8 @@ from ipu_pipeline.cost.ipu import (
     chip_named,
     predict_on_chip,
 )
-from ipu_pipeline.cost.ipu.layout import Layout, make_layout
-from ipu_pipeline.cost.ipu.timing import step_time
+from ipu_pipeline.backends.ipu.prices.layout import Layout, make_layout
+from ipu_pipeline.backends.ipu.prices.timing import step_time
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.graph import BlockGraph
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipu_pipeline.cost.ipu.settings import FrontEnd, IPUSettings
+from ipu_pipeline.backends.ipu.prices.settings import FrontEnd, IPUSettings
 from ipu_pipeline.ir.graph import Block, BlockGraph
 
 Raw = Mapping[str, Any]

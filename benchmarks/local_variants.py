@@ -99,7 +99,7 @@ def _pinned() -> Any:
         os.sched_setaffinity(0, {next(cores)})
         take_threads(count)
 
-    return mock.patch("ipu_pipeline.targets.local.runner.take_threads", take_core_and_threads)
+    return mock.patch("ipu_pipeline.backends.local.runner.take_threads", take_core_and_threads)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from benchmarks.memory_mt5 import untied
 from benchmarks.memory_probe import Probe, run_child
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Constraints
-from ipu_pipeline.schedule.simulate import simulate
+from ipu_pipeline.planner.schedules.simulate import simulate
+from ipu_pipeline.planner.search import Constraints
 
 MB = 1e6
 MICROBATCHES = 3

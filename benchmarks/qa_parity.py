@@ -27,7 +27,7 @@ from qa_data import load_windows  # noqa: E402
 from qa_options import Options  # noqa: E402
 from script_options import as_command  # noqa: E402
 
-from ipu_pipeline.tasks.question_answering import (  # noqa: E402
+from tasks.question_answering import (  # noqa: E402
     QuestionAnsweringDataset,
     score_predictions,
     select_answers,

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import BertForQuestionAnswering
 from transformers.masking_utils import create_bidirectional_mask
 
-from ipu_pipeline.targets.distributed.schedules import SCHEDULES
+from ipu_pipeline.backends.cluster.schedules import SCHEDULES
 
 Batch = dict[str, Tensor]
 

@@ -17,12 +17,12 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.partition.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.partition.paced import PacedSearch
-from ipu_pipeline.partition.pricing import Pricer
-from ipu_pipeline.partition.problem import Option, Problem, Slot, Value, bits
-from ipu_pipeline.partition.rows import Rows
-from ipu_pipeline.partition.sweep import Layout
+from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
+from ipu_pipeline.planner.search.paced import PacedSearch
+from ipu_pipeline.planner.search.pricing import Pricer
+from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
+from ipu_pipeline.planner.search.rows import Rows
+from ipu_pipeline.planner.search.sweep import Layout
 
 GIB = 2**30
 MOST_IDEALS = 200_000

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from benchmarks.solver_instances import Instance, solve_instance
-from ipu_pipeline.cost.model import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.partition import Constraints, Partition, solve
-from ipu_pipeline.partition.problem import Option, Problem, Slot, Value
-from ipu_pipeline.partition.sweep import Layout
+from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
+from ipu_pipeline.planner.search.sweep import Layout
 
 MICROBATCHES = 256
 AMPLE_BYTES = 10**12

@@ -17,13 +17,13 @@ import transformers
 from benchmarks.baselines import BASELINES
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.model import GraphCosts
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.partition import Constraints, evaluate, solve
+from ipu_pipeline.planner.options.analytic import AnalyticCostModel
+from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.search import Constraints, evaluate, solve
 
 DEVICE_COUNTS = (2, 4, 8, 16)
 MODELS: dict[str, tuple[str, Callable[[], transformers.PretrainedConfig]]] = {

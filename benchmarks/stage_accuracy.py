@@ -42,11 +42,11 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from benchmarks.stage_models import MODELS
+from ipu_pipeline.backends.local.measure import local_machine
+from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE, cache_folder
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.plan_request import cost_model_of, machine_limits
-from ipu_pipeline.profiling import local_machine
-from ipu_pipeline.profiling.cache import CACHE_VARIABLE, cache_folder
 
 SOURCES = ("analytic", "profiled")
 LIMITS = {"analytic": 25.0, "profiled": 10.0}  # mean error in percent, of issue 9

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "co
 from demo_model import load_model_and_tokenizer
 
 import ipu_pipeline as ipp
-from ipu_pipeline.tasks.question_answering import (
+from ipu_pipeline.train import TrainingArguments, build_optimizer, train
+from tasks.question_answering import (
     QuestionAnsweringDataset,
     build_features,
     read_squad,
 )
-from ipu_pipeline.training import TrainingArguments, build_optimizer, train
 
 VARIANTS: dict[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),

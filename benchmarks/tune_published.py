@@ -19,10 +19,10 @@ from benchmarks.ipu_architectures import architecture, capture_architecture
 from benchmarks.ipu_fit import SHARED
 from benchmarks.ipu_observations import predict_row
 from benchmarks.ipu_rows import Row, UnjudgeableRowError, load_rows, read_row
-from ipu_pipeline.cost.ipu import chip_named
+from ipu_pipeline.backends.ipu.prices import chip_named
 from ipu_pipeline.ir.text import render_table
-from ipu_pipeline.tuning.search import candidates, search
-from ipu_pipeline.tuning.space import TuneRequest, shapes
+from ipu_pipeline.planner.tuning.search import candidates, search
+from ipu_pipeline.planner.tuning.space import TuneRequest, shapes
 
 CONFIGS = SHARED / "known_good_configs.json"
 NUM_IPUS = 16

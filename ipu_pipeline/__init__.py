@@ -10,26 +10,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ipu_pipeline.backends.ipu.config import IPUConfig
     from ipu_pipeline.capture import CapturedModel, capture
     from ipu_pipeline.compiler import compile, plan
-    from ipu_pipeline.config import IPUConfig
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import Plan
-    from ipu_pipeline.partition import Constraints
-    from ipu_pipeline.targets.base import EvalResult, Executable, ExecutionOptions, StepResult
+    from ipu_pipeline.planner.search import Constraints
+    from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CapturedModel": "ipu_pipeline.capture",
-    "Constraints": "ipu_pipeline.partition",
-    "EvalResult": "ipu_pipeline.targets.base",
-    "Executable": "ipu_pipeline.targets.base",
-    "ExecutionOptions": "ipu_pipeline.targets.base",
-    "IPUConfig": "ipu_pipeline.config",
+    "Constraints": "ipu_pipeline.planner.search",
+    "EvalResult": "ipu_pipeline.stages.executable",
+    "Executable": "ipu_pipeline.stages.executable",
+    "ExecutionOptions": "ipu_pipeline.stages.executable",
+    "IPUConfig": "ipu_pipeline.backends.ipu.config",
     "Machine": "ipu_pipeline.ir.machine",
     "Plan": "ipu_pipeline.ir.plan",
-    "StepResult": "ipu_pipeline.targets.base",
+    "StepResult": "ipu_pipeline.stages.executable",
     "capture": "ipu_pipeline.capture",
     "compile": "ipu_pipeline.compiler",
     "plan": "ipu_pipeline.compiler",

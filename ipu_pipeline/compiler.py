@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.registry import lower
 from ipu_pipeline.capture import capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
-from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.cost.ipu import is_ipu
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.partition import Constraints, Partition, solve
-from ipu_pipeline.passes.manager import PassManager
 from ipu_pipeline.plan_request import (
     configured,
     cost_model_of,
@@ -31,8 +30,9 @@ from ipu_pipeline.plan_request import (
     offering,
 )
 from ipu_pipeline.plan_writer import make_plan, price_annotated, run_passes
-from ipu_pipeline.targets.base import Executable, ExecutionOptions
-from ipu_pipeline.targets.registry import lower
+from ipu_pipeline.planner.passes.manager import PassManager
+from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
 def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
@@ -120,7 +120,7 @@ def compile(
         plan: From :func:`plan` or ``Plan.load``.
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
-        **options: Fields of :class:`~ipu_pipeline.targets.base.ExecutionOptions`: ``precision``,
+        **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`: ``precision``,
             ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...;
             ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
             come from a model in evaluation mode and a batch without labels.

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.config.layers import WILDCARD
+from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings, is_ipu, predict
+from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
 from ipu_pipeline.capture import CapturedModel
-from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.config.layers import WILDCARD
-from ipu_pipeline.cost.analytic import AnalyticCostModel
-from ipu_pipeline.cost.ipu import IPUCostModel, IPUSettings, is_ipu, predict
-from ipu_pipeline.cost.model import CostModel, GraphCosts
-from ipu_pipeline.cost.profiled import ProfiledCostModel
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Constraints, Partition, configured_partition
-from ipu_pipeline.partition.objective import in_flight
-from ipu_pipeline.profiling import local_machine, profile_blocks
+from ipu_pipeline.planner.options.analytic import AnalyticCostModel
+from ipu_pipeline.planner.options.model import CostModel, GraphCosts
+from ipu_pipeline.planner.options.profiled import ProfiledCostModel
+from ipu_pipeline.planner.search import Constraints, Partition, configured_partition
+from ipu_pipeline.planner.search.objective import in_flight
 
 DEFAULT_MICROBATCHES = 8
 

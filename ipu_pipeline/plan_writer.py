@@ -9,17 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ipu_pipeline.capture import CapturedModel, model_identity
-from ipu_pipeline.cost.heads import unfused_heads
-from ipu_pipeline.cost.model import CostModel, GraphCosts
-from ipu_pipeline.cost.tables import table_of
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage, PlannedTable
-from ipu_pipeline.partition import Constraints, Partition, StageAssignment
-from ipu_pipeline.partition.annotated import evaluate_plan, factors_of
-from ipu_pipeline.passes.manager import PassManager
 from ipu_pipeline.plan_request import offering
+from ipu_pipeline.planner.options.heads import unfused_heads
+from ipu_pipeline.planner.options.model import CostModel, GraphCosts
+from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.passes.manager import PassManager
+from ipu_pipeline.planner.search import Constraints, Partition, StageAssignment
+from ipu_pipeline.planner.search.annotated import evaluate_plan, factors_of
 
 
 def make_plan(

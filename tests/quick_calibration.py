@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipu_pipeline.profiling import calibration
+from ipu_pipeline.backends.local.measure import calibration
 
 if TYPE_CHECKING:
     import pytest
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink everything that ``local_machine`` measures."""
-    described = __import__("sys").modules["ipu_pipeline.profiling.local_machine"]
+    described = __import__("sys").modules["ipu_pipeline.backends.local.measure.local_machine"]
     monkeypatch.setattr(described, "MATRIX_SIZE", 64)
     monkeypatch.setattr(described, "COPY_ELEMENTS", 1 << 16)
     monkeypatch.setattr(calibration, "PRODUCT_SIZES", (8, 16))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
-from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from tests.quick_calibration import make_quick
@@ -70,7 +70,7 @@ def test_stages_that_contradict_the_configuration_are_refused() -> None:
 
 
 def test_profiled_costs_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipu_pipeline.profiling import blocks
+    from ipu_pipeline.backends.local.measure import blocks
 
     runs = []
     measure = blocks._measure

@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.cli import app
-from ipu_pipeline.config import IPUConfig
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Constraints
+from ipu_pipeline.planner.search import Constraints
 from tests.tiny_models import TINY
 
 VOCAB = 8192
@@ -187,8 +187,8 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_a_serialized_plan_is_simulated_and_varied_as_it_runs() -> None:
-    from ipu_pipeline.report.sensitivity import sensitivity
-    from ipu_pipeline.schedule.simulate import simulate
+    from ipu_pipeline.planner.report.sensitivity import sensitivity
+    from ipu_pipeline.planner.schedules.simulate import simulate
 
     model, batch = built()
     plan = ipp.plan(

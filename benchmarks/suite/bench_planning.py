@@ -12,10 +12,10 @@ from transformers import AutoConfig
 import ipu_pipeline as ipp
 from benchmarks.suite.replay import CLOCK, record, seconds_of
 from benchmarks.suite.workloads import Planning, Suite, load
+from ipu_pipeline.backends.local.measure import local_machine
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.profiling import local_machine
 
 pytestmark = pytest.mark.benchmark(group="planning", timer=CLOCK.now)
 PARTS = ("capture", "capture and plan")

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ipu_pipeline as ipp
-from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.partition import Constraints
-from ipu_pipeline.targets.base import Executable
-from ipu_pipeline.training import TrainingArguments, build_optimizer, save_results, train
-from ipu_pipeline.training.data import Collator
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.stages.executable import Executable
+from ipu_pipeline.train import TrainingArguments, build_optimizer, save_results, train
+from ipu_pipeline.train.data import Collator
 
 Scores = Mapping[str, Any]
 

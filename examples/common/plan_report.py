@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from torch import Tensor
 
-from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import block_table, describe_blocks, milliseconds, render_table
 
 if TYPE_CHECKING:
-    from ipu_pipeline.targets.base import Executable, StepResult
+    from ipu_pipeline.stages.executable import Executable, StepResult
 
 
 def is_first() -> bool:

@@ -1,4 +1,4 @@
-"""One flow for every task of the table in ``ipu_pipeline/tasks/table.py``.
+"""One flow for every task of the table in ``examples/common/tasks/table.py``.
 
 Read the data, choose the classes, load the model, encode, then plan, train and evaluate; the
 trivial baseline is scored on the same batches as the model.
@@ -19,14 +19,14 @@ from script_run import read_ipu_config, run_command_line, split_of
 
 from ipu_pipeline.capture.example_batch import pair_label
 from ipu_pipeline.capture.from_config import load_config
-from ipu_pipeline.tasks.evaluation import baseline_scores, evaluate_task
-from ipu_pipeline.tasks.features import Setup
-from ipu_pipeline.tasks.labels import choose_classes, label_config
-from ipu_pipeline.tasks.samples import Rows, load_hub_rows, read_rows
-from ipu_pipeline.tasks.table import TASKS, Task
-from ipu_pipeline.training import TrainingArguments
-from ipu_pipeline.training.data import build_collator
-from ipu_pipeline.training.rng import keyed_randomness
+from ipu_pipeline.train import TrainingArguments
+from ipu_pipeline.train.data import build_collator
+from ipu_pipeline.train.rng import keyed_randomness
+from tasks.evaluation import baseline_scores, evaluate_task
+from tasks.features import Setup
+from tasks.labels import choose_classes, label_config
+from tasks.samples import Rows, load_hub_rows, read_rows
+from tasks.table import TASKS, Task
 
 
 def main(task_name: str) -> None:

@@ -13,11 +13,11 @@ from script_options import CommonOptions, as_command
 from torch import Tensor
 
 import ipu_pipeline as ipp
-from ipu_pipeline.config import IPUConfig, find_config
+from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
 from ipu_pipeline.errors import DatasetError, PipelineError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.partition import Constraints
-from ipu_pipeline.training import TrainingArguments
+from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.train import TrainingArguments
 
 _Options = TypeVar("_Options", bound=CommonOptions)
 _Rows = TypeVar("_Rows")

@@ -19,16 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ipu_pipeline.backends.local.measure.cache import cache_folder
 from ipu_pipeline.errors import DatasetError
-from ipu_pipeline.profiling.cache import cache_folder
-from ipu_pipeline.tasks.visual_question_answering import (
+from tasks.visual_question_answering import (
     AnswerSet,
     Questions,
     RegionTable,
     grid_regions,
     read_label,
 )
-from ipu_pipeline.tasks.visual_question_answering import features as extractor
+from tasks.visual_question_answering import features as extractor
 
 _IMAGES_PER_CALL = 500
 _Floats = npt.NDArray[np.float32]

@@ -8,7 +8,7 @@ from typing import Any
 from qa_options import Options
 from script_run import split_of
 
-from ipu_pipeline.tasks.question_answering import (
+from tasks.question_answering import (
     QuestionAnsweringDataset,
     SquadExample,
     build_features,

@@ -22,14 +22,14 @@ from qa_data import load_windows
 from qa_options import Options
 from script_run import read_ipu_config, run_command_line
 
-from ipu_pipeline.targets.base import Executable
-from ipu_pipeline.tasks.question_answering import (
+from ipu_pipeline.stages.executable import Executable
+from ipu_pipeline.train import TrainingArguments, evaluate_loop
+from tasks.question_answering import (
     QuestionAnsweringDataset,
     score_predictions,
     select_answers,
     write_predictions,
 )
-from ipu_pipeline.training import TrainingArguments, evaluate_loop
 
 
 def run(options: Options) -> None:

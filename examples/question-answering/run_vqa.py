@@ -35,12 +35,12 @@ from vqa_options import Options
 from vqa_placement import in_execution_order, with_published_placement
 from vqa_unsplit import Unsplit, train_unsplit
 
-from ipu_pipeline.targets.base import Executable
-from ipu_pipeline.tasks.visual_question_answering import (
+from ipu_pipeline.stages.executable import Executable
+from ipu_pipeline.train import TrainingArguments, evaluate_loop
+from tasks.visual_question_answering import (
     VisualQuestionAnsweringDataset,
     score_answers,
 )
-from ipu_pipeline.training import TrainingArguments, evaluate_loop
 
 Dataset = VisualQuestionAnsweringDataset
 

@@ -10,7 +10,7 @@ from easy_vqa_data import read_easy_vqa
 from script_run import split_of
 from vqa_options import EASY_VQA, Options
 
-from ipu_pipeline.tasks.visual_question_answering import (
+from tasks.visual_question_answering import (
     AnswerSet,
     Questions,
     VisualQuestionAnsweringDataset,

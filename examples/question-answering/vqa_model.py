@@ -14,7 +14,7 @@ from vqa_data import Splits
 from vqa_options import Options
 
 from ipu_pipeline.errors import PipelineError
-from ipu_pipeline.tasks.visual_question_answering import AnswerSet, SoftAnswerLoss
+from tasks.visual_question_answering import AnswerSet, SoftAnswerLoss
 
 SMALL_ALIAS = "small"
 SMALL_FOLDER = Path(__file__).with_name("lxmert_small")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ipu_pipeline.config import IPUConfig
-from ipu_pipeline.partition import Constraints
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.planner.search import Constraints
 
 NUM_IPUS = 4
 _LEFT_OPEN = (-1,)

@@ -15,10 +15,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from ipu_pipeline.targets.base import EvalResult
-from ipu_pipeline.tasks.visual_question_answering import VisualQuestionAnsweringDataset
-from ipu_pipeline.training import TrainingArguments, build_optimizer, build_scheduler
-from ipu_pipeline.training.data import DataPosition, build_collator, train_batches
+from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.train import TrainingArguments, build_optimizer, build_scheduler
+from ipu_pipeline.train.data import DataPosition, build_collator, train_batches
+from tasks.visual_question_answering import VisualQuestionAnsweringDataset
 
 
 class Unsplit:

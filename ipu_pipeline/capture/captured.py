@@ -17,8 +17,8 @@ from ipu_pipeline.capture.flops import countable
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
-from ipu_pipeline.capture.surroundings import capture_surroundings, preserved_state
 from ipu_pipeline.capture.trace import Trace, trace
+from ipu_pipeline.capture.tracing_patches import capture_surroundings, preserved_state
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity

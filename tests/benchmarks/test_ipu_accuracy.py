@@ -15,8 +15,8 @@ from benchmarks.ipu_architectures import architecture, capture_architecture
 from benchmarks.ipu_fit import PRODUCTS, SHARED, fit, minimise, product_share
 from benchmarks.ipu_observations import judged, load_observations, predict_row
 from benchmarks.ipu_rows import UnjudgeableRowError, load_rows, read_row
-from ipu_pipeline.cost.ipu import DEFAULT_CALIBRATION, chip_named
-from ipu_pipeline.cost.ipu.timing import step_time
+from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, chip_named
+from ipu_pipeline.backends.ipu.prices.timing import step_time
 
 pytestmark = pytest.mark.timeout(400)  # the models of all published rows are captured once
 

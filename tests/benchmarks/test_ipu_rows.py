@@ -15,7 +15,7 @@ from benchmarks.ipu_rows import (
     read_row,
     throughput_row,
 )
-from tests.cost.ipu.ipu_graphs import layered
+from tests.backends.ipu.prices.ipu_graphs import layered
 
 FULL = {
     "id": "x",

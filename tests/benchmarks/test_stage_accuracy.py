@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import stage_accuracy
 from benchmarks.stage_accuracy import LIMITS, Way, measure, summary
-from ipu_pipeline.profiling.cache import CACHE_VARIABLE
+from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE
 from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.capture.surroundings import capture_surroundings
+from ipu_pipeline.capture.tracing_patches import capture_surroundings
 from ipu_pipeline.ir.graph import BlockGraph
 from tests.capture.toys import Layer, batch, toy
 from tests.tiny_models import TINY

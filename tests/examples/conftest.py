@@ -11,7 +11,7 @@ import ipu_pipeline
 from ipu_pipeline.ir.graph import TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
-from ipu_pipeline.targets.base import EvalResult, ExecutionOptions, StepResult
+from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult
 
 FOLDER = Path(__file__).parents[2] / "examples" / "question-answering"
 

@@ -9,8 +9,8 @@ from itertools import product
 
 import pytest
 
-from ipu_pipeline.tasks.question_answering import read_squad
-from ipu_pipeline.tasks.question_answering.metrics import best_over_gold, f1
+from tasks.question_answering import read_squad
+from tasks.question_answering.metrics import best_over_gold, f1
 from tests.examples.conftest import FOLDER
 
 NUM_TRAIN, NUM_VALIDATION = 2000, 400

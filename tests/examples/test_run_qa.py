@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import DatasetDict
 
-from ipu_pipeline.config import IPUConfig
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.errors import DatasetError, PipelineError
 from tests.examples.conftest import FOLDER, make_plan
 

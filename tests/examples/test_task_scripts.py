@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ipu_pipeline.errors import DatasetError
-from ipu_pipeline.tasks.table import TASKS
-from tests.tasks.tiny import BERT, ENCODER, make_tokenizer
+from tasks.table import TASKS
+from tests.examples.tasks.tiny import BERT, ENCODER, make_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = {

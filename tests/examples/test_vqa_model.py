@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, LxmertForQuestionAnswering
 
 from ipu_pipeline.errors import PipelineError
-from ipu_pipeline.tasks.visual_question_answering import SoftAnswerLoss
+from tasks.visual_question_answering import SoftAnswerLoss
 from tests.examples.vqa_tables import WIDTH, write_config, write_json
 
 

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.config import IPUConfig, find_config
 
 ENCODER = "lxmert.encoder"
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = "ipu_pipeline"
-CORE = ("errors", "ir", "config", "cost", "partition", "schedule", "passes")
+CORE = ("errors", "ir", "planner", "backends.ipu.config", "backends.ipu.prices")
 
 
 def copy_package(root: Path, to: Path) -> Path:
@@ -47,5 +47,6 @@ def core_modules(root: Path) -> list[str]:
     return [
         f"{PACKAGE}.{name}"
         for name in CORE
-        if (package / f"{name}.py").exists() or (package / name / "__init__.py").exists()
+        if (package / f"{name.replace('.', '/')}.py").exists()
+        or (package / name.replace(".", "/") / "__init__.py").exists()
     ]

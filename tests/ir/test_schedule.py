@@ -4,8 +4,8 @@ import pytest
 
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, Schedule, dry_run, requirements
-from ipu_pipeline.schedule.gpipe import gpipe
-from ipu_pipeline.schedule.one_f_one_b import one_f_one_b
+from ipu_pipeline.planner.schedules.gpipe import gpipe
+from ipu_pipeline.planner.schedules.one_f_one_b import one_f_one_b
 
 
 def test_action_text_round_trip() -> None:

@@ -1,0 +1,285 @@
+"""The distributed executable: this process's part of a plan that many processes run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.cluster import state
+from ipu_pipeline.backends.cluster.batches import Pipelines, captured
+from ipu_pipeline.backends.cluster.evaluate import evaluate
+from ipu_pipeline.backends.cluster.faults import Watch
+from ipu_pipeline.backends.cluster.gradients import kept_aside, sum_over_ranks, update
+from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.module import StepInputs
+from ipu_pipeline.backends.cluster.notes import Notes
+from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters, find_ownership
+from ipu_pipeline.backends.cluster.same_batch import SameBatch
+from ipu_pipeline.backends.cluster.saving import Saver
+from ipu_pipeline.backends.cluster.sharding import sharded
+from ipu_pipeline.backends.local.batch import batch_size, split_batch
+from ipu_pipeline.backends.local.captures import StageCache
+from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.checkpoint import Attach
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.linear import casts_of_one_step
+from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.stages.mode import in_mode
+from ipu_pipeline.stages.recompute import recomputed_blocks
+
+
+class DistributedExecutable:
+    """Runs this process's stages of a plan. Every process calls every method, in one order.
+
+    Args:
+        model: The whole model; this process trains the parameters of its stages in place.
+        plan: The split.
+        optimizer: Over ``model.parameters()``; cut down to this process's own parameters.
+        options: How to run.
+        groups: The processes.
+        watch: Stops all processes when one fails.
+        notes: What processes tell each other while checkpoints are written.
+        owns_processes: Whether to leave the default process group with the executable.
+    """
+
+    # A short microbatch is a run of its own and weighs less.
+    batch_divisor: int | None = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        options: ExecutionOptions,
+        *,
+        groups: Groups,
+        watch: Watch,
+        notes: Notes,
+        owns_processes: bool,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.options = options
+        self.global_step = 0
+        self.groups = groups
+        self._watch = watch
+        self._owns_processes = owns_processes
+        self._own = None if optimizer is None else OwnParameters(optimizer)
+        self._saver = Saver(model, self._own, groups, notes)
+        self._ownership: Ownership | None = None
+        self._pipelines = Pipelines(options.schedule or plan.schedule, groups, watch.doing)
+        self._cache = StageCache(
+            model,
+            plan,
+            options.precision,
+            recompute=recomputed_blocks(options.recompute, plan),
+            self_check=options.self_check,
+            on_drop=self._pipelines.drop,
+        )
+        self._same_batch = SameBatch(groups)
+        self._closed = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Run one optimizer step; every process passes the same whole batch.
+
+        Args:
+            batch: Tensors with axis 0 = micro batch x microbatches x replicas, or less.
+
+        Returns:
+            The same on every process: mean loss, norm over all stages, whether it was skipped.
+
+        Raises:
+            LoweringError: There is no optimizer, or the batch cannot be shared out.
+            StageError: This process or another one failed.
+        """
+        self.options.require_training()
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        with self._running("a training step"):
+            scaling = self.options.loss_scaling
+            loss, ownership = self._accumulate(batch, scaling, for_update=True)
+            own = state.own_parameters(self.model, ownership)
+            with self._watch.doing.during("the optimizer step"):
+                done = update(self.optimizer, own, ownership, self.groups, self.options)
+        self.global_step += 1
+        return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:
+        """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.
+
+        Raises:
+            StageError: This process or another one failed; gradients are then incomplete.
+        """
+        self.options.require_training()
+        with self._running("a forward and backward pass"):
+            return self._accumulate(batch, 1.0, for_update=False)[0]
+
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
+        """Run the model in evaluation mode, without gradients; every process gets the result.
+
+        Raises:
+            StageError: This process or another one failed.
+        """
+        with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
+            self._same_batch.check("evaluation", self.global_step, batch)
+            parts = split_batch(batch, 2 * self.plan.num_stages)
+            stages = [self._cache.stages_for(part.inputs) for part in parts]
+            options = self.options
+            inputs = StepInputs((), options.seed, self.global_step, options.precision)
+            return evaluate(stages, parts, inputs, self.groups, self._watch.doing)
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict, whole on every process."""
+        if self._ownership is not None:
+            with self._running("collecting weights"):
+                state.collect_weights(self.model, self._ownership, self.groups)
+        return self.model.state_dict()
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write one checkpoint of the whole model; every rank writes what it owns.
+
+        Arguments and errors are those of :class:`Executable`; of ``path``, ``extra`` and
+        ``attach`` the first rank's count.
+        """
+        with self._running("saving a checkpoint"):
+            return self._saver.save(
+                path,
+                ownership=self._ownership,
+                global_step=self.global_step,
+                extra=extra,
+                attach=attach,
+                blocking=blocking,
+            )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed, as a copy."""
+        with self._running("agreeing on a value"):
+            first: T = self.groups.everyones(value)[0]
+        return first
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        with self._running("waiting for a checkpoint"):
+            self._saver.wait()
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
+        with self._running("loading a checkpoint"):
+            self._saver.wait()
+            self.global_step, extra = state.load(
+                path,
+                model=self.model,
+                own=self._own,
+                ownership=self._ownership,
+                groups=self.groups,
+            )
+        return extra
+
+    def close(self) -> None:
+        """Leave together with the other processes; calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        error = self._error_of_last_save()
+        if self._watch.verdict is None:
+            with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
+                self.groups.everyones(None)
+        self._watch.close()
+        self.groups.waiter.close()
+        self._pipelines.clear()
+        if self._watch.verdict is None:
+            self.groups.close()
+            if self._owns_processes and dist.is_initialized():
+                dist.destroy_process_group()
+            # Threads of a group that is still referenced at exit abort the process now and then.
+            gc.collect()
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> DistributedExecutable:
+        return self
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._error_of_last_save()  # logged; the caller's own error goes on
+            self._watch.leave_with(error)
+        self.close()
+
+    def _error_of_last_save(self) -> Exception | None:
+        """Wait for the last checkpoint; return the error that all ranks have with it."""
+        try:
+            self._saver.wait()
+        except Exception as error:
+            return error if getattr(error, "raised_on_all_ranks", False) else None
+        return None
+
+    # ---- running ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        if self._closed:
+            raise LoweringError("this executable was closed; compile the model again")
+        with self._watch.guarding(what, self.global_step):
+            yield
+
+    def _accumulate(
+        self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
+    ) -> tuple[float, Ownership]:
+        plan = self.plan
+        self._same_batch.check("training", self.global_step, batch)
+        parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
+        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
+            stages = captured(parts, self._cache)
+            ownership = self._settle_ownership(stages[parts[0].num_samples])
+            keys = {
+                "seed": self.options.seed,
+                "global_step": self.global_step,
+                "precision": self.options.precision,
+            }
+            with kept_aside(state.own_parameters(self.model, ownership)):
+                own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
+                with self._watch.doing.during("summing gradients"):
+                    sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
+        return self.groups.sum_numbers(own_loss), ownership
+
+    def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
+        """Find out who holds what, at the first capture; it does not depend on the shape."""
+        if self._ownership is None:
+            self._ownership = self._find_ownership(stages)
+            sets = {positions for positions in self._ownership.holders.values()}
+            self.groups.make_holders(sorted(s for s in sets if len(s) > 1))
+            if self._own is not None:
+                self._own.keep(self._ownership)
+        return self._ownership
+
+    def _find_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
+        layout = self.groups.layout
+        found = find_ownership(stages, layout)
+        shard = self.options.replicated_tensor_sharding and layout.num_replicas > 1
+        if not shard or self._own is None:
+            return found
+        parameters = list(self.model.parameters())
+        return sharded(found, parameters, layout.num_replicas, self._own.trains)

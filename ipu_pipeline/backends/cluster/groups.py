@@ -1,0 +1,171 @@
+"""Process groups of a layout, and the few collectives that everything else is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from ipu_pipeline.backends.cluster.joining import meet
+from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.errors import LoweringError
+
+# What torchrun sets, and what the rendezvous of ``env://`` reads.
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_processes(device: torch.device, timeout_s: float) -> bool:
+    """Make sure that there is a default process group; return whether it was made here.
+
+    Raises:
+        LoweringError: The script was not started by torchrun or something like it, or not all
+            processes came.
+    """
+    if dist.is_initialized():
+        return False
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise LoweringError(
+            f"the distributed target runs in processes that torchrun starts, but "
+            f"{', '.join(missing)} is not set; start the script with "
+            "'torchrun --nproc-per-node N script.py', or with "
+            "'ipu-pipeline launch plan.json -- script.py'"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return True
+
+
+class Groups:
+    """The process groups of one executable.
+
+    Args:
+        layout: Who stands where.
+        device: Where tensors have to be for the backend.
+        waiter: Every wait for another rank goes through it.
+
+    Attributes:
+        pipeline: The ranks of this replica.
+        replicas: The ranks at this position, one per replica.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
+        self.layout = layout
+        self.device = device
+        mesh = init_device_mesh(
+            device.type,
+            (layout.num_replicas, layout.num_ranks),
+            mesh_dim_names=("replica", "pipeline"),
+        )
+        self.pipeline = mesh.get_group("pipeline")
+        self.replicas = mesh.get_group("replica")
+        self.waiter = waiter
+        self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Make the groups of positions that share parameters. Every process must call this."""
+        for positions in sets:
+            if positions in self._holders:
+                continue
+            for replica in range(self.layout.num_replicas):
+                ranks = [replica * self.layout.num_ranks + position for position in positions]
+                group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
+                if self.layout.rank in ranks:
+                    self._holders[positions] = group
+
+    def holders(self, positions: tuple[int, ...]) -> dist.ProcessGroup:
+        """Return the group of these positions of this replica's pipeline."""
+        return self._holders[positions]
+
+    def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum over a group, added in the order of its ranks: the same bits for all."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        own = tensor.contiguous()
+        self.waiter.run(lambda: dist.all_gather(parts, own, group=group))
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def sum_numbers(self, value: float, group: dist.ProcessGroup | None = None) -> float:
+        """Return the sum of a number over a group (default: all processes)."""
+        own = torch.tensor([value], dtype=torch.float64, device=self.device)
+        return float(self.sum_in_order(own, group or _world()))
+
+    def sum_over_replicas(self, tensor: Tensor) -> None:
+        """Sum ``tensor`` over the replicas, in place."""
+        self.waiter.run(lambda: dist.all_reduce(tensor, group=self.replicas))
+
+    def start_reduce(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to sum ``tensor`` over the replicas, for one of them; spoils it on the others."""
+        work = dist.reduce(tensor, group=self.replicas, group_dst=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def start_broadcast(self, tensor: Tensor, replica: int) -> dist.Work:
+        """Begin to overwrite ``tensor`` with what it is in one of the replicas."""
+        work = dist.broadcast(tensor, group=self.replicas, group_src=replica, async_op=True)
+        assert work is not None
+        return work
+
+    def from_holder(self, tensor: Tensor, positions: tuple[int, ...], position: int) -> None:
+        """Overwrite ``tensor`` with what it is at one of the positions that share parameters."""
+        group, source = self.holders(positions), positions.index(position)
+        self.waiter.run(lambda: dist.broadcast(tensor, group=group, group_src=source))
+
+    def any_true(self, flags: Sequence[bool], group: dist.ProcessGroup) -> list[bool]:
+        """Return for every flag whether it is set on any process of a group."""
+        own = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        self.waiter.run(lambda: dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group))
+        return [bool(flag) for flag in own.tolist()]
+
+    def from_position(self, tensor: Tensor, position: int) -> None:
+        """Overwrite ``tensor`` with what the process at ``position`` of this pipeline has."""
+        wire = tensor.detach().contiguous().to(self.device)
+        wire = wire.view(torch.uint8) if wire.dtype == torch.bool else wire
+        self.waiter.run(lambda: dist.broadcast(wire, group=self.pipeline, group_src=position))
+        with torch.no_grad():
+            tensor.copy_(wire.view(tensor.dtype))
+
+    def close(self) -> None:
+        """Destroy the groups made here. No process may still be using them."""
+        for group in {self.pipeline, self.replicas, *self._holders.values()}:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        self._holders.clear()
+        del self.pipeline, self.replicas
+
+    def of_pipeline(self, value: Any) -> list[Any]:
+        """Return the values of the ranks of this pipeline, by position."""
+        found: list[Any] = [None] * self.layout.num_ranks
+        self.waiter.run(lambda: dist.all_gather_object(found, value, group=self.pipeline))
+        return found
+
+    def everyones(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank."""
+        return self.waiter.run(lambda: everyones(value))
+
+
+def everyones(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world

@@ -1,0 +1,222 @@
+"""One checkpoint from ranks that each write what they own.
+
+The first rank makes a hidden folder, every rank writes its files into it, and when all of them
+are on the disk the first rank writes the manifest and renames the folder. A failure on any rank
+leaves earlier checkpoints as they are and is raised by all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.cluster.agreement import Problem, problem_of, raise_alike
+from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.notes import Notes
+from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters
+from ipu_pipeline.backends.cluster.state import collect_weights
+from ipu_pipeline.checkpoint import Attach, Background
+from ipu_pipeline.checkpoint.new import NewCheckpoint, take_part
+from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.parts import Part, write_part
+
+logger = logging.getLogger(__name__)
+
+# A network file system may show a new folder to other machines a little later.
+SEEN_S = 5.0
+
+
+class Saver:
+    """Writes the checkpoints of one executable, one at a time.
+
+    Args:
+        model: The whole model.
+        own: The optimizer, if there is one.
+        groups: For exchanges while the caller waits.
+        notes: For exchanges while training goes on.
+    """
+
+    def __init__(
+        self, model: nn.Module, own: OwnParameters | None, groups: Groups, notes: Notes
+    ) -> None:
+        self._model = model
+        self._own = own
+        self._groups = groups
+        self._notes = notes
+        self._rank = notes.rank
+        self._background = Background()
+        self._not_shared: set[Path] = set()
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        ownership: Ownership | None,
+        global_step: int,
+        extra: Mapping[str, Any] | None,
+        attach: Attach | None,
+        blocking: bool,
+    ) -> Path:
+        """Write a checkpoint, or begin to. Every rank calls this.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, or not writable; for this checkpoint or for the one
+                before. Earlier checkpoints are untouched.
+        """
+        self.wait()
+        new: NewCheckpoint | None = None
+        error: Exception | None = None
+        try:
+            if self._rank == 0:
+                new = self._begin(path, global_step=global_step, extra=extra, attach=attach)
+        except Exception as problem:
+            error = problem
+        try:
+            folder, states = self._settle(new, error)
+            part, writers = self._take(folder, states, ownership, copy=not blocking)
+        except BaseException:
+            _discard(new)
+            raise
+        if blocking:
+            self._write(new, folder, part, writers)
+        else:
+            self._background.start(lambda: self._write(new, folder, part, writers))
+        return Path(path)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            CheckpointError, OSError: It was not; the same on every rank, once.
+            GivenUp: Some rank has failed.
+        """
+        self._background.wait(self._notes.give_up_after_failure)
+
+    def _begin(self, path: str | Path, **content: Any) -> NewCheckpoint:
+        own = self._own
+        return NewCheckpoint(
+            path,
+            model=self._model,
+            optimizer=None if own is None else own.optimizer,
+            groups=None if own is None else own.groups(),
+            **content,
+        )
+
+    def _settle(
+        self, new: NewCheckpoint | None, error: Exception | None
+    ) -> tuple[Path, frozenset[str]]:
+        """Return the folder, and the parameters whose optimizer state this rank writes."""
+        here = [] if self._own is None else self._own.names_with_state(self._model)
+        folder = None if new is None else new.folder
+        found = self._groups.everyones((problem_of(error), folder, here))
+        raise_alike([problem for problem, _, _ in found], error)
+        before = {name for _, _, names in found[: self._rank] for name in names}
+        return found[0][1], frozenset(here) - before
+
+    def _take(
+        self,
+        folder: Path,
+        states: frozenset[str],
+        ownership: Ownership | None,
+        *,
+        copy: bool,
+    ) -> tuple[Part, Sequence[int]]:
+        """Return what this rank writes, and which ranks write anything."""
+        part = Part({})
+        error: Exception | None = None
+        try:
+            part = self._part(states, ownership, copy=copy)
+        except Exception as problem:
+            error = problem
+        seen = folder.parent not in self._not_shared and _appears(folder)
+        found = self._groups.everyones((problem_of(error), seen, part.is_empty))
+        raise_alike([problem for problem, _, _ in found], error)
+        blind = [rank for rank, (_, seen, _) in enumerate(found) if not seen]
+        if not blind:
+            return part, [rank for rank, (_, _, empty) in enumerate(found) if not empty] or [0]
+        if folder.parent not in self._not_shared:
+            self._not_shared.add(folder.parent)
+            logger.warning(
+                "ranks %s do not see the folder of rank 0 (%s), so rank 0 gathers the whole model "
+                "and writes it; use a file system that all machines share, or copy a checkpoint "
+                "to every machine before it is loaded",
+                blind,
+                folder.parent,
+            )
+        return self._gathered(part, ownership, copy=copy), [0]
+
+    def _part(self, states: frozenset[str], ownership: Ownership | None, *, copy: bool) -> Part:
+        layout = self._groups.layout
+
+        def is_mine(tensor: Tensor) -> bool:
+            owner = 0 if ownership is None else ownership.owner(tensor)
+            return layout.replica == 0 and layout.position == owner
+
+        optimizer = None if self._own is None else self._own.optimizer
+        return take_part(
+            self._model, optimizer, copy=copy, weights=is_mine, states=states.__contains__
+        )
+
+    def _gathered(self, part: Part, ownership: Ownership | None, *, copy: bool) -> Part:
+        """Return all parts in one on the first rank."""
+        if ownership is not None:
+            collect_weights(self._model, ownership, self._groups)
+        mine = (part.tensors.get(OPTIMIZER, {}), part.values)
+        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
+        self._groups.waiter.run(lambda: dist.gather_object(mine, found))
+        if found is None:
+            return Part({})
+        whole = take_part(self._model, None, copy=copy)
+        tensors = {name: tensor for state, _ in found for name, tensor in state.items()}
+        values = {name: value for _, found_values in found for name, value in found_values.items()}
+        return Part({**whole.tensors, OPTIMIZER: tensors}, values)
+
+    def _write(
+        self, new: NewCheckpoint | None, folder: Path, part: Part, writers: Sequence[int]
+    ) -> None:
+        try:
+            error: Exception | None = None
+            written = None
+            try:
+                if self._rank in writers:
+                    index = writers.index(self._rank)
+                    written = write_part(folder, part, index, len(writers))
+            except Exception as problem:
+                error = problem
+            found = self._notes.everyones((problem_of(error), written))
+            raise_alike([problem for problem, _ in found], error)
+            self._publish(new, [parts for _, parts in found if parts is not None])
+        except BaseException:
+            _discard(new)
+            raise
+
+    def _publish(self, new: NewCheckpoint | None, parts: Sequence[Any]) -> None:
+        error: Exception | None = None
+        try:
+            if new is not None:
+                new.finish(parts)
+        except Exception as problem:
+            error = problem
+        found: list[Problem] = self._notes.everyones(problem_of(error))
+        raise_alike(found, error)
+
+
+def _discard(new: NewCheckpoint | None) -> None:
+    if new is not None:
+        new.discard()
+
+
+def _appears(folder: Path) -> bool:
+    deadline = time.monotonic() + SEEN_S
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

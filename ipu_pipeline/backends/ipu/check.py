@@ -1,0 +1,231 @@
+"""Every refusal of poptorch and PopART that can be known before lowering.
+
+Each rule is one function that yields messages: the rule, the numbers, the remedy. Sources: the
+poptorch contract (sections 1, 2, 3, 5) and PopART's pipelining notes, SDK 3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from ipu_pipeline.backends.ipu.annotations import module_of
+from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.ipu.settings import PopTorchSettings
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+
+MOST_IPUS = 64  # per process
+_LARGEST_DIVISOR = 64  # the largest that is worth proposing
+
+Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
+
+
+def check(plan: Plan, settings: PopTorchSettings) -> None:
+    """Refuse what poptorch would refuse.
+
+    Raises:
+        LoweringError: All broken rules, one line each.
+    """
+    found = [message for rule in RULES for message in rule(plan, settings)]
+    if len(found) == 1:
+        raise LoweringError(found[0])
+    if found:
+        lines = "".join(f"\n  - {message}" for message in found)
+        raise LoweringError(f"poptorch cannot run this plan, for {len(found)} reasons:{lines}")
+
+
+def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
+    """Return what poptorch will do otherwise than one may expect, one line each."""
+    config = settings.config
+    found = []
+    per_replica = config.num_ipus()
+    total = per_replica * plan.replicas
+    if not is_power_of_two(total):
+        rounded = 1 << total.bit_length()
+        found.append(
+            f"{total} IPUs ({plan.replicas} x {per_replica}) are no power of two: poptorch takes "
+            f"{rounded}, and {rounded - total} of them idle"
+        )
+    if config.output_mode in ("final", "default") and plan.num_microbatches > 1:
+        found.append(
+            f"output_mode {config.output_mode!r} gives back the loss of the last of "
+            f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
+        )
+    if config.layers(inference=True) != config.layers():
+        found.append(
+            "inference_layers_per_ipu is not used: evaluation runs under the placement of training"
+        )
+    return tuple(found)
+
+
+def is_power_of_two(number: int) -> bool:
+    """Tell whether ``number`` is 1, 2, 4, 8, ..."""
+    return number > 0 and number & (number - 1) == 0
+
+
+def merged_stages(plan: Plan) -> int:
+    """Return the forward stages that PopART makes: neighbours on one IPU become one."""
+    devices = [stage.device for stage in plan.stages]
+    return 1 + sum(a != b for a, b in pairwise(devices))
+
+
+def _machine(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    if not is_ipu(plan.machine):
+        yield (
+            f"the plan is for {plan.machine.name}, whose devices are no IPUs; make it with "
+            "machine='pod16' or another pod"
+        )
+
+
+def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    stages = merged_stages(plan)
+    least = 2 * stages - 1
+    if stages > 1 and plan.num_microbatches < least:
+        yield (
+            f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} "
+            f"forward stages - 1, which the pipeline needs; use {least} microbatches or more"
+        )
+
+
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    per_replica = max(stage.device for stage in plan.stages) + 1
+    total = per_replica * plan.replicas
+    if total > MOST_IPUS:
+        yield (
+            f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
+            f"{MOST_IPUS}; lower the replicas, or run several processes (PopDist)"
+        )
+    used = {stage.device for stage in plan.stages}
+    unused = sorted(set(range(per_replica)) - used)
+    if unused:
+        yield (
+            f"IPU {unused[0]} has no stage although IPU {per_replica - 1} has one; number the "
+            "IPUs of a replica from 0 without a gap"
+        )
+
+
+def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    kinds = {block.name: block.kind for block in plan.blocks}
+    for group in plan.tied_groups:
+        if {kinds[name] for name in group} == {"layer"}:
+            continue  # handed to the layers as a value, which PopART copies
+        places = {name: plan.stages[plan.stage_of[name]].device for name in group}
+        if len(set(places.values())) > 1:
+            shown = ", ".join(f"{name} on IPU {ipu}" for name, ipu in places.items())
+            yield (
+                f"a weight may be used on one IPU only, but {shown} share one; put them on one IPU "
+                "(the head in a last stage on the embedding's IPU), or untie them"
+            )
+
+
+def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    for stage in plan.stages:
+        for name, factor in stage.serialize.items():
+            rows = _table_rows(plan, name)
+            if factor > 1 and rows and rows % factor:
+                divisors = [n for n in range(2, _LARGEST_DIVISOR + 1) if rows % n == 0]
+                yield (
+                    f"serialization factor {factor} does not divide the {rows} rows of block "
+                    f"{name!r}; divisors up to {_LARGEST_DIVISOR}: "
+                    f"{', '.join(map(str, divisors)) or 'none'}; choose one, or pad the table"
+                )
+
+
+def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    for index, stage in enumerate(plan.stages):
+        for name, (first, last) in stage.table_slices.items():
+            yield (
+                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
+                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
+                "alone cuts the table on its IPU)"
+            )
+    for what in ("embedding", "projection"):
+        splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
+        if splits is not None:
+            yield (
+                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
+                f"which this target does not do; set it to null and {what}_serialization_factor="
+                f"{sum(splits)} (slices on one IPU) instead"
+            )
+
+
+def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    position = {block.name: index for index, block in enumerate(plan.blocks)}
+    last, before = -1, ""
+    for index, stage in enumerate(plan.stages):
+        for name in stage.blocks:
+            if position[name] < last:
+                yield (
+                    f"block {name!r} of stage {index} runs before {before!r} of an earlier stage; "
+                    "poptorch's stages follow the order of execution: make the plan with "
+                    "execution_order=True, or exchange the two"
+                )
+                return
+            last, before = position[name], name
+
+
+def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    config = settings.config
+    if config.device_iterations > 1 and config.output_mode == "default":
+        yield (
+            f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
+            "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
+        )
+    if config.auto_loss_scaling and not settings.half:
+        yield (
+            "auto_loss_scaling works on float16 gradients, but the model is in float32; leave it "
+            "out, or put the model into float16"
+        )
+    if plan.schedule != "popart":
+        yield (
+            f"the plan's schedule is {plan.schedule!r}, IPUs run 'popart'; make the plan with "
+            "schedule='popart'"
+        )
+
+
+def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
+    if outside:
+        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
+
+
+def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    optimizer = settings.optimizer
+    if optimizer.max_grad_norm is not None and optimizer.optimizer in ("LAMB", "RMSprop"):
+        yield (
+            f"poptorch's {optimizer.optimizer} cannot clip gradients (max_grad_norm "
+            f"{optimizer.max_grad_norm}); leave max_grad_norm out, or use AdamW, Adam or SGD"
+        )
+
+
+def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    if plan.micro_batch_size < 1:
+        yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+
+
+def _table_rows(plan: Plan, block: str) -> int:
+    """Return the rows of the largest matrix that ``block`` or a block tied to it holds."""
+    names = {block, *(n for group in plan.tied_groups if block in group for n in group)}
+    prefixes = [module_of(b) + "." for b in plan.blocks if b.name in names]
+    shapes = [
+        text.split(" ")[0].split("x")
+        for fqn, text in plan.model.parameters.items()
+        if any(fqn.startswith(prefix) for prefix in prefixes)
+    ]
+    return max((int(shape[0]) for shape in shapes if len(shape) == 2), default=0)
+
+
+RULES: tuple[Rule, ...] = (
+    _machine,
+    _batch,
+    _accumulation,
+    _ipus,
+    _tied,
+    _order,
+    _slices,
+    _splits,
+    _iterations,
+    _proportions,
+    _clipping,
+)

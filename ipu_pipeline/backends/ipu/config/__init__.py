@@ -1,0 +1,22 @@
+"""Configuration: ``ipu_config.json``, command line overrides and published presets. No torch."""
+
+from ipu_pipeline.backends.ipu.config.ipu_config import CONFIG_FILE_NAME, IPUConfig
+from ipu_pipeline.backends.ipu.config.layers import expand_layers
+from ipu_pipeline.backends.ipu.config.overrides import parse_overrides
+from ipu_pipeline.backends.ipu.config.presets import (
+    find_config,
+    load_preset,
+    preset_names,
+    preset_source,
+)
+
+__all__ = [
+    "CONFIG_FILE_NAME",
+    "IPUConfig",
+    "expand_layers",
+    "find_config",
+    "load_preset",
+    "parse_overrides",
+    "preset_names",
+    "preset_source",
+]

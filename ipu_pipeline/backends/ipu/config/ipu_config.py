@@ -1,0 +1,291 @@
+"""``IPUConfig``: every setting of a published ``ipu_config.json``, immutable and checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ipu_pipeline.backends.ipu.config.consistency import check_consistency
+from ipu_pipeline.backends.ipu.config.fields import (
+    METADATA_KEY,
+    OUTPUT_MODES,
+    FieldSpec,
+    check_value,
+)
+from ipu_pipeline.backends.ipu.config.fields import config_field as cfg
+from ipu_pipeline.backends.ipu.config.layers import expand_layers
+from ipu_pipeline.backends.ipu.config.overrides import parse_overrides, unknown_key
+from ipu_pipeline.errors import ConfigError
+
+CONFIG_FILE_NAME = "ipu_config.json"
+DEFAULT_MATMUL_PROPORTION = 0.2
+# Read, kept and written back; the library that published them ignores them today, and so do we.
+LEGACY_FIELDS = (
+    "decompose_grad_sum",
+    "enable_half_first_order_momentum",
+    "execute_encoder_on_cpu_for_generation",
+    "profile_dir",
+    "sharded_execution_for_inference",
+    "use_popdist",
+)
+
+
+@dataclass(frozen=True)
+class IPUConfig:
+    """Settings of an IPU pipeline. ``None`` means: derived from the other fields.
+
+    Fields called ``inference_x`` are ``x`` for inference; the methods take ``inference=True``.
+
+    Attributes:
+        layers_per_ipu: Layers on each IPU; -1 takes an even share of what is left over.
+        ipus_per_replica: IPUs of one pipeline; ``None``: as many as ``layers_per_ipu`` has.
+        replication_factor: Copies of the pipeline, or copies by pod type with ``default``.
+        gradient_accumulation_steps: Microbatches per optimizer step.
+        device_iterations: Optimizer steps the device runs before it returns to the host.
+        matmul_proportion: Share of an IPU's memory for temporary data, one or one per IPU.
+        embedding_serialization_factor: Slices of the embedding lookup; 0 and 1 are whole.
+        serialized_embedding_splits_per_ipu: Slices of the embedding that each IPU holds.
+        projection_serialization_factor: Slices of the output projection; 0 and 1 are whole.
+        serialized_projection_splits_per_ipu: Slices of the projection that each IPU holds.
+        optimizer_state_offchip: Keep optimizer state in the host-attached memory.
+        replicated_tensor_sharding: Divide optimizer state between the replicas.
+        recompute_checkpoint_every_layer: Keep layer outputs only and compute the rest again.
+        enable_half_partials: Accumulate matrix products in float16.
+        auto_loss_scaling: Let the device choose the loss scaling.
+        output_mode: What a step returns: ``all``, ``sum``, ``final`` or ``default``.
+        seed: Seed of the device's random numbers.
+        executable_cache_dir: Folder for compiled programs; empty for none.
+        explicit_ir_inference: PopART's explicit representation, for inference.
+        parallelize_kwargs: Model-specific arguments of the published library.
+        optimum_version: Library version that wrote the file.
+        transformers_version: transformers version that wrote the file.
+
+    Raises:
+        ConfigError: A value has the wrong type, is out of range, or contradicts another one.
+    """
+
+    layers_per_ipu: tuple[int, ...] = cfg("ints", (-1,), minimum=-1)
+    inference_layers_per_ipu: tuple[int, ...] | None = cfg("ints", minimum=-1, optional=True)
+    ipus_per_replica: int | None = cfg("int", minimum=1, optional=True)
+    inference_ipus_per_replica: int | None = cfg("int", minimum=1, optional=True)
+    replication_factor: int | Mapping[str, int] = cfg("replication", 1, minimum=1)
+    inference_replication_factor: int | Mapping[str, int] = cfg("replication", 1, minimum=1)
+    gradient_accumulation_steps: int = cfg("int", 1, minimum=1)
+    device_iterations: int = cfg("int", 1, minimum=1)
+    inference_device_iterations: int = cfg("int", 1, minimum=1)
+    matmul_proportion: float | tuple[float, ...] = cfg("proportion", DEFAULT_MATMUL_PROPORTION)
+    inference_matmul_proportion: float | tuple[float, ...] | None = cfg("proportion", optional=True)
+    embedding_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
+    inference_embedding_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
+    serialized_embedding_splits_per_ipu: tuple[int, ...] | None = cfg(
+        "ints", minimum=0, optional=True
+    )
+    inference_serialized_embedding_splits_per_ipu: tuple[int, ...] | None = cfg(
+        "ints", minimum=0, optional=True
+    )
+    projection_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
+    inference_projection_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
+    serialized_projection_splits_per_ipu: tuple[int, ...] | None = cfg(
+        "ints", minimum=0, optional=True
+    )
+    inference_serialized_projection_splits_per_ipu: tuple[int, ...] | None = cfg(
+        "ints", minimum=0, optional=True
+    )
+    optimizer_state_offchip: bool = cfg("bool", default=False)
+    replicated_tensor_sharding: bool = cfg("bool", default=False)
+    recompute_checkpoint_every_layer: bool = cfg("bool", default=False)
+    enable_half_partials: bool = cfg("bool", default=True)
+    auto_loss_scaling: bool = cfg("bool", default=False)
+    explicit_ir_inference: bool = cfg("bool", default=False)
+    output_mode: str = cfg("str", "final", choices=OUTPUT_MODES)
+    seed: int | None = cfg("int", minimum=0, optional=True)
+    executable_cache_dir: str = cfg("str", "")
+    parallelize_kwargs: Mapping[str, Any] | None = cfg("mapping", optional=True)
+    inference_parallelize_kwargs: Mapping[str, Any] | None = cfg("mapping", optional=True)
+    optimum_version: str | None = cfg("str", optional=True)
+    transformers_version: str | None = cfg("str", optional=True)
+    decompose_grad_sum: bool | None = cfg("bool", optional=True)
+    enable_half_first_order_momentum: bool | None = cfg("bool", optional=True)
+    execute_encoder_on_cpu_for_generation: bool | None = cfg("bool", optional=True)
+    profile_dir: str | None = cfg("str", optional=True)
+    sharded_execution_for_inference: bool | None = cfg("bool", optional=True)
+    use_popdist: bool | None = cfg("bool", optional=True)
+
+    def __post_init__(self) -> None:
+        for name, spec in field_specs().items():
+            object.__setattr__(self, name, check_value(name, getattr(self, name), spec))
+        for inference in (False, True):
+            check_consistency(self, inference=inference)
+
+    # ---- reading and writing
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> IPUConfig:
+        """Build a config from parsed JSON.
+
+        Raises:
+            ConfigError: An unknown key, or a value that :class:`IPUConfig` refuses.
+        """
+        for key in raw:
+            if key not in field_specs():
+                raise ConfigError(unknown_key(key, field_specs()))
+        return cls(**raw)
+
+    @classmethod
+    def load(cls, path: str | Path) -> IPUConfig:
+        """Read ``ipu_config.json``, or the file of that name in a folder.
+
+        Raises:
+            ConfigError: Missing, not JSON, or wrong; the message starts with the path.
+        """
+        path = Path(path)
+        path = path / CONFIG_FILE_NAME if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError(f"cannot read the IPU configuration {path}: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+        try:
+            return cls.from_dict(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON data with every field that has a value, sorted by name."""
+        found = {name: getattr(self, name) for name in sorted(field_specs())}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+            if value is not None
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``ipu_config.json`` (into ``path`` if that is a folder) and return its path."""
+        path = Path(path)
+        path = path / CONFIG_FILE_NAME if path.is_dir() else path
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def apply_overrides(self, text: str) -> IPUConfig:
+        """Return a copy changed by ``a=1,b=[0.2 0.3],c=true``.
+
+        Raises:
+            ConfigError: The text is malformed, or the result would be inconsistent.
+        """
+        return replace(self, **parse_overrides(text, field_specs()))
+
+    # ---- what the fields mean together
+
+    def layers(self, *, inference: bool = False) -> tuple[int, ...]:
+        """Return ``layers_per_ipu`` as written, wildcards included."""
+        if inference and self.inference_layers_per_ipu is not None:
+            return self.inference_layers_per_ipu
+        return self.layers_per_ipu
+
+    def num_ipus(self, *, inference: bool = False) -> int:
+        """Return the IPUs of one replica."""
+        training = self.ipus_per_replica or len(self.layers_per_ipu)
+        if not inference:
+            return training
+        if self.inference_ipus_per_replica is not None:
+            return self.inference_ipus_per_replica
+        written = self.layers(inference=True)
+        if training == len(self.layers_per_ipu) or written != (-1,):
+            return len(written)
+        return training
+
+    def resolve_layers(self, num_layers: int, *, inference: bool = False) -> tuple[int, ...]:
+        """Return the layers of each IPU for a model of ``num_layers``, wildcards filled in.
+
+        Raises:
+            ConfigError: The numbers do not fit the model.
+        """
+        name = "inference_layers_per_ipu" if inference else "layers_per_ipu"
+        ipus = self.num_ipus(inference=inference)
+        return expand_layers(self.layers(inference=inference), ipus, num_layers, name=name)
+
+    def memory_proportions(self, *, inference: bool = False) -> tuple[float, ...]:
+        """Return the temporary memory share of every IPU."""
+        value: float | tuple[float, ...] = self.matmul_proportion
+        num_ipus = self.num_ipus(inference=inference)
+        if inference and self.inference_matmul_proportion is not None:
+            value = self.inference_matmul_proportion
+        elif inference and isinstance(value, tuple) and len(value) != num_ipus:
+            value = DEFAULT_MATMUL_PROPORTION
+        return value if isinstance(value, tuple) else (value,) * num_ipus
+
+    def replicas(self, *, inference: bool = False) -> int:
+        """Return the copies of the pipeline; a map gives its ``default``.
+
+        Raises:
+            ConfigError: The map has no ``default``; :meth:`for_pod` chooses an entry.
+        """
+        name = "inference_replication_factor" if inference else "replication_factor"
+        return _choose_replicas(name, getattr(self, name), None)
+
+    def batch_size_factor(self, *, inference: bool = False) -> int:
+        """Return samples per call of the device divided by the micro batch size."""
+        accumulation = 1 if inference else self.gradient_accumulation_steps
+        iterations = self.inference_device_iterations if inference else self.device_iterations
+        return self.replicas(inference=inference) * accumulation * iterations
+
+    def for_pod(self, pod_type: str | None) -> IPUConfig:
+        """Return a copy whose replication factors are the numbers for ``pod_type``.
+
+        Args:
+            pod_type: Such as ``pod16``; ``None`` takes the map's ``default``.
+
+        Raises:
+            ConfigError: The map has no such entry, or the replicas need more IPUs than the pod
+                has (``pod16`` has 16).
+        """
+        name = "replication_factor"
+        training = _choose_replicas(name, self.replication_factor, pod_type)
+        inference = _choose_replicas(
+            f"inference_{name}", self.inference_replication_factor, pod_type
+        )
+        _check_pod_size(pod_type, training, self.num_ipus())
+        return replace(self, replication_factor=training, inference_replication_factor=inference)
+
+    def legacy_notes(self) -> tuple[str, ...]:
+        """Return one line for every field that is set but has no effect any more."""
+        return tuple(
+            f"{name}={getattr(self, name)!r} has no effect; it is kept for the file only"
+            for name in LEGACY_FIELDS
+            if getattr(self, name)
+        )
+
+
+@cache
+def field_specs() -> Mapping[str, FieldSpec]:
+    """Return what every field of :class:`IPUConfig` accepts."""
+    return {item.name: item.metadata[METADATA_KEY] for item in fields(IPUConfig)}
+
+
+def _choose_replicas(name: str, value: int | Mapping[str, int], pod_type: str | None) -> int:
+    if isinstance(value, int):
+        return value
+    for key in (pod_type, "default"):
+        if key is not None and key in value:
+            return value[key]
+    raise ConfigError(
+        f"{name} has no entry for {pod_type or 'default'!r}; it has {', '.join(value)}; choose one "
+        f"of these as the pod type, or override {name}=1"
+    )
+
+
+def _check_pod_size(pod_type: str | None, replicas: int, num_ipus: int) -> None:
+    match = re.fullmatch(r"pod(\d+)", pod_type or "")
+    if pod_type is not None and match is None:
+        raise ConfigError(f"pod type {pod_type!r} is unknown; write pod4, pod8, pod16, pod64, ...")
+    if match is not None and replicas * num_ipus > int(match[1]):
+        raise ConfigError(
+            f"{pod_type} has {match[1]} IPUs, {replicas} replicas of {num_ipus} IPUs need "
+            f"{replicas * num_ipus}; lower replication_factor or choose a larger pod"
+        )

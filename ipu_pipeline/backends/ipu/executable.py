@@ -1,0 +1,341 @@
+"""The executable behind a poptorch program: same door as the local target's.
+
+The device holds weights and optimizer state while it trains; they come back for checkpoints,
+evaluation on the host and ``state_dict``. Gradients never come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ipu_pipeline.backends.ipu.annotations import Annotation
+from ipu_pipeline.backends.ipu.check import is_power_of_two
+from ipu_pipeline.backends.ipu.optimizers import read_state
+from ipu_pipeline.backends.ipu.parts import Part, join, rows
+from ipu_pipeline.backends.ipu.runtime.data import mean_loss
+from ipu_pipeline.backends.ipu.runtime.options import make_options
+from ipu_pipeline.backends.ipu.runtime.placement import Placement
+from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
+from ipu_pipeline.backends.ipu.sessions import Sessions
+from ipu_pipeline.backends.ipu.settings import PopTorchSettings
+from ipu_pipeline.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.executable import EvalResult, StepResult, T
+
+
+class PopTorchExecutable:
+    """Runs a plan on IPUs through poptorch; the first step compiles.
+
+    Args:
+        model: The user's model; annotated until :meth:`close`, then as it was.
+        plan: The split.
+        optimizer: A torch optimizer over the model's parameters; needed to train.
+        annotations: Of the plan.
+        settings: Of the plan.
+        poptorch: The front end.
+
+    Raises:
+        LoweringError: Another executable of the model is open.
+    """
+
+    batch_divisor: int | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        annotations: tuple[Annotation, ...],
+        settings: PopTorchSettings,
+        poptorch: Any,
+    ) -> None:
+        if is_changed(model):
+            raise LoweringError(
+                "the model is compiled already; close() that executable before compiling it again"
+            )
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.global_step = 0
+        self.settings = settings
+        self._flat = settings.to_json()
+        self.batch_divisor = plan.total_batch_size * self._flat["device_iterations"]
+        self._poptorch = poptorch
+        self._class = type(model)
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._placement = Placement(
+            model, [item.to_json() for item in annotations], plan.model.parameters, poptorch
+        )
+        self._forward = DeviceForward(model, poptorch)
+        self._sessions = Sessions(
+            model, self._placement, self._forward, optimizer, self._flat, poptorch
+        )
+        self._background = Background()
+        self._closed = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Run ``device_iterations`` optimizer steps (normally one) in one call of the device.
+
+        ``StepResult.loss`` is the mean over the microbatches of every replica under the output
+        modes ``all`` and ``sum``; under ``final`` and ``default`` the device gives back only the
+        last microbatch of every replica, and the loss is the mean of these. The weights are the
+        same under every mode.
+
+        Args:
+            batch: Tensors with axis 0 = device iterations x microbatches x replicas x micro
+                batch, in this order.
+
+        Raises:
+            LoweringError: There is no optimizer, axis 0 has another size, or poptorch refuses to
+                compile the model.
+        """
+        self._require_open()
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        size = self._check_size(batch)
+        loss = mean_loss(self._sessions.train(batch), self._flat)
+        self.global_step += self._flat["device_iterations"]
+        # The device stepped; torch's schedulers look for this mark before they warn.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return StepResult(loss, None, num_samples=size)
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:  # noqa: ARG002
+        """Refuse: gradients stay on the device.
+
+        Raises:
+            LoweringError: Always.
+        """
+        raise LoweringError(
+            "gradients stay on the IPU, so forward_backward cannot leave them on the model; use "
+            "train_step, or the local target"
+        )
+
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
+        """Run the model in evaluation mode.
+
+        Samples that fill no whole call of the device run on the host, with the same weights. The
+        loss is the mean over the samples, each with the loss of its microbatch: where a model
+        weighs tokens instead of samples, another cut of the batch gives a slightly other mean.
+
+        Raises:
+            LoweringError: Axis 0 differs between tensors, or poptorch refuses to compile.
+        """
+        self._require_open()
+        sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
+        if len(sizes) != 1:
+            raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {sorted(sizes)}")
+        size, call = sizes.pop(), self._inference_call_size()
+        whole = size - size % call
+        parts = [self._on_device(batch, start, call) for start in range(0, whole, call)]
+        if whole < size:
+            parts.append(self._on_host(batch, whole, size))
+        return join(parts)
+
+    def data_loader(self, dataset: Any, **options: Any) -> Any:
+        """Return a ``poptorch.DataLoader`` whose batches are what :meth:`train_step` takes.
+
+        Args:
+            dataset: Rows as dicts of tensors.
+            **options: Of ``poptorch.DataLoader`` (``shuffle``, ``num_workers``, ``mode``, ...).
+        """
+        return self._poptorch.DataLoader(
+            make_options(self._flat, self._poptorch),
+            dataset,
+            batch_size=self.plan.micro_batch_size,
+            **options,
+        )
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's own state dict, fetched from the device."""
+        self._sessions.fetch_weights()
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
+        self._require_open()
+        self.wait_for_checkpoint()
+        self._sessions.fetch_weights()
+        if self.optimizer is not None:
+            read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
+        with self._as_made():
+            return write_checkpoint(
+                path,
+                model=self.model,
+                optimizer=self.optimizer,
+                global_step=self.global_step,
+                extra=extra,
+                attach=attach,
+                background=None if blocking else self._background,
+            )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint written by any target; the program is compiled again."""
+        self._require_open()
+        self.wait_for_checkpoint()
+        self._sessions.release()
+        with self._as_made():
+            info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.global_step = info.global_step
+        return info.extra
+
+    def save_executable(
+        self, path: str | Path, batch: Mapping[str, Any], *, offline_ipu_version: int | None = None
+    ) -> Path:
+        """Compile the training program for the shapes of ``batch`` and write it to ``path``.
+
+        The model itself is not in the file.
+
+        Args:
+            path: File for the executable.
+            batch: As for :meth:`train_step`; its values are not used.
+            offline_ipu_version: Compile for IPUs that are not here (2: Mk2, 21: Bow); the program
+                is then only written, not kept.
+
+        Raises:
+            LoweringError: The folder does not exist; compiled already for IPUs that are here; the
+                offline compiler cannot round up the number of IPUs.
+        """
+        self._require_open()
+        self._check_size(batch)
+        if not Path(path).parent.is_dir():  # said now, not after an hour of compiling
+            raise LoweringError(f"{Path(path).parent} is no folder; make it first")
+        if offline_ipu_version is not None:
+            self._check_offline()
+        executor = self._sessions.attach_training(offline_ipu_version=offline_ipu_version)
+        try:
+            executor.compileAndExport(str(path), export_model=False, **batch)
+        except BaseException:
+            self._sessions.release()
+            raise
+        if offline_ipu_version is not None:
+            self._sessions.release()
+        return Path(path)
+
+    def load_executable(self, path: str | Path) -> None:
+        """Take the training program from ``path`` instead of compiling it.
+
+        Raises:
+            LoweringError: It is compiled already, or the file is of another version of poptorch.
+        """
+        self._require_open()
+        executor = self._sessions.attach_training()
+        if executor.isCompiled():
+            raise LoweringError("the model is compiled already; load the executable before it runs")
+        try:
+            executor.loadExecutable(str(path))
+        except self._poptorch.Error as error:
+            self._sessions.release()
+            raise LoweringError(f"poptorch cannot load {path}: {error}") from error
+
+    def close(self) -> None:
+        """Fetch the weights, free the IPUs, and leave the model as it was."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._sessions.fetch_weights()
+        finally:  # also when the device is lost
+            self._sessions.release()
+            self._forward.restore()
+            self._placement.undo()
+            for module, mode in self._modes:
+                module.training = mode
+        self.wait_for_checkpoint()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _as_made(self) -> Iterator[None]:
+        """While it lasts, the model has its own class and forward (poptorch wraps both)."""
+        wrapped = self.model.__class__
+        self.model.__class__ = self._class
+        try:
+            with self._forward.restored():
+                yield
+        finally:
+            self.model.__class__ = wrapped
+
+    # ---- evaluation ---------------------------------------------------------------------
+
+    def _inference_call_size(self) -> int:
+        flat = self._flat
+        copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
+        return int(self.plan.micro_batch_size * copies)
+
+    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> Part:
+        return Part(call, self._sessions.evaluate(rows(batch, start, start + call)))
+
+    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> Part:
+        self._sessions.fetch_weights()
+        self.model.eval()
+        with torch.no_grad():
+            values = self.model(**rows(batch, start, stop))
+        return Part(stop - start, dict(zip(self._forward.names, values, strict=True)))
+
+    # ---- checks -------------------------------------------------------------------------
+
+    def _check_size(self, batch: Mapping[str, Any]) -> int:
+        flat, wanted = self._flat, self.plan.total_batch_size * self._flat["device_iterations"]
+        sizes = {n: v.shape[0] for n, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+        if any(size != wanted for size in sizes.values()):
+            raise LoweringError(
+                f"axis 0 of the batch must be {wanted} = device iterations "
+                f"{flat['device_iterations']} x microbatches {self.plan.num_microbatches} x "
+                f"replicas {self.plan.replicas} x micro batch {self.plan.micro_batch_size}, got "
+                f"{sizes}; drop the last short batch (dataloader_drop_last)"
+            )
+        return int(wanted)
+
+    def _check_offline(self) -> None:
+        if self._sessions.training is not None:
+            raise LoweringError(
+                "the training program is made already for IPUs that are here; save an executable "
+                "for others before the first step"
+            )
+        total = self._flat["ipus_per_replica"] * self._flat["replication_factor"]
+        if not is_power_of_two(total):
+            raise LoweringError(
+                f"an offline compilation does not round up the number of IPUs, and {total} = "
+                f"{self._flat['ipus_per_replica']} x {self._flat['replication_factor']} replicas "
+                "is no power of two; change the IPUs of a replica"
+            )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise LoweringError("this executable is closed; compile the model again")

@@ -1,0 +1,103 @@
+"""Check a plan for poptorch and turn it into an executable.
+
+Everything here was run against the stand-in (:mod:`ipu_pipeline_emulator`), which
+was written from the public sources of poptorch 3.4. Nothing of it has run on an IPU or with
+Graphcore's own poptorch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipu_pipeline.backends.ipu.annotations import annotate
+from ipu_pipeline.backends.ipu.check import check, notes
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
+from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
+from ipu_pipeline.backends.ipu.settings import settings_for
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.executable import ExecutionOptions
+
+logger = logging.getLogger(__name__)
+
+
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> PopTorchExecutable:
+    """Return an executable that runs ``plan`` on IPUs.
+
+    Raises:
+        LoweringError: poptorch is not installed, or it cannot run the plan.
+    """
+    poptorch = _poptorch()
+    _check_options(options)
+    device_optimizer = None
+    if optimizer is not None:
+        device_optimizer = optimizer_settings(
+            optimizer, loss_scaling=options.loss_scaling, max_grad_norm=options.max_grad_norm
+        )
+    settings = settings_for(
+        plan,
+        options.ipu_config,
+        optimizer=device_optimizer,
+        half=_is_half(model),
+        seed=options.seed,
+    )
+    check(plan, settings)
+    for note in notes(plan, settings):
+        logger.warning("%s", note)
+    annotations = annotate(plan, checkpoint_layers=settings.config.recompute_checkpoint_every_layer)
+    return PopTorchExecutable(model, plan, optimizer, annotations, settings, poptorch)
+
+
+def _poptorch() -> Any:
+    if "poptorch" not in sys.modules and find_spec("poptorch") is None:
+        raise LoweringError(
+            "poptorch is not installed: it comes with Graphcore's SDK. Here you can write a bundle "
+            "for a machine that has it (ipu-pipeline emit PLAN -o bundle/), run that on the CPU "
+            "(ipu-pipeline run bundle/ --emulate), or use target='local'"
+        )
+    return import_module("poptorch")
+
+
+def _is_half(model: nn.Module) -> bool:
+    kinds = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    if not kinds <= {torch.float32, torch.float16}:
+        raise LoweringError(
+            f"the model has parameters of type {', '.join(sorted(map(str, kinds)))}; IPUs have "
+            "float32 and float16: call model.float() or model.half()"
+        )
+    return torch.float16 in kinds
+
+
+def _check_options(options: ExecutionOptions) -> None:
+    if options.precision == "bf16":
+        raise LoweringError("IPUs have no bfloat16; use model.half(), or float32")
+    if options.precision == "fp16":
+        raise LoweringError(
+            "precision='fp16' is autocast, which the device has not: its weights are float16 "
+            "themselves; call model.half() before plan() and compile(), and leave precision out"
+        )
+    if options.schedule not in (None, "popart"):
+        raise LoweringError(
+            f"IPUs run PopART's schedule, not {options.schedule!r}; leave schedule out"
+        )
+    if options.sequential:
+        raise LoweringError("sequential is the local target's; leave it out for poptorch")
+    config = options.ipu_config or IPUConfig()
+    if options.replicated_tensor_sharding and not config.replicated_tensor_sharding:
+        raise LoweringError(
+            "replicated_tensor_sharding is asked for, but IPUs read it from ipu_config, where it "
+            "is off; set it there: ipu_config=IPUConfig(replicated_tensor_sharding=True, ...)"
+        )

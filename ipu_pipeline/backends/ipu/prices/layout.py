@@ -1,0 +1,199 @@
+"""Where the blocks of a graph run: IPU and pipeline stage of each, from a configuration.
+
+``layers_per_ipu`` places blocks of kind ``layer``; blocks before the first layer go to the
+embedding's IPU, heads and losses to the head's, and glue stays with what it follows. A block's
+stage is the earliest one on its IPU that is not before what it reads, so that blocks on one IPU
+which follow each other share a stage, and a head back on IPU 0 is one more stage there.
+
+Source: POPART_PIPELINE.md (merging of stages), README of the shared data (F = 5 for heads back on
+IPU 0); PopART refuses a parameter on two IPUs, so a tied head is with its embedding. The published
+library computes a decoder's embedding together with the encoder's (``hoisted``); a model whose
+own forward pass runs comes back to that IPU for it, which is one more stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from ipu_pipeline.backends.ipu.config.layers import counted_layers, expand_layers
+from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.errors import ConfigError
+from ipu_pipeline.ir.graph import BlockGraph
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One forward pipeline stage.
+
+    Attributes:
+        ipu: Its IPU.
+        blocks: Its blocks, in execution order.
+    """
+
+    ipu: int
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Stages of a graph, and the sub-layer work that no block boundary expresses.
+
+    Attributes:
+        stages: Forward stages in order.
+        num_ipus: IPUs of one replica.
+    """
+
+    stages: tuple[Stage, ...]
+    num_ipus: int
+
+    def blocks_on(self, ipu: int) -> tuple[str, ...]:
+        """Names of the blocks on ``ipu``, in execution order of their stages."""
+        return tuple(name for stage in self.stages if stage.ipu == ipu for name in stage.blocks)
+
+
+def make_layout(
+    graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int] | None = None
+) -> Layout:
+    """Place every block.
+
+    Args:
+        graph: The model.
+        settings: ``layers_per_ipu``, ``embedding_ipu`` and ``head_ipu`` are used.
+        ipus: IPU of every layer block, instead of ``layers_per_ipu``.
+
+    Raises:
+        ConfigError: The layers do not add up, or an IPU is outside the replica.
+    """
+    if ipus is None:
+        ipus = _by_counts(graph, settings)
+    outside = sorted({ipu for ipu in ipus.values() if not 0 <= ipu < settings.num_ipus})
+    if outside:
+        raise ConfigError(
+            f"layers are placed on IPU {outside[0]}, but a replica has {settings.num_ipus}; "
+            "correct the placement or ipus_per_replica"
+        )
+    placed = _place(graph, settings, ipus)
+    stages = _stages(graph, placed) if settings.hoisted else _stages_in_order(graph, placed)
+    return Layout(stages, settings.num_ipus)
+
+
+def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
+    convolutions = {
+        block.name: all(len(graph.parameter_by_fqn[fqn].shape) != 2 for fqn in block.parameters)
+        for block in graph.blocks
+        if block.kind == "layer"
+    }
+    layers = counted_layers(convolutions, settings.layers_per_ipu, settings.num_ipus)
+    counts = expand_layers(settings.layers_per_ipu, settings.num_ipus, len(layers))
+    owners = [ipu for ipu, count in enumerate(counts) for _ in range(count)]
+    return dict(zip(layers, owners, strict=True))
+
+
+def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> dict[str, int]:
+    first = next((i for i, b in enumerate(graph.blocks) if b.name in ipus), 0)
+    last = max((i for i, b in enumerate(graph.blocks) if b.name in ipus), default=-1)
+    head = _head_ipu(graph, settings, ipus)
+    placed: dict[str, int] = {}
+    current = settings.embedding_ipu
+    for position, block in enumerate(graph.blocks):
+        if block.name in ipus:
+            current = ipus[block.name]
+        elif block.kind == "embedding" or position < first:
+            placed[block.name] = settings.embedding_ipu
+            continue
+        elif position > last or block.kind in ("head", "loss"):
+            placed[block.name] = head
+            continue
+        placed[block.name] = current
+    return placed
+
+
+def _head_ipu(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> int:
+    if settings.head_ipu is not None:
+        return settings.head_ipu
+    kinds = {block.name: block.kind for block in graph.blocks}
+    for group in graph.tied_groups:
+        found = {kinds[name] for name in group}
+        if "embedding" in found and found & {"head", "other"}:
+            return settings.embedding_ipu
+    return settings.num_ipus - 1 if ipus else settings.embedding_ipu
+
+
+def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
+    stage_of: dict[str, int] = {}
+    owners: list[int] = []
+    members: list[list[str]] = []
+    for block in graph.blocks:
+        producers = [graph.tensor_by_name[name].producer for name in block.inputs]
+        earliest = max((stage_of[p] for p in producers if p is not None), default=0)
+        ipu = placed[block.name]
+        stage = next((s for s in range(earliest, len(owners)) if owners[s] == ipu), len(owners))
+        if stage == len(owners):
+            owners.append(ipu)
+            members.append([])
+        members[stage].append(block.name)
+        stage_of[block.name] = stage
+    return tuple(Stage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
+
+
+def _stages_in_order(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
+    """Begin a stage wherever execution comes to another IPU."""
+    stages: list[Stage] = []
+    for block in graph.blocks:
+        ipu = placed[block.name]
+        if stages and stages[-1].ipu == ipu:
+            stages[-1] = Stage(ipu, (*stages[-1].blocks, block.name))
+        else:
+            stages.append(Stage(ipu, (block.name,)))
+    return tuple(stages)
+
+
+def stage_tensors(graph: BlockGraph, layout: Layout) -> tuple[tuple[int, int, str], ...]:
+    """Return ``(producing stage, last consuming stage, tensor)`` of all that crosses stages."""
+    stage_of = {name: i for i, stage in enumerate(layout.stages) for name in stage.blocks}
+    crossing = []
+    for tensor in graph.tensors:
+        if tensor.producer is None or not tensor.consumers:
+            continue
+        start = stage_of[tensor.producer]
+        end = max(stage_of[name] for name in tensor.consumers)
+        if end > start:
+            crossing.append((start, end, tensor.name))
+    return tuple(crossing)
+
+
+def held_elements(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings
+) -> tuple[Mapping[str, int], ...]:
+    """Return, for every IPU, the parameters it holds and how many elements of each.
+
+    A parameter used twice on an IPU is held once. A table that the configuration splits over IPUs
+    is held in these shares, wherever it is used.
+    """
+    held: list[dict[str, int]] = [{} for _ in range(layout.num_ipus)]
+    for ipu in range(layout.num_ipus):
+        for name in layout.blocks_on(ipu):
+            for fqn in graph[name].parameters:
+                held[ipu][fqn] = graph.parameter_by_fqn[fqn].numel
+    for kind, splits in (
+        ("embedding", settings.embedding_splits),
+        ("head", settings.projection_splits),
+    ):
+        table = _table(graph, kind) if splits else None
+        if table is None:
+            continue
+        numel = graph.parameter_by_fqn[table].numel
+        for ipu in range(layout.num_ipus):
+            share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
+            held[ipu].pop(table, None)
+            if share:
+                held[ipu][table] = ceil(numel * share)
+    return tuple(held)
+
+
+def _table(graph: BlockGraph, kind: str) -> str | None:
+    """The largest parameter of the blocks of ``kind``."""
+    used = {fqn for block in graph.blocks if block.kind == kind for fqn in block.parameters}
+    return max(used, key=lambda fqn: graph.parameter_by_fqn[fqn].numel, default=None)

@@ -1,0 +1,220 @@
+"""Cycles of one captured operation on one IPU.
+
+The captured operations are PyTorch's in float32; the device runs in the precision of the
+settings, and some of them do not exist there: views and empty buffers cost nothing, and a dropout
+is one pass that draws its mask (its captured division by the kept share is part of that pass).
+
+The number of passes over the data is the algorithm's: a softmax finds the maximum, exponentiates
+and sums, and divides; its gradient multiplies and sums, then combines; a normalisation finds the
+moments, then scales. Every pass starts a program step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+
+from ipu_pipeline.backends.ipu.prices.calibration import Calibration
+from ipu_pipeline.backends.ipu.prices.chip import WORKERS_PER_TILE, Chip
+from ipu_pipeline.backends.ipu.prices.matmul import (
+    ACCESS_BYTES,
+    MatmulPlan,
+    Product,
+    access_waste,
+    plan_matmul,
+)
+from ipu_pipeline.ir.graph import DTYPE_BYTES, OpRecord
+
+_FREE = frozenset({
+    "empty_like", "empty", "ones_like", "zeros_like", "full_like", "_unsafe_view", "scalar_tensor",
+    "div_", "zeros", "ones", "full", "new_zeros", "new_empty", "arange", "lift_fresh", "detach",
+    "new_ones", "new_full", "empty_strided", "resize_",
+})  # fmt: skip
+_PASSES = (
+    ("softmax_backward", 2), ("softmax", 3), ("norm_backward", 3), ("norm", 2),
+    ("gelu_backward", 2), ("gelu", 2), ("tanh", 2), ("sigmoid", 2), ("exp", 2), ("silu", 2),
+    ("pow", 2), ("log", 2),
+)  # fmt: skip
+_BY_ELEMENT = frozenset({"gather", "scatter", "scatter_add", "gather_backward", "take_along_dim"})
+_ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
+SCAN_CYCLES = 6  # a tile compares every index with its slice of a table: load, compare, branch
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """What pricing an operation needs besides the operation.
+
+    Attributes:
+        chip: The IPU.
+        precision: ``16.16``, ``16.32`` or ``32.32``.
+        proportion: Available memory proportion of this IPU.
+        calibration: Constants.
+    """
+
+    chip: Chip
+    precision: str
+    proportion: float
+    calibration: Calibration
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one float on the device."""
+        return 4 if self.precision == "32.32" else 2
+
+    def cycles(self, op: OpRecord, table_rows: int = 0, factor: int = 1) -> float:
+        """Return the cycles of one occurrence of ``op``.
+
+        Args:
+            op: The operation.
+            table_rows: Rows of the block's serialized table; 0 for none.
+            factor: Slices in which an operation on that table runs.
+        """
+        return _cycles(op, self, table_rows, factor)
+
+    def plan(self, product: Product) -> MatmulPlan:
+        """Return the plan of one matrix product."""
+        return plan_matmul(product, self.chip, self.precision, self.proportion, self.calibration)
+
+    def vector_cycles(self, num_bytes: float, passes: float = 1) -> float:
+        """Cycles of elementwise passes over ``num_bytes`` read and written in each."""
+        rate = self.chip.tiles * self.calibration.vector_bytes_per_cycle
+        return passes * (num_bytes / rate + self.calibration.launch_cycles)
+
+    def moved_cycles(self, num_bytes: float) -> float:
+        """Cycles of sending ``num_bytes`` to other tiles."""
+        peak = self.chip.exchange_bytes_per_cycle * self.calibration.exchange_share
+        return num_bytes / (self.chip.tiles * peak) + self.calibration.launch_cycles
+
+
+@lru_cache(maxsize=200_000)
+def _cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float:
+    short = op.name.split(".")[-1]
+    if short in _FREE or (not op.flops and _is_scalar(op)):
+        return 0.0
+    if op.kind == "matmul":
+        return sum(_product_cycles(p, pricer, table_rows, factor) for p in products(op))
+    num_bytes = device_bytes(op, pricer.element_bytes)
+    if op.kind in ("gather", "scatter"):
+        return _lookup_cycles(op, pricer, table_rows, factor)
+    if op.kind == "copy":
+        return pricer.moved_cycles(num_bytes / 2 * _row_waste(op, pricer))
+    if op.kind in ("softmax", "norm"):
+        num_bytes *= _row_waste(op, pricer)
+    passes = next((count for word, count in _PASSES if word in short), 1)
+    return pricer.vector_cycles(num_bytes, passes)
+
+
+def _row_waste(op: OpRecord, pricer: Pricer) -> float:
+    row = op.shapes[0][-1] if op.shapes and op.shapes[0] else 1
+    return access_waste(row, pricer.element_bytes)
+
+
+def device_bytes(op: OpRecord, element_bytes: int) -> float:
+    """Bytes that ``op`` reads and writes when its floats have ``element_bytes``."""
+    return op.bytes_moved * element_bytes / DTYPE_BYTES.get(op.dtype, 4)
+
+
+def products(op: OpRecord) -> tuple[Product, ...]:
+    """Return the matrix products that ``op`` consists of (a convolution is one, too)."""
+    short = op.name.split(".")[-1]
+    if "convolution" in short:
+        return _convolution(op, backward="backward" in short)
+    if any(word in short for word in _ATTENTION):
+        return _attention(op, backward="backward" in short)
+    matrices = [shape for shape in op.shapes if len(shape) >= 2]
+    if len(matrices) < 2:
+        return _cube(op.flops)
+    left, right = matrices[-2:]
+    groups = prod(left[:-2]) if len(left) > 2 else 1
+    if left[-1] != right[-2]:
+        return _cube(op.flops)
+    return (Product(groups, left[-2], left[-1], right[-1]),)
+
+
+def _convolution(op: OpRecord, *, backward: bool) -> tuple[Product, ...]:
+    first = 1 if backward else 0
+    image, weight = op.shapes[first], op.shapes[first + 1]
+    groups = max(1, image[1] // weight[1]) if len(image) > 1 and weight[1] else 1
+    inner, outer = prod(weight[1:]), ceil(weight[0] / groups)
+    flops = op.flops / (2 if backward else 1)
+    rows = max(1, round(flops / (2 * groups * inner * outer)))
+    forward = Product(groups, rows, inner, outer)
+    if not backward:
+        return (forward,)
+    return (Product(groups, rows, outer, inner), Product(groups, inner, rows, outer))
+
+
+def _attention(op: OpRecord, *, backward: bool) -> tuple[Product, ...]:
+    query, key = op.shapes[1:3] if backward else op.shapes[:2]
+    groups, rows, width, columns = prod(query[:-2]), query[-2], query[-1], key[-2]
+    scores, values = Product(groups, rows, width, columns), Product(groups, rows, columns, width)
+    return (scores, scores, values, values, values) if backward else (scores, values)
+
+
+def _cube(flops: int) -> tuple[Product, ...]:
+    edge = max(1, round((flops / 2) ** (1 / 3)))
+    return (Product(1, edge, edge, edge),)
+
+
+def _product_cycles(product: Product, pricer: Pricer, table_rows: int, factor: int) -> float:
+    part = sliced(product, table_rows, factor)
+    return (factor if part != product else 1) * pricer.plan(part).cycles
+
+
+def sliced(product: Product, table_rows: int, factor: int) -> Product:
+    """Return one slice of ``product`` when it has a side of ``table_rows``; else itself."""
+    sizes = (product.m, product.k, product.n)
+    if factor == 1 or not table_rows or table_rows not in sizes:
+        return product
+    return Product(
+        product.groups, *(ceil(size / factor) if size == table_rows else size for size in sizes)
+    )
+
+
+def result_bytes(op: OpRecord, element_bytes: int, table_rows: int, factor: int) -> float:
+    """Bytes of what one occurrence of ``op`` produces (one slice of it, where it is serialized).
+
+    Gradients of lookups are added to the accumulators in place: only their rows exist.
+    """
+    if "convolution" in op.name:
+        return max((prod(shape) for shape in op.shapes), default=0) * element_bytes
+    if op.kind == "matmul":
+        parts = [sliced(product, table_rows, factor) for product in products(op)]
+        return max((p.groups * p.m * p.n for p in parts), default=0) * element_bytes
+    if op.kind in ("gather", "scatter"):
+        indices, width = lookup_size(op)
+        return indices * width * element_bytes
+    if op.name.split(".")[-1] in _FREE:
+        return 0.0
+    return max((prod(shape) for shape in op.shapes), default=0) * element_bytes
+
+
+def lookup_size(op: OpRecord) -> tuple[int, int]:
+    """Return how many rows a lookup (or its gradient) moves, and their width."""
+    table, indices = (*op.shapes, (), ())[:2]
+    if op.name.split(".")[-1] in _BY_ELEMENT:
+        return prod(indices), 1
+    count = prod(indices) if indices else prod(table)
+    return count, table[-1] if table and indices else 1
+
+
+def _lookup_cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float:
+    """Cycles of a lookup, or of its gradient, which scatters rows the same way back.
+
+    A table is spread over the tiles by rows: each tile scans all indices and sends what it has.
+    A lookup by element (``gather``) stays in its row, so that every tile scans its own indices;
+    each element is an access of its own.
+    """
+    count, width = lookup_size(op)
+    slices, scanned = factor if table_rows else 1, float(count)
+    moved = count * width * pricer.element_bytes
+    if op.name.split(".")[-1] in _BY_ELEMENT:
+        slices, scanned = 1, count / pricer.chip.tiles
+        moved = count * ACCESS_BYTES
+    step = scanned * SCAN_CYCLES / WORKERS_PER_TILE + pricer.calibration.launch_cycles
+    return slices * step + pricer.moved_cycles(moved)
+
+
+def _is_scalar(op: OpRecord) -> bool:
+    return op.bytes_moved <= 64

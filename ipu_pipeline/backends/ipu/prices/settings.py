@@ -1,0 +1,172 @@
+"""What a prediction needs to know besides the graph: one run's numbers, all of them explicit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ipu_pipeline.backends.ipu.config import IPUConfig
+
+Precision = Literal["16.16", "16.32", "32.32"]
+FrontEnd = Literal["popart", "poptorch"]
+PRECISIONS: tuple[str, ...] = ("16.16", "16.32", "32.32")
+
+
+@dataclass(frozen=True)
+class IPUSettings:
+    """One run of one model on IPUs.
+
+    Attributes:
+        num_ipus: IPUs of one replica.
+        layers_per_ipu: Layers of each IPU; -1 shares the rest evenly; empty with ``placement``.
+        embedding_ipu: IPU of the blocks before the first layer.
+        head_ipu: IPU of head and loss; ``None``: with a tied embedding, else on the last IPU.
+        replicas: Copies of the pipeline.
+        accumulation: Microbatches per optimizer step of one replica (1 in inference).
+        device_iterations: Optimizer steps (in inference: microbatches) per return to the host.
+        proportions: ``availableMemoryProportion`` of every IPU: share of a tile's memory that the
+            operands of one matrix product may take while it runs.
+        embedding_factor: Slices of the embedding lookup, at least 1.
+        projection_factor: Slices of the output projection, at least 1.
+        embedding_splits: Slices of the embedding table that each IPU holds; empty: all of it
+            where the lookup is.
+        projection_splits: The same for the output projection.
+        optimizer: Its published name; ``sgd`` has no state, every other has two moments.
+        optimizer_offchip: Optimizer state in streaming memory.
+        sharded: Replicated tensor sharding of the optimizer state.
+        half_first_moment: First moment in float16.
+        recompute: Pipeline recomputation (PopTorch's default on more than one IPU).
+        checkpoint_layers: Keep every layer's input, so that one layer at a time is recomputed.
+        checkpoint_bytes: Bytes per element of kept inputs; 0: as the compute type.
+        precision: Type of operands and of partial sums, in bits.
+        front_end: Library that built the program.
+        training: Whether there is a backward pass.
+        pipelined: Whether stages run as a pipeline (else one after another).
+        hoisted: Later embeddings are computed in the stage of the first one, as the published
+            library does; else wherever the model's forward pass comes to them.
+    """
+
+    num_ipus: int
+    layers_per_ipu: tuple[int, ...] = (-1,)
+    embedding_ipu: int = 0
+    head_ipu: int | None = None
+    replicas: int = 1
+    accumulation: int = 1
+    device_iterations: int = 1
+    proportions: tuple[float, ...] = ()
+    embedding_factor: int = 1
+    projection_factor: int = 1
+    embedding_splits: tuple[int, ...] = ()
+    projection_splits: tuple[int, ...] = ()
+    optimizer: str = "adamw"
+    optimizer_offchip: bool = False
+    sharded: bool = False
+    half_first_moment: bool = False
+    recompute: bool = True
+    checkpoint_layers: bool = True
+    checkpoint_bytes: float = 0
+    precision: str = "16.16"
+    front_end: FrontEnd = "poptorch"
+    training: bool = True
+    pipelined: bool = True
+    hoisted: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is unknown; use one of {PRECISIONS}")
+        counts = (self.num_ipus, self.replicas, self.accumulation, self.device_iterations)
+        if min(*counts, self.embedding_factor, self.projection_factor) < 1:
+            raise ValueError(
+                "num_ipus, replicas, accumulation, device_iterations and serialization factors "
+                f"must be at least 1, got {counts}, {self.embedding_factor} and "
+                f"{self.projection_factor}"
+            )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation on the device."""
+        return 4 if self.precision == "32.32" else 2
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one partial sum of a matrix product."""
+        return 2 if self.precision == "16.16" else 4
+
+    @property
+    def stashed_bytes(self) -> float:
+        """Bytes of one element of a kept stage or layer input."""
+        return self.checkpoint_bytes or self.element_bytes
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of optimizer state per parameter, before sharding (moments are float32)."""
+        if "sgd" in self.optimizer.lower():
+            return 0.0
+        return 6.0 if self.half_first_moment else 8.0
+
+    @property
+    def state_share(self) -> float:
+        """Share of the optimizer state that one replica holds and updates."""
+        return 1.0 / self.replicas if self.sharded else 1.0
+
+    def proportion(self, ipu: int) -> float:
+        """Memory proportion of ``ipu``; PopART's default of 0.6 where none was given."""
+        return self.proportions[ipu] if ipu < len(self.proportions) else 0.6
+
+    @classmethod
+    def from_config(
+        cls,
+        config: IPUConfig,
+        *,
+        replicas: int | None = None,
+        optimizer: str = "adamw",
+        front_end: FrontEnd = "poptorch",
+        training: bool = True,
+    ) -> IPUSettings:
+        """Read an ``ipu_config.json``.
+
+        Args:
+            config: The configuration, with ``replication_factor`` already a number or with a
+                ``default`` entry.
+            replicas: Overrides the configuration's.
+            optimizer: Name of the optimizer, which the file does not hold.
+            front_end: Library that builds the program.
+            training: Whether to predict training or inference.
+
+        Raises:
+            ConfigError: The configuration's numbers contradict each other.
+        """
+        inference = not training
+        prefix = "inference_" if inference else ""
+        num_ipus = config.num_ipus(inference=inference)
+        splits = {
+            name: getattr(config, f"{prefix}serialized_{name}_splits_per_ipu") or ()
+            for name in ("embedding", "projection")
+        }
+        factors = {
+            name: getattr(config, f"{prefix}{name}_serialization_factor") or sum(splits[name])
+            for name in splits
+        }
+        return cls(
+            num_ipus=num_ipus,
+            layers_per_ipu=config.layers(inference=inference),
+            replicas=replicas or config.replicas(inference=inference),
+            accumulation=1 if inference else config.gradient_accumulation_steps,
+            device_iterations=(
+                config.inference_device_iterations if inference else config.device_iterations
+            ),
+            proportions=config.memory_proportions(inference=inference),
+            embedding_factor=max(1, factors["embedding"] or 1),
+            projection_factor=max(1, factors["projection"] or factors["embedding"] or 1),
+            embedding_splits=tuple(splits["embedding"]),
+            projection_splits=tuple(splits["projection"]),
+            optimizer=optimizer,
+            optimizer_offchip=config.optimizer_state_offchip,
+            sharded=config.replicated_tensor_sharding,
+            half_first_moment=bool(config.enable_half_first_order_momentum),
+            checkpoint_layers=config.recompute_checkpoint_every_layer,
+            precision="16.16" if config.enable_half_partials else "16.32",
+            front_end=front_end,
+            training=training,
+            pipelined=num_ipus > 1,
+        )

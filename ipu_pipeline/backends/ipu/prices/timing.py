@@ -1,0 +1,260 @@
+"""Seconds of one optimizer step on IPUs: fill, main, flush and update.
+
+Time is divided into cycles. In a cycle every active stage runs once, stages on one IPU one after
+another, IPUs in parallel; then one copy phase moves everything between IPUs, and does not overlap
+with compute. With F forward stages there are S = 2F-1 (in inference F) pipeline stages, and
+
+    step = sum_(c<S-1) fill_c + (G-S+1) main + sum_(c<S-1) flush_c + outer
+
+where fill cycle c has stages 0..c active and flush cycle c stages c+1..S-1. A backward stage
+includes the recomputation of its forward stage; the last forward stage holds its own backward
+pass and recomputes nothing.
+
+Source: POPART_PIPELINE.md (PopART SDK 3.4, transforms/pipeline.cpp and popx/popprograms.cpp).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ipu_pipeline.backends.ipu.prices.blocks import (
+    BlockTime,
+    block_time,
+    pricer_for,
+    serialization_factor,
+)
+from ipu_pipeline.backends.ipu.prices.calibration import Calibration
+from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.layout import Layout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one microbatch in one forward stage.
+
+    Attributes:
+        ipu: Its IPU.
+        forward_s: Forward pass.
+        backward_s: Backward pass without recomputation.
+        recompute_s: Forward work repeated in the backward stage.
+    """
+
+    ipu: int
+    forward_s: float
+    backward_s: float
+    recompute_s: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step (in inference: of one call of the device).
+
+    Attributes:
+        stages: Per forward stage.
+        cycle_s: One main cycle: busiest IPU, copies and input.
+        copy_s: Copies between IPUs in one cycle.
+        input_s: Host to device in one cycle.
+        fill_s: All fill cycles.
+        main_s: All main cycles.
+        flush_s: All flush cycles.
+        optimizer_s: Optimizer arithmetic, one parameter tensor after another.
+        streaming_s: Optimizer state between the chip and streaming memory.
+        all_reduce_s: Gradients summed over replicas.
+        host_s: Return to the host, shared by the device iterations (0 in inference).
+        num_cycles: fill, main and flush cycles.
+    """
+
+    stages: tuple[StageTime, ...]
+    cycle_s: float
+    copy_s: float
+    input_s: float
+    fill_s: float
+    main_s: float
+    flush_s: float
+    optimizer_s: float
+    streaming_s: float
+    all_reduce_s: float
+    host_s: float
+    num_cycles: tuple[int, int, int]
+
+    @property
+    def update_s(self) -> float:
+        """Everything after the flush that the device does."""
+        return self.optimizer_s + self.streaming_s + self.all_reduce_s
+
+    @property
+    def total_s(self) -> float:
+        """The whole step."""
+        return self.fill_s + self.main_s + self.flush_s + self.update_s + self.host_s
+
+
+def step_time(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+) -> StepTime:
+    """Predict one optimizer step of ``graph`` placed by ``layout``."""
+    stages = stage_times(graph, layout, settings, chip, calibration)
+    copy_s = copy_time(graph, layout, settings, chip, calibration)
+    input_s = input_time(graph, settings, chip)
+    microbatches = settings.accumulation if settings.training else settings.device_iterations
+    fill, main, flush = cycle_loads(stages, training=settings.training)
+    between = copy_s + input_s
+    if not settings.pipelined:
+        fill, flush = (), ()
+        main = sum(stage.forward_s + stage.backward_s for stage in stages)
+    num_main = max(1, microbatches - len(fill))
+    update = update_times(graph, layout, settings, chip, calibration)
+    # Inference queues its next call while this one runs; a training step waits for the host.
+    host_s = calibration.step_host_s / settings.device_iterations if settings.training else 0.0
+    return StepTime(
+        stages=stages,
+        cycle_s=main + between,
+        copy_s=copy_s,
+        input_s=input_s,
+        fill_s=sum(fill) + between * len(fill),
+        main_s=num_main * (main + between),
+        flush_s=sum(flush) + copy_s * len(flush),
+        optimizer_s=update[0],
+        streaming_s=update[1],
+        all_reduce_s=update[2],
+        host_s=host_s,
+        num_cycles=(len(fill), num_main, len(flush)),
+    )
+
+
+def stage_times(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+) -> tuple[StageTime, ...]:
+    """Price every forward stage for one microbatch."""
+    found = []
+    known: dict[tuple[object, ...], BlockTime] = {}
+    for position, stage in enumerate(layout.stages):
+        pricer = pricer_for(chip, settings, stage.ipu, calibration)
+        forward = backward = 0.0
+        for name in stage.blocks:
+            block = graph[name]
+            factor = serialization_factor(graph, block, settings)
+            # Equal layers share their operation tuples, which are long to hash.
+            key = (id(block.forward_ops), id(block.backward_ops), block.kind, pricer.proportion,
+                   factor, graph.parameter_bytes(block))  # fmt: skip
+            if key not in known:
+                known[key] = block_time(graph, block, pricer, settings, factor)
+            time = known[key]
+            forward += time.forward_s
+            backward += time.backward_s
+        again = settings.training and settings.recompute and position < len(layout.stages) - 1
+        found.append(StageTime(stage.ipu, forward, backward, forward if again else 0.0))
+    return tuple(found)
+
+
+def cycle_loads(
+    stages: Sequence[StageTime], *, training: bool
+) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+    """Return seconds of every fill cycle, of a main cycle, and of every flush cycle."""
+    loads = [(stage.ipu, stage.forward_s) for stage in stages]
+    if training:
+        last = stages[-1]
+        loads[-1] = (last.ipu, last.forward_s + last.backward_s + last.recompute_s)
+        loads += [(s.ipu, s.backward_s + s.recompute_s) for s in reversed(stages[:-1])]
+    count = len(loads)
+    fill = tuple(_busiest(loads[: cycle + 1]) for cycle in range(count - 1))
+    flush = tuple(_busiest(loads[cycle + 1 :]) for cycle in range(count - 1))
+    return fill, _busiest(loads), flush
+
+
+def _busiest(loads: Sequence[tuple[int, float]]) -> float:
+    total: Counter[int] = Counter()
+    for ipu, seconds in loads:
+        total[ipu] += seconds  # type: ignore[assignment]
+    return max(total.values(), default=0.0)
+
+
+def float_bytes(tensor: TensorSpec, element_bytes: float) -> float:
+    """Bytes of ``tensor`` on the device: floats in the compute type, wide integers as int32."""
+    elements = tensor.num_bytes / DTYPE_BYTES[tensor.dtype]
+    if "float" in tensor.dtype:
+        return elements * element_bytes
+    return elements * min(4.0, DTYPE_BYTES[tensor.dtype])
+
+
+def copy_time(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+) -> float:
+    """Seconds of the copy phase of one cycle: the busiest direction of the busiest link.
+
+    A tensor used several stages later is passed on by every stage between (PopART chains it); a
+    gradient takes the way back in the same phase.
+    """
+    traffic: Counter[tuple[int, int]] = Counter()
+    for start, end, name in stage_tensors(graph, layout):
+        tensor = graph.tensor_by_name[name]
+        size = float_bytes(tensor, settings.element_bytes)
+        for stage in range(start, end):
+            here, there = layout.stages[stage].ipu, layout.stages[stage + 1].ipu
+            if here != there:
+                traffic[here, there] += size  # type: ignore[assignment]
+                if settings.training and tensor.requires_grad:
+                    traffic[there, here] += size  # type: ignore[assignment]
+    if not traffic:
+        return 0.0
+    return chip.link_latency_s + max(
+        size / (chip.link_bytes_per_s(here, there) * calibration.copy_share)
+        for (here, there), size in traffic.items()
+    )
+
+
+def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
+    """Seconds of one microbatch's inputs from the host; replicas on a board share its network."""
+    size = sum(float_bytes(tensor, settings.element_bytes) for tensor in graph.inputs)
+    sharing = min(settings.replicas, max(1, chip.ipus_per_board // settings.num_ipus))
+    return size * sharing / chip.host_bytes_per_s
+
+
+def trainable_elements(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings
+) -> Mapping[int, int]:
+    """Trainable parameter elements by IPU; a parameter used twice on an IPU counts once."""
+    return {
+        ipu: sum(n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable)
+        for ipu, held in enumerate(held_elements(graph, layout, settings))
+    }
+
+
+def update_times(
+    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+) -> tuple[float, float, float]:
+    """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
+    if not settings.training:
+        return 0.0, 0.0, 0.0
+    elements = trainable_elements(graph, layout, settings)
+    most = max(elements.values())
+    touched = settings.state_share * most
+    per_element = 3 * settings.element_bytes + 2 * settings.state_bytes
+    rate = chip.tiles * calibration.vector_bytes_per_cycle * chip.clock_hz
+    tensors = sum(parameter.trainable for parameter in graph.parameters)
+    optimizer_s = touched * per_element / rate + tensors * calibration.tensor_update_s
+    streaming_s = 0.0
+    if settings.optimizer_offchip:
+        boards: Counter[int] = Counter()
+        for ipu, count in elements.items():
+            boards[ipu // chip.ipus_per_board] += count
+        sharing = min(settings.replicas, max(1, chip.ipus_per_board // settings.num_ipus))
+        moved = 2 * settings.state_bytes * settings.state_share * sharing * max(boards.values())
+        streaming_s = moved / chip.streaming_bytes_per_s
+    return optimizer_s, streaming_s, _all_reduce(most, settings, chip, calibration)
+
+
+def _all_reduce(
+    elements: int, settings: IPUSettings, chip: Chip, calibration: Calibration
+) -> float:
+    """Ring all-reduce of one IPU's gradients over the replicas (2 (R-1)/R of their bytes)."""
+    replicas = settings.replicas
+    if replicas == 1:
+        return 0.0
+    racks = replicas * settings.num_ipus > chip.ipus_per_rack
+    speed = chip.link_bytes_per_s(0, chip.ipus_per_rack if racks else chip.ipus_per_board)
+    size = 2 * (replicas - 1) / replicas * elements * settings.element_bytes
+    return size / (speed * calibration.copy_share)

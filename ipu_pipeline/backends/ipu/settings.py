@@ -1,0 +1,224 @@
+"""Everything a poptorch program needs besides the placement: one flat JSON object.
+
+Names are those of ``ipu_config.json`` where it has one. A plan and an :class:`IPUConfig` give the
+settings together: what both say must agree, and the plan says it to the letter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.config.layers import counted_layers
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+
+OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer as poptorch is told about it.
+
+    Attributes:
+        optimizer: Class name in ``poptorch.optim``.
+        learning_rate: Learning rate at the start.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        momentum: Of SGD.
+        weight_decay: Decoupled for AdamW and LAMB.
+        loss_scaling: Factor of the loss before the backward pass.
+        max_grad_norm: Clip the norm of all gradients to this; ``None`` for no clipping.
+        accum_dtype: ``float16`` or ``float32``: type of the gradient accumulators.
+        first_order_momentum_dtype: Type of the first moment.
+        second_order_momentum_dtype: Type of the second moment.
+    """
+
+    optimizer: str = "AdamW"
+    learning_rate: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    loss_scaling: float = 1.0
+    max_grad_norm: float | None = None
+    accum_dtype: str = "float32"
+    first_order_momentum_dtype: str = "float32"
+    second_order_momentum_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise LoweringError(
+                f"optimizer {self.optimizer!r} does not exist in poptorch; use one of "
+                f"{', '.join(OPTIMIZERS)}"
+            )
+
+
+@dataclass(frozen=True)
+class PopTorchSettings:
+    """How the program runs.
+
+    Attributes:
+        config: The IPU configuration; it agrees with the plan.
+        micro_batch_size: Samples of one microbatch.
+        num_stages: Forward stages.
+        optimizer: The optimizer.
+        half: Weights and activations in float16.
+        seed: Seed of the device and of torch; ``None`` leaves it.
+    """
+
+    config: IPUConfig
+    micro_batch_size: int
+    num_stages: int
+    optimizer: OptimizerSettings = OptimizerSettings()
+    half: bool = False
+    seed: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the flat object that ``settings.json`` holds; every value explicit."""
+        config = self.config
+        inference = {
+            "inference_device_iterations": config.inference_device_iterations,
+            "inference_replication_factor": config.replicas(inference=True),
+            "inference_memory_proportions": list(config.memory_proportions(inference=True)),
+        }
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "num_stages": self.num_stages,
+            "ipus_per_replica": config.num_ipus(),
+            "replication_factor": config.replicas(),
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "device_iterations": config.device_iterations,
+            "memory_proportions": list(config.memory_proportions()),
+            **inference,
+            "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
+            "optimizer_state_offchip": config.optimizer_state_offchip,
+            "replicated_tensor_sharding": config.replicated_tensor_sharding,
+            "enable_half_partials": config.enable_half_partials,
+            "auto_loss_scaling": config.auto_loss_scaling,
+            "explicit_ir_inference": config.explicit_ir_inference,
+            "output_mode": config.output_mode,
+            "executable_cache_dir": config.executable_cache_dir,
+            "seed": self.seed if self.seed is not None else config.seed,
+            "half": self.half,
+            **_optimizer_json(self.optimizer),
+        }
+
+
+def settings_for(
+    plan: Plan,
+    config: IPUConfig | None = None,
+    *,
+    optimizer: OptimizerSettings | None = None,
+    half: bool = False,
+    seed: int | None = None,
+) -> PopTorchSettings:
+    """Return the settings of ``plan``.
+
+    Args:
+        plan: A plan for IPUs.
+        config: What the plan does not say (memory proportions, device iterations, ...); ``None``
+            takes the defaults.
+        optimizer: ``None`` takes AdamW.
+        half: Run in float16.
+        seed: Overrides the configuration's.
+
+    Raises:
+        LoweringError: The configuration contradicts the plan.
+    """
+    wanted = ipu_config_of_plan(plan, config)
+    return PopTorchSettings(
+        config=wanted,
+        micro_batch_size=plan.micro_batch_size,
+        num_stages=plan.num_stages,
+        optimizer=optimizer or OptimizerSettings(),
+        half=half,
+        seed=seed,
+    )
+
+
+def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
+    """Return the ``ipu_config.json`` of a plan: what both can say, and the rest from ``base``.
+
+    Raises:
+        LoweringError: ``base`` says something else than the plan about layers, replicas,
+            accumulation or slices.
+    """
+    said = {**_structure(plan, base), **_slices(plan, base)}
+    if base is None:
+        return IPUConfig(**said)
+    _check_agreement(base, said)
+    return replace(base, **said)
+
+
+def _structure(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
+    num_ipus = max(stage.device for stage in plan.stages) + 1
+    home = {name: stage.device for stage in plan.stages for name in stage.blocks}
+    counts = [0] * num_ipus
+    for name in _counted(plan, base, home):
+        counts[home[name]] += 1
+    return {
+        "layers_per_ipu": tuple(counts),
+        "ipus_per_replica": num_ipus,
+        "replication_factor": plan.replicas,
+        "gradient_accumulation_steps": plan.num_microbatches,
+    }
+
+
+def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the layers that the base configuration counts, if it left the others on IPU 0."""
+    layers = {b.name: _is_convolution(plan, b.name) for b in plan.blocks if b.kind == "layer"}
+    if base is None:
+        return tuple(layers)
+    counted = counted_layers(layers, base.layers_per_ipu, base.num_ipus())
+    beside = [home[name] for name in layers if name not in counted]
+    return counted if not any(beside) else tuple(layers)
+
+
+def _is_convolution(plan: Plan, block: str) -> bool:
+    prefix = block.split("#")[0] + "."
+    shapes = [text for fqn, text in plan.model.parameters.items() if fqn.startswith(prefix)]
+    return all(shape.split(" ")[0].count("x") != 1 for shape in shapes)
+
+
+def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
+    """Return the serialization factors; split tables are the base configuration's to say."""
+    kinds = {block.name: block.kind for block in plan.blocks}
+    found: dict[str, int] = {}
+    for stage in plan.stages:
+        for name, factor in stage.serialize.items():
+            what = "embedding" if kinds[name] == "embedding" else "projection"
+            found[what] = max(found.get(what, 1), factor)
+    return {
+        f"{what}_serialization_factor": factor
+        for what, factor in found.items()
+        if base is None or not getattr(base, f"serialized_{what}_splits_per_ipu")
+    }
+
+
+def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
+    layers = sum(said["layers_per_ipu"])
+    theirs: dict[str, Any] = {
+        "gradient_accumulation_steps": base.gradient_accumulation_steps,
+        "replication_factor": base.replicas(),
+    }
+    if base.layers_per_ipu != (-1,):
+        theirs["layers_per_ipu"] = base.resolve_layers(layers)
+    different = [
+        f"{name}: plan {said[name]}, configuration {value}"
+        for name, value in theirs.items()
+        if said[name] != value
+    ]
+    if different:
+        raise LoweringError(
+            f"the IPU configuration is not that of the plan ({'; '.join(different)}); make the "
+            "plan with this configuration, or change the configuration"
+        )
+
+
+def _optimizer_json(optimizer: OptimizerSettings) -> dict[str, Any]:
+    found = asdict(optimizer)
+    found["betas"] = list(found["betas"])
+    return {field.name: found[field.name] for field in fields(OptimizerSettings)}

@@ -1,0 +1,136 @@
+"""Captures made on demand: one for every batch shape, in training and in evaluation mode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.local.stage import Stage, build_stages
+from ipu_pipeline.backends.local.step import autocast_region
+from ipu_pipeline.capture.captured import CapturedModel, capture
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.lru_cache import RecentlyUsed
+from ipu_pipeline.stages.serialize import TableUses, find_tables, serialized, spread_tables
+
+Signature = tuple[bool, tuple[tuple[str, Any], ...]]
+
+# A step needs two shapes (full and short microbatches), training and evaluation alternate.
+MAX_SHAPES = 16
+logger = logging.getLogger(__name__)
+
+
+class StageCache:
+    """Builds the stages of a plan for the shape of a microbatch, and remembers the last few.
+
+    Args:
+        model: The user's model.
+        plan: Says which block belongs to which stage.
+        precision: Of the steps; captures are made in the same autocast region.
+        recompute: Names of the blocks to recompute in the backward pass.
+        self_check: Compare every capture with the model before trusting it.
+        max_shapes: So many shapes are remembered, those of training and evaluation together.
+        on_drop: Called with stages that are forgotten.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        precision: str,
+        *,
+        recompute: frozenset[str],
+        self_check: bool,
+        max_shapes: int = MAX_SHAPES,
+        on_drop: Callable[[tuple[Stage, ...]], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.plan = plan
+        self.recompute = recompute
+        self.self_check = self_check
+        self._stages = RecentlyUsed[Signature, tuple[Stage, ...]](max_shapes, self._dropped)
+        self._on_drop = on_drop
+        self._warned = False
+
+    def stages_for(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
+        """Return the stages for inputs of this shape, in the model's present mode.
+
+        Raises:
+            CaptureError: The model cannot be captured with these inputs.
+            LoweringError: A block that the plan serializes has no table for so many slices.
+            PlanError: In training mode, its blocks are not those of the plan.
+        """
+        signature = _signature(self.model, microbatch)
+        return self._stages.get(signature, lambda: self._captured(microbatch))
+
+    def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
+        uses = TableUses()
+        with autocast_region(self.precision), uses:
+            captured = capture(
+                self.model,
+                microbatch,
+                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                self_check=self.self_check,
+            )
+        return self._build(captured, uses)
+
+    def _dropped(self, stages: tuple[Stage, ...]) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "microbatches have come in more than %d shapes; the least recently used ones are "
+                "forgotten and captured again when they return, which takes longer than a step: "
+                "pad to fewer lengths (pad_to_multiple_of)",
+                self._stages.limit,
+            )
+        if self._on_drop is not None:
+            self._on_drop(stages)
+
+    def _build(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
+        if captured.training:
+            self._check_blocks([program.name for program in captured.programs])
+        blocks = place_blocks(captured, self.plan)
+        tables = find_tables(captured, uses, serialized(self.plan))
+        shares = spread_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, shares)
+
+    def _check_blocks(self, found: Sequence[str]) -> None:
+        planned = [block.name for block in self.plan.blocks]
+        missing = [name for name in planned if name not in found]
+        extra = [name for name in found if name not in planned]
+        if missing or extra:
+            raise PlanError(
+                "the model's blocks for this batch are not those of the plan: "
+                f"missing {', '.join(missing) or 'none'}; new {', '.join(extra) or 'none'}; make "
+                "the plan with an example batch that has the same inputs as the training batches"
+            )
+
+
+def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
+    """Return the block names of every stage.
+
+    Blocks that the plan does not name (evaluation without labels has other glue) go to the
+    latest stage that computes something for them.
+    """
+    stage_of: dict[str, int] = {}
+    producer = {value: p.name for p in captured.programs for value in p.outputs}
+    for program in captured.programs:
+        sources = [stage_of[producer[name]] for name in program.inputs if name in producer]
+        earliest = max(sources, default=0)
+        stage_of[program.name] = plan.stage_of.get(program.name, earliest)
+    return [
+        [name for name, stage in stage_of.items() if stage == index]
+        for index in range(plan.num_stages)
+    ]
+
+
+def _signature(model: nn.Module, microbatch: Mapping[str, Any]) -> Signature:
+    described = tuple(
+        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
+        for name, value in microbatch.items()
+    )
+    return model.training, described

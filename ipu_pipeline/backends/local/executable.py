@@ -1,0 +1,293 @@
+"""The local executable: drives stage threads through a schedule, then updates the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.local.batch import Microbatch, batch_size, cut_batches, split_batch
+from ipu_pipeline.backends.local.captures import StageCache
+from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.backends.local.step import Step
+from ipu_pipeline.checkpoint import (
+    Attach,
+    Background,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.schedule import Schedule
+from ipu_pipeline.ops.linear import casts_of_one_step
+from ipu_pipeline.ops.threads import available_threads, share_threads
+from ipu_pipeline.planner.schedules.build import build_schedule
+from ipu_pipeline.planner.schedules.gpipe import forward_only
+from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.stages.mode import in_mode
+from ipu_pipeline.stages.optimize import apply_update
+from ipu_pipeline.stages.recompute import recomputed_blocks
+
+
+class LocalExecutable:
+    """Runs a plan in this process; every stage has a thread.
+
+    Args:
+        model: The user's model; its parameters are trained in place.
+        plan: The split.
+        optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
+        options: How to run.
+    """
+
+    # A short microbatch is captured for its own shape and weighs less.
+    batch_divisor: int | None = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        options: ExecutionOptions,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.options = options
+        self.global_step = 0
+        self._cache = StageCache(
+            model,
+            plan,
+            options.precision,
+            recompute=recomputed_blocks(options.recompute, plan),
+            self_check=options.self_check,
+        )
+        self._threads: StageThreads | None = None
+        self._broken: Exception | None = None
+        self._background = Background()
+        self._closed = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
+        """Run one optimizer step on ``batch``.
+
+        Args:
+            batch: Tensors with axis 0 = micro batch x microbatches.
+
+        Returns:
+            The mean loss and what the update did.
+
+        Raises:
+            LoweringError: There is no optimizer, or the batch cannot be cut.
+            StageError: A stage failed; no weight was changed.
+        """
+        self.options.require_training()
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        step = self._accumulate(self._split(batch), self.options.loss_scaling)
+        update = apply_update(
+            self.optimizer,
+            self.model.parameters(),
+            loss_scaling=self.options.loss_scaling,
+            max_grad_norm=self.options.max_grad_norm,
+        )
+        self.global_step += 1
+        return StepResult(
+            _mean_loss(step.microbatches, step.results),
+            update.grad_norm,
+            update.skipped,
+            batch_size(batch),
+            tuple(step.busy_s),
+        )
+
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:
+        """Return the mean loss; add unscaled gradients to ``.grad`` of the model's parameters.
+
+        Raises:
+            StageError: A stage failed; gradients are then incomplete.
+        """
+        step = self._accumulate(self._split(batch), 1.0)
+        return _mean_loss(step.microbatches, step.results)
+
+    def forward_backward_parts(
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
+    ) -> list[float]:
+        """Run microbatches that the caller has cut, each of its own shape.
+
+        Args:
+            parts: One batch per microbatch, at least one.
+            weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``.
+
+        Returns:
+            The loss of every microbatch, not weighted.
+
+        Raises:
+            LoweringError: There is no microbatch, or not one weight for each.
+            StageError: A stage failed; gradients are then incomplete.
+        """
+        step = self._accumulate(cut_batches(parts, weights), 1.0)
+        return [float(result["loss"]) for result in step.results]
+
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
+        """Run the model in evaluation mode, without gradients, pipelined.
+
+        Raises:
+            StageError: A stage failed.
+        """
+        microbatches = split_batch(batch, 2 * self.plan.num_stages)
+        return _join(microbatches, self._evaluate(microbatches))
+
+    def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+        """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
+
+        Raises:
+            LoweringError: There is no batch.
+            StageError: A stage failed.
+        """
+        microbatches = cut_batches(parts, [1.0] * len(parts))
+        found = zip(microbatches, self._evaluate(microbatches), strict=True)
+        return [_join([part], [results]) for part, results in found]
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict."""
+        return self.model.state_dict()
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
+        self.wait_for_checkpoint()
+        return write_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            global_step=self.global_step,
+            extra=extra,
+            attach=attach,
+            background=None if blocking else self._background,
+        )
+
+    def from_first_rank(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint written under any split; return its ``extra``."""
+        self.wait_for_checkpoint()
+        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.global_step = info.global_step
+        return info.extra
+
+    def close(self) -> None:
+        """Stop the stage threads; calling it again does nothing."""
+        self._closed = True
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+        self.wait_for_checkpoint()
+
+    def __enter__(self) -> LocalExecutable:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # otherwise it was logged, and the caller's own error goes on
+                raise
+
+    # ---- running ------------------------------------------------------------------------
+
+    def _split(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+        return split_batch(batch, self.plan.num_microbatches, self.plan.micro_batch_size)
+
+    def _evaluate(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
+        """Return what each microbatch computed, by name."""
+        with in_mode(self.model, training=False), torch.no_grad():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            schedule = forward_only(self.plan.num_stages, len(microbatches))
+            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
+            self._run(step)
+        return step.results
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
+        """Run a training step up to the gradients; return it with its results and times."""
+        self.options.require_training()
+        plan = self.plan
+        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
+            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+            name = self.options.schedule or plan.schedule
+            if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
+                name = "1f1b"
+            schedule = build_schedule(name, plan.num_stages, len(microbatches))
+            step = Step(
+                stages, microbatches, self.options, self.global_step, loss_scaling, schedule
+            )
+            self._run(step)
+            step.add_shared_gradients()
+        return step
+
+    def _run(self, step: Step) -> None:
+        if self._closed or self._broken is not None:
+            reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
+            raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+        try:
+            if self.options.sequential or self.plan.num_stages == 1:
+                run_sequentially(step.schedule, step)
+            else:
+                self._stage_threads().run(step.schedule, step, self._intra_op(step.schedule))
+        except StageError as error:
+            step.clear()
+            if type(error) is not StageError:  # stalled threads cannot be used again
+                self._broken = error
+            raise
+        except BaseException:
+            step.clear()
+            self._broken = StageError("the step was interrupted")
+            raise
+
+    def _intra_op(self, schedule: Schedule) -> tuple[int, ...]:
+        """Share the threads of the caller among the rows by what their stages are to take."""
+        seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
+        loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
+        return share_threads(loads, available_threads())
+
+    def _stage_threads(self) -> StageThreads:
+        if self._threads is None:
+            self._threads = StageThreads(self.plan.num_stages, self.options.stall_timeout_s)
+        return self._threads
+
+
+def _mean_loss(
+    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Return the mean of the microbatches' losses, weighted by their samples."""
+    pairs = zip(microbatches, results, strict=True)
+    return sum(float(result["loss"]) * part.share for part, result in pairs)
+
+
+def _join(
+    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
+) -> EvalResult:
+    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
+    loss = _mean_loss(microbatches, results) if "loss" in results[0] else None
+    outputs = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        if name != "loss":
+            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+    return EvalResult(loss, outputs)

@@ -1,0 +1,83 @@
+"""Check a plan for the local target and turn it into an executable."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ipu_pipeline.backends.local.executable import LocalExecutable
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.schedules.build import SCHEDULES
+from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.recompute import recomputed_blocks
+from ipu_pipeline.stages.serialize import check_blocks
+
+
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> LocalExecutable:
+    """Return an executable that runs ``plan`` in this process.
+
+    Raises:
+        LoweringError: The target cannot run the plan.
+    """
+    check(plan, options)
+    check_model(model, optimizer)
+    return LocalExecutable(model, plan, optimizer, options)
+
+
+def check(plan: Plan, options: ExecutionOptions) -> None:
+    """Refuse what the local target cannot run.
+
+    Raises:
+        LoweringError: Replicas or state divided among them, a schedule that it does not have,
+            unknown blocks to recompute, or a serialized block without parameters.
+    """
+    if plan.replicas > 1:
+        raise LoweringError(
+            f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
+            "plan with replicas=1, or more microbatches for the same total batch"
+        )
+    if options.ipu_config is not None:
+        raise LoweringError(
+            "the local target runs on no IPU: leave ipu_config out, or use target='poptorch'"
+        )
+    if options.replicated_tensor_sharding:
+        raise LoweringError(
+            "replicated_tensor_sharding divides optimizer state among replicas, and the local "
+            "target runs one pipeline in one process; leave it out, or use target='distributed' "
+            "with a plan of several replicas"
+        )
+    schedule = options.schedule or plan.schedule
+    if schedule not in SCHEDULES:
+        raise LoweringError(
+            f"the local target has no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}"
+        )
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
+
+
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a model without weights, and an optimizer of other parameters.
+
+    Raises:
+        LoweringError: Either is the case.
+    """
+    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta:
+        raise LoweringError(
+            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
+            "device); load the weights before compiling"
+        )
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        groups = optimizer.param_groups
+        if any(id(p) not in own for group in groups for p in group["params"]):
+            raise LoweringError(
+                "the optimizer holds parameters that are not the model's; make it from "
+                "model.parameters() of the model that is compiled"
+            )

@@ -1,0 +1,231 @@
+"""What a device's description needs besides its peaks, measured as stages run it.
+
+Products and attention run through the same functions as a block's, forward and backward, with
+gradients to add to. Every rate is measured on all devices at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import quantiles
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ipu_pipeline.backends.local.measure.concurrent import on_threads
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.planner.options.attention import BACKWARD, FORWARD
+
+Call = Callable[[], object]
+REPEATS = 7
+STACK_REPEATS = 3  # of many products each
+# Enough weights in turn that each is read from memory again, as in a stage of several layers.
+STACK_BYTES = 24 * 1024 * 1024
+MOST_WEIGHTS = 12
+# glibc gives freed memory back to the system until the process has freed a block of this size
+# once, which every model of some size does in its first step.
+ALLOCATOR_BYTES = 32 * 1024 * 1024 - 4096
+PRODUCT_SIZES = (64, 128, 256, 512, 768)
+# Outputs from 64 KiB to 64 MiB; the largest are above what the allocator keeps for itself.
+COPY_SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24)
+ROWS, WIDTH = 512, 512  # of a tensor that stays in a cache
+ATTENTION = (4, 8, 192, 64)  # B, H, L, E
+TINY_STEPS = 16
+
+aten = torch.ops.aten
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def seconds_of(make: Callable[[], Call], num_devices: int, repeats: int = REPEATS) -> float:
+    """Return the lower quartile of the seconds of one call while all devices do the same.
+
+    Args:
+        make: Builds the call, on the device's thread.
+        num_devices: Devices.
+        repeats: Timed calls, after one that warms up.
+    """
+
+    def measure() -> list[float]:
+        torch.empty(ALLOCATOR_BYTES, dtype=torch.uint8)
+        call = make()
+        call()
+        return [_timed(call) for _ in range(repeats)]
+
+    found = [seconds for result in on_threads(measure, num_devices) for seconds in result]
+    return quantiles(found, n=4)[0]
+
+
+def product_curve(num_devices: int) -> list[tuple[float, float]]:
+    """Return FLOP/s of linear layers, forward and backward, by the FLOPs of one product."""
+    curve = []
+    for size in PRODUCT_SIZES:
+        count = max(2, min(MOST_WEIGHTS, STACK_BYTES // (4 * size * size)))
+        seconds = seconds_of(lambda s=size, n=count: _linears(s, n), num_devices, STACK_REPEATS)  # type: ignore[misc]
+        flops = 2.0 * size**3
+        curve.append((flops, 3 * count * flops / seconds))
+    return curve
+
+
+def bytes_curve(num_devices: int) -> list[tuple[float, float]]:
+    """Return bytes per second of an operation that makes a new tensor, by the bytes it moves."""
+    curve = []
+    for elements in COPY_SIZES:
+
+        def make(n: int = elements) -> Call:
+            source = torch.ones(n)
+            return lambda: source * 2.0
+
+        moved = 2.0 * 4 * elements
+        curve.append((moved, moved / seconds_of(make, num_devices)))
+    return curve
+
+
+def overhead_s(num_devices: int) -> float:
+    """Return the seconds of an operation that has nothing to do, with its part of the backward."""
+
+    def make() -> Call:
+        x = torch.ones(2, requires_grad=True)
+
+        def call() -> None:
+            y = x
+            for _ in range(TINY_STEPS):
+                y = functional.gelu(y)
+            y.backward(torch.ones_like(y))
+
+        return call
+
+    return seconds_of(make, num_devices) / (2 * TINY_STEPS)
+
+
+def op_rates(num_devices: int) -> dict[str, float]:
+    """Return elements per second of single operations, FLOP/s of those with FLOPs, by name."""
+    elements = ROWS * WIDTH
+    rates = {
+        name: elements / seconds_of(lambda i=index: _vectors()[i][1], num_devices)  # type: ignore[misc]
+        for index, (name, _) in enumerate(_vectors())
+    }
+    rates["_safe_softmax"] = rates["_softmax"]
+    rates["nll_loss_forward"] = rates["_log_softmax"] * WIDTH  # touches one element of a row
+    rates |= _attention_rates(num_devices)
+    return rates
+
+
+def _linears(size: int, count: int) -> Call:
+    """A chain of linear layers; their gradients are added to those before."""
+    weights = [(torch.randn(size, size) / size**0.5).requires_grad_() for _ in range(count)]
+    biases = [torch.zeros(size, requires_grad=True) for _ in range(count)]
+    x = torch.randn(size, size, requires_grad=True)
+
+    def call() -> None:
+        x.grad = None
+        y = x
+        with block_scope("calibration"):
+            for weight, bias in zip(weights, biases, strict=True):
+                y = functional.linear(y, weight, bias)
+        with adding_to_grad():
+            y.backward(y.detach())
+
+    return call
+
+
+def _vectors() -> Sequence[tuple[str, Call]]:
+    """Operations that compute more than they move, on tensors that stay in a cache."""
+    x = torch.linspace(-3, 3, ROWS * WIDTH).view(ROWS, WIDTH)
+    grad, row = torch.ones_like(x), torch.ones(WIDTH)
+    soft, positive = torch.softmax(x, -1), x.abs() + 0.1
+    normed, mean, deviation = aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)
+    return (
+        ("gelu", lambda: aten.gelu(x)),
+        ("gelu_backward", lambda: aten.gelu_backward(grad, x)),
+        ("silu", lambda: aten.silu(x)),
+        ("silu_backward", lambda: aten.silu_backward(grad, x)),
+        ("tanh", lambda: aten.tanh(x)),
+        ("sigmoid", lambda: aten.sigmoid(x)),
+        ("erf", lambda: aten.erf(x)),
+        ("exp", lambda: aten.exp(x)),
+        ("log", lambda: aten.log(positive)),
+        ("rsqrt", lambda: aten.rsqrt(positive)),
+        ("_softmax", lambda: aten._softmax(x, -1, half_to_float=False)),
+        ("_softmax_backward_data", lambda: aten._softmax_backward_data(grad, soft, -1, x.dtype)),
+        ("_log_softmax", lambda: aten._log_softmax(x, -1, half_to_float=False)),
+        (
+            "_log_softmax_backward_data",
+            lambda: aten._log_softmax_backward_data(grad, soft, -1, x.dtype),
+        ),
+        ("native_layer_norm", lambda: aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)),
+        (
+            "native_layer_norm_backward",
+            lambda: aten.native_layer_norm_backward(
+                grad, x, [WIDTH], mean, deviation, row, row, [True, True, True]
+            ),
+        ),
+        ("bernoulli_", _dropout(normed)),
+    )
+
+
+def _dropout(x: Tensor) -> Call:
+    """The whole of a dropout: its product and quotient are counted as operations of their own."""
+
+    def call() -> None:
+        with block_scope("calibration"):
+            functional.dropout(x, 0.1)
+
+    return call
+
+
+def _attention_rates(num_devices: int) -> dict[str, float]:
+    """FLOP/s of attention without and with dropout, and of batched products."""
+    batch, heads, length, width = ATTENTION
+    pair = 4.0 * batch * heads * length * length * width  # two products
+
+    def rate(flops: float, make: Callable[[], Call]) -> float:
+        return flops / seconds_of(make, num_devices)
+
+    def products() -> Call:
+        query = torch.randn(batch * heads, length, width)
+        weights = torch.bmm(query, query.mT)
+        return lambda: (torch.bmm(query, query.mT), torch.bmm(weights, query))
+
+    return {
+        _FLASH: rate(pair, lambda: _attention(0.0)[0]),
+        f"{_FLASH}_backward": rate(2.5 * pair, lambda: _attention(0.0)[1]),
+        # By the products of plain attention: computing weights again is part of the price.
+        FORWARD: rate(pair, lambda: _attention(0.1)[0]),
+        BACKWARD: rate(2 * pair, lambda: _attention(0.1)[1]),
+        "bmm": rate(pair, products),
+    }
+
+
+def _attention(p: float) -> tuple[Call, Call]:
+    """Forward and backward pass of attention with dropout ``p`` and a mask."""
+    query, key, value = (torch.randn(ATTENTION, requires_grad=True) for _ in range(3))
+    batch, _, length, _ = ATTENTION
+    mask = torch.zeros(batch, 1, length, length)
+
+    def forward() -> Tensor:
+        with block_scope("calibration"):
+            attend = functional.scaled_dot_product_attention
+            return attend(query, key, value, attn_mask=mask, dropout_p=p)
+
+    out = forward()
+    seed = torch.ones_like(out)
+    return forward, lambda: torch.autograd.grad(out, (query, key, value), seed, retain_graph=True)
+
+
+def _timed(call: Call) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def flat(curve: Sequence[tuple[float, float]]) -> list[float]:
+    """Return a curve as one list, as measurements are kept."""
+    return [number for point in curve for number in point]
+
+
+def points(numbers: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Return what :func:`flat` made a list of."""
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))

@@ -1,0 +1,190 @@
+"""Optimizer state keyed by parameter name, so that any grouping of the parameters can load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ipu_pipeline.checkpoint.parts import files_of
+from ipu_pipeline.errors import CheckpointError
+
+OPTIMIZER = "optimizer"
+SETTINGS = "optimizer.json"
+# How the update is computed, not what it computes: the loading side decides.
+_NOT_SAVED = frozenset(
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+)
+_SEPARATOR = "/"
+
+
+def optimizer_settings(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    groups: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Return the kind of optimizer and its groups' settings, by parameter name, as JSON data.
+
+    Args:
+        optimizer: Over the model's parameters, or a part of them.
+        model: The unsplit model.
+        groups: All groups with all parameters; ``None`` for those that the optimizer has now.
+
+    Raises:
+        CheckpointError: The optimizer holds a parameter that is not the model's, or a setting
+            that JSON cannot hold.
+    """
+    groups = optimizer.param_groups if groups is None else groups
+    described = [
+        {
+            "parameters": members,
+            "settings": {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED},
+        }
+        for group, members in zip(groups, _names(groups, model), strict=True)
+    ]
+    return _json_data({"class": type(optimizer).__name__, "groups": described}, optimizer)
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """Return the state that is here: tensors, and values that are none, by parameter name.
+
+    Raises:
+        CheckpointError: JSON cannot hold a value.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors.setdefault(name, {})[key] = value
+            else:
+                values.setdefault(name, {})[key] = value
+    return tensors, _json_data(values, optimizer)
+
+
+def tensor_key(name: str, key: str) -> str:
+    """Return what the state ``key`` of a parameter is called in the file."""
+    return f"{key}{_SEPARATOR}{name}"
+
+
+def _json_data(content: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(content))
+    except TypeError as error:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} has settings or state that JSON cannot hold ({error}); "
+            "use tensors, numbers or text"
+        ) from error
+    return copied
+
+
+def read_optimizer(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: Path, files: Iterable[str]
+) -> dict[str, Any]:
+    """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
+
+    Args:
+        optimizer: To be filled.
+        model: Its parameters' names.
+        folder: The checkpoint.
+        files: All its files.
+
+    Raises:
+        CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
+            not cover the same parameters, or one group would need two values of a setting.
+    """
+    if not (folder / SETTINGS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no optimizer state, it was written without an optimizer; load it "
+            "with optimizer=None to start the optimizer afresh"
+        )
+    content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if content["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"{folder} holds the state of {content['class']}, the optimizer is "
+            f"{type(optimizer).__name__}; use the same optimizer, or load with optimizer=None"
+        )
+    saved = {name: group["settings"] for group in content["groups"] for name in group["parameters"]}
+    groups = _names(optimizer.param_groups, model)
+    _check_same_parameters(set(saved), {name for group in groups for name in group}, folder)
+    tensors: dict[str, Tensor] = {}
+    for name in files_of(OPTIMIZER, files):
+        tensors |= load_file(folder / name)
+    state = _state_by_name(tensors, content["values"])
+    order = [name for group in groups for name in group]
+    indices = iter(range(len(order)))
+    return {
+        "state": {i: state[name] for i, name in enumerate(order) if name in state},
+        "param_groups": [
+            _merged(group, [saved[name] for name in members], folder)
+            | {"params": [next(indices) for _ in members]}
+            for group, members in zip(optimizer.param_groups, groups, strict=True)
+        ],
+    }
+
+
+def _names(groups: Sequence[Mapping[str, Any]], model: torch.nn.Module) -> list[list[str]]:
+    """Return the parameter names of every group."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = []
+    for number, group in enumerate(groups):
+        shapes = [tuple(p.shape) for p in group["params"] if id(p) not in known]
+        if shapes:
+            raise CheckpointError(
+                f"group {number} of the optimizer holds a parameter of shape {shapes[0]} that is "
+                f"not one of {type(model).__name__}'s; build the optimizer over model.parameters()"
+            )
+        names.append([known[id(p)] for p in group["params"]])
+    return names
+
+
+def _check_same_parameters(saved: set[str], own: set[str], folder: Path) -> None:
+    if saved != own:
+        only_saved, only_own = sorted(saved - own)[:3], sorted(own - saved)[:3]
+        raise CheckpointError(
+            f"the optimizer state in {folder} covers other parameters: only there {only_saved}, "
+            f"only here {only_own}; train the same parameters, or load with optimizer=None"
+        )
+
+
+def _state_by_name(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    state: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in values.items()}
+    for full_key, tensor in tensors.items():
+        key, _, name = full_key.partition(_SEPARATOR)
+        state.setdefault(name, {})[key] = tensor
+    return state
+
+
+def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Return a group's settings as saved; its own where nothing was saved."""
+    own = {key: value for key, value in group.items() if key != "params"}
+    for key in dict.fromkeys(key for settings in saved for key in settings):
+        choices = [settings.get(key) for settings in saved]
+        if any(choice != choices[0] for choice in choices):
+            raise CheckpointError(
+                f"one group of the optimizer joins parameters that {folder} has under different "
+                f"{key} ({choices[0]} and {next(c for c in choices if c != choices[0])}); keep "
+                "parameters with different settings in different groups"
+            )
+        own[key] = _like(own.get(key), choices[0])
+    return own
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _like(own: Any, saved: Any) -> Any:
+    """Return a saved setting in the type that the optimizer holds it in."""
+    if isinstance(own, Tensor):
+        return torch.full_like(own, saved)
+    return tuple(saved) if isinstance(saved, list) else saved

@@ -1,0 +1,150 @@
+"""The model's part of a checkpoint: one safetensors file that ``from_pretrained`` reads too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ipu_pipeline.checkpoint.parts import files_of
+from ipu_pipeline.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model"
+# What a transformers model leaves out of its own file (Marian's position tables, for one).
+LEFT_OUT = "model.left_out"
+# Set by saving or loading, without influence on what is computed.
+_NOT_SETTINGS = frozenset({"_name_or_path", "architectures", "dtype", "transformers_version"})
+
+
+def weights_to_save(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's tensors for its own file, and those it leaves out; of tied ones one.
+
+    Names are those of the model in memory, so that loading needs no conversion
+    (``from_pretrained`` accepts them as well).
+    """
+    targets: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = model.state_dict(keep_vars=True)
+    kept: dict[str, Tensor] = {}
+    left_out: dict[str, Tensor] = {}
+    for names in tied_names(model):
+        name = next((n for n in names if n not in targets), names[0])
+        (left_out if ignored.intersection(names) else kept)[name] = state[name]
+    return kept, left_out
+
+
+def save_settings(model: torch.nn.Module, folder: Path) -> None:
+    """Write what ``save_pretrained`` adds to the weights of a transformers model."""
+    if isinstance(model, PreTrainedModel):
+        bar_was_on = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            model.save_pretrained(folder, state_dict={}, save_original_format=False)
+        finally:
+            if bar_was_on:
+                transformers_logging.enable_progress_bar()
+
+
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy ``tensors`` into the model's own parameters and buffers, in place."""
+    model.load_state_dict(dict(tensors), strict=False)
+
+
+def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+    """Read the weights and check that they fill ``model`` exactly; change nothing.
+
+    Args:
+        model: To be filled.
+        folder: The checkpoint.
+        files: All its files.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or of another shape.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
+        tensors |= load_file(folder / name)
+    state = model.state_dict()
+    missing = [names[0] for names in tied_names(model) if not tensors.keys() & set(names)]
+    unknown = [name for name in tensors if name not in state]
+    shapes = [
+        f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(state[name].shape)} here"
+        for name, tensor in tensors.items()
+        if name in state and tensor.shape != state[name].shape
+    ]
+    problems = [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in unknown] + shapes
+    if problems:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit {type(model).__name__}: "
+            f"{'; '.join(problems[:3])}; load it into the model it was written for"
+        )
+    return tensors
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what identifies a model: its class, and its parameters' names and shapes."""
+    return {
+        "class": type(model).__name__,
+        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+    }
+
+
+def check_fingerprint(saved: Mapping[str, Any], model: torch.nn.Module, folder: Path) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        CheckpointError: Names the first parameters that differ.
+    """
+    own = fingerprint(model)
+    if saved == own:
+        return
+    theirs, ours = saved["parameters"], own["parameters"]
+    names = [n for n in [*ours, *theirs] if theirs.get(n) != ours.get(n)]
+    lines = [
+        f"{n} is {theirs.get(n, 'absent')} in the checkpoint and {ours.get(n, 'absent')} here"
+        for n in dict.fromkeys(names)
+    ]
+    more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+    what = "; ".join(lines[:3]) + more if lines else "the parameters agree"
+    raise CheckpointError(
+        f"{folder} is a checkpoint of {saved['class']}, the model is {own['class']}: {what}; "
+        "build the model as it was when the checkpoint was written"
+    )
+
+
+def warn_of_other_settings(model: torch.nn.Module, folder: Path) -> None:
+    """Log the settings of a transformers model that differ from the checkpoint's.
+
+    Parameters of the same shapes can compute something else: another number of attention heads,
+    another activation. Some changes are meant (dropout), so this is no error.
+    """
+    if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
+        return
+    saved = type(model.config).from_pretrained(folder).to_dict()
+    own = model.config.to_dict()
+    changed = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in own.items()
+        if name not in _NOT_SETTINGS and saved.get(name) != value
+    ]
+    if changed:
+        logger.warning(
+            "the model is configured otherwise than in %s: %s", folder, "; ".join(changed)
+        )
+
+
+def tied_names(model: torch.nn.Module) -> list[list[str]]:
+    """Return the names of the state dict, those of one and the same tensor together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())

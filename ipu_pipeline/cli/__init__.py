@@ -1,0 +1,222 @@
+"""The command line: plan a model, read a plan, list blocks, check the installation.
+
+Heavy imports stay inside functions, so that ``--help`` answers at once. An error that the user
+can act on is one message on stderr and exit code 1; with ``IPU_PIPELINE_TRACEBACK=1`` in the
+environment it is raised instead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import os
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+
+from ipu_pipeline.cli.bundle import register as register_bundle
+from ipu_pipeline.cli.launch import register as register_launch
+from ipu_pipeline.cli.options import (
+    IPUConfigName,
+    IPUConfigOverrides,
+    MicroBatch,
+    Model,
+    PodType,
+    SeqLength,
+    TaskOption,
+    read_ipu_config,
+)
+from ipu_pipeline.cli.predict import register as register_predict
+from ipu_pipeline.cli.report import register
+from ipu_pipeline.cli.tune import register as register_tune
+from ipu_pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from ipu_pipeline.ir.graph import BlockGraph
+
+P = ParamSpec("P")
+TRACEBACK_VARIABLE = "IPU_PIPELINE_TRACEBACK"
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="ipu-pipeline",
+    help="Find the fastest pipeline split of a Transformers model that fits a machine.",
+    context_settings=CONTEXT,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Granularity(str, Enum):
+    """How finely a model is cut into blocks."""
+
+    layer = "layer"
+    sublayer = "sublayer"
+    op = "op"
+
+
+class Costs(str, Enum):
+    """Where the prices of the blocks come from."""
+
+    analytic = "analytic"
+    profiled = "profiled"
+
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
+GranularityOption = Annotated[Granularity, typer.Option("--granularity", help="Size of a block.")]
+
+
+def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors that the user can act on into one message and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (PipelineError, ValueError) as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+@app.command("plan")
+@_one_line_errors
+def plan_command(
+    model: Model,
+    task: TaskOption = None,
+    machine: Annotated[
+        str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
+    ] = "local",
+    num_stages: Annotated[
+        int | None, typer.Option("--num-stages", min=1, help="Default: the config's, or the best.")
+    ] = None,
+    micro_batch: MicroBatch = 1,
+    microbatches: Annotated[
+        int | None,
+        typer.Option(
+            "--microbatches", min=1, help="Microbatches per step; default 8, or the config's."
+        ),
+    ] = None,
+    seq_length: SeqLength = 128,
+    granularity: GranularityOption = Granularity.layer,
+    costs: Annotated[
+        Costs, typer.Option("--costs", help="Compute the prices, or measure them here.")
+    ] = Costs.analytic,
+    ipu_config: IPUConfigName = None,
+    ipu_config_overrides: IPUConfigOverrides = "",
+    pod_type: PodType = None,
+    passes: Annotated[
+        str,
+        typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
+    ] = None,
+) -> None:
+    """Split a model for a machine and say how close to the optimum the split is."""
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
+    from ipu_pipeline.compiler import plan
+
+    config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    built, batch = from_config(
+        *config_and_task(model, task),
+        batch_size=micro_batch,
+        seq_length=seq_length,
+        device="cpu" if costs is Costs.profiled else "meta",
+    )
+    made = plan(
+        built,
+        batch,
+        machine=machine,
+        num_stages=num_stages,
+        microbatches=microbatches,
+        replicas=1 if config is None else config.replicas(),
+        costs=costs.value,
+        granularity=granularity.value,
+        config=config,
+        passes=passes,
+    )
+    typer.echo(made.explain())
+    if output is not None:
+        made.save(output)
+        typer.echo(f"plan written to {output}")
+
+
+@app.command()
+@_one_line_errors
+def explain(plan_file: PlanFile) -> None:
+    """Print what a saved plan decides and predicts."""
+    from ipu_pipeline.ir.plan import Plan
+
+    typer.echo(Plan.load(plan_file).explain())
+
+
+register(app, _one_line_errors)
+register_predict(app, _one_line_errors)
+register_tune(app, _one_line_errors)
+register_bundle(app, _one_line_errors)
+register_launch(app, _one_line_errors)
+
+
+@app.command()
+@_one_line_errors
+def blocks(
+    model: Model,
+    task: TaskOption = None,
+    micro_batch: MicroBatch = 1,
+    seq_length: SeqLength = 128,
+    granularity: GranularityOption = Granularity.layer,
+) -> None:
+    """List the blocks that a model is cut into, with their sizes."""
+    from ipu_pipeline.capture import capture
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
+
+    built, batch = from_config(
+        *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
+    )
+    typer.echo(_graph_table(capture(built, batch, granularity=granularity.value).graph))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what this machine offers, and which targets can run."""
+    from ipu_pipeline.cli.doctor import report
+
+    typer.echo(report())
+
+
+def run() -> None:
+    """Run the command line as a process of its own.
+
+    Importing torch and transformers makes millions of objects that live until the end; looking
+    through them again and again, and once more at exit, takes a third of a short command's time.
+    """
+    gc.set_threshold(200_000, 20, 100)
+    atexit.register(gc.freeze)
+    app(prog_name="ipu-pipeline")
+
+
+def _graph_table(graph: BlockGraph) -> str:
+    from ipu_pipeline.ir.text import megabytes, render_table
+
+    columns = ("block", "kind", "weights MB", "forward GFLOP", "backward GFLOP", "saved MB")
+    rows = [
+        (
+            block.name,
+            block.kind,
+            megabytes(graph.parameter_bytes(block)),
+            f"{block.forward_flops / 1e9:.3f}",
+            f"{block.backward_flops / 1e9:.3f}",
+            megabytes(block.saved_bytes),
+        )
+        for block in graph.blocks
+    ]
+    return render_table(columns, rows)

@@ -1,0 +1,148 @@
+"""Two commands about bundles for IPUs, ``emit`` and ``run``; ``cli.py`` registers them."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ipu_pipeline.cli.options import IPUConfigName, IPUConfigOverrides, PodType, read_ipu_config
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder written by emit.")]
+Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def emit_command(
+    plan_file: PlanFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the bundle.")],
+    ipu_config: IPUConfigName = None,
+    ipu_config_overrides: IPUConfigOverrides = "",
+    pod_type: PodType = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="config.json or its folder, copied for fresh weights."),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="AdamW, Adam, LAMB, SGD or RMSprop.")
+    ] = "AdamW",
+    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0)] = 5e-5,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.0,
+    loss_scaling: Annotated[float, typer.Option("--loss-scaling", min=1e-6)] = 1.0,
+    max_grad_norm: Annotated[
+        float | None, typer.Option("--max-grad-norm", help="Clip gradients; default: do not.")
+    ] = None,
+    half: Annotated[
+        bool, typer.Option("--half", help="Weights and activations in float16.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 42,
+) -> None:
+    """Write a plan as a folder that trains under poptorch, without this package."""
+    from ipu_pipeline.backends.ipu.bundle import emit
+    from ipu_pipeline.backends.ipu.check import notes
+    from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
+    from ipu_pipeline.errors import LoweringError
+    from ipu_pipeline.ir.plan import Plan
+
+    plan = Plan.load(plan_file)
+    config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    settings = settings_for(
+        plan,
+        config,
+        optimizer=OptimizerSettings(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            loss_scaling=loss_scaling,
+            max_grad_norm=max_grad_norm,
+            accum_dtype="float16" if half else "float32",
+        ),
+        half=half,
+        seed=seed,
+    )
+    text = None
+    if model is not None:
+        path = model / "config.json" if model.is_dir() else model
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise LoweringError(f"cannot read the model's configuration: {error}") from error
+    folder = emit(plan, settings, output, model_config=text)
+    for note in notes(plan, settings):
+        typer.echo(f"note: {note}", err=True)
+    samples = plan.total_batch_size * settings.config.device_iterations
+    typer.echo(
+        f"bundle written to {folder}: {plan.num_stages} stages, {samples} samples per call of the "
+        f"device\nread {folder / 'model_parallel.py'}; run it with: python {folder / 'run.py'} "
+        f"(where poptorch is), or here: ipu-pipeline run {folder} --emulate"
+    )
+
+
+def run_command(
+    context: typer.Context,
+    bundle: BundleFolder,
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="Run on this machine's CPU with the stand-in.")
+    ] = False,
+) -> None:
+    """Run a bundle, with the arguments of its run.py after its name (try: -- --help)."""
+    from ipu_pipeline.errors import LoweringError
+
+    script = bundle / "run.py"
+    if not script.is_file():
+        raise LoweringError(f"{bundle} is no bundle: it has no run.py; write one with emit")
+    arguments = [str(script), *context.args]
+    if not emulate:
+        _require_poptorch(bundle)
+        _run(arguments)
+        return
+    import ipu_pipeline_emulator as standin
+
+    with standin.install():
+        typer.echo(
+            "emulated on the CPU: results as on the device, speed and memory are not", err=True
+        )
+        _run(arguments)
+
+
+def _require_poptorch(bundle: Path) -> None:
+    from importlib.util import find_spec
+
+    from ipu_pipeline.errors import LoweringError
+
+    if find_spec("poptorch") is None:
+        raise LoweringError(
+            "poptorch is not installed: it comes with Graphcore's SDK; copy the bundle to a "
+            f"machine that has it, or emulate it here: ipu-pipeline run {bundle} --emulate"
+        )
+
+
+def _run(arguments: list[str]) -> None:
+    """Run the script as ``python run.py`` would; its imports do not outlive it."""
+    before, path = sys.argv, list(sys.path)
+    loaded = set(sys.modules)
+    sys.argv = arguments
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            typer.echo(leaving.code, err=True)
+            raise typer.Exit(1) from leaving
+        if leaving.code:
+            raise typer.Exit(int(leaving.code)) from leaving
+    finally:
+        sys.argv, sys.path[:] = before, path
+        for name in set(sys.modules) - loaded:
+            if name == "model_parallel" or name.split(".")[0] == "runtime":
+                del sys.modules[name]
+
+
+def register(app: typer.Typer, wrapper: Wrapper) -> None:
+    """Add both commands to ``app``; ``wrapper`` turns errors into messages."""
+    app.command("emit")(wrapper(emit_command))
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("run", context_settings=passed_on)(wrapper(run_command))

@@ -1,0 +1,45 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.ipu.config import IPUConfig
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", help="Such as question-answering; default: what the config names."),
+]
+SeqLength = Annotated[int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")]
+PodOption = Annotated[
+    str, typer.Option("--machine", help="pod4, pod16, bow-pod16, ..., or a machine file.")
+]
+IPUConfigName = Annotated[
+    str | None,
+    typer.Option("--ipu-config", help="ipu_config.json, its folder, or a published name."),
+]
+IPUConfigOverrides = Annotated[
+    str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
+]
+PodType = Annotated[
+    str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
+]
+
+
+def read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:
+    """Return the config that the three options describe, ``None`` when all are absent."""
+    from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
+
+    if name is None and not overrides and pod_type is None:
+        return None
+    config = IPUConfig() if name is None else find_config(name)
+    for note in config.legacy_notes():
+        typer.echo(f"note: {note}", err=True)
+    return config.apply_overrides(overrides).for_pod(pod_type)

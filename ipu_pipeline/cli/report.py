@@ -1,0 +1,67 @@
+"""Two commands about a saved plan, ``simulate`` and ``report``; ``cli.py`` registers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
+Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def simulate_command(
+    plan_file: PlanFile,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="1f1b, gpipe, interleaved, popart; default: the plan's."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev."),
+    ] = None,
+) -> None:
+    """Simulate one optimizer step: time, bubble, and memory of every device."""
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.report.text import drawn, simulation_text
+    from ipu_pipeline.planner.report.trace import write_trace
+    from ipu_pipeline.planner.schedules.simulate import simulate
+
+    plan = Plan.load(plan_file)
+    timeline = simulate(plan, schedule)
+    if as_json:
+        typer.echo(json.dumps(timeline.to_json(), indent=1))
+    else:
+        typer.echo(f"{simulation_text(plan, timeline)}\n\n{drawn(plan, timeline)}")
+    if trace is not None:
+        write_trace(plan, trace, timeline)
+        typer.echo(f"trace written to {trace}", err=as_json)
+
+
+def report_command(
+    plan_file: PlanFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write one HTML page; default: print text."),
+    ] = None,
+) -> None:
+    """Report what a plan decides, costs, and how it would change with other settings."""
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.report import text_report, write_report
+
+    plan = Plan.load(plan_file)
+    if output is None:
+        typer.echo(text_report(plan))
+        return
+    write_report(plan, output)
+    typer.echo(f"report written to {output}")
+
+
+def register(app: typer.Typer, wrapper: Wrapper) -> None:
+    """Add both commands to ``app``; ``wrapper`` turns errors into messages."""
+    app.command("simulate")(wrapper(simulate_command))
+    app.command("report")(wrapper(report_command))

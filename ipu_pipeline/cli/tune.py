@@ -1,0 +1,164 @@
+"""The command ``tune``; ``cli.py`` registers it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ipu_pipeline.cli.options import Model, PodOption, SeqLength, TaskOption
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.ipu.config import IPUConfig
+    from ipu_pipeline.backends.ipu.prices import Prediction
+    from ipu_pipeline.capture import CapturedModel
+    from ipu_pipeline.ir.machine import Machine
+    from ipu_pipeline.planner.tuning.search import Point, Progress
+    from ipu_pipeline.planner.tuning.tune import TuneResult
+
+Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def tune_command(
+    model: Model,
+    global_batch: Annotated[
+        int, typer.Option("--global-batch", min=1, help="Samples of one optimizer step.")
+    ],
+    task: TaskOption = None,
+    machine: PodOption = "pod16",
+    seq_length: SeqLength = 128,
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="sgd, or one with two moments.")
+    ] = "adamw",
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", min=1, help="Default: searched.")
+    ] = None,
+    ipus_per_replica: Annotated[
+        int | None, typer.Option("--ipus-per-replica", min=1, help="Default: searched.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", min=1, help="Default: searched.")
+    ] = None,
+    device_iterations: Annotated[
+        int, typer.Option("--device-iterations", min=1, help="Steps per return to the host.")
+    ] = 4,
+    free: Annotated[
+        float, typer.Option("--free", help="Share of every tile that must stay free, 0 to 1.")
+    ] = 0.0,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the best plan to this file.")
+    ] = None,
+    ipu_config: Annotated[
+        Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
+    from ipu_pipeline.ir.machines import machine_by_name
+    from ipu_pipeline.planner.tuning.explain import comparison_text, result_text
+    from ipu_pipeline.planner.tuning.space import TuneRequest
+    from ipu_pipeline.planner.tuning.tune import tune
+
+    request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas,
+                          device_iterations, optimizer, least_free=free)  # fmt: skip
+    described = machine_by_name(machine)
+    rival = None if compare is None else _published(compare, described)
+    capture = _capturer(model, task, seq_length)
+    with _progress() as progress:
+        result = tune(capture, described, request, progress)
+    other = None if rival is None else result.predict(rival)
+    if as_json:
+        typer.echo(json.dumps(_as_json(result, other), indent=1))
+    else:
+        typer.echo(result_text(result))
+        if compare is not None and other is not None:
+            typer.echo(f"\n{comparison_text(result, compare, other)}")
+    if output is not None:
+        result.plan().save(output)
+        typer.echo(f"plan written to {output}", err=as_json)
+    if ipu_config is not None:
+        path = result.ipu_config().save(ipu_config)
+        size = result.best.prediction.micro_batch
+        typer.echo(f"IPU configuration written to {path} (micro batch {size})", err=as_json)
+
+
+def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
+    from ipu_pipeline.capture import capture
+    from ipu_pipeline.capture.from_config import config_and_task, from_config
+
+    config, chosen = config_and_task(model, task)
+
+    def captured(micro_batch: int) -> CapturedModel:
+        built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)
+        return capture(built, batch)
+
+    return captured
+
+
+def _published(name: str, machine: Machine) -> IPUConfig:
+    """Return a published configuration, with its replicas for a pod of this size."""
+    from ipu_pipeline.backends.ipu.config import find_config
+
+    pod = re.search(r"pod\d+", machine.name)
+    return find_config(name).for_pod(pod[0] if pod else None)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
+
+
+def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
+    from ipu_pipeline.planner.tuning.search import free_share
+
+    found: dict[str, Any] = {
+        "machine": result.machine.name,
+        "global_batch": result.request.global_batch,
+        "settings": len(result.front.candidates),
+        "seconds": result.front.seconds,
+        "complete": result.front.complete,
+        "front": [_point_json(result, point) for point in result.front.points],
+    }
+    if other is not None:
+        found["compared"] = {
+            "samples_per_s": other.samples_per_s,
+            "samples_per_step": other.samples_per_step,
+            "micro_batch": other.micro_batch,
+            "fits": other.fits,
+            "free": free_share(other),
+        }
+    return found
+
+
+def _point_json(result: TuneResult, point: Point) -> dict[str, Any]:
+    return {
+        "samples_per_s": point.samples_per_s,
+        "step_s": point.prediction.time.total_s,
+        "bound_s": point.bound_s,
+        "free": point.free,
+        "micro_batch": point.prediction.micro_batch,
+        "ipu_config": result.ipu_config(point).to_dict(),
+    }
+
+
+def register(app: typer.Typer, wrapper: Wrapper) -> None:
+    """Add the command to ``app``; ``wrapper`` turns errors into messages."""
+    app.command("tune")(wrapper(tune_command))

@@ -1,0 +1,1 @@
+"""From blocks and prices to a plan: options, search, schedules, passes, reports."""

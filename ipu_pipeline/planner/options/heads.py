@@ -1,0 +1,120 @@
+"""Which output projection feeds the loss alone: the two can run fused, without full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec, tensor_bytes
+from ipu_pipeline.planner.options.tables import Table, table_of
+
+# What the fused operation can do to logits on the way: nothing, scale them, add a bias, cap them.
+_FUSIBLE = ("_unsafe_view", "view", "reshape", "mul", "div", "add", "tanh")
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """A projection and the loss that is the only reader of its result.
+
+    Attributes:
+        head: Block of the projection.
+        loss: Block of the loss.
+        table: Table of the projection.
+        logits: The tensor between them, last axis the table's rows.
+    """
+
+    head: Block
+    loss: Block
+    table: Table
+    logits: TensorSpec
+
+    @property
+    def saved_logits_bytes(self) -> int:
+        """Bytes of the head's saved tensors that are as large as the logits: what a cap keeps."""
+        caps = (
+            op.count * tensor_bytes(op.shapes[0], op.dtype)
+            for op in self.head.forward_ops
+            if op.name.split(".")[-1] == "tanh" and op.shapes[0][-1:] == (self.table.rows,)
+        )
+        return min(self.head.saved_bytes, sum(caps))
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the logits of one microbatch."""
+        size = 1
+        for side in self.logits.shape[:-1]:
+            size *= side
+        return size
+
+
+def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHead, ...]:
+    """Return the projections with a large table (or of a ``named`` block) that can be fused.
+
+    The graph must be one for training; the loss must be the only reader of the projection's
+    result, which is no result of the model; between the product and the softmax over the table's
+    rows there may be copies, changes of shape, scaling, a bias and a cap, but nothing else.
+    """
+    if not graph.training:
+        return ()
+    found = []
+    for loss in graph.blocks:
+        if loss.kind != "loss" and loss.name != "loss":
+            continue
+        for name in loss.inputs:
+            pair = _pair(graph, loss, graph.tensor_by_name[name])
+            if pair is not None and (pair.table.is_large or pair.head.name in named):
+                found.append(pair)
+    return tuple(found)
+
+
+def unfused_heads(
+    graph: BlockGraph, stage_of: Mapping[str, int], named: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the projections of :func:`fused_heads` whose loss is in another stage."""
+    return tuple(
+        pair.head.name
+        for pair in fused_heads(graph, named)
+        if stage_of[pair.head.name] != stage_of[pair.loss.name]
+    )
+
+
+def is_end(graph: BlockGraph, block: Block) -> bool:
+    """Whether ``block`` needs every other block, so that any split has it in the last stage."""
+    producers = {tensor.name: tensor.producer for tensor in graph.tensors}
+    needed, pending = {block.name}, [block]
+    while pending:
+        for name in pending.pop().inputs:
+            producer = producers[name]
+            if producer is not None and producer not in needed:
+                needed.add(producer)
+                pending.append(graph[producer])
+    return len(needed) == len(graph.blocks)
+
+
+def _pair(graph: BlockGraph, loss: Block, logits: TensorSpec) -> FusedHead | None:
+    if logits.producer is None or logits.name in graph.results:
+        return None
+    head = graph[logits.producer]
+    table = table_of(graph, head)
+    if table is None or table.use != "projection" or logits.consumers != (loss.name,):
+        return None
+    rows = table.rows
+    if logits.shape[-1:] != (rows,) or not _has_softmax(loss, rows) or not _fusible(head, rows):
+        return None
+    return FusedHead(head, loss, table, logits)
+
+
+def _has_softmax(loss: Block, rows: int) -> bool:
+    return any(
+        op.kind == "softmax" and op.shapes and op.shapes[0][-1:] == (rows,)
+        for op in loss.forward_ops
+    )
+
+
+def _fusible(head: Block, rows: int) -> bool:
+    """Whether the fused operation can do all that the head does to the logits."""
+    return all(
+        op.kind in ("matmul", "copy") or op.name.split(".")[-1] in _FUSIBLE
+        for op in head.forward_ops
+        if any(shape[-1:] == (rows,) for shape in op.shapes if len(shape) > 1)
+    )

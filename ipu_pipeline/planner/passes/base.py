@@ -1,0 +1,115 @@
+"""What every pass is, and what passes share: their text, their blocks, writing annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from typing import Any, ClassVar, Protocol
+
+from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.select import select_all, unmatched
+from ipu_pipeline.planner.passes.options import options_text
+
+
+class Pass(Protocol):
+    """One decision about how blocks run; a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def run(self, plan: Plan) -> Plan:
+        """Return ``plan`` with this pass's annotations; running it again changes nothing."""
+        ...
+
+
+def pass_text(one: Pass) -> str:
+    """Return the text form: the name, and the options that differ from their defaults."""
+    given = {}
+    for item in fields(one):
+        value = getattr(one, item.name)
+        if item.default is MISSING or value != item.default:
+            given[item.name] = value
+    return one.name + options_text(given)
+
+
+def chosen_blocks(plan: Plan, patterns: Sequence[str], who: str) -> tuple[str, ...]:
+    """Return the blocks that ``patterns`` mean.
+
+    Raises:
+        PlanError: A pattern means no block.
+    """
+    names = [block.name for block in plan.blocks]
+    wrong = unmatched(patterns, names)
+    if wrong:
+        raise PlanError(
+            f"{who} names {', '.join(wrong)}, which the plan does not have; its blocks: "
+            f"{', '.join(names)}"
+        )
+    return select_all(patterns, names)
+
+
+def blocks_with_table(
+    plan: Plan, use: str, patterns: Sequence[str], who: str
+) -> tuple[PlannedBlock, ...]:
+    """Return the blocks to serialize: those named, else all that have a large table.
+
+    Raises:
+        PlanError: A named block has no table for ``use``, or none is named and none has.
+    """
+    if patterns:
+        names = chosen_blocks(plan, patterns, who)
+        found = tuple(block for block in plan.blocks if block.name in names)
+        wrong = [b.name for b in found if b.table is None or b.table.use != use]
+        if wrong:
+            able = [b.name for b in plan.blocks if b.table is not None and b.table.use == use]
+            raise PlanError(
+                f"{who} names {', '.join(wrong)} without a table for a {use}; blocks with one: "
+                f"{', '.join(able) or 'none'}"
+            )
+        return found
+    found = tuple(
+        block
+        for block in plan.blocks
+        if block.table is not None
+        and block.table.use == use
+        and block.table.large
+        and block.kind != "layer"
+    )
+    if not found:
+        raise PlanError(
+            f"{who} found no block with a large table for a {use}; name the ones you mean with "
+            "blocks=[...]"
+        )
+    return found
+
+
+def with_slices(plan: Plan, factors: Mapping[str, int]) -> Plan:
+    """Write the number of slices of some blocks (1: whole) into their stages."""
+
+    def annotated(stage: PlannedStage) -> PlannedStage:
+        wanted = {name: factors.get(name, stage.serialize.get(name, 1)) for name in stage.blocks}
+        sliced = {name: factor for name, factor in wanted.items() if factor > 1}
+        return stage if sliced == stage.serialize else replace(stage, serialize=sliced)
+
+    return replace(plan, stages=tuple(map(annotated, plan.stages)))
+
+
+def check_factor(factor: object, who: str) -> None:
+    """Refuse a number of slices that is none.
+
+    Raises:
+        ValueError: It is no whole number from 1 on.
+    """
+    if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
+        raise ValueError(f"{who}: factor is {factor!r}; give a whole number of slices from 1 on")
+
+
+def check_patterns(patterns: object, who: str) -> None:
+    """Refuse anything but a tuple of names or patterns.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if not isinstance(patterns, tuple) or not all(isinstance(item, str) for item in patterns):
+        raise ValueError(f"{who}: blocks is {patterns!r}; give a list of names such as [a,b.*]")

@@ -1,0 +1,77 @@
+"""Which part of a long step a chart shows: its beginning and its end, without steady state."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ipu_pipeline.planner.schedules.timeline import Event, Timeline
+
+MAX_EVENTS_PER_DEVICE = 100  # bars of a row that are still told apart on a screen
+_SHARE_OF_START = 0.55
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of the step.
+
+    Attributes:
+        title: Shown above the part.
+        start_s: Where it begins, in seconds.
+        end_s: Where it ends.
+        events: What happens in it, also in part.
+    """
+
+    title: str
+    start_s: float
+    end_s: float
+    events: tuple[Event, ...]
+
+    def clip(self, event: Event) -> Event:
+        """Return the part of ``event`` inside the window."""
+        return event._replace(
+            start_s=max(event.start_s, self.start_s), end_s=min(event.end_s, self.end_s)
+        )
+
+
+def windows(timeline: Timeline, per_device: int = MAX_EVENTS_PER_DEVICE) -> tuple[Window, ...]:
+    """Return one window over the whole step, or its beginning and its end.
+
+    Args:
+        timeline: The simulated step.
+        per_device: Events of a device to show, on average.
+    """
+    max_events = per_device * len(timeline.devices)
+    step_s, events = timeline.step_s, timeline.events
+    if len(events) <= max_events:
+        return (Window("whole step", 0.0, step_s, events),)
+    starts = sorted(event.start_s for event in events)
+    until = starts[round(max_events * _SHARE_OF_START)]
+    since = starts[-round(max_events * (1 - _SHARE_OF_START))]
+    return (
+        _window("start of the step: fill", events, 0.0, until),
+        _window("end of the step: flush", events, since, step_s),
+    )
+
+
+def left_out(timeline: Timeline, shown: Sequence[Window]) -> str:
+    """Say what lies between two windows; empty for one."""
+    if len(shown) < 2:
+        return ""
+    gap_s = shown[1].start_s - shown[0].end_s
+    return (
+        f"{gap_s / timeline.step_s:.0%} of the step, between {shown[0].end_s * 1e3:.4g} and "
+        f"{shown[1].start_s * 1e3:.4g} ms, is steady state and left out here; the trace "
+        "(ipu-pipeline simulate PLAN --trace FILE) holds all of it."
+    )
+
+
+def held_at(times_s: Sequence[float], held_bytes: Sequence[int], moment_s: float) -> int:
+    """Return what a memory curve holds at a moment."""
+    return held_bytes[max(0, bisect_right(times_s, moment_s) - 1)]
+
+
+def _window(title: str, events: Sequence[Event], start_s: float, end_s: float) -> Window:
+    inside = tuple(e for e in events if e.start_s < end_s and e.end_s > start_s)
+    return Window(title, start_s, end_s, inside)

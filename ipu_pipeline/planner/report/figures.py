@@ -1,0 +1,276 @@
+"""The charts of the page, as plotly figures. ``plotly`` is imported when a chart is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.text import describe_blocks
+from ipu_pipeline.planner.report.excerpt import Window, held_at, windows
+from ipu_pipeline.planner.schedules.timeline import (
+    KINDS,
+    Event,
+    EventKind,
+    MemoryCurve,
+    Timeline,
+    pace,
+)
+
+# Okabe and Ito's palette (2008), distinguishable with every common colour blindness.
+COLOURS = {
+    "forward": "#0072B2",
+    "backward": "#E69F00",
+    "copy": "#009E73",
+    "sync": "#D5D8DC",
+    "update": "#CC79A7",
+    "weights": "#56B4E9",
+    "stash": "#E69F00",
+    "workspace": "#999999",
+    "limit": "#B0261A",
+    "quiet": "#B4BCC4",
+}
+LABELS: dict[EventKind, str] = {
+    "forward": "forward",
+    "backward": "backward",
+    "copy": "copy",
+    "sync": "waiting at a sync",
+    "update": "update, all-reduce",
+}
+_FONT = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12}
+_UNIFORM = {"mode": "hide", "minsize": 9}  # a number that does not fit its bar is not drawn
+_NUMBERED = 250  # bars up to which each carries its microbatch
+
+
+def layout(height: int, **more: Any) -> dict[str, Any]:
+    """Return the layout that all charts share."""
+    return {
+        "height": height,
+        "font": {**_FONT, "color": "#24292f"},
+        "margin": {"l": 8, "r": 8, "t": 36, "b": 8},
+        "plot_bgcolor": "#ffffff",
+        "paper_bgcolor": "#ffffff",
+        "bargap": 0.25,
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "top", "yref": "container",
+                   "traceorder": "normal"},
+        "hoverlabel": {"align": "left", "font": _FONT},
+        "xaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
+        "yaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
+        **more,
+    }  # fmt: skip
+
+
+def _height(rows: Sequence[str]) -> int:
+    """Pixels of a chart with one bar per row."""
+    return 100 + max(24, min(40, 160 // len(rows))) * len(rows)
+
+
+def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
+    """Return a label per device: its name and its stages."""
+    names = {}
+    for device in timeline.devices:
+        held = [str(i) for i, stage in enumerate(plan.stages) if stage.device == device]
+        names[device] = f"{plan.machine.devices[device].name} · stage {', '.join(held)}"
+    return names
+
+
+def timeline_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw what every device does when, one row per device."""
+    from plotly.subplots import make_subplots
+
+    shown, names = windows(timeline), device_names(plan, timeline)
+    figure = make_subplots(
+        rows=1,
+        cols=len(shown),
+        shared_yaxes=True,
+        horizontal_spacing=0.02,
+        subplot_titles=[window.title for window in shown] if len(shown) > 1 else None,
+    )
+    kinds = [kind for kind in KINDS if any(event.kind == kind for event in timeline.events)]
+    for column, window in enumerate(shown, start=1):
+        for kind in kinds:
+            figure.add_trace(_bars(window, kind, names, legend=column == 1), row=1, col=column)
+        figure.update_xaxes(
+            title_text="ms", range=[window.start_s * 1e3, window.end_s * 1e3], row=1, col=column
+        )
+    height = 100 + max(26, min(60, 320 // len(names))) * len(names)
+    figure.update_layout(layout(height, barmode="overlay", bargap=0.18, uniformtext=_UNIFORM))
+    figure.update_layout(margin={"t": 60 if len(shown) > 1 else 36})
+    figure.update_xaxes(gridcolor="#eceff2", automargin=True)
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    return figure
+
+
+def _bars(window: Window, kind: EventKind, names: dict[int, str], *, legend: bool) -> Any:
+    from plotly import graph_objects as go
+
+    events = [window.clip(event) for event in window.events if event.kind == kind]
+    numbered = kind in ("forward", "backward") and len(window.events) <= _NUMBERED
+    return go.Bar(
+        name=LABELS[kind],
+        legendgroup=kind,
+        showlegend=legend,
+        orientation="h",
+        base=[round(event.start_s * 1e3, 6) for event in events],
+        x=[round(event.duration_s * 1e3, 6) for event in events],
+        y=[names[event.device] for event in events],
+        text=[str(event.microbatch) for event in events] if numbered else None,
+        textposition="inside" if numbered else None,
+        insidetextanchor="middle",
+        textangle=0,
+        insidetextfont={"color": "white" if kind == "forward" else "#24292f", "size": 10},
+        constraintext="inside",
+        marker={
+            "color": COLOURS[kind],
+            "opacity": [0.72 if (event.microbatch or 0) % 2 else 1.0 for event in events],
+            "line": {"width": 0},
+        },
+        customdata=[_what(event) for event in events],
+        hovertemplate="%{customdata}<br>from %{base:.4f} ms, for %{x:.4f} ms<extra>%{y}</extra>",
+    )
+
+
+def _what(event: Event) -> str:
+    if event.stage is None:
+        return LABELS[event.kind]
+    return f"{LABELS[event.kind]}, stage {event.stage}, microbatch {event.microbatch}"
+
+
+def share_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw how every device spends the step."""
+    from plotly import graph_objects as go
+
+    names = device_names(plan, timeline)
+    rows = list(names.values())
+    figure = go.Figure()
+    kinds: tuple[EventKind, ...] = ("forward", "backward", "copy", "update")
+    for kind in kinds:
+        shares = [100 * timeline.share(device, kind) for device in names]
+        if any(shares):
+            figure.add_bar(name=LABELS[kind], orientation="h", x=shares, y=rows,
+                           marker_color=COLOURS[kind],
+                           hovertemplate="%{x:.2f} % of the step<extra>%{y}</extra>")  # fmt: skip
+    idle = [100 * timeline.idle_share(device) for device in names]
+    figure.add_bar(name="waiting (bubble)", orientation="h", x=idle, y=rows,
+                   marker_color=COLOURS["sync"], text=[f"{share:.0f} %" for share in idle],
+                   textposition="inside", insidetextanchor="end",
+                   hovertemplate="%{x:.2f} % of the step<extra>%{y}</extra>")  # fmt: skip
+    figure.update_layout(layout(_height(rows), barmode="stack"))
+    figure.update_xaxes(title_text="% of the step", range=[0, 100])
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    return figure
+
+
+def stage_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw the seconds of one microbatch on every stage, and the pace of the pipeline."""
+    from plotly import graph_objects as go
+
+    rows = [f"{i}: {describe_blocks(stage)}" for i, stage in enumerate(plan.stages)]
+    loads = timeline.loads
+    parts = {
+        "forward": [load.forward_s for load in loads],
+        "backward": [load.backward_s for load in loads],
+        "copy": [load.copies.forward_s + load.copies.backward_s for load in loads],
+    }
+    figure = go.Figure()
+    for part, seconds in parts.items():
+        if any(seconds):
+            figure.add_bar(name=part, orientation="h", x=[1e3 * value for value in seconds], y=rows,
+                           marker_color=COLOURS[part],
+                           hovertemplate="%{x:.4f} ms<extra>%{y}</extra>")  # fmt: skip
+    pace_s = pace(timeline)
+    figure.add_vline(x=pace_s * 1e3, line={"dash": "dash", "width": 1.5, "color": COLOURS["limit"]})
+    figure.add_annotation(x=pace_s * 1e3, y=1, yref="paper", yanchor="bottom", xanchor="right",
+                          showarrow=False, text=f"pace {pace_s * 1e3:.3f} ms",
+                          font={"color": COLOURS["limit"]})  # fmt: skip
+    figure.update_layout(layout(_height(rows), barmode="stack"))
+    figure.update_xaxes(title_text="ms per microbatch", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    return figure
+
+
+def memory_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw the peak of every device by kind of use, and what it can hold."""
+    from plotly import graph_objects as go
+
+    names = device_names(plan, timeline)
+    rows, curves = list(names.values()), timeline.memory
+    parts = {
+        "weights": [curve.weight_bytes for curve in curves],
+        "stash": [curve.stash_bytes for curve in curves],
+        "workspace": [curve.workspace_bytes for curve in curves],
+    }
+    titles = {
+        "weights": "weights, gradients, optimizer",
+        "stash": "stash of microbatches in flight",
+        "workspace": "workspace",
+    }
+    figure = go.Figure()
+    for part, sizes in parts.items():
+        figure.add_bar(name=titles[part], orientation="h", x=[value / 1e6 for value in sizes],
+                       y=rows, marker_color=COLOURS[part],
+                       hovertemplate="%{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
+    limits = [limit / 1e6 for limit in timeline.limit_bytes]
+    figure.add_scatter(name="limit", x=limits, y=rows, mode="markers+lines" if len(rows) > 1 else
+                       "markers", line={"color": COLOURS["limit"], "dash": "dash", "width": 1.5},
+                       marker={"symbol": "line-ns-open", "size": 14, "color": COLOURS["limit"]},
+                       hovertemplate="limit %{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
+    figure.update_layout(layout(_height(rows), barmode="stack"))
+    figure.update_xaxes(title_text="MB at the peak", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    return figure
+
+
+def memory_curve_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw memory over time; the fullest device stands out."""
+    from plotly import graph_objects as go
+
+    names, shown = device_names(plan, timeline), windows(timeline)[0]
+    fullest = max(timeline.memory, key=lambda curve: curve.peak_bytes)
+    figure = go.Figure()
+    for curve in sorted(timeline.memory, key=lambda curve: curve is fullest):
+        times, held = _until(curve, shown.end_s)
+        first = curve is fullest
+        figure.add_scatter(
+            name=names[curve.device],
+            x=times,
+            y=held,
+            mode="lines",
+            line={"shape": "hv", "width": 2 if first else 1,
+                  "color": COLOURS["forward"] if first else COLOURS["quiet"]},
+            showlegend=first,
+            hovertemplate="%{y:.1f} MB at %{x:.3f} ms<extra>" + names[curve.device] + "</extra>",
+        )  # fmt: skip
+    figure.update_layout(layout(320))
+    figure.update_xaxes(title_text=f"ms ({shown.title})", range=[0, shown.end_s * 1e3])
+    figure.update_yaxes(title_text="MB", rangemode="tozero")
+    return figure
+
+
+def _until(curve: MemoryCurve, end_s: float) -> tuple[list[float], list[float]]:
+    pairs = zip(curve.times_s, curve.held_bytes, strict=True)
+    kept = [(time_s, held) for time_s, held in pairs if time_s <= end_s]
+    kept.append((end_s, held_at(curve.times_s, curve.held_bytes, end_s)))
+    return [round(t * 1e3, 6) for t, _ in kept], [held / 1e6 for _, held in kept]
+
+
+def block_figure(plan: Plan) -> Any:
+    """Draw the price of every block for one microbatch, without recomputation."""
+    from plotly import graph_objects as go
+
+    names = [block.name for block in plan.blocks]
+    stages = [f"stage {plan.stage_of[name]}" for name in names]
+    parts: dict[str, Sequence[float]] = {
+        "forward": [block.forward_s for block in plan.blocks],
+        "backward": [block.backward_s for block in plan.blocks],
+    }
+    figure = go.Figure()
+    for part, seconds in parts.items():
+        if any(seconds):
+            figure.add_bar(name=part, x=[stages, names], y=[1e3 * value for value in seconds],
+                           marker_color=COLOURS[part],
+                           hovertemplate="%{y:.4f} ms<extra>%{x}</extra>")  # fmt: skip
+    figure.update_layout(layout(420, barmode="stack", bargap=0.2))
+    figure.update_yaxes(title_text="ms per microbatch")
+    figure.update_xaxes(tickangle=-90, dividercolor="#c9d1d9")
+    return figure

@@ -1,0 +1,240 @@
+"""The sections of the HTML page: text and tables around the charts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.text import describe_blocks, megabytes, milliseconds
+from ipu_pipeline.planner.report.excerpt import left_out, windows
+from ipu_pipeline.planner.report.sensitivity import Variant
+from ipu_pipeline.planner.report.text import relative
+from ipu_pipeline.planner.schedules.simulate import simulate
+from ipu_pipeline.planner.schedules.timeline import Timeline, pace
+
+
+def _figure(name: str, caption: str) -> str:
+    return (
+        f"<figure><figcaption>{escape(caption)}</figcaption>"
+        f'<div class="chart" id="figure-{name}"></div></figure>'
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], summary: str) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        f'<details><summary>{escape(summary)}</summary><div class="scroll"><table><thead><tr>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def head(plan: Plan, timeline: Timeline) -> str:
+    """Title, key numbers and warnings."""
+    samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
+    where, peak, limit = _fullest(plan, timeline)
+    rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
+    tiles = (
+        (f"{milliseconds(timeline.step_s)} ms", "optimizer step, simulated",
+         f"solver's prediction {milliseconds(plan.objective_s)} ms"),
+        (f"{rate:,.1f}", "samples per second",
+         f"{samples} samples per step"),
+        (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
+        (f"{peak / limit:.1%}", "of the fullest memory",
+         f"{where}: {megabytes(peak)} of {megabytes(limit)} MB"),
+        (f"{plan.gap:.1%}", "gap to the lower bound",
+         f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"),
+    )  # fmt: skip
+    boxes = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
+        f"<small>{escape(detail)}</small></div>"
+        for value, name, detail in tiles
+    )
+    replicas = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
+    return (
+        f"<h1>{escape(plan.model.model_class)} on {escape(plan.machine.name)}</h1>"
+        f'<p class="soft">{plan.num_stages} stages on {len(timeline.devices)} devices, '
+        f"{escape(plan.schedule)}, {plan.num_microbatches} microbatches of "
+        f"{plan.micro_batch_size}{replicas}; costs: {escape(plan.cost_source)}</p>"
+        f'<div class="tiles">{boxes}</div>{_warnings(plan, timeline)}'
+    )
+
+
+def _fullest(plan: Plan, timeline: Timeline) -> tuple[str, int, int]:
+    """Name, peak and limit of the fullest memory; devices may share one."""
+    curves = timeline.memory
+    if timeline.shared_memory:
+        return "all devices", sum(curve.peak_bytes for curve in curves), curves[0].limit_bytes
+    fullest = max(curves, key=lambda curve: curve.peak_bytes / curve.limit_bytes)
+    return plan.machine.devices[fullest.device].name, fullest.peak_bytes, fullest.limit_bytes
+
+
+def _warnings(plan: Plan, timeline: Timeline) -> str:
+    found = []
+    if plan.edited:
+        found.append(
+            "The stages were edited by hand: prediction and bound belong to the first version; "
+            "the simulation adds up the prices of the blocks again."
+        )
+    for device, num_bytes in timeline.overflow_bytes.items():
+        where = "the shared memory" if timeline.shared_memory else plan.machine.devices[device].name
+        found.append(f"Does not fit: {where} is {megabytes(num_bytes)} MB over its limit.")
+    return "".join(f'<p class="warn">{escape(text)}</p>' for text in found)
+
+
+def reasons(plan: Plan, timeline: Timeline) -> str:
+    """What limits the plan, its bound, and how prediction and simulation differ."""
+    lines = [f"Limited by {part.strip()}." for part in plan.binding.split("; ") if part.strip()]
+    proven = "this split is proven optimal under the cost model" if plan.gap < 1e-9 else (
+        f"a better split could save at most {plan.gap:.1%}"
+    )  # fmt: skip
+    if not plan.edited:
+        lines.append(f"Lower bound {milliseconds(plan.lower_bound_s)} ms: {proven}.")
+    if timeline.closed_form_s:
+        lines.append(
+            f"The solver's closed form gives {milliseconds(timeline.closed_form_s)} ms, the event "
+            f"simulation differs by {timeline.step_s / timeline.closed_form_s - 1:+.2%}."
+        )
+    if any(event.kind == "copy" for event in timeline.events):
+        exchanged = simulate(plan, copies="exchanged").step_s
+        lines.append(
+            "Copies are charged as the solver does, to the sender and then to the receiver; on "
+            f"both at the same time the step takes {milliseconds(exchanged)} ms."
+        )
+    if timeline.update_s > 0:
+        lines.append(f"{milliseconds(timeline.update_s)} ms per step are update and all-reduce.")
+    lines += [f"Tied weights: {' = '.join(group)}." for group in plan.tied_groups]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<h2>Why this plan</h2><ul class="reasons">{items}</ul>'
+
+
+def timeline_section(timeline: Timeline) -> str:
+    """Who does what when."""
+    caption = (
+        "One row per device, one bar per pass of a microbatch; every second microbatch is paler. "
+        "Drag to zoom, double-click to go back."
+    )
+    missing = left_out(timeline, windows(timeline))
+    return (
+        "<h2>Timeline of one optimizer step</h2>"
+        + _figure("timeline", f"{caption} {missing[:1].upper()}{missing[1:]}".strip())
+        + _figure("shares", "How each device spends the whole step.")
+    )
+
+
+def memory_section(timeline: Timeline) -> str:
+    """What fills the devices, at the peak and over time."""
+    rows = [
+        (
+            str(curve.device),
+            *map(megabytes, (curve.weight_bytes, curve.stash_bytes, curve.workspace_bytes,
+                             curve.peak_bytes, curve.limit_bytes)),
+            f"{curve.peak_bytes / curve.limit_bytes:.1%}",
+            str(curve.in_flight),
+        )
+        for curve in timeline.memory
+    ]  # fmt: skip
+    columns = ("device", "weights MB", "stash MB", "workspace MB", "peak MB", "limit MB", "full",
+               "in flight")  # fmt: skip
+    limit = "what stages can use"
+    if timeline.shared_memory:
+        limit = "the memory that all of them share, so their peaks add up"
+    return (
+        "<h2>Memory</h2>"
+        + _figure("memory", f"Peak of each device; the dashed line is {limit}.")
+        + _figure("memory-curve", "Over time: the fullest device in blue, the others in grey.")
+        + _table(columns, rows, "memory as a table")
+    )
+
+
+def stage_section(plan: Plan, timeline: Timeline) -> str:
+    """What a microbatch costs every stage."""
+    rows = [
+        (
+            f"{index}: {describe_blocks(stage)}",
+            plan.machine.devices[stage.device].name,
+            str(len(stage.blocks)),
+            str(len(stage.recompute)),
+            milliseconds(load.forward_s),
+            milliseconds(load.backward_s),
+            milliseconds(load.copies.forward_s + load.copies.backward_s),
+            f"{load.price.load_s / pace(timeline):.1%}",
+            megabytes(load.stash_bytes),
+        )
+        for index, (stage, load) in enumerate(zip(plan.stages, timeline.loads, strict=True))
+    ]
+    columns = ("stage", "device", "blocks", "recomputed", "forward ms", "backward ms", "copy ms",
+               "of the pace", "stash MB per microbatch")  # fmt: skip
+    caption = (
+        "Seconds of one microbatch, recomputation included in the backward pass. The dashed line "
+        "is the pace: the busiest device."
+    )
+    return "<h2>Stages</h2>" + _figure("stages", caption) + _table(columns, rows, "as a table")
+
+
+def block_section(plan: Plan) -> str:
+    """What every block costs."""
+    rows = [
+        (
+            block.name,
+            block.kind,
+            str(plan.stage_of[block.name]),
+            f"{block.num_parameters:,}",
+            f"{block.forward_flops / 1e9:.3f}",
+            milliseconds(block.forward_s),
+            milliseconds(block.backward_s),
+            megabytes(block.weight_bytes),
+            megabytes(block.stash_bytes),
+        )
+        for block in plan.blocks
+    ]
+    columns = ("block", "kind", "stage", "parameters", "forward GFLOP", "forward ms",
+               "backward ms", "weights MB", "saved MB per microbatch")  # fmt: skip
+    caption = "Price of every block for one microbatch, without recomputation."
+    return "<h2>Blocks</h2>" + _figure("blocks", caption) + _table(columns, rows, "as a table")
+
+
+def sensitivity_section(variants: Sequence[Variant]) -> str:
+    """What other settings would give."""
+    if not variants:
+        return ""
+    best = max((variant.samples_per_s or 0.0 for variant in variants), default=0.0)
+    rows = "".join(_variant(variant, variants[0].samples_per_s, best) for variant in variants)
+    columns = ("what if", "devices", "batch", "step ms", "samples/s", "change", "peak MB")
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    return (
+        "<h2>Sensitivity</h2><p class='soft'>Each row is split again by the exact solver from the "
+        "prices in the plan; the last column says what had to be scaled. Changes are against the "
+        "first row: the plan's own setting, without constraints that a plan does not store.</p>"
+        f'<div class="scroll"><table id="sensitivity"><thead><tr>{head}'
+        f'<th class="left">how</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _variant(variant: Variant, base: float | None, best: float) -> str:
+    name = f"<td>{escape(variant.name)}</td><td>{variant.num_devices}</td>"
+    name += f"<td>{variant.micro_batch_size} x {variant.num_microbatches}</td>"
+    row_class = ' class="base"' if variant.name == "as planned" else ""
+    if variant.samples_per_s is None or variant.step_s is None or variant.peak_bytes is None:
+        cells = f'<td colspan="4">cannot run</td><td class="text">{escape(variant.problem)}</td>'
+        return f"<tr{row_class}>{name}{cells}</tr>"
+    width = round(90 * variant.samples_per_s / best) if best else 0
+    return (
+        f"<tr{row_class}>{name}<td>{milliseconds(variant.step_s)}</td>"
+        f'<td><i class="bar" style="width:{width}px"></i>{variant.samples_per_s:,.1f}</td>'
+        f"<td>{relative(variant, base)}</td><td>{megabytes(variant.peak_bytes)}</td>"
+        f'<td class="text">{escape(variant.derivation)}</td></tr>'
+    )
+
+
+def foot(plan: Plan, timeline: Timeline) -> str:
+    """Where the numbers come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    return (
+        f"<footer>Model fingerprint {escape(plan.model.fingerprint)}; plan made with "
+        f"{escape(versions)}. Times are predictions of the {escape(plan.cost_source)} cost model, "
+        f"simulated with {len(timeline.events):,} events. MB are 10<sup>6</sup> bytes.</footer>"
+    )

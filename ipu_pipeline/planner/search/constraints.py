@@ -1,0 +1,127 @@
+"""What the caller fixes about a split. Everything left at its default is the solver's to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ipu_pipeline.ir.select import select
+from ipu_pipeline.planner.search.objective import SCHEDULES, ScheduleName
+
+TiedPolicy = Literal["same_device", "exchange", "free"]
+_TIED: tuple[TiedPolicy, ...] = ("same_device", "exchange", "free")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """Limits on the split and the numbers of the run it is for.
+
+    Attributes:
+        num_stages: Pipeline depth; ``None`` finds the best depth up to the devices there are.
+        num_microbatches: Microbatches per optimizer step of one pipeline (one replica).
+        schedule: ``1f1b``, ``gpipe``, ``popart``, or ``maxload`` (seconds per microbatch in
+            steady state, one microbatch held).
+        execution_order: Only split the order in which the model executes (poptorch needs it).
+        stage_devices: Device of every stage, when given; stages may share a device.
+        tied: Blocks that share a parameter: on the ``same_device``; anywhere, with a gradient
+            ``exchange`` per step; or ``free`` (shared memory).
+        same_device: More groups of blocks that must be on one device.
+        pinned_stages: Block to the stage it must be in.
+        pinned_devices: Block to the device it must be on.
+        layers_per_ipu: Layers on each device, with -1 for "the rest" (``layers_per_ipu.py``).
+        forbidden_cuts: Blocks that stay in the stage of the block executed before them.
+        recompute: Whether blocks may, may never or must recompute where they can; or names,
+            prefixes and patterns of the blocks that must, where they can, while others may not.
+        allow_serialize: Whether blocks may be serialized.
+        serialize: Slices by name, prefix or pattern of blocks (0 and 1: whole); the last pattern
+            that means a block counts. Blocks that no pattern means are the solver's to choose.
+        replicas: Copies of the pipeline; ``None`` finds the best number (needs
+            ``total_microbatches``).
+        total_microbatches: Microbatches per optimizer step over all replicas; each pipeline
+            then runs ``total_microbatches / replicas`` and ``num_microbatches`` is not used.
+        max_devices: Use at most so many devices of the machine, replicas included.
+        update_s: Block to the seconds its optimizer update takes once per step.
+        time_limit_s: Stop proving after this many seconds; the gap says what is left open.
+        max_ideals: Largest number of boundaries searched; beyond it only the execution order
+            is split, and the bound stays one over every order.
+    """
+
+    num_stages: int | None = None
+    num_microbatches: int = 1
+    schedule: ScheduleName = "1f1b"
+    execution_order: bool = False
+    stage_devices: tuple[int, ...] | None = None
+    tied: TiedPolicy = "free"
+    same_device: tuple[tuple[str, ...], ...] = ()
+    pinned_stages: Mapping[str, int] = field(default_factory=dict, hash=False)
+    pinned_devices: Mapping[str, int] = field(default_factory=dict, hash=False)
+    layers_per_ipu: tuple[int, ...] | None = None
+    forbidden_cuts: tuple[str, ...] = ()
+    recompute: Literal["auto", "never", "always"] | tuple[str, ...] = "auto"
+    allow_serialize: bool = True
+    serialize: Mapping[str, int] = field(default_factory=dict, hash=False)
+    replicas: int | None = 1
+    total_microbatches: int | None = None
+    max_devices: int | None = None
+    update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
+    time_limit_s: float | None = None
+    max_ideals: int = 200_000
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        self._check_counts()
+        if self.replicas is None and self.total_microbatches is None:
+            raise ValueError(
+                "replicas=None searches the number of replicas and needs total_microbatches, the "
+                "microbatches per optimizer step over all replicas"
+            )
+        if self.stage_devices is not None and self.num_stages not in (
+            None,
+            len(self.stage_devices),
+        ):
+            raise ValueError(
+                f"stage_devices gives {len(self.stage_devices)} stages, num_stages says "
+                f"{self.num_stages}; leave num_stages out"
+            )
+
+    def factors(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the slices that ``serialize`` asks for, by block; 1 is whole."""
+        known = tuple(names)
+        return {
+            name: max(1, factor)
+            for pattern, factor in self.serialize.items()
+            for name in select(pattern, known)
+        }
+
+    def _check_names(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; use one of {SCHEDULES}")
+        if self.tied not in _TIED:
+            raise ValueError(f"unknown tied policy {self.tied!r}; use one of {_TIED}")
+        named = isinstance(self.recompute, tuple)
+        if not named and self.recompute not in ("auto", "never", "always"):
+            raise ValueError(
+                "recompute must be 'auto', 'never' or 'always', or a tuple of block names, got "
+                f"{self.recompute!r}"
+            )
+
+    def _check_counts(self) -> None:
+        counts = {
+            "num_stages": self.num_stages,
+            "num_microbatches": self.num_microbatches,
+            "replicas": self.replicas,
+            "total_microbatches": self.total_microbatches,
+            "max_devices": self.max_devices,
+            "max_ideals": self.max_ideals,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for pattern, factor in self.serialize.items():
+            if factor < 0:
+                raise ValueError(
+                    f"serialize asks for {factor} slices of {pattern}; use 0 or 1 for whole"
+                )
+        if self.time_limit_s is not None and self.time_limit_s <= 0:
+            raise ValueError(f"time_limit_s must be above 0, got {self.time_limit_s}")

@@ -1,0 +1,1 @@
+"""What backends share to run stages."""

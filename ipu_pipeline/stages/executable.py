@@ -1,0 +1,201 @@
+"""What every target gives back: an executable that a thin training loop drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: Mean over the microbatches of each microbatch's loss.
+        grad_norm: Norm over the gradients of ALL stages before clipping; ``None`` if not computed.
+        skipped: An overflow was found (fp16 loss scaling): no weight was changed.
+        num_samples: Samples in the batch.
+        stage_s: Measured busy seconds per stage (forward and backward, all microbatches).
+    """
+
+    loss: float
+    grad_norm: float | None = None
+    skipped: bool = False
+    num_samples: int = 0
+    stage_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What one evaluation step computed.
+
+    Attributes:
+        loss: Mean loss, ``None`` when the batch holds no labels.
+        outputs: The model's tensor outputs by name, microbatches joined on axis 0.
+    """
+
+    loss: float | None
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """How a plan is run; nothing here changes where a block is placed.
+
+    Attributes:
+        precision: ``float32``, ``bf16`` (autocast), or ``fp16`` (autocast + loss scaling).
+        loss_scaling: Static factor of the loss before the backward pass; gradients are divided
+            by it before they are used, and a step that overflowed changes nothing.
+        max_grad_norm: Clip the norm of the gradients of all stages to this; ``None`` for none.
+        seed: Root of every random number drawn while training.
+        schedule: ``1f1b`` or ``gpipe``; ``None`` takes the plan's.
+        sequential: Run the stages one after another in the calling thread (the reference).
+        recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
+            plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
+        replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
+            updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
+        stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
+        self_check: Compare every new capture with the model on other data before trusting it.
+        ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
+            optimizer off chip, ...); the ``poptorch`` target needs it where the plan was made with
+            one, the ``local`` target refuses it.
+        training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
+            plan may have been made without labels.
+    """
+
+    precision: str = "float32"
+    loss_scaling: float = 1.0
+    max_grad_norm: float | None = None
+    seed: int = 42
+    schedule: str | None = None
+    sequential: bool = False
+    recompute: str | Sequence[str] | None = None
+    replicated_tensor_sharding: bool = False
+    stall_timeout_s: float = 600.0
+    self_check: bool = True
+    ipu_config: IPUConfig | None = None
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bf16", "fp16"):
+            raise ValueError(
+                f"precision {self.precision!r} is unknown; use 'float32', 'bf16' or 'fp16'"
+            )
+        if isinstance(self.recompute, str) and self.recompute not in ("all", "none"):
+            raise ValueError(
+                f"recompute {self.recompute!r} is unknown; use 'all', 'none', None, or a list of "
+                "names of blocks"
+            )
+        if self.loss_scaling <= 0:
+            raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(
+                f"max_grad_norm must be above 0, got {self.max_grad_norm}; use None for no clipping"
+            )
+        if self.stall_timeout_s <= 0:
+            raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    def require_training(self) -> None:
+        """Refuse a training step of what was compiled for evaluation.
+
+        Raises:
+            LoweringError: ``training`` is off.
+        """
+        if not self.training:
+            raise LoweringError(
+                "the model was compiled with training=False, for eval_step only; compile it again "
+                "without that, from a plan that was made with labels"
+            )
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A compiled model. One thread drives it; it is not reentrant.
+
+    ``global_step`` counts optimizer steps tried (skipped ones included); random numbers are keyed
+    by it, so that a resumed run draws what the uninterrupted run would have drawn.
+    ``batch_divisor``: axis 0 of a training batch must be a multiple of it (1: any size;
+    ``None``: of microbatches x replicas).
+    """
+
+    plan: Plan
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    global_step: int
+    batch_divisor: int | None
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """Run one optimizer step on ``batch`` (axis 0: micro batch x microbatches x replicas)."""
+        ...
+
+    def forward_backward(self, batch: Mapping[str, Tensor]) -> float:
+        """Return the loss and add gradients to ``.grad`` of the model's own parameters."""
+        ...
+
+    def eval_step(self, batch: Mapping[str, Tensor]) -> EvalResult:
+        """Run the model in evaluation mode without gradients."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict."""
+        ...
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
+
+        Args:
+            path: The folder.
+            extra: JSON data.
+            blocking: ``False`` copies everything and writes while training goes on. The next
+                save, load, :meth:`wait_for_checkpoint` or :meth:`close` waits for it and raises
+                its error.
+            attach: Called at once with the folder that becomes the checkpoint, to add files.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, for this checkpoint or for the one before.
+        """
+        ...
+
+    def from_first_rank(self, value: T) -> T:
+        """Return what the first process has passed; every process of the executable calls this."""
+        ...
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        ...
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore what :meth:`save_checkpoint` wrote, from any split; return ``extra``."""
+        ...
+
+    def close(self) -> None:
+        """Stop the stage threads; calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the executable; leaving the block closes it."""
+        ...
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the executable."""
+        ...

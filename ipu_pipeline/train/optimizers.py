@@ -1,0 +1,85 @@
+"""Optimizer and learning-rate schedule, as transformers' Trainer builds them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from ipu_pipeline.ops.adamw import AdamW
+from ipu_pipeline.train.arguments import TrainingArguments
+
+
+def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """Return AdamW over the model's trainable parameters, each tied parameter once.
+
+    Two groups: weights that transformers decays, then biases and norms with no decay. It is a
+    ``torch.optim.AdamW`` that computes the same with a kernel of ours.
+
+    Args:
+        model: The unsplit model.
+        arguments: Learning rate, betas, epsilon, weight decay, stochastic rounding and its seed
+            are read.
+
+    Raises:
+        ValueError: No parameter is trainable, or none that is can be rounded stochastically.
+    """
+    # transformers has the rule as a Trainer method that reads nothing of the Trainer.
+    from transformers.trainer import Trainer  # slow to import: only where it is needed
+
+    decayed = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; set requires_grad on some"
+        )
+    if arguments.stochastic_rounding:
+        _check_low_precision(model)
+    groups = [
+        {
+            "params": [p for name, p in trainable if name in decayed],
+            "weight_decay": arguments.weight_decay,
+        },
+        {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        groups,
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        stochastic_rounding=arguments.stochastic_rounding,
+        seed=arguments.seed,
+    )
+
+
+def _check_low_precision(model: torch.nn.Module) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if dtypes.isdisjoint({torch.bfloat16, torch.float16}):
+        held = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"stochastic_rounding rounds weights of 16 bits, but those of {type(model).__name__} "
+            f"are {held}; load the model with dtype=torch.bfloat16, or leave stochastic_rounding "
+            "off (bf16=True computes in bfloat16 and keeps float32 weights)"
+        )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_training_steps: int
+) -> LRScheduler:
+    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds.
+
+    Args:
+        optimizer: Its groups' learning rates are set.
+        arguments: Kind of schedule, warm-up and further arguments are read.
+        num_training_steps: Optimizer steps in all.
+    """
+    kwargs = cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
+    return get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(num_training_steps),
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=kwargs,
+    )

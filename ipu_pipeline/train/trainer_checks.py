@@ -1,0 +1,111 @@
+"""What transformers' training arguments can ask for and a pipeline in one process cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
+
+from ipu_pipeline.ir.plan import Plan
+
+_OTHER_RUNTIMES = {
+    "fsdp": "it shards the model over processes, and the plan places whole blocks",
+    "deepspeed": "it brings its own engine in place of the pipeline",
+    "parallelism_config": "the plan is what splits the model",
+    "torch_compile": "stages run the model's own modules",
+    "use_liger_kernel": "its kernels need a GPU",
+    "auto_find_batch_size": "a plan is made for one size of microbatch",
+    "fp16": "transformers has no fp16 on CPUs; use bf16=True",
+}
+# They change weights inside the backward pass, where stages run at the same time.
+_IN_BACKWARD = ("lomo", "layerwise")
+_CHECKPOINTING = frozenset({"use_reentrant"})
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that the inherited loop cannot drive.
+
+    Raises:
+        ValueError: It is not ``local``.
+    """
+    if target != "local":
+        raise ValueError(
+            f"PipelineTrainer cannot drive target {target!r}: the inherited loop clips gradients "
+            "and steps the optimizer in this one process, so the weights must be here; use "
+            "target='local', or ipu_pipeline.train.train, which drives every target"
+        )
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse arguments that the pipeline would have to ignore.
+
+    Raises:
+        ValueError: One of them is set; the message names it and the remedy.
+    """
+    for name, reason in _OTHER_RUNTIMES.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
+    if args.world_size > 1:
+        raise ValueError(
+            f"PipelineTrainer runs all stages in one process, and {args.world_size} were started; "
+            "start it without torchrun, or use ipu_pipeline.train.train with "
+            "target='distributed'"
+        )
+    if args.device.type != "cpu":
+        raise ValueError(
+            f"PipelineTrainer computes on the CPU, and the arguments chose {args.device} with "
+            f"n_gpu={args.n_gpu}; set use_cpu=True"
+        )
+    if any(part in str(args.optim) for part in _IN_BACKWARD):
+        raise ValueError(
+            f"optim {str(args.optim)!r} steps inside the backward pass, before the stages have "
+            "summed their gradients; choose another one, such as 'adamw_torch'"
+        )
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        raise ValueError(
+            "debug='underflow_overflow' watches modules that a captured model does not call; run "
+            "transformers' Trainer to look for overflows"
+        )
+    further = set(_either(args, "checkpointing_kwargs") or {}) - _CHECKPOINTING
+    if recomputes(args) and further:
+        raise ValueError(
+            f"activation_checkpointing_kwargs {sorted(further)} are not supported: here every "
+            "block is recomputed; to choose blocks, make a plan with "
+            "passes='recompute{blocks=...}' and pass it as plan="
+        )
+
+
+def recomputes(args: TrainingArguments) -> bool:
+    """Whether the arguments ask for activations to be computed again in the backward pass."""
+    return bool(_either(args, "checkpointing"))
+
+
+def switch_off_checkpointing(model: Any) -> None:
+    """Switch the model's own recomputation off: the stages recompute whole blocks."""
+    newer = getattr(model, "activation_checkpointing_disable", None)
+    (newer or model.gradient_checkpointing_disable)()
+
+
+def _either(args: TrainingArguments, name: str) -> Any:
+    """Return an argument under its name of transformers 5.x, or of earlier ones."""
+    newer = getattr(args, f"activation_{name}", None)
+    return newer or getattr(args, f"gradient_{name}", None)
+
+
+def check_plan(plan: Plan, args: TrainingArguments) -> None:
+    """Refuse a plan for another number of microbatches, or for copies of the pipeline.
+
+    Raises:
+        ValueError: Plan and arguments contradict each other.
+    """
+    given: dict[str, tuple[Any, Any]] = {
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps, plan.num_microbatches),
+        "replicas": (1, plan.replicas),
+    }
+    for name, (asked, planned) in given.items():
+        if asked != planned:
+            raise ValueError(
+                f"{name} is {asked} and the plan was made for {planned}; make them equal, or leave "
+                "plan out to have one made"
+            )

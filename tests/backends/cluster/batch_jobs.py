@@ -1,0 +1,147 @@
+"""What the processes of ``test_batches.py`` do; results are plain data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import ipu_pipeline as ipp
+from tests.backends.cluster.jobs import built
+from tests.tiny_models import TINY
+
+
+def made_for(
+    name: str, *, target: str = "distributed", planned: dict[str, Any], **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """Return an executable with plain SGD (Adam would magnify rounding), and a full batch."""
+    model, plan, batch = built(name, **planned)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = ipp.compile(model, plan, target=target, optimizer=optimizer, self_check=False, **options)
+    return made, batch
+
+
+def first(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    return {name: value[:size] for name, value in batch.items()}
+
+
+def trained(
+    name: str,
+    *,
+    sizes: Sequence[int],
+    planned: dict[str, Any],
+    target: str = "distributed",
+    **options: Any,
+) -> dict[str, Any]:
+    """Run batches of ``sizes`` for their gradients, then train on them in the same order."""
+    made, batch = made_for(name, target=target, planned=planned, **options)
+    losses, gradients = [], []
+    with made, Messages() as messages:
+        for size in sizes:
+            losses.append(made.forward_backward(first(batch, size)))
+            parameters = dict(made.model.named_parameters())
+            found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            gradients.append({n: g.numpy().copy() for n, g in found.items()})
+            for parameter in parameters.values():
+                parameter.grad = None
+        steps = [made.train_step(first(batch, size)) for size in sizes]
+        state = {n: t.numpy().copy() for n, t in made.state_dict().items()}
+        return {
+            "losses": losses + [step.loss for step in steps],
+            "norms": [step.grad_norm for step in steps],
+            "samples": [step.num_samples for step in steps],
+            "gradients": gradients,
+            "state": state,
+            "messages": messages.found,
+        }
+
+
+class Messages(logging.Handler):
+    """Collects the warnings of the package while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+    def __enter__(self) -> Messages:
+        logging.getLogger("ipu_pipeline").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("ipu_pipeline").removeHandler(self)
+
+
+def lengths(
+    name: str,
+    *,
+    calls: Sequence[tuple[int, int]],
+    planned: dict[str, Any],
+    limit: int | None = None,
+    target: str = "distributed",
+    **options: Any,
+) -> dict[str, Any]:
+    """Train and evaluate on batches of (samples, length), with at most ``limit`` shapes."""
+    made, _ = made_for(name, target=target, planned=planned, **options)
+    if limit is not None:
+        made._cache._stages.limit = limit
+    losses, kept = [], []
+    with made, Messages() as messages:
+        for samples, seq_length in calls:
+            _, batch = TINY[name].build(batch_size=samples, seq_length=seq_length, seed=samples)
+            losses += [made.train_step(batch).loss, made.eval_step(batch).loss]
+            kept.append((len(made._cache._stages), len(getattr(made, "_pipelines", ()))))
+        total = sum(t.double().sum().item() for t in made.state_dict().values())
+    return {"losses": losses, "sum": total, "kept": kept, "messages": messages.found}
+
+
+def odd_batch(
+    planned: dict[str, Any], odd: int, size: int, seq_length: int, call: str = "train_step"
+) -> str:
+    """Train; then one rank is given another batch than the others. Return what it says."""
+    made, batch = made_for("bert-qa", planned=planned)
+    made.train_step(batch)
+    getattr(made, call)(batch)
+    _, other = TINY["bert-qa"].build(batch_size=size, seq_length=seq_length, seed=3)
+    found = ""
+    try:
+        getattr(made, call)(other if dist.get_rank() == odd else batch)
+    except ipp.errors.StageError as error:
+        found = str(error)
+    made.close()
+    return found
+
+
+def odd_call(planned: dict[str, Any]) -> str:
+    """The last rank evaluates while the others train."""
+    made, batch = made_for("bert-qa", planned=planned)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    found = ""
+    try:
+        (made.eval_step if last else made.train_step)(batch)
+    except ipp.errors.StageError as error:
+        found = str(error)
+    made.close()
+    return found
+
+
+def uncapturable(planned: dict[str, Any]) -> list[Any]:
+    """A batch without labels; then go on."""
+    made, batch = made_for("bert-qa", planned=planned)
+    unlabelled = {n: v for n, v in batch.items() if not n.endswith("positions")}
+    with made:
+        loss = made.train_step(batch).loss
+        try:
+            made.train_step(unlabelled)
+        except ipp.errors.CaptureError as error:
+            return [loss, str(error), made.train_step(batch).loss]
+    return []
+
+
+torch.set_num_threads(1)

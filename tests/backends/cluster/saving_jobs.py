@@ -1,0 +1,246 @@
+"""What the processes of the tests of checkpoints do; results are plain data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster import faults, saving
+from ipu_pipeline.errors import StageError
+from ipu_pipeline.train import TrainingArguments, build_optimizer, checkpoint, train
+from tests.backends.cluster.jobs import compiled
+from tests.train.eager_executable import Questions, tiny_bert
+
+
+def trained(planned: dict[str, Any], path: str = "", load: str = "", steps: int = 3) -> Any:
+    """Load if asked, train, save, train on; gpt2 is tied over the first and the last stage."""
+    made, batch = compiled("gpt2-lm", planned={"dropout": True, **planned})
+    with made:
+        if load:
+            made.load_checkpoint(load)
+        before = [made.train_step(batch).loss for _ in range(steps)]
+        if path:
+            made.save_checkpoint(path, {"epoch": 1})
+        return before + [made.train_step(batch).loss for _ in range(steps if path else 0)]
+
+
+def files(path: str) -> dict[str, str]:
+    """Return the checksums of the files with tensors."""
+    described = json.loads((Path(path) / "checkpoint.json").read_text())["files"]
+    return {n: f["sha256"] for n, f in described.items() if n.endswith(".safetensors")}
+
+
+def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
+    """Save in both ways; the one in the background is held up until training went on."""
+    made, batch = compiled("gpt2-lm", planned=planned)
+    go_on = threading.Event()
+    with made, replaced("write_part", lambda *args: go_on.wait(60) and write(*args)):
+        made.train_step(batch)
+        made.save_checkpoint(f"{folder}/later", {"n": 1}, blocking=False)
+        first = made.train_step(batch).loss
+        hidden = not Path(f"{folder}/later").exists()
+        go_on.set()
+        made.wait_for_checkpoint()
+        complete = Path(f"{folder}/later").exists()
+    made, batch = compiled("gpt2-lm", planned=planned)
+    with made:
+        made.train_step(batch)
+        made.save_checkpoint(f"{folder}/now", {"n": 1})
+        second = made.train_step(batch).loss
+    return {"hidden": hidden, "complete": complete, "losses": (first, second)}
+
+
+write = saving.write_part
+
+
+@contextmanager
+def replaced(name: str, function: Any) -> Any:
+    earlier = getattr(saving, name)
+    setattr(saving, name, function)
+    try:
+        yield
+    finally:
+        setattr(saving, name, earlier)
+
+
+@contextmanager
+def full_disk(rank: int, limit: int = 1000) -> Any:
+    """The kernel lets one rank write no more than ``limit`` bytes into a file."""
+    if dist.get_rank() != rank:
+        yield
+        return
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def failing_saves(folder: str, planned: dict[str, Any], rank: int, blocking: bool) -> Any:
+    """One rank's disk is full during the second save; return errors, then try again."""
+    made, batch = compiled("gpt2-lm", planned=planned)
+    errors = []
+    with made:
+        made.train_step(batch)
+        made.save_checkpoint(f"{folder}/first")
+        with full_disk(rank):
+            try:
+                made.save_checkpoint(f"{folder}/second", blocking=blocking)
+                made.train_step(batch)
+                made._saver._background._thread.join()
+                errors.append("")
+            except OSError as error:
+                errors.append(str(error))
+        try:
+            made.save_checkpoint(f"{folder}/third")
+        except OSError as error:
+            errors.append(str(error))
+        dist.barrier()  # the first rank has removed what it began
+        left = sorted(item.name for item in Path(folder).iterdir())
+        made.train_step(batch)
+        made.save_checkpoint(f"{folder}/third", blocking=False)
+    return {"errors": errors, "left": left}
+
+
+def error_at_the_end(folder: str, planned: dict[str, Any], how: str) -> str:
+    """The last save fails in the background; return what leaving the block raises."""
+    made, batch = compiled("gpt2-lm", planned=planned)
+    try:
+        with made:
+            made.train_step(batch)
+            with full_disk(1):
+                made.save_checkpoint(f"{folder}/first", blocking=False)
+                made._saver._background._thread.join()
+            if how == "wait":
+                made.wait_for_checkpoint()
+            if how == "load":
+                made.load_checkpoint(f"{folder}/first")
+            if how == "own error":
+                raise KeyError("mine")
+    except (OSError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def killed(folder: str, planned: dict[str, Any], where: str) -> str:
+    """A process dies during the second save; return what the others say."""
+    faults.SILENT_S, faults.VERDICT_S = 4.0, 8.0
+    made, batch = compiled("gpt2-lm", planned=planned)
+    made.train_step(batch)
+    made.save_checkpoint(f"{folder}/first")
+    rank = 0 if where == "finish" else 1
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == rank:
+        saving.write_part = write if where == "finish" else die
+        saving.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
+    made.train_step(batch)
+    try:
+        made.save_checkpoint(f"{folder}/second", blocking=where != "background")
+        made.wait_for_checkpoint()
+        return "saved"
+    except StageError as error:
+        made.close()
+        return str(error)
+
+
+def without_shared_disk(folder: str, planned: dict[str, Any]) -> Any:
+    """The last rank does not see what the first writes; then both do."""
+    saving.SEEN_S = 0.0
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    saving.logger.addHandler(handler)
+    made, batch = compiled("gpt2-lm", planned=planned)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    with made:
+        made.train_step(batch)
+        made.save_checkpoint(f"{folder}/shared")
+        see = saving._appears
+        with replaced("_appears", lambda path: not last and see(path)):
+            made.save_checkpoint(f"{folder}/alone")
+            made.save_checkpoint(f"{folder}/again", blocking=False)
+    saving.logger.removeHandler(handler)
+    return lines
+
+
+class Stopped(Exception):
+    """Training is interrupted."""
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: Any) -> Any:
+    """Train with checkpoints; ranks but the first look for them in the wrong place."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        disable_tqdm=True,
+        **{
+            "max_steps": 8,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "resume_from_checkpoint": "auto",
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "metric_for_best_model": "loss",
+            "load_best_model_at_end": True,
+        }
+        | changes,
+    )
+    model = tiny_bert()
+    example = {k: torch.tensor([v, v]) for k, v in Questions(1)[0].items()}
+    plan = ipp.plan(model, example, num_stages=2, microbatches=4)
+    made = ipp.compile(
+        model,
+        plan,
+        target=target,
+        optimizer=build_optimizer(model, arguments),
+        max_grad_norm=arguments.max_grad_norm,
+        self_check=False,
+    )
+    blind = target == "distributed" and dist.get_rank() > 0
+    find = checkpoint.find_resume_checkpoint
+    checkpoint.find_resume_checkpoint = (lambda _: None) if blind else find
+    try:
+        with made:
+            result = train(
+                made,
+                Questions(24),
+                arguments,
+                callbacks=[StopAt(stop_at)],
+                eval_dataset=Questions(8, seed=3),
+            )
+    except Stopped:
+        return None
+    finally:
+        checkpoint.find_resume_checkpoint = find
+    logs = [log["loss"] for log in result.log_history if "loss" in log]
+    return logs, Path(str(result.best_checkpoint)).name, result.training_loss

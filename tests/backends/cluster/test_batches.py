@@ -1,0 +1,208 @@
+"""Batches of any size and length compute what the local target computes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ipu_pipeline.backends.cluster.batches import dealt
+from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.same_batch import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.schedules import SCHEDULES, check_schedule, schedule_for
+from tests.backends.cluster import batch_jobs, jobs
+from tests.backends.cluster.processes import Processes
+
+TWO = {"num_stages": 2}
+FOUR = {"num_stages": 4}
+TWO_BY_TWO = {"num_stages": 2, "replicas": 2, "microbatches": 3}
+FULL = 2 * jobs.MICROBATCHES
+# Descending: a short microbatch is first met after full ones of the same step.
+EVERY = list(range(FULL, 0, -1))
+OPTIONS = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "planned", "sizes", "fallback"),
+    [
+        ("bert-qa", "1f1b", TWO, EVERY, "gpipe"),
+        ("gpt2-lm", "gpipe", TWO, EVERY, ""),
+        ("bert-qa", "interleaved", FOUR, EVERY, ""),
+        ("bert-qa", "interleaved", {**FOUR, "microbatches": 6}, [11], "looped_bfs"),
+        ("gpt2-lm", "zbv", FOUR, EVERY, ""),
+        ("t5", "1f1b", TWO, [FULL, 5, 1], "gpipe"),
+        ("gpt2-lm", "interleaved_zero_bubble", FOUR, [7, 4, 1], ""),
+        ("bert-qa", "dualpipev", FOUR, [7, 3], "zbv"),
+    ],
+)
+def test_short_batches_equal_the_local_targets(
+    two: Processes,
+    name: str,
+    schedule: str,
+    planned: dict[str, Any],
+    sizes: list[int],
+    fallback: str,
+) -> None:
+    planned = {**planned, "dropout": True}
+    found = two.run(
+        "batch_jobs.trained", name=name, sizes=sizes, planned=planned, schedule=schedule, **OPTIONS
+    )
+    assert_equal(found, name, sizes, planned)
+    said = [text for rank in found for text in rank["messages"] if "that a short batch has" in text]
+    assert len(said) == bool(fallback)  # once, by one rank
+    assert all(f"schedule {schedule} cannot run a number" in text for text in said)
+    assert all(f"runs with {fallback} then" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "planned", "sizes"),
+    [
+        ("bert-qa", "1f1b", FOUR, [1, 3, 7, FULL]),
+        ("gpt2-lm", "gpipe", FOUR, [2, 5]),
+        ("lxmert-qa", "interleaved", {"num_stages": 8, "microbatches": 8}, [13]),
+        ("lxmert-qa", "zbv", {"num_stages": 8, "microbatches": 8}, [15, 1]),
+        ("bert-qa", "1f1b", TWO_BY_TWO, [12, 11, 9, 5, 3, 1]),
+        ("gpt2-lm", "1f1b", TWO_BY_TWO, [1, 7]),
+        ("gpt2-lm", "zbv", {**TWO_BY_TWO, "num_stages": 4}, [7, 1]),
+    ],
+)
+@pytest.mark.acceptance
+def test_on_four_processes(
+    four: Processes, name: str, schedule: str, planned: dict[str, Any], sizes: list[int]
+) -> None:
+    planned = {**planned, "dropout": True}
+    found = four.run(
+        "batch_jobs.trained", name=name, sizes=sizes, planned=planned, schedule=schedule, **OPTIONS
+    )
+    assert_equal(found, name, sizes, planned)
+
+
+def assert_equal(
+    found: list[dict[str, Any]], name: str, sizes: list[int], planned: dict[str, Any]
+) -> None:
+    """Compare with the local target: one pipeline with all the replicas' microbatches."""
+    replicas = planned.get("replicas", 1)
+    microbatches = planned.get("microbatches", jobs.MICROBATCHES) * replicas
+    alone = {**planned, "replicas": 1, "microbatches": microbatches}
+    expected = batch_jobs.trained(name, sizes=sizes, planned=alone, target="local", **OPTIONS)
+    for rank in found:
+        assert rank["samples"] == [min(size, 2 * microbatches) for size in sizes]
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert_close(rank["state"], expected["state"])
+        assert set(rank["state"]) == set(expected["state"])
+    for index, whole in enumerate(expected["gradients"]):
+        assert {n for rank in found for n in rank["gradients"][index]} == set(whole)
+        for rank in found:
+            assert_close(rank["gradients"][index], whole)
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    scale = max(np.abs(value).max() for value in expected.values())
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_other_lengths_are_captured_again_and_the_oldest_forgotten(
+    two: Processes, limit: int | None
+) -> None:
+    calls = [(8, 16), (7, 12), (8, 16), (8, 20), (5, 12), (8, 16), (7, 12)]
+    planned = {**TWO, "dropout": True}
+    found = two.run("batch_jobs.lengths", name="bert-qa", calls=calls, planned=planned, limit=limit)
+    expected = batch_jobs.lengths("bert-qa", calls=calls, planned=planned, target="local")
+    for rank in found:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert rank["sum"] == pytest.approx(expected["sum"], abs=1e-3)
+        shapes, pipelines = rank["kept"][-1]
+        forgotten = [text for text in rank["messages"] if "pad to fewer lengths" in text]
+        if limit is None:
+            # Lengths 16 and 20 in microbatches of 2, length 12 of 2 and 1: trained and evaluated.
+            assert (shapes, pipelines) == (2 * 2 + 2 * 2, 2 + 3)
+            assert not forgotten
+        else:
+            assert all(kept[0] <= limit and kept[1] <= 3 for kept in rank["kept"])
+            assert len(forgotten) == 1
+            assert "in more than 3 shapes" in forgotten[0]
+
+
+@pytest.mark.parametrize(
+    ("odd", "call", "size", "seq_length"),
+    [
+        (0, "train_step", 8, 12),
+        (1, "train_step", 7, 16),
+        (0, "forward_backward", 8, 20),
+        (1, "eval_step", 3, 8),
+    ],
+)
+def test_a_rank_with_another_batch_is_named(
+    odd: int, call: str, size: int, seq_length: int
+) -> None:
+    processes = Processes(2, joined=False)
+    arguments = {"odd": odd, "size": size, "seq_length": seq_length, "call": call}
+    found = processes.run("batch_jobs.odd_batch", planned=TWO, **arguments)
+    processes.close()
+    kind = "evaluation" if call == "eval_step" else "training"
+    step = 2 if call == "train_step" else 1
+    texts = [f"{kind} in step {step} with input_ids 8x16 int64, "] * 2
+    texts[odd] = f"{kind} in step {step} with input_ids {size}x{seq_length} int64, "
+    for rank in found:
+        assert f"ValueError: rank 1 was called for {texts[1]}" in rank
+        assert f"but rank 0 for {texts[0]}" in rank
+        assert "give every rank the same whole batch" in rank
+
+
+def test_a_replica_with_another_batch_or_call_is_named() -> None:
+    for job, arguments, message in [
+        ("odd_batch", {"odd": 2, "size": 9, "seq_length": 16}, "with input_ids 9x16 int64"),
+        ("odd_call", {}, "rank 3 was called for evaluation in step 0"),
+    ]:
+        processes = Processes(4, joined=False)
+        found = processes.run(f"batch_jobs.{job}", planned=TWO_BY_TWO, **arguments)
+        processes.close()
+        assert all(message in rank for rank in found)
+
+
+def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(four: Processes) -> None:
+    for rank in four.run("batch_jobs.uncapturable", planned=TWO_BY_TWO):
+        before, message, after = rank
+        assert "returned no loss for the batch" in message
+        assert after != before
+        assert np.isfinite(after)
+
+
+def test_parts_are_dealt_evenly_and_the_last_replica_has_the_last() -> None:
+    for replicas in range(1, 5):
+        layouts = [Layout(2 * replica, replicas, 2, 2, "one") for replica in range(replicas)]
+        for count in range(1, 13):
+            found = [dealt(range(count), layout) for layout in layouts]
+            assert [part for parts in found for part in parts] == list(range(count))
+            sizes = [len(parts) for parts in found]
+            assert max(sizes) - min(sizes) <= 1
+            assert sizes[-1] == min(sizes)
+
+
+def test_a_schedule_that_cannot_run_so_few_is_replaced_in_its_placement() -> None:
+    assert schedule_for("1f1b", 4, 4, 4) == "1f1b"
+    assert schedule_for("1f1b", 4, 4, 3) == "gpipe"
+    assert schedule_for("Schedule1F1B", 4, 4, 1) == "gpipe"
+    assert schedule_for("interleaved", 4, 2, 3) == "interleaved"
+    assert schedule_for("interleaved", 4, 2, 5) == "looped_bfs"
+    assert schedule_for("dualpipev", 4, 2, 3) == "zbv"
+    for name, schedule in SCHEDULES.items():
+        num_stages = 2 if schedule.placement == "one" else 4
+        for count in range(1, 9):
+            found = schedule_for(name, num_stages, 2, count)
+            check_schedule(found, num_stages, 2, count)
+            assert SCHEDULES[found].placement == schedule.placement
+
+
+def test_a_batch_is_described_whatever_it_holds() -> None:
+    batch = {"x": np.zeros(2), "flag": True, "none": None, "name": "a"}
+    assert described(batch) == "x ndarray, flag True, none None, name 'a'"
+    long = "input_ids 8x16 int64, " * 40
+    note = _note(long)
+    assert note.shape == (NOTE_BYTES,)
+    assert long.startswith(_text(note))
+    assert not np.array_equal(note, _note(long + "x"))

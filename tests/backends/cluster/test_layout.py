@@ -1,0 +1,76 @@
+"""Which rank runs what, and what a schedule refuses before anything is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.layout import Layout, make_layout
+from ipu_pipeline.backends.cluster.lower import check
+from ipu_pipeline.backends.cluster.schedules import SCHEDULES, check_schedule, torch_schedule
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.executable import ExecutionOptions
+from tests.backends.cluster.jobs import built
+
+
+def test_every_schedule_is_one_of_torchs() -> None:
+    for name, schedule in SCHEDULES.items():
+        assert hasattr(torch.distributed.pipelining, schedule.torch_name)
+        assert torch_schedule(schedule.torch_name) is schedule
+        assert torch_schedule(name.upper()) is schedule
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected"),
+    [("loop", [(0, 3), (1, 4), (2, 5)]), ("v", [(0, 5), (1, 4), (2, 3)])],
+)
+def test_stages_of_the_ranks(placement: str, expected: list[tuple[int, ...]]) -> None:
+    layouts = [Layout(rank, 2, 3, 6, placement) for rank in range(6)]
+    assert [layout.own_stages for layout in layouts] == expected * 2
+    assert [layout.replica for layout in layouts] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "ranks", "microbatches", "message"),
+    [
+        ("popart", 2, 2, 4, "has no schedule 'popart'; use one of gpipe, 1f1b"),
+        ("1f1b", 4, 2, 4, "1f1b runs one stage per process: 4 stages do not fit 2 processes"),
+        ("interleaved", 3, 2, 4, "3 stages cannot be shared by 2 processes"),
+        ("zbv", 2, 2, 4, "zbv runs exactly 2 stages per process: 2 stages do not fit 2"),
+        ("1f1b", 4, 4, 2, "at least as many microbatches as stages, got 2 microbatches and 4"),
+        ("interleaved", 4, 2, 5, "in 2 rounds of 2 processes, 5 microbatches do not divide"),
+    ],
+)
+def test_what_a_schedule_cannot_run_is_refused(
+    name: str, stages: int, ranks: int, microbatches: int, message: str
+) -> None:
+    with pytest.raises(LoweringError, match=message):
+        check_schedule(name, stages, ranks, microbatches)
+
+
+def test_processes_that_cannot_be_shared_out_are_refused() -> None:
+    _, plan, _ = built("bert-qa", num_stages=2, replicas=2)
+    assert make_layout(plan, "1f1b", 3, 4).replica == 1
+    with pytest.raises(LoweringError, match="2 replicas, which cannot share 3 processes"):
+        make_layout(plan, "1f1b", 0, 3)
+    with pytest.raises(LoweringError, match="8 processes are more than the plan's 2 stages x 2"):
+        make_layout(plan, "1f1b", 0, 8)
+
+
+def test_modes_of_other_targets_are_refused() -> None:
+    _, plan, _ = built("bert-qa", num_stages=2)
+    cpu = torch.device("cpu")
+    check(plan, ExecutionOptions(), cpu)
+    with pytest.raises(LoweringError, match="use the local target for the sequential reference"):
+        check(plan, ExecutionOptions(sequential=True), cpu)
+    with pytest.raises(LoweringError, match="precision 'bf16' is for CPUs only"):
+        check(plan, ExecutionOptions(precision="bf16"), torch.device("cuda:0"))
+
+
+def test_a_script_without_torchrun_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    model, plan, _ = built("bert-qa", num_stages=2)
+    with pytest.raises(LoweringError, match="is not set; start the script with 'torchrun"):
+        ipp.compile(model, plan, target="distributed")

@@ -1,0 +1,213 @@
+"""Optimizer state divided among replicas: the same training, a part of the state each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ipu_pipeline.ops.adamw import AdamW
+from tests.backends.cluster import jobs
+from tests.backends.cluster.processes import Processes, free_port
+
+SHARDED = {"replicated_tensor_sharding": True}
+TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
+
+
+def replicas_of(number: int, num_stages: int = 1) -> dict[str, int]:
+    return {"num_stages": num_stages, "replicas": number, "microbatches": 2}
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[dict[int, Processes]]:
+    """Processes by how many they are, started when they are needed."""
+    running: dict[int, Processes] = {}
+    yield running
+    for processes in running.values():
+        processes.close()
+
+
+def run(started: dict[int, Processes], world_size: int, job: str, **arguments: Any) -> list[Any]:
+    if world_size not in started:
+        started[world_size] = Processes(world_size)
+    return started[world_size].run(job, **arguments)
+
+
+def local_curve(name: str, microbatches: int, steps: int, **options: Any) -> list[Any]:
+    planned = {"dropout": True, "num_stages": 1, "microbatches": microbatches}
+    made, batch = jobs.compiled(name, target="local", planned=planned, **options)
+    with made:
+        return [made.train_step(batch) for _ in range(steps)]
+
+
+def num_trained(name: str) -> int:
+    model, _ = jobs.TINY[name].build()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "replicas"),
+    [("bert-qa", 1, 2), ("t5", 1, 3), ("bert-qa", 1, 4), ("gpt2-lm", 2, 2), ("gpt2-lm", 2, 3)],
+)
+def test_trains_as_one_process_does_with_a_share_of_the_state(
+    started: dict[int, Processes], name: str, stages: int, replicas: int
+) -> None:
+    options = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
+    planned = replicas_of(replicas, stages)
+    found = run(
+        started,
+        stages * replicas,
+        "curve",
+        name=name,
+        planned=planned,
+        steps=5,
+        **options,
+        **SHARDED,
+    )
+    expected = local_curve(name, 2 * replicas, 5, **options)
+    for rank in found:
+        assert rank["losses"] == pytest.approx([e.loss for e in expected], rel=1e-5)
+        assert rank["norms"] == pytest.approx([e.grad_norm for e in expected], rel=1e-4)
+        assert rank["norms"] == found[0]["norms"]
+        assert rank["state"] == found[0]["state"]
+    assert max(found[0]["norms"]) > 0.5  # clipping was on
+    assert len({weights["transformer.wte.weight"] for weights in owned(found, name)}) <= 1
+    moments = [rank["moments"] for rank in found]
+    assert sum(moments) == 2 * num_trained(name)  # AdamW's two, each once in the whole job
+    assert max(moments) <= 1.1 * sum(moments) / len(found)
+
+
+def owned(found: list[Any], name: str) -> list[dict[str, str]]:
+    """Return what every process has of the weights that it trains, where some are tied."""
+    return [rank["own"] for rank in found] if name == "gpt2-lm" else []
+
+
+def test_two_replicas_compute_the_bits_of_undivided_state(started: dict[int, Processes]) -> None:
+    arguments: dict[str, Any] = {"name": "gpt2-lm", "planned": TWO_BY_TWO, "steps": 10}
+    found = run(started, 4, "curve", **arguments, **SHARDED)
+    whole = run(started, 4, "curve", **arguments)
+    for divided, undivided in zip(found, whole, strict=True):
+        assert divided["losses"] == undivided["losses"]
+        assert divided["state"] == undivided["state"] == found[0]["state"]
+        assert divided["own"] == undivided["own"]
+        assert divided["moments"] < 0.6 * undivided["moments"]
+
+
+def test_tied_weights_of_16_bits_rounded_at_random_stay_equal(
+    started: dict[int, Processes],
+) -> None:
+    for sharding in (True, False):
+        found = run(
+            started,
+            4,
+            "curve",
+            name="gpt2-lm",
+            planned={**TWO_BY_TWO, "dtype": torch.bfloat16},
+            steps=5,
+            optimizer_class=jobs.StochasticAdamW,
+            replicated_tensor_sharding=sharding,
+        )
+        assert len({rank["own"]["transformer.wte.weight"] for rank in found}) == 1
+        assert all(rank["state"] == found[0]["state"] for rank in found)
+
+
+def test_every_rank_skips_a_step_that_overflowed(started: dict[int, Processes]) -> None:
+    found = run(
+        started,
+        4,
+        "curve",
+        name="bert-qa",
+        planned=TWO_BY_TWO,
+        steps=2,
+        loss_scaling=1e40,
+        **SHARDED,
+    )
+    model, _, _ = jobs.built("bert-qa", **TWO_BY_TWO)
+    for rank in found:
+        assert rank["skipped"] == [True, True]
+        assert rank["state"] == {n: jobs.digest(t) for n, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adagrad, AdamW])
+def test_more_replicas_than_parameters(started: dict[int, Processes], optimizer_class: Any) -> None:
+    changed = {"optimizer_class": optimizer_class, "num_trained": 2}
+    found = run(
+        started,
+        3,
+        "curve",
+        name="bert-qa",
+        planned=replicas_of(3),
+        steps=3,
+        **changed,
+        **SHARDED,
+    )
+    expected = local_curve("bert-qa", 6, 3, **changed)
+    for rank in found:
+        assert rank["losses"] == pytest.approx([e.loss for e in expected], rel=1e-5)
+        assert rank["norms"] == pytest.approx([e.grad_norm for e in expected], rel=1e-4)
+    assert [rank["moments"] == 0 for rank in found].count(True) >= 1
+
+
+def test_gradients_are_whole_where_they_are_asked_for(started: dict[int, Processes]) -> None:
+    found = run(started, 4, "two_sums", name="gpt2-lm", planned=TWO_BY_TWO, **SHARDED)
+    whole = run(started, 4, "two_sums", name="gpt2-lm", planned=TWO_BY_TWO)
+    assert found == whole
+    assert all(rank["gradients"] and not rank["left"] for rank in found)
+
+
+def test_checkpoints_are_those_of_undivided_state(
+    started: dict[int, Processes], tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / str(index)) for index in range(4)]
+    arguments: dict[str, Any] = {"name": "gpt2-lm"}
+    one = {"num_stages": 1, "microbatches": 8}
+    runs = [
+        run(
+            started, 4, "train_and_save", planned=TWO_BY_TWO, path=paths[0], **arguments, **SHARDED
+        ),
+        [jobs.train_and_save("gpt2-lm", one, paths[1], load=paths[0], target="local")],
+        run(
+            started,
+            4,
+            "train_and_save",
+            planned=replicas_of(4),
+            path=paths[2],
+            load=paths[1],
+            **arguments,
+            **SHARDED,
+        ),
+        run(
+            started,
+            4,
+            "train_and_save",
+            planned=TWO_BY_TWO,
+            path=paths[3],
+            load=paths[2],
+            **arguments,
+        ),
+    ]
+    whole = local_curve("gpt2-lm", 8, 15)
+    for index, ranks in enumerate(runs):
+        expected = [step.loss for step in whole[3 * index : 3 * index + 6]]
+        for rank in ranks:
+            assert rank["before"] + rank["after"] == pytest.approx(expected, rel=1e-5)
+            assert rank["extra"] == ({"epoch": 1} if index else {})
+    num_states = [[rank["num_states"] for rank in ranks] for ranks in runs]
+    assert sum(num_states[0]) == sum(num_states[2]) == num_states[1][0]
+    assert sum(num_states[3]) > 2 * num_states[1][0]  # tied ones more than twice
+
+
+def test_one_replica_has_nothing_to_divide(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in (values | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(key, value)
+    made, batch = jobs.compiled("bert-qa", planned={"num_stages": 1}, **SHARDED)
+    with made:
+        made.train_step(batch)
+        assert jobs.num_moments(made) == 2 * num_trained("bert-qa")
+    assert "replicated_tensor_sharding changes nothing: the plan has 1 replica" in caplog.text

@@ -1,0 +1,303 @@
+"""IPUConfig: reading, writing, checking. Overrides are in test_config_overrides.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipu_pipeline.backends.ipu.config import IPUConfig, expand_layers
+from ipu_pipeline.backends.ipu.config.ipu_config import field_specs
+from ipu_pipeline.errors import ConfigError
+
+# Settings as they stand in published files (values and keys; the sources are the hub pages of
+# Graphcore/gpt2-medium-ipu, Graphcore/t5-xl-ipu and a file saved by optimum-graphcore 1.6.1).
+PODS = {"pod8": 1, "pod16": 2, "pod32": 4, "pod64": 8, "default": 1}
+GPT2_MEDIUM = {
+    "embedding_serialization_factor": 5,
+    "recompute_checkpoint_every_layer": True,
+    "optimizer_state_offchip": True,
+    "replicated_tensor_sharding": True,
+    "enable_half_first_order_momentum": True,
+    "enable_half_partials": True,
+    "device_iterations": 2,
+    "inference_device_iterations": 9,
+    "replication_factor": PODS,
+    "inference_replication_factor": PODS,
+    "gradient_accumulation_steps": 16,
+    "executable_cache_dir": "./exe_cache",
+    "ipus_per_replica": 8,
+    "layers_per_ipu": [0, 3, 3, 3, 3, 4, 4, 4],
+    "matmul_proportion": 0.25,
+}
+SPLIT16 = [2, 4, 3, 3, 3, 3, 3, 3, 2, 4, 3, 3, 3, 3, 3, 3]
+T5_XL = {
+    "enable_half_partials": True,
+    "executable_cache_dir": "./exe_cache",
+    "inference_layers_per_ipu": SPLIT16,
+    "inference_matmul_proportion": [0.1, 0.05, *[0.2] * 6, 0.05, 0.05, *[0.2] * 6],
+}
+SAVED_BY_OPTIMUM = {
+    "auto_loss_scaling": False,
+    "device_iterations": 1,
+    "embedding_serialization_factor": 2,
+    "enable_half_partials": True,
+    "executable_cache_dir": "/tmp/exe_cache",
+    "execute_encoder_on_cpu_for_generation": False,
+    "gradient_accumulation_steps": 256,
+    "inference_device_iterations": 5,
+    "inference_replication_factor": 1,
+    "ipus_per_replica": 4,
+    "layers_per_ipu": [3, 7, 7, 7],
+    "matmul_proportion": [0.15, 0.18, 0.2, 0.25],
+    "optimizer_state_offchip": True,
+    "optimum_version": "1.6.1",
+    "output_mode": "final",
+    "recompute_checkpoint_every_layer": True,
+    "replicated_tensor_sharding": False,
+    "replication_factor": 1,
+    "seed": 42,
+    "sharded_execution_for_inference": False,
+    "transformers_version": "4.20.1",
+}
+
+
+@pytest.mark.parametrize("raw", [GPT2_MEDIUM, T5_XL, SAVED_BY_OPTIMUM])
+def test_published_files_survive_reading_and_writing(tmp_path, raw) -> None:
+    (tmp_path / "ipu_config.json").write_text(json.dumps(raw))
+    config = IPUConfig.load(tmp_path)
+    written = json.loads(config.save(tmp_path).read_text())
+    assert raw.items() <= written.items()
+    assert list(written) == sorted(written)
+    assert IPUConfig.load(tmp_path / "ipu_config.json") == config
+
+
+def test_every_field_survives_a_round_trip() -> None:
+    samples = {"bool": True, "int": 3, "str": "all", "ints": [2, 1], "proportion": [0.5, 0.25]}
+    samples |= {"replication": {"pod16": 4, "default": 2}, "mapping": {"a": [1]}}
+    raw = {name: samples[spec.kind] for name, spec in field_specs().items()}
+    raw |= {"ipus_per_replica": 2, "inference_ipus_per_replica": 2}
+    for layer in ("embedding", "projection"):  # splits and factor exclude each other
+        for prefix in ("", "inference_"):
+            raw.pop(f"{prefix}{layer}_serialization_factor")
+    assert IPUConfig.from_dict(raw).to_dict() == raw
+
+
+def test_defaults_are_those_of_the_published_library() -> None:
+    config = IPUConfig()
+    assert config.layers_per_ipu == (-1,)
+    assert config.num_ipus() == 1
+    assert config.memory_proportions() == (0.2,)
+    assert config.batch_size_factor() == 1
+    assert config.enable_half_partials
+    assert config.legacy_notes() == ()
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        IPUConfig().seed = 1
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"layer_per_ipu": [1]}, "unknown configuration key 'layer_per_ipu'; did you mean layers_"),
+        ({"zzz": 1}, "unknown configuration key 'zzz'; known: auto_loss_scaling"),
+        ({"seed": 1.5}, "seed must be a whole number, got float 1.5"),
+        ({"device_iterations": True}, "device_iterations must be a whole number, got bool True"),
+        ({"device_iterations": None}, "device_iterations must be a whole number, got null"),
+        ({"layers_per_ipu": 4}, "layers_per_ipu must be a list of at least one whole number"),
+        ({"layers_per_ipu": []}, "layers_per_ipu must be a list of at least one whole number"),
+        ({"layers_per_ipu": [1.0]}, "layers_per_ipu must be a list"),
+        ({"layers_per_ipu": [-2]}, r"layers_per_ipu must be at least -1, got \[-2\]"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"enable_half_partials": 1}, "enable_half_partials must be true or false, got int 1"),
+        ({"executable_cache_dir": 3}, "executable_cache_dir must be a string, got int 3"),
+        (
+            {"output_mode": "last"},
+            "output_mode must be one of all, sum, final, default, got 'last'",
+        ),
+        ({"matmul_proportion": "0.2"}, "matmul_proportion must be a number or a list of numbers"),
+        ({"matmul_proportion": []}, "matmul_proportion must be a number or a list of numbers"),
+        ({"matmul_proportion": 1.5}, "share of an IPU's memory, from 0 to 1, got 1.5"),
+        ({"replication_factor": "4"}, "replication_factor must be a whole number, or a map such"),
+        ({"replication_factor": {}}, "replication_factor must be a whole number, or a map such"),
+        ({"replication_factor": {"pod4": "1"}}, "replication_factor must be a whole number, or a"),
+        ({"replication_factor": {"pod4": 0}}, "replication_factor must be at least 1, got {'pod4'"),
+        ({"parallelize_kwargs": [1]}, "parallelize_kwargs must be a map, got list"),
+        (
+            {"layers_per_ipu": [1, 2], "ipus_per_replica": 4},
+            r"layers_per_ipu=\[1, 2\] has 2 entries, but a replica has 4 IPUs .*make them equal",
+        ),
+        (
+            {"layers_per_ipu": [1, -1], "ipus_per_replica": 4},
+            r"layers_per_ipu=\[1, -1\] has 2 entries, but a replica has 4 IPUs",
+        ),
+        (
+            {"ipus_per_replica": 4, "matmul_proportion": [0.1, 0.2]},
+            r"matmul_proportion=\[0.1, 0.2\] has 2 entries, but a replica has 4 IPUs",
+        ),
+        (
+            {"inference_layers_per_ipu": [1, 2], "inference_ipus_per_replica": 4},
+            r"inference_layers_per_ipu=\[1, 2\] has 2 entries, but a replica has 4 IPUs",
+        ),
+        (
+            {"inference_layers_per_ipu": [1, 2], "inference_matmul_proportion": [0.1]},
+            r"inference_matmul_proportion=\[0.1\] has 1 entries, but a replica has 2 IPUs",
+        ),
+        (
+            {
+                "layers_per_ipu": [1, 1],
+                "embedding_serialization_factor": 2,
+                "serialized_embedding_splits_per_ipu": [1, 1],
+            },
+            "embedding_serialization_factor=2 and serialized_embedding_splits.* exclude each other",
+        ),
+        (
+            {"ipus_per_replica": 4, "serialized_projection_splits_per_ipu": [1, 1]},
+            "serialized_projection_splits_per_ipu=.* has 2 entries, but a replica has 4 IPUs",
+        ),
+        (
+            {"layers_per_ipu": [1, 1], "serialized_embedding_splits_per_ipu": [0, 0]},
+            "serialized_embedding_splits_per_ipu=.* has no split; give at least one IPU one",
+        ),
+        (
+            {"layers_per_ipu": [1, 1, 1], "serialized_embedding_splits_per_ipu": [1, 0, 1]},
+            "serialized_embedding_splits_per_ipu=.* leaves a gap",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(raw, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        IPUConfig.from_dict(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the IPU configuration .*ipu_config.json"),
+        ("[1]", "must hold a JSON object, got list"),
+        ('{"seed": "x"}', "ipu_config.json: seed must be a whole number"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "ipu_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        IPUConfig.load(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the IPU configuration .*none\.json"):
+        IPUConfig.load(tmp_path / "none.json")
+
+
+# ---------------------------------------------------------------- meaning
+
+
+def test_inference_falls_back_to_training() -> None:
+    config = IPUConfig(layers_per_ipu=(1, 2), matmul_proportion=(0.3, 0.4))
+    assert config.layers(inference=True) == (1, 2)
+    assert config.num_ipus(inference=True) == 2
+    assert config.memory_proportions(inference=True) == (0.3, 0.4)
+
+
+def test_inference_may_use_other_ipus() -> None:
+    config = IPUConfig.from_dict(T5_XL)
+    assert (config.num_ipus(), config.num_ipus(inference=True)) == (1, 16)
+    assert config.resolve_layers(48, inference=True) == tuple(SPLIT16)
+    config = IPUConfig(
+        layers_per_ipu=(1, 1), matmul_proportion=(0.3, 0.4), inference_layers_per_ipu=(2,)
+    )
+    assert config.memory_proportions(inference=True) == (0.2,)
+    config = IPUConfig(ipus_per_replica=4, inference_ipus_per_replica=2)
+    assert (config.num_ipus(), config.num_ipus(inference=True)) == (4, 2)
+    assert IPUConfig(ipus_per_replica=4).num_ipus(inference=True) == 4
+
+
+def test_batch_size_factor() -> None:
+    config = IPUConfig(
+        replication_factor=4,
+        gradient_accumulation_steps=16,
+        device_iterations=2,
+        inference_replication_factor={"default": 3},
+        inference_device_iterations=5,
+    )
+    assert config.batch_size_factor() == 128
+    assert config.batch_size_factor(inference=True) == 15
+
+
+def test_replicas_by_pod_type() -> None:
+    config = IPUConfig.from_dict(GPT2_MEDIUM)
+    assert config.replicas() == 1
+    assert config.for_pod("pod16").replication_factor == 2
+    assert config.for_pod("pod64").inference_replication_factor == 8
+    assert config.for_pod(None).replication_factor == 1
+    assert IPUConfig(replication_factor=2).for_pod("pod16").replication_factor == 2
+
+
+def test_wrong_pod_types() -> None:
+    config = IPUConfig.from_dict(GPT2_MEDIUM)
+    with pytest.raises(ConfigError, match="pod type 'rack' is unknown; write pod4"):
+        config.for_pod("rack")
+    with pytest.raises(ConfigError, match="pod4 has 4 IPUs, 1 replicas of 8 IPUs need 8"):
+        config.for_pod("pod4")
+    no_default = IPUConfig(replication_factor={"pod16": 2})
+    with pytest.raises(ConfigError, match="has no entry for 'pod8'; it has pod16"):
+        no_default.for_pod("pod8")
+    with pytest.raises(ConfigError, match="has no entry for 'default'"):
+        no_default.replicas()
+
+
+def test_settings_without_effect_are_said() -> None:
+    notes = IPUConfig.from_dict(GPT2_MEDIUM).legacy_notes()
+    assert notes == (
+        "enable_half_first_order_momentum=True has no effect; it is kept for the file only",
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "ipus", "layers", "expected"),
+    [
+        ([-1], 4, 12, (3, 3, 3, 3)),
+        ([-1], 4, 14, (3, 3, 3, 5)),
+        ([1, 2, -1, -1], 4, 12, (1, 2, 4, 5)),
+        ([-1, 0, -1, 2], 4, 9, (3, 0, 4, 2)),
+        ([0, 4, 4, 4], 4, 12, (0, 4, 4, 4)),
+        ([4], 1, 12, (12,)),
+        ([-1, -1], 2, 1, (0, 1)),
+    ],
+)
+def test_wildcards(written, ipus: int, layers: int, expected) -> None:
+    assert expand_layers(written, ipus, layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "ipus", "message"),
+    [
+        ([1, 2], 4, r"layers_per_ipu=\[1, 2\] has 2 entries for 4 IPUs"),
+        ([6, 7], 2, "places 13 layers, the model has 12"),
+        ([5, 5], 2, "places 10 layers, the model has 12; change the numbers, or write -1"),
+        ([13, -1], 2, "places 13 layers, the model has 12"),
+    ],
+)
+def test_layers_that_do_not_fit_the_model(written, ipus: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        expand_layers(written, ipus, 12)
+
+
+@given(st.lists(st.integers(-1, 5), min_size=2, max_size=8), st.integers(0, 40))
+def test_expansion_keeps_written_numbers_and_places_every_layer(written, num_layers) -> None:
+    try:
+        found = expand_layers(written, len(written), num_layers)
+    except ConfigError:
+        fixed = sum(count for count in written if count != -1)
+        assert fixed > num_layers or (-1 not in written and fixed != num_layers)
+        return
+    assert sum(found) == num_layers
+    assert min(found) >= 0
+    assert all(count in (-1, got) for count, got in zip(written, found, strict=True))

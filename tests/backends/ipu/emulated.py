@@ -1,0 +1,173 @@
+"""A tiny model compiled for the stand-in, and the same model trained by the local target."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
+from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.ir.plan import Plan
+from tests.tiny_models import HIDDEN, TINY, VOCAB, TinyModel
+
+Batch = dict[str, Tensor]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+_SPEECH = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * HIDDEN,
+    "conv_dim": (8, 8),
+    "conv_stride": (4, 2),
+    "conv_kernel": (8, 4),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    # SpecAugment draws its mask with numpy on the host, which no device program can do.
+    "apply_spec_augment": False,
+    "num_labels": 5,
+}
+_SPEECH_NO_DROPOUT = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+}
+MORE = {
+    "distilbert": TinyModel(
+        transformers.DistilBertConfig,
+        "question-answering",
+        {
+            "vocab_size": VOCAB,
+            "dim": HIDDEN,
+            "n_layers": 4,
+            "n_heads": 4,
+            "hidden_dim": 2 * HIDDEN,
+            "max_position_embeddings": 64,
+        },
+        {"dropout": 0.0, "attention_dropout": 0.0, "qa_dropout": 0.0},
+    ),
+    "hubert": TinyModel(
+        transformers.HubertConfig, "audio-classification", _SPEECH, _SPEECH_NO_DROPOUT
+    ),
+    "wav2vec2": TinyModel(
+        transformers.Wav2Vec2Config, "audio-classification", _SPEECH, _SPEECH_NO_DROPOUT
+    ),
+}
+ALL = {**TINY, **MORE}
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return plain SGD."""
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW whose eps keeps rounding noise of zero gradients from becoming steps."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.01)
+
+
+@dataclass
+class Case:
+    """A tiny model, its plan for IPUs, and batches.
+
+    Attributes:
+        name: Of the tiny model.
+        model: Without dropout.
+        example: One microbatch.
+        config: The IPU configuration.
+        changes: Of the model's configuration.
+        plan: For pod16.
+    """
+
+    name: str
+    model: nn.Module
+    example: Batch
+    config: IPUConfig
+    changes: dict[str, Any] = field(default_factory=dict)
+    plan: Plan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = ipp.plan(
+            self.model,
+            self.example,
+            machine="pod16",
+            config=self.config,
+            replicas=self.config.replicas(),
+        )
+
+    @property
+    def copies(self) -> int:
+        """Microbatches of one call of the device."""
+        return self.plan.num_microbatches * self.plan.replicas * self.config.device_iterations
+
+    def batch(self, seed: int = 1, copies: int | None = None) -> Batch:
+        """Return ``copies`` microbatches whose samples differ."""
+        count = 2 * (copies or self.copies)
+        return _build(self.name, self.changes, count, seed)[1]
+
+    def compile(self, make: MakeOptimizer | None = sgd, **options: Any) -> PopTorchExecutable:
+        """Compile the model for the stand-in, which must be installed."""
+        executable = ipp.compile(
+            self.model,
+            self.plan,
+            target="poptorch",
+            optimizer=make(self.model) if make else None,
+            ipu_config=self.config,
+            **options,
+        )
+        assert isinstance(executable, PopTorchExecutable)
+        return executable
+
+    def local(self, make: MakeOptimizer | None = sgd, **options: Any) -> Any:
+        """Compile a copy of the model for the local target, on one stage."""
+        model = copy.deepcopy(self.model)
+        copies = self.plan.num_microbatches * self.plan.replicas
+        plan = ipp.plan(model, self.example, num_stages=1, microbatches=copies)
+        optimizer = make(model) if make else None
+        return ipp.compile(model, plan, optimizer=optimizer, self_check=False, **options)
+
+
+def case(
+    name: str = "bert-qa",
+    *,
+    layers: tuple[int, ...] = (2, 2),
+    changes: dict[str, Any] | None = None,
+    **config: Any,
+) -> Case:
+    """Build a tiny model and plan it for IPUs."""
+    settings: dict[str, Any] = {"gradient_accumulation_steps": 4, "output_mode": "all", **config}
+    model, example = _build(name, changes or {}, 2, 0)
+    return Case(name, model, example, IPUConfig(layers_per_ipu=layers, **settings), changes or {})
+
+
+def _build(name: str, changes: dict[str, Any], count: int, seed: int) -> tuple[nn.Module, Batch]:
+    tiny = ALL[name]
+    return from_config(
+        tiny.config(**changes), tiny.task, batch_size=count, seq_length=16, device="cpu", seed=seed
+    )
+
+
+def assert_same_weights(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> None:
+    """Compare state dicts entry by entry: absolutely, and relatively above 1."""
+    ours, theirs = left.state_dict(), right.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value.detach().as_subclass(Tensor),
+            theirs[name].detach(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, n=name: f"{n}: {text}",
+        )

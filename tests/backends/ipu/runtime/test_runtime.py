@@ -1,0 +1,295 @@
+"""Options, optimizers, slices and made-up rows: the files that go into a bundle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.ipu.runtime.data import mean_loss, synthetic_data
+from ipu_pipeline.backends.ipu.runtime.optimizer import decayed_groups, make_optimizer
+from ipu_pipeline.backends.ipu.runtime.options import make_options
+from ipu_pipeline.backends.ipu.runtime.placement import Placement
+from ipu_pipeline.backends.ipu.runtime.serialized import (
+    find_table,
+    restore,
+    serialize,
+    sliced_lookup,
+)
+from ipu_pipeline.backends.ipu.runtime.static_graph import (
+    DeviceForward,
+    is_changed,
+    static_graph,
+)
+from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
+from tests.backends.ipu.emulated import case
+
+# ---- options --------------------------------------------------------------------------------
+
+
+def _flat(**config: Any) -> dict[str, Any]:
+    made = case(**config)
+    return settings_for(made.plan, made.config, half=True, seed=3).to_json()
+
+
+def test_every_setting_reaches_the_options(poptorch: Any) -> None:
+    flat = _flat(
+        replication_factor=2,
+        device_iterations=3,
+        matmul_proportion=(0.1, 0.3),
+        optimizer_state_offchip=True,
+        replicated_tensor_sharding=True,
+        auto_loss_scaling=True,
+        output_mode="sum",
+        executable_cache_dir="cache",
+    )
+    options = make_options(flat, poptorch)
+    found = options.toDict()
+    assert options.replication_factor == 2
+    assert options.device_iterations == 3
+    assert options.Training.gradient_accumulation == 4
+    assert options.output_mode is poptorch.OutputMode.Sum
+    assert options.Training.automaticLossScaling
+    assert found["available_memory_proportion"] == {0: 0.1, 1: 0.3}
+    assert found["random_seed"] == 3
+    assert found["auto_round_num_ipus"] is True
+    assert found["enableStochasticRounding"] is True
+    assert found["partialsTypeMatMuls"] == "half"
+    location = found["location_optimizer"]
+    assert location["onChip"] == 0
+    assert location["useReplicatedTensorSharding"] == 1
+
+
+@pytest.mark.parametrize("mode", ["all", "final", "default"])
+def test_output_modes(mode: str, poptorch: Any) -> None:
+    options = make_options(_flat(output_mode=mode), poptorch)
+    assert options.output_mode is getattr(poptorch.OutputMode, mode.capitalize())
+
+
+def test_options_of_evaluation(poptorch: Any) -> None:
+    flat = _flat(inference_device_iterations=5, inference_replication_factor=2)
+    options = make_options(flat, poptorch, inference=True)
+    assert options.device_iterations == 5
+    assert options.replication_factor == 2
+    assert options.Training.gradient_accumulation == 1
+    assert options.output_mode is poptorch.OutputMode.All
+    assert options.toDict()["enableStochasticRounding"] is False
+
+
+def test_sharding_needs_replicas(poptorch: Any) -> None:
+    options = make_options(_flat(replicated_tensor_sharding=True), poptorch)
+    assert options.toDict()["location_optimizer"]["useReplicatedTensorSharding"] == 0
+
+
+# ---- optimizers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "LAMB", "SGD", "RMSprop"])
+def test_optimizers_of_the_device(name: str, poptorch: Any) -> None:
+    made = case()
+    clip = 1.0 if name in ("AdamW", "Adam", "SGD") else None
+    optimizer = OptimizerSettings(
+        optimizer=name,
+        learning_rate=0.25,
+        loss_scaling=8.0,
+        max_grad_norm=clip,
+        accum_dtype="float16",
+    )
+    flat = settings_for(made.plan, made.config, optimizer=optimizer).to_json()
+    groups = decayed_groups(made.model, 0.1)
+    found = make_optimizer(flat, groups, poptorch)
+    assert type(found).__name__ == name
+    assert found.loss_scaling == 8.0
+    assert found.accum_type is torch.float16
+    assert [group["weight_decay"] for group in found.param_groups] == [0.1, 0.0]
+    assert not found.variable_attrs.isConstant("lr")
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = nn.Module()
+    model.linear, model.norm, model.table = nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(3, 2)
+    model.linear.weight.requires_grad_(False)
+    decayed, plain = decayed_groups(model, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model.table.weight)]
+    assert {id(p) for p in plain["params"]} == {
+        id(model.linear.bias),
+        id(model.norm.weight),
+        id(model.norm.bias),
+    }
+
+
+# ---- slices ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [None, 0, 4])
+def test_a_lookup_in_slices(padding: int | None) -> None:
+    torch.manual_seed(0)
+    plain = nn.Embedding(6, 4, padding_idx=padding)
+    sliced = nn.Embedding(6, 4, padding_idx=padding)
+    sliced.load_state_dict(plain.state_dict())
+    keys, own = list(sliced.state_dict()), type(sliced)
+    serialize(sliced, 3)
+    ids = torch.tensor([[0, 5, 4], [1, 2, 4]])
+    for table in (plain, sliced):
+        (table(ids) ** 2).sum().backward()
+    assert torch.equal(plain(ids), sliced(ids))
+    torch.testing.assert_close(plain.weight.grad, sliced.weight.grad)
+    restore(sliced)
+    assert type(sliced) is own
+    assert list(sliced.state_dict()) == keys
+    assert "serialization_factor" not in sliced.__dict__
+
+
+def test_ids_of_other_slices_give_zeros() -> None:
+    rows = torch.ones(2, 3)
+    found = sliced_lookup(torch.tensor([0, 2, 3, 4]), rows, first=2)
+    assert found[:, 0].tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projection_in_slices(bias: bool, poptorch: Any) -> None:
+    linear = nn.Linear(4, 6, bias=bias)
+    x = torch.randn(2, 3, 4)
+    expected = linear(x)
+    serialize(linear, 2)
+    torch.testing.assert_close(linear(x), expected)
+    restore(linear)
+    assert type(linear) is nn.Linear
+
+
+def test_what_cannot_be_sliced() -> None:
+    with pytest.raises(ValueError, match=r"block 'x' is serialized by 2, but has no embedding"):
+        find_table(nn.LayerNorm(3), 2, "x")
+    with pytest.raises(
+        ValueError, match=r"factor 4 of 'x' does not divide its 6 rows; .*\[2, 3, 6\]"
+    ):
+        find_table(nn.Linear(2, 6), 4, "x")
+    with pytest.raises(ValueError, match=r"factor 2 of 'x' does not divide its 67 rows; .* none"):
+        find_table(nn.Linear(2, 67), 2, "x")
+    with pytest.raises(ValueError, match=r"max_norm or sparse gradients, which slices cannot keep"):
+        find_table(nn.Embedding(6, 2, max_norm=1.0), 2, "x")
+
+
+# ---- the model's forward --------------------------------------------------------------------
+
+
+class _Cached(nn.Module):
+    """Asks for a cache, and reads its mask when it is not traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = type("Config", (), {"use_cache": True})()
+        self.inner = nn.Linear(2, 2)
+        self.inner.config = self.config
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        assert torch.jit.is_tracing()
+        assert not self.config.use_cache
+        return {"loss": self.inner(x).sum(), "logits": x, "rest": (x,)}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_tensor_fills_a_tensor_without_being_read(dtype: torch.dtype | None) -> None:
+    options = {} if dtype is None else {"dtype": dtype}
+    with static_graph(nn.Linear(1, 1)):
+        found = torch.full((2, 3), torch.tensor(-1.5), **options)
+        plain = torch.full((2,), 7)
+    assert torch.equal(found, torch.full((2, 3), -1.5, **options))
+    assert found.dtype == (dtype or torch.float32)
+    assert torch.equal(plain, torch.tensor([7, 7]))
+
+
+def test_a_static_graph_is_undone_after_an_error() -> None:
+    model = _Cached()
+    wrong_shape = torch.ones(1, 3)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), static_graph(model):
+        model(wrong_shape)
+    assert not torch.jit.is_tracing()
+    assert model.config.use_cache
+
+
+def test_the_device_gets_tensors_only(poptorch: Any) -> None:
+    model = _Cached()
+    forward = DeviceForward(model, poptorch)
+    assert is_changed(model)
+    x = torch.ones(1, 2)
+    assert isinstance(model.train()(x), Tensor)
+    assert len(model.eval()(x)) == 2
+    assert forward.names == ["loss", "logits"]
+    with forward.restored():
+        assert not is_changed(model)
+    forward.restore()
+    assert not is_changed(model)
+    assert "forward" not in model.__dict__
+
+
+# ---- placement ------------------------------------------------------------------------------
+
+
+class _Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = _Returns(tuple)
+        self.second = _Returns(dict)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)[0])["y"]
+
+
+class _Returns(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Any:
+        y = x * self.weight
+        return (y, None, "text") if self.kind is tuple else {"y": y}
+
+
+def test_checkpoints_keep_the_structure_of_outputs(poptorch: Any) -> None:
+    model = _Chain()
+    entry = {"again": False, "checkpoint": True, "serialize": 1, "stage": 0, "ipu": 0}
+    entries = [{**entry, "block": name, "module": name} for name in ("first", "second")]
+    placement = Placement(model, entries, {}, poptorch)
+    x = torch.ones(1, 2)
+    assert torch.equal(model(x), x)
+    assert model.first(x)[1:] == (None, "text")
+    placement.undo()
+    assert not model.first._forward_hooks
+
+
+def test_one_module_per_stage_of_both_strategies(poptorch: Any) -> None:
+    made = case()
+    entries = [
+        {"block": n, "module": n, "stage": i, "ipu": i, "again": False, "checkpoint": False,
+         "serialize": 1}
+        for i, n in enumerate(("bert.embeddings", "qa_outputs"))
+    ]  # fmt: skip
+    placement = Placement(made.model, entries, made.plan.model.parameters, poptorch)
+    assert isinstance(placement.strategy(), poptorch.PipelinedExecution)
+    assert isinstance(placement.strategy(pipelined=False), poptorch.ShardedExecution)
+    placement.undo()
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+def test_made_up_rows_have_the_planned_shapes() -> None:
+    inputs = [
+        {"name": "ids", "shape": [2, 3], "dtype": "int64"},
+        {"name": "pixels", "shape": [2, 4], "dtype": "float32"},
+    ]
+    data = synthetic_data(inputs, 5, seed=1)
+    assert data["ids"].shape == (5, 3)
+    assert set(data["ids"].flatten().tolist()) <= {0, 1}
+    assert data["pixels"].shape == (5, 4)
+    assert torch.equal(data["pixels"], synthetic_data(inputs, 5, seed=1)["pixels"])
+
+
+def test_the_mean_of_a_sum() -> None:
+    settings = {"output_mode": "sum", "gradient_accumulation_steps": 4, "device_iterations": 2}
+    assert mean_loss(torch.tensor([8.0, 24.0]), settings) == 2.0
+    assert mean_loss(torch.tensor([8.0, 24.0]), {**settings, "output_mode": "all"}) == 16.0

@@ -1,0 +1,170 @@
+"""Annotations and settings: what a plan says in poptorch's words, both ways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.annotations import annotate, module_of, stages_in_order
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.config.layers import counted_layers
+from ipu_pipeline.backends.ipu.settings import (
+    OptimizerSettings,
+    ipu_config_of_plan,
+    settings_for,
+)
+from ipu_pipeline.errors import ConfigError, LoweringError
+from ipu_pipeline.ir.plan import Plan, PlannedStage
+from tests.tiny_models import TINY
+
+
+def _plan(name: str = "bert-qa", **config: Any) -> Plan:
+    model, batch = TINY[name].build(device="meta")
+    said = {"layers_per_ipu": (2, 2), "gradient_accumulation_steps": 16, **config}
+    settings = IPUConfig(**said)
+    return ipp.plan(model, batch, machine="pod16", config=settings, replicas=settings.replicas())
+
+
+def test_one_annotation_per_block_in_order() -> None:
+    plan = _plan()
+    found = annotate(plan)
+    assert [a.block for a in found] == [block.name for block in plan.blocks]
+    assert [(a.stage, a.ipu) for a in found] == [(0, 0)] * 3 + [(1, 1)] * 4
+    assert not found[-1].begins
+    assert found[0].to_json()["module"] == "bert.embeddings"
+    assert found[1].forward_ms == plan.blocks[1].forward_s * 1e3
+    assert list(stages_in_order(found)) == [0, 1]
+
+
+def test_layers_are_kept_when_asked() -> None:
+    kept = [a.block for a in annotate(_plan(), checkpoint_layers=True) if a.checkpoint]
+    assert kept == [f"bert.encoder.layer.{i}" for i in range(4)]
+
+
+def test_blocks_that_are_not_recomputed_are_kept() -> None:
+    plan = _plan()
+    first, last = plan.stages
+    only = replace(plan, stages=(replace(first, recompute=("bert.encoder.layer.0",)), last))
+    assert [a.block for a in annotate(only) if a.checkpoint] == [
+        "bert.embeddings",
+        "bert.encoder.layer.1",
+    ]
+
+
+def test_a_stage_that_begins_with_the_loss() -> None:
+    plan = _plan()
+    first, last = plan.stages
+    moved = (
+        first,
+        replace(last, blocks=last.blocks[:-1]),
+        PlannedStage(device=0, blocks=("loss",)),
+    )
+    with pytest.raises(
+        LoweringError, match=r"stage 2 begins with 'loss', which is no module's call"
+    ):
+        annotate(replace(plan, stages=moved))
+
+
+def test_calls_of_one_module_share_a_stage() -> None:
+    plan = _plan()
+    again = replace(plan.blocks[-2], name="bert.embeddings#2")
+    blocks = (*plan.blocks[:-2], again, plan.blocks[-1])
+    first, last = plan.stages
+    names = tuple("bert.embeddings#2" if n == "qa_outputs" else n for n in last.blocks)
+    with pytest.raises(
+        LoweringError, match=r"module 'bert.embeddings' is called in stages 0 and 1; BeginBlock"
+    ):
+        annotate(replace(plan, blocks=blocks, stages=(first, replace(last, blocks=names))))
+    assert module_of(again) == "bert.embeddings"
+    together = replace(first, blocks=(*first.blocks, "bert.embeddings#2"))
+    rest = replace(last, blocks=tuple(n for n in last.blocks if n != "qa_outputs"))
+    one = annotate(replace(plan, blocks=blocks, stages=(together, rest)))
+    assert [a.again for a in one if a.module == "bert.embeddings"] == [False, True]
+
+
+# ---- settings -------------------------------------------------------------------------------
+
+
+def test_a_plan_and_its_configuration_go_both_ways() -> None:
+    config = IPUConfig(
+        layers_per_ipu=(1, 3),
+        gradient_accumulation_steps=8,
+        ipus_per_replica=2,
+        replication_factor=4,
+        matmul_proportion=(0.1, 0.2),
+        device_iterations=2,
+    )
+    plan = _plan(**{k: getattr(config, k) for k in ("layers_per_ipu", "replication_factor")},
+                 gradient_accumulation_steps=8)  # fmt: skip
+    assert ipu_config_of_plan(plan, config) == config
+    alone = ipu_config_of_plan(plan)
+    assert alone.layers_per_ipu == (1, 3)
+    assert (alone.replication_factor, alone.gradient_accumulation_steps) == (4, 8)
+    model, batch = TINY["bert-qa"].build(device="meta")
+    again = ipp.plan(model, batch, machine="pod16", config=alone, replicas=alone.replicas())
+    assert [s.blocks for s in again.stages] == [s.blocks for s in plan.stages]
+
+
+def test_wildcards_become_numbers() -> None:
+    plan = _plan(layers_per_ipu=(1, -1))
+    found = ipu_config_of_plan(
+        plan, IPUConfig(layers_per_ipu=(1, -1), gradient_accumulation_steps=16)
+    )
+    assert found.layers_per_ipu == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers_per_ipu": (3, 1)}, r"layers_per_ipu: plan \(2, 2\), configuration \(3, 1\)"),
+        ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps: plan 16, .* 8"),
+        ({"replication_factor": 2}, r"replication_factor: plan 1, configuration 2"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_plan(config: dict[str, Any], message: str) -> None:
+    said = {"layers_per_ipu": (2, 2), "gradient_accumulation_steps": 16, **config}
+    with pytest.raises(LoweringError, match=message):
+        settings_for(_plan(), IPUConfig(**said))
+
+
+def test_slices_come_from_the_plan() -> None:
+    plan = _plan("bert-mlm")
+    first, *rest, head = plan.stages
+    sliced = replace(
+        plan,
+        stages=(
+            replace(first, serialize={"bert.embeddings": 3}),
+            *rest,
+            replace(head, serialize={"cls": 9}),
+        ),
+    )
+    found = ipu_config_of_plan(sliced)
+    assert found.embedding_serialization_factor == 3
+    assert found.projection_serialization_factor == 9
+
+
+def test_an_optimizer_that_poptorch_has_not() -> None:
+    with pytest.raises(LoweringError, match=r"optimizer 'Lion' does not exist in poptorch; use on"):
+        OptimizerSettings(optimizer="Lion")
+
+
+def test_the_seed_of_the_configuration() -> None:
+    config = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=16, seed=7)
+    assert settings_for(_plan(), config).to_json()["seed"] == 7
+    assert settings_for(_plan(), config, seed=0).to_json()["seed"] == 0
+
+
+def test_speech_convolutions_are_counted_only_when_the_numbers_say_so() -> None:
+    layers = {"conv.0": True, "conv.1": True, "layer.0": False, "layer.1": False}
+    assert counted_layers(layers, (0, 2), 2) == ("layer.0", "layer.1")
+    for written in ((2, 2), (-1, 2), (-1,)):
+        assert counted_layers(layers, written, 2) == tuple(layers)
+    assert counted_layers(layers, (2,), 1) == tuple(layers)
+    # a convolution between layers is one of them
+    mixed = {"layer.0": False, "conv.0": True}
+    assert counted_layers(mixed, (1, 0), 2) == tuple(mixed)
+    with pytest.raises(ConfigError, match=r"places 3 layers, the model has 4"):
+        ipu_config_of_plan(_plan(), IPUConfig(layers_per_ipu=(1, 2)))

@@ -1,0 +1,43 @@
+"""Acceptance: every architecture, without code of its own, lands where its plan says."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipu_pipeline.backends.ipu.annotations import annotate
+from ipu_pipeline.errors import CaptureError
+from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case
+
+pytestmark = pytest.mark.usefixtures("poptorch")
+LAYERS = {"lxmert-qa": (-1, -1), "convnext": (2, 3)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_trains_where_the_plan_says(name: str) -> None:
+    made = case(name, layers=LAYERS.get(name, (2, 2)), gradient_accumulation_steps=16)
+    with made.local(adamw) as local:
+        device = made.compile(adamw)
+        batches = [made.batch(seed) for seed in range(2)]
+        losses = [device.train_step(batch).loss for batch in batches]
+        expected = [local.train_step(batch).loss for batch in batches]
+        program = device._sessions.training.program
+        device.close()
+        assert losses == pytest.approx(expected, rel=1e-6)
+        assert_same_weights(made.model, local.model)
+    planned = {a.block: (a.stage, a.ipu) for a in annotate(made.plan) if a.begins}
+    assert {b.id: (b.stage, b.ipu) for b in program.blocks if b.id} == planned
+    for stage in made.plan.stages:
+        assert stage.device < 2
+    assert all(len(ipus) == 1 for ipus in program.ipus_of_variables().values())
+
+
+def test_spec_augment_draws_on_the_host_and_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"SpecAugment draws its masks so: set mask_time_prob=0"):
+        case("hubert", changes={"apply_spec_augment": True}, gradient_accumulation_steps=16)
+
+
+def test_the_convolutions_of_a_speech_model_are_not_counted() -> None:
+    plan = case("hubert", layers=(0, 4), gradient_accumulation_steps=4).plan
+    on_first = plan.stages[0].blocks
+    assert "hubert.feature_extractor.conv_layers.1" in on_first
+    assert not any(name.startswith("hubert.encoder.layers.") for name in on_first)

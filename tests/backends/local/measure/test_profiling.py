@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipu_pipeline.backends.local.measure import blocks as blocks_module
+from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
+from ipu_pipeline.backends.local.measure import local_machine as exported
+from ipu_pipeline.backends.local.measure.cache import (
+    cache_folder,
+    load_measurements,
+    machine_key,
+    store_measurements,
+)
+from ipu_pipeline.backends.local.measure.concurrent import on_threads
+from ipu_pipeline.capture import capture
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.options.attention import BACKWARD, FORWARD
+from tests.quick_calibration import make_quick
+from tests.tiny_models import TINY
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IPU_PIPELINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+def test_machine_description(quick: None, cache: Path) -> None:
+    machine = local_machine(2)
+    assert exported is local_machine
+    assert (machine.name, len(machine.devices), machine.shared_memory) == ("local", 2, True)
+    device = machine.devices[1]
+    assert device.name == "cpu1"
+    assert set(device.flops_per_s) == {"float32", "bfloat16"}
+    assert 1e6 < device.peak_flops_per_s("float32") < 1e14
+    assert 1e6 < device.memory_bytes_per_s < 1e13
+    assert 0 < device.memory_bytes < 1e14
+    assert machine.link.bytes_per_s == device.memory_bytes_per_s
+    assert machine.link.latency_s == 0
+    assert [size for size, _ in device.product_curve] == [2 * 8**3, 2 * 16**3]
+    assert [size for size, _ in device.bytes_curve] == [8 << 8, 8 << 12]
+    assert 0 < device.op_overhead_s < 1
+    assert {"gelu", "bmm", "bernoulli_", FORWARD, BACKWARD} <= set(device.op_rates)
+    assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
+    assert [path.name for path in cache.glob("[!.]*")] == ["machine-2x1.json"]
+
+
+def test_measured_once(quick: None, cache: Path) -> None:
+    first = local_machine(2).devices[0].flops_per_s
+    stored = json.loads((cache / "machine-2x1.json").read_text())
+    stored["values"]["float32"] = [123.0]
+    (cache / "machine-2x1.json").write_text(json.dumps(stored))
+    assert local_machine(2).devices[0].flops_per_s["float32"] == 123.0
+    assert local_machine(1).devices[0].flops_per_s["float32"] != 123.0
+    assert first["float32"] != 123.0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"machine": 1}', '{"machine": "KEY", "values": {"float32": []}}',
+     '{"machine": "KEY", "values": {"float32": [-1], "bfloat16": [1], "copy": [1]}}',
+     '{"machine": "KEY", "values": {"float32": ["x"]}}', '{"machine": "KEY", "values": 3}',
+     '{"machine": "another processor", "values": {"float32": [5], "bfloat16": [5], "copy": [5]}}'],
+)  # fmt: skip
+def test_damaged_or_foreign_cache_is_measured_again(quick, cache: Path, damage: str) -> None:
+    cache.mkdir()
+    text = damage.replace("KEY", machine_key())
+    (cache / "machine-1x1.json").write_text(text)
+    assert local_machine(1).devices[0].flops_per_s["float32"] > 1e6
+    assert (cache / "machine-1x1.json").read_text() != text
+
+
+def test_what_was_measured_in_another_way_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    store_measurements("x", {"a": [1.0]})
+    assert load_measurements("x") == {"a": [1.0]}
+    monkeypatch.setenv("IPU_PIPELINE_MATMUL", "mkl")
+    assert load_measurements("x") == {}
+    monkeypatch.delenv("IPU_PIPELINE_MATMUL")
+    monkeypatch.setattr("ipu_pipeline.backends.local.measure.cache.METHOD", 0)
+    assert load_measurements("x") == {}
+
+
+def test_no_devices_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_devices must be at least 1, got 0"):
+        local_machine(0)
+
+
+def test_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+    cache.write_text("a file, not a folder")
+    store_measurements("x", {"a": [1.0]})
+    assert load_measurements("x") == {}
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+    assert cache_folder() == cache
+    monkeypatch.delenv("IPU_PIPELINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "ipu_pipeline"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "ipu_pipeline"
+
+
+def test_profile_times_every_block_and_leaves_the_model_alone() -> None:
+    model, batch = TINY["convnext"].build()
+    torch.nn.init.ones_(model.classifier.weight)
+    captured = capture(model, batch)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    times = profile_blocks(captured, batch, num_devices=2)
+    assert times.keys() == {program.name for program in captured.programs}
+    assert all(0 < time.forward_s < 10 and time.backward_s > 0 for time in times.values())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_one_of_equal_blocks_is_timed_and_known_ones_not_again(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    timed: list[str] = []
+    original = blocks_module._measure
+
+    def counting(program, *others):
+        timed.append(program.name)
+        return original(program, *others)
+
+    monkeypatch.setattr(blocks_module, "_measure", counting)
+    model, batch = TINY["bert-qa"].build()
+    captured = capture(model, batch)
+    first = profile_blocks(captured, batch, num_devices=1)
+    visit = ["bert.embeddings", "bert.encoder.layer.0", "qa_outputs", "loss"]
+    assert timed == visit * blocks_module.VISITS
+    assert first["bert.encoder.layer.0"] == first["bert.encoder.layer.3"]
+    assert profile_blocks(captured, batch, num_devices=1) == first
+    assert len(timed) == 4 * blocks_module.VISITS
+    content = json.loads((cache / "blocks-1x1.json").read_text())
+    content["values"] = {key: [1.0] for key in content["values"]}  # damaged: two are needed
+    (cache / "blocks-1x1.json").write_text(json.dumps(content))
+    profile_blocks(captured, batch, num_devices=1)
+    assert len(timed) == 8 * blocks_module.VISITS
+
+
+def test_devices_have_weights_of_their_own_where_a_block_can_be_copied() -> None:
+    model, batch = TINY["vit"].build()
+    module = capture(model, batch).programs[1].module
+    first, second = blocks_module._one_for_each(module, 2)
+    assert first is module
+    assert all(a is not b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    module.lock = threading.Lock()
+    assert blocks_module._one_for_each(module, 2) == [module, module]
+
+
+def test_evaluation_has_no_backward_pass() -> None:
+    model, batch = TINY["vit"].build()
+    captured = capture(model.eval(), batch)
+    times = profile_blocks(captured, batch, num_devices=1)
+    assert all(time.backward_s < time.forward_s for time in times.values())
+
+
+def test_meta_is_refused() -> None:
+    model, batch = TINY["vit"].build(device="meta")
+    with pytest.raises(CaptureError, match="on the meta device cannot be profiled; load its"):
+        profile_blocks(capture(model, batch), batch, num_devices=1)
+
+
+def test_threads_start_together_and_errors_come_out() -> None:
+    before = torch.get_num_threads()
+    assert on_threads(lambda: 3, 4) == [3] * 4
+    with pytest.raises(ZeroDivisionError):
+        on_threads(lambda: 1 // 0, 2)
+    assert torch.get_num_threads() == before

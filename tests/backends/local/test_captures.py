@@ -1,0 +1,49 @@
+"""A bounded number of shapes is remembered; a forgotten one is captured again."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from ipu_pipeline.backends.local.captures import MAX_SHAPES, StageCache
+from ipu_pipeline.backends.local.stage import Stage
+from tests.backends.local.helpers import compiled
+from tests.tiny_models import TINY
+
+
+def test_the_oldest_shapes_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    executable, _ = compiled()
+    dropped: list[tuple[Stage, ...]] = []
+    cache = StageCache(
+        executable.model,
+        executable.plan,
+        "float32",
+        recompute=frozenset(),
+        self_check=False,
+        max_shapes=2,
+        on_drop=dropped.append,
+    )
+    batches = [TINY["bert-qa"].build(seq_length=length)[1] for length in (8, 12, 16)]
+    short, middle, long = (cache.stages_for(batch) for batch in batches)
+    assert dropped == [short]
+    assert cache.stages_for(batches[1]) is middle
+    assert cache.stages_for(batches[0]) is not short
+    assert dropped == [short, long]
+    assert len(caplog.records) == 1
+
+
+def test_an_executable_keeps_so_many_shapes_and_says_when_it_forgets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    executable, _ = compiled()
+    with executable, caplog.at_level(logging.WARNING, logger="ipu_pipeline"):
+        executable._cache._stages.limit = 2
+        for length in (8, 12, 16, 8):
+            _, batch = TINY["bert-qa"].build(batch_size=8, seq_length=length)
+            executable.train_step(batch)
+        assert len(executable._cache._stages) == 2
+    assert MAX_SHAPES == 16
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "in more than 2 shapes" in message
+    assert "pad to fewer lengths (pad_to_multiple_of)" in message

@@ -1,0 +1,138 @@
+import os
+import pathlib
+import resource
+import signal
+import socket
+
+import pytest
+
+from ipu_pipeline import checkpoint
+from ipu_pipeline.checkpoint import is_complete, read_checkpoint, write_checkpoint
+from tests.checkpoint.models import Tied, bert
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 50_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint(saved, trained, limit):
+    """The kernel refuses to write more than ``limit`` bytes into a file, as on a full disk."""
+    model, optimizer = trained
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    assert max(map(len, before.values())) > 50_000
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large|could not write"):
+            write_checkpoint(saved, model=model, optimizer=optimizer, global_step=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def killed_while(action):
+    """Run ``action`` in a forked process that has to die by SIGKILL."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("point", ["save_settings", "write_part", "write_manifest"])
+def test_killed_while_saving(saved, trained, monkeypatch, point):
+    model, optimizer = trained
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    new = saved.parent / "new"
+
+    def save():
+        monkeypatch.setattr(
+            checkpoint if hasattr(checkpoint, point) else checkpoint.new, point, die
+        )
+        write_checkpoint(new, model=model, optimizer=optimizer, global_step=8)
+
+    killed_while(save)
+    assert not new.exists()
+    left = [p.name for p in saved.parent.iterdir() if p != saved]
+    assert len(left) == 1
+    assert left[0].startswith(".new.incomplete.")
+    assert not is_complete(saved.parent / left[0])
+    write_checkpoint(new, model=model, optimizer=optimizer, global_step=8)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["c", "new"]
+
+
+def test_killed_between_the_two_renames_of_a_replacement(saved, trained, monkeypatch):
+    model, optimizer = trained
+
+    def replace():
+        rename = pathlib.Path.rename
+
+        def die_on_second(self, target):
+            rename(self, target)
+            if target.name.endswith(".previous"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(pathlib.Path, "rename", die_on_second)
+        write_checkpoint(saved, model=model, optimizer=optimizer, global_step=8)
+
+    killed_while(replace)
+    assert not saved.exists()
+    assert read_checkpoint(saved, model=model, optimizer=optimizer).global_step == 7
+    write_checkpoint(saved, model=model, optimizer=optimizer, global_step=9)
+    assert read_checkpoint(saved, model=model, optimizer=optimizer).global_step == 9
+    assert [p.name for p in saved.parent.iterdir()] == ["c"]
+
+
+def test_killed_after_both_renames_of_a_replacement(saved, trained):
+    model, optimizer = trained
+    (saved.parent / ".c.previous").mkdir()
+    read_checkpoint(saved, model=model, optimizer=optimizer)
+    assert [p.name for p in saved.parent.iterdir()] == ["c"]
+
+
+def test_a_live_writer_elsewhere_is_left_alone(tmp_path):
+    model = Tied()
+    host = socket.gethostname()
+    kept = [tmp_path / f".a.incomplete.{host}.{os.getppid()}", tmp_path / ".b.incomplete.pod7.12"]
+    old = tmp_path / ".d.incomplete.pod7.13"
+    for item in [*kept, old, tmp_path / f".e.incomplete.{host}.{os.getpid()}"]:
+        item.mkdir()
+    os.utime(old, (0, 0))
+    write_checkpoint(tmp_path / "c", model=model, optimizer=None, global_step=0)
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "c"])
+
+
+def test_a_writer_of_another_user_counts_as_alive(tmp_path, monkeypatch):
+    def refuse(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    item = tmp_path / f".a.incomplete.{socket.gethostname()}.1"
+    item.mkdir()
+    checkpoint.directory.remove_stale(tmp_path)
+    assert item.exists()
+
+
+def test_nothing_is_pickled(saved):
+    endings = {p.suffix for p in saved.iterdir()}
+    assert endings == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bars_of_transformers_stay_as_they_were(tmp_path, capfd, shown):
+    logging = checkpoint.weights.transformers_logging
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        write_checkpoint(tmp_path / "c", model=bert(), optimizer=None, global_step=0)
+        assert capfd.readouterr().err == ""
+        assert logging.is_progress_bar_enabled() is shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ipu_pipeline.cli import app, doctor
+from ipu_pipeline.ops import extension, linear
+from ipu_pipeline.ops.extension import ExtensionState
+
+
+def test_doctor_names_versions_and_targets() -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    for word in (
+        "torch",
+        "transformers",
+        "usable cores",
+        "kernels",
+        "local",
+        "distributed",
+        "poptorch",
+    ):
+        assert word in result.output
+
+
+def test_local_target_is_ready() -> None:
+    assert doctor.target_state("local")[0] == "ready"
+
+
+def test_missing_target_says_why() -> None:
+    state = ("unavailable", "not part of this version of ipu-pipeline")
+    assert doctor.target_state("nosuch") == state
+
+
+def test_missing_sdk_says_where_it_comes_from() -> None:
+    assert doctor._poptorch_state() == (
+        "unavailable",
+        "poptorch comes with Graphcore's SDK, which is not installed here",
+    )
+
+
+@pytest.mark.parametrize(
+    ("available", "gloo", "expected"),
+    [
+        (False, False, "this torch was built without torch.distributed"),
+        (True, False, "torch.distributed has neither gloo nor a usable nccl"),
+        (True, True, "processes under torchrun, over gloo"),
+    ],
+)
+def test_distributed_backends(monkeypatch, available: bool, gloo: bool, expected: str) -> None:
+    import torch.distributed
+
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: gloo)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert doctor._distributed_state()[1] == expected
+
+
+def test_memory_is_unknown_where_the_kernel_does_not_say(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(doctor, "MEMORY_FILE", tmp_path / "none")
+    assert doctor._memory() == "unknown"
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def kernels(monkeypatch, state: ExtensionState) -> list[tuple[str, str]]:
+    monkeypatch.setattr(extension, "state", lambda: state)
+    monkeypatch.setattr(extension, "operators", lambda: ("adamw_step", "dropout_counter"))
+    return doctor._kernels()
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_kernels_that_can_be_used(monkeypatch, threaded: bool) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(linear, "onednn_products", lambda: threaded)
+    state = ExtensionState(
+        usable=True,
+        detail="/there/_kernels.so",
+        built_for="2.13.0",
+        instruction_set="avx2",
+        threaded=threaded,
+    )
+    assert kernels(monkeypatch, state) == [
+        ("library", "ready"),
+        ("file", "/there/_kernels.so"),
+        ("compiled against", "torch 2.13.0"),
+        ("instruction set", "avx2"),
+        ("float32 products", "oneDNN" if threaded else "MKL, or what torch uses here"),
+        ("threads", "3" if threaded else "1 (compiled without OpenMP)"),
+        ("operators", "adamw_step, dropout_counter"),
+    ]
+
+
+def test_kernels_that_are_not_used_say_why_in_full(monkeypatch) -> None:
+    reason = "not built: " + " ".join(f"word{i}" for i in range(40))
+    rows = kernels(monkeypatch, ExtensionState(usable=False, detail=reason))
+    assert rows[0] == ("library", "not used; everything runs on plain torch")
+    assert rows[-1] == ("compiled against", "unknown")
+    assert rows[1][0] == "why not"
+    assert " ".join(text for _, text in rows[1:-1]) == reason
+    monkeypatch.setattr(doctor, "_machine", list)
+    for _, text in rows:
+        assert text in doctor.report()

@@ -1,0 +1,103 @@
+"""Rows from files and from data sets; every mistake is named with its place."""
+
+import json
+
+import pytest
+
+from ipu_pipeline.errors import DatasetError
+from tasks.samples import load_hub_rows, read_rows, require
+
+ROWS = [{"text": "a, b", "label": 1}, {"text": "c", "label": 0}]
+FILES = {
+    "list.json": json.dumps(ROWS),
+    "data.json": json.dumps({"data": ROWS}),
+    "lines.json": "\n".join(json.dumps(row) for row in ROWS),
+    "lines.jsonl": "\n\n".join(json.dumps(row) for row in ROWS) + "\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reads_every_kind_of_json(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_one_object_is_one_sample(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))
+    assert read_rows(tmp_path / "one.json") == ROWS[:1]
+
+
+def test_a_table_has_text_in_every_column(tmp_path):
+    (tmp_path / "t.csv").write_text('text,label\n"a, ""b""\nc",1\n')
+    assert read_rows(tmp_path / "t.csv") == [{"text": 'a, "b"\nc', "label": "1"}]
+
+
+def test_lines_of_text_keep_the_empty_ones(tmp_path):
+    (tmp_path / "t.txt").write_text("one\n\ntwo\n")
+    assert read_rows(str(tmp_path / "t.txt")) == [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+
+MISTAKES = [
+    ("x.parquet", "", r"parquet is of no known kind; pass a file that ends in \.json, \.jsonl"),
+    ("none.csv", None, r"none\.csv does not exist; pass a file of samples"),
+    ("bytes.txt", b"\xff\xfe\x00", r"bytes\.txt cannot be read as UTF-8 text: 'utf-8' codec"),
+    ("empty.jsonl", "\n", r"empty\.jsonl holds no sample; pass a file with at least one"),
+    ("n.json", "[1, 2]", r"n\.json is not a list of JSON objects; write \["),
+    ("bad.json", '{"a": 1}\n{"a"', r"bad\.json is not JSON: .* in line 2, column \d+; write one"),
+    ("n.jsonl", "3", r"n\.jsonl, line 1 holds a int; write one object per line"),
+    ("t.csv", "a,b\n1,2,3\n", r"t\.csv, line 2 has not the 2 columns of the first line; quote"),
+    ("u.csv", "a,b\n1\n", r"u\.csv, line 2 has not the 2 columns"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), MISTAKES)
+def test_says_what_is_wrong_where(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DatasetError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_data_set_gives_names_in_place_of_numbers(monkeypatch):
+    import datasets
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+
+    tags = ClassLabel(names=["O", "B-PER"])
+    features = Features(
+        {"tokens": Sequence(Value("string")), "ner_tags": Sequence(tags), "label": tags}
+    )
+    rows = [{"tokens": ["a", "b"], "ner_tags": [0, 1], "label": 1}]
+    made = DatasetDict(train=Dataset.from_list(rows, features=features))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+    assert load_hub_rows("mine") == {
+        "train": [{"tokens": ["a", "b"], "ner_tags": ["O", "B-PER"], "label": "B-PER"}]
+    }
+
+
+def test_a_data_set_that_is_not_there(monkeypatch):
+    import datasets
+
+    def offline(*_):
+        raise ConnectionError("no route.\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DatasetError) as caught:
+        load_hub_rows("glue", "mrpc")
+    assert str(caught.value) == (
+        "data set 'glue' cannot be loaded (no route); without a network pass --train_file and "
+        "--validation_file with files of samples instead of --dataset_name"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"b": 1}, r"row 3 has no column 'a' \(it has: b\); rename it, or say which columns"),
+        ({}, r"row 3 has no column 'a' \(it has: nothing\)"),
+        ({"a": 1}, "row 3: 'a' is a int, it has to be str or list"),
+        ({"a": True}, "row 3: 'a' is a bool, it has to be str or list"),
+    ],
+)
+def test_a_column_has_to_be_there_and_of_its_kind(row, message):
+    with pytest.raises(DatasetError, match=message):
+        require(row, "a", (str, list), "row 3")

@@ -1,0 +1,90 @@
+"""Published ``layers_per_ipu`` lists."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.planner.search import Constraints, evaluate, solve
+from ipu_pipeline.planner.search.layers_per_ipu import expand_layers_per_ipu
+from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
+
+KINDS = ["embedding", *["layer"] * 6, "other", "head", "loss"]
+
+
+def bert(**more):
+    return make_graph(10, [(i, i + 1) for i in range(9)], sizes=[1] * 10, kinds=KINDS, **more)
+
+
+@pytest.mark.parametrize(
+    ("given", "layers", "devices", "counts"),
+    [
+        ([3, 7, 7, 7], 24, 4, (3, 7, 7, 7)),
+        ([-1], 8, 4, (2, 2, 2, 2)),
+        ([-1], 9, 4, (2, 2, 2, 3)),
+        ([-1, -1], 9, 2, (4, 5)),
+        ([1, -1, 4], 12, 3, (1, 7, 4)),
+        ([-1, 3, -1, -1], 10, 4, (2, 3, 2, 3)),
+        ([0, 4, 4, 4], 12, 4, (0, 4, 4, 4)),
+        ([12, -1], 12, 2, (12, 0)),
+    ],
+)
+def test_wildcards(given, layers, devices, counts):
+    assert expand_layers_per_ipu(given, layers, devices) == counts
+
+
+@pytest.mark.parametrize(
+    ("given", "layers", "devices", "message"),
+    [
+        ([3, 3], 7, 2, r"\[3, 3\] places 6 layers, the model has 7"),
+        ([5, -1], 4, 2, r"\[5, -1\] places 5 layers, the model has 4"),
+        ([3, 3], 6, 3, r"\[3, 3\] has 2 entries for 3 IPUs"),
+        ([3, -2], 6, 2, r"\[3, -2\] must hold counts of 0 or more, or -1"),
+        ([], 6, 2, "must hold counts"),
+    ],
+)
+def test_wrong_lists_are_refused(given, layers, devices, message):
+    with pytest.raises(PartitionError, match=message):
+        expand_layers_per_ipu(given, layers, devices)
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (0, 6), (3, 1, 2), (0, 2, 2, 2)])
+def test_split_obeys_the_list(counts):
+    graph = bert()
+    machine = make_machine(4, bandwidth=1e9)
+    constraints = Constraints(layers_per_ipu=counts, num_microbatches=8)
+    found = solve(graph, unit_costs(graph), machine, constraints)
+    kinds = [[graph[name].kind for name in stage.blocks] for stage in found.stages]
+    assert [kind.count("layer") for kind in kinds] == list(counts)
+    assert "embedding" in kinds[0]
+    assert kinds[-1][-2:] == ["head", "loss"]
+
+
+def test_default_list_spreads_over_every_device():
+    graph = bert()
+    machine = make_machine(3, bandwidth=1e9)
+    found = solve(graph, unit_costs(graph), machine, Constraints(layers_per_ipu=(-1,)))
+    assert [sum(graph[b].kind == "layer" for b in s.blocks) for s in found.stages] == [2, 2, 2]
+
+
+def test_tied_head_returns_to_the_first_device_without_layers():
+    graph = bert(params=[("word", (0, 8))])
+    machine = make_machine(3, bandwidth=1e9)
+    constraints = Constraints(layers_per_ipu=(0, 3, 3), tied="same_device", num_microbatches=9)
+    found = solve(graph, unit_costs(graph), machine, constraints)
+    assert found.devices == (0, 1, 2, 0)
+    assert "b8" in found.blocks[-1]
+
+
+def test_evaluate_says_which_stage_breaks_the_list():
+    graph = bert()
+    names = [block.name for block in graph.blocks]
+    constraints = Constraints(layers_per_ipu=(3, 3))
+    with pytest.raises(PartitionError, match=r"stage 0 breaks layers_per_ipu: 3 layers must be"):
+        evaluate(graph, unit_costs(graph), make_machine(2), constraints, [names[:2], names[2:]])
+
+
+def test_wrong_sum_reaches_the_caller_of_solve():
+    graph = bert()
+    with pytest.raises(PartitionError, match="places 5 layers, the model has 6"):
+        solve(graph, unit_costs(graph), make_machine(2), Constraints(layers_per_ipu=(2, 3)))

@@ -1,0 +1,130 @@
+"""Every refusal of the package, by its message."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.search import Constraints, evaluate, solve
+from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
+
+CHAIN = make_graph(5, [(i, i + 1) for i in range(4)], params=[("tied", (0, 4))])
+COSTS = unit_costs(CHAIN, weights=100, stash=10)
+HALVES = [["b0", "b1"], ["b2", "b3", "b4"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "zigzag"}, "unknown schedule 'zigzag'"),
+        ({"tied": "twice"}, "unknown tied policy 'twice'"),
+        ({"recompute": "maybe"}, "or a tuple of block names, got 'maybe'"),
+        ({"serialize": {"b0": -1}}, "serialize asks for -1 slices of b0; use 0 or 1"),
+        ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
+        ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
+        ({"replicas": 0}, "replicas must be at least 1"),
+        ({"time_limit_s": 0.0}, "time_limit_s must be above 0"),
+        ({"replicas": None}, "needs total_microbatches"),
+        ({"stage_devices": (0, 1), "num_stages": 3}, "stage_devices gives 2 stages, num_stages"),
+    ],
+)
+def test_wrong_constraints(options, message):
+    with pytest.raises(ValueError, match=message):
+        Constraints(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pinned_stages": {"nowhere": 0}}, "pinned_stages names nowhere, which the graph"),
+        ({"pinned_devices": {"x": 0}}, "pinned_devices names x"),
+        ({"forbidden_cuts": ("x",)}, "forbidden_cuts names x"),
+        ({"same_device": (("x", "b0"),)}, "same_device names x"),
+        ({"update_s": {"x": 1.0}}, "update_s names x"),
+        ({"recompute": ("b1", "b9")}, "recompute names b9, which the graph does not have; its b"),
+        ({"serialize": {"x.*": 2}}, r"serialize names x\.\*, which the graph does not have"),
+        ({"serialize": {"b1": 3}}, "block 'b1' in 3 slices, which has prices for 1; give the"),
+        ({"num_stages": 6}, "6 stages need at least as many blocks, the graph has 5"),
+        ({"num_stages": 3}, "3 stages x 1 replicas need 3 devices, the machine offers 2"),
+        ({"replicas": 3}, "1 stages x 3 replicas need 3 devices, the machine offers 2"),
+        ({"stage_devices": (0, 2)}, r"stage_devices \[0, 2\] must name devices 0 to 1"),
+        ({"replicas": 2, "total_microbatches": 3}, "3 does not divide among 2 replicas"),
+        (
+            {"schedule": "popart", "num_stages": 2, "num_microbatches": 2},
+            "needs at least 3 microbatches per step for the 2 stages asked for, got 2",
+        ),
+        ({"layers_per_ipu": (1, 1, 3)}, "no pipeline to try: 1 replicas"),
+        (
+            {"num_stages": 2, "pinned_stages": {"b0": 1}},
+            "no split satisfies the constraints, whatever the memory; drop pinned_stages",
+        ),
+        (
+            {"pinned_stages": {"b0": 1}, "pinned_devices": {"b4": 0}, "num_stages": 2},
+            "contradict one another",
+        ),
+    ],
+)
+def test_solve_refuses(options, message):
+    with pytest.raises(PartitionError, match=message):
+        solve(CHAIN, COSTS, make_machine(2), Constraints(**options))
+
+
+@pytest.mark.parametrize(
+    ("stages", "options", "message"),
+    [
+        ([["b0", "b1", "b2", "b3"]], {}, "no stage holds b4"),
+        ([["b0", "b0", "b1"], ["b2", "b3", "b4"]], {}, "block 'b0' is placed twice"),
+        ([["b0", "b1", "b2", "b3", "b4"], []], {}, "stage 1 is empty"),
+        ([["b0", "zz"], ["b1"]], {}, "stage 0 names 'zz', which the graph does not have"),
+        ([["b1"], ["b0", "b2", "b3", "b4"]], {}, "block 'b1' of stage 0 runs before 'b0'"),
+        (HALVES, {"stage_devices": (0,)}, "the split has 2 stages, stage_devices has 1"),
+        (HALVES, {"num_stages": 3}, "the split has 2 stages, num_stages asks for 3"),
+        ([[name] for name in ("b0", "b1", "b2")], {}, r"3 stages on devices \[0, 1, 2\] do not"),
+        (HALVES, {"schedule": "popart"}, "PopART needs at least 3 microbatches per step"),
+        (HALVES, {"tied": "same_device"}, r"b0, b4 must be on one device, the split has them on"),
+        (HALVES, {"forbidden_cuts": ("b2",)}, "b1 and b2 must stay in one stage"),
+        (HALVES, {"pinned_stages": {"b0": 1}}, "block 'b0' is pinned elsewhere than stage 0"),
+    ],
+)
+def test_evaluate_refuses(stages, options, message):
+    with pytest.raises(PartitionError, match=message):
+        evaluate(CHAIN, COSTS, make_machine(2), Constraints(**options), stages)
+
+
+def test_evaluate_refuses_another_order_where_execution_order_is_asked_for():
+    graph = make_graph(3, [(0, 2), (1, 2)])
+    constraints = Constraints(execution_order=True)
+    with pytest.raises(PartitionError, match="runs before 'b0' of a later stage, which execution"):
+        evaluate(graph, unit_costs(graph), make_machine(2), constraints, [["b1"], ["b0", "b2"]])
+
+
+def test_evaluate_names_the_stage_that_overflows():
+    with pytest.raises(PartitionError, match=r"stage 1 needs at least 0\.000394 MB") as caught:
+        evaluate(CHAIN, COSTS, make_machine(2, memory=390), Constraints(), HALVES)
+    assert "its memory is 0.00039 MB" in str(caught.value)
+
+
+def test_evaluate_says_when_stages_share_too_little_memory():
+    machine = make_machine(2, memory=350, shared_memory=True)
+    with pytest.raises(PartitionError, match=r"the stages that share a memory of 0\.0007 MB"):
+        evaluate(CHAIN, unit_costs(CHAIN, weights=150), machine, Constraints(), HALVES)
+
+
+def test_a_block_without_cost_is_named():
+    with pytest.raises(PartitionError, match="no cost for b0, b1, b2, b3, b4"):
+        solve(CHAIN, GraphCosts({}, "none"), make_machine(2), Constraints())
+
+
+def test_an_empty_graph_is_refused():
+    with pytest.raises(PartitionError, match="the graph has no block to place"):
+        solve(BlockGraph("None", ()), GraphCosts({}, "none"), make_machine(2), Constraints())
+
+
+def test_blocks_out_of_execution_order_are_refused():
+    graph = dataclasses.replace(CHAIN, blocks=CHAIN.blocks[::-1])
+    with pytest.raises(PartitionError, match="'t0' goes from 'b0' to 'b1', which runs earlier"):
+        solve(graph, COSTS, make_machine(2), Constraints())

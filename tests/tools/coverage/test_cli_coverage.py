@@ -1,0 +1,61 @@
+"""The command, on classes that a stand-in checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ipu_pipeline.cli import app
+from tools.coverage import session
+from tools.coverage.record import Record
+from tools.coverage.run import Journal
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the classes that were checked; every second one fails."""
+    names: list[str] = []
+
+    def run(items, *, done, **_):
+        for item in items:
+            names.append(item.name)
+            result = "differs" if len(names) % 2 == 0 else "pass"
+            done(Record(item.name, item.architecture, item.task, result, "because"))
+
+    monkeypatch.setattr(session, "run", run)
+    return names
+
+
+def test_records_are_written_and_failures_printed(checked: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "coverage.json"
+    options = ["--classes", "ctc", "--sample", "4", "--output", str(output)]
+    result = CliRunner().invoke(app, ["coverage", *options])
+    assert result.exit_code == 0, result.output
+    assert len(checked) == 4
+    assert f"{checked[1]}: differs: because" in result.output
+    assert "2 of 4 counted classes pass, of 2 architectures (2 differs, 2 pass)" in result.output
+    assert output.exists()
+    assert "## Every class" in output.with_suffix(".md").read_text()
+    assert not output.with_suffix(".jsonl").exists()
+
+
+def test_resume_checks_only_what_is_left(checked: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "coverage.json"
+    options = ["--classes", "Wav2Vec2For*", "--output", str(output)]
+    assert CliRunner().invoke(app, ["coverage", *options]).exit_code == 0
+    done = checked.copy()
+    versions = session.installed_versions()
+    known = [Record(name, "wav2vec2", "ctc", "pass") for name in done[:-1]]
+    Journal(output.with_suffix(".jsonl"), {"versions": versions}, known)
+    checked.clear()
+    result = CliRunner().invoke(app, ["coverage", *options, "--resume"])
+    assert result.exit_code == 0, result.output
+    assert checked == done[-1:]
+
+
+def test_an_unknown_pattern_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["coverage", "--classes", "Nothing*"])
+    assert result.exit_code == 1
+    assert "error: none of" in result.output

@@ -1,0 +1,354 @@
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import BertForQuestionAnswering, EarlyStoppingCallback, TrainerCallback
+
+from ipu_pipeline import checkpoint
+from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.train import (
+    TrainingArguments,
+    build_optimizer,
+    latest_checkpoint,
+    list_checkpoints,
+    train,
+)
+from ipu_pipeline.train.checkpoint import find_resume_checkpoint
+from tests.train.eager_executable import EagerExecutable, Questions, tiny_bert
+from tests.train.test_data import wordless_tokenizer
+
+DATA = Questions(22)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def settings(folder, **changes):
+    return TrainingArguments(
+        output_dir=str(folder),
+        disable_tqdm=True,
+        **{
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "warmup_ratio": 0.1,
+            "logging_steps": 4,
+            "eval_steps": 6,
+            "save_steps": 3,
+            "resume_from_checkpoint": "auto",
+        }
+        | changes,
+    )
+
+
+def run(arguments, callbacks=(), eval_dataset=None, executable_class=EagerExecutable, **kwargs):
+    """Train a freshly made model, dropout on; one that resumes starts from other weights."""
+    model = tiny_bert(seed=0 if latest_checkpoint(arguments.output_dir) is None else 99)
+    executable = executable_class(
+        model, build_optimizer(model, arguments), microbatches=arguments.gradient_accumulation_steps
+    )
+    result = train(
+        executable,
+        DATA,
+        arguments,
+        callbacks=callbacks,
+        eval_dataset=eval_dataset or (Questions(5, seed=3) if arguments.do_eval else None),
+        **kwargs,
+    )
+    return executable, result
+
+
+def without_times(history):
+    return [
+        {k: v for k, v in log.items() if "runtime" not in k and "per_second" not in k}
+        for log in history
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run: 5 steps of 4 samples and one of 2 per epoch, 18 steps."""
+    return run(settings(tmp_path_factory.mktemp("whole")))
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 9, 12, 13, 17, 18])
+def test_an_interrupted_run_computes_what_the_whole_run_does(tmp_path, whole, step):
+    reference, expected = whole
+    arguments = settings(tmp_path)
+    with pytest.raises(Killed):
+        run(arguments, [KillAt(step)])
+    resumed, result = run(arguments)
+    kept = (step - 1) // 3 * 3
+    assert resumed.losses == reference.losses[kept:]
+    assert without_times(result.log_history) == without_times(expected.log_history)
+    assert result.training_loss == expected.training_loss
+    torch.testing.assert_close(resumed.state_dict(), reference.state_dict(), rtol=0, atol=0)
+    assert len(reference.losses) == result.global_step == resumed.global_step == 18
+
+
+@pytest.mark.parametrize("step", [5, 6, 7, 12])
+def test_epoch_strategies_resume_exactly(tmp_path, step):
+    changes = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch"}
+    _, expected = run(settings(tmp_path / "whole", **changes))
+    arguments = settings(tmp_path / "cut", **changes)
+    with pytest.raises(Killed):
+        run(arguments, [KillAt(step)])
+    _, result = run(arguments)
+    assert without_times(result.log_history) == without_times(expected.log_history)
+
+
+def test_saving_at_the_last_step_of_an_epoch_does_not_lose_its_end(tmp_path):
+    """Saved by steps, evaluated by epochs: the checkpoint lies before the evaluation."""
+    changes = {"eval_strategy": "epoch", "save_steps": 6}
+    _, expected = run(settings(tmp_path / "whole", **changes))
+    arguments = settings(tmp_path / "cut", **changes)
+
+    class KillAtEpochEnd(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                raise Killed
+
+    with pytest.raises(Killed):
+        run(arguments, [KillAtEpochEnd])
+    _, result = run(arguments)
+    assert without_times(result.log_history) == without_times(expected.log_history)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_steps": 8}])
+def test_resuming_a_finished_run_does_nothing_more(tmp_path, changes):
+    arguments = settings(tmp_path, **changes)
+    _, first = run(arguments)
+    executable, again = run(arguments)
+    assert executable.losses == []
+    assert again.global_step == first.global_step
+    assert again.training_loss == first.training_loss
+
+
+def test_more_steps_later_continue_in_the_middle_of_the_epoch(tmp_path, whole):
+    constant = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    reference, _ = run(settings(tmp_path / "whole", max_steps=16, **constant))
+    first, _ = run(settings(tmp_path / "cut", max_steps=8, **constant))
+    second, _ = run(settings(tmp_path / "cut", max_steps=16, **constant))
+    assert first.losses + second.losses == reference.losses
+
+
+def test_early_stopping_keeps_its_patience(tmp_path):
+    """Without its state the resumed run would stop later than the whole one."""
+    changes = {"eval_steps": 3, "metric_for_best_model": "f1"}
+
+    def go(folder, *callbacks):
+        model = tiny_bert()
+        arguments = settings(folder, **changes)
+        executable = EagerExecutable(model, build_optimizer(model, arguments), microbatches=2)
+        scores = {3: 5.0, 6: 4.0, 9: 3.0, 12: 2.0, 15: 1.0, 18: 0.0}
+        return train(
+            executable,
+            DATA,
+            arguments,
+            callbacks=[EarlyStoppingCallback(3), *callbacks],
+            eval_fn=lambda executable: {"f1": scores[executable.global_step]},
+        )
+
+    assert go(tmp_path / "whole").global_step == 12
+    with pytest.raises(Killed):
+        go(tmp_path / "cut", KillAt(10))
+    assert go(tmp_path / "cut").global_step == 12
+
+
+SCRIPT = """
+import sys, time, torch
+torch.set_num_threads(1)
+from transformers import TrainerCallback
+from tests.train import test_resume as t
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(0.05)
+t.run(t.settings(sys.argv[1]), [Slow])
+"""
+
+
+def test_kill_9_while_training(tmp_path, whole, root):
+    reference, expected = whole
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    deadline = time.monotonic() + 60
+    while len(list_checkpoints(tmp_path)) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "train_results.json").exists()
+    executable, result = run(settings(tmp_path))
+    assert 0 < len(executable.losses) < 18
+    assert executable.losses == reference.losses[-len(executable.losses) :]
+    assert without_times(result.log_history) == without_times(expected.log_history)
+
+
+def test_kill_9_while_saving(tmp_path, whole, monkeypatch):
+    reference, expected = whole
+    pid = os.fork()
+    if pid == 0:
+        try:
+
+            def die(folder, content, *others):
+                if content["global_step"] == 9:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                write(folder, content, *others)
+
+            write = checkpoint.new.write_manifest
+            monkeypatch.setattr(checkpoint.new, "write_manifest", die)
+            run(settings(tmp_path))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    left = [p.name for p in tmp_path.iterdir()]
+    assert len(left) == 3
+    assert any(name.startswith(".checkpoint-9.incomplete.") for name in left)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-6"
+    executable, result = run(settings(tmp_path))
+    assert executable.losses == reference.losses[6:]
+    assert without_times(result.log_history) == without_times(expected.log_history)
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---------------------------------------------------------------- which checkpoint
+
+
+def test_what_a_checkpoint_folder_holds(tmp_path, whole):
+    model = tiny_bert()
+    arguments = settings(tmp_path, max_steps=3)
+    executable = EagerExecutable(model, build_optimizer(model, arguments), microbatches=2)
+    train(executable, DATA, arguments, tokenizer=wordless_tokenizer(), eval_dataset=DATA)
+    path = tmp_path / "checkpoint-3"
+    names = {p.name for p in path.iterdir()}
+    assert names >= {
+        "model.safetensors", "config.json", "optimizer.safetensors", "optimizer.json",
+        "checkpoint.json", "trainer_state.json", "tokenizer.json",
+    }  # fmt: skip
+    assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
+    loaded = BertForQuestionAnswering.from_pretrained(path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_rotation_keeps_the_newest(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        run(settings(tmp_path, save_total_limit=2, save_steps=4))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-18"]
+    assert "deleting" in caplog.text
+    assert "save_total_limit is 2" in caplog.text
+
+
+def test_rotation_deletes_only_after_the_new_one_is_complete(tmp_path):
+    arguments = settings(tmp_path, save_total_limit=1)
+
+    class FullDisk(EagerExecutable):
+        def save_checkpoint(self, path, extra=None, **options):
+            if self.global_step == 9:
+                raise OSError(28, "No space left on device")
+            return super().save_checkpoint(path, extra, **options)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        run(arguments, executable_class=FullDisk)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6"]
+    assert latest_checkpoint(tmp_path).name == "checkpoint-6"
+
+
+def test_checkpoints_of_an_earlier_run_are_older_whatever_their_step(tmp_path):
+    run(settings(tmp_path, max_steps=9))
+    run(settings(tmp_path, max_steps=4, save_total_limit=1, resume_from_checkpoint=None))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+
+
+def test_latest_passes_over_what_is_incomplete(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    run(settings(tmp_path, max_steps=9))
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    (tmp_path / "checkpoint-9" / "optimizer.safetensors").write_bytes(b"cut")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_which_checkpoint_is_resumed(tmp_path):
+    def find(value):
+        return find_resume_checkpoint(settings(tmp_path, resume_from_checkpoint=value))
+
+    assert find("auto") is None
+    assert find(None) is find("false") is None
+    with pytest.raises(CheckpointError, match=r"is 'latest' and .* holds no complete checkpoint; "):
+        find("latest")
+    run(settings(tmp_path, max_steps=6))
+    for value in ("auto", "latest", "true", True, str(tmp_path / "checkpoint-6")):
+        assert find(value) == tmp_path / "checkpoint-6"
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
+        run(settings(tmp_path, resume_from_checkpoint=str(tmp_path / "nothing")))
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_other_data_order_is_refused_or_started_over(tmp_path):
+    run(settings(tmp_path, max_steps=9))
+    other = settings(tmp_path, seed=7, per_device_train_batch_size=1)
+    with pytest.raises(
+        CheckpointError,
+        match="cannot be continued batch for batch: batch_size was 4 and is 2, seed was 42 and "
+        "is 7; restore them, or set ignore_data_skip",
+    ):
+        run(other)
+    executable, _ = run(dataclasses.replace(other, ignore_data_skip=True, max_steps=11))
+    assert len(executable.losses) == 2
+
+
+def test_another_factoring_of_the_batch_goes_on(tmp_path):
+    run(settings(tmp_path, max_steps=9))
+    changed = settings(
+        tmp_path, max_steps=12, per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
+    with pytest.raises(CheckpointError, match="samples_per_epoch was 22 and is 20"):
+        run(changed)
+    changed = dataclasses.replace(
+        changed, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    executable, _ = run(changed)
+    assert len(executable.losses) == 3
+
+
+def test_a_checkpoint_that_train_did_not_write(tmp_path):
+    model = tiny_bert()
+    executable = EagerExecutable(model, build_optimizer(model, TrainingArguments()))
+    path = executable.save_checkpoint(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"was not written by train\(\) of this version"):
+        run(settings(tmp_path, resume_from_checkpoint=str(path)))
+
+
+def test_a_best_checkpoint_that_is_gone(tmp_path, caplog):
+    changes = {"eval_steps": 3, "metric_for_best_model": "f1"}
+    falling = {"eval_fn": lambda executable: {"f1": -executable.global_step}}
+    _, result = run(settings(tmp_path, max_steps=9, **changes), **falling)
+    gone = tmp_path / "checkpoint-3"
+    assert result.best_checkpoint == str(gone)
+    checkpoint.remove_directory(gone)
+    _, result = run(settings(tmp_path, max_steps=12, **changes), **falling)
+    assert f"the best checkpoint {gone} is gone" in caplog.text
+    assert result.best_checkpoint is None

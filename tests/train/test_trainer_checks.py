@@ -1,0 +1,132 @@
+"""What PipelineTrainer refuses, and with which words."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers.debug_utils import DebugOption
+
+import ipu_pipeline as ipp
+from ipu_pipeline.train.trainer import PipelineTrainer
+from ipu_pipeline.train.trainer_checks import (
+    check_arguments,
+    recomputes,
+    switch_off_checkpointing,
+)
+from tests.train.test_trainer_losses import arguments, bert_qa, marked
+
+PLAIN = {
+    "world_size": 1,
+    "device": torch.device("cpu"),
+    "n_gpu": 0,
+    "optim": "adamw_torch",
+    "debug": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fsdp": "full_shard"}, "fsdp does not go with PipelineTrainer .* leave it out"),
+        ({"deepspeed": {"zero": 3}}, "deepspeed does not go"),
+        ({"parallelism_config": object()}, "parallelism_config does not go"),
+        ({"torch_compile": True}, "torch_compile does not go"),
+        ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
+        ({"fp16": True}, "fp16 does not go .* use bf16=True"),
+        ({"world_size": 4}, "all stages in one process, and 4 were started; start it without"),
+        (
+            {"device": torch.device("cuda", 0), "n_gpu": 2},
+            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
+        ),
+        ({"optim": "lomo"}, "optim 'lomo' steps inside the backward pass"),
+        ({"optim": "galore_adamw_layerwise"}, "before the stages have summed their gradients"),
+        ({"debug": [DebugOption.UNDERFLOW_OVERFLOW]}, "debug='underflow_overflow' watches"),
+        (
+            {
+                "activation_checkpointing": True,
+                "activation_checkpointing_kwargs": {"every_n_layers": 2},
+            },
+            r"activation_checkpointing_kwargs \['every_n_layers'\] are not supported",
+        ),
+    ],
+)
+def test_arguments_that_a_pipeline_cannot_follow(wrong: dict[str, Any], message: str) -> None:
+    check_arguments(SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        check_arguments(SimpleNamespace(**PLAIN | wrong))  # type: ignore[arg-type]
+
+
+def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
+    args = arguments(tmp_path / "made", auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="auto_find_batch_size does not go"):
+        PipelineTrainer(bert_qa(), args)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("target", ["distributed", "poptorch"])
+def test_targets_that_keep_the_weights_elsewhere(target) -> None:
+    with pytest.raises(ValueError, match=f"cannot drive target '{target}'.*training.train"):
+        PipelineTrainer(model=bert_qa(), target=target)
+
+
+def planned(microbatches: int) -> tuple[Any, Any]:
+    model = bert_qa()
+    row = {name: torch.tensor([value]) for name, value in marked()[0].items()}
+    return model, ipp.plan(model, row, num_stages=3, microbatches=microbatches)
+
+
+def test_a_plan_for_other_microbatches(tmp_path) -> None:
+    model, plan = planned(8)
+    message = "gradient_accumulation_steps is 3 and the plan was made for 8; make them equal"
+    with pytest.raises(ValueError, match=message):
+        PipelineTrainer(model, arguments(tmp_path), plan=plan)
+
+
+def test_a_plan_file_is_used_from_the_first_evaluation_on(tmp_path) -> None:
+    model, plan = planned(3)
+    plan.save(tmp_path / "plan.json")
+    trainer = PipelineTrainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=marked(),
+        eval_dataset=marked(7),
+        plan=tmp_path / "plan.json",
+    )
+    whole = PipelineTrainer(model, arguments(tmp_path), eval_dataset=marked(7))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])
+    assert trainer.plan.num_stages == 3
+    executable = trainer._executable
+    assert executable is not None
+    assert whole.plan is None
+    trainer.train()
+    assert trainer._executable is executable
+    assert executable.global_step == 1  # that of the last of two steps
+
+
+def test_both_names_of_recomputation() -> None:
+    assert not recomputes(SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
+    assert recomputes(SimpleNamespace(gradient_checkpointing=True))  # type: ignore[arg-type]
+    called = []
+    switch_off_checkpointing(
+        SimpleNamespace(gradient_checkpointing_disable=lambda: called.append("older"))
+    )
+    assert called == ["older"]
+
+
+def test_a_subclass_with_its_own_prediction_step_gets_its_batches_untouched(tmp_path) -> None:
+    class Own(PipelineTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            inputs["input_ids"] = torch.full_like(inputs["input_ids"], 9)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    model = bert_qa()
+    own = Own(model, arguments(tmp_path), train_dataset=marked(), num_stages=2)
+    own.train()
+    plain = PipelineTrainer(model, arguments(tmp_path), plan=own.plan)
+    nines = [{**marked()[i], "input_ids": [9] * 24} for i in range(4)]
+    found, expected = own.predict(marked(4)), plain.predict(nines)
+    assert found.predictions[0] == pytest.approx(expected.predictions[0], abs=1e-5)

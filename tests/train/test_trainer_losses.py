@@ -1,0 +1,254 @@
+"""Whatever computes the loss, gradients are those of transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
+
+from ipu_pipeline.backends.local import captures
+from ipu_pipeline.train.trainer import PipelineTrainer
+from tests.tiny_models import TINY
+from tests.train.helpers import load_script
+
+
+def arguments(tmp_path, **options: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(tmp_path),
+        **{
+            "disable_tqdm": True,
+            "report_to": "none",
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 3,
+            "per_device_eval_batch_size": 3,
+            "max_grad_norm": 0.0,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+        }
+        | options,
+    )
+
+
+class KeepsGradients:
+    """Mixed in: remembers the gradients of the last step."""
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        parameters = self.model.named_parameters()
+        self.gradients = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
+        return super()._get_grad_norm(model, grad_norm)
+
+
+def both(classes, model, tmp_path, dataset, arguments_of=None, **options: Any) -> tuple[Any, Any]:
+    """Train two copies of the model; compare losses and gradients; return the trainers."""
+    state = {name: value.clone() for name, value in model().state_dict().items()}
+    trainers = []
+    for base in classes:
+        own = model()
+        own.load_state_dict(state)
+        kind = type(base.__name__, (KeepsGradients, base), {})
+        extra = {"num_stages": 2} if issubclass(base, PipelineTrainer) else {}
+        args = arguments(tmp_path, **(arguments_of or {}))
+        trainer = kind(model=own, args=args, train_dataset=dataset, **options, **extra)
+        trainer.train()
+        trainers.append(trainer)
+    theirs, ours = trainers
+    assert ours.plan.num_stages == 2
+    expected, found = ([e for e in t.state.log_history if "loss" in e] for t in trainers)
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-6)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in theirs.gradients.items():
+        torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-5, atol=1e-6)
+    return theirs, ours
+
+
+CLASSES = (Trainer, PipelineTrainer)
+
+
+def gpt2() -> nn.Module:
+    return TINY["gpt2-lm"].build()[0]
+
+
+def copies() -> Any:
+    return load_script("causal_lm").Copies(32, seed=5)
+
+
+def test_token_means_over_microbatches_of_unequal_counts(tmp_path, monkeypatch) -> None:
+    made: list[Any] = []
+    original = captures.capture
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(original(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(captures, "capture", counted)
+    counts = [sum(label != -100 for label in copies()[i]["labels"]) for i in range(6)]
+    assert len(set(counts)) > 1
+    both(CLASSES, gpt2, tmp_path, copies())
+    assert len(made) == 1  # another number of labels is no other capture
+
+
+def test_label_smoothing(tmp_path) -> None:
+    trainers = both(
+        CLASSES, gpt2, tmp_path, copies(), {"label_smoothing_factor": 0.1},
+        eval_dataset=load_script("causal_lm").Copies(7, seed=6),
+    )  # fmt: skip
+    expected, found = (t.evaluate()["eval_loss"] for t in trainers)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_function_for_the_loss(tmp_path) -> None:
+    def doubled(outputs, labels, num_items_in_batch=None):
+        flat = outputs.logits[:, :-1].flatten(0, 1)
+        summed = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+        return 2 * summed / num_items_in_batch
+
+    both(CLASSES, gpt2, tmp_path, copies(), compute_loss_func=doubled)
+
+
+class Weighted(Trainer):
+    """What the documentation of transformers shows: classes with weights of their own."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        weight = torch.tensor([1.0, 3.0]).to(outputs.logits.device)
+        loss = nn.functional.cross_entropy(outputs.logits, labels, weight=weight)
+        return (loss, outputs) if return_outputs else loss
+
+
+class WeightedInStages(PipelineTrainer):
+    loss_is_scaled_for_ga = False
+    compute_loss = Weighted.compute_loss
+
+
+def test_an_overridden_compute_loss(tmp_path) -> None:
+    texts = [
+        {"input_ids": [2 + i % 7] * 8, "attention_mask": [1] * 8, "labels": i % 2}
+        for i in range(16)
+    ]
+    trainers = both(
+        (Weighted, WeightedInStages),
+        lambda: TINY["roberta"].build()[0],
+        tmp_path,
+        texts,
+        eval_dataset=texts,
+    )
+    expected, found = (t.predict(texts) for t in trainers)
+    assert found.predictions == pytest.approx(expected.predictions, abs=1e-5)
+    assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
+
+
+def bert_qa() -> nn.Module:
+    torch.manual_seed(3)
+    return BertForQuestionAnswering(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def marked(size: int = 24) -> Any:
+    return load_script("qa").Marked(size, seed=4)
+
+
+def test_bfloat16_is_applied_once(tmp_path) -> None:
+    trainers = [
+        kind(
+            model=bert_qa(),
+            args=arguments(tmp_path, bf16=True),
+            train_dataset=marked(),
+            eval_dataset=marked(7),
+            **extra,
+        )
+        for kind, extra in ((Trainer, {}), (PipelineTrainer, {"num_stages": 2}))
+    ]
+    ours = trainers[1]
+    before = [t.predict(marked(7)) for t in trainers]  # ours in one piece: there is no plan yet
+    for trainer in trainers:
+        trainer.train()
+    after = [t.predict(marked(7)) for t in trainers]
+    assert ours._executable.options.precision == "bf16"
+    for expected, found in (before, after):
+        for reference, mine in zip(expected.predictions, found.predictions, strict=True):
+            assert mine.dtype == reference.dtype == "float32"
+            assert mine == pytest.approx(reference, abs=2e-2)
+    expected, found = ([e["loss"] for e in t.state.log_history if "loss" in e] for t in trainers)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_checkpointing_recomputes_every_block(tmp_path) -> None:
+    _, ours = both(CLASSES, bert_qa, tmp_path, marked(), {"activation_checkpointing": True})
+    executable = ours._executable
+    assert executable._cache.recompute == {block.name for block in ours.plan.blocks}
+
+
+def test_noise_on_embeddings_is_drawn_in_the_stages(tmp_path) -> None:
+    trainer = PipelineTrainer(
+        model=bert_qa(),
+        args=arguments(tmp_path, neftune_noise_alpha=5.0, max_steps=1),
+        train_dataset=marked(),
+        num_stages=2,
+    )
+    plain = PipelineTrainer(
+        model=bert_qa(), args=arguments(tmp_path, max_steps=1), train_dataset=marked()
+    )
+    noisy, quiet = (t.train().training_loss for t in (trainer, plain))
+    assert noisy != quiet
+    assert noisy == pytest.approx(quiet, rel=0.2)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_data_without_labels_and_nested_outputs(tmp_path, length) -> None:
+    rows = [
+        {key: value for key, value in marked()[i].items() if "positions" not in key}
+        for i in range(length)
+    ]
+    found = []
+    for kind, extra in ((Trainer, {}), (PipelineTrainer, {"num_stages": 2})):
+        model = bert_qa()
+        model.config.output_hidden_states = True
+        trainer = kind(model=model, args=arguments(tmp_path), train_dataset=marked(), **extra)
+        trainer.train()
+        found.append(trainer.predict(rows))
+    theirs, ours = found
+    assert theirs.label_ids is ours.label_ids is None
+    assert not any("loss" in key for key in ours.metrics)
+    assert len(ours.predictions) == len(theirs.predictions) == 3
+    assert len(ours.predictions[2]) == len(theirs.predictions[2]) == 4
+    for mine, reference in zip(
+        (*ours.predictions[:2], *ours.predictions[2]),
+        (*theirs.predictions[:2], *theirs.predictions[2]),
+        strict=True,
+    ):
+        assert mine == pytest.approx(reference, abs=1e-4)
+
+
+def test_models_that_return_tuples(tmp_path) -> None:
+    found = []
+    for kind, extra in ((Trainer, {}), (PipelineTrainer, {"num_stages": 2})):
+        model = bert_qa()
+        model.config.return_dict = False
+        trainer = kind(model=model, args=arguments(tmp_path), train_dataset=marked(), **extra)
+        trainer.train()
+        found.append(trainer.predict(marked(5)))
+    theirs, ours = found
+    assert len(ours.predictions) == len(theirs.predictions) == 2
+    for mine, reference in zip(ours.predictions, theirs.predictions, strict=True):
+        assert mine == pytest.approx(reference, abs=1e-4)
+    assert ours.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], rel=1e-5)

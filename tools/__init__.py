@@ -1,0 +1,1 @@
+"""Programs that develop and check the package; not installed with it."""

@@ -1,0 +1,61 @@
+"""The command of ``python -m tools.coverage``: every model class of transformers, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tools.coverage.record import Record
+
+
+def coverage_command(
+    classes: Annotated[
+        str,
+        typer.Option("--classes", help="Name, architecture or task, with wildcards."),
+    ] = "*",
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="Only so many, spread over the tasks.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes; default: one per core.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write this JSON file, and a page beside it (.md)."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted run has found.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", min=1.0, help="Seconds for one class.")
+    ] = 60.0,
+) -> None:
+    """Capture, plan and train one step of every model class of transformers; compare with eager."""
+    from tools.coverage.classes import model_classes
+    from tools.coverage.classes import sample as spread
+    from tools.coverage.session import check_all
+
+    chosen = model_classes(classes)
+    if sample is not None:
+        chosen = spread(chosen, sample)
+    records = check_all(chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit)
+    for record in records:
+        if record.counted and record.result != "pass":
+            typer.echo(f"{record.name}: {record.result}: {record.reason}")
+    typer.echo(_last_line(records))
+    if output is not None:
+        typer.echo(f"written to {output} and {output.with_suffix('.md')}")
+
+
+def _last_line(records: list[Record]) -> str:
+    from tools.coverage.table import summary
+
+    numbers = summary(records)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in numbers["results"].items())
+    return (
+        f"{numbers['passed']} of {numbers['counted']} counted classes pass, of "
+        f"{numbers['architectures_passed']} architectures ({kinds})"
+    )

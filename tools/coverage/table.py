@@ -1,0 +1,112 @@
+"""The table of all classes: as JSON data and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.coverage.record import MEANING, Record
+
+_INTRODUCTION = """\
+# Coverage: every model class of transformers
+
+Made by `make coverage` (`ipu-pipeline coverage --output docs/coverage.json`); do not edit.
+
+Every model class that transformers {transformers} lists for a task is built with a small config,
+captured, planned for 2 and for 4 stages, and trained one step (SGD, 2 microbatches) by the local
+target. The loss, every gradient, every buffer and every weight after the step are compared with the
+same step of the model alone. Configs and batches are made by general rules: no code knows a single
+model. Dropout probabilities are 0, because masks are drawn per block, and float32 products are
+torch's on both sides: two libraries of them round differently.
+"""
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the numbers that say how far it reaches."""
+    passed = [record for record in records if record.result == "pass"]
+    counted = [record for record in records if record.counted]
+    return {
+        "classes": len(records),
+        "counted": len(counted),
+        "passed": len(passed),
+        "passed_share": round(len(passed) / len(counted), 4) if counted else 0.0,
+        "architectures_passed": len({record.architecture for record in passed}),
+        "exact": sum(record.difference == 0.0 for record in passed),
+        "results": dict(sorted(Counter(record.result for record in records).items())),
+    }
+
+
+def write_json(path: Path, records: Sequence[Record], versions: Mapping[str, str]) -> None:
+    """Write versions, summary and every record; equal runs give equal files but for seconds."""
+    data = {
+        "versions": dict(versions),
+        "summary": summary(records),
+        "records": [record.to_json() for record in records],
+    }
+    _write(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_markdown(path: Path, records: Sequence[Record], versions: Mapping[str, str]) -> None:
+    """Write the page that people read."""
+    _write(path, markdown(records, versions))
+
+
+def markdown(records: Sequence[Record], versions: Mapping[str, str]) -> str:
+    """Return the page: numbers, what did not pass and why, then every class."""
+    numbers = summary(records)
+    left = [record for record in records if record.counted and record.result != "pass"]
+    parts = [
+        _INTRODUCTION.format(**versions),
+        f"**{numbers['passed']} of {numbers['counted']} classes pass "
+        f"({100 * numbers['passed_share']:.1f} %), of {numbers['architectures_passed']} "
+        f"architectures**; {numbers['exact']} of them are equal to eager to the last bit. "
+        "Counted are classes whose eager step runs and repeats itself. "
+        f"Versions: {', '.join(f'{name} {text}' for name, text in versions.items())}.\n",
+        _grid(
+            ("result", "classes", "meaning"),
+            ((kind, str(count), MEANING[kind]) for kind, count in numbers["results"].items()),
+        ),
+        "## Counted, and not passed\n",
+        _grid(
+            ("class", "architecture", "result", "reason"),
+            ((r.name, r.architecture, r.result, r.reason) for r in left),
+        )
+        if left
+        else "None.\n",
+        "## Every class\n",
+        _grid(
+            ("class", "architecture", "task", "blocks", "stages", "difference", "result", "reason"),
+            map(_row, records),
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    return (
+        record.name,
+        record.architecture,
+        record.task,
+        str(record.blocks or ""),
+        ", ".join(map(str, record.stages)),
+        f"{record.difference:.0e}" if record.difference else ("0" if record.stages else ""),
+        record.result,
+        record.reason,
+    )
+
+
+def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
