@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph, TensorSpec
-from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.model import GraphCosts
 from ipu_pipeline.planner.options.tables import Table, looked_up, table_of
+from ipu_pipeline.planner.search.build import build_problem, build_slots
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.given import evaluate
+from ipu_pipeline.planner.search.labels import Found
+from ipu_pipeline.planner.search.pricing import Pricer
+from ipu_pipeline.planner.search.problem import mask_of
+from ipu_pipeline.planner.search.report import to_partition
 from ipu_pipeline.planner.search.result import Partition
+from ipu_pipeline.planner.search.shapes import Shape
 
 
 def factors_of(plan: Plan) -> dict[str, int]:
@@ -21,35 +26,46 @@ def factors_of(plan: Plan) -> dict[str, int]:
     return {name: stage.serialize.get(name, 1) for stage in plan.stages for name in stage.blocks}
 
 
-def evaluate_plan(
-    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints, plan: Plan
-) -> Partition:
+def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float, ...]]:
     """Price the stages of ``plan`` with its own recomputation, slices and split tables.
 
-    A block that would save nothing by recomputation stays plain.
+    A block that would save nothing by recomputation stays plain. Whether a stage fits its memory
+    is not asked.
 
     Args:
-        graph: The model.
-        costs: Its prices on ``machine``; they must offer the plan's numbers of slices.
-        machine: Where it runs.
-        constraints: What the split itself must satisfy; how blocks run is the plan's.
         plan: The plan.
+        costs: Prices of its blocks; they must offer the plan's numbers of slices.
 
-    Raises:
-        PartitionError: A stage does not fit, or the split breaks a constraint.
+    Returns:
+        The stages, and the seconds that each spends once per optimizer step.
     """
-    pinned = replace(
-        constraints,
-        num_stages=None,
-        stage_devices=tuple(stage.device for stage in plan.stages),
+    devices = tuple(stage.device for stage in plan.stages)
+    limits = Constraints(
+        stage_devices=devices,
         num_microbatches=plan.num_microbatches,
         replicas=plan.replicas,
-        total_microbatches=None,
+        schedule=plan.schedule,  # type: ignore[arg-type]
         recompute=tuple(name for stage in plan.stages for name in stage.recompute),
         serialize=factors_of(plan),
+        tied=plan.settings.get("tied", "free"),
+        update_s=plan.settings.get("update_s", {}),
     )
-    graph, costs = _with_split_tables(graph, costs, plan)
-    return evaluate(graph, costs, machine, pinned, [stage.blocks for stage in plan.stages])
+    graph, costs = _with_split_tables(plan.graph, costs, plan)
+    built = build_problem(graph, costs, plan.machine, limits, plan.replicas)
+    slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
+    slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
+    pricer, done, prices, boundaries = Pricer(built.problem), 0, [], []
+    for stage, slot in zip(plan.stages, slots, strict=True):
+        mask = mask_of(graph.block_index[name] for name in stage.blocks)
+        best = pricer.best(done, mask, slot)
+        assert best is not None  # the memory has no limit here
+        prices.append(best)
+        done |= mask
+        boundaries.append(done)
+    found = Found(0.0, 0.0, tuple(boundaries), tuple(prices))
+    shape = Shape(plan.replicas, plan.num_microbatches, devices)
+    partition = to_partition(found, built, slots, plan.machine, limits, shape)
+    return partition, tuple(one.outer_s for one in prices)
 
 
 @dataclass(frozen=True)

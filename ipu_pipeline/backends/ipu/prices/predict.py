@@ -117,6 +117,11 @@ def predict_on_chip(
         time=step_time(graph, layout, settings, chip, calibration),
         micro_batch=graph.micro_batch_size,
     )
+    return with_notes(prediction)
+
+
+def with_notes(prediction: Prediction) -> Prediction:
+    """Return ``prediction`` with what its reader should know."""
     return replace(prediction, notes=_notes(prediction))
 
 
