@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.price import priced
+from ipu_pipeline.planner.price import make_plan, priced
 from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
@@ -93,30 +93,18 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         microbatches,
         replicas,
         backend.settings(graph, config, limits),
-        _measured(captured, example_batch, described, costs),
+        measured_seconds(captured, example_batch, described, costs),
         limits.factors(graph.block_index),
     )
-    stages = None if constraints is not None else backend.placement(work)
-    prices, bound_s = backend.costs(work), None
+    stages: Sequence[PlannedStage] | Partition | None = None
+    if constraints is None:
+        stages = backend.placement(work)
     if stages is None:
         limits = backend.rules(graph, described, limits)
         limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
-        partition = solve(graph, prices, described, limits)
-        stages, bound_s = _planned_stages(partition), partition.lower_bound
-    made = Plan(
-        model=model_identity(captured.model),
-        machine=described,
-        stages=stages,
-        graph=graph,
-        num_microbatches=microbatches,
-        replicas=replicas,
-        schedule=limits.schedule,
-        granularity=captured.granularity,
-        cost_source=prices.source,
-        measured_s=work.measured_s,
-        settings=work.settings,
-    )
-    return _after_passes(_fitting(priced(made, bound_s)), manager)
+        stages = solve(graph, backend.costs(work), described, limits)
+    made = make_plan(model_identity(captured.model), work, stages, captured.granularity)
+    return _after_passes(_fitting(made), manager)
 
 
 def compile(
@@ -135,7 +123,7 @@ def compile(
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
         **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`:
-            ``precision``, ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...;
+            ``precision``, ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ...;
             ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
             come from a model in evaluation mode and a batch without labels.
 
@@ -183,7 +171,7 @@ def _layers(
     return config.resolve_layers(sum(block.kind == "layer" for block in graph.blocks))
 
 
-def _measured(
+def measured_seconds(
     captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
 ) -> dict[str, tuple[float, float]]:
     """Return measured seconds by block; nothing where they are computed."""
@@ -195,13 +183,6 @@ def _measured(
 
     times = profile_blocks(captured, batch, num_devices=len(machine.devices))
     return {name: (time.forward_s, time.backward_s) for name, time in times.items()}
-
-
-def _planned_stages(partition: Partition) -> tuple[PlannedStage, ...]:
-    return tuple(
-        PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
-        for stage in partition.stages
-    )
 
 
 def _fitting(made: Plan) -> Plan:

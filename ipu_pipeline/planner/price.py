@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
+from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.heads import unfused_heads
-from ipu_pipeline.planner.options.model import GraphCosts
-from ipu_pipeline.planner.options.profiled import MeasuredTimes, ProfiledCostModel
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.cost_models import (
+    AnalyticCostModel,
+    MeasuredTimes,
+    ProfiledCostModel,
+)
+from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules.engines import Passes, asynchronous, lock_stepped
 from ipu_pipeline.planner.schedules.load import StageLoad, boundary_copies
 from ipu_pipeline.planner.schedules.placement import plan_rows
-from ipu_pipeline.planner.search.annotated import factors_of, price_stages
+from ipu_pipeline.planner.search.given_split import factors_of, price_stages
 from ipu_pipeline.planner.search.objective import in_flight
+from ipu_pipeline.planner.search.result import Partition
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class PlanPrice:
         misfits: One sentence for every memory that the plan does not fit in.
         binding: What limits the plan, readable.
         recompute: Blocks of every stage that do recompute, where that saves memory.
-        costs: The ways to run every block that were priced.
+        source: Where the prices of the blocks come from.
         details: The backend's own account, such as the prediction for IPUs.
     """
 
@@ -47,7 +54,7 @@ class PlanPrice:
     misfits: tuple[str, ...] = ()
     binding: str = ""
     recompute: tuple[tuple[str, ...], ...] = ()
-    costs: GraphCosts | None = None
+    source: str = "analytic"
     details: Any = None
 
 
@@ -84,12 +91,42 @@ def priced(plan: Plan, lower_bound_s: float | None = None) -> Plan:
     made = replace(
         plan,
         stages=stages,
+        cost_source=found.source,
         objective_s=found.step_s,
         lower_bound_s=bound_s if bound_s <= found.step_s else 0.0,
         binding=found.binding,
         misfits=found.misfits,
     )
     return replace(made, decision_digest=made.digest()) if new else made
+
+
+def make_plan(
+    model: ModelIdentity,
+    work: Workload,
+    stages: Sequence[PlannedStage] | Partition,
+    granularity: str = "layer",
+) -> Plan:
+    """Write down stages that were chosen, with their price; a searched split brings its bound."""
+    bound_s = inf  # nothing was left to choose: no other plan is allowed
+    if isinstance(stages, Partition):
+        bound_s = stages.lower_bound
+        stages = [
+            PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
+            for stage in stages.stages
+        ]
+    made = Plan(
+        model=model,
+        machine=work.machine,
+        stages=tuple(stages),
+        graph=work.graph,
+        num_microbatches=work.num_microbatches,
+        replicas=work.replicas,
+        schedule=work.schedule,
+        granularity=granularity,
+        measured_s=work.measured_s,
+        settings=json.loads(json.dumps(to_json(work.settings))),
+    )
+    return priced(made, bound_s)
 
 
 def workload_of(plan: Plan) -> Workload:
@@ -162,7 +199,7 @@ def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
         misfits=memory_misfits(plan.machine, loads),
         binding=found.binding,
         recompute=tuple(stage.recomputed for stage in found.stages),
-        costs=costs,
+        source=costs.source,
     )
 
 

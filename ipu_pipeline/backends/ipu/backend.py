@@ -23,7 +23,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.planner.backend import Workload
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.schedules.load import Copies, StageLoad
 from ipu_pipeline.planner.search import Constraints
@@ -148,6 +148,7 @@ class IPUBackend:
             input_s=time.input_s,
             misfits=_misfits(found),
             binding=_binding(found),
+            source="ipu",
             details=found,
         )
 

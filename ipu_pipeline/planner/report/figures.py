@@ -7,7 +7,7 @@ from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import Window, held_at, windows
 from ipu_pipeline.planner.schedules.timeline import (
     KINDS,

@@ -7,7 +7,7 @@ from html import escape
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks, megabytes, milliseconds
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import Variant
 from ipu_pipeline.planner.report.text import relative

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _ROUNDING = 1e-9
 
@@ -76,11 +76,11 @@ class StageLoad:
         return self.weight_bytes + self.in_flight * self.stash_bytes + self.workspace_bytes
 
     @property
-    def price(self) -> Price:
+    def price(self) -> StagePrice:
         """The same in the solver's form, to put into its closed forms."""
         copies = self.copies
-        return Price(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
-                     0.0, self.memory_bytes, ())  # fmt: skip
+        return StagePrice(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
+                          0.0, self.memory_bytes, ())  # fmt: skip
 
 
 def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
