@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.errors import LoweringError
 from tests.backends.ipu.emulated import case
