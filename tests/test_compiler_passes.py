@@ -153,7 +153,9 @@ def test_ipu_plans_are_annotated_and_priced_by_the_ipu_model() -> None:
     assert plan.cost_source == "ipu"
     assert plan.objective_s > plain.objective_s
     small, inputs = TINY["bert-qa"].build(device="meta")
-    with pytest.raises(PartitionError, match="'qa_outputs' in 2 slices, which has prices for 1"):
+    with pytest.raises(
+        PartitionError, match="'qa_outputs' is to run in 2 slices, but it has no large table"
+    ):
         ipp.plan(
             small, inputs, machine="pod4", num_stages=2,
             passes="serialize_projection{factor=2,blocks=[qa_outputs]}",
@@ -199,5 +201,4 @@ def test_a_serialized_plan_is_simulated_and_varied_as_it_runs() -> None:
     )  # fmt: skip
     timeline = simulate(plan)
     assert timeline.loads[1].stash_bytes < 4 * 8 * 32 * VOCAB
-    as_planned = sensitivity(plan, timeline)[0]
-    assert as_planned.step_s == pytest.approx(plan.objective_s, rel=1e-6)
+    assert sensitivity(plan)[0].step_s == timeline.step_s == plan.objective_s

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config.layers import WILDCARD
-from ipu_pipeline.backends.ipu.prices.blocks import serialization_factor
+from ipu_pipeline.backends.ipu.prices.blocks import block_table_rows, serialization_factor
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import Layout, Stage, make_layout
@@ -166,7 +166,18 @@ class IPUBackend:
 
 
 def prediction_of(plan: Plan) -> Prediction:
-    """Return what the IPU model says about a plan's own stages."""
+    """Return what the IPU model says about a plan's own stages.
+
+    Raises:
+        PartitionError: A block is to run in slices and has no large table.
+    """
+    for stage in plan.stages:
+        for name, factor in stage.serialize.items():
+            if factor > 1 and not block_table_rows(plan.graph, plan.graph[name]):
+                raise PartitionError(
+                    f"block {name!r} is to run in {factor} slices, but it has no large table: "
+                    "only lookups in and products with a vocabulary's table run in slices"
+                )
     chip, graph = chip_of(plan.machine), plan.graph
     stages = tuple(Stage(stage.device, stage.blocks) for stage in plan.stages)
     given = _settings(plan.settings)

@@ -84,6 +84,7 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
         schedule=plan.schedule,  # type: ignore[arg-type]
         replicas=plan.replicas,
         time_limit_s=TIME_LIMIT_S,
+        execution_order=plan.schedule == "popart",
         tied=plan.settings.get("tied", "free"),
         update_s=plan.settings.get("update_s", {}),
     )
