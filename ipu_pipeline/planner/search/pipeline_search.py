@@ -220,6 +220,7 @@ class Engine:
             deadline = None if chain and upper == inf else self._deadline
             search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
             search.run()
+            search.offer_neighbours()
             found += search.offers
             upper, lower = search.upper_bound, search.lower_bound
         if self._lattice(deepest, chain=False, grouped=grouped) is None:
