@@ -19,7 +19,7 @@ from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.price import make_plan, priced
+from ipu_pipeline.planner.price import make_plan, priced, step_s
 from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
@@ -102,7 +102,14 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     if stages is None:
         limits = backend.rules(graph, described, limits)
         limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
-        stages = solve(graph, backend.costs(work), described, limits)
+        stages = solve(
+            graph,
+            backend.costs(work),
+            described,
+            limits,
+            stage_pricer=backend.stage_pricer(work),
+            step=lambda split: step_s(work, split),
+        )
     made = make_plan(model_identity(captured.model), work, stages, captured.granularity)
     return _after_passes(_fitting(made), manager)
 

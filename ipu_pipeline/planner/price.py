@@ -107,26 +107,43 @@ def make_plan(
     granularity: str = "layer",
 ) -> Plan:
     """Write down stages that were chosen, with their price; a searched split brings its bound."""
-    bound_s = inf  # nothing was left to choose: no other plan is allowed
     if isinstance(stages, Partition):
-        bound_s = stages.lower_bound
+        return priced(_unpriced(model, work, stages, granularity), stages.lower_bound)
+    # Nothing was left to choose: no other plan is allowed.
+    return priced(_unpriced(model, work, stages, granularity), inf)
+
+
+def step_s(work: Workload, split: Partition) -> float:
+    """Return the seconds of a step of a split by its price, infinite where it does not fit."""
+    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, ""))
+    return inf if found.misfits else found.step_s
+
+
+def _unpriced(
+    model: ModelIdentity,
+    work: Workload,
+    stages: Sequence[PlannedStage] | Partition,
+    granularity: str,
+) -> Plan:
+    run = (work.num_microbatches, work.replicas)
+    if isinstance(stages, Partition):
+        run = (stages.num_microbatches, stages.replicas)
         stages = [
             PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
             for stage in stages.stages
         ]
-    made = Plan(
+    return Plan(
         model=model,
         machine=work.machine,
         stages=tuple(stages),
         graph=work.graph,
-        num_microbatches=work.num_microbatches,
-        replicas=work.replicas,
+        num_microbatches=run[0],
+        replicas=run[1],
         schedule=work.schedule,
         granularity=granularity,
         measured_s=work.measured_s,
         settings=json.loads(json.dumps(to_json(work.settings))),
     )
-    return priced(made, bound_s)
 
 
 def workload_of(plan: Plan) -> Workload:
@@ -167,7 +184,8 @@ def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
         plan: The plan.
         costs: Ways to run every block; they must offer what the plan decided.
     """
-    found, outer_s = price_stages(plan, costs)
+    found, outer_s, graph = price_stages(plan, costs)
+    copied = boundary_copies(replace(plan, graph=graph))
     loads = tuple(
         StageLoad(
             device=stage.device,
@@ -181,7 +199,7 @@ def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
             ),
             in_flight=stage.in_flight,
         )
-        for stage, copies in zip(found.stages, boundary_copies(plan), strict=True)
+        for stage, copies in zip(found.stages, copied, strict=True)
     )
     rows, passes = plan_rows(plan), Passes.of(loads, exchanged=False)
     if plan.schedule == "popart":

@@ -27,6 +27,7 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.schedules.load import Copies, StageLoad
 from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class IPUBackend:
         model = IPUCostModel(_settings(work.settings))
         factors = tuple(sorted({*model.factors, *work.factors.values()} - {0}))
         return replace(model, factors=factors).estimate(work.graph, work.machine)
+
+    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
+        """The price of a stage is the sum over its blocks."""
+        return None
 
     def placement(self, work: Workload) -> tuple[PlannedStage, ...] | None:
         """Return the stages that ``layers_per_ipu`` spells out.

@@ -17,7 +17,7 @@ from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.planner.backend import backend_of
-from ipu_pipeline.planner.price import price, priced, workload_of
+from ipu_pipeline.planner.price import make_plan, price, priced, step_s, workload_of
 from ipu_pipeline.planner.search import Constraints, solve
 
 TIME_LIMIT_S = 2.0  # per variant; the solver proves BERT-large on 16 devices in half a second
@@ -91,12 +91,15 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
     try:
         limits = backend.rules(plan.graph, machine, limits)
         work = replace(workload_of(changed), factors={}, apart=())
-        found = solve(plan.graph, backend.costs(work), machine, limits)
-        stages = tuple(
-            PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
-            for stage in found.stages
+        found = solve(
+            plan.graph,
+            backend.costs(work),
+            machine,
+            limits,
+            stage_pricer=backend.stage_pricer(work),
+            step=lambda split: step_s(work, split),
         )
-        made = priced(replace(changed, stages=stages, decision_digest=""))
+        made = make_plan(plan.model, work, found, plan.granularity)
     except (ConfigError, PartitionError) as error:
         return replace(variant, problem=str(error))
     if made.misfits:

@@ -17,13 +17,12 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
-from ipu_pipeline.planner.search.label_setting import SearchResult
 from ipu_pipeline.planner.search.objective import SCHEDULES, least_microbatches
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, Engine, candidate
 from ipu_pipeline.planner.search.problem import Problem, bits, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
-from ipu_pipeline.planner.search.stage_price import OptionPricer
+from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline
 
 
 def evaluate(
@@ -191,7 +190,7 @@ def factors_of(plan: Plan) -> dict[str, int]:
     return {name: stage.serialize.get(name, 1) for stage in plan.stages for name in stage.blocks}
 
 
-def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float, ...]]:
+def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float, ...], BlockGraph]:
     """Price the stages of ``plan`` with its own recomputation, slices and split tables.
 
     A block that would save nothing by recomputation stays plain. Whether a stage fits its memory
@@ -202,7 +201,8 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
         costs: Prices of its blocks; they must offer the plan's numbers of slices.
 
     Returns:
-        The stages, and the seconds that each spends once per optimizer step.
+        The stages, the seconds that each spends once per optimizer step, and the graph with the
+        sums of split tables as tensors.
     """
     devices = tuple(stage.device for stage in plan.stages)
     limits = Constraints(
@@ -227,10 +227,10 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
         prices.append(best)
         done |= mask
         boundaries.append(done)
-    found = SearchResult(0.0, 0.0, tuple(boundaries), tuple(prices))
+    found = PricedPipeline(0.0, tuple(boundaries), tuple(prices))
     shape = ParallelConfiguration(plan.replicas, plan.num_microbatches, devices)
     partition = to_partition(found, built, slots, plan.machine, limits, shape)
-    return partition, tuple(one.outer_s for one in prices)
+    return partition, tuple(one.outer_s for one in prices), graph
 
 
 @dataclass(frozen=True)

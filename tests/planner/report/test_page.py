@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from ipu_pipeline.ir.graph import ParameterSpec
 from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.graph import ParameterSpec
 from ipu_pipeline.planner.report import write_report
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.page import page
