@@ -24,6 +24,7 @@ class Price:
         memory_bytes: Everything the stage holds, parameters shared with other blocks of the
             stage once; parameters shared with other stages included.
         picks: Option of each block of the stage, ascending.
+        extra_s: Seconds that rows of their own count (copies over a link, for one).
     """
 
     forward_s: float
@@ -33,6 +34,7 @@ class Price:
     outer_s: float
     memory_bytes: float
     picks: tuple[int, ...]
+    extra_s: tuple[float, ...] = ()
 
     @property
     def forward_load_s(self) -> float:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from ipu_pipeline.backends.ipu.prices.blocks import BlockTime, block_table_rows, block_time
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
-from ipu_pipeline.backends.ipu.prices.memory import FULLEST_TILE, saved_bytes, working_bytes
-from ipu_pipeline.backends.ipu.prices.operations import Pricer
+from ipu_pipeline.backends.ipu.prices.memory import FULLEST_TILE, saved_bytes
+from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -47,7 +47,7 @@ class IPUCostModel:
         settings = replace(self.settings, training=graph.training)
         given = sorted(settings.proportions)
         proportion = given[len(given) // 2] if given else settings.proportion(0)
-        pricer = Pricer(chip_of(machine), settings.precision, proportion, self.calibration)
+        pricer = OperationPricer(chip_of(machine), settings.precision, proportion, self.calibration)
         known: dict[object, tuple[BlockTime, int]] = {}
         blocks = {
             block.name: BlockCost(
@@ -63,7 +63,7 @@ class IPUCostModel:
         graph: BlockGraph,
         block: Block,
         settings: IPUSettings,
-        pricer: Pricer,
+        pricer: OperationPricer,
         known: dict[object, tuple[BlockTime, int]],
     ) -> tuple[BlockChoice, ...]:
         # A layer's feed-forward matrix is tall, too, but only tables are computed in slices.

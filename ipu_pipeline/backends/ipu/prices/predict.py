@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip, chip_of
-from ipu_pipeline.backends.ipu.prices.layout import Layout, make_layout
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StepTime, step_time
@@ -33,7 +33,7 @@ class Prediction:
 
     settings: IPUSettings
     chip: Chip
-    layout: Layout
+    layout: StageLayout
     memory: tuple[IPUMemory, ...]
     time: StepTime
     micro_batch: int

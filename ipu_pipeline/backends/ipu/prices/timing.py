@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.backends.ipu.prices.blocks import (
-    BlockTime,
     block_time,
     pricer_for,
     serialization_factor,
 )
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip
-from ipu_pipeline.backends.ipu.prices.layout import Layout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 
@@ -93,7 +92,7 @@ class StepTime:
 
 
 def step_time(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
 ) -> StepTime:
     """Predict one optimizer step of ``graph`` placed by ``layout``."""
     stages = stage_times(graph, layout, settings, chip, calibration)
@@ -126,23 +125,18 @@ def step_time(
 
 
 def stage_times(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
-) -> tuple[StageTime, ...]:
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip,
+    calibration: Calibration,
+) -> tuple[StageTime, ...]:  # fmt: skip
     """Price every forward stage for one microbatch."""
     found = []
-    known: dict[tuple[object, ...], BlockTime] = {}
     for position, stage in enumerate(layout.stages):
         pricer = pricer_for(chip, settings, stage.ipu, calibration)
         forward = backward = 0.0
         for name in stage.blocks:
             block = graph[name]
             factor = serialization_factor(graph, block, settings)
-            # Equal layers share their operation tuples, which are long to hash.
-            key = (id(block.forward_ops), id(block.backward_ops), block.kind, pricer.proportion,
-                   factor, graph.parameter_bytes(block))  # fmt: skip
-            if key not in known:
-                known[key] = block_time(graph, block, pricer, settings, factor)
-            time = known[key]
+            time = block_time(graph, block, pricer, settings, factor)
             forward += time.forward_s
             backward += time.backward_s
         again = settings.training and settings.recompute and position < len(layout.stages) - 1
@@ -181,7 +175,7 @@ def float_bytes(tensor: TensorSpec, element_bytes: float) -> float:
 
 
 def copy_time(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
 ) -> float:
     """Seconds of the copy phase of one cycle: the busiest direction of the busiest link.
 
@@ -214,7 +208,7 @@ def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
 
 
 def trainable_elements(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
 ) -> Mapping[int, int]:
     """Trainable parameter elements by IPU; a parameter used twice on an IPU counts once."""
     return {
@@ -224,7 +218,7 @@ def trainable_elements(
 
 
 def update_times(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
 ) -> tuple[float, float, float]:
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
     if not settings.training:
