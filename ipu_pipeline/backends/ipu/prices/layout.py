@@ -120,9 +120,7 @@ def _by_starts(graph: BlockGraph, settings: IPUSettings) -> StageLayout:
     )  # fmt: skip
 
 
-def placement_of(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
-) -> IPUSettings:
+def placement_of(graph: BlockGraph, layout: StageLayout, settings: IPUSettings) -> IPUSettings:
     """Return ``settings`` that say where ``layout`` puts every block.
 
     ``layers_per_ipu`` counts the layers of every IPU; ``stage_starts`` is added only where these

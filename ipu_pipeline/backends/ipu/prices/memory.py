@@ -31,7 +31,12 @@ from ipu_pipeline.backends.ipu.prices.blocks import (
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
-from ipu_pipeline.backends.ipu.prices.operations import OperationPricer, products, result_bytes, sliced
+from ipu_pipeline.backends.ipu.prices.operations import (
+    OperationPricer,
+    products,
+    result_bytes,
+    sliced,
+)
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
@@ -128,7 +133,11 @@ def ipu_memory(
     for stage, placed in enumerate(layout.stages):
         stages[placed.ipu].append(
             stage_bytes(
-                graph, settings, placed.blocks, cuts[stage : stage + 2], stash_depth(count, stage),
+                graph,
+                settings,
+                placed.blocks,
+                cuts[stage : stage + 2],
+                stash_depth(count, stage),
                 first=stage == 0,
             )  # fmt: skip
         )
@@ -180,9 +189,7 @@ def one_ipu(
     )
 
 
-def working_of(
-    graph: BlockGraph, name: str, pricer: OperationPricer, settings: IPUSettings
-) -> int:
+def working_of(graph: BlockGraph, name: str, pricer: OperationPricer, settings: IPUSettings) -> int:
     """Most bytes that one operation of a block needs; equal layers are looked at once."""
     block = graph[name]
     rows, factor = block_table_rows(graph, block), serialization_factor(graph, block, settings)

@@ -157,7 +157,9 @@ def _cube(flops: int) -> tuple[Product, ...]:
     return (Product(1, edge, edge, edge),)
 
 
-def _product_cycles(product: Product, pricer: OperationPricer, table_rows: int, factor: int) -> float:
+def _product_cycles(
+    product: Product, pricer: OperationPricer, table_rows: int, factor: int
+) -> float:
     part = sliced(product, table_rows, factor)
     return (factor if part != product else 1) * pricer.plan(part).cycles
 

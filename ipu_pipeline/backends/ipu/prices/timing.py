@@ -92,7 +92,11 @@ class StepTime:
 
 
 def step_time(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> StepTime:
     """Predict one optimizer step of ``graph`` placed by ``layout``."""
     stages = stage_times(graph, layout, settings, chip, calibration)
@@ -175,7 +179,11 @@ def float_bytes(tensor: TensorSpec, element_bytes: float) -> float:
 
 
 def copy_time(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> float:
     """Seconds of the copy phase of one cycle: the busiest direction of the busiest link.
 
@@ -218,7 +226,11 @@ def trainable_elements(
 
 
 def update_times(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> tuple[float, float, float]:
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
     if not settings.training:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.search.ideals import Lattice
 from ipu_pipeline.planner.search.objective import Objective
-from ipu_pipeline.planner.search.pricing import Price, Pricer
 from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.stage_price import OptionPricer, StagePrice
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 # What a memory holds: (blocks done before, blocks, position, price) of each of its stages.
-Part = tuple[int, int, int, Price]
+Part = tuple[int, int, int, StagePrice]
 Parts = tuple[Part, ...]
 BEAM_WIDTH = 64
 TOLERANCE = 1e-12
@@ -34,20 +34,20 @@ _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search knows when it ends.
 
     Attributes:
         objective: Seconds of the best split; ``inf`` without one.
         lower_bound: No split is quicker; equals ``objective`` when the search was complete.
         boundaries: Masks of the done blocks after each stage of the best split.
-        prices: Price of each stage of the best split.
+        prices: StagePrice of each stage of the best split.
     """
 
     objective: float
     lower_bound: float
     boundaries: tuple[int, ...] = ()
-    prices: tuple[Price, ...] = ()
+    prices: tuple[StagePrice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Step:
     """One stage that may be put at a slot: to which set it leads and what it costs."""
 
     target: int
-    price: Price
+    price: StagePrice
     loads: Floats
 
 
@@ -99,7 +99,7 @@ class _Label:
 
 
 @dataclass
-class LabelSearch:
+class LabelSettingSearch:
     """Finds the best split over ``slots``, one stage each.
 
     Attributes:
@@ -115,14 +115,14 @@ class LabelSearch:
     """
 
     lattice: Lattice
-    pricer: Pricer
+    pricer: OptionPricer
     slots: Sequence[Slot]
     objective: Objective
     boundaries: Sequence[Bools]
     deadline: float | None = None
     load_limit_s: float = inf
     fits_together: Callable[[Parts], bool] | None = None
-    true_s: Callable[[Sequence[int], Sequence[Price]], float] | None = None
+    true_s: Callable[[Sequence[int], Sequence[StagePrice]], float] | None = None
     _steps: list[dict[int, list[_Step]]] = field(default_factory=list)
     _to_go: list[dict[int, Floats]] = field(default_factory=list)
 
@@ -137,21 +137,21 @@ class LabelSearch:
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
         self._groups = self.pricer.problem.same_device
 
-    def run(self, upper_bound: float = inf) -> Found:
+    def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return Found(inf, self._quick_bound(upper_bound))
+            return SearchResult(inf, self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
         upper_bound = min(upper_bound, quick.objective)
         full = self._pass(upper_bound, None)
         if full.objective < upper_bound:
             return full
-        return Found(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
+        return SearchResult(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
 
-    def run_narrow(self) -> Found:
+    def run_narrow(self) -> SearchResult:
         """Search with a beam only and without a deadline: a split, but no bound."""
         self.deadline = None
-        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else Found(inf, 0.0)
+        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(inf, 0.0)
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
@@ -206,14 +206,14 @@ class LabelSearch:
             best = np.minimum(best, (*here, rest[-1] + step.price.load_s))
         return best
 
-    def _pass(self, upper_bound: float, beam: int | None) -> Found:
+    def _pass(self, upper_bound: float, beam: int | None) -> SearchResult:
         labels = [self._first()]
         for stage in range(len(self.slots)):
             children: dict[tuple[object, ...], list[_Label]] = {}
             for number, label in enumerate(labels):
                 if beam is None and self._late():
                     waiting = [*labels[number:], *(c for group in children.values() for c in group)]
-                    return Found(inf, min(item.bound for item in waiting))
+                    return SearchResult(inf, min(item.bound for item in waiting))
                 for step in self._steps[stage].get(label.position, ()):
                     child = self._extend(label, stage, step)
                     if child is not None and child.bound < upper_bound * (1 - TOLERANCE):
@@ -222,9 +222,9 @@ class LabelSearch:
             labels = [label for group in children.values() for label in _undominated(group)]
             labels.sort(key=lambda label: label.bound)
             labels = labels[:beam]
-        return self._best_of(labels) if labels else Found(inf, upper_bound)
+        return self._best_of(labels) if labels else SearchResult(inf, upper_bound)
 
-    def _best_of(self, labels: Sequence[_Label]) -> Found:
+    def _best_of(self, labels: Sequence[_Label]) -> SearchResult:
         """The quickest of whole splits, sorted by their bound; the bound is the first one's."""
         best = self._unwind(labels[0])
         if self.true_s is None:
@@ -242,9 +242,7 @@ class LabelSearch:
         groups = (-1,) * len(self._groups)
         return _Label(0, rows, 0.0, (), groups, (), (), self._bound(0, 0, rows, 0.0))
 
-    def _bound(
-        self, stage: int, position: int, rows: tuple[Floats, ...], total_s: float
-    ) -> float:
+    def _bound(self, stage: int, position: int, rows: tuple[Floats, ...], total_s: float) -> float:
         rest = self._to_go[stage][position]
         reached = np.concatenate([table.max(axis=0) for table in rows])
         paced = np.maximum(reached, rest[:-1]) @ self._weights
@@ -281,7 +279,7 @@ class LabelSearch:
         return tuple(placed)
 
     def _place_memory(
-        self, label: _Label, stage: int, blocks: int, price: Price
+        self, label: _Label, stage: int, blocks: int, price: StagePrice
     ) -> tuple[tuple[float, ...], tuple[int, ...]] | None:
         before, after = self._open_pools[stage], self._open_pools[stage + 1]
         if self.fits_together is not None:
@@ -300,7 +298,7 @@ class LabelSearch:
         return tuple(used[pool] for pool in after), tuple(resident[pool] for pool in after)
 
     def _place_together(
-        self, label: _Label, stage: int, blocks: int, price: Price
+        self, label: _Label, stage: int, blocks: int, price: StagePrice
     ) -> tuple[Parts, ...] | None:
         """Stages in the memories that come again; ``None`` if this one does not fit with them."""
         if self.fits_together is None or not self._pool_is_shared[stage]:
@@ -333,7 +331,7 @@ class LabelSearch:
             tables.append(np.stack([closed, *(by_resource[name] for name in after)]))
         return tuple(tables)
 
-    def _unwind(self, label: _Label) -> Found:
+    def _unwind(self, label: _Label) -> SearchResult:
         boundaries, prices = [], []
         walk: _Label | None = label
         while walk is not None and walk.step is not None:
@@ -343,9 +341,11 @@ class LabelSearch:
         prices.reverse()
         boundaries.reverse()
         if self.true_s is not None:
-            return Found(self.true_s(boundaries, prices), label.bound, (*boundaries,), (*prices,))
+            return SearchResult(
+                self.true_s(boundaries, prices), label.bound, (*boundaries,), (*prices,)
+            )
         seconds = self.objective.seconds([slot.device for slot in self.slots], prices)
-        return Found(seconds, seconds, tuple(boundaries), tuple(prices))
+        return SearchResult(seconds, seconds, tuple(boundaries), tuple(prices))
 
 
 def _resources(objective: Objective, devices: Sequence[int]) -> tuple[_Resources, ...]:
