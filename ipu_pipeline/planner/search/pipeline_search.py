@@ -263,6 +263,8 @@ def search(
     Raises:
         PartitionError: A constraint is wrong, or the time limit ended before any split was found.
     """
+    if costs.planning is not None:
+        return costs.planning.search(machine, constraints)
     deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
     best: Partition | None = None
     upper = lower = inf

@@ -39,6 +39,8 @@ def solve(
         PartitionError: A constraint is wrong, or the time limit was too short for any split.
     """
     best = search(graph, costs, machine, constraints)
+    if best is None and costs.planning is not None:
+        raise costs.planning.explain(machine, constraints)
     if best is None:
         raise explain(graph, costs, machine, constraints, remedies or {})
     return best

@@ -160,6 +160,8 @@ def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) ->
             current = ipus[block.name]
         elif position < first or _goes_back(graph, block, settings):
             placed[block.name] = settings.embedding_ipu
+            if not settings.hoisted:
+                current = settings.embedding_ipu
             continue
         elif position > last or block.kind in ("head", "loss"):
             placed[block.name] = head

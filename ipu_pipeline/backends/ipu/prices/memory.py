@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from math import prod
@@ -82,7 +82,8 @@ class IPUMemory:
     @property
     def total_bytes(self) -> int:
         """All kinds together."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        return (self.weights + self.gradients + self.optimizer + self.stash + self.activations
+                + self.temporaries + self.transfers + self.code)  # fmt: skip
 
     def fullest_tile_bytes(self, chip: Chip) -> int:
         """Bytes of the fullest tile."""
@@ -139,7 +140,7 @@ def ipu_memory(
                 cuts[stage : stage + 2],
                 stash_depth(count, stage),
                 first=stage == 0,
-            )  # fmt: skip
+            )
         )
     held = held_elements(graph, layout, settings)
     found = []
@@ -172,29 +173,59 @@ def one_ipu(
     if not names and not held:
         return IPUMemory()
     changed = [n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable]
-    trainable, largest = sum(changed), max(changed, default=0)
+    products = sum(num_products(graph[name]) for name in names)
+    return add_up(
+        settings, sum(held.values()), sum(changed), max(changed, default=0), stages, working,
+        products,
+    )  # fmt: skip
+
+
+def add_up(
+    settings: IPUSettings,
+    elements: int,
+    trainable: int,
+    largest: int,
+    stages: Sequence[StageBytes],
+    working: int,
+    products: int,
+) -> IPUMemory:
+    """Return the memory of one IPU from its numbers.
+
+    Args:
+        settings: The run.
+        elements: Parameter elements that it holds.
+        trainable: Those that are trained.
+        largest: Elements of its largest trained parameter.
+        stages: Of its stages.
+        working: Most bytes that one operation needs.
+        products: Matrix products of its forward passes.
+    """
     training = int(settings.training)
     on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
     activations = max((stage.activations for stage in stages), default=0)
     updating = training * largest * _streamed_bytes(settings)
     return IPUMemory(
-        weights=sum(held.values()) * settings.element_bytes,
+        weights=elements * settings.element_bytes,
         gradients=training * trainable * settings.element_bytes,
         optimizer=int(training * trainable * on_chip),
         stash=sum(stage.stash for stage in stages),
         activations=activations,
         temporaries=int(max(working, updating - activations)),
         transfers=sum(stage.transfers for stage in stages),
-        code=code_bytes([graph[name] for name in names], training=settings.training),
+        code=code_bytes(products, training=settings.training),
     )
 
 
 def working_of(graph: BlockGraph, name: str, pricer: OperationPricer, settings: IPUSettings) -> int:
     """Most bytes that one operation of a block needs; equal layers are looked at once."""
     block = graph[name]
-    rows, factor = block_table_rows(graph, block), serialization_factor(graph, block, settings)
-    return _working(SharedOperations(block.forward_ops), SharedOperations(block.backward_ops), rows, factor, pricer,
-                    settings.training)  # fmt: skip
+    return _working(
+        SharedOperations(block.forward_ops),
+        SharedOperations(block.backward_ops if settings.training else ()),
+        block_table_rows(graph, block),
+        serialization_factor(graph, block, settings),
+        pricer,
+    )
 
 
 def _streamed_bytes(settings: IPUSettings) -> float:
@@ -202,11 +233,10 @@ def _streamed_bytes(settings: IPUSettings) -> float:
     return settings.state_bytes * settings.state_share if settings.optimizer_offchip else 0.0
 
 
-def code_bytes(blocks: Sequence[Block], *, training: bool) -> int:
-    """Bytes of code, vertex state, exchange and control of ``blocks`` on one IPU."""
-    count = sum(num_products(block) for block in blocks)
+def code_bytes(products: int, *, training: bool) -> int:
+    """Bytes of code, vertex state, exchange and control for so many matrix products."""
     base = CODE_BYTES_TRAINING if training else CODE_BYTES_INFERENCE
-    return int(base + count * CODE_BYTES_PER_PRODUCT)
+    return int(base + products * CODE_BYTES_PER_PRODUCT)
 
 
 @lru_cache(maxsize=10_000)
@@ -325,14 +355,13 @@ def _working(
     rows: int,
     factor: int,
     pricer: OperationPricer,
-    training: bool,  # noqa: FBT001 - part of the key
 ) -> int:
     """Most bytes that one operation of a block needs besides what is saved.
 
     An operation needs its result and the gradient (or value) it works on; a matrix product
     also the rearranged parts of its operands, which the memory proportion bounds.
     """
-    operations = [*forward.operations, *(backward.operations if training else ())]
+    operations = [*forward.operations, *backward.operations]
     return int(max((_one_bytes(op, pricer, rows, factor) for op in operations), default=0.0))
 
 

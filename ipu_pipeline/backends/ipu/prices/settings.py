@@ -122,6 +122,22 @@ class IPUSettings:
         """Memory proportion of ``ipu``; PopART's default of 0.6 where none was given."""
         return self.proportions[ipu] if ipu < len(self.proportions) else 0.6
 
+    def program_text(self) -> str:
+        """Say what the program does besides its placement."""
+        if self.num_ipus == 1 or not self.training:
+            again = "nothing is recomputed"
+        elif self.recompute:
+            kept = "layers'" if self.checkpoint_layers else "stages'"
+            again = f"every stage but the last is recomputed from {kept} inputs"
+        else:
+            again = "recomputation is off"
+        place = "off chip" if self.optimizer_offchip else "on chip"
+        given = ", ".join(f"{value:g}" for value in dict.fromkeys(self.proportions)) or "0.6"
+        return (
+            f"program: {again}, {self.precision} arithmetic, optimizer state {place}"
+            f"{', sharded' if self.sharded else ''}, memory proportion {given}"
+        )
+
     @classmethod
     def from_config(
         cls,
