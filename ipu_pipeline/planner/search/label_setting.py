@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from ipu_pipeline.planner.search.ideals import Lattice
 from ipu_pipeline.planner.search.objective import Objective
 from ipu_pipeline.planner.search.problem import Slot, bits
-from ipu_pipeline.planner.search.stage_price import OptionPricer, StagePrice
+from ipu_pipeline.planner.search.stage_price import (
+    MOST_CANDIDATES,
+    PricedPipeline,
+    SearchResult,
+    StagePrice,
+    StagePricer,
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -31,23 +37,6 @@ Parts = tuple[Part, ...]
 BEAM_WIDTH = 64
 TOLERANCE = 1e-12
 _SLACK = 1e-9
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search knows when it ends.
-
-    Attributes:
-        objective: Seconds of the best split; ``inf`` without one.
-        lower_bound: No split is quicker; equals ``objective`` when the search was complete.
-        boundaries: Masks of the done blocks after each stage of the best split.
-        prices: StagePrice of each stage of the best split.
-    """
-
-    objective: float
-    lower_bound: float
-    boundaries: tuple[int, ...] = ()
-    prices: tuple[StagePrice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ class LabelSettingSearch:
     """
 
     lattice: Lattice
-    pricer: OptionPricer
+    pricer: StagePricer
     slots: Sequence[Slot]
     objective: Objective
     boundaries: Sequence[Bools]
@@ -135,23 +124,20 @@ class LabelSettingSearch:
         pools = [slot.pool for slot in self.slots]
         self._open_pools = [_still_open(pools, s) for s in range(len(pools) + 1)]
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
-        self._groups = self.pricer.problem.same_device
+        self._groups = self.lattice.problem.same_device
 
     def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return SearchResult(inf, self._quick_bound(upper_bound))
+            return SearchResult(self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
-        upper_bound = min(upper_bound, quick.objective)
-        full = self._pass(upper_bound, None)
-        if full.objective < upper_bound:
-            return full
-        return SearchResult(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
+        full = self._pass(min(upper_bound, quick.objective), None)
+        return SearchResult.of(full.lower_bound, (*full.pipelines, *quick.pipelines))
 
     def run_narrow(self) -> SearchResult:
         """Search with a beam only and without a deadline: a split, but no bound."""
         self.deadline = None
-        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(inf, 0.0)
+        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(0.0)
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
@@ -213,7 +199,7 @@ class LabelSettingSearch:
             for number, label in enumerate(labels):
                 if beam is None and self._late():
                     waiting = [*labels[number:], *(c for group in children.values() for c in group)]
-                    return SearchResult(inf, min(item.bound for item in waiting))
+                    return SearchResult(min(item.bound for item in waiting))
                 for step in self._steps[stage].get(label.position, ()):
                     child = self._extend(label, stage, step)
                     if child is not None and child.bound < upper_bound * (1 - TOLERANCE):
@@ -222,20 +208,18 @@ class LabelSettingSearch:
             labels = [label for group in children.values() for label in _undominated(group)]
             labels.sort(key=lambda label: label.bound)
             labels = labels[:beam]
-        return self._best_of(labels) if labels else SearchResult(inf, upper_bound)
+        return self._best_of(labels) if labels else SearchResult(upper_bound)
 
     def _best_of(self, labels: Sequence[_Label]) -> SearchResult:
-        """The quickest of whole splits, sorted by their bound; the bound is the first one's."""
-        best = self._unwind(labels[0])
-        if self.true_s is None:
-            return best
-        for label in labels[1:BEAM_WIDTH]:
-            if label.bound >= best.objective:
+        """The best of whole splits, sorted by their bound; the bound is the first one's."""
+        whole: list[PricedPipeline] = []
+        for label in labels[: BEAM_WIDTH if self.true_s else 2 * MOST_CANDIDATES]:
+            if self.true_s and whole and label.bound >= min(item.objective for item in whole):
                 break
-            other = self._unwind(label)
-            if other.objective < best.objective:
-                best = other
-        return replace(best, lower_bound=min(best.objective, labels[0].bound))
+            whole.append(self._unwind(label))
+        found = SearchResult.of(0.0, whole)
+        bound = labels[0].bound if self.true_s else found.objective
+        return replace(found, lower_bound=min(bound, found.objective))
 
     def _first(self) -> _Label:
         rows = tuple(np.zeros((1, len(kind.columns))) for kind in self._resources)
@@ -287,7 +271,7 @@ class LabelSettingSearch:
         used = dict(zip(before, label.used, strict=True))
         resident = dict(zip(before, label.resident, strict=True))
         if self._pool_is_shared[stage]:
-            slot, weights = self.slots[stage], self.pricer.problem.shared_weights
+            slot, weights = self.slots[stage], self.lattice.problem.shared_weights
             held = resident.get(slot.pool, 0)
             new = sum(1 << n for n, w in enumerate(weights) if w.users & blocks) & ~held
             total = used.get(slot.pool, 0.0) + price.memory_bytes
@@ -331,7 +315,7 @@ class LabelSettingSearch:
             tables.append(np.stack([closed, *(by_resource[name] for name in after)]))
         return tuple(tables)
 
-    def _unwind(self, label: _Label) -> SearchResult:
+    def _unwind(self, label: _Label) -> PricedPipeline:
         boundaries, prices = [], []
         walk: _Label | None = label
         while walk is not None and walk.step is not None:
@@ -341,11 +325,9 @@ class LabelSettingSearch:
         prices.reverse()
         boundaries.reverse()
         if self.true_s is not None:
-            return SearchResult(
-                self.true_s(boundaries, prices), label.bound, (*boundaries,), (*prices,)
-            )
+            return PricedPipeline(self.true_s(boundaries, prices), (*boundaries,), (*prices,))
         seconds = self.objective.seconds([slot.device for slot in self.slots], prices)
-        return SearchResult(seconds, seconds, tuple(boundaries), tuple(prices))
+        return PricedPipeline(seconds, tuple(boundaries), tuple(prices))
 
 
 def _resources(objective: Objective, devices: Sequence[int]) -> tuple[_Resources, ...]:

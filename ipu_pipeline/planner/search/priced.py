@@ -15,10 +15,11 @@ from math import inf
 from time import monotonic
 from typing import Generic, Protocol, TypeVar
 
-from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, SearchResult
+from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
+from ipu_pipeline.planner.search.stage_price import SearchResult
 
 
-class PricedPipeline(Protocol):
+class SearchablePipeline(Protocol):
     """One pipeline: devices of its stages, and everything about it but the split."""
 
     @property
@@ -35,7 +36,7 @@ class PricedPipeline(Protocol):
         ...
 
 
-Pipeline = TypeVar("Pipeline", bound=PricedPipeline)
+Pipeline = TypeVar("Pipeline", bound=SearchablePipeline)
 
 
 class Quickest(Generic[Pipeline]):
@@ -51,7 +52,7 @@ class Quickest(Generic[Pipeline]):
     def __init__(self, upper_s: float) -> None:
         """Begin with nothing found below ``upper_s``."""
         self.pipeline: Pipeline | None = None
-        self.found = SearchResult(inf, 0.0)
+        self.found = SearchResult(0.0)
         self.lower_bound_s = upper_s
         self.searched: list[tuple[Pipeline, SearchResult]] = []
 

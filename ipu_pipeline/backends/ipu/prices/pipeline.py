@@ -239,7 +239,7 @@ class IPUPipeline:
 
     def _copy_s(self, slot: Slot, end: int) -> float:
         """Seconds of the busier direction of the boundary behind a stage, without latency."""
-        stage = self.slots.index(slot)
+        stage = slot.index
         if stage == len(self.slots) - 1 or end == len(self.chain.names):
             return 0.0
         chip = self.chain.chip

@@ -107,7 +107,8 @@ class IPUPlanning:
         """Return the outcome of a search as a split."""
         if best.pipeline is None:
             return None
-        prediction = best.pipeline.prediction(best.found.boundaries, best.found.prices)
+        split = best.found.pipelines[0]
+        prediction = best.pipeline.prediction(split.boundaries, split.prices)
         return partition_of(self.graph, prediction, best.lower_bound_s)
 
     def evaluate(
