@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, step_s
-from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
@@ -96,21 +97,19 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         measured_seconds(captured, example_batch, described, costs),
         limits.factors(graph.block_index),
     )
-    stages: Sequence[PlannedStage] | Partition | None = None
-    if constraints is None:
-        stages = backend.placement(work)
-    if stages is None:
+    split = backend.placement(work) if constraints is None else None
+    if split is None:
         limits = backend.rules(graph, described, limits)
         limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
-        stages = solve(
+        split = solve(
             graph,
             backend.costs(work),
             described,
             limits,
             stage_pricer=backend.stage_pricer(work),
-            step=lambda split: step_s(work, split),
+            step=partial(step_s, work),
         )
-    made = make_plan(model_identity(captured.model), work, stages, captured.granularity)
+    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
     return _after_passes(_fitting(made), manager)
 
 

@@ -20,12 +20,12 @@ from ipu_pipeline.errors import LoweringError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 
 if TYPE_CHECKING:
     from ipu_pipeline.planner.price import PlanPrice
-    from ipu_pipeline.planner.search import Constraints
+    from ipu_pipeline.planner.search import Constraints, Partition
     from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 GROUP = "ipu_pipeline.backends"
@@ -116,8 +116,12 @@ class Backend(Protocol):
         """Return what prices whole stages for the search; ``None``: sums over :meth:`costs`."""
         ...
 
-    def placement(self, work: Workload) -> tuple[PlannedStage, ...] | None:
-        """Return the stages that the settings spell out; ``None``: they are searched."""
+    def placement(self, work: Workload) -> Partition | None:
+        """Return the split that the settings spell out; ``None``: it is searched.
+
+        Raises:
+            PipelineError: It does not fit the model, the machine or its memory.
+        """
         ...
 
     def step(self, plan: Plan) -> PlanPrice:

@@ -125,9 +125,10 @@ def _unpriced(
     stages: Sequence[PlannedStage] | Partition,
     granularity: str,
 ) -> Plan:
-    run = (work.num_microbatches, work.replicas)
+    run, settings = (work.num_microbatches, work.replicas), work.settings
     if isinstance(stages, Partition):
         run = (stages.num_microbatches, stages.replicas)
+        settings = stages.settings or settings
         stages = [
             PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
             for stage in stages.stages
@@ -142,7 +143,7 @@ def _unpriced(
         schedule=work.schedule,
         granularity=granularity,
         measured_s=work.measured_s,
-        settings=json.loads(json.dumps(to_json(work.settings))),
+        settings=json.loads(json.dumps(to_json(settings))),
     )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
-from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 
@@ -56,7 +56,7 @@ class LocalBackend:
         """The price of a stage is the sum over its blocks."""
         return None
 
-    def placement(self, work: Workload) -> tuple[PlannedStage, ...] | None:
+    def placement(self, work: Workload) -> Partition | None:
         """Every split is searched."""
         return None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
@@ -97,7 +98,7 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
             machine,
             limits,
             stage_pricer=backend.stage_pricer(work),
-            step=lambda split: step_s(work, split),
+            step=partial(step_s, work),
         )
         made = make_plan(plan.model, work, found, plan.granularity)
     except (ConfigError, PartitionError) as error:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction, chip_of, predict
+from ipu_pipeline.backends.ipu.prices.planning import partition_of
 from ipu_pipeline.capture import CapturedModel, model_identity
 from ipu_pipeline.errors import ConfigError, PartitionError
-from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import Workload, backend_of
+from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import make_plan
 from ipu_pipeline.planner.tuning.search import Front, Point, Progress, candidates, search
 from ipu_pipeline.planner.tuning.space import TuneRequest, shapes
@@ -68,19 +68,12 @@ class TuneResult:
         chosen = point or self.best
         prediction = chosen.prediction
         captured = self.models.of(prediction.micro_batch)
+        partition = partition_of(captured.graph, prediction, chosen.bound_s)
         settings = prediction.settings
         work = Workload(
-            captured.graph,
-            self.machine,
-            "popart",
-            settings.accumulation,
-            settings.replicas,
-            {**to_json(settings), "spelled_out": True},
+            captured.graph, self.machine, "popart", settings.accumulation, settings.replicas
         )
-        stages = backend_of(self.machine).placement(work)
-        assert stages is not None
-        made = make_plan(model_identity(captured.model), work, stages)
-        return replace(made, lower_bound_s=min(chosen.bound_s, made.objective_s))
+        return make_plan(model_identity(captured.model), work, partition)
 
     def predict(self, config: IPUConfig) -> Prediction:
         """Predict another configuration, for its own share of the batch where that is whole.
