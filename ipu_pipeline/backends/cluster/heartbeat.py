@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch.distributed.distributed_c10d import Store
 
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.stage import Stage
 
 BEAT_S = 0.5
 # So long a failure may take to reach the others before this process goes on to stop.

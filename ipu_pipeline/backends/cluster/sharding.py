@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.groups import Groups, buckets, exchange, joined, spread
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.stage import Stage
 
 
 class Place(NamedTuple):
