@@ -46,8 +46,7 @@ class Checkpoints:
         model: The whole model.
         own: The optimizer, if there is one.
         groups: The processes.
-        ranks: For the caller's thread.
-        background: For the thread that writes while training goes on.
+        background: All-gathers of the thread that writes while training goes on.
     """
 
     def __init__(
@@ -55,22 +54,19 @@ class Checkpoints:
         model: nn.Module,
         own: OwnParameters | None,
         groups: Groups,
-        ranks: StoreGather,
         background: StoreGather,
     ) -> None:
         self._model = model
         self._own = own
         self._optimizer = None if own is None else own.optimizer
         self._groups = groups
-        self._ranks = ranks
+        self._ranks = groups.ranks
         self._writers = background
-        self._rank = ranks.rank
+        self._rank = groups.ranks.rank
         self._background = Background()
         self._not_shared: set[Path] = set()
 
-    def load(
-        self, path: str | Path, ownership: Ownership | None
-    ) -> tuple[int, dict[str, Any]]:
+    def load(self, path: str | Path, ownership: Ownership | None) -> tuple[int, dict[str, Any]]:
         """Load a checkpoint on every rank; each keeps the optimizer state of its own parameters.
 
         Returns:
@@ -115,17 +111,19 @@ class Checkpoints:
         """
         self.wait()
         new, error = _tried(
-            lambda: NewCheckpoint(
-                path,
-                model=self._model,
-                optimizer=self._optimizer,
-                groups=None if self._own is None else self._own.groups(),
-                global_step=global_step,
-                extra=extra,
-                attach=attach,
+            lambda: (
+                NewCheckpoint(
+                    path,
+                    model=self._model,
+                    optimizer=self._optimizer,
+                    groups=None if self._own is None else self._own.groups(),
+                    global_step=global_step,
+                    extra=extra,
+                    attach=attach,
+                )
+                if self._rank == 0
+                else None
             )
-            if self._rank == 0
-            else None
         )
         try:
             folder, states = self._settle(new, error)

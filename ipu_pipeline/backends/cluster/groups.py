@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.waiting import Waiter
-
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 
 # The copy that a message costs stays small beside the weights, its latency beside its transfer.
 BUCKET_BYTES = 64 << 20
@@ -24,14 +23,15 @@ class Groups:
     Args:
         layout: Who stands where.
         device: Where tensors have to be for the backend.
-        waiter: Every wait for another rank goes through it.
+        ranks: All-gathers of the caller's thread; every wait for another rank goes through its
+            waiter.
 
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
+    def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
         self.layout = layout
         self.device = device
         mesh = init_device_mesh(
@@ -41,7 +41,8 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.waiter = waiter
+        self.ranks = ranks
+        self.waiter = ranks.waiter
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:

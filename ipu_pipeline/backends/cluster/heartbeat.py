@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -39,11 +39,10 @@ class Activity:
         microbatch: Position in the step; -1 outside of one.
         step: Optimizer step.
         inside: Whether the caller is in a method of the executable.
-        prepares: This call captured a new shape: how long its actions last says nothing.
         timed: Whether it is one action, whose length can be compared with earlier ones.
         waiting: Whether it waits for other ranks.
         since: When it began or last ended a wait, by ``time.monotonic``.
-        longest: Seconds of the longest action so far, by ``what``.
+        longest: Seconds of the longest action so far, by ``what``; emptied for a new shape.
         thread: That runs the methods of the executable.
     """
 
@@ -52,7 +51,6 @@ class Activity:
     microbatch: int = -1
     step: int = 0
     inside: bool = False
-    prepares: bool = False
     timed: bool = False
     waiting: bool = False
     since: float = field(default_factory=time.monotonic)
@@ -72,7 +70,7 @@ class Activity:
     def enter(self, what: str, step: int) -> None:
         """Note that a method of the executable begins."""
         self.thread = threading.get_ident()
-        self.step, self.prepares, self.inside = step, False, True
+        self.step, self.inside = step, True
         self._note(what)
 
     def leave(self) -> None:
@@ -112,7 +110,7 @@ class Activity:
         if not self.inside:
             return float("inf")
         known = self.longest.get(self.what)
-        if self.waiting or not self.timed or self.prepares or known is None:
+        if self.waiting or not self.timed or known is None:
             return stall_timeout_s
         return min(stall_timeout_s, max(HANG_S, HANG_FACTOR * known))
 
@@ -175,9 +173,7 @@ class Heartbeats:
         quiet: Number of rounds since it changed.
     """
 
-    def __init__(
-        self, store: Store, rank: int, watched: Iterable[int], activity: Activity
-    ) -> None:
+    def __init__(self, store: Store, rank: int, watched: Iterable[int], activity: Activity) -> None:
         self.failure: Failure | None = None
         self.known = threading.Event()
         self.lost = ""

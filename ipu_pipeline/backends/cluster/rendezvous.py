@@ -97,7 +97,7 @@ class StoreGather:
 
     def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
         self.rank = rank
-        self._waiter = waiter
+        self.waiter = waiter
         self._store = store
         self._world_size = world_size
         self._count = 0
@@ -111,10 +111,10 @@ class StoreGather:
         self._count += 1
         self._store.set(f"{self._count}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
         found = []
-        with self._waiter.activity.waits():
+        with self.waiter.activity.waits():
             for rank in range(self._world_size):
                 while not self._store.check([f"{self._count}/{rank}"]):
-                    self._waiter.give_up_after_failure()
+                    self.waiter.give_up_after_failure()
                     time.sleep(_POLL_S)
                 found.append(pickle.loads(self._store.get(f"{self._count}/{rank}")))
         # Who takes part in this all-gather has read the one before.

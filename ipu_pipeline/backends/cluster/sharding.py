@@ -1,9 +1,9 @@
 """Which process holds, updates and keeps the optimizer state of which parameter.
 
 A position of the pipeline holds the parameters of its stages; a tied one has several holders. With
-``replicated_tensor_sharding`` every parameter is updated by one process of the job (stage 1 of ZeRO,
-Rajbhandari et al., SC 2020, parameter by parameter): gradients are summed to it; it updates the
-parameter and sends it to the others, which then have the very bits it has.
+``replicated_tensor_sharding`` every parameter is updated by one process of the job (stage 1 of
+ZeRO, Rajbhandari et al., SC 2020, parameter by parameter): gradients are summed to it; it updates
+the parameter and sends it to the others, which then have the very bits it has.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ownership:
             is its owner.
         here: This process.
         updaters: The one process that keeps the optimizer state of a parameter and updates it,
-            by ``id``; empty: every holder in every replica does (``sharding.py``).
+            by ``id``; empty: every holder in every replica does.
     """
 
     holders: Mapping[int, tuple[int, ...]]
@@ -59,6 +59,10 @@ class Ownership:
     def is_chief(self, tensor: Tensor) -> bool:
         """Whether this process alone counts where ``tensor`` must count once in the whole job."""
         return self.here == self.updaters.get(id(tensor), Place(0, self.owner(tensor)))
+
+    def held(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the trainable parameters that this process holds, each once."""
+        return [p for p in model.parameters() if p.requires_grad and self.is_held(p)]
 
     def shared(self, tensor: Tensor) -> tuple[int, ...]:
         """Return the positions that hold ``tensor``, if there are several."""

@@ -53,7 +53,13 @@ class Watchdog:
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, activity: Activity, *, stall_timeout_s: float
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        activity: Activity,
+        *,
+        stall_timeout_s: float,
     ) -> None:
         self.rank = rank
         self.activity = activity
@@ -118,7 +124,9 @@ class Watchdog:
         refused = isinstance(error, PipelineError) and activity.stage is None
         if refused or getattr(error, "raised_on_all_ranks", False):
             return error  # every rank raises the same thing, nothing is left half done
-        lost = isinstance(error, GivenUp) or (isinstance(error, RuntimeError) and not activity.timed)
+        lost = isinstance(error, GivenUp) or (
+            isinstance(error, RuntimeError) and not activity.timed
+        )
         if lost:
             activity.inside = False  # what comes now is no stall of this process
             self._decided.wait(REASON_S)
