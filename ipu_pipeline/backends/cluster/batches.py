@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.heartbeat import Activity
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
@@ -61,16 +60,12 @@ class Pipelines:
     Args:
         schedule: Name of the schedule of whole batches.
         groups: The processes.
-        activity: Notes what is being done.
         limit: So many pipelines are kept.
     """
 
-    def __init__(
-        self, schedule: str, groups: Groups, activity: Activity, limit: int = MAX_PIPELINES
-    ) -> None:
+    def __init__(self, schedule: str, groups: Groups, limit: int = MAX_PIPELINES) -> None:
         self._schedule = schedule
         self._groups = groups
-        self._activity = activity
         # The key's stages are kept with the pipeline, so that their id stays theirs.
         self._made = LRUCache[tuple[int, int], tuple[Sequence[Stage], TrainingPipeline]](limit)
         self._said = False
@@ -134,7 +129,6 @@ class Pipelines:
             schedule=schedule,
             num_microbatches=num_microbatches,
             groups=self._groups,
-            activity=self._activity,
         )
 
 
@@ -146,7 +140,6 @@ def evaluate(
     microbatches: Sequence[Microbatch],
     inputs: StepInputs,
     groups: Groups,
-    activity: Activity,
 ) -> EvalResult:
     """Run every microbatch forward through the pipeline; every rank gets the result.
 
@@ -159,7 +152,6 @@ def evaluate(
         microbatches: The whole batch; every replica evaluates all of it.
         inputs: Seed, step and precision; its microbatches are set here.
         groups: Of the processes.
-        activity: Notes what is being done.
     """
     inputs.microbatches = microbatches
     layout = groups.layout
@@ -174,7 +166,7 @@ def evaluate(
             received = passed.pop((index, position), None)
             if received is None:
                 received = _receive(module, crossing, groups)
-            with activity.during("evaluation", module.stage, position):
+            with groups.waiter.activity.during("evaluation", module.stage, position):
                 outputs = module(*received, microbatch=torch.tensor([position]))
             results[position] = results[position] | module.results[position]
             target = layout.position_of(index + 1) if sent else layout.position

@@ -78,7 +78,7 @@ class DistributedExecutable:
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._checkpoints = Checkpoints(model, self._own, groups, background)
         self._ownership: Ownership | None = None
-        self._pipelines = Pipelines(options.schedule or plan.schedule, groups, watchdog.activity)
+        self._pipelines = Pipelines(options.schedule or plan.schedule, groups)
         self._cache = StageCache(
             model,
             plan,
@@ -139,7 +139,7 @@ class DistributedExecutable:
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             options = self.options
             inputs = StepInputs((), options.seed, self.global_step, options.precision)
-            return evaluate(stages, parts, inputs, self.groups, self._watchdog.activity)
+            return evaluate(stages, parts, inputs, self.groups)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -200,7 +200,6 @@ class DistributedExecutable:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
         self._watchdog.close()
-        self.groups.waiter.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:
             self.groups.close()

@@ -13,11 +13,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from ipu_pipeline.backends.cluster.consistency import check_alike, description
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.heartbeat import Activity
 from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
-from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
@@ -87,14 +85,9 @@ def _lower(
 ) -> DistributedExecutable:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     name = f"ipu_pipeline/{next(_numbers)}"
-    activity = Activity()
-    waiter = Waiter(activity)
-    watchdog = Watchdog(
-        _own_store(name), rank, world_size, activity, stall_timeout_s=options.stall_timeout_s
-    )
-    waiter.failed = lambda: watchdog.failure is not None
+    watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
     ranks, background = (
-        StoreGather(_own_store(f"{name}/{use}"), rank, world_size, waiter)
+        StoreGather(_own_store(f"{name}/{use}"), rank, world_size, watchdog.waiter)
         for use in ("ranks", "background")
     )
     try:
@@ -105,7 +98,6 @@ def _lower(
             groups = Groups(layout, device, ranks)
     except BaseException:
         watchdog.close()
-        waiter.close()
         raise
     if options.replicated_tensor_sharding and plan.replicas == 1:
         logger.warning(

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.heartbeat import Activity
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
@@ -28,11 +27,8 @@ logger = logging.getLogger(__name__)
 class _NotedStage(PipelineStage):
     """Torch's stage; it notes what it is doing, and its waits can be given up."""
 
-    def __init__(
-        self, module: StageModule, activity: Activity, waiter: Waiter, **arguments: Any
-    ) -> None:
+    def __init__(self, module: StageModule, waiter: Waiter, **arguments: Any) -> None:
         super().__init__(module, module.stage.index, **arguments)
-        self._activity = activity
         self._waiter = waiter
         self._code = module.stage
         self._inputs = module.inputs
@@ -74,7 +70,7 @@ class _NotedStage(PipelineStage):
 
     def _noted(self, what: str, chunk: int) -> Any:
         index = self._inputs.microbatches[chunk].index
-        return self._activity.during(what, self._code, index)
+        return self._waiter.activity.during(what, self._code, index)
 
 
 class TrainingPipeline:
@@ -86,7 +82,6 @@ class TrainingPipeline:
         schedule: Name of the schedule.
         num_microbatches: Of one pipeline in one step.
         groups: The processes.
-        activity: Notes what is being done.
     """
 
     def __init__(
@@ -97,9 +92,8 @@ class TrainingPipeline:
         schedule: str,
         num_microbatches: int,
         groups: Groups,
-        activity: Activity,
     ) -> None:
-        activity.longest.clear()  # how long the actions of other shapes last says nothing
+        groups.waiter.activity.longest.clear()  # how long the actions of other shapes last says nothing
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)
@@ -115,7 +109,6 @@ class TrainingPipeline:
         self._stages = [
             _NotedStage(
                 module,
-                activity,
                 groups.waiter,
                 **arguments,
                 **self._metadata(module, self._crossing),

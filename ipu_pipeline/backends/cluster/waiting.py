@@ -34,14 +34,12 @@ class Waiter:
 
     Args:
         activity: Notes that this process waits.
-
-    Attributes:
         failed: Whether some rank is known to have failed.
     """
 
-    def __init__(self, activity: Activity | None = None) -> None:
-        self.failed: Callable[[], bool] = lambda: False
-        self.activity = activity or Activity()
+    def __init__(self, activity: Activity, failed: Callable[[], bool]) -> None:
+        self.activity = activity
+        self.failed = failed
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 

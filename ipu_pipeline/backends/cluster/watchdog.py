@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from ipu_pipeline.backends.cluster.heartbeat import BEAT_S, OUTSIDE, Activity, Failure, Heartbeats
-from ipu_pipeline.backends.cluster.waiting import GivenUp, exit_at_once
+from ipu_pipeline.backends.cluster.waiting import GivenUp, Waiter, exit_at_once
 from ipu_pipeline.errors import PipelineError, StageError, StallError
 
 logger = logging.getLogger(__name__)
@@ -45,25 +45,18 @@ class Watchdog:
         store: For heartbeats; used by this object only.
         rank: Of this process.
         world_size: How many there are.
-        activity: What this process is doing.
         stall_timeout_s: Nothing but the caller's own code may last longer, not even waiting.
 
     Attributes:
         failure: Why all processes stop, once one has failed.
+        waiter: Waits that end when there is a failure.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        rank: int,
-        world_size: int,
-        activity: Activity,
-        *,
-        stall_timeout_s: float,
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, stall_timeout_s: float) -> None:
         self.rank = rank
-        self.activity = activity
+        self.activity = Activity()
         self.failure: Failure | None = None
+        self.waiter = Waiter(self.activity, lambda: self.failure is not None)
         self._stall_timeout_s = stall_timeout_s
         self._all_others = [r for r in range(world_size) if r != rank]
         self._reacted = False
@@ -71,7 +64,7 @@ class Watchdog:
         self._decided = threading.Event()
         # The first looks after all others, those after the first.
         watched = [r for r in self._all_others if 0 in (r, rank)]
-        self._beats = Heartbeats(store, rank, watched, activity)
+        self._beats = Heartbeats(store, rank, watched, self.activity)
         self._thread = threading.Thread(target=self._serve, name="rank-watchdog", daemon=True)
         self._thread.start()
 
@@ -115,6 +108,7 @@ class Watchdog:
         self._beats.known.set()
         self._thread.join(timeout=5.0)
         self._beats.close()
+        self.waiter.close()
 
     # ---- the main thread ----------------------------------------------------------------
 
