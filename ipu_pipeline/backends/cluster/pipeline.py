@@ -93,7 +93,8 @@ class TrainingPipeline:
         num_microbatches: int,
         groups: Groups,
     ) -> None:
-        groups.waiter.activity.longest.clear()  # how long the actions of other shapes last says nothing
+        # How long the actions of other shapes last says nothing.
+        groups.waiter.activity.longest.clear()
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)
