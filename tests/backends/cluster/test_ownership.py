@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster import groups
 from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters, Place, sharded
-from ipu_pipeline.ops.adamw import AdamW
+from ipu_pipeline.ops.adamw import StochasticRoundingAdamW
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -63,7 +63,7 @@ def test_frozen_parameters_do_not_unbalance_the_others() -> None:
 OTHERS = (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Optimizer)
 OPTIMIZERS = [
     kind
-    for kind in (*vars(torch.optim).values(), AdamW)
+    for kind in (*vars(torch.optim).values(), StochasticRoundingAdamW)
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind not in OTHERS
 ]
 
