@@ -23,7 +23,7 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
     FormulatedProblem,
@@ -208,24 +208,16 @@ class Engine:
         """Sweep the execution order for a first split, then every order."""
         depths = sorted(len(candidate.slots) for candidate in candidates)
         deepest = max(candidates, key=lambda candidate: len(candidate.slots))
-        found: list[PricedPipeline] = []
-        lower, known = 0.0, 0
-        for chain in (True, False):
-            lattice = self._lattice(deepest, chain=chain, grouped=grouped)
-            if lattice is None or len(lattice) == known:
-                continue
-            known = len(lattice)
-            rows = self._rows_of(lattice)
-            layout = _layout(lattice, deepest, uniform=uniform)
-            deadline = None if chain and upper == inf else self._deadline
-            search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
-            search.run()
-            search.offer_neighbours()
-            found += search.offers
-            upper, lower = search.upper_bound, search.lower_bound
-        if self._lattice(deepest, chain=False, grouped=grouped) is None:
-            lower = search.at_once()
-        return SearchResult.of(lower, found)
+        lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
+        tables = (
+            (self._rows_of(lattice), _layout(lattice, deepest, uniform=uniform))
+            for lattice in lattices
+            if lattice is not None
+        )
+        found = search_tables(tables, depths, (pace, spread), upper, self._deadline)
+        if lattices[1] is None:
+            return replace(found, lower_bound=self.at_once(deepest))
+        return found
 
     def _rows_of(self, lattice: Lattice) -> StageCostTable:
         if id(lattice) not in self._rows:
