@@ -407,12 +407,15 @@ class _IdealProgram:
         self._table = IdealTable(
             np.full(shape, inf), np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
         )
+        # Sets from which the rest can be placed: only they are worth a look as targets.
+        self._reached = np.zeros(len(rows.lattice), np.bool_)
         self._fastest = max(slot.speed for slot in layout.slots)
         self._host_share = self._work_on_hosts() if layout.hosts else 0.0
 
     def run(self) -> IdealTable:
         last = len(self._rows.lattice) - 1
         self._table.best[:, 0, last] = 0.0
+        self._reached[last] = True
         low, high = self._depth_ranges()
         for start in np.flatnonzero(low <= high)[::-1].tolist():
             if start == last:
@@ -456,7 +459,7 @@ class _IdealProgram:
         elif counts:
             for y in counts:
                 slot = self._layout.slots[y - 1]
-                row = self._rows.row(start, slot, self._limit)
+                row = self._rows.row(start, slot, self._limit, self._reached)
                 self._settle(start, y, row, slot)
         if self._layout.hosts:
             self._visit_host(start, range(low, high + 1))
@@ -469,6 +472,7 @@ class _IdealProgram:
         """All positions share seconds; only the microbatches in flight differ."""
         slot = self._layout.slots[counts[0] - 1]
         targets = self._rows.reach(start, slot, self._limit)
+        targets = targets[self._reached[targets]]
         if not targets.size:
             return
         base = self._rows.row_s(start, targets, slot)
@@ -484,7 +488,7 @@ class _IdealProgram:
 
     def _visit_host(self, start: int, counts: Sequence[int]) -> None:
         slot = Slot(-1, -1, host=True)
-        row = self._rows.row(start, slot, self._limit)
+        row = self._rows.row(start, slot, self._limit, self._reached)
         for hosts in range(1, self._layout.hosts + 1):
             for y in counts:
                 self._lower(start, (hosts, y), row, (hosts - 1, y), slot)
@@ -516,6 +520,7 @@ class _IdealProgram:
     def _store(
         self, here: tuple[int, int], start: int, cost: float, target: int, *, host: bool
     ) -> None:
+        self._reached[start] = True
         self._table.best[here][start] = cost
         self._table.choice[here][start] = target
         self._table.by_host[here][start] = host
