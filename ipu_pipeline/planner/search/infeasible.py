@@ -185,8 +185,8 @@ class _Explanation:
         if base.stage_devices or base.layers_per_ipu or machine.shared_memory:
             return None
         have = len(machine.devices)
-        for count in range(have + 1, min(len(self.graph.blocks) * (base.replicas or 1),
-                                         MOST_DEVICES) + 1):  # fmt: skip
+        most = min(base.max_stages or MOST_DEVICES, len(self.graph.blocks))
+        for count in range(have + 1, min(most * (base.replicas or 1), MOST_DEVICES) + 1):
             if monotonic() > self.deadline:
                 return None
             last = machine.devices[-1]
