@@ -22,9 +22,8 @@ from ipu_pipeline.backends.cluster.notes import Notes
 from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters
 from ipu_pipeline.backends.cluster.state import collect_weights
 from ipu_pipeline.checkpoint import Attach, Background
-from ipu_pipeline.checkpoint.new import NewCheckpoint, take_part
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
-from ipu_pipeline.checkpoint.parts import Part, write_part
+from ipu_pipeline.checkpoint.writer import CheckpointWriter, Shard, take_shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ class Saver:
                 before. Earlier checkpoints are untouched.
         """
         self.wait()
-        new: NewCheckpoint | None = None
+        new: CheckpointWriter | None = None
         error: Exception | None = None
         try:
             if self._rank == 0:
@@ -99,9 +98,9 @@ class Saver:
         """
         self._background.wait(self._notes.give_up_after_failure)
 
-    def _begin(self, path: str | Path, **content: Any) -> NewCheckpoint:
+    def _begin(self, path: str | Path, **content: Any) -> CheckpointWriter:
         own = self._own
-        return NewCheckpoint(
+        return CheckpointWriter(
             path,
             model=self._model,
             optimizer=None if own is None else own.optimizer,
@@ -110,7 +109,7 @@ class Saver:
         )
 
     def _settle(
-        self, new: NewCheckpoint | None, error: Exception | None
+        self, new: CheckpointWriter | None, error: Exception | None
     ) -> tuple[Path, frozenset[str]]:
         """Return the folder, and the parameters whose optimizer state this rank writes."""
         here = [] if self._own is None else self._own.names_with_state(self._model)
@@ -127,9 +126,9 @@ class Saver:
         ownership: Ownership | None,
         *,
         copy: bool,
-    ) -> tuple[Part, Sequence[int]]:
+    ) -> tuple[Shard, Sequence[int]]:
         """Return what this rank writes, and which ranks write anything."""
-        part = Part({})
+        part = Shard({})
         error: Exception | None = None
         try:
             part = self._part(states, ownership, copy=copy)
@@ -152,7 +151,7 @@ class Saver:
             )
         return self._gathered(part, ownership, copy=copy), [0]
 
-    def _part(self, states: frozenset[str], ownership: Ownership | None, *, copy: bool) -> Part:
+    def _part(self, states: frozenset[str], ownership: Ownership | None, *, copy: bool) -> Shard:
         layout = self._groups.layout
 
         def is_mine(tensor: Tensor) -> bool:
@@ -160,11 +159,11 @@ class Saver:
             return layout.replica == 0 and layout.position == owner
 
         optimizer = None if self._own is None else self._own.optimizer
-        return take_part(
+        return take_shard(
             self._model, optimizer, copy=copy, weights=is_mine, states=states.__contains__
         )
 
-    def _gathered(self, part: Part, ownership: Ownership | None, *, copy: bool) -> Part:
+    def _gathered(self, part: Shard, ownership: Ownership | None, *, copy: bool) -> Shard:
         """Return all parts in one on the first rank."""
         if ownership is not None:
             collect_weights(self._model, ownership, self._groups)
@@ -172,14 +171,14 @@ class Saver:
         found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
         self._groups.waiter.run(lambda: dist.gather_object(mine, found))
         if found is None:
-            return Part({})
-        whole = take_part(self._model, None, copy=copy)
+            return Shard({})
+        whole = take_shard(self._model, None, copy=copy)
         tensors = {name: tensor for state, _ in found for name, tensor in state.items()}
         values = {name: value for _, found_values in found for name, value in found_values.items()}
-        return Part({**whole.tensors, OPTIMIZER: tensors}, values)
+        return Shard({**whole.tensors, OPTIMIZER: tensors}, values)
 
     def _write(
-        self, new: NewCheckpoint | None, folder: Path, part: Part, writers: Sequence[int]
+        self, new: CheckpointWriter | None, folder: Path, part: Shard, writers: Sequence[int]
     ) -> None:
         try:
             error: Exception | None = None
@@ -187,7 +186,7 @@ class Saver:
             try:
                 if self._rank in writers:
                     index = writers.index(self._rank)
-                    written = write_part(folder, part, index, len(writers))
+                    written = write_shard(folder, part, index, len(writers))
             except Exception as problem:
                 error = problem
             found = self._notes.everyones((problem_of(error), written))
@@ -197,7 +196,7 @@ class Saver:
             _discard(new)
             raise
 
-    def _publish(self, new: NewCheckpoint | None, parts: Sequence[Any]) -> None:
+    def _publish(self, new: CheckpointWriter | None, parts: Sequence[Any]) -> None:
         error: Exception | None = None
         try:
             if new is not None:
@@ -208,7 +207,7 @@ class Saver:
         raise_alike(found, error)
 
 
-def _discard(new: NewCheckpoint | None) -> None:
+def _discard(new: CheckpointWriter | None) -> None:
     if new is not None:
         new.discard()
 
