@@ -22,7 +22,9 @@ def held_up(monkeypatch):
     """Nothing is written until the event is set."""
     go_on = threading.Event()
     write = checkpoint.writer.write_shard
-    monkeypatch.setattr(checkpoint.writer, "write_shard", lambda *args: go_on.wait(60) and write(*args))
+    monkeypatch.setattr(
+        checkpoint.writer, "write_shard", lambda *args: go_on.wait(60) and write(*args)
+    )
     yield go_on
     go_on.set()
 

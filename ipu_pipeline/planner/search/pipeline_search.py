@@ -285,6 +285,9 @@ def search(
     Raises:
         PartitionError: A constraint is wrong, or the time limit ended before any split was found.
     """
+    if costs.planning is not None:
+        best = costs.planning.search(machine, constraints)
+        return () if best is None else (best,)
     deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
     partitions: list[Partition] = []
     upper = lower = inf
