@@ -15,13 +15,7 @@ from ipu_pipeline.train.arguments import TrainingArguments
 def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """Return AdamW over the model's trainable parameters, each tied parameter once.
 
-    Two groups: weights that transformers decays, then biases and norms with no decay. It is a
-    ``torch.optim.AdamW`` that computes the same with a kernel of ours.
-
-    Args:
-        model: The unsplit model.
-        arguments: Learning rate, betas, epsilon, weight decay, stochastic rounding and its seed
-            are read.
+    Two groups: weights that transformers decays, then biases and norms with no decay.
 
     Raises:
         ValueError: No parameter is trainable, or none that is can be rounded stochastically.
@@ -68,13 +62,7 @@ def _check_low_precision(model: torch.nn.Module) -> None:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_training_steps: int
 ) -> LRScheduler:
-    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds.
-
-    Args:
-        optimizer: Its groups' learning rates are set.
-        arguments: Kind of schedule, warm-up and further arguments are read.
-        num_training_steps: Optimizer steps in all.
-    """
+    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds."""
     kwargs = cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
     return get_scheduler(
         arguments.lr_scheduler_type,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+
+from transformers.hf_argparser import HfArg
 
 from ipu_pipeline.errors import DatasetError
 from tasks.features import EncodedDataset, Setup, TextOptions
@@ -14,16 +15,16 @@ from tasks.samples import Rows, require
 PAIR_COLUMNS = ("sentence1", "sentence2")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SequenceClassificationOptions(TextOptions):
     """Where the texts and the class are."""
 
-    text_column_names: Annotated[
-        str | None,
-        "One or two columns, as in 'premise,hypothesis'; default: sentence1 and sentence2, else "
-        "the first one or two with text.",
-    ] = None
-    label_column_name: Annotated[str, "Column of the class."] = "label"
+    text_column_names: str | None = HfArg(
+        default=None,
+        help="One or two columns, as in 'premise,hypothesis'; default: sentence1 and sentence2, "
+        "else the first one or two with text.",
+    )
+    label_column_name: str = HfArg(default="label", help="Column of the class.")
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:
