@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser
 
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.train import TrainingArguments
-from ipu_pipeline.train.arguments import unread_by_the_loop
+from ipu_pipeline.train.arguments import option, unread_by_the_loop
 
 
 @dataclass(kw_only=True)
@@ -27,43 +27,47 @@ class CommonOptions(TrainingArguments):
 
     file_format: ClassVar[str] = "a data file"
 
-    model_name_or_path: str = HfArg(help="Hub name or local folder.")
-    output_dir: str = HfArg(help="Where checkpoints, predictions and results go.")
-    overwrite_output_dir: bool = HfArg(default=False, help="Train into a folder that is not empty.")
-    gradient_accumulation_steps: int | None = HfArg(
+    model_name_or_path: str = option(help="Hub name or local folder.")
+    output_dir: str = option(help="Where checkpoints, predictions and results go.")
+    overwrite_output_dir: bool = option(
+        default=False, help="Train into a folder that is not empty."
+    )
+    gradient_accumulation_steps: int | None = option(
         default=None,
         help="Microbatches per optimizer step; default: the IPU configuration's, or 1.",
     )
-    disable_tqdm: bool = HfArg(default=False, help="No progress bar and no lines of the loop.")
+    disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
     # ---- data
-    dataset_name: str | None = HfArg(default=None, help="Data set of the hub.")
-    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
-    train_file: Path | None = HfArg(default=None, help="File to train on.")
-    validation_file: Path | None = HfArg(default=None, help="File to evaluate on.")
-    max_train_samples: int | None = HfArg(default=None, help="Use only the first samples to train.")
-    max_eval_samples: int | None = HfArg(
+    dataset_name: str | None = option(default=None, help="Data set of the hub.")
+    dataset_config_name: str | None = option(default=None, help="Its configuration.")
+    train_file: Path | None = option(default=None, help="File to train on.")
+    validation_file: Path | None = option(default=None, help="File to evaluate on.")
+    max_train_samples: int | None = option(
+        default=None, help="Use only the first samples to train."
+    )
+    max_eval_samples: int | None = option(
         default=None, help="Use only the first samples to evaluate."
     )
-    eval_before_training: bool = HfArg(default=False, help="Evaluate before training as well.")
+    eval_before_training: bool = option(default=False, help="Evaluate before training as well.")
     # ---- where and how it runs
-    target: str = HfArg(
+    target: str = option(
         default_factory=partial(os.environ.get, "IPU_PIPELINE_TARGET", "local"),
         help="What runs the plan: local, distributed or poptorch.",
     )
-    schedule: str | None = HfArg(
+    schedule: str | None = option(
         default_factory=partial(os.environ.get, "IPU_PIPELINE_SCHEDULE"),
         help="1f1b, gpipe, ...; default: the plan's.",
     )
-    plan: str | None = HfArg(
+    plan: str | None = option(
         default_factory=partial(os.environ.get, "IPU_PIPELINE_PLAN"),
         help="Run this plan.json instead of planning.",
     )
-    ipu_config_name: str | None = HfArg(
+    ipu_config_name: str | None = option(
         default=None,
         help="Published name such as Graphcore/bert-base-ipu, or a local ipu_config.json.",
     )
-    ipu_config_overrides: str = HfArg(default="", help="Changes to it: a=1,b=[0.2 0.3],c=true.")
-    pod_type: str | None = HfArg(
+    ipu_config_overrides: str = option(default="", help="Changes to it: a=1,b=[0.2 0.3],c=true.")
+    pod_type: str | None = option(
         default=None, help="Such as pod16: chooses the number of replicas."
     )
 
@@ -73,11 +77,6 @@ class CommonOptions(TrainingArguments):
         for wrong, message in self._mistakes():
             if wrong:
                 raise ValueError(message)
-
-    @property
-    def folder(self) -> Path:
-        """Where checkpoints, predictions and results go."""
-        return Path(self.output_dir)
 
     @property
     def evaluates(self) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from script_options import CommonOptions
-from transformers.hf_argparser import HfArg
+
+from ipu_pipeline.train.arguments import option
 
 
 @dataclass(kw_only=True)
@@ -16,15 +17,15 @@ class Options(CommonOptions):
 
     file_format: ClassVar[str] = "SQuAD v1.1 JSON"
 
-    model_name_or_path: str = HfArg(help="Hub name, local folder, or 'minilm' (installed).")
-    dataset_name: str | None = HfArg(
+    model_name_or_path: str = option(help="Hub name, local folder, or 'minilm' (installed).")
+    dataset_name: str | None = option(
         default=None, help="SQuAD-like data set of the hub, such as squad."
     )
-    train_file: Path | None = HfArg(default=None, help="SQuAD v1.1 JSON file to train on.")
-    validation_file: Path | None = HfArg(default=None, help="SQuAD v1.1 JSON file to evaluate on.")
-    max_seq_length: int = HfArg(default=384, help="Tokens of a window: question and context.")
-    doc_stride: int = HfArg(default=128, help="Tokens by which windows of a long context overlap.")
-    n_best_size: int = HfArg(
+    train_file: Path | None = option(default=None, help="SQuAD v1.1 JSON file to train on.")
+    validation_file: Path | None = option(default=None, help="SQuAD v1.1 JSON file to evaluate on.")
+    max_seq_length: int = option(default=384, help="Tokens of a window: question and context.")
+    doc_stride: int = option(default=128, help="Tokens by which windows of a long context overlap.")
+    n_best_size: int = option(
         default=20, help="Answers kept per question in nbest_predictions.json."
     )
-    max_answer_length: int = HfArg(default=30, help="Longest answer, in tokens.")
+    max_answer_length: int = option(default=30, help="Longest answer, in tokens.")

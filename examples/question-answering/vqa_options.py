@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from script_options import CommonOptions
-from transformers.hf_argparser import HfArg
+
+from ipu_pipeline.train.arguments import option
 
 EASY_VQA = "easy-vqa"
 
@@ -18,20 +19,20 @@ class Options(CommonOptions):
 
     file_format: ClassVar[str] = "Parquet or JSON with region features"
 
-    model_name_or_path: str = HfArg(
+    model_name_or_path: str = option(
         help="LXMERT: hub name, local folder (with or without weights), or 'small' (new weights)."
     )
-    dataset_name: str | None = HfArg(
+    dataset_name: str | None = option(
         default=None, help="'easy-vqa' (installed), a hub name, or a folder that datasets saved."
     )
-    train_file: Path | None = HfArg(default=None, help="Parquet or JSON file to train on.")
-    validation_file: Path | None = HfArg(default=None, help="Parquet or JSON file to evaluate on.")
-    max_seq_length: int = HfArg(default=20, help="Tokens of a question.")
-    image_grid: int = HfArg(default=4, help="Regions along each side of an image of easy-vqa.")
-    replace_qa_head: bool = HfArg(
+    train_file: Path | None = option(default=None, help="Parquet or JSON file to train on.")
+    validation_file: Path | None = option(default=None, help="Parquet or JSON file to evaluate on.")
+    max_seq_length: int = option(default=20, help="Tokens of a question.")
+    image_grid: int = option(default=4, help="Regions along each side of an image of easy-vqa.")
+    replace_qa_head: bool = option(
         default=False, help="Give the model a new head for the data's answers."
     )
-    unsplit: bool = HfArg(
+    unsplit: bool = option(
         default=False, help="Train the unsplit model in a plain torch loop, to compare."
     )
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ipu_pipeline.train.arguments import TrainingArguments
 from ipu_pipeline.train.checkpoints import latest_checkpoint, list_checkpoints
-from ipu_pipeline.train.loop import TrainResult, train
+from ipu_pipeline.train.loop import train
 from ipu_pipeline.train.optimizers import build_optimizer, build_scheduler
+from ipu_pipeline.train.progress import TrainResult
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer

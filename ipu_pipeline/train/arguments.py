@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.hf_argparser import HfArg
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 logger = logging.getLogger(__name__)
+option: Any = HfArg  # the field of a dataclass that is an option of a command line
 
 READ_BY_THE_LOOP = frozenset(
     """
@@ -49,27 +51,29 @@ class TrainingArguments(transformers.TrainingArguments):
         ValueError: A value is out of its range, or two contradict each other.
     """
 
-    use_cpu: bool = HfArg(
+    use_cpu: bool = option(
         default=True, help="The stages of a plan choose their devices, not transformers."
     )
-    num_stages: int | None = HfArg(default=None, help="Pipeline stages; default: every device.")
-    machine: str | None = HfArg(default=None, help="Machine to plan for; default: local.")
-    plan: str | None = HfArg(default=None, help="Run this plan.json instead of planning.")
-    costs: str = HfArg(default="analytic", help="Prices of the blocks: analytic, or profiled here.")
-    replicas: int = HfArg(
+    num_stages: int | None = option(default=None, help="Pipeline stages; default: every device.")
+    machine: str | None = option(default=None, help="Machine to plan for; default: local.")
+    plan: str | None = option(default=None, help="Run this plan.json instead of planning.")
+    costs: str = option(
+        default="analytic", help="Prices of the blocks: analytic, or profiled here."
+    )
+    replicas: int = option(
         default=1, help="Copies of the pipeline that share the data; equals the plan's."
     )
-    warmup_ratio: float = HfArg(
+    warmup_ratio: float = option(
         default=0.0, help="Share of the steps that warm up; not with warmup_steps."
     )
-    loss_scaling: float = HfArg(default=1.0, help="Static factor of the loss; used with --fp16.")
-    stochastic_rounding: bool = HfArg(
+    loss_scaling: float = option(default=1.0, help="Static factor of the loss; used with --fp16.")
+    stochastic_rounding: bool = option(
         default=False, help="AdamW rounds weights of 16 bits at random, right on average."
     )
-    replicated_tensor_sharding: bool = HfArg(
+    replicated_tensor_sharding: bool = option(
         default=False, help="Divide optimizer state among the replicas (distributed target)."
     )
-    async_save: bool = HfArg(
+    async_save: bool = option(
         default=False,
         help="Write checkpoints while training goes on; costs host memory for a copy.",
     )
@@ -100,6 +104,11 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps} "
                 "contradict each other; set one of them"
             )
+
+    @property
+    def folder(self) -> Path:
+        """``output_dir``: where checkpoints and results go."""
+        return Path(str(self.output_dir))
 
     @property
     def samples_divisor(self) -> int:

@@ -100,7 +100,7 @@ class Checkpoints:
         """
         self._settle()
         step = progress.state.global_step
-        path = Path(self._arguments.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        path = self._arguments.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         saved = {"data": self._data, "scheduler": self._scheduler.state_dict()}
 
         def add_files(folder: Path) -> None:  # for people and tools: resuming does not read them
@@ -169,7 +169,7 @@ def agreed_resume_checkpoint(executable: Executable, arguments: TrainingArgument
     found, problem = None, ""
     try:
         if arguments.should_save:  # finish or undo replacements that were cut off
-            for item in Path(arguments.output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.previous"):
+            for item in arguments.folder.glob(f".{PREFIX_CHECKPOINT_DIR}-*.previous"):
                 name = item.name.removeprefix(".").removesuffix(".previous")
                 restore_previous(item.with_name(name))
         found = find_resume_checkpoint(arguments)
@@ -195,7 +195,7 @@ def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:
         return None
     if str(wanted).lower() not in ("auto", "latest", "true"):
         return Path(wanted)
-    latest = latest_checkpoint(arguments.output_dir)
+    latest = latest_checkpoint(arguments.folder)
     if latest is None and str(wanted).lower() != "auto":
         raise CheckpointError(
             f"resume_from_checkpoint is {wanted!r} and {arguments.output_dir} holds no complete "

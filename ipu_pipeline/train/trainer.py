@@ -95,7 +95,7 @@ class PipelineTrainer(Trainer):
             machine=machine or getattr(self.args, "machine", None) or "local",
             num_stages=num_stages or getattr(self.args, "num_stages", None),
             microbatches=self.args.gradient_accumulation_steps,
-            costs=costs or getattr(self.args, "costs", "analytic"),
+            costs=costs or str(getattr(self.args, "costs", "analytic")),
         )
 
     # ---- training -----------------------------------------------------------------------

@@ -258,7 +258,7 @@ def test_another_order_of_the_data_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError,
         match="cannot be continued batch for batch: batch_size was 4 and is 2, seed was 42 and "
-        "is 7; restore them, or load it with executable.load_checkpoint",
+        "is 7; restore them, or load it with exec",
     ):
         run(other)
 

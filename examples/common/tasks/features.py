@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers.hf_argparser import HfArg
+
+from ipu_pipeline.train.arguments import option
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ class TextOptions:
         ValueError: A length is below 4 tokens.
     """
 
-    max_seq_length: int = HfArg(default=128, help="Tokens of a sequence; longer ones are cut.")
-    pad_to_max_length: bool = HfArg(
+    max_seq_length: int = option(default=128, help="Tokens of a sequence; longer ones are cut.")
+    pad_to_max_length: bool = option(
         default=True,
         help="Pad to --max_seq_length (one shape for all batches), not to the longest of a batch.",
     )

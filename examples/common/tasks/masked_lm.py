@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from transformers.hf_argparser import HfArg
-
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.samples import TEXT_COLUMN, Rows, require
 
@@ -20,10 +19,10 @@ class MaskedTextOptions(TextOptions):
         ValueError: The share is not within 0 and 1.
     """
 
-    text_column_name: str | None = HfArg(
+    text_column_name: str | None = option(
         default=None, help="Column of the text; default: text, else the first column."
     )
-    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to guess.")
+    mlm_probability: float = option(default=0.15, help="Share of the tokens to guess.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +36,7 @@ class MaskedTextOptions(TextOptions):
 class MaskedLMOptions(MaskedTextOptions):
     """How the text is cut into sequences."""
 
-    line_by_line: bool = HfArg(
+    line_by_line: bool = option(
         default=False,
         help="Every line is a sequence; else the text is cut every --max_seq_length tokens.",
     )

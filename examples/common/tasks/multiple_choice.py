@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
 
-from transformers.hf_argparser import HfArg
-
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.samples import Row, Rows, require
 
@@ -23,7 +22,7 @@ CONTEXT, START, ENDING = "sent1", "sent2", "ending"
 class MultipleChoiceOptions(TextOptions):
     """Where the number of the right ending is."""
 
-    label_column_name: str = HfArg(
+    label_column_name: str = option(
         default="label", help="Column of the right ending's number, from 0 on."
     )
 

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from transformers.hf_argparser import HfArg
-
 from ipu_pipeline.capture.example_batch import SENTENCE_ORDER_LABEL
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup
 from tasks.masked_lm import MaskedTextOptions, text_column
 from tasks.samples import Rows, require
@@ -34,7 +33,7 @@ class PretrainingOptions(MaskedTextOptions):
         ValueError: A share is not within 0 and 1.
     """
 
-    nsp_probability: float = HfArg(
+    nsp_probability: float = option(
         default=0.5, help="Share of the pairs that do not follow each other."
     )
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArg
-
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
 from tasks.samples import Rows, require
@@ -19,12 +18,12 @@ PAIR_COLUMNS = ("sentence1", "sentence2")
 class SequenceClassificationOptions(TextOptions):
     """Where the texts and the class are."""
 
-    text_column_names: str | None = HfArg(
+    text_column_names: str | None = option(
         default=None,
         help="One or two columns, as in 'premise,hypothesis'; default: sentence1 and sentence2, "
         "else the first one or two with text.",
     )
-    label_column_name: str = HfArg(default="label", help="Column of the class.")
+    label_column_name: str = option(default="label", help="Column of the class.")
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from transformers.hf_argparser import HfArg
-
 from ipu_pipeline.capture.example_batch import IGNORED_LABEL
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
 from tasks.samples import Row, Rows, require
@@ -20,10 +19,10 @@ DEFAULT_COLUMNS = ("tokens", "ner_tags")
 class TokenClassificationOptions(TextOptions):
     """Where the words and their classes are."""
 
-    text_column_name: str | None = HfArg(
+    text_column_name: str | None = option(
         default=None, help="Column of the words; default: tokens, else the first column."
     )
-    label_column_name: str | None = HfArg(
+    label_column_name: str | None = option(
         default=None, help="Column of the classes; default: ner_tags, else the second column."
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import faults, saving
 from ipu_pipeline.errors import StageError
