@@ -68,7 +68,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     loss_scaling: float = option(default=1.0, help="Static factor of the loss; used with --fp16.")
     stochastic_rounding: bool = option(
-        default=False, help="AdamW rounds weights of 16 bits at random, right on average."
+        default=False, help="AdamW rounds bfloat16 weights at random, right on average."
     )
     replicated_tensor_sharding: bool = option(
         default=False, help="Divide optimizer state among the replicas (distributed target)."

@@ -19,7 +19,7 @@ _OTHER_RUNTIMES = {
     "fp16": "transformers has no fp16 on CPUs; use bf16=True",
     "async_save": "transformers writes the checkpoints, and training waits for them",
     "stochastic_rounding": "transformers makes the optimizer; pass "
-    "optimizers=(ipu_pipeline.ops.adamw.AdamW(..., stochastic_rounding=True), None)",
+    "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
     "replicated_tensor_sharding": "there is one copy of the pipeline",
 }
 # They change weights inside the backward pass, where stages run at the same time.
