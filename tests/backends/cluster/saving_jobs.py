@@ -18,7 +18,8 @@ import torch.distributed as dist
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import checkpoints, watchdog
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.train import TrainingArguments, build_optimizer, checkpoints, train
+from ipu_pipeline.train import TrainingArguments, build_optimizer, train
+from ipu_pipeline.train import checkpoints as training_checkpoints
 from tests.backends.cluster.jobs import compiled
 from tests.train.eager_executable import Questions, tiny_bert
 
@@ -213,8 +214,8 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
         self_check=False,
     )
     blind = target == "distributed" and dist.get_rank() > 0
-    find = checkpoints.find_resume_checkpoint
-    checkpoints.find_resume_checkpoint = (lambda _: None) if blind else find
+    find = training_checkpoints.find_resume_checkpoint
+    training_checkpoints.find_resume_checkpoint = (lambda _: None) if blind else find
 
     def stop(state: Any, _: Any) -> None:
         if state.global_step == stop_at:
@@ -226,6 +227,6 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
     except Stopped:
         return None
     finally:
-        checkpoints.find_resume_checkpoint = find
+        training_checkpoints.find_resume_checkpoint = find
     logs = [log["loss"] for log in result.log_history if "loss" in log]
     return logs, result.training_loss
