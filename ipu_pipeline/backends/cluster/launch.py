@@ -116,8 +116,8 @@ def make_spec(
     """Return what is to be started.
 
     Args:
-        plan: What is to run.
-        plan_path: Its absolute path.
+        plan: What is to run, from the absolute ``plan_path``.
+        plan_path: Told to the script.
         program: From :func:`check_program`.
         request: What the user asked for.
         room: Processes that this machine has GPUs or cores for; only with ``request.here``.
