@@ -43,7 +43,7 @@ from ipu_pipeline.capture.meta import TensorMeta, own_tensors, own_values
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.region import Region, RegionCall
 from ipu_pipeline.capture.storage import StorageHistory, Versions, storage_key
-from ipu_pipeline.capture.tracing_patches import patched_calls
+from ipu_pipeline.capture.patches import patched_calls
 from ipu_pipeline.capture.values import Values
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.capture.tracing_patches import capture_surroundings
+from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.ir.graph import BlockGraph
 from tests.capture.toys import Layer, batch, toy
 from tests.tiny_models import TINY
@@ -53,7 +53,7 @@ def test_lxmert_base() -> None:
 def test_totals_are_those_of_torchs_counter(name: str) -> None:
     model, inputs = TINY[name].build(device="meta")
     graph = capture(model, inputs).graph
-    with FlopCounterMode(display=False) as counter, capture_surroundings(model):
+    with FlopCounterMode(display=False) as counter, tracing_patches(model):
         loss = model(**inputs).loss
     # Only blocks that the loss needs are counted; none of these models computes others.
     assert sum(block.forward_flops for block in graph.blocks) == counter.get_total_flops()

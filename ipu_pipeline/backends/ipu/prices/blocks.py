@@ -8,6 +8,7 @@ from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Ca
 from ipu_pipeline.backends.ipu.prices.chip import Chip
 from ipu_pipeline.backends.ipu.prices.operations import Pricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.planner.options.tables import table_rows
 
@@ -45,10 +46,10 @@ def block_time(
         factor: Slices of its large table, lookup or projection; 1 is whole.
     """
     rows = block_table_rows(graph, block) if factor > 1 else 0
-    forward = sum(op.count * pricer.cycles(op, rows, factor) for op in block.forward_ops)
+    forward = sum(op.count * pricer.cycles(op, rows, factor) for op in unfused(block.forward_ops))
     backward = 0.0
     if settings.training:
-        backward = sum(op.count * pricer.cycles(op, rows, factor) for op in block.backward_ops)
+        backward = sum(op.count * pricer.cycles(op, rows, factor) for op in unfused(block.backward_ops))
         backward += accumulation_cycles(graph, block, pricer, settings)
     seconds = 1.0 / pricer.chip.clock_hz
     if settings.front_end != "popart":

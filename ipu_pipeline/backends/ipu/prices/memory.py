@@ -32,6 +32,7 @@ from ipu_pipeline.backends.ipu.prices.layout import Layout, held_elements, stage
 from ipu_pipeline.backends.ipu.prices.operations import Pricer, products, result_bytes, sliced
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
+from ipu_pipeline.ir.attention import unfused, unfused_saved_bytes
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
 
 # BERT-large inference on two IPUs: the fullest tile holds 336,670 and 291,170 bytes where the
@@ -150,7 +151,8 @@ def _streamed_bytes(settings: IPUSettings) -> float:
 
 def code_bytes(blocks: Sequence[Block], *, training: bool) -> int:
     """Bytes of code, vertex state, exchange and control of ``blocks`` on one IPU."""
-    count = sum(op.count for block in blocks for op in block.forward_ops if op.kind == "matmul")
+    operations = (op for block in blocks for op in unfused(block.forward_ops))
+    count = sum(op.count for op in operations if op.kind == "matmul")
     base = CODE_BYTES_TRAINING if training else CODE_BYTES_INFERENCE
     return int(base + count * CODE_BYTES_PER_PRODUCT)
 
@@ -216,10 +218,11 @@ def saved_bytes(block: Block, settings: IPUSettings) -> int:
     """
     masks = sum(
         op.count * DTYPE_BYTES.get(op.dtype, 4) * prod(op.shapes[0])
-        for op in block.forward_ops
+        for op in unfused(block.forward_ops)
         if op.kind == "random" and op.shapes
     )
-    return int(max(0, block.saved_bytes - masks) * settings.element_bytes // 4)
+    saved = block.saved_bytes + unfused_saved_bytes(block.forward_ops)
+    return int(max(0, saved - masks) * settings.element_bytes // 4)
 
 
 def _live_bytes(context: _Context, stage: int) -> int:
@@ -249,7 +252,9 @@ def working_bytes(
         pricer: Plans matrix products.
         settings: Mode of the run.
     """
-    operations = [*block.forward_ops, *(block.backward_ops if settings.training else ())]
+    operations = [*unfused(block.forward_ops)]
+    if settings.training:
+        operations += unfused(block.backward_ops)
     return int(max((_one_bytes(op, pricer, rows, factor) for op in operations), default=0.0))
 
 
