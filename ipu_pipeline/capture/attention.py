@@ -59,7 +59,7 @@ class CountedAttention(TorchFunctionMode):
         function = self._attend if func is SDPA else func
         return function(*args, **(kwargs or {}))
 
-    def _attend(  # noqa: PLR0913 (torch's signature)
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,

@@ -16,9 +16,9 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.flops import countable
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.patches import preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.trace import Trace, trace
-from ipu_pipeline.capture.patches import tracing_patches, preserved_state
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity

@@ -84,7 +84,7 @@ def _parts(op: OpRecord) -> tuple[OpRecord, ...]:
 
 
 def _forward(op: OpRecord) -> Iterator[OpRecord]:
-    """torch's ``_scaled_dot_product_attention_math``: both factors scaled, products, softmax."""
+    """Torch's ``_scaled_dot_product_attention_math``: both factors scaled, products, softmax."""
     query, key, value, mask = _tensors(op)
     leading, length, keys = query[:-2], query[-2], key[-2]
     turned, given = (*leading, query[-1], keys), (*leading, keys, value[-1])
@@ -109,7 +109,7 @@ def _forward(op: OpRecord) -> Iterator[OpRecord]:
 def _backward(op: OpRecord) -> Iterator[OpRecord]:
     query, key, value, mask = _tensors(op)
     leading, length, keys = query[:-2], query[-2], key[-2]
-    turned, given = (*leading, query[-1], keys), (*leading, keys, value[-1])
+    turned = (*leading, query[-1], keys)
     weights, out = (*leading, length, keys), (*leading, length, value[-1])
     if prod(leading[:-1]) > 1:
         yield _record(op, "clone", "copy", (out,), out)

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.local.batch import Microbatch, batch_size, cut_batches, split_batch
-from ipu_pipeline.backends.local.captures import StageCache
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.backends.local.step import Step
 from ipu_pipeline.checkpoint import (
@@ -26,10 +24,11 @@ from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules.build import build_schedule
 from ipu_pipeline.planner.schedules.gpipe import forward_only
+from ipu_pipeline.stages.batch import Microbatch, batch_size, cut_batches, split_batch
+from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
-from ipu_pipeline.stages.mode import in_mode
-from ipu_pipeline.stages.optimize import apply_update
-from ipu_pipeline.stages.recompute import recomputed_blocks
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.training import apply_update, in_mode
 
 
 class LocalExecutable:
@@ -177,7 +176,7 @@ class LocalExecutable:
             background=None if blocking else self._background,
         )
 
-    def from_first_rank(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return ``value``: this process is the only one."""
         return value
 

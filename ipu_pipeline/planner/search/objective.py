@@ -37,28 +37,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 
 ScheduleName = Literal["1f1b", "gpipe", "popart", "maxload"]
 SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe", "popart", "maxload")
 
 
 @dataclass(frozen=True)
-class Row:
+class PacedTerm:
     """One ``weight * busiest device`` term.
 
     Attributes:
         weight: How often it is paid.
         forward: 1 for every stage whose forward pass it counts.
         backward: 1 for every stage whose backward pass it counts.
+        extra: Position in ``Price.extra_s`` of the seconds that it counts instead; -1 for none.
+        resources: What each stage loads in this row, such as a link or a board; stages with equal
+            numbers add up. ``None``: the stage's device.
     """
 
-    weight: int
+    weight: float
     forward: tuple[int, ...]
     backward: tuple[int, ...]
+    extra: int = -1
+    resources: tuple[int, ...] | None = None
 
-    def load_s(self, stage: int, price: Price) -> float:
+    def load_s(self, stage: int, price: StagePrice) -> float:
         """Seconds that ``stage`` at ``price`` adds to its device in this row."""
+        if self.extra >= 0:
+            return price.extra_s[self.extra]
         return (
             self.forward[stage] * price.forward_load_s
             + self.backward[stage] * price.backward_load_s
@@ -73,24 +80,27 @@ class Objective:
         rows: Terms paced by the busiest device.
         sum_weight: Factor of the sum over all stages.
         num_stages: Stages it is made for.
+        fixed_s: Seconds per step that no split changes.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PacedTerm, ...]
     sum_weight: int
     num_stages: int
+    fixed_s: float = 0.0
 
     @property
     def splits_passes(self) -> bool:
         """Whether forward and backward are weighted differently somewhere."""
         return any(row.forward != row.backward for row in self.rows)
 
-    def seconds(self, devices: Sequence[int], prices: Sequence[Price]) -> float:
+    def seconds(self, devices: Sequence[int], prices: Sequence[StagePrice]) -> float:
         """Return the step time of stages with ``prices`` on ``devices``."""
-        total = self.sum_weight * sum(price.load_s for price in prices)
+        total = self.fixed_s + self.sum_weight * sum(price.load_s for price in prices)
         for row in self.rows:
             loads: Counter[int] = Counter()
-            for stage, (device, price) in enumerate(zip(devices, prices, strict=True)):
-                loads[device] += row.load_s(stage, price)  # type: ignore[assignment]
+            resources = row.resources or devices
+            for stage, (resource, price) in enumerate(zip(resources, prices, strict=True)):
+                loads[resource] += row.load_s(stage, price)  # type: ignore[assignment]
             total += row.weight * max(loads.values())
         outer: Counter[int] = Counter()
         for device, price in zip(devices, prices, strict=True):
@@ -115,12 +125,14 @@ def make_objective(
     ones = (1,) * num_stages
     zeros = (0,) * num_stages
     if schedule == "maxload":
-        return Objective((Row(1, ones, ones),), 0, num_stages)
+        return Objective((PacedTerm(1, ones, ones),), 0, num_stages)
     if schedule == "1f1b":
-        return Objective((Row(num_microbatches - 1, ones, ones),), 1, num_stages)
+        return Objective((PacedTerm(num_microbatches - 1, ones, ones),), 1, num_stages)
     if schedule == "gpipe":
         repeats = num_microbatches - 1
-        return Objective((Row(repeats, ones, zeros), Row(repeats, zeros, ones)), 1, num_stages)
+        return Objective(
+            (PacedTerm(repeats, ones, zeros), PacedTerm(repeats, zeros, ones)), 1, num_stages
+        )
     return _popart(num_stages, num_microbatches, training=training)
 
 
@@ -161,7 +173,9 @@ def _popart(num_stages: int, num_microbatches: int, *, training: bool) -> Object
     terms[_active(num_stages, total, 0, total - 1, training=training)] += (
         num_microbatches - total + 1
     )
-    rows = tuple(Row(weight, forward, backward) for (forward, backward), weight in terms.items())
+    rows = tuple(
+        PacedTerm(weight, forward, backward) for (forward, backward), weight in terms.items()
+    )
     return Objective(rows, 0, num_stages)
 
 

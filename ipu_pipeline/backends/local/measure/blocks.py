@@ -16,14 +16,14 @@ from torch.fx import GraphModule
 from ipu_pipeline.backends.local.measure.cache import load_measurements, store_measurements
 from ipu_pipeline.backends.local.measure.concurrent import on_threads
 from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.signature import program_signature
-from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
-from ipu_pipeline.planner.options.profiled import MeasuredTimes
+from ipu_pipeline.planner.options.cost_models import MeasuredTimes
 
 # All blocks are visited so often: what slows the machine for a second then falls on one visit.
 VISITS = 3

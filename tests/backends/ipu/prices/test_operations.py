@@ -8,17 +8,18 @@ from ipu_pipeline.backends.ipu.prices import chip_named
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.matmul import Product
 from ipu_pipeline.backends.ipu.prices.operations import (
-    Pricer,
+    OperationPricer,
     lookup_size,
     products,
     result_bytes,
     sliced,
 )
+from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import OpRecord
 from tests.backends.ipu.prices.ipu_graphs import product, vector
 
 CONSTANTS = Calibration(vector_bytes_per_cycle=2.0, launch_cycles=100.0, exchange_share=0.5)
-PRICER = Pricer(chip_named("ipu-gc200"), "16.16", 0.2, CONSTANTS)
+PRICER = OperationPricer(chip_named("ipu-gc200"), "16.16", 0.2, CONSTANTS)
 TILES = 1472
 
 
@@ -33,7 +34,7 @@ def test_elementwise_by_hand() -> None:
 
 
 def test_float32_moves_twice_the_bytes() -> None:
-    wide = Pricer(PRICER.chip, "32.32", 0.2, CONSTANTS)
+    wide = OperationPricer(PRICER.chip, "32.32", 0.2, CONSTANTS)
     op = vector(1472, 64)
     assert wide.cycles(op) - 100 == 2 * (PRICER.cycles(op) - 100)
 
@@ -84,11 +85,14 @@ def test_a_depthwise_convolution_has_a_group_per_channel() -> None:
     assert products(conv) == (Product(96, 4 * 28 * 28, 49, 1),)
 
 
-def test_fused_attention_is_two_products() -> None:
+def test_fused_attention_is_two_products_forward_and_four_backward() -> None:
     heads = (2, 12, 128, 64)
-    fused = _op("_scaled_dot_product_flash_attention_for_cpu", "matmul", heads, heads, heads,
-                flops=1)  # fmt: skip
-    assert products(fused) == (Product(24, 128, 64, 128), Product(24, 128, 128, 64))
+    fused = _op("scaled_dot_product_attention", "matmul", heads, heads, heads, flops=1)
+    scores, values = Product(24, 128, 64, 128), Product(24, 128, 128, 64)
+    parts = [part for part in unfused((fused,)) if part.kind == "matmul"]
+    assert [product for part in parts for product in products(part)] == [scores, values]
+    back = _op("scaled_dot_product_attention_backward", "matmul", *[heads] * 4, flops=1)
+    assert sum(part.kind == "matmul" for part in unfused((back,))) == 4
 
 
 def test_unknown_products_keep_their_flops() -> None:

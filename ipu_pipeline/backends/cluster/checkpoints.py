@@ -1,0 +1,255 @@
+"""One checkpoint from ranks that each write what they own, and loading one on every rank.
+
+The first rank makes a hidden folder, every rank writes its files into it, and when all of them
+are on the disk the first rank writes the manifest and renames the folder. A failure on any rank
+leaves earlier checkpoints as they are and is raised by all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.cluster.consistency import problem_of, raise_alike, raise_together
+from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
+from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, restore_previous
+from ipu_pipeline.checkpoint.new import NewCheckpoint, take_part
+from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.parts import Part, write_part
+
+logger = logging.getLogger(__name__)
+
+# A network file system may show a new folder to other machines a little later.
+SEEN_S = 5.0
+T = TypeVar("T")
+
+
+def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> None:
+    """Fill the model of every rank with the weights and buffers of those who train them."""
+    distinct = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    for tensor in distinct.values():
+        groups.from_position(tensor, ownership.owner(tensor))
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one executable, one at a time.
+
+    Args:
+        model: The whole model.
+        own: The optimizer, if there is one.
+        groups: The processes.
+        background: All-gathers of the thread that writes while training goes on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: OwnParameters | None,
+        groups: Groups,
+        background: StoreGather,
+    ) -> None:
+        self._model = model
+        self._own = own
+        self._optimizer = None if own is None else own.optimizer
+        self._groups = groups
+        self._ranks = groups.ranks
+        self._writers = background
+        self._rank = groups.ranks.rank
+        self._background = Background()
+        self._not_shared: set[Path] = set()
+
+    def load(self, path: str | Path, ownership: Ownership | None) -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint on every rank; each keeps the optimizer state of its own parameters.
+
+        Returns:
+            Steps tried when it was written, and its ``extra``.
+
+        Raises:
+            CheckpointError: On any rank: damaged, incomplete, newer, or of another model.
+        """
+        self.wait()
+        # A replacement that was cut off is finished by one rank before any reads.
+        _, error = _tried(lambda: restore_previous(Path(path)) if self._rank == 0 else None)
+        raise_together(self._ranks, error)
+        if self._own is not None:
+            self._own.restore()
+        info, error = _tried(
+            lambda: read_checkpoint(
+                path, model=self._model, optimizer=self._optimizer, repair=False
+            )
+        )
+        if self._own is not None and ownership is not None:
+            self._own.keep(ownership)
+        raise_together(self._ranks, error)
+        assert info is not None
+        return info.global_step, info.extra
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        ownership: Ownership | None,
+        global_step: int,
+        extra: Mapping[str, Any] | None,
+        attach: Attach | None,
+        blocking: bool,
+    ) -> Path:
+        """Write a checkpoint, or begin to. Every rank calls this.
+
+        Raises:
+            CheckpointError: Something cannot be written as safetensors or JSON.
+            OSError: The disk is full, or not writable; for this checkpoint or for the one
+                before. Earlier checkpoints are untouched.
+        """
+        self.wait()
+        new, error = _tried(
+            lambda: (
+                NewCheckpoint(
+                    path,
+                    model=self._model,
+                    optimizer=self._optimizer,
+                    groups=None if self._own is None else self._own.groups(),
+                    global_step=global_step,
+                    extra=extra,
+                    attach=attach,
+                )
+                if self._rank == 0
+                else None
+            )
+        )
+        try:
+            folder, states = self._settle(new, error)
+            part, writers = self._take(folder, states, ownership, copy=not blocking)
+        except BaseException:
+            _discard(new)
+            raise
+        if blocking:
+            self._write(new, folder, part, writers)
+        else:
+            self._background.start(lambda: self._write(new, folder, part, writers))
+        return Path(path)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            CheckpointError, OSError: It was not; the same on every rank, once.
+            GivenUp: Some rank has failed.
+        """
+        self._background.wait(self._groups.waiter.give_up_after_failure)
+
+    def _settle(
+        self, new: NewCheckpoint | None, error: Exception | None
+    ) -> tuple[Path, frozenset[str]]:
+        """Return the folder, and the parameters whose optimizer state this rank writes."""
+        here = [] if self._own is None else self._own.names_with_state(self._model)
+        folder = None if new is None else new.folder
+        found = self._ranks.gather((problem_of(error), folder, here))
+        raise_alike([problem for problem, _, _ in found], error)
+        before = {name for _, _, names in found[: self._rank] for name in names}
+        return found[0][1], frozenset(here) - before
+
+    def _take(
+        self,
+        folder: Path,
+        states: frozenset[str],
+        ownership: Ownership | None,
+        *,
+        copy: bool,
+    ) -> tuple[Part, Sequence[int]]:
+        """Return what this rank writes, and which ranks write anything."""
+        layout = self._groups.layout
+
+        def is_mine(tensor: Tensor) -> bool:
+            owner = 0 if ownership is None else ownership.owner(tensor)
+            return layout.replica == 0 and layout.position == owner
+
+        part, error = _tried(
+            lambda: take_part(
+                self._model,
+                self._optimizer,
+                copy=copy,
+                weights=is_mine,
+                states=states.__contains__,
+            )
+        )
+        part = part or Part({})
+        seen = folder.parent not in self._not_shared and _appears(folder)
+        found = self._ranks.gather((problem_of(error), seen, part.is_empty))
+        raise_alike([problem for problem, _, _ in found], error)
+        blind = [rank for rank, (_, seen, _) in enumerate(found) if not seen]
+        if not blind:
+            return part, [rank for rank, (_, _, empty) in enumerate(found) if not empty] or [0]
+        if folder.parent not in self._not_shared:
+            self._not_shared.add(folder.parent)
+            logger.warning(
+                "ranks %s do not see the folder of rank 0 (%s), so rank 0 gathers the whole model "
+                "and writes it; use a file system that all machines share, or copy a checkpoint "
+                "to every machine before it is loaded",
+                blind,
+                folder.parent,
+            )
+        return self._gathered(part, ownership, copy=copy), [0]
+
+    def _gathered(self, part: Part, ownership: Ownership | None, *, copy: bool) -> Part:
+        """Return all parts in one on the first rank."""
+        if ownership is not None:
+            collect_weights(self._model, ownership, self._groups)
+        mine = (part.tensors.get(OPTIMIZER, {}), part.values)
+        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
+        self._groups.waiter.run(lambda: dist.gather_object(mine, found))
+        if found is None:
+            return Part({})
+        whole = take_part(self._model, None, copy=copy)
+        tensors = {name: tensor for state, _ in found for name, tensor in state.items()}
+        values = {name: value for _, found_values in found for name, value in found_values.items()}
+        return Part({**whole.tensors, OPTIMIZER: tensors}, values)
+
+    def _write(
+        self, new: NewCheckpoint | None, folder: Path, part: Part, writers: Sequence[int]
+    ) -> None:
+        def own_files() -> Any:
+            if self._rank not in writers:
+                return None
+            return write_part(folder, part, writers.index(self._rank), len(writers))
+
+        try:
+            written, error = _tried(own_files)
+            found = self._writers.gather((problem_of(error), written))
+            raise_alike([problem for problem, _ in found], error)
+            parts = [files for _, files in found if files is not None]
+            _, error = _tried(lambda: None if new is None else new.finish(parts))
+            raise_together(self._writers, error)
+        except BaseException:
+            _discard(new)
+            raise
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return what ``function`` returns, or the error that the other ranks are to be told of."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _discard(new: NewCheckpoint | None) -> None:
+    if new is not None:
+        new.discard()
+
+
+def _appears(folder: Path) -> bool:
+    deadline = time.monotonic() + SEEN_S
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

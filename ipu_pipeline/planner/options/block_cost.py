@@ -1,0 +1,160 @@
+"""What a cost model gives to the solver: for every block its possible ways to run, priced.
+
+What weights cost in memory while training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.machine import Machine
+
+if TYPE_CHECKING:
+    from ipu_pipeline.errors import PartitionError
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.search.constraints import Constraints
+    from ipu_pipeline.planner.search.result import Partition
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """One way to run a block. Times and bytes are for ONE microbatch.
+
+    Attributes:
+        forward_s: Seconds of the forward pass.
+        backward_s: Seconds of the backward pass, including a recomputed forward.
+        stash_bytes: Bytes kept for each microbatch in flight, besides the tensors that enter the
+            block's stage (those are counted once for the stage).
+        workspace_bytes: Bytes needed only while the block runs.
+        recompute: Whether the forward pass is run again in the backward pass.
+        serialize_factor: In how many slices its table lookup or projection runs; 1 is whole.
+    """
+
+    forward_s: float
+    backward_s: float
+    stash_bytes: int = 0
+    workspace_bytes: int = 0
+    recompute: bool = False
+    serialize_factor: int = 1
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of forward and backward together."""
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """The price of one block on the machine's first device.
+
+    Attributes:
+        choices: At least one way to run it; the first is the plain one.
+        weight_bytes: Parameters by first name: bytes of weights, gradients and optimizer state
+            that a device holds when it runs this block. A parameter shared by several blocks of
+            one device is held once, which is why this is a map.
+    """
+
+    choices: tuple[BlockChoice, ...]
+    weight_bytes: Mapping[str, int]
+
+    @property
+    def plain(self) -> BlockChoice:
+        """The way without recomputation and serialization."""
+        return self.choices[0]
+
+
+class StagePlanning(Protocol):
+    """Searches and prices the pipelines of one graph by the backend's own stage prices."""
+
+    def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
+        """Return the best split with a proven bound; ``None`` when nothing fits."""
+        ...
+
+    def evaluate(
+        self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
+    ) -> Partition:
+        """Price the given blocks of every stage."""
+        ...
+
+    def evaluate_plan(self, plan: Plan) -> Partition:
+        """Price a plan exactly as it is."""
+        ...
+
+    def explain(self, machine: Machine, constraints: Constraints) -> PartitionError:
+        """Return the error that says why nothing fits, and what would."""
+        ...
+
+
+@dataclass(frozen=True)
+class GraphCosts:
+    """Prices of every block of a graph on one machine.
+
+    Attributes:
+        blocks: By block name.
+        source: ``analytic`` or ``profiled``: where the numbers come from.
+        device_speed: Relative speed of each device of the machine (1.0 is the first device):
+            a block on device d takes ``time / device_speed[d]``.
+        together: Groups of blocks that were priced as one: the first carries the bytes of all of
+            them, so they must be in one stage.
+        frees_in_order: A block's stash goes as soon as it has run backward, so the workspace of
+            an early block never meets the stash of later ones.
+        planning: Prices whole stages, where blocks do not add up to them; it then takes the place
+            of the search over block options.
+    """
+
+    blocks: Mapping[str, BlockCost]
+    source: str
+    device_speed: tuple[float, ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
+    frees_in_order: bool = False
+    planning: StagePlanning | None = None
+
+    def speed(self, device: int) -> float:
+        """Relative speed of ``device``; 1.0 where nothing else was said."""
+        return self.device_speed[device] if device < len(self.device_speed) else 1.0
+
+
+class CostModel(Protocol):
+    """Prices the blocks of a graph on a machine."""
+
+    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
+        """Return the price of every block of ``graph`` on ``machine``."""
+        ...
+
+
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes that a trainable parameter costs besides its weight.
+
+    Attributes:
+        gradient_bytes: Bytes per element of the accumulated gradient; ``None``: as the weight.
+        state_bytes: Bytes per element of optimizer state (AdamW in float32: 8).
+    """
+
+    gradient_bytes: float | None = None
+    state_bytes: float = 8.0
+
+
+def weight_bytes(graph: BlockGraph, block: Block, memory: OptimizerMemory) -> Mapping[str, int]:
+    """Return bytes of weight, gradient and optimizer state by parameter, for one block."""
+    result = {}
+    for fqn in block.parameters:
+        parameter = graph.parameter_by_fqn[fqn]
+        total = float(parameter.num_bytes)
+        if parameter.trainable and graph.training:
+            own = parameter.num_bytes / max(parameter.numel, 1)
+            per_element = memory.gradient_bytes if memory.gradient_bytes is not None else own
+            total += parameter.numel * (per_element + memory.state_bytes)
+        result[fqn] = int(total)
+    return result
+
+
+def gradient_bytes(graph: BlockGraph, block: Block) -> int:
+    """Return the bytes of the gradients that one microbatch of ``block`` adds to those before."""
+    if not graph.training:
+        return 0
+    parameters = (graph.parameter_by_fqn[fqn] for fqn in block.parameters)
+    return sum(parameter.num_bytes for parameter in parameters if parameter.trainable)

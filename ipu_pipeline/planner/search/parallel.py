@@ -1,0 +1,138 @@
+"""Which pipelines to try: replicas, microbatches of each, and the device of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.search.constraints import Constraints
+from ipu_pipeline.planner.search.objective import least_microbatches
+
+
+@dataclass(frozen=True)
+class ParallelConfiguration:
+    """One pipeline to try.
+
+    Attributes:
+        replicas: Copies of the pipeline.
+        num_microbatches: Microbatches per optimizer step of each copy.
+        stage_devices: Device of every stage.
+    """
+
+    replicas: int
+    num_microbatches: int
+    stage_devices: tuple[int, ...]
+
+    @property
+    def own_devices(self) -> bool:
+        """Whether no two stages share a device."""
+        return len(set(self.stage_devices)) == len(self.stage_devices)
+
+
+def parallel_configurations(
+    graph: BlockGraph, machine: Machine, constraints: Constraints
+) -> list[ParallelConfiguration]:
+    """Return the pipelines to try.
+
+    Raises:
+        PartitionError: The numbers of stages, devices, blocks and microbatches leave none.
+    """
+    available = min(constraints.max_devices or len(machine.devices), len(machine.devices))
+    _check_depth(graph, constraints, available)
+    found, short = [], 0
+    for replicas in _replica_counts(constraints, available):
+        total = constraints.total_microbatches
+        microbatches = constraints.num_microbatches if total is None else total // replicas
+        for devices in _pipelines(graph, constraints, available // replicas):
+            needed = least_microbatches(constraints.schedule, len(devices), training=graph.training)
+            if needed > microbatches:
+                short = max(short, needed)
+            elif len(devices) <= len(graph.blocks):
+                found.append(ParallelConfiguration(replicas, microbatches, devices))
+    if not found and short:
+        raise PartitionError(
+            f"PopART needs at least {short} microbatches per step for the "
+            f"{(short + 1) // 2 if graph.training else short} stages asked for, got "
+            f"{constraints.total_microbatches or constraints.num_microbatches}; raise gradient "
+            "accumulation or use fewer stages"
+        )
+    if not found:
+        raise PartitionError(
+            f"no pipeline to try: {constraints.replicas or 'every number of'} replicas, "
+            f"{constraints.num_stages or 'any number of'} stages, {available} devices, "
+            f"{len(graph.blocks)} blocks, {constraints.total_microbatches} microbatches in all"
+        )
+    return found
+
+
+def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) -> None:
+    if not graph.blocks:
+        raise PartitionError("the graph has no block to place")
+    devices = constraints.stage_devices
+    if devices is not None and (not devices or min(devices) < 0 or max(devices) >= available):
+        raise PartitionError(
+            f"stage_devices {list(devices)} must name devices 0 to {available - 1}"
+        )
+    depth = constraints.num_stages or (len(devices) if devices else 1)
+    if depth > len(graph.blocks):
+        raise PartitionError(
+            f"{depth} stages need at least as many blocks, the graph has {len(graph.blocks)}"
+        )
+    needed = len(set(devices)) if devices else depth
+    if constraints.num_stages is not None and _may_return(graph, constraints):
+        needed -= 1
+    if needed * (constraints.replicas or 1) > available:
+        raise PartitionError(
+            f"{depth} stages x {constraints.replicas or 1} replicas need "
+            f"{needed * (constraints.replicas or 1)} devices, the machine offers {available}"
+        )
+
+
+def _replica_counts(constraints: Constraints, available: int) -> Iterator[int]:
+    total = constraints.total_microbatches
+    if constraints.replicas is not None:
+        if total is not None and total % constraints.replicas:
+            raise PartitionError(
+                f"total_microbatches {total} does not divide among {constraints.replicas} replicas"
+            )
+        yield constraints.replicas
+        return
+    for replicas in range(1, available + 1):
+        if total is not None and total % replicas == 0:
+            yield replicas
+
+
+def _pipelines(
+    graph: BlockGraph, constraints: Constraints, per_pipeline: int
+) -> Iterator[tuple[int, ...]]:
+    """Yield the devices of the stages of every pipeline over up to ``per_pipeline`` devices."""
+    if constraints.stage_devices is not None:
+        if max(constraints.stage_devices) < per_pipeline:
+            yield constraints.stage_devices
+        return
+    wanted = constraints.num_stages
+    for depth in _device_counts(constraints, per_pipeline):
+        if wanted is None or depth == wanted:
+            yield tuple(range(depth))
+        if _may_return(graph, constraints) and depth > 1 and wanted in (None, depth + 1):
+            yield (*range(depth), 0)
+
+
+def _device_counts(constraints: Constraints, per_pipeline: int) -> Iterator[int]:
+    layers = constraints.layers_per_ipu
+    if layers is None:
+        yield from range(1, per_pipeline + 1)
+    elif layers == (-1,):
+        depth = constraints.num_stages or per_pipeline
+        yield from sorted({depth, depth - 1} - {0} if constraints.num_stages else {depth})
+    elif len(layers) <= per_pipeline:
+        yield len(layers)
+
+
+def _may_return(graph: BlockGraph, constraints: Constraints) -> bool:
+    """Whether a last stage back on device 0 may help: some blocks must share a device."""
+    tied = constraints.tied == "same_device" and bool(graph.tied_groups)
+    return constraints.stage_devices is None and (tied or bool(constraints.same_device))

@@ -1,0 +1,381 @@
+"""Searches every pipeline that may be tried: the best split of each, the best of all, its bound.
+
+Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
+
+The sweep needs stages that do not share devices or memories and a step time with one paced row.
+For the other cases it still gives a bound (``relaxed_bound``): own devices, own memories, and
+
+* GPipe: ``max f + max b >= max (f + b)``;
+* PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
+  c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
+  once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
+  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from time import monotonic
+
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
+from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
+from ipu_pipeline.planner.search.from_graph import (
+    FormulatedProblem,
+    ample_memory,
+    build_problem,
+    build_slots,
+)
+from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
+from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
+from ipu_pipeline.planner.search.objective import least_microbatches, make_objective
+from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
+from ipu_pipeline.planner.search.problem import Slot
+from ipu_pipeline.planner.search.result import Partition, to_partition
+from ipu_pipeline.planner.search.stage_costs import StageCostTable
+from ipu_pipeline.planner.search.stage_price import (
+    MOST_CANDIDATES,
+    OptionPricer,
+    PricedPipeline,
+    SearchResult,
+    StagePricer,
+)
+
+LABEL_LIMIT = 4000
+
+
+@dataclass(frozen=True)
+class CandidatePipeline:
+    """One pipeline to try, with its positions.
+
+    Attributes:
+        shape: Replicas, microbatches, devices.
+        slots: Stage positions.
+        rule: Given layers per device, if any.
+    """
+
+    shape: ParallelConfiguration
+    slots: tuple[Slot, ...]
+    rule: LayerRule | None = None
+
+
+class Engine:
+    """Searches the candidates of one problem; remembers lattices and stage prices."""
+
+    def __init__(
+        self,
+        built: FormulatedProblem,
+        constraints: Constraints,
+        *,
+        training: bool,
+        deadline: float | None = None,
+        masks: Sequence[int] | None = None,
+        pricer: StagePricer | None = None,
+    ) -> None:
+        """Search ``built``.
+
+        Args:
+            built: The problem.
+            constraints: Schedule and limits.
+            training: Whether there are backward passes.
+            deadline: ``time.monotonic()`` at which to stop.
+            masks: The only boundaries (to price a given split); ``None``: all.
+            pricer: Of the stages; ``None``: sums over the options of their blocks.
+        """
+        self.problem = built.problem
+        self._constraints, self._training, self._deadline = constraints, training, deadline
+        self._masks, self._pricer = masks, pricer
+        self._options = {
+            split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
+        }
+        self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
+        self._rows: dict[int, StageCostTable] = {}
+
+    def is_fast(self, candidate: CandidatePipeline) -> bool:
+        """Whether the sweep solves this candidate exactly."""
+        single = self._constraints.schedule in ("1f1b", "maxload")
+        steps = self.problem.exchanges or any(self.problem.outer)
+        own = candidate.shape.own_devices and len({s.pool for s in candidate.slots}) == len(
+            candidate.slots
+        )
+        return single and own and not steps and self._pricer is None
+
+    def run_fast(
+        self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
+    ) -> SearchResult:
+        """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
+        microbatches = candidates[0].shape.num_microbatches
+        pace, spread = (1, 0) if self._constraints.schedule == "maxload" else (microbatches - 1, 1)
+        return self._sweep(candidates, pace, spread, upper, uniform=uniform)
+
+    def at_once(self, candidate: CandidatePipeline) -> float:
+        """Bound over all splits of this depth that needs no search."""
+        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
+        pace, spread = self._relaxed_weights(depth, microbatches)
+        lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
+        layout = StagePositions(candidate.slots)
+        search = BottleneckSearch(
+            StageCostTable(lattice, self._options[False]), layout, (depth,), pace, spread
+        )
+        return search.at_once()
+
+    def run_labels(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
+        """Best split of one candidate under any schedule."""
+        chain = self._lattice(candidate, chain=True)
+        full = self._lattice(candidate, chain=False)
+        found, lower = [], 0.0
+        if chain is not None:
+            if upper == inf and self._deadline is not None:
+                found.append(self._label_search(candidate, chain, upper).run_narrow())
+                upper = found[-1].objective
+            found.append(self._label_search(candidate, chain, upper).run(upper))
+            upper = min(upper, found[-1].objective)
+        if full is not None and len(full) == len(chain or ()):
+            lower = found[-1].lower_bound
+        elif full is not None and len(full) <= LABEL_LIMIT:
+            found.append(self._label_search(candidate, full, upper).run(upper))
+            lower = found[-1].lower_bound
+        if lower < upper:
+            lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
+        best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
+        return replace(best, lower_bound=min(lower, best.objective))
+
+    def _label_search(
+        self, candidate: CandidatePipeline, lattice: Lattice, upper: float
+    ) -> LabelSettingSearch:
+        objective = make_objective(
+            self._constraints.schedule,
+            len(candidate.slots),
+            candidate.shape.num_microbatches,
+            training=self._training,
+        )
+        return LabelSettingSearch(
+            lattice,
+            self._pricer or self._options[objective.splits_passes],
+            candidate.slots,
+            objective,
+            boundaries(lattice, candidate.slots, candidate.rule),
+            self._deadline,
+            self._load_limit_s(candidate, upper),
+        )
+
+    def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:
+        """Largest load of one stage in any split below ``upper``."""
+        pace, spread = self._relaxed_weights(len(candidate.slots), candidate.shape.num_microbatches)
+        if pace <= 0 or upper == inf:
+            return inf
+        work = sum(option.total_s for option in self.problem.fastest)
+        fastest = max(slot.speed for slot in candidate.slots)
+        return max(0.0, upper - spread * work / fastest) / pace
+
+    def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
+        """Bound from the fast search: every stage with its own device and memory."""
+        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
+        pace, spread = self._relaxed_weights(depth, microbatches)
+        slots = tuple(
+            replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
+        )
+        devices = tuple(range(depth))
+        relaxed = replace(
+            candidate, slots=slots, shape=replace(candidate.shape, stage_devices=devices)
+        )
+        return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
+
+    def _relaxed_weights(self, depth: int, microbatches: int) -> tuple[int, int]:
+        """Weights of the busiest stage and of the sum in a bound (module docstring)."""
+        if self._constraints.schedule == "maxload":
+            return 1, 0
+        if self._constraints.schedule == "popart" and self._training and depth > 1:
+            total = least_microbatches("popart", depth, training=self._training)
+            return microbatches - total, 2
+        return microbatches - 1, 1
+
+    def _sweep(
+        self,
+        candidates: Sequence[CandidatePipeline],
+        pace: float,
+        spread: float,
+        upper: float,
+        *,
+        uniform: bool,
+        grouped: bool = True,
+    ) -> SearchResult:
+        """Sweep the execution order for a first split, then every order."""
+        depths = sorted(len(candidate.slots) for candidate in candidates)
+        deepest = max(candidates, key=lambda candidate: len(candidate.slots))
+        found: list[PricedPipeline] = []
+        lower, known = 0.0, 0
+        for chain in (True, False):
+            lattice = self._lattice(deepest, chain=chain, grouped=grouped)
+            if lattice is None or len(lattice) == known:
+                continue
+            known = len(lattice)
+            rows = self._rows_of(lattice)
+            layout = _layout(lattice, deepest, uniform=uniform)
+            deadline = None if chain and upper == inf else self._deadline
+            search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
+            search.run()
+            search.offer_neighbours()
+            found += search.offers
+            upper, lower = search.upper_bound, search.lower_bound
+        if self._lattice(deepest, chain=False, grouped=grouped) is None:
+            lower = search.at_once()
+        return SearchResult.of(lower, found)
+
+    def _rows_of(self, lattice: Lattice) -> StageCostTable:
+        if id(lattice) not in self._rows:
+            self._rows[id(lattice)] = StageCostTable(lattice, self._options[False])
+        return self._rows[id(lattice)]
+
+    def _lattice(
+        self, candidate: CandidatePipeline, *, chain: bool, grouped: bool = True
+    ) -> Lattice | None:
+        """Allowed boundaries in execution order, or all; ``None`` if there are too many."""
+        groups = self.problem.together
+        if grouped and candidate.shape.own_devices:
+            groups += self.problem.same_device
+        key = (groups, chain)
+        if key not in self._lattices:
+            self._lattices[key] = self._make_lattice(_uncut(groups), chain=chain)
+        return self._lattices[key]
+
+    def _make_lattice(self, allowed: Callable[[int], bool], *, chain: bool) -> Lattice | None:
+        order = [(1 << done) - 1 for done in range(self.problem.num_blocks + 1)]
+        masks = order if self._masks is None else self._masks
+        if chain or self._masks is not None:
+            return Lattice.of_masks(self.problem, filter(allowed, masks))
+        try:
+            return Lattice(self.problem, allowed, self._constraints.max_ideals)
+        except TooManyIdeals:
+            return None
+
+
+def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
+    return lambda mask: all(mask & group in (0, group) for group in groups)
+
+
+def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) -> StagePositions:
+    slots = candidate.slots[::-1]
+    if uniform:
+        link = next((slot.link_out for slot in slots if slot.link_out is not None), None)
+        return StagePositions(tuple(replace(slot, link_in=link, link_out=link) for slot in slots))
+    starts = boundaries(lattice, candidate.slots, candidate.rule)
+    return StagePositions(slots, starts[-2::-1], uniform=False)
+
+
+StagePricerMaker = Callable[[FormulatedProblem], StagePricer]
+
+
+def search(
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    stage_pricer: StagePricerMaker | None = None,
+) -> tuple[Partition, ...]:
+    """Return the best distinct splits, best first; none when no split fits.
+
+    The arguments are those of ``solve``; the bound of every split is one over all of them.
+
+    Raises:
+        PartitionError: A constraint is wrong, or the time limit ended before any split was found.
+    """
+    if costs.planning is not None:
+        best = costs.planning.search(machine, constraints)
+        return () if best is None else (best,)
+    deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
+    partitions: list[Partition] = []
+    upper = lower = inf
+    for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
+        built = build_problem(graph, costs, machine, constraints, replicas)
+        pricer = None if stage_pricer is None else stage_pricer(built)
+        engine = Engine(
+            built, constraints, training=graph.training, deadline=deadline, pricer=pricer
+        )
+        candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
+        for members, together in _batches(engine, candidates, constraints):
+            found = _search(engine, members, upper, together=together)
+            lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
+            for item in found.pipelines:
+                winner = _slots_of(item, members)
+                partitions.append(
+                    to_partition(item, built, winner.slots, machine, constraints, winner.shape)
+                )
+    if not partitions and lower < inf:
+        raise PartitionError(
+            f"no split was found, and none was ruled out, within time_limit_s="
+            f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
+        )
+    partitions.sort(key=lambda item: item.objective)
+    return tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
+
+
+def candidate(
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    shape: ParallelConfiguration,
+    built: FormulatedProblem,
+) -> CandidatePipeline:
+    """Describe the positions of one pipeline."""
+    slots = build_slots(
+        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
+    )
+    if machine.shared_memory and ample_memory(built.problem, slots):
+        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
+    rule = None
+    if constraints.layers_per_ipu is not None:
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
+    return CandidatePipeline(shape, slots, rule)
+
+
+def _batches(
+    engine: Engine, candidates: Sequence[CandidatePipeline], constraints: Constraints
+) -> Iterator[tuple[Sequence[CandidatePipeline], bool]]:
+    """Yield what is searched together (True: candidates that differ in depth only)."""
+    fast = [item for item in candidates if engine.is_fast(item)]
+    if fast and _uniform(fast, constraints):
+        yield fast, True
+        fast = []
+    for item in fast:
+        yield [item], False
+    slow = [(engine.at_once(item), item) for item in candidates if not engine.is_fast(item)]
+    for _, item in sorted(slow, key=lambda pair: pair[0]):
+        yield [item], False
+
+
+def _search(
+    engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
+) -> SearchResult:
+    if engine.is_fast(members[0]):
+        return engine.run_fast(members, upper, uniform=together)
+    bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
+    if bound >= upper:
+        return SearchResult(bound)
+    return engine.run_labels(members[0], upper)
+
+
+def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> bool:
+    """Whether a position's price depends only on how many stages are behind it."""
+    slots = max(fast, key=lambda item: len(item.slots)).slots
+    alike = len({(slot.capacity, slot.speed) for slot in slots}) == 1
+    links = {slot.link_in for slot in slots[1:]}
+    free = not (constraints.pinned_stages or constraints.pinned_devices)
+    return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+
+
+def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
+    return next(item for item in members if len(item.slots) == len(found.prices))
+
+
+def _by_replicas(
+    found: Sequence[ParallelConfiguration],
+) -> Iterator[tuple[int, list[ParallelConfiguration]]]:
+    for replicas in dict.fromkeys(shape.replicas for shape in found):
+        yield replicas, [shape for shape in found if shape.replicas == replicas]

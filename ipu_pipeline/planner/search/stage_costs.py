@@ -1,0 +1,253 @@
+"""Prices of all stages that start at one boundary, as numpy rows over the boundaries they reach.
+
+Seconds are exact where the quickest options surely fit, and lower bounds elsewhere;
+:meth:`StageCostTable.exact_s` settles a single stage. Bytes are bracketed by "every block takes its
+smallest option" and "every block takes its quickest option".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.search.ideals import Lattice
+from ipu_pipeline.planner.search.problem import Slot, Value, bits
+from ipu_pipeline.planner.search.stage_price import OptionPricer, message_s
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+_BYTES_EPS = 1e-9
+_QUANTILES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Stages from one boundary to each of ``targets``, at one slot.
+
+    Attributes:
+        targets: Positions of the boundaries after the stage.
+        load_s: Seconds per microbatch; exact where ``certain``, else a lower bound; ``inf``
+            where nothing fits.
+        certain: Where the seconds are exact.
+    """
+
+    targets: Ints
+    load_s: Floats
+    certain: Bools
+
+
+class StageCostTable:
+    """Vectorised stage prices over one lattice."""
+
+    def __init__(self, lattice: Lattice, pricer: OptionPricer) -> None:
+        """Prepare running totals over every set of ``lattice``."""
+        problem = pricer.problem
+        self.lattice, self.pricer, self.problem = lattice, pricer, problem
+        self._cut_s: dict[Link | None, Floats] = {None: np.zeros(len(lattice))}
+        self._held: dict[int, tuple[Floats, Floats]] = {}
+        self._most_bytes: dict[int, float] = {}
+        self._settled: dict[tuple[int, int, Slot], float] = {}
+        self._lagrange: dict[int, tuple[Floats, Floats]] = {}
+        self._closed: dict[int, Bools] = {}
+        self._weights = lattice.total(problem.held)
+        self._entering = self._entering_bytes() if problem.relay else np.zeros(len(lattice))
+        self._tied = [(item.num_bytes, self._users(item.users)) for item in problem.shared_weights]
+        self._inputs = [(item.num_bytes, self._users(item.users)) for item in problem.inputs]
+        self._space = max((o.workspace_bytes for ways in problem.options for o in ways), default=0)
+        self._host = lattice.total(problem.host_s) if problem.host_s else None
+        self._host_only = self._users(problem.host_only) if problem.host_only else None
+
+    def row(self, start: int, slot: Slot, limit_s: float) -> StageCosts:
+        """Price the stages from ``start`` whose load may be up to ``limit_s``."""
+        if slot.host:
+            return self._host_row(start, limit_s)
+        targets = self.reach(start, slot, limit_s)
+        return self.with_memory(start, targets, self.row_s(start, targets, slot), slot)
+
+    def row_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
+        """Seconds of the stages from ``start`` to ``targets`` with their quickest options."""
+        load_s: Floats = (self.lattice.work_s[targets] - self.lattice.work_s[start]) / slot.speed
+        load_s += self._transfer_s(start, targets, slot)
+        if self._host_only is not None:
+            load_s[self._host_only[targets] > self._host_only[start]] = inf
+        return load_s
+
+    def reach(self, start: int, slot: Slot, limit_s: float) -> Ints:
+        """Positions of the sets that a stage of at most ``limit_s`` can reach from ``start``."""
+        work = self.lattice.work_s
+        top = (work[start] + limit_s * slot.speed) * (1 + 1e-12) if limit_s < inf else inf
+        stop = int(np.searchsorted(work, top, side="right"))
+        return self.lattice.supersets(start, start + 1, stop)
+
+    def with_memory(self, start: int, targets: Ints, load_s: Floats, slot: Slot) -> StageCosts:
+        """Mark what surely fits, what surely does not, and what must be looked at."""
+        if not self.memory_matters(slot):
+            return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
+        least, quick = self.held_bytes(slot.in_flight)
+        common = self._weights[targets] - self._weights[start]
+        common = common + slot.in_flight * self._entering[start]
+        for num_bytes, users in self._tied:
+            common += num_bytes * (users[targets] > users[start])
+        for num_bytes, users in self._inputs:
+            common += slot.in_flight * num_bytes * (users[targets] > users[start])
+        slack = _BYTES_EPS * slot.capacity
+        low = common + least[targets] - least[start]
+        high = common + quick[targets] - quick[start] + self._space
+        load_s = np.where(low > slot.capacity + slack, inf, load_s)
+        certain = high <= slot.capacity - slack
+        if not certain.all():
+            room = slot.capacity - common
+            load_s = load_s + self._extra_s(start, targets, room, slot.in_flight) / slot.speed
+        return StageCosts(targets, load_s, certain)
+
+    def _extra_s(self, start: int, targets: Ints, room: Floats, in_flight: int) -> Floats:
+        """Seconds that memory surely adds to the quickest options (Lagrangian bound).
+
+        For any price per byte p >= 0, no selection within ``room`` bytes is quicker than
+        ``sum of min (seconds + p bytes) - p room``.
+        """
+        prices, totals = self._priced(in_flight)
+        floor_s = totals[:, targets] - totals[:, start : start + 1] - prices[:, None] * room
+        quick_s = self.lattice.work_s[targets] - self.lattice.work_s[start]
+        least: Floats = floor_s.max(axis=0) * (1 - 1e-12)
+        extra_s: Floats = np.maximum(least - quick_s, 0.0)
+        return extra_s
+
+    def _priced(self, in_flight: int) -> tuple[Floats, Floats]:
+        """Prices per byte worth trying, and per price the running minimum of each set."""
+        if in_flight not in self._lagrange:
+            menus = [[(o.total_s, o.held_bytes(in_flight)) for o in ways]
+                     for ways in self.problem.options]  # fmt: skip
+            slopes = [
+                (slow[0] - quick[0]) / (quick[1] - slow[1])
+                for menu in menus
+                for quick in menu
+                for slow in menu
+                if quick[1] > slow[1] and slow[0] >= quick[0]
+            ]
+            prices = np.unique(np.quantile(slopes or [0.0], _QUANTILES))
+            totals = [
+                self.lattice.total([min(s + price * b for s, b in menu) for menu in menus])
+                for price in prices.tolist()
+            ]
+            self._lagrange[in_flight] = (prices, np.stack(totals))
+        return self._lagrange[in_flight]
+
+    def memory_matters(self, slot: Slot) -> bool:
+        """Whether a stage of all blocks with the quickest options could overflow the slot."""
+        if slot.in_flight not in self._most_bytes:
+            entering = float(self._entering.max()) + sum(size for size, _ in self._inputs)
+            stash = sum(option.held_bytes(slot.in_flight) for option in self.problem.fastest)
+            weights = sum(self.problem.held) + sum(size for size, _ in self._tied)
+            self._most_bytes[slot.in_flight] = (
+                stash + weights + self._space + slot.in_flight * entering
+            )
+        return self._most_bytes[slot.in_flight] > slot.capacity * (1 - _BYTES_EPS)
+
+    def exact_s(self, start: int, target: int, slot: Slot) -> float:
+        """Seconds of one stage with the best options that fit; ``inf`` if none do."""
+        key = (start, target, slot)
+        if key not in self._settled:
+            done = self.lattice.masks[start]
+            price = self.pricer.best(done, self.lattice.masks[target] ^ done, slot)
+            self._settled[key] = inf if price is None else price.load_s
+        return self._settled[key]
+
+    def held_bytes(self, in_flight: int) -> tuple[Floats, Floats]:
+        """Bytes of each set with the smallest and with the quickest options."""
+        if in_flight not in self._held:
+            options = self.problem.options
+            least = [min(o.held_bytes(in_flight) for o in ways) for ways in options]
+            quick = [option.held_bytes(in_flight) for option in self.problem.fastest]
+            self._held[in_flight] = (self.lattice.total(least), self.lattice.total(quick))
+        return self._held[in_flight]
+
+    def cut_s(self, link: Link | None) -> Floats:
+        """Seconds of all messages over each boundary, were ``link`` there."""
+        if link not in self._cut_s:
+            total = np.zeros(len(self.lattice))
+            for number, value in enumerate(self.problem.values):
+                total[self._open(number)] += _both_ways_s(link, value)
+            self._cut_s[link] = total
+        return self._cut_s[link]
+
+    def _host_row(self, start: int, limit_s: float) -> StageCosts:
+        assert self._host is not None
+        seconds = self._host
+        # Host seconds do not ascend with the position: the least from here on do.
+        floor = np.minimum.accumulate(seconds[::-1])[::-1]
+        stop = int(np.searchsorted(floor, (seconds[start] + limit_s) * (1 + 1e-12), side="right"))
+        targets = self.lattice.supersets(start, start + 1, max(stop, start + 1))
+        load_s = seconds[targets] - seconds[start]
+        return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
+
+    def _users(self, mask: int) -> Ints:
+        """How many blocks of ``mask`` are in each set."""
+        counts: Ints = self.lattice.member[list(bits(mask))].sum(axis=0, dtype=np.int64)
+        return counts
+
+    def _open(self, number: int) -> Bools:
+        """Boundaries that a value crosses: its producer on one side, a consumer on the other."""
+        value = self.problem.values[number]
+        made = self.lattice.member[value.producer]
+        read = self.lattice.member[list(bits(value.consumers))].any(axis=0)
+        crossed: Bools = (made & ~self._done(number)) | (~made & read)
+        return crossed
+
+    def _done(self, number: int) -> Bools:
+        """Sets that contain every consumer of a value."""
+        if number not in self._closed:
+            rows = self.lattice.member[list(bits(self.problem.values[number].consumers))]
+            self._closed[number] = np.all(rows, axis=0)
+        return self._closed[number]
+
+    def _entering_bytes(self) -> Floats:
+        total = np.zeros(len(self.lattice))
+        for number, value in enumerate(self.problem.values):
+            total[self._open(number)] += value.forward_bytes
+        return total
+
+    def _transfer_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
+        if self.problem.relay:
+            seconds: Floats = self.cut_s(slot.link_out)[targets] + self.cut_s(slot.link_in)[start]
+            return seconds
+        return self._direct_s(start, targets, slot.link_out or slot.link_in)
+
+    def _direct_s(self, start: int, targets: Ints, link: Link | None) -> Floats:
+        """Messages of values that go straight to the stages that read them, one link speed."""
+        if link is None:
+            return np.zeros(len(targets))
+        seconds = self.cut_s(link)[targets].copy()
+        done, member = self.lattice.masks[start], self.lattice.member
+        for number in np.flatnonzero(self._straddling[start]).tolist():
+            value = self.problem.values[number]
+            taken = np.zeros(len(targets), dtype=np.bool_)
+            for block in bits(value.consumers & ~done):
+                taken |= member[block][targets]
+            counted = ~self._done(number)[targets]
+            if not done >> value.producer & 1:  # a gradient: made behind, read in front
+                made = member[value.producer][targets]
+                taken, counted = taken | made, counted | ~made
+            seconds += _both_ways_s(link, value) * (taken.astype(np.int8) - counted)
+        return seconds
+
+    @cached_property
+    def _straddling(self) -> Bools:
+        """``[i, v]``: value v has an end in set i and an end outside."""
+        table = np.zeros((len(self.lattice), len(self.problem.values)), dtype=np.bool_)
+        for number, value in enumerate(self.problem.values):
+            ends = self.lattice.member[list(bits(value.consumers | 1 << value.producer))]
+            table[:, number] = ends.any(axis=0) & ~ends.all(axis=0)
+        return table
+
+
+def _both_ways_s(link: Link | None, value: Value) -> float:
+    if link is None:
+        return 0.0
+    return message_s(link, value.forward_bytes) + message_s(link, value.backward_bytes)

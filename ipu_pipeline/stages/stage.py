@@ -1,0 +1,371 @@
+"""One stage: the programs of its blocks, forward and backward, one microbatch at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.select import select_all, unmatched
+from ipu_pipeline.ops.linear import adding_to_grad
+from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
+from ipu_pipeline.stages.tables import Share, Table, fused_projections
+
+RandomKey = tuple[int | str, ...]
+
+
+@dataclass
+class _InFlight:
+    """What a stage keeps of one microbatch between its forward and its backward pass."""
+
+    received: dict[str, Tensor]
+    sent: dict[str, Tensor]
+    loss: Tensor | None
+    lookups: tuple[tuple[nn.Parameter, Tensor], ...]
+
+
+@dataclass
+class Stage:
+    """The code of one stage.
+
+    Attributes:
+        index: Position in the pipeline.
+        programs: Programs of its blocks, in execution order.
+        prelude: Computes what they need from the model inputs alone.
+        receives: Names of the values that earlier stages compute for it.
+        sends: Names of the values that later stages or the caller need.
+        recompute: Names of the blocks whose forward pass runs again in the backward pass.
+        shared: Parameters that other stages use too.
+        results: Value name by result name, for results that this stage computes.
+        tables: Tables of its serialized blocks, by block name.
+        fused: Its serialized projections whose logits only its loss reads.
+        shares: Rows that it holds of tables that several stages hold.
+        specs: Descriptions of the tensors that it sends, by name.
+    """
+
+    index: int
+    programs: tuple[Program, ...]
+    prelude: Program
+    receives: tuple[str, ...]
+    sends: tuple[str, ...]
+    recompute: frozenset[str]
+    shared: tuple[nn.Parameter, ...]
+    results: Mapping[str, str]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
+    shares: tuple[Share, ...] = ()
+    specs: Mapping[str, TensorMeta] = field(default_factory=dict)
+    block: str = ""
+    _in_flight: dict[int, _InFlight] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The distinct trainable parameters of its blocks."""
+        found = {id(p): p for program in self.programs for p in program.module.parameters()}
+        return tuple(parameter for parameter in found.values() if parameter.requires_grad)
+
+    def forward(
+        self,
+        microbatch: int,
+        inputs: Mapping[str, Any],
+        received: Mapping[str, Tensor],
+        key: RandomKey,
+        *,
+        alone: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the forward pass of one microbatch.
+
+        Args:
+            microbatch: Its index.
+            inputs: Model inputs by name.
+            received: Values of earlier stages by name.
+            key: Random numbers are keyed by this and the block's name.
+            alone: No other microbatch of this stage is in flight before its backward pass: a
+                fused loss then computes its gradients at once.
+
+        Returns:
+            What it sends on, and the results it computed (detached).
+        """
+        leaves = {name: _leaf(value) for name, value in received.items()}
+        values, blocks = self.compute(inputs, leaves, key, alone=alone)
+        sent = {name: values[name] for name in self.sends}
+        results = {name: values[value] for name, value in self.results.items()}
+        if torch.is_grad_enabled():
+            loss = results.get("loss")
+            self._in_flight[microbatch] = _InFlight(leaves, sent, loss, blocks.leaves.pairs())
+        return sent, {name: value.detach() for name, value in results.items()}
+
+    def compute(
+        self,
+        inputs: Mapping[str, Any],
+        received: Mapping[str, Tensor],
+        key: RandomKey,
+        *,
+        alone: bool = False,
+    ) -> tuple[dict[str, Any], SerializedForward]:
+        """Run its blocks on values that stay part of the caller's graph; remember nothing.
+
+        Args:
+            inputs: Model inputs by name.
+            received: Values of earlier stages by name.
+            key: Random numbers are keyed by this and the block's name.
+            alone: As in :meth:`forward`.
+
+        Returns:
+            Every value by name, and what ran the serialized blocks.
+        """
+        values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
+        self.block = "prelude"
+        self.prelude.run(values)
+        values.update(received)
+        again = self.recompute.intersection((*self.fused, LOSS))
+        blocks = SerializedForward(
+            self.tables, self.fused, self.shares, hold_gradients=alone and not again
+        )
+        self.block = "tables of other stages"
+        blocks.look_up_shares(values)
+        for program in self.programs:
+            self.block = program.name
+            self._run(program, values, key, blocks)
+        self.block = ""
+        return values, blocks
+
+    def backward(
+        self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
+    ) -> tuple[dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
+        """Run the backward pass of one microbatch.
+
+        Args:
+            microbatch: Its index.
+            gradients: Gradients of sent values by name, summed over their consumers.
+            loss_gradient: Gradient of this microbatch's loss.
+
+        Returns:
+            Gradients of the received values by name, and of shared parameters, dense or sparse,
+            perhaps several of one. Gradients of all others are added to their ``.grad``.
+        """
+        state = self._in_flight.pop(microbatch)
+        roots, seeds = _roots(state, gradients, loss_gradient)
+        wanted = [leaf for leaf in state.received.values() if leaf.requires_grad]
+        self.block = "backward pass"
+        if not roots:
+            return {}, []
+        shared: list[tuple[nn.Parameter, Tensor]] = []
+        if self.shared:
+            shared = self._backward_apart(roots, seeds, wanted, state.lookups)
+        else:
+            with adding_to_grad():
+                torch.autograd.backward(roots, seeds)
+            for table, leaf in state.lookups:
+                if leaf.grad is not None:
+                    add_gradient(table, leaf.grad)
+        self.block = ""
+        found = {n: leaf.grad for n, leaf in state.received.items() if leaf.grad is not None}
+        return found, shared
+
+    def clear(self) -> None:
+        """Forget every microbatch in flight (after a failure)."""
+        self._in_flight.clear()
+
+    def _run(
+        self, program: Program, values: dict[str, Any], key: RandomKey, blocks: SerializedForward
+    ) -> None:
+        def call(*inputs: Any) -> Any:
+            with block_scope(*key, program.name):  # entered again when it is recomputed
+                return blocks.run(program, inputs)
+
+        inputs = tuple(values[name] for name in program.inputs)
+        again = program.name in self.recompute and torch.is_grad_enabled()
+        if again and not (program.name == LOSS and self.fused):  # that one does it by itself
+            outputs = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            outputs = call(*inputs)
+        values.update(zip(program.outputs, outputs, strict=True))
+
+    def _backward_apart(
+        self,
+        roots: Sequence[Tensor],
+        seeds: Sequence[Tensor | None],
+        wanted: Sequence[Tensor],
+        lookups: Sequence[tuple[nn.Parameter, Tensor]],
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Backward pass that keeps gradients of shared parameters apart.
+
+        Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
+        """
+        own = self.parameters
+        leaves = [*wanted, *own, *(leaf for _, leaf in lookups)]
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            roots, leaves, seeds, allow_unused=True
+        )
+        for leaf, gradient in zip(wanted, found, strict=False):
+            leaf.grad = gradient
+        shared_ids = {id(parameter) for parameter in self.shared}
+        shared = []
+        parameters = [*own, *(table for table, _ in lookups)]
+        for parameter, gradient in zip(parameters, found[len(wanted) :], strict=True):
+            if gradient is not None and id(parameter) in shared_ids:
+                shared.append((parameter, gradient))
+            elif gradient is not None:
+                add_gradient(parameter, gradient)
+        return shared
+
+
+def build_stages(
+    captured: CapturedModel,
+    blocks: Sequence[Sequence[str]],
+    recompute: Iterable[str] = (),
+    tables: Mapping[str, Table] | None = None,
+    shares: Mapping[int, Sequence[Share]] | None = None,
+) -> tuple[Stage, ...]:
+    """Build the stages of a split.
+
+    Args:
+        captured: The captured model.
+        blocks: Block names of each stage.
+        recompute: Names of blocks to recompute in the backward pass.
+        tables: Tables of serialized blocks, by block name.
+        shares: Rows of tables that several stages hold, by stage.
+    """
+    tables, shares = tables or {}, shares or {}
+    stage_of = {name: index for index, names in enumerate(blocks) for name in names}
+    producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
+    programs = [
+        tuple(p for p in captured.programs if stage_of[p.name] == index)
+        for index in range(len(blocks))
+    ]
+    parameters = [_parameters(own, shares.get(i, ())) for i, own in enumerate(programs)]
+    users = Counter(parameter for found in parameters for parameter in found)
+    stages = []
+    for index, own in enumerate(programs):
+        results = {
+            name: value
+            for name, value in captured.results.items()
+            if producer.get(value, 0) == index
+        }
+        held = tuple(shares.get(index, ()))
+        sends = _sent(captured, producer, stage_of, index)
+        stages.append(
+            Stage(
+                index=index,
+                programs=own,
+                prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
+                receives=(
+                    *_received(own, producer, index),
+                    *(share.received for share in held if share.received),
+                ),
+                sends=(
+                    *sends,
+                    *(share.sent for share in held if share.sent),
+                ),
+                recompute=frozenset(recompute),
+                shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
+                results=results,
+                tables={p.name: tables[p.name] for p in own if p.name in tables},
+                shares=held,
+                specs=_specs(captured, (*sends, *results.values()), held),
+                fused=fused_projections(own, captured.programs, captured.results.values(), tables),
+            )
+        )
+    return tuple(stages)
+
+
+def _parameters(programs: Sequence[Program], shares: Sequence[Share]) -> list[nn.Parameter]:
+    found = dict.fromkeys(p for program in programs for p in program.module.parameters())
+    return list(found | dict.fromkeys(share.table.parameter for share in shares))
+
+
+def _received(
+    programs: Sequence[Program], producer: Mapping[str, int], index: int
+) -> tuple[str, ...]:
+    names = (name for program in programs for name in program.inputs)
+    return tuple(dict.fromkeys(n for n in names if producer.get(n, index) != index))
+
+
+def _sent(
+    captured: CapturedModel, producer: Mapping[str, int], stage_of: Mapping[str, int], index: int
+) -> tuple[str, ...]:
+    names = (
+        name
+        for program in captured.programs
+        for name in program.inputs
+        if producer.get(name) == index and stage_of[program.name] != index
+    )
+    return tuple(dict.fromkeys(names))
+
+
+def _specs(
+    captured: CapturedModel, names: Iterable[str], shares: Sequence[Share]
+) -> dict[str, TensorMeta]:
+    found = {name: captured.specs[name] for name in names if name in captured.specs}
+    for share in shares:
+        table = share.table.parameter
+        shape = (*captured.specs[share.ids].shape, table.shape[1])
+        dtype = str(table.dtype).removeprefix("torch.")
+        if share.sent:
+            found[share.sent] = TensorMeta(shape, dtype, table.requires_grad)
+    return found
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return ``value`` cut off from the graph of the stage that computed it."""
+    return value.detach().requires_grad_(value.requires_grad) if value.requires_grad else value
+
+
+def _roots(
+    state: _InFlight, gradients: Mapping[str, Tensor], loss_gradient: float
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    roots: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    for name, value in state.sent.items():
+        if value.requires_grad and name in gradients:
+            roots.append(value)
+            seeds.append(gradients[name])
+    if state.loss is not None and state.loss.requires_grad:
+        roots.append(state.loss)
+        seeds.append(torch.full_like(state.loss, loss_gradient))
+    return roots, seeds
+
+
+def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
+    """Return the names of the blocks to recompute.
+
+    Args:
+        wish: ``None`` for the plan's choice, ``"all"``, ``"none"``, or names of blocks, prefixes
+            of such names (``encoder.layer.3`` stands for all blocks inside of it) and patterns
+            with ``*``, ``?`` and ``[...]``.
+        plan: The plan.
+
+    Raises:
+        LoweringError: An entry fits no block.
+    """
+    names = [name for stage in plan.stages for name in stage.blocks]
+    if wish is None:
+        return frozenset(name for stage in plan.stages for name in stage.recompute)
+    if isinstance(wish, str):
+        return frozenset(names if wish == "all" else ())
+    unknown = unmatched(wish, names)
+    if unknown:
+        raise LoweringError(
+            f"recompute names {', '.join(map(repr, unknown))}, which is no block, prefix or "
+            f"pattern of one; the blocks are {_shown(names)}"
+        )
+    return frozenset(select_all(wish, names))
+
+
+def _shown(names: Iterable[str], limit: int = 40) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,105 @@
+"""What every step needs: the model's mode, the autocast region, the update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ipu_pipeline.errors import LoweringError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did.
+
+    Attributes:
+        grad_norm: L2 norm over all unscaled gradients, before clipping.
+        skipped: The gradients were not finite: no weight and no optimizer state was changed.
+    """
+
+    grad_norm: float
+    skipped: bool
+
+
+def apply_update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[torch.nn.Parameter],
+    *,
+    loss_scaling: float = 1.0,
+    max_grad_norm: float | None = None,
+) -> UpdateResult:
+    """Unscale, check, clip and apply the gradients, then clear them.
+
+    Args:
+        optimizer: Steps once, unless the gradients are not finite.
+        parameters: Parameters of all stages; a tied one may come several times, it counts once.
+        loss_scaling: The loss was multiplied by this; the gradients are divided by it.
+        max_grad_norm: Upper bound of the norm over all gradients; ``None`` for no clipping.
+
+    Returns:
+        The norm before clipping, and whether the step was skipped.
+    """
+    with_grad = [p for p in dict.fromkeys(parameters) if p.grad is not None]
+    gradients = [p.grad for p in with_grad if p.grad is not None]
+    if loss_scaling != 1.0 and gradients:
+        with torch.no_grad():
+            torch._foreach_div_(gradients, loss_scaling)
+    norm = get_total_norm(gradients)
+    # One non-finite element makes the norm non-finite, so the norm is the whole check.
+    skipped = not bool(torch.isfinite(norm))
+    if not skipped:
+        if max_grad_norm is not None:
+            clip_grads_with_norm_(with_grad, max_grad_norm, norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for parameter in with_grad:
+        parameter.grad = None
+    return UpdateResult(grad_norm=float(norm), skipped=skipped)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switch every module of ``model`` to one mode, and back to what each was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the region in which forward passes of ``precision`` run."""
+    dtype = AUTOCAST.get(precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a model without weights, and an optimizer of other parameters.
+
+    Raises:
+        LoweringError: Either is the case.
+    """
+    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta:
+        raise LoweringError(
+            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
+            "device); load the weights before compiling"
+        )
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        groups = optimizer.param_groups
+        if any(id(p) not in own for group in groups for p in group["params"]):
+            raise LoweringError(
+                "the optimizer holds parameters that are not the model's; make it from "
+                "model.parameters() of the model that is compiled"
+            )

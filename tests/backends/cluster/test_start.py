@@ -1,0 +1,213 @@
+"""Processes that are really started: exit codes, restarts, signals, and a training script."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.backends.cluster.jobs import compiled
+from tests.backends.cluster.processes import ROOT
+
+# Waits for nobody: rank 0 is ended by the launcher when rank 1 fails.
+FAILS = """
+import os, sys, time
+print("start", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"])
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[2:]:
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), 9)
+    if sys.argv[1] == "raise":
+        raise ValueError("mine")
+    if sys.argv[1] == "record":
+        from torch.distributed.elastic.multiprocessing.errors import record
+        @record
+        def fail(): raise ValueError("mine")
+        fail()
+    sys.exit(int(sys.argv[1]))
+time.sleep(60 * (sys.argv[2] != "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"))
+"""
+
+
+START = """
+import json, sys
+from pathlib import Path
+from ipu_pipeline.backends.cluster.launch import LaunchSpec
+from ipu_pipeline.backends.cluster.torchrun import start
+logs, changes, *program = sys.argv[1:]
+changes = {"num_processes": 2, **json.loads(changes)}
+spec = LaunchSpec(Path("plan.json").absolute(), tuple(program), described="", **changes)
+tell = lambda line: print(line, file=sys.stderr)
+sys.exit(start(spec, spec.settings(), tell, Path(logs) if logs else None))
+"""
+
+
+@dataclass
+class Launched:
+    """Starts a script in two processes, from a process of its own."""
+
+    folder: Path
+
+    def __call__(
+        self, script: str, *arguments: str, logs: str = "", **changes: int
+    ) -> subprocess.CompletedProcess[str]:
+        (self.folder / "script.py").write_text(script)
+        return subprocess.run(
+            [sys.executable, "-c", START, logs, json.dumps(changes), "script.py", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    def kept(self) -> list[Path]:
+        """Return the temporary folders that are left."""
+        return list(self.folder.glob("ipu-pipeline-launch-*"))
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Launched:
+    return Launched(tmp_path)
+
+
+TALKS = """
+import os, sys
+rank = os.environ["RANK"]
+print("out", rank, os.environ["IPU_PIPELINE_PLAN"])
+print("err", rank, file=sys.stderr)
+"""
+
+
+def test_of_the_other_ranks_errors_are_shown_with_their_rank(launched: Launched) -> None:
+    done = launched(TALKS)
+    assert done.returncode == 0
+    assert done.stdout == f"out 0 {launched.folder}/plan.json\n"
+    assert sorted(done.stderr.splitlines()) == ["[rank1]:err 1", "err 0"]
+    assert not launched.kept()
+
+
+def test_a_folder_keeps_what_every_rank_writes(launched: Launched) -> None:
+    done = launched(TALKS, logs="logs")
+    assert done.stdout == f"[rank0]:out 0 {launched.folder}/plan.json\n"
+    assert sorted(done.stderr.splitlines()) == ["[rank0]:err 0", "[rank1]:err 1"]
+    found = {
+        str(p.relative_to(p.parents[1])): p.read_text() for p in launched.folder.rglob("*.log")
+    }
+    assert found["0/stdout.log"] == f"out 0 {launched.folder}/plan.json\n"
+    assert found["1/stdout.log"] == f"out 1 {launched.folder}/plan.json\n"
+    assert found["1/stderr.log"] == "err 1\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "told"),
+    [
+        ("3", 3, "error: rank 1 ended with exit code 3\n"),
+        ("raise", 1, "[rank1]:ValueError: mine\n"),
+        ("record", 1, "error: rank 1 ended with exit code 1: ValueError: mine\n"),
+        ("kill", 137, "error: rank 1 ended by SIGKILL\n"),
+    ],
+)
+def test_a_failing_script_gives_its_exit_code(
+    launched: Launched, how: str, code: int, told: str
+) -> None:
+    done = launched(FAILS, how, "0")
+    assert done.returncode == code
+    assert told in done.stderr
+    [folder] = launched.kept()
+    assert f"what the ranks wrote: {folder}\n" in done.stderr
+    assert "ChildFailedError" not in done.stderr
+
+
+def test_a_restart_may_end_well(launched: Launched) -> None:
+    done = launched(FAILS, "kill", "0", max_restarts=2)
+    assert done.returncode == 0
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+    assert done.stdout.splitlines() == ["start 0 0", "start 0 1"]
+
+
+def test_restarts_come_to_an_end(launched: Launched) -> None:
+    done = launched(FAILS, "5", "0", "1", max_restarts=1)
+    assert done.returncode == 5
+    assert done.stdout.splitlines() == ["start 0 0", "start 0 1"]
+
+
+WAITS = """
+import os, signal, sys, time
+def leave(number, frame):
+    open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").close()
+    sys.exit(7)
+signal.signal(signal.SIGTERM, leave)
+open(f"{sys.argv[1]}/up-{os.environ['RANK']}", "w").close()
+while len([name for name in os.listdir(sys.argv[1]) if name.startswith("up-")]) < 2:
+    time.sleep(0.01)
+print("up", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_signals_are_passed_on(tmp_path: Path, plan_file: Path) -> None:
+    script, told = tmp_path / "script.py", tmp_path / "told"
+    script.write_text(WAITS)
+    told.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--", script, told],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert {"0", "1"} < {path.name for path in told.iterdir()}
+    assert "error: stopped by SIGTERM" in messages
+
+
+TRAINS = """
+import os, torch
+print("threads", torch.get_num_threads())
+import ipu_pipeline as ipp
+from tests.backends.cluster.jobs import built
+
+plan = ipp.Plan.load(os.environ["IPU_PIPELINE_PLAN"])
+model, _, batch = built("bert-qa", num_stages=2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+with ipp.compile(
+    model, plan, target=os.environ["IPU_PIPELINE_TARGET"], optimizer=optimizer, self_check=False
+) as made:
+    print(*(made.train_step(batch).loss for _ in range(2)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TRAINS)
+    done = subprocess.run(
+        [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--threads", "2", "--", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.splitlines() == [
+        "launch: 2 processes: 2 stages x 1 replica, 1f1b; threads of each: 2"
+    ]
+    threads, losses = done.stdout.splitlines()
+    made, batch = compiled("bert-qa", target="local", planned={"num_stages": 2})
+    with made:
+        expected = [made.train_step(batch).loss for _ in range(2)]
+    assert [float(loss) for loss in losses.split()] == pytest.approx(expected, abs=1e-6)
+    assert threads == "threads 2"

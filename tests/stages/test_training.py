@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+
+from ipu_pipeline.stages.training import apply_update
+
+
+def model_with_gradients(scale: float = 1.0) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    (model(torch.randn(3, 4)).square().sum() * scale).backward()
+    return model
+
+
+def test_clipping_equals_torch():
+    ours, theirs = model_with_gradients(), model_with_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    torch.optim.AdamW(theirs.parameters(), lr=0.1).step()
+    result = apply_update(
+        torch.optim.AdamW(ours.parameters(), lr=0.1), ours.parameters(), max_grad_norm=0.5
+    )
+    assert result.grad_norm == norm.item()
+    assert not result.skipped
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.grad is None
+
+
+def test_norm_is_that_before_clipping_and_given_without_clipping():
+    model = model_with_gradients()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert apply_update(optimizer, model.parameters()).grad_norm == expected
+
+
+def test_loss_scaling_is_taken_out_exactly():
+    plain, scaled = model_with_gradients(), model_with_gradients(1024.0)
+    for model, factor in ((plain, 1.0), (scaled, 1024.0)):
+        apply_update(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model.parameters(),
+            loss_scaling=factor,
+            max_grad_norm=1.0,
+        )
+    for a, b in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_overflow_changes_neither_weights_nor_optimizer_state(bad):
+    model = model_with_gradients()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    apply_update(optimizer, model.parameters())
+    model(torch.randn(3, 4)).sum().backward()
+    model[0].weight.grad[1, 2] = bad
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    result = apply_update(optimizer, model.parameters(), loss_scaling=8.0, max_grad_norm=1.0)
+    assert result.skipped
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_tied_parameter_counts_once():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), 4.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    result = apply_update(optimizer, [weight, weight], loss_scaling=2.0)
+    assert result.grad_norm == pytest.approx(2.0 * 3**0.5)
+    assert torch.equal(weight, torch.full((3,), -1.0))
+
+
+def test_parameters_without_gradient_and_outside_the_optimizer():
+    used, frozen, foreign = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    used.grad, foreign.grad = torch.ones(2), torch.ones(2)
+    result = apply_update(torch.optim.SGD([used], lr=1.0), [used, frozen, foreign])
+    assert result.grad_norm == pytest.approx(2.0)
+    assert used.grad is None
+    assert foreign.grad is None
+    assert torch.equal(foreign, torch.ones(2))
+
+
+def test_no_gradient_at_all():
+    weight = torch.nn.Parameter(torch.ones(2))
+    result = apply_update(torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm=1.0)
+    assert result.grad_norm == 0.0
+    assert not result.skipped
