@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ipu_pipeline.backends.local.measure.cache import load_measurements, store_measurements
-from ipu_pipeline.backends.local.measure.concurrent import on_threads
+from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.signature import program_signature

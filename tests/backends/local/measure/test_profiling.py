@@ -16,7 +16,7 @@ from ipu_pipeline.backends.local.measure.cache import (
     machine_key,
     store_measurements,
 )
-from ipu_pipeline.backends.local.measure.concurrent import on_threads
+from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture import capture
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.machine import Machine
