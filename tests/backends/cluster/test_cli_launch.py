@@ -94,7 +94,10 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
             "error: machine pod16 is for target poptorch",
         ),
         (["plan.json", "--machine", "x", "--print", "a.py"], "error: machine 'x' is neither"),
-        (["plan.json", "--nodes", "3", "--print", "a.py"], "cannot be shared evenly by 3 nodes"),
+        (
+            ["plan.json", "--nodes", "3", "--print", "a.py"],
+            "2 processes leave some of 3 nodes without",
+        ),
     ],
 )
 def test_errors_are_one_message(folder: Path, started, arguments: list[str], message: str) -> None:
@@ -142,3 +145,4 @@ def test_what_is_planned_by_default_is_launched(folder: Path, started) -> None:
     result = invoke("made.json", "--print", "a.py")
     assert result.exit_code == 0, result.output
     assert f"# {plan.num_stages} processes: " in result.stdout
+    assert "--nnodes 2 " in result.stdout
