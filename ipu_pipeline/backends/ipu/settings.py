@@ -12,6 +12,7 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.config.layers import counted_layers
+from ipu_pipeline.backends.ipu.prices.planning import placed_settings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
@@ -93,6 +94,7 @@ class PopTorchSettings:
             "device_iterations": config.device_iterations,
             "memory_proportions": list(config.memory_proportions()),
             **inference,
+            "recompute": config.recompute is not False and config.num_ipus() > 1,
             "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
             "optimizer_state_offchip": config.optimizer_state_offchip,
             "replicated_tensor_sharding": config.replicated_tensor_sharding,
@@ -146,9 +148,13 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         LoweringError: ``base`` says something else than the plan about layers, replicas,
             accumulation or slices.
     """
+    settings = placed_settings(plan)
     said = {**_structure(plan, base), **_slices(plan, base)}
+    said["recompute"] = settings.recompute
+    if sum(said["layers_per_ipu"]) == sum(settings.layers_per_ipu):
+        said["stage_starts"] = dict(settings.stage_starts) or None
     if base is None:
-        return IPUConfig(**said)
+        return replace(settings.ipu_config(), **said)
     _check_agreement(base, said)
     return replace(base, **said)
 
@@ -206,6 +212,8 @@ def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
     }
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
+    if base.recompute is not None:
+        theirs["recompute"] = base.recompute
     different = [
         f"{name}: plan {said[name]}, configuration {value}"
         for name, value in theirs.items()

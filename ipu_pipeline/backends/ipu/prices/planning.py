@@ -35,6 +35,10 @@ from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import Quickest, quickest
 from ipu_pipeline.planner.search.result import Partition, StageAssignment
 
+# Fields of a plan's settings that say what was asked for, not what the program does.
+OF_THE_REQUEST = ("fixed", "spelled_out")
+# What a plan without a configuration assumes; all of it is written into the plan.
+DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True)
 FACTORS = (1, 2, 4, 8)
 PROPORTIONS = (0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
 _EVERYTHING_S = 30.0  # for a split under any remedy
@@ -470,6 +474,12 @@ def check_memory(prediction: Prediction) -> None:
     )
 
 
+def program_of(plan: Plan) -> IPUSettings:
+    """Return the program that ``plan`` was priced under, as its settings say."""
+    fields = {name: value for name, value in plan.settings.items() if name not in OF_THE_REQUEST}
+    return IPUSettings.from_json(fields) if fields else DEFAULT_SETTINGS
+
+
 def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
     """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
     slices = {
@@ -484,18 +494,29 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
         for block in graph.blocks
         if (factor := serialization_factor(graph, block, own)) > 1
     }
-    num_ipus = max(settings.num_ipus, 1 + max(stage.device for stage in plan.stages))
+    num_ipus = 1 + max(stage.device for stage in plan.stages)
+    if plan.settings:
+        num_ipus = max(settings.num_ipus, num_ipus)
     return replace(
         settings,
         num_ipus=num_ipus,
         pipelined=num_ipus > 1,
+        proportions=tuple(settings.proportion(ipu) for ipu in range(num_ipus)),
         replicas=plan.replicas,
+        sharded=settings.sharded and plan.replicas > 1,
         training=graph.training,
         accumulation=plan.num_microbatches if graph.training else 1,
         device_iterations=settings.device_iterations if graph.training else plan.num_microbatches,
         block_slices=None if slices == said else tuple(sorted(slices.items())),
         recompute=any(stage.recompute for stage in plan.stages),
     )
+
+
+def placed_settings(plan: Plan) -> IPUSettings:
+    """Return the settings of ``plan`` that also say its placement, for an ``ipu_config.json``."""
+    settings = settings_of(plan.graph, plan, program_of(plan))
+    layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
+    return placement_of(plan.graph, layout, settings)
 
 
 def binding_of(prediction: Prediction) -> str:

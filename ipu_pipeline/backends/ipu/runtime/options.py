@@ -6,6 +6,9 @@ from typing import Any, Mapping
 
 import torch
 
+# popart/sessionoptions.hpp, RecomputationType
+NO_RECOMPUTATION, PIPELINE_RECOMPUTATION = 0, 3
+
 
 def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool = False) -> Any:
     """Return options without an execution strategy.
@@ -34,7 +37,7 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
     else:
         _training(options, settings, poptorch)
     _precision(options, settings, inference=inference)
-    _popart(options, inference=inference)
+    _popart(options, settings, inference=inference)
     return options
 
 
@@ -72,8 +75,14 @@ def _precision(options: Any, settings: Mapping[str, Any], *, inference: bool) ->
         options.Precision.setPartialsType(partials)
 
 
-def _popart(options: Any, *, inference: bool) -> None:
-    """Settings that published runs on IPUs use; they change speed and memory, not results."""
+def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
+    """Settings that published runs on IPUs use; they change speed and memory, not results.
+
+    Recomputation is said explicitly: what PopTorch does by default depends on the number of IPUs.
+    """
+    if not inference:
+        kind = PIPELINE_RECOMPUTATION if settings["recompute"] else NO_RECOMPUTATION
+        options._Popart.set("autoRecomputation", kind)
     options._Popart.set("disableGradAccumulationTensorStreams", True)
     options._Popart.set("outlineThreshold", 10.0)
     options._Popart.set("subgraphCopyingStrategy", 1)
