@@ -7,7 +7,7 @@ import torch
 
 from ipu_pipeline import checkpoint
 from ipu_pipeline.train import latest_checkpoint, list_checkpoints
-from ipu_pipeline.train.checkpoint import agreed_resume_checkpoint
+from ipu_pipeline.train.checkpoints import agreed_resume_checkpoint
 from tests.train.test_data import wordless_tokenizer
 from tests.train.test_resume import (
     KillAt,
@@ -28,7 +28,7 @@ def test_an_interrupted_run_computes_what_the_whole_run_does(tmp_path, whole, st
     reference, expected = whole
     arguments = settings(tmp_path, async_save=True, save_total_limit=1)
     with pytest.raises(Killed):
-        run(arguments, [KillAt(step)])
+        run(arguments, KillAt(step))
     kept = (step - 1) // 3 * 3
     assert latest_checkpoint(tmp_path).name == f"checkpoint-{kept}"
     resumed, result = run(arguments)

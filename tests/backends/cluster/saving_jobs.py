@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster import faults, saving
+from ipu_pipeline.backends.cluster import checkpoints, watchdog
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.train import TrainingArguments, build_optimizer, checkpoint, train
+from ipu_pipeline.train import TrainingArguments, build_optimizer, train
+from ipu_pipeline.train import checkpoints as training_checkpoints
 from tests.backends.cluster.jobs import compiled
 from tests.train.eager_executable import Questions, tiny_bert
 
@@ -62,17 +62,17 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     return {"hidden": hidden, "complete": complete, "losses": (first, second)}
 
 
-write = saving.write_part
+write = checkpoints.write_part
 
 
 @contextmanager
 def replaced(name: str, function: Any) -> Any:
-    earlier = getattr(saving, name)
-    setattr(saving, name, function)
+    earlier = getattr(checkpoints, name)
+    setattr(checkpoints, name, function)
     try:
         yield
     finally:
-        setattr(saving, name, earlier)
+        setattr(checkpoints, name, earlier)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def failing_saves(folder: str, planned: dict[str, Any], rank: int, blocking: boo
             try:
                 made.save_checkpoint(f"{folder}/second", blocking=blocking)
                 made.train_step(batch)
-                made._saver._background._thread.join()
+                made._checkpoints._background._thread.join()
                 errors.append("")
             except OSError as error:
                 errors.append(str(error))
@@ -125,7 +125,7 @@ def error_at_the_end(folder: str, planned: dict[str, Any], how: str) -> str:
             made.train_step(batch)
             with full_disk(1):
                 made.save_checkpoint(f"{folder}/first", blocking=False)
-                made._saver._background._thread.join()
+                made._checkpoints._background._thread.join()
             if how == "wait":
                 made.wait_for_checkpoint()
             if how == "load":
@@ -139,7 +139,7 @@ def error_at_the_end(folder: str, planned: dict[str, Any], how: str) -> str:
 
 def killed(folder: str, planned: dict[str, Any], where: str) -> str:
     """A process dies during the second save; return what the others say."""
-    faults.SILENT_S, faults.VERDICT_S = 4.0, 8.0
+    watchdog.SILENT_S, watchdog.REASON_S = 4.0, 8.0
     made, batch = compiled("gpt2-lm", planned=planned)
     made.train_step(batch)
     made.save_checkpoint(f"{folder}/first")
@@ -149,8 +149,8 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == rank:
-        saving.write_part = write if where == "finish" else die
-        saving.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
+        checkpoints.write_part = write if where == "finish" else die
+        checkpoints.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
     made.train_step(batch)
     try:
         made.save_checkpoint(f"{folder}/second", blocking=where != "background")
@@ -163,35 +163,26 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
 
 def without_shared_disk(folder: str, planned: dict[str, Any]) -> Any:
     """The last rank does not see what the first writes; then both do."""
-    saving.SEEN_S = 0.0
+    checkpoints.SEEN_S = 0.0
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    saving.logger.addHandler(handler)
+    checkpoints.logger.addHandler(handler)
     made, batch = compiled("gpt2-lm", planned=planned)
     last = dist.get_rank() == dist.get_world_size() - 1
     with made:
         made.train_step(batch)
         made.save_checkpoint(f"{folder}/shared")
-        see = saving._appears
+        see = checkpoints._appears
         with replaced("_appears", lambda path: not last and see(path)):
             made.save_checkpoint(f"{folder}/alone")
             made.save_checkpoint(f"{folder}/again", blocking=False)
-    saving.logger.removeHandler(handler)
+    checkpoints.logger.removeHandler(handler)
     return lines
 
 
 class Stopped(Exception):
     """Training is interrupted."""
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Stopped
 
 
 def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: Any) -> Any:
@@ -208,10 +199,6 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
             "save_steps": 2,
             "save_total_limit": 2,
             "resume_from_checkpoint": "auto",
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "metric_for_best_model": "loss",
-            "load_best_model_at_end": True,
         }
         | changes,
     )
@@ -227,20 +214,19 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
         self_check=False,
     )
     blind = target == "distributed" and dist.get_rank() > 0
-    find = checkpoint.find_resume_checkpoint
-    checkpoint.find_resume_checkpoint = (lambda _: None) if blind else find
+    find = training_checkpoints.find_resume_checkpoint
+    training_checkpoints.find_resume_checkpoint = (lambda _: None) if blind else find
+
+    def stop(state: Any, _: Any) -> None:
+        if state.global_step == stop_at:
+            raise Stopped
+
     try:
         with made:
-            result = train(
-                made,
-                Questions(24),
-                arguments,
-                callbacks=[StopAt(stop_at)],
-                eval_dataset=Questions(8, seed=3),
-            )
+            result = train(made, Questions(24), arguments, on_step=stop)
     except Stopped:
         return None
     finally:
-        checkpoint.find_resume_checkpoint = find
+        training_checkpoints.find_resume_checkpoint = find
     logs = [log["loss"] for log in result.log_history if "loss" in log]
-    return logs, Path(str(result.best_checkpoint)).name, result.training_loss
+    return logs, result.training_loss
