@@ -154,7 +154,8 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     if sum(said["layers_per_ipu"]) == sum(settings.layers_per_ipu):
         said["stage_starts"] = dict(settings.stage_starts) or None
     if base is None:
-        return replace(settings.ipu_config(), **said)
+        shares = settings.proportions[: said["ipus_per_replica"]]
+        return replace(settings.ipu_config(), matmul_proportion=shares, **said)
     _check_agreement(base, said)
     return replace(base, **said)
 

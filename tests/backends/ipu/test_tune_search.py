@@ -54,9 +54,7 @@ def everything(pipelines: list[IPUPipeline]) -> Iterator[tuple[IPUPipeline, Pred
         names, graph, chip = item.chain.names, item.chain.graph, item.chain.chip
         for cuts in combinations(item.starts[1:-1], len(item.slots) - 1):
             ends = pairwise([0, *cuts, len(names)])
-            stages = [
-                (ipu, names[a:b]) for ipu, (a, b) in zip(item.devices, ends, strict=True)
-            ]
+            stages = [(ipu, names[a:b]) for ipu, (a, b) in zip(item.devices, ends, strict=True)]
             home = {name: ipu for ipu, blocks in stages for name in blocks}
             if any(len({home[name] for name in group}) > 1 for group in graph.tied_groups):
                 continue
