@@ -160,8 +160,8 @@ def test_kill_9_while_saving(tmp_path, whole, monkeypatch):
                     os.kill(os.getpid(), signal.SIGKILL)
                 write(folder, content, *others)
 
-            write = checkpoint.new.write_manifest
-            monkeypatch.setattr(checkpoint.new, "write_manifest", die)
+            write = checkpoint.writer.write_manifest
+            monkeypatch.setattr(checkpoint.writer, "write_manifest", die)
             run(settings(tmp_path))
         finally:
             os._exit(1)

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.layers import counted_layers
 from ipu_pipeline.backends.ipu.prices.planning import placed_settings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
 

@@ -46,7 +46,7 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     """Save in both ways; the one in the background is held up until training went on."""
     made, batch = compiled("gpt2-lm", planned=planned)
     go_on = threading.Event()
-    with made, replaced("write_part", lambda *args: go_on.wait(60) and write(*args)):
+    with made, replaced("write_shard", lambda *args: go_on.wait(60) and write(*args)):
         made.train_step(batch)
         made.save_checkpoint(f"{folder}/later", {"n": 1}, blocking=False)
         first = made.train_step(batch).loss
@@ -62,7 +62,7 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     return {"hidden": hidden, "complete": complete, "losses": (first, second)}
 
 
-write = checkpoints.write_part
+write = checkpoints.write_shard
 
 
 @contextmanager
@@ -149,8 +149,8 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == rank:
-        checkpoints.write_part = write if where == "finish" else die
-        checkpoints.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
+        checkpoints.write_shard = write if where == "finish" else die
+        checkpoints.CheckpointWriter.finish = die  # type: ignore[method-assign,assignment]
     made.train_step(batch)
     try:
         made.save_checkpoint(f"{folder}/second", blocking=where != "background")
