@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from transformers import BertConfig
 
 import ipu_pipeline as ipp
