@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from ipu_pipeline.backends.ipu.config.layers import WILDCARD
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.memory import stash_depth
@@ -26,6 +25,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.price import PlanPrice

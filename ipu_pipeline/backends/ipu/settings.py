@@ -12,10 +12,10 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.backend import program_of
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.layers import counted_layers
 from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
 

@@ -10,7 +10,6 @@ import pytest
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.annotations import annotate, module_of, stages_in_order
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.layers import counted_layers
 from ipu_pipeline.backends.ipu.settings import (
     OptimizerSettings,
     ipu_config_of_plan,
@@ -18,6 +17,7 @@ from ipu_pipeline.backends.ipu.settings import (
 )
 from ipu_pipeline.errors import ConfigError, LoweringError
 from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.planner.layers_per_ipu import counted_layers
 from tests.tiny_models import TINY
 
 
