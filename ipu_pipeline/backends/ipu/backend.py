@@ -158,9 +158,19 @@ def prediction_of(plan: Plan) -> Prediction:
                     f"block {name!r} is to run in {factor} slices, but {rows}; choose a factor "
                     "that divides them"
                 )
+<<<<<<< HEAD
     settings = settings_of(plan.graph, plan, program_of(plan))
+=======
+    settings = program_of(plan)
+>>>>>>> house
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     return predict_layout(plan.graph, layout, settings, chip_of(plan.machine))
+
+
+def program_of(plan: Plan) -> IPUSettings:
+    """Return the program of a plan: what its price reads, and what is emitted."""
+    raw = plan.settings if is_ipu(plan.machine) else {}
+    return settings_of(plan.graph, plan, _program(raw))
 
 
 def _program(raw: Mapping[str, Any]) -> IPUSettings:

@@ -35,9 +35,13 @@ def test_one_annotation_per_block_in_order() -> None:
     assert [(a.stage, a.ipu) for a in found] == [(0, 0)] * 3 + [(1, 1)] * 4
     assert not found[-1].begins
     assert found[0].to_json()["module"] == "bert.embeddings"
+<<<<<<< HEAD
     assert all(a.forward_ms > 0 and a.backward_ms > 0 for a in found)
     layers = [a for a in found if a.kind == "layer"]
     assert sum(a.forward_ms for a in layers[:2]) < plan.stages[0].forward_s * 1e3
+=======
+    assert found[1].forward_ms > found[-1].forward_ms > 0
+>>>>>>> house
     assert list(stages_in_order(found)) == [0, 1]
 
 
@@ -73,6 +77,7 @@ def test_a_stage_that_begins_with_the_loss() -> None:
 def test_calls_of_one_module_share_a_stage() -> None:
     plan = _plan()
     again = replace(plan.blocks[-2], name="bert.embeddings#2")
+<<<<<<< HEAD
     tensors = tuple(
         replace(
             spec,
@@ -85,6 +90,16 @@ def test_calls_of_one_module_share_a_stage() -> None:
     )
     blocks = (*plan.blocks[:-2], again, plan.blocks[-1])
     graph = replace(plan.graph, blocks=blocks, tensors=tensors)
+=======
+    graph = replace(
+        plan.graph,
+        blocks=(*plan.blocks[:-2], again, plan.blocks[-1]),
+        tensors=tuple(
+            replace(t, producer=again.name) if t.producer == "qa_outputs" else t
+            for t in plan.tensors
+        ),
+    )
+>>>>>>> house
     first, last = plan.stages
     names = tuple("bert.embeddings#2" if n == "qa_outputs" else n for n in last.blocks)
     with pytest.raises(
@@ -119,6 +134,7 @@ def test_a_plan_and_its_configuration_go_both_ways() -> None:
     model, batch = TINY["bert-qa"].build(device="meta")
     again = ipp.plan(model, batch, machine="pod16", config=alone, replicas=alone.replicas())
     assert [s.blocks for s in again.stages] == [s.blocks for s in plan.stages]
+    assert again.objective_s == plan.objective_s
 
 
 def test_wildcards_become_numbers() -> None:

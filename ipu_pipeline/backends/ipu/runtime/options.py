@@ -76,6 +76,7 @@ def _precision(options: Any, settings: Mapping[str, Any], *, inference: bool) ->
 
 
 def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
+<<<<<<< HEAD
     """Settings that published runs on IPUs use; they change speed and memory, not results.
 
     Recomputation is said explicitly: what PopTorch does by default depends on the number of IPUs.
@@ -83,6 +84,12 @@ def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> No
     if not inference:
         kind = PIPELINE_RECOMPUTATION if settings["recompute"] else NO_RECOMPUTATION
         options._Popart.set("autoRecomputation", kind)
+=======
+    """Settings that published runs on IPUs use; they change speed and memory, not results."""
+    if not inference:
+        # poptorch itself would take Pipeline (3) wherever there are several IPUs.
+        options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
+>>>>>>> house
     options._Popart.set("disableGradAccumulationTensorStreams", True)
     options._Popart.set("outlineThreshold", 10.0)
     options._Popart.set("subgraphCopyingStrategy", 1)
