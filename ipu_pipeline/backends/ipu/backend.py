@@ -17,7 +17,6 @@ from ipu_pipeline.backends.ipu.prices.planning import (
     ProgramChoices,
     binding_of,
     configured_partition,
-    program_of,
     settings_of,
 )
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
@@ -158,11 +157,7 @@ def prediction_of(plan: Plan) -> Prediction:
                     f"block {name!r} is to run in {factor} slices, but {rows}; choose a factor "
                     "that divides them"
                 )
-<<<<<<< HEAD
-    settings = settings_of(plan.graph, plan, program_of(plan))
-=======
     settings = program_of(plan)
->>>>>>> house
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     return predict_layout(plan.graph, layout, settings, chip_of(plan.machine))
 

@@ -12,11 +12,7 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.backend import program_of
 from ipu_pipeline.backends.ipu.config import IPUConfig
-<<<<<<< HEAD
-from ipu_pipeline.backends.ipu.prices.planning import placed_settings
-=======
 from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
->>>>>>> house
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
@@ -101,11 +97,7 @@ class PopTorchSettings:
             "device_iterations": config.device_iterations,
             "memory_proportions": list(config.memory_proportions()),
             **inference,
-<<<<<<< HEAD
-            "recompute": config.recompute is not False and config.num_ipus() > 1,
-=======
             "recompute": self.recompute,
->>>>>>> house
             "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
             "optimizer_state_offchip": config.optimizer_state_offchip,
             "replicated_tensor_sharding": config.replicated_tensor_sharding,
@@ -160,16 +152,6 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         LoweringError: ``base`` says something else than the plan about layers, replicas,
             accumulation or slices.
     """
-<<<<<<< HEAD
-    settings = placed_settings(plan)
-    said = {**_structure(plan, base), **_slices(plan, base)}
-    said["recompute"] = settings.recompute
-    if sum(said["layers_per_ipu"]) == sum(settings.layers_per_ipu):
-        said["stage_starts"] = dict(settings.stage_starts) or None
-    if base is None:
-        shares = settings.proportions[: said["ipus_per_replica"]]
-        return replace(settings.ipu_config(), matmul_proportion=shares, **said)
-=======
     program = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
     said = {
@@ -182,7 +164,6 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         shares = tuple(program.proportion(ipu) for ipu in range(said["ipus_per_replica"]))
         sized = replace(program, num_ipus=len(shares), layers_per_ipu=said["layers_per_ipu"])
         return replace(replace(sized, proportions=shares).ipu_config(), **said)
->>>>>>> house
     _check_agreement(base, said)
     return replace(base, **said)
 
@@ -240,8 +221,6 @@ def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
     }
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
-    if base.recompute is not None:
-        theirs["recompute"] = base.recompute
     different = [
         f"{name}: plan {said[name]}, configuration {value}"
         for name, value in theirs.items()

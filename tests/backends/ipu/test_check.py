@@ -133,7 +133,10 @@ def test_tables_split_over_ipus(what: str) -> None:
         rf"{what}_serialization_factor=3 \(slices on one IPU\) instead",
         _plan(),
         _with(
-            **{f"serialized_{what}_splits_per_ipu": (2, 1), f"{what}_serialization_factor": None}
+            **{
+                f"serialized_{what}_splits_per_ipu": (2, 1),
+                f"{what}_serialization_factor": None,
+            }
         ),
     )
 

@@ -474,12 +474,6 @@ def check_memory(prediction: Prediction) -> None:
     )
 
 
-def program_of(plan: Plan) -> IPUSettings:
-    """Return the program that ``plan`` was priced under, as its settings say."""
-    fields = {name: value for name, value in plan.settings.items() if name not in OF_THE_REQUEST}
-    return IPUSettings.from_json(fields) if fields else DEFAULT_SETTINGS
-
-
 def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
     """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
     slices = {
@@ -510,13 +504,6 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
         block_slices=None if slices == said else tuple(sorted(slices.items())),
         recompute=any(stage.recompute for stage in plan.stages),
     )
-
-
-def placed_settings(plan: Plan) -> IPUSettings:
-    """Return the settings of ``plan`` that also say its placement, for an ``ipu_config.json``."""
-    settings = settings_of(plan.graph, plan, program_of(plan))
-    layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
-    return placement_of(plan.graph, layout, settings)
 
 
 def binding_of(prediction: Prediction) -> str:

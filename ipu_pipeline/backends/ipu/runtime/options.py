@@ -6,9 +6,6 @@ from typing import Any, Mapping
 
 import torch
 
-# popart/sessionoptions.hpp, RecomputationType
-NO_RECOMPUTATION, PIPELINE_RECOMPUTATION = 0, 3
-
 
 def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool = False) -> Any:
     """Return options without an execution strategy.
@@ -76,20 +73,10 @@ def _precision(options: Any, settings: Mapping[str, Any], *, inference: bool) ->
 
 
 def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
-<<<<<<< HEAD
-    """Settings that published runs on IPUs use; they change speed and memory, not results.
-
-    Recomputation is said explicitly: what PopTorch does by default depends on the number of IPUs.
-    """
-    if not inference:
-        kind = PIPELINE_RECOMPUTATION if settings["recompute"] else NO_RECOMPUTATION
-        options._Popart.set("autoRecomputation", kind)
-=======
     """Settings that published runs on IPUs use; they change speed and memory, not results."""
     if not inference:
         # poptorch itself would take Pipeline (3) wherever there are several IPUs.
         options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
->>>>>>> house
     options._Popart.set("disableGradAccumulationTensorStreams", True)
     options._Popart.set("outlineThreshold", 10.0)
     options._Popart.set("subgraphCopyingStrategy", 1)
