@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 
 Split = tuple[tuple[str, ...], ...]
 

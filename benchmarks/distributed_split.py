@@ -41,7 +41,7 @@ from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.planner.options.profiled import ProfiledCostModel
+from ipu_pipeline.planner.options.cost_models import ProfiledCostModel
 from ipu_pipeline.planner.search import Constraints, Partition, evaluate, solve
 
 MODELS: Mapping[str, tuple[str, transformers.PretrainedConfig]] = {

@@ -17,12 +17,11 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.planner.search.paced import PacedSearch
-from ipu_pipeline.planner.search.pricing import Pricer
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
-from ipu_pipeline.planner.search.rows import Rows
-from ipu_pipeline.planner.search.sweep import Layout
+from ipu_pipeline.planner.search.stage_costs import StageCostTable
+from ipu_pipeline.planner.search.stage_price import OptionPricer
 
 GIB = 2**30
 MOST_IDEALS = 200_000
@@ -40,7 +39,7 @@ class Instance:
     """
 
     problem: Problem
-    layout: Layout
+    layout: StagePositions
     num_devices: int
 
 
@@ -74,21 +73,21 @@ def read_instance(
     return _max_load_instance(raw, num_devices or raw["maxFPGAs"], memory)
 
 
-def solve_instance(instance: Instance, time_limit_s: float | None = None) -> PacedSearch:
+def solve_instance(instance: Instance, time_limit_s: float | None = None) -> BottleneckSearch:
     """Minimise the busiest device of ``instance``; exact unless the time limit ends it."""
     deadline = None if time_limit_s is None else monotonic() + time_limit_s
     depths = range(0 if instance.layout.hosts else 1, instance.num_devices + 1)
-    pricer = Pricer(instance.problem)
+    pricer = OptionPricer(instance.problem)
     chain = Lattice.of_masks(instance.problem, _execution_order(instance.problem))
-    quick = PacedSearch(Rows(chain, pricer), instance.layout, depths, 1, 0)
+    quick = BottleneckSearch(StageCostTable(chain, pricer), instance.layout, depths, 1, 0)
     quick.run()
     try:
         lattice = Lattice(instance.problem, limit=MOST_IDEALS)
     except TooManyIdeals:
         quick.lower_bound = quick.at_once()
         return quick
-    search = PacedSearch(
-        Rows(lattice, pricer), instance.layout, depths, 1, 0, quick.upper_bound, deadline
+    search = BottleneckSearch(
+        StageCostTable(lattice, pricer), instance.layout, depths, 1, 0, quick.upper_bound, deadline
     )
     search.best = quick.best
     search.run()
@@ -131,7 +130,9 @@ def _max_load_instance(raw: Mapping[str, Any], num_devices: int, memory: float) 
         host_only=unsupported,
     )
     slot = Slot(0, 0, capacity=memory, link_in=Link(1.0), link_out=Link(1.0))
-    return Instance(problem, Layout((slot,) * num_devices, hosts=raw["maxCPUs"]), num_devices)
+    return Instance(
+        problem, StagePositions((slot,) * num_devices, hosts=raw["maxCPUs"]), num_devices
+    )
 
 
 def _max_load_values(raw: Mapping[str, Any], group_of: Mapping[int, int]) -> tuple[Value, ...]:
@@ -256,7 +257,7 @@ def _memory_instance(raw: Mapping[str, Any], num_devices: int, memory: float) ->
         Slot(0, 0, capacity=memory, in_flight=to_end, link_in=link, link_out=link)
         for to_end in range(1, num_devices + 1)
     ]
-    return Instance(problem, Layout(slots), num_devices)
+    return Instance(problem, StagePositions(slots), num_devices)
 
 
 def _topological(nodes: list[int], edges: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -16,10 +16,10 @@ from time import perf_counter
 from benchmarks.solver_instances import Instance, solve_instance
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search.bottleneck import StagePositions
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
-from ipu_pipeline.planner.search.sweep import Layout
 
 MICROBATCHES = 256
 AMPLE_BYTES = 10**12
@@ -120,7 +120,7 @@ def _max_load(preds: Sequence[int], num_devices: int, rng: random.Random) -> Ins
     )
     capacity = 1.3 * sum(problem.held) / num_devices
     slot = Slot(0, 0, capacity=capacity, link_in=Link(1.0), link_out=Link(1.0))
-    return Instance(problem, Layout((slot,) * num_devices, hosts=1), num_devices)
+    return Instance(problem, StagePositions((slot,) * num_devices, hosts=1), num_devices)
 
 
 def tight_bytes(num_blocks: int, num_devices: int) -> int:

@@ -21,8 +21,8 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.search import Constraints, evaluate, solve
 
 DEVICE_COUNTS = (2, 4, 8, 16)

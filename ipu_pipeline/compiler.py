@@ -120,8 +120,8 @@ def compile(
         plan: From :func:`plan` or ``Plan.load``.
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
-        **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`: ``precision``,
-            ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ``sequential``, ...;
+        **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`:
+            ``precision``, ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ...;
             ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
             come from a model in evaluation mode and a batch without labels.
 

@@ -20,9 +20,8 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.model import CostModel, GraphCosts
-from ipu_pipeline.planner.options.profiled import ProfiledCostModel
+from ipu_pipeline.planner.options.block_cost import CostModel, GraphCosts
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel, ProfiledCostModel
 from ipu_pipeline.planner.search import Constraints, Partition, configured_partition
 from ipu_pipeline.planner.search.objective import in_flight
 

@@ -14,12 +14,11 @@ from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage, PlannedTable
 from ipu_pipeline.plan_request import offering
-from ipu_pipeline.planner.options.heads import unfused_heads
-from ipu_pipeline.planner.options.model import CostModel, GraphCosts
-from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.options.block_cost import CostModel, GraphCosts
+from ipu_pipeline.planner.options.tables import table_of, unfused_heads
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.search import Constraints, Partition, StageAssignment
-from ipu_pipeline.planner.search.annotated import evaluate_plan, factors_of
+from ipu_pipeline.planner.search.given_split import evaluate_plan, factors_of
 
 
 def make_plan(

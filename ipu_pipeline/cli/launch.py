@@ -1,4 +1,4 @@
-"""The command ``launch``: start a script in the processes of a plan; ``cli.py`` registers it."""
+"""The command ``launch``: start a script in the processes of a plan."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.launch.request import Request
-    from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
-    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
 Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -73,15 +71,15 @@ def launch_command(
     IPU_PIPELINE_PLAN, the target in IPU_PIPELINE_TARGET, and what --schedule says in
     IPU_PIPELINE_SCHEDULE.
     """
-    from ipu_pipeline.backends.cluster.launch.request import Request, make_spec
-    from ipu_pipeline.backends.cluster.launch.spec import check_program
+    from ipu_pipeline.backends.cluster.launch import LaunchRequest, check_program, make_spec
+    from ipu_pipeline.backends.cluster.torchrun import node_command, slurm_file
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
 
-    here = not print_only and slurm is None
+    here, folder = not print_only and slurm is None, Path.cwd()
     plan = Plan.load(plan_file)
-    started = check_program(program, Path.cwd())
-    request = Request(
+    started = check_program(program, folder)
+    request = LaunchRequest(
         processes=processes,
         schedule=schedule,
         threads=threads,
@@ -91,63 +89,51 @@ def launch_command(
         gpus_per_node=gpus_per_node,
         machine=None if machine is None else machine_by_name(machine),
     )
+    cores, gpus = _room() if here else (0, 0)
+    spec = make_spec(
+        plan, plan_file.absolute(), started, request, room=(gpus or cores) if here else None
+    )
     if here:
-        _start(plan, plan_file.absolute(), started, request, log_dir)
-        return
-    spec = make_spec(plan, plan_file.absolute(), started, request)
+        _start(spec, cores, gpus, log_dir)
     if print_only:
-        typer.echo(_command(spec, plan, endpoint or socket.gethostname()))
+        run_id = f"ipu-pipeline-{plan.digest()}"
+        where = endpoint or socket.gethostname()
+        typer.echo(
+            node_command(spec, python=sys.executable, folder=folder, run_id=run_id, endpoint=where)
+        )
     if slurm is not None:
-        _write_slurm(spec, plan, slurm)
+        name = f"ipu-pipeline-{plan.model.model_class}"
+        text = slurm_file(spec, python=sys.executable, folder=folder, name=name)
+        slurm.write_text(text, encoding="utf-8")
+        typer.echo(
+            f"Slurm file written to {slurm}: {spec.described} on {spec.num_nodes} node(s)\n"
+            f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(slurm))}"
+        )
 
 
-def _start(
-    plan: Plan, plan_path: Path, program: tuple[str, ...], request: Request, log_dir: Path | None
-) -> None:
-    from ipu_pipeline.backends.cluster.launch.cores import usable_cores
-    from ipu_pipeline.backends.cluster.launch.elastic import count_gpus, start
-    from ipu_pipeline.backends.cluster.launch.request import make_spec
-    from ipu_pipeline.backends.cluster.launch.spec import notes
+def _room() -> tuple[int, int]:
+    """Return the cores and GPUs of this machine."""
+    import torch
 
-    cores, gpus = usable_cores(), count_gpus()
-    spec = make_spec(plan, plan_path, program, request, room=gpus or cores)
-    for note in notes(spec, cores, gpus):
+    from ipu_pipeline.backends.cluster.launch import usable_cores
+
+    return usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> None:
+    from ipu_pipeline.backends.cluster.launch import crowding
+    from ipu_pipeline.backends.cluster.torchrun import start
+
+    if note := crowding(spec.num_processes, cores, gpus):
         typer.echo(f"note: {note}", err=True)
     threads = spec.threads(os.environ, cores)
     typer.echo(f"launch: {spec.described}; threads of each: {min(threads.values())}", err=True)
-    code = start(spec, {**spec.settings(), **threads}, _tell, log_dir)
-    if code:
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    if code := start(spec, {**spec.settings(), **threads}, tell, log_dir):
         raise typer.Exit(code)
-
-
-def _tell(text: str) -> None:
-    typer.echo(text, err=True, nl=False)
-
-
-def _command(spec: LaunchSpec, plan: Plan, endpoint: str) -> str:
-    from ipu_pipeline.backends.cluster.launch.cluster import described_command, node_command
-
-    command = node_command(
-        spec,
-        python=sys.executable,
-        folder=Path.cwd(),
-        run_id=f"ipu-pipeline-{plan.digest()}",
-        endpoint=endpoint,
-    )
-    return described_command(spec, command, endpoint)
-
-
-def _write_slurm(spec: LaunchSpec, plan: Plan, path: Path) -> None:
-    from ipu_pipeline.backends.cluster.launch.cluster import slurm_file
-
-    name = f"ipu-pipeline-{plan.model.model_class}"
-    path.write_text(
-        slurm_file(spec, python=sys.executable, folder=Path.cwd(), name=name), encoding="utf-8"
-    )
-    typer.echo(
-        f"Slurm file written to {path}: {spec.described} on {spec.num_nodes} node(s)\n"
-        f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(path))}"
-    )
 
 
 def register(app: typer.Typer, wrapper: Wrapper) -> None:

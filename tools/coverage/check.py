@@ -19,7 +19,7 @@ from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import torchs_products
 from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable
 from tools.coverage.classes import ModelClass

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
-from ipu_pipeline.planner.options.analytic import device_speeds
+from ipu_pipeline.planner.options.cost_models import device_speeds
 from ipu_pipeline.planner.schedules.load import block_bytes
 
 

@@ -23,9 +23,9 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedBlock
-from ipu_pipeline.planner.options.analytic import device_speeds
-from ipu_pipeline.planner.options.menus import block_choices
-from ipu_pipeline.planner.options.model import BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_options import block_choices
+from ipu_pipeline.planner.options.cost_models import device_speeds
 from ipu_pipeline.planner.report.as_run import as_run
 from ipu_pipeline.planner.schedules.load import is_training
 from ipu_pipeline.planner.schedules.timeline import Timeline

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
-from ipu_pipeline.planner.options.analytic import device_speeds
+from ipu_pipeline.planner.options.cost_models import device_speeds
 from ipu_pipeline.planner.search.objective import SCHEDULES, make_objective
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _ROUNDING = 1e-9
 
@@ -84,10 +84,10 @@ class StageLoad:
     workspace_bytes: int
 
     @property
-    def price(self) -> Price:
+    def price(self) -> StagePrice:
         """The same in the solver's form, to put into its closed forms."""
         copies, held = self.copies, self.weight_bytes + self.stash_bytes + self.workspace_bytes
-        return Price(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
+        return StagePrice(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
                      0.0, held, ())  # fmt: skip
 
 

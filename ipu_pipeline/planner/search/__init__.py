@@ -5,21 +5,21 @@
 Read the files in this order:
 
 1. ``constraints.py``, ``result.py``: what goes in and what comes out.
-2. ``problem.py``: the problem on integers (blocks are bits); ``build.py`` makes it from a graph.
+2. ``problem.py``: the problem on integers (blocks are bits); ``from_graph.py`` makes it.
 3. ``objective.py``: seconds per optimizer step under 1F1B, GPipe and PopART, with sources.
-4. ``pricing.py``, ``choices.py``: one stage: transfers, memory, and the exact choice of
-   recomputation and serialization per block.
-5. ``ideals.py``, ``positions.py``, ``layers_per_ipu.py``: the boundaries a pipeline may have.
-6. ``sweep.py`` over ``rows.py``, driven by ``paced.py``: the fast exact search.
-7. ``labels.py``: the exact search for shared devices and memories and for the other schedules.
-8. ``shapes.py``, ``engine.py``, ``search.py``: what to try, with which search.
-9. ``solver.py``, ``infeasible.py``, ``given.py``, ``report.py``: answers and refusals.
+4. ``stage_price.py``: one stage: transfers, memory, and the exact choice of recomputation and
+   serialization per block.
+5. ``ideals.py``: the boundaries that a pipeline may have (order ideals of the blocks).
+6. ``bottleneck.py`` over ``stage_costs.py``: the fast exact search, a dynamic program over ideals.
+7. ``label_setting.py``: the exact search for shared devices and memories and other schedules.
+8. ``parallel.py``, ``pipeline_search.py``: what to try, with which search.
+9. ``solver.py``, ``infeasible.py``, ``given_split.py``: answers, refusals, splits chosen elsewhere.
 10. ``configured.py``: the split that an IPU configuration spells out, nothing searched.
 """
 
 from ipu_pipeline.planner.search.configured import configured_partition, partition_of_prediction
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.given import evaluate
+from ipu_pipeline.planner.search.given_split import evaluate
 from ipu_pipeline.planner.search.infeasible import Change, InfeasibleError
 from ipu_pipeline.planner.search.result import Partition, StageAssignment
 from ipu_pipeline.planner.search.solver import solve

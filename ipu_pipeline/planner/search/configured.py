@@ -15,7 +15,7 @@ from ipu_pipeline.backends.ipu.prices.memory import stash_depth
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.result import Partition, StageAssignment
 
 

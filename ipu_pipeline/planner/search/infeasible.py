@@ -10,14 +10,13 @@ from time import monotonic
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.model import GraphCosts
-from ipu_pipeline.planner.search.build import build_problem
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.engine import Candidate
-from ipu_pipeline.planner.search.pricing import Pricer
+from ipu_pipeline.planner.search.from_graph import build_problem
+from ipu_pipeline.planner.search.parallel import parallel_configurations
+from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, candidate, search
 from ipu_pipeline.planner.search.problem import Problem
-from ipu_pipeline.planner.search.search import candidate, search
-from ipu_pipeline.planner.search.shapes import shapes
+from ipu_pipeline.planner.search.stage_price import OptionPricer
 
 MOST_DEVICES = 256
 TRIAL_S = 5.0
@@ -235,7 +234,10 @@ def _worst_stage(
 ) -> str:
     """Describe the stage that is too large in the least demanding split."""
     built = build_problem(graph, costs, machine, constraints, constraints.replicas or 1)
-    deepest = max(shapes(graph, machine, constraints), key=lambda shape: len(shape.stage_devices))
+    deepest = max(
+        parallel_configurations(graph, machine, constraints),
+        key=lambda shape: len(shape.stage_devices),
+    )
     item = candidate(graph, costs, machine, constraints, deepest, built)
     stages = _least_demanding(built.problem, item)
     if not stages:
@@ -272,7 +274,7 @@ def _least_worst_bytes(graph: BlockGraph, start: Change) -> float:
     costs, machine, constraints = start.costs, start.machine, start.constraints
     built = build_problem(graph, costs, machine, constraints, constraints.replicas or 1)
     least = inf
-    for shape in shapes(graph, machine, constraints):
+    for shape in parallel_configurations(graph, machine, constraints):
         item = candidate(graph, costs, machine, constraints, shape, built)
         stages = _least_demanding(built.problem, item)
         if not stages:
@@ -283,13 +285,13 @@ def _least_worst_bytes(graph: BlockGraph, start: Change) -> float:
     return least
 
 
-def _least_demanding(problem: Problem, item: Candidate) -> list[tuple[int, float]]:
+def _least_demanding(problem: Problem, item: CandidatePipeline) -> list[tuple[int, float]]:
     """Split the execution order so that the largest stage is smallest (or the sum, if pooled).
 
     Returns:
         Mask and bytes of every stage; nothing if pins forbid all.
     """
-    pricer, count = Pricer(problem), problem.num_blocks
+    pricer, count = OptionPricer(problem), problem.num_blocks
     pooled = len({slot.pool for slot in item.slots}) == 1 < len(item.slots)
     nothing: tuple[float, list[tuple[int, float]]] = (inf, [])
     best = [nothing] * count + [(0.0, [])]
@@ -312,7 +314,7 @@ def _least_demanding(problem: Problem, item: Candidate) -> list[tuple[int, float
     return best[0][1]
 
 
-def _may_cut(problem: Problem, item: Candidate, done: int, stages_done: int) -> bool:
+def _may_cut(problem: Problem, item: CandidatePipeline, done: int, stages_done: int) -> bool:
     """Whether the boundary behind ``done`` respects groups and given layers."""
     groups = problem.together + (problem.same_device if item.shape.own_devices else ())
     if any(done & group not in (0, group) for group in groups):
@@ -321,7 +323,7 @@ def _may_cut(problem: Problem, item: Candidate, done: int, stages_done: int) -> 
 
 
 def _device_bytes(
-    problem: Problem, item: Candidate, stages: list[tuple[int, float]]
+    problem: Problem, item: CandidatePipeline, stages: list[tuple[int, float]]
 ) -> dict[int, float]:
     """Bytes of every device; a parameter of two of its stages counts once."""
     used: dict[int, float] = {}

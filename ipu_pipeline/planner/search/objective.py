@@ -37,14 +37,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 
 ScheduleName = Literal["1f1b", "gpipe", "popart", "maxload"]
 SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe", "popart", "maxload")
 
 
 @dataclass(frozen=True)
-class Row:
+class PacedTerm:
     """One ``weight * busiest device`` term.
 
     Attributes:
@@ -57,7 +57,7 @@ class Row:
     forward: tuple[int, ...]
     backward: tuple[int, ...]
 
-    def load_s(self, stage: int, price: Price) -> float:
+    def load_s(self, stage: int, price: StagePrice) -> float:
         """Seconds that ``stage`` at ``price`` adds to its device in this row."""
         return (
             self.forward[stage] * price.forward_load_s
@@ -75,7 +75,7 @@ class Objective:
         num_stages: Stages it is made for.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PacedTerm, ...]
     sum_weight: int
     num_stages: int
 
@@ -84,7 +84,7 @@ class Objective:
         """Whether forward and backward are weighted differently somewhere."""
         return any(row.forward != row.backward for row in self.rows)
 
-    def seconds(self, devices: Sequence[int], prices: Sequence[Price]) -> float:
+    def seconds(self, devices: Sequence[int], prices: Sequence[StagePrice]) -> float:
         """Return the step time of stages with ``prices`` on ``devices``."""
         total = self.sum_weight * sum(price.load_s for price in prices)
         for row in self.rows:
@@ -115,12 +115,14 @@ def make_objective(
     ones = (1,) * num_stages
     zeros = (0,) * num_stages
     if schedule == "maxload":
-        return Objective((Row(1, ones, ones),), 0, num_stages)
+        return Objective((PacedTerm(1, ones, ones),), 0, num_stages)
     if schedule == "1f1b":
-        return Objective((Row(num_microbatches - 1, ones, ones),), 1, num_stages)
+        return Objective((PacedTerm(num_microbatches - 1, ones, ones),), 1, num_stages)
     if schedule == "gpipe":
         repeats = num_microbatches - 1
-        return Objective((Row(repeats, ones, zeros), Row(repeats, zeros, ones)), 1, num_stages)
+        return Objective(
+            (PacedTerm(repeats, ones, zeros), PacedTerm(repeats, zeros, ones)), 1, num_stages
+        )
     return _popart(num_stages, num_microbatches, training=training)
 
 
@@ -161,7 +163,9 @@ def _popart(num_stages: int, num_microbatches: int, *, training: bool) -> Object
     terms[_active(num_stages, total, 0, total - 1, training=training)] += (
         num_microbatches - total + 1
     )
-    rows = tuple(Row(weight, forward, backward) for (forward, backward), weight in terms.items())
+    rows = tuple(
+        PacedTerm(weight, forward, backward) for (forward, backward), weight in terms.items()
+    )
     return Objective(rows, 0, num_stages)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import explain
+from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.result import Partition
-from ipu_pipeline.planner.search.search import search
 
 
 def solve(

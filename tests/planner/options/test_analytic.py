@@ -8,11 +8,14 @@ import pytest
 
 from ipu_pipeline.ir.graph import OpRecord
 from ipu_pipeline.ir.machine import Device
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel, device_speeds
-from ipu_pipeline.planner.options.memory import OptimizerMemory, weight_bytes
-from ipu_pipeline.planner.options.menus import block_choices
-from ipu_pipeline.planner.options.model import GraphCosts
-from ipu_pipeline.planner.options.profiled import MeasuredTimes, ProfiledCostModel
+from ipu_pipeline.planner.options.block_cost import GraphCosts, OptimizerMemory, weight_bytes
+from ipu_pipeline.planner.options.block_options import block_choices
+from ipu_pipeline.planner.options.cost_models import (
+    AnalyticCostModel,
+    MeasuredTimes,
+    ProfiledCostModel,
+    device_speeds,
+)
 from tests.ir.plan_example import example_graph, example_machine
 
 

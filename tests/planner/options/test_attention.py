@@ -9,8 +9,8 @@ import pytest
 from ipu_pipeline.capture import capture
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
 from ipu_pipeline.planner.options.attention import BACKWARD, FORWARD, as_one_operation
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from tests.tiny_models import TINY
 
 DEVICE = Device("d", 10**9, {"float32": 1e9}, 1e9)

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.ir.graph import Block, TensorSpec
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.heads import fused_heads, is_end
-from ipu_pipeline.planner.options.menus import SLICE_BYTES, fused_factors
-from ipu_pipeline.planner.options.model import BlockChoice
-from ipu_pipeline.planner.options.profiled import MeasuredTimes, ProfiledCostModel
+from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.options.block_options import SLICE_BYTES, fused_factors
+from ipu_pipeline.planner.options.cost_models import (
+    AnalyticCostModel,
+    MeasuredTimes,
+    ProfiledCostModel,
+)
+from ipu_pipeline.planner.options.tables import fused_heads, is_end
 from tests.ir.plan_example import example_graph, example_machine
 from tests.planner.options.table_graph import HIDDEN, TOKENS, VOCAB, machine, table_graph
 

@@ -7,9 +7,14 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.ir.graph import OpRecord
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.heads import fused_heads
-from ipu_pipeline.planner.options.tables import looked_up, products_with, table_of, table_rows
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
+from ipu_pipeline.planner.options.tables import (
+    fused_heads,
+    looked_up,
+    products_with,
+    table_of,
+    table_rows,
+)
 from tests.planner.options.table_graph import HIDDEN, TOKENS, VOCAB, machine, table_graph
 
 

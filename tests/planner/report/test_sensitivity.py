@@ -9,7 +9,7 @@ import pytest
 from ipu_pipeline.capture import capture
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.plan_writer import make_plan as plan_of
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.report.sensitivity import sensitivity, settings
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.search import Constraints, solve

@@ -9,7 +9,7 @@ from ipu_pipeline.ir.graph import TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
 from ipu_pipeline.planner.search.objective import in_flight, make_objective
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 
 STASH, WEIGHTS, WORKSPACE = 1000, 50_000, 300
 LINK = Link(bytes_per_s=1e6, latency_s=1e-4)
@@ -44,7 +44,7 @@ def make_plan(
     for i in range(depth):
         each = one_way * sum(sent[max(0, i - 1) : i + 1])
         prices.append(
-            Price(forward_s[i], backward_s[i], each, each if training else 0.0, outer_s, 0, ())
+            StagePrice(forward_s[i], backward_s[i], each, each if training else 0.0, outer_s, 0, ())
         )
     known = schedule if schedule in ("1f1b", "gpipe", "popart") else "1f1b"
     stages = []

@@ -12,7 +12,7 @@ from math import inf
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 
 
 def make_graph(num_blocks, edges, *, sizes=None, kinds=None, params=(), inputs=(), training=True):

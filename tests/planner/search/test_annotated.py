@@ -8,10 +8,10 @@ import pytest
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.heads import unfused_heads
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
+from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.search import Constraints
-from ipu_pipeline.planner.search.annotated import evaluate_plan, factors_of
+from ipu_pipeline.planner.search.given_split import evaluate_plan, factors_of
 from tests.planner.options.table_graph import HIDDEN, TOKENS, VOCAB, machine, table_graph
 
 TABLE = 16 * VOCAB * HIDDEN  # weight, gradient, and two moments

@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search import Constraints, InfeasibleError, solve
-from ipu_pipeline.planner.search.search import search
+from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.search.partition_oracle import make_graph, make_machine, random_case, unit_costs
 
 GRAPH = make_graph(6, [(i, i + 1) for i in range(5)], sizes=[1] * 6)

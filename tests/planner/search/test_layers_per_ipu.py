@@ -6,7 +6,7 @@ import pytest
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.search import Constraints, evaluate, solve
-from ipu_pipeline.planner.search.layers_per_ipu import expand_layers_per_ipu
+from ipu_pipeline.planner.search.constraints import expand_layers_per_ipu
 from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
 
 KINDS = ["embedding", *["layer"] * 6, "other", "head", "loss"]

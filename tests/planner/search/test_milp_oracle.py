@@ -9,7 +9,7 @@ import highspy
 import pytest
 
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search import Constraints, solve
 from tests.planner.search.partition_oracle import make_graph, make_machine
 

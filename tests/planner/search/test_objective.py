@@ -7,12 +7,12 @@ import random
 import pytest
 
 from ipu_pipeline.planner.search.objective import in_flight, least_microbatches, make_objective
-from ipu_pipeline.planner.search.pricing import Price
+from ipu_pipeline.planner.search.stage_price import StagePrice
 from tests.planner.search.partition_oracle import kept_microbatches, step_seconds
 
 
 def price(forward, backward):
-    return Price(forward, backward, 0.0, 0.0, 0.0, 0.0, ())
+    return StagePrice(forward, backward, 0.0, 0.0, 0.0, 0.0, ())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.planner.options.analytic import AnalyticCostModel
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.search import Constraints, InfeasibleError, evaluate, solve
-from ipu_pipeline.planner.search.search import search
+from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.options.table_graph import machine as table_machine
 from tests.planner.options.table_graph import table_graph
 from tests.planner.search.partition_oracle import (

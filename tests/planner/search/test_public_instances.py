@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.solver_instances import main, read_instance, solve_instance
 
-INSTANCES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "instances"
+INSTANCES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "instances"
 pytestmark = pytest.mark.skipif(
     not INSTANCES.is_dir(), reason=f"the public instances are not at {INSTANCES}"
 )

@@ -8,7 +8,7 @@ import pytest
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.planner.options.model import GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search import Constraints, evaluate, solve
 from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.planner.search.result import StageAssignment
 

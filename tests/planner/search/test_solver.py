@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.search import Constraints, InfeasibleError, evaluate, solve
-from ipu_pipeline.planner.search.search import search
+from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.search.partition_oracle import (
     all_splits,
     brute_force,

@@ -14,7 +14,7 @@ from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 
 # PopTorch runs every training program of more than one IPU with accumulation; how much does not
 # change a block's price.
@@ -23,7 +23,7 @@ _TYPICAL = IPUSettings(num_ipus=1, accumulation=2, proportions=(0.2,), sharded=T
 
 @dataclass(frozen=True)
 class IPUCostModel:
-    """Prices blocks on an IPU (satisfies :class:`~ipu_pipeline.planner.options.model.CostModel`).
+    """Prices blocks on an IPU (satisfies ``CostModel``).
 
     Bytes are scaled to the fullest tile, so that a stage fits when its sum does.
 

@@ -23,7 +23,7 @@ from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
-from ipu_pipeline.planner.options.profiled import MeasuredTimes
+from ipu_pipeline.planner.options.cost_models import MeasuredTimes
 
 # All blocks are visited so often: what slows the machine for a second then falls on one visit.
 VISITS = 3

@@ -1,7 +1,7 @@
 """Prices of all stages that start at one boundary, as numpy rows over the boundaries they reach.
 
 Seconds are exact where the quickest options surely fit, and lower bounds elsewhere;
-:meth:`Rows.exact_s` settles a single stage. Bytes are bracketed by "every block takes its
+:meth:`StageCostTable.exact_s` settles a single stage. Bytes are bracketed by "every block takes its
 smallest option" and "every block takes its quickest option".
 """
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.search.ideals import Lattice
-from ipu_pipeline.planner.search.pricing import Pricer, message_s
 from ipu_pipeline.planner.search.problem import Slot, Value, bits
+from ipu_pipeline.planner.search.stage_price import OptionPricer, message_s
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -27,7 +27,7 @@ _QUANTILES = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
-class Row:
+class StageCosts:
     """Stages from one boundary to each of ``targets``, at one slot.
 
     Attributes:
@@ -42,10 +42,10 @@ class Row:
     certain: Bools
 
 
-class Rows:
+class StageCostTable:
     """Vectorised stage prices over one lattice."""
 
-    def __init__(self, lattice: Lattice, pricer: Pricer) -> None:
+    def __init__(self, lattice: Lattice, pricer: OptionPricer) -> None:
         """Prepare running totals over every set of ``lattice``."""
         problem = pricer.problem
         self.lattice, self.pricer, self.problem = lattice, pricer, problem
@@ -63,7 +63,7 @@ class Rows:
         self._host = lattice.total(problem.host_s) if problem.host_s else None
         self._host_only = self._users(problem.host_only) if problem.host_only else None
 
-    def row(self, start: int, slot: Slot, limit_s: float) -> Row:
+    def row(self, start: int, slot: Slot, limit_s: float) -> StageCosts:
         """Price the stages from ``start`` whose load may be up to ``limit_s``."""
         if slot.host:
             return self._host_row(start, limit_s)
@@ -85,10 +85,10 @@ class Rows:
         stop = int(np.searchsorted(work, top, side="right"))
         return self.lattice.supersets(start, start + 1, stop)
 
-    def with_memory(self, start: int, targets: Ints, load_s: Floats, slot: Slot) -> Row:
+    def with_memory(self, start: int, targets: Ints, load_s: Floats, slot: Slot) -> StageCosts:
         """Mark what surely fits, what surely does not, and what must be looked at."""
         if not self.memory_matters(slot):
-            return Row(targets, load_s, np.ones(len(targets), dtype=np.bool_))
+            return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
         least, quick = self.held_bytes(slot.in_flight)
         common = self._weights[targets] - self._weights[start]
         common = common + slot.in_flight * self._entering[start]
@@ -104,7 +104,7 @@ class Rows:
         if not certain.all():
             room = slot.capacity - common
             load_s = load_s + self._extra_s(start, targets, room, slot.in_flight) / slot.speed
-        return Row(targets, load_s, certain)
+        return StageCosts(targets, load_s, certain)
 
     def _extra_s(self, start: int, targets: Ints, room: Floats, in_flight: int) -> Floats:
         """Seconds that memory surely adds to the quickest options (Lagrangian bound).
@@ -177,7 +177,7 @@ class Rows:
             self._cut_s[link] = total
         return self._cut_s[link]
 
-    def _host_row(self, start: int, limit_s: float) -> Row:
+    def _host_row(self, start: int, limit_s: float) -> StageCosts:
         assert self._host is not None
         seconds = self._host
         # Host seconds do not ascend with the position: the least from here on do.
@@ -185,7 +185,7 @@ class Rows:
         stop = int(np.searchsorted(floor, (seconds[start] + limit_s) * (1 + 1e-12), side="right"))
         targets = self.lattice.supersets(start, start + 1, max(stop, start + 1))
         load_s = seconds[targets] - seconds[start]
-        return Row(targets, load_s, np.ones(len(targets), dtype=np.bool_))
+        return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
 
     def _users(self, mask: int) -> Ints:
         """How many blocks of ``mask`` are in each set."""

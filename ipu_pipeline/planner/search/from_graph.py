@@ -9,14 +9,14 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.ir.select import select_all, unmatched
-from ipu_pipeline.planner.options.model import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.objective import in_flight
 from ipu_pipeline.planner.search.problem import Exchange, Option, Problem, Shared, Slot, Value
 
 
 @dataclass(frozen=True)
-class Built:
+class FormulatedProblem:
     """The integer problem with the way back to the caller's names.
 
     Attributes:
@@ -36,7 +36,7 @@ def build_problem(
     machine: Machine,
     constraints: Constraints,
     replicas: int = 1,
-) -> Built:
+) -> FormulatedProblem:
     """Translate names into positions.
 
     Raises:
@@ -48,7 +48,7 @@ def build_problem(
     choices = _menus(graph, costs, constraints)
     ways = tuple(tuple(_option(choice) for choice in menu) for menu in choices)
     private, shared = _weights(graph, costs)
-    return Built(
+    return FormulatedProblem(
         Problem(
             names=tuple(index),
             preds=_predecessors(graph, constraints),

@@ -29,10 +29,17 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
-from ipu_pipeline.planner.options.heads import FusedHead, fused_heads, is_end
-from ipu_pipeline.planner.options.model import BlockChoice
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.options.roofline import Roofline
-from ipu_pipeline.planner.options.tables import Table, looked_up, products_with, table_of
+from ipu_pipeline.planner.options.tables import (
+    FusedHead,
+    VocabularyTable,
+    fused_heads,
+    is_end,
+    looked_up,
+    products_with,
+    table_of,
+)
 
 SLICE_BYTES = 64_000_000  # a slice of logits, or of a table, is at most about this large
 FUSED_CHOICES = 3
@@ -44,7 +51,7 @@ Menu = tuple[BlockChoice, ...]
 
 
 @dataclass(frozen=True)
-class Menus:
+class BlockOptions:
     """Prices all blocks of one graph.
 
     Attributes:
@@ -91,7 +98,9 @@ class Menus:
             ways += [self._sliced(block, table, way, factor) for way in plain]
         return tuple(ways)
 
-    def _sliced(self, block: Block, table: Table, way: BlockChoice, factor: int) -> BlockChoice:
+    def _sliced(
+        self, block: Block, table: VocabularyTable, way: BlockChoice, factor: int
+    ) -> BlockChoice:
         workspace = way.workspace_bytes
         tokens = looked_up(block, table)
         if table.use == "lookup":
@@ -110,7 +119,7 @@ class Menus:
             serialize_factor=factor,
         )
 
-    def _again(self, block: Block, table: Table, factor: int) -> Seconds:
+    def _again(self, block: Block, table: VocabularyTable, factor: int) -> Seconds:
         """Seconds that reading the table once per slice adds to its products."""
         more = (factor - 1) * table.num_bytes
         forward, backward = (

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ipu_pipeline.backends.cluster.launch import cores, elastic
-from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
+from ipu_pipeline.backends.cluster import launch, torchrun
+from ipu_pipeline.backends.cluster.launch import LaunchSpec
 from ipu_pipeline.cli import app
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})
@@ -32,12 +32,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchSpec, dict[str,
     calls = []
 
     def start(spec, environment, tell, log_folder):
-        tell("half a line")
+        tell("a line")
         calls.append((spec, dict(environment)))
         return 3
 
-    monkeypatch.setattr(elastic, "start", start)
-    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
+    monkeypatch.setattr(torchrun, "start", start)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     return calls
 
@@ -50,7 +50,7 @@ def test_a_script_is_started_and_its_exit_code_returned(folder: Path, started) -
     result = invoke("--max-restarts", "2", "plan.json", "--", "a.py", "--max-restarts", "9", "--")
     assert result.exit_code == 3
     assert result.stderr == (
-        "launch: 2 processes: 2 stages x 1 replica, 1f1b; threads of each: 4\nhalf a line"
+        "launch: 2 processes: 2 stages x 1 replica, 1f1b; threads of each: 4\na line\n"
     )
     assert result.stdout == ""
     [(spec, environment)] = started
@@ -72,9 +72,10 @@ def test_another_schedule_and_its_processes(folder: Path, started) -> None:
 
 
 def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> None:
-    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 1)
     assert "note: 2 processes share 1 core" in invoke("plan.json", "--", "a.py").stderr
-    monkeypatch.setattr(elastic, "count_gpus", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert "note: 2 processes are more than the 1 GPU " in invoke("plan.json", "a.py").stderr
 
 

@@ -1,24 +1,28 @@
-"""Pricing a split that somebody else chose: an edited plan, a baseline."""
+"""Pricing a split that somebody else chose: an edited plan, a baseline.
+
+Pricing a plan exactly as it is annotated: nothing about it is left to choose.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.model import GraphCosts
-from ipu_pipeline.planner.search.build import build_problem
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.engine import Candidate, Engine
+from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.objective import least_microbatches
-from ipu_pipeline.planner.search.pricing import Pricer
+from ipu_pipeline.planner.search.parallel import ParallelConfiguration
+from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, Engine, candidate
 from ipu_pipeline.planner.search.problem import Problem, bits
-from ipu_pipeline.planner.search.report import to_partition
-from ipu_pipeline.planner.search.result import Partition
-from ipu_pipeline.planner.search.search import candidate
-from ipu_pipeline.planner.search.shapes import Shape
+from ipu_pipeline.planner.search.result import Partition, to_partition
+from ipu_pipeline.planner.search.stage_price import OptionPricer
 
 
 def evaluate(
@@ -66,7 +70,7 @@ def evaluate(
 
 def _shape(
     graph: BlockGraph, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
-) -> Shape:
+) -> ParallelConfiguration:
     devices = constraints.stage_devices or tuple(range(len(stages)))
     if len(devices) != len(stages):
         raise PartitionError(
@@ -89,7 +93,7 @@ def _shape(
             f"PopART needs at least {needed} microbatches per step for {len(stages)} stages, got "
             f"{microbatches}"
         )
-    return Shape(replicas, microbatches, devices)
+    return ParallelConfiguration(replicas, microbatches, devices)
 
 
 def _stage_masks(graph: BlockGraph, stages: Sequence[Sequence[str]]) -> list[int]:
@@ -133,7 +137,7 @@ def _check_order(problem: Problem, masks: Sequence[int], constraints: Constraint
                 )
 
 
-def _check_constraints(problem: Problem, masks: Sequence[int], item: Candidate) -> None:
+def _check_constraints(problem: Problem, masks: Sequence[int], item: CandidatePipeline) -> None:
     devices = [slot.device for slot in item.slots]
     for group in problem.together:
         if not any(group & ~mask == 0 for mask in masks):
@@ -162,9 +166,9 @@ def _check_constraints(problem: Problem, masks: Sequence[int], item: Candidate) 
             )
 
 
-def _overflow(problem: Problem, masks: Sequence[int], item: Candidate) -> str:
+def _overflow(problem: Problem, masks: Sequence[int], item: CandidatePipeline) -> str:
     """Say which stage needs how much."""
-    pricer, done, worst = Pricer(problem), 0, ""
+    pricer, done, worst = OptionPricer(problem), 0, ""
     for number, (slot, mask) in enumerate(zip(item.slots, masks, strict=True)):
         least = pricer.least_bytes(done, mask, slot)
         done |= mask
@@ -178,4 +182,122 @@ def _overflow(problem: Problem, masks: Sequence[int], item: Candidate) -> str:
     return (
         f"the stages that share a memory of {worst} need more than that together; move blocks to "
         "another device"
+    )
+
+
+def factors_of(plan: Plan) -> dict[str, int]:
+    """Return the slices of every block; 1 is whole."""
+    return {name: stage.serialize.get(name, 1) for stage in plan.stages for name in stage.blocks}
+
+
+def evaluate_plan(
+    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints, plan: Plan
+) -> Partition:
+    """Price the stages of ``plan`` with its own recomputation, slices and split tables.
+
+    A block that would save nothing by recomputation stays plain.
+
+    Args:
+        graph: The model.
+        costs: Its prices on ``machine``; they must offer the plan's numbers of slices.
+        machine: Where it runs.
+        constraints: What the split itself must satisfy; how blocks run is the plan's.
+        plan: The plan.
+
+    Raises:
+        PartitionError: A stage does not fit, or the split breaks a constraint.
+    """
+    pinned = replace(
+        constraints,
+        num_stages=None,
+        stage_devices=tuple(stage.device for stage in plan.stages),
+        num_microbatches=plan.num_microbatches,
+        replicas=plan.replicas,
+        total_microbatches=None,
+        recompute=tuple(name for stage in plan.stages for name in stage.recompute),
+        serialize=factors_of(plan),
+    )
+    graph, costs = _with_split_tables(graph, costs, plan)
+    return evaluate(graph, costs, machine, pinned, [stage.blocks for stage in plan.stages])
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one stage holds of the table of a block that runs in ``home``."""
+
+    block: str
+    home: int
+    stage: int
+    first: int
+    last: int
+    slices: int
+
+
+def _shares(plan: Plan) -> Iterator[_Share]:
+    for index, stage in enumerate(plan.stages):
+        for name, (first, last) in stage.table_slices.items():
+            home = plan.stage_of[name]
+            slices = plan.stages[home].serialize.get(name, 1)
+            yield _Share(name, home, index, first, last, slices)
+
+
+def _with_split_tables(
+    graph: BlockGraph, costs: GraphCosts, plan: Plan
+) -> tuple[BlockGraph, GraphCosts]:
+    """Move slices of tables to the stages that hold them.
+
+    Every stage adds what it found to the sums it received: one tensor of the looked-up rows
+    crosses each boundary between them, and its gradient comes back.
+    """
+    weights = {name: dict(cost.weight_bytes) for name, cost in costs.blocks.items()}
+    sums = []
+    for share in _shares(plan):
+        table = table_of(graph, graph[share.block])
+        if table is None:
+            raise PartitionError(
+                f"stage {share.stage} holds slices of {share.block!r}, which has no table"
+            )
+        _move(weights, plan, share, table)
+        if share.first == 0 and share.stage < share.home:
+            sums.append(_partial_sums(graph, plan, share, table))
+    if not any(stage.table_slices for stage in plan.stages):
+        return graph, costs
+    blocks = {
+        name: replace(cost, weight_bytes=weights[name]) for name, cost in costs.blocks.items()
+    }
+    return replace(graph, tensors=(*graph.tensors, *sums)), replace(costs, blocks=blocks)
+
+
+def _move(
+    weights: Mapping[str, dict[str, int]], plan: Plan, share: _Share, table: VocabularyTable
+) -> None:
+    """Charge a stage with its part of a table, unless another block of it needs all of the table.
+
+    The block itself keeps the part of its own stage, which comes last.
+    """
+    names = [name for name in plan.stages[share.stage].blocks if name != share.block]
+    whole = weights[share.block][table.parameter]
+    if share.stage == share.home:
+        del weights[share.block][table.parameter]
+    if any(table.parameter in weights[name] for name in names):
+        if share.stage == share.home:
+            weights[share.block][table.parameter] = whole
+        return
+    part = f"{table.parameter}[{share.first}:{share.last}]"
+    holder = share.block if share.stage == share.home else names[0]
+    weights[holder][part] = whole * (share.last - share.first) // share.slices
+
+
+def _partial_sums(
+    graph: BlockGraph, plan: Plan, share: _Share, table: VocabularyTable
+) -> TensorSpec:
+    """The sums that leave the first stage with slices and arrive, complete, at the block."""
+    dtype = graph.parameter_by_fqn[table.parameter].dtype
+    return TensorSpec(
+        f"{share.block}:partial",
+        (looked_up(graph[share.block], table), table.width),
+        dtype,
+        requires_grad=table.trainable,
+        producer=min(plan.stages[share.stage].blocks, key=graph.block_index.__getitem__),
+        consumers=(share.block,),
     )

@@ -1,4 +1,4 @@
-"""Several machines: how the processes share them, and the texts that start them."""
+"""The command of a node and the Slurm file: what torchrun, bash and sbatch make of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import config_from_args, parse_args
 
-from ipu_pipeline.backends.cluster.launch.cluster import (
-    Nodes,
-    choose_nodes,
-    described_command,
-    node_command,
-    slurm_file,
-)
-from ipu_pipeline.backends.cluster.launch.request import Request, make_spec
-from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
-from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.backends.cluster.launch import LaunchSpec
+from ipu_pipeline.backends.cluster.torchrun import node_command, slurm_file
 
 SPEC = LaunchSpec(
     plan_path=Path("/home/me/my plans/plan.json"),
@@ -44,55 +35,6 @@ def slurm(spec: LaunchSpec = SPEC) -> str:
     return slurm_file(spec, python=PYTHON, folder=Path("/home/me"), name="ipu-pipeline-Tiny")
 
 
-@pytest.mark.parametrize(
-    ("processes", "nodes", "gpus", "machine", "expected"),
-    [
-        (8, None, None, None, (1, 0)),
-        (8, 2, None, None, (2, 0)),
-        (8, 4, 8, None, (4, 8)),
-        (8, None, 4, None, (2, 4)),
-        (12, None, 8, None, (2, 8)),
-        (9, None, 4, None, (3, 4)),
-        (16, None, None, "a100-80g-x16", (2, 8)),
-        (4, None, None, "a100-80g-x4", (1, 8)),
-        (8, None, 4, "a100-80g-x16", (2, 4)),
-    ],
-)
-def test_nodes(processes, nodes, gpus, machine, expected) -> None:
-    described = None if machine is None else machine_by_name(machine)
-    assert choose_nodes(processes, nodes, gpus, described) == Nodes(*expected)
-
-
-@pytest.mark.parametrize(
-    ("processes", "nodes", "gpus", "machine", "message"),
-    [
-        (8, 3, None, None, "8 processes cannot be shared evenly by 3 nodes; use 1, 2, 4, 8 nodes"),
-        (8, 2, 2, None, "8 processes on 2 nodes need 4 GPUs per node, and a node has 2"),
-        (8, None, None, "pod16", "machine pod16 has IPUs, .* ipu-pipeline emit"),
-        (16, None, None, "a100-80g-x8", "16 processes are more than the 8 devices of machine a100"),
-    ],
-)
-def test_what_does_not_fit_the_nodes_is_refused(processes, nodes, gpus, machine, message) -> None:
-    described = None if machine is None else machine_by_name(machine)
-    with pytest.raises(LoweringError, match=message):
-        choose_nodes(processes, nodes, gpus, described)
-
-
-def test_a_plan_for_gpu_nodes_says_which(make_plan) -> None:
-    plan = replace(make_plan(16, microbatches=16), machine=machine_by_name("a100-80g-x16"))
-    path = Path("/plan.json")
-    made = make_spec(plan, path, ("/a.py",), Request(here=False))
-    assert (made.num_nodes, made.gpus_per_node) == (2, 8)
-    made = make_spec(plan, path, ("/a.py",), Request(here=False, nodes=4))
-    assert (made.num_nodes, made.gpus_per_node) == (4, 0)
-    made = make_spec(plan, path, ("/a.py",), Request(), room=1)
-    assert (made.num_nodes, made.gpus_per_node) == (1, 0)
-    request = Request(here=False, schedule="looped_bfs", nodes=2, gpus_per_node=2)
-    assert make_spec(plan, path, ("/a.py",), request).num_processes == 4
-    request = Request(here=False, schedule="looped_bfs", nodes=2)
-    assert make_spec(plan, path, ("/a.py",), request).num_processes == 8
-
-
 # ---------------------------------------------------------------- the command of a node
 
 
@@ -102,7 +44,7 @@ def in_words(text: str) -> list[str]:
 
 def parsed(text: str):
     """Return what torchrun makes of the arguments in a command."""
-    words = in_words(text)
+    words = in_words(text.partition(":\n")[2])
     config, _, arguments = config_from_args(
         parse_args(words[words.index("torch.distributed.run") + 1 :])
     )
@@ -117,7 +59,7 @@ def test_torchrun_understands_the_command(monkeypatch) -> None:
     assert (config.rdzv_backend, config.rdzv_endpoint) == ("c10d", "node1:29400")
     assert (config.run_id, config.max_restarts) == ("ipu-1", 3)
     assert arguments == ["-u", *SPEC.program]
-    words = in_words(text)
+    words = in_words(text.partition(":\n")[2])
     assert words[:3] == ["cd", "/home/me", "&&"]
     assert "IPU_PIPELINE_PLAN=/home/me/my plans/plan.json" in words
     assert "IPU_PIPELINE_TARGET=distributed" in words
@@ -133,7 +75,7 @@ def test_one_node_meets_itself(monkeypatch) -> None:
     config, arguments = parsed(text)
     assert (config.max_nodes, config.nproc_per_node) == (1, 1)
     assert arguments == ["-u", "-m", "mine", "-x"]
-    assert described_command(module, text, "node1").startswith(
+    assert text.startswith(
         "# 8 processes: 4 stages x 2 replicas, 1f1b\n# run this on this machine:\ncd /home/me"
     )
 
@@ -142,8 +84,7 @@ def test_the_command_runs_in_a_shell(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS"\nfor word; do echo "$word"; done\npwd\n')
     fake.chmod(0o755)
-    text = node_command(SPEC, python=str(fake), folder=tmp_path, run_id="ipu-1", endpoint="node1:1")
-    told = described_command(SPEC, text, "node1:1")
+    told = node_command(SPEC, python=str(fake), folder=tmp_path, run_id="ipu-1", endpoint="node1:1")
     assert "# run this on each of the 2 nodes, in any order; node1 is one of them" in told
     done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True)
     threads, *words, folder = done.stdout.splitlines()
@@ -204,3 +145,42 @@ def test_options_of_slurm_follow_the_nodes() -> None:
     assert "gpus" not in plain
     assert "requeue" not in plain
     assert "export OMP_NUM_THREADS=5\n" in plain
+
+
+# ---------------------------------------------------------------- names that strangers choose
+
+
+@pytest.mark.parametrize("text", ["$(touch {0})", "'; touch {0}; '", "`touch {0}`", "a b\\"])
+def test_names_are_no_shell_code(tmp_path: Path, text: str) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    mark = tmp_path / "mark"
+    text = text.format(mark)
+    spec = replace(SPEC, plan_path=Path(text), program=(text, text), num_nodes=1)
+    for written in (
+        node_command(spec, python=str(python), folder=tmp_path, run_id=text, endpoint=text),
+        slurm_file(spec, python=str(python), folder=tmp_path, name=text),
+    ):
+        subprocess.run(["bash", "-c", written], capture_output=True, cwd=tmp_path, check=False)
+        assert not mark.exists()
+
+
+def test_a_job_name_is_one_word() -> None:
+    text = slurm_file(SPEC, python=PYTHON, folder=Path("/home/me"), name="A\n#SBATCH --x; y")
+    assert "#SBATCH --job-name=A__SBATCH_--x__y\n" in text
+
+
+@pytest.mark.parametrize("where", ["plan", "program", "python"])
+def test_control_characters_are_refused(where: str) -> None:
+    bad = "a\nrm -rf b"
+    spec = replace(
+        SPEC,
+        plan_path=Path(bad if where == "plan" else "/plan.json"),
+        program=(bad if where == "program" else "/a.py",),
+    )
+    python = bad if where == "python" else PYTHON
+    with pytest.raises(ValueError, match="has control characters"):
+        slurm_file(spec, python=python, folder=Path("/home/me"), name="n")
+    with pytest.raises(ValueError, match="has control characters"):
+        node_command(spec, python=python, folder=Path("/home/me"), run_id="1", endpoint="n1")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.search.ideals import Lattice
 from ipu_pipeline.planner.search.objective import Objective
-from ipu_pipeline.planner.search.pricing import Price, Pricer
 from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.stage_price import OptionPricer, StagePrice
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -31,7 +31,7 @@ _SLACK = 1e-9
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search knows when it ends.
 
     Attributes:
@@ -44,7 +44,7 @@ class Found:
     objective: float
     lower_bound: float
     boundaries: tuple[int, ...] = ()
-    prices: tuple[Price, ...] = ()
+    prices: tuple[StagePrice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Step:
     """One stage that may be put at a slot: to which set it leads and what it costs."""
 
     target: int
-    price: Price
+    price: StagePrice
     loads: Floats
 
 
@@ -76,7 +76,7 @@ class _Label:
 
 
 @dataclass
-class LabelSearch:
+class LabelSettingSearch:
     """Finds the best split over ``slots``, one stage each.
 
     Attributes:
@@ -89,7 +89,7 @@ class LabelSearch:
     """
 
     lattice: Lattice
-    pricer: Pricer
+    pricer: OptionPricer
     slots: Sequence[Slot]
     objective: Objective
     boundaries: Sequence[Bools]
@@ -107,21 +107,21 @@ class LabelSearch:
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
         self._groups = self.pricer.problem.same_device
 
-    def run(self, upper_bound: float = inf) -> Found:
+    def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return Found(inf, self._quick_bound(upper_bound))
+            return SearchResult(inf, self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
         upper_bound = min(upper_bound, quick.objective)
         full = self._pass(upper_bound, None)
         if full.objective < upper_bound:
             return full
-        return Found(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
+        return SearchResult(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
 
-    def run_narrow(self) -> Found:
+    def run_narrow(self) -> SearchResult:
         """Search with a beam only and without a deadline: a split, but no bound."""
         self.deadline = None
-        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else Found(inf, 0.0)
+        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(inf, 0.0)
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
@@ -175,14 +175,14 @@ class LabelSearch:
             best = np.minimum(best, (*here, rest[-1] + step.price.load_s))
         return best
 
-    def _pass(self, upper_bound: float, beam: int | None) -> Found:
+    def _pass(self, upper_bound: float, beam: int | None) -> SearchResult:
         labels = [self._first()]
         for stage in range(len(self.slots)):
             children: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[_Label]] = {}
             for number, label in enumerate(labels):
                 if beam is None and self._late():
                     waiting = [*labels[number:], *(c for group in children.values() for c in group)]
-                    return Found(inf, min(item.bound for item in waiting))
+                    return SearchResult(inf, min(item.bound for item in waiting))
                 for step in self._steps[stage].get(label.position, ()):
                     child = self._extend(label, stage, step)
                     if child is not None and child.bound < upper_bound * (1 - TOLERANCE):
@@ -191,7 +191,7 @@ class LabelSearch:
             labels = [label for group in children.values() for label in _undominated(group)]
             labels.sort(key=lambda label: label.bound)
             labels = labels[:beam]
-        return self._unwind(labels[0]) if labels else Found(inf, upper_bound)
+        return self._unwind(labels[0]) if labels else SearchResult(inf, upper_bound)
 
     def _first(self) -> _Label:
         rows = np.zeros((1, len(self._weights)))
@@ -230,7 +230,7 @@ class LabelSearch:
         return tuple(placed)
 
     def _place_memory(
-        self, label: _Label, stage: int, blocks: int, price: Price
+        self, label: _Label, stage: int, blocks: int, price: StagePrice
     ) -> tuple[tuple[float, ...], tuple[int, ...]] | None:
         before, after = self._open_pools[stage], self._open_pools[stage + 1]
         used = dict(zip(before, label.used, strict=True))
@@ -259,7 +259,7 @@ class LabelSearch:
             closed = np.maximum(closed, by_device[device])
         return np.stack([closed, *(by_device[name] for name in after)])
 
-    def _unwind(self, label: _Label) -> Found:
+    def _unwind(self, label: _Label) -> SearchResult:
         boundaries, prices = [], []
         walk: _Label | None = label
         while walk is not None and walk.step is not None:
@@ -269,7 +269,7 @@ class LabelSearch:
         prices.reverse()
         boundaries.reverse()
         seconds = self.objective.seconds([slot.device for slot in self.slots], prices)
-        return Found(seconds, seconds, tuple(boundaries), tuple(prices))
+        return SearchResult(seconds, seconds, tuple(boundaries), tuple(prices))
 
 
 def _still_open(names: Sequence[int], stage: int) -> tuple[int, ...]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ipu_pipeline.backends.cluster.launch.elastic import start
-from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
 from tests.backends.cluster.jobs import compiled
+from tests.backends.cluster.processes import ROOT
 
-# The launcher leaves files open.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-ROOT = Path(__file__).parents[2]
 # Waits for nobody: rank 0 is ended by the launcher when rank 1 fails.
 FAILS = """
 import os, sys, time
@@ -28,94 +24,117 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys
         os.kill(os.getpid(), 9)
     if sys.argv[1] == "raise":
         raise ValueError("mine")
+    if sys.argv[1] == "record":
+        from torch.distributed.elastic.multiprocessing.errors import record
+        @record
+        def fail(): raise ValueError("mine")
+        fail()
     sys.exit(int(sys.argv[1]))
 time.sleep(60 * (sys.argv[2] != "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"))
 """
 
 
+START = """
+import json, sys
+from pathlib import Path
+from ipu_pipeline.backends.cluster.launch import LaunchSpec
+from ipu_pipeline.backends.cluster.torchrun import start
+logs, changes, *program = sys.argv[1:]
+changes = {"num_processes": 2, **json.loads(changes)}
+spec = LaunchSpec(Path("plan.json").absolute(), tuple(program), described="", **changes)
+tell = lambda line: print(line, file=sys.stderr)
+sys.exit(start(spec, spec.settings(), tell, Path(logs) if logs else None))
+"""
+
+
+@dataclass
 class Launched:
-    """Starts a script in two processes and keeps what the user is told."""
+    """Starts a script in two processes, from a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.told = ""
+    folder: Path
 
-    def __call__(self, script: str, *arguments: str, **changes) -> int:
-        path = self.folder / "script.py"
-        path.write_text(script)
-        spec = LaunchSpec(
-            plan_path=self.folder / "plan.json",
-            program=(str(path), *arguments),
-            num_processes=2,
-            described="2 processes",
-            **changes,
+    def __call__(
+        self, script: str, *arguments: str, logs: str = "", **changes: int
+    ) -> subprocess.CompletedProcess[str]:
+        (self.folder / "script.py").write_text(script)
+        return subprocess.run(
+            [sys.executable, "-c", START, logs, json.dumps(changes), "script.py", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=100,
         )
-        return start(spec, spec.settings(), self._tell, self.folder / "logs")
 
-    def _tell(self, text: str) -> None:
-        self.told += text
+    def kept(self) -> list[Path]:
+        """Return the temporary folders that are left."""
+        return list(self.folder.glob("ipu-pipeline-launch-*"))
 
 
 @pytest.fixture
-def launched(tmp_path: Path) -> Iterator[Launched]:
-    yield Launched(tmp_path)
-    gc.collect()
+def launched(tmp_path: Path) -> Launched:
+    return Launched(tmp_path)
 
 
-def test_only_the_first_rank_prints(launched: Launched, capfd) -> None:
-    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    script = (
-        "import os, sys; r = os.environ['RANK']; print('out', r, os.environ['IPU_PIPELINE_PLAN'])\n"
-        "print('same', file=sys.stderr); print('own', r, file=sys.stderr)"
-    )
-    assert launched(script) == 0
-    assert capfd.readouterr().out == f"out 0 {launched.folder}/plan.json\n"
-    assert sorted(launched.told.splitlines()) == ["[rank 1] own 1", "own 0", "same"]
-    files = sorted((launched.folder / "logs").rglob("stdout.log"))
-    assert [path.read_text() for path in files] == [f"out 1 {launched.folder}/plan.json\n"]
-    os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE")
-    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
+TALKS = """
+import os, sys
+rank = os.environ["RANK"]
+print("out", rank, os.environ["IPU_PIPELINE_PLAN"])
+print("err", rank, file=sys.stderr)
+"""
+
+
+def test_of_the_other_ranks_errors_are_shown_with_their_rank(launched: Launched) -> None:
+    done = launched(TALKS)
+    assert done.returncode == 0
+    assert done.stdout == f"out 0 {launched.folder}/plan.json\n"
+    assert sorted(done.stderr.splitlines()) == ["[rank1]:err 1", "err 0"]
+    assert not launched.kept()
+
+
+def test_a_folder_keeps_what_every_rank_writes(launched: Launched) -> None:
+    done = launched(TALKS, logs="logs")
+    assert done.stdout == f"[rank0]:out 0 {launched.folder}/plan.json\n"
+    assert sorted(done.stderr.splitlines()) == ["[rank0]:err 0", "[rank1]:err 1"]
+    found = {
+        str(p.relative_to(p.parents[1])): p.read_text() for p in launched.folder.rglob("*.log")
+    }
+    assert found["0/stdout.log"] == f"out 0 {launched.folder}/plan.json\n"
+    assert found["1/stdout.log"] == f"out 1 {launched.folder}/plan.json\n"
+    assert found["1/stderr.log"] == "err 1\n"
 
 
 @pytest.mark.parametrize(
     ("how", "code", "told"),
     [
         ("3", 3, "error: rank 1 ended with exit code 3\n"),
-        ("raise", 1, "error: rank 1 ended with exit code 1; its last message: ValueError: mine\n"),
-        ("kill", 137, "error: rank 1 was ended by SIGKILL\n"),
+        ("raise", 1, "[rank1]:ValueError: mine\n"),
+        ("record", 1, "error: rank 1 ended with exit code 1: ValueError: mine\n"),
+        ("kill", 137, "error: rank 1 ended by SIGKILL\n"),
     ],
 )
 def test_a_failing_script_gives_its_exit_code(
     launched: Launched, how: str, code: int, told: str
 ) -> None:
-    assert launched(FAILS, how, "0") == code
-    assert told in launched.told
-    assert f"what every rank wrote: {launched.folder}/logs" in launched.told
+    done = launched(FAILS, how, "0")
+    assert done.returncode == code
+    assert told in done.stderr
+    [folder] = launched.kept()
+    assert f"what the ranks wrote: {folder}\n" in done.stderr
+    assert "ChildFailedError" not in done.stderr
 
 
-def test_a_restart_may_end_well(launched: Launched, capfd) -> None:
-    assert launched(FAILS, "kill", "0", max_restarts=2) == 0
-    assert "launch: failed (exitcode: -9) local_rank: 1" in launched.told
-    assert "launch: all processes start again, restart 1 of 2\n" in launched.told
-    assert "restart 2" not in launched.told
-    assert capfd.readouterr().out.splitlines() == ["start 0 0", "start 0 1"]
+def test_a_restart_may_end_well(launched: Launched) -> None:
+    done = launched(FAILS, "kill", "0", max_restarts=2)
+    assert done.returncode == 0
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
+    assert done.stdout.splitlines() == ["start 0 0", "start 0 1"]
 
 
 def test_restarts_come_to_an_end(launched: Launched) -> None:
-    assert launched(FAILS, "5", "0", "1", max_restarts=1) == 5
-    assert launched.told.count("all processes start again") == 1
-
-
-def test_without_a_folder_files_are_kept_after_a_failure_only(
-    launched: Launched, monkeypatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    script = tmp_path / "script.py"
-    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
-    for code, kept in (("0", 0), ("4", 1)):
-        spec = LaunchSpec(tmp_path, (str(script), code), num_processes=1, described="")
-        assert start(spec, {}, launched._tell) == int(code)
-        assert len(list(tmp_path.glob("ipu-pipeline-launch-*"))) == kept
+    done = launched(FAILS, "5", "0", "1", max_restarts=1)
+    assert done.returncode == 5
+    assert done.stdout.splitlines() == ["start 0 0", "start 0 1"]
 
 
 WAITS = """

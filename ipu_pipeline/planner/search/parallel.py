@@ -13,7 +13,7 @@ from ipu_pipeline.planner.search.objective import least_microbatches
 
 
 @dataclass(frozen=True)
-class Shape:
+class ParallelConfiguration:
     """One pipeline to try.
 
     Attributes:
@@ -32,7 +32,9 @@ class Shape:
         return len(set(self.stage_devices)) == len(self.stage_devices)
 
 
-def shapes(graph: BlockGraph, machine: Machine, constraints: Constraints) -> list[Shape]:
+def parallel_configurations(
+    graph: BlockGraph, machine: Machine, constraints: Constraints
+) -> list[ParallelConfiguration]:
     """Return the pipelines to try.
 
     Raises:
@@ -49,7 +51,7 @@ def shapes(graph: BlockGraph, machine: Machine, constraints: Constraints) -> lis
             if needed > microbatches:
                 short = max(short, needed)
             elif len(devices) <= len(graph.blocks):
-                found.append(Shape(replicas, microbatches, devices))
+                found.append(ParallelConfiguration(replicas, microbatches, devices))
     if not found and short:
         raise PartitionError(
             f"PopART needs at least {short} microbatches per step for the "

@@ -1,4 +1,6 @@
-"""Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
+"""Searches every pipeline that may be tried: the best split of each, the best of all, its bound.
+
+Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
 
 The sweep needs stages that do not share devices or memories and a step time with one paced row.
 For the other cases it still gives a bound (``relaxed_bound``): own devices, own memories, and
@@ -12,29 +14,37 @@ For the other cases it still gives a bound (``relaxed_bound``): own devices, own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from time import monotonic
 
-from ipu_pipeline.planner.search.build import Built
-from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.planner.search.labels import Found, LabelSearch
-from ipu_pipeline.planner.search.layers_per_ipu import LayerRule
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
+from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
+from ipu_pipeline.planner.search.from_graph import (
+    FormulatedProblem,
+    ample_memory,
+    build_problem,
+    build_slots,
+)
+from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
+from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, SearchResult
 from ipu_pipeline.planner.search.objective import least_microbatches, make_objective
-from ipu_pipeline.planner.search.paced import PacedSearch
-from ipu_pipeline.planner.search.positions import boundaries
-from ipu_pipeline.planner.search.pricing import Pricer
+from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
-from ipu_pipeline.planner.search.rows import Rows
-from ipu_pipeline.planner.search.shapes import Shape
-from ipu_pipeline.planner.search.sweep import Layout
+from ipu_pipeline.planner.search.result import Partition, to_partition
+from ipu_pipeline.planner.search.stage_costs import StageCostTable
+from ipu_pipeline.planner.search.stage_price import OptionPricer
 
 LABEL_LIMIT = 4000
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidatePipeline:
     """One pipeline to try, with its positions.
 
     Attributes:
@@ -43,7 +53,7 @@ class Candidate:
         rule: Given layers per device, if any.
     """
 
-    shape: Shape
+    shape: ParallelConfiguration
     slots: tuple[Slot, ...]
     rule: LayerRule | None = None
 
@@ -53,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        built: Built,
+        built: FormulatedProblem,
         constraints: Constraints,
         *,
         training: bool,
@@ -65,12 +75,12 @@ class Engine:
         self._constraints, self._training, self._deadline = constraints, training, deadline
         self._masks = masks
         self._pricers = {
-            split: Pricer(built.problem, split_passes=split) for split in (False, True)
+            split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
-        self._rows: dict[int, Rows] = {}
+        self._rows: dict[int, StageCostTable] = {}
 
-    def is_fast(self, candidate: Candidate) -> bool:
+    def is_fast(self, candidate: CandidatePipeline) -> bool:
         """Whether the sweep solves this candidate exactly."""
         single = self._constraints.schedule in ("1f1b", "maxload")
         steps = self.problem.exchanges or any(self.problem.outer)
@@ -79,26 +89,30 @@ class Engine:
         )
         return single and own and not steps
 
-    def run_fast(self, candidates: Sequence[Candidate], upper: float, *, uniform: bool) -> Found:
+    def run_fast(
+        self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
+    ) -> SearchResult:
         """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
         microbatches = candidates[0].shape.num_microbatches
         pace, spread = (1, 0) if self._constraints.schedule == "maxload" else (microbatches - 1, 1)
         return self._sweep(candidates, pace, spread, upper, uniform=uniform)
 
-    def at_once(self, candidate: Candidate) -> float:
+    def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search."""
         depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
         pace, spread = self._relaxed_weights(depth, microbatches)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
-        layout = Layout(candidate.slots)
-        search = PacedSearch(Rows(lattice, self._pricers[False]), layout, (depth,), pace, spread)
+        layout = StagePositions(candidate.slots)
+        search = BottleneckSearch(
+            StageCostTable(lattice, self._pricers[False]), layout, (depth,), pace, spread
+        )
         return search.at_once()
 
-    def run_labels(self, candidate: Candidate, upper: float) -> Found:
+    def run_labels(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
         """Best split of one candidate under any schedule."""
         chain = self._lattice(candidate, chain=True)
         full = self._lattice(candidate, chain=False)
-        best = again = Found(inf, 0.0)
+        best = again = SearchResult(inf, 0.0)
         if chain is not None:
             if upper == inf and self._deadline is not None:
                 best = self._label_search(candidate, chain, upper).run_narrow()
@@ -109,7 +123,7 @@ class Engine:
         if full is not None and len(full) == len(chain or ()):
             found = again
         elif full is None or len(full) > LABEL_LIMIT:
-            found = Found(inf, 0.0)
+            found = SearchResult(inf, 0.0)
         else:
             found = self._label_search(candidate, full, upper).run(upper)
         lower = found.lower_bound
@@ -118,14 +132,16 @@ class Engine:
         winner = found if found.objective <= best.objective else best
         return replace(winner, lower_bound=min(lower, winner.objective))
 
-    def _label_search(self, candidate: Candidate, lattice: Lattice, upper: float) -> LabelSearch:
+    def _label_search(
+        self, candidate: CandidatePipeline, lattice: Lattice, upper: float
+    ) -> LabelSettingSearch:
         objective = make_objective(
             self._constraints.schedule,
             len(candidate.slots),
             candidate.shape.num_microbatches,
             training=self._training,
         )
-        return LabelSearch(
+        return LabelSettingSearch(
             lattice,
             self._pricers[objective.splits_passes],
             candidate.slots,
@@ -135,7 +151,7 @@ class Engine:
             self._load_limit_s(candidate, upper),
         )
 
-    def _load_limit_s(self, candidate: Candidate, upper: float) -> float:
+    def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:
         """Largest load of one stage in any split below ``upper``."""
         pace, spread = self._relaxed_weights(len(candidate.slots), candidate.shape.num_microbatches)
         if pace <= 0 or upper == inf:
@@ -144,7 +160,7 @@ class Engine:
         fastest = max(slot.speed for slot in candidate.slots)
         return max(0.0, upper - spread * work / fastest) / pace
 
-    def relaxed_bound(self, candidate: Candidate, upper: float) -> float:
+    def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
         depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
         pace, spread = self._relaxed_weights(depth, microbatches)
@@ -168,18 +184,18 @@ class Engine:
 
     def _sweep(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[CandidatePipeline],
         pace: float,
         spread: float,
         upper: float,
         *,
         uniform: bool,
         grouped: bool = True,
-    ) -> Found:
+    ) -> SearchResult:
         """Sweep the execution order for a first split, then every order."""
         depths = sorted(len(candidate.slots) for candidate in candidates)
         deepest = max(candidates, key=lambda candidate: len(candidate.slots))
-        best, lower, known = Found(inf, 0.0), 0.0, 0
+        best, lower, known = SearchResult(inf, 0.0), 0.0, 0
         for chain in (True, False):
             lattice = self._lattice(deepest, chain=chain, grouped=grouped)
             if lattice is None or len(lattice) == known:
@@ -188,23 +204,23 @@ class Engine:
             rows = self._rows_of(lattice)
             layout = _layout(lattice, deepest, uniform=uniform)
             deadline = None if chain and upper == inf else self._deadline
-            search = PacedSearch(rows, layout, depths, pace, spread, upper, deadline)
+            search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
             search.run()
             if search.best is not None:
                 upper = search.best.objective
-                best = Found(upper, 0.0, search.best.boundaries, search.best.prices)
+                best = SearchResult(upper, 0.0, search.best.boundaries, search.best.prices)
             lower = search.lower_bound
         if self._lattice(deepest, chain=False, grouped=grouped) is None:
             lower = search.at_once()
         return replace(best, lower_bound=lower)
 
-    def _rows_of(self, lattice: Lattice) -> Rows:
+    def _rows_of(self, lattice: Lattice) -> StageCostTable:
         if id(lattice) not in self._rows:
-            self._rows[id(lattice)] = Rows(lattice, self._pricers[False])
+            self._rows[id(lattice)] = StageCostTable(lattice, self._pricers[False])
         return self._rows[id(lattice)]
 
     def _lattice(
-        self, candidate: Candidate, *, chain: bool, grouped: bool = True
+        self, candidate: CandidatePipeline, *, chain: bool, grouped: bool = True
     ) -> Lattice | None:
         """Allowed boundaries in execution order, or all; ``None`` if there are too many."""
         groups = self.problem.together
@@ -230,10 +246,106 @@ def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
     return lambda mask: all(mask & group in (0, group) for group in groups)
 
 
-def _layout(lattice: Lattice, candidate: Candidate, *, uniform: bool) -> Layout:
+def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) -> StagePositions:
     slots = candidate.slots[::-1]
     if uniform:
         link = next((slot.link_out for slot in slots if slot.link_out is not None), None)
-        return Layout(tuple(replace(slot, link_in=link, link_out=link) for slot in slots))
+        return StagePositions(tuple(replace(slot, link_in=link, link_out=link) for slot in slots))
     starts = boundaries(lattice, candidate.slots, candidate.rule)
-    return Layout(slots, starts[-2::-1], uniform=False)
+    return StagePositions(slots, starts[-2::-1], uniform=False)
+
+
+def search(
+    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints
+) -> Partition | None:
+    """Return the best split, or ``None`` when no split fits.
+
+    Raises:
+        PartitionError: A constraint is wrong, or the time limit ended before any split was found.
+    """
+    deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
+    best: Partition | None = None
+    upper = lower = inf
+    for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
+        built = build_problem(graph, costs, machine, constraints, replicas)
+        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
+        candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
+        for members, together in _batches(engine, candidates, constraints):
+            found = _search(engine, members, upper, together=together)
+            lower = min(lower, found.lower_bound)
+            if found.objective < upper:
+                upper = found.objective
+                winner = _slots_of(found, members)
+                best = to_partition(found, built, winner.slots, machine, constraints, winner.shape)
+    if best is None and lower < inf:
+        raise PartitionError(
+            f"no split was found, and none was ruled out, within time_limit_s="
+            f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
+        )
+    return None if best is None else replace(best, lower_bound=min(lower, best.objective))
+
+
+def candidate(
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    shape: ParallelConfiguration,
+    built: FormulatedProblem,
+) -> CandidatePipeline:
+    """Describe the positions of one pipeline."""
+    slots = build_slots(
+        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
+    )
+    if machine.shared_memory and ample_memory(built.problem, slots):
+        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
+    rule = None
+    if constraints.layers_per_ipu is not None:
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
+    return CandidatePipeline(shape, slots, rule)
+
+
+def _batches(
+    engine: Engine, candidates: Sequence[CandidatePipeline], constraints: Constraints
+) -> Iterator[tuple[Sequence[CandidatePipeline], bool]]:
+    """Yield what is searched together (True: candidates that differ in depth only)."""
+    fast = [item for item in candidates if engine.is_fast(item)]
+    if fast and _uniform(fast, constraints):
+        yield fast, True
+        fast = []
+    for item in fast:
+        yield [item], False
+    slow = [(engine.at_once(item), item) for item in candidates if not engine.is_fast(item)]
+    for _, item in sorted(slow, key=lambda pair: pair[0]):
+        yield [item], False
+
+
+def _search(
+    engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
+) -> SearchResult:
+    if engine.is_fast(members[0]):
+        return engine.run_fast(members, upper, uniform=together)
+    bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
+    if bound >= upper:
+        return SearchResult(inf, bound)
+    return engine.run_labels(members[0], upper)
+
+
+def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> bool:
+    """Whether a position's price depends only on how many stages are behind it."""
+    slots = max(fast, key=lambda item: len(item.slots)).slots
+    alike = len({(slot.capacity, slot.speed) for slot in slots}) == 1
+    links = {slot.link_in for slot in slots[1:]}
+    free = not (constraints.pinned_stages or constraints.pinned_devices)
+    return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+
+
+def _slots_of(found: SearchResult, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
+    return next(item for item in members if len(item.slots) == len(found.prices))
+
+
+def _by_replicas(
+    found: Sequence[ParallelConfiguration],
+) -> Iterator[tuple[int, list[ParallelConfiguration]]]:
+    for replicas in dict.fromkeys(shape.replicas for shape in found):
+        yield replicas, [shape for shape in found if shape.replicas == replicas]

@@ -1,0 +1,313 @@
+"""From a plan to its processes: how many, on how many nodes, what they are told. No torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from ipu_pipeline.backends.cluster.layout import make_layout
+from ipu_pipeline.backends.cluster.schedules import torch_schedule
+from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+
+# What a script finds in its environment.
+PLAN_VARIABLE = "IPU_PIPELINE_PLAN"
+TARGET_VARIABLE = "IPU_PIPELINE_TARGET"
+SCHEDULE_VARIABLE = "IPU_PIPELINE_SCHEDULE"
+# torch reads both when it is imported; whichever the user has set stays.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """The choices of a user; ``None`` leaves one to the plan and the machine.
+
+    Attributes:
+        processes: Of all nodes.
+        schedule: Other than the plan's.
+        threads: Of every process.
+        max_restarts: How often all processes start again after one of them failed.
+        here: Start on this machine; otherwise a text for other machines is wanted.
+        nodes: Machines that share the processes.
+        gpus_per_node: GPUs of each.
+        machine: Describes all of them together.
+    """
+
+    processes: int | None = None
+    schedule: str | None = None
+    threads: int | None = None
+    max_restarts: int = 0
+    here: bool = True
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    machine: Machine | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse nodes where nothing is written for them."""
+        if self.here and (self.nodes or self.gpus_per_node or self.machine):
+            raise ValueError(
+                "launch starts processes on this machine only; for other machines add --print "
+                "(the command for every node) or --slurm FILE"
+            )
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
+    """What is to be started, and where.
+
+    Attributes:
+        plan_path: Absolute path of the plan.
+        program: A script with its arguments, or ``-m``, a module, and its arguments.
+        num_processes: On all nodes together.
+        described: What the processes are, in words.
+        schedule: Told to the script; ``None`` where the plan's own is used.
+        num_nodes: Machines that share the processes evenly.
+        gpus_per_node: GPUs that every node has; 0 for none, or unknown.
+        max_restarts: How often all processes start again after one of them failed.
+        num_threads: Of every process; ``None`` for an even share of the node's cores.
+    """
+
+    plan_path: Path
+    program: tuple[str, ...]
+    num_processes: int
+    described: str
+    schedule: str | None = None
+    num_nodes: int = 1
+    gpus_per_node: int = 0
+    max_restarts: int = 0
+    num_threads: int | None = None
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes on each node."""
+        return self.num_processes // self.num_nodes
+
+    def settings(self) -> dict[str, str]:
+        """Return what the script is told through its environment, threads apart."""
+        told = {PLAN_VARIABLE: str(self.plan_path), TARGET_VARIABLE: "distributed"}
+        return told if self.schedule is None else {**told, SCHEDULE_VARIABLE: self.schedule}
+
+    def threads(self, environment: Mapping[str, str], num_cores: int) -> dict[str, str]:
+        """Return the variables that set the threads of a process on a machine of ``num_cores``.
+
+        What the user has set in ``environment`` wins, unless ``num_threads`` was asked for.
+        """
+        if self.num_threads is not None:
+            return dict.fromkeys(THREAD_VARIABLES, str(self.num_threads))
+        share = str(max(1, num_cores // self.processes_per_node))
+        return {name: environment.get(name, share) for name in THREAD_VARIABLES}
+
+
+def make_spec(
+    plan: Plan,
+    plan_path: Path,
+    program: tuple[str, ...],
+    request: LaunchRequest,
+    room: int | None = None,
+) -> LaunchSpec:
+    """Return what is to be started.
+
+    Args:
+        plan: What is to run.
+        plan_path: Its absolute path.
+        program: From :func:`check_program`.
+        request: What the user asked for.
+        room: Processes that this machine has GPUs or cores for; only with ``request.here``.
+
+    Raises:
+        LoweringError: Plan, schedule, processes and nodes do not fit each other.
+    """
+    schedule = request.schedule or plan.schedule
+    machine = request.machine
+    if not request.here and machine is None and not (request.nodes or request.gpus_per_node):
+        on_nodes = plan.machine.devices_per_board and not is_ipu(plan.machine)
+        machine = plan.machine if on_nodes else None
+    if room is None:
+        gpus = (request.nodes or 0) * (request.gpus_per_node or 0)
+        room = gpus or plan.num_stages * plan.replicas if machine is None else len(machine.devices)
+    number = request.processes or choose_processes(plan, schedule, room)
+    make_layout(plan, schedule, 0, number)
+    num_nodes, gpus = 1, 0
+    if not request.here:
+        num_nodes, gpus = choose_nodes(number, request.nodes, request.gpus_per_node, machine)
+    return LaunchSpec(
+        plan_path=plan_path,
+        program=program,
+        num_processes=number,
+        described=(
+            f"{_count(number, 'process', 'processes')}: "
+            f"{_count(plan.num_stages, 'stage', 'stages')} x "
+            f"{_count(plan.replicas, 'replica', 'replicas')}, {schedule}"
+        ),
+        schedule=request.schedule,
+        num_nodes=num_nodes,
+        gpus_per_node=gpus,
+        max_restarts=request.max_restarts,
+        num_threads=request.threads,
+    )
+
+
+def choose_processes(plan: Plan, schedule: str, room: int) -> int:
+    """Return how many processes run the plan, all replicas together.
+
+    One per stage, or half as many for schedules that put two stages into a process. Where a
+    schedule takes turns over its processes, as many as there is room for: a divisor of the stages,
+    with at least two stages each if that leaves more than one process.
+
+    Args:
+        plan: What is to run.
+        schedule: Its name.
+        room: Processes for which there are devices or cores.
+
+    Raises:
+        LoweringError: There is no such schedule, or it cannot run the plan.
+    """
+    placement = torch_schedule(schedule).placement
+    if placement == "one":
+        return plan.num_stages * plan.replicas
+    if placement == "v":
+        return max(1, plan.num_stages // 2) * plan.replicas
+    divisors = [n for n in range(1, plan.num_stages + 1) if plan.num_stages % n == 0]
+    possible = [n for n in divisors if _runs(plan, schedule, n)] or [plan.num_stages]
+    roomy = [n for n in possible if n * plan.replicas <= room] or possible[:1]
+    several = [n for n in roomy if 1 < n < plan.num_stages]
+    return max(several or roomy) * plan.replicas
+
+
+def choose_nodes(
+    num_processes: int,
+    num_nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    machine: Machine | None = None,
+) -> tuple[int, int]:
+    """Return how many nodes share the processes evenly, and the GPUs of each (0: none, or unknown).
+
+    Args:
+        num_processes: Of all nodes.
+        num_nodes: ``None`` for the fewest that have a GPU for each process, or 1.
+        gpus_per_node: ``None`` for what ``machine`` says.
+        machine: Describes the GPUs of all nodes.
+
+    Raises:
+        LoweringError: The processes do not fit, or the machine has IPUs.
+    """
+    if machine is not None:
+        _check_machine(machine, num_processes)
+        gpus_per_node = gpus_per_node or machine.devices_per_board or len(machine.devices)
+    gpus = gpus_per_node or 0
+    fitting = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
+    if num_nodes is None:
+        num_nodes = next(n for n in fitting if not gpus or num_processes <= n * gpus)
+    if num_nodes not in fitting:
+        raise LoweringError(
+            f"{num_processes} processes cannot be shared evenly by {num_nodes} nodes; use "
+            f"{', '.join(map(str, fitting))} nodes"
+        )
+    if gpus and num_processes // num_nodes > gpus:
+        raise LoweringError(
+            f"{num_processes} processes on {num_nodes} nodes need {num_processes // num_nodes} "
+            f"GPUs per node, and a node has {gpus}; use more nodes, or plan with fewer stages"
+        )
+    return num_nodes, gpus
+
+
+def check_program(program: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Return the program as it is started, its script with an absolute path.
+
+    Args:
+        program: Script or ``-m module``, and arguments.
+        folder: Where the processes start.
+
+    Raises:
+        ValueError: There is no such script or module.
+    """
+    if not program or list(program) == ["-m"]:
+        raise ValueError("nothing to start: give a script, or -m and a module, after --")
+    if program[0] == "-m":
+        name = program[1].split(".")[0]
+        if PathFinder.find_spec(name, [str(folder), *sys.path]) is None:
+            raise ValueError(
+                f"there is no module {name!r}, neither installed nor in {folder}; start where it "
+                "is, or set PYTHONPATH"
+            )
+        return tuple(program)
+    script = folder / program[0]
+    if not script.is_file():
+        raise ValueError(
+            f"there is no script {script}; give launch's own options before --, then the script "
+            "and its arguments: ipu-pipeline launch plan.json -- script.py --its-option"
+        )
+    return (str(script), *program[1:])
+
+
+def crowding(num_processes: int, num_cores: int, num_gpus: int) -> str:
+    """Return a warning if the processes are more than this machine has cores or GPUs for."""
+    if num_gpus and num_processes > num_gpus:
+        return (
+            f"{num_processes} processes are more than the {_count(num_gpus, 'GPU', 'GPUs')} of "
+            "this machine, and nccl gives each process one of its own; plan with fewer stages"
+        )
+    if not num_gpus and num_processes > num_cores:
+        return (
+            f"{num_processes} processes share {_count(num_cores, 'core', 'cores')}, so they slow "
+            "each other down; plan with fewer stages, or use more machines (--nodes)"
+        )
+    return ""
+
+
+def usable_cores() -> int:
+    """Return how many physical cores this process may use, at least 1.
+
+    Two threads of one core count once: matrix products fill a core with one. A container's limit
+    on processor time (microseconds per period) counts as well.
+    """
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len({_siblings(processor) for processor in affinity(0)})
+    try:
+        limit, period = QUOTA_FILE.read_text(encoding="ascii").split()
+        cores = min(cores, int(limit) // int(period))
+    except (OSError, ValueError):
+        pass  # no limit
+    return max(1, cores)
+
+
+def _siblings(processor: int) -> str:
+    """Return what the hardware threads of one core have in common."""
+    path = CPU_FOLDER / f"cpu{processor}" / "topology" / "thread_siblings_list"
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return str(processor)  # not Linux, or not told: every processor is a core
+
+
+def _check_machine(machine: Machine, num_processes: int) -> None:
+    if is_ipu(machine):
+        raise LoweringError(
+            f"machine {machine.name} has IPUs, which are not programmed by processes under "
+            "torchrun; write a bundle for them: ipu-pipeline emit"
+        )
+    if num_processes > len(machine.devices):
+        raise LoweringError(
+            f"{num_processes} processes are more than the {len(machine.devices)} devices of "
+            f"machine {machine.name}; plan with fewer stages, or name a larger machine"
+        )
+
+
+def _runs(plan: Plan, schedule: str, num_ranks: int) -> bool:
+    try:
+        make_layout(plan, schedule, 0, num_ranks * plan.replicas)
+    except LoweringError:
+        return False
+    return True
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"

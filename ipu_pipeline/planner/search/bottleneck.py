@@ -1,0 +1,430 @@
+"""Exact optimum of ``pace * busiest stage + spread * sum of the stages`` from a few sweeps.
+
+The busiest stage's load T and the sum S pull apart: slower transfers or recomputation may buy a
+shorter busiest stage. First the least T of every depth; then, per depth, the least S under a
+limit on T. A split with a busiest stage below some T' has a sum of at least S(T'), so
+``pace * T_least + spread * S(T')`` bounds everything that is still open; each sweep moves the
+limit strictly below the busiest stage it has just found, until the bound meets the best split.
+
+On large lattices the limit climbs a ladder from below: sweeps under a tight limit are cheap, and
+each one that finds nothing raises the proven bound.
+
+The fast exact search: every stage has its own device and memory, one row paces the step.
+
+``best[h, y, i]`` is the least cost of putting everything outside set i on exactly y devices and
+h host cores. Sets are visited from the full one back, so all depths come out of one sweep; the
+row of stages that start at a set is priced once, with numpy. Costs either take the maximum of
+the loads or add them up, always with every load within a limit, which also bounds the work that
+may be left for y devices, and so prunes most (y, i).
+
+A stage whose options must be weighed against memory has a lower bound in its row; the minimum
+settles such stages one by one until the smallest value is an exact one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from time import monotonic
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipu_pipeline.planner.search.problem import Slot
+from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
+from ipu_pipeline.planner.search.stage_price import StagePrice
+
+LADDER_FROM = 3000
+_EPS = 1e-11
+
+
+@dataclass(frozen=True)
+class PricedPipeline:
+    """One complete pipeline and its price.
+
+    Attributes:
+        objective: ``pace * busiest + spread * total``.
+        busiest_s: Largest load of a stage.
+        boundaries: Mask of the done blocks after each stage.
+        prices: Price of each stage.
+        on_host: Whether a host core runs the stage.
+    """
+
+    objective: float
+    busiest_s: float
+    boundaries: tuple[int, ...]
+    prices: tuple[StagePrice, ...]
+    on_host: tuple[bool, ...]
+
+
+@dataclass
+class BottleneckSearch:
+    """Minimises ``pace * max load + spread * sum of loads`` over pipelines of ``depths`` devices.
+
+    Attributes:
+        rows: Stage prices.
+        layout: Positions, counted from the end.
+        depths: Numbers of devices to consider.
+        pace: Weight of the busiest stage.
+        spread: Weight of the sum over the stages.
+        upper_bound: Only pipelines below this are looked for.
+        deadline: ``time.monotonic()`` at which to stop.
+        best: The best pipeline so far.
+        lower_bound: Proven: no pipeline is below it.
+    """
+
+    rows: StageCostTable
+    layout: StagePositions
+    depths: Sequence[int]
+    pace: float
+    spread: float
+    upper_bound: float = inf
+    deadline: float | None = None
+    best: PricedPipeline | None = None
+    lower_bound: float = 0.0
+    _least_sum_s: float = field(init=False, default=0.0)
+
+    def run(self) -> None:
+        """Search; leaves the result in ``best`` and ``lower_bound``."""
+        if not self.layout.hosts:
+            self._least_sum_s = self._work_s() / max(slot.speed for slot in self.layout.slots)
+        self.lower_bound = max(self.lower_bound, self.at_once())
+        try:
+            self._search()
+        except OutOfTimeError:
+            return
+        self.lower_bound = self.upper_bound
+
+    def _search(self) -> None:
+        least = self._least_pace() if self.pace else dict.fromkeys(self.depths, 0.0)
+        if not self.spread:
+            return
+        bounds = {d: self._bound(least[d], self._least_sum_s) for d in least}
+        for depth in sorted(bounds, key=lambda d: bounds[d]):
+            self.lower_bound = max(self.lower_bound, min(self.upper_bound, bounds[depth]))
+            self._least_at(depth, least[depth])
+
+    def at_once(self) -> float:
+        """Bound without a search: work shared out evenly, and the largest block."""
+        if self.layout.hosts:
+            return self._at_once_with_hosts()
+        speeds = sorted((slot.speed for slot in self.layout.slots), reverse=True)
+        block = max(option.total_s for option in self.rows.problem.fastest)
+        even = self._work_s() / sum(speeds[: max(self.depths)])
+        bound = self._bound(max(even, block / speeds[0]), self._work_s() / speeds[0])
+        return min(bound, self.upper_bound)
+
+    def _at_once_with_hosts(self) -> float:
+        """As ``at_once`` for equal devices: a host core is worth part of a device."""
+        problem = self.rows.problem
+        shares = [
+            option.total_s / seconds if seconds else inf
+            for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
+            if option.total_s
+        ]
+        if not shares or max(shares) == inf:
+            return 0.0
+        even = self._work_s() / (max(self.depths) + self.layout.hosts * max(shares))
+        return min(self.pace * even, self.upper_bound)
+
+    def _work_s(self) -> float:
+        return float(self.rows.lattice.work_s[-1])
+
+    def _bound(self, pace_s: float, sum_s: float) -> float:
+        return self.pace * pace_s + self.spread * sum_s
+
+    def _limit_s(self, sum_s: float) -> float:
+        """Largest busiest stage with which a pipeline can still be below the upper bound."""
+        if not self.pace or self.upper_bound == inf:
+            return inf
+        return max((self.upper_bound - self.spread * sum_s) / self.pace, 0.0) * (1 - _EPS)
+
+    def _least_pace(self) -> dict[int, float]:
+        """Least busiest stage of every depth that can still win."""
+        table, limit = self._climb()
+        if self.spread and table is not None:
+            self._offer_all(table)
+            wider = self._limit_s(self._least_sum_s)
+            if wider > limit:
+                table = self._sweep("max", wider, self.depths)
+        if table is None:
+            return {}
+        self._offer_all(table)
+        return {d: c for d in self.depths if (c := float(table.best[:, d, 0].min())) < inf}
+
+    def _climb(self) -> tuple[IdealTable | None, float]:
+        """Sweep under rising limits until something is found or the upper bound is reached."""
+        for limit in self._ladder():
+            table = self._sweep("max", limit, self.depths)
+            if float(table.best[:, list(self.depths), 0].min()) < inf:
+                return table, limit
+            bound = self._bound(limit, self._least_sum_s)
+            self.lower_bound = max(self.lower_bound, min(bound, self.upper_bound))
+        return None, inf
+
+    def _ladder(self) -> Iterator[float]:
+        top = self._limit_s(self._least_sum_s)
+        devices = max(self.depths) + self.layout.hosts
+        speed = max(slot.speed for slot in self.layout.slots)
+        floor = self._work_s() / speed / devices
+        step = 0.01 if len(self.rows.lattice) > LADDER_FROM else 0.08
+        while floor * (1 + step) < min(top, 4 * floor):
+            yield floor * (1 + step)
+            step *= 2
+        yield top
+
+    def _least_at(self, depth: int, least_pace_s: float) -> None:
+        """Find the best pipeline of one depth: least sums under falling limits."""
+        limit = least_pace_s * (1 + _EPS) if self.pace else inf
+        found = self._least_sum(depth, limit)
+        if found is None or not self.pace:
+            return
+        limit = self._limit_s(self._least_sum_s)
+        while limit >= least_pace_s:
+            found = self._least_sum(depth, limit)
+            if found is None:
+                return
+            busiest_s, sum_s = found
+            if self._bound(least_pace_s, sum_s) >= self.upper_bound * (1 - _EPS):
+                return
+            limit = min(busiest_s * (1 - _EPS), self._limit_s(sum_s))
+
+    def _least_sum(self, depth: int, limit: float) -> tuple[float, float] | None:
+        """Busiest stage and sum of the pipeline with the least sum under ``limit``."""
+        table = self._sweep("sum", limit, (depth,))
+        if table.best[0, depth, 0] == inf:
+            return None
+        split = self._offer(table, depth, 0)
+        return split.busiest_s, float(table.best[0, depth, 0])
+
+    def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> IdealTable:
+        return ideal_dynamic_program(self.rows, self.layout, combine, limit, depths, self.deadline)
+
+    def _offer_all(self, table: IdealTable) -> None:
+        for depth in self.depths:
+            for hosts in range(self.layout.hosts + 1):
+                if table.best[hosts, depth, 0] < inf:
+                    self._offer(table, depth, hosts)
+
+    def _offer(self, table: IdealTable, devices: int, hosts: int) -> PricedPipeline:
+        """Price the pipeline of a table exactly, and keep it if it is the best."""
+        masks = self.rows.lattice.masks
+        prices, boundaries, on_host, done = [], [], [], 0
+        for target, host in table.path(devices, hosts):
+            slot = Slot(-1, -1, host=True) if host else self.layout.slots[devices - 1]
+            price = self.rows.pricer.best(done, masks[target] ^ done, slot)
+            assert price is not None, "the ideal_dynamic_program used a stage that does not fit"
+            devices -= not host
+            done = masks[target]
+            prices.append(price)
+            boundaries.append(done)
+            on_host.append(host)
+        loads = [price.load_s for price in prices]
+        objective = self._bound(max(loads), sum(loads))
+        split = PricedPipeline(
+            objective, max(loads), tuple(boundaries), tuple(prices), tuple(on_host)
+        )
+        if objective < self.upper_bound:
+            self.best, self.upper_bound = split, objective
+        return split
+
+
+Bools = NDArray[np.bool_]
+Combine = Literal["max", "sum"]
+_SLACK = 1 + 1e-9
+
+
+class OutOfTimeError(Exception):
+    """The deadline passed before the sweep was complete."""
+
+
+@dataclass(frozen=True)
+class StagePositions:
+    """The positions of a pipeline, counted from its end.
+
+    Attributes:
+        slots: ``slots[y - 1]`` is the position with y devices to the end, itself included.
+        starts: ``starts[y - 1]``: the sets at which that position may start; ``None`` for all.
+        hosts: Host cores that may be used, anywhere in the pipeline.
+        uniform: All positions price alike apart from the microbatches in flight.
+    """
+
+    slots: Sequence[Slot]
+    starts: Sequence[Bools] | None = None
+    hosts: int = 0
+    uniform: bool = True
+
+
+@dataclass
+class IdealTable:
+    """The result of one ideal_dynamic_program.
+
+    Attributes:
+        best: Least cost by host cores, devices and start position.
+        choice: Position after the first stage of the best way; -1 without one.
+        by_host: Whether that stage is on a host core.
+    """
+
+    best: Floats
+    choice: NDArray[np.int32]
+    by_host: Bools
+
+    def path(self, devices: int, hosts: int = 0) -> list[tuple[int, bool]]:
+        """Positions after each stage of the best pipeline, and whether a host core runs it."""
+        steps, position, last = [], 0, self.best.shape[2] - 1
+        while position != last:
+            target = int(self.choice[hosts, devices, position])
+            on_host = bool(self.by_host[hosts, devices, position])
+            hosts, devices = hosts - on_host, devices - (not on_host)
+            steps.append((target, on_host))
+            position = target
+        return steps
+
+
+def ideal_dynamic_program(
+    rows: StageCostTable,
+    layout: StagePositions,
+    combine: Combine,
+    limit_s: float,
+    depths: Sequence[int],
+    deadline: float | None = None,
+) -> IdealTable:
+    """Fill the table for pipelines of ``depths`` devices with loads up to ``limit_s``.
+
+    Raises:
+        OutOfTimeError: ``time.monotonic()`` passed ``deadline``.
+    """
+    return _IdealProgram(rows, layout, combine, limit_s, depths, deadline).run()
+
+
+class _IdealProgram:
+    def __init__(
+        self,
+        rows: StageCostTable,
+        layout: StagePositions,
+        combine: Combine,
+        limit_s: float,
+        depths: Sequence[int],
+        deadline: float | None,
+    ) -> None:
+        self._rows, self._layout, self._limit = rows, layout, limit_s
+        self._join: Callable[[Floats, Floats], Floats] = np.maximum if combine == "max" else np.add
+        self._deadline = deadline
+        self._depths = range(min(depths), max(depths) + 1)
+        shape = (layout.hosts + 1, max(depths) + 1, len(rows.lattice))
+        self._table = IdealTable(
+            np.full(shape, inf), np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
+        )
+        self._fastest = max(slot.speed for slot in layout.slots)
+        self._host_share = self._work_on_hosts() if layout.hosts else 0.0
+
+    def run(self) -> IdealTable:
+        last = len(self._rows.lattice) - 1
+        self._table.best[:, 0, last] = 0.0
+        low, high = self._depth_ranges()
+        for start in np.flatnonzero(low <= high)[::-1].tolist():
+            if start == last:
+                continue
+            if self._deadline is not None and monotonic() > self._deadline:
+                raise OutOfTimeError
+            self._visit(start, int(low[start]), int(high[start]))
+        return self._table
+
+    def _depth_ranges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For every set: fewest and most devices that may be left for what is outside it."""
+        work = self._rows.lattice.work_s
+        each = self._limit * self._fastest * _SLACK
+        most = np.full(len(work), max(self._depths))
+        least = np.zeros(len(work), dtype=np.int64)
+        if each < inf:
+            left = np.maximum(work[-1] - work - self._host_share, 0.0)
+            before = np.maximum(work - self._host_share, 0.0)
+            unit = max(each, 1e-300)
+            least = np.ceil(np.minimum(left / unit, 1e9) - 1e-9).astype(np.int64)
+            most = most - np.ceil(np.minimum(before / unit, 1e9) - 1e-9).astype(np.int64)
+        most[1:] = np.minimum(most[1:], max(self._depths) - (0 if self._layout.hosts else 1))
+        least[0] = max(least[0], 0 if self._layout.hosts else min(self._depths))
+        return np.maximum(least, 0 if self._layout.hosts else 1), most
+
+    def _work_on_hosts(self) -> float:
+        """Most device work that the host cores can take over within the limit."""
+        problem = self._rows.problem
+        ratio = max(
+            (option.total_s / seconds if seconds else inf)
+            for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
+            if option.total_s
+        )
+        return self._layout.hosts * self._limit * ratio * self._fastest
+
+    def _visit(self, start: int, low: int, high: int) -> None:
+        counts = [y for y in range(max(low, 1), high + 1) if self._may_start(start, y)]
+        if counts and self._layout.uniform:
+            self._visit_uniform(start, counts)
+        elif counts:
+            for y in counts:
+                slot = self._layout.slots[y - 1]
+                row = self._rows.row(start, slot, self._limit)
+                self._settle(start, y, row, slot)
+        if self._layout.hosts:
+            self._visit_host(start, range(low, high + 1))
+
+    def _may_start(self, start: int, y: int) -> bool:
+        starts = self._layout.starts
+        return starts is None or bool(starts[y - 1][start])
+
+    def _visit_uniform(self, start: int, counts: Sequence[int]) -> None:
+        """All positions share seconds; only the microbatches in flight differ."""
+        slot = self._layout.slots[counts[0] - 1]
+        targets = self._rows.reach(start, slot, self._limit)
+        if not targets.size:
+            return
+        base = self._rows.row_s(start, targets, slot)
+        near = base <= self._limit
+        targets, base = targets[near], base[near]
+        for y in counts:
+            slot = self._layout.slots[y - 1]
+            self._settle(start, y, self._rows.with_memory(start, targets, base, slot), slot)
+
+    def _settle(self, start: int, y: int, row: StageCosts, slot: Slot) -> None:
+        for hosts in range(self._layout.hosts + 1):
+            self._lower(start, (hosts, y), row, (hosts, y - 1), slot)
+
+    def _visit_host(self, start: int, counts: Sequence[int]) -> None:
+        slot = Slot(-1, -1, host=True)
+        row = self._rows.row(start, slot, self._limit)
+        for hosts in range(1, self._layout.hosts + 1):
+            for y in counts:
+                self._lower(start, (hosts, y), row, (hosts - 1, y), slot)
+
+    def _lower(
+        self, start: int, here: tuple[int, int], row: StageCosts, rest: tuple[int, int], slot: Slot
+    ) -> None:
+        """Improve ``best[here, start]`` by a stage of ``row`` followed by ``rest``."""
+        if not row.targets.size:
+            return
+        best = self._table.best
+        behind = best[rest][row.targets]
+        cost = self._join(row.load_s, behind)
+        cost[row.load_s > self._limit] = inf
+        while True:
+            pick = int(np.argmin(cost))
+            if not cost[pick] < best[here][start]:
+                return
+            target = int(row.targets[pick])
+            if row.certain[pick]:
+                break
+            exact = self._rows.exact_s(start, target, slot)
+            settled = float(self._join(np.float64(exact), behind[pick]))  # type: ignore[arg-type]
+            cost[pick] = inf
+            if exact <= self._limit and settled < best[here][start]:
+                self._store(here, start, settled, target, host=False)
+        self._store(here, start, float(cost[pick]), target, host=slot.host)
+
+    def _store(
+        self, here: tuple[int, int], start: int, cost: float, target: int, *, host: bool
+    ) -> None:
+        self._table.best[here][start] = cost
+        self._table.choice[here][start] = target
+        self._table.by_host[here][start] = host
