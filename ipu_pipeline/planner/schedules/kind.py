@@ -136,15 +136,19 @@ class ScheduleKind:
     torch_needs_depth: bool = False
     summary: str = ""
 
+    @property
+    def placement(self) -> str:
+        """Which stages a device has, as words."""
+        return _PLACES.get(self.place, "its own number of stages per device")
+
     def problem(self, shape: PipelineShape) -> str:
         """Return why the schedule cannot run so, with the remedy; empty: it can."""
         if not self.any_devices:
             expected = self.place(shape.num_stages, shape.num_devices)
             if expected is None:
-                wanted = _PLACES.get(self.place, "another number of stages")
                 return (
-                    f"schedule {self.name} runs {wanted}: {shape.num_stages} stages do not fit "
-                    f"{shape.num_devices} devices; change num_stages or the devices"
+                    f"schedule {self.name} runs {self.placement}: {shape.num_stages} stages do "
+                    f"not fit {shape.num_devices} devices; change num_stages or the devices"
                 )
             if shape.positions != expected:
                 order = list(dict.fromkeys(shape.devices))
@@ -203,7 +207,8 @@ class ScheduleKind:
 
 @lru_cache(maxsize=64)
 def _rows(kind: ScheduleKind, shape: PipelineShape) -> Schedule:
-    from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+    from ipu_pipeline.planner.schedules.placement import one_row_per_device
+    from ipu_pipeline.planner.schedules.rows import forward_passes
 
     made = kind.make_rows(shape)
     return one_row_per_device(made if shape.training else forward_passes(made), shape.devices)

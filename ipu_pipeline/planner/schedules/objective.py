@@ -26,17 +26,24 @@ class StageSeconds(Protocol):
     """What the form reads of a stage's price, in seconds (module docstring)."""
 
     @property
-    def forward_load_s(self) -> float: ...
+    def forward_load_s(self) -> float:
+        """Forward pass and its transfers."""
+
     @property
-    def backward_load_s(self) -> float: ...
+    def backward_load_s(self) -> float:
+        """Backward pass and its transfers."""
+
     @property
-    def load_s(self) -> float: ...
+    def load_s(self) -> float:
+        """Both."""
+
     @property
-    def outer_s(self) -> float: ...
+    def outer_s(self) -> float:
+        """Once per optimizer step."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PacedTerm:
     """One ``weight * busiest device`` term.
 
     Attributes:
@@ -90,7 +97,7 @@ class Objective:
         num_stages: Stages it is made for.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PacedTerm, ...]
     sum_weight: float
     num_stages: int
 
@@ -98,13 +105,13 @@ class Objective:
     def paced(cls, weight: float, sum_weight: float, num_stages: int) -> Objective:
         """Return ``weight`` times the busiest device plus ``sum_weight`` times all stages."""
         ones = (1,) * num_stages
-        return cls((Row(weight, ones, ones),), sum_weight, num_stages)
+        return cls((PacedTerm(weight, ones, ones),), sum_weight, num_stages)
 
     @classmethod
     def paced_apart(cls, weight: float, sum_weight: float, num_stages: int) -> Objective:
         """As :meth:`paced`, with the forward and backward passes paced by their own devices."""
         ones, zeros = (1,) * num_stages, (0,) * num_stages
-        rows = (Row(weight, ones, zeros), Row(weight, zeros, ones))
+        rows = (PacedTerm(weight, ones, zeros), PacedTerm(weight, zeros, ones))
         return cls(rows, sum_weight, num_stages)
 
     @property

@@ -1,4 +1,4 @@
-"""Finds schedules by name: files in ``kinds/``, then entry points of group ``ipu_pipeline.schedules``.
+"""Finds schedules by name: files in ``kinds/``, then entry points of ``ipu_pipeline.schedules``.
 
 Each gives one :class:`ScheduleKind`. An entry point that takes a name of ours is not looked at.
 """

@@ -121,9 +121,7 @@ def start_times(
     return starts, max(free)
 
 
-def step_seconds(
-    kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]
-) -> float:
+def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
     """Return the seconds of all passes of one optimizer step.
 
     Raises:

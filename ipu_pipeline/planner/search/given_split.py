@@ -17,7 +17,7 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
-from ipu_pipeline.planner.search.objective import least_microbatches
+from ipu_pipeline.planner.search.objective import schedule_problem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, Engine, candidate
 from ipu_pipeline.planner.search.problem import Problem, bits
@@ -87,12 +87,9 @@ def _shape(
         )
     replicas, total = constraints.replicas or 1, constraints.total_microbatches
     microbatches = constraints.num_microbatches if total is None else total // replicas
-    needed = least_microbatches(constraints.schedule, len(stages), training=graph.training)
-    if microbatches < needed:
-        raise PartitionError(
-            f"PopART needs at least {needed} microbatches per step for {len(stages)} stages, got "
-            f"{microbatches}"
-        )
+    problem = schedule_problem(constraints.schedule, devices, microbatches, training=graph.training)
+    if problem:
+        raise PartitionError(problem)
     return ParallelConfiguration(replicas, microbatches, devices)
 
 

@@ -101,6 +101,14 @@ class LabelSettingSearch:
     def __post_init__(self) -> None:
         self._weights = np.array([*(row.weight for row in self.objective.rows), 1], float)
         devices = [slot.device for slot in self.slots]
+        everywhere = (1,) * len(devices)
+        self._even = np.array(  # the busiest device has at least its share of all passes
+            [
+                (row.forward == row.backward == everywhere) / len(set(devices))
+                for row in self.objective.rows
+            ]
+            + [0.0]
+        )
         pools = [slot.pool for slot in self.slots]
         self._open_devices = [_still_open(devices, s) for s in range(len(devices) + 1)]
         self._open_pools = [_still_open(pools, s) for s in range(len(pools) + 1)]
@@ -200,8 +208,9 @@ class LabelSettingSearch:
 
     def _bound(self, stage: int, position: int, rows: Floats, total_s: float) -> float:
         rest = self._to_go[stage][position]
-        paced = np.maximum(rows.max(axis=0), rest[:-1]) @ self._weights
-        return float(paced + self.objective.sum_weight * (total_s + rest[-1]))
+        in_all_s = total_s + rest[-1]
+        busiest = np.maximum(np.maximum(rows.max(axis=0), rest[:-1]), in_all_s * self._even)
+        return float(busiest @ self._weights + self.objective.sum_weight * in_all_s)
 
     def _extend(self, label: _Label, stage: int, step: _Step) -> _Label | None:
         """Add one stage; ``None`` if it breaks a memory or a device group."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
-from ipu_pipeline.planner.schedules.objective import Objective, Row
+from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def _objective(shape: PipelineShape) -> Objective:
         terms[_at_work(numbers, 0, cycle)] += 1
         terms[_at_work(numbers, cycle + 1, last)] += 1
     terms[_at_work(numbers, 0, last)] += shape.num_microbatches - last
-    rows = tuple(Row(weight, forward, backward) for (forward, backward), weight in terms.items())
+    rows = tuple(
+        PacedTerm(weight, forward, backward) for (forward, backward), weight in terms.items()
+    )
     return Objective(rows, 0, shape.num_stages)
 
 

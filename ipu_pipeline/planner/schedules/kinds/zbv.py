@@ -54,6 +54,11 @@ def _row(device: int, shape: PipelineShape) -> tuple[Action, ...]:
         whole(going)
         writer.add(coming, "F")
         whole(coming)
+    _cool_down(writer, device, to_end, going, coming)
+    return tuple(action for action in writer.row if action.microbatch < shape.num_microbatches)
+
+
+def _cool_down(writer: RowWriter, device: int, to_end: int, going: int, coming: int) -> None:
     for _ in range(device):
         writer.add(going, "I")
         writer.add(coming, "I")
@@ -63,7 +68,6 @@ def _row(device: int, shape: PipelineShape) -> tuple[Action, ...]:
     for stage in (coming, going):
         while writer.weights(stage):
             pass
-    return tuple(action for action in writer.row if action.microbatch < shape.num_microbatches)
 
 
 def v_weights(shape: PipelineShape) -> tuple[float, float]:
