@@ -22,7 +22,7 @@ import transformers
 
 import ipu_pipeline as ipp
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.stages.mode import in_mode
+from ipu_pipeline.stages.training import in_mode
 
 ROUNDS = 21
 MICRO, MICROBATCHES, LENGTH = 4, 4, 64

@@ -21,7 +21,7 @@ from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositi
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
-from ipu_pipeline.planner.search.stage_price import OptionPricer
+from ipu_pipeline.planner.search.stage_price import OptionPricer, SearchResult
 
 GIB = 2**30
 MOST_IDEALS = 200_000
@@ -73,7 +73,7 @@ def read_instance(
     return _max_load_instance(raw, num_devices or raw["maxFPGAs"], memory)
 
 
-def solve_instance(instance: Instance, time_limit_s: float | None = None) -> BottleneckSearch:
+def solve_instance(instance: Instance, time_limit_s: float | None = None) -> SearchResult:
     """Minimise the busiest device of ``instance``; exact unless the time limit ends it."""
     deadline = None if time_limit_s is None else monotonic() + time_limit_s
     depths = range(0 if instance.layout.hosts else 1, instance.num_devices + 1)
@@ -84,14 +84,12 @@ def solve_instance(instance: Instance, time_limit_s: float | None = None) -> Bot
     try:
         lattice = Lattice(instance.problem, limit=MOST_IDEALS)
     except TooManyIdeals:
-        quick.lower_bound = quick.at_once()
-        return quick
+        return SearchResult.of(quick.at_once(), quick.offers)
     search = BottleneckSearch(
         StageCostTable(lattice, pricer), instance.layout, depths, 1, 0, quick.upper_bound, deadline
     )
-    search.best = quick.best
     search.run()
-    return search
+    return SearchResult.of(search.lower_bound, (*quick.offers, *search.offers))
 
 
 def _execution_order(problem: Problem) -> list[int]:
@@ -280,10 +278,10 @@ def answer(path: Path, arguments: argparse.Namespace) -> Answer:
         read_instance(path, arguments.devices, arguments.memory_gib), arguments.time_limit
     )
     seconds = perf_counter() - start
-    if search.best is None:
+    if not search.pipelines:
         bound = None if search.lower_bound == inf else search.lower_bound
         return Answer(str(path), None, bound, None, seconds)
-    objective = search.best.objective
+    objective = search.objective
     bound = min(search.lower_bound, objective)
     return Answer(str(path), objective, bound, 1 - bound / objective if objective else 0.0, seconds)
 

@@ -18,7 +18,7 @@ from benchmarks.processes import everyones, from_first
 from benchmarks.raw_pipeline import Raw
 from benchmarks.suite.material import Batch, Material, adamw, make_material
 from benchmarks.suite.workloads import MANY_PROCESSES, Contestant, Workload
-from ipu_pipeline.stages.mode import in_mode
+from ipu_pipeline.stages.training import in_mode
 
 COMPILERS = ("c++", "g++", "clang++")
 # Contestants wait while the others step; the watch of our target must not take that for a fault.

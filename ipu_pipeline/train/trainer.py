@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.local.executable import LocalExecutable
-from ipu_pipeline.backends.local.step import autocast_region
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.stages.training import autocast_region
 from ipu_pipeline.train.forward_view import flatten, unflatten, viewed
 from ipu_pipeline.train.prefetch import LookAhead
 from ipu_pipeline.train.trainer_checks import (

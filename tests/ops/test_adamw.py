@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ipu_pipeline.checkpoint import read_checkpoint, write_checkpoint
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.adamw import AdamW
-from ipu_pipeline.stages.optimize import apply_update
+from ipu_pipeline.stages.training import apply_update
 
 NEEDS_LIBRARY = pytest.mark.skipif(
     not extension.state().usable, reason="the kernels are not built or switched off"

@@ -19,7 +19,7 @@ from ipu_pipeline.checkpoint import (
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.stages.executable import EvalResult, StepResult, T
-from ipu_pipeline.stages.optimize import apply_update
+from ipu_pipeline.stages.training import apply_update
 
 VOCABULARY, LENGTH = 64, 12
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
-from ipu_pipeline.backends.local import captures
+from ipu_pipeline.stages import captures
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.tiny_models import TINY
 from tests.train.helpers import load_script

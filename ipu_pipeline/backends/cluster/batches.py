@@ -17,10 +17,9 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
 from ipu_pipeline.backends.cluster.schedules import schedule_for
-from ipu_pipeline.backends.local.batch import Microbatch
-from ipu_pipeline.backends.local.captures import StageCache
-from ipu_pipeline.backends.local.stage import Stage
-from ipu_pipeline.stages.lru_cache import RecentlyUsed
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.captures import LRUCache, StageCache
+from ipu_pipeline.stages.stage import Stage
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.
 MAX_PIPELINES = 16
@@ -67,7 +66,7 @@ class Pipelines:
         self._groups = groups
         self._doing = doing
         # The key's stages are kept with the pipeline, so that their id stays theirs.
-        self._made = RecentlyUsed[tuple[int, int], tuple[Sequence[Stage], TrainingPipeline]](limit)
+        self._made = LRUCache[tuple[int, int], tuple[Sequence[Stage], TrainingPipeline]](limit)
         self._said = False
 
     def __len__(self) -> int:

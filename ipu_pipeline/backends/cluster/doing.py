@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.stage import Stage
 
 # An action is hung when it lasts longer than both: this, and so many times the longest like it.
 HANG_S = 45.0

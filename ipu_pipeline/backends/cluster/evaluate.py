@@ -12,9 +12,9 @@ from torch import Tensor
 from ipu_pipeline.backends.cluster.doing import Doing
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
-from ipu_pipeline.backends.local.batch import Microbatch
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.stages.stage import Stage
 
 
 def evaluate(

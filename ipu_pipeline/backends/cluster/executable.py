@@ -25,16 +25,15 @@ from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters, fi
 from ipu_pipeline.backends.cluster.same_batch import SameBatch
 from ipu_pipeline.backends.cluster.saving import Saver
 from ipu_pipeline.backends.cluster.sharding import sharded
-from ipu_pipeline.backends.local.batch import batch_size, split_batch
-from ipu_pipeline.backends.local.captures import StageCache
-from ipu_pipeline.backends.local.stage import Stage
 from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
+from ipu_pipeline.stages.batch import batch_size, split_batch
+from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
-from ipu_pipeline.stages.mode import in_mode
-from ipu_pipeline.stages.recompute import recomputed_blocks
+from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.training import in_mode
 
 
 class DistributedExecutable:

@@ -15,7 +15,7 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.ownership import Ownership
 from ipu_pipeline.backends.cluster.sharding import share_updated, sum_to_updaters
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.optimize import UpdateResult
+from ipu_pipeline.stages.training import UpdateResult
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.notes import Notes
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
 from ipu_pipeline.backends.cluster.waiting import Waiter
-from ipu_pipeline.backends.local.lower import check_model
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.recompute import recomputed_blocks
-from ipu_pipeline.stages.serialize import check_blocks
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks
+from ipu_pipeline.stages.training import check_model
 
 logger = logging.getLogger(__name__)
 # Torch gives up waiting so much later than the watch, which knows whom to name.

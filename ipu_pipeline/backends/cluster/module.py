@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.local.batch import Microbatch
-from ipu_pipeline.backends.local.stage import Stage
-from ipu_pipeline.backends.local.step import autocast_region
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.serialize import add_gradient
+from ipu_pipeline.stages.stage import Stage
+from ipu_pipeline.stages.training import autocast_region
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.stage import Stage
 
 
 class Place(NamedTuple):

@@ -20,8 +20,8 @@ from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInp
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
 from ipu_pipeline.backends.cluster.split_backward import can_split_backward
 from ipu_pipeline.backends.cluster.waiting import Waiter
-from ipu_pipeline.backends.local.batch import Microbatch
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.local.batch import Microbatch, batch_size, cut_batches, split_batch
-from ipu_pipeline.backends.local.captures import StageCache
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.backends.local.step import Step
 from ipu_pipeline.checkpoint import (
@@ -27,10 +25,11 @@ from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
+from ipu_pipeline.stages.batch import Microbatch, batch_size, cut_batches, split_batch
+from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
-from ipu_pipeline.stages.mode import in_mode
-from ipu_pipeline.stages.optimize import apply_update
-from ipu_pipeline.stages.recompute import recomputed_blocks
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.training import apply_update, in_mode
 
 
 class LocalExecutable:

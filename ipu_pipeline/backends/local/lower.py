@@ -9,8 +9,9 @@ from ipu_pipeline.backends.local.executable import LocalExecutable, shape_to_run
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.recompute import recomputed_blocks
-from ipu_pipeline.stages.serialize import check_blocks
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks
+from ipu_pipeline.stages.training import check_model
 
 
 def lower(
@@ -55,25 +56,3 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
         shape_to_run(plan, options)
     recomputed_blocks(options.recompute, plan)
     check_blocks(plan)
-
-
-def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model without weights, and an optimizer of other parameters.
-
-    Raises:
-        LoweringError: Either is the case.
-    """
-    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
-    if on_meta:
-        raise LoweringError(
-            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
-            "device); load the weights before compiling"
-        )
-    if optimizer is not None:
-        own = {id(parameter) for parameter in model.parameters()}
-        groups = optimizer.param_groups
-        if any(id(p) not in own for group in groups for p in group["params"]):
-            raise LoweringError(
-                "the optimizer holds parameters that are not the model's; make it from "
-                "model.parameters() of the model that is compiled"
-            )

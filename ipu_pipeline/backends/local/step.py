@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.local.batch import Microbatch
-from ipu_pipeline.backends.local.stage import RandomKey, Stage
 from ipu_pipeline.ir.schedule import Action, Schedule
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from ipu_pipeline.stages.stage import RandomKey, Stage
+from ipu_pipeline.stages.training import autocast_region
 
 
 class Step:
@@ -117,9 +114,3 @@ class Step:
         for stages in self.stages:
             for stage in stages:
                 stage.clear()
-
-
-def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the region in which forward passes of ``precision`` run."""
-    dtype = AUTOCAST.get(precision)
-    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)

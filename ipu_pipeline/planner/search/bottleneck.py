@@ -34,29 +34,10 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
-from ipu_pipeline.planner.search.stage_price import StagePrice
+from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
 
 LADDER_FROM = 3000
 _EPS = 1e-11
-
-
-@dataclass(frozen=True)
-class PricedPipeline:
-    """One complete pipeline and its price.
-
-    Attributes:
-        objective: ``pace * busiest + spread * total``.
-        busiest_s: Largest load of a stage.
-        boundaries: Mask of the done blocks after each stage.
-        prices: Price of each stage.
-        on_host: Whether a host core runs the stage.
-    """
-
-    objective: float
-    busiest_s: float
-    boundaries: tuple[int, ...]
-    prices: tuple[StagePrice, ...]
-    on_host: tuple[bool, ...]
 
 
 @dataclass
@@ -71,7 +52,7 @@ class BottleneckSearch:
         spread: Weight of the sum over the stages.
         upper_bound: Only pipelines below this are looked for.
         deadline: ``time.monotonic()`` at which to stop.
-        best: The best pipeline so far.
+        offers: Every pipeline that was priced.
         lower_bound: Proven: no pipeline is below it.
     """
 
@@ -82,12 +63,17 @@ class BottleneckSearch:
     spread: float
     upper_bound: float = inf
     deadline: float | None = None
-    best: PricedPipeline | None = None
     lower_bound: float = 0.0
+    offers: list[PricedPipeline] = field(default_factory=list)
     _least_sum_s: float = field(init=False, default=0.0)
 
+    @property
+    def found(self) -> SearchResult:
+        """The best pipelines so far, and the bound."""
+        return SearchResult.of(self.lower_bound, self.offers)
+
     def run(self) -> None:
-        """Search; leaves the result in ``best`` and ``lower_bound``."""
+        """Search; leaves what it found in ``offers`` and ``lower_bound``."""
         if not self.layout.hosts:
             self._least_sum_s = self._work_s() / max(slot.speed for slot in self.layout.slots)
         self.lower_bound = max(self.lower_bound, self.at_once())
@@ -197,7 +183,7 @@ class BottleneckSearch:
         if table.best[0, depth, 0] == inf:
             return None
         split = self._offer(table, depth, 0)
-        return split.busiest_s, float(table.best[0, depth, 0])
+        return max(price.load_s for price in split.prices), float(table.best[0, depth, 0])
 
     def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> IdealTable:
         return ideal_dynamic_program(self.rows, self.layout, combine, limit, depths, self.deadline)
@@ -223,11 +209,9 @@ class BottleneckSearch:
             on_host.append(host)
         loads = [price.load_s for price in prices]
         objective = self._bound(max(loads), sum(loads))
-        split = PricedPipeline(
-            objective, max(loads), tuple(boundaries), tuple(prices), tuple(on_host)
-        )
-        if objective < self.upper_bound:
-            self.best, self.upper_bound = split, objective
+        split = PricedPipeline(objective, tuple(boundaries), tuple(prices), tuple(on_host))
+        self.offers.append(split)
+        self.upper_bound = min(self.upper_bound, objective)
         return split
 
 

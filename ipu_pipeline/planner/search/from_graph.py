@@ -98,6 +98,8 @@ def build_slots(
                 link_in=_link(machine, stage_devices, stage - 1, stage) if stage else None,
                 link_out=_link(machine, stage_devices, stage, stage + 1) if stage < last else None,
                 forbidden=_forbidden(graph, constraints, stage, device),
+                index=stage,
+                num_stages=last + 1,
             )
         )
     return tuple(slots)

@@ -61,10 +61,10 @@ def evaluate(
         done.append(done[-1] | mask)
     engine = Engine(built, constraints, training=graph.training, masks=done)
     found = engine.run_labels(item, inf)
-    if not found.prices:
+    if not found.pipelines:
         raise PartitionError(_overflow(built.problem, masks, item))
     bound = engine.at_once(item)
-    partition = to_partition(found, built, item.slots, machine, constraints, shape)
+    partition = to_partition(found.pipelines[0], built, item.slots, machine, constraints, shape)
     return partition.with_bound(bound)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from math import inf
 from time import monotonic
@@ -14,7 +14,12 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.parallel import parallel_configurations
-from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, candidate, search
+from ipu_pipeline.planner.search.pipeline_search import (
+    CandidatePipeline,
+    StagePricerMaker,
+    candidate,
+    search,
+)
 from ipu_pipeline.planner.search.problem import Problem
 from ipu_pipeline.planner.search.stage_price import OptionPricer
 
@@ -42,12 +47,14 @@ class Change:
         costs: Prices after the change.
         machine: Machine after the change.
         constraints: Constraints after the change.
+        stage_pricer: As given to ``solve``.
     """
 
     text: str
     costs: GraphCosts
     machine: Machine
     constraints: Constraints
+    stage_pricer: StagePricerMaker | None = None
 
 
 class InfeasibleError(PartitionError):
@@ -67,13 +74,13 @@ def explain(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    remedies: Mapping[str, GraphCosts],
+    stage_pricer: StagePricerMaker | None = None,
 ) -> InfeasibleError:
     """Return the error that says why nothing fits and what would."""
-    start = Change("", costs, machine, constraints)
+    start = Change("", costs, machine, constraints, stage_pricer)
     if not _fits(graph, replace(start, machine=_unlimited(machine))):
         return _placement_error(graph, start)
-    changes = tuple(_changes(graph, start, remedies, monotonic() + EXPLAIN_S))
+    changes = tuple(_changes(graph, start, monotonic() + EXPLAIN_S))
     reason = _worst_stage(graph, costs, machine, constraints)
     if not changes:
         return InfeasibleError(f"no split fits: {reason}; no single change tried makes it fit")
@@ -81,12 +88,10 @@ def explain(
     return InfeasibleError(f"no split fits: {reason}; it fits if you {options}", changes)
 
 
-def _changes(
-    graph: BlockGraph, start: Change, remedies: Mapping[str, GraphCosts], deadline: float
-) -> Iterator[Change]:
+def _changes(graph: BlockGraph, start: Change, deadline: float) -> Iterator[Change]:
     """Yield the changes of options that fit (the least that works), then of the machine."""
     found = False
-    for change in _option_changes(start, remedies):
+    for change in _option_changes(start):
         if _fits(graph, change):
             found = True
             yield change
@@ -95,7 +100,7 @@ def _changes(
     if more is not None:
         yield more
     elif not found:
-        everything = list(_option_changes(start, remedies))
+        everything = list(_option_changes(start))
         more = _more_devices(graph, everything[-1], deadline) if everything else None
         if more is not None:
             yield more
@@ -104,7 +109,7 @@ def _changes(
         yield memory
 
 
-def _option_changes(start: Change, remedies: Mapping[str, GraphCosts]) -> Iterator[Change]:
+def _option_changes(start: Change) -> Iterator[Change]:
     """Yield changes of how blocks run, single ones first, then all together."""
     base = start.constraints
     single: list[Change] = []
@@ -132,10 +137,6 @@ def _option_changes(start: Change, remedies: Mapping[str, GraphCosts]) -> Iterat
     words = " and ".join(change.text for change in single)
     if len(single) > 1:
         yield replace(start, text=words, constraints=free)
-    for name, costs in remedies.items():
-        yield replace(start, text=name, costs=costs)
-        if single:
-            yield replace(start, text=f"{name} and {words}", costs=costs, constraints=free)
 
 
 def _more_devices(graph: BlockGraph, start: Change, deadline: float) -> Change | None:
@@ -187,7 +188,7 @@ def _fits(graph: BlockGraph, change: Change) -> bool:
     limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
     trial = replace(change.constraints, time_limit_s=limit)
     try:
-        return search(graph, change.costs, change.machine, trial) is not None
+        return bool(search(graph, change.costs, change.machine, trial, change.stage_pricer))
     except PartitionError:
         return False
 
@@ -206,11 +207,11 @@ def _placement_error(graph: BlockGraph, start: Change) -> InfeasibleError:
         if getattr(start.constraints, name) == neutral:
             continue
         relaxed = replace(start.constraints, **{name: neutral})
-        change = Change(f"drop {name}", start.costs, start.machine, relaxed)
+        change = replace(start, text=f"drop {name}", constraints=relaxed)
         if _fits(graph, change):
             blamed.append(change)
     if not blamed and start.costs.together:
-        apart = Change("", replace(start.costs, together=()), start.machine, start.constraints)
+        apart = replace(start, costs=replace(start.costs, together=()))
         if _fits(graph, apart):
             pairs = "; ".join(" and ".join(group) for group in start.costs.together)
             return InfeasibleError(

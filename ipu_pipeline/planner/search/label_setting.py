@@ -11,7 +11,7 @@ labels is a true lower bound.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
 
@@ -21,30 +21,19 @@ from numpy.typing import NDArray
 from ipu_pipeline.planner.search.ideals import Lattice
 from ipu_pipeline.planner.search.objective import Objective
 from ipu_pipeline.planner.search.problem import Slot, bits
-from ipu_pipeline.planner.search.stage_price import OptionPricer, StagePrice
+from ipu_pipeline.planner.search.stage_price import (
+    MOST_CANDIDATES,
+    PricedPipeline,
+    SearchResult,
+    StagePrice,
+    StagePricer,
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 BEAM_WIDTH = 64
 TOLERANCE = 1e-12
 _SLACK = 1e-9
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search knows when it ends.
-
-    Attributes:
-        objective: Seconds of the best split; ``inf`` without one.
-        lower_bound: No split is quicker; equals ``objective`` when the search was complete.
-        boundaries: Masks of the done blocks after each stage of the best split.
-        prices: Price of each stage of the best split.
-    """
-
-    objective: float
-    lower_bound: float
-    boundaries: tuple[int, ...] = ()
-    prices: tuple[StagePrice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class LabelSettingSearch:
     """
 
     lattice: Lattice
-    pricer: OptionPricer
+    pricer: StagePricer
     slots: Sequence[Slot]
     objective: Objective
     boundaries: Sequence[Bools]
@@ -113,23 +102,20 @@ class LabelSettingSearch:
         self._open_devices = [_still_open(devices, s) for s in range(len(devices) + 1)]
         self._open_pools = [_still_open(pools, s) for s in range(len(pools) + 1)]
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
-        self._groups = self.pricer.problem.same_device
+        self._groups = self.lattice.problem.same_device
 
     def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return SearchResult(inf, self._quick_bound(upper_bound))
+            return SearchResult(self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
-        upper_bound = min(upper_bound, quick.objective)
-        full = self._pass(upper_bound, None)
-        if full.objective < upper_bound:
-            return full
-        return SearchResult(quick.objective, full.lower_bound, quick.boundaries, quick.prices)
+        full = self._pass(min(upper_bound, quick.objective), None)
+        return SearchResult.of(full.lower_bound, (*full.pipelines, *quick.pipelines))
 
     def run_narrow(self) -> SearchResult:
         """Search with a beam only and without a deadline: a split, but no bound."""
         self.deadline = None
-        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(inf, 0.0)
+        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(0.0)
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
@@ -190,7 +176,7 @@ class LabelSettingSearch:
             for number, label in enumerate(labels):
                 if beam is None and self._late():
                     waiting = [*labels[number:], *(c for group in children.values() for c in group)]
-                    return SearchResult(inf, min(item.bound for item in waiting))
+                    return SearchResult(min(item.bound for item in waiting))
                 for step in self._steps[stage].get(label.position, ()):
                     child = self._extend(label, stage, step)
                     if child is not None and child.bound < upper_bound * (1 - TOLERANCE):
@@ -199,7 +185,10 @@ class LabelSettingSearch:
             labels = [label for group in children.values() for label in _undominated(group)]
             labels.sort(key=lambda label: label.bound)
             labels = labels[:beam]
-        return self._unwind(labels[0]) if labels else SearchResult(inf, upper_bound)
+        if not labels:
+            return SearchResult(upper_bound)
+        found = SearchResult.of(0.0, map(self._unwind, labels[: 2 * MOST_CANDIDATES]))
+        return replace(found, lower_bound=found.objective)
 
     def _first(self) -> _Label:
         rows = np.zeros((1, len(self._weights)))
@@ -245,7 +234,7 @@ class LabelSettingSearch:
         used = dict(zip(before, label.used, strict=True))
         resident = dict(zip(before, label.resident, strict=True))
         if self._pool_is_shared[stage]:
-            slot, weights = self.slots[stage], self.pricer.problem.shared_weights
+            slot, weights = self.slots[stage], self.lattice.problem.shared_weights
             held = resident.get(slot.pool, 0)
             new = sum(1 << n for n, w in enumerate(weights) if w.users & blocks) & ~held
             total = used.get(slot.pool, 0.0) + price.memory_bytes
@@ -268,7 +257,7 @@ class LabelSettingSearch:
             closed = np.maximum(closed, by_device[device])
         return np.stack([closed, *(by_device[name] for name in after)])
 
-    def _unwind(self, label: _Label) -> SearchResult:
+    def _unwind(self, label: _Label) -> PricedPipeline:
         boundaries, prices = [], []
         walk: _Label | None = label
         while walk is not None and walk.step is not None:
@@ -278,7 +267,7 @@ class LabelSettingSearch:
         prices.reverse()
         boundaries.reverse()
         seconds = self.objective.seconds([slot.device for slot in self.slots], prices)
-        return SearchResult(seconds, seconds, tuple(boundaries), tuple(prices))
+        return PricedPipeline(seconds, tuple(boundaries), tuple(prices))
 
 
 def _still_open(names: Sequence[int], stage: int) -> tuple[int, ...]:

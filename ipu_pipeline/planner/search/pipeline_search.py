@@ -34,13 +34,19 @@ from ipu_pipeline.planner.search.from_graph import (
     build_slots,
 )
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
-from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, SearchResult
+from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
-from ipu_pipeline.planner.search.stage_price import OptionPricer
+from ipu_pipeline.planner.search.stage_price import (
+    MOST_CANDIDATES,
+    OptionPricer,
+    PricedPipeline,
+    SearchResult,
+    StagePricer,
+)
 
 LABEL_LIMIT = 4000
 
@@ -71,12 +77,22 @@ class Engine:
         training: bool,
         deadline: float | None = None,
         masks: Sequence[int] | None = None,
+        pricer: StagePricer | None = None,
     ) -> None:
-        """Search ``built``; ``masks`` limits the boundaries (to price a given split)."""
+        """Search ``built``.
+
+        Args:
+            built: The problem.
+            constraints: Schedule and limits.
+            training: Whether there are backward passes.
+            deadline: ``time.monotonic()`` at which to stop.
+            masks: The only boundaries (to price a given split); ``None``: all.
+            pricer: Of the stages; ``None``: sums over the options of their blocks.
+        """
         self.problem = built.problem
         self._constraints, self._training, self._deadline = constraints, training, deadline
-        self._masks = masks
-        self._pricers = {
+        self._masks, self._pricer = masks, pricer
+        self._options = {
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
@@ -89,7 +105,7 @@ class Engine:
         own = candidate.shape.own_devices and len({s.pool for s in candidate.slots}) == len(
             candidate.slots
         )
-        return single and own and not steps
+        return single and own and not steps and self._pricer is None
 
     def run_fast(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -106,7 +122,7 @@ class Engine:
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
         search = BottleneckSearch(
-            StageCostTable(lattice, self._pricers[False]), layout, (depth,), pace, spread
+            StageCostTable(lattice, self._options[False]), layout, (depth,), pace, spread
         )
         return search.at_once()
 
@@ -114,25 +130,22 @@ class Engine:
         """Best split of one candidate under any schedule."""
         chain = self._lattice(candidate, chain=True)
         full = self._lattice(candidate, chain=False)
-        best = again = SearchResult(inf, 0.0)
+        found, lower = [], 0.0
         if chain is not None:
             if upper == inf and self._deadline is not None:
-                best = self._label_search(candidate, chain, upper).run_narrow()
-                upper = best.objective
-            again = self._label_search(candidate, chain, upper).run(upper)
-            best = again if again.objective < best.objective else best
-            upper = min(upper, best.objective)
+                found.append(self._label_search(candidate, chain, upper).run_narrow())
+                upper = found[-1].objective
+            found.append(self._label_search(candidate, chain, upper).run(upper))
+            upper = min(upper, found[-1].objective)
         if full is not None and len(full) == len(chain or ()):
-            found = again
-        elif full is None or len(full) > LABEL_LIMIT:
-            found = SearchResult(inf, 0.0)
-        else:
-            found = self._label_search(candidate, full, upper).run(upper)
-        lower = found.lower_bound
+            lower = found[-1].lower_bound
+        elif full is not None and len(full) <= LABEL_LIMIT:
+            found.append(self._label_search(candidate, full, upper).run(upper))
+            lower = found[-1].lower_bound
         if lower < upper:
             lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
-        winner = found if found.objective <= best.objective else best
-        return replace(winner, lower_bound=min(lower, winner.objective))
+        best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
+        return replace(best, lower_bound=min(lower, best.objective))
 
     def _label_search(
         self, candidate: CandidatePipeline, lattice: Lattice, upper: float
@@ -146,7 +159,7 @@ class Engine:
         )
         return LabelSettingSearch(
             lattice,
-            self._pricers[objective.splits_passes],
+            self._pricer or self._options[objective.splits_passes],
             candidate.slots,
             objective,
             boundaries(lattice, candidate.slots, candidate.rule),
@@ -203,7 +216,8 @@ class Engine:
         """Sweep the execution order for a first split, then every order."""
         depths = sorted(len(candidate.slots) for candidate in candidates)
         deepest = max(candidates, key=lambda candidate: len(candidate.slots))
-        best, lower, known = SearchResult(inf, 0.0), 0.0, 0
+        found: list[PricedPipeline] = []
+        lower, known = 0.0, 0
         for chain in (True, False):
             lattice = self._lattice(deepest, chain=chain, grouped=grouped)
             if lattice is None or len(lattice) == known:
@@ -214,17 +228,15 @@ class Engine:
             deadline = None if chain and upper == inf else self._deadline
             search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
             search.run()
-            if search.best is not None:
-                upper = search.best.objective
-                best = SearchResult(upper, 0.0, search.best.boundaries, search.best.prices)
-            lower = search.lower_bound
+            found += search.offers
+            upper, lower = search.upper_bound, search.lower_bound
         if self._lattice(deepest, chain=False, grouped=grouped) is None:
             lower = search.at_once()
-        return replace(best, lower_bound=lower)
+        return SearchResult.of(lower, found)
 
     def _rows_of(self, lattice: Lattice) -> StageCostTable:
         if id(lattice) not in self._rows:
-            self._rows[id(lattice)] = StageCostTable(lattice, self._pricers[False])
+            self._rows[id(lattice)] = StageCostTable(lattice, self._options[False])
         return self._rows[id(lattice)]
 
     def _lattice(
@@ -263,34 +275,48 @@ def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) ->
     return StagePositions(slots, starts[-2::-1], uniform=False)
 
 
+StagePricerMaker = Callable[[FormulatedProblem], StagePricer]
+
+
 def search(
-    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints
-) -> Partition | None:
-    """Return the best split, or ``None`` when no split fits.
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    stage_pricer: StagePricerMaker | None = None,
+) -> tuple[Partition, ...]:
+    """Return the best distinct splits, best first; none when no split fits.
+
+    The arguments are those of ``solve``; the bound of every split is one over all of them.
 
     Raises:
         PartitionError: A constraint is wrong, or the time limit ended before any split was found.
     """
     deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
-    best: Partition | None = None
+    partitions: list[Partition] = []
     upper = lower = inf
     for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
         built = build_problem(graph, costs, machine, constraints, replicas)
-        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
+        pricer = None if stage_pricer is None else stage_pricer(built)
+        engine = Engine(
+            built, constraints, training=graph.training, deadline=deadline, pricer=pricer
+        )
         candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
         for members, together in _batches(engine, candidates, constraints):
             found = _search(engine, members, upper, together=together)
-            lower = min(lower, found.lower_bound)
-            if found.objective < upper:
-                upper = found.objective
-                winner = _slots_of(found, members)
-                best = to_partition(found, built, winner.slots, machine, constraints, winner.shape)
-    if best is None and lower < inf:
+            lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
+            for item in found.pipelines:
+                winner = _slots_of(item, members)
+                partitions.append(
+                    to_partition(item, built, winner.slots, machine, constraints, winner.shape)
+                )
+    if not partitions and lower < inf:
         raise PartitionError(
             f"no split was found, and none was ruled out, within time_limit_s="
             f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
         )
-    return None if best is None else replace(best, lower_bound=min(lower, best.objective))
+    partitions.sort(key=lambda item: item.objective)
+    return tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
 
 
 def candidate(
@@ -335,7 +361,7 @@ def _search(
         return engine.run_fast(members, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
     if bound >= upper:
-        return SearchResult(inf, bound)
+        return SearchResult(bound)
     return engine.run_labels(members[0], upper)
 
 
@@ -348,7 +374,7 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
 
 
-def _slots_of(found: SearchResult, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
+def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
     return next(item for item in members if len(item.slots) == len(found.prices))
 
 

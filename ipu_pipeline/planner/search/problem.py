@@ -178,6 +178,8 @@ class Slot:
         link_out: Link to the slot behind; ``None`` costs nothing.
         forbidden: Mask of the blocks that may not be here.
         host: A host core: times are ``Problem.host_s``, transfers and memory are free.
+        index: Its number in the pipeline.
+        num_stages: Stages of the pipeline.
     """
 
     device: int
@@ -189,6 +191,8 @@ class Slot:
     link_out: Link | None = None
     forbidden: int = 0
     host: bool = False
+    index: int = 0
+    num_stages: int = 1
 
 
 def bits(mask: int) -> Iterator[int]:

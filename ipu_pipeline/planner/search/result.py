@@ -13,10 +13,9 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import FormulatedProblem
-from ipu_pipeline.planner.search.label_setting import SearchResult
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.problem import Slot, bits
-from ipu_pipeline.planner.search.stage_price import StagePrice
+from ipu_pipeline.planner.search.stage_price import PricedPipeline, StagePrice
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,14 @@ class Partition:
 
 
 def to_partition(
-    found: SearchResult,
+    found: PricedPipeline,
     built: FormulatedProblem,
     slots: Sequence[Slot],
     machine: Machine,
     constraints: Constraints,
     shape: ParallelConfiguration,
 ) -> Partition:
-    """Name the stages of ``found``; the bound is the search's own."""
+    """Name the stages of ``found``; its bound is not known here."""
     stages, done = [], 0
     for index, (boundary, price, slot) in enumerate(
         zip(found.boundaries, found.prices, slots, strict=True)
@@ -156,7 +155,7 @@ def to_partition(
     return Partition(
         stages=tuple(stages),
         objective=found.objective,
-        lower_bound=min(found.lower_bound, found.objective),
+        lower_bound=0.0,
         binding=_binding(stages, built, slots, found.prices, machine),
         schedule=constraints.schedule,
         num_microbatches=shape.num_microbatches,

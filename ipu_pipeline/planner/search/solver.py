@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
 
+from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import explain
-from ipu_pipeline.planner.search.pipeline_search import search
+from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker, search
 from ipu_pipeline.planner.search.result import Partition
+
+StepPrice = Callable[[Partition], float]
 
 
 def solve(
@@ -18,7 +23,9 @@ def solve(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    remedies: Mapping[str, GraphCosts] | None = None,
+    *,
+    stage_pricer: StagePricerMaker | None = None,
+    step: StepPrice | None = None,
 ) -> Partition:
     """Find the quickest split of ``graph`` over ``machine`` that satisfies ``constraints``.
 
@@ -27,8 +34,11 @@ def solve(
         costs: Its prices on ``machine``.
         machine: Devices, memories and links.
         constraints: What is fixed, and the numbers of the run.
-        remedies: Other prices to try when nothing fits, by what the user would do to get them
-            ("keep the optimizer state off chip"). The text completes "it fits if you ...".
+        stage_pricer: Makes what prices whole stages, from the formulated problem; ``None``: sums
+            over the ways to run their blocks (``stage_price.StagePricer``).
+        step: Seconds of an optimizer step of a split by the backend's own price, ``inf`` where it
+            does not fit; the quickest of the best splits found is returned with it. ``None``: the
+            closed form that the search minimises.
 
     Returns:
         The best split, its seconds per optimizer step, and a proven lower bound over every
@@ -36,9 +46,19 @@ def solve(
 
     Raises:
         InfeasibleError: Nothing fits; the message names the smallest changes that do fit.
-        PartitionError: A constraint is wrong, or the time limit was too short for any split.
+        PartitionError: A constraint is wrong, the time limit was too short for any split, or
+            ``step`` says of every split found that it does not fit.
     """
-    best = search(graph, costs, machine, constraints)
-    if best is None:
-        raise explain(graph, costs, machine, constraints, remedies or {})
-    return best
+    found = search(graph, costs, machine, constraints, stage_pricer)
+    if not found:
+        raise explain(graph, costs, machine, constraints, stage_pricer)
+    if step is None:
+        return found[0]
+    priced = [replace(item, objective=step(item)) for item in found]
+    best = min(priced, key=lambda item: item.objective)
+    if best.objective == inf:
+        raise PartitionError(
+            f"none of the {len(found)} best splits fits by the machine's own price; use more "
+            "devices, or allow recompute or serialization"
+        )
+    return best.with_bound(best.lower_bound)

@@ -9,10 +9,11 @@ blocks still open cannot beat a selection that is already known (Dantzig's bound
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,80 @@ class StagePrice:
     def load_s(self) -> float:
         """Seconds that one microbatch occupies the device."""
         return self.forward_load_s + self.backward_load_s
+
+
+MOST_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class PricedPipeline:
+    """One complete pipeline and its price.
+
+    Attributes:
+        objective: Seconds per optimizer step in the search's closed form.
+        boundaries: Mask of the done blocks after each stage.
+        prices: Price of each stage.
+        on_host: Whether a host core runs the stage (max-load instances).
+    """
+
+    objective: float
+    boundaries: tuple[int, ...]
+    prices: tuple[StagePrice, ...]
+    on_host: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search knows when it ends.
+
+    Attributes:
+        lower_bound: No split is quicker; the best one's objective when the search was complete.
+        pipelines: The best splits found, best first, at most :data:`MOST_CANDIDATES`.
+    """
+
+    lower_bound: float
+    pipelines: tuple[PricedPipeline, ...] = ()
+
+    @property
+    def objective(self) -> float:
+        """Seconds of the best split; ``inf`` without one."""
+        return self.pipelines[0].objective if self.pipelines else inf
+
+    @classmethod
+    def of(cls, lower_bound: float, pipelines: Iterable[PricedPipeline]) -> SearchResult:
+        """Keep the best distinct ``pipelines``."""
+        best: dict[tuple[int, ...], PricedPipeline] = {}
+        for item in sorted(pipelines, key=lambda item: item.objective):
+            best.setdefault(item.boundaries, item)
+        return cls(lower_bound, tuple(best.values())[:MOST_CANDIDATES])
+
+
+class StagePricer(Protocol):
+    """Prices stages; a backend may supply its own, which knows more than sums over blocks.
+
+    The search relies on three things: a price depends on nothing but the arguments; its seconds
+    are never below those of the blocks' quickest options at the slot's speed (the bound that
+    spares it most stages); ``picks`` names an option of every block, by which the plan says how
+    it runs.
+    """
+
+    def prices(
+        self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False
+    ) -> list[StagePrice]:
+        """Return every undominated way to run ``stage`` at ``slot`` after ``done``.
+
+        Args:
+            done: Mask of the blocks of earlier stages.
+            stage: Mask of the blocks of this stage.
+            slot: Where it runs: its ``index`` among ``num_stages``, device, microbatches in flight.
+            shared_pool: Other stages use the same memory: bytes of all of them are added up, so
+                smaller but slower ways count, and parameters shared with other blocks are left
+                out of ``memory_bytes``.
+
+        Returns:
+            Nothing when the stage does not fit.
+        """
+        ...
 
 
 class OptionPricer:

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from ipu_pipeline.backends.local.captures import MAX_SHAPES, StageCache
-from ipu_pipeline.backends.local.stage import Stage
+from ipu_pipeline.stages.captures import MAX_SHAPES, StageCache
+from ipu_pipeline.stages.stage import Stage
 from tests.backends.local.helpers import compiled
 from tests.tiny_models import TINY
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
-from tests.stages.serialize.models import MICROBATCHES, built, gradients, serialized
+from tests.stages.models import MICROBATCHES, built, gradients, serialized
 
 pytestmark = pytest.mark.filterwarnings("ignore:the C.. kernels are not used")
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ops import extension
-from tests.stages.serialize.models import (
+from tests.stages.models import (
     MICROBATCHES,
     MODELS,
     VOCAB,

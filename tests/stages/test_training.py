@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from ipu_pipeline.stages.optimize import apply_update
+from ipu_pipeline.stages.training import apply_update
 
 
 def model_with_gradients(scale: float = 1.0) -> torch.nn.Module:

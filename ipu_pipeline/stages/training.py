@@ -1,12 +1,19 @@
-"""The optimizer step that every target ends its backward passes with."""
+"""What every step needs: the model's mode, the autocast region, the update of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ipu_pipeline.errors import LoweringError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -56,3 +63,43 @@ def apply_update(
     for parameter in with_grad:
         parameter.grad = None
     return UpdateResult(grad_norm=float(norm), skipped=skipped)
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switch every module of ``model`` to one mode, and back to what each was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the region in which forward passes of ``precision`` run."""
+    dtype = AUTOCAST.get(precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse a model without weights, and an optimizer of other parameters.
+
+    Raises:
+        LoweringError: Either is the case.
+    """
+    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
+    if on_meta:
+        raise LoweringError(
+            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
+            "device); load the weights before compiling"
+        )
+    if optimizer is not None:
+        own = {id(parameter) for parameter in model.parameters()}
+        groups = optimizer.param_groups
+        if any(id(p) not in own for group in groups for p in group["params"]):
+            raise LoweringError(
+                "the optimizer holds parameters that are not the model's; make it from "
+                "model.parameters() of the model that is compiled"
+            )

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.local.stage import Stage, build_stages
-from ipu_pipeline.backends.local.step import autocast_region
 from ipu_pipeline.capture.captured import CapturedModel, capture
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.lru_cache import RecentlyUsed
-from ipu_pipeline.stages.serialize import TableUses, find_tables, serialized, spread_tables
+from ipu_pipeline.stages.stage import Stage, build_stages
+from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
+from ipu_pipeline.stages.training import autocast_region
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 Signature = tuple[bool, tuple[tuple[str, Any], ...]]
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
 logger = logging.getLogger(__name__)
+
+
+class LRUCache(Generic[K, V]):
+    """Makes values on demand and keeps the ``limit`` that were used last.
+
+    Args:
+        limit: At most so many are kept, at least 1.
+        on_drop: Called with every value that is dropped.
+    """
+
+    def __init__(self, limit: int, on_drop: Callable[[V], None] = lambda _: None) -> None:
+        self.limit = limit
+        self._on_drop = on_drop
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """Return the value of ``key``; it is made if it is not there, and then the last used."""
+        if key not in self._values:
+            self._values[key] = make()
+            if len(self._values) > self.limit:
+                self._on_drop(self._values.popitem(last=False)[1])
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def drop_where(self, condition: Callable[[K], bool]) -> None:
+        """Drop every value whose key meets ``condition``."""
+        for key in [key for key in self._values if condition(key)]:
+            self._on_drop(self._values.pop(key))
 
 
 class StageCache:
@@ -52,7 +85,7 @@ class StageCache:
         self.plan = plan
         self.recompute = recompute
         self.self_check = self_check
-        self._stages = RecentlyUsed[Signature, tuple[Stage, ...]](max_shapes, self._dropped)
+        self._stages = LRUCache[Signature, tuple[Stage, ...]](max_shapes, self._dropped)
         self._on_drop = on_drop
         self._warned = False
 
@@ -95,7 +128,7 @@ class StageCache:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
         tables = find_tables(captured, uses, serialized(self.plan))
-        shares = spread_tables(captured, self.plan, tables)
+        shares = shard_tables(captured, self.plan, tables)
         return build_stages(captured, blocks, self.recompute, tables, shares)
 
     def _check_blocks(self, found: Sequence[str]) -> None:

@@ -15,15 +15,13 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
-from ipu_pipeline.stages.serialize import (
-    SerializedForward,
-    Share,
-    Table,
-    add_gradient,
-    fused_projections,
-)
+from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
+from ipu_pipeline.stages.tables import Share, Table, fused_projections
 
 RandomKey = tuple[int | str, ...]
 
@@ -339,3 +337,35 @@ def _roots(
         roots.append(state.loss)
         seeds.append(torch.full_like(state.loss, loss_gradient))
     return roots, seeds
+
+
+def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
+    """Return the names of the blocks to recompute.
+
+    Args:
+        wish: ``None`` for the plan's choice, ``"all"``, ``"none"``, or names of blocks, prefixes
+            of such names (``encoder.layer.3`` stands for all blocks inside of it) and patterns
+            with ``*``, ``?`` and ``[...]``.
+        plan: The plan.
+
+    Raises:
+        LoweringError: An entry fits no block.
+    """
+    names = [name for stage in plan.stages for name in stage.blocks]
+    if wish is None:
+        return frozenset(name for stage in plan.stages for name in stage.recompute)
+    if isinstance(wish, str):
+        return frozenset(names if wish == "all" else ())
+    unknown = unmatched(wish, names)
+    if unknown:
+        raise LoweringError(
+            f"recompute names {', '.join(map(repr, unknown))}, which is no block, prefix or "
+            f"pattern of one; the blocks are {_shown(names)}"
+        )
+    return frozenset(select_all(wish, names))
+
+
+def _shown(names: Iterable[str], limit: int = 40) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

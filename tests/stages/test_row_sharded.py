@@ -13,7 +13,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
-from tests.stages.serialize.models import (
+from tests.stages.models import (
     MICROBATCHES,
     assert_equal_gradients,
     built,

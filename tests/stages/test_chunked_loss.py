@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.serialize.deferred import DeferredLogits
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
 
 pytestmark = pytest.mark.filterwarnings("ignore:the C.. kernels are not used")
 CLASSES, HIDDEN = 11, 4

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.serialize import Table, TableUses, find_tables, fused_projections
-from tests.stages.serialize.models import reader, serialized
+from ipu_pipeline.stages.tables import Table, TableUses, find_tables, fused_projections
+from tests.stages.models import reader, serialized
 
 
 def mean(logits: Tensor, labels: Tensor, model: Any) -> Tensor:
@@ -22,7 +22,7 @@ def mean(logits: Tensor, labels: Tensor, model: Any) -> Tensor:
 def found(
     name: str, factors: dict[str, int]
 ) -> tuple[ipp.CapturedModel, dict[str, Table], nn.Module]:
-    from tests.stages.serialize.models import built
+    from tests.stages.models import built
 
     model, example, _, _ = built(name)
     uses = TableUses()

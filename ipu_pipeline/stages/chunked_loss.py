@@ -1,10 +1,12 @@
-"""Logits that are not computed until something needs them.
+"""Chunked losses: logits that are not computed until something needs them.
 
 While training, a serialized projection in front of the loss gives :class:`DeferredLogits`: shape
 and dtype of the logits, but no memory. What models do between projection and loss (reshape, cut
 off the last token, cast, scale, add a bias) is done to the hidden states or the bias instead, a
-soft cap is remembered, and a cross entropy takes all of it together. Anything else computes the
-logits and goes on with them: the result is the same, only the memory is that of the plain model.
+soft cap is remembered, and a cross entropy takes all of it together, as one fused operation. That
+one knows no soft cap: behind one, every chunk of tokens computes its logits and losses, and does
+so again in the backward pass. Anything else computes the logits and goes on with them: the result
+is the same, only the memory is that of the plain model.
 
 Axes: V classes, H hidden size, N tokens; ``...`` are the token axes.
 """
@@ -19,11 +21,73 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.ops.linear_cross_entropy import linear_cross_entropy
-from ipu_pipeline.ops.projection import serialized_linear
-from ipu_pipeline.stages.serialize.capped import Pointwise, apply, capped_cross_entropy
+from ipu_pipeline.ops.linear_cross_entropy import Reduction, linear_cross_entropy
+from ipu_pipeline.ops.projection import serialized_linear, slices
+
+Pointwise = tuple[Callable[[Tensor], Tensor], ...]
+
+
+def apply(pointwise: Pointwise, logits: Tensor) -> Tensor:
+    """Apply the functions one after the other."""
+    for function in pointwise:
+        logits = function(logits)
+    return logits
+
+
+def chunked_cross_entropy(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    pointwise: Pointwise,
+    target_N: Tensor,
+    *,
+    class_weight_V: Tensor | None,
+    reduction: Reduction,
+    ignore_index: int,
+    label_smoothing: float,
+    num_slices: int,
+) -> Tensor:
+    """Compute ``cross_entropy(pointwise(linear(x, weight, bias)), ...)`` in slices of tokens.
+
+    Args:
+        operands: Input (N x H), weight and bias of the projection.
+        pointwise: Functions that work on every logit alone.
+        target_N: Class of every token.
+        class_weight_V: As in ``functional.cross_entropy``, like all that follow.
+        reduction: ``mean``, ``sum`` or ``none``.
+        ignore_index: Tokens of this class count nowhere.
+        label_smoothing: Share of the target spread over all classes.
+        num_slices: About ``N / num_slices * V`` logits exist at once.
+    """
+    x_NH, weight_VH, bias_V = operands
+
+    def losses_of(x: Tensor, target: Tensor) -> Tensor:
+        logits = apply(pointwise, functional.linear(x, weight_VH, bias_V))
+        return functional.cross_entropy(
+            logits if logits.dtype == torch.float64 else logits.float(),
+            target,
+            class_weight_V,
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+
+    parts: list[Tensor] = [
+        checkpoint(
+            losses_of, x_NH[cut], target_N[cut], use_reentrant=False, preserve_rng_state=False
+        )
+        for cut in slices(len(x_NH), num_slices)
+    ]
+    losses_N = torch.cat(parts) if parts else losses_of(x_NH, target_N)
+    if reduction == "none":
+        return losses_N
+    if reduction == "sum":
+        return losses_N.sum()
+    counted = target_N[target_N != ignore_index]
+    return losses_N.sum() / (
+        len(counted) if class_weight_V is None else class_weight_V[counted].sum()
+    )
 
 
 @dataclass
@@ -324,7 +388,7 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
     }
     with torch.autocast("cpu", enabled=False):
         if logits.pointwise:
-            loss = capped_cross_entropy(operands, logits.pointwise, target, **options)
+            loss = chunked_cross_entropy(operands, logits.pointwise, target, **options)
         else:
             hold = logits.projection.hold_gradients
             loss = linear_cross_entropy(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ipu_pipeline.stages.lru_cache import RecentlyUsed
+from ipu_pipeline.stages.captures import LRUCache
 
 
 def test_the_least_recently_used_is_forgotten() -> None:
     dropped: list[str] = []
-    recent = RecentlyUsed[int, str](2, dropped.append)
+    recent = LRUCache[int, str](2, dropped.append)
     made = [recent.get(key, lambda key=key: f"value {key}") for key in (1, 2, 1, 3)]  # type: ignore[misc]
     assert made == ["value 1", "value 2", "value 1", "value 3"]
     assert dropped == ["value 2"]
@@ -21,7 +21,7 @@ def test_the_least_recently_used_is_forgotten() -> None:
 
 def test_values_are_dropped_by_their_keys() -> None:
     dropped: list[int] = []
-    recent = RecentlyUsed[int, int](5, dropped.append)
+    recent = LRUCache[int, int](5, dropped.append)
     for key in range(5):
         recent.get(key, lambda key=key: key)  # type: ignore[misc]
     recent.drop_where(lambda key: key % 2 == 1)
@@ -29,12 +29,7 @@ def test_values_are_dropped_by_their_keys() -> None:
 
 
 def test_what_cannot_be_made_is_not_kept() -> None:
-    recent = RecentlyUsed[int, int](1)
+    recent = LRUCache[int, int](1)
     with pytest.raises(ZeroDivisionError):
         recent.get(1, lambda: 1 // 0)
     assert len(recent) == 0
-
-
-def test_a_limit_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="the limit must be at least 1, got 0"):
-        RecentlyUsed[int, int](0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.stages.serialize import GradientSum, add_gradient, add_sums
-from ipu_pipeline.stages.serialize.gradients import LookupLeaves
+from ipu_pipeline.stages.serialize import GradientSum, LookupLeaves, add_gradient, add_sums
 
 ROWS, WIDTH = 6, 2
 

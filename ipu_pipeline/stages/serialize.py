@@ -1,0 +1,235 @@
+"""One microbatch's forward pass through the blocks of a stage, serialized ones in slices.
+
+The gradient of a lookup holds only the rows that were looked up. It is added in place into a dense
+gradient, so that no second tensor as large as the table is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.ops.embedding import embedding_serialized
+from ipu_pipeline.ops.projection import serialized_linear
+from ipu_pipeline.stages.chunked_loss import DeferredLogits
+from ipu_pipeline.stages.tables import Share, Table
+
+
+class SerializedRegion(TorchFunctionMode):
+    """While active, lookups and projections that read ``table`` run in slices.
+
+    Args:
+        table: The block's table.
+        leaves: Stand-ins that collect the lookups' gradients.
+        defer: Compute no logits but leave them to the loss behind the block.
+        hold_gradients: Compute that loss's gradients in its forward pass.
+        last_share: Where other stages hold rows too: the rows of this one, and the sum of theirs.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        leaves: LookupLeaves,
+        *,
+        defer: bool,
+        hold_gradients: bool,
+        last_share: tuple[Share, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.table = table
+        self.leaves = leaves
+        self.defer = defer
+        self.hold_gradients = hold_gradients
+        self.last_share = last_share
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding or func is functional.linear:
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            if weight is self.table.parameter:
+                sliced = self._look_up if func is functional.embedding else self._project
+                return sliced(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _look_up(  # the parameters of functional.embedding
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
+        sparse: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
+        del weight, max_norm, norm_type, sparse  # tables.py refuses the ones that matter
+        leaf = self.leaves.of(self.table.parameter)
+        if self.last_share is not None:
+            share, received = self.last_share
+            return share.look_up(input, leaf, received)
+        return embedding_serialized(
+            input,
+            leaf,
+            factor=self.table.factor,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+        )
+
+    def _project(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        factor = self.table.factor
+        if not self.defer:
+            return serialized_linear(input, weight, bias, factor=factor)
+        return DeferredLogits.of(
+            input, weight, bias, factor=factor, hold_gradients=self.hold_gradients
+        )
+
+
+class SerializedForward:
+    """Runs programs; recomputation calls :meth:`run` again with the same object.
+
+    Args:
+        tables: Tables by block name; a block without one runs as it is.
+        fused: Blocks whose logits may stay deferred until the loss takes them.
+        shares: Rows that this stage holds of tables that several stages hold.
+        hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
+            microbatch of the stage is in flight meanwhile.
+
+    Attributes:
+        leaves: Collect the gradients of the lookups.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Table],
+        fused: frozenset[str],
+        shares: Sequence[Share],
+        *,
+        hold_gradients: bool,
+    ) -> None:
+        self.tables = tables
+        self.fused = fused
+        self.hold_gradients = hold_gradients
+        self.shares = shares
+        self.leaves = LookupLeaves()
+        self._last_shares: dict[str, tuple[Share, Tensor]] = {}
+
+    def look_up_shares(self, values: dict[str, Any]) -> None:
+        """Add the rows held for later stages to ``values``, under the names they are sent by."""
+        for share in self.shares:
+            if not share.sent:
+                self._last_shares[share.table.block] = (share, values[share.received])
+                continue
+            leaf = self.leaves.of(share.table.parameter)
+            received = values[share.received] if share.received else None
+            values[share.sent] = share.look_up(values[share.ids], leaf, received)
+
+    def run(self, program: Program, inputs: Sequence[Any]) -> Any:
+        """Return the outputs of ``program``; a fused block's logits may be deferred."""
+        table = self.tables.get(program.name)
+        if table is None:
+            return program.module(*inputs)
+        region = SerializedRegion(
+            table,
+            self.leaves,
+            defer=program.name in self.fused and torch.is_grad_enabled(),
+            hold_gradients=self.hold_gradients,
+            last_share=self._last_shares.get(program.name),
+        )
+        with region:
+            return program.module(*inputs)
+
+
+class LookupLeaves:
+    """Stand-ins of the tables that one microbatch looks up.
+
+    A stand-in shares the table's memory but has a ``.grad`` of its own: there the lookups'
+    gradient stays sparse. In the table's own, autograd would first add it to the dense gradient
+    of a tied projection, which had to wait for it through the whole backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def of(self, table: nn.Parameter) -> Tensor:
+        """Return the stand-in of ``table``, the same one every time; without gradients, itself."""
+        if not (table.requires_grad and torch.is_grad_enabled()):
+            return table
+        if id(table) not in self._leaves:
+            self._leaves[id(table)] = (table, table.detach().requires_grad_())
+        return self._leaves[id(table)][1]
+
+    def pairs(self) -> tuple[tuple[nn.Parameter, Tensor], ...]:
+        """Return every table with its stand-in."""
+        return tuple(self._leaves.values())
+
+
+class GradientSum:
+    """The sum of gradients of one parameter, its dense and its sparse part apart."""
+
+    def __init__(self) -> None:
+        self.dense: Tensor | None = None
+        self.sparse: Tensor | None = None
+        self._owned = False  # autograd may have given the first gradient to others too
+
+    def add(self, gradient: Tensor) -> None:
+        """Add one gradient."""
+        if gradient.is_sparse:
+            self.sparse = gradient if self.sparse is None else self.sparse + gradient
+            if self.sparse._nnz() >= len(self.sparse):  # it would grow with every microbatch
+                whole, self.sparse = self.sparse.to_dense(), None
+                self.add(whole)
+        elif self.dense is None:
+            self.dense = gradient
+        elif self._owned:
+            self.dense += gradient
+        else:
+            self.dense = self.dense + gradient
+            self._owned = True
+
+
+@torch.no_grad()
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add ``gradient`` to ``parameter.grad``, which is dense afterwards.
+
+    A new ``.grad`` has the parameter's strides, as autograd gives it: torch's fused optimizers
+    read both as if they were one-dimensional.
+    """
+    if parameter.grad is not None:
+        parameter.grad += gradient
+    elif gradient.is_sparse:
+        parameter.grad = torch.zeros_like(parameter).add_(gradient)
+    elif gradient.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    else:
+        parameter.grad = gradient
+
+
+@torch.no_grad()
+def add_sums(parameter: nn.Parameter, sums: Iterable[GradientSum]) -> None:
+    """Add ``sums`` to ``parameter.grad``: all dense parts in their order, then the sparse ones.
+
+    The order is fixed, whatever the timing, so the last bit is too.
+    """
+    total = GradientSum()
+    sums = tuple(sums)
+    for part in (*(s.dense for s in sums), *(s.sparse for s in sums)):
+        if part is not None:
+            total.add(part)
+    if total.dense is not None and total.sparse is not None and parameter.grad is None:
+        parameter.grad = total.dense + total.sparse
+        return
+    for part in (total.dense, total.sparse):
+        if part is not None:
+            add_gradient(parameter, part)
