@@ -29,7 +29,7 @@ from ipu_pipeline.backends.ipu.prices import (
     chip_named,
     predict_on_chip,
 )
-from ipu_pipeline.backends.ipu.prices.layout import Layout, make_layout
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
 from ipu_pipeline.backends.ipu.prices.timing import step_time
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -64,7 +64,7 @@ class Observation:
         return predict_row(self.row, self.graph, self.chip, calibration)[0]
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> StageLayout:
         """Stages of the run."""
         layers, _ = placed_layers(self.row, self.graph)
         return make_layout(self.graph, self.row.settings, layers)

@@ -131,6 +131,7 @@ def _settings(raw: Raw, placement: Sequence[tuple[int, ...]], assumed: list[str]
         front_end=_front_end(raw),
         training=training,
         pipelined=num_ipus > 1,
+        hoisted=True,
         checkpoint_bytes=_checkpoint_bytes(raw),
     )
 

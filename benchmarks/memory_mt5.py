@@ -31,7 +31,6 @@ import ipu_pipeline as ipp
 from benchmarks.memory_probe import Probe, run_child
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ops.adamw import AdamW
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.search import Constraints
 
@@ -90,8 +89,7 @@ def run(way: str, plan: Plan, micro_batch: int, length: int) -> dict[str, Any]:
     """Run one training step in this process and measure it."""
     torch.manual_seed(0)
     model = untied(transformers.MT5ForConditionalGeneration(config()))
-    adamw = torch.optim.AdamW if way == "eager" else AdamW
-    optimizer = adamw(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=way != "eager")
     batch = batch_of(MICROBATCHES * micro_batch, length)
     parts = [{name: value[i : i + micro_batch] for name, value in batch.items()}
              for i in range(0, MICROBATCHES * micro_batch, micro_batch)]  # fmt: skip

@@ -2,9 +2,9 @@
 
 The training of ``make demo`` (MiniLM, question answering, two stages) with a small learning rate,
 three times from the same weights with the same data, dropout keys and schedule: float32 weights;
-bfloat16 weights rounded at random; bfloat16 weights rounded to nearest. All three use our AdamW;
-its running averages are float32. Everything else of a bfloat16 model is bfloat16: activations,
-gradients and their sums.
+bfloat16 weights rounded at random (StochasticRoundingAdamW, whose running averages are float32);
+bfloat16 weights rounded to nearest (torch.optim.AdamW, whose averages are bfloat16). Everything
+else of a bfloat16 model is bfloat16: activations, gradients and their sums.
 
     python -m benchmarks.stochastic_rounding --train-file out/demo_data/train.json \
         [--steps 150] [--learning-rate 2e-5] [--seeds 1,2,3] [--output FILE]

@@ -97,11 +97,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     prices = offering(model_of_costs, asked).estimate(captured.graph, described)
     price: Callable[[Plan], Partition]
     if spelled_out:
-        partition = configured(captured.graph, prices, described, config, limits)
-        price = partial(configured, captured.graph, prices, described, config, limits)
+        partition = configured(captured.graph, described, config, limits)
     else:
         partition = solve(captured.graph, prices, described, limits)
-        price = partial(price_annotated, captured.graph, model_of_costs, limits)
+    price = partial(price_annotated, captured.graph, model_of_costs, limits)
     return run_passes(make_plan(captured, described, prices, partition), manager, price)
 
 

@@ -13,16 +13,16 @@ import torch
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.config.layers import WILDCARD
-from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings, is_ipu, predict
+from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings, ProgramChoices, is_ipu
+from ipu_pipeline.backends.ipu.prices.planning import configured_partition
 from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
 from ipu_pipeline.capture import CapturedModel
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.block_cost import CostModel, GraphCosts
+from ipu_pipeline.planner.options.block_cost import CostModel
 from ipu_pipeline.planner.options.cost_models import AnalyticCostModel, ProfiledCostModel
-from ipu_pipeline.planner.search import Constraints, Partition, configured_partition
+from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.objective import in_flight
 
 DEFAULT_MICROBATCHES = 8
@@ -91,8 +91,6 @@ def offering(
     costs: CostModel, factors: Mapping[str, int], unfused: tuple[str, ...] = ()
 ) -> CostModel:
     """Let the menus of some blocks have so many slices, too."""
-    if isinstance(costs, IPUCostModel):
-        return replace(costs, factors=tuple(sorted({*costs.factors, *factors.values()})))
     if isinstance(costs, AnalyticCostModel | ProfiledCostModel):
         sliced = {name: (factor,) for name, factor in factors.items() if factor > 1}
         return replace(costs, factors=sliced, unfused=unfused)
@@ -103,7 +101,8 @@ def _ipu_model(config: IPUConfig | None, replicas: int) -> IPUCostModel:
     """Price IPUs as the configuration says: memory proportion, optimizer's place, precision."""
     if config is None:
         return IPUCostModel()
-    return IPUCostModel(IPUSettings.from_config(config, replicas=replicas))
+    settings = IPUSettings.from_config(config, replicas=replicas)
+    return IPUCostModel(settings, ProgramChoices.fixed(settings))
 
 
 def microbatches_of(microbatches: int | None, config: IPUConfig | None) -> int:
@@ -129,22 +128,9 @@ def is_spelled_out(config: IPUConfig | None, machine: Machine) -> bool:
 
 
 def configured(
-    graph: BlockGraph,
-    prices: GraphCosts,
-    machine: Machine,
-    config: IPUConfig | None,
-    limits: Constraints,
-    annotated: Plan | None = None,
+    graph: BlockGraph, machine: Machine, config: IPUConfig | None, limits: Constraints
 ) -> Partition:
     """Return the split that a spelled-out configuration describes.
-
-    Args:
-        graph: The model.
-        prices: Of its blocks.
-        machine: A pod.
-        config: The configuration.
-        limits: Replicas and microbatches are read.
-        annotated: A plan of it after passes, whose slices and recomputation are predicted.
 
     Raises:
         ConfigError: It does not fit the model or the machine.
@@ -154,20 +140,5 @@ def configured(
     settings = replace(
         IPUSettings.from_config(config, replicas=limits.replicas),
         accumulation=limits.num_microbatches,
-        hoisted=False,
     )
-    if annotated is not None:
-        settings = replace(
-            settings,
-            embedding_factor=_slices(annotated, "embedding"),
-            projection_factor=_slices(annotated, "head"),
-            recompute=any(stage.recompute for stage in annotated.stages),
-        )
-    return configured_partition(graph, predict(graph, settings, machine), prices, annotated)
-
-
-def _slices(plan: Plan, kind: str) -> int:
-    """Return the most slices of any block of ``kind``."""
-    wanted = {block.name for block in plan.blocks if block.kind == kind}
-    factors = [f for s in plan.stages for name, f in s.serialize.items() if name in wanted]
-    return max(factors, default=1)
+    return configured_partition(graph, settings, machine)

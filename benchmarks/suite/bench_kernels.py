@@ -9,21 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernel_adamw, kernel_dropout, kernel_embedding, kernel_linear_cross_entropy
-from benchmarks.processes import interleaved
+from benchmarks import kernel_dropout, kernel_embedding, kernel_linear_cross_entropy
 from benchmarks.suite.replay import CLOCK, ratio_to, record, seconds_of
 from benchmarks.suite.workloads import Suite
 from ipu_pipeline.ops import extension
 
 pytestmark = pytest.mark.benchmark(group="kernels", timer=CLOCK.now)
 Seconds = Mapping[str, Sequence[float]]
-
-
-def adamw(rounds: int) -> Seconds:
-    """A step over the weights of a BERT-base in float32."""
-    parameters = kernel_adamw.parameter_list(kernel_adamw.BERT, torch.float32)
-    steps = kernel_adamw.contestants(parameters)
-    return {name: times.seconds for name, times in interleaved(steps, rounds).items()}
 
 
 def dropout(which: int, rounds: int) -> Seconds:
@@ -47,7 +39,6 @@ def embedding(rounds: int) -> Seconds:
 
 # By workload: what times it, torch's way that the others are held against, all others.
 KERNELS = {
-    "AdamW, BERT-base": (adamw, "torch fused", ("ours", "torch foreach", "torch loop")),
     "dropout, BERT-base feed forward": (
         lambda rounds: dropout(0, rounds),
         "functional.dropout",

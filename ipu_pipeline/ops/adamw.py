@@ -1,100 +1,76 @@
-"""torch.optim.AdamW with our kernel: one pass over memory, and stochastic rounding."""
+"""AdamW whose bfloat16 weights are rounded at random, with float32 averages.
+
+An update smaller than half of a weight's spacing is lost when it is rounded to nearest, and right
+on average when it is rounded at random, as IPUs do. The kernel ``kernels/torch/adamw_step.cpp``
+does this in one pass over memory; plain torch draws the same numbers and rounds the same way.
+Weights of other types take torch's own step: use ``torch.optim.AdamW(fused=True)`` where there is
+no bfloat16 weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ipu_pipeline.ops.adamw_step import LOW_PRECISION, AdamWSettings, AdamWTensors, adamw_step
+from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.random import derive_seed
 
-_DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
-_AVERAGES = ("exp_avg", "exp_avg_sq")
-# Group settings that torch's optimizer does not have: kept when its state is loaded.
-_OWN = ("stochastic_rounding", "seed")
-# Group settings that choose one of torch's ways to compute: without meaning here.
-_TORCH_ONLY = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+_WORD = 0xFFFFFFFF
+# Temporaries of the hash are eight times as large as the result, so it is made in pieces.
+_PIECE = 1 << 20
 
 
-class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW with one fused kernel, and stochastic rounding of 16-bit weights.
+class StochasticRoundingAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW; bfloat16 weights have float32 averages and are rounded at random.
 
-    The running averages of bfloat16 and float16 weights are float32. State dicts load into
-    ``torch.optim.AdamW`` and the other way round; averages of 16 bits that come so are kept so.
-    Parameters without a gradient are skipped.
+    State dicts load into ``torch.optim.AdamW`` and the other way round. The random numbers depend
+    on ``seed``, the weight's step, its position among the parameters the optimizer was made with,
+    and the element only.
 
     Args:
         params: Parameters, named parameters or groups, as for torch.
-        lr: Learning rate, at least 0.
-        betas: Decay rates of the two running averages, each in [0, 1).
-        eps: Added to the denominator, at least 0.
-        weight_decay: Decoupled: every step multiplies a weight by ``1 - lr * weight_decay``.
-        amsgrad: Must be False.
-        maximize: Ascend instead of descend.
-        stochastic_rounding: Round bfloat16 and float16 weights at random after each step; does
-            nothing to others. The random numbers depend on ``seed``, the weight's step, its
-            position among the parameters it was made with and the element only.
         seed: Of the stochastic rounding.
+        **settings: Those of ``torch.optim.AdamW``.
 
     Raises:
-        ValueError: A setting is out of range, ``amsgrad`` is set, or a parameter is of another
-            type than float32, float64, bfloat16 and float16.
+        ValueError: A setting is out of range, ``amsgrad`` is set for a bfloat16 weight, or, in a
+            step, a gradient is sparse.
     """
 
-    def __init__(  # noqa: PLR0913  # torch's signature
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        amsgrad: bool = False,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, params: Any, *, seed: int = 0, **settings: Any) -> None:
         self._positions: dict[Tensor, int] = {}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-        own = {"stochastic_rounding": stochastic_rounding, "seed": seed}
-        self.defaults.update(own)
+        super().__init__(params, **settings)
+        self.defaults["seed"] = seed
         for group in self.param_groups:
-            _fill(group, own)
+            group.setdefault("seed", seed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with settings of their own, as torch's optimizers do.
-
-        Raises:
-            ValueError: The group wants ``amsgrad``, or a parameter's type is not supported.
-        """
+        """Add parameters with settings of their own, as torch's optimizers do."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            _refuse_amsgrad(group)
-            for parameter in group["params"]:
-                _check_dtype(parameter)
-        except ValueError:
+        self._number(group["params"])
+        if group["amsgrad"] and any(map(_rounded, group["params"])):
             self.param_groups.pop()
-            raise
-        self._number(group)
+            raise ValueError(
+                "amsgrad=True is not known to the step that rounds bfloat16 weights at random; set "
+                "amsgrad=False, or use torch.optim.AdamW"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what pickling and copying leave of an optimizer."""
         super().__setstate__(state)
         self.__dict__.setdefault("_positions", {})
         for group in self.param_groups:
-            self._number(group)
+            self._number(group["params"])
 
-    def _number(self, group: dict[str, Any]) -> None:
+    def _number(self, parameters: list[Tensor]) -> None:
         """Note where parameters stand; others may be taken out of the groups later."""
-        for parameter in group["params"]:
-            self._position(parameter)
-
-    def _position(self, parameter: Tensor) -> int:
-        return self._positions.setdefault(parameter, len(self._positions))
+        for parameter in parameters:
+            self._positions.setdefault(parameter, len(self._positions))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,131 +81,210 @@ class AdamW(torch.optim.AdamW):
 
         Returns:
             What ``closure`` returns, else ``None``.
-
-        Raises:
-            ValueError: A gradient is sparse; nothing was changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            _check_gradients(group["params"], number)
+        taken: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
-            tensors = self._tensors(group)
-            if tensors.weights:
-                adamw_step(tensors, _settings(group))
+            own = [p for p in group["params"] if p.grad is not None and _rounded(p)]
+            if own:
+                self._step_rounded(own, group)
+            taken += [(p, p.grad) for p in own]
+        # Torch's step skips what has no gradient.
+        try:
+            for parameter, _ in taken:
+                parameter.grad = None
+            super().step()
+        finally:
+            for parameter, gradient in taken:
+                parameter.grad = gradient
         return loss
+
+    def _step_rounded(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a gradient of layout "
+                    f"{gradient.layout}, and AdamW changes every element in every step: make it "
+                    "dense (grad.to_dense(), or sparse=False in the embedding)"
+                )
+        states = [self._state(parameter) for parameter in parameters]
+        keys = [
+            derive_seed("adamw", group["seed"], int(state["step"]), self._positions[parameter])
+            for parameter, state in zip(parameters, states, strict=True)
+        ]
+        adamw_step(
+            parameters,
+            [g if _rounded(g) else g.float() for g in gradients],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+            keys=keys,
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            maximize=bool(group["maximize"]),
+        )
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        """Return the parameter's state; averages of another type are cast to float32."""
+        state: dict[str, Any] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in ("exp_avg", "exp_avg_sq"):
+            average = state.get(name)
+            if average is None:
+                average = torch.zeros(parameter.shape, device=parameter.device)
+            state[name] = average.float()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this optimizer or of torch.optim.AdamW.
 
-        Settings come from the state, except those that it does not have. Averages keep their
-        type; torch itself would round float32 ones of a 16-bit weight.
-
-        Raises:
-            ValueError: The state is that of ``amsgrad``; nothing was changed.
+        Settings come from the state, except a seed that it does not have. Averages keep their
+        precision; torch itself would round float32 ones of a bfloat16 weight.
         """
-        for saved in state_dict["param_groups"]:
-            _refuse_amsgrad(saved)
-        own = [{name: group[name] for name in _OWN} for group in self.param_groups]
+        seeds = [group["seed"] for group in self.param_groups]
         super().load_state_dict(state_dict)
-        pairs = zip(self.param_groups, own, state_dict["param_groups"], strict=True)
-        for group, settings, saved in pairs:
-            _fill(group, settings)
-            group.update(_TORCH_ONLY)
+        for group, seed, saved in zip(
+            self.param_groups, seeds, state_dict["param_groups"], strict=True
+        ):
+            group.setdefault("seed", seed)
             for parameter, key in zip(group["params"], saved["params"], strict=True):
-                self._restore_precision(parameter, state_dict["state"].get(key, {}))
-
-    def _restore_precision(self, parameter: Tensor, saved: dict[str, Any]) -> None:
-        for name in _AVERAGES:
-            value = saved.get(name)
-            if value is not None and _narrow(parameter) and value.dtype == torch.float32:
-                self.state[parameter][name] = value.to(parameter.device)
-
-    def _tensors(self, group: dict[str, Any]) -> AdamWTensors:
-        """Collect what a group's step reads and writes; begins the state of new parameters."""
-        tensors = AdamWTensors()
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self._state(parameter)
-            tensors.weights.append(parameter)
-            tensors.gradients.append(_fitting(parameter.grad, parameter))
-            tensors.exp_avgs.append(state["exp_avg"])
-            tensors.exp_avg_sqs.append(state["exp_avg_sq"])
-            tensors.steps.append(state["step"])
-            if group["stochastic_rounding"]:
-                step, position = int(state["step"]), self._position(parameter)
-                tensors.keys.append(derive_seed("adamw", group["seed"], step, position))
-        return tensors
-
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
-        """Return the parameter's state, with averages of a type that fits its present one."""
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            dtype = torch.float32 if _narrow(parameter) else parameter.dtype
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in _AVERAGES:
-                state[name] = torch.zeros_like(
-                    parameter, dtype=dtype, memory_format=torch.contiguous_format
-                )
-        for name in _AVERAGES:
-            state[name] = _fitting(state[name], parameter)
-        return state
+                values = state_dict["state"].get(key, {})
+                if _rounded(parameter) and values:
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        self.state[parameter][name] = values[name].to(parameter.device)
 
 
-def _settings(group: dict[str, Any]) -> AdamWSettings:
-    beta1, beta2 = group["betas"]
-    return AdamWSettings(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        weight_decay=float(group["weight_decay"]),
-        eps=float(group["eps"]),
-        maximize=bool(group["maximize"]),
+def _rounded(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def adamw_step(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    keys: list[int],
+    **settings: Any,
+) -> None:
+    """Take one AdamW step of a list of bfloat16 weights, in place, and round them at random.
+
+    Results depend neither on the number of threads nor on the strides.
+
+    Args:
+        weights: bfloat16, of any strides.
+        gradients: bfloat16 or float32.
+        exp_avgs: Running means of the gradients, float32.
+        exp_avg_sqs: Running means of their squares, float32.
+        steps: Scalars, the number of steps taken before this one; counted up.
+        keys: One below 2**63 per weight, which decides its random numbers.
+        **settings: ``lr``, ``beta1``, ``beta2``, ``weight_decay``, ``eps`` and ``maximize``.
+
+    Raises:
+        RuntimeError: From the kernel: lists, shapes or types do not match.
+
+    Source:
+        Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
+    """
+    lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps)
+    if all(weight.device.type == "cpu" for weight in weights) and extension.available():
+        _operator()(*lists, **settings, keys=keys)
+        return
+    for weight, gradient, mean, square, step, key in zip(*lists, keys, strict=True):
+        step += 1  # in place
+        updated = _updated(weight.float(), gradient.float(), mean, square, float(step), **settings)
+        weight.copy_(stochastic_round(updated, key))
+
+
+@functools.cache
+def _operator() -> Any:
+    """Return the C++ operator; its library is loaded."""
+
+    def changes_in_place_only(*_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    extension.register_fakes(adamw_step=changes_in_place_only)
+    return torch.ops.ipu_pipeline.adamw_step.default
+
+
+def _updated(  # noqa: PLR0913  # the settings of AdamW by name
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: float,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+) -> Tensor:
+    """Return the new float32 weight; the averages are updated in place."""
+    if maximize:
+        gradient = -gradient
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    return weight.mul_(1 - lr * weight_decay).addcdiv_(
+        mean, denominator, value=-lr / (1 - beta1**step)
     )
 
 
-def _fill(group: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        group.setdefault(name, value)
+def random_bits(key: int, first: int, count: int) -> Tensor:
+    """Return 32 random bits for each of the elements ``first`` to ``first + count - 1``.
+
+    Two rounds of an integer hash over the index, each with half of the key.
+
+    Args:
+        key: At least 0, below 2**63.
+        first: Index of the first element.
+        count: Number of elements.
+
+    Returns:
+        int64 of shape ``(count,)``, each in [0, 2**32).
+
+    Source:
+        C. Wellons, hash-prospector ("lowbias32" and its successor, public domain).
+    """
+    index = torch.arange(first, first + count)
+    high_key = (key >> 32) + (index >> 32) * 0x9E3779B9
+    x = (index + (key & _WORD)) & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _WORD
+    x = ((x ^ (x >> 16)) + high_key) & _WORD
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
+    x = ((x ^ (x >> 15)) * 0xD35A2D97) & _WORD
+    return x ^ (x >> 15)
 
 
-def _narrow(parameter: Tensor) -> bool:
-    return parameter.dtype in LOW_PRECISION
+def stochastic_round(x: Tensor, key: int) -> Tensor:
+    """Round float32 to bfloat16 at random, so that the mean of many roundings is the value.
 
+    A value between two neighbours becomes the upper one with the probability that makes the mean
+    right. Beyond the largest bfloat16, and for infinities and NaN, this is rounding to nearest.
 
-def _fitting(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor in a type that the kernel takes beside this parameter."""
-    if tensor.dtype == parameter.dtype or (_narrow(parameter) and tensor.dtype == torch.float32):
-        return tensor
-    return tensor.to(torch.float32 if _narrow(parameter) else parameter.dtype)
-
-
-def _refuse_amsgrad(group: dict[str, Any]) -> None:
-    if group.get("amsgrad"):
-        raise ValueError(
-            "this AdamW does not keep the largest second moment (amsgrad=True); set amsgrad=False, "
-            "or use torch.optim.AdamW"
-        )
-
-
-def _check_dtype(parameter: Tensor) -> None:
-    if parameter.dtype not in _DTYPES:
-        raise ValueError(
-            f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; this AdamW "
-            "updates float32, float64, bfloat16 and float16, use torch.optim.AdamW for others"
-        )
-
-
-def _check_gradients(parameters: Sequence[Tensor], group: int) -> None:
-    for position, parameter in enumerate(parameters):
-        gradient = parameter.grad
-        if gradient is not None and gradient.layout != torch.strided:
-            raise ValueError(
-                f"parameter {position} of group {group}, of shape {tuple(parameter.shape)}, has a "
-                f"gradient of layout {gradient.layout}; AdamW changes every element in every "
-                "step: make it dense (grad.to_dense(), or sparse=False in the embedding), or use "
-                "torch.optim.SparseAdam"
-            )
+    Args:
+        x: float32, any shape.
+        key: Decides, with an element's index, that element's random number; below 2**63.
+    """
+    rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    target, flat = rounded.view(-1), x.reshape(-1)
+    for first in range(0, len(flat), _PIECE):
+        piece = flat[first : first + _PIECE]
+        noise = random_bits(key, first, len(piece)).to(x.device)
+        # Noise is added below the bits that are kept; the rest is cut off.
+        bits = piece.view(torch.int32).to(torch.int64) & _WORD
+        chosen = ((bits + (noise >> 16)) >> 16).to(torch.int16).view(torch.bfloat16)
+        inside = piece.abs() < torch.finfo(torch.bfloat16).max  # not for NaN
+        target[first : first + len(piece)] = torch.where(inside, chosen, piece.bfloat16())
+    return rounded

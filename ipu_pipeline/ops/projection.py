@@ -1,4 +1,4 @@
-"""A linear layer computed in slices, one after the other, forward and backward.
+"""A linear layer computed in slices of its output channels, forward and backward.
 
 Axes: M rows of the input (all its leading dimensions), H input features, V output features.
 """
@@ -6,57 +6,45 @@ Axes: M rows of the input (all its leading dimensions), H input features, V outp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Mode = Literal["output_channels", "reducing_dim", "input_channels"]
-
 
 def serialized_linear(
-    x: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None = None,
-    *,
-    factor: int,
-    mode: Mode = "output_channels",
+    x: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, *, factor: int
 ) -> Tensor:
-    """Compute ``torch.nn.functional.linear`` in ``factor`` slices of one dimension.
+    """Compute ``torch.nn.functional.linear`` in ``factor`` slices of its output channels.
 
     No slice copies or transposes the weight, and each gradient is written once, slice by slice.
-    Where ``factor`` does not divide the dimension, the last slice is shorter.
+    Where ``factor`` does not divide V, the last slice is shorter.
 
     Args:
         x: Input of any leading shape, last dimension H.
         weight_VH: Weight.
         bias_V: Bias, or None.
-        factor: Number of slices, at least 1.
-        mode: Which dimension is cut: ``"output_channels"`` V, ``"reducing_dim"`` H, and
-            ``"input_channels"`` M; where M is below ``factor`` each row is a slice.
+        factor: Number of slices, 1 to V.
 
     Returns:
         The product, last dimension V; under ``torch.autocast`` in the type ``linear`` would have.
 
     Raises:
-        ValueError: The mode is unknown, or the factor is below 1 or above the dimension it cuts.
+        ValueError: The factor is below 1 or above V.
 
     Source:
-        The three modes of ``poptorch.serializedMatMul``.
+        The mode ``OutputChannels`` of ``poptorch.serializedMatMul``.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(get_args(Mode))}")
-    rows, columns = weight_VH.shape
-    limit = {"output_channels": rows, "reducing_dim": columns}.get(mode, factor)
-    if not 1 <= factor <= max(limit, 1):
+    rows = weight_VH.shape[0]
+    if not 1 <= factor <= max(rows, 1):
         raise ValueError(
-            f"factor {factor} cannot cut {mode} of a {rows} x {columns} weight; "
-            f"use 1 to {max(limit, 1)}"
+            f"factor {factor} cannot cut the {rows} output channels of a weight; "
+            f"use 1 to {max(rows, 1)}"
         )
     x, weight_VH, bias_V = autocast_like_linear(x, weight_VH, bias_V)
-    y_MV = _SerializedLinear.apply(x, weight_VH, bias_V, factor, mode)
+    y_MV = _SerializedLinear.apply(x, weight_VH, bias_V, factor)
     return y_MV.view(*x.shape[:-1], rows)  # in the function it would refuse in-place writes
 
 
@@ -83,25 +71,15 @@ def slices(size: int, factor: int) -> Iterator[slice]:
 
 class _SerializedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: int, mode: Mode
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.factor, ctx.mode = factor, mode
+        ctx.factor = factor
         x_MH = x.reshape(-1, x.shape[-1])
         y_MV = x.new_empty(x_MH.shape[0], weight.shape[0])
         with torch.autocast("cpu", enabled=False):
-            if mode == "reducing_dim":
-                y_MV.copy_(bias) if bias is not None else y_MV.zero_()
-                for cut in slices(weight.shape[1], factor):
-                    y_MV.addmm_(x_MH[:, cut], weight[:, cut].t())
-            elif mode == "output_channels":
-                for cut in slices(weight.shape[0], factor):
-                    part = bias[cut] if bias is not None else None
-                    y_MV[:, cut] = functional.linear(x_MH, weight[cut], part)
-            else:
-                for cut in slices(x_MH.shape[0], factor):
-                    y_MV[cut] = functional.linear(x_MH[cut], weight, bias)
+            for cut in slices(weight.shape[0], factor):
+                part = bias[cut] if bias is not None else None
+                y_MV[:, cut] = functional.linear(x_MH, weight[cut], part)
         return y_MV
 
     @staticmethod
@@ -113,16 +91,11 @@ class _SerializedLinear(torch.autograd.Function):
         g_MV = grad.reshape(-1, weight.shape[0])
         dx = torch.zeros_like(x_MH) if need_x else None
         dw = torch.zeros_like(weight) if need_weight else None
-        sizes = {"output_channels": weight.shape[0], "reducing_dim": weight.shape[1]}
-        everything = slice(None)
         with torch.autocast("cpu", enabled=False):
-            for cut in slices(sizes.get(ctx.mode, x_MH.shape[0]), ctx.factor):
-                m = cut if ctx.mode == "input_channels" else everything
-                h = cut if ctx.mode == "reducing_dim" else everything
-                v = cut if ctx.mode == "output_channels" else everything
+            for cut in slices(weight.shape[0], ctx.factor):
                 if dx is not None:
-                    dx[m, h].addmm_(g_MV[m, v], weight[v, h])
+                    dx.addmm_(g_MV[:, cut], weight[cut])
                 if dw is not None:
-                    dw[v, h].addmm_(g_MV[m, v].t(), x_MH[m, h])
+                    dw[cut].addmm_(g_MV[:, cut].t(), x_MH)
             db = g_MV.sum(0) if need_bias else None
-        return dx.view_as(x) if dx is not None else None, dw, db, None, None
+        return dx.view_as(x) if dx is not None else None, dw, db, None

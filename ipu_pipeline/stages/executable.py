@@ -176,7 +176,7 @@ class Executable(Protocol):
         """
         ...
 
-    def from_first_rank(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return what the first process has passed; every process of the executable calls this."""
         ...
 

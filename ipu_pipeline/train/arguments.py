@@ -61,7 +61,7 @@ class TrainingArguments:
         adam_beta1: Decay rate of the first moment, in [0, 1).
         adam_beta2: Decay rate of the second moment, in [0, 1).
         adam_epsilon: Added to the denominator of the update.
-        stochastic_rounding: AdamW rounds weights of 16 bits at random, right on average, so that
+        stochastic_rounding: AdamW rounds bfloat16 weights at random, right on average, so that
             updates below half of their spacing are not lost; needs a model that holds such weights.
         max_grad_norm: Clip the gradient norm over all stages to this; 0 for no clipping.
         lr_scheduler_type: A name that ``transformers.get_scheduler`` knows.

@@ -124,7 +124,7 @@ def agreed_resume_checkpoint(executable: Executable, arguments: TrainingArgument
         found = find_resume_checkpoint(arguments)
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    found, problem = executable.from_first_rank((found, problem))
+    found, problem = executable.broadcast((found, problem))
     if problem:
         raise CheckpointError(problem)
     return found

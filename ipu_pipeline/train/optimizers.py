@@ -8,15 +8,14 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from ipu_pipeline.ops.adamw import AdamW
+from ipu_pipeline.ops.adamw import StochasticRoundingAdamW
 from ipu_pipeline.train.arguments import TrainingArguments
 
 
 def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """Return AdamW over the model's trainable parameters, each tied parameter once.
 
-    Two groups: weights that transformers decays, then biases and norms with no decay. It is a
-    ``torch.optim.AdamW`` that computes the same with a kernel of ours.
+    Two groups: weights that transformers decays, then biases and norms with no decay.
 
     Args:
         model: The unsplit model.
@@ -36,7 +35,7 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
             f"{type(model).__name__} has no trainable parameter; set requires_grad on some"
         )
     if arguments.stochastic_rounding:
-        _check_low_precision(model)
+        _check_bfloat16(model)
     groups = [
         {
             "params": [p for name, p in trainable if name in decayed],
@@ -44,22 +43,22 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
         },
         {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
     ]
-    return AdamW(
-        groups,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        stochastic_rounding=arguments.stochastic_rounding,
-        seed=arguments.seed,
-    )
+    settings: dict[str, Any] = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+    }
+    if arguments.stochastic_rounding:
+        return StochasticRoundingAdamW(groups, seed=arguments.seed, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _check_low_precision(model: torch.nn.Module) -> None:
+def _check_bfloat16(model: torch.nn.Module) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if dtypes.isdisjoint({torch.bfloat16, torch.float16}):
+    if torch.bfloat16 not in dtypes:
         held = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(
-            f"stochastic_rounding rounds weights of 16 bits, but those of {type(model).__name__} "
+            f"stochastic_rounding rounds bfloat16 weights, but those of {type(model).__name__} "
             f"are {held}; load the model with dtype=torch.bfloat16, or leave stochastic_rounding "
             "off (bf16=True computes in bfloat16 and keeps float32 weights)"
         )

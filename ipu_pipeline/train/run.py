@@ -263,7 +263,7 @@ class Run:
         )
         metrics |= {"total_flos": state.total_flos, "train_loss": self.losses.mean}
         self.events.log(metrics)
-        best = self.executable.from_first_rank(state.best_model_checkpoint)
+        best = self.executable.broadcast(state.best_model_checkpoint)
         if arguments.load_best_model_at_end and best:
             logger.info("loading the best checkpoint %s", best)
             self.executable.load_checkpoint(best)

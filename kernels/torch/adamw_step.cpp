@@ -1,4 +1,5 @@
-// adamw_step: one AdamW step of a whole list of tensors in one parallel region.
+// adamw_step: one AdamW step of a list of bfloat16 weights in one parallel region, rounded at
+// random.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -27,31 +28,13 @@ struct Lists {
   at::IntArrayRef keys;
 };
 
-ipu::Number number_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return ipu::Number::float32;
-    case at::kBFloat16:
-      return ipu::Number::bfloat16;
-    case at::kHalf:
-      return ipu::Number::float16;
-    case at::kDouble:
-      return ipu::Number::float64;
-    default:
-      TORCH_CHECK(false, "adamw_step: weights must be float32, bfloat16, float16 or float64, got ",
-                  tensor.scalar_type());
-  }
-}
-
 void check_companion(const at::Tensor& weight, const at::Tensor& other, const char* name,
                      size_t index) {
   TORCH_CHECK(other.sizes() == weight.sizes(), "adamw_step: ", name, " ", index, " has shape ",
               other.sizes(), ", its weight ", weight.sizes());
-  const bool fits = other.scalar_type() == weight.scalar_type() ||
-                    (other.scalar_type() == at::kFloat && weight.scalar_type() != at::kDouble);
-  TORCH_CHECK(fits, "adamw_step: ", name, " ", index, " is ", other.scalar_type(), ", its weight ",
-              weight.scalar_type(),
-              "; it must be of the same type, or float32 where the weight has fewer bits");
+  const bool gradient = other.scalar_type() == at::kBFloat16 && name[0] == 'g';
+  TORCH_CHECK(gradient || other.scalar_type() == at::kFloat, "adamw_step: ", name, " ", index,
+              " is ", other.scalar_type(), "; it must be float32 (a gradient may be bfloat16)");
 }
 
 // Everything is checked before anything is changed.
@@ -59,19 +42,16 @@ void check(const Lists& lists) {
   const auto& [weights, gradients, exp_avgs, exp_avg_sqs, steps, keys] = lists;
   const size_t count = weights.size();
   TORCH_CHECK(gradients.size() == count && exp_avgs.size() == count &&
-                  exp_avg_sqs.size() == count && steps.size() == count &&
-                  (keys.empty() || keys.size() == count),
+                  exp_avg_sqs.size() == count && steps.size() == count && keys.size() == count,
               "adamw_step: ", count, " weights, but ", gradients.size(), " gradients, ",
               exp_avgs.size(), " and ", exp_avg_sqs.size(), " averages, ", steps.size(), " steps, ",
-              keys.size(), " keys; all lists must be equally long (keys may be empty)");
+              keys.size(), " keys; all lists must be equally long");
   for (size_t i = 0; i < count; ++i) {
-    number_of(weights[i]);
+    TORCH_CHECK(weights[i].scalar_type() == at::kBFloat16, "adamw_step: weight ", i, " is ",
+                weights[i].scalar_type(), "; weights that are rounded at random are bfloat16");
     check_companion(weights[i], gradients[i], "gradient", i);
     check_companion(weights[i], exp_avgs[i], "exp_avg", i);
     check_companion(weights[i], exp_avg_sqs[i], "exp_avg_sq", i);
-    TORCH_CHECK(exp_avgs[i].scalar_type() == exp_avg_sqs[i].scalar_type(), "adamw_step: exp_avg ",
-                i, " is ", exp_avgs[i].scalar_type(), ", exp_avg_sq ", exp_avg_sqs[i].scalar_type(),
-                "; they must be of one type");
     TORCH_CHECK(steps[i].numel() == 1 &&
                     (steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble),
                 "adamw_step: step ", i, " has ", steps[i].numel(), " elements of type ",
@@ -134,15 +114,10 @@ Item make_item(const Lists& lists, size_t i, const ipu::AdamWFactors& factors, i
             factors,
             weight.numel(),
             start};
-  item.tensor = {item.weight.data(),
-                 item.gradient.const_data_ptr(),
-                 item.exp_avg.data(),
-                 item.exp_avg_sq.data(),
-                 number_of(weight),
-                 number_of(item.gradient),
-                 number_of(lists.exp_avgs[i]),
-                 !lists.keys.empty(),
-                 lists.keys.empty() ? 0 : static_cast<uint64_t>(lists.keys[i])};
+  item.tensor = {
+      static_cast<uint16_t*>(item.weight.data()),   item.gradient.const_data_ptr(),
+      static_cast<float*>(item.exp_avg.data()),     static_cast<float*>(item.exp_avg_sq.data()),
+      item.gradient.scalar_type() == at::kBFloat16, static_cast<uint64_t>(lists.keys[i])};
   return item;
 }
 

@@ -143,7 +143,7 @@ class EagerExecutable:
             background=None if blocking else self.background,
         )
 
-    def from_first_rank(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         return value
 
     def wait_for_checkpoint(self) -> None:

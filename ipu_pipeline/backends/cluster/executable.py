@@ -13,18 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster import state
-from ipu_pipeline.backends.cluster.batches import Pipelines, captured
-from ipu_pipeline.backends.cluster.evaluate import evaluate
-from ipu_pipeline.backends.cluster.faults import Watch
+from ipu_pipeline.backends.cluster.batches import Pipelines, captured, evaluate
+from ipu_pipeline.backends.cluster.checkpoints import Checkpoints, collect_weights
+from ipu_pipeline.backends.cluster.consistency import BatchCheck
 from ipu_pipeline.backends.cluster.gradients import kept_aside, sum_over_ranks, update
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.notes import Notes
-from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters, find_ownership
-from ipu_pipeline.backends.cluster.same_batch import SameBatch
-from ipu_pipeline.backends.cluster.saving import Saver
-from ipu_pipeline.backends.cluster.sharding import sharded
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.sharding import (
+    Ownership,
+    OwnParameters,
+    find_ownership,
+    sharded,
+)
+from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -45,8 +47,8 @@ class DistributedExecutable:
         optimizer: Over ``model.parameters()``; cut down to this process's own parameters.
         options: How to run.
         groups: The processes.
-        watch: Stops all processes when one fails.
-        notes: What processes tell each other while checkpoints are written.
+        watchdog: Stops all processes when one fails.
+        background: All-gathers of the thread that writes checkpoints.
         owns_processes: Whether to leave the default process group with the executable.
     """
 
@@ -61,8 +63,8 @@ class DistributedExecutable:
         options: ExecutionOptions,
         *,
         groups: Groups,
-        watch: Watch,
-        notes: Notes,
+        watchdog: Watchdog,
+        background: StoreGather,
         owns_processes: bool,
     ) -> None:
         self.model = model
@@ -71,12 +73,12 @@ class DistributedExecutable:
         self.options = options
         self.global_step = 0
         self.groups = groups
-        self._watch = watch
+        self._watchdog = watchdog
         self._owns_processes = owns_processes
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._saver = Saver(model, self._own, groups, notes)
+        self._checkpoints = Checkpoints(model, self._own, groups, background)
         self._ownership: Ownership | None = None
-        self._pipelines = Pipelines(options.schedule or plan.schedule, groups, watch.doing)
+        self._pipelines = Pipelines(options.schedule or plan.schedule, groups)
         self._cache = StageCache(
             model,
             plan,
@@ -85,7 +87,7 @@ class DistributedExecutable:
             self_check=options.self_check,
             on_drop=self._pipelines.drop,
         )
-        self._same_batch = SameBatch(groups)
+        self._batch_check = BatchCheck(groups)
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -109,8 +111,8 @@ class DistributedExecutable:
         with self._running("a training step"):
             scaling = self.options.loss_scaling
             loss, ownership = self._accumulate(batch, scaling, for_update=True)
-            own = state.own_parameters(self.model, ownership)
-            with self._watch.doing.during("the optimizer step"):
+            own = ownership.held(self.model)
+            with self._watchdog.activity.during("the optimizer step"):
                 done = update(self.optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
         return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
@@ -132,12 +134,12 @@ class DistributedExecutable:
             StageError: This process or another one failed.
         """
         with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
-            self._same_batch.check("evaluation", self.global_step, batch)
+            self._batch_check.check("evaluation", self.global_step, batch)
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             options = self.options
             inputs = StepInputs((), options.seed, self.global_step, options.precision)
-            return evaluate(stages, parts, inputs, self.groups, self._watch.doing)
+            return evaluate(stages, parts, inputs, self.groups)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -145,7 +147,7 @@ class DistributedExecutable:
         """Return the unsplit model's own state dict, whole on every process."""
         if self._ownership is not None:
             with self._running("collecting weights"):
-                state.collect_weights(self.model, self._ownership, self.groups)
+                collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
     def save_checkpoint(
@@ -162,7 +164,7 @@ class DistributedExecutable:
         ``attach`` the first rank's count.
         """
         with self._running("saving a checkpoint"):
-            return self._saver.save(
+            return self._checkpoints.save(
                 path,
                 ownership=self._ownership,
                 global_step=self.global_step,
@@ -171,28 +173,21 @@ class DistributedExecutable:
                 blocking=blocking,
             )
 
-    def from_first_rank(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return what the first process has passed, as a copy."""
-        with self._running("agreeing on a value"):
-            first: T = self.groups.everyones(value)[0]
+        with self._running("a broadcast"):
+            first: T = self.groups.ranks.gather(value)[0]
         return first
 
     def wait_for_checkpoint(self) -> None:
         """Wait until every checkpoint is written."""
         with self._running("waiting for a checkpoint"):
-            self._saver.wait()
+            self._checkpoints.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         with self._running("loading a checkpoint"):
-            self._saver.wait()
-            self.global_step, extra = state.load(
-                path,
-                model=self.model,
-                own=self._own,
-                ownership=self._ownership,
-                groups=self.groups,
-            )
+            self.global_step, extra = self._checkpoints.load(path, self._ownership)
         return extra
 
     def close(self) -> None:
@@ -201,13 +196,12 @@ class DistributedExecutable:
             return
         self._closed = True
         error = self._error_of_last_save()
-        if self._watch.verdict is None:
+        if self._watchdog.failure is None:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
-                self.groups.everyones(None)
-        self._watch.close()
-        self.groups.waiter.close()
+                self.groups.ranks.gather(None)
+        self._watchdog.close()
         self._pipelines.clear()
-        if self._watch.verdict is None:
+        if self._watchdog.failure is None:
             self.groups.close()
             if self._owns_processes and dist.is_initialized():
                 dist.destroy_process_group()
@@ -224,13 +218,13 @@ class DistributedExecutable:
     ) -> None:
         if error is not None:
             self._error_of_last_save()  # logged; the caller's own error goes on
-            self._watch.leave_with(error)
+            self._watchdog.leave_with(error)
         self.close()
 
     def _error_of_last_save(self) -> Exception | None:
         """Wait for the last checkpoint; return the error that all ranks have with it."""
         try:
-            self._saver.wait()
+            self._checkpoints.wait()
         except Exception as error:
             return error if getattr(error, "raised_on_all_ranks", False) else None
         return None
@@ -241,14 +235,14 @@ class DistributedExecutable:
     def _running(self, what: str) -> Iterator[None]:
         if self._closed:
             raise LoweringError("this executable was closed; compile the model again")
-        with self._watch.guarding(what, self.global_step):
+        with self._watchdog.guarding(what, self.global_step):
             yield
 
     def _accumulate(
         self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
     ) -> tuple[float, Ownership]:
         plan = self.plan
-        self._same_batch.check("training", self.global_step, batch)
+        self._batch_check.check("training", self.global_step, batch)
         parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
             stages = captured(parts, self._cache)
@@ -258,9 +252,9 @@ class DistributedExecutable:
                 "global_step": self.global_step,
                 "precision": self.options.precision,
             }
-            with kept_aside(state.own_parameters(self.model, ownership)):
+            with kept_aside(ownership.held(self.model)):
                 own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
-                with self._watch.doing.during("summing gradients"):
+                with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
 

@@ -10,10 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ipu_pipeline.backends.cluster.buckets import exchange
-from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.ownership import Ownership
-from ipu_pipeline.backends.cluster.sharding import share_updated, sum_to_updaters
+from ipu_pipeline.backends.cluster.groups import Groups, exchange
+from ipu_pipeline.backends.cluster.sharding import Ownership, share_updated, sum_to_updaters
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.training import UpdateResult
 

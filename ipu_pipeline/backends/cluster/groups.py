@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from ipu_pipeline.backends.cluster.joining import meet
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.waiting import Waiter
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 
-# What torchrun sets, and what the rendezvous of ``env://`` reads.
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def join_processes(device: torch.device, timeout_s: float) -> bool:
-    """Make sure that there is a default process group; return whether it was made here.
-
-    Raises:
-        LoweringError: The script was not started by torchrun or something like it, or not all
-            processes came.
-    """
-    if dist.is_initialized():
-        return False
-    missing = [name for name in ENVIRONMENT if name not in os.environ]
-    if missing:
-        raise LoweringError(
-            f"the distributed target runs in processes that torchrun starts, but "
-            f"{', '.join(missing)} is not set; start the script with "
-            "'torchrun --nproc-per-node N script.py', or with "
-            "'ipu-pipeline launch plan.json -- script.py'"
-        )
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
-    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return True
+# The copy that a message costs stays small beside the weights, its latency beside its transfer.
+BUCKET_BYTES = 64 << 20
 
 
 class Groups:
@@ -54,14 +23,15 @@ class Groups:
     Args:
         layout: Who stands where.
         device: Where tensors have to be for the backend.
-        waiter: Every wait for another rank goes through it.
+        ranks: All-gathers of the caller's thread; every wait for another rank goes through its
+            waiter.
 
     Attributes:
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, waiter: Waiter) -> None:
+    def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
         self.layout = layout
         self.device = device
         mesh = init_device_mesh(
@@ -71,7 +41,8 @@ class Groups:
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.waiter = waiter
+        self.ranks = ranks
+        self.waiter = ranks.waiter
         self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
@@ -153,16 +124,48 @@ class Groups:
         self.waiter.run(lambda: dist.all_gather_object(found, value, group=self.pipeline))
         return found
 
-    def everyones(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank."""
-        return self.waiter.run(lambda: everyones(value))
+
+# ---- many tensors in few messages ------------------------------------------------------
 
 
-def everyones(value: Any) -> list[Any]:
-    """Return the values of all processes, by rank."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in groups of one type, in a fixed order, each group a message long."""
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for members in by_type.values():
+        bucket: list[Tensor] = []
+        num_bytes = 0
+        for tensor in members:
+            if bucket and num_bytes + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, num_bytes = [], 0
+            bucket.append(tensor)
+            num_bytes += tensor.nbytes
+        yield bucket
+
+
+def joined(bucket: Sequence[Tensor]) -> Tensor:
+    """Return the elements of all tensors; those of a single contiguous one are not copied."""
+    if len(bucket) == 1:
+        return bucket[0].reshape(-1)
+    return torch.cat([tensor.reshape(-1) for tensor in bucket])
+
+
+def spread(message: Tensor, bucket: Sequence[Tensor]) -> None:
+    """Write what came back for :func:`joined` tensors into them."""
+    parts = message.split([tensor.numel() for tensor in bucket])
+    for tensor, part in zip(bucket, parts, strict=True):
+        if tensor.data_ptr() != part.data_ptr():
+            tensor.copy_(part.view_as(tensor))
+
+
+def exchange(tensors: Iterable[Tensor], message: Callable[[Tensor], Any]) -> None:
+    """Send all tensors through ``message``, which changes its argument in place."""
+    for bucket in buckets(tensors):
+        whole = joined(bucket)
+        message(whole)
+        spread(whole, bucket)
 
 
 def _world() -> dist.ProcessGroup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import torch
@@ -9,15 +10,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from ipu_pipeline.backends.cluster.agreement import agree, description
-from ipu_pipeline.backends.cluster.doing import Doing
+from ipu_pipeline.backends.cluster.consistency import check_alike, description
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
-from ipu_pipeline.backends.cluster.faults import Watch
-from ipu_pipeline.backends.cluster.groups import Groups, join_processes
+from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout
-from ipu_pipeline.backends.cluster.notes import Notes
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
-from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -26,7 +25,7 @@ from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model
 
 logger = logging.getLogger(__name__)
-# Torch gives up waiting so much later than the watch, which knows whom to name.
+# Torch gives up waiting so much later than the watchdog, which knows whom to name.
 MARGIN_S = 60.0
 
 
@@ -85,24 +84,20 @@ def _lower(
     made_here: bool,
 ) -> DistributedExecutable:
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    name = f"ipu_pipeline/{_number()}"
-    doing = Doing()
-    waiter = Waiter(doing)
-    timeout_s = options.stall_timeout_s
-    watch = Watch(_own_store(name), rank, world_size, doing, stall_timeout_s=timeout_s)
-    waiter.failed = lambda: watch.verdict is not None
+    name = f"ipu_pipeline/{next(_numbers)}"
+    watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
+    ranks, background = (
+        StoreGather(_own_store(f"{name}/{use}"), rank, world_size, watchdog.waiter)
+        for use in ("ranks", "background")
+    )
     try:
-        with watch.guarding("comparing what the ranks run", 0):
+        with watchdog.guarding("comparing what the ranks run", 0):
             problem = _problem(model, plan, optimizer, options, device)
-            own = description(model, plan, optimizer, options)
-            waiter.run(lambda: agree(own, problem))
+            check_alike(description(model, plan, optimizer, options), problem, ranks)
             layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
-            groups = Groups(layout, device, waiter)
-            saves = _own_store(f"{name}/saves")
-            notes = Notes(saves, rank, world_size, waiter.failed, doing.waits)
+            groups = Groups(layout, device, ranks)
     except BaseException:
-        watch.close()
-        waiter.close()
+        watchdog.close()
         raise
     if options.replicated_tensor_sharding and plan.replicas == 1:
         logger.warning(
@@ -115,8 +110,8 @@ def _lower(
         optimizer,
         options,
         groups=groups,
-        watch=watch,
-        notes=notes,
+        watchdog=watchdog,
+        background=background,
         owns_processes=made_here,
     )
 
@@ -139,15 +134,9 @@ def _problem(
 
 
 def _own_store(name: str) -> Store:
-    """Return notes under ``name``, through a connection that no other thread waits on."""
+    """Return the keys under ``name``, through a connection that no other thread waits on."""
     return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]
 
 
-_made = 0
-
-
-def _number() -> int:
-    """Count the executables of this process: each has its own notes in the store."""
-    global _made
-    _made += 1
-    return _made
+# Each executable of this process has its own keys in the store.
+_numbers = itertools.count(1)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from ipu_pipeline.backends.cluster.doing import Doing
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
@@ -29,9 +28,8 @@ logger = logging.getLogger(__name__)
 class _NotedStage(PipelineStage):
     """Torch's stage; it notes what it is doing, and its waits can be given up."""
 
-    def __init__(self, module: StageModule, doing: Doing, waiter: Waiter, **arguments: Any) -> None:
+    def __init__(self, module: StageModule, waiter: Waiter, **arguments: Any) -> None:
         super().__init__(module, module.stage.index, **arguments)
-        self._doing = doing
         self._waiter = waiter
         self._code = module.stage
         self._inputs = module.inputs
@@ -73,7 +71,7 @@ class _NotedStage(PipelineStage):
 
     def _noted(self, what: str, chunk: int) -> Any:
         index = self._inputs.microbatches[chunk].index
-        return self._doing.during(what, self._code, index)
+        return self._waiter.activity.during(what, self._code, index)
 
 
 class TrainingPipeline:
@@ -85,7 +83,6 @@ class TrainingPipeline:
         schedule: Name of the schedule.
         num_microbatches: Of one pipeline in one step.
         groups: The processes.
-        doing: Notes what is being done.
     """
 
     def __init__(
@@ -96,9 +93,9 @@ class TrainingPipeline:
         schedule: str,
         num_microbatches: int,
         groups: Groups,
-        doing: Doing,
     ) -> None:
-        doing.prepares = True
+        # How long the actions of other shapes last says nothing.
+        groups.waiter.activity.longest.clear()
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)
@@ -113,7 +110,10 @@ class TrainingPipeline:
         }
         self._stages = [
             _NotedStage(
-                module, doing, groups.waiter, **arguments, **self._metadata(module, self._crossing)
+                module,
+                groups.waiter,
+                **arguments,
+                **self._metadata(module, self._crossing),
             )
             for module in self.modules
         ]

@@ -192,7 +192,7 @@ class PopTorchExecutable:
                 background=None if blocking else self._background,
             )
 
-    def from_first_rank(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return ``value``: this process is the only one."""
         return value
 

@@ -5,12 +5,18 @@ What weights cost in memory while training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
+
+if TYPE_CHECKING:
+    from ipu_pipeline.errors import PartitionError
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.search.constraints import Constraints
+    from ipu_pipeline.planner.search.result import Partition
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,28 @@ class BlockCost:
         return self.choices[0]
 
 
+class StagePlanning(Protocol):
+    """Searches and prices the pipelines of one graph by the backend's own stage prices."""
+
+    def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
+        """Return the best split with a proven bound; ``None`` when nothing fits."""
+        ...
+
+    def evaluate(
+        self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
+    ) -> Partition:
+        """Price the given blocks of every stage."""
+        ...
+
+    def evaluate_plan(self, plan: Plan) -> Partition:
+        """Price a plan exactly as it is."""
+        ...
+
+    def explain(self, machine: Machine, constraints: Constraints) -> PartitionError:
+        """Return the error that says why nothing fits, and what would."""
+        ...
+
+
 @dataclass(frozen=True)
 class GraphCosts:
     """Prices of every block of a graph on one machine.
@@ -73,6 +101,8 @@ class GraphCosts:
             them, so they must be in one stage.
         frees_in_order: A block's stash goes as soon as it has run backward, so the workspace of
             an early block never meets the stash of later ones.
+        planning: Prices whole stages, where blocks do not add up to them; it then takes the place
+            of the search over block options.
     """
 
     blocks: Mapping[str, BlockCost]
@@ -80,6 +110,7 @@ class GraphCosts:
     device_speed: tuple[float, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
     frees_in_order: bool = False
+    planning: StagePlanning | None = None
 
     def speed(self, device: int) -> float:
         """Relative speed of ``device``; 1.0 where nothing else was said."""

@@ -41,6 +41,10 @@ class StageSeconds(Protocol):
     def outer_s(self) -> float:
         """Once per optimizer step."""
 
+    @property
+    def extra_s(self) -> tuple[float, ...]:
+        """Seconds that rows of other resources count."""
+
 
 @dataclass(frozen=True)
 class PacedTerm:
@@ -50,14 +54,21 @@ class PacedTerm:
         weight: How often it is paid.
         forward: 1 for every stage whose forward pass it counts.
         backward: 1 for every stage whose backward pass it counts.
+        extra: Position in ``extra_s`` of the seconds that it counts instead; -1 for none.
+        resources: What each stage loads in this row, such as a link or a board; stages with equal
+            numbers add up. ``None``: the stage's device.
     """
 
     weight: float
     forward: tuple[int, ...]
     backward: tuple[int, ...]
+    extra: int = -1
+    resources: tuple[int, ...] | None = None
 
     def load_s(self, stage: int, price: StageSeconds) -> float:
         """Seconds that ``stage`` at ``price`` adds to its device in this row."""
+        if self.extra >= 0:
+            return price.extra_s[self.extra]
         return (
             self.forward[stage] * price.forward_load_s
             + self.backward[stage] * price.backward_load_s
@@ -95,11 +106,13 @@ class Objective:
         rows: Terms paced by the busiest device.
         sum_weight: Factor of the sum over all stages.
         num_stages: Stages it is made for.
+        fixed_s: Seconds per step that no split changes.
     """
 
     rows: tuple[PacedTerm, ...]
     sum_weight: float
     num_stages: int
+    fixed_s: float = 0.0
 
     @classmethod
     def paced(cls, weight: float, sum_weight: float, num_stages: int) -> Objective:
@@ -121,11 +134,12 @@ class Objective:
 
     def seconds(self, devices: Sequence[int], prices: Sequence[StageSeconds]) -> float:
         """Return the step time of stages with ``prices`` on ``devices``."""
-        total = self.sum_weight * sum(price.load_s for price in prices)
+        total = self.fixed_s + self.sum_weight * sum(price.load_s for price in prices)
         for row in self.rows:
             loads: defaultdict[int, float] = defaultdict(float)
-            for stage, (device, price) in enumerate(zip(devices, prices, strict=True)):
-                loads[device] += row.load_s(stage, price)
+            resources = row.resources or devices
+            for stage, (resource, price) in enumerate(zip(resources, prices, strict=True)):
+                loads[resource] += row.load_s(stage, price)
             total += row.weight * max(loads.values())
         outer: defaultdict[int, float] = defaultdict(float)
         for device, price in zip(devices, prices, strict=True):

@@ -209,6 +209,7 @@ class _Load(NamedTuple):
     backward_load_s: float
     weights_s: float
     outer_s: float = 0.0
+    extra_s: tuple[float, ...] = ()
 
     @property
     def load_s(self) -> float:

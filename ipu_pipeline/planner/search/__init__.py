@@ -14,10 +14,9 @@ Read the files in this order:
 7. ``label_setting.py``: the exact search for shared devices and memories and other schedules.
 8. ``parallel.py``, ``pipeline_search.py``: what to try, with which search.
 9. ``solver.py``, ``infeasible.py``, ``given_split.py``: answers, refusals, splits chosen elsewhere.
-10. ``configured.py``: the split that an IPU configuration spells out, nothing searched.
+10. ``priced.py``: pipelines whose stages a backend prices itself.
 """
 
-from ipu_pipeline.planner.search.configured import configured_partition, partition_of_prediction
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.given_split import evaluate
 from ipu_pipeline.planner.search.infeasible import Change, InfeasibleError
@@ -30,8 +29,6 @@ __all__ = [
     "InfeasibleError",
     "Partition",
     "StageAssignment",
-    "configured_partition",
     "evaluate",
-    "partition_of_prediction",
     "solve",
 ]

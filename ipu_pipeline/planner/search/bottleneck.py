@@ -24,6 +24,7 @@ settles such stages one by one until the smallest value is an exact one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
@@ -32,7 +33,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.search.problem import Slot
+from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
 from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
 
@@ -195,24 +196,54 @@ class BottleneckSearch:
                     self._offer(table, depth, hosts)
 
     def _offer(self, table: IdealTable, devices: int, hosts: int) -> PricedPipeline:
-        """Price the pipeline of a table exactly, and keep it if it is the best."""
-        masks = self.rows.lattice.masks
-        prices, boundaries, on_host, done = [], [], [], 0
-        for target, host in table.path(devices, hosts):
+        """Price the pipeline of a table exactly, and keep it."""
+        masks, path = self.rows.lattice.masks, table.path(devices, hosts)
+        return self._price([masks[target] for target, _ in path], tuple(host for _, host in path))
+
+    def _price(self, boundaries: Sequence[int], on_host: tuple[bool, ...]) -> PricedPipeline:
+        devices, prices, done = on_host.count(False), [], 0
+        for boundary, host in zip(boundaries, on_host, strict=True):
             slot = Slot(-1, -1, host=True) if host else self.layout.slots[devices - 1]
-            price = self.rows.pricer.best(done, masks[target] ^ done, slot)
-            assert price is not None, "the ideal_dynamic_program used a stage that does not fit"
+            price = self.rows.pricer.best(done, boundary ^ done, slot)
+            if price is None:
+                raise _DoesNotFitError
             devices -= not host
-            done = masks[target]
+            done = boundary
             prices.append(price)
-            boundaries.append(done)
-            on_host.append(host)
         loads = [price.load_s for price in prices]
         objective = self._bound(max(loads), sum(loads))
-        split = PricedPipeline(objective, tuple(boundaries), tuple(prices), tuple(on_host))
-        self.offers.append(split)
+        found = PricedPipeline(objective, tuple(boundaries), tuple(prices), on_host)
+        self.offers.append(found)
         self.upper_bound = min(self.upper_bound, objective)
-        return split
+        return found
+
+    def offer_neighbours(self) -> None:
+        """Price what the best pipeline becomes when one block moves to the next stage or back."""
+        if not self.offers or self.layout.hosts:
+            return
+        best = min(self.offers, key=lambda item: item.objective)
+        everything = self.rows.problem.everything
+        for stage, boundary in enumerate(best.boundaries[:-1]):
+            before = best.boundaries[stage - 1] if stage else 0
+            behind = best.boundaries[stage + 1]
+            for block in bits(everything & ~before & behind):
+                moved = boundary ^ (1 << block)
+                if moved in (before, behind) or not self._may_end(moved, len(best.prices), stage):
+                    continue
+                boundaries = (*best.boundaries[:stage], moved, *best.boundaries[stage + 1 :])
+                with suppress(_DoesNotFitError):
+                    self._price(boundaries, best.on_host)
+
+    def _may_end(self, done: int, depth: int, stage: int) -> bool:
+        """Whether a set of blocks may be done after ``stage`` of ``depth``."""
+        position, starts = self.rows.lattice.position.get(done), self.layout.starts
+        if position is None:
+            return False
+        return starts is None or bool(starts[depth - stage - 2][position])
+
+
+class _DoesNotFitError(Exception):
+    """A stage of a pipeline that was looked at does not fit its slot."""
 
 
 Bools = NDArray[np.bool_]

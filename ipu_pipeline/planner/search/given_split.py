@@ -50,6 +50,8 @@ def evaluate(
         PartitionError: A block is missing, unknown or placed twice; a stage is empty or reads
             from a later one; a constraint is violated; a stage does not fit.
     """
+    if costs.planning is not None:
+        return costs.planning.evaluate(machine, constraints, stages)
     shape = _shape(graph, machine, constraints, stages)
     built = build_problem(graph, costs, machine, constraints, shape.replicas)
     masks = _stage_masks(graph, stages)
@@ -204,6 +206,8 @@ def evaluate_plan(
     Raises:
         PartitionError: A stage does not fit, or the split breaks a constraint.
     """
+    if costs.planning is not None:
+        return costs.planning.evaluate_plan(plan)
     pinned = replace(
         constraints,
         num_stages=None,

@@ -10,7 +10,7 @@ labels is a true lower bound.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
@@ -31,6 +31,9 @@ from ipu_pipeline.planner.search.stage_price import (
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+# What a memory holds: (blocks done before, blocks, position, price) of each of its stages.
+Part = tuple[int, int, int, StagePrice]
+Parts = tuple[Part, ...]
 BEAM_WIDTH = 64
 TOLERANCE = 1e-12
 _SLACK = 1e-9
@@ -46,22 +49,42 @@ class _Step:
 
 
 @dataclass(frozen=True)
+class _Resources:
+    """Rows of the objective that load the same resources.
+
+    Attributes:
+        of_stage: Resource of every stage.
+        columns: The rows.
+        still_open: For 0..num_stages stages done: resources used before and again.
+    """
+
+    of_stage: tuple[int, ...]
+    columns: tuple[int, ...]
+    still_open: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class _Label:
-    """A partial pipeline (module docstring); ``groups`` and ``resident`` must match to compare."""
+    """A partial pipeline (module docstring); groups, resident and held must match to compare.
+
+    ``rows`` has one table per group of rows that load the same resources: first what is closed
+    (its largest load), then one line for each resource that comes again.
+    """
 
     position: int
-    rows: Floats
+    rows: tuple[Floats, ...]
     total_s: float
     used: tuple[float, ...]
     groups: tuple[int, ...]
     resident: tuple[int, ...]
+    held: tuple[Parts, ...]
     bound: float
     parent: _Label | None = None
     step: _Step | None = None
 
     def numbers(self) -> Floats:
         """Everything that must not be larger for this label to dominate."""
-        return np.concatenate((self.rows.ravel(), (self.total_s, *self.used)))
+        return np.concatenate((*(r.ravel() for r in self.rows), (self.total_s, *self.used)))
 
 
 @dataclass
@@ -75,6 +98,9 @@ class LabelSettingSearch:
         boundaries: For 0..num_stages stages done: which sets of the lattice are allowed.
         deadline: ``time.monotonic()`` at which to stop; ``None`` never.
         load_limit_s: Stages with a larger load cannot be part of a better split.
+        fits_together: Says whether the stages of one memory fit it together, where bytes do not
+            simply add up; such labels compare only with equal stages in the open memories.
+        true_s: Seconds of a whole split where the objective is only a bound of them.
     """
 
     lattice: Lattice
@@ -84,22 +110,25 @@ class LabelSettingSearch:
     boundaries: Sequence[Bools]
     deadline: float | None = None
     load_limit_s: float = inf
+    fits_together: Callable[[Parts], bool] | None = None
+    true_s: Callable[[Sequence[int], Sequence[StagePrice]], float] | None = None
     _steps: list[dict[int, list[_Step]]] = field(default_factory=list)
     _to_go: list[dict[int, Floats]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._weights = np.array([*(row.weight for row in self.objective.rows), 1], float)
-        devices = [slot.device for slot in self.slots]
-        everywhere = (1,) * len(devices)
-        self._even = np.array(  # the busiest device has at least its share of all passes
-            [
-                (row.forward == row.backward == everywhere) / len(set(devices))
-                for row in self.objective.rows
-            ]
-            + [0.0]
-        )
+        self._resources = _resources(self.objective, [slot.device for slot in self.slots])
+        everywhere = (1,) * len(self.slots)
+        even = [  # the busiest device has at least its share of all passes
+            (row.forward == row.backward == everywhere and row.extra < 0 and not row.resources)
+            / len({slot.device for slot in self.slots})
+            for row in self.objective.rows
+        ]
+        order = [column for kind in self._resources for column in kind.columns]
+        self._order = np.array(order)
+        weights = np.array([*(row.weight for row in self.objective.rows), 1], float)
+        self._weights = weights[self._order]
+        self._even = np.array([*even, 0.0])[self._order]
         pools = [slot.pool for slot in self.slots]
-        self._open_devices = [_still_open(devices, s) for s in range(len(devices) + 1)]
         self._open_pools = [_still_open(pools, s) for s in range(len(pools) + 1)]
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
         self._groups = self.lattice.problem.same_device
@@ -157,7 +186,8 @@ class LabelSettingSearch:
                 if price.load_s > self.load_limit_s * (1 + _SLACK):
                     continue
                 rows = [row.load_s(stage, price) for row in self.objective.rows]
-                steps.append(_Step(target, price, np.array([*rows, price.outer_s])))
+                loads = np.array([*rows, price.outer_s])[self._order]
+                steps.append(_Step(target, price, loads))
         return steps
 
     def _least(self, stage: int, steps: list[_Step]) -> Floats:
@@ -172,7 +202,7 @@ class LabelSettingSearch:
     def _pass(self, upper_bound: float, beam: int | None) -> SearchResult:
         labels = [self._first()]
         for stage in range(len(self.slots)):
-            children: dict[tuple[int, tuple[int, ...], tuple[int, ...]], list[_Label]] = {}
+            children: dict[tuple[object, ...], list[_Label]] = {}
             for number, label in enumerate(labels):
                 if beam is None and self._late():
                     waiting = [*labels[number:], *(c for group in children.values() for c in group)]
@@ -180,26 +210,36 @@ class LabelSettingSearch:
                 for step in self._steps[stage].get(label.position, ()):
                     child = self._extend(label, stage, step)
                     if child is not None and child.bound < upper_bound * (1 - TOLERANCE):
-                        key = (child.position, child.groups, child.resident)
+                        key = (child.position, child.groups, child.resident, child.held)
                         children.setdefault(key, []).append(child)
             labels = [label for group in children.values() for label in _undominated(group)]
             labels.sort(key=lambda label: label.bound)
             labels = labels[:beam]
-        if not labels:
-            return SearchResult(upper_bound)
-        found = SearchResult.of(0.0, map(self._unwind, labels[: 2 * MOST_CANDIDATES]))
-        return replace(found, lower_bound=found.objective)
+        return self._best_of(labels) if labels else SearchResult(upper_bound)
+
+    def _best_of(self, labels: Sequence[_Label]) -> SearchResult:
+        """The best of whole splits, sorted by their bound; the bound is the first one's."""
+        whole: list[PricedPipeline] = []
+        for label in labels[: BEAM_WIDTH if self.true_s else 2 * MOST_CANDIDATES]:
+            if self.true_s and whole and label.bound >= min(item.objective for item in whole):
+                break
+            whole.append(self._unwind(label))
+        found = SearchResult.of(0.0, whole)
+        bound = labels[0].bound if self.true_s else found.objective
+        return replace(found, lower_bound=min(bound, found.objective))
 
     def _first(self) -> _Label:
-        rows = np.zeros((1, len(self._weights)))
+        rows = tuple(np.zeros((1, len(kind.columns))) for kind in self._resources)
         groups = (-1,) * len(self._groups)
-        return _Label(0, rows, 0.0, (), groups, (), self._bound(0, 0, rows, 0.0))
+        return _Label(0, rows, 0.0, (), groups, (), (), self._bound(0, 0, rows, 0.0))
 
-    def _bound(self, stage: int, position: int, rows: Floats, total_s: float) -> float:
+    def _bound(self, stage: int, position: int, rows: tuple[Floats, ...], total_s: float) -> float:
         rest = self._to_go[stage][position]
         in_all_s = total_s + rest[-1]
-        busiest = np.maximum(np.maximum(rows.max(axis=0), rest[:-1]), in_all_s * self._even)
-        return float(busiest @ self._weights + self.objective.sum_weight * in_all_s)
+        reached = np.concatenate([table.max(axis=0) for table in rows])
+        busiest = np.maximum(np.maximum(reached, rest[:-1]), in_all_s * self._even)
+        spread = self.objective.sum_weight * in_all_s
+        return float(busiest @ self._weights + spread + self.objective.fixed_s)
 
     def _extend(self, label: _Label, stage: int, step: _Step) -> _Label | None:
         """Add one stage; ``None`` if it breaks a memory or a device group."""
@@ -210,11 +250,14 @@ class LabelSettingSearch:
         memory = self._place_memory(label, stage, blocks, step.price)
         if groups is None or memory is None:
             return None
+        held = self._place_together(label, stage, blocks, step.price)
+        if held is None:
+            return None
         rows = self._place_loads(label, stage, step.loads)
         total_s = label.total_s + step.price.load_s
         bound = max(label.bound, self._bound(stage + 1, step.target, rows, total_s))
         used, resident = memory
-        return _Label(step.target, rows, total_s, used, groups, resident, bound, label, step)
+        return _Label(step.target, rows, total_s, used, groups, resident, held, bound, label, step)
 
     def _place_groups(self, label: _Label, stage: int, blocks: int) -> tuple[int, ...] | None:
         if not self._groups:
@@ -231,6 +274,8 @@ class LabelSettingSearch:
         self, label: _Label, stage: int, blocks: int, price: StagePrice
     ) -> tuple[tuple[float, ...], tuple[int, ...]] | None:
         before, after = self._open_pools[stage], self._open_pools[stage + 1]
+        if self.fits_together is not None:
+            return (), ()
         used = dict(zip(before, label.used, strict=True))
         resident = dict(zip(before, label.resident, strict=True))
         if self._pool_is_shared[stage]:
@@ -244,18 +289,39 @@ class LabelSettingSearch:
             used[slot.pool], resident[slot.pool] = total, held | new
         return tuple(used[pool] for pool in after), tuple(resident[pool] for pool in after)
 
-    def _place_loads(self, label: _Label, stage: int, loads: Floats) -> Floats:
-        """Rows of the closed devices (their maximum) and of each device that comes again."""
-        before, after = self._open_devices[stage], self._open_devices[stage + 1]
-        device = self.slots[stage].device
-        if not before and not after:
-            return np.maximum(label.rows, loads)
-        by_device = {name: label.rows[1 + n] for n, name in enumerate(before)}
-        by_device[device] = by_device.get(device, 0.0) + loads
-        closed = label.rows[0]
-        if device not in after:
-            closed = np.maximum(closed, by_device[device])
-        return np.stack([closed, *(by_device[name] for name in after)])
+    def _place_together(
+        self, label: _Label, stage: int, blocks: int, price: StagePrice
+    ) -> tuple[Parts, ...] | None:
+        """Stages in the memories that come again; ``None`` if this one does not fit with them."""
+        if self.fits_together is None or not self._pool_is_shared[stage]:
+            return label.held
+        before, after = self._open_pools[stage], self._open_pools[stage + 1]
+        held = dict(zip(before, label.held, strict=True))
+        pool = self.slots[stage].pool
+        part = (self.lattice.masks[label.position], blocks, stage, price)
+        held[pool] = (*held.get(pool, ()), part)
+        if not self.fits_together(held[pool]):
+            return None
+        return tuple(held[pool] for pool in after)
+
+    def _place_loads(self, label: _Label, stage: int, loads: Floats) -> tuple[Floats, ...]:
+        """Loads of the closed resources (their maximum) and of each one that comes again."""
+        tables, start = [], 0
+        for kind, rows in zip(self._resources, label.rows, strict=True):
+            own = loads[start : start + len(kind.columns)]
+            start += len(kind.columns)
+            before, after = kind.still_open[stage], kind.still_open[stage + 1]
+            if not before and not after:
+                tables.append(np.maximum(rows, own))
+                continue
+            resource = kind.of_stage[stage]
+            by_resource = {name: rows[1 + n] for n, name in enumerate(before)}
+            by_resource[resource] = by_resource.get(resource, 0.0) + own
+            closed = rows[0]
+            if resource not in after:
+                closed = np.maximum(closed, by_resource[resource])
+            tables.append(np.stack([closed, *(by_resource[name] for name in after)]))
+        return tuple(tables)
 
     def _unwind(self, label: _Label) -> PricedPipeline:
         boundaries, prices = [], []
@@ -266,8 +332,26 @@ class LabelSettingSearch:
             walk = walk.parent
         prices.reverse()
         boundaries.reverse()
+        if self.true_s is not None:
+            return PricedPipeline(self.true_s(boundaries, prices), (*boundaries,), (*prices,))
         seconds = self.objective.seconds([slot.device for slot in self.slots], prices)
         return PricedPipeline(seconds, tuple(boundaries), tuple(prices))
+
+
+def _resources(objective: Objective, devices: Sequence[int]) -> tuple[_Resources, ...]:
+    """Group the rows, and the outer seconds behind them, by the resources that they load."""
+    columns: dict[tuple[int, ...], list[int]] = {}
+    for column, row in enumerate(objective.rows):
+        columns.setdefault(row.resources or tuple(devices), []).append(column)
+    columns.setdefault(tuple(devices), []).append(len(objective.rows))
+    return tuple(
+        _Resources(
+            of_stage,
+            tuple(found),
+            tuple(_still_open(of_stage, stage) for stage in range(len(devices) + 1)),
+        )
+        for of_stage, found in columns.items()
+    )
 
 
 def _still_open(names: Sequence[int], stage: int) -> tuple[int, ...]:

@@ -228,6 +228,7 @@ class Engine:
             deadline = None if chain and upper == inf else self._deadline
             search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
             search.run()
+            search.offer_neighbours()
             found += search.offers
             upper, lower = search.upper_bound, search.lower_bound
         if self._lattice(deepest, chain=False, grouped=grouped) is None:
@@ -292,6 +293,9 @@ def search(
     Raises:
         PartitionError: A constraint is wrong, or the time limit ended before any split was found.
     """
+    if costs.planning is not None:
+        best = costs.planning.search(machine, constraints)
+        return () if best is None else (best,)
     deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
     partitions: list[Partition] = []
     upper = lower = inf

@@ -5,9 +5,10 @@ From what the search found to the answer with the caller's names and a readable 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice
@@ -85,6 +86,7 @@ class Partition:
         schedule: Schedule the times are for.
         num_microbatches: Microbatches per step of one pipeline.
         replicas: Copies of the pipeline, each with its own devices.
+        settings: The backend's own settings that the split was priced under, as JSON data.
     """
 
     stages: tuple[StageAssignment, ...]
@@ -94,6 +96,7 @@ class Partition:
     schedule: str
     num_microbatches: int
     replicas: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def gap(self) -> float:

@@ -50,6 +50,8 @@ def solve(
             ``step`` says of every split found that it does not fit.
     """
     found = search(graph, costs, machine, constraints, stage_pricer)
+    if not found and costs.planning is not None:
+        raise costs.planning.explain(machine, constraints)
     if not found:
         raise explain(graph, costs, machine, constraints, stage_pricer)
     if step is None:

@@ -35,6 +35,7 @@ class StagePrice:
         memory_bytes: Everything the stage holds, parameters shared with other blocks of the
             stage once; parameters shared with other stages included.
         picks: Option of each block of the stage, ascending.
+        extra_s: Seconds that rows of their own count (copies over a link, for one).
     """
 
     forward_s: float
@@ -44,6 +45,7 @@ class StagePrice:
     outer_s: float
     memory_bytes: float
     picks: tuple[int, ...]
+    extra_s: tuple[float, ...] = ()
 
     @property
     def forward_load_s(self) -> float:

@@ -19,7 +19,7 @@ from ipu_pipeline.backends.ipu.prices.blocks import (
     pricer_for,
     serialization_factor,
 )
-from ipu_pipeline.backends.ipu.prices.layout import Layout, make_layout
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import ipu_memory
 from ipu_pipeline.ir.graph import BlockGraph
 
@@ -96,7 +96,7 @@ class Seconds:
     )
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> StageLayout:
         """The even split, for what does not depend on the split."""
         return make_layout(self.ground.graph, replace(self.settings, layers_per_ipu=(-1,)))
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings, Prediction, chip_of, predict
+from ipu_pipeline.backends.ipu.prices.planning import partition_of
 from ipu_pipeline.capture import CapturedModel
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.planner.search import partition_of_prediction
 from ipu_pipeline.planner.tuning.search import Front, Point, Progress, candidates, search
 from ipu_pipeline.planner.tuning.space import TuneRequest, shapes
 
@@ -70,7 +70,7 @@ class TuneResult:
         proportions = prediction.settings.proportions
         settings = replace(prediction.settings, proportions=(min(proportions),))
         costs = IPUCostModel(settings).estimate(captured.graph, self.machine)
-        partition = partition_of_prediction(captured.graph, prediction, costs, chosen.bound_s)
+        partition = partition_of(captured.graph, prediction, chosen.bound_s)
         return make_plan(captured, self.machine, costs, partition)
 
     def predict(self, config: IPUConfig) -> Prediction:

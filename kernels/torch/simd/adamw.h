@@ -1,4 +1,4 @@
-// The AdamW update of a range of one tensor.
+// The AdamW update of a range of one bfloat16 tensor, rounded at random.
 
 #pragma once
 
@@ -8,20 +8,14 @@
 
 namespace ipu {
 
-enum class Number { float32, bfloat16, float16, float64 };
-
-// One tensor of the list, contiguous. In float64 all four are; else the gradient and the two
-// averages are float32 or of the weight's type.
+// One tensor of the list, contiguous: bfloat16 weights, gradients of float32 or bfloat16.
 struct AdamWTensor {
-  void* weight;
+  std::uint16_t* weight;
   const void* gradient;
-  void* exp_avg;
-  void* exp_avg_sq;
-  Number weight_type;
-  Number gradient_type;
-  Number average_type;
-  // Round the weight to a neighbour at random, by numbers that `key` and the index decide.
-  bool stochastic;
+  float* exp_avg;
+  float* exp_avg_sq;
+  bool narrow_gradient;
+  // With an element's index it decides the random number of that element.
   std::uint64_t key;
 };
 

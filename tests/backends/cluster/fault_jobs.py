@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster import bulletin, doing, faults
+from ipu_pipeline.backends.cluster import heartbeat, watchdog
 from tests.backends.cluster.jobs import compiled
 
 LONG_S = 1000.0
 
 
 def lower_limits() -> None:
-    faults.SILENT_S, faults.VERDICT_S, faults.REACT_S = 4.0, 8.0, 1.0
-    doing.HANG_S, doing.HANG_FACTOR = 4.0, 1.0
+    watchdog.SILENT_S, watchdog.REASON_S, watchdog.REACT_S = 4.0, 8.0, 1.0
+    heartbeat.HANG_S, heartbeat.HANG_FACTOR = 4.0, 1.0
 
 
 def _raise() -> None:
@@ -37,7 +35,7 @@ def _spin() -> None:
 
 
 def _stop() -> None:
-    time.sleep(6 * bulletin.BEAT_S)  # so that the others have seen a beat
+    time.sleep(6 * heartbeat.BEAT_S)  # so that the others have seen a beat
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -91,29 +89,6 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def absence(planned: dict[str, Any], path: str) -> str:
-    """The last rank stays away until another one has said that it waits."""
-    lower_limits()
-    faults.WARN_S = 1.0
-    flag, found = Path(path), []
-
-    class Note(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-            flag.touch()
-
-    handler = Note()
-    faults.logger.addHandler(handler)
-    faults.logger.propagate = False
-    made, batch = compiled("bert-qa", planned=planned)
-    with made:
-        for _ in range(3):
-            made.train_step(batch)
-            while dist.get_rank() and not flag.exists():
-                time.sleep(0.05)
-    return "; ".join(found)
-
-
 def desertion(planned: dict[str, Any]) -> str:
     """The last rank never comes back from the caller's code."""
     lower_limits()
@@ -135,7 +110,7 @@ def absent_at_the_start(planned: dict[str, Any]) -> str:
     if dist.get_rank():
         os._exit(9)
     try:
-        compiled("bert-qa", planned=planned)
+        compiled("bert-qa", planned=planned, stall_timeout_s=5.0)
     except ipp.errors.StageError as error:
         return str(error)
     return "started"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster import faults, saving
+from ipu_pipeline.backends.cluster import checkpoints, watchdog
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.train import TrainingArguments, build_optimizer, checkpoint, train
 from tests.backends.cluster.jobs import compiled
@@ -62,17 +62,17 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     return {"hidden": hidden, "complete": complete, "losses": (first, second)}
 
 
-write = saving.write_part
+write = checkpoints.write_part
 
 
 @contextmanager
 def replaced(name: str, function: Any) -> Any:
-    earlier = getattr(saving, name)
-    setattr(saving, name, function)
+    earlier = getattr(checkpoints, name)
+    setattr(checkpoints, name, function)
     try:
         yield
     finally:
-        setattr(saving, name, earlier)
+        setattr(checkpoints, name, earlier)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def failing_saves(folder: str, planned: dict[str, Any], rank: int, blocking: boo
             try:
                 made.save_checkpoint(f"{folder}/second", blocking=blocking)
                 made.train_step(batch)
-                made._saver._background._thread.join()
+                made._checkpoints._background._thread.join()
                 errors.append("")
             except OSError as error:
                 errors.append(str(error))
@@ -125,7 +125,7 @@ def error_at_the_end(folder: str, planned: dict[str, Any], how: str) -> str:
             made.train_step(batch)
             with full_disk(1):
                 made.save_checkpoint(f"{folder}/first", blocking=False)
-                made._saver._background._thread.join()
+                made._checkpoints._background._thread.join()
             if how == "wait":
                 made.wait_for_checkpoint()
             if how == "load":
@@ -139,7 +139,7 @@ def error_at_the_end(folder: str, planned: dict[str, Any], how: str) -> str:
 
 def killed(folder: str, planned: dict[str, Any], where: str) -> str:
     """A process dies during the second save; return what the others say."""
-    faults.SILENT_S, faults.VERDICT_S = 4.0, 8.0
+    watchdog.SILENT_S, watchdog.REASON_S = 4.0, 8.0
     made, batch = compiled("gpt2-lm", planned=planned)
     made.train_step(batch)
     made.save_checkpoint(f"{folder}/first")
@@ -149,8 +149,8 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == rank:
-        saving.write_part = write if where == "finish" else die
-        saving.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
+        checkpoints.write_part = write if where == "finish" else die
+        checkpoints.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
     made.train_step(batch)
     try:
         made.save_checkpoint(f"{folder}/second", blocking=where != "background")
@@ -163,21 +163,21 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
 
 def without_shared_disk(folder: str, planned: dict[str, Any]) -> Any:
     """The last rank does not see what the first writes; then both do."""
-    saving.SEEN_S = 0.0
+    checkpoints.SEEN_S = 0.0
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    saving.logger.addHandler(handler)
+    checkpoints.logger.addHandler(handler)
     made, batch = compiled("gpt2-lm", planned=planned)
     last = dist.get_rank() == dist.get_world_size() - 1
     with made:
         made.train_step(batch)
         made.save_checkpoint(f"{folder}/shared")
-        see = saving._appears
+        see = checkpoints._appears
         with replaced("_appears", lambda path: not last and see(path)):
             made.save_checkpoint(f"{folder}/alone")
             made.save_checkpoint(f"{folder}/again", blocking=False)
-    saving.logger.removeHandler(handler)
+    checkpoints.logger.removeHandler(handler)
     return lines
 
 

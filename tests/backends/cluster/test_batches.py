@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ipu_pipeline.backends.cluster.batches import dealt
+from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.same_batch import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.backends.cluster.schedules import (
     check_schedule,
     schedule_for,

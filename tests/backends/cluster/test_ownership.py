@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster import buckets
-from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters, Place
-from ipu_pipeline.backends.cluster.sharding import sharded
-from ipu_pipeline.ops.adamw import AdamW
+from ipu_pipeline.backends.cluster import groups
+from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters, Place, sharded
+from ipu_pipeline.ops.adamw import StochasticRoundingAdamW
 
 
 def parameters(*sizes: int) -> list[nn.Parameter]:
@@ -64,7 +63,7 @@ def test_frozen_parameters_do_not_unbalance_the_others() -> None:
 OTHERS = (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Optimizer)
 OPTIMIZERS = [
     kind
-    for kind in (*vars(torch.optim).values(), AdamW)
+    for kind in (*vars(torch.optim).values(), StochasticRoundingAdamW)
     if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind not in OTHERS
 ]
 
@@ -105,17 +104,17 @@ def tensors() -> list[Tensor]:
 def test_messages_hold_tensors_of_one_type_up_to_a_limit(
     monkeypatch: pytest.MonkeyPatch, tensors: list[Tensor], limit: int, sizes: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", limit)
+    monkeypatch.setattr(groups, "BUCKET_BYTES", limit)
     expected = [tensor * 2 for tensor in tensors]
-    assert [[t.numel() for t in bucket] for bucket in buckets.buckets(tensors)] == sizes
-    buckets.exchange(tensors, lambda message: message.mul_(2))
+    assert [[t.numel() for t in bucket] for bucket in groups.buckets(tensors)] == sizes
+    groups.exchange(tensors, lambda message: message.mul_(2))
     for tensor, double in zip(tensors, expected, strict=True):
         assert torch.equal(tensor, double)
 
 
 def test_a_tensor_alone_is_sent_from_where_it_is() -> None:
     single, turned = torch.zeros(4), torch.zeros(2, 3).t()
-    assert buckets.joined([single]).data_ptr() == single.data_ptr()
-    buckets.exchange([turned], lambda message: message.add_(1))
+    assert groups.joined([single]).data_ptr() == single.data_ptr()
+    groups.exchange([turned], lambda message: message.add_(1))
     assert turned.eq(1).all()
-    assert not list(buckets.buckets([]))
+    assert not list(groups.buckets([]))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from ipu_pipeline.ops.adamw import AdamW
 from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes, free_port
 
@@ -131,7 +130,9 @@ def test_every_rank_skips_a_step_that_overflowed(started: dict[int, Processes]) 
         assert rank["state"] == {n: jobs.digest(t) for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.Adagrad, AdamW])
+@pytest.mark.parametrize(
+    "optimizer_class", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW]
+)
 def test_more_replicas_than_parameters(started: dict[int, Processes], optimizer_class: Any) -> None:
     changed = {"optimizer_class": optimizer_class, "num_trained": 2}
     found = run(

@@ -217,7 +217,7 @@ def test_checkpoints_go_from_the_device_to_local_and_back(make: Any, tmp_path: P
     with mixed.compile(make) as device:
         for seed in range(2):
             device.train_step(mixed.batch(seed))
-        assert device.from_first_rank(3) == 3
+        assert device.broadcast(3) == 3
         device.save_checkpoint(tmp_path / "first", {"note": 1}, blocking=False)
         device.train_step(mixed.batch(98))  # not in the checkpoint
     with mixed.local(make) as local:

@@ -54,7 +54,11 @@ class IPUConfig:
         serialized_projection_splits_per_ipu: Slices of the projection that each IPU holds.
         optimizer_state_offchip: Keep optimizer state in the host-attached memory.
         replicated_tensor_sharding: Divide optimizer state between the replicas.
+        recompute: Whether every stage but the last runs its forward pass again in its backward
+            pass; ``None``: PopTorch's default, which does on more than one IPU.
         recompute_checkpoint_every_layer: Keep layer outputs only and compute the rest again.
+        stage_starts: First block and IPU of every stage, where ``layers_per_ipu`` cannot say it
+            (a field of this package: the published library reads ``layers_per_ipu``).
         enable_half_partials: Accumulate matrix products in float16.
         auto_loss_scaling: Let the device choose the loss scaling.
         output_mode: What a step returns: ``all``, ``sum``, ``final`` or ``default``.
@@ -98,7 +102,9 @@ class IPUConfig:
     )
     optimizer_state_offchip: bool = cfg("bool", default=False)
     replicated_tensor_sharding: bool = cfg("bool", default=False)
+    recompute: bool | None = cfg("bool", optional=True)
     recompute_checkpoint_every_layer: bool = cfg("bool", default=False)
+    stage_starts: Mapping[str, int] | None = cfg("mapping", optional=True)
     enable_half_partials: bool = cfg("bool", default=True)
     auto_loss_scaling: bool = cfg("bool", default=False)
     explicit_ir_inference: bool = cfg("bool", default=False)

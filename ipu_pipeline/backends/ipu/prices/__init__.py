@@ -1,9 +1,16 @@
-"""Graphcore IPUs: what a split costs in seconds and bytes, and what a configuration will do."""
+"""Graphcore IPUs: what a pipeline costs in seconds and bytes, and which pipeline is the quickest.
+
+Read the files in this order: ``chip.py``, ``operations.py`` and ``matmul.py`` (one operation),
+``blocks.py``, ``layout.py`` (stages of a configuration), ``timing.py`` and ``memory.py`` (THE price
+of a pipeline), ``predict.py``; then the search's side: ``chain.py``, ``pipeline.py``,
+``planning.py``, ``model.py``.
+"""
 
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip, chip_named, chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory
 from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
+from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict, predict_on_chip
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime
@@ -14,8 +21,10 @@ __all__ = [
     "Chip",
     "IPUCostModel",
     "IPUMemory",
+    "IPUPlanning",
     "IPUSettings",
     "Prediction",
+    "ProgramChoices",
     "StageTime",
     "StepTime",
     "chip_named",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip
-from ipu_pipeline.backends.ipu.prices.operations import Pricer
+from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
-from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
 from ipu_pipeline.planner.options.tables import table_rows
 
 
@@ -27,13 +28,29 @@ class BlockTime:
 
 def pricer_for(
     chip: Chip, settings: IPUSettings, ipu: int, calibration: Calibration = DEFAULT_CALIBRATION
-) -> Pricer:
+) -> OperationPricer:
     """Return what prices operations on ``ipu``."""
-    return Pricer(chip, settings.precision, settings.proportion(ipu), calibration)
+    return OperationPricer(chip, settings.precision, settings.proportion(ipu), calibration)
+
+
+class SharedOperations:
+    """A tuple of operations compared by identity: equal layers share theirs, long to compare."""
+
+    def __init__(self, operations: tuple[OpRecord, ...]) -> None:
+        """Wrap ``operations``, which stay alive as long as the key."""
+        self.operations = operations
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same object."""
+        return isinstance(other, SharedOperations) and self.operations is other.operations
+
+    def __hash__(self) -> int:
+        """Hash of the object's address."""
+        return id(self.operations)
 
 
 def block_time(
-    graph: BlockGraph, block: Block, pricer: Pricer, settings: IPUSettings, factor: int = 1
+    graph: BlockGraph, block: Block, pricer: OperationPricer, settings: IPUSettings, factor: int = 1
 ) -> BlockTime:
     """Price ``block``.
 
@@ -45,19 +62,24 @@ def block_time(
         factor: Slices of its large table, lookup or projection; 1 is whole.
     """
     rows = block_table_rows(graph, block) if factor > 1 else 0
-    forward = sum(op.count * pricer.cycles(op, rows, factor) for op in block.forward_ops)
-    backward = 0.0
-    if settings.training:
-        backward = sum(op.count * pricer.cycles(op, rows, factor) for op in block.backward_ops)
-        backward += accumulation_cycles(graph, block, pricer, settings)
     seconds = 1.0 / pricer.chip.clock_hz
     if settings.front_end != "popart":
         seconds *= pricer.calibration.poptorch_factor
+    forward = _cycles(SharedOperations(block.forward_ops), pricer, rows, factor)
+    if not settings.training:
+        return BlockTime(forward * seconds, 0.0)
+    backward = _cycles(SharedOperations(block.backward_ops), pricer, rows, factor)
+    backward += accumulation_cycles(graph, block, pricer, settings)
     return BlockTime(forward * seconds, backward * seconds)
 
 
+@lru_cache(maxsize=50_000)
+def _cycles(operations: SharedOperations, pricer: OperationPricer, rows: int, factor: int) -> float:
+    return sum(op.count * pricer.cycles(op, rows, factor) for op in operations.operations)
+
+
 def accumulation_cycles(
-    graph: BlockGraph, block: Block, pricer: Pricer, settings: IPUSettings
+    graph: BlockGraph, block: Block, pricer: OperationPricer, settings: IPUSettings
 ) -> float:
     """Cycles of adding one microbatch's weight gradients to the accumulators.
 
@@ -79,7 +101,14 @@ def block_table_rows(graph: BlockGraph, block: Block) -> int:
 
 def serialization_factor(graph: BlockGraph, block: Block, settings: IPUSettings) -> int:
     """Slices in which ``block`` runs under ``settings``; 1 where it has no large table."""
+    if settings.block_slices is not None:
+        return dict(settings.block_slices).get(block.name, 1)
     wanted = settings.embedding_factor if block.kind == "embedding" else settings.projection_factor
-    if wanted == 1 or block.kind not in ("embedding", "head", "other"):
+    if wanted == 1 or not may_serialize(graph, block):
         return 1
-    return wanted if block_table_rows(graph, block) else 1
+    return wanted
+
+
+def may_serialize(graph: BlockGraph, block: Block) -> bool:
+    """Whether ``block`` has a large table; a layer's feed-forward matrix is tall, but none."""
+    return block.kind in ("embedding", "head", "other") and block_table_rows(graph, block) > 0

@@ -13,18 +13,18 @@ own forward pass runs comes back to that IPU for it, which is one more stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 from ipu_pipeline.backends.ipu.config.layers import counted_layers, expand_layers
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import Block, BlockGraph
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayoutStage:
     """One forward pipeline stage.
 
     Attributes:
@@ -37,7 +37,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StageLayout:
     """Stages of a graph, and the sub-layer work that no block boundary expresses.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
         num_ipus: IPUs of one replica.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[LayoutStage, ...]
     num_ipus: int
 
     def blocks_on(self, ipu: int) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Layout:
 
 def make_layout(
     graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int] | None = None
-) -> Layout:
+) -> StageLayout:
     """Place every block.
 
     Args:
@@ -66,6 +66,8 @@ def make_layout(
     Raises:
         ConfigError: The layers do not add up, or an IPU is outside the replica.
     """
+    if ipus is None and settings.stage_starts:
+        return _by_starts(graph, settings)
     if ipus is None:
         ipus = _by_counts(graph, settings)
     outside = sorted({ipu for ipu in ipus.values() if not 0 <= ipu < settings.num_ipus})
@@ -76,7 +78,63 @@ def make_layout(
         )
     placed = _place(graph, settings, ipus)
     stages = _stages(graph, placed) if settings.hoisted else _stages_in_order(graph, placed)
-    return Layout(stages, settings.num_ipus)
+    return StageLayout(stages, settings.num_ipus)
+
+
+def layout_of(stages: Sequence[tuple[int, Sequence[str]]], num_ipus: int) -> StageLayout:
+    """Return the layout of given stages ``(ipu, blocks)``; PopART merges neighbours on one IPU."""
+    merged: list[LayoutStage] = []
+    for ipu, blocks in stages:
+        if merged and merged[-1].ipu == ipu:
+            merged[-1] = LayoutStage(ipu, (*merged[-1].blocks, *blocks))
+        else:
+            merged.append(LayoutStage(ipu, tuple(blocks)))
+    return StageLayout(tuple(merged), num_ipus)
+
+
+def _by_starts(graph: BlockGraph, settings: IPUSettings) -> StageLayout:
+    names = list(graph.block_index)
+    unknown = [name for name, _ in settings.stage_starts if name not in graph.block_index]
+    if unknown:
+        raise ConfigError(
+            f"stage_starts names {', '.join(unknown)}, which the model does not have; its blocks: "
+            f"{', '.join(names)}"
+        )
+    cuts = [graph.block_index[name] for name, _ in settings.stage_starts]
+    if cuts[0] != 0 or cuts != sorted(set(cuts)):
+        raise ConfigError(
+            "stage_starts must name the first block of every stage in the order of execution, "
+            f"{names[0]!r} first; got {', '.join(name for name, _ in settings.stage_starts)}"
+        )
+    outside = [ipu for _, ipu in settings.stage_starts if ipu not in range(settings.num_ipus)]
+    if outside:
+        raise ConfigError(
+            f"stage_starts places a stage on IPU {outside[0]!r}, but a replica has "
+            f"{settings.num_ipus}; correct it or ipus_per_replica"
+        )
+    ends = [*cuts[1:], len(names)]
+    return layout_of(
+        [(ipu, names[start:end])
+         for (_, ipu), start, end in zip(settings.stage_starts, cuts, ends, strict=True)],
+        settings.num_ipus,
+    )  # fmt: skip
+
+
+def placement_of(graph: BlockGraph, layout: StageLayout, settings: IPUSettings) -> IPUSettings:
+    """Return ``settings`` that say where ``layout`` puts every block.
+
+    ``layers_per_ipu`` counts the layers of every IPU; ``stage_starts`` is added only where these
+    numbers mean another layout.
+    """
+    counts = [
+        sum(graph[name].kind == "layer" for name in layout.blocks_on(ipu))
+        for ipu in range(layout.num_ipus)
+    ]
+    counted = replace(settings, layers_per_ipu=tuple(counts), stage_starts=())
+    if make_layout(graph, counted) == layout:
+        return counted
+    starts = tuple((stage.blocks[0], stage.ipu) for stage in layout.stages)
+    return replace(counted, stage_starts=starts)
 
 
 def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
@@ -100,14 +158,30 @@ def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) ->
     for position, block in enumerate(graph.blocks):
         if block.name in ipus:
             current = ipus[block.name]
-        elif block.kind == "embedding" or position < first:
+        elif position < first or _goes_back(graph, block, settings):
             placed[block.name] = settings.embedding_ipu
+            if not settings.hoisted:
+                current = settings.embedding_ipu
             continue
         elif position > last or block.kind in ("head", "loss"):
             placed[block.name] = head
             continue
         placed[block.name] = current
     return placed
+
+
+def _goes_back(graph: BlockGraph, block: Block, settings: IPUSettings) -> bool:
+    """Whether an embedding behind the first layer is on the IPU of the first one.
+
+    In the published library every embedding is; PopART insists where they share their table.
+    """
+    if block.kind != "embedding":
+        return False
+    kinds = {item.name: item.kind for item in graph.blocks[: graph.block_index[block.name]]}
+    tied = (group for group in graph.tied_groups if block.name in group)
+    return settings.hoisted or any(
+        kinds.get(name) == "embedding" for group in tied for name in group
+    )
 
 
 def _head_ipu(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> int:
@@ -121,7 +195,7 @@ def _head_ipu(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int])
     return settings.num_ipus - 1 if ipus else settings.embedding_ipu
 
 
-def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
+def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[LayoutStage, ...]:
     stage_of: dict[str, int] = {}
     owners: list[int] = []
     members: list[list[str]] = []
@@ -135,22 +209,22 @@ def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
             members.append([])
         members[stage].append(block.name)
         stage_of[block.name] = stage
-    return tuple(Stage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
+    return tuple(LayoutStage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
 
 
-def _stages_in_order(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[Stage, ...]:
+def _stages_in_order(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[LayoutStage, ...]:
     """Begin a stage wherever execution comes to another IPU."""
-    stages: list[Stage] = []
+    stages: list[LayoutStage] = []
     for block in graph.blocks:
         ipu = placed[block.name]
         if stages and stages[-1].ipu == ipu:
-            stages[-1] = Stage(ipu, (*stages[-1].blocks, block.name))
+            stages[-1] = LayoutStage(ipu, (*stages[-1].blocks, block.name))
         else:
-            stages.append(Stage(ipu, (block.name,)))
+            stages.append(LayoutStage(ipu, (block.name,)))
     return tuple(stages)
 
 
-def stage_tensors(graph: BlockGraph, layout: Layout) -> tuple[tuple[int, int, str], ...]:
+def stage_tensors(graph: BlockGraph, layout: StageLayout) -> tuple[tuple[int, int, str], ...]:
     """Return ``(producing stage, last consuming stage, tensor)`` of all that crosses stages."""
     stage_of = {name: i for i, stage in enumerate(layout.stages) for name in stage.blocks}
     crossing = []
@@ -165,7 +239,7 @@ def stage_tensors(graph: BlockGraph, layout: Layout) -> tuple[tuple[int, int, st
 
 
 def held_elements(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
 ) -> tuple[Mapping[str, int], ...]:
     """Return, for every IPU, the parameters it holds and how many elements of each.
 

@@ -17,19 +17,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from math import prod
 
 from ipu_pipeline.backends.ipu.prices.blocks import (
+    SharedOperations,
     block_table_rows,
     pricer_for,
     serialization_factor,
 )
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip
-from ipu_pipeline.backends.ipu.prices.layout import Layout, held_elements, stage_tensors
-from ipu_pipeline.backends.ipu.prices.operations import Pricer, products, result_bytes, sliced
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.operations import (
+    OperationPricer,
+    products,
+    result_bytes,
+    sliced,
+)
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
@@ -44,6 +51,7 @@ CODE_BYTES_PER_PRODUCT = 3_419_000 / 8
 # whole training program of 3 layers (mem_demo_tiny_train).
 CODE_BYTES_INFERENCE = 8_300_000
 CODE_BYTES_TRAINING = 52_400_000
+_LAYER_NAME = re.compile(r"(.*\.\d+)(\.|#|$)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ class IPUMemory:
     @property
     def total_bytes(self) -> int:
         """All kinds together."""
-        return sum(getattr(self, item.name) for item in fields(self))
+        return (self.weights + self.gradients + self.optimizer + self.stash + self.activations
+                + self.temporaries + self.transfers + self.code)  # fmt: skip
 
     def fullest_tile_bytes(self, chip: Chip) -> int:
         """Bytes of the fullest tile."""
@@ -86,61 +95,137 @@ class IPUMemory:
 
 
 @dataclass(frozen=True)
-class _Context:
-    graph: BlockGraph
-    layout: Layout
-    settings: IPUSettings
-    chip: Chip
-    calibration: Calibration
+class StageBytes:
+    """What one stage needs on its IPU besides parameters, results of operations and code.
+
+    Attributes:
+        stash: Stage and layer inputs kept for the microbatches in flight.
+        activations: What the segment being differentiated keeps.
+        transfers: Tensors being received and sent.
+    """
+
+    stash: int
+    activations: int
+    transfers: int
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Tensors that cross a boundary between stages: read behind it, or passed on."""
+
+    names: tuple[str, ...] = ()
 
 
 def ipu_memory(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> tuple[IPUMemory, ...]:
     """Return the memory of every IPU of one replica."""
-    context = _Context(graph, layout, settings, chip, calibration)
+    crossing = stage_tensors(graph, layout)
+    count = len(layout.stages)
+    cuts = [
+        Boundary(tuple(name for first, last, name in crossing if first < stage <= last))
+        for stage in range(count + 1)
+    ]
+    stages: list[list[StageBytes]] = [[] for _ in range(layout.num_ipus)]
+    for stage, placed in enumerate(layout.stages):
+        stages[placed.ipu].append(
+            stage_bytes(
+                graph,
+                settings,
+                placed.blocks,
+                cuts[stage : stage + 2],
+                stash_depth(count, stage),
+                first=stage == 0,
+            )
+        )
     held = held_elements(graph, layout, settings)
-    return tuple(_one_ipu(context, ipu, held[ipu]) for ipu in range(layout.num_ipus))
+    found = []
+    for ipu in range(layout.num_ipus):
+        names = layout.blocks_on(ipu)
+        pricer = pricer_for(chip, settings, ipu, calibration)
+        working = max((working_of(graph, name, pricer, settings) for name in names), default=0)
+        found.append(one_ipu(graph, settings, stages[ipu], names, held[ipu], working))
+    return tuple(found)
 
 
-def _one_ipu(context: _Context, ipu: int, held: Mapping[str, int]) -> IPUMemory:
-    graph, settings = context.graph, context.settings
-    names = context.layout.blocks_on(ipu)
+def one_ipu(
+    graph: BlockGraph,
+    settings: IPUSettings,
+    stages: Sequence[StageBytes],
+    names: Sequence[str],
+    held: Mapping[str, int],
+    working: int,
+) -> IPUMemory:
+    """Add up one IPU.
+
+    Args:
+        graph: The model.
+        settings: The run.
+        stages: Of the IPU's stages.
+        names: Their blocks.
+        held: Elements of every parameter on the IPU.
+        working: Most bytes that one operation of its blocks needs (:func:`working_of`).
+    """
     if not names and not held:
         return IPUMemory()
-    stages = [i for i, stage in enumerate(context.layout.stages) if stage.ipu == ipu]
     changed = [n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable]
-    trainable, largest = sum(changed), max(changed, default=0)
+    products = sum(num_products(graph[name]) for name in names)
+    return add_up(
+        settings, sum(held.values()), sum(changed), max(changed, default=0), stages, working,
+        products,
+    )  # fmt: skip
+
+
+def add_up(
+    settings: IPUSettings,
+    elements: int,
+    trainable: int,
+    largest: int,
+    stages: Sequence[StageBytes],
+    working: int,
+    products: int,
+) -> IPUMemory:
+    """Return the memory of one IPU from its numbers.
+
+    Args:
+        settings: The run.
+        elements: Parameter elements that it holds.
+        trainable: Those that are trained.
+        largest: Elements of its largest trained parameter.
+        stages: Of its stages.
+        working: Most bytes that one operation needs.
+        products: Matrix products of its forward passes.
+    """
     training = int(settings.training)
     on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
-    activations = max((_live_bytes(context, stage) for stage in stages), default=0)
-    pricer = pricer_for(context.chip, settings, ipu, context.calibration)
-    working = _working_of(context, names, pricer)
+    activations = max((stage.activations for stage in stages), default=0)
     updating = training * largest * _streamed_bytes(settings)
     return IPUMemory(
-        weights=sum(held.values()) * settings.element_bytes,
+        weights=elements * settings.element_bytes,
         gradients=training * trainable * settings.element_bytes,
         optimizer=int(training * trainable * on_chip),
-        stash=sum(stash_bytes(context, stage) for stage in stages),
+        stash=sum(stage.stash for stage in stages),
         activations=activations,
         temporaries=int(max(working, updating - activations)),
-        transfers=_transfer_bytes(context, stages),
-        code=code_bytes([graph[name] for name in names], training=settings.training),
+        transfers=sum(stage.transfers for stage in stages),
+        code=code_bytes(products, training=settings.training),
     )
 
 
-def _working_of(context: _Context, names: Sequence[str], pricer: Pricer) -> int:
-    known: dict[tuple[int, ...], int] = {}
-    for name in names:
-        block = context.graph[name]
-        rows, factor = (
-            block_table_rows(context.graph, block),
-            serialization_factor(context.graph, block, context.settings),
-        )
-        key = (id(block.forward_ops), id(block.backward_ops), rows, factor)
-        if key not in known:  # equal layers share their operations
-            known[key] = working_bytes(block, rows, factor, pricer, context.settings)
-    return max(known.values(), default=0)
+def working_of(graph: BlockGraph, name: str, pricer: OperationPricer, settings: IPUSettings) -> int:
+    """Most bytes that one operation of a block needs; equal layers are looked at once."""
+    block = graph[name]
+    return _working(
+        SharedOperations(block.forward_ops),
+        SharedOperations(block.backward_ops if settings.training else ()),
+        block_table_rows(graph, block),
+        serialization_factor(graph, block, settings),
+        pricer,
+    )
 
 
 def _streamed_bytes(settings: IPUSettings) -> float:
@@ -148,11 +233,20 @@ def _streamed_bytes(settings: IPUSettings) -> float:
     return settings.state_bytes * settings.state_share if settings.optimizer_offchip else 0.0
 
 
-def code_bytes(blocks: Sequence[Block], *, training: bool) -> int:
-    """Bytes of code, vertex state, exchange and control of ``blocks`` on one IPU."""
-    count = sum(op.count for block in blocks for op in block.forward_ops if op.kind == "matmul")
+def code_bytes(products: int, *, training: bool) -> int:
+    """Bytes of code, vertex state, exchange and control for so many matrix products."""
     base = CODE_BYTES_TRAINING if training else CODE_BYTES_INFERENCE
-    return int(base + count * CODE_BYTES_PER_PRODUCT)
+    return int(base + products * CODE_BYTES_PER_PRODUCT)
+
+
+@lru_cache(maxsize=10_000)
+def _products_in(operations: SharedOperations) -> int:
+    return sum(op.count for op in operations.operations if op.kind == "matmul")
+
+
+def num_products(block: Block) -> int:
+    """Matrix products in the forward pass of ``block``."""
+    return _products_in(SharedOperations(block.forward_ops))
 
 
 def stash_depth(num_stages: int, stage: int) -> int:
@@ -160,53 +254,80 @@ def stash_depth(num_stages: int, stage: int) -> int:
     return 2 * (num_stages - 1 - stage) + 1
 
 
-def stash_bytes(context: _Context, stage: int) -> int:
-    """Bytes that one stage keeps for its microbatches in flight."""
-    settings = context.settings
-    if not settings.training or not settings.pipelined:
-        return 0
-    depth = stash_depth(len(context.layout.stages), stage)
-    if not _recomputes(context):
-        return depth * sum(_saved(context, name) for name in context.layout.stages[stage].blocks)
-    kept = {name for name, _ in _entering(context, stage)}
+def stage_bytes(
+    graph: BlockGraph,
+    settings: IPUSettings,
+    names: Sequence[str],
+    cuts: Sequence[Boundary],
+    in_flight: int,
+    *,
+    first: bool,
+) -> StageBytes:
+    """Price one stage.
+
+    Args:
+        graph: The model.
+        settings: The run.
+        names: Its blocks, in execution order.
+        cuts: What crosses the boundary in front of it and the one behind it.
+        in_flight: Microbatches it keeps (:func:`stash_depth`).
+        first: Whether inputs from the host enter here.
+    """
+    segments = _segments(graph, names, settings)
+    saved = [sum(saved_bytes(graph[name], settings) for name in segment) for segment in segments]
+    stash, activations = 0, 0
+    if settings.training and _recomputes(settings):
+        activations = max(saved, default=0)
+    elif settings.training and not (settings.pipelined and settings.num_ipus > 1):
+        activations = sum(saved)
+    if settings.training and settings.pipelined:
+        if _recomputes(settings):
+            stash = int(in_flight * _kept(graph, settings, segments, cuts[0], first=first))
+        else:
+            stash = in_flight * sum(saved)
+    return StageBytes(stash, activations, _transfer_bytes(graph, settings, cuts, first=first))
+
+
+def _kept(
+    graph: BlockGraph,
+    settings: IPUSettings,
+    segments: Sequence[Sequence[str]],
+    entering: Boundary,
+    *,
+    first: bool,
+) -> float:
+    """Bytes of one microbatch from which a stage is recomputed."""
+    kept = set(entering.names)
     if settings.checkpoint_layers:
-        for segment in _segments(context, stage):
-            kept.update(context.graph[segment[0]].inputs)
-    tensors = [context.graph.tensor_by_name[name] for name in kept]
-    size = sum(float_bytes(tensor, settings.stashed_bytes) for tensor in tensors)
-    if stage == 0:
-        size += sum(float_bytes(t, settings.element_bytes) for t in context.graph.inputs)
-    return int(depth * size)
+        for segment in segments:
+            kept.update(graph[segment[0]].inputs)
+    size = sum(
+        float_bytes(graph.tensor_by_name[name], settings.stashed_bytes) for name in sorted(kept)
+    )
+    if first:
+        size += sum(float_bytes(t, settings.element_bytes) for t in graph.inputs)
+    return size
 
 
-def _recomputes(context: _Context) -> bool:
+def _recomputes(settings: IPUSettings) -> bool:
     """PopTorch recomputes by default on more than one IPU only."""
-    return context.settings.recompute and context.settings.num_ipus > 1
+    return settings.recompute and settings.num_ipus > 1
 
 
-def _entering(context: _Context, stage: int) -> list[tuple[str, int]]:
-    """Tensors that a stage receives: to read them, or to pass them on."""
-    crossing = stage_tensors(context.graph, context.layout)
-    return [(name, start) for start, end, name in crossing if start < stage <= end]
-
-
-def _segments(context: _Context, stage: int) -> list[list[str]]:
+def _segments(
+    graph: BlockGraph, names: Sequence[str], settings: IPUSettings
+) -> list[Sequence[str]]:
     """Blocks of a stage between checkpoints: each layer (all of its parts) is one segment."""
-    names = context.layout.stages[stage].blocks
-    if not context.settings.checkpoint_layers:
-        return [list(names)]
-    keyed = ((_layer_of(context.graph[name]), name) for name in names)
+    if not settings.checkpoint_layers:
+        return [names]
+    keyed = ((layer_of(graph[name]), name) for name in names)
     return [[name for _, name in group] for _, group in groupby(keyed, key=lambda pair: pair[0])]
 
 
-def _layer_of(block: Block) -> str:
-    """``encoder.layer.3`` for ``encoder.layer.3.attention``; the block itself where it is none."""
-    found = re.match(r"(.*\.\d+)(\.|#|$)", block.name) if block.kind == "layer" else None
+def layer_of(block: Block) -> str:
+    """``encoder.layer.3`` for ``encoder.layer.3.attention``; the kind where it is no layer."""
+    found = _LAYER_NAME.match(block.name) if block.kind == "layer" else None
     return found[1] if found else block.kind
-
-
-def _saved(context: _Context, name: str) -> int:
-    return saved_bytes(context.graph[name], context.settings)
 
 
 def saved_bytes(block: Block, settings: IPUSettings) -> int:
@@ -214,46 +335,37 @@ def saved_bytes(block: Block, settings: IPUSettings) -> int:
 
     Dropout masks are not among them: PopART draws them again from a stashed seed.
     """
-    masks = sum(
-        op.count * DTYPE_BYTES.get(op.dtype, 4) * prod(op.shapes[0])
-        for op in block.forward_ops
-        if op.kind == "random" and op.shapes
-    )
+    masks = _mask_bytes(SharedOperations(block.forward_ops))
     return int(max(0, block.saved_bytes - masks) * settings.element_bytes // 4)
 
 
-def _live_bytes(context: _Context, stage: int) -> int:
-    """Saved tensors that exist at once while a stage runs backward."""
-    if not context.settings.training:
-        return 0
-    if not _recomputes(context):
-        pipelined = context.settings.pipelined and context.settings.num_ipus > 1
-        names = context.layout.stages[stage].blocks
-        return 0 if pipelined else sum(_saved(context, name) for name in names)
-    segments = _segments(context, stage)
-    return max(sum(_saved(context, name) for name in segment) for segment in segments)
+@lru_cache(maxsize=10_000)
+def _mask_bytes(operations: SharedOperations) -> float:
+    return sum(
+        op.count * DTYPE_BYTES.get(op.dtype, 4) * prod(op.shapes[0])
+        for op in operations.operations
+        if op.kind == "random" and op.shapes
+    )
 
 
-def working_bytes(
-    block: Block, rows: int, factor: int, pricer: Pricer, settings: IPUSettings
+@lru_cache(maxsize=50_000)
+def _working(
+    forward: SharedOperations,
+    backward: SharedOperations,
+    rows: int,
+    factor: int,
+    pricer: OperationPricer,
 ) -> int:
-    """Most bytes that one operation of ``block`` needs besides what is saved.
+    """Most bytes that one operation of a block needs besides what is saved.
 
     An operation needs its result and the gradient (or value) it works on; a matrix product
     also the rearranged parts of its operands, which the memory proportion bounds.
-
-    Args:
-        block: The block.
-        rows: Rows of its large table; 0 for none.
-        factor: Slices in which operations on that table run.
-        pricer: Plans matrix products.
-        settings: Mode of the run.
     """
-    operations = [*block.forward_ops, *(block.backward_ops if settings.training else ())]
+    operations = [*forward.operations, *backward.operations]
     return int(max((_one_bytes(op, pricer, rows, factor) for op in operations), default=0.0))
 
 
-def _one_bytes(op: OpRecord, pricer: Pricer, rows: int, factor: int) -> float:
+def _one_bytes(op: OpRecord, pricer: OperationPricer, rows: int, factor: int) -> float:
     result = result_bytes(op, pricer.element_bytes, rows, factor)
     if op.kind != "matmul":
         return 2 * result
@@ -264,15 +376,16 @@ def _one_bytes(op: OpRecord, pricer: Pricer, rows: int, factor: int) -> float:
     return result + value + operands * pricer.chip.tiles
 
 
-def _transfer_bytes(context: _Context, stages: Sequence[int]) -> int:
-    """Tensors that the stages of one IPU receive or send in a cycle, and their gradients."""
+def _transfer_bytes(
+    graph: BlockGraph, settings: IPUSettings, cuts: Sequence[Boundary], *, first: bool
+) -> int:
+    """Tensors that a stage receives or sends in a cycle, and their gradients."""
     size = 0.0
-    for start, end, name in stage_tensors(context.graph, context.layout):
-        tensor = context.graph.tensor_by_name[name]
-        ways = 2 if context.settings.training and tensor.requires_grad else 1
-        passes = sum((start <= stage < end) + (start < stage <= end) for stage in stages)
-        size += ways * passes * float_bytes(tensor, context.settings.element_bytes)
-    if 0 in stages:
-        inputs = context.graph.inputs
-        size += sum(float_bytes(tensor, context.settings.element_bytes) for tensor in inputs)
+    for cut in cuts:
+        for name in cut.names:
+            tensor = graph.tensor_by_name[name]
+            ways = 2 if settings.training and tensor.requires_grad else 1
+            size += ways * float_bytes(tensor, settings.element_bytes)
+    if first:
+        size += sum(float_bytes(tensor, settings.element_bytes) for tensor in graph.inputs)
     return int(size)

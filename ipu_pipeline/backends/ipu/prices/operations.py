@@ -42,7 +42,7 @@ SCAN_CYCLES = 6  # a tile compares every index with its slice of a table: load, 
 
 
 @dataclass(frozen=True)
-class Pricer:
+class OperationPricer:
     """What pricing an operation needs besides the operation.
 
     Attributes:
@@ -88,7 +88,7 @@ class Pricer:
 
 
 @lru_cache(maxsize=200_000)
-def _cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float:
+def _cycles(op: OpRecord, pricer: OperationPricer, table_rows: int, factor: int) -> float:
     short = op.name.split(".")[-1]
     if short in _FREE or (not op.flops and _is_scalar(op)):
         return 0.0
@@ -105,7 +105,7 @@ def _cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float
     return pricer.vector_cycles(num_bytes, passes)
 
 
-def _row_waste(op: OpRecord, pricer: Pricer) -> float:
+def _row_waste(op: OpRecord, pricer: OperationPricer) -> float:
     row = op.shapes[0][-1] if op.shapes and op.shapes[0] else 1
     return access_waste(row, pricer.element_bytes)
 
@@ -157,7 +157,9 @@ def _cube(flops: int) -> tuple[Product, ...]:
     return (Product(1, edge, edge, edge),)
 
 
-def _product_cycles(product: Product, pricer: Pricer, table_rows: int, factor: int) -> float:
+def _product_cycles(
+    product: Product, pricer: OperationPricer, table_rows: int, factor: int
+) -> float:
     part = sliced(product, table_rows, factor)
     return (factor if part != product else 1) * pricer.plan(part).cycles
 
@@ -199,7 +201,7 @@ def lookup_size(op: OpRecord) -> tuple[int, int]:
     return count, table[-1] if table and indices else 1
 
 
-def _lookup_cycles(op: OpRecord, pricer: Pricer, table_rows: int, factor: int) -> float:
+def _lookup_cycles(op: OpRecord, pricer: OperationPricer, table_rows: int, factor: int) -> float:
     """Cycles of a lookup, or of its gradient, which scatters rows the same way back.
 
     A table is spread over the tiles by rows: each tile scans all indices and sends what it has.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip, chip_of
-from ipu_pipeline.backends.ipu.prices.layout import Layout, make_layout
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StepTime, step_time
@@ -33,7 +33,7 @@ class Prediction:
 
     settings: IPUSettings
     chip: Chip
-    layout: Layout
+    layout: StageLayout
     memory: tuple[IPUMemory, ...]
     time: StepTime
     micro_batch: int
@@ -45,11 +45,15 @@ class Prediction:
         return all(memory.fits(self.chip) for memory in self.memory)
 
     @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step of one replica (in inference: of a call)."""
+        run = self.settings
+        return run.accumulation if run.training else run.device_iterations
+
+    @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step (in inference: one call) over all replicas."""
-        settings = self.settings
-        count = settings.accumulation if settings.training else settings.device_iterations
-        return self.micro_batch * count * settings.replicas
+        return self.micro_batch * self.num_microbatches * self.settings.replicas
 
     @property
     def samples_per_s(self) -> float:
@@ -108,7 +112,17 @@ def predict_on_chip(
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Prediction:
     """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`)."""
-    layout = make_layout(graph, settings, layers)
+    return predict_layout(graph, make_layout(graph, settings, layers), settings, chip, calibration)
+
+
+def predict_layout(
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+) -> Prediction:
+    """Predict stages that are given: THE price of an IPU pipeline, whoever chose it."""
     prediction = Prediction(
         settings=settings,
         chip=chip,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.errors import PlanError
 
 Precision = Literal["16.16", "16.32", "32.32"]
 FrontEnd = Literal["popart", "poptorch"]
@@ -35,7 +37,8 @@ class IPUSettings:
         optimizer_offchip: Optimizer state in streaming memory.
         sharded: Replicated tensor sharding of the optimizer state.
         half_first_moment: First moment in float16.
-        recompute: Pipeline recomputation (PopTorch's default on more than one IPU).
+        recompute: Every stage but the last runs its forward pass again in its backward stage
+            (PopART's pipeline recomputation, of the whole program or of nothing).
         checkpoint_layers: Keep every layer's input, so that one layer at a time is recomputed.
         checkpoint_bytes: Bytes per element of kept inputs; 0: as the compute type.
         precision: Type of operands and of partial sums, in bits.
@@ -44,6 +47,10 @@ class IPUSettings:
         pipelined: Whether stages run as a pipeline (else one after another).
         hoisted: Later embeddings are computed in the stage of the first one, as the published
             library does; else wherever the model's forward pass comes to them.
+        block_slices: Slices by block, 1 for those that it does not name; ``None``: by the two
+            factors.
+        stage_starts: First block and IPU of every stage, instead of ``layers_per_ipu``; empty:
+            not given.
     """
 
     num_ipus: int
@@ -69,7 +76,9 @@ class IPUSettings:
     front_end: FrontEnd = "poptorch"
     training: bool = True
     pipelined: bool = True
-    hoisted: bool = True
+    hoisted: bool = False
+    block_slices: tuple[tuple[str, int], ...] | None = None
+    stage_starts: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -113,6 +122,22 @@ class IPUSettings:
         """Memory proportion of ``ipu``; PopART's default of 0.6 where none was given."""
         return self.proportions[ipu] if ipu < len(self.proportions) else 0.6
 
+    def program_text(self) -> str:
+        """Say what the program does besides its placement."""
+        if self.num_ipus == 1 or not self.training:
+            again = "nothing is recomputed"
+        elif self.recompute:
+            kept = "layers'" if self.checkpoint_layers else "stages'"
+            again = f"every stage but the last is recomputed from {kept} inputs"
+        else:
+            again = "recomputation is off"
+        place = "off chip" if self.optimizer_offchip else "on chip"
+        given = ", ".join(f"{value:g}" for value in dict.fromkeys(self.proportions)) or "0.6"
+        return (
+            f"program: {again}, {self.precision} arithmetic, optimizer state {place}"
+            f"{', sharded' if self.sharded else ''}, memory proportion {given}"
+        )
+
     @classmethod
     def from_config(
         cls,
@@ -147,6 +172,7 @@ class IPUSettings:
             name: getattr(config, f"{prefix}{name}_serialization_factor") or sum(splits[name])
             for name in splits
         }
+        starts = None if inference else config.stage_starts
         return cls(
             num_ipus=num_ipus,
             layers_per_ipu=config.layers(inference=inference),
@@ -164,9 +190,61 @@ class IPUSettings:
             optimizer_offchip=config.optimizer_state_offchip,
             sharded=config.replicated_tensor_sharding,
             half_first_moment=bool(config.enable_half_first_order_momentum),
+            recompute=config.recompute is not False,
             checkpoint_layers=config.recompute_checkpoint_every_layer,
             precision="16.16" if config.enable_half_partials else "16.32",
             front_end=front_end,
             training=training,
             pipelined=num_ipus > 1,
+            stage_starts=tuple((starts or {}).items()),
         )
+
+    def ipu_config(self, base: IPUConfig | None = None) -> IPUConfig:
+        """Return these settings as ``ipu_config.json`` holds them; everything is explicit.
+
+        Args:
+            base: Gives what the settings do not know (output mode, seed, ...).
+        """
+        given = {
+            "layers_per_ipu": self.layers_per_ipu,
+            "ipus_per_replica": self.num_ipus,
+            "replication_factor": self.replicas,
+            "gradient_accumulation_steps": self.accumulation,
+            "device_iterations": self.device_iterations,
+            "matmul_proportion": tuple(self.proportion(ipu) for ipu in range(self.num_ipus)),
+            "embedding_serialization_factor": self.embedding_factor,
+            "projection_serialization_factor": self.projection_factor,
+            "optimizer_state_offchip": self.optimizer_offchip,
+            "replicated_tensor_sharding": self.sharded,
+            "recompute": self.recompute,
+            "recompute_checkpoint_every_layer": self.checkpoint_layers,
+            "enable_half_partials": self.precision == "16.16",
+            "enable_half_first_order_momentum": True if self.half_first_moment else None,
+            "stage_starts": dict(self.stage_starts) or None,
+        }
+        for what in ("embedding", "projection"):
+            splits = getattr(self, f"{what}_splits")
+            if splits:
+                given[f"serialized_{what}_splits_per_ipu"] = splits
+                given[f"{what}_serialization_factor"] = None
+        return IPUConfig(**given) if base is None else replace(base, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; :meth:`from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> IPUSettings:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: A field is unknown or has a wrong value.
+        """
+        try:
+            return cls(**{name: _tuples(value) for name, value in raw.items()})
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"not the settings of an IPU program: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.backends.ipu.prices.blocks import (
-    BlockTime,
     block_time,
     pricer_for,
     serialization_factor,
 )
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.chip import Chip
-from ipu_pipeline.backends.ipu.prices.layout import Layout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 
@@ -93,7 +92,11 @@ class StepTime:
 
 
 def step_time(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> StepTime:
     """Predict one optimizer step of ``graph`` placed by ``layout``."""
     stages = stage_times(graph, layout, settings, chip, calibration)
@@ -126,23 +129,21 @@ def step_time(
 
 
 def stage_times(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> tuple[StageTime, ...]:
     """Price every forward stage for one microbatch."""
     found = []
-    known: dict[tuple[object, ...], BlockTime] = {}
     for position, stage in enumerate(layout.stages):
         pricer = pricer_for(chip, settings, stage.ipu, calibration)
         forward = backward = 0.0
         for name in stage.blocks:
             block = graph[name]
             factor = serialization_factor(graph, block, settings)
-            # Equal layers share their operation tuples, which are long to hash.
-            key = (id(block.forward_ops), id(block.backward_ops), block.kind, pricer.proportion,
-                   factor, graph.parameter_bytes(block))  # fmt: skip
-            if key not in known:
-                known[key] = block_time(graph, block, pricer, settings, factor)
-            time = known[key]
+            time = block_time(graph, block, pricer, settings, factor)
             forward += time.forward_s
             backward += time.backward_s
         again = settings.training and settings.recompute and position < len(layout.stages) - 1
@@ -181,7 +182,11 @@ def float_bytes(tensor: TensorSpec, element_bytes: float) -> float:
 
 
 def copy_time(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> float:
     """Seconds of the copy phase of one cycle: the busiest direction of the busiest link.
 
@@ -214,7 +219,7 @@ def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
 
 
 def trainable_elements(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings
+    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
 ) -> Mapping[int, int]:
     """Trainable parameter elements by IPU; a parameter used twice on an IPU counts once."""
     return {
@@ -224,37 +229,56 @@ def trainable_elements(
 
 
 def update_times(
-    graph: BlockGraph, layout: Layout, settings: IPUSettings, chip: Chip, calibration: Calibration
+    graph: BlockGraph,
+    layout: StageLayout,
+    settings: IPUSettings,
+    chip: Chip,
+    calibration: Calibration,
 ) -> tuple[float, float, float]:
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
     if not settings.training:
         return 0.0, 0.0, 0.0
     elements = trainable_elements(graph, layout, settings)
     most = max(elements.values())
-    touched = settings.state_share * most
-    per_element = 3 * settings.element_bytes + 2 * settings.state_bytes
-    rate = chip.tiles * calibration.vector_bytes_per_cycle * chip.clock_hz
     tensors = sum(parameter.trainable for parameter in graph.parameters)
-    optimizer_s = touched * per_element / rate + tensors * calibration.tensor_update_s
-    streaming_s = 0.0
-    if settings.optimizer_offchip:
-        boards: Counter[int] = Counter()
-        for ipu, count in elements.items():
-            boards[ipu // chip.ipus_per_board] += count
-        sharing = min(settings.replicas, max(1, chip.ipus_per_board // settings.num_ipus))
-        moved = 2 * settings.state_bytes * settings.state_share * sharing * max(boards.values())
-        streaming_s = moved / chip.streaming_bytes_per_s
-    return optimizer_s, streaming_s, _all_reduce(most, settings, chip, calibration)
+    optimizer_s = most * optimizer_s_per_element(settings, chip, calibration)
+    boards: Counter[int] = Counter()
+    for ipu, count in elements.items():
+        boards[ipu // chip.ipus_per_board] += count
+    return (
+        optimizer_s + tensors * calibration.tensor_update_s,
+        max(boards.values()) * streaming_s_per_element(settings, chip),
+        most * all_reduce_s_per_element(settings, chip, calibration),
+    )
 
 
-def _all_reduce(
-    elements: int, settings: IPUSettings, chip: Chip, calibration: Calibration
-) -> float:
-    """Ring all-reduce of one IPU's gradients over the replicas (2 (R-1)/R of their bytes)."""
+def optimizer_s_per_element(settings: IPUSettings, chip: Chip, calibration: Calibration) -> float:
+    """Seconds of optimizer arithmetic for each trained element of the fullest IPU."""
+    num_bytes = settings.state_share * (3 * settings.element_bytes + 2 * settings.state_bytes)
+    return num_bytes / (chip.tiles * calibration.vector_bytes_per_cycle * chip.clock_hz)
+
+
+def streaming_s_per_element(settings: IPUSettings, chip: Chip) -> float:
+    """Seconds of moving the optimizer state of each trained element of the fullest board.
+
+    Replicas on a board share its streaming memory; state on the chip moves nowhere.
+    """
+    if not (settings.training and settings.optimizer_offchip):
+        return 0.0
+    sharing = min(settings.replicas, max(1, chip.ipus_per_board // settings.num_ipus))
+    moved = 2 * settings.state_bytes * settings.state_share * sharing
+    return moved / chip.streaming_bytes_per_s
+
+
+def all_reduce_s_per_element(settings: IPUSettings, chip: Chip, calibration: Calibration) -> float:
+    """Seconds of a ring all-reduce over the replicas for each trained element of an IPU.
+
+    A ring moves 2 (R-1)/R of the gradients' bytes.
+    """
     replicas = settings.replicas
     if replicas == 1:
         return 0.0
     racks = replicas * settings.num_ipus > chip.ipus_per_rack
     speed = chip.link_bytes_per_s(0, chip.ipus_per_rack if racks else chip.ipus_per_board)
-    size = 2 * (replicas - 1) / replicas * elements * settings.element_bytes
+    size = 2 * (replicas - 1) / replicas * settings.element_bytes
     return size / (speed * calibration.copy_share)

@@ -15,6 +15,7 @@ from ipu_pipeline.backends.ipu.prices.memory import (
     FULLEST_TILE,
     code_bytes,
     ipu_memory,
+    num_products,
     saved_bytes,
     stash_depth,
 )
@@ -89,11 +90,9 @@ def test_dropout_masks_are_drawn_again() -> None:
 
 
 def test_code_grows_with_the_products() -> None:
-    layer = GRAPH["layer.0"]
-    assert code_bytes([layer] * 3, training=False) == int(
-        CODE_BYTES_INFERENCE + 3 * CODE_BYTES_PER_PRODUCT
-    )
-    assert code_bytes([], training=True) == CODE_BYTES_TRAINING
+    assert num_products(GRAPH["layer.0"]) == 1
+    assert code_bytes(3, training=False) == int(CODE_BYTES_INFERENCE + 3 * CODE_BYTES_PER_PRODUCT)
+    assert code_bytes(0, training=True) == CODE_BYTES_TRAINING
 
 
 def test_the_fullest_tile_decides() -> None:

@@ -8,7 +8,7 @@ from ipu_pipeline.backends.ipu.prices import chip_named
 from ipu_pipeline.backends.ipu.prices.calibration import Calibration
 from ipu_pipeline.backends.ipu.prices.matmul import Product
 from ipu_pipeline.backends.ipu.prices.operations import (
-    Pricer,
+    OperationPricer,
     lookup_size,
     products,
     result_bytes,
@@ -18,7 +18,7 @@ from ipu_pipeline.ir.graph import OpRecord
 from tests.backends.ipu.prices.ipu_graphs import product, vector
 
 CONSTANTS = Calibration(vector_bytes_per_cycle=2.0, launch_cycles=100.0, exchange_share=0.5)
-PRICER = Pricer(chip_named("ipu-gc200"), "16.16", 0.2, CONSTANTS)
+PRICER = OperationPricer(chip_named("ipu-gc200"), "16.16", 0.2, CONSTANTS)
 TILES = 1472
 
 
@@ -33,7 +33,7 @@ def test_elementwise_by_hand() -> None:
 
 
 def test_float32_moves_twice_the_bytes() -> None:
-    wide = Pricer(PRICER.chip, "32.32", 0.2, CONSTANTS)
+    wide = OperationPricer(PRICER.chip, "32.32", 0.2, CONSTANTS)
     op = vector(1472, 64)
     assert wide.cycles(op) - 100 == 2 * (PRICER.cycles(op) - 100)
 

@@ -7,17 +7,18 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from ipu_pipeline.backends.cluster.notes import Notes
-from ipu_pipeline.backends.cluster.waiting import GivenUp
+from ipu_pipeline.backends.cluster.heartbeat import Activity
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.waiting import GivenUp, Waiter
 
 
 def test_every_rank_gets_all_values_in_order() -> None:
-    store = dist.HashStore()
+    store, waiter = dist.HashStore(), Waiter(Activity(), lambda: False)
     found: dict[int, list[list[int]]] = {}
 
     def exchange(rank: int) -> None:
-        notes = Notes(store, rank, 3, lambda: False)
-        found[rank] = [notes.everyones(10 * number + rank) for number in range(4)]
+        ranks = StoreGather(store, rank, 3, waiter)
+        found[rank] = [ranks.gather(10 * number + rank) for number in range(4)]
 
     threads = [threading.Thread(target=exchange, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -31,6 +32,7 @@ def test_every_rank_gets_all_values_in_order() -> None:
 
 
 def test_waiting_ends_when_a_rank_has_failed() -> None:
-    notes = Notes(dist.HashStore(), 0, 2, lambda: True)
+    waiter = Waiter(Activity(), lambda: True)
+    ranks = StoreGather(dist.HashStore(), 0, 2, waiter)
     with pytest.raises(GivenUp, match="another rank has failed"):
-        notes.everyones(None)
+        ranks.gather(None)

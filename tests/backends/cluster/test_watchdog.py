@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,66 +11,49 @@ import torch
 from torch import nn
 from torch.distributed import HashStore
 
-from ipu_pipeline.backends.cluster import doing as doing_module
-from ipu_pipeline.backends.cluster.agreement import _checksum
-from ipu_pipeline.backends.cluster.bulletin import Beat, Bulletin, Verdict, is_gone, own_process
-from ipu_pipeline.backends.cluster.doing import Doing
-from ipu_pipeline.backends.cluster.joining import meet
+from ipu_pipeline.backends.cluster import heartbeat
+from ipu_pipeline.backends.cluster.consistency import _checksum
+from ipu_pipeline.backends.cluster.heartbeat import Activity, Failure, Heartbeats
+from ipu_pipeline.backends.cluster.rendezvous import meet
 from ipu_pipeline.errors import LoweringError
 
 
 def test_an_action_may_last_many_times_the_longest_like_it() -> None:
-    doing = Doing()
-    assert doing.limit_s(600.0) == float("inf")  # the caller's own code
-    doing.enter("a training step", 3)
-    assert doing.limit_s(600.0) == 600.0
-    with doing.during("forward pass"):
-        assert doing.limit_s(600.0) == 600.0  # never seen before
-    with doing.during("forward pass"):
-        assert doing.limit_s(600.0) == doing_module.HANG_S
-        assert doing.limit_s(10.0) == 10.0
-        doing.longest["forward pass"] = 10.0
-        assert doing.limit_s(600.0) == 10.0 * doing_module.HANG_FACTOR
-        with doing.waits():
-            assert doing.limit_s(600.0) == 600.0
-        doing.prepares = True
-        assert doing.limit_s(600.0) == 600.0
-    doing.enter("a training step", 4)
-    assert not doing.prepares
-    doing.leave()
-    assert str(doing) == "the caller's own code, step 4"
+    activity = Activity()
+    assert activity.limit_s(600.0) == float("inf")  # the caller's own code
+    activity.enter("a training step", 3)
+    assert activity.limit_s(600.0) == 600.0
+    with activity.during("forward pass"):
+        assert activity.limit_s(600.0) == 600.0  # never seen before
+    with activity.during("forward pass"):
+        assert activity.limit_s(600.0) == heartbeat.HANG_S
+        assert activity.limit_s(10.0) == 10.0
+        activity.longest["forward pass"] = 10.0
+        assert activity.limit_s(600.0) == 10.0 * heartbeat.HANG_FACTOR
+        with activity.waits():
+            assert activity.limit_s(600.0) == 600.0
+        activity.longest.clear()
+        assert activity.limit_s(600.0) == 600.0
+    activity.enter("a training step", 4)
+    activity.leave()
+    assert str(activity) == "the caller's own code, step 4"
 
 
 def test_time_spent_waiting_is_no_part_of_an_action() -> None:
-    doing = Doing()
-    with doing.during("the optimizer step"), doing.waits():
+    activity = Activity()
+    with activity.during("the optimizer step"), activity.waits():
         time.sleep(0.05)
-    assert doing.longest["the optimizer step"] < 0.05
+    assert activity.longest["the optimizer step"] < 0.05
     with ThreadPoolExecutor(1) as pool:  # a thread in the background says nothing
-        pool.submit(lambda: doing.waits().__enter__()).result()
-    assert not doing.waiting
-
-
-def test_a_process_is_gone_when_it_has_ended() -> None:
-    place, own = own_process()
-    ended = subprocess.Popen([sys.executable, "-c", "print(1)"], stdout=subprocess.PIPE)
-    assert ended.stdout is not None
-    ended.stdout.read()  # at its end it is a zombie
-    deadline = time.monotonic() + 30
-    while not is_gone((place, ended.pid)):
-        assert time.monotonic() < deadline
-    ended.communicate()
-    assert is_gone((place, ended.pid))
-    assert not is_gone((place, own))
-    assert not is_gone(("another machine", ended.pid))
-    assert not is_gone(("", 0))
+        pool.submit(lambda: activity.waits().__enter__()).result()
+    assert not activity.waiting
 
 
 def test_the_first_failure_counts() -> None:
     store = HashStore()
-    boards = [Bulletin(store, rank, [1 - rank], lambda n: Beat(n, "working")) for rank in (0, 1)]
-    first = boards[0].tell(Verdict("rank 0 failed"))
-    assert boards[1].tell(Verdict("rank 1 failed")) == first == Verdict("rank 0 failed")
+    boards = [Heartbeats(store, rank, [1 - rank], Activity()) for rank in (0, 1)]
+    first = boards[0].tell(Failure("rank 0 failed"))
+    assert boards[1].tell(Failure("rank 1 failed")) == first == Failure("rank 0 failed")
     for board in boards:
         board.close()
     boards[1]._exchange()

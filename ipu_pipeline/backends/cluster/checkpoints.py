@@ -1,4 +1,4 @@
-"""One checkpoint from ranks that each write what they own.
+"""One checkpoint from ranks that each write what they own, and loading one on every rank.
 
 The first rank makes a hidden folder, every rank writes its files into it, and when all of them
 are on the disk the first rank writes the manifest and renames the folder. A failure on any rank
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster.agreement import Problem, problem_of, raise_alike
+from ipu_pipeline.backends.cluster.consistency import problem_of, raise_alike, raise_together
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.notes import Notes
-from ipu_pipeline.backends.cluster.ownership import Ownership, OwnParameters
-from ipu_pipeline.backends.cluster.state import collect_weights
-from ipu_pipeline.checkpoint import Attach, Background
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
+from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, restore_previous
 from ipu_pipeline.checkpoint.new import NewCheckpoint, take_part
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
 from ipu_pipeline.checkpoint.parts import Part, write_part
@@ -30,28 +29,68 @@ logger = logging.getLogger(__name__)
 
 # A network file system may show a new folder to other machines a little later.
 SEEN_S = 5.0
+T = TypeVar("T")
 
 
-class Saver:
-    """Writes the checkpoints of one executable, one at a time.
+def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> None:
+    """Fill the model of every rank with the weights and buffers of those who train them."""
+    distinct = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    for tensor in distinct.values():
+        groups.from_position(tensor, ownership.owner(tensor))
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one executable, one at a time.
 
     Args:
         model: The whole model.
         own: The optimizer, if there is one.
-        groups: For exchanges while the caller waits.
-        notes: For exchanges while training goes on.
+        groups: The processes.
+        background: All-gathers of the thread that writes while training goes on.
     """
 
     def __init__(
-        self, model: nn.Module, own: OwnParameters | None, groups: Groups, notes: Notes
+        self,
+        model: nn.Module,
+        own: OwnParameters | None,
+        groups: Groups,
+        background: StoreGather,
     ) -> None:
         self._model = model
         self._own = own
+        self._optimizer = None if own is None else own.optimizer
         self._groups = groups
-        self._notes = notes
-        self._rank = notes.rank
+        self._ranks = groups.ranks
+        self._writers = background
+        self._rank = groups.ranks.rank
         self._background = Background()
         self._not_shared: set[Path] = set()
+
+    def load(self, path: str | Path, ownership: Ownership | None) -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint on every rank; each keeps the optimizer state of its own parameters.
+
+        Returns:
+            Steps tried when it was written, and its ``extra``.
+
+        Raises:
+            CheckpointError: On any rank: damaged, incomplete, newer, or of another model.
+        """
+        self.wait()
+        # A replacement that was cut off is finished by one rank before any reads.
+        _, error = _tried(lambda: restore_previous(Path(path)) if self._rank == 0 else None)
+        raise_together(self._ranks, error)
+        if self._own is not None:
+            self._own.restore()
+        info, error = _tried(
+            lambda: read_checkpoint(
+                path, model=self._model, optimizer=self._optimizer, repair=False
+            )
+        )
+        if self._own is not None and ownership is not None:
+            self._own.keep(ownership)
+        raise_together(self._ranks, error)
+        assert info is not None
+        return info.global_step, info.extra
 
     def save(
         self,
@@ -71,13 +110,21 @@ class Saver:
                 before. Earlier checkpoints are untouched.
         """
         self.wait()
-        new: NewCheckpoint | None = None
-        error: Exception | None = None
-        try:
-            if self._rank == 0:
-                new = self._begin(path, global_step=global_step, extra=extra, attach=attach)
-        except Exception as problem:
-            error = problem
+        new, error = _tried(
+            lambda: (
+                NewCheckpoint(
+                    path,
+                    model=self._model,
+                    optimizer=self._optimizer,
+                    groups=None if self._own is None else self._own.groups(),
+                    global_step=global_step,
+                    extra=extra,
+                    attach=attach,
+                )
+                if self._rank == 0
+                else None
+            )
+        )
         try:
             folder, states = self._settle(new, error)
             part, writers = self._take(folder, states, ownership, copy=not blocking)
@@ -97,17 +144,7 @@ class Saver:
             CheckpointError, OSError: It was not; the same on every rank, once.
             GivenUp: Some rank has failed.
         """
-        self._background.wait(self._notes.give_up_after_failure)
-
-    def _begin(self, path: str | Path, **content: Any) -> NewCheckpoint:
-        own = self._own
-        return NewCheckpoint(
-            path,
-            model=self._model,
-            optimizer=None if own is None else own.optimizer,
-            groups=None if own is None else own.groups(),
-            **content,
-        )
+        self._background.wait(self._groups.waiter.give_up_after_failure)
 
     def _settle(
         self, new: NewCheckpoint | None, error: Exception | None
@@ -115,7 +152,7 @@ class Saver:
         """Return the folder, and the parameters whose optimizer state this rank writes."""
         here = [] if self._own is None else self._own.names_with_state(self._model)
         folder = None if new is None else new.folder
-        found = self._groups.everyones((problem_of(error), folder, here))
+        found = self._ranks.gather((problem_of(error), folder, here))
         raise_alike([problem for problem, _, _ in found], error)
         before = {name for _, _, names in found[: self._rank] for name in names}
         return found[0][1], frozenset(here) - before
@@ -129,14 +166,24 @@ class Saver:
         copy: bool,
     ) -> tuple[Part, Sequence[int]]:
         """Return what this rank writes, and which ranks write anything."""
-        part = Part({})
-        error: Exception | None = None
-        try:
-            part = self._part(states, ownership, copy=copy)
-        except Exception as problem:
-            error = problem
+        layout = self._groups.layout
+
+        def is_mine(tensor: Tensor) -> bool:
+            owner = 0 if ownership is None else ownership.owner(tensor)
+            return layout.replica == 0 and layout.position == owner
+
+        part, error = _tried(
+            lambda: take_part(
+                self._model,
+                self._optimizer,
+                copy=copy,
+                weights=is_mine,
+                states=states.__contains__,
+            )
+        )
+        part = part or Part({})
         seen = folder.parent not in self._not_shared and _appears(folder)
-        found = self._groups.everyones((problem_of(error), seen, part.is_empty))
+        found = self._ranks.gather((problem_of(error), seen, part.is_empty))
         raise_alike([problem for problem, _, _ in found], error)
         blind = [rank for rank, (_, seen, _) in enumerate(found) if not seen]
         if not blind:
@@ -151,18 +198,6 @@ class Saver:
                 folder.parent,
             )
         return self._gathered(part, ownership, copy=copy), [0]
-
-    def _part(self, states: frozenset[str], ownership: Ownership | None, *, copy: bool) -> Part:
-        layout = self._groups.layout
-
-        def is_mine(tensor: Tensor) -> bool:
-            owner = 0 if ownership is None else ownership.owner(tensor)
-            return layout.replica == 0 and layout.position == owner
-
-        optimizer = None if self._own is None else self._own.optimizer
-        return take_part(
-            self._model, optimizer, copy=copy, weights=is_mine, states=states.__contains__
-        )
 
     def _gathered(self, part: Part, ownership: Ownership | None, *, copy: bool) -> Part:
         """Return all parts in one on the first rank."""
@@ -181,31 +216,29 @@ class Saver:
     def _write(
         self, new: NewCheckpoint | None, folder: Path, part: Part, writers: Sequence[int]
     ) -> None:
+        def own_files() -> Any:
+            if self._rank not in writers:
+                return None
+            return write_part(folder, part, writers.index(self._rank), len(writers))
+
         try:
-            error: Exception | None = None
-            written = None
-            try:
-                if self._rank in writers:
-                    index = writers.index(self._rank)
-                    written = write_part(folder, part, index, len(writers))
-            except Exception as problem:
-                error = problem
-            found = self._notes.everyones((problem_of(error), written))
+            written, error = _tried(own_files)
+            found = self._writers.gather((problem_of(error), written))
             raise_alike([problem for problem, _ in found], error)
-            self._publish(new, [parts for _, parts in found if parts is not None])
+            parts = [files for _, files in found if files is not None]
+            _, error = _tried(lambda: None if new is None else new.finish(parts))
+            raise_together(self._writers, error)
         except BaseException:
             _discard(new)
             raise
 
-    def _publish(self, new: NewCheckpoint | None, parts: Sequence[Any]) -> None:
-        error: Exception | None = None
-        try:
-            if new is not None:
-                new.finish(parts)
-        except Exception as problem:
-            error = problem
-        found: list[Problem] = self._notes.everyones(problem_of(error))
-        raise_alike(found, error)
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Return what ``function`` returns, or the error that the other ranks are to be told of."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def _discard(new: NewCheckpoint | None) -> None:

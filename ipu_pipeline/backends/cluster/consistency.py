@@ -1,0 +1,205 @@
+"""Consistency checks: refuse on every rank what would otherwise hang or train something else.
+
+At the start all ranks compare plan, model, options and versions. In every step each rank compares
+its batch with that of the rank before: messages have the shapes that each derives from its own
+batch, and gloo ends the process, hangs, or takes a message that is too short without a word. That
+comparison is one small message per rank, sent before the step's first activations and checked
+where they are waited for, so it is no step of its own for all ranks together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.capture import model_identity
+from ipu_pipeline.errors import LoweringError, PipelineError, StageError
+from ipu_pipeline.ir.plan import Plan, library_versions
+from ipu_pipeline.stages.executable import ExecutionOptions
+
+# Elements of a parameter that are compared between ranks.
+SAMPLE = 256
+NOTE_BYTES = 256
+_DIGEST_BYTES = 8
+# The type of a rank's error and its text.
+Problem = tuple[type[Exception], str] | None
+
+
+# ---- errors that all ranks raise --------------------------------------------------------
+
+
+def problem_of(error: Exception | None) -> Problem:
+    """Return what the other ranks are told."""
+    return None if error is None else (type(error), str(error))
+
+
+def raise_together(ranks: StoreGather, error: Exception | None) -> None:
+    """Raise ``error`` here and its like on all ranks, if any rank has one. All ranks call this."""
+    raise_alike(ranks.gather(problem_of(error)), error)
+
+
+def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
+    """Raise ``error`` here and its like on all ranks, if any rank has one; they may go on then.
+
+    Args:
+        found: All ranks' problems.
+        error: This rank's own.
+
+    Raises:
+        Exception: Of the type that the first failing rank has.
+    """
+    problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
+    if not problems:
+        return
+    raised: Any = error
+    if raised is None:
+        failed, kind, text = problems[0]
+        known = issubclass(kind, PipelineError | OSError)
+        raised = (kind if known else StageError)(f"rank {failed}: {text}")
+    raised.raised_on_all_ranks = True
+    raise raised
+
+
+# ---- the start --------------------------------------------------------------------------
+
+
+def description(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> dict[str, str]:
+    """Return what has to be equal on all ranks, readable, by what it is called in a message."""
+    settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
+    return {
+        "plan": plan.digest(),
+        "model": model_identity(model).fingerprint,
+        "weights of the model": _checksum(model),
+        "optimizer": type(optimizer).__name__,
+        **{f"option {name}": repr(value) for name, value in settings.items()},
+        **{f"version of {name}": version for name, version in library_versions().items()},
+    }
+
+
+def check_alike(own: Mapping[str, str], problem: str, ranks: StoreGather) -> None:
+    """Compare ``own`` with the other ranks'. Every process must call this.
+
+    Args:
+        own: From :func:`description`.
+        problem: Why this rank cannot start, if it cannot; all ranks then refuse.
+        ranks: All processes.
+
+    Raises:
+        LoweringError: Something differs, or some rank has a problem; the same on every rank.
+    """
+    found = ranks.gather((problem, dict(own)))
+    problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
+    if problems:
+        raise LoweringError(f"not all ranks can start: {'; '.join(problems[:3])}")
+    lines = []
+    for name in found[0][1]:
+        values = [theirs.get(name, "missing") for _, theirs in found]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            lines.append(f"{name}: rank 0 {values[0]}, rank {other} {values[other]}")
+    if lines:
+        raise LoweringError(
+            f"the ranks do not run the same thing ({'; '.join(lines[:4])}); give all of them the "
+            "same plan, model, seed and libraries"
+        )
+
+
+def _checksum(model: nn.Module) -> str:
+    """Digest names, shapes and a sample of every parameter: its cost does not grow with sizes.
+
+    The sample is spread evenly and holds both ends. What differs elsewhere only goes unnoticed;
+    other seeds, other checkpoints and training steps change everything.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        if parameter.is_meta or not parameter.numel():
+            continue
+        flat = parameter.detach().reshape(-1)
+        count = min(SAMPLE, flat.numel())
+        where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+        sample = flat[where.to(flat.device)].cpu()
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ---- every batch ------------------------------------------------------------------------
+
+
+class BatchCheck:
+    """Compares what the ranks are called for, and with which batch.
+
+    Args:
+        groups: The processes.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._sent: tuple[dist.Work, Tensor] | None = None
+
+    def check(self, call: str, step: int, batch: Mapping[str, Any]) -> None:
+        """Compare this call and the shapes of its batch with those of the rank before.
+
+        Every process calls this, before anything in its batch can be refused.
+
+        Raises:
+            ValueError: They differ.
+        """
+        rank, size = dist.get_rank(), dist.get_world_size()
+        text = f"{call} in step {step} with {described(batch)}"
+        own = _note(text).to(self._groups.device)
+        if rank + 1 < size:
+            if self._sent is not None:
+                self._groups.waiter.run(self._sent[0].wait)
+            work = dist.isend(own, dst=rank + 1)
+            assert work is not None
+            self._sent = (work, own)
+        if rank == 0:
+            return
+        theirs = torch.empty_like(own)
+        receiving = dist.irecv(theirs, src=rank - 1)
+        assert receiving is not None
+        self._groups.waiter.run(receiving.wait)
+        if not torch.equal(theirs, own):
+            raise ValueError(
+                f"rank {rank} was called for {text}, but rank {rank - 1} for {_text(theirs)}; give "
+                "every rank the same whole batch (each takes its own part), in the same order"
+            )
+
+
+def described(batch: Mapping[str, Any]) -> str:
+    """Return the shapes and types of a batch as text; never fails."""
+    return ", ".join(
+        f"{name} {'x'.join(map(str, value.shape))} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else f"{name} {value!r}"
+        if isinstance(value, bool | int | float | str | None)
+        else f"{name} {type(value).__name__}"
+        for name, value in batch.items()
+    )
+
+
+def _note(text: str) -> Tensor:
+    """Return a digest of ``text`` and as much of it as fits, shape ``(NOTE_BYTES,)``."""
+    data = text.encode()
+    digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    whole = (digest + data)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+
+
+def _text(note: Tensor) -> str:
+    data = bytes(note.cpu().numpy()[_DIGEST_BYTES:])
+    return data.rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,134 @@
+"""How the processes of a job find each other, and what they tell each other through the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.errors import LoweringError
+
+# What torchrun sets, and what the rendezvous of ``env://`` reads.
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_POLL_S = 0.02
+
+
+def join_processes(device: torch.device, timeout_s: float) -> bool:
+    """Make sure that there is a default process group; return whether it was made here.
+
+    Raises:
+        LoweringError: The script was not started by torchrun or something like it, or not all
+            processes came.
+    """
+    if dist.is_initialized():
+        return False
+    missing = [name for name in ENVIRONMENT if name not in os.environ]
+    if missing:
+        raise LoweringError(
+            f"the distributed target runs in processes that torchrun starts, but "
+            f"{', '.join(missing)} is not set; start the script with "
+            "'torchrun --nproc-per-node N script.py', or with "
+            "'ipu-pipeline launch plan.json -- script.py'"
+        )
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return True
+
+
+def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a name that only the processes that are here now agree on. All of them call this.
+
+    Torchrun's agent keeps its store while it starts the processes again (torch 2.13), so a rank
+    could find the addresses of processes that are gone. Its count of restarts is no name: agents
+    count by themselves. So everybody shows a number made just now, and the first rank answers all
+    numbers with a name until everybody has seen its own among them.
+
+    Raises:
+        LoweringError: Not all came within ``timeout_s``.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"here/{rank}", own)
+    for _ in _tries(timeout_s):
+        if rank == 0:
+            here = [_read(store, f"here/{other}") for other in range(world_size)]
+            store.set("answer", json.dumps([own, here]))
+            absent = [r for r in range(1, world_size) if _read(store, f"seen/{r}") != own]
+            if not absent:
+                return own
+        else:
+            absent = [0]
+            name, here = json.loads(_read(store, "answer") or '["", []]')
+            if own in here:
+                store.set(f"seen/{rank}", name)
+                return str(name)
+    names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+    raise LoweringError(
+        f"rank {rank} has waited {timeout_s:.0f} s for rank {names} to compile the model; see "
+        "what that rank says, and whether all were started with one address and world size"
+    )
+
+
+class StoreGather:
+    """All-gathers through the store; every rank makes the same ones in the same order.
+
+    A collective of a process group belongs to the thread that trains: one from another thread
+    would pair with the wrong one elsewhere, and none can be given up when a rank is gone.
+
+    Args:
+        store: Used by this object, in one thread.
+        rank: Of this process.
+        world_size: How many there are.
+        waiter: Knows when some rank has failed.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
+        self.rank = rank
+        self.waiter = waiter
+        self._store = store
+        self._world_size = world_size
+        self._count = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, by rank; ranks may take as long as they need.
+
+        Raises:
+            GivenUp: Some rank has failed.
+        """
+        self._count += 1
+        self._store.set(f"{self._count}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
+        found = []
+        with self.waiter.activity.waits():
+            for rank in range(self._world_size):
+                while not self._store.check([f"{self._count}/{rank}"]):
+                    self.waiter.give_up_after_failure()
+                    time.sleep(_POLL_S)
+                found.append(pickle.loads(self._store.get(f"{self._count}/{rank}")))
+        # Who takes part in this all-gather has read the one before.
+        self._store.delete_key(f"{self._count - 1}/{self.rank}")
+        return found
+
+
+def _tries(timeout_s: float) -> Iterator[None]:
+    until = time.monotonic() + timeout_s
+    yield
+    while time.monotonic() < until:
+        time.sleep(_POLL_S)
+        yield
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""

@@ -1,0 +1,563 @@
+"""Plans for IPUs: which pipelines and programs are tried, what one plan costs, what would fit.
+
+Every pipeline of the search is a number of IPUs (a power of two: PopTorch attaches to nothing
+else), perhaps with a last stage back on the first one for tied weights, and one program: with or
+without recomputation, from layer or stage inputs, tables in so many slices, optimizer state on or
+off the chip. Its split and memory proportions are searched exactly (``pipeline.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import inf
+from time import monotonic
+from typing import Any
+
+from ipu_pipeline.backends.ipu.prices.blocks import may_serialize, serialization_factor
+from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
+from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
+from ipu_pipeline.backends.ipu.prices.memory import stash_depth
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
+from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict, predict_layout
+from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.options.block_cost import BlockChoice, GraphCosts
+from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
+from ipu_pipeline.planner.search.from_graph import build_slots
+from ipu_pipeline.planner.search.infeasible import InfeasibleError
+from ipu_pipeline.planner.search.objective import least_microbatches
+from ipu_pipeline.planner.search.priced import Quickest, quickest
+from ipu_pipeline.planner.search.result import Partition, StageAssignment
+
+FACTORS = (1, 2, 4, 8)
+PROPORTIONS = (0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
+_EVERYTHING_S = 30.0  # for a split under any remedy
+
+
+@dataclass(frozen=True)
+class ProgramChoices:
+    """What may be chosen about a program besides its split; one value each fixes it.
+
+    Attributes:
+        recompute: Whether every stage but the last is recomputed.
+        checkpoint_layers: Whether layers' inputs are kept, too.
+        embedding_factors: Slices of a large table that is looked up.
+        projection_factors: Slices of a large output projection.
+        offchip: Whether optimizer state is in streaming memory.
+        proportions: Memory proportions that an IPU may get, rising; empty: as in the settings.
+    """
+
+    recompute: tuple[bool, ...] = (True, False)
+    checkpoint_layers: tuple[bool, ...] = (True, False)
+    embedding_factors: tuple[int, ...] = FACTORS
+    projection_factors: tuple[int, ...] = FACTORS
+    offchip: tuple[bool, ...] = (False,)
+    proportions: tuple[float, ...] = ()
+
+    @classmethod
+    def fixed(cls, settings: IPUSettings) -> ProgramChoices:
+        """Leave only the split to choose."""
+        return cls(
+            (settings.recompute,),
+            (settings.checkpoint_layers,),
+            (settings.embedding_factor,),
+            (settings.projection_factor,),
+            (settings.optimizer_offchip,),
+        )
+
+
+@dataclass(frozen=True)
+class IPUPlanning:
+    """Searches and prices pipelines of one graph (``GraphCosts.planning`` of IPUs).
+
+    Attributes:
+        chain: Prices of the blocks.
+        settings: The program, where it is not to be chosen.
+        choices: What is to be chosen.
+    """
+
+    chain: ChainPrices
+    settings: IPUSettings
+    choices: ProgramChoices = field(default_factory=ProgramChoices)
+
+    @property
+    def graph(self) -> BlockGraph:
+        """The model."""
+        return self.chain.graph
+
+    def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
+        """Return the quickest split of all pipelines and programs; ``None`` when nothing fits.
+
+        Raises:
+            PartitionError: The constraints leave no pipeline to try.
+        """
+        limit = constraints.time_limit_s
+        best = quickest(
+            self.pipelines(machine, constraints), deadline=limit and monotonic() + limit
+        )
+        return self.partition(best)
+
+    def partition(self, best: Quickest[IPUPipeline]) -> Partition | None:
+        """Return the outcome of a search as a split."""
+        if best.pipeline is None:
+            return None
+        split = best.found.pipelines[0]
+        prediction = best.pipeline.prediction(split.boundaries, split.prices)
+        return partition_of(self.graph, prediction, best.lower_bound_s)
+
+    def evaluate(
+        self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
+    ) -> Partition:
+        """Price given stages with the quickest program that fits.
+
+        Raises:
+            PartitionError: No program fits; the stages are not those of a pipeline.
+        """
+        order = [name for stage in stages for name in stage]
+        if sorted(order, key=self.graph.block_index.get) != list(self.graph.block_index):  # type: ignore[arg-type]
+            raise PartitionError("the stages must hold every block of the model once")
+        starts, done = [], 0
+        for stage in stages:
+            starts.append(done)
+            done += len(stage)
+            if set(stage) != set(self.chain.names[starts[-1] : done]):
+                raise PartitionError(
+                    f"IPUs run the blocks in their order of execution; stage {len(starts) - 1} "
+                    f"must hold {', '.join(self.chain.names[starts[-1] : done])}"
+                )
+        devices = constraints.stage_devices or tuple(range(len(stages)))
+        given = replace(constraints, stage_devices=devices, num_stages=None)
+        found = [replace(item, starts=(*starts, done)) for item in self.pipelines(machine, given)]
+        bound = min((item.bound_s() for item in self.pipelines(machine, given)), default=0.0)
+        best = self.partition(quickest(found))
+        if best is None:
+            raise self.explain(machine, given)
+        return best.with_bound(bound)
+
+    def evaluate_plan(self, plan: Plan) -> Partition:
+        """Price a plan as it is annotated: nothing about it is left to choose.
+
+        Raises:
+            PartitionError: It does not fit.
+        """
+        raw = getattr(plan, "settings", None)
+        found = self.price(plan, IPUSettings.from_json(raw) if raw else self.settings)
+        check_memory(found)
+        return partition_of(self.graph, found, found.time.total_s)
+
+    def price(self, plan: Plan, settings: IPUSettings) -> Prediction:
+        """Price the stages of ``plan`` under ``settings``: nothing is left to choose."""
+        stages = [(stage.device, stage.blocks) for stage in plan.stages]
+        return step(self.graph, stages, settings_of(self.graph, plan, settings), self.chain)
+
+    # ---- what is tried
+
+    def pipelines(self, machine: Machine, constraints: Constraints) -> list[IPUPipeline]:
+        """Return every pipeline with every program that the constraints leave.
+
+        Raises:
+            PartitionError: There is none.
+        """
+        found = list(self._pipelines(machine, constraints, powers=True))
+        found = found or list(self._pipelines(machine, constraints, powers=False))
+        if not found:
+            raise PartitionError(self._nothing_to_try(machine, constraints))
+        return found
+
+    def _pipelines(
+        self, machine: Machine, constraints: Constraints, *, powers: bool
+    ) -> Iterator[IPUPipeline]:
+        graph = self.graph
+        starts = self.starts(constraints)
+        groups = _device_groups(graph, constraints)
+        costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
+        for replicas, devices in self._layouts(machine, constraints):
+            num_ipus = max(devices) + 1
+            count = _microbatches(constraints, replicas)
+            least = least_microbatches("popart", len(devices), training=graph.training)
+            if count < least or len(devices) > len(starts) - 1:
+                continue
+            if powers and num_ipus & (num_ipus - 1):
+                continue
+            rule = None
+            if constraints.layers_per_ipu is not None:
+                rule = layer_rule(graph, constraints.layers_per_ipu, devices)
+            slots = build_slots(costs, machine, constraints, devices, graph, count)
+            for program in self.programs(num_ipus, replicas, count, constraints):
+                yield IPUPipeline(
+                    self.chain, program, slots, starts, self.choices.proportions, groups, rule
+                )
+
+    def starts(self, constraints: Constraints) -> tuple[int, ...]:
+        """Positions of the blocks that may begin a stage, and the number of blocks."""
+        uncut = {self.graph.block_index[name] for name in constraints.forbidden_cuts}
+        found = [start for start in openers(self.graph) if start not in uncut]
+        return (*found, len(self.graph.blocks))
+
+    def programs(
+        self, num_ipus: int, replicas: int, microbatches: int, constraints: Constraints
+    ) -> Iterator[IPUSettings]:
+        """Yield the settings of every program over ``num_ipus`` IPUs."""
+        training, many = self.graph.training, num_ipus > 1
+        base = replace(
+            self.settings,
+            num_ipus=num_ipus,
+            replicas=replicas,
+            training=training,
+            accumulation=microbatches if training else 1,
+            device_iterations=self.settings.device_iterations if training else microbatches,
+            proportions=tuple(self.settings.proportion(ipu) for ipu in range(num_ipus)),
+            sharded=self.settings.sharded and replicas > 1,
+            pipelined=many,
+            block_slices=self._slices(constraints),
+            stage_starts=(),
+        )
+        again = self._recompute(constraints) if many and training else (False,)
+        for recompute, offchip in product(again, self.choices.offchip):
+            kept = self.choices.checkpoint_layers if recompute else (False,)
+            for by_layer, (embedding, projection) in product(kept, self._factors(constraints)):
+                yield replace(
+                    base,
+                    recompute=recompute,
+                    optimizer_offchip=offchip,
+                    checkpoint_layers=by_layer,
+                    embedding_factor=embedding,
+                    projection_factor=projection,
+                )
+
+    def _recompute(self, constraints: Constraints) -> tuple[bool, ...]:
+        if isinstance(constraints.recompute, tuple):
+            return (bool(constraints.recompute),)
+        named = {"always": (True,), "never": (False,)}
+        return named.get(constraints.recompute, self.choices.recompute)
+
+    def _slices(self, constraints: Constraints) -> tuple[tuple[str, int], ...] | None:
+        asked = constraints.factors(self.graph.block_index)
+        if not asked:
+            return self.settings.block_slices
+        for name, factor in asked.items():
+            table = table_of(self.graph, self.graph[name])
+            if factor > 1 and (table is None or table.rows % factor):
+                raise PartitionError(
+                    f"serialize asks for block {name!r} in {factor} slices, "
+                    + ("which has no table" if table is None else
+                       f"which do not divide its {table.rows} rows")
+                )  # fmt: skip
+        return tuple((name, factor) for name, factor in asked.items() if factor > 1)
+
+    def _factors(self, constraints: Constraints) -> list[tuple[int, int]]:
+        """Slices of embeddings and projections: those that divide every table."""
+        rows: dict[str, list[int]] = {"embedding": [], "projection": []}
+        for block in self.graph.blocks:
+            table = table_of(self.graph, block)
+            if table is not None and may_serialize(self.graph, block):
+                kind = "embedding" if block.kind == "embedding" else "projection"
+                rows[kind].append(table.rows)
+        given = {
+            "embedding": self.choices.embedding_factors,
+            "projection": self.choices.projection_factors,
+        }
+        if constraints.serialize or not constraints.allow_serialize:
+            return [(1, 1)]
+        found = [
+            [f for f in given[kind] if all(size % f == 0 for size in rows[kind])]
+            if rows[kind] or len(given[kind]) == 1
+            else [1]
+            for kind in ("embedding", "projection")
+        ]
+        return [(embedding, projection) for embedding, projection in product(*found)]
+
+    def _layouts(
+        self, machine: Machine, constraints: Constraints
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield replicas and the IPU of every stage."""
+        available = min(constraints.max_devices or len(machine.devices), len(machine.devices))
+        wanted, returning = constraints.num_stages, bool(_device_groups(self.graph, constraints))
+        total = constraints.total_microbatches
+        asked = constraints.replicas
+        for replicas in [asked] if asked else range(1, available + 1):
+            if total is not None and total % replicas:
+                continue
+            if constraints.stage_devices is not None:
+                if (max(constraints.stage_devices) + 1) * replicas <= available:
+                    yield replicas, constraints.stage_devices
+                continue
+            for ipus in range(1, available // replicas + 1):
+                if wanted in (None, ipus):
+                    yield replicas, tuple(range(ipus))
+                if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
+                    yield replicas, (*range(ipus), 0)
+
+    def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
+        depth = constraints.num_stages or 1
+        count = _microbatches(constraints, constraints.replicas or 1)
+        least = least_microbatches("popart", depth, training=self.graph.training)
+        if count < least:
+            return (
+                f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
+                f"for, got {count}; raise gradient accumulation or use fewer stages"
+            )
+        places = len(self.starts(constraints)) - 1
+        if places < depth:
+            return (
+                f"{depth} stages need as many blocks that a module's call begins, the model has "
+                f"{places} at the given granularity; ask for fewer stages"
+            )
+        return (
+            f"no pipeline to try: {constraints.replicas or 'every number of'} replicas, "
+            f"{constraints.num_stages or 'any number of'} stages, {len(machine.devices)} IPUs"
+        )
+
+    # ---- when nothing fits
+
+    def explain(self, machine: Machine, constraints: Constraints) -> InfeasibleError:
+        """Return the error that says how full the closest pipeline is, and what does fit."""
+        until = monotonic() + _EVERYTHING_S
+        remedies: dict[str, IPUPlanning] = {
+            "keep the optimizer state off chip": self._with(offchip=(True,)),
+            "recompute, from the inputs of layers": self._with(
+                recompute=(True,), checkpoint_layers=(True,)
+            ),
+            "lower matmul_proportion": self._with(proportions=PROPORTIONS),
+            "serialize embedding and projection": self._with(
+                embedding_factors=FACTORS, projection_factors=FACTORS
+            ),
+            "do all of this: optimizer state off chip, recomputation, slices, a lower "
+            "matmul_proportion": self._with(
+                offchip=(True,), proportions=PROPORTIONS,
+                embedding_factors=FACTORS, projection_factors=FACTORS,
+            ),
+        }  # fmt: skip
+        helps = [
+            what
+            for what, planning in remedies.items()
+            if planning != self and planning._fits(machine, constraints, until)
+        ]
+        if not helps and constraints.num_stages is not None:
+            free = replace(constraints, num_stages=None)
+            if self._fits(machine, free, until):
+                helps.append("leave the number of IPUs open")
+        closest = self._closest(machine, constraints)
+        text = f"no split fits {machine.name}: {closest}; "
+        if not helps:
+            return InfeasibleError(text + "use more IPUs, a smaller micro batch or sequence length")
+        return InfeasibleError(text + f"it fits if you {'; or '.join(helps)}")
+
+    def _with(self, **choices: Any) -> IPUPlanning:
+        return replace(self, choices=replace(self.choices, **choices))
+
+    def _fits(self, machine: Machine, constraints: Constraints, until: float) -> bool:
+        try:
+            found = self.pipelines(machine, constraints)
+        except PartitionError:
+            return False
+        for item in found:
+            if monotonic() > until:
+                return False
+            if item.label_search(inf, until).run_narrow().objective < inf:
+                return True
+        return False
+
+    def _closest(self, machine: Machine, constraints: Constraints) -> str:
+        """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
+        best: tuple[float, Prediction] | None = None
+        for item in self.pipelines(machine, constraints):
+            prediction = _even(item)
+            full = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
+            if best is None or full < best[0]:
+                best = (full, prediction)
+        assert best is not None
+        prediction = best[1]
+        sizes = [memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory]
+        return (
+            f"spread evenly over {prediction.settings.num_ipus} IPUs, the fullest tile of IPU "
+            f"{sizes.index(max(sizes))} needs {best[0] / 1024:.0f} of "
+            f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB"
+        )
+
+
+def _even(item: IPUPipeline) -> Prediction:
+    """Predict stages with about the same number of parameters."""
+    chain, places = item.chain, list(item.starts)
+    total = chain.holding(0, len(chain.names)).elements
+    cuts = [0]
+    for stage in range(1, len(item.slots)):
+        later = [p for p in places if p > cuts[-1]][: len(places)]
+        left = len(item.slots) - stage
+        fitting = later[: max(1, len(later) - left)]
+        goal = total * stage / len(item.slots)
+        cuts.append(min(fitting, key=lambda p: abs(chain.holding(0, p).elements - goal)))
+    ends = [*cuts[1:], len(chain.names)]
+    stages = [
+        (device, chain.names[start:end])
+        for device, start, end in zip(item.devices, cuts, ends, strict=True)
+    ]
+    return step(chain.graph, stages, item.settings, chain)
+
+
+def step(
+    graph: BlockGraph,
+    stages: Sequence[tuple[int, Sequence[str]]],
+    settings: IPUSettings,
+    chain: ChainPrices,
+) -> Prediction:
+    """Price given stages ``(ipu, blocks)`` under ``settings``; neighbours on one IPU are one."""
+    layout = layout_of(stages, settings.num_ipus)
+    return predict_layout(graph, layout, settings, chain.chip, chain.calibration)
+
+
+def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> Partition:
+    """Return a prediction as a split.
+
+    Args:
+        graph: The model.
+        prediction: Seconds and bytes are taken from it.
+        bound_s: No allowed layout is quicker, in seconds per optimizer step.
+    """
+    settings, layout = prediction.settings, prediction.layout
+    shown: set[int] = set()
+    stages = []
+    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
+        again = time.recompute_s > 0
+        choices = tuple(
+            BlockChoice(
+                0.0,
+                0.0,
+                recompute=again,
+                serialize_factor=serialization_factor(graph, graph[name], settings),
+            )
+            for name in stage.blocks
+        )
+        # What an IPU holds is shown once, in its first stage.
+        memory = prediction.memory[stage.ipu]
+        held = 0 if stage.ipu in shown else memory.total_bytes
+        weights = 0 if stage.ipu in shown else memory.weights + memory.gradients + memory.optimizer
+        depth = stash_depth(len(layout.stages), index) if settings.training else 1
+        shown.add(stage.ipu)
+        stages.append(
+            StageAssignment(
+                index=index,
+                device=stage.ipu,
+                blocks=stage.blocks,
+                choices=choices,
+                forward_s=time.forward_s,
+                backward_s=time.backward_s + time.recompute_s,
+                transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
+                memory_bytes=held,
+                in_flight=depth,
+                weight_bytes=weights,
+                stash_bytes=memory.stash // depth if held else 0,
+            )
+        )
+    total_s = prediction.time.total_s
+    return Partition(
+        stages=tuple(stages),
+        objective=total_s,
+        lower_bound=min(bound_s, total_s),
+        binding=_binding(prediction, stages),
+        schedule="popart",
+        num_microbatches=prediction.num_microbatches,
+        replicas=settings.replicas,
+        settings=placement_of(graph, layout, settings).to_json(),
+    )
+
+
+def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
+    """Return the split that settings spell out; it is its own bound.
+
+    Raises:
+        ConfigError: They do not fit the model or the machine.
+        PartitionError: An IPU has not enough memory for what they put on it.
+    """
+    prediction = predict(graph, settings, machine)
+    check_memory(prediction)
+    return partition_of(graph, prediction, prediction.time.total_s)
+
+
+def check_memory(prediction: Prediction) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        PartitionError: An IPU has not enough memory.
+    """
+    if prediction.fits:
+        return
+    crowded = max(prediction.memory, key=lambda m: m.fullest_tile_bytes(prediction.chip))
+    ipu = prediction.memory.index(crowded)
+    raise PartitionError(
+        f"the IPU configuration does not fit: the fullest tile of IPU {ipu} needs "
+        f"{crowded.fullest_tile_bytes(prediction.chip) / 1024:.0f} of "
+        f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB; "
+        "move layers to other IPUs in layers_per_ipu, lower the micro batch or "
+        "matmul_proportion, serialize the embedding, put the optimizer state off chip, or "
+        "leave layers_per_ipu at [-1] and let the solver choose"
+    )
+
+
+def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
+    """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
+    slices = {
+        name: factor
+        for stage in plan.stages
+        for name, factor in stage.serialize.items()
+        if factor > 1
+    }
+    own = replace(settings, block_slices=None)
+    said = {
+        block.name: factor
+        for block in graph.blocks
+        if (factor := serialization_factor(graph, block, own)) > 1
+    }
+    num_ipus = max(settings.num_ipus, 1 + max(stage.device for stage in plan.stages))
+    return replace(
+        settings,
+        num_ipus=num_ipus,
+        pipelined=num_ipus > 1,
+        replicas=plan.replicas,
+        training=graph.training,
+        accumulation=plan.num_microbatches if graph.training else 1,
+        device_iterations=settings.device_iterations if graph.training else plan.num_microbatches,
+        block_slices=None if slices == said else tuple(sorted(slices.items())),
+        recompute=any(stage.recompute for stage in plan.stages),
+    )
+
+
+def _binding(prediction: Prediction, stages: Sequence[StageAssignment]) -> str:
+    num_ipus = prediction.layout.num_ipus
+    loads = [sum(s.load_s for s in stages if s.device == ipu) for ipu in range(num_ipus)]
+    busiest = max(range(num_ipus), key=loads.__getitem__)
+    fullest = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
+    free = 1 - fullest / prediction.chip.tile_memory_bytes
+    return (
+        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has {free:.1%} free "
+        f"({fullest / 1024:.0f} KiB used); {prediction.settings.program_text()}"
+    )
+
+
+def _microbatches(constraints: Constraints, replicas: int) -> int:
+    total = constraints.total_microbatches
+    return constraints.num_microbatches if total is None else total // replicas
+
+
+def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
+    """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs.
+
+    What only layers share is handed to them as a value, which is copied.
+    """
+    kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
+    tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
+    merged: list[int] = []
+    for group in (*constraints.same_device, *tied):
+        mask = sum(1 << graph.block_index[name] for name in set(group))
+        apart = [other for other in merged if not other & mask]
+        for other in merged:
+            if other & mask:
+                mask |= other
+        merged = [*apart, mask]
+    return tuple(mask for mask in merged if mask.bit_count() > 1)
