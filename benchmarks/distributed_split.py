@@ -37,11 +37,11 @@ from benchmarks.baselines import BASELINES
 from benchmarks.processes import Step, interleaved, is_started, ratio, start
 from ipu_pipeline.backends.local.measure import local_machine, profile_blocks
 from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE
-from ipu_pipeline.capture import capture
+from ipu_pipeline.capture import capture, model_identity
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.planner.options.cost_models import ProfiledCostModel
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.price import counted_costs, make_plan
 from ipu_pipeline.planner.search import Constraints, Partition, evaluate, solve
 
 MODELS: Mapping[str, tuple[str, transformers.PretrainedConfig]] = {
@@ -77,7 +77,15 @@ def make_plans(
     captured = capture(model, example)
     machine = local_machine(processes)
     times = profile_blocks(captured, example, num_devices=processes)
-    costs = ProfiledCostModel(times).estimate(captured.graph, machine)
+    work = Workload(
+        captured.graph,
+        machine,
+        "1f1b",
+        arguments.microbatches,
+        settings={"tied": "exchange"},
+        measured_s={name: (time.forward_s, time.backward_s) for name, time in times.items()},
+    )
+    costs = counted_costs(work)
     limits = Constraints(
         num_stages=processes,
         num_microbatches=arguments.microbatches,
@@ -90,8 +98,9 @@ def make_plans(
         split = BASELINES[system](captured.graph, costs, machine, processes)
         found[system] = evaluate(captured.graph, costs, machine, limits, split)
     return {
-        system: (make_plan(captured, machine, costs, partition), partition.objective)
+        system: (made, made.objective_s)
         for system, partition in found.items()
+        for made in [make_plan(model_identity(model), work, partition)]
     }
 
 

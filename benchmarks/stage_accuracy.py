@@ -44,9 +44,10 @@ import ipu_pipeline as ipp
 from benchmarks.stage_models import MODELS
 from ipu_pipeline.backends.local.measure import local_machine
 from ipu_pipeline.backends.local.measure.cache import CACHE_VARIABLE, cache_folder
+from ipu_pipeline.compiler import measured_seconds
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
-from ipu_pipeline.plan_request import cost_model_of, machine_limits
+from ipu_pipeline.planner.search import Constraints
 
 SOURCES = ("analytic", "profiled")
 LIMITS = {"analytic": 25.0, "profiled": 10.0}  # mean error in percent, of issue 9
@@ -171,11 +172,11 @@ def _planned(
     machine: Machine = replace(measured, devices=devices)
     pins = {} if like is None else {b: i for i, blocks in enumerate(_split(like)) for b in blocks}
 
-    def costs(captured: Any, inputs: Any, described: Machine, *others: Any) -> Any:
+    def measured(captured: Any, inputs: Any, described: Machine, costs: str) -> Any:
         running = replace(described, devices=described.devices[: way.at_once])
-        return cost_model_of(captured, inputs, running, *others)
+        return measured_seconds(captured, inputs, running, costs)
 
-    with mock.patch("ipu_pipeline.compiler.cost_model_of", costs):
+    with mock.patch("ipu_pipeline.compiler.measured_seconds", measured):
         return ipp.plan(
             model,
             batch,
@@ -183,7 +184,7 @@ def _planned(
             num_stages=way.num_stages,
             microbatches=MICROBATCHES,
             costs=source,
-            constraints=replace(machine_limits(machine), pinned_stages=pins),
+            constraints=Constraints(pinned_stages=pins),
         )
 
 

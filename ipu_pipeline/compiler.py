@@ -1,8 +1,8 @@
-"""The flow on one screen: capture, price, split, plan; then lower the plan to a target."""
+"""The flow on one screen: capture, find the backend, solve, plan; then lower the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,27 +11,17 @@ import torch
 from torch import nn
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices import is_ipu
-from ipu_pipeline.backends.registry import lower
-from ipu_pipeline.capture import capture, model_identity
+from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.plan_request import (
-    configured,
-    cost_model_of,
-    depth_of,
-    is_spelled_out,
-    layers_of,
-    machine_limits,
-    machine_of,
-    microbatches_of,
-    offering,
-)
-from ipu_pipeline.plan_writer import make_plan, price_annotated, run_passes
+from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.price import make_plan, priced, step_s
+from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
@@ -82,26 +72,45 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     manager = PassManager.parse(passes)
     captured = capture(model, example_batch, granularity=granularity)
     depth = depth_of(num_stages, config)
-    described = machine_of(machine, depth)
-    spelled_out = constraints is None and is_spelled_out(config, described)
+    described = find_machine(machine, depth)
+    backend, graph = backend_of(described), captured.graph
+    if microbatches is None:
+        microbatches = (
+            backend.default_microbatches(described, depth, replicas)
+            if config is None
+            else config.gradient_accumulation_steps
+        )
     limits = replace(
-        constraints or machine_limits(described),
+        constraints or Constraints(),
         num_stages=depth,
-        num_microbatches=microbatches_of(microbatches, config),
+        num_microbatches=microbatches,
         replicas=replicas,
-        schedule=schedule or ("popart" if is_ipu(described) else "1f1b"),  # type: ignore[arg-type]
-        layers_per_ipu=None if spelled_out else layers_of(captured.graph, config, depth),
+        schedule=schedule or backend.schedules[0],  # type: ignore[arg-type]
     )
-    model_of_costs = cost_model_of(captured, example_batch, described, costs, config, limits)
-    asked = limits.factors(captured.graph.block_index)
-    prices = offering(model_of_costs, asked).estimate(captured.graph, described)
-    price: Callable[[Plan], Partition]
-    if spelled_out:
-        partition = configured(captured.graph, described, config, limits)
-    else:
-        partition = solve(captured.graph, prices, described, limits)
-    price = partial(price_annotated, captured.graph, model_of_costs, limits)
-    return run_passes(make_plan(captured, described, prices, partition), manager, price)
+    work = Workload(
+        graph,
+        described,
+        limits.schedule,
+        microbatches,
+        replicas,
+        backend.settings(graph, config, limits),
+        measured_seconds(captured, example_batch, described, costs),
+        limits.factors(graph.block_index),
+    )
+    split = backend.placement(work) if constraints is None else None
+    if split is None:
+        limits = backend.rules(graph, described, limits)
+        limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
+        split = solve(
+            graph,
+            backend.costs(work),
+            described,
+            limits,
+            stage_pricer=backend.stage_pricer(work),
+            step=partial(step_s, work),
+        )
+    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
+    return _after_passes(_fitting(made), manager)
 
 
 def compile(
@@ -139,4 +148,68 @@ def compile(
     execution = ExecutionOptions(**options)
     if optimizer is not None and not execution.training:
         raise ValueError("training=False leaves nothing to an optimizer; pass one of the two only")
-    return lower(target, model, plan, optimizer, execution)
+    return backend_named(target).lower(model, plan, optimizer, execution)  # type: ignore[no-any-return]
+
+
+def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:
+    """Return the pipeline depth, ``None``: the best.
+
+    Raises:
+        ValueError: ``num_stages`` is not the configuration's.
+    """
+    if config is None or (config.ipus_per_replica is None and len(config.layers_per_ipu) == 1):
+        return num_stages
+    depth = config.num_ipus()
+    if num_stages not in (None, depth):
+        raise ValueError(
+            f"num_stages is {num_stages}, but the IPU configuration has {depth} IPUs in a replica; "
+            "leave num_stages out, or change layers_per_ipu and ipus_per_replica"
+        )
+    return depth
+
+
+def _layers(
+    graph: BlockGraph, config: IPUConfig | None, depth: int | None
+) -> tuple[int, ...] | None:
+    """Return the layers of each device that the configuration asks for; ``None``: no wish."""
+    if config is None or depth is None or config.layers_per_ipu == (-1,):
+        return None
+    return config.resolve_layers(sum(block.kind == "layer" for block in graph.blocks))
+
+
+def measured_seconds(
+    captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
+) -> dict[str, tuple[float, float]]:
+    """Return measured seconds by block; nothing where they are computed."""
+    if costs not in ("analytic", "profiled"):
+        raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
+    if costs == "analytic":
+        return {}
+    from ipu_pipeline.backends.local.measure import profile_blocks
+
+    times = profile_blocks(captured, batch, num_devices=len(machine.devices))
+    return {name: (time.forward_s, time.backward_s) for name, time in times.items()}
+
+
+def _fitting(made: Plan) -> Plan:
+    if made.misfits:
+        raise PartitionError(
+            f"the plan does not fit: {'; '.join(made.misfits)}; move layers to other devices, "
+            "lower the micro batch, recompute or serialize more blocks, or let the solver choose"
+        )
+    return made
+
+
+def _after_passes(made: Plan, manager: PassManager) -> Plan:
+    """Return the plan as the passes annotate it, with its own price.
+
+    Raises:
+        PartitionError: It does not fit.
+    """
+    if not manager.passes:
+        return made
+    annotated = priced(replace(manager.run(made), decision_digest=""))
+    try:
+        return _fitting(annotated)
+    except PartitionError as error:
+        raise PartitionError(f"the plan after the passes {manager}: {error}") from error

@@ -33,7 +33,7 @@ def test_a_plan_carries_every_decision_and_prediction() -> None:
     assert [name for stage in plan.stages for name in stage.blocks] == [b.name for b in plan.blocks]
     assert plan.total_batch_size == 8
     assert plan.gap == 0
-    assert 0 < plan.lower_bound == plan.objective
+    assert 0 < plan.lower_bound_s == plan.objective_s
     assert not plan.edited
     assert plan.cost_source == "analytic"
     assert all(s.forward_s > 0 and s.backward_s > 0 and s.memory_bytes > 0 for s in plan.stages)
@@ -85,7 +85,7 @@ def test_profiled_costs_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.cost_source == "profiled"
     # Embeddings, one layer for all four, head, loss.
     assert len(runs) == 4 * blocks.VISITS
-    layers = [b.forward_s for b in plan.blocks if b.kind == "layer"]
+    layers = [plan.measured_s[b.name] for b in plan.blocks if b.kind == "layer"]
     assert len(set(layers)) == 1
     ipp.plan(model, batch, num_stages=2, costs="profiled")
     assert len(runs) == 4 * blocks.VISITS

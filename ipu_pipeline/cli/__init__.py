@@ -185,8 +185,8 @@ def blocks(
     typer.echo(_graph_table(capture(built, batch, granularity=granularity.value).graph))
 
 
-@app.command()
-def doctor() -> None:
+@app.command("doctor")
+def doctor_command() -> None:
     """Say what is installed, what this machine offers, and which targets can run."""
     from ipu_pipeline.cli.doctor import report
 

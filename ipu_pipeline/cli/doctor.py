@@ -6,7 +6,6 @@ import os
 import platform
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
@@ -33,35 +32,9 @@ def report() -> str:
 
 def target_state(name: str) -> tuple[str, str]:
     """Return ``ready`` or ``unavailable`` for a target, and the reason."""
-    if name == "distributed":
-        return _distributed_state()
-    if name == "poptorch":
-        return _poptorch_state()
-    return "ready", "stages are threads of this process"
+    from ipu_pipeline.planner.backend import backend_named
 
-
-def _distributed_state() -> tuple[str, str]:
-    import torch.distributed
-
-    if not torch.distributed.is_available():
-        return "unavailable", "this torch was built without torch.distributed"
-    backends = [
-        name
-        for name, present in (
-            ("gloo", torch.distributed.is_gloo_available()),
-            ("nccl", torch.distributed.is_nccl_available() and torch.cuda.is_available()),
-        )
-        if present
-    ]
-    if not backends:
-        return "unavailable", "torch.distributed has neither gloo nor a usable nccl"
-    return "ready", f"processes under torchrun, over {' and '.join(backends)}"
-
-
-def _poptorch_state() -> tuple[str, str]:
-    if find_spec("poptorch") is None:
-        return "unavailable", "poptorch comes with Graphcore's SDK, which is not installed here"
-    return "ready", "poptorch is installed"
+    return backend_named(name).doctor()
 
 
 def _package(name: str) -> tuple[str, str]:

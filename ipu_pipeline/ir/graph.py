@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.codec import from_json, read_json, to_json
 
 DTYPE_BYTES: Mapping[str, float] = {
     "float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "uint64": 8,
@@ -23,7 +24,7 @@ DTYPE_BYTES: Mapping[str, float] = {
 
 BlockKind = Literal["embedding", "layer", "head", "loss", "other"]
 OpKind = Literal["matmul", "vector", "gather", "scatter", "softmax", "norm", "copy", "random"]
-GRAPH_SCHEMA_VERSION = 1
+GRAPH_SCHEMA_VERSION = 2
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -242,14 +243,61 @@ class BlockGraph:
         """Bytes of the parameters that ``block`` uses, shared ones included."""
         return sum(self.parameter_by_fqn[fqn].num_bytes for fqn in block.parameters)
 
+    def num_parameters(self, block: Block) -> int:
+        """Elements of the parameters that ``block`` uses, shared ones included."""
+        return sum(self.parameter_by_fqn[fqn].numel for fqn in block.parameters)
+
     def fingerprint(self) -> str:
         """Hex digest of everything in the graph: equal digests mean equal graphs."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; operations that several blocks share are written once."""
+        numbers: dict[tuple[OpRecord, ...], int] = {}
+        seen: dict[int, int] = {}  # long tuples are hashed once
+        blocks = []
+        for block in self.blocks:
+            raw = to_json(replace(block, forward_ops=(), backward_ops=()))
+            for key in ("forward_ops", "backward_ops"):
+                ops = getattr(block, key)
+                if id(ops) not in seen:
+                    seen[id(ops)] = numbers.setdefault(ops, len(numbers))
+                raw[key] = seen[id(ops)]
+            blocks.append(raw)
+        rest = to_json(replace(self, blocks=()))
+        return {**rest, "blocks": blocks, "operations": [to_json(ops) for ops in numbers]}
+
+    @classmethod
+    def from_json(cls, raw: Any, source: str) -> BlockGraph:
+        """Build a graph from :meth:`to_json`'s data.
+
+        Raises:
+            PlanError: A field is missing, unknown or of a wrong type.
+        """
+        if not isinstance(raw, Mapping):
+            raise PlanError(f"{source}: expected an object with fields, got {type(raw).__name__}")
+        fields = dict(raw)
+        try:
+            shared = [tuple(from_json(OpRecord, op, f"{source}, operations", PlanError)
+                            for op in ops) for ops in fields.pop("operations", ())]  # fmt: skip
+            blocks = tuple(
+                from_json(
+                    Block,
+                    block,
+                    f"{source}, blocks[{index}]",
+                    PlanError,
+                    {key: shared[block[key]] for key in ("forward_ops", "backward_ops")},
+                )
+                for index, block in enumerate(fields["blocks"])
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
+        return from_json(cls, fields, source, PlanError, {"blocks": blocks})
 
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON; :meth:`load` reads it back without torch."""
-        payload = {"schema_version": GRAPH_SCHEMA_VERSION, **asdict(self)}
+        payload = {"schema_version": GRAPH_SCHEMA_VERSION, **self.to_json()}
         Path(path).write_text(json.dumps(payload), encoding="utf-8")
 
     @classmethod
@@ -259,41 +307,11 @@ class BlockGraph:
         Raises:
             PlanError: The file is missing, no graph, or of another schema version.
         """
-        try:
-            payload = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = payload.pop("schema_version", None)
-            if version != GRAPH_SCHEMA_VERSION:
-                raise PlanError(
-                    f"{path}: graph schema version {version!r}, this library reads "
-                    f"{GRAPH_SCHEMA_VERSION}; capture the model again"
-                )
-            return _graph_from_json(payload)
-        except OSError as error:
-            raise PlanError(f"cannot read the block graph {path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{path} is not a saved block graph: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _fields(raw: dict[str, Any]) -> dict[str, Any]:
-    return {key: _tuples(value) for key, value in raw.items()}
-
-
-def _block_from_json(raw: dict[str, Any]) -> Block:
-    fields = _fields(raw)
-    for key in ("forward_ops", "backward_ops"):
-        fields[key] = tuple(OpRecord(**_fields(op)) for op in raw[key])
-    return Block(**fields)
-
-
-def _graph_from_json(raw: dict[str, Any]) -> BlockGraph:
-    return BlockGraph(
-        blocks=tuple(_block_from_json(block) for block in raw.pop("blocks")),
-        tensors=tuple(TensorSpec(**_fields(spec)) for spec in raw.pop("tensors")),
-        inputs=tuple(TensorSpec(**_fields(spec)) for spec in raw.pop("inputs")),
-        parameters=tuple(ParameterSpec(**_fields(spec)) for spec in raw.pop("parameters")),
-        **_fields(raw),
-    )
+        raw = read_json(path, "the block graph", PlanError)
+        version = raw.pop("schema_version", None) if isinstance(raw, dict) else None
+        if version != GRAPH_SCHEMA_VERSION:
+            raise PlanError(
+                f"{path}: graph schema version {version!r}, this library reads "
+                f"{GRAPH_SCHEMA_VERSION}; capture the model again"
+            )
+        return cls.from_json(raw, str(path))

@@ -6,12 +6,13 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.codec import from_json, read_json, to_json
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,6 @@ class Device:
             )
         if any(speed <= 0 for speed in self.flops_per_s.values()):
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
-        for name in ("product_curve", "bytes_curve"):  # JSON gives lists
-            object.__setattr__(
-                self, name, tuple((size, rate) for size, rate in getattr(self, name))
-            )
         self._check_measurements()
 
     def _check_measurements(self) -> None:
@@ -137,6 +134,7 @@ class Machine:
         devices_per_board: Devices on one board; 0 means that all are on one.
         shared_memory: Devices are threads of one process: a transfer hands over a pointer and
             ``memory_bytes`` of the devices add up to the machine's memory.
+        backend: Name of the backend that prices and runs it; empty: the first that says it can.
     """
 
     name: str
@@ -145,6 +143,7 @@ class Machine:
     board_link: Link | None = None
     devices_per_board: int = 0
     shared_memory: bool = False
+    backend: str = ""
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -172,29 +171,22 @@ class Machine:
 
     def fingerprint(self) -> str:
         """Hex digest of every number in the description."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(to_json(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; :meth:`from_json` reads it back."""
-        return asdict(self)
+        found: dict[str, Any] = to_json(self)
+        return found
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Machine:
+    def from_json(cls, raw: Any, source: str = "machine description") -> Machine:
         """Build a machine from plain JSON data.
 
         Raises:
             PlanError: A field is missing, unknown or out of range.
         """
-        try:
-            fields = dict(raw)
-            fields["devices"] = tuple(Device(**device) for device in fields["devices"])
-            fields["link"] = Link(**fields["link"])
-            if fields.get("board_link") is not None:
-                fields["board_link"] = Link(**fields["board_link"])
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"not a machine description: {error}") from error
+        return from_json(cls, raw, source, PlanError)
 
     @classmethod
     def load(cls, path: str | Path) -> Machine:
@@ -203,7 +195,4 @@ class Machine:
         Raises:
             PlanError: The file is missing or is no machine description.
         """
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"cannot read the machine file {path}: {error}") from error
+        return cls.from_json(read_json(path, "the machine file", PlanError), str(path))

@@ -1,26 +1,26 @@
 """The plan: every decision and every predicted number, as one JSON file. Plain data, no torch.
 
-The stage list may be edited by hand; :meth:`Plan.load` verifies it, and ``Plan.edited`` tells
-that the predictions belong to another split.
+It carries the captured model (``graph``), so that it can be priced again without the model. The
+stage list may be edited by hand: :meth:`Plan.load` verifies it and prices it again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.graph import TensorSpec
+from ipu_pipeline.ir.codec import from_json, read_json, to_json, write_json
+from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
 
-PLAN_SCHEMA_VERSION = 1
+PLAN_SCHEMA_VERSION = 2
 # The block list comes from these two: a plan made under other versions is refused.
 BINDING_LIBRARIES = ("ipu-pipeline", "transformers")
 RECORDED_LIBRARIES = (*BINDING_LIBRARIES, "torch")
@@ -41,7 +41,7 @@ class ModelIdentity:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of class and parameters."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(to_json(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: ModelIdentity) -> list[str]:
@@ -54,43 +54,6 @@ class ModelIdentity:
             if mine != theirs:
                 lines.append(f"{name}: plan {mine or 'absent'}, model {theirs or 'absent'}")
         return lines
-
-
-@dataclass(frozen=True)
-class PlannedTable:
-    """The table of a block: what serialization cuts into slices.
-
-    Attributes:
-        parameter: First name of the parameter.
-        rows: Its entries, such as the size of a vocabulary.
-        width: Numbers in a row.
-        use: ``lookup`` (an embedding) or ``projection`` (an output head).
-        large: Whether it is a large table, whose block is serialized when none is named.
-    """
-
-    parameter: str
-    rows: int
-    width: int
-    use: str
-    large: bool
-
-
-@dataclass(frozen=True)
-class PlannedBlock:
-    """One block with its price as the solver saw it. Times and bytes are for one microbatch.
-
-    ``table`` is ``None`` where the block has none.
-    """
-
-    name: str
-    kind: str
-    num_parameters: int
-    weight_bytes: int
-    forward_flops: int
-    forward_s: float
-    backward_s: float
-    stash_bytes: int
-    table: PlannedTable | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +72,8 @@ class PlannedStage:
         transfer_s: Predicted seconds of one microbatch's transfers.
         memory_bytes: Predicted peak bytes on the device for this stage.
         in_flight: Most microbatches whose activations it holds at one time.
-        weight_bytes: Part of ``memory_bytes`` that never changes; ``None`` in older files.
-        stash_bytes: Part of ``memory_bytes`` for each microbatch in flight; ``None`` likewise.
+        weight_bytes: Part of ``memory_bytes`` that never changes.
+        stash_bytes: Part of ``memory_bytes`` for each microbatch in flight.
     """
 
     device: int
@@ -122,8 +85,8 @@ class PlannedStage:
     transfer_s: float = 0.0
     memory_bytes: int = 0
     in_flight: int = 0
-    weight_bytes: int | None = None
-    stash_bytes: int | None = None
+    weight_bytes: int = 0
+    stash_bytes: int = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property
@@ -140,37 +103,37 @@ class Plan:
         model: Which model it is for.
         machine: The machine it was made for.
         stages: In pipeline order.
-        blocks: Every block with its price, in execution order.
-        tensors: Tensors that cross between blocks.
-        inputs: Model inputs of one microbatch.
-        num_microbatches: Microbatches per optimizer step (gradient accumulation).
+        graph: The captured model, for one microbatch.
+        num_microbatches: Microbatches per optimizer step of one replica (gradient accumulation).
         replicas: Copies of the pipeline that share the data.
-        schedule: ``1f1b`` or ``gpipe``.
+        schedule: Name of the schedule, such as ``1f1b``.
         granularity: Granularity of the blocks: ``layer``, ``sublayer`` or ``op``.
-        cost_source: ``analytic`` or ``profiled``.
+        cost_source: Where the prices of the blocks come from: ``analytic``, ``profiled``, ``ipu``.
+        measured_s: Measured forward and backward seconds by block, where they are profiled.
+        settings: The backend's own settings, as JSON data.
         objective_s: Predicted seconds of one optimizer step.
-        lower_bound_s: Proven: no split within the constraints is predicted faster.
+        lower_bound_s: Proven: no split within the constraints is predicted faster; 0: not known.
         binding: What limits the plan, readable.
-        tied_groups: Blocks that share a parameter.
+        misfits: One sentence for every device that the plan does not fit on.
         versions: Library versions it was made with.
-        decision_digest: Digest of the decisions that the predictions belong to.
+        decision_digest: Digest of the decisions that were first predicted.
     """
 
     model: ModelIdentity
     machine: Machine
     stages: tuple[PlannedStage, ...]
-    blocks: tuple[PlannedBlock, ...]
-    tensors: tuple[TensorSpec, ...]
-    inputs: tuple[TensorSpec, ...]
+    graph: BlockGraph
     num_microbatches: int
     replicas: int = 1
     schedule: str = "1f1b"
     granularity: str = "layer"
     cost_source: str = "analytic"
+    measured_s: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     objective_s: float = 0.0
     lower_bound_s: float = 0.0
     binding: str = ""
-    tied_groups: tuple[tuple[str, ...], ...] = ()
+    misfits: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: library_versions(), hash=False)
     decision_digest: str = ""
 
@@ -180,18 +143,28 @@ class Plan:
         return len(self.stages)
 
     @property
-    def objective(self) -> float:
-        """Predicted seconds of one optimizer step."""
-        return self.objective_s
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block, in execution order."""
+        return self.graph.blocks
+
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Tensors that cross between blocks."""
+        return tuple(spec for spec in self.graph.tensors if spec.consumers)
 
     @property
-    def lower_bound(self) -> float:
-        """Proven lower bound of the objective, in seconds."""
-        return self.lower_bound_s
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Model inputs of one microbatch."""
+        return self.graph.inputs
+
+    @property
+    def tied_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Blocks that share a parameter."""
+        return self.graph.tied_groups
 
     @property
     def gap(self) -> float:
-        """Relative gap ``(objective - lower bound) / objective``; 0 means proven optimal."""
+        """Relative gap ``(objective_s - lower_bound_s) / objective_s``; 0: proven optimal."""
         if self.objective_s <= 0:
             return 0.0
         return max(0.0, (self.objective_s - self.lower_bound_s) / self.objective_s)
@@ -199,7 +172,7 @@ class Plan:
     @property
     def micro_batch_size(self) -> int:
         """Samples of one microbatch."""
-        return next((spec.shape[0] for spec in self.inputs if spec.shape), 0)
+        return self.graph.micro_batch_size
 
     @property
     def total_batch_size(self) -> int:
@@ -212,31 +185,32 @@ class Plan:
         return {name: index for index, stage in enumerate(self.stages) for name in stage.blocks}
 
     def digest(self) -> str:
-        """Digest of the decisions: stages, devices, recompute, slices, schedule, microbatches."""
+        """Digest of the run (machine, settings, schedule, counts), a dash, and of the stages."""
         decisions = [
             [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items()),
-             *([sorted(stage.table_slices.items())] if stage.table_slices else [])]
+             sorted(stage.table_slices.items())]
             for stage in self.stages
         ]  # fmt: skip
-        text = json.dumps([decisions, self.schedule, self.num_microbatches, self.replicas])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        run = [self.machine.fingerprint(), to_json(self.settings), self.schedule, self.num_stages,
+               self.num_microbatches, self.replicas]  # fmt: skip
+        texts = (json.dumps(part, sort_keys=True) for part in (run, decisions))
+        return "-".join(hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts)
 
     @property
     def edited(self) -> bool:
-        """Whether the decisions were changed after the predictions were made."""
+        """Whether the decisions are not those that were first predicted."""
         return self.digest() != self.decision_digest
+
+    @property
+    def keeps_bound(self) -> bool:
+        """Whether the lower bound was proven for this run: only the stages were edited."""
+        return self.digest().split("-")[0] == self.decision_digest.split("-")[0]
 
     def explain(self) -> str:
         """Return the plan as readable text: stages, prices, bound, and what limits it."""
         from ipu_pipeline.ir.text import explain_plan
 
         return explain_plan(self)
-
-    def block_table(self) -> str:
-        """Return the block list as a readable table."""
-        from ipu_pipeline.ir.text import block_table
-
-        return block_table(self.blocks)
 
     def check_model(self, other: ModelIdentity) -> None:
         """Refuse a model that the plan was not made for.
@@ -256,15 +230,14 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
-        path = Path(path)
-        payload = {"schema_version": PLAN_SCHEMA_VERSION, **asdict(self)}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        rest = to_json(replace(self, graph=replace(self.graph, blocks=())))
+        graph = {"graph": self.graph.to_json()}
+        payload = {"schema_version": PLAN_SCHEMA_VERSION, **rest}
+        write_json(path, {**{k: v for k, v in payload.items() if k != "graph"}, **graph}, "graph")
 
     @classmethod
     def load(cls, path: str | Path, *, any_version: bool = False) -> Plan:
-        """Read and verify a plan.
+        """Read and verify a plan; one that was edited by hand is priced again.
 
         Args:
             path: A file written by :meth:`save`, perhaps edited by hand.
@@ -275,14 +248,15 @@ class Plan:
         """
         from ipu_pipeline.ir.verify import verify_plan
 
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
-        plan = plan_from_json(raw, str(path))
+        plan = plan_from_json(read_json(path, "the plan", PlanError), str(path))
         if not any_version:
             check_versions(plan.versions, str(path))
         verify_plan(plan)
+        if plan.edited:
+            # The planner lies above this module: it is asked at run time, for edited plans only.
+            from ipu_pipeline.planner.price import priced
+
+            return priced(plan)
         return plan
 
 
@@ -320,7 +294,7 @@ def plan_from_json(raw: Any, source: str) -> Plan:
     """Build a plan from parsed JSON.
 
     Raises:
-        PlanError: Wrong schema version, or a missing or unknown field.
+        PlanError: Wrong schema version, or a missing, unknown or wrong field.
     """
     if not isinstance(raw, dict) or "schema_version" not in raw:
         raise PlanError(f"{source} is not a plan: it has no schema_version")
@@ -331,47 +305,7 @@ def plan_from_json(raw: Any, source: str) -> Plan:
             f"{source}: plan schema version {found!r}, this library reads {PLAN_SCHEMA_VERSION}; "
             "make the plan again"
         )
-    try:
-        fields["model"] = ModelIdentity(**fields["model"])
-        fields["machine"] = Machine.from_json(fields["machine"])
-        fields["blocks"] = tuple(_block_from_json(block) for block in fields["blocks"])
-        fields["stages"] = tuple(_stage_from_json(stage) for stage in fields["stages"])
-        for key in ("tensors", "inputs"):
-            fields[key] = tuple(_tensor_from_json(spec) for spec in fields[key])
-        fields["tied_groups"] = tuple(tuple(group) for group in fields.get("tied_groups", ()))
-        return Plan(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{source} is not a plan: {error}") from error
-
-
-def _block_from_json(raw: Mapping[str, Any]) -> PlannedBlock:
-    fields = dict(raw)
-    if fields.get("table") is not None:
-        fields["table"] = PlannedTable(**fields["table"])
-    return PlannedBlock(**fields)
-
-
-def _stage_from_json(raw: Mapping[str, Any]) -> PlannedStage:
-    fields = dict(raw)
-    for key in ("blocks", "recompute"):
-        value = fields.get(key, ())
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"stage field {key!r} must be a list of block names, got {value!r}")
-        fields[key] = tuple(value)
-    fields["table_slices"] = {
-        name: _slice_range(name, value) for name, value in fields.get("table_slices", {}).items()
-    }
-    return PlannedStage(**fields)
-
-
-def _slice_range(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or [type(item) for item in value] != [int, int]:
-        raise TypeError(f"table_slices of {name!r} must be two whole numbers, got {value!r}")
-    return (value[0], value[1])
-
-
-def _tensor_from_json(raw: Mapping[str, Any]) -> TensorSpec:
-    fields = dict(raw)
-    fields["shape"] = tuple(fields["shape"])
-    fields["consumers"] = tuple(fields["consumers"])
-    return TensorSpec(**fields)
+    ready = {}
+    if "graph" in fields:
+        ready["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
+    return from_json(Plan, fields, source, PlanError, ready)

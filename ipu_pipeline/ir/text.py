@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import Plan, PlannedStage
 
 
 def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
@@ -36,25 +36,6 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}"
 
 
-def block_table(blocks: Sequence[PlannedBlock]) -> str:
-    """Return the block list with the prices of one microbatch, and the sums."""
-    columns = ("block", "kind", "params", "GFLOP", "forward ms", "backward ms", "saved MB")
-
-    def row(name: str, kind: str, chosen: Sequence[PlannedBlock]) -> tuple[str, ...]:
-        return (
-            name,
-            kind,
-            f"{sum(block.num_parameters for block in chosen):,}",
-            f"{sum(block.forward_flops for block in chosen) / 1e9:.3f}",
-            milliseconds(sum(block.forward_s for block in chosen)),
-            milliseconds(sum(block.backward_s for block in chosen)),
-            megabytes(sum(block.stash_bytes for block in chosen)),
-        )
-
-    rows = [row(block.name, block.kind, [block]) for block in blocks]
-    return render_table(columns, [*rows, row("sum", "", blocks)])
-
-
 def explain_plan(plan: Plan) -> str:
     """Return the whole plan as text: what goes where, what it costs, how good it is and why."""
     lines = [
@@ -63,8 +44,8 @@ def explain_plan(plan: Plan) -> str:
         f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
         + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
         stage_table(plan.stages),
-        f"predicted step {milliseconds(plan.objective_s)} ms; no split is faster than "
-        f"{milliseconds(plan.lower_bound_s)} ms (gap {plan.gap:.1%}); costs: {plan.cost_source}",
+        f"predicted step {milliseconds(plan.objective_s)} ms; {_bound(plan)}; "
+        f"costs: {plan.cost_source}",
     ]
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
@@ -73,8 +54,15 @@ def explain_plan(plan: Plan) -> str:
         groups = "; ".join(" = ".join(group) for group in plan.tied_groups)
         lines.append(f"tied weights: {groups}")
     if plan.edited:
-        lines.append("the stages were edited by hand: the predictions belong to the first version")
+        lines.append("the plan was edited by hand; these numbers are those of the edited plan")
+    lines += [f"DOES NOT FIT: {text}" for text in plan.misfits]
     return "\n".join(lines)
+
+
+def _bound(plan: Plan) -> str:
+    if not plan.lower_bound_s:
+        return "no lower bound is known"
+    return f"no split is faster than {milliseconds(plan.lower_bound_s)} ms (gap {plan.gap:.1%})"
 
 
 def annotation_lines(plan: Plan) -> list[str]:

@@ -90,7 +90,7 @@ def check_blocks(plan: Plan) -> None:
     Raises:
         LoweringError: A serialized block has no parameter.
     """
-    parameters = {block.name: block.num_parameters for block in plan.blocks}
+    parameters = {block.name: len(block.parameters) for block in plan.blocks}
     for block in serialized(plan):
         if not parameters[block]:
             raise _no_table(block)

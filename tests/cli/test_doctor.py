@@ -5,6 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from ipu_pipeline.cli import app, doctor
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops import extension, linear
 from ipu_pipeline.ops.extension import ExtensionState
 
@@ -29,12 +30,12 @@ def test_local_target_is_ready() -> None:
 
 
 def test_missing_target_says_why() -> None:
-    state = ("unavailable", "not part of this version of ipu-pipeline")
-    assert doctor.target_state("nosuch") == state
+    with pytest.raises(LoweringError, match="target 'nosuch' is unknown; available: distributed"):
+        doctor.target_state("nosuch")
 
 
 def test_missing_sdk_says_where_it_comes_from() -> None:
-    assert doctor._poptorch_state() == (
+    assert doctor.target_state("poptorch") == (
         "unavailable",
         "poptorch comes with Graphcore's SDK, which is not installed here",
     )
@@ -54,7 +55,7 @@ def test_distributed_backends(monkeypatch, available: bool, gloo: bool, expected
     monkeypatch.setattr(torch.distributed, "is_available", lambda: available)
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: gloo)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    assert doctor._distributed_state()[1] == expected
+    assert doctor.target_state("distributed")[1] == expected
 
 
 def test_memory_is_unknown_where_the_kernel_does_not_say(monkeypatch, tmp_path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ipu_pipeline
-from ipu_pipeline.ir.graph import TensorSpec
+from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult
 
 FOLDER = Path(__file__).parents[2] / "examples" / "question-answering"
@@ -71,17 +71,16 @@ class EagerExecutable:
 def make_plan(microbatches=2, size=4):
     """Return a plan of two stages with made-up prices."""
     device = Device("cpu", 10**9, {"float32": 1e9}, 1e9)
-    blocks = tuple(PlannedBlock(n, "layer", 10, 40, 10**6, 0.01, 0.02, 100) for n in ("a", "b"))
+    blocks = tuple(Block(name, "layer") for name in ("a", "b"))
     stages = tuple(
         PlannedStage(i, (b.name,), forward_s=0.01, backward_s=0.02) for i, b in enumerate(blocks)
     )
+    inputs = (TensorSpec("input_ids", (size, 64), "int64"),)
     return Plan(
         ModelIdentity("Tiny", {}),
         Machine("local", (device, device), Link(1e9)),
         stages,
-        blocks,
-        tensors=(),
-        inputs=(TensorSpec("input_ids", (size, 64), "int64"),),
+        BlockGraph("Tiny", blocks, inputs=inputs),
         num_microbatches=microbatches,
         objective_s=0.1,
         lower_bound_s=0.1,

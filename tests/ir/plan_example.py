@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 
 BLOCKS = ("embed", "layer.0", "layer.1", "head")
 
@@ -62,16 +62,10 @@ def example_plan() -> Plan:
             PlannedStage(0, ("embed", "layer.0"), ("layer.0",), {}, 0.001, 0.002, 0.0005, 5000, 2),
             PlannedStage(1, ("layer.1", "head"), (), {}, 0.002, 0.003, 0.0, 7000, 1),
         ),
-        blocks=tuple(
-            PlannedBlock(block.name, block.kind, 80, 320, 1_500_000, 0.001, 0.002, 4096)
-            for block in graph.blocks
-        ),
-        tensors=tuple(tensor for tensor in graph.tensors if tensor.consumers),
-        inputs=graph.inputs,
+        graph=graph,
         num_microbatches=4,
         objective_s=0.030,
         lower_bound_s=0.027,
         binding="the second stage",
-        tied_groups=graph.tied_groups,
     )  # fmt: skip
     return replace(made, decision_digest=made.digest())

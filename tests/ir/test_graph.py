@@ -77,12 +77,13 @@ def test_unknown_block_names_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not a saved block graph"),
-        ("[]", "is not a saved block graph"),
-        ('{"schema_version": 1}', "is not a saved block graph: 'blocks'"),
-        ('{"schema_version": 7}', "graph schema version 7, this library reads 1; capture"),
+        ("{", "cannot read the block graph"),
+        ("[]", "graph schema version None"),
+        ('{"schema_version": 2}', "blocks and operations do not match: 'blocks'"),
+        ('{"schema_version": 2, "blocks": []}', "missing field 'model_class'"),
+        ('{"schema_version": 7}', "graph schema version 7, this library reads 2; capture"),
         ("{}", "graph schema version None"),
-        (b"\xff\xfe\x00", "is not a saved block graph"),
+        (b"\xff\xfe\x00", "cannot read the block graph"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str | bytes, message: str) -> None:

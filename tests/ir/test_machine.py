@@ -114,9 +114,9 @@ def test_wrong_links_and_empty_machines_are_refused() -> None:
     ("text", "message"),
     [
         ("{", "cannot read the machine file"),
-        ("{}", "not a machine description: 'devices'"),
-        ('{"devices": [{"nme": 1}]}', "not a machine description: .*nme"),
-        ("[1, 2]", "not a machine description"),
+        ("{}", "machine.json: missing field 'name', 'devices', 'link'"),
+        ('{"devices": [{"nme": 1}]}', r"devices\[0\]: Object missing required field `name`"),
+        ("[1, 2]", "expected an object with fields, got list"),
         (b"\xff\xff", "cannot read the machine file"),
     ],
 )
@@ -130,7 +130,10 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str | bytes, message: str
 def test_description_with_a_list_for_a_map_is_refused() -> None:
     raw = example_machine().to_json()
     raw["devices"][0]["flops_per_s"] = ["float32"]
-    with pytest.raises(PlanError, match="not a machine description"):
+    with pytest.raises(
+        PlanError,
+        match=r"machine description, devices\[0\]\.flops_per_s: Expected `object`, got `array`",
+    ):
         Machine.from_json(raw)
 
 

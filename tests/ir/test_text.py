@@ -14,12 +14,8 @@ def test_explain(golden) -> None:
 def test_explain_says_what_is_unusual(golden) -> None:
     plan = example_plan()
     one = replace(plan.stages[0], blocks=("embed", "layer.0", "layer.1", "head"), recompute=())
-    text = replace(plan, stages=(one,), replicas=2, binding="", tied_groups=()).explain()
+    text = replace(plan, stages=(one,), replicas=2, binding="").explain()
     golden("plan_explain_edited.txt", text + "\n")
-
-
-def test_block_table(golden) -> None:
-    golden("block_table.txt", example_plan().block_table() + "\n")
 
 
 def test_runs_of_numbered_blocks_are_joined() -> None:

@@ -16,6 +16,7 @@ from ipu_pipeline.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.stages.executable import EvalResult, StepResult, T
@@ -181,9 +182,7 @@ def _plan(model: torch.nn.Module, microbatches: int, replicas: int) -> Plan:
         model=ModelIdentity(type(model).__name__, shapes),
         machine=Machine("here", (device,), Link(1e9)),
         stages=(PlannedStage(0, ()),),
-        blocks=(),
-        tensors=(),
-        inputs=(),
+        graph=BlockGraph(type(model).__name__, ()),
         num_microbatches=microbatches,
         replicas=replicas,
     )

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from ipu_pipeline.backends.local.executable import LocalExecutable
-from ipu_pipeline.capture import CapturedModel, capture
+from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.tracing_patches import preserved_state
 from ipu_pipeline.compiler import compile as compile_plan
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import torchs_products
-from ipu_pipeline.plan_writer import make_plan
-from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.price import counted_costs, make_plan
 from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable
 from tools.coverage.classes import ModelClass
@@ -141,9 +141,9 @@ def _captured(model: nn.Module, part: Batch, facts: dict[str, Any]) -> CapturedM
 def _planned(captured: CapturedModel, depth: int) -> Plan:
     limits = Constraints(num_stages=depth, num_microbatches=MICROBATCHES)
     try:
-        prices = AnalyticCostModel().estimate(captured.graph, _MACHINE)
-        partition = solve(captured.graph, prices, _MACHINE, limits)
-        return make_plan(captured, _MACHINE, prices, partition)
+        work = Workload(captured.graph, _MACHINE, limits.schedule, limits.num_microbatches)
+        partition = solve(captured.graph, counted_costs(work), _MACHINE, limits)
+        return make_plan(model_identity(captured.model), work, partition)
     except Exception as error:
         raise _Finding("plan-refused", f"{depth} stages: {one_line(error)}") from error
 

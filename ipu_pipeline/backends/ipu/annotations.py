@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.ir.plan import Plan, PlannedBlock
+from ipu_pipeline.ir.graph import Block
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import backend_of
+from ipu_pipeline.planner.price import workload_of
 
 CALL_MARK = "#"  # "shared#2" is the third call of the module "shared"
 
@@ -68,6 +71,7 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
             module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
     """
     kept = _kept(plan)
+    costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
     found: list[Annotation] = []
     homes: dict[str, int] = {}
     for block in plan.blocks:
@@ -91,16 +95,16 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
                 again=again,
                 checkpoint=block.name in kept or (checkpoint_layers and block.kind == "layer"),
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
-                forward_ms=block.forward_s * 1e3,
-                backward_ms=block.backward_s * 1e3,
-                weight_mb=block.weight_bytes / 1e6,
+                forward_ms=costs[block.name].plain.forward_s * 1e3,
+                backward_ms=costs[block.name].plain.backward_s * 1e3,
+                weight_mb=sum(costs[block.name].weight_bytes.values()) / 1e6,
             )
         )
     _check_stage_openers(found)
     return tuple(found)
 
 
-def module_of(block: PlannedBlock) -> str:
+def module_of(block: Block) -> str:
     """Return the path of the module that begins ``block``; empty for the loss."""
     return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
 

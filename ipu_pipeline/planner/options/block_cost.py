@@ -14,7 +14,6 @@ from ipu_pipeline.ir.machine import Machine
 
 if TYPE_CHECKING:
     from ipu_pipeline.errors import PartitionError
-    from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.planner.search.constraints import Constraints
     from ipu_pipeline.planner.search.result import Partition
 
@@ -77,10 +76,6 @@ class StagePlanning(Protocol):
         self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
     ) -> Partition:
         """Price the given blocks of every stage."""
-        ...
-
-    def evaluate_plan(self, plan: Plan) -> Partition:
-        """Price a plan exactly as it is."""
         ...
 
     def explain(self, machine: Machine, constraints: Constraints) -> PartitionError:

@@ -7,8 +7,10 @@ from dataclasses import MISSING, fields, replace
 from typing import Any, ClassVar, Protocol
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.plan import Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.graph import Block
+from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.select import select_all, unmatched
+from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.passes.options import options_text
 
 
@@ -49,9 +51,7 @@ def chosen_blocks(plan: Plan, patterns: Sequence[str], who: str) -> tuple[str, .
     return select_all(patterns, names)
 
 
-def blocks_with_table(
-    plan: Plan, use: str, patterns: Sequence[str], who: str
-) -> tuple[PlannedBlock, ...]:
+def blocks_with_table(plan: Plan, use: str, patterns: Sequence[str], who: str) -> tuple[Block, ...]:
     """Return the blocks to serialize: those named, else all that have a large table.
 
     Raises:
@@ -60,9 +60,9 @@ def blocks_with_table(
     if patterns:
         names = chosen_blocks(plan, patterns, who)
         found = tuple(block for block in plan.blocks if block.name in names)
-        wrong = [b.name for b in found if b.table is None or b.table.use != use]
+        wrong = [b.name for b in found if not _has_table(plan, b, use)]
         if wrong:
-            able = [b.name for b in plan.blocks if b.table is not None and b.table.use == use]
+            able = [b.name for b in plan.blocks if _has_table(plan, b, use)]
             raise PlanError(
                 f"{who} names {', '.join(wrong)} without a table for a {use}; blocks with one: "
                 f"{', '.join(able) or 'none'}"
@@ -71,10 +71,7 @@ def blocks_with_table(
     found = tuple(
         block
         for block in plan.blocks
-        if block.table is not None
-        and block.table.use == use
-        and block.table.large
-        and block.kind != "layer"
+        if block.kind != "layer" and _has_table(plan, block, use, large=True)
     )
     if not found:
         raise PlanError(
@@ -82,6 +79,11 @@ def blocks_with_table(
             "blocks=[...]"
         )
     return found
+
+
+def _has_table(plan: Plan, block: Block, use: str, *, large: bool = False) -> bool:
+    table = table_of(plan.graph, block)
+    return table is not None and table.use == use and (table.is_large or not large)
 
 
 def with_slices(plan: Plan, factors: Mapping[str, int]) -> Plan:

@@ -55,7 +55,7 @@ class Recompute:
         """
         if self.blocks == "auto":
             return plan
-        keeping = {block.name for block in plan.blocks if block.stash_bytes > 0}
+        keeping = {block.name for block in plan.blocks if block.saved_bytes > 0}
         if isinstance(self.blocks, str):
             chosen = keeping if self.blocks == "all" else set()
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import Window, held_at, windows
 from ipu_pipeline.planner.schedules.timeline import (
     KINDS,
@@ -254,15 +255,15 @@ def _until(curve: MemoryCurve, end_s: float) -> tuple[list[float], list[float]]:
     return [round(t * 1e3, 6) for t, _ in kept], [held / 1e6 for _, held in kept]
 
 
-def block_figure(plan: Plan) -> Any:
+def block_figure(plan: Plan, costs: GraphCosts) -> Any:
     """Draw the price of every block for one microbatch, without recomputation."""
     from plotly import graph_objects as go
 
     names = [block.name for block in plan.blocks]
     stages = [f"stage {plan.stage_of[name]}" for name in names]
     parts: dict[str, Sequence[float]] = {
-        "forward": [block.forward_s for block in plan.blocks],
-        "backward": [block.backward_s for block in plan.blocks],
+        "forward": [costs.blocks[name].plain.forward_s for name in names],
+        "backward": [costs.blocks[name].plain.backward_s for name in names],
     }
     figure = go.Figure()
     for part, seconds in parts.items():

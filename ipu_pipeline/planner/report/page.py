@@ -13,6 +13,8 @@ from typing import Any
 
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import backend_of
+from ipu_pipeline.planner.price import workload_of
 from ipu_pipeline.planner.report import figures, sections
 from ipu_pipeline.planner.report.sensitivity import sensitivity
 from ipu_pipeline.planner.schedules.simulate import simulate
@@ -42,7 +44,9 @@ def page(plan: Plan) -> str:
     """
     library = _library()
     timeline = simulate(plan)
+    costs = backend_of(plan.machine).costs(workload_of(plan))
     charts = {name: draw(plan, timeline) for name, draw in _CHARTS.items()}
+    charts["blocks"] = figures.block_figure(plan, costs)
     packed = {name: json.loads(chart.to_json()) for name, chart in charts.items()}
     for chart in packed.values():  # every figure carries plotly's whole default theme otherwise
         chart["layout"].pop("template", None)
@@ -53,8 +57,8 @@ def page(plan: Plan) -> str:
             sections.timeline_section(timeline),
             sections.memory_section(timeline),
             sections.stage_section(plan, timeline),
-            sections.block_section(plan),
-            sections.sensitivity_section(sensitivity(plan, timeline)),
+            sections.block_section(plan, costs),
+            sections.sensitivity_section(sensitivity(plan)),
             sections.foot(plan, timeline),
         ]
     )
@@ -88,5 +92,4 @@ _CHARTS: dict[str, Callable[[Plan, Timeline], Any]] = {
     "memory": figures.memory_figure,
     "memory-curve": figures.memory_curve_figure,
     "stages": figures.stage_figure,
-    "blocks": lambda plan, _: figures.block_figure(plan),
 }

@@ -7,6 +7,7 @@ from html import escape
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks, megabytes, milliseconds
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import Variant
 from ipu_pipeline.planner.report.text import relative
@@ -38,15 +39,15 @@ def head(plan: Plan, timeline: Timeline) -> str:
     where, peak, limit = _fullest(plan, timeline)
     rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
     tiles = (
-        (f"{milliseconds(timeline.step_s)} ms", "optimizer step, simulated",
-         f"solver's prediction {milliseconds(plan.objective_s)} ms"),
+        (f"{milliseconds(timeline.step_s)} ms", "optimizer step",
+         f"{plan.num_microbatches} microbatches"),
         (f"{rate:,.1f}", "samples per second",
          f"{samples} samples per step"),
         (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
         (f"{peak / limit:.1%}", "of the fullest memory",
          f"{where}: {megabytes(peak)} of {megabytes(limit)} MB"),
-        (f"{plan.gap:.1%}", "gap to the lower bound",
-         f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"),
+        (f"{plan.gap:.1%}" if plan.lower_bound_s else "-", "gap to the lower bound",
+         bound_text(plan)),
     )  # fmt: skip
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
@@ -63,6 +64,13 @@ def head(plan: Plan, timeline: Timeline) -> str:
     )
 
 
+def bound_text(plan: Plan) -> str:
+    """Say what was proven."""
+    if not plan.lower_bound_s:
+        return "no bound is known"
+    return f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
+
+
 def _fullest(plan: Plan, timeline: Timeline) -> tuple[str, int, int]:
     """Name, peak and limit of the fullest memory; devices may share one."""
     curves = timeline.memory
@@ -75,10 +83,7 @@ def _fullest(plan: Plan, timeline: Timeline) -> tuple[str, int, int]:
 def _warnings(plan: Plan, timeline: Timeline) -> str:
     found = []
     if plan.edited:
-        found.append(
-            "The stages were edited by hand: prediction and bound belong to the first version; "
-            "the simulation adds up the prices of the blocks again."
-        )
+        found.append("The plan was edited by hand; all numbers are those of the edited plan.")
     for device, num_bytes in timeline.overflow_bytes.items():
         where = "the shared memory" if timeline.shared_memory else plan.machine.devices[device].name
         found.append(f"Does not fit: {where} is {megabytes(num_bytes)} MB over its limit.")
@@ -91,13 +96,8 @@ def reasons(plan: Plan, timeline: Timeline) -> str:
     proven = "this split is proven optimal under the cost model" if plan.gap < 1e-9 else (
         f"a better split could save at most {plan.gap:.1%}"
     )  # fmt: skip
-    if not plan.edited:
+    if plan.lower_bound_s:
         lines.append(f"Lower bound {milliseconds(plan.lower_bound_s)} ms: {proven}.")
-    if timeline.closed_form_s:
-        lines.append(
-            f"The solver's closed form gives {milliseconds(timeline.closed_form_s)} ms, the event "
-            f"simulation differs by {timeline.step_s / timeline.closed_form_s - 1:+.2%}."
-        )
     if any(event.kind == "copy" for event in timeline.events):
         exchanged = simulate(plan, copies="exchanged").step_s
         lines.append(
@@ -175,19 +175,19 @@ def stage_section(plan: Plan, timeline: Timeline) -> str:
     return "<h2>Stages</h2>" + _figure("stages", caption) + _table(columns, rows, "as a table")
 
 
-def block_section(plan: Plan) -> str:
+def block_section(plan: Plan, costs: GraphCosts) -> str:
     """What every block costs."""
     rows = [
         (
             block.name,
             block.kind,
             str(plan.stage_of[block.name]),
-            f"{block.num_parameters:,}",
+            f"{plan.graph.num_parameters(block):,}",
             f"{block.forward_flops / 1e9:.3f}",
-            milliseconds(block.forward_s),
-            milliseconds(block.backward_s),
-            megabytes(block.weight_bytes),
-            megabytes(block.stash_bytes),
+            milliseconds(costs.blocks[block.name].plain.forward_s),
+            milliseconds(costs.blocks[block.name].plain.backward_s),
+            megabytes(sum(costs.blocks[block.name].weight_bytes.values())),
+            megabytes(costs.blocks[block.name].plain.stash_bytes),
         )
         for block in plan.blocks
     ]
@@ -203,12 +203,12 @@ def sensitivity_section(variants: Sequence[Variant]) -> str:
         return ""
     best = max((variant.samples_per_s or 0.0 for variant in variants), default=0.0)
     rows = "".join(_variant(variant, variants[0].samples_per_s, best) for variant in variants)
-    columns = ("what if", "devices", "batch", "step ms", "samples/s", "change", "peak MB")
+    columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change", "peak MB")
     head = "".join(f"<th>{column}</th>" for column in columns)
     return (
-        "<h2>Sensitivity</h2><p class='soft'>Each row is split again by the exact solver from the "
-        "prices in the plan; the last column says what had to be scaled. Changes are against the "
-        "first row: the plan's own setting, without constraints that a plan does not store.</p>"
+        "<h2>Sensitivity</h2><p class='soft'>The first row is the plan. Every other one is "
+        "split again by the exact solver and priced the same way, without constraints that a plan "
+        "does not store.</p>"
         f'<div class="scroll"><table id="sensitivity"><thead><tr>{head}'
         f'<th class="left">how</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
@@ -216,7 +216,7 @@ def sensitivity_section(variants: Sequence[Variant]) -> str:
 
 def _variant(variant: Variant, base: float | None, best: float) -> str:
     name = f"<td>{escape(variant.name)}</td><td>{variant.num_devices}</td>"
-    name += f"<td>{variant.micro_batch_size} x {variant.num_microbatches}</td>"
+    name += f"<td>{variant.num_microbatches}</td>"
     row_class = ' class="base"' if variant.name == "as planned" else ""
     if variant.samples_per_s is None or variant.step_s is None or variant.peak_bytes is None:
         cells = f'<td colspan="4">cannot run</td><td class="text">{escape(variant.problem)}</td>'

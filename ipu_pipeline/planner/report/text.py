@@ -20,9 +20,7 @@ def text_report(plan: Plan) -> str:
     """Return the plan, its simulated step and its sensitivity as text."""
     timeline = simulate(plan)
     parts = [explain_plan(plan), simulation_text(plan, timeline), drawn(plan, timeline)]
-    variants = sensitivity(plan, timeline)
-    if variants:
-        parts.append(sensitivity_table(variants))
+    parts.append(sensitivity_table(sensitivity(plan)))
     return "\n\n".join(parts)
 
 
@@ -58,12 +56,6 @@ def totals(plan: Plan, timeline: Timeline) -> list[str]:
         f"{timeline.num_microbatches} microbatches): {rate:,.1f} samples/s, bubble "
         f"{timeline.bubble_fraction:.1%}, peak {megabytes(timeline.peak_memory_bytes)} MB",
     ]
-    if timeline.closed_form_s:
-        difference = timeline.step_s / timeline.closed_form_s - 1
-        lines.append(
-            f"closed form {milliseconds(timeline.closed_form_s)} ms; the simulation differs by "
-            f"{difference:+.2%}"
-        )
     if timeline.update_s > 0:
         lines.append(f"{milliseconds(timeline.update_s)} ms of it: update and all-reduce")
     for device, num_bytes in timeline.overflow_bytes.items():
@@ -110,7 +102,7 @@ def sensitivity_table(variants: Sequence[Variant]) -> str:
         (
             f"{variant.name} ({variant.derivation})",
             str(variant.num_devices),
-            f"{variant.micro_batch_size} x {variant.num_microbatches}",
+            str(variant.num_microbatches),
             "-" if variant.step_s is None else milliseconds(variant.step_s),
             "-" if variant.samples_per_s is None else f"{variant.samples_per_s:,.1f}",
             relative(variant, base),
@@ -118,7 +110,7 @@ def sensitivity_table(variants: Sequence[Variant]) -> str:
         )
         for variant in variants
     ]
-    columns = ("what if", "devices", "batch", "step ms", "samples/s", "change", "peak MB")
+    columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change", "peak MB")
     problems = [f"{variant.name}: {variant.problem}" for variant in variants if variant.problem]
     return "\n".join([render_table(columns, rows), *problems])
 

@@ -124,7 +124,11 @@ def _append(
 
 
 def lock_stepped(
-    schedule: Schedule, passes: Passes, *, exchanged: bool
+    schedule: Schedule,
+    passes: Passes,
+    *,
+    exchanged: bool,
+    common_s: tuple[float, float] | None = None,
 ) -> tuple[list[list[Event]], float]:
     """Run cycle by cycle: compute and copy, then wait until every device has done so.
 
@@ -133,6 +137,8 @@ def lock_stepped(
         passes: Seconds of its passes.
         exchanged: All devices wait for the slowest pass before one common exchange of what the
             cycle made; otherwise each device copies for its own passes.
+        common_s: Seconds of one exchange of all devices in every cycle, and of the input of every
+            cycle that starts a microbatch, instead of the copies of ``passes``.
 
     Returns:
         The events by row, and the end of the last cycle.
@@ -148,8 +154,12 @@ def lock_stepped(
             for action in cell:
                 now = _compute(found[index], passes, action, now)
             free.append(now)
-        copies = _exchange(cycle, passes, row_of) if exchanged else _charge(cycle, passes)
-        met = max(free) if exchanged else cycle_s
+        met = max(free) if exchanged or common_s else cycle_s
+        if common_s is not None:
+            starts = any(action.kind == "F" and action.stage == 0 for c in cycle for action in c)
+            copies = [common_s[0] + common_s[1] * starts] * len(cycle)
+        else:
+            copies = _exchange(cycle, passes, row_of) if exchanged else _charge(cycle, passes)
         cycle_s = max(max(now, met) + copy for now, copy in zip(free, copies, strict=True))
         for index, (now, copy) in enumerate(zip(free, copies, strict=True)):
             start_s = max(now, met)

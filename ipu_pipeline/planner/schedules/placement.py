@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ipu_pipeline.errors import VerifyError
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+from ipu_pipeline.planner.schedules.build import build_schedule
+from ipu_pipeline.planner.schedules.grouped import grouped
 
 
 def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Schedule:
@@ -47,6 +50,34 @@ def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Sche
         left -= len(step)
     rows_of_devices = tuple(tuple(row) for row in merged.values())
     return Schedule(schedule.name, schedule.num_stages, schedule.num_microbatches, rows_of_devices)
+
+
+def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
+    """Return the rows of a plan's schedule, one per device, without backward passes in inference.
+
+    Args:
+        plan: The plan.
+        schedule: Another schedule, or its name; ``None``: the plan's.
+
+    Raises:
+        ValueError: Unknown, or for another number of stages.
+    """
+    devices = [stage.device for stage in plan.stages]
+    training = plan.graph.training
+    if not isinstance(schedule, Schedule):
+        name = schedule or plan.schedule
+        if name == "popart":
+            schedule = grouped(plan.num_stages, plan.num_microbatches, devices, training=training)
+        else:
+            schedule = build_schedule(name, plan.num_stages, plan.num_microbatches, devices)
+    if schedule.num_stages != plan.num_stages:
+        raise ValueError(
+            f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
+        )
+    if not training:
+        rows = tuple(tuple(a for a in row if a.kind == "F") for row in schedule.rows)
+        schedule = Schedule(schedule.name, plan.num_stages, schedule.num_microbatches, rows)
+    return one_row_per_device(schedule, devices)
 
 
 def _owner(row: Sequence[Action], stage_devices: Sequence[int]) -> int:

@@ -85,8 +85,6 @@ class Timeline:
         events: By device, ascending in time; no two events of a device overlap.
         step_s: Seconds of the whole step.
         update_s: Seconds of it after the last pass (optimizer update, all-reduce).
-        closed_form_s: Seconds by the solver's closed form, ``update_s`` included, when it has
-            one for this schedule and these microbatches.
         loads: What a microbatch asks of every stage.
         limit_bytes: What each of ``devices`` can hold.
         shared_memory: The devices share one memory, and each limit is all of it.
@@ -98,7 +96,6 @@ class Timeline:
     events: tuple[Event, ...]
     step_s: float
     update_s: float
-    closed_form_s: float | None
     loads: tuple[StageLoad, ...]
     limit_bytes: tuple[int, ...]
     shared_memory: bool = False
@@ -182,7 +179,6 @@ class Timeline:
             "num_microbatches": self.num_microbatches,
             "step_s": self.step_s,
             "update_s": self.update_s,
-            "closed_form_s": self.closed_form_s,
             "bubble_fraction": self.bubble_fraction,
             "num_events": len(self.events),
             "devices": [

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config.layers import WILDCARD, expand_layers
 from ipu_pipeline.errors import ConfigError, PartitionError
@@ -52,7 +52,7 @@ class Constraints:
             ``total_microbatches``).
         total_microbatches: Microbatches per optimizer step over all replicas; each pipeline
             then runs ``total_microbatches / replicas`` and ``num_microbatches`` is not used.
-        max_devices: Use at most so many devices of the machine, replicas included.
+        max_stages: Deepest pipeline; ``None``: as deep as there are devices.
         update_s: Block to the seconds its optimizer update takes once per step.
         time_limit_s: Stop proving after this many seconds; the gap says what is left open.
         max_ideals: Largest number of boundaries searched; beyond it only the execution order
@@ -75,7 +75,7 @@ class Constraints:
     serialize: Mapping[str, int] = field(default_factory=dict, hash=False)
     replicas: int | None = 1
     total_microbatches: int | None = None
-    max_devices: int | None = None
+    max_stages: int | None = None
     update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
     time_limit_s: float | None = None
     max_ideals: int = 200_000
@@ -106,6 +106,11 @@ class Constraints:
             for name in select(pattern, known)
         }
 
+    def kept(self) -> dict[str, Any]:
+        """Return what the price of a plan depends on and a plan does not say, as JSON data."""
+        given: dict[str, Any] = {} if self.tied == "free" else {"tied": self.tied}
+        return {**given, "update_s": dict(self.update_s)} if self.update_s else given
+
     def _check_names(self) -> None:
         check_schedule_name(self.schedule)
         if self.tied not in _TIED:
@@ -123,7 +128,7 @@ class Constraints:
             "num_microbatches": self.num_microbatches,
             "replicas": self.replicas,
             "total_microbatches": self.total_microbatches,
-            "max_devices": self.max_devices,
+            "max_stages": self.max_stages,
             "max_ideals": self.max_ideals,
         }
         for name, value in counts.items():

@@ -16,13 +16,13 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import build_problem
+from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
 from ipu_pipeline.planner.search.objective import schedule_problem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, Engine, candidate
-from ipu_pipeline.planner.search.problem import Problem, bits
+from ipu_pipeline.planner.search.problem import Problem, bits, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
-from ipu_pipeline.planner.search.stage_price import OptionPricer
+from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline
 
 
 def evaluate(
@@ -189,37 +189,47 @@ def factors_of(plan: Plan) -> dict[str, int]:
     return {name: stage.serialize.get(name, 1) for stage in plan.stages for name in stage.blocks}
 
 
-def evaluate_plan(
-    graph: BlockGraph, costs: GraphCosts, machine: Machine, constraints: Constraints, plan: Plan
-) -> Partition:
+def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float, ...], BlockGraph]:
     """Price the stages of ``plan`` with its own recomputation, slices and split tables.
 
-    A block that would save nothing by recomputation stays plain.
+    A block that would save nothing by recomputation stays plain. Whether a stage fits its memory
+    is not asked.
 
     Args:
-        graph: The model.
-        costs: Its prices on ``machine``; they must offer the plan's numbers of slices.
-        machine: Where it runs.
-        constraints: What the split itself must satisfy; how blocks run is the plan's.
         plan: The plan.
+        costs: Prices of its blocks; they must offer the plan's numbers of slices.
 
-    Raises:
-        PartitionError: A stage does not fit, or the split breaks a constraint.
+    Returns:
+        The stages, the seconds that each spends once per optimizer step, and the graph with the
+        sums of split tables as tensors.
     """
-    if costs.planning is not None:
-        return costs.planning.evaluate_plan(plan)
-    pinned = replace(
-        constraints,
-        num_stages=None,
-        stage_devices=tuple(stage.device for stage in plan.stages),
+    devices = tuple(stage.device for stage in plan.stages)
+    limits = Constraints(
+        stage_devices=devices,
         num_microbatches=plan.num_microbatches,
         replicas=plan.replicas,
-        total_microbatches=None,
+        schedule=plan.schedule,
         recompute=tuple(name for stage in plan.stages for name in stage.recompute),
         serialize=factors_of(plan),
+        tied=plan.settings.get("tied", "free"),
+        update_s=plan.settings.get("update_s", {}),
     )
-    graph, costs = _with_split_tables(graph, costs, plan)
-    return evaluate(graph, costs, machine, pinned, [stage.blocks for stage in plan.stages])
+    graph, costs = _with_split_tables(plan.graph, costs, plan)
+    built = build_problem(graph, costs, plan.machine, limits, plan.replicas)
+    slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
+    slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
+    pricer, done, prices, boundaries = OptionPricer(built.problem), 0, [], []
+    for stage, slot in zip(plan.stages, slots, strict=True):
+        mask = mask_of(graph.block_index[name] for name in stage.blocks)
+        best = pricer.best(done, mask, slot)
+        assert best is not None  # the memory has no limit here
+        prices.append(best)
+        done |= mask
+        boundaries.append(done)
+    found = PricedPipeline(0.0, tuple(boundaries), tuple(prices))
+    shape = ParallelConfiguration(plan.replicas, plan.num_microbatches, devices)
+    partition = to_partition(found, built, slots, plan.machine, limits, shape)
+    return partition, tuple(one.outer_s for one in prices), graph
 
 
 @dataclass(frozen=True)

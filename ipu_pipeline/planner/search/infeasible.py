@@ -145,7 +145,7 @@ def _more_devices(graph: BlockGraph, start: Change, deadline: float) -> Change |
     fixed = base.stage_devices, base.layers_per_ipu
     if any(item is not None for item in fixed) or start.machine.shared_memory:
         return None
-    have = min(base.max_devices or len(start.machine.devices), len(start.machine.devices))
+    have = len(start.machine.devices)
     most = min(len(graph.blocks) * (base.replicas or 1), MOST_DEVICES)
 
     def with_devices(count: int) -> Change:
@@ -156,7 +156,7 @@ def _more_devices(graph: BlockGraph, start: Change, deadline: float) -> Change |
             start,
             text=f"{start.text + ' and ' if start.text else ''}use {count} devices, not {have}",
             machine=replace(start.machine, devices=more[: max(count, len(devices))]),
-            constraints=replace(base, num_stages=stages, max_devices=None),
+            constraints=replace(base, num_stages=stages),
         )
 
     for count in range(have + 1, most + 1):

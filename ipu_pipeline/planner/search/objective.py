@@ -12,7 +12,6 @@ from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedul
 from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm
 
 MAXLOAD = "maxload"
-SCHEDULES = ("1f1b", "gpipe", "popart", MAXLOAD)  # goes with its readers in load.py and report/
 
 __all__ = [
     "MAXLOAD",

@@ -41,7 +41,7 @@ def parallel_configurations(
     Raises:
         PartitionError: The numbers of stages, devices, blocks and microbatches leave none.
     """
-    available = min(constraints.max_devices or len(machine.devices), len(machine.devices))
+    available = len(machine.devices)
     _check_depth(graph, constraints, available)
     found, problem = [], ""
     for replicas in _replica_counts(constraints, available):
@@ -139,6 +139,8 @@ def _pipelines(
 
 def _device_counts(constraints: Constraints, per_pipeline: int) -> Iterator[int]:
     layers = constraints.layers_per_ipu
+    if layers is None and constraints.max_stages is not None:
+        per_pipeline = min(per_pipeline, constraints.max_stages)
     if layers is None:
         yield from range(1, per_pipeline + 1)
     elif layers == (-1,):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings, Prediction, chip_of, predict
+from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction, chip_of, predict
 from ipu_pipeline.backends.ipu.prices.planning import partition_of
-from ipu_pipeline.capture import CapturedModel
+from ipu_pipeline.capture import CapturedModel, model_identity
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.plan_writer import make_plan
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.price import make_plan
 from ipu_pipeline.planner.tuning.search import Front, Point, Progress, candidates, search
 from ipu_pipeline.planner.tuning.space import TuneRequest, shapes
 
@@ -67,11 +68,12 @@ class TuneResult:
         chosen = point or self.best
         prediction = chosen.prediction
         captured = self.models.of(prediction.micro_batch)
-        proportions = prediction.settings.proportions
-        settings = replace(prediction.settings, proportions=(min(proportions),))
-        costs = IPUCostModel(settings).estimate(captured.graph, self.machine)
         partition = partition_of(captured.graph, prediction, chosen.bound_s)
-        return make_plan(captured, self.machine, costs, partition)
+        settings = prediction.settings
+        work = Workload(
+            captured.graph, self.machine, "popart", settings.accumulation, settings.replicas
+        )
+        return make_plan(model_identity(captured.model), work, partition)
 
     def predict(self, config: IPUConfig) -> Prediction:
         """Predict another configuration, for its own share of the batch where that is whole.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ipu_pipeline.ir.graph import TensorSpec
+from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from tests.backends.cluster.processes import Processes
 
 
@@ -46,9 +46,11 @@ def make_plan():
             ModelIdentity("Tiny", {}),
             Machine("local", (device,) * num_stages, Link(1e9)),
             tuple(PlannedStage(index, (name,)) for index, name in enumerate(names)),
-            tuple(PlannedBlock(name, "layer", 10, 40, 10**6, 0.01, 0.02, 100) for name in names),
-            tensors=(),
-            inputs=(TensorSpec("input_ids", (2, 16), "int64"),),
+            BlockGraph(
+                "Tiny",
+                tuple(Block(name, "layer") for name in names),
+                inputs=(TensorSpec("input_ids", (2, 16), "int64"),),
+            ),
             num_microbatches=microbatches,
             replicas=replicas,
             schedule=schedule,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.errors import LoweringError
 from tests.backends.ipu.emulated import case
@@ -44,7 +44,7 @@ def test_options_of_other_targets(options: dict[str, Any], message: str) -> None
 def test_parameters_that_the_device_has_not() -> None:
     made = case()
     made.model.qa_outputs.to(torch.bfloat16)
-    made.plan = ipp.Plan(**{**made.plan.__dict__, "model": ipp_identity(made.model)})
+    made.plan = replace(made.plan, model=ipp_identity(made.model))
     with pytest.raises(LoweringError, match=r"parameters of type torch.bfloat16, torch.float32"):
         made.compile()
 
@@ -60,12 +60,7 @@ def ipp_identity(model: torch.nn.Module) -> Any:
 def test_a_half_model_runs_in_half() -> None:
     made = case("vit")
     made.model.half()
-    made.plan = ipp.Plan(
-        **{
-            **{k: v for k, v in made.plan.__dict__.items() if k in ipp.Plan.__dataclass_fields__},
-            "model": ipp_identity(made.model),
-        }
-    )
+    made.plan = replace(made.plan, model=ipp_identity(made.model))
     batch = made.batch()
     batch["pixel_values"] = batch["pixel_values"].half()
     with made.compile(loss_scaling=8.0) as device:

@@ -56,7 +56,8 @@ def test_what_is_no_lookup_is_refused() -> None:
 
 def test_no_large_lookup_is_no_silent_success() -> None:
     plan = table_plan()
-    bare = replace(plan, blocks=tuple(replace(block, table=None) for block in plan.blocks))
+    blocks = tuple(replace(block, forward_ops=()) for block in plan.blocks)
+    bare = replace(plan, graph=replace(plan.graph, blocks=blocks))
     with pytest.raises(PlanError, match="no block with a large table for a lookup; name the ones"):
         SerializeEmbedding(2).run(bare)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.graph import ParameterSpec
 from ipu_pipeline.planner.report import write_report
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.page import page
@@ -78,7 +79,7 @@ def test_text_and_tables_say_why(small_page: str) -> None:
         "this split is proven optimal under the cost model",
         "4.00 ms per step are update and all-reduce",
         "one device fewer",
-        "twice the micro batch, same batch",
+        "twice as many microbatches",
     ):
         assert text in small_page
 
@@ -99,7 +100,9 @@ def test_what_is_wrong_is_said() -> None:
     machine = replace(plan.machine, devices=(small, plan.machine.devices[1]))
     assert "Does not fit: d0 is " in page(replace(plan, machine=machine))
     pooled = replace(machine, shared_memory=True, devices=(small, small))
-    text = page(replace(plan, machine=pooled, tied_groups=(("b0", "b1"),)))
+    tied = ParameterSpec("tied", (4,), "float32", blocks=("b0", "b1"))
+    graph = replace(plan.graph, parameters=(*plan.graph.parameters, tied))
+    text = page(replace(plan, machine=pooled, graph=graph))
     assert "Does not fit: the shared memory is " in text
     assert "their peaks add up" in text
     assert "Tied weights: b0 = b1." in text

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipu_pipeline.ir.graph import TensorSpec
+from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedBlock, PlannedStage
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.planner.search.objective import in_flight, make_objective
 from ipu_pipeline.planner.search.stage_price import StagePrice
 
@@ -19,6 +19,35 @@ ELEMENTS = 250  # float32: 1000 bytes, 1.1 ms over the link
 def machine(num_devices: int, *, shared_memory: bool = False, link: Link = LINK) -> Machine:
     devices = tuple(Device(f"d{i}", 10**6, {"float32": 1e9}, 1e9) for i in range(num_devices))
     return Machine("toy", devices, link, shared_memory=shared_memory)
+
+
+def _graph(tensors: Sequence[TensorSpec], *, training: bool) -> BlockGraph:
+    """One block per stage, each with a parameter of its own."""
+    names = [f"b{i}" for i in range(len(tensors) + 1)]
+    return BlockGraph(
+        "Toy",
+        tuple(
+            Block(
+                name,
+                "layer",
+                name,
+                (f"{name}.weight",),
+                tuple(spec.name for spec in tensors[:i][-1:]),
+                tuple(spec.name for spec in tensors[i : i + 1]),
+                saved_bytes=STASH,
+                workspace_bytes=WORKSPACE,
+            )
+            for i, name in enumerate(names)
+        ),
+        tuple(tensors),
+        (TensorSpec("ids", (2, 8), "int64"),),
+        # 16 bytes each: weight, gradient, and two moments of the optimizer
+        tuple(
+            ParameterSpec(f"{name}.weight", (WEIGHTS // 16,), "float32", blocks=(name,))
+            for name in names
+        ),
+        training=training,
+    )
 
 
 def make_plan(
@@ -67,12 +96,9 @@ def make_plan(
         model=ModelIdentity("Toy", {}),
         machine=machine(max(devices) + 1, shared_memory=not copies),
         stages=tuple(stages),
-        blocks=tuple(
-            PlannedBlock(f"b{i}", "layer", 10, WEIGHTS, 100, forward_s[i], backward_s[i], STASH)
-            for i in range(depth)
-        ),
-        tensors=tensors,
-        inputs=(TensorSpec("ids", (2, 8), "int64", consumers=()),),
+        graph=_graph(tensors, training=training),
+        measured_s={f"b{i}": (forward_s[i], backward_s[i]) for i in range(depth)},
+        settings={"update_s": {f"b{i}": outer_s for i in range(depth)}},
         num_microbatches=num_microbatches,
         schedule=schedule,
         objective_s=form.seconds(devices, prices),

@@ -140,22 +140,6 @@ class IPUPlanning:
             raise self.explain(machine, given)
         return best.with_bound(bound)
 
-    def evaluate_plan(self, plan: Plan) -> Partition:
-        """Price a plan as it is annotated: nothing about it is left to choose.
-
-        Raises:
-            PartitionError: It does not fit.
-        """
-        raw = getattr(plan, "settings", None)
-        found = self.price(plan, IPUSettings.from_json(raw) if raw else self.settings)
-        check_memory(found)
-        return partition_of(self.graph, found, found.time.total_s)
-
-    def price(self, plan: Plan, settings: IPUSettings) -> Prediction:
-        """Price the stages of ``plan`` under ``settings``: nothing is left to choose."""
-        stages = [(stage.device, stage.blocks) for stage in plan.stages]
-        return step(self.graph, stages, settings_of(self.graph, plan, settings), self.chain)
-
     # ---- what is tried
 
     def pipelines(self, machine: Machine, constraints: Constraints) -> list[IPUPipeline]:
@@ -277,7 +261,7 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints
     ) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Yield replicas and the IPU of every stage."""
-        available = min(constraints.max_devices or len(machine.devices), len(machine.devices))
+        available = len(machine.devices)
         wanted, returning = constraints.num_stages, bool(_device_groups(self.graph, constraints))
         total = constraints.total_microbatches
         asked = constraints.replicas
@@ -460,7 +444,7 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
         stages=tuple(stages),
         objective=total_s,
         lower_bound=min(bound_s, total_s),
-        binding=_binding(prediction, stages),
+        binding=binding_of(prediction),
         schedule="popart",
         num_microbatches=prediction.num_microbatches,
         replicas=settings.replicas,
@@ -528,10 +512,12 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
     )
 
 
-def _binding(prediction: Prediction, stages: Sequence[StageAssignment]) -> str:
-    num_ipus = prediction.layout.num_ipus
-    loads = [sum(s.load_s for s in stages if s.device == ipu) for ipu in range(num_ipus)]
-    busiest = max(range(num_ipus), key=loads.__getitem__)
+def binding_of(prediction: Prediction) -> str:
+    """Say what limits a pipeline."""
+    loads = [0.0] * prediction.layout.num_ipus
+    for stage in prediction.time.stages:
+        loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
+    busiest = max(range(len(loads)), key=loads.__getitem__)
     fullest = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
     free = 1 - fullest / prediction.chip.tile_memory_bytes
     return (

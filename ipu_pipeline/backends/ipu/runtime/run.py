@@ -36,7 +36,7 @@ def main() -> None:
     plan = read_json("plan.json")
     settings = read_json("settings.json")
     blocks = importlib.import_module("model_parallel").BLOCKS
-    planned = {block["name"] for block in plan["blocks"]}
+    planned = {block["name"] for block in plan["graph"]["blocks"]}
     check_blocks(
         blocks, [name for name in settings["annotated_blocks"] if name in planned], settings
     )
@@ -46,7 +46,9 @@ def main() -> None:
     if arguments.data:
         data = read_data(arguments.data, call_size)
     else:
-        data = synthetic_data(plan["inputs"], call_size * arguments.steps, settings["seed"] or 0)
+        data = synthetic_data(
+            plan["graph"]["inputs"], call_size * arguments.steps, settings["seed"] or 0
+        )
     modules = find_modules(model, [b["module"] for b in blocks], plan["model"]["parameters"])
     sample = {name: value[: settings["micro_batch_size"]] for name, value in data.items()}
     running = check_order(model, blocks, modules, sample)

@@ -1,0 +1,97 @@
+"""GPUs or CPU processes, over torch.distributed: every rank runs one stage of one replica."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.search import Constraints, Partition
+from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
+
+# Schedules that torch runs with any number of microbatches.
+_ANY_COUNT = ("gpipe",)
+
+
+@dataclass(frozen=True)
+class ClusterBackend:
+    """Stages are processes (satisfies ``planner.backend.Backend``)."""
+
+    name: str = "cluster"
+    target: str = "distributed"
+    schedules: tuple[str, ...] = ("1f1b", "gpipe")
+
+    def own_machine(self, num_devices: int | None) -> Machine | None:
+        """A cluster is described by its name or file."""
+        return None
+
+    def prices_machine(self, machine: Machine) -> bool:
+        """Whether the devices have memories of their own and no cost model of another backend."""
+        return not machine.shared_memory and machine.devices[0].kind == "generic"
+
+    def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
+        """Keep what the price depends on besides the plan."""
+        return limits.kept()
+
+    def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
+        """In training torch's 1F1B needs as many microbatches as stages.
+
+        Source: torch.distributed.pipelining.schedules, ``Schedule1F1B._step_microbatches``.
+        """
+        if limits.schedule in _ANY_COUNT or limits.total_microbatches or not graph.training:
+            return limits
+        most = min(limits.max_stages or limits.num_microbatches, limits.num_microbatches)
+        return replace(limits, max_stages=most)
+
+    def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
+        """As many as stages, at least eight."""
+        return max(8, num_stages or len(machine.devices) // replicas)
+
+    def costs(self, work: Workload) -> GraphCosts:
+        """Counted or measured seconds."""
+        return counted_costs(work)
+
+    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
+        """The price of a stage is the sum over its blocks."""
+        return None
+
+    def placement(self, work: Workload) -> Partition | None:
+        """Every split is searched."""
+        return None
+
+    def step(self, plan: Plan) -> PlanPrice:
+        """Replay the schedule over the stages."""
+        return replayed_price(plan, self.costs(workload_of(plan)))
+
+    def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
+        """Return this process's executable."""
+        from ipu_pipeline.backends.cluster.lower import lower
+
+        return lower(model, plan, optimizer, options)
+
+    def doctor(self) -> tuple[str, str]:
+        """Say whether torch can connect processes here."""
+        import torch.distributed
+
+        if not torch.distributed.is_available():
+            return "unavailable", "this torch was built without torch.distributed"
+        backends = [
+            name
+            for name, present in (
+                ("gloo", torch.distributed.is_gloo_available()),
+                ("nccl", torch.distributed.is_nccl_available() and torch.cuda.is_available()),
+            )
+            if present
+        ]
+        if not backends:
+            return "unavailable", "torch.distributed has neither gloo nor a usable nccl"
+        return "ready", f"processes under torchrun, over {' and '.join(backends)}"
+
+
+BACKEND = ClusterBackend()

@@ -1,0 +1,78 @@
+"""This machine, in one process: every stage a thread, one shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.search import Constraints, Partition
+from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
+
+
+@dataclass(frozen=True)
+class LocalBackend:
+    """Stages are threads of this process (satisfies ``planner.backend.Backend``)."""
+
+    name: str = "local"
+    target: str = "local"
+    schedules: tuple[str, ...] = ("1f1b", "gpipe", "popart")
+
+    def own_machine(self, num_devices: int | None) -> Machine:
+        """Measure this machine; ``None``: one device for every thread of torch."""
+        import torch
+
+        from ipu_pipeline.backends.local.measure import local_machine
+
+        return local_machine(num_devices or max(1, torch.get_num_threads()))
+
+    def prices_machine(self, machine: Machine) -> bool:
+        """Whether the devices are threads of one process."""
+        return machine.shared_memory
+
+    def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
+        """Keep what the price depends on besides the plan."""
+        return limits.kept()
+
+    def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
+        """Nothing besides."""
+        return limits
+
+    def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
+        """Eight, which keeps a few stages busy."""
+        return 8
+
+    def costs(self, work: Workload) -> GraphCosts:
+        """Counted or measured seconds."""
+        return counted_costs(work)
+
+    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
+        """The price of a stage is the sum over its blocks."""
+        return None
+
+    def placement(self, work: Workload) -> Partition | None:
+        """Every split is searched."""
+        return None
+
+    def step(self, plan: Plan) -> PlanPrice:
+        """Replay the schedule over the stages."""
+        return replayed_price(plan, self.costs(workload_of(plan)))
+
+    def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
+        """Return an executable in this process."""
+        from ipu_pipeline.backends.local.lower import lower
+
+        return lower(model, plan, optimizer, options)
+
+    def doctor(self) -> tuple[str, str]:
+        """It always runs."""
+        return "ready", "stages are threads of this process"
+
+
+BACKEND = LocalBackend()

@@ -1,0 +1,214 @@
+"""What a backend is, and how one is found: by folder or entry point, imported when asked for.
+
+A backend is the only place that prices, constrains and runs the stages of its machines. It stands
+in ``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under
+the entry point group ``ipu_pipeline.backends``; the module has one object ``BACKEND``. Nothing
+but ``lower`` and ``doctor`` may import torch, so that a saved plan is priced without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ipu_pipeline.errors import LoweringError, PlanError
+from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+
+if TYPE_CHECKING:
+    from ipu_pipeline.planner.price import PlanPrice
+    from ipu_pipeline.planner.search import Constraints, Partition
+    from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
+
+GROUP = "ipu_pipeline.backends"
+_FOLDER = Path(__file__).parents[1] / "backends"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be priced: a model on a machine, and how it is run.
+
+    Attributes:
+        graph: The model, for one microbatch.
+        machine: Where it runs.
+        schedule: Name of the schedule.
+        num_microbatches: Microbatches per optimizer step of one replica.
+        replicas: Copies of the pipeline.
+        settings: The backend's own settings, as JSON data.
+        measured_s: Measured forward and backward seconds by block; empty: computed.
+        factors: Numbers of slices that must have a price, by block.
+        apart: Output projections that are in another stage than their loss.
+    """
+
+    graph: BlockGraph
+    machine: Machine
+    schedule: str
+    num_microbatches: int
+    replicas: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    measured_s: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    factors: Mapping[str, int] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """One kind of machines: prices, rules, schedules, lowering.
+
+    Attributes:
+        name: Name of its folder or entry point.
+        target: What users give to ``compile(target=...)``.
+        schedules: Names of the schedules it runs; the first is the default.
+    """
+
+    name: str
+    target: str
+    schedules: tuple[str, ...]
+
+    def own_machine(self, num_devices: int | None) -> Machine | None:
+        """Return the machine that is called like the backend, if there is one: ``local``.
+
+        Args:
+            num_devices: Devices that the pipeline needs; ``None``: as many as there are.
+        """
+        ...
+
+    def prices_machine(self, machine: Machine) -> bool:
+        """Whether a description that names no backend is of this one's kind."""
+        ...
+
+    def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
+        """Return what the plan must keep so that :meth:`step` needs nothing else, as JSON data.
+
+        Args:
+            graph: The model.
+            config: The engineer's configuration (``ipu_config.json``), or ``None``.
+            limits: Microbatches and replicas are read.
+        """
+        ...
+
+    def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
+        """Return ``limits`` with what a plan must respect here besides.
+
+        What ``check``, ``emit`` or ``launch`` would refuse is never planned.
+
+        Raises:
+            PartitionError: ``limits`` ask for what this backend cannot run.
+        """
+        ...
+
+    def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
+        """Return the microbatches per step where the user gave no number."""
+        ...
+
+    def costs(self, work: Workload) -> GraphCosts:
+        """Return the ways to run every block, each with seconds and bytes: the search's input."""
+        ...
+
+    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
+        """Return what prices whole stages for the search; ``None``: sums over :meth:`costs`."""
+        ...
+
+    def placement(self, work: Workload) -> Partition | None:
+        """Return the split that the settings spell out; ``None``: it is searched.
+
+        Raises:
+            PipelineError: It does not fit the model, the machine or its memory.
+        """
+        ...
+
+    def step(self, plan: Plan) -> PlanPrice:
+        """Return THE price of a plan: everything that one optimizer step costs, and the memory.
+
+        It reads nothing but the plan, and prices plans that do not fit, too.
+        """
+        ...
+
+    def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
+        """Check ``plan`` and turn it into an executable.
+
+        Raises:
+            LoweringError: It cannot run here.
+        """
+        ...
+
+    def doctor(self) -> tuple[str, str]:
+        """Return ``ready`` or ``unavailable``, and why."""
+        ...
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends, without importing one."""
+    folders = [path.parent.name for path in sorted(_FOLDER.glob("*/backend.py"))]
+    return (*folders, *(found.name for found in entry_points(group=GROUP)))
+
+
+def backend_named(name: str) -> Backend:
+    """Return a backend by its own name or by its ``target``.
+
+    Raises:
+        LoweringError: There is none.
+    """
+    if name in backend_names():
+        return _load(name)
+    known = [_load(other) for other in backend_names()]
+    for backend in known:
+        if name == backend.target:
+            return backend
+    raise LoweringError(
+        f"target {name!r} is unknown; available: {', '.join(backend.target for backend in known)}"
+    )
+
+
+def backend_of(machine: Machine) -> Backend:
+    """Return the backend that prices ``machine``.
+
+    Raises:
+        PlanError: The description names a backend that is not installed, or none fits it.
+    """
+    if machine.backend:
+        if machine.backend not in backend_names():
+            raise PlanError(
+                f"machine {machine.name!r} is for backend {machine.backend!r}, which is not "
+                f"installed; installed: {', '.join(backend_names())}"
+            )
+        return _load(machine.backend)
+    for name in backend_names():
+        if _load(name).prices_machine(machine):
+            return _load(name)
+    raise PlanError(
+        f"no backend prices machine {machine.name!r}; name one in its field backend: "
+        f"{', '.join(backend_names())}"
+    )
+
+
+def find_machine(machine: str | Machine, num_devices: int | None) -> Machine:
+    """Return a described machine: a backend's own one, a known one, or a file's.
+
+    Raises:
+        PlanError: The name is unknown and no such file exists, or the file is wrong.
+    """
+    if isinstance(machine, Machine):
+        return machine
+    if machine in backend_names():
+        own = _load(machine).own_machine(num_devices)
+        if own is not None:
+            return own
+    return machine_by_name(machine)
+
+
+@cache
+def _load(name: str) -> Backend:
+    if (_FOLDER / name / "backend.py").is_file():
+        found: Backend = import_module(f"ipu_pipeline.backends.{name}.backend").BACKEND
+        return found
+    (point,) = entry_points(group=GROUP, name=name)
+    backend: Backend = point.load()
+    return backend

@@ -1,0 +1,247 @@
+"""The one price of a plan: every command prints what :func:`price` returns, to the last digit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+from ipu_pipeline.ir.codec import to_json
+from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.ir.text import megabytes
+from ipu_pipeline.planner.backend import Workload, backend_of
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.cost_models import (
+    AnalyticCostModel,
+    MeasuredTimes,
+    ProfiledCostModel,
+)
+from ipu_pipeline.planner.options.tables import unfused_heads
+from ipu_pipeline.planner.schedules.engines import Passes, asynchronous, lock_stepped
+from ipu_pipeline.planner.schedules.load import StageLoad, boundary_copies
+from ipu_pipeline.planner.schedules.placement import plan_rows
+from ipu_pipeline.planner.search.given_split import factors_of, price_stages
+from ipu_pipeline.planner.search.objective import in_flight
+from ipu_pipeline.planner.search.result import Partition
+
+
+@dataclass(frozen=True)
+class PlanPrice:
+    """What one optimizer step of a plan costs.
+
+    Attributes:
+        stages: Seconds and bytes of every stage for one microbatch.
+        step_s: Seconds of the whole optimizer step.
+        once_s: Parts of it that come once per step, by name: update, all-reduce, host.
+        exchange_s: In lock-stepped schedules, seconds of the one exchange of every cycle.
+        input_s: The same, of the input of every cycle that starts a microbatch.
+        misfits: One sentence for every memory that the plan does not fit in.
+        binding: What limits the plan, readable.
+        recompute: Blocks of every stage that do recompute, where that saves memory.
+        source: Where the prices of the blocks come from.
+        details: The backend's own account, such as the prediction for IPUs.
+    """
+
+    stages: tuple[StageLoad, ...]
+    step_s: float
+    once_s: Mapping[str, float] = field(default_factory=dict)
+    exchange_s: float = 0.0
+    input_s: float = 0.0
+    misfits: tuple[str, ...] = ()
+    binding: str = ""
+    recompute: tuple[tuple[str, ...], ...] = ()
+    source: str = "analytic"
+    details: Any = None
+
+
+def price(plan: Plan) -> PlanPrice:
+    """Return the price of ``plan``, from the plan alone; it need not fit."""
+    return backend_of(plan.machine).step(plan)
+
+
+def priced(plan: Plan, lower_bound_s: float | None = None) -> Plan:
+    """Return ``plan`` with the predictions of its own decisions.
+
+    Args:
+        plan: A new plan, or an edited one, which stays marked as edited.
+        lower_bound_s: Proven bound of a new plan; ``None``: the plan's own, if it still is one.
+    """
+    found, new = price(plan), not plan.decision_digest
+    bound_s = plan.lower_bound_s if new or plan.keeps_bound else 0.0
+    if lower_bound_s is not None:
+        bound_s = min(lower_bound_s, found.step_s)
+    stages = tuple(
+        replace(
+            stage,
+            recompute=found.recompute[index] if new and found.recompute else stage.recompute,
+            forward_s=load.forward_s,
+            backward_s=load.backward_s,
+            transfer_s=load.copies.forward_s + load.copies.backward_s,
+            memory_bytes=load.memory_bytes,
+            in_flight=load.in_flight,
+            weight_bytes=load.weight_bytes,
+            stash_bytes=load.stash_bytes,
+        )
+        for index, (stage, load) in enumerate(zip(plan.stages, found.stages, strict=True))
+    )
+    made = replace(
+        plan,
+        stages=stages,
+        cost_source=found.source,
+        objective_s=found.step_s,
+        lower_bound_s=bound_s if bound_s <= found.step_s else 0.0,
+        binding=found.binding,
+        misfits=found.misfits,
+    )
+    return replace(made, decision_digest=made.digest()) if new else made
+
+
+def make_plan(
+    model: ModelIdentity,
+    work: Workload,
+    stages: Sequence[PlannedStage] | Partition,
+    granularity: str = "layer",
+) -> Plan:
+    """Write down stages that were chosen, with their price; a searched split brings its bound."""
+    if isinstance(stages, Partition):
+        return priced(_unpriced(model, work, stages, granularity), stages.lower_bound)
+    # Nothing was left to choose: no other plan is allowed.
+    return priced(_unpriced(model, work, stages, granularity), inf)
+
+
+def step_s(work: Workload, split: Partition) -> float:
+    """Return the seconds of a step of a split by its price, infinite where it does not fit."""
+    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, ""))
+    return inf if found.misfits else found.step_s
+
+
+def _unpriced(
+    model: ModelIdentity,
+    work: Workload,
+    stages: Sequence[PlannedStage] | Partition,
+    granularity: str,
+) -> Plan:
+    run, settings = (work.num_microbatches, work.replicas), work.settings
+    if isinstance(stages, Partition):
+        run = (stages.num_microbatches, stages.replicas)
+        settings = stages.settings or settings
+        stages = [
+            PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
+            for stage in stages.stages
+        ]
+    return Plan(
+        model=model,
+        machine=work.machine,
+        stages=tuple(stages),
+        graph=work.graph,
+        num_microbatches=run[0],
+        replicas=run[1],
+        schedule=work.schedule,
+        granularity=granularity,
+        measured_s=work.measured_s,
+        settings=json.loads(json.dumps(to_json(settings))),
+    )
+
+
+def workload_of(plan: Plan) -> Workload:
+    """Return what a plan runs, with prices asked for its numbers of slices."""
+    factors = factors_of(plan)
+    sliced = [name for name, factor in factors.items() if factor > 1]
+    return Workload(
+        plan.graph,
+        plan.machine,
+        plan.schedule,
+        plan.num_microbatches,
+        plan.replicas,
+        plan.settings,
+        plan.measured_s,
+        factors,
+        tuple(unfused_heads(plan.graph, plan.stage_of, sliced)),
+    )
+
+
+def counted_costs(work: Workload) -> GraphCosts:
+    """Price blocks by a roofline over counted operations, or by what was measured."""
+    last = in_flight(work.schedule, 1, work.num_microbatches, training=work.graph.training)
+    more: dict[str, Any] = {
+        "factors": {name: (factor,) for name, factor in work.factors.items() if factor > 1},
+        "unfused": work.apart,
+        "loss_in_flight": last,
+    }
+    if not work.measured_s:
+        return AnalyticCostModel(**more).estimate(work.graph, work.machine)
+    times = {name: MeasuredTimes(*seconds) for name, seconds in work.measured_s.items()}
+    return ProfiledCostModel(times, **more).estimate(work.graph, work.machine)
+
+
+def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
+    """Price a plan by adding up its blocks and replaying its schedule row by row.
+
+    Args:
+        plan: The plan.
+        costs: Ways to run every block; they must offer what the plan decided.
+    """
+    found, outer_s, graph = price_stages(plan, costs)
+    copied = boundary_copies(replace(plan, graph=graph))
+    loads = tuple(
+        StageLoad(
+            device=stage.device,
+            forward_s=stage.forward_s,
+            backward_s=stage.backward_s,
+            copies=copies.scaled_to(stage.transfer_s),
+            weight_bytes=stage.weight_bytes,
+            stash_bytes=stage.stash_bytes,
+            workspace_bytes=max(
+                0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
+            ),
+            in_flight=stage.in_flight,
+        )
+        for stage, copies in zip(found.stages, copied, strict=True)
+    )
+    rows, passes = plan_rows(plan), Passes.of(loads, exchanged=False)
+    if plan.schedule == "popart":
+        _, passes_s = lock_stepped(rows, passes, exchanged=False)
+    else:
+        _, passes_s = asynchronous(rows, passes)
+    by_device: Counter[int] = Counter()
+    for load, seconds in zip(loads, outer_s, strict=True):
+        by_device[load.device] += seconds  # type: ignore[assignment]
+    once_s = max(by_device.values(), default=0.0)
+    return PlanPrice(
+        stages=loads,
+        step_s=passes_s + once_s,
+        once_s={"update, all-reduce": once_s} if once_s else {},
+        misfits=memory_misfits(plan.machine, loads),
+        binding=found.binding,
+        recompute=tuple(stage.recomputed for stage in found.stages),
+        source=costs.source,
+    )
+
+
+def memory_misfits(machine: Machine, loads: tuple[StageLoad, ...]) -> tuple[str, ...]:
+    """Say which devices, or which shared memory, cannot hold their stages."""
+    held: dict[int, list[int]] = {}
+    for index, load in enumerate(loads):
+        held.setdefault(0 if machine.shared_memory else load.device, []).append(index)
+    found = []
+    for device, indices in held.items():
+        needed = sum(loads[index].memory_bytes for index in indices)
+        room = usable_bytes(machine, device)
+        if needed > room:
+            fullest = max(indices, key=lambda index: loads[index].memory_bytes)
+            where = "the shared memory" if machine.shared_memory else machine.devices[device].name
+            found.append(
+                f"{where} needs {megabytes(needed)} MB of {megabytes(room)} MB; the fullest stage "
+                f"is {fullest} with {megabytes(loads[fullest].memory_bytes)} MB"
+            )
+    return tuple(found)
+
+
+def usable_bytes(machine: Machine, device: int) -> int:
+    """Bytes that stages can use on a device; devices that share a memory can use all of it."""
+    chosen = machine.devices if machine.shared_memory else (machine.devices[device],)
+    return sum(item.memory_bytes - item.reserved_bytes for item in chosen)
