@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ipu_pipeline.checkpoint.parts import Part, on_host, write_part
+from ipu_pipeline.checkpoint.writer import Shard, on_host, write_shard
 
 PIECES = 8
 
@@ -44,14 +44,14 @@ def by_async_dcp(state: dict[str, Tensor], folder: Path) -> None:
 
 def by_files(state: dict[str, Tensor], folder: Path) -> None:
     """Save as the distributed target does, without its manifest."""
-    part = Part({"model": on_host(state, copy=False)})
-    write_part(folder, part, dist.get_rank(), dist.get_world_size())
+    part = Shard({"model": on_host(state, copy=False)})
+    write_shard(folder, part, dist.get_rank(), dist.get_world_size())
 
 
 def by_async_files(state: dict[str, Tensor], folder: Path) -> None:
     """Copy first, as for a save in the background."""
-    part = Part({"model": on_host(state, copy=True)})
-    write_part(folder, part, dist.get_rank(), dist.get_world_size())
+    part = Shard({"model": on_host(state, copy=True)})
+    write_shard(folder, part, dist.get_rank(), dist.get_world_size())
 
 
 WAYS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {

@@ -17,15 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "question-answering"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent / "common")]
 
 from demo_model import load_model_and_tokenizer  # noqa: E402
 from qa_data import load_windows  # noqa: E402
 from qa_options import Options  # noqa: E402
-from script_options import as_command  # noqa: E402
+from script_options import run_command_line  # noqa: E402
 
 from tasks.question_answering import (  # noqa: E402
     QuestionAnsweringDataset,
@@ -43,14 +41,14 @@ def compare(options: Options) -> None:
         "trainer": theirs,
         "f1_difference": ours["f1"] - theirs["f1"],
     }
-    typer.echo(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
 
 
 def _pipeline_scores(options: Options) -> dict[str, Any]:
     """Run ``run_qa.py`` with the same command line in a process of its own."""
     command = [sys.executable, str(EXAMPLES / "run_qa.py"), *sys.argv[1:]]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    results = json.loads((options.output_dir / "all_results.json").read_text(encoding="utf-8"))
+    results = json.loads((options.folder / "all_results.json").read_text(encoding="utf-8"))
     return {
         "f1": results["eval_f1"],
         "exact_match": results["eval_exact_match"],
@@ -68,7 +66,7 @@ def _trainer_scores(options: Options) -> dict[str, Any]:
     assert train is not None
     assert validation is not None
     arguments = transformers.TrainingArguments(
-        output_dir=str(options.output_dir / "trainer"),
+        output_dir=str(options.folder / "trainer"),
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps or 1,
@@ -109,6 +107,4 @@ def _score(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(as_command(compare, Options))
-    app()
+    run_command_line(compare, Options)

@@ -17,11 +17,9 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
-from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
-from ipu_pipeline.planner.search.stage_costs import StageCostTable
-from ipu_pipeline.planner.search.stage_price import OptionPricer, SearchResult
+from ipu_pipeline.planner.search.bottleneck import StagePositions, least_bottleneck
+from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
+from ipu_pipeline.planner.search.stage_price import SearchResult
 
 GIB = 2**30
 MOST_IDEALS = 200_000
@@ -77,31 +75,7 @@ def solve_instance(instance: Instance, time_limit_s: float | None = None) -> Sea
     """Minimise the busiest device of ``instance``; exact unless the time limit ends it."""
     deadline = None if time_limit_s is None else monotonic() + time_limit_s
     depths = range(0 if instance.layout.hosts else 1, instance.num_devices + 1)
-    pricer = OptionPricer(instance.problem)
-    chain = Lattice.of_masks(instance.problem, _execution_order(instance.problem))
-    quick = BottleneckSearch(StageCostTable(chain, pricer), instance.layout, depths, 1, 0)
-    quick.run()
-    try:
-        lattice = Lattice(instance.problem, limit=MOST_IDEALS)
-    except TooManyIdeals:
-        return SearchResult.of(quick.at_once(), quick.offers)
-    search = BottleneckSearch(
-        StageCostTable(lattice, pricer), instance.layout, depths, 1, 0, quick.upper_bound, deadline
-    )
-    search.run()
-    return SearchResult.of(search.lower_bound, (*quick.offers, *search.offers))
-
-
-def _execution_order(problem: Problem) -> list[int]:
-    """Done blocks along one topological order, depth first so that branches stay together."""
-    masks, done, ready = [0], 0, [b for b, mask in enumerate(problem.preds) if not mask][::-1]
-    while ready:
-        block = ready.pop()
-        done |= 1 << block
-        masks.append(done)
-        opened = [s for s in bits(problem.succs[block]) if not problem.preds[s] & ~done]
-        ready += opened[::-1]
-    return masks
+    return least_bottleneck(instance.problem, instance.layout, depths, MOST_IDEALS, deadline)
 
 
 def _max_load_instance(raw: Mapping[str, Any], num_devices: int, memory: float) -> Instance:

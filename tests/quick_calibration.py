@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipu_pipeline.backends.local.measure import calibration
+from ipu_pipeline.backends.local.measure import machine
 
 if TYPE_CHECKING:
     import pytest
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink everything that ``local_machine`` measures."""
-    described = __import__("sys").modules["ipu_pipeline.backends.local.measure.local_machine"]
-    monkeypatch.setattr(described, "MATRIX_SIZE", 64)
-    monkeypatch.setattr(described, "COPY_ELEMENTS", 1 << 16)
-    monkeypatch.setattr(calibration, "PRODUCT_SIZES", (8, 16))
-    monkeypatch.setattr(calibration, "COPY_SIZES", (1 << 8, 1 << 12))
-    monkeypatch.setattr(calibration, "ATTENTION", (1, 2, 8, 4))
+    monkeypatch.setattr(machine, "MATRIX_SIZE", 64)
+    monkeypatch.setattr(machine, "COPY_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(machine, "PRODUCT_SIZES", (8, 16))
+    monkeypatch.setattr(machine, "COPY_SIZES", (1 << 8, 1 << 12))
+    monkeypatch.setattr(machine, "ATTENTION", (1, 2, 8, 4))
     for name in ("ROWS", "WIDTH"):
-        monkeypatch.setattr(calibration, name, 16)
+        monkeypatch.setattr(machine, name, 16)

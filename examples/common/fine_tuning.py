@@ -13,9 +13,10 @@ from plan_report import TimedExecutable, describe, is_first, measured_against_pr
 from script_options import CommonOptions
 from script_run import (
     check_output_dir,
+    follow_plan,
     make_plan,
     microbatch_size,
-    training_arguments,
+    write_results,
 )
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,7 +25,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.stages.executable import Executable
-from ipu_pipeline.train import TrainingArguments, build_optimizer, save_results, train
+from ipu_pipeline.train import build_optimizer, train
 from ipu_pipeline.train.data import Collator
 
 Scores = Mapping[str, Any]
@@ -50,7 +51,7 @@ class Job:
     tokenizer: Any
     train_data: Dataset[Any] | None
     example: Callable[[int], Mapping[str, Tensor]]
-    evaluate: Callable[[Executable, TrainingArguments], Scores]
+    evaluate: Callable[[Executable], Scores]
     in_words: Callable[[Scores], str]
     collate_fn: Collator | None = None
     ipu_config: IPUConfig | None = None
@@ -78,63 +79,55 @@ def fine_tune(options: CommonOptions, job: Job) -> None:
     columns = job.example(microbatch_size(options))
     plan = make_plan(options, job.model, columns, job.ipu_config, constraints=job.constraints)
     say(describe(plan))
-    arguments = training_arguments(
-        options,
-        job.ipu_config,
-        microbatches=plan.num_microbatches,
-        replicas=plan.replicas,
-    )
+    follow_plan(options, plan, job.ipu_config)
     executable = ipp.compile(
         job.model,
         plan,
         target=options.target,
-        optimizer=build_optimizer(job.model, arguments) if options.do_train else None,
-        **asdict(arguments.execution_options(schedule=options.schedule)),
+        optimizer=build_optimizer(job.model, options) if options.do_train else None,
+        **asdict(options.execution_options(schedule=options.schedule)),
     )
     try:
-        evaluate_before(options, job, executable, arguments)
+        evaluate_before(options, job, executable)
         if job.train_data is not None:
-            _train(options, job, executable, arguments)
-        evaluate_after(options, job, executable, arguments)
+            _train(options, job, executable)
+        evaluate_after(options, job, executable)
         if is_first():
-            plan.save(options.output_dir / "plan.json")
+            plan.save(options.folder / "plan.json")
     finally:
         executable.close()
 
 
-def _train(
-    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
-) -> None:
-    """Train, compare the times with the plan's, and write the model."""
+def _train(options: CommonOptions, job: Job, executable: Executable) -> None:
+    """Train, compare the times with the plan's, and write results and the model."""
     assert job.train_data is not None
     timed = TimedExecutable(executable)
-    train(
+    result = train(
         cast(Executable, timed),
         job.train_data,
-        arguments,
+        options,
         collate_fn=job.collate_fn,
         tokenizer=job.tokenizer,
     )
+    write_results(options, "train", result.metrics)
+    if is_first():
+        result.state.save_to_json(str(options.folder / "trainer_state.json"))
     say(measured_against_predicted(executable.plan, timed))
     save_model(options, job, executable)
 
 
-def evaluate_before(
-    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
-) -> None:
+def evaluate_before(options: CommonOptions, job: Job, executable: Executable) -> None:
     """Print and write the scores before training, if they are asked for."""
     if options.eval_before_training:
-        scores = job.evaluate(executable, arguments)
+        scores = job.evaluate(executable)
         say(f"before training: {job.in_words(scores)}")
         write_results(options, "before", {f"before_{name}": scores[name] for name in scores})
 
 
-def evaluate_after(
-    options: CommonOptions, job: Job, executable: Executable, arguments: TrainingArguments
-) -> None:
+def evaluate_after(options: CommonOptions, job: Job, executable: Executable) -> None:
     """Print and write the scores in the end, if they are asked for."""
     if options.do_eval:
-        scores = job.evaluate(executable, arguments)
+        scores = job.evaluate(executable)
         say(f"{'after training' if options.do_train else 'result'}: {job.in_words(scores)}")
         write_results(options, "eval", scores)
 
@@ -143,11 +136,5 @@ def save_model(options: CommonOptions, job: Job, executable: Executable) -> None
     """Write the model and its tokenizer, if this is the process that writes."""
     weights = executable.state_dict()  # of all processes, so all of them ask
     if is_first():
-        job.model.save_pretrained(options.output_dir, state_dict=weights)
-        job.tokenizer.save_pretrained(options.output_dir)
-
-
-def write_results(options: CommonOptions, split: str, scores: Scores) -> None:
-    """Write scores to the result files, if this is the process that writes."""
-    if is_first():
-        save_results(options.output_dir, split, scores)
+        job.model.save_pretrained(options.folder, state_dict=weights)
+        job.tokenizer.save_pretrained(options.folder)

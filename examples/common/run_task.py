@@ -14,14 +14,12 @@ from typing import Any
 from demo_model import load_model, load_tokenizer, source_of
 from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import say
-from script_options import CommonOptions
-from script_run import read_ipu_config, run_command_line, split_of
+from script_options import CommonOptions, run_command_line
+from script_run import read_ipu_config, split_of
 
 from ipu_pipeline.capture.example_batch import pair_label
 from ipu_pipeline.capture.from_config import load_config
-from ipu_pipeline.train import TrainingArguments
-from ipu_pipeline.train.data import build_collator
-from ipu_pipeline.train.rng import keyed_randomness
+from ipu_pipeline.train.data import build_collator, keyed_randomness
 from tasks.evaluation import baseline_scores, evaluate_task
 from tasks.features import Setup
 from tasks.labels import choose_classes, label_config
@@ -33,17 +31,13 @@ def main(task_name: str) -> None:
     """Run the command line of a task; an error that the user can act on is one line."""
     task = TASKS[task_name]
 
-    def command(options: CommonOptions) -> None:
-        run(task, options)
-
-    command.__doc__ = f"Fine-tune and evaluate a model for {task_name}, split over pipeline stages."
-    run_command_line(command, options_of(task))
+    run_command_line(partial(run, task), options_of(task))
 
 
 def options_of(task: Task) -> type[CommonOptions]:
     """Return the class of what a task's script can be told."""
 
-    @dataclass(frozen=True, kw_only=True)
+    @dataclass(kw_only=True)
     class Options(CommonOptions, task.options):  # type: ignore[name-defined,misc]
         """Options of every script, and of the task."""
 
@@ -66,18 +60,18 @@ def run(task: Task, options: CommonOptions) -> None:
     model = load_model(name, task.auto_class, **label_config(classes))
     setup = Setup(tokenizer, options, classes, pair_label(model))
     data = {split: task.encode(samples, setup) for split, samples in rows.items()}
-    collate = build_collator(model, TrainingArguments(), task.collator(setup))
+    collate = build_collator(model, options, task.collator(setup))
     any_data = next(iter(data.values()))
 
     def example(size: int) -> Any:
         with keyed_randomness(options.seed):
             return collate([any_data[i] for i in range(min(size, len(any_data)))])
 
-    def evaluate(executable: Any, arguments: TrainingArguments) -> Scores:
-        scores = evaluate_task(task, executable, data["validation"], arguments, setup)
+    def evaluate(executable: Any) -> Scores:
+        scores = evaluate_task(task, executable, data["validation"], options, setup)
         if "train" in data:
             trivial = baseline_scores(
-                task, model, data["train"], data["validation"], arguments, setup
+                task, model, data["train"], data["validation"], options, setup
             )
             scores |= {f"eval_baseline_{score}": value for score, value in trivial.items()}
         return scores

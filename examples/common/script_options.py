@@ -1,90 +1,79 @@
-"""The command line of the scripts: one field per option, under transformers' own spelling.
+"""The command line of the scripts: transformers' training arguments, ours, and the scripts' own.
 
-A field ``max_seq_length`` is the option ``--max_seq_length``; its text is the option's help. A
-second text names an environment variable that the default is taken from; ``ipu-pipeline launch``
-sets it. A script adds the fields of its task in a subclass.
+A field ``max_seq_length`` is the option ``--max_seq_length``. A script adds the fields of its task
+in a subclass. ``ipu-pipeline launch`` sets the variables that some defaults are taken from.
 """
 
 from __future__ import annotations
 
-import inspect
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import ClassVar, TypeVar
 
-import typer
+from transformers.hf_argparser import HfArgumentParser
+
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.train import TrainingArguments
+from ipu_pipeline.train.arguments import option, unread_by_the_loop
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommonOptions:
+@dataclass(kw_only=True)
+class CommonOptions(TrainingArguments):
     """What every script can be told: model, data, training, and where it runs."""
 
     file_format: ClassVar[str] = "a data file"
 
-    model_name_or_path: Annotated[str, "Hub name or local folder."]
-    output_dir: Annotated[Path, "Where checkpoints, predictions and results go."]
-    # ---- data
-    dataset_name: Annotated[str | None, "Data set of the hub."] = None
-    dataset_config_name: Annotated[str | None, "Its configuration."] = None
-    train_file: Annotated[Path | None, "File to train on."] = None
-    validation_file: Annotated[Path | None, "File to evaluate on."] = None
-    max_train_samples: Annotated[int | None, "Use only the first samples to train."] = None
-    max_eval_samples: Annotated[int | None, "Use only the first samples to evaluate."] = None
-    dataloader_num_workers: Annotated[int, "Processes that prepare batches."] = 0
-    dataloader_drop_last: Annotated[bool, "Drop a last batch smaller than the others."] = False
-    # ---- what to do
-    do_train: Annotated[bool, "Train."] = False
-    do_eval: Annotated[bool, "Evaluate, after training if there is any."] = False
-    eval_before_training: Annotated[bool, "Evaluate before training as well."] = False
-    # ---- training
-    num_train_epochs: Annotated[float, "Passes over the training data."] = 3.0
-    max_steps: Annotated[int, "Optimizer steps in all; -1 follows num_train_epochs."] = -1
-    per_device_train_batch_size: Annotated[int, "Samples of a microbatch."] = 8
-    per_device_eval_batch_size: Annotated[int, "Samples of an evaluation microbatch."] = 8
-    gradient_accumulation_steps: Annotated[
-        int | None, "Microbatches per optimizer step; default: the IPU configuration's, or 1."
-    ] = None
-    learning_rate: Annotated[float, "Peak learning rate of AdamW."] = 5e-5
-    lr_scheduler_type: Annotated[str, "A schedule that transformers knows."] = "linear"
-    warmup_ratio: Annotated[float, "Share of the steps that warm up."] = 0.0
-    weight_decay: Annotated[float, "Of weights, not of biases and norms."] = 0.0
-    max_grad_norm: Annotated[float, "Clip the gradients of all stages; 0 for no clipping."] = 1.0
-    fp16: Annotated[bool, "Compute in float16, with --loss_scaling."] = False
-    bf16: Annotated[bool, "Compute in bfloat16."] = False
-    loss_scaling: Annotated[float, "Static factor of the loss; used with --fp16."] = 1.0
-    seed: Annotated[int, "Of the new head's weights, the data's order, and dropout."] = 42
-    logging_steps: Annotated[int, "Log every so many steps."] = 500
-    save_steps: Annotated[int, "Save a checkpoint every so many steps."] = 500
-    save_total_limit: Annotated[int | None, "Checkpoints to keep; default all."] = None
-    resume_from_checkpoint: Annotated[
-        str | None, "A checkpoint folder; 'latest'; or 'auto': latest if there is one."
-    ] = None
-    overwrite_output_dir: Annotated[bool, "Train into a folder that is not empty."] = False
-    disable_tqdm: Annotated[bool, "No progress bar."] = False
-    # ---- where and how it runs
-    target: Annotated[
-        str, "What runs the plan: local, distributed or poptorch.", "IPU_PIPELINE_TARGET"
-    ] = "local"
-    machine: Annotated[
-        str | None, "Machine to plan for; default: the pod with --target poptorch, else local."
-    ] = None
-    num_stages: Annotated[int | None, "Pipeline stages; default: every device."] = None
-    schedule: Annotated[
-        str | None, "1f1b, gpipe, ...; default: the plan's.", "IPU_PIPELINE_SCHEDULE"
-    ] = None
-    costs: Annotated[str, "Prices of the blocks: analytic, or profiled here."] = "analytic"
-    plan: Annotated[Path | None, "Run this plan.json instead of planning.", "IPU_PIPELINE_PLAN"] = (
-        None
+    model_name_or_path: str = option(help="Hub name or local folder.")
+    output_dir: str = option(help="Where checkpoints, predictions and results go.")
+    overwrite_output_dir: bool = option(
+        default=False, help="Train into a folder that is not empty."
     )
-    ipu_config_name: Annotated[
-        str | None, "Published name such as Graphcore/bert-base-ipu, or a local ipu_config.json."
-    ] = None
-    ipu_config_overrides: Annotated[str, "Changes to it: a=1,b=[0.2 0.3],c=true."] = ""
-    pod_type: Annotated[str | None, "Such as pod16: chooses the number of replicas."] = None
+    gradient_accumulation_steps: int | None = option(
+        default=None,
+        help="Microbatches per optimizer step; default: the IPU configuration's, or 1.",
+    )
+    disable_tqdm: bool = option(default=False, help="No progress bar and no lines of the loop.")
+    # ---- data
+    dataset_name: str | None = option(default=None, help="Data set of the hub.")
+    dataset_config_name: str | None = option(default=None, help="Its configuration.")
+    train_file: Path | None = option(default=None, help="File to train on.")
+    validation_file: Path | None = option(default=None, help="File to evaluate on.")
+    max_train_samples: int | None = option(
+        default=None, help="Use only the first samples to train."
+    )
+    max_eval_samples: int | None = option(
+        default=None, help="Use only the first samples to evaluate."
+    )
+    eval_before_training: bool = option(default=False, help="Evaluate before training as well.")
+    # ---- where and how it runs
+    target: str = option(
+        default_factory=partial(os.environ.get, "IPU_PIPELINE_TARGET", "local"),
+        help="What runs the plan: local, distributed or poptorch.",
+    )
+    schedule: str | None = option(
+        default_factory=partial(os.environ.get, "IPU_PIPELINE_SCHEDULE"),
+        help="1f1b, gpipe, ...; default: the plan's.",
+    )
+    plan: str | None = option(
+        default_factory=partial(os.environ.get, "IPU_PIPELINE_PLAN"),
+        help="Run this plan.json instead of planning.",
+    )
+    ipu_config_name: str | None = option(
+        default=None,
+        help="Published name such as Graphcore/bert-base-ipu, or a local ipu_config.json.",
+    )
+    ipu_config_overrides: str = option(default="", help="Changes to it: a=1,b=[0.2 0.3],c=true.")
+    pod_type: str | None = option(
+        default=None, help="Such as pod16: chooses the number of replicas."
+    )
 
     def __post_init__(self) -> None:
         """Refuse combinations that leave nothing to do or contradict each other."""
+        super().__post_init__()
         for wrong, message in self._mistakes():
             if wrong:
                 raise ValueError(message)
@@ -110,8 +99,10 @@ class CommonOptions:
         hub = self.dataset_name is not None
         planned = [n for n in ("machine", "num_stages", "ipu_config_name") if getattr(self, n)]
         names = " and ".join(f"--{name}" for name in planned)
+        unread = " and ".join(f"--{name}" for name in unread_by_the_loop(self))
         return (
             (not (self.do_train or self.evaluates), "nothing to do: give --do_train or --do_eval"),
+            (bool(unread), f"this script does nothing with {unread}; leave {unread} out"),
             (
                 hub and (self.train_file is not None or self.validation_file is not None),
                 f"--dataset_name {self.dataset_name} and --train_file or --validation_file are "
@@ -140,35 +131,21 @@ class CommonOptions:
 _Options = TypeVar("_Options", bound=CommonOptions)
 
 
-def described_fields(kind: type[CommonOptions]) -> list[tuple[Field[Any], tuple[Any, ...]]]:
-    """Return every field of ``kind`` with type, help text, and its variable if any."""
-    hints = get_type_hints(kind, include_extras=True)
-    return [(item, get_args(hints[item.name])) for item in fields(kind)]
+def parse(kind: type[_Options], arguments: list[str] | None = None) -> _Options:
+    """Return the options of a command line; ``None`` reads that of this process.
+
+    Raises:
+        ValueError: There is no such option, or options contradict each other.
+    """
+    parser = HfArgumentParser(kind, allow_abbrev=False)  # type: ignore[arg-type]
+    (options,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    found: _Options = options
+    return found
 
 
-def as_command(run: Callable[[_Options], Any], kind: type[_Options]) -> Callable[..., None]:
-    """Return a function that typer turns into the command line of the options ``kind``."""
-
-    def command(**values: Any) -> None:
-        run(kind(**values))
-
-    parameters = [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if item.default is MISSING else item.default,
-            annotation=Annotated[
-                given, typer.Option(_flag(item), help=text, envvar=variable or None)
-            ],
-        )
-        for item, (given, text, *variable) in described_fields(kind)
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {item.name: item.annotation for item in parameters}
-    command.__doc__ = run.__doc__
-    return command
-
-
-def _flag(item: Field[Any]) -> str:
-    """Return how a field is spelled; what is on by default can be switched off, as transformers."""
-    return f"--{item.name}/--no_{item.name}" if item.default is True else f"--{item.name}"
+def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> None:
+    """Run the command line; an error that the user can act on is one line."""
+    try:
+        run(parse(kind))
+    except (PipelineError, ValueError) as error:
+        sys.exit(f"error: {error}")

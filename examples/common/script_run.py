@@ -1,15 +1,13 @@
-"""What the scripts do alike: check the folder, plan, hand over the options, end with one line."""
+"""What the scripts do alike: check the folder, choose the data, plan, write results."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import typer
-from plan_report import local_note, say
-from script_options import CommonOptions, as_command
+from plan_report import is_first, local_note, say
+from script_options import CommonOptions
 from torch import Tensor
 
 import ipu_pipeline as ipp
@@ -17,15 +15,13 @@ from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
 from ipu_pipeline.errors import DatasetError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.search import Constraints
-from ipu_pipeline.train import TrainingArguments
 
-_Options = TypeVar("_Options", bound=CommonOptions)
 _Rows = TypeVar("_Rows")
 
 
 def check_output_dir(options: CommonOptions) -> None:
     """Refuse to train into a folder that holds another run."""
-    folder = options.output_dir
+    folder = options.folder
     fresh = options.do_train and options.resume_from_checkpoint is None
     if fresh and not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
         raise PipelineError(
@@ -115,32 +111,28 @@ def microbatch_size(options: CommonOptions) -> int:
     return options.per_device_eval_batch_size
 
 
-def training_arguments(
-    options: CommonOptions, config: IPUConfig | None, *, microbatches: int, replicas: int
-) -> TrainingArguments:
-    """Hand over every option that ``TrainingArguments`` has a field for.
-
-    Args:
-        options: The command line.
-        config: What :func:`make_plan` was given.
-        microbatches: Of an optimizer step, where the options do not say.
-        replicas: Of the plan.
-    """
-    names = {item.name for item in fields(TrainingArguments)} & {f.name for f in fields(options)}
-    given: dict[str, Any] = {name: getattr(options, name) for name in sorted(names)}
-    given |= {"output_dir": str(options.output_dir), "replicas": replicas}
+def follow_plan(options: CommonOptions, plan: Plan, config: IPUConfig | None) -> None:
+    """Fill in what the options leave to the plan and to the IPU configuration."""
+    options.replicas = plan.replicas
     if options.gradient_accumulation_steps is None:
-        given["gradient_accumulation_steps"] = microbatches
+        options.gradient_accumulation_steps = plan.num_microbatches
     if config is not None and options.target == "distributed":
-        given["replicated_tensor_sharding"] = config.replicated_tensor_sharding
-    return TrainingArguments(**given)
+        options.replicated_tensor_sharding = config.replicated_tensor_sharding
 
 
-def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> None:
-    """Run the command line; an error that the user can act on is one line."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(as_command(run, kind))
-    try:
-        app()
-    except (PipelineError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def write_results(options: CommonOptions, split: str, scores: Mapping[str, Any]) -> None:
+    """Write ``<split>_results.json`` and bring ``all_results.json`` up to date, as transformers.
+
+    Only the process that writes does so.
+    """
+    if not is_first():
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    combined = options.folder / "all_results.json"
+    before = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
+    for path, found in (
+        (options.folder / f"{split}_results.json", scores),
+        (combined, {**before, **scores}),
+    ):
+        text = json.dumps(dict(found), indent=4, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from script_options import CommonOptions
 
+from ipu_pipeline.train.arguments import option
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(kw_only=True)
 class Options(CommonOptions):
     """Everything that run_qa.py can be told; see ``run_qa.py --help``."""
 
     file_format: ClassVar[str] = "SQuAD v1.1 JSON"
 
-    model_name_or_path: Annotated[str, "Hub name, local folder, or 'minilm' (installed)."]
-    dataset_name: Annotated[str | None, "SQuAD-like data set of the hub, such as squad."] = None
-    train_file: Annotated[Path | None, "SQuAD v1.1 JSON file to train on."] = None
-    validation_file: Annotated[Path | None, "SQuAD v1.1 JSON file to evaluate on."] = None
-    max_seq_length: Annotated[int, "Tokens of a window: question and context."] = 384
-    doc_stride: Annotated[int, "Tokens by which windows of a long context overlap."] = 128
-    n_best_size: Annotated[int, "Answers kept per question in nbest_predictions.json."] = 20
-    max_answer_length: Annotated[int, "Longest answer, in tokens."] = 30
+    model_name_or_path: str = option(help="Hub name, local folder, or 'minilm' (installed).")
+    dataset_name: str | None = option(
+        default=None, help="SQuAD-like data set of the hub, such as squad."
+    )
+    train_file: Path | None = option(default=None, help="SQuAD v1.1 JSON file to train on.")
+    validation_file: Path | None = option(default=None, help="SQuAD v1.1 JSON file to evaluate on.")
+    max_seq_length: int = option(default=384, help="Tokens of a window: question and context.")
+    doc_stride: int = option(default=128, help="Tokens by which windows of a long context overlap.")
+    n_best_size: int = option(
+        default=20, help="Answers kept per question in nbest_predictions.json."
+    )
+    max_answer_length: int = option(default=30, help="Longest answer, in tokens.")

@@ -20,10 +20,11 @@ from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import is_first
 from qa_data import load_windows
 from qa_options import Options
-from script_run import read_ipu_config, run_command_line
+from script_options import run_command_line
+from script_run import read_ipu_config
 
 from ipu_pipeline.stages.executable import Executable
-from ipu_pipeline.train import TrainingArguments, evaluate_loop
+from tasks.evaluation import evaluate_loop
 from tasks.question_answering import (
     QuestionAnsweringDataset,
     score_predictions,
@@ -40,9 +41,9 @@ def run(options: Options) -> None:
     windows = train_windows or validation_windows
     assert windows is not None  # Options refuses to do neither training nor evaluation
 
-    def evaluate_now(executable: Executable, arguments: TrainingArguments) -> Scores:
+    def evaluate_now(executable: Executable) -> Scores:
         assert validation_windows is not None  # there whenever something is evaluated
-        return evaluate(options, executable, validation_windows, arguments)
+        return evaluate(options, executable, validation_windows)
 
     job = Job(
         model,
@@ -57,13 +58,10 @@ def run(options: Options) -> None:
 
 
 def evaluate(
-    options: Options,
-    executable: Executable,
-    windows: QuestionAnsweringDataset,
-    arguments: TrainingArguments,
+    options: Options, executable: Executable, windows: QuestionAnsweringDataset
 ) -> dict[str, Any]:
     """Answer every validation question; write the answers and return the scores."""
-    output = evaluate_loop(executable, windows, arguments)
+    output = evaluate_loop(executable, windows, options)
     answers = select_answers(
         windows.examples,
         windows.windows,
@@ -75,7 +73,7 @@ def evaluate(
     best = {identifier: candidates[0].text for identifier, candidates in answers.items()}
     scores = score_predictions(windows.examples, best)
     if is_first():
-        write_predictions(options.output_dir, answers)
+        write_predictions(options.folder, answers)
     return output.metrics | {
         "eval_f1": scores.f1,
         "eval_exact_match": scores.exact_match,

@@ -25,10 +25,10 @@ from fine_tuning import (
     fine_tune,
     prepare,
     save_model,
-    write_results,
 )
 from plan_report import is_first
-from script_run import read_ipu_config, run_command_line, training_arguments
+from script_options import run_command_line
+from script_run import read_ipu_config, write_results
 from vqa_data import read_splits
 from vqa_model import Loaded, load_lxmert
 from vqa_options import Options
@@ -36,7 +36,7 @@ from vqa_placement import in_execution_order, with_published_placement
 from vqa_unsplit import Unsplit, train_unsplit
 
 from ipu_pipeline.stages.executable import Executable
-from ipu_pipeline.train import TrainingArguments, evaluate_loop
+from tasks.evaluation import evaluate_loop
 from tasks.visual_question_answering import (
     VisualQuestionAnsweringDataset,
     score_answers,
@@ -66,9 +66,9 @@ def make_job(
     dataset = train_set or validation
     assert dataset is not None  # the options refuse to do neither training nor evaluation
 
-    def evaluate_now(executable: Executable, arguments: TrainingArguments) -> Scores:
+    def evaluate_now(executable: Executable) -> Scores:
         assert validation is not None  # read_splits gives it whenever something is evaluated
-        return evaluate(options.output_dir, executable, validation, arguments, loaded)
+        return evaluate(options, executable, validation, loaded)
 
     config = with_published_placement(read_ipu_config(options), loaded.model.config)
     pod = options.pod_type if options.target == "poptorch" else None
@@ -86,28 +86,24 @@ def make_job(
 
 def _run_unsplit(options: Options, job: Job, train_set: Dataset | None) -> None:
     """Train and evaluate the model in one piece."""
-    arguments = training_arguments(options, job.ipu_config, microbatches=1, replicas=1)
+    options.gradient_accumulation_steps = options.gradient_accumulation_steps or 1
     runner = cast(Executable, Unsplit(job.model))
-    evaluate_before(options, job, runner, arguments)
+    evaluate_before(options, job, runner)
     if train_set is not None:
-        write_results(options, "train", train_unsplit(job.model, train_set, arguments))
+        write_results(options, "train", train_unsplit(job.model, train_set, options))
         save_model(options, job, runner)
-    evaluate_after(options, job, runner, arguments)
+    evaluate_after(options, job, runner)
 
 
 def evaluate(
-    folder: Path,
-    executable: Executable,
-    dataset: Dataset,
-    arguments: TrainingArguments,
-    loaded: Loaded,
+    options: Options, executable: Executable, dataset: Dataset, loaded: Loaded
 ) -> dict[str, Any]:
     """Answer every validation question; write the answers and return the scores."""
-    output = evaluate_loop(executable, dataset, arguments)
+    output = evaluate_loop(executable, dataset, options)
     chosen = output.outputs["question_answering_score"].argmax(dim=1).tolist()
     scores = score_answers(dataset.labels.weights, chosen)
     if is_first():
-        _write_predictions(folder, dataset, [loaded.answers.names[i] for i in chosen])
+        _write_predictions(options.folder, dataset, [loaded.answers.names[i] for i in chosen])
     return output.metrics | {
         "eval_accuracy": scores.accuracy,
         "eval_constant_accuracy": scores.constant_accuracy,

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from script_options import CommonOptions
+
+from ipu_pipeline.train.arguments import option
 
 EASY_VQA = "easy-vqa"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Options(CommonOptions):
     """Everything that run_vqa.py can be told; see ``run_vqa.py --help``."""
 
     file_format: ClassVar[str] = "Parquet or JSON with region features"
 
-    model_name_or_path: Annotated[
-        str, "LXMERT: hub name, local folder (with or without weights), or 'small' (new weights)."
-    ]
-    dataset_name: Annotated[
-        str | None, "'easy-vqa' (installed), a hub name, or a folder that datasets saved."
-    ] = None
-    train_file: Annotated[Path | None, "Parquet or JSON file to train on."] = None
-    validation_file: Annotated[Path | None, "Parquet or JSON file to evaluate on."] = None
-    max_seq_length: Annotated[int, "Tokens of a question."] = 20
-    image_grid: Annotated[int, "Regions along each side of an image of easy-vqa."] = 4
-    replace_qa_head: Annotated[bool, "Give the model a new head for the data's answers."] = False
-    unsplit: Annotated[bool, "Train the unsplit model in a plain torch loop, to compare."] = False
+    model_name_or_path: str = option(
+        help="LXMERT: hub name, local folder (with or without weights), or 'small' (new weights)."
+    )
+    dataset_name: str | None = option(
+        default=None, help="'easy-vqa' (installed), a hub name, or a folder that datasets saved."
+    )
+    train_file: Path | None = option(default=None, help="Parquet or JSON file to train on.")
+    validation_file: Path | None = option(default=None, help="Parquet or JSON file to evaluate on.")
+    max_seq_length: int = option(default=20, help="Tokens of a question.")
+    image_grid: int = option(default=4, help="Regions along each side of an image of easy-vqa.")
+    replace_qa_head: bool = option(
+        default=False, help="Give the model a new head for the data's answers."
+    )
+    unsplit: bool = option(
+        default=False, help="Train the unsplit model in a plain torch loop, to compare."
+    )
 
     def _mistakes(self) -> tuple[tuple[bool, str], ...]:
         unused = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.train import TrainingArguments, build_optimizer, build_scheduler
-from ipu_pipeline.train.data import DataPosition, build_collator, train_batches
+from ipu_pipeline.train.data import build_collator, train_batches
 from tasks.visual_question_answering import VisualQuestionAnsweringDataset
 
 
@@ -63,7 +63,7 @@ def train_unsplit(
     start_s, losses, num_samples = time.time(), [], 0
     model.train()
     while len(losses) < num_steps:
-        for batch in loader.batches(DataPosition(len(losses) // len(loader), 0)):
+        for batch in loader.batches(len(losses) // len(loader)):
             loss = model(**batch).loss
             loss.backward()
             if arguments.max_grad_norm:

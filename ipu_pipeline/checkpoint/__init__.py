@@ -17,26 +17,22 @@ optimizer's parameters loads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ipu_pipeline.checkpoint.background import Background
 from ipu_pipeline.checkpoint.directory import remove_directory, restore_previous
-from ipu_pipeline.checkpoint.manifest import MANIFEST, check_files, read_manifest
-from ipu_pipeline.checkpoint.new import Attach, NewCheckpoint, take_part
+from ipu_pipeline.checkpoint.manifest import MANIFEST, check_files, read_manifest, set_rng_state
 from ipu_pipeline.checkpoint.optimizer_state import read_optimizer
-from ipu_pipeline.checkpoint.parts import Part, write_part
-from ipu_pipeline.checkpoint.rng import set_rng_state
 from ipu_pipeline.checkpoint.weights import (
     check_fingerprint,
     load_weights,
     read_weights,
     warn_of_other_settings,
 )
+from ipu_pipeline.checkpoint.writer import Attach, Background, write_checkpoint
 from ipu_pipeline.errors import CheckpointError
 
 __all__ = [
@@ -59,69 +55,10 @@ class CheckpointInfo:
     Attributes:
         global_step: Optimizer steps tried when it was written.
         extra: The JSON data that the writer added.
-        library_version: ipu-pipeline's version that wrote it.
     """
 
     global_step: int
     extra: dict[str, Any]
-    library_version: str = "unknown"
-
-
-def write_checkpoint(
-    path: str | Path,
-    *,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    global_step: int,
-    extra: Mapping[str, Any] | None = None,
-    attach: Attach | None = None,
-    background: Background | None = None,
-) -> Path:
-    """Write a checkpoint atomically; one already at ``path`` is replaced.
-
-    Args:
-        path: The checkpoint's folder.
-        model: The unsplit model. With the files of its ``save_pretrained`` if it has one.
-        optimizer: Over the model's own parameters; ``None`` to leave it out.
-        global_step: Optimizer steps tried so far.
-        extra: JSON data to keep with it.
-        attach: Called at once with the folder that becomes the checkpoint, to add files to it.
-        background: Copy everything, and write it there.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        CheckpointError: Something cannot be written as safetensors or JSON.
-        OSError: The disk is full, or not writable. Earlier checkpoints are untouched.
-    """
-    new = NewCheckpoint(
-        path,
-        model=model,
-        optimizer=optimizer,
-        global_step=global_step,
-        extra=extra,
-        attach=attach,
-    )
-    try:
-        part = take_part(model, optimizer, copy=background is not None)
-    except BaseException:
-        new.discard()
-        raise
-    if background is None:
-        _write(new, part)
-    else:
-        background.start(lambda: _write(new, part))
-    return Path(path)
-
-
-def _write(new: NewCheckpoint, part: Part) -> None:
-    try:
-        written = write_part(new.folder, part)
-    except BaseException:
-        new.discard()
-        raise
-    new.finish([written])
 
 
 def read_checkpoint(
@@ -162,7 +99,7 @@ def read_checkpoint(
         optimizer.load_state_dict(state)
     if restore_rng:
         set_rng_state(manifest["rng"])
-    return CheckpointInfo(manifest["global_step"], manifest["extra"], manifest["library_version"])
+    return CheckpointInfo(manifest["global_step"], manifest["extra"])
 
 
 def is_complete(path: str | Path) -> bool:

@@ -18,7 +18,7 @@ _FOREIGN_STALE_S = 24 * 3600.0
 _in_use: set[Path] = set()
 
 
-class NewDirectory:
+class AtomicDirectory:
     """A hidden sibling of ``path`` to fill; it appears as ``path`` whole or not at all.
 
     If the process is killed, it stays under its hidden name, and the next save into the same

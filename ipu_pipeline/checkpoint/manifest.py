@@ -1,19 +1,26 @@
-"""``checkpoint.json``: what a checkpoint holds, and the checksums that prove it is whole."""
+"""``checkpoint.json``: what a checkpoint holds, its checksums, and the global random states."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import random
+import re
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from ipu_pipeline.errors import CheckpointError
 
 MANIFEST = "checkpoint.json"
 # 2: tensors may be spread over several files.
 SCHEMA_VERSION = 2
+_SUFFIX = ".safetensors"
 
 
 def write_manifest(
@@ -44,18 +51,16 @@ def write_manifest(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def as_json_data(content: Mapping[str, Any]) -> dict[str, Any]:
+def as_json_data(content: Mapping[str, Any], refusal: str) -> dict[str, Any]:
     """Return a copy of ``content``, as it will be read.
 
     Raises:
-        CheckpointError: It is not JSON data.
+        CheckpointError: It is not JSON data: ``refusal``, with what is wrong in its braces.
     """
     try:
         copied: dict[str, Any] = json.loads(json.dumps(content))
     except TypeError as error:
-        raise CheckpointError(
-            f"extra must be JSON data ({error}); convert tensors and arrays to numbers or lists"
-        ) from error
+        raise CheckpointError(refusal.format(error)) from error
     return copied
 
 
@@ -134,3 +139,35 @@ def _library_version() -> str:
         return version("ipu-pipeline")
     except PackageNotFoundError:
         return "unknown"
+
+
+def file_name(stem: str, index: int, count: int) -> str:
+    """Return the name of the file of one of ``count`` processes."""
+    return f"{stem}{_SUFFIX}" if count == 1 else f"{stem}-{index + 1:05}-of-{count:05}{_SUFFIX}"
+
+
+def files_of(stem: str, files: Iterable[str]) -> list[str]:
+    """Return those of ``files`` that hold the tensors of ``stem``."""
+    pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?" + re.escape(_SUFFIX))
+    return sorted(name for name in files if pattern.fullmatch(name))
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the three states as JSON data."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set the three states to what :func:`rng_state` returned."""
+    data = np.frombuffer(base64.b64decode(state["torch"]), dtype=np.uint8)
+    torch.set_rng_state(torch.from_numpy(data.copy()))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipu_pipeline.checkpoint.parts import files_of
+from ipu_pipeline.checkpoint.manifest import as_json_data, files_of
 from ipu_pipeline.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
@@ -75,14 +75,11 @@ def tensor_key(name: str, key: str) -> str:
 
 
 def _json_data(content: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(content))
-    except TypeError as error:
-        raise CheckpointError(
-            f"{type(optimizer).__name__} has settings or state that JSON cannot hold ({error}); "
-            "use tensors, numbers or text"
-        ) from error
-    return copied
+    kind = type(optimizer).__name__
+    return as_json_data(
+        content,
+        f"{kind} has settings or state that JSON cannot hold ({{}}); use tensors, numbers or text",
+    )
 
 
 def read_optimizer(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ipu_pipeline.checkpoint.parts import files_of
+from ipu_pipeline.checkpoint.manifest import files_of
 from ipu_pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

@@ -1,24 +1,36 @@
-"""Training: a thin loop over any executable, with transformers' arguments, callbacks and files.
+"""Training: one thin loop over any executable, and a trainer with everything of transformers.
 
-Read ``loop.py`` first; ``run.py`` is what it steps through.
+Read ``loop.py`` to see how an executable is driven. ``PipelineTrainer`` (``trainer.py``) is
+transformers' Trainer over the stages: callbacks, trackers, evaluations, best model, result files.
+It is imported when it is asked for.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ipu_pipeline.train.arguments import TrainingArguments
-from ipu_pipeline.train.checkpoint import latest_checkpoint, list_checkpoints
-from ipu_pipeline.train.evaluate import EvalOutput, evaluate_loop
+from ipu_pipeline.train.checkpoints import latest_checkpoint, list_checkpoints
 from ipu_pipeline.train.loop import train
 from ipu_pipeline.train.optimizers import build_optimizer, build_scheduler
-from ipu_pipeline.train.results import TrainResult, save_results
+from ipu_pipeline.train.progress import TrainResult
+
+if TYPE_CHECKING:
+    from ipu_pipeline.train.trainer import PipelineTrainer
 
 __all__ = [
-    "EvalOutput",
+    "PipelineTrainer",
     "TrainResult",
     "TrainingArguments",
     "build_optimizer",
     "build_scheduler",
-    "evaluate_loop",
     "latest_checkpoint",
     "list_checkpoints",
-    "save_results",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PipelineTrainer":
+        from ipu_pipeline.train.trainer import PipelineTrainer
+
+        return PipelineTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,21 +4,21 @@ A batch is a pure function of (data, seed, epoch, step): the permutation is draw
 epoch), and random numbers used while reading and collating it (token masking, augmentation) are
 keyed by (seed, epoch, step). Workers, restarts and the number of stages change nothing.
 
-The last batch of an epoch may be short. A target that takes any size (its executable has
-``batch_divisor = 1``) gets it whole. Others split a batch evenly over microbatches and replicas:
-the batch keeps the largest part that divides, the few samples left over (fewer than microbatches
-x replicas) sit this epoch out, another random few the next, and the log says so.
-``dataloader_drop_last`` leaves the whole short batch out, for targets with fixed shapes.
+The last batch of an epoch may be short. An executable with ``batch_divisor = 1`` gets it whole;
+others split a batch evenly over microbatches and replicas: the largest part that divides is kept,
+and the few samples left over sit this epoch out (another random few the next; the log says so).
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -31,7 +31,6 @@ from transformers import (
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from ipu_pipeline.train.arguments import TrainingArguments
-from ipu_pipeline.train.rng import keyed_randomness
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +38,28 @@ Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class DataPosition:
-    """Where training is in its data: the next batch is number ``step`` of ``epoch``."""
+@contextmanager
+def keyed_randomness(*key: int) -> Iterator[None]:
+    """Seed torch (CPU), numpy and ``random`` by ``key`` inside; put their states back after.
 
-    epoch: int = 0
-    step: int = 0
+    Args:
+        *key: Numbers of 0 or more, such as ``(seed, epoch, step)``.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002  (the global state that others draw from)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
 
 
-START = DataPosition()
-
-
-class BatchKey(list[int]):
+class _BatchKey(list[int]):
     """Sample indices of one batch, with the key of its random numbers."""
 
     def __init__(self, indices: Sequence[int], key: tuple[int, ...]) -> None:
@@ -59,7 +68,7 @@ class BatchKey(list[int]):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Index batches of one epoch at a time, from any step on.
+    """Index batches of one epoch at a time, from any step on: set ``position`` and iterate.
 
     Args:
         num_samples: Size of the data.
@@ -86,13 +95,12 @@ class EpochBatches(Sampler[list[int]]):
         if batch_size < 1 or batch_size % divisor:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {divisor}, above 0")
         rest = num_samples % batch_size
-        kept = 0 if drop_last else rest - rest % divisor
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self.num_used = num_samples - rest + kept
+        self.num_used = num_samples - (rest if drop_last else rest % divisor)
         self.seed = seed
         self.shuffle = shuffle
-        self.position = DataPosition()
+        self.position = (0, 0)  # epoch, step
         if self.num_used == 0:
             least = batch_size if drop_last else divisor
             raise ValueError(
@@ -100,25 +108,27 @@ class EpochBatches(Sampler[list[int]]):
                 "the batch size, gradient_accumulation_steps or replicas, or add data"
             )
 
-    @property
-    def num_left_out(self) -> int:
-        """Samples that sit an epoch out."""
-        return self.num_samples - self.num_used
+    def describe(self) -> dict[str, int]:
+        """Return what has to be the same for a number of steps to mean the same batch."""
+        return {
+            "num_samples": self.num_samples,
+            "samples_per_epoch": self.num_used,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
 
     def __len__(self) -> int:
         return -(-self.num_used // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, first = self.position.epoch, self.position.step
-        order = range(self.num_samples) if not self.shuffle else self._permutation(epoch)
+        epoch, first = self.position
+        order: Sequence[int] = range(self.num_samples)
+        if self.shuffle:  # as transformers' Trainer does it (accelerate's seedable sampler)
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(self.num_samples, generator=generator).tolist()
         for step in range(first, len(self)):
             stop = min((step + 1) * self.batch_size, self.num_used)
-            yield BatchKey(order[step * self.batch_size : stop], (self.seed, epoch, step))
-
-    def _permutation(self, epoch: int) -> list[int]:
-        # The order that transformers' Trainer gives the same seed (accelerate's seedable sampler).
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+            yield _BatchKey(order[step * self.batch_size : stop], (self.seed, epoch, step))
 
 
 class _KeyedReader(Dataset[Batch]):
@@ -128,7 +138,7 @@ class _KeyedReader(Dataset[Batch]):
         self.dataset = dataset
         self.collate_fn = collate_fn
 
-    def __getitems__(self, batch: BatchKey) -> Batch:
+    def __getitems__(self, batch: _BatchKey) -> Batch:
         with keyed_randomness(*batch.key):
             if hasattr(self.dataset, "__getitems__"):
                 samples = self.dataset.__getitems__(list(batch))
@@ -149,16 +159,17 @@ class BatchLoader:
         sampler: Which samples, in which order.
         collate_fn: Makes a mapping of tensors from a list of samples.
         num_workers: Processes that prepare batches.
-
-    Raises:
-        ValueError: The data cannot be indexed.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: EpochBatches, collate_fn: Collator, num_workers: int
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochBatches,
+        collate_fn: Collator,
+        num_workers: int = 0,
     ) -> None:
         self.sampler = sampler
-        self.dataloader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch] = DataLoader(
             _KeyedReader(dataset, collate_fn),
             batch_sampler=sampler,
             collate_fn=_unchanged,
@@ -170,10 +181,10 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def batches(self, position: DataPosition = START) -> Iterator[Batch]:
-        """Return the rest of an epoch's batches, from ``position`` on."""
-        self.sampler.position = position
-        return iter(self.dataloader)
+    def batches(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
+        """Return the rest of an epoch's batches, from ``step`` on."""
+        self.sampler.position = (epoch, step)
+        return iter(self._loader)
 
 
 def train_batches(
@@ -191,34 +202,34 @@ def train_batches(
         collate_fn: Makes a batch of samples.
         divisor: The size of a short batch is a multiple of this; ``None`` for microbatches x
             replicas.
+
+    Raises:
+        ValueError: The data cannot be indexed, or not even one batch can be made.
     """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{type(dataset).__name__} cannot be indexed, so its order could not be repeated on "
+            "resume; give a data set with __len__ and __getitem__ (list(dataset) is one)"
+        )
     divisor = arguments.samples_divisor if divisor is None else divisor
     sampler = EpochBatches(
-        _length(dataset),
+        len(dataset),
         arguments.global_batch_size,
         divisor=divisor,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         drop_last=arguments.dataloader_drop_last,
     )
-    if sampler.num_left_out:
+    if left_out := sampler.num_samples - sampler.num_used:
+        reason = f"has to divide into {divisor} microbatches"
+        if arguments.dataloader_drop_last:
+            reason = "is dropped, as dataloader_drop_last asks"
         logger.warning(
             "%d of %d samples are left out of each epoch (another random choice every time): the "
             "last batch %s",
-            sampler.num_left_out,
+            left_out,
             sampler.num_samples,
-            "is dropped, as dataloader_drop_last asks"
-            if arguments.dataloader_drop_last
-            else f"has to divide into {divisor} microbatches",
+            reason,
         )
-    return BatchLoader(dataset, sampler, collate_fn, arguments.dataloader_num_workers)
-
-
-def eval_batches(
-    dataset: Dataset[Any], arguments: TrainingArguments, collate_fn: Collator
-) -> BatchLoader:
-    """Return the evaluation batches in order, every sample once; the last may have any size."""
-    size = arguments.per_device_eval_batch_size * arguments.samples_divisor
-    sampler = EpochBatches(_length(dataset), size, seed=arguments.seed, shuffle=False)
     return BatchLoader(dataset, sampler, collate_fn, arguments.dataloader_num_workers)
 
 
@@ -237,18 +248,9 @@ def build_collator(
         tokenizer: Tokenizer or feature extractor.
     """
     if collate_fn is None:
-        pads = isinstance(tokenizer, (PreTrainedTokenizerBase, SequenceFeatureExtractor))
+        pads = isinstance(tokenizer, PreTrainedTokenizerBase | SequenceFeatureExtractor)
         collate_fn = DataCollatorWithPadding(tokenizer) if pads else default_data_collator
     if not arguments.remove_unused_columns:
         return collate_fn
     columns = [*inspect.signature(model.forward).parameters, "label", "label_ids"]
     return RemoveColumnsCollator(collate_fn, columns, logger, type(model).__name__)
-
-
-def _length(dataset: Dataset[Any]) -> int:
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"{type(dataset).__name__} cannot be indexed, so its order could not be repeated on "
-            "resume; give a data set with __len__ and __getitem__ (list(dataset) is one)"
-        )
-    return len(dataset)

@@ -1,21 +1,28 @@
-"""The training loop: one optimizer step after another, driven by any executable."""
+"""The thin loop: how an executable is driven, one optimizer step after another.
+
+It trains, logs, saves and resumes, on every target and in every process of a target. What else
+transformers' arguments can ask for (callbacks, trackers, evaluations, best model, early stopping)
+belongs to ``PipelineTrainer``; the loop refuses it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
-from transformers.trainer_utils import set_seed
+from tqdm import tqdm
+from transformers import TrainerState
+from transformers.trainer_utils import set_seed, speed_metrics
 
-from ipu_pipeline.stages.executable import Executable
-from ipu_pipeline.train.arguments import TrainingArguments
-from ipu_pipeline.train.checkpoint import agreed_resume_checkpoint
+from ipu_pipeline.stages.executable import Executable, StepResult
+from ipu_pipeline.train.arguments import TrainingArguments, unread_by_the_loop
+from ipu_pipeline.train.checkpoints import Checkpoints
 from ipu_pipeline.train.data import Collator, build_collator, train_batches
-from ipu_pipeline.train.evaluate import EvalFn, Evaluation
-from ipu_pipeline.train.results import TrainResult
-from ipu_pipeline.train.run import Run
+from ipu_pipeline.train.optimizers import build_scheduler
+from ipu_pipeline.train.progress import Progress, TrainResult
 
 
 def train(
@@ -23,71 +30,69 @@ def train(
     dataset: Dataset[Any],
     arguments: TrainingArguments,
     *,
-    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
-    eval_dataset: Dataset[Any] | None = None,
-    eval_fn: EvalFn | None = None,
     collate_fn: Collator | None = None,
     tokenizer: Any = None,
+    on_step: Callable[[TrainerState, StepResult], None] | None = None,
 ) -> TrainResult:
-    """Train, with progress, logs, evaluations, checkpoints and transformers callbacks.
-
-    An interrupted run that resumes from a checkpoint computes what the uninterrupted run would
-    have: data, dropout, schedule, logs. Results are written to ``arguments.output_dir`` under
-    transformers' file names.
+    """Train; a run that resumes from a checkpoint computes what the uninterrupted one would have.
 
     Args:
         executable: What ``compile`` returned, with an optimizer.
         dataset: Samples by index.
-        arguments: How to train.
-        callbacks: Transformers callbacks, called in the order their Trainer calls them.
-        eval_dataset: Evaluated at every evaluation; gives ``eval_loss``.
-        eval_fn: Called with the executable at every evaluation; gives further metrics, whose
-            names get the prefix ``eval_``.
+        arguments: How to train; the names that are read are ``READ_BY_THE_LOOP``.
         collate_fn: Makes a batch of samples; the default is that of transformers' Trainer.
-        tokenizer: Pads batches, is kept in checkpoints and passed to callbacks.
-
-    Returns:
-        Steps, losses and metrics.
+        tokenizer: Pads batches, and is kept in checkpoints.
+        on_step: Called after every optimizer step, before it is logged or saved.
 
     Raises:
         ValueError: Executable, data and arguments do not fit together.
         CheckpointError: The checkpoint to resume from cannot be used.
-        OSError: A checkpoint cannot be written; earlier ones are untouched. With ``async_save``
-            it is raised at the next save, or at the end.
+        OSError: A checkpoint cannot be written; earlier ones are untouched.
     """
+    optimizer = _checked(executable, arguments)
     set_seed(arguments.seed)
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
-    run = Run(
-        executable,
-        train_batches(dataset, arguments, collator, divisor=executable.batch_divisor),
-        arguments,
-        callbacks=callbacks,
-        evaluation=Evaluation(eval_dataset, eval_fn, collate_fn),
-        tokenizer=tokenizer,
-    )
-    checkpoint = agreed_resume_checkpoint(executable, arguments)
-    if checkpoint is not None:
-        run.resume(checkpoint)
-    with run:
-        run.events.fire("on_train_begin")
-        if arguments.eval_on_start and checkpoint is None:
-            run.evaluate(follow=False)
-        while run.goes_on:
-            _train_epoch(run)
-        return run.finish()
+    loader = train_batches(dataset, arguments, collator, divisor=executable.batch_divisor)
+    progress = Progress(arguments, len(loader))
+    scheduler = build_scheduler(optimizer, arguments, progress.state.max_steps)
+    checkpoints = Checkpoints(executable, arguments, scheduler, loader.sampler, tokenizer)
+    checkpoints.resume(progress)
+    state, losses, first = progress.state, progress.losses, progress.state.global_step
+    start_s, num_samples = time.time(), 0
+    hidden = arguments.disable_tqdm or not arguments.should_save
+    with tqdm(total=state.max_steps, initial=first, disable=hidden) as bar, checkpoints:
+        while state.global_step < state.max_steps:
+            for batch in loader.batches(*divmod(state.global_step, len(loader))):
+                learning_rate = scheduler.get_last_lr()[0]
+                result = executable.train_step(batch)
+                if not result.skipped:
+                    scheduler.step()
+                num_samples += result.num_samples
+                wanted = progress.advance(result)
+                bar.update()
+                if on_step is not None:
+                    on_step(state, result)
+                if wanted.should_log:
+                    progress.log(losses.flush() | {"learning_rate": learning_rate}, bar)
+                if wanted.should_save:
+                    checkpoints.save(progress)
+                if wanted.should_training_stop:
+                    break
+        steps = state.global_step - first
+        metrics = speed_metrics("train", start_s, num_samples=num_samples, num_steps=steps)
+        metrics |= {"train_loss": losses.mean, "epoch": state.epoch}
+        progress.log(metrics, bar)
+    return TrainResult(state.global_step, losses.mean, metrics, state, losses.skipped)
 
 
-def _train_epoch(run: Run) -> None:
-    run.events.fire("on_epoch_begin")
-    for batch in run.batches():
-        run.events.fire("on_step_begin")
-        result = run.executable.train_step(batch)
-        run.events.after_update()
-        run.record(batch, result)
-        run.events.fire("on_step_end")
-        run.report()
-        if run.stopping or run.events.control.should_epoch_stop:
-            break
-    run.end_epoch()
-    run.events.fire("on_epoch_end")
-    run.report()
+def _checked(executable: Executable, arguments: TrainingArguments) -> Optimizer:
+    if executable.optimizer is None:
+        raise ValueError("the executable has no optimizer; compile it with optimizer=...")
+    if unread := unread_by_the_loop(arguments):
+        raise ValueError(f"train() does not read {', '.join(unread)}; use PipelineTrainer")
+    planned = {"gradient_accumulation_steps": "num_microbatches", "replicas": "replicas"}
+    for name, of_plan in planned.items():
+        asked, made_for = getattr(arguments, name), getattr(executable.plan, of_plan)
+        if asked != made_for:
+            raise ValueError(f"{name} is {asked} and the plan was made for {made_for}")
+    return executable.optimizer

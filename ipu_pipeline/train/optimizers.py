@@ -17,11 +17,6 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
 
     Two groups: weights that transformers decays, then biases and norms with no decay.
 
-    Args:
-        model: The unsplit model.
-        arguments: Learning rate, betas, epsilon, weight decay, stochastic rounding and its seed
-            are read.
-
     Raises:
         ValueError: No parameter is trainable, or none that is can be rounded stochastically.
     """
@@ -67,13 +62,7 @@ def _check_bfloat16(model: torch.nn.Module) -> None:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, arguments: TrainingArguments, num_training_steps: int
 ) -> LRScheduler:
-    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds.
-
-    Args:
-        optimizer: Its groups' learning rates are set.
-        arguments: Kind of schedule, warm-up and further arguments are read.
-        num_training_steps: Optimizer steps in all.
-    """
+    """Return the learning-rate schedule that ``transformers.get_scheduler`` builds."""
     kwargs = cast("dict[str, Any] | None", arguments.lr_scheduler_kwargs)
     return get_scheduler(
         arguments.lr_scheduler_type,

@@ -1,4 +1,4 @@
-"""Batches of an evaluation, seen some ahead, so that several are in the pipeline at once."""
+"""Batches of an evaluation, read some ahead, so that several are in the pipeline at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 
-class LookAhead:
+class Prefetch:
     """Yields the batches of a data loader one by one, and runs them some at a time.
 
     Everything else is the loader's own. accelerate's loaders say at the last batch that the end is

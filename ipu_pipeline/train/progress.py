@@ -1,84 +1,143 @@
-"""The progress bar: steps, loss, learning rate, samples per second, time left."""
+"""How far a training is: transformers' trainer state, running losses, and what is due now."""
 
 from __future__ import annotations
 
-import time
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import DefaultFlowCallback
 
-# Speed is shown over about this many recent steps.
-_RECENT = 0.9
+from ipu_pipeline.stages.executable import StepResult
+from ipu_pipeline.train.arguments import TrainingArguments
 
 
-class TrainingProgress(TrainerCallback):
-    """A transformers callback that draws the bar and prints what is logged.
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of ``train`` did.
 
-    Args:
-        console: Where to draw; ``None`` for the terminal. Without a terminal only lines are
-            printed.
-        disable: Draw and print nothing.
+    Attributes:
+        global_step: Optimizer steps tried, those before a resume included.
+        training_loss: Mean loss over all these steps.
+        metrics: Loss, runtime (s) and speeds under transformers' names; times are of this call.
+        state: transformers' state; its ``log_history`` has everything logged, in order.
+        skipped_steps: Steps that an overflow skipped, of all steps.
     """
 
-    def __init__(self, console: Console | None = None, *, disable: bool = False) -> None:
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("lr {task.fields[lr]:.2e}"),
-            TextColumn("{task.fields[speed]:.1f} samples/s"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=disable,
-        )
-        self.disable = disable
-        self._task: TaskID | None = None
-        self._last_s = 0.0
-        self._samples = 0.0
-        self._seconds = 0.0
+    global_step: int
+    training_loss: float
+    metrics: dict[str, Any]
+    state: TrainerState
+    skipped_steps: int = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Start the bar at the step training resumes from."""
-        if state.is_world_process_zero:
-            self._task = self.progress.add_task(
-                "train", total=state.max_steps, completed=state.global_step, loss=0, lr=0, speed=0
-            )
-            self.progress.start()
-        self._last_s = time.perf_counter()
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """Everything logged, in order."""
+        return list(self.state.log_history)
 
-    def advance(self, *, loss: float, learning_rate: float, num_samples: int) -> None:
-        """Count one optimizer step over ``num_samples`` samples."""
-        now_s = time.perf_counter()
-        self._samples = _RECENT * self._samples + num_samples
-        self._seconds = _RECENT * self._seconds + now_s - self._last_s
-        self._last_s = now_s
-        if self._task is not None:
-            speed = self._samples / max(self._seconds, 1e-9)
-            self.progress.update(self._task, advance=1, loss=loss, lr=learning_rate, speed=speed)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Print one line above the bar."""
-        logs = kwargs.get("logs") or {}
-        if self._task is None or self.disable:
-            return
+@dataclass
+class LossMeter:
+    """Losses since the start and since the last log; its fields are kept in checkpoints.
+
+    Steps that an overflow skipped count as steps; their losses count only if they are finite.
+    """
+
+    total: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    window_total: float = 0.0
+    window_steps: int = 0
+    window_skipped: int = 0
+    window_grad_norm: float | None = None
+
+    def add(self, result: StepResult) -> None:
+        """Count one step."""
+        if result.skipped:
+            self.skipped += 1
+            self.window_skipped += 1
+        else:
+            self.window_grad_norm = result.grad_norm
+        if math.isfinite(result.loss) or not result.skipped:
+            self.total += result.loss
+            self.steps += 1
+            self.window_total += result.loss
+            self.window_steps += 1
+
+    @property
+    def mean(self) -> float:
+        """Mean loss since the start; NaN before the first step."""
+        return self.total / self.steps if self.steps else math.nan
+
+    def flush(self) -> dict[str, Any]:
+        """Return what is to be logged now and begin a new window."""
+        logs: dict[str, Any] = {
+            "loss": self.window_total / self.window_steps if self.window_steps else math.nan
+        }
+        if self.window_grad_norm is not None:
+            logs["grad_norm"] = self.window_grad_norm
+        if self.window_skipped:
+            logs["skipped_steps"] = self.window_skipped
+        self.window_total, self.window_steps, self.window_skipped = 0.0, 0, 0
+        self.window_grad_norm = None
+        return logs
+
+
+class Progress:
+    """Where training is, besides weights, optimizer and random state.
+
+    Args:
+        arguments: Length, and how often to log and save.
+        steps_per_epoch: Batches of an epoch; the next batch follows from the step counter.
+
+    Attributes:
+        state: transformers' trainer state.
+        losses: Running losses.
+    """
+
+    def __init__(self, arguments: TrainingArguments, steps_per_epoch: int) -> None:
+        self._arguments = arguments
+        self._steps_per_epoch = steps_per_epoch
+        self.losses = LossMeter()
+        self.state = TrainerState(train_batch_size=arguments.train_batch_size)
+        self._describe_length()
+
+    def advance(self, result: StepResult) -> TrainerControl:
+        """Count one optimizer step; return whether to log, to save and to stop now."""
+        self.losses.add(result)
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self._steps_per_epoch
+        flow = DefaultFlowCallback()
+        wanted = flow.on_step_end(self._arguments, self.state, TrainerControl())
+        if wanted.should_training_stop or self.state.global_step % self._steps_per_epoch == 0:
+            wanted = flow.on_epoch_end(self._arguments, self.state, wanted)
+        return wanted
+
+    def log(self, logs: dict[str, Any], bar: tqdm[Any]) -> None:
+        """Add ``logs`` to the history, and print them above the bar unless that is hidden."""
+        logs = {**logs, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
         items = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
-        line = f"step {state.global_step}  {'  '.join(items)}"
-        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not bar.disable:
+            bar.write(f"step {self.state.global_step}  {'  '.join(items)}")
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last step (an evaluation, a save) out of the speed."""
-        self._last_s = time.perf_counter()
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return {"state": asdict(self.state), "losses": asdict(self.losses)}
 
-    def stop(self) -> None:
-        """Take the bar down; calling it again does nothing."""
-        self.progress.stop()
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what :meth:`to_json` gave; how long and how often are those of now."""
+        self.state = TrainerState(**saved["state"])
+        self.losses = LossMeter(**saved["losses"])
+        self._describe_length()
+
+    def _describe_length(self) -> None:
+        state, arguments = self.state, self._arguments
+        state.max_steps = arguments.max_steps
+        if arguments.max_steps <= 0:
+            state.max_steps = math.ceil(arguments.num_train_epochs * self._steps_per_epoch)
+        state.num_train_epochs = math.ceil(state.max_steps / self._steps_per_epoch)
+        state.is_local_process_zero = state.is_world_process_zero = arguments.should_save
+        state.compute_steps(arguments, state.max_steps)

@@ -28,7 +28,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.stages.training import autocast_region
 from ipu_pipeline.train.forward_view import flatten, unflatten, viewed
-from ipu_pipeline.train.prefetch import LookAhead
+from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_plan,
@@ -57,7 +57,7 @@ class PipelineTrainer(Trainer):
         plan: A plan or its file; ``None`` makes one from the first microbatch.
         machine: As for :func:`ipu_pipeline.plan`, used where a plan is made.
         num_stages: The same.
-        costs: The same.
+        costs: The same. What is ``None`` is taken from our ``TrainingArguments``, if ``args`` are.
         target: ``local``; others need :func:`ipu_pipeline.train.train`.
         **kwargs: As for ``transformers.Trainer``.
 
@@ -73,27 +73,29 @@ class PipelineTrainer(Trainer):
         self,
         *args: Any,
         plan: Plan | str | Path | None = None,
-        machine: str | Machine = "local",
+        machine: str | Machine | None = None,
         num_stages: int | None = None,
-        costs: str = "analytic",
+        costs: str | None = None,
         target: str = "local",
         **kwargs: Any,
     ) -> None:
         check_target(target)
-        self._given_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+        self._given_plan: Plan | None = None
         self._executable: LocalExecutable | None = None
         self._parts: list[dict[str, Any]] = []
         self._ahead: dict[int, EvalResult] = {}
         super().__init__(*args, **kwargs)
+        plan = plan or getattr(self.args, "plan", None)
+        self._given_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
         if self._given_plan is not None:
             check_plan(self._given_plan, self.args)
         self.plan = self._given_plan
         self._make_plan = partial(
             compiler.plan,
-            machine=machine,
-            num_stages=num_stages,
+            machine=machine or getattr(self.args, "machine", None) or "local",
+            num_stages=num_stages or getattr(self.args, "num_stages", None),
             microbatches=self.args.gradient_accumulation_steps,
-            costs=costs,
+            costs=costs or str(getattr(self.args, "costs", "analytic")),
         )
 
     # ---- training -----------------------------------------------------------------------
@@ -156,7 +158,7 @@ class PipelineTrainer(Trainer):
         if own_step and self._evaluates_in_stages():
             assert self.plan is not None
             depth = _AHEAD_PER_STAGE * self.plan.num_stages
-            dataloader = LookAhead(dataloader, depth, self._run_ahead)
+            dataloader = Prefetch(dataloader, depth, self._run_ahead)
         try:
             return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:

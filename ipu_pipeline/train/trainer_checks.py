@@ -17,6 +17,10 @@ _OTHER_RUNTIMES = {
     "use_liger_kernel": "its kernels need a GPU",
     "auto_find_batch_size": "a plan is made for one size of microbatch",
     "fp16": "transformers has no fp16 on CPUs; use bf16=True",
+    "async_save": "transformers writes the checkpoints, and training waits for them",
+    "stochastic_rounding": "transformers makes the optimizer; pass "
+    "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
+    "replicated_tensor_sharding": "there is one copy of the pipeline",
 }
 # They change weights inside the backward pass, where stages run at the same time.
 _IN_BACKWARD = ("lomo", "layerwise")
@@ -37,7 +41,7 @@ def check_target(target: str) -> None:
         )
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: Any) -> None:
     """Refuse arguments that the pipeline would have to ignore.
 
     Raises:
@@ -46,6 +50,11 @@ def check_arguments(args: TrainingArguments) -> None:
     for name, reason in _OTHER_RUNTIMES.items():
         if getattr(args, name, None):
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
+    if getattr(args, "replicas", 1) > 1:
+        raise ValueError(
+            f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
+            "leave it out, or use ipu_pipeline.train.train with target='distributed'"
+        )
     if args.world_size > 1:
         raise ValueError(
             f"PipelineTrainer runs all stages in one process, and {args.world_size} were started; "

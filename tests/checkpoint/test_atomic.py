@@ -6,8 +6,14 @@ import socket
 
 import pytest
 
-from ipu_pipeline import checkpoint
-from ipu_pipeline.checkpoint import is_complete, read_checkpoint, write_checkpoint
+from ipu_pipeline.checkpoint import (
+    directory,
+    is_complete,
+    read_checkpoint,
+    weights,
+    write_checkpoint,
+    writer,
+)
 from tests.checkpoint.models import Tied, bert
 
 
@@ -43,7 +49,7 @@ def killed_while(action):
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
-@pytest.mark.parametrize("point", ["save_settings", "write_part", "write_manifest"])
+@pytest.mark.parametrize("point", ["save_settings", "write_shard", "write_manifest"])
 def test_killed_while_saving(saved, trained, monkeypatch, point):
     model, optimizer = trained
 
@@ -53,9 +59,7 @@ def test_killed_while_saving(saved, trained, monkeypatch, point):
     new = saved.parent / "new"
 
     def save():
-        monkeypatch.setattr(
-            checkpoint if hasattr(checkpoint, point) else checkpoint.new, point, die
-        )
+        monkeypatch.setattr(writer, point, die)
         write_checkpoint(new, model=model, optimizer=optimizer, global_step=8)
 
     killed_while(save)
@@ -116,7 +120,7 @@ def test_a_writer_of_another_user_counts_as_alive(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "kill", refuse)
     item = tmp_path / f".a.incomplete.{socket.gethostname()}.1"
     item.mkdir()
-    checkpoint.directory.remove_stale(tmp_path)
+    directory.remove_stale(tmp_path)
     assert item.exists()
 
 
@@ -127,7 +131,7 @@ def test_nothing_is_pickled(saved):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_progress_bars_of_transformers_stay_as_they_were(tmp_path, capfd, shown):
-    logging = checkpoint.weights.transformers_logging
+    logging = weights.transformers_logging
     before = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     try:

@@ -9,7 +9,7 @@ import torch
 
 from ipu_pipeline import checkpoint
 from ipu_pipeline.checkpoint import Background, is_complete, write_checkpoint
-from ipu_pipeline.checkpoint.parts import Part
+from ipu_pipeline.checkpoint.writer import Shard
 from tests.backends.cluster.jobs import compiled
 from tests.backends.cluster.saving_jobs import files
 from tests.checkpoint.models import one_step
@@ -21,8 +21,10 @@ PLANNED = {"num_stages": 2}
 def held_up(monkeypatch):
     """Nothing is written until the event is set."""
     go_on = threading.Event()
-    write = checkpoint.write_part
-    monkeypatch.setattr(checkpoint, "write_part", lambda *args: go_on.wait(60) and write(*args))
+    write = checkpoint.writer.write_shard
+    monkeypatch.setattr(
+        checkpoint.writer, "write_shard", lambda *args: go_on.wait(60) and write(*args)
+    )
     yield go_on
     go_on.set()
 
@@ -32,7 +34,7 @@ def full(monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_part", fail)
+    monkeypatch.setattr(checkpoint.writer, "write_shard", fail)
 
 
 def test_it_holds_what_was_there_when_it_was_asked_for(trained, tmp_path, held_up):
@@ -109,8 +111,8 @@ def test_the_process_waits_before_it_ends(tmp_path):
         torch.set_num_threads(1)
         model = torch.nn.Linear(3, 3)
         go_on = threading.Event()
-        write = checkpoint.write_part
-        checkpoint.write_part = lambda *args: go_on.wait(60) and write(*args)
+        write = checkpoint.writer.write_shard
+        checkpoint.writer.write_shard = lambda *args: go_on.wait(60) and write(*args)
         write_checkpoint(
             tmp_path / "a", model=model, optimizer=None, global_step=0, background=Background()
         )
@@ -151,5 +153,5 @@ def test_nothing_is_left_when_attaching_fails(trained, tmp_path):
 
 
 def test_a_part_without_tensors_may_have_values():
-    assert Part({"model": {}}).is_empty
-    assert not Part({"model": {}}, {"weight": {"step": 1}}).is_empty
+    assert Shard({"model": {}}).is_empty
+    assert not Shard({"model": {}}, {"weight": {"step": 1}}).is_empty

@@ -158,8 +158,9 @@ def files(example, tmp_path):
 
 @pytest.fixture
 def options(example, tiny_model, files, tmp_path):
-    def make(**changes):
-        given = {
+    def given(**changes):
+        """Return what the options are made of."""
+        return {
             "model_name_or_path": str(tiny_model),
             "output_dir": tmp_path / "out",
             "train_file": files[0],
@@ -172,7 +173,11 @@ def options(example, tiny_model, files, tmp_path):
             "max_steps": 3,
             "learning_rate": 1e-3,
             "disable_tqdm": True,
+            **changes,
         }
-        return example("qa_options").Options(**(given | changes))
 
+    def make(**changes):
+        return example("qa_options").Options(**given(**changes))
+
+    make.given = given
     return make

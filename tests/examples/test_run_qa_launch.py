@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,10 @@ STEPS = {"max_steps": 2, "save_steps": 1, "logging_steps": 1}
 ROOT = FOLDER.parents[1]
 
 
-def as_arguments(options) -> list[str]:
+def as_arguments(given) -> list[str]:
     """Return the command line that gives these options."""
-    given = []
-    for item in fields(options):
-        value = getattr(options, item.name)
-        if value is True:
-            given.append(f"--{item.name}")
-        elif value != item.default and value is not False:
-            given += [f"--{item.name}", str(value)]
-    return given
+    flags = [[f"--{n}"] if value is True else [f"--{n}", str(value)] for n, value in given.items()]
+    return list(chain.from_iterable(flags))
 
 
 def log_history(folder: Path):
@@ -39,8 +33,8 @@ def log_history(folder: Path):
 def test_two_processes_train_and_write_what_one_does(script, options, tmp_path):
     one = options(do_train=True, do_eval=True, num_stages=2, output_dir=tmp_path / "one", **STEPS)
     script.run(one)
-    two = options(do_train=True, do_eval=True, output_dir=tmp_path / "two", **STEPS)
-    plan = one.output_dir / "plan.json"
+    two = options.given(do_train=True, do_eval=True, output_dir=tmp_path / "two", **STEPS)
+    plan = one.folder / "plan.json"
     command = [sys.executable, "-m", "ipu_pipeline", "launch", str(plan), "--"]
     done = subprocess.run(
         [*command, str(FOLDER / "run_qa.py"), *as_arguments(two)],
@@ -52,10 +46,11 @@ def test_two_processes_train_and_write_what_one_does(script, options, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after training: F1") == 1
     assert "rank 1" not in done.stderr
-    losses = [[row["loss"] for row in log_history(made.output_dir)] for made in (one, two)]
+    folders = tmp_path / "one", tmp_path / "two"
+    losses = [[row["loss"] for row in log_history(folder)] for folder in folders]
     assert len(losses[1]) == 2
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
-    written = [sorted(path.name for path in made.output_dir.iterdir()) for made in (one, two)]
+    written = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert written[1] == written[0]
-    weights = [load_file(made.output_dir / "model.safetensors") for made in (one, two)]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)

@@ -24,7 +24,7 @@ def reference(script, options, tmp_path):
     """Train in one stage without interruption."""
     made = options(do_train=True, do_eval=True, num_stages=1, output_dir=tmp_path / "one", **STEPS)
     script.run(made)
-    return made.output_dir
+    return made.folder
 
 
 def test_two_stages_give_the_same_losses_weights_and_answers(script, options, reference, tmp_path):

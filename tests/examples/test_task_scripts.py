@@ -75,25 +75,25 @@ def read(path):
 def test_trains_evaluates_and_writes_everything(run_task, options, name, capsys):
     made = options(name, do_train=True, do_eval=True)
     run_task.run(TASKS[name], made)
-    results = read(made.output_dir / "all_results.json")
+    results = read(made.folder / "all_results.json")
     score = TASKS[name].main_metric
     assert {f"eval_{score}", f"eval_baseline_{score}", "eval_loss", "train_loss"} <= set(results)
     for file in ("model.safetensors", "config.json", "tokenizer.json", "plan.json"):
-        assert (made.output_dir / file).is_file()
+        assert (made.folder / file).is_file()
     shown = capsys.readouterr().out
     assert "new weights, to be trained" in shown
     assert f"after training: {score} " in shown
     assert "(trivial baseline " in shown
     if TASKS[name].labels_of is not None:
-        assert len(read(made.output_dir / "config.json")["id2label"]) > 2
+        assert len(read(made.folder / "config.json")["id2label"]) > 2
 
     again = options(
-        name, do_eval=True, train_file=None, model_name_or_path=str(made.output_dir),
-        plan=made.output_dir / "plan.json", num_stages=None,
-        output_dir=made.output_dir.with_name("again"),
+        name, do_eval=True, train_file=None, model_name_or_path=str(made.folder),
+        plan=made.folder / "plan.json", num_stages=None,
+        output_dir=made.folder.with_name("again"),
     )  # fmt: skip
     run_task.run(TASKS[name], again)
-    written = read(again.output_dir / "all_results.json")
+    written = read(again.folder / "all_results.json")
     assert written[f"eval_{score}"] == pytest.approx(results[f"eval_{score}"])
     assert not any("baseline" in key for key in written)  # there is nothing it could learn from
     assert f"result: {score} " in capsys.readouterr().out
@@ -106,16 +106,16 @@ def test_numbers_of_a_trained_model_stay(run_task, options, capsys):
     run_task.run(TASKS[name], made)
     rows = csv.DictReader(made.train_file.read_text().splitlines())
     fewer = [row for row in rows if row["label"] != "negative"]
-    path = made.output_dir.with_name("fewer.jsonl")
+    path = made.folder.with_name("fewer.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in fewer))
     second = options(
-        name, do_train=True, train_file=path, model_name_or_path=str(made.output_dir),
-        output_dir=made.output_dir.with_name("second"),
+        name, do_train=True, train_file=path, model_name_or_path=str(made.folder),
+        output_dir=made.folder.with_name("second"),
     )  # fmt: skip
     capsys.readouterr()
     run_task.run(TASKS[name], second)
     assert "new weights" not in capsys.readouterr().out
-    config = read(second.output_dir / "config.json")
+    config = read(second.folder / "config.json")
     assert config["id2label"] == {"0": "negative", "1": "positive", "2": "unmentioned"}
 
 
@@ -168,20 +168,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_takes_the_flags_of_transformers(example, run_task, name):
-    import typer
-    from typer.testing import CliRunner
-
-    seen = []
-    kind = run_task.options_of(TASKS[name])
-    app = typer.Typer(rich_markup_mode=None)
-    app.command()(example("script_options").as_command(seen.append, kind))
+def test_takes_the_flags_of_transformers(example, run_task, name, capsys):
+    kind, parse = run_task.options_of(TASKS[name]), example("script_options").parse
     common = "--model_name_or_path m --output_dir o --do_train --train_file t --max_seq_length 99"
-    result = CliRunner().invoke(app, [*common.split(), *COMMANDS[name].split()])
-    assert result.exit_code == 0, result.output
-    assert seen[0].max_seq_length == 99
-    assert seen[0].pad_to_max_length is (name != "multiple-choice")
-    shown = CliRunner().invoke(app, ["--help"]).output
-    assert "--pad_to_max_length" in shown
-    too_short = CliRunner().invoke(app, [*common.split()[:-1], "2"])
-    assert "max_seq_length must be at least 4, got 2" in str(too_short.exception)
+    options = parse(kind, [*common.split(), *COMMANDS[name].split()])
+    assert options.max_seq_length == 99
+    assert options.pad_to_max_length is (name != "multiple-choice")
+    with pytest.raises(SystemExit):
+        parse(kind, ["--help"])
+    assert "--pad_to_max_length" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="max_seq_length must be at least 4, got 2"):
+        parse(kind, [*common.split()[:-1], "2"])

@@ -7,7 +7,7 @@ import torch
 
 from ipu_pipeline import checkpoint
 from ipu_pipeline.train import latest_checkpoint, list_checkpoints
-from ipu_pipeline.train.checkpoint import agreed_resume_checkpoint
+from ipu_pipeline.train.checkpoints import agreed_resume_checkpoint
 from tests.train.test_data import wordless_tokenizer
 from tests.train.test_resume import (
     KillAt,
@@ -28,7 +28,7 @@ def test_an_interrupted_run_computes_what_the_whole_run_does(tmp_path, whole, st
     reference, expected = whole
     arguments = settings(tmp_path, async_save=True, save_total_limit=1)
     with pytest.raises(Killed):
-        run(arguments, [KillAt(step)])
+        run(arguments, KillAt(step))
     kept = (step - 1) // 3 * 3
     assert latest_checkpoint(tmp_path).name == f"checkpoint-{kept}"
     resumed, result = run(arguments)
@@ -48,13 +48,13 @@ def test_the_folder_has_everything_when_it_appears(tmp_path):
 
 def test_deletion_waits_until_the_new_one_is_complete(tmp_path, monkeypatch, caplog):
     found = []
-    write = checkpoint.write_part
+    write = checkpoint.writer.write_shard
 
     def look(*args):
         found.append([p.name for p in list_checkpoints(tmp_path)])
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write_part", look)
+    monkeypatch.setattr(checkpoint.writer, "write_shard", look)
     with caplog.at_level(logging.INFO):
         run(settings(tmp_path, async_save=True, save_total_limit=1, max_steps=9))
     assert found == [[], ["checkpoint-3"], ["checkpoint-6"]]
@@ -62,7 +62,7 @@ def test_deletion_waits_until_the_new_one_is_complete(tmp_path, monkeypatch, cap
 
 
 def test_an_error_in_the_background_ends_training_and_loses_nothing(tmp_path, monkeypatch):
-    write = checkpoint.write_part
+    write = checkpoint.writer.write_shard
     number = []
 
     def fail_third(*args):
@@ -71,7 +71,7 @@ def test_an_error_in_the_background_ends_training_and_loses_nothing(tmp_path, mo
             raise OSError(28, "No space left on device")
         return write(*args)
 
-    monkeypatch.setattr(checkpoint, "write_part", fail_third)
+    monkeypatch.setattr(checkpoint.writer, "write_shard", fail_third)
     with pytest.raises(OSError, match="No space left on device"):
         run(settings(tmp_path, async_save=True, save_total_limit=1))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6"]

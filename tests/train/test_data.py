@@ -12,20 +12,17 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.data import (
-    START,
     BatchLoader,
-    DataPosition,
     EpochBatches,
     build_collator,
-    eval_batches,
+    keyed_randomness,
     train_batches,
 )
-from ipu_pipeline.train.rng import derived_seed, keyed_randomness
 from tests.train.eager_executable import Questions, tiny_bert
 
 
 def indices(sampler, epoch, step=0):
-    sampler.position = DataPosition(epoch, step)
+    sampler.position = (epoch, step)
     return [list(batch) for batch in sampler]
 
 
@@ -43,11 +40,11 @@ def stack(samples):
     return {"x": torch.tensor(samples, dtype=torch.float64)}
 
 
-def noisy_batches(num_workers, position=START, seed=3):
+def noisy_batches(num_workers, position=(0, 0), seed=3):
     arguments = TrainingArguments(
         per_device_train_batch_size=4, dataloader_num_workers=num_workers, seed=seed
     )
-    return [b["x"] for b in train_batches(Noisy(), arguments, stack).batches(position)]
+    return [b["x"] for b in train_batches(Noisy(), arguments, stack).batches(*position)]
 
 
 @given(
@@ -71,11 +68,11 @@ def test_every_epoch_is_a_permutation_and_resumes_anywhere(
     batches = indices(sampler, epoch)
     assert len(batches) == len(sampler)
     used = [i for batch in batches for i in batch]
-    assert len(set(used)) == len(used) == num_samples - sampler.num_left_out
+    assert len(set(used)) == len(used) == sampler.num_used
     assert set(used) <= set(range(num_samples))
     assert all(len(batch) % divisor == 0 for batch in batches)
     assert all(len(batch) == micro * divisor for batch in batches[: None if drop_last else -1])
-    assert sampler.num_left_out < (micro * divisor if drop_last else divisor)
+    assert num_samples - sampler.num_used < (micro * divisor if drop_last else divisor)
     for step in range(len(batches) + 1):
         assert indices(sampler, epoch, step) == batches[step:]
 
@@ -128,7 +125,7 @@ def test_the_order_is_that_of_transformers_trainer(tmp_path):
     ours = [
         value
         for epoch in range(2)
-        for batch in batches.batches(DataPosition(epoch, 0))
+        for batch in batches.batches(epoch, 0)
         for value in batch["input_ids"].flatten().tolist()
     ]
     assert ours == seen
@@ -185,13 +182,13 @@ def test_a_batch_with_its_randomness_is_a_function_of_its_position():
     np.random.seed(1)
     random.seed(1)
     again = noisy_batches(0)
-    resumed = noisy_batches(0, DataPosition(0, 1))
+    resumed = noisy_batches(0, (0, 1))
     workers = noisy_batches(2)
     torch.testing.assert_close(everything, again, rtol=0, atol=0)
     torch.testing.assert_close(everything[1:], resumed, rtol=0, atol=0)
     torch.testing.assert_close(everything, workers, rtol=0, atol=0)
     assert not torch.equal(everything[0], noisy_batches(0, seed=4)[0])
-    assert not torch.equal(everything[0], noisy_batches(0, DataPosition(1, 0))[0])
+    assert not torch.equal(everything[0], noisy_batches(0, (1, 0))[0])
 
 
 def test_reading_leaves_the_global_generators_alone():
@@ -206,10 +203,14 @@ def test_reading_leaves_the_global_generators_alone():
     assert random.getstate() == states[2]
 
 
-def test_derived_seeds_differ_in_every_part_of_the_key():
+def test_neighbouring_keys_draw_differently():
+    def drawn(*key):
+        with keyed_randomness(*key):
+            return torch.rand(()).item(), np.random.rand(), random.random()
+
     keys = [(a, b, c) for a in range(4) for b in range(4) for c in range(4)]
-    assert len({derived_seed(*key) for key in keys}) == len(keys)
-    assert derived_seed(1, 2) == derived_seed(1, 2)
+    assert len({drawn(*key) for key in keys}) == len(keys)
+    assert drawn(1, 2) == drawn(1, 2)
 
 
 def test_token_masking_continues_exactly():
@@ -218,7 +219,7 @@ def test_token_masking_continues_exactly():
     data = [{"input_ids": list(range(5, 25))} for _ in range(12)]
     arguments = TrainingArguments(per_device_train_batch_size=4, seed=2)
     whole = list(train_batches(data, arguments, collator).batches())
-    rest = list(train_batches(data, arguments, collator).batches(DataPosition(0, 2)))
+    rest = list(train_batches(data, arguments, collator).batches(0, 2))
     assert torch.equal(whole[2]["input_ids"], rest[0]["input_ids"])
     assert torch.equal(whole[2]["labels"], rest[0]["labels"])
     assert not torch.equal(whole[1]["labels"], whole[2]["labels"])
@@ -249,12 +250,6 @@ def test_a_dataset_that_reads_many_at_once_is_asked_once():
     loader = BatchLoader(Many(range(6)), sampler, lambda x: {"x": torch.tensor(x)}, 0)
     assert [b["x"].tolist() for b in loader.batches()] == [[0, 1, 2], [3, 4, 5]]
     assert Many.calls == len(loader) == 2
-
-
-def test_evaluation_reads_every_sample_once_in_order():
-    arguments = TrainingArguments(per_device_eval_batch_size=2, gradient_accumulation_steps=2)
-    loader = eval_batches(list(range(11)), arguments, lambda x: {"x": torch.tensor(x)})
-    assert [b["x"].tolist() for b in loader.batches()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
 def test_default_collator_pads_and_hides_columns(caplog):

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import default_data_collator
 
 import ipu_pipeline as ipp
 from ipu_pipeline.train import (
     TrainingArguments,
     build_optimizer,
-    evaluate_loop,
     latest_checkpoint,
     train,
 )
@@ -43,7 +43,7 @@ def run(folder, num_stages, max_steps):
         **dataclasses.asdict(arguments.execution_options()),
     ) as executable:
         history = train(executable, DATA, arguments).log_history
-        output = evaluate_loop(executable, Questions(7, seed=4), arguments)
+        output = executable.eval_step(default_data_collator(list(Questions(7, seed=4))))
     return [log["loss"] for log in history if "loss" in log], output
 
 

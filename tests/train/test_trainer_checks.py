@@ -42,6 +42,8 @@ PLAIN = {
             {"device": torch.device("cuda", 0), "n_gpu": 2},
             "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
         ),
+        ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
+        ({"async_save": True}, "async_save does not go"),
         ({"optim": "lomo"}, "optim 'lomo' steps inside the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "before the stages have summed their gradients"),
         ({"debug": [DebugOption.UNDERFLOW_OVERFLOW]}, "debug='underflow_overflow' watches"),
@@ -69,7 +71,7 @@ def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
 
 @pytest.mark.parametrize("target", ["distributed", "poptorch"])
 def test_targets_that_keep_the_weights_elsewhere(target) -> None:
-    with pytest.raises(ValueError, match=f"cannot drive target '{target}'.*training.train"):
+    with pytest.raises(ValueError, match=f"cannot drive target '{target}'.*train.train"):
         PipelineTrainer(model=bert_qa(), target=target)
 
 

@@ -1,18 +1,101 @@
-"""Scores of a model, and of the trivial baseline, on the same batches."""
+"""Outputs of an executable over a data set; scores of a task, and of its trivial baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers.trainer_pt_utils import find_batch_size, torch_pad_and_concatenate
+from transformers.trainer_utils import speed_metrics
 
 from ipu_pipeline.stages.executable import EvalResult, Executable
-from ipu_pipeline.train import TrainingArguments, evaluate_loop
+from ipu_pipeline.train import TrainingArguments
+from ipu_pipeline.train.data import BatchLoader, Collator, EpochBatches, build_collator
 from tasks.features import EncodedDataset, Setup
 from tasks.scores import Predict, Scores
 from tasks.table import Task
+
+Measure = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class EvalOutput:
+    """What an evaluation computed.
+
+    Attributes:
+        loss: Mean over the samples; ``None`` when the data holds no labels.
+        outputs: The model's outputs by name, all samples joined on axis 0 in the data's order.
+            Where lengths differ between batches, axis 1 is padded with -100.
+        num_samples: Samples evaluated.
+        metrics: ``eval_loss``, ``eval_runtime`` and speeds.
+    """
+
+    loss: float | None
+    outputs: dict[str, Tensor]
+    num_samples: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate_loop(
+    executable: Executable,
+    dataset: Dataset[Any],
+    arguments: TrainingArguments,
+    *,
+    collate_fn: Collator | None = None,
+    tokenizer: Any = None,
+    measure: Measure | None = None,
+) -> EvalOutput:
+    """Evaluate every sample of ``dataset`` once, in order.
+
+    A batch is ``per_device_eval_batch_size * gradient_accumulation_steps * replicas`` samples;
+    the last one is whatever is left. Its loss weighs as many samples as it has.
+
+    Args:
+        executable: Runs ``eval_step``.
+        dataset: Samples with or without labels.
+        arguments: Batch sizes and workers are read.
+        collate_fn: As in ``train``.
+        tokenizer: As in ``train``.
+        measure: Called with the outputs and the batch; what it returns (axis 0: samples) is kept
+            in place of the outputs, such as a few numbers in place of logits over a vocabulary.
+    """
+    start_s = time.time()
+    collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
+    size = arguments.per_device_eval_batch_size * arguments.samples_divisor
+    sampler = EpochBatches(len(dataset), size, seed=arguments.seed, shuffle=False)  # type: ignore[arg-type]
+    loader = BatchLoader(dataset, sampler, collator, arguments.dataloader_num_workers)
+    losses: list[tuple[float, int]] = []
+    parts: dict[str, list[Tensor]] = {}
+    num_samples = 0
+    for batch in loader.batches():
+        size = find_batch_size(batch)
+        result = executable.eval_step(batch)
+        num_samples += size
+        if result.loss is not None:
+            losses.append((result.loss, size))
+        outputs = result.outputs if measure is None else measure(result.outputs, batch)
+        for name, tensor in outputs.items():
+            if tensor.ndim:
+                parts.setdefault(name, []).append(tensor.detach().cpu())
+    loss = math.fsum(x * n for x, n in losses) / sum(n for _, n in losses) if losses else None
+    metrics = {} if loss is None else {"eval_loss": loss}
+    metrics |= speed_metrics("eval", start_s, num_samples=num_samples, num_steps=len(loader))
+    joined = {name: _joined(tensors) for name, tensors in parts.items()}
+    return EvalOutput(loss, joined, num_samples, metrics)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return torch.cat(tensors)
+    joined: Tensor = reduce(torch_pad_and_concatenate, tensors)
+    return joined
 
 
 def evaluate_task(

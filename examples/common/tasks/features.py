@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from torch.utils.data import Dataset
+
+from ipu_pipeline.train.arguments import option
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TextOptions:
     """What every task can be told about its texts; the annotations are the options' help.
 
@@ -24,10 +26,11 @@ class TextOptions:
         ValueError: A length is below 4 tokens.
     """
 
-    max_seq_length: Annotated[int, "Tokens of a sequence; longer ones are cut."] = 128
-    pad_to_max_length: Annotated[
-        bool, "Pad to --max_seq_length (one shape for all batches), not to the longest of a batch."
-    ] = True
+    max_seq_length: int = option(default=128, help="Tokens of a sequence; longer ones are cut.")
+    pad_to_max_length: bool = option(
+        default=True,
+        help="Pad to --max_seq_length (one shape for all batches), not to the longest of a batch.",
+    )
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 4:

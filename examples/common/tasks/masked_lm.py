@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated
 
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.samples import TEXT_COLUMN, Rows, require
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MaskedTextOptions(TextOptions):
     """Where the text is, and how much of it is hidden.
 
@@ -19,10 +19,10 @@ class MaskedTextOptions(TextOptions):
         ValueError: The share is not within 0 and 1.
     """
 
-    text_column_name: Annotated[
-        str | None, "Column of the text; default: text, else the first column."
-    ] = None
-    mlm_probability: Annotated[float, "Share of the tokens to guess."] = 0.15
+    text_column_name: str | None = option(
+        default=None, help="Column of the text; default: text, else the first column."
+    )
+    mlm_probability: float = option(default=0.15, help="Share of the tokens to guess.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,13 +32,14 @@ class MaskedTextOptions(TextOptions):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MaskedLMOptions(MaskedTextOptions):
     """How the text is cut into sequences."""
 
-    line_by_line: Annotated[
-        bool, "Every line is a sequence; else the text is cut every --max_seq_length tokens."
-    ] = False
+    line_by_line: bool = option(
+        default=False,
+        help="Every line is a sequence; else the text is cut every --max_seq_length tokens.",
+    )
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:

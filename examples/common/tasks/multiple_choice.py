@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
-from typing import Annotated, Any
+from typing import Any
 
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.samples import Row, Rows, require
 
 CONTEXT, START, ENDING = "sent1", "sent2", "ending"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MultipleChoiceOptions(TextOptions):
     """Where the number of the right ending is."""
 
-    label_column_name: Annotated[str, "Column of the right ending's number, from 0 on."] = "label"
+    label_column_name: str = option(
+        default="label", help="Column of the right ending's number, from 0 on."
+    )
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated
 
 from ipu_pipeline.capture.example_batch import SENTENCE_ORDER_LABEL
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup
 from tasks.masked_lm import MaskedTextOptions, text_column
 from tasks.samples import Rows, require
@@ -25,7 +25,7 @@ from tasks.samples import Rows, require
 FOLLOWS, DOES_NOT = 0, 1  # the numbers that BERT and ALBERT give them
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PretrainingOptions(MaskedTextOptions):
     """How segments are paired.
 
@@ -33,7 +33,9 @@ class PretrainingOptions(MaskedTextOptions):
         ValueError: A share is not within 0 and 1.
     """
 
-    nsp_probability: Annotated[float, "Share of the pairs that do not follow each other."] = 0.5
+    nsp_probability: float = option(
+        default=0.5, help="Share of the pairs that do not follow each other."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

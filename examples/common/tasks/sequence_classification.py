@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
 from tasks.samples import Rows, require
@@ -14,16 +14,16 @@ from tasks.samples import Rows, require
 PAIR_COLUMNS = ("sentence1", "sentence2")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SequenceClassificationOptions(TextOptions):
     """Where the texts and the class are."""
 
-    text_column_names: Annotated[
-        str | None,
-        "One or two columns, as in 'premise,hypothesis'; default: sentence1 and sentence2, else "
-        "the first one or two with text.",
-    ] = None
-    label_column_name: Annotated[str, "Column of the class."] = "label"
+    text_column_names: str | None = option(
+        default=None,
+        help="One or two columns, as in 'premise,hypothesis'; default: sentence1 and sentence2, "
+        "else the first one or two with text.",
+    )
+    label_column_name: str = option(default="label", help="Column of the class.")
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 from ipu_pipeline.capture.example_batch import IGNORED_LABEL
 from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
 from tasks.samples import Row, Rows, require
@@ -15,16 +15,16 @@ from tasks.samples import Row, Rows, require
 DEFAULT_COLUMNS = ("tokens", "ner_tags")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TokenClassificationOptions(TextOptions):
     """Where the words and their classes are."""
 
-    text_column_name: Annotated[
-        str | None, "Column of the words; default: tokens, else the first column."
-    ] = None
-    label_column_name: Annotated[
-        str | None, "Column of the classes; default: ner_tags, else the second column."
-    ] = None
+    text_column_name: str | None = option(
+        default=None, help="Column of the words; default: tokens, else the first column."
+    )
+    label_column_name: str | None = option(
+        default=None, help="Column of the classes; default: ner_tags, else the second column."
+    )
 
 
 def encode(rows: Rows, setup: Setup) -> EncodedDataset:

@@ -21,9 +21,8 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, restore_previous
-from ipu_pipeline.checkpoint.new import NewCheckpoint, take_part
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
-from ipu_pipeline.checkpoint.parts import Part, write_part
+from ipu_pipeline.checkpoint.writer import CheckpointWriter, Shard, take_shard, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class Checkpoints:
         self.wait()
         new, error = _tried(
             lambda: (
-                NewCheckpoint(
+                CheckpointWriter(
                     path,
                     model=self._model,
                     optimizer=self._optimizer,
@@ -147,7 +146,7 @@ class Checkpoints:
         self._background.wait(self._groups.waiter.give_up_after_failure)
 
     def _settle(
-        self, new: NewCheckpoint | None, error: Exception | None
+        self, new: CheckpointWriter | None, error: Exception | None
     ) -> tuple[Path, frozenset[str]]:
         """Return the folder, and the parameters whose optimizer state this rank writes."""
         here = [] if self._own is None else self._own.names_with_state(self._model)
@@ -164,7 +163,7 @@ class Checkpoints:
         ownership: Ownership | None,
         *,
         copy: bool,
-    ) -> tuple[Part, Sequence[int]]:
+    ) -> tuple[Shard, Sequence[int]]:
         """Return what this rank writes, and which ranks write anything."""
         layout = self._groups.layout
 
@@ -173,7 +172,7 @@ class Checkpoints:
             return layout.replica == 0 and layout.position == owner
 
         part, error = _tried(
-            lambda: take_part(
+            lambda: take_shard(
                 self._model,
                 self._optimizer,
                 copy=copy,
@@ -181,7 +180,7 @@ class Checkpoints:
                 states=states.__contains__,
             )
         )
-        part = part or Part({})
+        part = part or Shard({})
         seen = folder.parent not in self._not_shared and _appears(folder)
         found = self._ranks.gather((problem_of(error), seen, part.is_empty))
         raise_alike([problem for problem, _, _ in found], error)
@@ -199,7 +198,7 @@ class Checkpoints:
             )
         return self._gathered(part, ownership, copy=copy), [0]
 
-    def _gathered(self, part: Part, ownership: Ownership | None, *, copy: bool) -> Part:
+    def _gathered(self, part: Shard, ownership: Ownership | None, *, copy: bool) -> Shard:
         """Return all parts in one on the first rank."""
         if ownership is not None:
             collect_weights(self._model, ownership, self._groups)
@@ -207,19 +206,19 @@ class Checkpoints:
         found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
         self._groups.waiter.run(lambda: dist.gather_object(mine, found))
         if found is None:
-            return Part({})
-        whole = take_part(self._model, None, copy=copy)
+            return Shard({})
+        whole = take_shard(self._model, None, copy=copy)
         tensors = {name: tensor for state, _ in found for name, tensor in state.items()}
         values = {name: value for _, found_values in found for name, value in found_values.items()}
-        return Part({**whole.tensors, OPTIMIZER: tensors}, values)
+        return Shard({**whole.tensors, OPTIMIZER: tensors}, values)
 
     def _write(
-        self, new: NewCheckpoint | None, folder: Path, part: Part, writers: Sequence[int]
+        self, new: CheckpointWriter | None, folder: Path, part: Shard, writers: Sequence[int]
     ) -> None:
         def own_files() -> Any:
             if self._rank not in writers:
                 return None
-            return write_part(folder, part, writers.index(self._rank), len(writers))
+            return write_shard(folder, part, writers.index(self._rank), len(writers))
 
         try:
             written, error = _tried(own_files)
@@ -241,7 +240,7 @@ def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _discard(new: NewCheckpoint | None) -> None:
+def _discard(new: CheckpointWriter | None) -> None:
     if new is not None:
         new.discard()
 

@@ -23,7 +23,7 @@ settles such stages one by one until the smallest value is an exact one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -33,9 +33,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
+from ipu_pipeline.planner.search.problem import Contraction, Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
-from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
+from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline, SearchResult
 
 LADDER_FROM = 3000
 _EPS = 1e-11
@@ -196,11 +197,11 @@ class BottleneckSearch:
                     self._offer(table, depth, hosts)
 
     def _offer(self, table: IdealTable, devices: int, hosts: int) -> PricedPipeline:
-        """Price the pipeline of a table exactly, and keep it."""
         masks, path = self.rows.lattice.masks, table.path(devices, hosts)
-        return self._price([masks[target] for target, _ in path], tuple(host for _, host in path))
+        return self.offer([masks[target] for target, _ in path], tuple(host for _, host in path))
 
-    def _price(self, boundaries: Sequence[int], on_host: tuple[bool, ...]) -> PricedPipeline:
+    def offer(self, boundaries: Sequence[int], on_host: tuple[bool, ...]) -> PricedPipeline:
+        """Price a pipeline exactly and keep it."""
         devices, prices, done = on_host.count(False), [], 0
         for boundary, host in zip(boundaries, on_host, strict=True):
             slot = Slot(-1, -1, host=True) if host else self.layout.slots[devices - 1]
@@ -232,7 +233,7 @@ class BottleneckSearch:
                     continue
                 boundaries = (*best.boundaries[:stage], moved, *best.boundaries[stage + 1 :])
                 with suppress(_DoesNotFitError):
-                    self._price(boundaries, best.on_host)
+                    self.offer(boundaries, best.on_host)
 
     def _may_end(self, done: int, depth: int, stage: int) -> bool:
         """Whether a set of blocks may be done after ``stage`` of ``depth``."""
@@ -244,6 +245,80 @@ class BottleneckSearch:
 
 class _DoesNotFitError(Exception):
     """A stage of a pipeline that was looked at does not fit its slot."""
+
+
+def search_tables(
+    tables: Iterable[tuple[StageCostTable, StagePositions]],
+    depths: Sequence[int],
+    weights: tuple[float, float],
+    upper_bound: float = inf,
+    deadline: float | None = None,
+) -> SearchResult:
+    """Search several lattices, the small ones first; the bound is that of the last one.
+
+    Args:
+        tables: Stage costs over a lattice, and the positions.
+        depths: Numbers of devices to consider.
+        weights: Of the busiest stage and of the sum.
+        upper_bound: Only pipelines below this are looked for.
+        deadline: ``time.monotonic()`` at which to stop; a first split is found in any case.
+    """
+    found: list[PricedPipeline] = []
+    lower, known = 0.0, 0
+    for table, positions in tables:
+        if len(table.lattice) == known:
+            continue
+        first = not known and upper_bound == inf
+        known = len(table.lattice)
+        search = BottleneckSearch(
+            table, positions, depths, *weights, upper_bound, None if first else deadline
+        )
+        search.run()
+        search.offer_neighbours()
+        found += search.offers
+        upper_bound, lower = search.upper_bound, search.lower_bound
+    return SearchResult.of(lower, found)
+
+
+def least_bottleneck(
+    problem: Problem,
+    positions: StagePositions,
+    depths: Sequence[int],
+    max_ideals: int,
+    deadline: float | None = None,
+) -> SearchResult:
+    """Least load of the busiest position over every order of the blocks (max-load instances).
+
+    Blocks without time are merged into others first, where no split can lose by it.
+    """
+    small = Contraction.of(problem, min(slot.capacity for slot in positions.slots))
+    pricer = OptionPricer(small.problem)
+    order = Lattice.of_masks(small.problem, _depth_first(small.problem))
+    lattices = [order]
+    with suppress(TooManyIdeals):
+        lattices.append(Lattice(small.problem, limit=max_ideals))
+    tables = [(StageCostTable(lattice, pricer), positions) for lattice in lattices]
+    found = search_tables(tables, depths, (1.0, 0.0), deadline=deadline)
+    whole = BottleneckSearch(
+        StageCostTable(Lattice.of_masks(problem, (0, problem.everything)), OptionPricer(problem)),
+        positions, depths, 1.0, 0.0,
+    )  # fmt: skip
+    for item in found.pipelines:
+        whole.offer([small.expanded(mask) for mask in item.boundaries], item.on_host)
+    lower = found.lower_bound if len(lattices) > 1 else whole.at_once()
+    return SearchResult.of(lower, whole.offers)
+
+
+def _depth_first(problem: Problem) -> list[int]:
+    """Done blocks along one topological order that keeps branches together."""
+    masks, done, ready = [0], 0, [b for b, mask in enumerate(problem.preds) if not mask][::-1]
+    while ready:
+        block = ready.pop()
+        done |= 1 << block
+        masks.append(done)
+        opened = [s for s in bits(problem.succs[block]) if not problem.preds[s] & ~done]
+        ready += opened[::-1]
+    return masks
 
 
 Bools = NDArray[np.bool_]
@@ -332,12 +407,15 @@ class _IdealProgram:
         self._table = IdealTable(
             np.full(shape, inf), np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
         )
+        # Sets from which the rest can be placed: only they are worth a look as targets.
+        self._reached = np.zeros(len(rows.lattice), np.bool_)
         self._fastest = max(slot.speed for slot in layout.slots)
         self._host_share = self._work_on_hosts() if layout.hosts else 0.0
 
     def run(self) -> IdealTable:
         last = len(self._rows.lattice) - 1
         self._table.best[:, 0, last] = 0.0
+        self._reached[last] = True
         low, high = self._depth_ranges()
         for start in np.flatnonzero(low <= high)[::-1].tolist():
             if start == last:
@@ -366,11 +444,12 @@ class _IdealProgram:
     def _work_on_hosts(self) -> float:
         """Most device work that the host cores can take over within the limit."""
         problem = self._rows.problem
-        ratio = max(
+        shares = (
             (option.total_s / seconds if seconds else inf)
             for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
             if option.total_s
         )
+        ratio = max(shares, default=0.0)
         return self._layout.hosts * self._limit * ratio * self._fastest
 
     def _visit(self, start: int, low: int, high: int) -> None:
@@ -380,7 +459,7 @@ class _IdealProgram:
         elif counts:
             for y in counts:
                 slot = self._layout.slots[y - 1]
-                row = self._rows.row(start, slot, self._limit)
+                row = self._rows.row(start, slot, self._limit, self._reached)
                 self._settle(start, y, row, slot)
         if self._layout.hosts:
             self._visit_host(start, range(low, high + 1))
@@ -393,6 +472,7 @@ class _IdealProgram:
         """All positions share seconds; only the microbatches in flight differ."""
         slot = self._layout.slots[counts[0] - 1]
         targets = self._rows.reach(start, slot, self._limit)
+        targets = targets[self._reached[targets]]
         if not targets.size:
             return
         base = self._rows.row_s(start, targets, slot)
@@ -408,7 +488,7 @@ class _IdealProgram:
 
     def _visit_host(self, start: int, counts: Sequence[int]) -> None:
         slot = Slot(-1, -1, host=True)
-        row = self._rows.row(start, slot, self._limit)
+        row = self._rows.row(start, slot, self._limit, self._reached)
         for hosts in range(1, self._layout.hosts + 1):
             for y in counts:
                 self._lower(start, (hosts, y), row, (hosts - 1, y), slot)
@@ -440,6 +520,7 @@ class _IdealProgram:
     def _store(
         self, here: tuple[int, int], start: int, cost: float, target: int, *, host: bool
     ) -> None:
+        self._reached[start] = True
         self._table.best[here][start] = cost
         self._table.choice[here][start] = target
         self._table.by_host[here][start] = host

@@ -28,7 +28,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions
+from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
     FormulatedProblem,
@@ -38,6 +38,7 @@ from ipu_pipeline.planner.search.from_graph import (
 )
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
+from ipu_pipeline.planner.search.least_bytes import LeastBytes
 from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
@@ -98,6 +99,7 @@ class Engine:
         self._options = {
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
+        self._least_bytes = LeastBytes(built.problem)
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, StageCostTable] = {}
 
@@ -109,6 +111,14 @@ class Engine:
             candidate.slots
         )
         return single and own and not steps and self._pricer is None
+
+    def may_fit(self, candidate: CandidatePipeline) -> bool:
+        """Whether the least bytes of a pipeline with own memories leave a split."""
+        if not self._least_bytes.is_least_of_all or self._masks is not None:
+            return True
+        groups = self.problem.together + self.problem.same_device
+        split = self._least_bytes.split(candidate.slots, candidate.rule, groups)
+        return split is not None and split.fits(candidate.slots)
 
     def run_fast(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -268,24 +278,16 @@ class Engine:
         """Sweep the execution order for a first split, then every order."""
         depths = sorted(len(candidate.slots) for candidate in candidates)
         deepest = max(candidates, key=lambda candidate: len(candidate.slots))
-        found: list[PricedPipeline] = []
-        lower, known = 0.0, 0
-        for chain in (True, False):
-            lattice = self._lattice(deepest, chain=chain, grouped=grouped)
-            if lattice is None or len(lattice) == known:
-                continue
-            known = len(lattice)
-            rows = self._rows_of(lattice)
-            layout = _layout(lattice, deepest, uniform=uniform)
-            deadline = None if chain and upper == inf else self._deadline
-            search = BottleneckSearch(rows, layout, depths, pace, spread, upper, deadline)
-            search.run()
-            search.offer_neighbours()
-            found += search.offers
-            upper, lower = search.upper_bound, search.lower_bound
-        if self._lattice(deepest, chain=False, grouped=grouped) is None:
-            lower = search.at_once()
-        return SearchResult.of(lower, found)
+        lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
+        tables = (
+            (self._rows_of(lattice), _layout(lattice, deepest, uniform=uniform))
+            for lattice in lattices
+            if lattice is not None
+        )
+        found = search_tables(tables, depths, (pace, spread), upper, self._deadline)
+        if lattices[1] is None:
+            return replace(found, lower_bound=self.at_once(deepest))
+        return found
 
     def _rows_of(self, lattice: Lattice) -> StageCostTable:
         if id(lattice) not in self._rows:
@@ -427,8 +429,12 @@ def _search(
     engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
 ) -> SearchResult:
     if engine.has_loops(members[0]):
-        return engine.run_loops(members[0])
+        fits = bool(engine.problem.same_device) or engine.may_fit(members[0])
+        return engine.run_loops(members[0]) if fits else SearchResult(inf)
     if engine.is_fast(members[0]):
+        members = [item for item in members if engine.may_fit(item)]
+        if not members:
+            return SearchResult(inf)
         return engine.run_fast(members, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
     if bound >= upper:

@@ -63,11 +63,12 @@ class StageCostTable:
         self._host = lattice.total(problem.host_s) if problem.host_s else None
         self._host_only = self._users(problem.host_only) if problem.host_only else None
 
-    def row(self, start: int, slot: Slot, limit_s: float) -> StageCosts:
-        """Price the stages from ``start`` whose load may be up to ``limit_s``."""
+    def row(self, start: int, slot: Slot, limit_s: float, wanted: Bools) -> StageCosts:
+        """Price the stages from ``start`` to ``wanted`` sets whose load may be ``limit_s``."""
         if slot.host:
-            return self._host_row(start, limit_s)
+            return self._host_row(start, limit_s, wanted)
         targets = self.reach(start, slot, limit_s)
+        targets = targets[wanted[targets]]
         return self.with_memory(start, targets, self.row_s(start, targets, slot), slot)
 
     def row_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
@@ -177,15 +178,21 @@ class StageCostTable:
             self._cut_s[link] = total
         return self._cut_s[link]
 
-    def _host_row(self, start: int, limit_s: float) -> StageCosts:
+    def _host_row(self, start: int, limit_s: float, wanted: Bools) -> StageCosts:
         assert self._host is not None
-        seconds = self._host
-        # Host seconds do not ascend with the position: the least from here on do.
-        floor = np.minimum.accumulate(seconds[::-1])[::-1]
+        seconds, floor = self._host, self._host_floor
         stop = int(np.searchsorted(floor, (seconds[start] + limit_s) * (1 + 1e-12), side="right"))
         targets = self.lattice.supersets(start, start + 1, max(stop, start + 1))
+        targets = targets[wanted[targets]]
         load_s = seconds[targets] - seconds[start]
         return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
+
+    @cached_property
+    def _host_floor(self) -> Floats:
+        """Least host seconds of any set from a position on: they do not ascend themselves."""
+        assert self._host is not None
+        floor: Floats = np.minimum.accumulate(self._host[::-1])[::-1]
+        return floor
 
     def _users(self, mask: int) -> Ints:
         """How many blocks of ``mask`` are in each set."""

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import checkpoints, watchdog
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.train import TrainingArguments, build_optimizer, checkpoint, train
+from ipu_pipeline.train import TrainingArguments, build_optimizer, train
+from ipu_pipeline.train import checkpoints as training_checkpoints
 from tests.backends.cluster.jobs import compiled
 from tests.train.eager_executable import Questions, tiny_bert
 
@@ -46,7 +46,7 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     """Save in both ways; the one in the background is held up until training went on."""
     made, batch = compiled("gpt2-lm", planned=planned)
     go_on = threading.Event()
-    with made, replaced("write_part", lambda *args: go_on.wait(60) and write(*args)):
+    with made, replaced("write_shard", lambda *args: go_on.wait(60) and write(*args)):
         made.train_step(batch)
         made.save_checkpoint(f"{folder}/later", {"n": 1}, blocking=False)
         first = made.train_step(batch).loss
@@ -62,7 +62,7 @@ def saved_twice(folder: str, planned: dict[str, Any]) -> dict[str, Any]:
     return {"hidden": hidden, "complete": complete, "losses": (first, second)}
 
 
-write = checkpoints.write_part
+write = checkpoints.write_shard
 
 
 @contextmanager
@@ -149,8 +149,8 @@ def killed(folder: str, planned: dict[str, Any], where: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == rank:
-        checkpoints.write_part = write if where == "finish" else die
-        checkpoints.NewCheckpoint.finish = die  # type: ignore[method-assign,assignment]
+        checkpoints.write_shard = write if where == "finish" else die
+        checkpoints.CheckpointWriter.finish = die  # type: ignore[method-assign,assignment]
     made.train_step(batch)
     try:
         made.save_checkpoint(f"{folder}/second", blocking=where != "background")
@@ -185,15 +185,6 @@ class Stopped(Exception):
     """Training is interrupted."""
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Stopped
-
-
 def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: Any) -> Any:
     """Train with checkpoints; ranks but the first look for them in the wrong place."""
     arguments = TrainingArguments(
@@ -208,10 +199,6 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
             "save_steps": 2,
             "save_total_limit": 2,
             "resume_from_checkpoint": "auto",
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-            "metric_for_best_model": "loss",
-            "load_best_model_at_end": True,
         }
         | changes,
     )
@@ -227,20 +214,19 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
         self_check=False,
     )
     blind = target == "distributed" and dist.get_rank() > 0
-    find = checkpoint.find_resume_checkpoint
-    checkpoint.find_resume_checkpoint = (lambda _: None) if blind else find
+    find = training_checkpoints.find_resume_checkpoint
+    training_checkpoints.find_resume_checkpoint = (lambda _: None) if blind else find
+
+    def stop(state: Any, _: Any) -> None:
+        if state.global_step == stop_at:
+            raise Stopped
+
     try:
         with made:
-            result = train(
-                made,
-                Questions(24),
-                arguments,
-                callbacks=[StopAt(stop_at)],
-                eval_dataset=Questions(8, seed=3),
-            )
+            result = train(made, Questions(24), arguments, on_step=stop)
     except Stopped:
         return None
     finally:
-        checkpoint.find_resume_checkpoint = find
+        training_checkpoints.find_resume_checkpoint = find
     logs = [log["loss"] for log in result.log_history if "loss" in log]
-    return logs, Path(str(result.best_checkpoint)).name, result.training_loss
+    return logs, result.training_loss

@@ -146,7 +146,7 @@ def test_an_error_of_the_last_save_is_raised_by_what_follows(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["write_part", "finish", "background"])
+@pytest.mark.parametrize("where", ["write_shard", "finish", "background"])
 def test_a_rank_that_is_killed_leaves_the_earlier_checkpoint(tmp_path: Path, where: str) -> None:
     processes = Processes(2, joined=False)
     started = time.monotonic()

@@ -18,6 +18,7 @@ MAX_LOAD = {
     "bert24_training": 41.7458125,
     "resnet50_inference": 33.774666015625,
     "op_bert_l-3_inference": 27.9185676799125,
+    "gnmt_inference": 32.910658203125,
 }
 ROOMS_GIB = (4, 8, 12, 16, 24)
 MEMORY_TABLE = {

@@ -4,6 +4,6 @@ Results are kept on disk (``cache.py``), so that each thing is measured once per
 """
 
 from ipu_pipeline.backends.local.measure.blocks import profile_blocks
-from ipu_pipeline.backends.local.measure.local_machine import local_machine
+from ipu_pipeline.backends.local.measure.machine import local_machine
 
 __all__ = ["local_machine", "profile_blocks"]

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ipu_pipeline.train.prefetch import LookAhead
+from ipu_pipeline.train.prefetch import Prefetch
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 11, 12])
@@ -18,7 +18,7 @@ def test_the_end_is_told_at_the_last_batch(size, depth) -> None:
     data = torch.arange(size)
     loader = accelerator.prepare(DataLoader(data, batch_size=4))
     chunks: list[int] = []
-    ahead = LookAhead(loader, depth, lambda batches: chunks.append(len(batches)))
+    ahead = Prefetch(loader, depth, lambda batches: chunks.append(len(batches)))
     assert len(ahead) == len(loader)
     assert ahead.dataset is loader.dataset
     gathered, ends = [], []
@@ -34,6 +34,6 @@ def test_the_end_is_told_at_the_last_batch(size, depth) -> None:
 
 def test_any_iterable_of_batches_will_do() -> None:
     seen: list[list[int]] = []
-    assert list(LookAhead([1, 2, 3], 2, seen.append)) == [1, 2, 3]
+    assert list(Prefetch([1, 2, 3], 2, seen.append)) == [1, 2, 3]
     assert seen == [[1, 2], [3]]
-    assert list(LookAhead([], 2, seen.append)) == []
+    assert list(Prefetch([], 2, seen.append)) == []

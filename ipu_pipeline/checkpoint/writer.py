@@ -1,0 +1,362 @@
+"""Writes a checkpoint: a hidden folder is begun, every process adds its shard, one publishes it.
+
+A shard is the tensors of one process in files of its own, numbered if there are several: one
+process writes ``model.safetensors``, the second of four ``model-00002-of-00004.safetensors``, and
+``from_pretrained`` reads either, the latter through its index file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ipu_pipeline.checkpoint.directory import AtomicDirectory, flush
+from ipu_pipeline.checkpoint.manifest import (
+    as_json_data,
+    check_files,
+    describe,
+    file_name,
+    files_of,
+    rng_state,
+    write_manifest,
+)
+from ipu_pipeline.checkpoint.optimizer_state import (
+    OPTIMIZER,
+    SETTINGS,
+    optimizer_settings,
+    optimizer_state,
+    tensor_key,
+)
+from ipu_pipeline.checkpoint.weights import (
+    LEFT_OUT,
+    WEIGHTS,
+    fingerprint,
+    save_settings,
+    weights_to_save,
+)
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+Attach = Callable[[Path], None]
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Tensors to write, on the CPU.
+
+    Attributes:
+        tensors: By the first part of the file's name, then by the tensor's name.
+        values: Optimizer state that is no tensor, by parameter.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to write."""
+        return not any(self.tensors.values()) and not self.values
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """What one process has written.
+
+    Attributes:
+        files: Size and checksum by name.
+        names: Of the tensors, by file.
+        num_bytes: Of the tensors, by file.
+        values: Those of the shard.
+    """
+
+    files: Mapping[str, Mapping[str, Any]]
+    names: Mapping[str, tuple[str, ...]]
+    num_bytes: Mapping[str, int]
+    values: Mapping[str, Mapping[str, Any]]
+
+
+def on_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, contiguous, each in memory of its own.
+
+    Args:
+        tensors: Any.
+        copy: Whether they may be changed afterwards.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu", copy=copy).contiguous()
+        # safetensors refuses memory that two tensors share.
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        found[name] = plain
+    return found
+
+
+def write_shard(folder: Path, shard: Shard, index: int = 0, count: int = 1) -> WrittenShard:
+    """Write and flush the files of one process, the ``index``-th of ``count``.
+
+    Raises:
+        OSError: The disk is full, or not writable.
+    """
+    files: dict[str, Mapping[str, Any]] = {}
+    tensors_of = {file_name(s, index, count): t for s, t in shard.tensors.items() if t}
+    for name, tensors in tensors_of.items():
+        try:
+            save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # safetensors reports a full disk in its own type.
+            raise OSError(f"could not write {folder / name}: {error}") from error
+        flush(folder / name)
+        files[name] = describe(folder / name)
+    return WrittenShard(
+        files,
+        names={name: tuple(tensors) for name, tensors in tensors_of.items()},
+        num_bytes={n: sum(t.nbytes for t in found.values()) for n, found in tensors_of.items()},
+        values=shard.values,
+    )
+
+
+class CheckpointWriter:
+    """Everything of a checkpoint but tensors, as it is now, in a hidden folder.
+
+    Args:
+        path: The checkpoint's folder.
+        model: The unsplit model.
+        optimizer: ``None`` to leave it out.
+        groups: All groups of the optimizer with all parameters, if it has a part of them now.
+        global_step: Optimizer steps tried so far.
+        extra: JSON data to keep with it.
+        attach: Called with the hidden folder; what it adds may be changed later without damage.
+
+    Attributes:
+        folder: Where the shards are to be written.
+
+    Raises:
+        CheckpointError: Something cannot be written as JSON.
+        OSError: The disk is full, or not writable.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        global_step: int,
+        extra: Mapping[str, Any] | None = None,
+        attach: Attach | None = None,
+    ) -> None:
+        self._content = as_json_data(
+            {
+                "model": fingerprint(model),
+                "global_step": global_step,
+                "rng": rng_state(),
+                "extra": dict(extra or {}),
+            },
+            "extra must be JSON data ({}); convert tensors and arrays to numbers or lists",
+        )
+        self._settings: dict[str, Any] | None = None
+        if optimizer is not None:
+            self._settings = optimizer_settings(optimizer, model, groups)
+        self._directory = AtomicDirectory(Path(path))
+        self.folder = self._directory.folder
+        try:
+            self._attached = self._attach(attach)
+            save_settings(model, self.folder)
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self, shards: Sequence[WrittenShard]) -> Path:
+        """Publish the checkpoint; every shard is written.
+
+        Raises:
+            OSError: The disk is full. Earlier checkpoints are untouched.
+            CheckpointError: A file that somebody wrote is not there.
+        """
+        try:
+            files = {name: entry for shard in shards for name, entry in shard.files.items()}
+            check_files(self.folder, {"files": files}, checksums=False)
+            self._write_weights_index(shards)
+            if self._settings is not None:
+                values = {name: v for shard in shards for name, v in shard.values.items()}
+                self._write_json(SETTINGS, self._settings | {"values": values})
+            write_manifest(self.folder, self._content, files, self._attached)
+        except BaseException:
+            self.discard()
+            raise
+        self._directory.publish()
+        return self._directory.path
+
+    def discard(self) -> None:
+        """Leave nothing behind; does nothing once the checkpoint is published."""
+        self._directory.discard()
+
+    def _attach(self, attach: Attach | None) -> frozenset[str]:
+        if attach is not None:
+            attach(self.folder)
+        return frozenset(item.name for item in self.folder.iterdir())
+
+    def _write_weights_index(self, shards: Sequence[WrittenShard]) -> None:
+        files = files_of(WEIGHTS, [file for shard in shards for file in shard.names])
+        if len(files) < 2:
+            return
+        own = [(shard, file) for shard in shards for file in shard.names if file in files]
+        places = {name: file for shard, file in own for name in shard.names[file]}
+        total = sum(shard.num_bytes[file] for shard, file in own)
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        self._write_json(WEIGHTS_INDEX, content)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def take_shard(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    copy: bool,
+    weights: Callable[[torch.Tensor], bool] = lambda _: True,
+    states: Callable[[str], bool] = lambda _: True,
+) -> Shard:
+    """Return the tensors that this process is to write.
+
+    Args:
+        model: The unsplit model.
+        optimizer: ``None`` to leave it out.
+        copy: Whether training goes on before they are written.
+        weights: Whether this process writes a parameter or buffer.
+        states: Whether it writes the optimizer's state of a parameter, by name.
+    """
+    kept, left_out = weights_to_save(model)
+    tensors = {
+        WEIGHTS: {name: t for name, t in kept.items() if weights(t)},
+        LEFT_OUT: {name: t for name, t in left_out.items() if weights(t)},
+    }
+    values: dict[str, dict[str, Any]] = {}
+    if optimizer is not None:
+        state, values = optimizer_state(optimizer, model)
+        values = {name: v for name, v in values.items() if states(name)}
+        tensors[OPTIMIZER] = {
+            tensor_key(name, key): tensor
+            for name, found in state.items()
+            if states(name)
+            for key, tensor in found.items()
+        }
+    return Shard({stem: on_host(found, copy=copy) for stem, found in tensors.items()}, values)
+
+
+class Background:
+    """Writes checkpoints while training goes on.
+
+    The thread is no daemon: a process that ends waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, job: Callable[[], object]) -> None:
+        """Run ``job``; the one before has to be waited for."""
+        assert self._thread is None
+
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:
+                logger.error("a checkpoint could not be written: %s", error)
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self, given_up: Callable[[], None] = lambda: None) -> None:
+        """Wait until the job is done, if there is one.
+
+        Args:
+            given_up: Called again and again; may raise to wait no longer.
+
+        Raises:
+            BaseException: What the job raised; once.
+        """
+        if self._thread is not None:
+            while self._thread.is_alive():
+                given_up()
+                self._thread.join(_POLL_S)
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def write_checkpoint(
+    path: str | Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    global_step: int,
+    extra: Mapping[str, Any] | None = None,
+    attach: Attach | None = None,
+    background: Background | None = None,
+) -> Path:
+    """Write a checkpoint atomically; one already at ``path`` is replaced.
+
+    Args:
+        path: The checkpoint's folder.
+        model: The unsplit model. With the files of its ``save_pretrained`` if it has one.
+        optimizer: Over the model's own parameters; ``None`` to leave it out.
+        global_step: Optimizer steps tried so far.
+        extra: JSON data to keep with it.
+        attach: Called at once with the folder that becomes the checkpoint, to add files to it.
+        background: Copy everything, and write it there.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        CheckpointError: Something cannot be written as safetensors or JSON.
+        OSError: The disk is full, or not writable. Earlier checkpoints are untouched.
+    """
+    new = CheckpointWriter(
+        path,
+        model=model,
+        optimizer=optimizer,
+        global_step=global_step,
+        extra=extra,
+        attach=attach,
+    )
+    try:
+        shard = take_shard(model, optimizer, copy=background is not None)
+    except BaseException:
+        new.discard()
+        raise
+    if background is None:
+        _write(new, shard)
+    else:
+        background.start(lambda: _write(new, shard))
+    return Path(path)
+
+
+def _write(new: CheckpointWriter, shard: Shard) -> None:
+    try:
+        written = write_shard(new.folder, shard)
+    except BaseException:
+        new.discard()
+        raise
+    new.finish([written])
