@@ -17,7 +17,9 @@ from ipu_pipeline.backends.ipu.settings import (
 )
 from ipu_pipeline.errors import ConfigError, LoweringError
 from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.planner.backend import backend_of
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
+from ipu_pipeline.planner.price import workload_of
 from tests.tiny_models import TINY
 
 
@@ -35,7 +37,8 @@ def test_one_annotation_per_block_in_order() -> None:
     assert [(a.stage, a.ipu) for a in found] == [(0, 0)] * 3 + [(1, 1)] * 4
     assert not found[-1].begins
     assert found[0].to_json()["module"] == "bert.embeddings"
-    assert found[1].forward_ms == plan.blocks[1].forward_s * 1e3
+    costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
+    assert found[1].forward_ms == costs[plan.blocks[1].name].plain.forward_s * 1e3
     assert list(stages_in_order(found)) == [0, 1]
 
 
@@ -71,17 +74,17 @@ def test_a_stage_that_begins_with_the_loss() -> None:
 def test_calls_of_one_module_share_a_stage() -> None:
     plan = _plan()
     again = replace(plan.blocks[-2], name="bert.embeddings#2")
-    blocks = (*plan.blocks[:-2], again, plan.blocks[-1])
+    graph = replace(plan.graph, blocks=(*plan.blocks[:-2], again, plan.blocks[-1]))
     first, last = plan.stages
     names = tuple("bert.embeddings#2" if n == "qa_outputs" else n for n in last.blocks)
     with pytest.raises(
         LoweringError, match=r"module 'bert.embeddings' is called in stages 0 and 1; BeginBlock"
     ):
-        annotate(replace(plan, blocks=blocks, stages=(first, replace(last, blocks=names))))
+        annotate(replace(plan, graph=graph, stages=(first, replace(last, blocks=names))))
     assert module_of(again) == "bert.embeddings"
     together = replace(first, blocks=(*first.blocks, "bert.embeddings#2"))
     rest = replace(last, blocks=tuple(n for n in last.blocks if n != "qa_outputs"))
-    one = annotate(replace(plan, blocks=blocks, stages=(together, rest)))
+    one = annotate(replace(plan, graph=graph, stages=(together, rest)))
     assert [a.again for a in one if a.module == "bert.embeddings"] == [False, True]
 
 
