@@ -74,7 +74,24 @@ def test_a_stage_that_begins_with_the_loss() -> None:
 def test_calls_of_one_module_share_a_stage() -> None:
     plan = _plan()
     again = replace(plan.blocks[-2], name="bert.embeddings#2")
-    graph = replace(plan.graph, blocks=(*plan.blocks[:-2], again, plan.blocks[-1]))
+    tensors = tuple(
+        replace(
+            spec,
+            producer=again.name if spec.producer == "qa_outputs" else spec.producer,
+            consumers=tuple(again.name if n == "qa_outputs" else n for n in spec.consumers),
+        )
+        for spec in plan.graph.tensors
+    )
+    parameters = tuple(
+        replace(spec, blocks=tuple(again.name if n == "qa_outputs" else n for n in spec.blocks))
+        for spec in plan.graph.parameters
+    )
+    graph = replace(
+        plan.graph,
+        blocks=(*plan.blocks[:-2], again, plan.blocks[-1]),
+        tensors=tensors,
+        parameters=parameters,
+    )
     first, last = plan.stages
     names = tuple("bert.embeddings#2" if n == "qa_outputs" else n for n in last.blocks)
     with pytest.raises(

@@ -176,7 +176,7 @@ def test_clipping_where_the_device_cannot(name: str) -> None:
 
 
 def test_inputs_without_a_batch_axis() -> None:
-    _refused(r"the plan's inputs have no batch axis", replace(_plan(), inputs=()))
+    _refused(r"the plan's inputs have no batch axis", replace(_plan(), graph=replace(_plan().graph, inputs=())))
 
 
 def test_several_reasons_are_all_said() -> None:
