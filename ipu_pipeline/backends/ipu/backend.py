@@ -10,8 +10,10 @@ from typing import Any
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.memory import stash_depth
-from ipu_pipeline.backends.ipu.prices.model import DEFAULT_SETTINGS, IPUCostModel
+from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
 from ipu_pipeline.backends.ipu.prices.planning import (
+    DEFAULT_SETTINGS,
+    OF_THE_REQUEST,
     ProgramChoices,
     binding_of,
     configured_partition,
@@ -34,7 +36,7 @@ from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 # Not of the program but of the request: a configuration was given, and with numbers of layers.
-_FIXED, _SPELLED_OUT = "fixed", "spelled_out"
+_FIXED, _SPELLED_OUT = OF_THE_REQUEST
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class IPUBackend:
             accumulation=limits.num_microbatches if graph.training else 1,
             training=graph.training,
         )
-        spelled_out = config.layers_per_ipu != (WILDCARD,)
+        spelled_out = config.layers_per_ipu != (WILDCARD,) or bool(config.stage_starts)
         return {**found.to_json(), _FIXED: True, _SPELLED_OUT: spelled_out}
 
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
@@ -155,13 +157,19 @@ def prediction_of(plan: Plan) -> Prediction:
                     f"block {name!r} is to run in {factor} slices, but {rows}; choose a factor "
                     "that divides them"
                 )
-    settings = settings_of(plan.graph, plan, _program(plan.settings))
+    settings = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     return predict_layout(plan.graph, layout, settings, chip_of(plan.machine))
 
 
+def program_of(plan: Plan) -> IPUSettings:
+    """Return the program of a plan: what its price reads, and what is emitted."""
+    raw = plan.settings if is_ipu(plan.machine) else {}
+    return settings_of(plan.graph, plan, _program(raw))
+
+
 def _program(raw: Mapping[str, Any]) -> IPUSettings:
-    fields = {name: value for name, value in raw.items() if name not in (_FIXED, _SPELLED_OUT)}
+    fields = {name: value for name, value in raw.items() if name not in OF_THE_REQUEST}
     return IPUSettings.from_json(fields) if fields else DEFAULT_SETTINGS
 
 
