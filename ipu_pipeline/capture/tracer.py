@@ -65,7 +65,7 @@ MATRIX_FUNCTIONS = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Records one run of ``model``; :func:`~ipu_pipeline.capture.tracer.trace` drives it.
+    """Records one run of ``model``; :func:`trace` drives it.
 
     Args:
         model: The model.
