@@ -9,7 +9,8 @@ For the other cases it still gives a bound (``relaxed_bound``): own devices, own
 * PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
   c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
   once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
-  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``.
+  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``;
+* schedules with several stages per device: the busiest device has at least its share of the sum.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
@@ -34,7 +36,7 @@ from ipu_pipeline.planner.search.from_graph import (
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
-from ipu_pipeline.planner.search.objective import least_microbatches, make_objective
+from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
@@ -125,8 +127,8 @@ class Engine:
 
     def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search."""
-        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        pace, spread = self._relaxed_weights(depth, microbatches)
+        depth = len(candidate.slots)
+        pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
         search = BottleneckSearch(
@@ -162,6 +164,7 @@ class Engine:
             self._constraints.schedule,
             len(candidate.slots),
             candidate.shape.num_microbatches,
+            candidate.shape.stage_devices,
             training=self._training,
         )
         return LabelSettingSearch(
@@ -176,7 +179,7 @@ class Engine:
 
     def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:
         """Largest load of one stage in any split below ``upper``."""
-        pace, spread = self._relaxed_weights(len(candidate.slots), candidate.shape.num_microbatches)
+        pace, spread = self._relaxed_weights(candidate)
         if pace <= 0 or upper == inf:
             return inf
         work = sum(option.total_s for option in self.problem.fastest)
@@ -185,8 +188,8 @@ class Engine:
 
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
-        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        pace, spread = self._relaxed_weights(depth, microbatches)
+        depth = len(candidate.slots)
+        pace, spread = self._relaxed_weights(candidate)
         slots = tuple(
             replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
         )
@@ -196,14 +199,19 @@ class Engine:
         )
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
-    def _relaxed_weights(self, depth: int, microbatches: int) -> tuple[int, int]:
+    def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
-        if self._constraints.schedule == "maxload":
+        schedule, devices = self._constraints.schedule, candidate.shape.stage_devices
+        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
+        if schedule == MAXLOAD:
             return 1, 0
-        if self._constraints.schedule == "popart" and self._training and depth > 1:
-            total = least_microbatches("popart", depth, training=self._training)
-            return microbatches - total, 2
-        return microbatches - 1, 1
+        if schedule == "popart" and self._training and depth > 1:
+            return max(0, microbatches - (2 * depth - 1)), 2
+        if schedule_kind(schedule).any_devices:
+            return microbatches - 1, 1
+        form = make_objective(schedule, depth, microbatches, devices, training=self._training)
+        weight = max(row.weight for row in form.rows)
+        return 0, form.sum_weight + weight / len(set(devices))
 
     def _sweep(
         self,

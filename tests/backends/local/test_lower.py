@@ -33,7 +33,7 @@ def test_state_divided_among_replicas_is_refused(
 
 def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
-    with pytest.raises(LoweringError, match="no schedule 'zigzag'; use one of 1f1b, gpipe"):
+    with pytest.raises(LoweringError, match="schedule 'zigzag' is unknown; use one of 1f1b, gpipe"):
         ipp.compile(model, plan, schedule="zigzag")
 
 

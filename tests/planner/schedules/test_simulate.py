@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.schedules.grouped import grouped
-from ipu_pipeline.planner.schedules.one_f_one_b import one_f_one_b
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.search.objective import make_objective
 from tests.planner.schedules.plans import LINK, WORKSPACE, make_plan
+
+
+def one_f_one_b(stages, microbatches) -> Schedule:
+    return schedule_kind("1f1b").rows(PipelineShape.of(stages, microbatches))
+
+
+def grouped(stages, microbatches) -> Schedule:
+    return schedule_kind("popart").rows(PipelineShape.of(stages, microbatches))
+
 
 seconds = st.floats(0.001, 1.0)
 
