@@ -127,7 +127,8 @@ class _Explanation:
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
         try:
-            return bool(search(self.graph, change.costs, change.machine, trial, self.stage_pricer))
+            found = search(self.graph, change.costs, change.machine, trial, self.stage_pricer)
+            return bool(found.partitions)
         except PartitionError:
             return False
 

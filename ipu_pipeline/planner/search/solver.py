@@ -42,7 +42,7 @@ def solve(
 
     Returns:
         The best split, its seconds per optimizer step, and a proven lower bound over every
-        allowed split, depth and number of replicas.
+        allowed split, depth and number of replicas: with ``step``, of the schedule's exact replay.
 
     Raises:
         InfeasibleError: Nothing fits; the message names the smallest changes that do fit.
@@ -50,17 +50,17 @@ def solve(
             ``step`` says of every split found that it does not fit.
     """
     found = search(graph, costs, machine, constraints, stage_pricer)
-    if not found and costs.planning is not None:
+    if not found.partitions and costs.planning is not None:
         raise costs.planning.explain(machine, constraints)
-    if not found:
+    if not found.partitions:
         raise explain(graph, costs, machine, constraints, stage_pricer)
     if step is None:
-        return found[0]
-    priced = [replace(item, objective=step(item)) for item in found]
+        return found.partitions[0]
+    priced = [replace(item, objective=step(item)) for item in found.partitions]
     best = min(priced, key=lambda item: item.objective)
     if best.objective == inf:
         raise PartitionError(
-            f"none of the {len(found)} best splits fits by the machine's own price; use more "
+            f"none of the {len(priced)} best splits fits by the machine's own price; use more "
             "devices, or allow recompute or serialization"
         )
-    return best.with_bound(best.lower_bound)
+    return best.with_bound(found.step_bound(best.objective))

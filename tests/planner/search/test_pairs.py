@@ -111,7 +111,7 @@ def test_optimum_equals_brute_force(seed):
     best = best_of_all(graph, narrowed(costs, recompute, forced), machine, constraints)
     if best == inf:
         with contextlib.suppress(PartitionError):
-            assert not search(graph, costs, machine, constraints)
+            assert not search(graph, costs, machine, constraints).partitions
         return
     found = solve(graph, costs, machine, constraints)
     assert isclose(found.objective, best, rel_tol=1e-9, abs_tol=1e-9)
@@ -135,7 +135,7 @@ def test_menus_of_a_vocabulary_equal_brute_force(num_devices, schedule, share):
     machine = table_machine(num_devices, memory)
     inner = replace(graph, tensors=tuple(t for t in graph.tensors if t.consumers))
     best = best_of_all(inner, costs, machine, constraints)
-    found = next(iter(search(graph, costs, machine, constraints)), None)
+    found = next(iter(search(graph, costs, machine, constraints).partitions), None)
     assert (found is None) == (best == inf)
     if found is not None:
         assert isclose(found.objective, best, rel_tol=1e-9)

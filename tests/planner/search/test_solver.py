@@ -34,7 +34,7 @@ def check(graph, costs, machine, constraints):
     best = brute_over_depths(graph, costs, machine, constraints)
     if best == inf:  # without the search for remedies, which test_infeasible.py covers
         with contextlib.suppress(PartitionError):
-            assert not search(graph, costs, machine, constraints)
+            assert not search(graph, costs, machine, constraints).partitions
         return
     found = solve(graph, costs, machine, constraints)
     assert isclose(found.objective, best, rel_tol=1e-9, abs_tol=1e-9)
