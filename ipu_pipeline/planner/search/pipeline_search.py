@@ -57,6 +57,8 @@ from ipu_pipeline.planner.search.stage_price import (
 from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
 
 LABEL_LIMIT = 4000
+# Without a time limit, the label-setting searches of one problem prove for so many seconds.
+PROOF_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Engine:
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
         self._least_bytes = LeastBytes(built.problem)
+        self._proof_s = inf if constraints.time_limit_s else PROOF_S
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, StageCostTable] = {}
 
@@ -192,7 +195,7 @@ class Engine:
         """Best split of one candidate under any schedule."""
         chain = self._lattice(candidate, chain=True)
         full = self._lattice(candidate, chain=False)
-        found, lower = [], 0.0
+        found, lower, begin = [], 0.0, monotonic()
         if chain is not None:
             if upper == inf and self._deadline is not None:
                 found.append(self._label_search(candidate, chain, upper).run_narrow())
@@ -204,6 +207,9 @@ class Engine:
         elif full is not None and len(full) <= LABEL_LIMIT:
             found.append(self._label_search(candidate, full, upper).run(upper))
             lower = found[-1].lower_bound
+        if any(options.thinned for options in self._options.values()):
+            lower = 0.0
+        self._proof_s = max(0.0, self._proof_s - (monotonic() - begin))
         if lower < upper:
             lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
         best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
@@ -227,6 +233,7 @@ class Engine:
             boundaries(lattice, candidate.slots, candidate.rule),
             self._deadline,
             self._load_limit_s(candidate, upper),
+            self._proof_s,
         )
 
     def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:

@@ -1,4 +1,4 @@
-"""The bound that a plan reports: below the exact replay of every split, and tight where it can be."""
+"""The bound that a plan reports: below the replay of every split, and tight where it can be."""
 
 from __future__ import annotations
 
