@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.settings import FrontEnd, IPUSettings
+from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import Block, BlockGraph
 
 Raw = Mapping[str, Any]
@@ -316,7 +317,7 @@ def _placed_halves(
 ) -> dict[str, int]:
     units: list[tuple[bool, list[str]]] = []
     for block in layers:
-        attention = any(op.kind == "softmax" for op in block.forward_ops)
+        attention = any(is_attention(op) for op in block.forward_ops)
         if not units or units[-1][0] != attention:
             units.append((attention, []))
         units[-1][1].append(block.name)

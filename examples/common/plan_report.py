@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.text import block_table, describe_blocks, milliseconds, render_table
+from ipu_pipeline.ir.text import describe_blocks, graph_table, milliseconds, render_table
 
 if TYPE_CHECKING:
     from ipu_pipeline.stages.executable import Executable, StepResult
@@ -64,7 +64,7 @@ class TimedExecutable:
 
 def describe(plan: Plan) -> str:
     """Return the block table and the plan as text."""
-    return f"{block_table(plan.blocks)}\n\n{plan.explain()}"
+    return f"{graph_table(plan.graph)}\n\n{plan.explain()}"
 
 
 def measured_against_predicted(plan: Plan, timed: TimedExecutable) -> str:

@@ -46,7 +46,9 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
                 saved_bytes=operations.saved_bytes,
                 kept_bytes=kept_bytes,
                 workspace_bytes=max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes),
-                uses_random=any(op.kind == "random" for op in operations.forward),
+                uses_random=any(
+                    op.kind == "random" or "_dropout" in op.name for op in operations.forward
+                ),
             )
         )
     return BlockGraph(

@@ -16,9 +16,9 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.flops import countable
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.patches import preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.trace import Trace, trace
-from ipu_pipeline.capture.tracing_patches import capture_surroundings, preserved_state
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity
@@ -116,7 +116,7 @@ def capture(
     leaves = choose_leaves(model, granularity)
     with (
         torch.inference_mode(mode=False),
-        capture_surroundings(model),
+        tracing_patches(model),
         preserved_state(model),
         torch.set_grad_enabled(model.training),
     ):

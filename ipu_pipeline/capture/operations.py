@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture.attention import CountedAttention
 from ipu_pipeline.capture.flops import count_flops, countable
 from ipu_pipeline.capture.guards import unguarded
 from ipu_pipeline.capture.live_bytes import LiveBytes
@@ -94,12 +95,11 @@ class OperationCounter:
         return self._known[signature]
 
     def _run(self, program: Program) -> Operations:
-        if self.on_meta:
-            return self._watch(program, contextlib.nullcontext(), "meta")
         try:
             return self._watch(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
-            return self._watch(program, contextlib.nullcontext(), "cpu")
+            device = "meta" if self.on_meta else "cpu"
+            return self._watch(program, contextlib.nullcontext(), device)
 
     def _watch(self, program: Program, mode: Any, device: str) -> Operations:
         module = program.module
@@ -145,6 +145,7 @@ def _measure(
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
     watcher = _Watcher(live, gradients)
+    attending = CountedAttention(watcher)
     taken: list[Tensor] = []
     entered = tuple(_produced(value, taken) for value in inputs)
     saved: dict[int, int] = {}
@@ -157,7 +158,7 @@ def _measure(
             saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with attending, watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = torch.func.functional_call(module, dict(state), entered)
     forward, peak = watcher.take(), live.take_peak()
     output_bytes = tuple(_added(outputs, live, saved))
@@ -257,6 +258,10 @@ class _Watcher(TorchDispatchMode):
         finally:
             self._recording = True
 
+    def record(self, op: OpRecord) -> None:
+        """Count one operation."""
+        self._counts[op] += 1
+
     def take(self) -> tuple[OpRecord, ...]:
         """Return what was recorded since the last call."""
         records = tuple(replace(op, count=number) for op, number in self._counts.items())
@@ -294,7 +299,7 @@ class _Watcher(TorchDispatchMode):
             flops=flops,
             bytes_moved=written + sum(_num_bytes(t) for t in inputs),
         )
-        self._counts[record] += 1
+        self.record(record)
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -41,9 +41,9 @@ from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.lifted import OutsideCall, Watch, modes_above
 from ipu_pipeline.capture.meta import TensorMeta, own_tensors, own_values
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
+from ipu_pipeline.capture.patches import patched_calls
 from ipu_pipeline.capture.region import Region, RegionCall
 from ipu_pipeline.capture.storage import StorageHistory, Versions, storage_key
-from ipu_pipeline.capture.tracing_patches import patched_calls
 from ipu_pipeline.capture.values import Values
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -34,9 +34,6 @@ from ipu_pipeline.cli.predict import register as register_predict
 from ipu_pipeline.cli.report import register
 from ipu_pipeline.cli.tune import register as register_tune
 from ipu_pipeline.errors import PipelineError
-
-if TYPE_CHECKING:
-    from ipu_pipeline.ir.graph import BlockGraph
 
 P = ParamSpec("P")
 TRACEBACK_VARIABLE = "IPU_PIPELINE_TRACEBACK"
@@ -178,11 +175,12 @@ def blocks(
     """List the blocks that a model is cut into, with their sizes."""
     from ipu_pipeline.capture import capture
     from ipu_pipeline.capture.from_config import config_and_task, from_config
+    from ipu_pipeline.ir.text import graph_table
 
     built, batch = from_config(
         *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
     )
-    typer.echo(_graph_table(capture(built, batch, granularity=granularity.value).graph))
+    typer.echo(graph_table(capture(built, batch, granularity=granularity.value).graph))
 
 
 @app.command("doctor")
@@ -202,21 +200,3 @@ def run() -> None:
     gc.set_threshold(200_000, 20, 100)
     atexit.register(gc.freeze)
     app(prog_name="ipu-pipeline")
-
-
-def _graph_table(graph: BlockGraph) -> str:
-    from ipu_pipeline.ir.text import megabytes, render_table
-
-    columns = ("block", "kind", "weights MB", "forward GFLOP", "backward GFLOP", "saved MB")
-    rows = [
-        (
-            block.name,
-            block.kind,
-            megabytes(graph.parameter_bytes(block)),
-            f"{block.forward_flops / 1e9:.3f}",
-            f"{block.backward_flops / 1e9:.3f}",
-            megabytes(block.saved_bytes),
-        )
-        for block in graph.blocks
-    ]
-    return render_table(columns, rows)

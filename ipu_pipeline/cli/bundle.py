@@ -100,9 +100,14 @@ def run_command(
         _require_poptorch(bundle)
         _run(arguments)
         return
-    import ipu_pipeline_emulator as standin
-
-    with standin.install():
+    try:
+        import ipu_pipeline_emulator as emulator
+    except ModuleNotFoundError as error:
+        raise LoweringError(
+            "the stand-in for poptorch is not installed; get it with pip install "
+            "ipu-pipeline-emulator, or from a checkout with pip install -e tools/emulator"
+        ) from error
+    with emulator.install():
         typer.echo(
             "emulated on the CPU: results as on the device, speed and memory are not", err=True
         )

@@ -1,4 +1,4 @@
-"""What is installed and what can run here, as text. torch is imported inside the functions."""
+"""The command ``doctor``: what is installed and what can run here. torch is imported inside."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import os
 import platform
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 PACKAGES = ("ipu-pipeline", "torch", "transformers", "numpy", "safetensors", "rich", "typer")
-TARGETS = ("local", "distributed", "poptorch")
 WRAP = 80
-MEMORY_FILE = Path("/proc/meminfo")
 
 
 def report() -> str:
-    """Return versions, the machine's cores and memory, the kernels, and every target's state."""
+    """Return versions, the machine's cores and memory, the kernels, and every backend's state."""
     from ipu_pipeline.ir.text import render_table
+    from ipu_pipeline.planner.backend import backend_named, backend_names
 
+    backends = [backend_named(name) for name in backend_names()]
     versions = [("python", platform.python_version()), *map(_package, PACKAGES)]
-    targets = [(name, *target_state(name)) for name in TARGETS]
+    targets = [(backend.target, *backend.doctor()) for backend in backends]
     return "\n\n".join(
         [
             render_table(("package", "version"), versions),
@@ -28,13 +27,6 @@ def report() -> str:
             render_table(("target", "state", "why"), targets),
         ]
     )
-
-
-def target_state(name: str) -> tuple[str, str]:
-    """Return ``ready`` or ``unavailable`` for a target, and the reason."""
-    from ipu_pipeline.planner.backend import backend_named
-
-    return backend_named(name).doctor()
 
 
 def _package(name: str) -> tuple[str, str]:
@@ -47,12 +39,17 @@ def _package(name: str) -> tuple[str, str]:
 def _machine() -> list[tuple[str, str]]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from ipu_pipeline.backends.cluster.launch import usable_cores
+
+    try:
+        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+    except (AttributeError, OSError, ValueError):
+        memory = "unknown"  # not a POSIX system
     return [
         ("platform", platform.platform(terse=True)),
-        ("usable cores", str(cores)),
+        ("usable cores", str(usable_cores())),
         ("torch threads", str(torch.get_num_threads())),
-        ("memory", _memory()),
+        ("memory", memory),
         ("CUDA devices", str(torch.cuda.device_count())),
     ]
 
@@ -86,10 +83,3 @@ def _wrapped(name: str, text: str) -> list[tuple[str, str]]:
     """Return rows that hold a long text in full: the table itself would cut it off."""
     lines = textwrap.wrap(text, width=WRAP, break_long_words=False, break_on_hyphens=False)
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
-
-
-def _memory() -> str:
-    """Total memory as the kernel says, ``unknown`` where it does not say."""
-    lines = MEMORY_FILE.read_text(encoding="ascii").splitlines() if MEMORY_FILE.exists() else []
-    total = next((line.split()[1] for line in lines if line.startswith("MemTotal:")), None)
-    return "unknown" if total is None else f"{int(total) * 1024 / 1e9:.1f} GB"

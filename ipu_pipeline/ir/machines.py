@@ -1,41 +1,58 @@
-"""Machines by name: Graphcore PODs and GPU nodes, from published facts (``data/machines.json``)."""
+"""Machines by name: Graphcore PODs and GPU nodes, from published facts, and described ones.
+
+``data/machines.json`` holds families (``pod{count}``) with their sources. A machine of your own is
+one JSON file, read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
+that the environment variable ``IPU_PIPELINE_MACHINES`` lists or in a package that a distribution
+announces under the entry point group ``ipu_pipeline.machines``.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.machine import Device, Link, Machine
 
+GROUP = "ipu_pipeline.machines"
+VARIABLE = "IPU_PIPELINE_MACHINES"
 _FACTS = Path(__file__).parent / "data" / "machines.json"
-# name pattern -> (entry of the facts, name of one device); the number is the device count.
-_FAMILIES = (
-    (re.compile(r"^pod(\d+)$"), "ipu-gc200", "ipu"),
-    (re.compile(r"^bow-pod(\d+)$"), "ipu-bow", "ipu"),
-    (re.compile(r"^a100-80g-x(\d+)$"), "a100-80g", "gpu"),
-)
-KNOWN = "pod4, pod16, pod64, ..., bow-pod4, bow-pod16, ..., a100-80g-x8, a100-80g-x16, ..."
 
 
 def machine_by_name(name: str) -> Machine:
     """Return a known machine, or read a machine file.
 
     Args:
-        name: Such as ``pod16``, ``bow-pod64``, ``a100-80g-x8``, or the path of a JSON file.
+        name: Such as ``pod16``, ``bow-pod64``, ``a100-80g-x8``, that of a file in one of the
+            folders, or the path of a JSON file.
 
     Raises:
         PlanError: The name is unknown and no such file exists, or the file is wrong.
     """
-    for pattern, family, device_name in _FAMILIES:
-        match = pattern.match(name)
+    for family in _facts().values():
+        match = re.fullmatch(family["name"].replace("{count}", r"(\d+)"), name)
         if match is not None and int(match[1]) > 0:
-            return _build(name, family, device_name, int(match[1]))
+            return _build(name, family, int(match[1]))
+    described = {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.json"))}
+    if name in described:
+        return Machine.load(described[name])
     if Path(name).is_file():
         return Machine.load(name)
-    raise PlanError(f"machine {name!r} is neither known ({KNOWN}), nor 'local', nor a machine file")
+    families = [
+        f"{family['name'].replace('{count}', str(count))}"
+        for family in _facts().values()
+        for count in (4, 16)
+    ]
+    raise PlanError(
+        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}), nor "
+        "'local', nor a machine file"
+    )
 
 
 def ipu_facts(kind: str) -> dict[str, Any]:
@@ -44,7 +61,7 @@ def ipu_facts(kind: str) -> dict[str, Any]:
     Raises:
         PlanError: No such generation is described.
     """
-    facts: dict[str, Any] = _facts()
+    facts = _facts()
     known = [name for name, entry in facts.items() if "chip" in entry]
     if kind not in known:
         raise PlanError(f"no chip facts for {kind!r}; known generations: {', '.join(known)}")
@@ -52,19 +69,27 @@ def ipu_facts(kind: str) -> dict[str, Any]:
 
 
 def _facts() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(_FACTS, "the published machines", PlanError)
     return found
 
 
-def _build(name: str, family: str, device_name: str, num_devices: int) -> Machine:
-    facts: dict[str, Any] = _facts()[family]
-    devices = tuple(
-        Device(name=f"{device_name}{index}", **facts["device"]) for index in range(num_devices)
-    )
+def _folders() -> Iterator[Path]:
+    """Yield the folders with descriptions: from the environment, then from installed packages."""
+    yield from (Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part)
+    for point in entry_points(group=GROUP):
+        spec = find_spec(point.value)
+        yield from map(Path, (spec and spec.submodule_search_locations) or ())
+
+
+def _build(name: str, family: dict[str, Any], num_devices: int) -> Machine:
     return Machine(
         name=name,
-        devices=devices,
-        link=Link(**facts["link"]),
-        board_link=Link(**facts["board_link"]),
-        devices_per_board=facts["devices_per_board"],
+        devices=tuple(
+            Device(name=f"{family['device_name']}{index}", **family["device"])
+            for index in range(num_devices)
+        ),
+        link=Link(**family["link"]),
+        board_link=Link(**family["board_link"]),
+        devices_per_board=family["devices_per_board"],
+        backend=family["backend"],
     )

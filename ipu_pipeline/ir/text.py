@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 
 
@@ -34,6 +35,23 @@ def megabytes(num_bytes: float) -> str:
 def milliseconds(seconds: float) -> str:
     """Format seconds as milliseconds."""
     return f"{seconds * 1e3:.2f}"
+
+
+def graph_table(graph: BlockGraph) -> str:
+    """Return one row per block: its size and its work for one microbatch."""
+    columns = ("block", "kind", "weights MB", "forward GFLOP", "backward GFLOP", "saved MB")
+    rows = [
+        (
+            block.name,
+            block.kind,
+            megabytes(graph.parameter_bytes(block)),
+            f"{block.forward_flops / 1e9:.3f}",
+            f"{block.backward_flops / 1e9:.3f}",
+            megabytes(block.saved_bytes),
+        )
+        for block in graph.blocks
+    ]
+    return render_table(columns, rows)
 
 
 def explain_plan(plan: Plan) -> str:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
@@ -85,7 +84,7 @@ class ExecutionOptions:
     replicated_tensor_sharding: bool = False
     stall_timeout_s: float = 600.0
     self_check: bool = True
-    ipu_config: IPUConfig | None = None
+    ipu_config: Any = None  # an IPUConfig, of the one backend that has it
     training: bool = True
 
     def __post_init__(self) -> None:

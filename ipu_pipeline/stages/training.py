@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ def apply_update(
     *,
     loss_scaling: float = 1.0,
     max_grad_norm: float | None = None,
+    total_norm: Callable[[list[torch.Tensor]], torch.Tensor] = get_total_norm,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them.
 
@@ -43,6 +44,7 @@ def apply_update(
         parameters: Parameters of all stages; a tied one may come several times, it counts once.
         loss_scaling: The loss was multiplied by this; the gradients are divided by it.
         max_grad_norm: Upper bound of the norm over all gradients; ``None`` for no clipping.
+        total_norm: Returns the L2 norm over all gradients from those of the parameters here.
 
     Returns:
         The norm before clipping, and whether the step was skipped.
@@ -52,7 +54,7 @@ def apply_update(
     if loss_scaling != 1.0 and gradients:
         with torch.no_grad():
             torch._foreach_div_(gradients, loss_scaling)
-    norm = get_total_norm(gradients)
+    norm = total_norm(gradients)
     # One non-finite element makes the norm non-finite, so the norm is the whole check.
     skipped = not bool(torch.isfinite(norm))
     if not skipped:

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.capture.tracing_patches import capture_surroundings
+from ipu_pipeline.capture.patches import tracing_patches
+from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import BlockGraph
 from tests.capture.toys import Layer, batch, toy
 from tests.tiny_models import TINY
@@ -53,26 +54,17 @@ def test_lxmert_base() -> None:
 def test_totals_are_those_of_torchs_counter(name: str) -> None:
     model, inputs = TINY[name].build(device="meta")
     graph = capture(model, inputs).graph
-    with FlopCounterMode(display=False) as counter, capture_surroundings(model):
+    with FlopCounterMode(display=False) as counter, tracing_patches(model):
         loss = model(**inputs).loss
     # Only blocks that the loss needs are counted; none of these models computes others.
     assert sum(block.forward_flops for block in graph.blocks) == counter.get_total_flops()
     with counter:
         loss.backward()
-    assert sum(block.backward_flops for block in graph.blocks) == pytest.approx(
+    # On meta torch runs attention unfused, and computes no product a second time.
+    operations = [op for block in graph.blocks for op in unfused(block.backward_ops)]
+    assert sum(op.flops * op.count for op in operations) == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
-
-
-@pytest.mark.parametrize("name", ["bert-qa", "t5", "mixtral", "convnext"])
-def test_meta_and_real_models_give_one_graph(name: str) -> None:
-    real, inputs = TINY[name].build()
-    meta, meta_inputs = TINY[name].build(device="meta")
-    first, second = capture(real, inputs).graph, capture(meta, meta_inputs).graph
-    assert [block.name for block in first.blocks] == [block.name for block in second.blocks]
-    assert [t.shape for t in first.tensors] == [t.shape for t in second.tensors]
-    assert first.parameters == second.parameters
-    assert forward_gflop(first) == pytest.approx(forward_gflop(second), rel=0.02)
 
 
 def test_other_functions_in_equal_places_are_other_work() -> None:

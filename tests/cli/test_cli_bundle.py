@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
     )
     assert result.exit_code == 0, result.output
     return file, tmp_path / "config.json"
+
+
+def test_without_the_stand_in_it_says_how_to_get_it(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, config = made
+    folder = tmp_path / "bundle"
+    assert invoke("emit", str(plan), "-o", str(folder), "--model", str(config)).exit_code == 0
+    monkeypatch.setitem(sys.modules, "ipu_pipeline_emulator", None)
+    result = invoke("run", str(folder), "--emulate")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "pip install ipu-pipeline-emulator, or from a checkout with pip install -e" in said
 
 
 def test_emit_then_emulate(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 PACKAGE = "ipu_pipeline"
-CORE = ("errors", "ir", "planner", "backends.ipu.config", "backends.ipu.prices")
+CORE = (
+    "errors",
+    "ir",
+    "planner",
+    "backends.ipu.config",
+    "backends.ipu.prices",
+    "cli.report",
+)
 
 
 def copy_package(root: Path, to: Path) -> Path:

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
-from ipu_pipeline.capture.tracing_patches import preserved_state
+from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.compiler import compile as compile_plan
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan

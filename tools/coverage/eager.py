@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from ipu_pipeline.capture.tracing_patches import preserved_state
+from ipu_pipeline.capture.patches import preserved_state
 from tools.coverage.classes import ModelClass
 from tools.coverage.reasons import Progress, is_final, why_not_trained
 from tools.coverage.tiny_batch import candidates

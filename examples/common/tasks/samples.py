@@ -1,8 +1,14 @@
-"""Raw samples as rows: from json, jsonl, csv and txt files, or from a data set of the hub."""
+"""Raw samples as rows: from json, jsonl, csv and txt files, or from a data set of the hub.
+
+Lines end with a line feed alone: text may hold U+2028 and the other separators of
+``str.splitlines``. ``datasets`` reads a row with too many fields as an index without a word, so
+files are read here.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,7 +71,7 @@ def _read_json(text: str, where: str) -> list[dict[str, Any]]:
 def _read_lines(text: str, where: str) -> list[dict[str, Any]]:
     """Read one object per line."""
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -85,7 +91,7 @@ def _read_lines(text: str, where: str) -> list[dict[str, Any]]:
 
 def _read_csv(text: str, where: str) -> list[dict[str, Any]]:
     """Read a table whose first line names the columns."""
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text))
     rows: list[dict[str, Any]] = []
     for row in reader:
         if None in row or None in row.values():
@@ -99,7 +105,7 @@ def _read_csv(text: str, where: str) -> list[dict[str, Any]]:
 
 def _read_txt(text: str, _: str) -> list[dict[str, Any]]:
     """Read every line as a sample."""
-    return [{TEXT_COLUMN: line} for line in text.splitlines()]
+    return [{TEXT_COLUMN: line} for line in text.removesuffix("\n").split("\n") if text]
 
 
 _READERS: Mapping[str, Callable[[str, str], list[dict[str, Any]]]] = {

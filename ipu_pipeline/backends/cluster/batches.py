@@ -210,7 +210,9 @@ def _shared(
             joined[name] = torch.stack([value.double() * part.share for part, value in pairs]).sum()
         else:
             joined[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
-    described = groups.of_pipeline({n: (value.shape, value.dtype) for n, value in joined.items()})
+    described: list[Any] = [None] * groups.layout.num_ranks
+    own = {name: (value.shape, value.dtype) for name, value in joined.items()}
+    groups.waiter.run(lambda: dist.all_gather_object(described, own, group=groups.pipeline))
     outputs = {}
     for position, names in enumerate(described):
         for name, (shape, dtype) in names.items():

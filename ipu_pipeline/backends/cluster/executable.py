@@ -93,13 +93,7 @@ class DistributedExecutable:
     # ---- steps --------------------------------------------------------------------------
 
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
-        """Run one optimizer step; every process passes the same whole batch.
-
-        Args:
-            batch: Tensors with axis 0 = micro batch x microbatches x replicas, or less.
-
-        Returns:
-            The same on every process: mean loss, norm over all stages, whether it was skipped.
+        """Run one optimizer step; every process passes the same whole batch, gets the same result.
 
         Raises:
             LoweringError: There is no optimizer, or the batch cannot be shared out.
@@ -261,18 +255,13 @@ class DistributedExecutable:
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
         if self._ownership is None:
-            self._ownership = self._find_ownership(stages)
-            sets = {positions for positions in self._ownership.holders.values()}
-            self.groups.make_holders(sorted(s for s in sets if len(s) > 1))
+            layout = self.groups.layout
+            found = find_ownership(stages, layout)
+            self.groups.make_holders(sorted({s for s in found.holders.values() if len(s) > 1}))
             if self._own is not None:
-                self._own.keep(self._ownership)
+                if self.options.replicated_tensor_sharding and layout.num_replicas > 1:
+                    parameters = list(self.model.parameters())
+                    found = sharded(found, parameters, layout.num_replicas, self._own.trains)
+                self._own.keep(found)
+            self._ownership = found
         return self._ownership
-
-    def _find_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
-        layout = self.groups.layout
-        found = find_ownership(stages, layout)
-        shard = self.options.replicated_tensor_sharding and layout.num_replicas > 1
-        if not shard or self._own is None:
-            return found
-        parameters = list(self.model.parameters())
-        return sharded(found, parameters, layout.num_replicas, self._own.trains)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.sharding import Ownership, share_updated, sum_to_updaters
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.training import UpdateResult
+from ipu_pipeline.stages.training import UpdateResult, apply_update
 
 
 @contextmanager
@@ -101,24 +101,25 @@ def update(
     """
     with_grad = [p for p in parameters if p.grad is not None]
     updated = [p for p in with_grad if ownership.is_updated(p)]
-    if options.loss_scaling != 1.0 and updated:
-        with torch.no_grad():
-            torch._foreach_div_([_gradient(p) for p in updated], options.loss_scaling)
     counted = [_gradient(p) for p in updated if ownership.is_chief(p)]
-    square = float(get_total_norm(counted)) ** 2 if counted else 0.0
-    # The same bits on every rank, so that all of them skip or none does.
-    norm = torch.tensor(groups.sum_numbers(square)).sqrt()
-    skipped = not bool(torch.isfinite(norm))
-    if not skipped:
-        if options.max_grad_norm is not None:
-            clip_grads_with_norm_(updated, options.max_grad_norm, norm)
-        optimizer.step()
-        if ownership.updaters:
-            share_updated(with_grad, ownership, groups)
-    optimizer.zero_grad(set_to_none=True)
+
+    def total_norm(_: object) -> Tensor:
+        square = float(get_total_norm(counted)) ** 2 if counted else 0.0
+        # The same bits on every rank, so that all of them skip or none does.
+        return torch.tensor(groups.sum_numbers(square)).sqrt()
+
+    done = apply_update(
+        optimizer,
+        updated,
+        loss_scaling=options.loss_scaling,
+        max_grad_norm=options.max_grad_norm,
+        total_norm=total_norm,
+    )
+    if ownership.updaters and not done.skipped:
+        share_updated(with_grad, ownership, groups)
     for parameter in with_grad:
         parameter.grad = None
-    return UpdateResult(grad_norm=float(norm), skipped=skipped)
+    return done
 
 
 def _present(

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.schedules import torch_schedule
-from ipu_pipeline.backends.ipu.prices import is_ipu
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import backend_of
 
-# What a script finds in its environment.
+# What a script finds in its environment, and what it finds there as the target.
 PLAN_VARIABLE = "IPU_PIPELINE_PLAN"
 TARGET_VARIABLE = "IPU_PIPELINE_TARGET"
+TARGET = "distributed"
 SCHEDULE_VARIABLE = "IPU_PIPELINE_SCHEDULE"
 # torch reads both when it is imported; whichever the user has set stays.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -92,7 +93,7 @@ class LaunchSpec:
 
     def settings(self) -> dict[str, str]:
         """Return what the script is told through its environment, threads apart."""
-        told = {PLAN_VARIABLE: str(self.plan_path), TARGET_VARIABLE: "distributed"}
+        told = {PLAN_VARIABLE: str(self.plan_path), TARGET_VARIABLE: TARGET}
         return told if self.schedule is None else {**told, SCHEDULE_VARIABLE: self.schedule}
 
     def threads(self, environment: Mapping[str, str], num_cores: int) -> dict[str, str]:
@@ -116,8 +117,8 @@ def make_spec(
     """Return what is to be started.
 
     Args:
-        plan: What is to run.
-        plan_path: Its absolute path.
+        plan: What is to run, from the absolute ``plan_path``.
+        plan_path: Told to the script.
         program: From :func:`check_program`.
         request: What the user asked for.
         room: Processes that this machine has GPUs or cores for; only with ``request.here``.
@@ -128,7 +129,7 @@ def make_spec(
     schedule = request.schedule or plan.schedule
     machine = request.machine
     if not request.here and machine is None and not (request.nodes or request.gpus_per_node):
-        on_nodes = plan.machine.devices_per_board and not is_ipu(plan.machine)
+        on_nodes = plan.machine.devices_per_board and _runs_processes(plan.machine)
         machine = plan.machine if on_nodes else None
     if room is None:
         gpus = (request.nodes or 0) * (request.gpus_per_node or 0)
@@ -289,16 +290,20 @@ def _siblings(processor: int) -> str:
 
 
 def _check_machine(machine: Machine, num_processes: int) -> None:
-    if is_ipu(machine):
+    if not _runs_processes(machine):
         raise LoweringError(
-            f"machine {machine.name} has IPUs, which are not programmed by processes under "
-            "torchrun; write a bundle for them: ipu-pipeline emit"
+            f"machine {machine.name} is for target {backend_of(machine).target}, which no "
+            "processes under torchrun run; for IPUs write a bundle: ipu-pipeline emit"
         )
     if num_processes > len(machine.devices):
         raise LoweringError(
             f"{num_processes} processes are more than the {len(machine.devices)} devices of "
             f"machine {machine.name}; plan with fewer stages, or name a larger machine"
         )
+
+
+def _runs_processes(machine: Machine) -> bool:
+    return backend_of(machine).target in (TARGET, "local")
 
 
 def _runs(plan: Plan, schedule: str, num_ranks: int) -> bool:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster.groups import Groups, buckets, exchange, joined, spread
+from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.stages.stage import Stage
 
@@ -170,7 +169,8 @@ def sum_to_updaters(
         replica, position = ownership.updaters[id(parameter)]
         if position == ownership.here.position and parameter.grad is not None:
             gradients.setdefault(replica, []).append(parameter.grad)
-    _exchange(gradients, groups.start_reduce, groups, lambda r: r == ownership.here.replica)
+    for replica, found in sorted(gradients.items()):
+        exchange(found, lambda m, to=replica: groups.sum_to_replica(m, to))  # type: ignore[misc]
 
 
 @torch.no_grad()
@@ -191,27 +191,8 @@ def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, grou
             values.setdefault(replica, []).append(parameter.detach())
         if positions := ownership.shared(parameter):
             tied.setdefault((positions, position), []).append(parameter.detach())
-    _exchange(values, groups.start_broadcast, groups, lambda r: r != here.replica)
-    for (positions, position), tensors in sorted(tied.items(), key=lambda item: item[0]):
-        exchange(tensors, lambda m, at=(positions, position): groups.from_holder(m, *at))  # type: ignore[misc]
-
-
-def _exchange(
-    tensors: Mapping[int, Sequence[Tensor]],
-    start: Callable[[Tensor, int], Any],
-    groups: Groups,
-    is_receiver: Callable[[int], bool],
-) -> None:
-    """Run a collective for every replica's tensors; a message of each is under way at a time."""
-    num_replicas = groups.layout.num_replicas
-    for turn in zip_longest(*(buckets(tensors.get(r, ())) for r in range(num_replicas))):
-        messages = [(r, bucket, joined(bucket)) for r, bucket in enumerate(turn) if bucket]
-
-        def run(messages: list[Any] = messages) -> None:
-            for work in [start(message, replica) for replica, _, message in messages]:
-                work.wait()
-
-        groups.waiter.run(run)
-        for replica, bucket, message in messages:
-            if is_receiver(replica):
-                spread(message, bucket)
+    sources = [(groups.replicas, replica, found) for replica, found in sorted(values.items())]
+    for (positions, position), found in sorted(tied.items(), key=lambda item: item[0]):
+        sources.append((groups.holders(positions), positions.index(position), found))
+    for group, source, tensors in sources:
+        exchange(tensors, lambda m, of=(group, source): groups.broadcast(m, *of))  # type: ignore[misc]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from ipu_pipeline.backends.cluster.module import StageModule
-from ipu_pipeline.capture.tracing_patches import preserved_state
+from ipu_pipeline.capture.patches import preserved_state
 
 TOLERANCE = 1e-4
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from ipu_pipeline.backends.ipu.config.layers import WILDCARD
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.memory import stash_depth
@@ -26,6 +25,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.price import PlanPrice
@@ -155,9 +155,15 @@ def prediction_of(plan: Plan) -> Prediction:
                     f"block {name!r} is to run in {factor} slices, but {rows}; choose a factor "
                     "that divides them"
                 )
-    settings = settings_of(plan.graph, plan, _program(plan.settings))
+    settings = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     return predict_layout(plan.graph, layout, settings, chip_of(plan.machine))
+
+
+def program_of(plan: Plan) -> IPUSettings:
+    """Return the program of a plan: what its price reads, and what is emitted."""
+    raw = plan.settings if is_ipu(plan.machine) else {}
+    return settings_of(plan.graph, plan, _program(raw))
 
 
 def _program(raw: Mapping[str, Any]) -> IPUSettings:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from ipu_pipeline.backends.ipu.annotations import module_of
 from ipu_pipeline.backends.ipu.prices import is_ipu
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.options.tables import table_of
 
 MOST_IPUS = 64  # per process
 _LARGEST_DIVISOR = 64  # the largest that is worth proposing
@@ -122,8 +122,9 @@ def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     for stage in plan.stages:
         for name, factor in stage.serialize.items():
-            rows = _table_rows(plan, name)
-            if factor > 1 and rows and rows % factor:
+            table = table_of(plan.graph, plan.graph[name])
+            rows = 0 if table is None else table.rows
+            if factor > 1 and rows % factor:
                 divisors = [n for n in range(2, _LARGEST_DIVISOR + 1) if rows % n == 0]
                 yield (
                     f"serialization factor {factor} does not divide the {rows} rows of block "
@@ -202,18 +203,6 @@ def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
 def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if plan.micro_batch_size < 1:
         yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
-
-
-def _table_rows(plan: Plan, block: str) -> int:
-    """Return the rows of the largest matrix that ``block`` or a block tied to it holds."""
-    names = {block, *(n for group in plan.tied_groups if block in group for n in group)}
-    prefixes = [module_of(b) + "." for b in plan.blocks if b.name in names]
-    shapes = [
-        text.split(" ")[0].split("x")
-        for fqn, text in plan.model.parameters.items()
-        if any(fqn.startswith(prefix) for prefix in prefixes)
-    ]
-    return max((int(shape[0]) for shape in shapes if len(shape) == 2), default=0)
 
 
 RULES: tuple[Rule, ...] = (

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from ipu_pipeline.backends.ipu.backend import program_of
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.layers import counted_layers
+from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
 
@@ -64,6 +66,7 @@ class PopTorchSettings:
         config: The IPU configuration; it agrees with the plan.
         micro_batch_size: Samples of one microbatch.
         num_stages: Forward stages.
+        recompute: Every stage but the last runs its forward pass again in its backward stage.
         optimizer: The optimizer.
         half: Weights and activations in float16.
         seed: Seed of the device and of torch; ``None`` leaves it.
@@ -72,6 +75,7 @@ class PopTorchSettings:
     config: IPUConfig
     micro_batch_size: int
     num_stages: int
+    recompute: bool = True
     optimizer: OptimizerSettings = OptimizerSettings()
     half: bool = False
     seed: int | None = None
@@ -93,6 +97,7 @@ class PopTorchSettings:
             "device_iterations": config.device_iterations,
             "memory_proportions": list(config.memory_proportions()),
             **inference,
+            "recompute": self.recompute,
             "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
             "optimizer_state_offchip": config.optimizer_state_offchip,
             "replicated_tensor_sharding": config.replicated_tensor_sharding,
@@ -119,8 +124,8 @@ def settings_for(
 
     Args:
         plan: A plan for IPUs.
-        config: What the plan does not say (memory proportions, device iterations, ...); ``None``
-            takes the defaults.
+        config: What the plan does not say (output mode, executable cache, ...); ``None`` takes
+            the program that the plan was priced with, and the defaults.
         optimizer: ``None`` takes AdamW.
         half: Run in float16.
         seed: Overrides the configuration's.
@@ -133,6 +138,7 @@ def settings_for(
         config=wanted,
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
+        recompute=bool(wanted.recompute),
         optimizer=optimizer or OptimizerSettings(),
         half=half,
         seed=seed,
@@ -146,9 +152,18 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         LoweringError: ``base`` says something else than the plan about layers, replicas,
             accumulation or slices.
     """
-    said = {**_structure(plan, base), **_slices(plan, base)}
+    program = program_of(plan)
+    layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
+    said = {
+        **_structure(plan, base),
+        **_slices(plan, base),
+        "recompute": program.recompute,
+        "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
+    }
     if base is None:
-        return IPUConfig(**said)
+        shares = tuple(program.proportion(ipu) for ipu in range(said["ipus_per_replica"]))
+        sized = replace(program, num_ipus=len(shares), layers_per_ipu=said["layers_per_ipu"])
+        return replace(replace(sized, proportions=shares).ipu_config(), **said)
     _check_agreement(base, said)
     return replace(base, **said)
 

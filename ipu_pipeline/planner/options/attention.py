@@ -1,72 +1,59 @@
-"""Attention with dropout as stages of this project run it: one operation, not ten.
+"""Which attention a device runs fused: all of it, or what was measured on it.
 
-A graph says what the model computes: two products and what happens to the L x S weights between
-them, each of which a roofline would send through memory. Our stages run all of it in tiles that
-stay in a cache, and a second time in the backward pass (``ops/attention.py``).
-
-Axes: B batch, H heads, L queries, S keys.
+A described device (no measured rates) is taken to have a kernel for every attention. A measured
+one runs fused what it has a rate for; the rest (a CPU's attention with a learned bias) runs as the
+operations of :mod:`ipu_pipeline.ir.attention`, which keep L x S tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import prod
+from dataclasses import replace
 
-from ipu_pipeline.ir.graph import Block, OpRecord
+from ipu_pipeline.ir.attention import is_attention, unfused, unfused_saved_bytes, weights_bytes
+from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
+from ipu_pipeline.ir.machine import Device
 
-FORWARD = "attention_counter"
-BACKWARD = "attention_counter_backward"
-Operations = tuple[OpRecord, ...]
-Shape = tuple[int, ...]
-
-
-def as_one_operation(block: Block) -> tuple[Operations, Operations]:
-    """Return forward and backward operations with each such attention as one, of all its FLOPs."""
-    forward, backward = block.forward_ops, block.backward_ops
-    for weights in _weights(forward):
-        forward = _joined(forward, weights, FORWARD)
-        backward = _joined(backward, weights, BACKWARD)
-    return forward, backward
+# Alive at one time in the backward pass besides what is saved: gradients of the weights behind
+# and before the softmax.
+_GRADIENTS = 2
+_Operations = tuple[OpRecord, ...]
 
 
-def _weights(operations: Operations) -> list[Shape]:
-    """Shapes (B, H, L, S) of the weights of attention whose dropout is ours."""
-    shapes = {op.shapes[0] for op in operations if op.name.endswith("._safe_softmax")}
-    dropped = {op.shapes[0] for op in operations if op.name.endswith(".bernoulli_")}
-    return [s for s in shapes & dropped if len(s) == 4 and not _has_bias(operations, s)]
+def as_run_on(graph: BlockGraph, device: Device) -> BlockGraph:
+    """Return ``graph`` with every attention that ``device`` has no kernel for in its parts."""
+    if not device.op_rates:
+        return graph
+    known: dict[tuple[int, int], tuple[_Operations, _Operations]] = {}
+    return replace(graph, blocks=tuple(_as_run(block, device, known) for block in graph.blocks))
 
 
-def _has_bias(operations: Operations, weights: Shape) -> bool:
-    """Whether a mask differs by head: a learned bias, whose gradient only torch's path gives."""
-    return any(
-        op.name.endswith(".add") and op.shapes[:1] == (weights,) and _per_head(op.shapes[1:])
-        for op in operations
+def _as_run(
+    block: Block, device: Device, known: dict[tuple[int, int], tuple[_Operations, _Operations]]
+) -> Block:
+    slow = [
+        op for op in block.forward_ops
+        if is_attention(op) and op.name.split(".")[-1] not in device.op_rates
+    ]  # fmt: skip
+    if not slow:
+        return block
+    key = (id(block.forward_ops), id(block.backward_ops))  # equal layers share theirs
+    if key not in known:
+        names = {name for op in slow for name in (op.name, f"{op.name}_backward")}
+        known[key] = _parted(block.forward_ops, names), _parted(block.backward_ops, names)
+    forward, backward = known[key]
+    gradients = _GRADIENTS * max(weights_bytes(op) for op in slow) if backward else 0
+    return replace(
+        block,
+        forward_ops=forward,
+        backward_ops=backward,
+        saved_bytes=block.saved_bytes + (unfused_saved_bytes(slow) if backward else 0),
+        workspace_bytes=max(block.workspace_bytes, gradients),
     )
 
 
-def _per_head(masks: Iterable[Shape]) -> bool:
-    return any(len(mask) == 4 and mask[1] > 1 for mask in masks)
-
-
-def _joined(operations: Operations, weights: Shape, name: str) -> Operations:
-    parts = [op for op in operations if _is_part(op, weights)]
-    flops = sum(op.flops * op.count for op in parts)
-    if not flops:
-        return operations
-    size = prod(weights)
-    # Queries, keys, values and results: what the products move besides the weights.
-    moved = sum(max(0, op.bytes_moved - 4 * size) * op.count for op in parts if op.flops)
-    whole = OpRecord(f"ipu_pipeline.{name}", "matmul", parts[0].dtype, (weights,), flops, moved)
-    return (*(op for op in operations if op not in parts), whole)
-
-
-def _is_part(op: OpRecord, weights: Shape) -> bool:
-    batch, heads, length, keys = weights
-    flat = (batch * heads, length, keys)
-    turned = (batch * heads, keys, length)
-    if not op.flops:
-        return bool(op.shapes) and op.shapes[0] in (weights, flat)
-    if op.name.split(".")[-1] != "bmm":
-        return False
-    left, right = op.shapes
-    return any(s in (flat, turned) for s in (left, right, (left[0], left[1], right[2])))
+def _parted(operations: _Operations, names: set[str]) -> _Operations:
+    return tuple(
+        part
+        for op in operations
+        for part in (unfused((op,)) if op.name in names else (op,))
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.attention import FORWARD, as_one_operation
+from ipu_pipeline.planner.options.attention import as_run_on
 from ipu_pipeline.planner.options.block_cost import (
     BlockCost,
     GraphCosts,
@@ -44,6 +44,7 @@ class AnalyticCostModel:
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
+        graph = as_run_on(graph, machine.devices[0])
         roofline = Roofline(machine.devices[0], self.dtype)
         seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
         menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
@@ -56,11 +57,11 @@ class AnalyticCostModel:
 
 
 def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:
-    forward, backward = block.forward_ops, block.backward_ops
-    if FORWARD in roofline.device.op_rates:  # a device that runs our operations
-        forward, backward = as_one_operation(block)
     adding_s = roofline.accumulation_s(gradient_bytes(graph, block))
-    return roofline.seconds(forward), roofline.seconds(backward) + adding_s
+    return (
+        roofline.seconds(block.forward_ops),
+        roofline.seconds(block.backward_ops) + adding_s,
+    )
 
 
 def device_speeds(machine: Machine) -> tuple[float, ...]:
@@ -113,6 +114,7 @@ class ProfiledCostModel:
                 f"no measurement for {', '.join(missing)}; profile the model again on this machine"
             )
         seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
+        graph = as_run_on(graph, machine.devices[0])
         roofline = Roofline(machine.devices[0])
         menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
         menus, together = menu.all(seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 from ipu_pipeline.errors import PlanError
@@ -11,7 +11,6 @@ from ipu_pipeline.ir.graph import Block
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.tables import table_of
-from ipu_pipeline.planner.passes.options import options_text
 
 
 class Pass(Protocol):
@@ -23,16 +22,6 @@ class Pass(Protocol):
     def run(self, plan: Plan) -> Plan:
         """Return ``plan`` with this pass's annotations; running it again changes nothing."""
         ...
-
-
-def pass_text(one: Pass) -> str:
-    """Return the text form: the name, and the options that differ from their defaults."""
-    given = {}
-    for item in fields(one):
-        value = getattr(one, item.name)
-        if item.default is MISSING or value != item.default:
-            given[item.name] = value
-    return one.name + options_text(given)
 
 
 def chosen_blocks(plan: Plan, patterns: Sequence[str], who: str) -> tuple[str, ...]:

@@ -1,16 +1,38 @@
-"""Runs passes over a plan, with the verifier before the first and behind each."""
+"""Passes by name, their text form, their order, and the manager that runs them.
+
+A pass is found by its file in this folder (``PASS``, whose ``name`` is that of the file) or by an
+entry point of the group ``ipu_pipeline.passes`` that gives the class. The text form is
+``name{option=value,list=[a,b]},other``; a word with marks of the form in it, such as the pattern
+``layer.[0-2]``, stands in single quotes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from ipu_pipeline.errors import PlanError, VerifyError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.planner.passes.base import Pass, pass_text
-from ipu_pipeline.planner.passes.default_order import in_default_order
-from ipu_pipeline.planner.passes.options import parse_passes
-from ipu_pipeline.planner.passes.registry import make_pass
+from ipu_pipeline.planner.passes.base import Pass
+
+GROUP = "ipu_pipeline.passes"
+ORDER = (
+    # Where a table is decides which stages hold it, so it comes before all that counts bytes.
+    "serialize_embedding",
+    # A projection may share its table with a lookup; it is cut once the lookup's slices are known.
+    "serialize_projection",
+    # Last: a head fused with the loss keeps no logits, so there is less to recompute.
+    "recompute",
+)
+_OWN = ("__init__", "base", "manager")
+_TOKEN = re.compile(r"\s*([{}\[\],=]|'[^']*'|[^\s{}\[\],=]+)")
+_MARKS = frozenset("{}[],=")
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class PassManager:
     def parse(cls, text: str) -> PassManager:
         """Read ``serialize_embedding{factor=4},recompute{blocks=[a,b]}``.
 
-        The passes run in the default order (``default_order.py``), not in the written one.
+        The passes run in the order of ``ORDER``, not in the written one.
 
         Raises:
             ValueError: The text has another form, or a pass or an option is unknown or wrong.
@@ -55,3 +77,146 @@ class PassManager:
                     "pass, not in the plan"
                 ) from error
         return plan
+
+
+def in_default_order(passes: Iterable[Pass]) -> tuple[Pass, ...]:
+    """Return ``passes`` as ``ORDER`` says; equal names, and names it lacks, stay as given."""
+    place = {name: position for position, name in enumerate(ORDER)}
+    return tuple(sorted(passes, key=lambda one: place.get(one.name, len(ORDER))))
+
+
+def available_passes() -> tuple[str, ...]:
+    """Return the names of all passes, without importing one."""
+    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+    own = [name for name in files if name not in _OWN]
+    return tuple(dict.fromkeys([*own, *(point.name for point in entry_points(group=GROUP))]))
+
+
+def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
+    """Return the pass called ``name`` with ``options``.
+
+    Raises:
+        ValueError: There is no such pass; an option is unknown, missing or out of range.
+    """
+    if name not in available_passes():
+        raise ValueError(f"unknown pass {name!r}; passes: {', '.join(available_passes())}")
+    points = entry_points(group=GROUP, name=name)
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        kind = import_module(f"{__package__}.{name}").PASS
+    else:
+        kind = next(iter(points)).load()
+    known = [item.name for item in fields(kind)]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(
+            f"pass {name} has no option {', '.join(unknown)}; its options: {', '.join(known)}"
+        )
+    try:
+        made: Pass = kind(**options)
+    except TypeError as error:
+        raise ValueError(f"pass {name} misses an option: {error}") from error
+    return made
+
+
+def pass_text(one: Pass) -> str:
+    """Return the text form: the name, and the options that differ from their defaults."""
+    given = {}
+    for item in fields(one):
+        value = getattr(one, item.name)
+        if item.default is MISSING or value != item.default:
+            given[item.name] = value
+    return one.name + options_text(given)
+
+
+@dataclass
+class _Reader:
+    """Tokens of one text, and how far it was read."""
+
+    text: str
+    tokens: list[str]
+    position: int = 0
+
+    def peek(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self, *wanted: str) -> str:
+        """Return the next token, which must be one of ``wanted``, or a word without it."""
+        token = self.peek()
+        if (token not in wanted) if wanted else (not token or token in _MARKS):
+            expected = " or ".join(wanted) if wanted else "a word"
+            raise ValueError(
+                f"passes {self.text!r}: expected {expected}, found {token or 'the end'!r}; the "
+                "form is name{option=value,list=[a,b]},name"
+            )
+        self.position += 1
+        return token
+
+
+def parse_passes(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and options of the passes in ``text``; values are words, numbers, lists.
+
+    Raises:
+        ValueError: The text has another form, or an option is given twice.
+    """
+    if not text.strip():
+        return []
+    reader = _Reader(text, _TOKEN.findall(text))
+    found = [_one(reader)]
+    while reader.peek():
+        reader.take(",")
+        found.append(_one(reader))
+    return found
+
+
+def options_text(options: dict[str, Any]) -> str:
+    """Return ``{a=1,b=[x,y]}``; nothing for no option. :func:`parse_passes` reads it back."""
+    if not options:
+        return ""
+    return "{" + ",".join(f"{key}={_text(value)}" for key, value in options.items()) + "}"
+
+
+def _one(reader: _Reader) -> tuple[str, dict[str, Any]]:
+    name, options = reader.take(), {}
+    if reader.peek() == "{":
+        reader.take("{")
+        while reader.peek() != "}":
+            key = reader.take()
+            if key in options:
+                raise ValueError(f"passes {reader.text!r}: {name} is given {key} twice")
+            reader.take("=")
+            options[key] = _value(reader)
+            if reader.peek() != "}":
+                reader.take(",", "}")
+        reader.take("}")
+    return name, options
+
+
+def _value(reader: _Reader) -> Any:
+    if reader.peek() != "[":
+        return _scalar(reader.take())
+    reader.take("[")
+    items = []
+    while reader.peek() != "]":
+        items.append(_scalar(reader.take()))
+        if reader.peek() != "]":
+            reader.take(",")
+    reader.take("]")
+    return tuple(items)
+
+
+def _scalar(word: str) -> str | int:
+    if word.startswith("'") and word.endswith("'"):
+        return word.strip("'")
+    return int(word) if _is_number(word) else word
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, str) and (not value or set(value) & {*_MARKS, " "} or _is_number(value)):
+        return f"'{value}'"
+    return str(value)
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"-?\d+", word) is not None

@@ -67,3 +67,6 @@ class Recompute:
                 for stage in plan.stages
             ),
         )
+
+
+PASS = Recompute

@@ -98,3 +98,6 @@ def _with_splits(plan: Plan, name: str, splits: Sequence[int]) -> Plan:
             held[name] = ranges[index - first]
         stages.append(stage if held == stage.table_slices else replace(stage, table_slices=held))
     return replace(plan, stages=tuple(stages))
+
+
+PASS = SerializeEmbedding

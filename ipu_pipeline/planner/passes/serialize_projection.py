@@ -55,3 +55,6 @@ class SerializeProjection:
         """
         found = blocks_with_table(plan, "projection", self.blocks, self.name)
         return with_slices(plan, {block.name: self.factor for block in found})
+
+
+PASS = SerializeProjection

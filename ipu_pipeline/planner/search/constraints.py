@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ipu_pipeline.backends.ipu.config.layers import WILDCARD, expand_layers
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.select import select
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 from ipu_pipeline.planner.search.objective import check_schedule_name
 
 TiedPolicy = Literal["same_device", "exchange", "free"]

@@ -87,7 +87,10 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
         (["plan.json", "none.py"], "none.py; give launch's own options before --"),
         (["plan.json", "--processes", "1", "a.py"], "2 stages do not fit 1 processes"),
         (["plan.json", "--nodes", "2", "a.py"], "error: launch starts processes on this machine"),
-        (["plan.json", "--machine", "pod16", "--print", "a.py"], "error: machine pod16 has IPUs"),
+        (
+            ["plan.json", "--machine", "pod16", "--print", "a.py"],
+            "error: machine pod16 is for target poptorch",
+        ),
         (["plan.json", "--machine", "x", "--print", "a.py"], "error: machine 'x' is neither"),
         (["plan.json", "--nodes", "3", "--print", "a.py"], "cannot be shared evenly by 3 nodes"),
     ],

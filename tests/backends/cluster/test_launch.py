@@ -213,7 +213,7 @@ def test_nodes(processes, nodes, gpus, machine, expected) -> None:
     [
         (8, 3, None, None, "8 processes cannot be shared evenly by 3 nodes; use 1, 2, 4, 8 nodes"),
         (8, 2, 2, None, "8 processes on 2 nodes need 4 GPUs per node, and a node has 2"),
-        (8, None, None, "pod16", "machine pod16 has IPUs, .* ipu-pipeline emit"),
+        (8, None, None, "pod16", "machine pod16 is for target poptorch, .* ipu-pipeline emit"),
         (16, None, None, "a100-80g-x8", "16 processes are more than the 8 devices of machine a100"),
     ],
 )

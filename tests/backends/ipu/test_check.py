@@ -132,7 +132,12 @@ def test_tables_split_over_ipus(what: str) -> None:
         rf"serialized_{what}_splits_per_ipu=\[2, 1\] spreads one table over IPUs.*"
         rf"{what}_serialization_factor=3 \(slices on one IPU\) instead",
         _plan(),
-        _with(**{f"serialized_{what}_splits_per_ipu": (2, 1)}),
+        _with(
+            **{
+                f"serialized_{what}_splits_per_ipu": (2, 1),
+                f"{what}_serialization_factor": None,
+            }
+        ),
     )
 
 
@@ -176,7 +181,10 @@ def test_clipping_where_the_device_cannot(name: str) -> None:
 
 
 def test_inputs_without_a_batch_axis() -> None:
-    _refused(r"the plan's inputs have no batch axis", replace(_plan(), inputs=()))
+    _refused(
+        r"the plan's inputs have no batch axis",
+        replace(_plan(), graph=replace(_plan().graph, inputs=())),
+    )
 
 
 def test_several_reasons_are_all_said() -> None:

@@ -37,6 +37,20 @@ def test_lines_of_text_keep_the_empty_ones(tmp_path):
     assert read_rows(str(tmp_path / "t.txt")) == [{"text": "one"}, {"text": ""}, {"text": "two"}]
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    odd = "a\u2028b\x85c\x0cd\u2029e"
+    (tmp_path / "t.txt").write_text(f"{odd}\n\n{odd}\n", encoding="utf-8")
+    assert read_rows(tmp_path / "t.txt") == [{"text": odd}, {"text": ""}, {"text": odd}]
+    lines = "".join(json.dumps({"text": odd}, ensure_ascii=False) + "\n" for _ in range(2))
+    (tmp_path / "t.jsonl").write_text(lines, encoding="utf-8")
+    assert read_rows(tmp_path / "t.jsonl") == [{"text": odd}] * 2
+    (tmp_path / "t.csv").write_text(f"text,n\n{odd},1\r\n{odd},2\n", encoding="utf-8")
+    assert read_rows(tmp_path / "t.csv") == [{"text": odd, "n": "1"}, {"text": odd, "n": "2"}]
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(DatasetError, match=r"e\.txt holds no sample"):
+        read_rows(tmp_path / "e.txt")
+
+
 MISTAKES = [
     ("x.parquet", "", r"parquet is of no known kind; pass a file that ends in \.json, \.jsonl"),
     ("none.csv", None, r"none\.csv does not exist; pass a file of samples"),

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.errors import PlanError, VerifyError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.passes.default_order import ORDER
-from ipu_pipeline.planner.passes.manager import PassManager
+from ipu_pipeline.planner.passes.manager import ORDER, PassManager, available_passes
 from ipu_pipeline.planner.passes.recompute import Recompute
-from ipu_pipeline.planner.passes.registry import available_passes
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
 from ipu_pipeline.planner.passes.serialize_projection import SerializeProjection
 from tests.planner.passes.plans import NAMES, table_plan
@@ -62,7 +60,7 @@ def test_text_form() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("inline", "unknown pass 'inline'; passes: serialize_embedding, serialize_projection, rec"),
+        ("inline", "unknown pass 'inline'; passes: recompute, serialize_embedding, serialize_pro"),
         ("recompute{level=2}", "pass recompute has no option level; its options: blocks"),
         ("serialize_embedding", "pass serialize_embedding misses an option: .*factor"),
         ("recompute{blocks=all", "expected , or }, found 'the end'"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.planner.passes.base import pass_text
+from ipu_pipeline.planner.passes.manager import pass_text
 from ipu_pipeline.planner.passes.recompute import Recompute
 from tests.planner.passes.plans import NAMES, before_and_after, table_plan
 

@@ -6,7 +6,7 @@ import pytest
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.planner.passes.base import pass_text
+from ipu_pipeline.planner.passes.manager import pass_text
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
 from tests.planner.passes.plans import before_and_after, table_plan
 

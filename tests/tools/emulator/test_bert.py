@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ipu_pipeline.capture.tracing_patches import capture_surroundings
+from ipu_pipeline.capture.patches import tracing_patches
 from tests.tiny_models import TINY
 
 ACCUMULATION, STEPS = 8, 5
@@ -63,7 +63,7 @@ def test_bert_trains_as_in_plain_torch(poptorch, name) -> None:
     values, torch_class = OPTIMIZERS[name]
     own_class = getattr(poptorch.optim, name)
     optimizer = own_class(model.parameters(), **values, loss_scaling=16.0)
-    with capture_surroundings(model):
+    with tracing_patches(model):
         wrapped = WithLoss(poptorch, model)
         executor = poptorch.trainingModel(wrapped, options_for(poptorch), optimizer)
         losses = [executor(**inputs)[0] for _ in range(STEPS)]
@@ -84,7 +84,7 @@ def test_bert_trains_as_in_plain_torch(poptorch, name) -> None:
 def test_the_program_of_bert(poptorch) -> None:
     model, inputs = bert()
     place(poptorch, model)
-    with capture_surroundings(model):
+    with tracing_patches(model):
         executor = poptorch.trainingModel(
             WithLoss(poptorch, model),
             options_for(poptorch),
@@ -111,7 +111,7 @@ def test_the_program_of_bert(poptorch) -> None:
 def test_bert_without_identity_loss_has_two_losses(poptorch) -> None:
     model, inputs = bert()
     with (
-        capture_surroundings(model),
+        tracing_patches(model),
         pytest.raises(poptorch.Error, match=r"Multiple independent losses found \(2\)"),
     ):
         poptorch.trainingModel(model, options_for(poptorch))(**inputs)
@@ -128,7 +128,7 @@ def test_outputs_keep_the_models_own_type(poptorch) -> None:
     model, inputs = bert()
     model.eval()
     inputs = {k: v[:2] for k, v in inputs.items() if "positions" not in k}
-    with capture_surroundings(model):
+    with tracing_patches(model):
         found = poptorch.inferenceModel(model)(**inputs)
     assert type(found).__name__ == "QuestionAnsweringModelOutput"
     torch.testing.assert_close(found.start_logits, model(**inputs).start_logits.detach())
@@ -138,7 +138,7 @@ def test_dropout_is_drawn_for_each_micro_batch(poptorch) -> None:
     model, inputs = bert(dropout=True)
     model.train()
     inputs = {k: v[:1].repeat(2 * ACCUMULATION, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
-    with capture_surroundings(model):
+    with tracing_patches(model):
         executor = poptorch.trainingModel(
             WithLoss(poptorch, model),
             options_for(poptorch),

@@ -1,7 +1,6 @@
 """Configuration: ``ipu_config.json``, command line overrides and published presets. No torch."""
 
 from ipu_pipeline.backends.ipu.config.ipu_config import CONFIG_FILE_NAME, IPUConfig
-from ipu_pipeline.backends.ipu.config.layers import expand_layers
 from ipu_pipeline.backends.ipu.config.overrides import parse_overrides
 from ipu_pipeline.backends.ipu.config.presets import (
     find_config,
@@ -9,6 +8,7 @@ from ipu_pipeline.backends.ipu.config.presets import (
     preset_names,
     preset_source,
 )
+from ipu_pipeline.planner.layers_per_ipu import expand_layers
 
 __all__ = [
     "CONFIG_FILE_NAME",

@@ -18,9 +18,9 @@ from ipu_pipeline.backends.ipu.config.fields import (
     check_value,
 )
 from ipu_pipeline.backends.ipu.config.fields import config_field as cfg
-from ipu_pipeline.backends.ipu.config.layers import expand_layers
 from ipu_pipeline.backends.ipu.config.overrides import parse_overrides, unknown_key
 from ipu_pipeline.errors import ConfigError
+from ipu_pipeline.planner.layers_per_ipu import expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
 DEFAULT_MATMUL_PROPORTION = 0.2

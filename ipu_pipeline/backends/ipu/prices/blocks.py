@@ -9,6 +9,7 @@ from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Ca
 from ipu_pipeline.backends.ipu.prices.chip import Chip
 from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
+from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
 from ipu_pipeline.planner.options.tables import table_rows
 
@@ -75,7 +76,7 @@ def block_time(
 
 @lru_cache(maxsize=50_000)
 def _cycles(operations: SharedOperations, pricer: OperationPricer, rows: int, factor: int) -> float:
-    return sum(op.count * pricer.cycles(op, rows, factor) for op in operations.operations)
+    return sum(op.count * pricer.cycles(op, rows, factor) for op in unfused(operations.operations))
 
 
 def accumulation_cycles(

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from ipu_pipeline.backends.ipu.config.layers import counted_layers, expand_layers
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.planner.layers_per_ipu import counted_layers, expand_layers
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from ipu_pipeline.backends.ipu.prices.operations import (
 )
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
+from ipu_pipeline.ir.attention import unfused, unfused_saved_bytes
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
 
 # BERT-large inference on two IPUs: the fullest tile holds 336,670 and 291,170 bytes where the
@@ -241,7 +242,7 @@ def code_bytes(products: int, *, training: bool) -> int:
 
 @lru_cache(maxsize=10_000)
 def _products_in(operations: SharedOperations) -> int:
-    return sum(op.count for op in operations.operations if op.kind == "matmul")
+    return sum(op.count for op in unfused(operations.operations) if op.kind == "matmul")
 
 
 def num_products(block: Block) -> int:
@@ -336,14 +337,15 @@ def saved_bytes(block: Block, settings: IPUSettings) -> int:
     Dropout masks are not among them: PopART draws them again from a stashed seed.
     """
     masks = _mask_bytes(SharedOperations(block.forward_ops))
-    return int(max(0, block.saved_bytes - masks) * settings.element_bytes // 4)
+    saved = block.saved_bytes + unfused_saved_bytes(block.forward_ops)
+    return int(max(0, saved - masks) * settings.element_bytes // 4)
 
 
 @lru_cache(maxsize=10_000)
 def _mask_bytes(operations: SharedOperations) -> float:
     return sum(
         op.count * DTYPE_BYTES.get(op.dtype, 4) * prod(op.shapes[0])
-        for op in operations.operations
+        for op in unfused(operations.operations)
         if op.kind == "random" and op.shapes
     )
 
@@ -361,7 +363,7 @@ def _working(
     An operation needs its result and the gradient (or value) it works on; a matrix product
     also the rearranged parts of its operands, which the memory proportion bounds.
     """
-    operations = [*forward.operations, *backward.operations]
+    operations = unfused([*forward.operations, *backward.operations])
     return int(max((_one_bytes(op, pricer, rows, factor) for op in operations), default=0.0))
 
 

@@ -37,7 +37,6 @@ _PASSES = (
     ("pow", 2), ("log", 2),
 )  # fmt: skip
 _BY_ELEMENT = frozenset({"gather", "scatter", "scatter_add", "gather_backward", "take_along_dim"})
-_ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 SCAN_CYCLES = 6  # a tile compares every index with its slice of a table: load, compare, branch
 
 
@@ -120,8 +119,6 @@ def products(op: OpRecord) -> tuple[Product, ...]:
     short = op.name.split(".")[-1]
     if "convolution" in short:
         return _convolution(op, backward="backward" in short)
-    if any(word in short for word in _ATTENTION):
-        return _attention(op, backward="backward" in short)
     matrices = [shape for shape in op.shapes if len(shape) >= 2]
     if len(matrices) < 2:
         return _cube(op.flops)
@@ -143,13 +140,6 @@ def _convolution(op: OpRecord, *, backward: bool) -> tuple[Product, ...]:
     if not backward:
         return (forward,)
     return (Product(groups, rows, outer, inner), Product(groups, inner, rows, outer))
-
-
-def _attention(op: OpRecord, *, backward: bool) -> tuple[Product, ...]:
-    query, key = op.shapes[1:3] if backward else op.shapes[:2]
-    groups, rows, width, columns = prod(query[:-2]), query[-2], query[-1], key[-2]
-    scores, values = Product(groups, rows, width, columns), Product(groups, rows, columns, width)
-    return (scores, scores, values, values, values) if backward else (scores, values)
 
 
 def _cube(flops: int) -> tuple[Product, ...]:

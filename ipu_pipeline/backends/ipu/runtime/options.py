@@ -34,7 +34,7 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
     else:
         _training(options, settings, poptorch)
     _precision(options, settings, inference=inference)
-    _popart(options, inference=inference)
+    _popart(options, settings, inference=inference)
     return options
 
 
@@ -72,8 +72,11 @@ def _precision(options: Any, settings: Mapping[str, Any], *, inference: bool) ->
         options.Precision.setPartialsType(partials)
 
 
-def _popart(options: Any, *, inference: bool) -> None:
+def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
     """Settings that published runs on IPUs use; they change speed and memory, not results."""
+    if not inference:
+        # poptorch itself would take Pipeline (3) wherever there are several IPUs.
+        options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
     options._Popart.set("disableGradAccumulationTensorStreams", True)
     options._Popart.set("outlineThreshold", 10.0)
     options._Popart.set("subgraphCopyingStrategy", 1)

@@ -25,11 +25,11 @@ from ipu_pipeline.backends.local.measure.cache import (
     one_process,
     store_measurements,
 )
+from ipu_pipeline.ir.attention import attention_name
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.ops.threads import take_threads, threads_per_stage
-from ipu_pipeline.planner.options.attention import BACKWARD, FORWARD
 
 T = TypeVar("T")
 Call = Callable[[], object]
@@ -49,7 +49,6 @@ ATTENTION = (4, 8, 192, 64)  # B, H, L, E
 TINY_STEPS = 16
 
 aten = torch.ops.aten
-_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 MATRIX_SIZE = 768
 COPY_ELEMENTS = 16 * 1024 * 1024
 DTYPES = ("float32", "bfloat16")
@@ -321,14 +320,15 @@ def _attention_rates(num_devices: int) -> dict[str, float]:
         weights = torch.bmm(query, query.mT)
         return lambda: (torch.bmm(query, query.mT), torch.bmm(weights, query))
 
-    return {
-        _FLASH: rate(pair, lambda: _attention(0.0)[0]),
-        f"{_FLASH}_backward": rate(2.5 * pair, lambda: _attention(0.0)[1]),
-        # By the products of plain attention: computing weights again is part of the price.
-        FORWARD: rate(pair, lambda: _attention(0.1)[0]),
-        BACKWARD: rate(2 * pair, lambda: _attention(0.1)[1]),
-        "bmm": rate(pair, products),
-    }
+    rates = {"bmm": rate(pair, products)}
+    for p in (0.0, 0.1):  # the backward pass computes the scores again: five products
+        forward, backward = (
+            attention_name(bias=False, dropout=p > 0, backward=backward)
+            for backward in (False, True)
+        )
+        rates[forward] = rate(pair, lambda p=p: _attention(p)[0])  # type: ignore[misc]
+        rates[backward] = rate(2.5 * pair, lambda p=p: _attention(p)[1])  # type: ignore[misc]
+    return rates
 
 
 def _attention(p: float) -> tuple[Call, Call]:

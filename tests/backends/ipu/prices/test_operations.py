@@ -14,6 +14,7 @@ from ipu_pipeline.backends.ipu.prices.operations import (
     result_bytes,
     sliced,
 )
+from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import OpRecord
 from tests.backends.ipu.prices.ipu_graphs import product, vector
 
@@ -84,11 +85,14 @@ def test_a_depthwise_convolution_has_a_group_per_channel() -> None:
     assert products(conv) == (Product(96, 4 * 28 * 28, 49, 1),)
 
 
-def test_fused_attention_is_two_products() -> None:
+def test_fused_attention_is_two_products_forward_and_four_backward() -> None:
     heads = (2, 12, 128, 64)
-    fused = _op("_scaled_dot_product_flash_attention_for_cpu", "matmul", heads, heads, heads,
-                flops=1)  # fmt: skip
-    assert products(fused) == (Product(24, 128, 64, 128), Product(24, 128, 128, 64))
+    fused = _op("scaled_dot_product_attention", "matmul", heads, heads, heads, flops=1)
+    scores, values = Product(24, 128, 64, 128), Product(24, 128, 128, 64)
+    parts = [part for part in unfused((fused,)) if part.kind == "matmul"]
+    assert [product for part in parts for product in products(part)] == [scores, values]
+    back = _op("scaled_dot_product_attention_backward", "matmul", *[heads] * 4, flops=1)
+    assert sum(part.kind == "matmul" for part in unfused((back,))) == 4
 
 
 def test_unknown_products_keep_their_flops() -> None:

@@ -19,8 +19,8 @@ from ipu_pipeline.backends.local.measure.cache import (
 from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture import capture
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.attention import ATTENTION
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.attention import BACKWARD, FORWARD
 from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
@@ -51,7 +51,9 @@ def test_machine_description(quick: None, cache: Path) -> None:
     assert [size for size, _ in device.product_curve] == [2 * 8**3, 2 * 16**3]
     assert [size for size, _ in device.bytes_curve] == [8 << 8, 8 << 12]
     assert 0 < device.op_overhead_s < 1
-    assert {"gelu", "bmm", "bernoulli_", FORWARD, BACKWARD} <= set(device.op_rates)
+    assert {"gelu", "bmm", "bernoulli_", ATTENTION, f"{ATTENTION}_dropout_backward"} <= set(
+        device.op_rates
+    )
     assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
     assert [path.name for path in cache.glob("[!.]*")] == ["machine-2x1.json"]
 

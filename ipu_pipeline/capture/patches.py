@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch._functorch import apis
+from torch.nn import functional
 
+SDPA = functional.scaled_dot_product_attention
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
 # What torch.vmap hands on before the arguments: function, in_dims, out_dims, randomness, chunks.
@@ -23,7 +25,7 @@ _VMAP_SETTINGS = 5
 
 
 @contextlib.contextmanager
-def capture_surroundings(model: nn.Module) -> Iterator[None]:
+def tracing_patches(model: nn.Module) -> Iterator[None]:
     """Make ``model`` traceable for the duration of the block.
 
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
@@ -73,6 +75,13 @@ def patched_calls(
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.object(apis, "vmap_impl", vmapped),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
+    """Route calls of ``scaled_dot_product_attention``, also those by torch's own code."""
+    with mock.patch.object(functional, "scaled_dot_product_attention", attend):
         yield
 
 

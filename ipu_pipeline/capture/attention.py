@@ -1,0 +1,163 @@
+"""Attention counted as one operation, on every device, whatever kernel the device has.
+
+A fused kernel keeps queries, keys, values, the result and one logsumexp per query. torch picks it
+by device, dtype and arguments, and runs ten operations with L x S tensors where it finds none (on
+``meta`` always): then the counts of one model would depend on where it was captured.
+
+Axes: B batch and heads, L queries, S keys, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ipu_pipeline.capture.patches import SDPA, patched_attention
+from ipu_pipeline.ir.attention import attention_name
+from ipu_pipeline.ir.graph import OpRecord
+
+
+class Recorder(Protocol):
+    """Where operations are counted."""
+
+    def record(self, op: OpRecord) -> None:
+        """Count one operation."""
+        ...
+
+    def unrecorded(self) -> Any:
+        """Return a context in which nothing is counted; only storages are followed."""
+        ...
+
+
+class CountedAttention(TorchFunctionMode):
+    """Within it, ``scaled_dot_product_attention`` is one operation of ``recorder``.
+
+    Calls by torch's own Python code (``multi_head_attention_forward``), which a function mode does
+    not see, are found by a patch of the function.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._patched = patched_attention(self._attend)
+
+    def __enter__(self) -> Any:
+        self._patched.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patched.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = self._attend if func is SDPA else func
+        return function(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,  # noqa: FBT001, FBT002
+        scale: float | None = None,  # noqa: ARG002
+        enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    ) -> Tensor:
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = (x.to(dtype) for x in (query, key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -inf).to(query.dtype)
+        leading = query.shape[:-2]
+        if not enable_gqa:
+            leading = torch.broadcast_shapes(leading, key.shape[:-2], value.shape[:-2])
+        bias = attn_mask is not None and attn_mask.requires_grad
+        call = _Call(self._recorder, leading, bias, dropout_p > 0, is_causal)
+        return _Attention.apply(call, query, key, value, attn_mask)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one attention is, besides its tensors."""
+
+    recorder: Recorder
+    leading: tuple[int, ...]
+    bias: bool
+    dropout: bool
+    causal: bool
+
+    def count(
+        self, tensors: Sequence[Tensor], *others: Tensor, gradient: Tensor | None = None
+    ) -> None:
+        """Count a pass over queries, keys, values, perhaps a mask, and what else it moves.
+
+        The backward pass (of ``gradient``) computes the products with keys again, before its four
+        others.
+        """
+        query, key, value, *masks = tensors
+        backward = gradient is not None
+        length, keys = query.shape[-2], key.shape[-2]
+        matrix = prod(self.leading) * length * keys
+        sizes = (3, 2) if backward else (1, 1)
+        flops = 2 * matrix * (sizes[0] * query.shape[-1] + sizes[1] * value.shape[-1])
+        shapes = [(*self.leading, *query.shape[-2:]), *(tuple(x.shape) for x in tensors[1:])]
+        if self.causal and not masks:
+            shapes.append((length, keys))
+        if gradient is not None:
+            shapes.insert(0, tuple(gradient.shape))
+            others = (*others, gradient)
+        name = attention_name(bias=self.bias, dropout=self.dropout, backward=backward)
+        self.recorder.record(
+            OpRecord(
+                name=f"aten.{name}",
+                kind="matmul",
+                dtype=str(query.dtype).removeprefix("torch."),
+                shapes=tuple(shapes),
+                flops=flops,
+                bytes_moved=sum(x.numel() * x.element_size() for x in (*tensors, *others)),
+            )
+        )
+
+
+class _Attention(torch.autograd.Function):
+    """Makes and keeps the tensors of a fused kernel; computes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        with call.recorder.unrecorded():
+            out = _rows_first(query, (*call.leading, query.shape[-2], value.shape[-1]))
+            sums = query.new_empty((*call.leading, query.shape[-2]), dtype=torch.float32)
+        ctx.call = call
+        ctx.save_for_backward(query, key, value, mask, out, sums)
+        masks = [] if mask is None else [mask]
+        call.count([query, key, value, *masks], out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, out, sums = ctx.saved_tensors
+        call: _Call = ctx.call
+        masks = [] if mask is None else [mask]
+        with call.recorder.unrecorded():
+            grads = [_rows_first(x, tuple(x.shape)) for x in (query, key, value)]
+            bias = [torch.empty_like(mask)] if call.bias else []
+        call.count([query, key, value, *masks], out, sums, *grads, *bias, gradient=grad)
+        return (None, *grads, *(bias or [None]))
+
+
+def _rows_first(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Make a tensor (B, H, L, E) that is stored as (B, L, H, E), as kernels do."""
+    if len(shape) < 4:
+        return like.new_empty(shape)
+    *batch, heads, length, width = shape
+    return like.new_empty((*batch, length, heads, width)).transpose(-2, -3)
