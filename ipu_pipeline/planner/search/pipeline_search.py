@@ -86,7 +86,6 @@ class Engine:
         *,
         training: bool,
         deadline: float | None = None,
-        masks: Sequence[int] | None = None,
         pricer: StagePricer | None = None,
     ) -> None:
         """Search ``built``.
@@ -96,12 +95,11 @@ class Engine:
             constraints: Schedule and limits.
             training: Whether there are backward passes.
             deadline: ``time.monotonic()`` at which to stop.
-            masks: The only boundaries (to price a given split); ``None``: all.
             pricer: Of the stages; ``None``: sums over the options of their blocks.
         """
         self.problem = built.problem
         self._constraints, self._training, self._deadline = constraints, training, deadline
-        self._masks, self._pricer = masks, pricer
+        self._pricer = pricer
         self._options = {
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
@@ -118,7 +116,7 @@ class Engine:
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
-        if not self._least_bytes.is_least_of_all or self._masks is not None:
+        if not self._least_bytes.is_least_of_all:
             return True
         groups = self.problem.together + self.problem.same_device
         split = self._least_bytes.split(candidate.slots, candidate.rule, groups)
@@ -315,9 +313,8 @@ class Engine:
 
     def _make_lattice(self, allowed: Callable[[int], bool], *, chain: bool) -> Lattice | None:
         order = [(1 << done) - 1 for done in range(self.problem.num_blocks + 1)]
-        masks = order if self._masks is None else self._masks
-        if chain or self._masks is not None:
-            return Lattice.of_masks(self.problem, filter(allowed, masks))
+        if chain:
+            return Lattice.of_masks(self.problem, filter(allowed, order))
         try:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
