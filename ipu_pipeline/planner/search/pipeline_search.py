@@ -52,7 +52,6 @@ from ipu_pipeline.planner.search.stage_price import (
     OptionPricer,
     PricedPipeline,
     SearchResult,
-    StagePricer,
 )
 from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
 
@@ -86,7 +85,6 @@ class Engine:
         *,
         training: bool,
         deadline: float | None = None,
-        pricer: StagePricer | None = None,
     ) -> None:
         """Search ``built``.
 
@@ -95,11 +93,9 @@ class Engine:
             constraints: Schedule and limits.
             training: Whether there are backward passes.
             deadline: ``time.monotonic()`` at which to stop.
-            pricer: Of the stages; ``None``: sums over the options of their blocks.
         """
         self.problem = built.problem
         self._constraints, self._training, self._deadline = constraints, training, deadline
-        self._pricer = pricer
         self._options = {
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
@@ -112,7 +108,7 @@ class Engine:
         """Whether the sweep solves this candidate exactly."""
         single = self._constraints.schedule in ("1f1b", "maxload")
         steps = self.problem.exchanges or any(self.problem.outer)
-        return single and _has_own(candidate) and not steps and self._pricer is None
+        return single and _has_own(candidate) and not steps
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
@@ -173,7 +169,7 @@ class Engine:
         at_once = min(least[depth] for depth in open_paths)
         deepest = max((c for c in candidates if len(c.slots) in open_paths), key=_depth)
         apart = _has_own(deepest) and all(map(is_even, joined(*open_paths.values())))
-        lattice = self._lattice(deepest, chain=False) if apart and not self._pricer else None
+        lattice = self._lattice(deepest, chain=False) if apart else None
         if lattice is None:
             return min(lower, at_once)
         speed = max(slot.speed for slot in deepest.slots)
@@ -225,7 +221,7 @@ class Engine:
         )
         return LabelSettingSearch(
             lattice,
-            self._pricer or self._options[objective.splits_passes],
+            self._options[objective.splits_passes],
             candidate.slots,
             objective,
             boundaries(lattice, candidate.slots, candidate.rule),
@@ -334,9 +330,6 @@ def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) ->
     return StagePositions(slots, starts[-2::-1], uniform=False)
 
 
-StagePricerMaker = Callable[[FormulatedProblem], StagePricer]
-
-
 @dataclass(frozen=True)
 class Exploration:
     """What all searches together found.
@@ -365,7 +358,6 @@ def search(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    stage_pricer: StagePricerMaker | None = None,
 ) -> Exploration:
     """Search all pipelines; the arguments are those of ``solve``.
 
@@ -381,10 +373,7 @@ def search(
     upper = lower = inf
     for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
         built = build_problem(graph, costs, machine, constraints, replicas)
-        pricer = None if stage_pricer is None else stage_pricer(built)
-        engine = Engine(
-            built, constraints, training=graph.training, deadline=deadline, pricer=pricer
-        )
+        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
         candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
         for members, together in _batches(engine, candidates, constraints):
             found = _search(engine, members, upper, together=together)

@@ -74,8 +74,8 @@ def test_solve_refuses(options, message):
 
 
 def test_a_given_split_that_no_pipeline_can_have_is_refused():
+    given = Constraints().with_stages([["b1"], ["b0", "b2", "b3", "b4"]])
     with pytest.raises(PartitionError, match="no split satisfies the constraints"):
-        given = Constraints().with_stages([["b1"], ["b0", "b2", "b3", "b4"]])
         solve(CHAIN, COSTS, make_machine(2), given)
     with pytest.raises(PartitionError, match="pinned_stages names zz, which the graph does not"):
         solve(CHAIN, COSTS, make_machine(2), Constraints().with_stages([["zz"], ["b0"]]))
