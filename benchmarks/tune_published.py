@@ -20,9 +20,9 @@ from benchmarks.ipu_fit import SHARED
 from benchmarks.ipu_observations import predict_row
 from benchmarks.ipu_rows import Row, UnjudgeableRowError, load_rows, read_row
 from ipu_pipeline.backends.ipu.prices import chip_named
+from ipu_pipeline.backends.ipu.tune import TuneRequest, batch_divisions, front_of, pipelines_of
+from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.text import render_table
-from ipu_pipeline.planner.tuning.search import candidates, search
-from ipu_pipeline.planner.tuning.space import TuneRequest, shapes
 
 CONFIGS = SHARED / "known_good_configs.json"
 NUM_IPUS = 16
@@ -74,12 +74,13 @@ def compare(key: Key, rows: list[Row]) -> list[Comparison]:
         device_iterations=max(row.settings.device_iterations for row in rows),
         half_first_moment=any(row.settings.half_first_moment for row in rows),
     )
-    found = shapes(asked, NUM_IPUS)
+    found = batch_divisions(asked, NUM_IPUS)
     graphs = {
         size: capture_architecture(replace(wanted, batch_size=size))
-        for size in {shape.micro_batch for shape in found}
+        for size in {division.micro_batch for division in found}
     }
-    front = search(candidates(found, graphs, chip, asked), asked, time_limit_s=0.0)
+    pipelines = pipelines_of(found, graphs, machine_by_name(f"pod{NUM_IPUS}"), asked, chip)
+    front = front_of(pipelines, asked, time_limit_s=0.0)
     compared = []
     for row in rows:
         theirs, _ = predict_row(row, graphs[row.micro_batch], chip)

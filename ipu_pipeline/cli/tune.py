@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,9 @@ from ipu_pipeline.cli.options import Model, PodOption, SeqLength, TaskOption
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
     from ipu_pipeline.backends.ipu.prices import Prediction
+    from ipu_pipeline.backends.ipu.tune import Progress, TunePoint, TuneResult
     from ipu_pipeline.capture import CapturedModel
     from ipu_pipeline.ir.machine import Machine
-    from ipu_pipeline.planner.tuning.search import Point, Progress
-    from ipu_pipeline.planner.tuning.tune import TuneResult
 
 Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
@@ -63,10 +63,10 @@ def tune_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
+    from ipu_pipeline.backends.ipu.tune import TuneRequest, tune
+    from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
+    from ipu_pipeline.capture import model_identity
     from ipu_pipeline.ir.machines import machine_by_name
-    from ipu_pipeline.planner.tuning.explain import comparison_text, result_text
-    from ipu_pipeline.planner.tuning.space import TuneRequest
-    from ipu_pipeline.planner.tuning.tune import tune
 
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas,
                           device_iterations, optimizer, least_free=free)  # fmt: skip
@@ -75,7 +75,7 @@ def tune_command(
     capture = _capturer(model, task, seq_length)
     with _progress() as progress:
         result = tune(capture, described, request, progress)
-    other = None if rival is None else result.predict(rival)
+    other = None if rival is None else result.predict(rival, capture)
     if as_json:
         typer.echo(json.dumps(_as_json(result, other), indent=1))
     else:
@@ -83,7 +83,8 @@ def tune_command(
         if compare is not None and other is not None:
             typer.echo(f"\n{comparison_text(result, compare, other)}")
     if output is not None:
-        result.plan().save(output)
+        captured = capture(result.best.prediction.micro_batch)
+        result.plan(model_identity(captured.model)).save(output)
         typer.echo(f"plan written to {output}", err=as_json)
     if ipu_config is not None:
         path = result.ipu_config().save(ipu_config)
@@ -97,6 +98,7 @@ def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], 
 
     config, chosen = config_and_task(model, task)
 
+    @cache
     def captured(micro_batch: int) -> CapturedModel:
         built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)
         return capture(built, batch)
@@ -127,12 +129,12 @@ def _progress() -> Iterator[Progress]:
 
 
 def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
-    from ipu_pipeline.planner.tuning.search import free_share
+    from ipu_pipeline.backends.ipu.tune import free_share
 
     found: dict[str, Any] = {
         "machine": result.machine.name,
         "global_batch": result.request.global_batch,
-        "settings": len(result.front.candidates),
+        "settings": len(result.front.pipelines),
         "seconds": result.front.seconds,
         "complete": result.front.complete,
         "front": [_point_json(result, point) for point in result.front.points],
@@ -148,7 +150,7 @@ def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
     return found
 
 
-def _point_json(result: TuneResult, point: Point) -> dict[str, Any]:
+def _point_json(result: TuneResult, point: TunePoint) -> dict[str, Any]:
     return {
         "samples_per_s": point.samples_per_s,
         "step_s": point.prediction.time.total_s,

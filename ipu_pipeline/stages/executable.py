@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
@@ -157,7 +158,7 @@ class Executable(Protocol):
         extra: Mapping[str, Any] | None = None,
         *,
         blocking: bool = True,
-        attach: Callable[[Path], None] | None = None,
+        attach: Attach | None = None,
     ) -> Path:
         """Write weights, optimizer, step counter and ``extra`` (JSON data) atomically.
 
@@ -198,3 +199,71 @@ class Executable(Protocol):
     def __exit__(self, *exception: object) -> None:
         """Close the executable."""
         ...
+
+
+class SingleProcessExecutable:
+    """State and checkpoints of an executable that one process drives.
+
+    Args:
+        model: The unsplit model.
+        optimizer: Over the model's own parameters, or ``None``.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.global_step = 0
+        self._background = Background()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the unsplit model's own state dict."""
+        return self.model.state_dict()
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
+    ) -> Path:
+        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
+        self.wait_for_checkpoint()
+        return write_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            global_step=self.global_step,
+            extra=extra,
+            attach=attach,
+            background=None if blocking else self._background,
+        )
+
+    def broadcast(self, value: T) -> T:
+        """Return ``value``: this process is the only one."""
+        return value
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until every checkpoint is written."""
+        self._background.wait()
+
+    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        """Restore a checkpoint written under any split; return its ``extra``."""
+        self.wait_for_checkpoint()
+        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.global_step = info.global_step
+        return info.extra
+
+    def close(self) -> None:
+        """Wait for the last checkpoint."""
+        self.wait_for_checkpoint()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # otherwise it was logged, and the caller's own error goes on
+                raise

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForQuestionAnswering
 
-from ipu_pipeline.checkpoint import (
-    Attach,
-    Background,
-    read_checkpoint,
-    write_checkpoint,
-)
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.stages.executable import EvalResult, StepResult, T
+from ipu_pipeline.stages.executable import EvalResult, SingleProcessExecutable, StepResult
 from ipu_pipeline.stages.training import apply_update
 
 VOCABULARY, LENGTH = 64, 12
@@ -60,7 +53,7 @@ class Questions(torch.utils.data.Dataset):
         }
 
 
-class EagerExecutable:
+class EagerExecutable(SingleProcessExecutable):
     """Implements the ``Executable`` protocol on the unsplit model, in the calling thread."""
 
     batch_divisor: int | None = None
@@ -76,16 +69,13 @@ class EagerExecutable:
         max_grad_norm: float | None = 1.0,
         seed: int = 42,
     ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.global_step = 0
+        super().__init__(model, optimizer)
         self.plan = _plan(model, microbatches, replicas)
         self.parts = microbatches * replicas
         self.loss_scaling = loss_scaling
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.losses: list[float] = []
-        self.background = Background()
 
     def forward_backward(self, batch: Mapping[str, Tensor]) -> float:
         self.model.train()
@@ -121,48 +111,6 @@ class EagerExecutable:
             output = dict(self.model(**batch))
         loss = output.pop("loss", None)
         return EvalResult(None if loss is None else loss.item(), output)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def save_checkpoint(
-        self,
-        path: str | Path,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        blocking: bool = True,
-        attach: Attach | None = None,
-    ) -> Path:
-        self.wait_for_checkpoint()
-        return write_checkpoint(
-            path,
-            model=self.model,
-            optimizer=self.optimizer,
-            global_step=self.global_step,
-            extra=extra,
-            attach=attach,
-            background=None if blocking else self.background,
-        )
-
-    def broadcast(self, value: T) -> T:
-        return value
-
-    def wait_for_checkpoint(self) -> None:
-        self.background.wait()
-
-    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
-        self.global_step = info.global_step
-        return info.extra
-
-    def close(self) -> None:
-        pass
-
-    def __enter__(self) -> EagerExecutable:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _split(batch: Mapping[str, Tensor], parts: int) -> list[dict[str, Tensor]]:

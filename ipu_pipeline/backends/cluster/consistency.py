@@ -80,7 +80,9 @@ def description(
     """Return what has to be equal on all ranks, readable, by what it is called in a message."""
     settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
     return {
-        "plan": plan.digest(),
+        # What is decided, not what a rank that plans by itself has measured.
+        "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "
+        f"microbatches of {plan.micro_batch_size}, {plan.replicas} replicas)",
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,

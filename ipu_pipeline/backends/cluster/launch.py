@@ -70,7 +70,7 @@ class LaunchSpec:
         num_processes: On all nodes together.
         described: What the processes are, in words.
         schedule: Told to the script; ``None`` where the plan's own is used.
-        num_nodes: Machines that share the processes evenly.
+        num_nodes: Machines that share the processes, as evenly as possible.
         gpus_per_node: GPUs that every node has; 0 for none, or unknown.
         max_restarts: How often all processes start again after one of them failed.
         num_threads: Of every process; ``None`` for an even share of the node's cores.
@@ -88,8 +88,13 @@ class LaunchSpec:
 
     @property
     def processes_per_node(self) -> int:
-        """Processes on each node."""
-        return self.num_processes // self.num_nodes
+        """Processes on each of the first :attr:`num_full_nodes`; the others have one less."""
+        return -(-self.num_processes // self.num_nodes)
+
+    @property
+    def num_full_nodes(self) -> int:
+        """Nodes that have as many processes as any."""
+        return self.num_processes % self.num_nodes or self.num_nodes
 
     def settings(self) -> dict[str, str]:
         """Return what the script is told through its environment, threads apart."""
@@ -189,7 +194,7 @@ def choose_nodes(
     gpus_per_node: int | None = None,
     machine: Machine | None = None,
 ) -> tuple[int, int]:
-    """Return how many nodes share the processes evenly, and the GPUs of each (0: none, or unknown).
+    """Return how many nodes share the processes, and the GPUs of each (0: none, or unknown).
 
     Args:
         num_processes: Of all nodes.
@@ -204,18 +209,18 @@ def choose_nodes(
         _check_machine(machine, num_processes)
         gpus_per_node = gpus_per_node or machine.devices_per_board or len(machine.devices)
     gpus = gpus_per_node or 0
-    fitting = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
     if num_nodes is None:
-        num_nodes = next(n for n in fitting if not gpus or num_processes <= n * gpus)
-    if num_nodes not in fitting:
+        num_nodes = -(-num_processes // gpus) if gpus else 1
+    if num_nodes > num_processes:
         raise LoweringError(
-            f"{num_processes} processes cannot be shared evenly by {num_nodes} nodes; use "
-            f"{', '.join(map(str, fitting))} nodes"
+            f"{num_processes} processes leave some of {num_nodes} nodes without any; use at most "
+            f"{num_processes} nodes"
         )
-    if gpus and num_processes // num_nodes > gpus:
+    most = -(-num_processes // num_nodes)
+    if gpus and most > gpus:
         raise LoweringError(
-            f"{num_processes} processes on {num_nodes} nodes need {num_processes // num_nodes} "
-            f"GPUs per node, and a node has {gpus}; use more nodes, or plan with fewer stages"
+            f"{num_processes} processes on {num_nodes} nodes need {most} GPUs per node, and a "
+            f"node has {gpus}; use more nodes, or plan with fewer stages"
         )
     return num_nodes, gpus
 

@@ -16,6 +16,8 @@ from ipu_pipeline.backends.cluster.launch import LaunchSpec
 PORT = 29400
 # Physical cores of a node, in a shell: two threads of one core count once.
 _CORES = "$(lscpu --parse=CORE,SOCKET | grep -v '#' | sort -u | wc -l)"
+# Between the lines of a command.
+_BREAK = " \\\n    "
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -79,7 +81,9 @@ def start(
 
 
 def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, endpoint: str) -> str:
-    """Return the shell command that starts this node's processes, below comments that say where.
+    """Return the shell command that starts a node's processes, below comments that say where.
+
+    Nodes with one process less than others have a command of their own.
 
     Args:
         spec: What to start.
@@ -92,22 +96,26 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
         ValueError: A name has control characters.
     """
     host, _, port = _plain(endpoint).partition(":")
+    number, full = spec.processes_per_node, spec.num_full_nodes
+    others = spec.num_nodes - full
     where = "on this machine"
     if spec.num_nodes > 1:
         where = (
-            f"on each of the {spec.num_nodes} nodes, in any order; {host} is one of them; all see "
-            "plan and script under these paths"
+            f"on each of {'the ' * (not others)}{full} nodes, in any order; {host} is one of "
+            "them; all see plan and script under these paths"
         )
     threads = [f"env OMP_NUM_THREADS={spec.num_threads}"]
     if spec.num_threads is None:
         threads = [f"cores={_CORES} &&", f"env OMP_NUM_THREADS={_share(spec)}"]
-    lines = [
-        f"cd {_quoted(str(folder))} &&",
-        *threads,
-        *_settings(spec),
-        *_torchrun(spec, python, _quoted(run_id), _quoted(f"{host}:{port or PORT}")),
+    lines = [f"cd {_quoted(str(folder))} &&", *threads, *_settings(spec)]
+    ends = [
+        _torchrun(spec, python, _quoted(run_id), _quoted(f"{host}:{port or PORT}"), str(count))
+        for count in (number, number - 1)
     ]
-    return f"# {spec.described}\n# run this {where}:\n" + " \\\n    ".join(lines)
+    text = f"# {spec.described}\n# run this {where}:\n" + _BREAK.join([*lines, *ends[0]])
+    if others:
+        text += f"\n# and this on the other {others}:\n" + _BREAK.join([*lines, *ends[1]])
+    return text
 
 
 def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str:
@@ -139,9 +147,17 @@ def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str
     if spec.num_threads is None:
         threads = ["", "# The processes of a node share its cores.", f"cores={_CORES}"]
         threads.append(f"export OMP_NUM_THREADS={_share(spec)}")
+    number, full = spec.processes_per_node, spec.num_full_nodes
+    command = _BREAK.join(_torchrun(spec, python, '"$SLURM_JOB_ID"', '"$endpoint"', str(number)))
+    shared = f"{number} on every node"
+    if full < spec.num_nodes:  # every node's shell counts its own
+        shared = f"{number} on {full} of {spec.num_nodes} nodes, {number - 1} on the others"
+        count = f"$(({number - 1} + (SLURM_NODEID < {full})))"
+        lines = _torchrun(spec, python, '"$SLURM_JOB_ID"', '"$endpoint"', count)
+        command = f"bash -c {shlex.quote('exec ' + ' '.join(lines))}"
     lines = [
         "#!/bin/bash",
-        f"# {spec.described}; {spec.processes_per_node} on every node.",
+        f"# {spec.described}; {shared}.",
         f"# Written by ipu-pipeline launch from {_plain(str(spec.plan_path))}.",
         "# Partition, account and time are yours to add, here or to sbatch's arguments.",
         *(f"#SBATCH {option}" for option in options),
@@ -154,22 +170,16 @@ def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str
         "",
         "# The processes meet on the first node; the port differs from job to job.",
         'read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "endpoint=$first_node:$((20000 + SLURM_JOB_ID % 10000))",
+        "export endpoint=$first_node:$((20000 + SLURM_JOB_ID % 10000))",
         "",
         "# One torchrun per node, on all of its cores; a signal reaches every process.",
-        " \\\n    ".join(
-            [
-                "srun --label --kill-on-bad-exit=1 --cpu-bind=none",
-                *_torchrun(spec, python, '"$SLURM_JOB_ID"', '"$endpoint"'),
-            ]
-        ),
+        f"srun --label --kill-on-bad-exit=1 --cpu-bind=none{_BREAK}{command}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _torchrun(spec: LaunchSpec, python: str, run_id: str, endpoint: str) -> list[str]:
-    """Return the lines of the command, quoted for a shell, as ``run_id`` and ``endpoint`` are."""
-    number = spec.processes_per_node
+def _torchrun(spec: LaunchSpec, python: str, run_id: str, endpoint: str, number: str) -> list[str]:
+    """Return the lines of the command for ``number`` processes, all quoted for a shell."""
     lines = [f"{_quoted(python)} -m torch.distributed.run"]
     if spec.num_nodes == 1:
         lines.append("--standalone")
@@ -178,7 +188,7 @@ def _torchrun(spec: LaunchSpec, python: str, run_id: str, endpoint: str) -> list
         lines.append(f"--rdzv-backend c10d --rdzv-endpoint {endpoint}")
     lines.append(f"--nproc-per-node {number} --max-restarts {spec.max_restarts}")
     # One process per node prints; warnings and errors (stderr) are seen of all.
-    if quiet := _streams("--redirects", dict.fromkeys(range(1, number), 1)):
+    if quiet := _streams("--redirects", dict.fromkeys(range(1, spec.processes_per_node), 1)):
         lines.append(" ".join(quiet))
     return [*lines, " ".join(map(_quoted, spec.program))]
 

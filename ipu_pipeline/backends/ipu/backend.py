@@ -10,8 +10,10 @@ from typing import Any
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.memory import stash_depth
-from ipu_pipeline.backends.ipu.prices.model import DEFAULT_SETTINGS, IPUCostModel
+from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
 from ipu_pipeline.backends.ipu.prices.planning import (
+    DEFAULT_SETTINGS,
+    OF_THE_REQUEST,
     ProgramChoices,
     binding_of,
     configured_partition,
@@ -33,7 +35,7 @@ from ipu_pipeline.planner.schedules.load import Copies, StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
 
 # Not of the program but of the request: a configuration was given, and with numbers of layers.
-_FIXED, _SPELLED_OUT = "fixed", "spelled_out"
+_FIXED, _SPELLED_OUT = OF_THE_REQUEST
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class IPUBackend:
             accumulation=limits.num_microbatches if graph.training else 1,
             training=graph.training,
         )
-        spelled_out = config.layers_per_ipu != (WILDCARD,)
+        spelled_out = config.layers_per_ipu != (WILDCARD,) or bool(config.stage_starts)
         return {**found.to_json(), _FIXED: True, _SPELLED_OUT: spelled_out}
 
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
@@ -162,7 +164,7 @@ def program_of(plan: Plan) -> IPUSettings:
 
 
 def _program(raw: Mapping[str, Any]) -> IPUSettings:
-    fields = {name: value for name, value in raw.items() if name not in (_FIXED, _SPELLED_OUT)}
+    fields = {name: value for name, value in raw.items() if name not in OF_THE_REQUEST}
     return IPUSettings.from_json(fields) if fields else DEFAULT_SETTINGS
 
 

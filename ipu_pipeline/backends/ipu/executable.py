@@ -13,30 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ipu_pipeline.backends.ipu.annotations import Annotation
 from ipu_pipeline.backends.ipu.check import is_power_of_two
 from ipu_pipeline.backends.ipu.optimizers import read_state
-from ipu_pipeline.backends.ipu.parts import Part, join, rows
 from ipu_pipeline.backends.ipu.runtime.data import mean_loss
 from ipu_pipeline.backends.ipu.runtime.options import make_options
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
-from ipu_pipeline.backends.ipu.sessions import Sessions
+from ipu_pipeline.backends.ipu.sessions import CallResult, Sessions, join, rows
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
-from ipu_pipeline.checkpoint import (
-    Attach,
-    Background,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.executable import EvalResult, StepResult, T
+from ipu_pipeline.stages.executable import EvalResult, SingleProcessExecutable, StepResult
 
 
-class PopTorchExecutable:
+class PopTorchExecutable(SingleProcessExecutable):
     """Runs a plan on IPUs through poptorch; the first step compiles.
 
     Args:
@@ -66,10 +59,8 @@ class PopTorchExecutable:
             raise LoweringError(
                 "the model is compiled already; close() that executable before compiling it again"
             )
-        self.model = model
+        super().__init__(model, optimizer)
         self.plan = plan
-        self.optimizer = optimizer
-        self.global_step = 0
         self.settings = settings
         self._flat = settings.to_json()
         self.batch_divisor = plan.total_batch_size * self._flat["device_iterations"]
@@ -83,7 +74,6 @@ class PopTorchExecutable:
         self._sessions = Sessions(
             model, self._placement, self._forward, optimizer, self._flat, poptorch
         )
-        self._background = Background()
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -182,23 +172,7 @@ class PopTorchExecutable:
         if self.optimizer is not None:
             read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
         with self._as_made():
-            return write_checkpoint(
-                path,
-                model=self.model,
-                optimizer=self.optimizer,
-                global_step=self.global_step,
-                extra=extra,
-                attach=attach,
-                background=None if blocking else self._background,
-            )
-
-    def broadcast(self, value: T) -> T:
-        """Return ``value``: this process is the only one."""
-        return value
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until every checkpoint is written."""
-        self._background.wait()
+            return super().save_checkpoint(path, extra, blocking=blocking, attach=attach)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written by any target; the program is compiled again."""
@@ -206,9 +180,7 @@ class PopTorchExecutable:
         self.wait_for_checkpoint()
         self._sessions.release()
         with self._as_made():
-            info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
-        self.global_step = info.global_step
-        return info.extra
+            return super().load_checkpoint(path)
 
     def save_executable(
         self, path: str | Path, batch: Mapping[str, Any], *, offline_ipu_version: int | None = None
@@ -274,12 +246,6 @@ class PopTorchExecutable:
                 module.training = mode
         self.wait_for_checkpoint()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     @contextlib.contextmanager
     def _as_made(self) -> Iterator[None]:
         """While it lasts, the model has its own class and forward (poptorch wraps both)."""
@@ -298,15 +264,15 @@ class PopTorchExecutable:
         copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
         return int(self.plan.micro_batch_size * copies)
 
-    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> Part:
-        return Part(call, self._sessions.evaluate(rows(batch, start, start + call)))
+    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> CallResult:
+        return CallResult(call, self._sessions.evaluate(rows(batch, start, start + call)))
 
-    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> Part:
+    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> CallResult:
         self._sessions.fetch_weights()
         self.model.eval()
         with torch.no_grad():
             values = self.model(**rows(batch, start, stop))
-        return Part(stop - start, dict(zip(self._forward.names, values, strict=True)))
+        return CallResult(stop - start, dict(zip(self._forward.names, values, strict=True)))
 
     # ---- checks -------------------------------------------------------------------------
 

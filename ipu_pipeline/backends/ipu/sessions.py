@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ipu_pipeline.backends.ipu.runtime.options import make_options
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.executable import EvalResult
 
 
 class Sessions:
@@ -179,3 +181,39 @@ class Sessions:
 def own_classes(model: nn.Module) -> list[tuple[Any, type]]:
     """Return the model and its tensors with their classes; poptorch puts others in their place."""
     return [(thing, type(thing)) for thing in (model, *model.parameters(), *model.buffers())]
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """Results of one call of the device, or of the rest of a batch on the host.
+
+    Attributes:
+        num_samples: Samples of the call.
+        values: Tensors by name; ``loss`` has one entry per microbatch of equal size.
+    """
+
+    num_samples: int
+    values: Mapping[str, Tensor]
+
+
+def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return the samples from ``start`` to ``stop``; what has no axis 0 goes whole."""
+    return {
+        name: value[start:stop] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in batch.items()
+    }
+
+
+def join(parts: Sequence[CallResult]) -> EvalResult:
+    """Return the results of all calls: outputs joined on axis 0, the loss weighed by samples."""
+    total = sum(part.num_samples for part in parts)
+    loss = None
+    if "loss" in parts[0].values:
+        weighed = [float(p.values["loss"].float().mean()) * p.num_samples for p in parts]
+        loss = sum(weighed) / total
+    outputs = {
+        name: torch.cat([part.values[name] for part in parts])
+        for name in parts[0].values
+        if name != "loss"
+    }
+    return EvalResult(loss, outputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +11,6 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
 from ipu_pipeline.backends.local.step import Step
-from ipu_pipeline.checkpoint import (
-    Attach,
-    Background,
-    read_checkpoint,
-    write_checkpoint,
-)
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
@@ -27,12 +20,17 @@ from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import Microbatch, batch_size, cut_batches, split_batch
 from ipu_pipeline.stages.captures import StageCache
-from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.stages.executable import (
+    EvalResult,
+    ExecutionOptions,
+    SingleProcessExecutable,
+    StepResult,
+)
 from ipu_pipeline.stages.stage import recomputed_blocks
 from ipu_pipeline.stages.training import apply_update, in_mode
 
 
-class LocalExecutable:
+class LocalExecutable(SingleProcessExecutable):
     """Runs a plan in this process; every stage has a thread.
 
     Args:
@@ -52,11 +50,9 @@ class LocalExecutable:
         optimizer: torch.optim.Optimizer | None,
         options: ExecutionOptions,
     ) -> None:
-        self.model = model
+        super().__init__(model, optimizer)
         self.plan = plan
-        self.optimizer = optimizer
         self.options = options
-        self.global_step = 0
         self._cache = StageCache(
             model,
             plan,
@@ -66,7 +62,6 @@ class LocalExecutable:
         )
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
-        self._background = Background()
         self._closed = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -151,47 +146,6 @@ class LocalExecutable:
         found = zip(microbatches, self._evaluate(microbatches), strict=True)
         return [_join([part], [results]) for part, results in found]
 
-    # ---- state --------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the unsplit model's own state dict."""
-        return self.model.state_dict()
-
-    def save_checkpoint(
-        self,
-        path: str | Path,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        blocking: bool = True,
-        attach: Attach | None = None,
-    ) -> Path:
-        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
-        self.wait_for_checkpoint()
-        return write_checkpoint(
-            path,
-            model=self.model,
-            optimizer=self.optimizer,
-            global_step=self.global_step,
-            extra=extra,
-            attach=attach,
-            background=None if blocking else self._background,
-        )
-
-    def broadcast(self, value: T) -> T:
-        """Return ``value``: this process is the only one."""
-        return value
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until every checkpoint is written."""
-        self._background.wait()
-
-    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Restore a checkpoint written under any split; return its ``extra``."""
-        self.wait_for_checkpoint()
-        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
-        self.global_step = info.global_step
-        return info.extra
-
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
         self._closed = True
@@ -199,16 +153,6 @@ class LocalExecutable:
             self._threads.close()
             self._threads = None
         self.wait_for_checkpoint()
-
-    def __enter__(self) -> LocalExecutable:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        try:
-            self.close()
-        except Exception:
-            if error is None:  # otherwise it was logged, and the caller's own error goes on
-                raise
 
     # ---- running ------------------------------------------------------------------------
 

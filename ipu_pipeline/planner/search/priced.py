@@ -68,7 +68,7 @@ def quickest(
     pipelines: Iterable[Pipeline],
     upper_s: float = inf,
     deadline: float | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Quickest[Pipeline]:
     """Return the quickest split of all ``pipelines`` that takes less than ``upper_s``.
 
@@ -77,7 +77,7 @@ def quickest(
         upper_s: Seconds of a step that is already known.
         deadline: ``time.monotonic()`` at which to stop once there is a split; the bound then says
             what is left open.
-        progress: Called with the number of pipelines that are done.
+        progress: Called with the pipelines that are done, and all of them.
     """
     result: Quickest[Pipeline] = Quickest(upper_s)
     heap = [(item.quick_bound_s, False, number, item) for number, item in enumerate(pipelines)]
@@ -92,8 +92,9 @@ def quickest(
         if not tight:
             heappush(heap, (max(bound_s, item.bound_s()), True, number, item))
             continue
-        progress(count - len(heap))
-        found = item.label_search(upper_s, deadline).run(upper_s)
+        progress(count - len(heap), count)
+        until = deadline if upper_s < inf else None  # a split is needed first
+        found = item.label_search(upper_s, until).run(upper_s)
         result.note(item, found, upper_s)
         upper_s = min(upper_s, found.objective)
     result.lower_bound_s = min(result.lower_bound_s, upper_s)

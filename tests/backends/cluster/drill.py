@@ -41,13 +41,11 @@ class Outcome:
     Attributes:
         result: What the worker wrote.
         saves: What every rank's saves did.
-        messages: Standard error of the first attempt, by rank.
         seconds: Of the whole run.
     """
 
     result: dict[str, Any]
     saves: list[list[dict[str, Any]]]
-    messages: list[str]
     seconds: float
 
 
@@ -66,7 +64,6 @@ def run(kill: Kill | None, folder: Path, *, torchrun: bool = False, **options: A
     return Outcome(
         json.loads((folder / "result.json").read_text()),
         [json.loads((folder / f"saves-{r}.json").read_text()) for r in range(PROCESSES)],
-        [_message(folder, rank) for rank in range(PROCESSES)],
         time.monotonic() - start,
     )
 
@@ -112,9 +109,6 @@ def problems(outcome: Outcome, reference: Outcome, kill: Kill) -> list[str]:
         for name, state in result["found"].items()
         if state.startswith("unreadable") or (state == "passed over" and name.startswith("check"))
     ]
-    survivor = outcome.messages[1 - kill.rank]
-    if f"the process of rank {kill.rank} has ended" not in survivor:
-        found.append(f"rank {1 - kill.rank} did not say who died")
     return found
 
 
@@ -188,10 +182,6 @@ def _torchrun(logs: Path, arguments: dict[str, Any]) -> None:
     command += ["--nproc-per-node", str(PROCESSES), "--max-restarts", str(RESTARTS)]
     command += ["--log-dir", str(logs), "--redirects", "3", "-m", drill_worker.__name__]
     subprocess.run([*command, json.dumps(arguments)], check=True, capture_output=True)
-
-
-def _message(folder: Path, rank: int) -> str:
-    return "".join(path.read_text() for path in folder.glob(f"logs/*/attempt_0/{rank}/stderr.log"))
 
 
 def main() -> int:

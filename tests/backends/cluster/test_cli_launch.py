@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from ipu_pipeline.backends.cluster import launch, torchrun
 from ipu_pipeline.backends.cluster.launch import LaunchSpec
 from ipu_pipeline.cli import app
+from ipu_pipeline.ir.plan import Plan
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})
 
@@ -92,7 +94,10 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
             "error: machine pod16 is for target poptorch",
         ),
         (["plan.json", "--machine", "x", "--print", "a.py"], "error: machine 'x' is neither"),
-        (["plan.json", "--nodes", "3", "--print", "a.py"], "cannot be shared evenly by 3 nodes"),
+        (
+            ["plan.json", "--nodes", "3", "--print", "a.py"],
+            "2 processes leave some of 3 nodes without",
+        ),
     ],
 )
 def test_errors_are_one_message(folder: Path, started, arguments: list[str], message: str) -> None:
@@ -126,3 +131,18 @@ def test_a_slurm_file_is_written(folder: Path, started) -> None:
     assert f"export IPU_PIPELINE_PLAN={folder / 'plan.json'}\n" in text
     assert not started
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_what_is_planned_by_default_is_launched(folder: Path, started) -> None:
+    config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "num_hidden_layers": 24}
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 768}))
+    made = RUNNER.invoke(
+        app, ["plan", "config.json", "--machine", "a100-80g-x16", "-o", "made.json"]
+    )
+    assert made.exit_code == 0, made.output
+    plan = Plan.load("made.json")
+    assert plan.num_stages > 8  # more than the 8 microbatches that are the default elsewhere
+    result = invoke("made.json", "--print", "a.py")
+    assert result.exit_code == 0, result.output
+    assert f"# {plan.num_stages} processes: " in result.stdout
+    assert "--nnodes 2 " in result.stdout

@@ -198,6 +198,7 @@ def test_a_containers_limit_counts(cpus: Path, limit: str, cores: int) -> None:
         (8, None, 4, None, (2, 4)),
         (12, None, 8, None, (2, 8)),
         (9, None, 4, None, (3, 4)),
+        (13, None, None, "a100-80g-x16", (2, 8)),
         (16, None, None, "a100-80g-x16", (2, 8)),
         (4, None, None, "a100-80g-x4", (1, 8)),
         (8, None, 4, "a100-80g-x16", (2, 4)),
@@ -211,7 +212,7 @@ def test_nodes(processes, nodes, gpus, machine, expected) -> None:
 @pytest.mark.parametrize(
     ("processes", "nodes", "gpus", "machine", "message"),
     [
-        (8, 3, None, None, "8 processes cannot be shared evenly by 3 nodes; use 1, 2, 4, 8 nodes"),
+        (2, 3, None, None, "2 processes leave some of 3 nodes without any; use at most 2 nodes"),
         (8, 2, 2, None, "8 processes on 2 nodes need 4 GPUs per node, and a node has 2"),
         (8, None, None, "pod16", "machine pod16 is for target poptorch, .* ipu-pipeline emit"),
         (16, None, None, "a100-80g-x8", "16 processes are more than the 8 devices of machine a100"),

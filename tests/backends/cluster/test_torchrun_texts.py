@@ -147,6 +147,40 @@ def test_options_of_slurm_follow_the_nodes() -> None:
     assert "export OMP_NUM_THREADS=5\n" in plain
 
 
+# ---------------------------------------------------------------- nodes that are not alike
+
+UNEVEN = replace(SPEC, num_processes=5, num_nodes=3, described="5 processes")
+
+
+def test_nodes_with_a_process_less_have_a_command_of_their_own(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    first, _, second = command(UNEVEN).partition("\n# and this on the other 1:\n")
+    assert "# run this on each of 2 nodes, in any order; node1 is one of them" in first
+    assert [parsed(text)[0].nproc_per_node for text in (first, f":\n{second}")] == [2, 1]
+    assert parsed(first)[0].max_nodes == 3
+
+
+def test_every_nodes_shell_counts_its_own_processes(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\n")
+    (tmp_path / "srun").write_text(
+        '#!/bin/sh\nshift 3\nfor node in 0 1 2; do SLURM_NODEID=$node "$@"; done\n'
+    )
+    python = tmp_path / "my python"
+    python.write_text('#!/bin/sh\nfor word; do printf "%s|" "$word"; done\necho\n')
+    for path in (tmp_path / "scontrol", tmp_path / "srun", python):
+        path.chmod(0o755)
+    text = slurm_file(UNEVEN, python=str(python), folder=tmp_path, name="n")
+    assert "# 5 processes; 2 on 2 of 3 nodes, 1 on the others." in text
+    told = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-c", text], env=told, capture_output=True, text=True, check=True
+    )
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert [line[line.index("--nproc-per-node") + 1] for line in lines] == ["2", "2", "1"]
+    assert all(line[line.index("--rdzv-endpoint") + 1] == "node7:20001" for line in lines)
+    assert all(line[-4:-1] == list(SPEC.program) for line in lines)
+
+
 # ---------------------------------------------------------------- names that strangers choose
 
 

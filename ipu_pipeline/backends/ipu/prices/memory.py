@@ -95,6 +95,15 @@ class IPUMemory:
         return self.fullest_tile_bytes(chip) <= chip.tile_memory_bytes
 
 
+def most_bytes(chip: Chip, share: float = 1.0) -> int:
+    """Most bytes of an IPU whose fullest tile needs at most ``share`` of its memory."""
+    room = int(chip.tile_memory_bytes * share)
+    found = int((room + 1) * chip.tiles / FULLEST_TILE) + 1
+    while IPUMemory(weights=found).fullest_tile_bytes(chip) > room:
+        found -= 1
+    return found
+
+
 @dataclass(frozen=True)
 class StageBytes:
     """What one stage needs on its IPU besides parameters, results of operations and code.

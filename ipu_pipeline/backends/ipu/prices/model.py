@@ -8,14 +8,11 @@ from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Ca
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
-from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
+from ipu_pipeline.backends.ipu.prices.planning import DEFAULT_SETTINGS, IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
-
-# What a plan without a configuration assumes; all of it is written into the plan.
-DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True)
 
 DEFAULT_CHOICES = ProgramChoices()
 

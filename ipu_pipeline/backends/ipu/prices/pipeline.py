@@ -12,7 +12,7 @@ Source: as ``timing.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -21,7 +21,7 @@ import numpy as np
 
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, Floats, Holding, PassTimes
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
-from ipu_pipeline.backends.ipu.prices.memory import add_up
+from ipu_pipeline.backends.ipu.prices.memory import add_up, most_bytes
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import (
@@ -209,10 +209,7 @@ class IPUPipeline:
         start = done.bit_count()
         end = start + stage.bit_count()
         found: list[StagePrice] = []
-        for proportion in self._proportions_of(slot.device):
-            held = self._bytes(proportion, [(start, end, slot.in_flight)])
-            if held is None:
-                continue
+        for proportion, held in self._fitting([(start, end, slot.in_flight)], slot.device):
             price = self._price(start, end, slot, proportion, held)
             if found and price.load_s > found[-1].load_s * (1 + _EQUAL) and not shared_pool:
                 break
@@ -247,22 +244,40 @@ class IPUPipeline:
         sent = max(self.chain.sent_bytes(end, self.settings))
         return sent / (speed * self.chain.calibration.copy_share)
 
-    def _bytes(self, proportion: float, stages: Sequence[tuple[int, int, int]]) -> int | None:
-        """Bytes of an IPU with ``stages`` (first block, end, microbatches); ``None``: too many."""
+    @cached_property
+    def _most_bytes(self) -> int:
+        """Bytes of an IPU whose fullest tile just fits."""
+        return most_bytes(self.chain.chip, 1 - self.least_free)
+
+    def _fitting(
+        self, stages: Sequence[tuple[int, int, int]], ipu: int
+    ) -> Iterator[tuple[float, int]]:
+        """Yield the memory proportions with which ``stages`` fit one IPU, and its bytes.
+
+        Args:
+            stages: First block, end and microbatches in flight of each.
+            ipu: The IPU.
+        """
         chain, run = self.chain, self.settings
         holdings = [chain.holding(start, end) for start, end, _ in stages]
         held: Holding = holdings[0] if len(stages) == 1 else chain.joined(holdings)
-        memory = add_up(
+        least = add_up(
             run,
             held.elements,
             held.trainable,
             held.largest,
             [chain.stage(run, *stage) for stage in stages],
-            max(chain.working(run, proportion, start, end) for start, end, _ in stages),
+            0,
             held.products,
         )
-        room = int(chain.chip.tile_memory_bytes * (1 - self.least_free))
-        return memory.total_bytes if memory.fullest_tile_bytes(chain.chip) <= room else None
+        others = least.total_bytes - least.temporaries
+        if others > self._most_bytes:
+            return
+        for proportion in self._proportions_of(ipu):
+            working = max(chain.working(run, proportion, start, end) for start, end, _ in stages)
+            total = others + max(working, least.temporaries)
+            if total <= self._most_bytes:
+                yield proportion, total
 
     def fits_together(self, parts: Sequence[Part]) -> bool:
         """Whether the stages of one IPU, which have one memory proportion, fit it together."""
@@ -275,16 +290,16 @@ class IPUPipeline:
             (done.bit_count(), done.bit_count() + blocks.bit_count(), self.slots[stage].in_flight)
             for done, blocks, stage, _ in parts
         ]
-        return self._bytes(float(proportions.pop()[0]), stages) is not None
+        chosen, ipu = proportions.pop()[0], self.slots[parts[0][2]].device
+        return any(proportion == chosen for proportion, _ in self._fitting(stages, ipu))
 
     # ---- the price itself
 
     def true_s(self, reached: Sequence[int], prices: Sequence[StagePrice]) -> float:
         """Seconds of the step with a split; ``inf`` if it does not fit after all."""
         found = self.prediction(reached, prices)
-        room = int(self.chain.chip.tile_memory_bytes * (1 - self.least_free))
-        full = max(memory.fullest_tile_bytes(found.chip) for memory in found.memory)
-        return found.time.total_s if full <= room else inf
+        full = max(memory.total_bytes for memory in found.memory)
+        return found.time.total_s if full <= self._most_bytes else inf
 
     def prediction(self, reached: Sequence[int], prices: Sequence[StagePrice]) -> Prediction:
         """Return what a split does.
@@ -306,3 +321,27 @@ class IPUPipeline:
         return predict_layout(
             self.chain.graph, layout, settings, self.chain.chip, self.chain.calibration
         )
+
+    def even(self) -> Prediction:
+        """Predict stages with about the same number of parameters."""
+        chain, places = self.chain, list(self.starts)
+        total, count = chain.holding(0, len(chain.names)).elements, len(self.slots)
+        ends: list[int] = []
+        for stage in range(1, count):
+            later = [place for place in places if place > (ends[-1] if ends else 0)]
+            goal = total * stage / count
+            ends.append(
+                min(
+                    later[: max(1, len(later) - (count - stage))],
+                    key=lambda place: abs(chain.holding(0, place).elements - goal),
+                )
+            )
+        ends.append(len(chain.names))
+        stages = [
+            (device, chain.names[start:end])
+            for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
+        ]
+        least = self.proportions[:1] * self.settings.num_ipus or self.settings.proportions
+        settings = replace(self.settings, proportions=least)
+        layout = layout_of(stages, settings.num_ipus)
+        return predict_layout(chain.graph, layout, settings, chain.chip, chain.calibration)

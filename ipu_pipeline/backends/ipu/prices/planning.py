@@ -35,6 +35,10 @@ from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import Quickest, quickest
 from ipu_pipeline.planner.search.result import Partition, StageAssignment
 
+# Fields of a plan's settings that say what was asked for, not what the program does.
+OF_THE_REQUEST = ("fixed", "spelled_out")
+# What a plan without a configuration assumes; all of it is written into the plan.
+DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True)
 FACTORS = (1, 2, 4, 8)
 PROPORTIONS = (0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
 _EVERYTHING_S = 30.0  # for a split under any remedy
@@ -98,10 +102,13 @@ class IPUPlanning:
             PartitionError: The constraints leave no pipeline to try.
         """
         limit = constraints.time_limit_s
-        best = quickest(
-            self.pipelines(machine, constraints), deadline=limit and monotonic() + limit
-        )
-        return self.partition(best)
+        deadline = limit and monotonic() + limit
+        found = self.pipelines(machine, constraints)
+        best = self.partition(quickest(found, deadline=deadline))
+        if best is None:  # PopTorch rounds other numbers of IPUs up, and leaves the rest idle
+            others = self._pipelines(machine, constraints, powers=False)
+            best = self.partition(quickest(others, deadline=deadline))
+        return best
 
     def partition(self, best: Quickest[IPUPipeline]) -> Partition | None:
         """Return the outcome of a search as a split."""
@@ -142,15 +149,17 @@ class IPUPlanning:
 
     # ---- what is tried
 
-    def pipelines(self, machine: Machine, constraints: Constraints) -> list[IPUPipeline]:
+    def pipelines(
+        self, machine: Machine, constraints: Constraints, *, or_none: bool = False
+    ) -> list[IPUPipeline]:
         """Return every pipeline with every program that the constraints leave.
 
         Raises:
-            PartitionError: There is none.
+            PartitionError: There is none, and ``or_none`` does not allow it.
         """
         found = list(self._pipelines(machine, constraints, powers=True))
         found = found or list(self._pipelines(machine, constraints, powers=False))
-        if not found:
+        if not found and not or_none:
             raise PartitionError(self._nothing_to_try(machine, constraints))
         return found
 
@@ -158,11 +167,14 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints, *, powers: bool
     ) -> Iterator[IPUPipeline]:
         graph = self.graph
-        starts = self.starts(constraints)
+        every = self.starts(constraints)
         groups = _device_groups(graph, constraints)
         costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
         for replicas, devices in self._layouts(machine, constraints):
             num_ipus = max(devices) + 1
+            starts = every
+            if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
+                starts = _uncut(every, groups)
             count = _microbatches(constraints, replicas)
             least = least_microbatches("popart", len(devices), training=graph.training)
             if count < least or len(devices) > len(starts) - 1:
@@ -277,6 +289,22 @@ class IPUPlanning:
                     yield replicas, tuple(range(ipus))
                 if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
                     yield replicas, (*range(ipus), 0)
+                if self._ties_a_decoder and wanted in (None, ipus):
+                    for last in range(1, ipus - 1):
+                        yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
+
+    @property
+    def _ties_a_decoder(self) -> bool:
+        """Whether weights are shared by blocks in front of, between and behind layers."""
+        kinds = [block.kind for block in self.graph.blocks]
+        layers = [position for position, kind in enumerate(kinds) if kind == "layer"]
+        index = self.graph.block_index
+        return any(
+            kinds[index[name]] != "layer" and layers[0] < index[name] < layers[-1]
+            for group in self.graph.tied_groups
+            for name in group
+            if layers
+        )
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1
@@ -352,7 +380,7 @@ class IPUPlanning:
         """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
         best: tuple[float, Prediction] | None = None
         for item in self.pipelines(machine, constraints):
-            prediction = _even(item)
+            prediction = item.even()
             full = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
             if best is None or full < best[0]:
                 best = (full, prediction)
@@ -364,25 +392,6 @@ class IPUPlanning:
             f"{sizes.index(max(sizes))} needs {best[0] / 1024:.0f} of "
             f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB"
         )
-
-
-def _even(item: IPUPipeline) -> Prediction:
-    """Predict stages with about the same number of parameters."""
-    chain, places = item.chain, list(item.starts)
-    total = chain.holding(0, len(chain.names)).elements
-    cuts = [0]
-    for stage in range(1, len(item.slots)):
-        later = [p for p in places if p > cuts[-1]][: len(places)]
-        left = len(item.slots) - stage
-        fitting = later[: max(1, len(later) - left)]
-        goal = total * stage / len(item.slots)
-        cuts.append(min(fitting, key=lambda p: abs(chain.holding(0, p).elements - goal)))
-    ends = [*cuts[1:], len(chain.names)]
-    stages = [
-        (device, chain.names[start:end])
-        for device, start, end in zip(item.devices, cuts, ends, strict=True)
-    ]
-    return step(chain.graph, stages, item.settings, chain)
 
 
 def step(
@@ -498,12 +507,16 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
         for block in graph.blocks
         if (factor := serialization_factor(graph, block, own)) > 1
     }
-    num_ipus = max(settings.num_ipus, 1 + max(stage.device for stage in plan.stages))
+    num_ipus = 1 + max(stage.device for stage in plan.stages)
+    if plan.settings:
+        num_ipus = max(settings.num_ipus, num_ipus)
     return replace(
         settings,
         num_ipus=num_ipus,
         pipelined=num_ipus > 1,
+        proportions=tuple(settings.proportion(ipu) for ipu in range(num_ipus)),
         replicas=plan.replicas,
+        sharded=settings.sharded and plan.replicas > 1,
         training=graph.training,
         accumulation=plan.num_microbatches if graph.training else 1,
         device_iterations=settings.device_iterations if graph.training else plan.num_microbatches,
@@ -524,6 +537,12 @@ def binding_of(prediction: Prediction) -> str:
         f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has {free:.1%} free "
         f"({fullest / 1024:.0f} KiB used); {prediction.settings.program_text()}"
     )
+
+
+def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:
+    """Leave out the starts between blocks of one group."""
+    spans = [((mask & -mask).bit_length() - 1, mask.bit_length() - 1) for mask in groups]
+    return tuple(s for s in starts if not any(first < s <= last for first, last in spans))
 
 
 def _microbatches(constraints: Constraints, replicas: int) -> int:

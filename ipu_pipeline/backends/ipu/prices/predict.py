@@ -28,6 +28,7 @@ class Prediction:
         memory: Of every IPU of a replica.
         time: Of one optimizer step (in inference: one call of the device).
         micro_batch: Samples of one microbatch.
+        layers: Names of the blocks that are layers.
         notes: What the reader should know: refusals of PopART, IPUs that are too full.
     """
 
@@ -37,6 +38,7 @@ class Prediction:
     memory: tuple[IPUMemory, ...]
     time: StepTime
     micro_batch: int
+    layers: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     @property
@@ -130,6 +132,7 @@ def predict_layout(
         memory=ipu_memory(graph, layout, settings, chip, calibration),
         time=step_time(graph, layout, settings, chip, calibration),
         micro_batch=graph.micro_batch_size,
+        layers=frozenset(block.name for block in graph.blocks if block.kind == "layer"),
     )
     return replace(prediction, notes=_notes(prediction))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
+from ipu_pipeline.backends.ipu.tune import TuneResult, free_share
 from ipu_pipeline.ir.text import milliseconds, render_table
-from ipu_pipeline.planner.tuning.search import Candidate, Point, free_share
-from ipu_pipeline.planner.tuning.tune import TuneResult
 
 _COLUMNS = ("samples/s", "step ms", "free", "IPUs", "micro batch", "accumulation", "layers per IPU",
             "proportions", "kept", "slices", "optimizer state")  # fmt: skip
@@ -20,8 +21,8 @@ def result_text(result: TuneResult) -> str:
     parts = [
         f"{best.samples_per_s:.1f} samples/s predicted for a global batch of "
         f"{result.request.global_batch} on {result.machine.name}: quickest of "
-        f"{len(result.front.candidates)} settings",
-        front_table(result.front.points),
+        f"{len(result.front.pipelines)} settings",
+        front_table(result),
         why(result),
     ]
     notes = []
@@ -37,10 +38,10 @@ def result_text(result: TuneResult) -> str:
     return "\n\n".join([*parts, *notes])
 
 
-def front_table(points: Sequence[Point]) -> str:
+def front_table(result: TuneResult) -> str:
     """Return one row per point of the front."""
     rows = []
-    for point in points:
+    for point in result.front.points:
         prediction = point.prediction
         settings = prediction.settings
         rows.append((
@@ -50,13 +51,22 @@ def front_table(points: Sequence[Point]) -> str:
             f"{settings.replicas} x {settings.num_ipus}",
             str(prediction.micro_batch),
             str(settings.accumulation),
-            _short(settings.layers_per_ipu),
+            _short(result.settings(point).layers_per_ipu),
             _short(settings.proportions),
-            "layers" if settings.checkpoint_layers else "stages",
+            _kept(settings),
             f"{settings.embedding_factor}/{settings.projection_factor}",
             _placement(settings),
         ))  # fmt: skip
     return render_table(_COLUMNS, rows)
+
+
+def _layers(prediction: Prediction) -> list[int]:
+    """Layers of every IPU."""
+    layout = prediction.layout
+    return [
+        sum(name in prediction.layers for name in layout.blocks_on(ipu))
+        for ipu in range(layout.num_ipus)
+    ]
 
 
 def _short(values: Sequence[float]) -> str:
@@ -68,6 +78,13 @@ def _short(values: Sequence[float]) -> str:
         else:
             runs.append([value, 1])
     return " ".join(f"{v:g}" if n == 1 else f"{v:g}x{n:g}" for v, n in runs)
+
+
+def _kept(settings: IPUSettings) -> str:
+    """What the forward pass is recomputed from."""
+    if not settings.recompute:
+        return "everything"
+    return "layers" if settings.checkpoint_layers else "stages"
 
 
 def _placement(settings: IPUSettings) -> str:
@@ -105,36 +122,36 @@ def why(result: TuneResult) -> str:
         f"batch of {best.micro_batch} spend their step on {shares}. Memory: IPU {fullest} is the "
         f"fullest, {result.best.free:.1%} of its fullest tile is free."
     )
-    others = [_verdict(result, group) for group in _other_shapes(result)]
-    return "\n".join([text, *others])
+    return "\n".join([text, *_others(result)])
 
 
-def _other_shapes(result: TuneResult) -> list[list[Candidate]]:
-    """Group the settings by IPUs per replica and micro batch; promising ones that are not best."""
+def _others(result: TuneResult) -> list[str]:
+    """Say what the promising pipelines reach that are not the best one."""
     best = result.best.prediction
     own = (best.settings.num_ipus, best.settings.replicas, best.micro_batch)
-    groups: dict[tuple[int, int, int], list[Candidate]] = {}
-    for item in result.front.candidates:
-        shape = item.shape
-        key = (shape.num_ipus, shape.replicas, shape.micro_batch)
-        if key != own:
-            groups.setdefault(key, []).append(item)
-    return sorted(groups.values(), key=lambda group: group[0].bound_s)[:6]
+    reached: dict[tuple[int, int, int], float] = {}
+    for item, seconds in result.front.searched:
+        reached[_key(item)] = min(seconds, reached.get(_key(item), inf))
+    bounds: dict[tuple[int, int, int], float] = {}
+    for item in result.front.pipelines:
+        bounds[_key(item)] = min(item.quick_bound_s, bounds.get(_key(item), inf))
+    bounds.pop(own, None)
+    batch, lines = result.request.global_batch, []
+    for key in sorted(bounds, key=bounds.__getitem__)[:6]:
+        name = f"  {key[1]} x {key[0]} IPUs, micro batch {key[2]}:"
+        if reached.get(key, inf) < inf:
+            lines.append(f"{name} slower ({batch / reached[key]:.1f} samples/s found)")
+        else:
+            lines.append(
+                f"{name} nothing that fits is quicker (at most {batch / bounds[key]:.1f} "
+                "samples/s, memory ignored)"
+            )
+    return lines
 
 
-def _verdict(result: TuneResult, group: Sequence[Candidate]) -> str:
-    shape = group[0].shape
-    batch = result.request.global_batch
-    most = batch / group[0].bound_s
-    name = f"  {shape.replicas} x {shape.num_ipus} IPUs, micro batch {shape.micro_batch}:"
-    reached = min((item.best_s for item in group if item.best_s), default=None)
-    if reached:
-        return f"{name} slower ({batch / reached:.1f} samples/s found)"
-    if most <= result.best.samples_per_s:
-        return f"{name} at most {most:.1f} samples/s, memory ignored"
-    if all(item.searched for item in group):
-        return f"{name} does not fit (it would reach at most {most:.1f} samples/s)"
-    return f"{name} nothing that fits is quicker (at most {most:.1f} samples/s, memory ignored)"
+def _key(item: IPUPipeline) -> tuple[int, int, int]:
+    settings = item.settings
+    return settings.num_ipus, settings.replicas, item.chain.graph.micro_batch_size
 
 
 def comparison_text(result: TuneResult, name: str, other: Prediction) -> str:
@@ -178,9 +195,9 @@ def _facts(prediction: Prediction) -> dict[str, Any]:
         "micro batch": prediction.micro_batch,
         "accumulation": settings.accumulation,
         "device iterations": settings.device_iterations,
-        "layers per IPU": _short(settings.layers_per_ipu),
+        "layers per IPU": _short(_layers(prediction)),
         "proportions": _short(settings.proportions),
-        "kept for recomputation": "layers" if settings.checkpoint_layers else "stages",
+        "kept for the backward pass": _kept(settings),
         "embedding slices": settings.embedding_factor,
         "projection slices": settings.projection_factor,
         "optimizer state": _placement(settings),
