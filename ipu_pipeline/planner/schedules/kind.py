@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.objective import Objective, Path
+from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,6 @@ class ScheduleKind:
 
 @lru_cache(maxsize=64)
 def _rows(kind: ScheduleKind, shape: PipelineShape) -> Schedule:
-    from ipu_pipeline.planner.schedules.placement import one_row_per_device
-    from ipu_pipeline.planner.schedules.rows import forward_passes
-
     made = kind.make_rows(shape)
     return one_row_per_device(made if shape.training else forward_passes(made), shape.devices)
 

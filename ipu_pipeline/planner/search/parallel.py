@@ -127,7 +127,7 @@ def _pipelines(
         for count in range(1, per_pipeline + 1):
             for depth in [wanted] if wanted else [count * n for n in kind.stages_per_device]:
                 devices = kind.place(depth, count)
-                if devices is not None:
+                if devices is not None and depth <= (constraints.max_stages or depth):
                     yield devices
         return
     for depth in _device_counts(constraints, per_pipeline):

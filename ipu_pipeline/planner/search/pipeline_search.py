@@ -21,6 +21,9 @@ from itertools import chain as joined
 from math import inf
 from time import monotonic
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -209,8 +212,57 @@ class Engine:
         best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
         return replace(best, lower_bound=min(lower, best.objective))
 
+    def has_loops(self, candidate: CandidatePipeline) -> bool:
+        """Whether the schedule itself puts several stages on every device."""
+        schedule = self._constraints.schedule
+        if schedule == MAXLOAD or candidate.shape.own_devices:
+            return False
+        return not schedule_kind(schedule).any_devices
+
+    def run_loops(self, candidate: CandidatePipeline) -> SearchResult:
+        """Good splits of a pipeline whose stages visit the devices several times.
+
+        Starts at stages that are as equal as can be and searches, with a beam, all splits whose
+        boundaries are a block or two away, until none is better. The bound is one of the replay:
+        a device computes all its stages' microbatches, and one has its share of all.
+        """
+        work = sum(option.total_s for option in self.problem.fastest)
+        fastest = max(slot.speed for slot in candidate.slots)
+        devices, count = len(set(candidate.shape.stage_devices)), candidate.shape.num_microbatches
+        bound = count * work / fastest / devices
+        chain = self._lattice(candidate, chain=True)
+        if chain is None:
+            return SearchResult(bound)
+        best, around = SearchResult(bound), self._equal_stages(candidate)
+        while around:
+            near = self._label_search(candidate, chain, inf, around).run_narrow()
+            if near.objective >= best.objective:
+                break
+            best, around = near, near.pipelines[0].boundaries
+        if not best.pipelines:
+            best = self._label_search(candidate, chain, inf).run_narrow()
+        if not best.pipelines:
+            best = self._label_search(candidate, chain, inf).run()
+            whole = self._lattice(candidate, chain=False)
+            ruled_out = whole is not None and len(whole) == len(chain)
+            bound = best.lower_bound if ruled_out else bound
+        return replace(best, lower_bound=min(bound, best.objective))
+
+    def _equal_stages(self, candidate: CandidatePipeline) -> tuple[int, ...]:
+        """Boundaries of the split whose largest stage is smallest, memory aside."""
+        apart = tuple(replace(s, device=i, pool=i) for i, s in enumerate(candidate.slots))
+        devices = tuple(range(len(apart)))
+        shape = replace(candidate.shape, stage_devices=devices)
+        relaxed = replace(candidate, slots=apart, shape=shape)
+        found = self._sweep([relaxed], 1, 0, inf, uniform=False, grouped=False).pipelines
+        return found[0].boundaries if found else ()
+
     def _label_search(
-        self, candidate: CandidatePipeline, lattice: Lattice, upper: float
+        self,
+        candidate: CandidatePipeline,
+        lattice: Lattice,
+        upper: float,
+        around: Sequence[int] = (),
     ) -> LabelSettingSearch:
         objective = make_objective(
             self._constraints.schedule,
@@ -224,7 +276,7 @@ class Engine:
             self._options[objective.splits_passes],
             candidate.slots,
             objective,
-            boundaries(lattice, candidate.slots, candidate.rule),
+            _near(lattice, boundaries(lattice, candidate.slots, candidate.rule), around),
             self._deadline,
             self._load_limit_s(candidate, upper),
             self._proof_s,
@@ -315,6 +367,19 @@ class Engine:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
             return None
+
+
+def _near(
+    lattice: Lattice, allowed: list[NDArray[np.bool_]], around: Sequence[int]
+) -> list[NDArray[np.bool_]]:
+    """Keep boundaries that are at most two positions away from those of ``around``, if any."""
+    for done, mask in enumerate(around[:-1], 1):
+        if mask not in lattice.masks:
+            continue
+        position = lattice.masks.index(mask)
+        allowed[done][: max(0, position - 2)] = False
+        allowed[done][position + 3 :] = False
+    return allowed
 
 
 def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
@@ -432,6 +497,9 @@ def _batches(
 def _search(
     engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
 ) -> SearchResult:
+    if engine.has_loops(members[0]):
+        fits = bool(engine.problem.same_device) or engine.may_fit(members[0])
+        return engine.run_loops(members[0]) if fits else SearchResult(inf)
     if engine.is_fast(members[0]):
         return engine.run_fast(members, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0

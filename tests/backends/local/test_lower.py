@@ -39,7 +39,7 @@ def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]
 
 def test_unknown_targets_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
-    with pytest.raises(LoweringError, match="target 'moon' is unknown; available: local"):
+    with pytest.raises(LoweringError, match=r"target 'moon' is unknown; available: .*local"):
         ipp.compile(model, plan, target="moon")
 
 

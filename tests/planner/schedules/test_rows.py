@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
-from ipu_pipeline.planner.schedules.placement import one_row_per_device
+from ipu_pipeline.planner.schedules.rows import one_row_per_device
 
 
 def one_f_one_b(stages, microbatches) -> Schedule:
