@@ -12,6 +12,7 @@ from torch import nn
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
+from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -71,6 +72,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     """
     manager = PassManager.parse(passes)
     captured = capture(model, example_batch, granularity=granularity)
+    keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
     backend, graph = backend_of(described), captured.graph
