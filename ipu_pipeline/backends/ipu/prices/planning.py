@@ -61,7 +61,7 @@ class ProgramChoices:
     checkpoint_layers: tuple[bool, ...] = (True, False)
     embedding_factors: tuple[int, ...] = FACTORS
     projection_factors: tuple[int, ...] = FACTORS
-    offchip: tuple[bool, ...] = (False,)
+    offchip: tuple[bool, ...] = (False, True)
     proportions: tuple[float, ...] = ()
 
     @classmethod
@@ -215,7 +215,8 @@ class IPUPlanning:
             stage_starts=(),
         )
         again = self._recompute(constraints) if many and training else (False,)
-        for recompute, offchip in product(again, self.choices.offchip):
+        places = self.choices.offchip if base.state_bytes and training else (False,)
+        for recompute, offchip in product(again, places):
             kept = self.choices.checkpoint_layers if recompute else (False,)
             for by_layer, (embedding, projection) in product(kept, self._factors(constraints)):
                 yield replace(
