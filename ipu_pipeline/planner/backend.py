@@ -70,7 +70,10 @@ class Backend(Protocol):
 
     name: str
     target: str
-    schedules: tuple[str, ...]
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Names of the schedules it runs; the first is the default."""
 
     def own_machine(self, num_devices: int | None) -> Machine | None:
         """Return the machine that is called like the backend, if there is one: ``local``.

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.captured import CapturedModel, capture
+from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.stage import Stage, build_stages
@@ -103,7 +103,10 @@ class StageCache:
     def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
         uses = TableUses()
         with autocast_region(self.precision), uses:
-            captured = capture(
+            known = None  # serialized tables are found while a capture runs
+            if not serialized(self.plan):
+                known = take_kept(self.model, microbatch, self.plan.granularity)
+            captured = known or capture(
                 self.model,
                 microbatch,
                 granularity=self.plan.granularity,  # type: ignore[arg-type]

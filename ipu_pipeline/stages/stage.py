@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.meta import TensorMeta
 from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched

@@ -31,7 +31,7 @@ from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.price import PlanPrice
-from ipu_pipeline.planner.schedules.load import Copies, StageLoad
+from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 

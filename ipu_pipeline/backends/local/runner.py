@@ -53,7 +53,7 @@ class StepProgress:
     def finish(self, action: Action) -> None:
         """Note that ``action`` is done."""
         with self.changed:
-            self.done.add(action)
+            self.done.add(action.result)
             self.current.pop(action.stage, None)
             self.last_change = time.monotonic()
             self.changed.notify_all()
@@ -69,7 +69,7 @@ class StepProgress:
         lines = []
         for device, row in enumerate(rows):
             running = next((a for a in row if self.current.get(a.stage) == a), None)
-            waiting = next((a for a in row if a not in self.done), None)
+            waiting = next((a for a in row if a.result not in self.done), None)
             if running is not None:
                 lines.append(f"device {device} is inside {running}")
             elif waiting is not None:

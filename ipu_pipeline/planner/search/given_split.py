@@ -17,7 +17,7 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
-from ipu_pipeline.planner.search.objective import SCHEDULES, least_microbatches
+from ipu_pipeline.planner.search.objective import schedule_problem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.pipeline_search import CandidatePipeline, Engine, candidate
 from ipu_pipeline.planner.search.problem import Problem, bits, mask_of
@@ -89,12 +89,9 @@ def _shape(
         )
     replicas, total = constraints.replicas or 1, constraints.total_microbatches
     microbatches = constraints.num_microbatches if total is None else total // replicas
-    needed = least_microbatches(constraints.schedule, len(stages), training=graph.training)
-    if microbatches < needed:
-        raise PartitionError(
-            f"PopART needs at least {needed} microbatches per step for {len(stages)} stages, got "
-            f"{microbatches}"
-        )
+    problem = schedule_problem(constraints.schedule, devices, microbatches, training=graph.training)
+    if problem:
+        raise PartitionError(problem)
     return ParallelConfiguration(replicas, microbatches, devices)
 
 
@@ -211,7 +208,7 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
         stage_devices=devices,
         num_microbatches=plan.num_microbatches,
         replicas=plan.replicas,
-        schedule=plan.schedule if plan.schedule in SCHEDULES else "1f1b",  # type: ignore[arg-type]
+        schedule=plan.schedule,
         recompute=tuple(name for stage in plan.stages for name in stage.recompute),
         serialize=factors_of(plan),
         tied=plan.settings.get("tied", "free"),

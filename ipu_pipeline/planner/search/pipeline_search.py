@@ -9,7 +9,8 @@ For the other cases it still gives a bound (``relaxed_bound``): own devices, own
 * PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
   c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
   once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
-  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``.
+  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``;
+* schedules with several stages per device: the busiest device has at least its share of the sum.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from dataclasses import dataclass, replace
 from math import inf
 from time import monotonic
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
@@ -34,7 +39,7 @@ from ipu_pipeline.planner.search.from_graph import (
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
-from ipu_pipeline.planner.search.objective import least_microbatches, make_objective
+from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
@@ -125,8 +130,8 @@ class Engine:
 
     def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search."""
-        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        pace, spread = self._relaxed_weights(depth, microbatches)
+        depth = len(candidate.slots)
+        pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
         search = BottleneckSearch(
@@ -155,13 +160,63 @@ class Engine:
         best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
         return replace(best, lower_bound=min(lower, best.objective))
 
+    def has_loops(self, candidate: CandidatePipeline) -> bool:
+        """Whether the schedule itself puts several stages on every device."""
+        schedule = self._constraints.schedule
+        if schedule == MAXLOAD or candidate.shape.own_devices:
+            return False
+        return not schedule_kind(schedule).any_devices
+
+    def run_loops(self, candidate: CandidatePipeline) -> SearchResult:
+        """Good splits of a pipeline whose stages visit the devices several times.
+
+        Starts at stages that are as equal as can be and searches, with a beam, all splits whose
+        boundaries are a block or two away, until none is better. The bound is one of the replay:
+        a device computes all its stages' microbatches, and one has its share of all.
+        """
+        work = sum(option.total_s for option in self.problem.fastest)
+        fastest = max(slot.speed for slot in candidate.slots)
+        devices, count = len(set(candidate.shape.stage_devices)), candidate.shape.num_microbatches
+        bound = count * work / fastest / devices
+        chain = self._lattice(candidate, chain=True)
+        if chain is None:
+            return SearchResult(bound)
+        best, around = SearchResult(bound), self._equal_stages(candidate)
+        while around:
+            near = self._label_search(candidate, chain, inf, around).run_narrow()
+            if near.objective >= best.objective:
+                break
+            best, around = near, near.pipelines[0].boundaries
+        if not best.pipelines:
+            best = self._label_search(candidate, chain, inf).run_narrow()
+        if not best.pipelines:
+            best = self._label_search(candidate, chain, inf).run()
+            whole = self._lattice(candidate, chain=False)
+            ruled_out = whole is not None and len(whole) == len(chain)
+            bound = best.lower_bound if ruled_out else bound
+        return replace(best, lower_bound=min(bound, best.objective))
+
+    def _equal_stages(self, candidate: CandidatePipeline) -> tuple[int, ...]:
+        """Boundaries of the split whose largest stage is smallest, memory aside."""
+        apart = tuple(replace(s, device=i, pool=i) for i, s in enumerate(candidate.slots))
+        devices = tuple(range(len(apart)))
+        shape = replace(candidate.shape, stage_devices=devices)
+        relaxed = replace(candidate, slots=apart, shape=shape)
+        found = self._sweep([relaxed], 1, 0, inf, uniform=False, grouped=False).pipelines
+        return found[0].boundaries if found else ()
+
     def _label_search(
-        self, candidate: CandidatePipeline, lattice: Lattice, upper: float
+        self,
+        candidate: CandidatePipeline,
+        lattice: Lattice,
+        upper: float,
+        around: Sequence[int] = (),
     ) -> LabelSettingSearch:
         objective = make_objective(
             self._constraints.schedule,
             len(candidate.slots),
             candidate.shape.num_microbatches,
+            candidate.shape.stage_devices,
             training=self._training,
         )
         return LabelSettingSearch(
@@ -169,14 +224,14 @@ class Engine:
             self._pricer or self._options[objective.splits_passes],
             candidate.slots,
             objective,
-            boundaries(lattice, candidate.slots, candidate.rule),
+            _near(lattice, boundaries(lattice, candidate.slots, candidate.rule), around),
             self._deadline,
             self._load_limit_s(candidate, upper),
         )
 
     def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:
         """Largest load of one stage in any split below ``upper``."""
-        pace, spread = self._relaxed_weights(len(candidate.slots), candidate.shape.num_microbatches)
+        pace, spread = self._relaxed_weights(candidate)
         if pace <= 0 or upper == inf:
             return inf
         work = sum(option.total_s for option in self.problem.fastest)
@@ -185,8 +240,8 @@ class Engine:
 
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
-        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        pace, spread = self._relaxed_weights(depth, microbatches)
+        depth = len(candidate.slots)
+        pace, spread = self._relaxed_weights(candidate)
         slots = tuple(
             replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
         )
@@ -196,14 +251,19 @@ class Engine:
         )
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
-    def _relaxed_weights(self, depth: int, microbatches: int) -> tuple[int, int]:
+    def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
-        if self._constraints.schedule == "maxload":
+        schedule, devices = self._constraints.schedule, candidate.shape.stage_devices
+        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
+        if schedule == MAXLOAD:
             return 1, 0
-        if self._constraints.schedule == "popart" and self._training and depth > 1:
-            total = least_microbatches("popart", depth, training=self._training)
-            return microbatches - total, 2
-        return microbatches - 1, 1
+        if schedule == "popart" and self._training and depth > 1:
+            return max(0, microbatches - (2 * depth - 1)), 2
+        if schedule_kind(schedule).any_devices:
+            return microbatches - 1, 1
+        form = make_objective(schedule, depth, microbatches, devices, training=self._training)
+        weight = max(row.weight for row in form.rows)
+        return 0, form.sum_weight + weight / len(set(devices))
 
     def _sweep(
         self,
@@ -255,6 +315,19 @@ class Engine:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
             return None
+
+
+def _near(
+    lattice: Lattice, allowed: list[NDArray[np.bool_]], around: Sequence[int]
+) -> list[NDArray[np.bool_]]:
+    """Keep boundaries that are at most two positions away from those of ``around``, if any."""
+    for done, mask in enumerate(around[:-1], 1):
+        if mask not in lattice.masks:
+            continue
+        position = lattice.masks.index(mask)
+        allowed[done][: max(0, position - 2)] = False
+        allowed[done][position + 3 :] = False
+    return allowed
 
 
 def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
@@ -355,6 +428,9 @@ def _batches(
 def _search(
     engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
 ) -> SearchResult:
+    if engine.has_loops(members[0]):
+        fits = bool(engine.problem.same_device) or engine.may_fit(members[0])
+        return engine.run_loops(members[0]) if fits else SearchResult(inf)
     if engine.is_fast(members[0]):
         members = [item for item in members if engine.may_fit(item)]
         if not members:

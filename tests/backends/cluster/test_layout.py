@@ -8,25 +8,31 @@ import torch
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster.layout import Layout, make_layout
 from ipu_pipeline.backends.cluster.lower import check
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES, check_schedule, torch_schedule
+from ipu_pipeline.backends.cluster.schedules import (
+    check_schedule,
+    position_of_stages,
+    torch_schedule,
+    torch_schedules,
+)
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.cluster.jobs import built
 
 
 def test_every_schedule_is_one_of_torchs() -> None:
-    for name, schedule in SCHEDULES.items():
-        assert hasattr(torch.distributed.pipelining, schedule.torch_name)
-        assert torch_schedule(schedule.torch_name) is schedule
-        assert torch_schedule(name.upper()) is schedule
+    for kind in torch_schedules():
+        assert hasattr(torch.distributed.pipelining, kind.torch_class)
+        assert torch_schedule(kind.torch_class) is kind
+        assert torch_schedule(kind.name.upper()) is kind
 
 
 @pytest.mark.parametrize(
-    ("placement", "expected"),
-    [("loop", [(0, 3), (1, 4), (2, 5)]), ("v", [(0, 5), (1, 4), (2, 3)])],
+    ("schedule", "expected"),
+    [("interleaved", [(0, 3), (1, 4), (2, 5)]), ("zbv", [(0, 5), (1, 4), (2, 3)])],
 )
-def test_stages_of_the_ranks(placement: str, expected: list[tuple[int, ...]]) -> None:
-    layouts = [Layout(rank, 2, 3, 6, placement) for rank in range(6)]
+def test_stages_of_the_ranks(schedule: str, expected: list[tuple[int, ...]]) -> None:
+    positions = position_of_stages(torch_schedule(schedule), 6, 3)
+    layouts = [Layout(rank, 2, 3, 6, positions) for rank in range(6)]
     assert [layout.own_stages for layout in layouts] == expected * 2
     assert [layout.replica for layout in layouts] == [0, 0, 0, 1, 1, 1]
 
@@ -34,12 +40,18 @@ def test_stages_of_the_ranks(placement: str, expected: list[tuple[int, ...]]) ->
 @pytest.mark.parametrize(
     ("name", "stages", "ranks", "microbatches", "message"),
     [
-        ("popart", 2, 2, 4, "has no schedule 'popart'; use one of gpipe, 1f1b"),
+        ("popart", 2, 2, 4, "has no schedule 'popart'; use one of 1f1b, gpipe"),
         ("1f1b", 4, 2, 4, "1f1b runs one stage per process: 4 stages do not fit 2 processes"),
-        ("interleaved", 3, 2, 4, "3 stages cannot be shared by 2 processes"),
-        ("zbv", 2, 2, 4, "zbv runs exactly 2 stages per process: 2 stages do not fit 2"),
+        ("interleaved", 3, 2, 4, "3 stages do not fit 2 processes; start as many"),
+        (
+            "zbv",
+            2,
+            2,
+            4,
+            "zbv runs exactly 2 stages per process, which they visit in a V: 2 stages",
+        ),
         ("1f1b", 4, 4, 2, "at least as many microbatches as stages, got 2 microbatches and 4"),
-        ("interleaved", 4, 2, 5, "in 2 rounds of 2 processes, 5 microbatches do not divide"),
+        ("interleaved", 4, 2, 5, "in 2 equal groups of at least 2: 5 microbatches do not divide"),
     ],
 )
 def test_what_a_schedule_cannot_run_is_refused(

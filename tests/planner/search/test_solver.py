@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from itertools import pairwise
 from math import inf, isclose
 
 import pytest
@@ -56,7 +57,8 @@ def brute_over_depths(graph, costs, machine, constraints):
             pipelines += [(*range(k), 0) for k in range(2, num_devices + 1) if k < len(names)]
     best = inf
     for devices in pipelines:
-        least = 2 * len(devices) - 1 if graph.training else len(devices)
+        depth = 1 + sum(a != b for a, b in pairwise(devices))
+        least = 2 * depth - 1 if graph.training else depth
         if constraints.schedule == "popart" and constraints.num_microbatches < least:
             continue
 

@@ -102,10 +102,13 @@ class IPUPlanning:
             PartitionError: The constraints leave no pipeline to try.
         """
         limit = constraints.time_limit_s
-        best = quickest(
-            self.pipelines(machine, constraints), deadline=limit and monotonic() + limit
-        )
-        return self.partition(best)
+        deadline = limit and monotonic() + limit
+        found = self.pipelines(machine, constraints)
+        best = self.partition(quickest(found, deadline=deadline))
+        if best is None:  # PopTorch rounds other numbers of IPUs up, and leaves the rest idle
+            others = self._pipelines(machine, constraints, powers=False)
+            best = self.partition(quickest(others, deadline=deadline))
+        return best
 
     def partition(self, best: Quickest[IPUPipeline]) -> Partition | None:
         """Return the outcome of a search as a split."""
@@ -286,6 +289,22 @@ class IPUPlanning:
                     yield replicas, tuple(range(ipus))
                 if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
                     yield replicas, (*range(ipus), 0)
+                if self._ties_a_decoder and wanted in (None, ipus):
+                    for last in range(1, ipus - 1):
+                        yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
+
+    @property
+    def _ties_a_decoder(self) -> bool:
+        """Whether weights are shared by blocks in front of, between and behind layers."""
+        kinds = [block.kind for block in self.graph.blocks]
+        layers = [position for position, kind in enumerate(kinds) if kind == "layer"]
+        index = self.graph.block_index
+        return any(
+            kinds[index[name]] != "layer" and layers[0] < index[name] < layers[-1]
+            for group in self.graph.tied_groups
+            for name in group
+            if layers
+        )
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1

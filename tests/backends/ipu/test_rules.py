@@ -1,0 +1,97 @@
+"""What is planned is emitted: tied heads, losses, tables that few numbers divide, decoders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.bundle import emit
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.prices import predict
+from ipu_pipeline.backends.ipu.settings import settings_for
+from ipu_pipeline.capture import capture
+from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.planner.schedules.simulate import simulate
+
+START = {"decoder_start_token_id": 0, "pad_token_id": 0}
+ENCODER_DECODER = {**START, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2}
+SEQUENCES = {
+    "d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+}  # fmt: skip
+CONFIGS = {
+    "t5": (transformers.T5Config(vocab_size=128, **ENCODER_DECODER), "seq2seq-lm"),
+    "mt5": (transformers.MT5Config(vocab_size=128, **ENCODER_DECODER), "seq2seq-lm"),
+    "bart": (transformers.BartConfig(vocab_size=128, **SEQUENCES), "seq2seq-lm"),
+    "bert": (
+        transformers.BertConfig(
+            vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+            intermediate_size=64,
+        ),
+        "masked-lm",
+    ),
+    "gpt2": (
+        transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=4, n_head=2), "causal-lm"
+    ),
+    "opt": (
+        transformers.OPTConfig(
+            vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, ffn_dim=64,
+            word_embed_proj_dim=32,
+        ),
+        "causal-lm",
+    ),
+    "bloom": (
+        transformers.BloomConfig(vocab_size=128, hidden_size=32, n_layer=4, n_head=2), "causal-lm"
+    ),
+}  # fmt: skip
+POD = machine_by_name("pod4")
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_planned_is_emitted_and_priced_once(
+    name: str, num_stages: int, tmp_path: Path
+) -> None:
+    model, batch = from_config(*CONFIGS[name], batch_size=1, seq_length=16)
+    plan = ipp.plan(model, batch, machine=POD, num_stages=num_stages, microbatches=16)
+    emit(plan, settings_for(plan), tmp_path)
+    assert max(stage.device for stage in plan.stages) + 1 == num_stages
+    config = IPUConfig.load(tmp_path)
+    assert config.recompute is not None
+    again = ipp.plan(model, batch, machine=POD, config=config)
+    assert [(s.device, s.blocks) for s in again.stages] == [
+        (s.device, s.blocks) for s in plan.stages
+    ]
+    assert again.objective_s == plan.objective_s
+    assert simulate(plan).step_s == plan.objective_s
+    prediction = predict(capture(model, batch).graph, config, POD)
+    assert prediction.time.total_s == plan.objective_s
+    said = json.loads((tmp_path / "settings.json").read_text())
+    assert said["recompute"] == (config.recompute and num_stages > 1)
+
+
+def test_a_decoders_embedding_may_come_back_to_the_first_ipu() -> None:
+    """An encoder of some size: its layers need not all be on the IPU of the shared embedding."""
+    config = transformers.T5Config(
+        vocab_size=128, d_model=256, d_kv=64, d_ff=1024, num_layers=12, num_decoder_layers=4,
+        num_heads=4, **START,
+    )  # fmt: skip
+    model, batch = from_config(config, "seq2seq-lm", batch_size=4, seq_length=128)
+    plan = ipp.plan(model, batch, machine=POD, num_stages=4, microbatches=32)
+    assert [stage.device for stage in plan.stages].count(0) == 3
+    assert plan.gap < 0.01
+
+
+def test_a_head_that_eight_does_not_divide() -> None:
+    """Whisper has 51,865 tokens: slices that do not divide them are never planned."""
+    config = transformers.GPT2Config(vocab_size=51_865, n_embd=64, n_layer=2, n_head=2)
+    model, batch = from_config(config, "causal-lm", batch_size=8, seq_length=128)
+    plan = ipp.plan(model, batch, machine=POD, num_stages=2, microbatches=8)
+    for stage in plan.stages:
+        assert all(51_865 % factor == 0 for factor in stage.serialize.values())
+    settings_for(plan)
