@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
@@ -68,7 +69,7 @@ def start(
         code = failure.exitcode
         how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
         # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
-        said = failure.message
+        said: Any = failure.message
         why = f": {said['message']}" if isinstance(said, dict) else ""
         tell(f"error: rank {rank} ended {how}{why}\nwhat the ranks wrote: {folder}")
         return code if code > 0 else _SIGNALLED - code
