@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 import ipu_pipeline as ipp
 from benchmarks.processes import everyones, from_first, interleaved, is_started, ratio, start
 from benchmarks.raw_pipeline import Batch, Raw
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES
+from ipu_pipeline.backends.cluster.schedules import torch_schedule, torch_schedules
 
 PROCESSES = 2
 
@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
         models.append(BertForQuestionAnswering(config).train())
     batch = make_batch(config, arguments.micro_batch * arguments.microbatches, arguments.seq_length)
     example = {name: value[: arguments.micro_batch] for name, value in batch.items()}
-    stages = PROCESSES if SCHEDULES[schedule].placement == "one" else 2 * PROCESSES
+    stages = PROCESSES * torch_schedule(schedule).stages_per_device[0]
     plan = from_first(
         lambda: ipp.plan(models[0], example, num_stages=stages, microbatches=arguments.microbatches)
     )
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace, schedule: str, dropout: float) -> dic
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes; in them, measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed_overhead")
-    names = [name for name, kind in SCHEDULES.items() if kind.placement != "v"]
+    names = [kind.name for kind in torch_schedules() if kind.stages_per_device != (2,)]
     parser.add_argument(
         "--schedules", nargs="+", choices=names, default=["1f1b", "gpipe", "interleaved"]
     )

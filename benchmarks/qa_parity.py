@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +66,12 @@ def _trainer_scores(options: Options) -> dict[str, Any]:
     train, validation = load_windows(options, tokenizer)
     assert train is not None
     assert validation is not None
-    arguments = transformers.TrainingArguments(
+    arguments = replace(
+        options,
         output_dir=str(options.folder / "trainer"),
-        per_device_train_batch_size=options.per_device_train_batch_size,
-        per_device_eval_batch_size=options.per_device_eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps or 1,
-        num_train_epochs=options.num_train_epochs,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        lr_scheduler_type=options.lr_scheduler_type,
-        warmup_steps=options.warmup_ratio,  # below 1 it is a share of the steps
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        use_cpu=True,
-        report_to="none",
         save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
     )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=train)
     metrics = trainer.train().metrics

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import BertForQuestionAnswering
 from transformers.masking_utils import create_bidirectional_mask
 
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES
+from ipu_pipeline.backends.cluster.schedules import position_of_stages, torch_schedule
 
 Batch = dict[str, Tensor]
 
@@ -84,11 +84,9 @@ class Raw:
         make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._kind, count = SCHEDULES[schedule], len(stages)
-        rank, processes = dist.get_rank(), dist.get_world_size()
-        own = [*range(rank, count, processes)]
-        if self._kind.placement == "v":
-            own = [rank, count - 1 - rank]
+        self._kind, count = torch_schedule(schedule), len(stages)
+        positions = position_of_stages(self._kind, count, dist.get_world_size())
+        own = [stage for stage in range(count) if positions[stage] == dist.get_rank()]
         modules = [RawStage(model, stages[index], dtype) for index in own]
         self.modules = nn.ModuleList(modules)
         self._stages = [
@@ -119,8 +117,8 @@ class Raw:
 
     def _schedule_of(self, microbatches: int) -> Any:
         if microbatches not in self._schedules:
-            self._schedules[microbatches] = getattr(torch_pipelining, self._kind.torch_name)(
-                self._stages[0] if self._kind.placement == "one" else self._stages,
+            self._schedules[microbatches] = getattr(torch_pipelining, self._kind.torch_class or "")(
+                self._stages[0] if self._kind.stages_per_device == (1,) else self._stages,
                 microbatches,
                 loss_fn=partial(qa_loss, share=1 / microbatches),
                 scale_grads=False,  # the loss has its share already: a pass over them less

@@ -12,6 +12,7 @@ from torch import nn
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
+from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -53,8 +54,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
         microbatches: Microbatches per optimizer step; ``None``: the config's, else 8.
         replicas: Copies of the pipeline.
-        schedule: ``1f1b``, ``gpipe``, or ``popart`` (the one that IPUs run); ``None``: that of
-            the machine.
+        schedule: One that the machine's backend lists: ``1f1b``, ``gpipe``, ``interleaved``,
+            ``zbv``, ... or ``popart`` (the one that IPUs run); ``None``: the backend's first.
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
         granularity: How fine the blocks are: ``layer``, ``sublayer`` or ``op``.
         config: An IPU configuration; its ``layers_per_ipu`` is respected to the letter.
@@ -71,6 +72,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     """
     manager = PassManager.parse(passes)
     captured = capture(model, example_batch, granularity=granularity)
+    keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
     backend, graph = backend_of(described), captured.graph
@@ -85,8 +87,13 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         num_stages=depth,
         num_microbatches=microbatches,
         replicas=replicas,
-        schedule=schedule or backend.schedules[0],  # type: ignore[arg-type]
+        schedule=schedule or backend.schedules[0],
     )
+    if limits.schedule not in backend.schedules:
+        raise ValueError(
+            f"{described.name} runs no schedule {limits.schedule!r}; use one of "
+            f"{', '.join(backend.schedules)}"
+        )
     work = Workload(
         graph,
         described,
@@ -106,7 +113,6 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
             backend.costs(work),
             described,
             limits,
-            stage_pricer=backend.stage_pricer(work),
             step=partial(step_s, work),
         )
     made = make_plan(model_identity(captured.model), work, split, captured.granularity)

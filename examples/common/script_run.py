@@ -70,13 +70,8 @@ def make_plan(
 ) -> Plan:
     """Read the plan of ``--plan``, or find the best split.
 
-    Args:
-        options: The command line.
-        model: With a loss for ``columns``.
-        columns: Samples of the data, at least as many as a microbatch holds where there are so
-            many; axis 0 counts them.
-        config: What :func:`read_ipu_config` gave, adapted to the model or not.
-        constraints: Further limits.
+    ``columns`` are samples of the data, for which the model computes a loss: at least as many as a
+    microbatch holds where there are so many; axis 0 counts them.
     """
     if options.plan is not None:
         return Plan.load(options.plan)
@@ -121,10 +116,7 @@ def follow_plan(options: CommonOptions, plan: Plan, config: IPUConfig | None) ->
 
 
 def write_results(options: CommonOptions, split: str, scores: Mapping[str, Any]) -> None:
-    """Write ``<split>_results.json`` and bring ``all_results.json`` up to date, as transformers.
-
-    Only the process that writes does so.
-    """
+    """Let the first process write ``<split>_results.json``, and update ``all_results.json``."""
     if not is_first():
         return
     options.folder.mkdir(parents=True, exist_ok=True)

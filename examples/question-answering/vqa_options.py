@@ -33,7 +33,7 @@ class Options(CommonOptions):
         default=False, help="Give the model a new head for the data's answers."
     )
     unsplit: bool = option(
-        default=False, help="Train the unsplit model in a plain torch loop, to compare."
+        default=False, help="Train the unsplit model in transformers' Trainer, to compare."
     )
 
     def _mistakes(self) -> tuple[tuple[bool, str], ...]:

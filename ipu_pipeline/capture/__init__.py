@@ -1,7 +1,7 @@
 """Capture: a model becomes a block graph (plain data) and programs over its own modules.
 
-Read in this order: ``captured.py`` (the flow), ``leaves.py``, ``trace.py``, ``tracer.py``,
-``coarsen.py``, ``programs.py``, ``check.py``, ``operations.py``.
+Read in this order: ``captured.py`` (the flow), ``leaves.py``, ``tracer.py``, ``coarsen.py``,
+``programs.py``, ``check.py``, ``operations.py``; what is patched meanwhile: ``patches.py``.
 """
 
 import sys

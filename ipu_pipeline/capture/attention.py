@@ -150,9 +150,10 @@ class _Attention(torch.autograd.Function):
         masks = [] if mask is None else [mask]
         with call.recorder.unrecorded():
             grads = [_rows_first(x, tuple(x.shape)) for x in (query, key, value)]
-            bias = [torch.empty_like(mask)] if call.bias else []
-        call.count([query, key, value, *masks], out, sums, *grads, *bias, gradient=grad)
-        return (None, *grads, *(bias or [None]))
+            bias = torch.empty_like(mask) if mask is not None and call.bias else None
+        made = grads if bias is None else [*grads, bias]
+        call.count([query, key, value, *masks], out, sums, *made, gradient=grad)
+        return (None, *grads, bias)
 
 
 def _rows_first(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,13 +1,27 @@
-"""How calls of torch functions are replayed, and which of them need care."""
+"""How calls are recorded so that they can be replayed, and which of them need care.
+
+Besides plain calls of torch functions: calls in regions without gradients or with autocast
+switched, and calls of functions that use tensors which are not among their arguments.
+``torch.vmap(f)(x)`` runs ``f`` on tensors that only exist inside it, so that it is recorded as one
+call; its free variables (a padding mask in a closure) are collected while it runs and lifted to
+arguments.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._C import _functorch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from ipu_pipeline.capture.values import tensors_in
 
 # Functions of which the result's shape depends on the values of their arguments.
 _VALUE_SHAPED = frozenset(
@@ -118,3 +132,161 @@ def attribute_name(func: Any) -> str:
 def as_function(kind: str, target: Any) -> Any:
     """Return one callable for a node's kind and target."""
     return getattr(Tensor, target) if kind == "call_method" else target
+
+
+@dataclass(frozen=True)
+class Region:
+    """The thread's modes that change what a torch function computes.
+
+    Attributes:
+        grad: Whether gradients are recorded.
+        autocast: Whether autocast is on.
+        autocast_dtype: Its dtype.
+        autocast_depth: How many autocast contexts surround the call; one more than before means
+            that the model's own code switched it, perhaps to what it was anyway.
+    """
+
+    grad: bool
+    autocast: bool
+    autocast_dtype: torch.dtype
+    autocast_depth: int
+
+    @classmethod
+    def current(cls) -> Region:
+        """Return the modes of the calling thread."""
+        depth = torch.autocast_increment_nesting() - 1
+        torch.autocast_decrement_nesting()
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            depth,
+        )
+
+
+class RegionCall(nn.Module):
+    """Calls a function or module under the modes that the model's own code had switched.
+
+    Args:
+        function: What to call.
+        region: The modes it was captured in.
+        ambient: The modes around the model's call: what is equal there is left to the caller.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        region: Region | None = None,
+        ambient: Region | None = None,
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.grad: bool | None = None
+        self.autocast: tuple[bool, torch.dtype] | None = None
+        if region is not None and ambient is not None:
+            if region.grad != ambient.grad:
+                self.grad = region.grad
+            if region.autocast_depth != ambient.autocast_depth:
+                self.autocast = (region.autocast, region.autocast_dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        with contextlib.ExitStack() as stack:
+            if self.grad is not None:
+                stack.enter_context(torch.set_grad_enabled(self.grad))
+            if self.autocast is not None:
+                enabled, dtype = self.autocast
+                stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=enabled))
+            return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return what tells this call from others: the function and the modes."""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        owner = getattr(getattr(self.function, "__self__", None), "__qualname__", "")
+        return f"{owner} {name}, grad={self.grad}, autocast={self.autocast}"
+
+
+class FreeTensors(TorchFunctionMode):
+    """Collects the tensors that torch functions are given and that none within it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
+
+    @property
+    def free(self) -> list[Tensor]:
+        """The free tensors, in the order of their first use."""
+        return [tensor for tensor in self._seen.values() if not _functorch.is_batchedtensor(tensor)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in((args, kwargs or {})):
+            if id(tensor) not in self._made:
+                self._seen.setdefault(id(tensor), tensor)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if id(tensor) not in self._seen:
+                self._made[id(tensor)] = tensor
+        return result
+
+
+class LiftedCall(nn.Module):
+    """Calls a function with other tensors in place of those that it holds itself.
+
+    Args:
+        function: What to call.
+        free: The tensors that it held when it was captured.
+        modes: Function modes that the model's own code had entered around the call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        free: Sequence[Tensor],
+        modes: Sequence[TorchFunctionMode],
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.free = tuple(free)
+        self.modes = tuple(modes)
+
+    def forward(
+        self, given: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call the function; ``given`` stands for ``free``, tensor by tensor."""
+        places = {id(old): new for old, new in zip(self.free, given, strict=True)}
+        with contextlib.ExitStack() as stack:
+            for mode in self.modes:
+                stack.enter_context(mode)
+            stack.enter_context(_Replaced(places))
+            return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return what tells this call from others."""
+        return f"{self.function!r}, {[(t.shape, t.dtype) for t in self.free]}, {self.modes}"
+
+
+def modes_above(mode: TorchFunctionMode) -> list[TorchFunctionMode]:
+    """Return the function modes that were entered after ``mode``, outermost first."""
+    stack = _get_current_function_mode_stack()
+    return stack[stack.index(mode) + 1 :] if mode in stack else []
+
+
+class _Replaced(TorchFunctionMode):
+    def __init__(self, places: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._places = places
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._places.get(id(value), value)
+        if type(value) in (tuple, list):
+            return type(value)(self._replaced(item) for item in value)
+        if type(value) is dict:
+            return {key: self._replaced(item) for key, item in value.items()}
+        if type(value) is slice:
+            return slice(*map(self._replaced, (value.start, value.stop, value.step)))
+        return value

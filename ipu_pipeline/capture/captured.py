@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,16 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture.calls import Region
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
-from ipu_pipeline.capture.flops import countable
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.meta import TensorMeta
-from ipu_pipeline.capture.patches import preserved_state, tracing_patches
+from ipu_pipeline.capture.patches import configs_of, countable, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
-from ipu_pipeline.capture.trace import Trace, trace
+from ipu_pipeline.capture.tracer import Trace, trace
+from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity
+
+# The last capture of every model that lives, without the model itself.
+_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[object, CapturedModel, list[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,62 @@ def capture(
     from ipu_pipeline.capture.check import check_capture
 
     notes = check_capture(captured, batch)
-    return CapturedModel(**{**_fields(captured), "notes": notes})
+    return replace(captured, notes=notes)
+
+
+def keep_for_reuse(captured: CapturedModel) -> None:
+    """Let the next executable of the model start from ``captured``; models on meta have none.
+
+    Only the last capture of a model is kept, and not after the model itself is gone.
+    """
+    model = captured.model
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        key = _state_of(model, captured._batch, captured.granularity)
+        # Their ids are in the key, and must stay theirs.
+        parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers()]
+        _KEPT[model] = key, replace(captured, model=nn.Identity()), parts
+
+
+def take_kept(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> CapturedModel | None:
+    """Return the kept capture of ``model``, once, if capturing it now would give the same."""
+    key, captured, _ = _KEPT.pop(model, (None, None, None))
+    if captured is None or key != _state_of(model, batch, granularity):
+        return None
+    return replace(captured, model=model)
+
+
+def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> object:
+    """Return what a capture depends on besides tensors' values.
+
+    Shapes of the batch, the thread's modes, the objects that the model consists of with their
+    hooks and plain attributes, and every config.
+    """
+    described = tuple(
+        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value))
+        for name, value in batch.items()
+    )
+    modules = [
+        (id(module), type(module), module.training, _plain(module), _hooks(module))
+        for module in model.modules()
+    ]
+    state = [
+        (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+    configs = [config.to_json_string(use_diff=False) for config in configs_of(model)]
+    return granularity, Region.current(), described, modules, state, configs
+
+
+def _plain(module: nn.Module) -> str:
+    return repr([
+        (name, value) for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | tuple | type(None))
+    ])  # fmt: skip
+
+
+def _hooks(module: nn.Module) -> list[tuple[str, int]]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
@@ -154,10 +215,6 @@ def model_identity(model: nn.Module) -> ModelIdentity:
         for fqn, p in model.named_parameters()
     }
     return ModelIdentity(type(model).__name__, parameters)
-
-
-def _fields(captured: CapturedModel) -> dict[str, Any]:
-    return {name: getattr(captured, name) for name in CapturedModel.__dataclass_fields__}
 
 
 def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_meta: bool) -> Trace:

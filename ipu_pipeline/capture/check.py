@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.meta import named_tensors
 from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
 
 SEED = 1234

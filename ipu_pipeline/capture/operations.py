@@ -1,6 +1,6 @@
 """Count what a block does: every tensor operation of its forward and backward pass.
 
-The block's program runs once on tensors without data (fake, or meta for a meta model), watched
+The block's program runs once on tensors without data (fake, or meta for a meta model), recorded
 by a dispatch mode; FLOPs follow torch's own formulas (``torch.utils.flop_counter``).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +21,79 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
-from ipu_pipeline.capture.flops import count_flops, countable
 from ipu_pipeline.capture.guards import unguarded
-from ipu_pipeline.capture.live_bytes import LiveBytes
-from ipu_pipeline.capture.meta import TensorMeta
-from ipu_pipeline.capture.programs import Program
-from ipu_pipeline.capture.signature import program_signature
-from ipu_pipeline.capture.storage import storage_key
+from ipu_pipeline.capture.patches import countable
+from ipu_pipeline.capture.programs import Program, program_signature
+from ipu_pipeline.capture.values import TensorMeta, storage_key
 from ipu_pipeline.ir.graph import OpKind, OpRecord
+
+
+def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known.
+
+    Args:
+        operation: The operation's overload packet.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: What it returned.
+    """
+    name = str(operation).rsplit(".", 1)[-1]
+    if name == "_grouped_mm":  # every row of the first operand meets one matrix of the second
+        rows, inner = args[0].shape[-2:]
+        return int(2 * rows * inner * args[1].shape[-1])
+    formula = flop_registry.get(operation)
+    return int(formula(*args, **kwargs, out_val=result)) if formula else 0
+
+
+class LiveBytes:
+    """Adds up living storages.
+
+    Args:
+        apart: Tensors whose storages are counted elsewhere (parameters, inputs).
+
+    Attributes:
+        now: Bytes alive now.
+        peak: Most bytes alive at one time since the last :meth:`take_peak`.
+    """
+
+    def __init__(self, apart: Iterable[Tensor]) -> None:
+        self.now = 0
+        self.peak = 0
+        # Held, not only their keys: the key of a freed storage is given to a new one.
+        self._apart = {storage_key(t): t.untyped_storage() for t in apart}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of ``tensors`` that are new."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = int(storage._cdata)
+            if key not in self._apart and key not in self._alive:
+                self._add(key, storage)
+        self.peak = max(self.peak, self.now)
+
+    def take_peak(self) -> int:
+        """Return the peak and start again from what is alive now."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def is_apart(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is, or is a view of, one that is counted elsewhere."""
+        return storage_key(tensor) in self._apart
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        num_bytes = int(storage.nbytes())
+
+        def gone(_: object) -> None:
+            self.now -= num_bytes
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += num_bytes
+
 
 _KINDS: tuple[tuple[OpKind, tuple[str, ...]], ...] = (
     ("gather", ("embedding", "gather", "index_select", "index", "take")),
@@ -96,12 +160,12 @@ class OperationCounter:
 
     def _run(self, program: Program) -> Operations:
         try:
-            return self._watch(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
+            return self._count_on(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
             device = "meta" if self.on_meta else "cpu"
-            return self._watch(program, contextlib.nullcontext(), device)
+            return self._count_on(program, contextlib.nullcontext(), device)
 
-    def _watch(self, program: Program, mode: Any, device: str) -> Operations:
+    def _count_on(self, program: Program, mode: Any, device: str) -> Operations:
         module = program.module
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
@@ -144,43 +208,43 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    watcher = _Watcher(live, gradients)
-    attending = CountedAttention(watcher)
+    recorder = _Recorder(live, gradients)
+    attending = CountedAttention(recorder)
     taken: list[Tensor] = []
     entered = tuple(_produced(value, taken) for value in inputs)
     saved: dict[int, int] = {}
-    saved_outside: set[int] = set()
+    saved_inputs: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         if live.is_apart(tensor):
-            saved_outside.add(storage_key(tensor))
+            saved_inputs.add(storage_key(tensor))
         else:
             saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with attending, watcher, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with attending, recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = torch.func.functional_call(module, dict(state), entered)
-    forward, peak = watcher.take(), live.take_peak()
+    forward, peak = recorder.take(), live.take_peak()
     output_bytes = tuple(_added(outputs, live, saved))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
-        with watcher:
+        with recorder:
             for root in roots:  # who hands a gradient over is not known: this block pays for it
                 torch.ones_like(root)
-        end = _Handed.apply(watcher, *roots)
+        end = _StageOutputs.apply(recorder, *roots)
         seed = torch.ones_like(end)
-        del outputs, roots, root  # a stage lets go of what nobody saved
+        del outputs, roots, root  # unsaved tensors are freed
         live.take_peak()
-        with watcher:
+        with recorder:
             torch.autograd.backward(end, seed)
         peak = max(peak, live.take_peak())
     return Operations(
         forward,
-        watcher.take(),
+        recorder.take(),
         sum(saved.values()),
         peak,
         output_bytes,
-        tuple(isinstance(v, Tensor) and storage_key(v) in saved_outside for v in inputs),
+        tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),
     )
 
 
@@ -197,10 +261,10 @@ def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> It
 
 def _produced(value: Any, taken: list[Tensor]) -> Any:
     wanted = isinstance(value, Tensor) and value.requires_grad
-    return _Produced.apply(taken, value) if wanted else value
+    return _StageInput.apply(taken, value) if wanted else value
 
 
-class _Produced(torch.autograd.Function):
+class _StageInput(torch.autograd.Function):
     """An input as inside a stage, where its producer takes the gradient: no leaf adds it up."""
 
     @staticmethod
@@ -214,19 +278,19 @@ class _Produced(torch.autograd.Function):
         return None, None
 
 
-class _Handed(torch.autograd.Function):
-    """Hands gradients to a block's outputs as a later block does: it keeps no reference."""
+class _StageOutputs(torch.autograd.Function):
+    """Makes the gradients of a block's outputs as a later block does; no reference is kept."""
 
     @staticmethod
-    def forward(ctx: Any, watcher: _Watcher, *roots: Tensor) -> Tensor:
-        ctx.watcher = watcher
+    def forward(ctx: Any, recorder: _Recorder, *roots: Tensor) -> Tensor:
+        ctx.recorder = recorder
         likes = [torch.empty_like(root) for root in roots]
         ctx.kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in likes]
         return torch.zeros((), device=roots[0].device)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        with ctx.watcher.unrecorded():
+        with ctx.recorder.unrecorded():
             handed = [
                 torch.empty_strided(shape, stride, dtype=dtype, device=device).fill_(1)
                 for shape, stride, dtype, device in ctx.kinds
@@ -234,11 +298,11 @@ class _Handed(torch.autograd.Function):
         return (None, *handed)
 
 
-class _Watcher(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
     Args:
-        live: Is told about every result.
+        live: Counts the storage of every result.
         gradients: Of the parameters; what is added to them is work of the optimizer step.
     """
 

@@ -17,6 +17,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from ipu_pipeline.capture.calls import (
     CUTS,
     SHAPE,
     SHAPE_READS,
+    FreeTensors,
+    LiftedCall,
+    Region,
+    RegionCall,
     as_function,
     attribute_name,
     callable_form,
@@ -34,17 +39,23 @@ from ipu_pipeline.capture.calls import (
     has_value_shape,
     is_assignment,
     is_nameable,
+    modes_above,
     returned_after_write,
 )
 from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.lifted import OutsideCall, Watch, modes_above
-from ipu_pipeline.capture.meta import TensorMeta, own_tensors, own_values
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls
-from ipu_pipeline.capture.region import Region, RegionCall
-from ipu_pipeline.capture.storage import StorageHistory, Versions, storage_key
-from ipu_pipeline.capture.values import Values
+from ipu_pipeline.capture.values import (
+    StorageHistory,
+    TensorMeta,
+    Values,
+    Versions,
+    named_tensors,
+    own_tensors,
+    own_values,
+    storage_key,
+)
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random
 
@@ -54,7 +65,7 @@ MATRIX_FUNCTIONS = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Records one run of ``model``; :func:`~ipu_pipeline.capture.trace.trace` drives it.
+    """Records one run of ``model``; :func:`trace` drives it.
 
     Args:
         model: The model.
@@ -145,15 +156,15 @@ class Tracer(TorchFunctionMode):
         self, original: Any, module: nn.Module, args: Any, kwargs: Any, objects: Any
     ) -> Any:
         """Run a leaf that is given objects: the node takes and returns the tensors in them."""
-        before, watch = self._snapshot(objects), Watch()
+        before, used_tensors = self._snapshot(objects), FreeTensors()
         versions = self._versions(module, args, kwargs, before.tensors)
-        with watch:
+        with used_tensors:
             result = self._untraced(original, module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
             self._plain_call(module, args, kwargs, result, versions)
             return result
-        seen = {id(tensor) for tensor in (*watch.outside, *self.values.tensors(result))}
+        seen = {id(tensor) for tensor in (*used_tensors.free, *self.values.tensors(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
         written = {id(tensor) for tensor in self.storages.written(versions)}
         fresh = [
@@ -186,14 +197,14 @@ class Tracer(TorchFunctionMode):
         """Run one call of ``vmap(f)``; in the glue it is one node with all that ``f`` reads."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
-        watch = Watch()
+        used_tensors = FreeTensors()
         modes = modes_above(self)
         versions = self.storages.versions((args, kwargs))
-        with watch:
+        with used_tensors:
             result = self._untraced(original, *args, **kwargs)
-        inner = OutsideCall(original, watch.outside, modes)
+        inner = LiftedCall(original, used_tensors.free, modes)
         call = RegionCall(inner, Region.current(), self.ambient)
-        arguments = (inner.outside, args, kwargs)
+        arguments = (inner.free, args, kwargs)
         node = self._held_call(call, arguments, {}, "vmap")
         node.meta["random"] = self.leaf_draws
         self._finish(node, arguments, {}, result, versions)
@@ -365,3 +376,47 @@ class Tracer(TorchFunctionMode):
     def where(self) -> str:
         """Say whose code is running."""
         return f"the code of {self.scope[-1] or type(self.model).__name__!r}"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded run.
+
+    Attributes:
+        graph: The nodes in execution order; its output is a dict of the model's results.
+        attributes: What ``call_module`` and ``get_attr`` targets stand for.
+        inputs: Names of the batch's tensors, one placeholder each.
+    """
+
+    graph: fx.Graph
+    attributes: Mapping[str, Any]
+    inputs: tuple[str, ...]
+
+    @property
+    def results(self) -> Mapping[str, fx.Node]:
+        """The model's results by name."""
+        named = self.graph.output_node().args[0]
+        assert isinstance(named, Mapping)
+        return named  # type: ignore[return-value]
+
+
+def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
+    """Run ``model(**batch)`` once and record its glue.
+
+    Raises:
+        CaptureError: Something happens in the glue that cannot be replayed faithfully.
+    """
+    tracer = Tracer(model, leaves, kept=batch.values())
+    inputs = [name for name, value in batch.items() if isinstance(value, Tensor)]
+    for name in inputs:
+        tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
+    try:
+        with tracer.patched(), tracer:
+            output = model(**batch)
+        tracer.check_constants()
+        results = dict(named_tensors(output))
+        end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
+        end.meta["after"] = tracer.storages.record(end, results.values(), [])
+    finally:
+        tracer.values.release()
+    return Trace(tracer.graph, tracer.attributes, tuple(inputs))

@@ -1,19 +1,112 @@
-"""Which node computes which tensor, and how Python values become node arguments."""
+"""Which node computes which tensor: values, their descriptions, and the order of writes to them."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
-from ipu_pipeline.capture.meta import TensorMeta
-from ipu_pipeline.capture.storage import storage_key
 from ipu_pipeline.errors import CaptureError
+
+Versions = list[tuple[Tensor, int]]
+
+
+class StorageHistory:
+    """Remembers for every storage who wrote it last and who has read it since."""
+
+    def __init__(self) -> None:
+        self._writer: dict[int, fx.Node] = {}
+        self._readers: dict[int, list[fx.Node]] = defaultdict(list)
+
+    def versions(self, arguments: Any) -> Versions:
+        """Return the version counters of all tensors in ``arguments`` before a call."""
+        return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+
+    def written(self, before: Versions) -> list[Tensor]:
+        """Return the tensors whose storage the call changed."""
+        return [tensor for tensor, version in before if tensor._version != version]
+
+    def record(
+        self, node: fx.Node, read: Iterable[Tensor], written: list[Tensor]
+    ) -> tuple[fx.Node, ...]:
+        """Note what ``node`` reads and writes; return the nodes that must run before it."""
+        after: dict[fx.Node, None] = {}
+        written_keys = {storage_key(tensor) for tensor in written}
+        for key in {storage_key(tensor) for tensor in read}:
+            if key in self._writer:
+                after[self._writer[key]] = None
+            if key in written_keys:
+                after.update(dict.fromkeys(self._readers.pop(key, [])))
+                self._writer[key] = node
+            else:
+                self._readers[key].append(node)
+        after.pop(node, None)
+        return tuple(after)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a key that tensors share when they share memory (works without data, too)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """Shape, dtype (torch name without prefix) and gradient flag of a traced value."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorMeta:
+        """Describe ``tensor``."""
+        return cls(
+            tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad
+        )
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
+    return [value for value in own_values(module) if isinstance(value, Tensor)]
+
+
+def own_values(module: nn.Module) -> list[Any]:
+    """Return what ``module`` keeps as plain attributes, also in lists and maps."""
+    values: list[Any] = list(vars(module).values())
+    for value in [v for v in values if isinstance(v, Mapping | list | tuple)]:
+        values.extend(value.values() if isinstance(value, Mapping) else value)
+    return values
+
+
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the direct tensor members of a model's output, by field name or position.
+
+    Raises:
+        CaptureError: The output is neither a tensor nor a tuple, list or mapping.
+    """
+    if isinstance(output, Tensor):
+        return [("loss" if output.ndim == 0 else "output", output)]
+    if isinstance(output, Mapping):
+        return [(str(key), value) for key, value in output.items() if isinstance(value, Tensor)]
+    if isinstance(output, tuple | list):
+        names = [
+            "loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}"
+            for i, v in enumerate(output)
+        ]
+        return [(n, v) for n, v in zip(names, output, strict=True) if isinstance(v, Tensor)]
+    raise CaptureError(
+        f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
+        "mapping of tensors"
+    )
+
 
 PLAIN = (
     bool, int, float, complex, str, type(None), type(Ellipsis), range,
@@ -50,7 +143,7 @@ class Values:
         self._alive: list[Any] = []
 
     def release(self) -> None:
-        """Let go of all tensors: the trace is over, and they may be large."""
+        """Drop all tensors: the trace is over, and they may be large."""
         self._nodes.clear()
         self._alive.clear()
 

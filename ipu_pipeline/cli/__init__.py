@@ -102,6 +102,10 @@ def plan_command(
             "--microbatches", min=1, help="Microbatches per step; default 8, or the config's."
         ),
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
+    ] = None,
     seq_length: SeqLength = 128,
     granularity: GranularityOption = Granularity.layer,
     costs: Annotated[
@@ -136,6 +140,7 @@ def plan_command(
         num_stages=num_stages,
         microbatches=microbatches,
         replicas=1 if config is None else config.replicas(),
+        schedule=schedule,
         costs=costs.value,
         granularity=granularity.value,
         config=config,

@@ -1,21 +1,27 @@
-"""Schedules: rows of actions, one row per device. Plain data with a text form (``0F0 1B2``)."""
+"""Schedules: rows of actions, one row per device. Plain data with a text form (``0F0 1B2``).
+
+Actions: forward pass (F), whole backward pass (B), or its two halves: gradients of the inputs
+(I), which the stage before waits for, and gradients of the weights (W), which nobody waits for.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from itertools import chain
+from typing import Literal, cast
 
 from ipu_pipeline.errors import VerifyError
 
-ActionKind = Literal["F", "B"]
-_ACTION = re.compile(r"^(\d+)([FB])(\d+)$")
+ActionKind = Literal["F", "B", "I", "W"]
+_ACTION = re.compile(r"^(\d+)([FBIW])(\d+)$")
 
 
 @dataclass(frozen=True, order=True)
 class Action:
-    """One stage's forward (F) or backward (B) pass of one microbatch."""
+    """One stage's pass over one microbatch (module docstring)."""
 
     stage: int
     kind: ActionKind
@@ -24,18 +30,24 @@ class Action:
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
 
+    @property
+    def result(self) -> Action:
+        """What others wait for: gradients of the inputs are the same from I and from B."""
+        return Action(self.stage, "B", self.microbatch) if self.kind == "I" else self
+
     @classmethod
     def parse(cls, text: str) -> Action:
-        """Read the text form ``<stage><F|B><microbatch>``.
+        """Read the text form ``<stage><F|B|I|W><microbatch>``.
 
         Raises:
             ValueError: ``text`` is not of that form.
         """
         match = _ACTION.match(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is no action; write stage, F or B, microbatch: 0F0, 1B2")
-        kind: ActionKind = "F" if match[2] == "F" else "B"
-        return cls(int(match[1]), kind, int(match[3]))
+            raise ValueError(
+                f"{text!r} is no action; write stage, F, B, I or W, microbatch: 0F0, 1B2"
+            )
+        return cls(int(match[1]), cast(ActionKind, match[2]), int(match[3]))
 
 
 @dataclass(frozen=True)
@@ -77,14 +89,18 @@ class Schedule:
         )
 
     def peak_in_flight(self, stage: int) -> int:
-        """Most microbatches whose activations ``stage`` holds at one time."""
-        peak = current = 0
-        for row in self.rows:
-            for action in row:
-                if action.stage == stage:
-                    current += 1 if action.kind == "F" else -1
-                    peak = max(peak, current)
-        return peak
+        """Most microbatches whose activations ``stage`` holds at one time (until B or W)."""
+        return self.peaks_in_flight[stage]
+
+    @cached_property
+    def peaks_in_flight(self) -> tuple[int, ...]:
+        """:meth:`peak_in_flight` of every stage."""
+        change = {"F": 1, "B": -1, "I": 0, "W": -1}
+        peak, current = [0] * self.num_stages, [0] * self.num_stages
+        for action in chain.from_iterable(self.rows):
+            current[action.stage] += change[action.kind]
+            peak[action.stage] = max(peak[action.stage], current[action.stage])
+        return tuple(peak)
 
     def total_order(self) -> tuple[Action, ...]:
         """Return one sequential order that respects every row and every dependency.
@@ -110,7 +126,7 @@ def dry_run(rows: Sequence[Sequence[Action]], num_stages: int) -> list[Action]:
             while positions[index] < len(row) and (
                 requirements(row[positions[index]], num_stages) <= done
             ):
-                done.add(row[positions[index]])
+                done.add(row[positions[index]].result)
                 order.append(row[positions[index]])
                 positions[index] += 1
                 moved = True
@@ -125,14 +141,16 @@ def dry_run(rows: Sequence[Sequence[Action]], num_stages: int) -> list[Action]:
 
 
 def requirements(action: Action, num_stages: int) -> frozenset[Action]:
-    """Return the actions that must be done before ``action`` may start.
+    """Return the results (:attr:`Action.result`) that ``action`` waits for.
 
-    ``F`` of a stage needs ``F`` of the stage before; ``B`` needs its own ``F`` and ``B`` of the
-    stage behind.
+    ``F`` of a stage needs ``F`` of the stage before; ``B`` and ``I`` need their own ``F`` and
+    the gradient from the stage behind; ``W`` needs its own ``I``.
     """
     stage, microbatch = action.stage, action.microbatch
     if action.kind == "F":
         return frozenset({Action(stage - 1, "F", microbatch)} if stage > 0 else ())
+    if action.kind == "W":
+        return frozenset({Action(stage, "B", microbatch)})
     needed = {Action(stage, "F", microbatch)}
     if stage < num_stages - 1:
         needed.add(Action(stage + 1, "B", microbatch))

@@ -26,7 +26,6 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 if TYPE_CHECKING:
     from ipu_pipeline.planner.price import PlanPrice
     from ipu_pipeline.planner.search import Constraints, Partition
-    from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 GROUP = "ipu_pipeline.backends"
 _FOLDER = Path(__file__).parents[1] / "backends"
@@ -70,7 +69,10 @@ class Backend(Protocol):
 
     name: str
     target: str
-    schedules: tuple[str, ...]
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Names of the schedules it runs; the first is the default."""
 
     def own_machine(self, num_devices: int | None) -> Machine | None:
         """Return the machine that is called like the backend, if there is one: ``local``.
@@ -110,10 +112,6 @@ class Backend(Protocol):
 
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""
-        ...
-
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """Return what prices whole stages for the search; ``None``: sums over :meth:`costs`."""
         ...
 
     def placement(self, work: Workload) -> Partition | None:

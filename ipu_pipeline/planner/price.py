@@ -21,9 +21,8 @@ from ipu_pipeline.planner.options.cost_models import (
     ProfiledCostModel,
 )
 from ipu_pipeline.planner.options.tables import unfused_heads
-from ipu_pipeline.planner.schedules.engines import Passes, asynchronous, lock_stepped
-from ipu_pipeline.planner.schedules.load import StageLoad, boundary_copies
-from ipu_pipeline.planner.schedules.placement import plan_rows
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
+from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
 from ipu_pipeline.planner.search.given_split import factors_of, price_stages
 from ipu_pipeline.planner.search.objective import in_flight
 from ipu_pipeline.planner.search.result import Partition
@@ -178,12 +177,18 @@ def counted_costs(work: Workload) -> GraphCosts:
     return ProfiledCostModel(times, **more).estimate(work.graph, work.machine)
 
 
-def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
+def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = False) -> PlanPrice:
     """Price a plan by adding up its blocks and replaying its schedule row by row.
 
     Args:
         plan: The plan.
         costs: Ways to run every block; they must offer what the plan decided.
+        splits_backward: Gradients of weights can be computed later than those of inputs: half of
+            the backward pass each, as both take the operations of the forward pass. Not in stages
+            that recompute or serialize.
+
+    Raises:
+        ValueError: The schedule cannot run the plan.
     """
     found, outer_s, graph = price_stages(plan, costs)
     copied = boundary_copies(replace(plan, graph=graph))
@@ -199,14 +204,17 @@ def replayed_price(plan: Plan, costs: GraphCosts) -> PlanPrice:
                 0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
             ),
             in_flight=stage.in_flight,
+            weights_s=stage.backward_s / 2
+            if splits_backward and not (stage.recomputed or stage.serialized)
+            else 0.0,
         )
         for stage, copies in zip(found.stages, copied, strict=True)
     )
-    rows, passes = plan_rows(plan), Passes.of(loads, exchanged=False)
-    if plan.schedule == "popart":
-        _, passes_s = lock_stepped(rows, passes, exchanged=False)
-    else:
-        _, passes_s = asynchronous(rows, passes)
+    devices = [load.device for load in loads]
+    shape = PipelineShape.of(
+        plan.num_stages, plan.num_microbatches, devices, training=graph.training
+    )
+    passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.times for load in loads])
     by_device: Counter[int] = Counter()
     for load, seconds in zip(loads, outer_s, strict=True):
         by_device[load.device] += seconds  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.captured import CapturedModel, capture
+from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.stage import Stage, build_stages
@@ -103,7 +103,10 @@ class StageCache:
     def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
         uses = TableUses()
         with autocast_region(self.precision), uses:
-            captured = capture(
+            known = None  # serialized tables are found while a capture runs
+            if not serialized(self.plan):
+                known = take_kept(self.model, microbatch, self.plan.granularity)
+            captured = known or capture(
                 self.model,
                 microbatch,
                 granularity=self.plan.granularity,  # type: ignore[arg-type]
@@ -128,8 +131,8 @@ class StageCache:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
         tables = find_tables(captured, uses, serialized(self.plan))
-        shares = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, shares)
+        row_shards = shard_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -122,6 +123,7 @@ class Progress:
         items = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
         if not bar.disable:
             bar.write(f"step {self.state.global_step}  {'  '.join(items)}")
+            sys.stdout.flush()  # tqdm does not, and a run may end any time
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""

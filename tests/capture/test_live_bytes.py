@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.live_bytes import LiveBytes
+from ipu_pipeline.capture.operations import LiveBytes
 from tests.capture.toys import batch, toy
 
 KIB = 1024

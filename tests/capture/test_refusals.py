@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture import check as check_module
 from ipu_pipeline.capture.captured import CapturedModel
-from ipu_pipeline.capture.meta import named_tensors
+from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError
 from tests.capture.toys import Layer, batch, toy
 from tests.tiny_models import TINY, VOCAB

@@ -49,7 +49,6 @@ def evaluate_loop(
     arguments: TrainingArguments,
     *,
     collate_fn: Collator | None = None,
-    tokenizer: Any = None,
     measure: Measure | None = None,
 ) -> EvalOutput:
     """Evaluate every sample of ``dataset`` once, in order.
@@ -62,12 +61,11 @@ def evaluate_loop(
         dataset: Samples with or without labels.
         arguments: Batch sizes and workers are read.
         collate_fn: As in ``train``.
-        tokenizer: As in ``train``.
         measure: Called with the outputs and the batch; what it returns (axis 0: samples) is kept
             in place of the outputs, such as a few numbers in place of logits over a vocabulary.
     """
     start_s = time.time()
-    collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
+    collator = build_collator(executable.model, arguments, collate_fn)
     size = arguments.per_device_eval_batch_size * arguments.samples_divisor
     sampler = EpochBatches(len(dataset), size, seed=arguments.seed, shuffle=False)  # type: ignore[arg-type]
     loader = BatchLoader(dataset, sampler, collator, arguments.dataloader_num_workers)

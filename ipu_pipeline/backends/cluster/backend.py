@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ipu_pipeline.backends.cluster.schedules import torch_schedules
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search import Constraints, Partition
-from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
-
-# Schedules that torch runs with any number of microbatches.
-_ANY_COUNT = ("gpipe",)
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,11 @@ class ClusterBackend:
 
     name: str = "cluster"
     target: str = "distributed"
-    schedules: tuple[str, ...] = ("1f1b", "gpipe")
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """Those that torch has a class for."""
+        return tuple(kind.name for kind in torch_schedules())
 
     def own_machine(self, num_devices: int | None) -> Machine | None:
         """A cluster is described by its name or file."""
@@ -40,11 +42,12 @@ class ClusterBackend:
         return limits.kept()
 
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
-        """In training torch's 1F1B needs as many microbatches as stages.
+        """In training some of torch's schedules need as many microbatches as stages.
 
         Source: torch.distributed.pipelining.schedules, ``Schedule1F1B._step_microbatches``.
         """
-        if limits.schedule in _ANY_COUNT or limits.total_microbatches or not graph.training:
+        kind = schedule_kind(limits.schedule)
+        if not kind.torch_needs_depth or limits.total_microbatches or not graph.training:
             return limits
         most = min(limits.max_stages or limits.num_microbatches, limits.num_microbatches)
         return replace(limits, max_stages=most)
@@ -57,17 +60,13 @@ class ClusterBackend:
         """Counted or measured seconds."""
         return counted_costs(work)
 
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """The price of a stage is the sum over its blocks."""
-        return None
-
     def placement(self, work: Workload) -> Partition | None:
         """Every split is searched."""
         return None
 
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""
-        return replayed_price(plan, self.costs(workload_of(plan)))
+        return replayed_price(plan, self.costs(workload_of(plan)), splits_backward=True)
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return this process's executable."""

@@ -38,7 +38,7 @@ def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> N
         groups.from_position(tensor, ownership.owner(tensor))
 
 
-class Checkpoints:
+class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
     Args:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, captured, evaluate
-from ipu_pipeline.backends.cluster.checkpoints import Checkpoints, collect_weights
+from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.consistency import BatchCheck
 from ipu_pipeline.backends.cluster.gradients import kept_aside, sum_over_ranks, update
 from ipu_pipeline.backends.cluster.groups import Groups
@@ -76,7 +76,7 @@ class DistributedExecutable:
         self._watchdog = watchdog
         self._owns_processes = owns_processes
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._checkpoints = Checkpoints(model, self._own, groups, background)
+        self._checkpoints = ShardedCheckpoints(model, self._own, groups, background)
         self._ownership: Ownership | None = None
         self._pipelines = Pipelines(options.schedule or plan.schedule, groups)
         self._cache = StageCache(

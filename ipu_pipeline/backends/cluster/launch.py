@@ -164,9 +164,9 @@ def make_spec(
 def choose_processes(plan: Plan, schedule: str, room: int) -> int:
     """Return how many processes run the plan, all replicas together.
 
-    One per stage, or half as many for schedules that put two stages into a process. Where a
-    schedule takes turns over its processes, as many as there is room for: a divisor of the stages,
-    with at least two stages each if that leaves more than one process.
+    As many as the plan has devices, where it puts several stages on one. Otherwise as many as
+    there is room for, of the numbers that the schedule can place the stages on, with at least two
+    stages each if it can and that leaves more than one process.
 
     Args:
         plan: What is to run.
@@ -176,13 +176,13 @@ def choose_processes(plan: Plan, schedule: str, room: int) -> int:
     Raises:
         LoweringError: There is no such schedule, or it cannot run the plan.
     """
-    placement = torch_schedule(schedule).placement
-    if placement == "one":
-        return plan.num_stages * plan.replicas
-    if placement == "v":
-        return max(1, plan.num_stages // 2) * plan.replicas
-    divisors = [n for n in range(1, plan.num_stages + 1) if plan.num_stages % n == 0]
-    possible = [n for n in divisors if _runs(plan, schedule, n)] or [plan.num_stages]
+    kind, depth = torch_schedule(schedule), plan.num_stages
+    placed = [n for n in range(1, depth + 1) if kind.place(depth, n) is not None]
+    placed = placed or [max(1, depth // kind.stages_per_device[0])]
+    possible = [n for n in placed if _runs(plan, schedule, n)] or placed[-1:]
+    planned = len({stage.device for stage in plan.stages})
+    if planned < depth and planned in possible:
+        return planned * plan.replicas
     roomy = [n for n in possible if n * plan.replicas <= room] or possible[:1]
     several = [n for n in roomy if 1 < n < plan.num_stages]
     return max(several or roomy) * plan.replicas

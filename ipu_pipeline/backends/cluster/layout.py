@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.cluster.schedules import check_schedule, torch_schedule
+from ipu_pipeline.backends.cluster.schedules import (
+    check_schedule,
+    position_of_stages,
+    torch_schedule,
+)
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
@@ -18,14 +22,14 @@ class Layout:
         num_replicas: Copies of the pipeline.
         num_ranks: Processes of one pipeline.
         num_stages: Pipeline depth.
-        placement: ``one``, ``loop`` or ``v``, as the schedule asks for.
+        positions: Position in the pipeline that runs each stage, as the schedule asks for.
     """
 
     rank: int
     num_replicas: int
     num_ranks: int
     num_stages: int
-    placement: str
+    positions: tuple[int, ...]
 
     @property
     def replica(self) -> int:
@@ -44,10 +48,7 @@ class Layout:
 
     def position_of(self, stage: int) -> int:
         """Return the position in the pipeline that runs ``stage``."""
-        turn, position = divmod(stage, self.num_ranks)
-        if self.placement == "v" and turn % 2:
-            return self.num_ranks - 1 - position
-        return position
+        return self.positions[stage]
 
 
 def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout:
@@ -68,5 +69,5 @@ def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout
             f"{plan.replicas} replicas; start {plan.num_stages * plan.replicas}"
         )
     check_schedule(schedule, plan.num_stages, num_ranks, plan.num_microbatches)
-    placement = torch_schedule(schedule).placement
-    return Layout(rank, plan.replicas, num_ranks, plan.num_stages, placement)
+    positions = position_of_stages(torch_schedule(schedule), plan.num_stages, num_ranks)
+    return Layout(rank, plan.replicas, num_ranks, plan.num_stages, positions)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.meta import TensorMeta
+from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.serialize import add_gradient

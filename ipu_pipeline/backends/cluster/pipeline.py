@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout
@@ -118,9 +119,9 @@ class TrainingPipeline:
         ]
         kind = torch_schedule(schedule)
         self._untried = kind.splits_backward
-        make: Callable[..., Any] = getattr(torch_pipelining, kind.torch_name)
+        make: type = getattr(torch_pipelining, kind.torch_class or "")
         self._schedule = make(
-            self._stages[0] if kind.placement == "one" else self._stages,
+            self._stages[0] if issubclass(make, PipelineScheduleSingle) else self._stages,
             num_microbatches,
             loss_fn=_weighted_loss,
             scale_grads=False,

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
@@ -68,7 +69,7 @@ def start(
         code = failure.exitcode
         how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
         # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
-        said = failure.message
+        said: Any = failure.message
         why = f": {said['message']}" if isinstance(said, dict) else ""
         tell(f"error: rank {rank} ended {how}{why}\nwhat the ranks wrote: {folder}")
         return code if code > 0 else _SIGNALLED - code
@@ -101,8 +102,8 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
     where = "on this machine"
     if spec.num_nodes > 1:
         where = (
-            f"on each of {'the ' * (not others)}{full} nodes, in any order; {host} is one of "
-            "them; all see plan and script under these paths"
+            f"on {full if others else 'each'} of the {spec.num_nodes} nodes, in any order; "
+            f"{host} is one of them; all see plan and script under these paths"
         )
     threads = [f"env OMP_NUM_THREADS={spec.num_threads}"]
     if spec.num_threads is None:

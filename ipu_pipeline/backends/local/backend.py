@@ -12,8 +12,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.schedules import schedule_names
 from ipu_pipeline.planner.search import Constraints, Partition
-from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,11 @@ class LocalBackend:
 
     name: str = "local"
     target: str = "local"
-    schedules: tuple[str, ...] = ("1f1b", "gpipe", "popart")
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """All; a split backward pass is computed whole, by its first half."""
+        return schedule_names()
 
     def own_machine(self, num_devices: int | None) -> Machine:
         """Measure this machine; ``None``: one device for every thread of torch."""
@@ -51,10 +55,6 @@ class LocalBackend:
     def costs(self, work: Workload) -> GraphCosts:
         """Counted or measured seconds."""
         return counted_costs(work)
-
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """The price of a stage is the sum over its blocks."""
-        return None
 
     def placement(self, work: Workload) -> Partition | None:
         """Every split is searched."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
-from ipu_pipeline.planner.schedules.build import build_schedule
-from ipu_pipeline.planner.schedules.gpipe import forward_only
+from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
+from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import Microbatch, batch_size, cut_batches, split_batch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
@@ -170,19 +171,21 @@ class LocalExecutable(SingleProcessExecutable):
     def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
-        plan = self.plan
         with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
             stages = [self._cache.stages_for(part.inputs) for part in microbatches]
-            name = self.options.schedule or plan.schedule
-            if len(microbatches) < plan.num_microbatches:  # too few for some; the sums are equal
-                name = "1f1b"
-            schedule = build_schedule(name, plan.num_stages, len(microbatches))
+            schedule = self._rows(len(microbatches))
             step = Step(
                 stages, microbatches, self.options, self.global_step, loss_scaling, schedule
             )
             self._run(step)
             step.add_shared_gradients()
         return step
+
+    def _rows(self, num_microbatches: int) -> Schedule:
+        """Return the schedule's rows; 1F1B's where it cannot run so few (the sums are equal)."""
+        kind, shape = shape_to_run(self.plan, self.options)
+        shape = replace(shape, num_microbatches=num_microbatches)
+        return (schedule_kind("1f1b") if kind.problem(shape) else kind).rows(shape)
 
     def _run(self, step: Step) -> None:
         if self._closed or self._broken is not None:
@@ -213,6 +216,29 @@ class LocalExecutable(SingleProcessExecutable):
         if self._threads is None:
             self._threads = StageThreads(self.plan.num_stages, self.options.stall_timeout_s)
         return self._threads
+
+
+def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
+    """Return the schedule and the thread of every stage: the plan's devices, where they fit it.
+
+    Raises:
+        LoweringError: The schedule is unknown, or cannot run so many stages and microbatches.
+    """
+    depth, devices = plan.num_stages, [stage.device for stage in plan.stages]
+    try:
+        kind = schedule_kind(options.schedule or plan.schedule)
+    except ValueError as error:
+        raise LoweringError(f"the local target: {error}") from error
+    shape = PipelineShape.of(depth, plan.num_microbatches, devices)
+    problem = kind.problem(shape)
+    if not problem:
+        return kind, shape
+    for number in kind.stages_per_device:
+        placed = kind.place(depth, max(1, depth // number))
+        again = replace(shape, devices=placed or shape.devices)
+        if not kind.problem(again):
+            return kind, again
+    raise LoweringError(problem)
 
 
 def _mean_loss(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ipu_pipeline.backends.local.executable import LocalExecutable
+from ipu_pipeline.backends.local.executable import LocalExecutable, shape_to_run
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.schedules.build import SCHEDULES
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.stage import recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
@@ -53,10 +52,7 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
             "target runs one pipeline in one process; leave it out, or use target='distributed' "
             "with a plan of several replicas"
         )
-    schedule = options.schedule or plan.schedule
-    if schedule not in SCHEDULES:
-        raise LoweringError(
-            f"the local target has no schedule {schedule!r}; use one of {', '.join(SCHEDULES)}"
-        )
+    if options.training:
+        shape_to_run(plan, options)
     recomputed_blocks(options.recompute, plan)
     check_blocks(plan)

@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Which actions are done, shared by all stages of one step."""
 
     num_stages: int
@@ -53,7 +53,7 @@ class Progress:
     def finish(self, action: Action) -> None:
         """Note that ``action`` is done."""
         with self.changed:
-            self.done.add(action)
+            self.done.add(action.result)
             self.current.pop(action.stage, None)
             self.last_change = time.monotonic()
             self.changed.notify_all()
@@ -69,7 +69,7 @@ class Progress:
         lines = []
         for device, row in enumerate(rows):
             running = next((a for a in row if self.current.get(a.stage) == a), None)
-            waiting = next((a for a in row if a not in self.done), None)
+            waiting = next((a for a in row if a.result not in self.done), None)
             if running is not None:
                 lines.append(f"device {device} is inside {running}")
             elif waiting is not None:
@@ -115,7 +115,7 @@ class StageThreads:
             StageError: A stage raised; its exception is the cause.
             StallError: Nothing was finished for ``stall_timeout_s``.
         """
-        progress = Progress(schedule.num_stages)
+        progress = RunProgress(schedule.num_stages)
         finished = [threading.Event() for _ in schedule.rows]
         for device, row in enumerate(schedule.rows):
             job = partial(_run_row, device, row, work, progress, finished[device])
@@ -132,7 +132,7 @@ class StageThreads:
         self._stop()
 
     def _watch(
-        self, progress: Progress, finished: Sequence[threading.Event], schedule: Schedule
+        self, progress: RunProgress, finished: Sequence[threading.Event], schedule: Schedule
     ) -> None:
         while not all(event.wait(POLL_S) for event in finished):
             silent_s = time.monotonic() - progress.last_change
@@ -168,12 +168,12 @@ def run_sequentially(schedule: Schedule, work: Work) -> None:
     Raises:
         StageError: A stage raised; its exception is the cause.
     """
-    progress = Progress(schedule.num_stages)
+    progress = RunProgress(schedule.num_stages)
     _run_row(0, schedule.total_order(), work, progress, threading.Event())
     raise_failure(progress)
 
 
-def raise_failure(progress: Progress) -> None:
+def raise_failure(progress: RunProgress) -> None:
     """Raise what the first failing stage raised, with its name.
 
     Raises:
@@ -197,7 +197,7 @@ def _run_row(
     device: int,
     row: Sequence[Action],
     work: Work,
-    progress: Progress,
+    progress: RunProgress,
     finished: threading.Event,
 ) -> None:
     action: Action | None = None

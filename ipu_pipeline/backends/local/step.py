@@ -68,7 +68,7 @@ class Step:
             with torch.set_grad_enabled(self.grad):
                 if action.kind == "F":
                     self._forward(stage, action.microbatch)
-                else:
+                elif action.kind != "W":  # I computes both gradients, nothing is left to W
                     self._backward(stage, action.microbatch)
         except Exception as error:
             error.pipeline_block = stage.block  # type: ignore[attr-defined]

@@ -88,9 +88,13 @@ def timeline_figure(plan: Plan, timeline: Timeline) -> Any:
         subplot_titles=[window.title for window in shown] if len(shown) > 1 else None,
     )
     kinds = [kind for kind in KINDS if any(event.kind == kind for event in timeline.events)]
+    listed: set[EventKind] = set()  # plotly lists no kind whose first window has none of it
     for column, window in enumerate(shown, start=1):
         for kind in kinds:
-            figure.add_trace(_bars(window, kind, names, legend=column == 1), row=1, col=column)
+            bars = _bars(window, kind, names, legend=len(listed | {kind}) > len(listed))
+            if bars.y:
+                listed.add(kind)
+                figure.add_trace(bars, row=1, col=column)
         figure.update_xaxes(
             title_text="ms", range=[window.start_s * 1e3, window.end_s * 1e3], row=1, col=column
         )
@@ -98,7 +102,15 @@ def timeline_figure(plan: Plan, timeline: Timeline) -> Any:
     figure.update_layout(layout(height, barmode="overlay", bargap=0.18, uniformtext=_UNIFORM))
     figure.update_layout(margin={"t": 60 if len(shown) > 1 else 36})
     figure.update_xaxes(gridcolor="#eceff2", automargin=True)
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    rows = list(names.values())  # all of them, also those that do nothing in a window
+    figure.update_yaxes(
+        categoryorder="array",
+        categoryarray=rows,
+        range=[len(rows) - 0.5, -0.5],
+        tickmode="linear",
+        showgrid=False,
+        ticksuffix="  ",
+    )
     return figure
 
 

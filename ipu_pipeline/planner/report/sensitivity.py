@@ -16,7 +16,7 @@ from functools import partial
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import backend_of
 from ipu_pipeline.planner.price import make_plan, price, priced, step_s, workload_of
 from ipu_pipeline.planner.search import Constraints, solve
@@ -49,12 +49,12 @@ class Variant:
     problem: str = ""
 
 
-def sensitivity(plan: Plan) -> tuple[Variant, ...]:
-    """Return the plan itself and its neighbours, each split again."""
+def sensitivity(plan: Plan, num_variants: int | None = None) -> tuple[Variant, ...]:
+    """Return the plan itself and its neighbours (at most ``num_variants``), split again."""
     devices = len({stage.device for stage in plan.stages})
     own = Variant("as planned", devices, plan.num_microbatches, "the plan")
-    others = (_solved(plan, variant) for variant in variants(plan, devices))
-    return (_filled(own, replace(plan, stages=_priced_stages(plan))), *others)
+    asked = list(variants(plan, devices))[:num_variants]
+    return (_filled(own, priced(plan)), *(_solved(plan, variant) for variant in asked))
 
 
 def variants(plan: Plan, devices: int) -> Iterator[Variant]:
@@ -67,10 +67,6 @@ def variants(plan: Plan, devices: int) -> Iterator[Variant]:
     yield Variant("twice as many microbatches", devices, 2 * count)
     if count > 1:
         yield Variant("half as many microbatches", devices, (count + 1) // 2)
-
-
-def _priced_stages(plan: Plan) -> tuple[PlannedStage, ...]:
-    return priced(plan).stages
 
 
 def _solved(plan: Plan, variant: Variant) -> Variant:
@@ -97,7 +93,6 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
             backend.costs(work),
             machine,
             limits,
-            stage_pricer=backend.stage_pricer(work),
             step=partial(step_s, work),
         )
         made = make_plan(plan.model, work, found, plan.granularity)

@@ -1,28 +1,35 @@
 """Run a plan's schedule on paper: every device, pass, copy and wait with its time.
 
-Two kinds of schedules. In 1F1B, GPipe and interleaved 1F1B a device goes on as soon as its next
-pass has its input. PopART's cycles are lock-stepped: all devices start a cycle together.
+A device goes on as soon as its next pass has its input (:mod:`.replay`); PopART's cycles are
+lock-stepped: all devices start a cycle together.
 
-The price lets a copy occupy the sender and then the receiver, so a microbatch that fills
-the pipeline pays each copy twice. ``copies="exchanged"`` lets both take part at the same time,
-as the hardware does: asynchronous steps get shorter by the copies on the critical path; in
-PopART all devices wait for the slowest before one common exchange, so steps may get longer
-(largest compute plus largest exchange instead of the largest sum).
+Copies ``charged`` are those of the price: a copy occupies the sender and then the receiver, so a
+microbatch that fills the pipeline pays each copy twice. ``copies="exchanged"`` lets both take
+part at the same time, as the hardware does: asynchronous steps get shorter by the copies on the
+critical path; in PopART all devices wait for the slowest before one common exchange, so steps may
+get longer (largest compute plus largest exchange instead of the largest sum).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Schedule
+from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price, usable_bytes
-from ipu_pipeline.planner.schedules.engines import Passes, asynchronous, lock_stepped
-from ipu_pipeline.planner.schedules.placement import plan_rows
+from ipu_pipeline.planner.schedules.kind import PipelineShape
+from ipu_pipeline.planner.schedules.kinds.popart import cycles
+from ipu_pipeline.planner.schedules.registry import schedule_kind
+from ipu_pipeline.planner.schedules.replay import KINDS, program, start_times
+from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
+from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.schedules.timeline import Event, Timeline
 
 CopyModel = Literal["charged", "exchanged"]
+_make = Event._make
 
 
 def simulate(
@@ -31,11 +38,11 @@ def simulate(
     """Simulate one optimizer step of one replica.
 
     Args:
-        plan: Stages with their predicted seconds and bytes (see ``load.py`` for what is derived).
+        plan: The plan.
         schedule: A schedule or its name; ``None``: the plan's. Its number of microbatches may
             differ from the plan's.
-        copies: ``charged``: one after the other on the sender and on the receiver, as the solver
-            prices them; ``exchanged``: on both at the same time.
+        copies: ``charged``: one after the other on the sender and on the receiver, as they are
+            priced; ``exchanged``: on both at the same time.
 
     Raises:
         ValueError: The schedule is unknown, is for another number of stages, or cannot run.
@@ -73,3 +80,190 @@ def simulate(
         limit_bytes=tuple(usable_bytes(plan.machine, device) for device in devices),
         shared_memory=plan.machine.shared_memory,
     )
+
+
+def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
+    """Return the rows of a plan's schedule, one per device, without backward passes in inference.
+
+    Args:
+        plan: The plan.
+        schedule: Another schedule, or its name; ``None``: the plan's.
+
+    Raises:
+        ValueError: Unknown, for another number of stages, or it cannot run the plan.
+    """
+    devices = [stage.device for stage in plan.stages]
+    training = plan.graph.training
+    if not isinstance(schedule, Schedule):
+        shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
+        return schedule_kind(schedule or plan.schedule).rows(shape)
+    if schedule.num_stages != plan.num_stages:
+        raise ValueError(
+            f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
+        )
+    return one_row_per_device(schedule if training else forward_passes(schedule), devices)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of the passes by number: ``4 stage`` and the position of its kind in ``FBIW``.
+
+    Attributes:
+        device: Device.
+        before_s: Copy into the device.
+        compute_s: Computing.
+        after_s: Copy out of the device.
+        overlap_s: How long before the end of its source on another stage it may start.
+    """
+
+    device: tuple[int, ...]
+    before_s: tuple[float, ...]
+    compute_s: tuple[float, ...]
+    after_s: tuple[float, ...]
+    overlap_s: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, loads: Sequence[StageLoad], *, exchanged: bool) -> Passes:
+        """Number the passes of ``loads``."""
+        before, compute, after, overlap = [], [], [], []
+        for stage, load in enumerate(loads):
+            copies, later = load.copies, load.weights_s
+            back = [copies.gradient_in_s, copies.gradient_in_s, 0.0]
+            before += [copies.activation_in_s, *back]
+            compute += [load.forward_s, load.backward_s, load.backward_s - later, later]
+            after += [copies.activation_out_s, copies.gradient_out_s, copies.gradient_out_s, 0.0]
+            sent = loads[stage - 1].copies.activation_out_s if stage else 0.0
+            returned = loads[stage + 1].copies.gradient_out_s if stage + 1 < len(loads) else 0.0
+            returned = min(returned, copies.gradient_in_s)
+            overlap += [min(sent, copies.activation_in_s), returned, returned, 0.0]
+        device = tuple(load.device for load in loads for _ in KINDS)
+        return cls(device, (*before,), (*compute,), (*after,), (*overlap,) if exchanged else None)
+
+
+def asynchronous(schedule: Schedule, passes: Passes) -> tuple[list[list[Event]], float]:
+    """Let every row run on until it misses an input.
+
+    Returns:
+        The events by row, and the end of the last pass.
+
+    Raises:
+        VerifyError: Some row never gets its input.
+    """
+    made = program(schedule)
+    parts = zip(passes.before_s, passes.compute_s, passes.after_s, strict=True)
+    starts, end_s = start_times(made, [sum(part) for part in parts], passes.overlap_s)
+    found: list[list[Event]] = [[] for _ in schedule.rows]
+    for action, row, number, start in zip(
+        made.actions, made.rows, made.numbers, starts, strict=True
+    ):
+        _append(found[row], passes, number, action, start)
+    return found, end_s
+
+
+def _append(
+    events: list[Event], passes: Passes, number: int, action: Action, start_s: float
+) -> None:
+    """Add one pass with its copies."""
+    device, stage, microbatch = passes.device[number], action.stage, action.microbatch
+    begin_s = start_s + passes.before_s[number]
+    end_s = begin_s + passes.compute_s[number]
+    # _make builds the same tuple as Event(...) in half the time; this is the hot loop.
+    if begin_s > start_s:
+        events.append(_make((device, "copy", stage, microbatch, start_s, begin_s)))
+    kind = "backward" if number & 3 else "forward"
+    events.append(_make((device, kind, stage, microbatch, begin_s, end_s)))
+    if passes.after_s[number] > 0:
+        free_s = end_s + passes.after_s[number]
+        events.append(_make((device, "copy", stage, microbatch, end_s, free_s)))
+
+
+def _number(action: Action) -> int:
+    return 4 * action.stage + KINDS.index(action.kind)
+
+
+def lock_stepped(
+    schedule: Schedule,
+    passes: Passes,
+    *,
+    exchanged: bool,
+    common_s: tuple[float, float] | None = None,
+) -> tuple[list[list[Event]], float]:
+    """Run cycle by cycle: compute and copy, then wait until every device has done so.
+
+    Args:
+        schedule: PopART's, one row per device.
+        passes: Seconds of its passes.
+        exchanged: All devices wait for the slowest pass before one common exchange of what the
+            cycle made; otherwise each device copies for its own passes.
+        common_s: Seconds of one exchange of all devices in every cycle, and of the input of every
+            cycle that starts a microbatch, instead of the copies of ``passes``.
+
+    Returns:
+        The events by row, and the end of the last cycle.
+    """
+    found: list[list[Event]] = [[] for _ in schedule.rows]
+    row_of = {action.stage: index for index, row in enumerate(schedule.rows) for action in row}
+    devices = [passes.device[4 * row[0].stage] for row in schedule.rows]
+    cycle_s = 0.0
+    for cycle in cycles(schedule):
+        free = []
+        for index, cell in enumerate(cycle):
+            now = cycle_s
+            for action in cell:
+                now = _compute(found[index], passes, action, now)
+            free.append(now)
+        met = max(free) if exchanged or common_s else cycle_s
+        if common_s is not None:
+            starts = any(action.kind == "F" and action.stage == 0 for c in cycle for action in c)
+            copies = [common_s[0] + common_s[1] * starts] * len(cycle)
+        else:
+            copies = _exchange(cycle, passes, row_of) if exchanged else _charge(cycle, passes)
+        cycle_s = max(max(now, met) + copy for now, copy in zip(free, copies, strict=True))
+        for index, (now, copy) in enumerate(zip(free, copies, strict=True)):
+            start_s = max(now, met)
+            _wait(found[index], devices[index], now, start_s)
+            if copy > 0:
+                found[index].append(
+                    Event(devices[index], "copy", None, None, start_s, start_s + copy)
+                )
+            _wait(found[index], devices[index], start_s + copy, cycle_s)
+    return found, cycle_s
+
+
+def _compute(events: list[Event], passes: Passes, action: Action, start_s: float) -> float:
+    number = _number(action)
+    end_s = start_s + passes.compute_s[number]
+    kind: Literal["forward", "backward"] = "backward" if number & 3 else "forward"
+    device = passes.device[number]
+    events.append(Event(device, kind, action.stage, action.microbatch, start_s, end_s))
+    return end_s
+
+
+def _wait(events: list[Event], device: int, start_s: float, end_s: float) -> None:
+    if end_s > start_s:
+        events.append(Event(device, "sync", None, None, start_s, end_s))
+
+
+def _charge(cycle: Sequence[Sequence[Action]], passes: Passes) -> list[float]:
+    """Copies of each row's own passes, both ways, as the solver charges them."""
+    return [
+        sum(passes.before_s[number] + passes.after_s[number] for number in map(_number, cell))
+        for cell in cycle
+    ]
+
+
+def _exchange(
+    cycle: Sequence[Sequence[Action]], passes: Passes, row_of: dict[int, int]
+) -> list[float]:
+    """Copies of what this cycle made, on the rows that send and on those that receive."""
+    seconds = [0.0] * len(cycle)
+    last = max(row_of)
+    for index, cell in enumerate(cycle):
+        for action in cell:
+            number = _number(action)
+            seconds[index] += passes.after_s[number]
+            target = action.stage + (1 if action.kind == "F" else -1)
+            if 0 <= target <= last:
+                receiver = 4 * target + KINDS.index(action.kind)
+                seconds[row_of[target]] += passes.before_s[receiver]
+    return seconds

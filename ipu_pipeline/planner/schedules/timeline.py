@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
-from ipu_pipeline.planner.schedules.load import StageLoad
+from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 
 EventKind = Literal["forward", "backward", "copy", "sync", "update"]
 KINDS: tuple[EventKind, ...] = ("forward", "backward", "copy", "sync", "update")
@@ -210,12 +211,12 @@ def pace(timeline: Timeline) -> float:
 def _curve(
     device: int, events: list[Event], loads: tuple[StageLoad, ...], limit_bytes: int
 ) -> MemoryCurve:
-    """Add up one device's passes: stash from forward to backward, workspace inside a pass."""
-    training = any(event.kind == "backward" for event in events)
+    """Add up one device's passes: stash from forward to last backward, workspace inside a pass."""
+    left = Counter((stage, microbatch) for _, _, stage, microbatch, _, _ in events)
     weights = sum(load.weight_bytes for load in loads if load.device == device)
     times, held = [0.0], [weights]
     stash = peak_stash = peak = flying = most = 0
-    for _, kind, stage, _, start_s, end_s in events:
+    for _, kind, stage, microbatch, start_s, end_s in events:
         assert stage is not None
         load = loads[stage]
         if kind == "forward":
@@ -224,7 +225,8 @@ def _curve(
         total = weights + stash + load.workspace_bytes
         if total > peak:
             peak, peak_stash = total, stash
-        if kind == "backward" or not training:
+        left[stage, microbatch] -= 1
+        if left[stage, microbatch] == 0:
             stash, flying = stash - load.stash_bytes, flying - 1
         times += (start_s, end_s)
         held += (total, weights + stash)

@@ -12,14 +12,14 @@ device has several stages, its layers are in the first of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.select import select
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
-from ipu_pipeline.planner.search.objective import SCHEDULES, ScheduleName
+from ipu_pipeline.planner.search.objective import check_schedule_name
 
 TiedPolicy = Literal["same_device", "exchange", "free"]
 _TIED: tuple[TiedPolicy, ...] = ("same_device", "exchange", "free")
@@ -61,7 +61,7 @@ class Constraints:
 
     num_stages: int | None = None
     num_microbatches: int = 1
-    schedule: ScheduleName = "1f1b"
+    schedule: str = "1f1b"
     execution_order: bool = False
     stage_devices: tuple[int, ...] | None = None
     tied: TiedPolicy = "free"
@@ -97,6 +97,14 @@ class Constraints:
                 f"{self.num_stages}; leave num_stages out"
             )
 
+    def with_stages(self, stages: Sequence[Sequence[str]]) -> Constraints:
+        """Return these limits with every block in the given stage: a split chosen elsewhere."""
+        return replace(
+            self,
+            num_stages=len(stages),
+            pinned_stages={name: n for n, stage in enumerate(stages) for name in stage},
+        )
+
     def factors(self, names: Iterable[str]) -> dict[str, int]:
         """Return the slices that ``serialize`` asks for, by block; 1 is whole."""
         known = tuple(names)
@@ -112,8 +120,7 @@ class Constraints:
         return {**given, "update_s": dict(self.update_s)} if self.update_s else given
 
     def _check_names(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; use one of {SCHEDULES}")
+        check_schedule_name(self.schedule)
         if self.tied not in _TIED:
             raise ValueError(f"unknown tied policy {self.tied!r}; use one of {_TIED}")
         named = isinstance(self.recompute, tuple)

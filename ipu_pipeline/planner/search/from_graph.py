@@ -11,7 +11,7 @@ from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import in_flight
+from ipu_pipeline.planner.search.objective import stages_in_flight
 from ipu_pipeline.planner.search.problem import Exchange, Option, Problem, Shared, Slot, Value
 
 
@@ -82,6 +82,9 @@ def build_slots(
     """Describe every stage position of a pipeline over ``stage_devices``."""
     usable = [device.memory_bytes - device.reserved_bytes for device in machine.devices]
     last = len(stage_devices) - 1
+    kept = stages_in_flight(
+        constraints.schedule, stage_devices, num_microbatches, training=graph.training
+    )
     slots = []
     for stage, device in enumerate(stage_devices):
         pooled = machine.shared_memory
@@ -91,12 +94,7 @@ def build_slots(
                 pool=-1 if pooled else device,
                 capacity=float(sum(usable) if pooled else usable[device]),
                 speed=costs.speed(device),
-                in_flight=in_flight(
-                    constraints.schedule,
-                    last - stage + 1,
-                    num_microbatches,
-                    training=graph.training,
-                ),
+                in_flight=kept[stage],
                 link_in=_link(machine, stage_devices, stage - 1, stage) if stage else None,
                 link_out=_link(machine, stage_devices, stage, stage + 1) if stage < last else None,
                 forbidden=_forbidden(graph, constraints, stage, device),

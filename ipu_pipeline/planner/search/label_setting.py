@@ -98,6 +98,7 @@ class LabelSettingSearch:
         boundaries: For 0..num_stages stages done: which sets of the lattice are allowed.
         deadline: ``time.monotonic()`` at which to stop; ``None`` never.
         load_limit_s: Stages with a larger load cannot be part of a better split.
+        proof_s: Stop proving after so many seconds; the bound says what is left open.
         fits_together: Says whether the stages of one memory fit it together, where bytes do not
             simply add up; such labels compare only with equal stages in the open memories.
         true_s: Seconds of a whole split where the objective is only a bound of them.
@@ -110,6 +111,7 @@ class LabelSettingSearch:
     boundaries: Sequence[Bools]
     deadline: float | None = None
     load_limit_s: float = inf
+    proof_s: float = inf
     fits_together: Callable[[Parts], bool] | None = None
     true_s: Callable[[Sequence[int], Sequence[StagePrice]], float] | None = None
     _steps: list[dict[int, list[_Step]]] = field(default_factory=list)
@@ -117,10 +119,17 @@ class LabelSettingSearch:
 
     def __post_init__(self) -> None:
         self._resources = _resources(self.objective, [slot.device for slot in self.slots])
+        everywhere = (1,) * len(self.slots)
+        even = [  # the busiest device has at least its share of all passes
+            (row.forward == row.backward == everywhere and row.extra < 0 and not row.resources)
+            / len({slot.device for slot in self.slots})
+            for row in self.objective.rows
+        ]
         order = [column for kind in self._resources for column in kind.columns]
         self._order = np.array(order)
         weights = np.array([*(row.weight for row in self.objective.rows), 1], float)
         self._weights = weights[self._order]
+        self._even = np.array([*even, 0.0])[self._order]
         pools = [slot.pool for slot in self.slots]
         self._open_pools = [_still_open(pools, s) for s in range(len(pools) + 1)]
         self._pool_is_shared = [pools.count(pool) > 1 for pool in pools]
@@ -131,6 +140,8 @@ class LabelSettingSearch:
         if not self._tabulate():
             return SearchResult(self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
+        if self.proof_s < inf:
+            self.deadline = min(self.deadline or inf, monotonic() + self.proof_s)
         full = self._pass(min(upper_bound, quick.objective), None)
         return SearchResult.of(full.lower_bound, (*full.pipelines, *quick.pipelines))
 
@@ -228,10 +239,11 @@ class LabelSettingSearch:
 
     def _bound(self, stage: int, position: int, rows: tuple[Floats, ...], total_s: float) -> float:
         rest = self._to_go[stage][position]
+        in_all_s = total_s + rest[-1]
         reached = np.concatenate([table.max(axis=0) for table in rows])
-        paced = np.maximum(reached, rest[:-1]) @ self._weights
-        spread = self.objective.sum_weight * (total_s + rest[-1])
-        return float(paced + spread + self.objective.fixed_s)
+        busiest = np.maximum(np.maximum(reached, rest[:-1]), in_all_s * self._even)
+        spread = self.objective.sum_weight * in_all_s
+        return float(busiest @ self._weights + spread + self.objective.fixed_s)
 
     def _extend(self, label: _Label, stage: int, step: _Step) -> _Label | None:
         """Add one stage; ``None`` if it breaks a memory or a device group."""

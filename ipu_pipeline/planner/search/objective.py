@@ -1,193 +1,109 @@
-"""What a split costs per optimizer step, under each schedule.
+"""Step times for the search: those of the schedules, and ``maxload``.
 
-Every schedule here is a flushed pipeline whose step time has one form. A *row* q gives each
-stage s two 0/1 numbers; a device's load in the row adds up over its stages, and the row costs
-its weight times the load of the busiest device::
-
-    step = sum_q weight_q * max_device sum_(s on device) (forward_q[s] f_s + backward_q[s] b_s)
-           + sum_weight * sum_s (f_s + b_s)
-           + max_device sum_(s on device) outer_s
-
-f_s and b_s are the seconds for which one microbatch occupies the stage's device, transfers over
-its boundaries included; outer_s is the optimizer update and gradient all-reduce per step.
-
-``maxload``
-    One row of weight 1: seconds per microbatch in steady state.
-``1f1b``
-    (G-1) * max_s (f_s+b_s) + sum_s (f_s+b_s): the busiest stage paces G-1 microbatches, one
-    microbatch runs through all stages to fill and flush. Narayanan et al., PipeDream (SOSP
-    2019), section 3.2, and Megatron-LM (SC 2021), section 2.2, which gives the balanced case
-    (G+F-1)(f+b). The period max_s(f_s+b_s) is exact for 1F1B; fill and flush are modelled: on
-    random stage times the simulated makespan was between 0.76 and 1.28 of this formula, for
-    stages within 10 % of each other within 8 % (30,000 and 20,000 samples, 1-6 stages).
-``gpipe``
-    (G-1) (max f + max b) + sum (f+b): all forwards, then all backwards. Huang et al., GPipe
-    (NeurIPS 2019), section 2.3.
-``popart``
-    T_fill + (G-S+1) T_main + T_flush with S = 2F-1 training stages (F in inference), cycle by
-    cycle; PopART's implicit pipelining (popart ``transforms/pipeline.cpp``, PipelineInfo;
-    ``popx/popprograms.cpp``, addPipelineCycle), as derived in ``shared/POPART_PIPELINE.md``.
-    The one inter-IPU copy of a cycle is charged to the stages that send and receive.
+``maxload`` is no schedule but the objective of the public instances: seconds per microbatch of the
+busiest device in steady state, with one microbatch held.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from ipu_pipeline.planner.search.stage_price import StagePrice
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
+from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm
 
-ScheduleName = Literal["1f1b", "gpipe", "popart", "maxload"]
-SCHEDULES: tuple[ScheduleName, ...] = ("1f1b", "gpipe", "popart", "maxload")
+MAXLOAD = "maxload"
+
+__all__ = [
+    "MAXLOAD",
+    "Objective",
+    "PacedTerm",
+    "check_schedule_name",
+    "in_flight",
+    "least_microbatches",
+    "make_objective",
+    "schedule_problem",
+    "stages_in_flight",
+]
 
 
-@dataclass(frozen=True)
-class PacedTerm:
-    """One ``weight * busiest device`` term.
+def check_schedule_name(schedule: str) -> None:
+    """Refuse a name that no schedule has.
 
-    Attributes:
-        weight: How often it is paid.
-        forward: 1 for every stage whose forward pass it counts.
-        backward: 1 for every stage whose backward pass it counts.
-        extra: Position in ``Price.extra_s`` of the seconds that it counts instead; -1 for none.
-        resources: What each stage loads in this row, such as a link or a board; stages with equal
-            numbers add up. ``None``: the stage's device.
+    Raises:
+        ValueError: Lists the known ones.
     """
-
-    weight: float
-    forward: tuple[int, ...]
-    backward: tuple[int, ...]
-    extra: int = -1
-    resources: tuple[int, ...] | None = None
-
-    def load_s(self, stage: int, price: StagePrice) -> float:
-        """Seconds that ``stage`` at ``price`` adds to its device in this row."""
-        if self.extra >= 0:
-            return price.extra_s[self.extra]
-        return (
-            self.forward[stage] * price.forward_load_s
-            + self.backward[stage] * price.backward_load_s
-        )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Seconds per optimizer step as rows and a sum (module docstring).
-
-    Attributes:
-        rows: Terms paced by the busiest device.
-        sum_weight: Factor of the sum over all stages.
-        num_stages: Stages it is made for.
-        fixed_s: Seconds per step that no split changes.
-    """
-
-    rows: tuple[PacedTerm, ...]
-    sum_weight: int
-    num_stages: int
-    fixed_s: float = 0.0
-
-    @property
-    def splits_passes(self) -> bool:
-        """Whether forward and backward are weighted differently somewhere."""
-        return any(row.forward != row.backward for row in self.rows)
-
-    def seconds(self, devices: Sequence[int], prices: Sequence[StagePrice]) -> float:
-        """Return the step time of stages with ``prices`` on ``devices``."""
-        total = self.fixed_s + self.sum_weight * sum(price.load_s for price in prices)
-        for row in self.rows:
-            loads: Counter[int] = Counter()
-            resources = row.resources or devices
-            for stage, (resource, price) in enumerate(zip(resources, prices, strict=True)):
-                loads[resource] += row.load_s(stage, price)  # type: ignore[assignment]
-            total += row.weight * max(loads.values())
-        outer: Counter[int] = Counter()
-        for device, price in zip(devices, prices, strict=True):
-            outer[device] += price.outer_s  # type: ignore[assignment]
-        return total + max(outer.values(), default=0.0)
+    known = (*schedule_names(), MAXLOAD)
+    if schedule not in known:
+        raise ValueError(f"schedule {schedule!r} is unknown; use one of {', '.join(known)}")
 
 
 def make_objective(
-    schedule: ScheduleName, num_stages: int, num_microbatches: int, *, training: bool = True
+    schedule: str,
+    num_stages: int,
+    num_microbatches: int,
+    devices: Sequence[int] | None = None,
+    *,
+    training: bool = True,
 ) -> Objective:
-    """Build the step time of ``schedule`` (formulas in the module docstring).
+    """Build the step time of ``schedule``.
 
     Args:
-        schedule: One of ``SCHEDULES``.
+        schedule: Name of a schedule, or ``maxload``.
         num_stages: Stages of the forward pass, at least 1.
         num_microbatches: Microbatches per optimizer step and replica, at least 1.
-        training: Whether there is a backward pass (PopART then has 2F-1 stages).
+        devices: Device of every stage; ``None``: a device each.
+        training: Whether there is a backward pass.
 
     Raises:
-        ValueError: PopART cannot fill the pipeline with so few microbatches.
+        ValueError: The schedule cannot run so.
     """
-    ones = (1,) * num_stages
-    zeros = (0,) * num_stages
-    if schedule == "maxload":
-        return Objective((PacedTerm(1, ones, ones),), 0, num_stages)
-    if schedule == "1f1b":
-        return Objective((PacedTerm(num_microbatches - 1, ones, ones),), 1, num_stages)
-    if schedule == "gpipe":
-        repeats = num_microbatches - 1
-        return Objective(
-            (PacedTerm(repeats, ones, zeros), PacedTerm(repeats, zeros, ones)), 1, num_stages
-        )
-    return _popart(num_stages, num_microbatches, training=training)
+    if schedule == MAXLOAD:
+        return Objective.paced(1, 0, num_stages)
+    shape = PipelineShape.of(num_stages, num_microbatches, devices, training=training)
+    return schedule_kind(schedule).objective(shape)
 
 
-def least_microbatches(schedule: ScheduleName, num_stages: int, *, training: bool = True) -> int:
+def schedule_problem(
+    schedule: str, devices: Sequence[int], num_microbatches: int, *, training: bool = True
+) -> str:
+    """Return why ``schedule`` cannot run stages on ``devices``; empty: it can."""
+    if schedule == MAXLOAD:
+        return ""
+    shape = PipelineShape.of(len(devices), num_microbatches, devices, training=training)
+    return schedule_kind(schedule).problem(shape)
+
+
+def least_microbatches(
+    schedule: str, num_stages: int, devices: Sequence[int] | None = None, *, training: bool = True
+) -> int:
     """Return the fewest microbatches per step that ``schedule`` accepts (PopART: its stages)."""
-    if schedule != "popart":
+    if schedule == MAXLOAD:
         return 1
-    return 2 * num_stages - 1 if training else num_stages
+    shape = PipelineShape.of(num_stages, 1, devices, training=training)
+    return schedule_kind(schedule).least_microbatches(shape)
+
+
+def stages_in_flight(
+    schedule: str, devices: Sequence[int], num_microbatches: int, *, training: bool = True
+) -> tuple[int, ...]:
+    """Return how many microbatches every stage keeps, stages being on ``devices``."""
+    if schedule == MAXLOAD:
+        return (1,) * len(devices)
+    shape = PipelineShape.of(len(devices), num_microbatches, devices, training=training)
+    return schedule_kind(schedule).in_flight(shape)
 
 
 def in_flight(
-    schedule: ScheduleName, stages_to_end: int, num_microbatches: int, *, training: bool = True
+    schedule: str, stages_to_end: int, num_microbatches: int, *, training: bool = True
 ) -> int:
     """Return how many microbatches a stage keeps; ``stages_to_end`` counts the stage itself.
 
-    1F1B keeps one per stage from here to the end, PopART 2(F-1-i)+1 (pipeline.cpp,
-    getStashSize), GPipe all of them, inference one.
+    For schedules with several stages per device: the last stage on one device.
     """
-    if not training or schedule == "maxload":
+    if schedule == MAXLOAD or not training:
         return 1
-    if schedule == "gpipe":
-        return num_microbatches
-    depth = stages_to_end if schedule == "1f1b" else 2 * stages_to_end - 1
-    return min(depth, num_microbatches)
-
-
-def _popart(num_stages: int, num_microbatches: int, *, training: bool) -> Objective:
-    total = least_microbatches("popart", num_stages, training=training)
-    if num_microbatches < total:
-        raise ValueError(
-            f"PopART runs {num_stages} stages as {total} pipeline stages and needs at least "
-            f"{total} microbatches per step, got {num_microbatches}"
-        )
-    terms: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
-    for cycle in range(total - 1):
-        terms[_active(num_stages, total, 0, cycle, training=training)] += 1
-        terms[_active(num_stages, total, cycle + 1, total - 1, training=training)] += 1
-    terms[_active(num_stages, total, 0, total - 1, training=training)] += (
-        num_microbatches - total + 1
-    )
-    rows = tuple(
-        PacedTerm(weight, forward, backward) for (forward, backward), weight in terms.items()
-    )
-    return Objective(rows, 0, num_stages)
-
-
-def _active(
-    num_stages: int, total: int, first: int, last: int, *, training: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which passes are busy when pipeline stages ``first`` to ``last`` are.
-
-    The last forward stage holds its own backward pass; that of stage i is stage 2(F-1)-i.
-    """
-    forward = tuple(int(first <= stage <= last) for stage in range(num_stages))
-    backward = tuple(
-        int(training and first <= total - 1 - stage <= last) for stage in range(num_stages)
-    )
-    return forward, backward if training else forward
+    kind = schedule_kind(schedule)
+    if kind.any_devices:
+        return kind.in_flight(PipelineShape.of(stages_to_end, num_microbatches))[0]
+    depth = kind.stages_per_device[0]
+    return kind.in_flight(PipelineShape.of(depth, num_microbatches, (0,) * depth))[-1]

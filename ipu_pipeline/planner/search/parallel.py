@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import least_microbatches
+from ipu_pipeline.planner.search.objective import MAXLOAD, schedule_problem
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,19 @@ def parallel_configurations(
     """
     available = len(machine.devices)
     _check_depth(graph, constraints, available)
-    found, short = [], 0
+    found, problem = [], ""
     for replicas in _replica_counts(constraints, available):
         total = constraints.total_microbatches
         microbatches = constraints.num_microbatches if total is None else total // replicas
         for devices in _pipelines(graph, constraints, available // replicas):
-            needed = least_microbatches(constraints.schedule, len(devices), training=graph.training)
-            if needed > microbatches:
-                short = max(short, needed)
-            elif len(devices) <= len(graph.blocks):
+            wrong = schedule_problem(
+                constraints.schedule, devices, microbatches, training=graph.training
+            )
+            problem = wrong or problem
+            if not wrong and len(devices) <= len(graph.blocks):
                 found.append(ParallelConfiguration(replicas, microbatches, devices))
-    if not found and short:
-        raise PartitionError(
-            f"PopART needs at least {short} microbatches per step for the "
-            f"{(short + 1) // 2 if graph.training else short} stages asked for, got "
-            f"{constraints.total_microbatches or constraints.num_microbatches}; raise gradient "
-            "accumulation or use fewer stages"
-        )
+    if not found and problem:
+        raise PartitionError(problem)
     if not found:
         raise PartitionError(
             f"no pipeline to try: {constraints.replicas or 'every number of'} replicas, "
@@ -81,7 +78,7 @@ def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) ->
         raise PartitionError(
             f"{depth} stages need at least as many blocks, the graph has {len(graph.blocks)}"
         )
-    needed = len(set(devices)) if devices else depth
+    needed = len(set(devices)) if devices else _least_devices(constraints, depth)
     if constraints.num_stages is not None and _may_return(graph, constraints):
         needed -= 1
     if needed * (constraints.replicas or 1) > available:
@@ -89,6 +86,17 @@ def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) ->
             f"{depth} stages x {constraints.replicas or 1} replicas need "
             f"{needed * (constraints.replicas or 1)} devices, the machine offers {available}"
         )
+
+
+def _least_devices(constraints: Constraints, depth: int) -> int:
+    """Return the fewest devices that the schedule can put ``depth`` stages on."""
+    kind = None if constraints.schedule == MAXLOAD else schedule_kind(constraints.schedule)
+    if kind is None or kind.any_devices or constraints.num_stages is None:
+        return depth
+    counts = [count for count in range(1, depth + 1) if kind.place(depth, count) is not None]
+    if not counts:
+        raise PartitionError(kind.problem(PipelineShape.of(depth, 1)))
+    return counts[0]
 
 
 def _replica_counts(constraints: Constraints, available: int) -> Iterator[int]:
@@ -114,6 +122,14 @@ def _pipelines(
             yield constraints.stage_devices
         return
     wanted = constraints.num_stages
+    kind = None if constraints.schedule == MAXLOAD else schedule_kind(constraints.schedule)
+    if kind is not None and not kind.any_devices:
+        for count in range(1, per_pipeline + 1):
+            for depth in [wanted] if wanted else [count * n for n in kind.stages_per_device]:
+                devices = kind.place(depth, count)
+                if devices is not None and depth <= (constraints.max_stages or depth):
+                    yield devices
+        return
     for depth in _device_counts(constraints, per_pipeline):
         if wanted is None or depth == wanted:
             yield tuple(range(depth))

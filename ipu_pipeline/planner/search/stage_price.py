@@ -10,7 +10,7 @@ blocks still open cannot beat a selection that is already known (Dantzig's bound
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 from typing import Protocol
@@ -145,6 +145,9 @@ class OptionPricer:
         self.problem = problem
         self._split_passes = split_passes
         self._stage_memo: dict[tuple[tuple[int, ...], int, float, bool], list[Selection]] = {}
+        self._frontiers: dict[tuple[int, float], dict[tuple[int, ...], list[Point]]] = {}
+        # Whether some stage has more undominated ways than were kept: its optimum is not proven.
+        self.thinned = False
         numbers: dict[tuple[Option, ...], int] = {}
         self._menu = [numbers.setdefault(ways, len(numbers)) for ways in problem.options]
         self._alive: dict[int, list[Value]] = {}
@@ -281,16 +284,41 @@ class OptionPricer:
     def _selections(
         self, stage: int, slot: Slot, budget: float, *, shared_pool: bool
     ) -> list[Selection]:
-        key = (tuple(self._menu[b] for b in bits(stage)), slot.in_flight, budget, shared_pool)
+        """Ways to run the stage; what counts is how many blocks of each kind it has."""
+        blocks = sorted(bits(stage), key=self._menu.__getitem__)
+        menus = tuple(self._menu[block] for block in blocks)
+        key = (menus, slot.in_flight, budget, shared_pool)
         if key not in self._stage_memo:
-            ways = [self.problem.options[block] for block in bits(stage)]
+            ways = [self.problem.options[block] for block in blocks]
             if shared_pool or (self._split_passes and _forward_varies(ways)):
-                found = pareto(ways, slot.in_flight, budget, by_memory=shared_pool)
+                points = self._frontier(menus, ways, slot)
+                found = within(points, budget, by_memory=shared_pool)
             else:
                 one = least_time(ways, slot.in_flight, budget)
                 found = [] if one is None else [one]
             self._stage_memo[key] = found
-        return self._stage_memo[key]
+        order = sorted(range(len(blocks)), key=blocks.__getitem__)
+        return [
+            replace(item, picks=tuple(item.picks[place] for place in order))
+            for item in self._stage_memo[key]
+        ]
+
+    def _frontier(
+        self, menus: tuple[int, ...], ways: Sequence[Sequence[Option]], slot: Slot
+    ) -> list[Point]:
+        """Undominated selections, grown block by block from the longest known beginning."""
+        known = self._frontiers.setdefault((slot.in_flight, slot.capacity), {(): [NOTHING]})
+        length = len(menus)
+        while menus[:length] not in known:
+            length -= 1
+        points = known[menus[:length]]
+        most = EXACT_POINTS if len(menus) <= EXACT_BLOCKS else MOST_POINTS
+        for number in range(length, len(menus)):
+            points = grown(points, ways[number], slot.in_flight, slot.capacity)
+            if len(points) > most:
+                points, self.thinned = _thinned(points, most), True
+            known[menus[: number + 1]] = points
+        return points
 
 
 def message_s(link: Link, num_bytes: float) -> float:
@@ -305,6 +333,11 @@ def _forward_varies(ways: Sequence[Sequence[Option]]) -> bool:
 Floats = NDArray[np.float64]
 # Seconds forward and backward, bytes held, largest workspace, picks.
 Point = tuple[float, float, float, float, tuple[int, ...]]
+NOTHING: Point = (0.0, 0.0, 0.0, 0.0, ())
+# Most undominated selections that are kept of a stage: of few blocks, and of more.
+EXACT_BLOCKS = 12
+EXACT_POINTS = 512
+MOST_POINTS = 64
 _EPS = 1e-12
 # A table of pairs is quicker for some; of more it takes too much memory.
 _MOST_IN_A_TABLE = 512
@@ -374,23 +407,48 @@ def pareto(
         budget_bytes: Largest ``held_bytes``.
         by_memory: Also keep slower selections that hold fewer bytes (the memory is shared).
     """
-    points: list[Point] = [(0.0, 0.0, 0.0, 0.0, ())]
+    points = [NOTHING]
     for options in ways:
-        grown = [
+        points = grown(points, options, in_flight, budget_bytes)
+    return within(points, budget_bytes, by_memory=by_memory)
+
+
+def grown(
+    points: Sequence[Point], options: Sequence[Option], in_flight: int, budget_bytes: float
+) -> list[Point]:
+    """Add one block to the undominated selections of others."""
+    return _undominated(
+        [
             (f + o.forward_s, b + o.backward_s, held + o.held_bytes(in_flight),
              max(space, o.workspace_bytes), (*picks, pick))
             for f, b, held, space, picks in points
             for pick, o in enumerate(options)
             if held + o.held_bytes(in_flight) + max(space, o.workspace_bytes) <= budget_bytes
-        ]  # fmt: skip
-        points = _undominated(grown)
-    results = [Selection(f, b, held + space, picks) for f, b, held, space, picks in points]
+        ]
+    )  # fmt: skip
+
+
+def within(points: Sequence[Point], budget_bytes: float, *, by_memory: bool) -> list[Selection]:
+    """Selections of ``points`` that fit, without those that another one dominates."""
+    results = [
+        Selection(f, b, held + space, picks)
+        for f, b, held, space, picks in points
+        if held + space <= budget_bytes
+    ]
     results.sort(key=lambda s: (s.forward_s + s.backward_s, s.held_bytes))
     kept: list[Selection] = []
     for item in results:
         if not any(_dominates(other, item, by_memory=by_memory) for other in kept):
             kept.append(item)
     return kept
+
+
+def _thinned(points: list[Point], most: int) -> list[Point]:
+    """Keep ``most`` of them, evenly by time, the quickest and the smallest ones included."""
+    points = sorted(points, key=lambda point: point[0] + point[1])
+    step = (len(points) - 1) / (most - 2)
+    smallest = min(points, key=lambda point: point[2] + point[3])
+    return [*(points[round(step * n)] for n in range(most - 1)), smallest]
 
 
 def _dominates(first: Selection, second: Selection, *, by_memory: bool) -> bool:

@@ -18,11 +18,12 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES
+from ipu_pipeline.backends.cluster.schedules import torch_schedule, torch_schedules
 from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes
 from tests.tiny_models import TINY
 
+SCHEDULES = tuple(kind.name for kind in torch_schedules())
 TOLERANCE = 1e-6
 # Of one parameter's gradients, relative to the largest of them: far below one lost microbatch.
 OWN_TOLERANCE = 1e-3
@@ -37,8 +38,7 @@ def case(schedule: str, processes: int) -> dict[str, Any]:
     Schedules with several stages per process get two, of half layers where layers are too few,
     and a microbatch for each of them.
     """
-    one = SCHEDULES[schedule].placement == "one"
-    num_stages = processes if one else 2 * processes
+    num_stages = processes * torch_schedule(schedule).stages_per_device[0]
     planned = {
         "num_stages": num_stages,
         "microbatches": max(jobs.MICROBATCHES, num_stages),

@@ -10,7 +10,12 @@ import pytest
 from ipu_pipeline.backends.cluster.batches import dealt
 from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES, check_schedule, schedule_for
+from ipu_pipeline.backends.cluster.schedules import (
+    check_schedule,
+    schedule_for,
+    torch_schedule,
+    torch_schedules,
+)
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
 
@@ -174,7 +179,7 @@ def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(four: Pro
 
 def test_parts_are_dealt_evenly_and_the_last_replica_has_the_last() -> None:
     for replicas in range(1, 5):
-        layouts = [Layout(2 * replica, replicas, 2, 2, "one") for replica in range(replicas)]
+        layouts = [Layout(2 * replica, replicas, 2, 2, (0, 1)) for replica in range(replicas)]
         for count in range(1, 13):
             found = [dealt(range(count), layout) for layout in layouts]
             assert [part for parts in found for part in parts] == list(range(count))
@@ -190,12 +195,12 @@ def test_a_schedule_that_cannot_run_so_few_is_replaced_in_its_placement() -> Non
     assert schedule_for("interleaved", 4, 2, 3) == "interleaved"
     assert schedule_for("interleaved", 4, 2, 5) == "looped_bfs"
     assert schedule_for("dualpipev", 4, 2, 3) == "zbv"
-    for name, schedule in SCHEDULES.items():
-        num_stages = 2 if schedule.placement == "one" else 4
+    for kind in torch_schedules():
+        num_stages = 2 * kind.stages_per_device[0]
         for count in range(1, 9):
-            found = schedule_for(name, num_stages, 2, count)
+            found = schedule_for(kind.name, num_stages, 2, count)
             check_schedule(found, num_stages, 2, count)
-            assert SCHEDULES[found].placement == schedule.placement
+            assert torch_schedule(found).place == kind.place
 
 
 def test_a_batch_is_described_whatever_it_holds() -> None:

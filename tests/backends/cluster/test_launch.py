@@ -64,8 +64,8 @@ def test_only_processes_that_the_schedule_can_run_are_chosen(make_plan) -> None:
     [
         ("popart", None, "has no schedule 'popart'"),
         ("1f1b", 4, "1f1b runs one stage per process: 6 stages do not fit 4 processes"),
-        ("zbv", 6, "zbv runs exactly 2 stages per process: 6 stages do not fit 6"),
-        ("looped_bfs", 4, "6 stages cannot be shared by 4 processes"),
+        ("zbv", 6, "zbv runs exactly 2 stages per process, which they visit in a V: 6 stages do"),
+        ("looped_bfs", 4, "6 stages do not fit 4 processes"),
         ("looped_bfs", 12, "12 processes are more than the plan's 6 stages x 1 replicas"),
     ],
 )
@@ -79,7 +79,10 @@ def test_processes_that_do_not_fit_are_refused(
 
 def test_an_odd_number_of_stages_in_a_v_is_refused(make_plan) -> None:
     request = LaunchRequest(schedule="zbv")
-    with pytest.raises(LoweringError, match="zbv runs exactly 2 stages per process: 3 stages"):
+    with pytest.raises(
+        LoweringError,
+        match="zbv runs exactly 2 stages per process, which they visit in a V: 3 stages",
+    ):
         make_spec(make_plan(3), PLAN, ("/a.py",), request, room=2)
 
 

@@ -6,27 +6,39 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.launch import choose_processes
 from ipu_pipeline.backends.cluster.layout import Layout, make_layout
 from ipu_pipeline.backends.cluster.lower import check
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES, check_schedule, torch_schedule
+from ipu_pipeline.backends.cluster.schedules import (
+    check_schedule,
+    position_of_stages,
+    torch_schedule,
+    torch_schedules,
+)
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.planner.backend import backend_of
+from ipu_pipeline.planner.price import price
+from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.cluster.jobs import built
+from tests.tiny_models import TINY
 
 
 def test_every_schedule_is_one_of_torchs() -> None:
-    for name, schedule in SCHEDULES.items():
-        assert hasattr(torch.distributed.pipelining, schedule.torch_name)
-        assert torch_schedule(schedule.torch_name) is schedule
-        assert torch_schedule(name.upper()) is schedule
+    for kind in torch_schedules():
+        assert hasattr(torch.distributed.pipelining, kind.torch_class)
+        assert torch_schedule(kind.torch_class) is kind
+        assert torch_schedule(kind.name.upper()) is kind
 
 
 @pytest.mark.parametrize(
-    ("placement", "expected"),
-    [("loop", [(0, 3), (1, 4), (2, 5)]), ("v", [(0, 5), (1, 4), (2, 3)])],
+    ("schedule", "expected"),
+    [("interleaved", [(0, 3), (1, 4), (2, 5)]), ("zbv", [(0, 5), (1, 4), (2, 3)])],
 )
-def test_stages_of_the_ranks(placement: str, expected: list[tuple[int, ...]]) -> None:
-    layouts = [Layout(rank, 2, 3, 6, placement) for rank in range(6)]
+def test_stages_of_the_ranks(schedule: str, expected: list[tuple[int, ...]]) -> None:
+    positions = position_of_stages(torch_schedule(schedule), 6, 3)
+    layouts = [Layout(rank, 2, 3, 6, positions) for rank in range(6)]
     assert [layout.own_stages for layout in layouts] == expected * 2
     assert [layout.replica for layout in layouts] == [0, 0, 0, 1, 1, 1]
 
@@ -34,12 +46,18 @@ def test_stages_of_the_ranks(placement: str, expected: list[tuple[int, ...]]) ->
 @pytest.mark.parametrize(
     ("name", "stages", "ranks", "microbatches", "message"),
     [
-        ("popart", 2, 2, 4, "has no schedule 'popart'; use one of gpipe, 1f1b"),
+        ("popart", 2, 2, 4, "has no schedule 'popart'; use one of 1f1b, gpipe"),
         ("1f1b", 4, 2, 4, "1f1b runs one stage per process: 4 stages do not fit 2 processes"),
-        ("interleaved", 3, 2, 4, "3 stages cannot be shared by 2 processes"),
-        ("zbv", 2, 2, 4, "zbv runs exactly 2 stages per process: 2 stages do not fit 2"),
+        ("interleaved", 3, 2, 4, "3 stages do not fit 2 processes; start as many"),
+        (
+            "zbv",
+            2,
+            2,
+            4,
+            "zbv runs exactly 2 stages per process, which they visit in a V: 2 stages",
+        ),
         ("1f1b", 4, 4, 2, "at least as many microbatches as stages, got 2 microbatches and 4"),
-        ("interleaved", 4, 2, 5, "in 2 rounds of 2 processes, 5 microbatches do not divide"),
+        ("interleaved", 4, 2, 5, "in 2 equal groups of at least 2: 5 microbatches do not divide"),
     ],
 )
 def test_what_a_schedule_cannot_run_is_refused(
@@ -74,3 +92,34 @@ def test_a_script_without_torchrun_is_told_so(monkeypatch: pytest.MonkeyPatch) -
     model, plan, _ = built("bert-qa", num_stages=2)
     with pytest.raises(LoweringError, match="is not set; start the script with 'torchrun"):
         ipp.compile(model, plan, target="distributed")
+
+
+@pytest.mark.parametrize("kind", torch_schedules(), ids=lambda kind: kind.name)
+def test_what_is_planned_for_a_schedule_is_launched_and_priced_alike(kind) -> None:
+    """Four of the machine's GPUs, as many stages on each as the schedule takes."""
+    model, example = TINY["bert-qa"].build()
+    depth = 4 * kind.stages_per_device[0]
+    plan = ipp.plan(
+        model,
+        example,
+        machine="a100-80g-x8",
+        num_stages=depth,
+        microbatches=8,
+        schedule=kind.name,
+        granularity="sublayer",
+        constraints=ipp.Constraints(stage_devices=kind.place(depth, 4)),
+    )
+    assert kind.name in backend_of(plan.machine).schedules
+    assert plan.objective_s == price(plan).step_s == simulate(plan).step_s
+    assert plan.lower_bound_s <= plan.objective_s
+    assert [stage.in_flight for stage in plan.stages] == list(
+        kind.in_flight(PipelineShape.of(depth, 8, kind.place(depth, 4)))
+    )
+    assert choose_processes(plan, kind.name, room=8) == 4
+    assert make_layout(plan, kind.name, 1, 4).positions == kind.place(depth, 4)
+
+
+def test_a_schedule_that_the_machine_does_not_run_is_not_planned() -> None:
+    model, example = TINY["bert-qa"].build()
+    with pytest.raises(ValueError, match="a100-80g-x8 runs no schedule 'popart'; use one of 1f1b"):
+        ipp.plan(model, example, machine="a100-80g-x8", num_stages=2, schedule="popart")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from ipu_pipeline.backends.cluster.schedules import SCHEDULES
 from tests.backends.cluster import jobs
 from tests.backends.cluster.matrix import (
     CURVE_STEPS,
     CURVE_TOLERANCE,
+    SCHEDULES,
     TIED_STEPS,
     case,
     difference,

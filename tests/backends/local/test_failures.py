@@ -12,7 +12,8 @@ import torch
 from ipu_pipeline.backends.local.runner import StageThreads
 from ipu_pipeline.errors import LoweringError, StageError, StallError
 from ipu_pipeline.ir.schedule import Action
-from ipu_pipeline.planner.schedules.one_f_one_b import one_f_one_b
+from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.schedules.kinds.one_f_one_b import one_f_one_b
 from tests.backends.local.helpers import compiled
 
 
@@ -102,7 +103,7 @@ def test_waiting_stages_are_told_to_stop() -> None:
             raise KeyError("planted")
 
     with pytest.raises(StageError, match=r"stage 1 failed .*microbatch 2.*KeyError"):
-        threads.run(one_f_one_b(3, 8), work, [1] * 3)
+        threads.run(one_f_one_b(PipelineShape.of(3, 8)), work, [1] * 3)
     assert Action(2, "F", 2) not in seen
     threads.close()
 
@@ -115,7 +116,7 @@ def test_an_interrupt_stops_the_stages() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        threads.run(one_f_one_b(2, 2), work, [1] * 2)
+        threads.run(one_f_one_b(PipelineShape.of(2, 2)), work, [1] * 2)
     threads.close()
 
 
@@ -123,7 +124,7 @@ def test_many_schedules_in_a_row_never_hang() -> None:
     threads = StageThreads(4, stall_timeout_s=20)
     for microbatches in range(1, 40):
         done: set[Action] = set()
-        threads.run(one_f_one_b(4, microbatches), done.add, [1] * 4)
+        threads.run(one_f_one_b(PipelineShape.of(4, microbatches)), done.add, [1] * 4)
         assert len(done) == 2 * 4 * microbatches
     threads.close()
 

@@ -33,13 +33,13 @@ def test_state_divided_among_replicas_is_refused(
 
 def test_unknown_schedules_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
-    with pytest.raises(LoweringError, match="no schedule 'zigzag'; use one of 1f1b, gpipe"):
+    with pytest.raises(LoweringError, match="schedule 'zigzag' is unknown; use one of 1f1b, gpipe"):
         ipp.compile(model, plan, schedule="zigzag")
 
 
 def test_unknown_targets_are_refused(planned: tuple[torch.nn.Module, ipp.Plan]) -> None:
     model, plan = planned
-    with pytest.raises(LoweringError, match="target 'moon' is unknown; available: local"):
+    with pytest.raises(LoweringError, match=r"target 'moon' is unknown; available: .*local"):
         ipp.compile(model, plan, target="moon")
 
 

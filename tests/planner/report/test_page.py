@@ -11,7 +11,7 @@ import pytest
 
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.graph import ParameterSpec
-from ipu_pipeline.planner.report import write_report
+from ipu_pipeline.planner.report import figures, write_report
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.page import page
 from ipu_pipeline.planner.schedules.simulate import simulate
@@ -166,3 +166,12 @@ def test_a_page_that_cannot_draw_says_so(tmp_path) -> None:
     assert 'data-state="failed"' in rendered.dom
     assert "The charts could not be drawn" in rendered.dom
     assert rendered.console
+
+
+def test_a_timeline_of_47_stages_keeps_all_rows_and_legend_entries() -> None:
+    plan = make_plan([0.001] * 47, [0.002] * 47, 64, copies=True, outer_s=0.01)
+    chart = figures.timeline_figure(plan, simulate(plan))
+    assert len(chart.layout.yaxis.categoryarray) == 47
+    assert list(chart.layout.yaxis.range) == [46.5, -0.5]
+    listed = [trace.name for trace in chart.data if trace.showlegend]
+    assert sorted(listed) == ["backward", "copy", "forward", "update, all-reduce"]

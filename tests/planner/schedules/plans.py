@@ -8,7 +8,7 @@ from dataclasses import replace
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.planner.search.objective import in_flight, make_objective
+from ipu_pipeline.planner.search.objective import make_objective, stages_in_flight
 from ipu_pipeline.planner.search.stage_price import StagePrice
 
 STASH, WEIGHTS, WORKSPACE = 1000, 50_000, 300
@@ -75,10 +75,10 @@ def make_plan(
         prices.append(
             StagePrice(forward_s[i], backward_s[i], each, each if training else 0.0, outer_s, 0, ())
         )
-    known = schedule if schedule in ("1f1b", "gpipe", "popart") else "1f1b"
+    kept = stages_in_flight(schedule, devices, num_microbatches, training=training)
     stages = []
     for i, price in enumerate(prices):
-        depth_here = in_flight(known, depth - i, num_microbatches, training=training)
+        depth_here = kept[i]
         entering = 4 * ELEMENTS if i else 0
         stages.append(
             PlannedStage(
@@ -91,7 +91,7 @@ def make_plan(
                 in_flight=depth_here,
             )
         )
-    form = make_objective(known, depth, num_microbatches, training=training)
+    form = make_objective(schedule, depth, num_microbatches, devices, training=training)
     made = Plan(
         model=ModelIdentity("Toy", {}),
         machine=machine(max(devices) + 1, shared_memory=not copies),

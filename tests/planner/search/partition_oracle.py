@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from itertools import pairwise
 from math import inf
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
@@ -127,6 +128,21 @@ def all_splits(graph, num_stages, *, execution_order=False):
             ]
 
 
+def merged(devices, forward, backward):
+    """PopART makes one stage of consecutive ones on one device."""
+    groups = [
+        list(group)
+        for _, group in itertools.groupby(
+            zip(devices, forward, backward, strict=True), key=lambda stage: stage[0]
+        )
+    ]
+    return (
+        [group[0][0] for group in groups],
+        [sum(stage[1] for stage in group) for group in groups],
+        [sum(stage[2] for stage in group) for group in groups],
+    )
+
+
 def step_seconds(schedule, num_microbatches, devices, forward, backward, *, training):
     """Step time from per-stage seconds; PopART cycle by cycle."""
     total = [f + b for f, b in zip(forward, backward, strict=True)]
@@ -143,7 +159,8 @@ def step_seconds(schedule, num_microbatches, devices, forward, backward, *, trai
         return (num_microbatches - 1) * busiest(total) + sum(total)
     if schedule == "gpipe":
         return (num_microbatches - 1) * (busiest(forward) + busiest(backward)) + sum(total)
-    depth = len(devices)
+    devices, forward, backward = merged(devices, forward, backward)
+    depth, total = len(devices), [f + b for f, b in zip(forward, backward, strict=True)]
     work = [(devices[s], forward[s]) for s in range(depth)]
     if training:
         work[-1] = (devices[-1], total[-1])
@@ -160,8 +177,11 @@ def step_seconds(schedule, num_microbatches, devices, forward, backward, *, trai
     return seconds
 
 
-def kept_microbatches(schedule, stage, depth, num_microbatches, *, training):
+def kept_microbatches(schedule, stage, depth, num_microbatches, *, training, devices=None):
     """Microbatches in flight of one stage."""
+    if schedule == "popart" and devices is not None:
+        number = sum(a != b for a, b in pairwise(devices[: stage + 1]))
+        depth, stage = 1 + sum(a != b for a, b in pairwise(devices)), number
     if not training or schedule == "maxload":
         return 1
     count = {
@@ -246,7 +266,10 @@ def price_split(graph, costs, machine, constraints, stages, devices):
     menus = [
         stage_menu(
             costs, stage, costs.speed(devices[s]),
-            kept_microbatches(schedule, s, depth, microbatches, training=training), held[s],
+            kept_microbatches(
+                schedule, s, depth, microbatches, training=training, devices=devices
+            ),
+            held[s],
         )
         for s, stage in enumerate(stages)
     ]  # fmt: skip

@@ -25,7 +25,7 @@ def test_rows_equal_the_walk(schedule, training):
         devices = [rng.randrange(4) for _ in range(depth)]
         forward = [rng.randint(0, 9) for _ in range(depth)]
         backward = [rng.randint(0, 9) if training else 0 for _ in range(depth)]
-        objective = make_objective(schedule, depth, count, training=training)
+        objective = make_objective(schedule, depth, count, devices, training=training)
         prices = [price(f, b) for f, b in zip(forward, backward, strict=True)]
         walked = step_seconds(schedule, count, devices, forward, backward, training=training)
         assert objective.seconds(devices, prices) == pytest.approx(walked)

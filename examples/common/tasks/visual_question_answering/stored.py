@@ -7,7 +7,6 @@ Features stay on disk (VQA v2 has 130 GB of them) and are read question by quest
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ipu_pipeline.errors import DatasetError
+from tasks import samples
 from tasks.samples import loading_data
 from tasks.visual_question_answering.answers import AnswerSet, read_label
 from tasks.visual_question_answering.dataset import Questions
@@ -95,23 +95,7 @@ def load_file(path: Path) -> Any:
             raise DatasetError(f"{path} cannot be read as Parquet ({error})") from error
     if path.suffix not in (".json", ".jsonl"):
         raise DatasetError(f"{path} is no .parquet, .json or .jsonl file; write one of these")
-    rows = _json_rows(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows:
-        raise DatasetError(
-            f"{path} holds no rows; write a list of objects with {', '.join(COLUMNS)}"
-        )
-    return datasets.Dataset.from_list(rows)
-
-
-def _json_rows(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        root = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as JSON ({error})") from error
-    return root.get("data") if isinstance(root, dict) else root
+    return datasets.Dataset.from_list(samples.read_rows(path))
 
 
 def read_rows(rows: Any, where: str, limit: int | None = None) -> Questions:

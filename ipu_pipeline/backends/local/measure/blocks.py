@@ -17,8 +17,7 @@ from ipu_pipeline.backends.local.measure.cache import load_measurements, store_m
 from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.patches import preserved_state
-from ipu_pipeline.capture.programs import Program
-from ipu_pipeline.capture.signature import program_signature
+from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope

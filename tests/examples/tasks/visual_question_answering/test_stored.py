@@ -111,10 +111,10 @@ def test_weights_by_text_are_read_from_json(rows, tmp_path):
 UNREADABLE = [
     ("none.json", None, r"none\.json does not exist; pass a Parquet or JSON file"),
     ("a.csv", "x", r"a\.csv is no \.parquet, \.json or \.jsonl file"),
-    ("a.json", "[{", r"a\.json cannot be read as JSON \(Expecting"),
-    ("a.json", '{"rows": []}', r"a\.json holds no rows; write a list of objects with question"),
-    ("a.json", "[1]", r"a\.json holds no rows"),
-    ("a.jsonl", "", r"a\.jsonl holds no rows"),
+    ("a.json", "[{", r"a\.json is not JSON: Expecting .* in line 1"),
+    ("a.json", "[]", r"a\.json holds no sample; pass a file with at least one"),
+    ("a.json", "[1]", r"a\.json is not a list of JSON objects; write"),
+    ("a.jsonl", "", r"a\.jsonl holds no sample"),
     ("a.parquet", "PAR", r"a\.parquet cannot be read as Parquet \("),
 ]
 

@@ -8,7 +8,7 @@ import pytest
 
 from ipu_pipeline.ir.graph import TensorSpec
 from ipu_pipeline.planner.price import price
-from ipu_pipeline.planner.schedules.load import Copies, boundary_copies
+from ipu_pipeline.planner.schedules.stage_loads import Copies, boundary_copies
 from tests.planner.schedules.plans import ELEMENTS, LINK, STASH, WEIGHTS, WORKSPACE, make_plan
 
 ONE_WAY = LINK.transfer_s(4 * ELEMENTS)

@@ -1,14 +1,59 @@
-"""Rows of stages that share a device become one row per device."""
+"""Rows of actions: written pass by pass, limited to forward passes, merged to one per device."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from ipu_pipeline.errors import VerifyError
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Action, Schedule, requirements
-from ipu_pipeline.planner.schedules.build import build_schedule
-from ipu_pipeline.planner.schedules.grouped import grouped
+from ipu_pipeline.ir.schedule import Action, ActionKind, Schedule, requirements
+
+
+class RowWriter:
+    """Writes the row of one device; every pass of a stage takes its next microbatch."""
+
+    def __init__(self) -> None:
+        self.row: list[Action] = []
+        self._next: Counter[tuple[int, str]] = Counter()
+        self._pending: deque[Action] = deque()
+
+    def add(self, stage: int, kind: ActionKind) -> Action:
+        """Add a pass: I leaves a W pending, B is both."""
+        counter = (stage, "B" if kind == "I" else kind)
+        action = Action(stage, kind, self._next[counter])
+        self._next[counter] += 1
+        self.row.append(action)
+        if kind == "I":
+            self._pending.append(Action(stage, "W", action.microbatch))
+        return action
+
+    def weights(self, stage: int | None = None) -> bool:
+        """Add the oldest pending W (of ``stage``); return whether there was one."""
+        for action in self._pending:
+            if stage in (None, action.stage):
+                self._pending.remove(action)
+                self.row.append(action)
+                return True
+        return False
+
+    def count(self, stage: int, kind: ActionKind) -> int:
+        """Return how many such passes the row has."""
+        return self._next[stage, kind]
+
+
+def forward_passes(schedule: Schedule) -> Schedule:
+    """Return the rows of inference: the same order without backward passes."""
+    rows = tuple(tuple(a for a in row if a.kind == "F") for row in schedule.rows)
+    return Schedule(schedule.name, schedule.num_stages, schedule.num_microbatches, rows)
+
+
+def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
+    """Return the rows of an evaluation step, one per stage: forward passes in order."""
+    rows = tuple(
+        tuple(Action(stage, "F", microbatch) for microbatch in range(num_microbatches))
+        for stage in range(num_stages)
+    )
+    return Schedule("forward", num_stages, num_microbatches, rows)
 
 
 def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Schedule:
@@ -46,38 +91,10 @@ def one_row_per_device(schedule: Schedule, stage_devices: Sequence[int]) -> Sche
                 merged[device].append(step[-1])
         if not step:
             raise VerifyError(f"the schedule deadlocks with {left} actions left")
-        done.update(step)
+        done.update(action.result for action in step)
         left -= len(step)
     rows_of_devices = tuple(tuple(row) for row in merged.values())
     return Schedule(schedule.name, schedule.num_stages, schedule.num_microbatches, rows_of_devices)
-
-
-def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
-    """Return the rows of a plan's schedule, one per device, without backward passes in inference.
-
-    Args:
-        plan: The plan.
-        schedule: Another schedule, or its name; ``None``: the plan's.
-
-    Raises:
-        ValueError: Unknown, or for another number of stages.
-    """
-    devices = [stage.device for stage in plan.stages]
-    training = plan.graph.training
-    if not isinstance(schedule, Schedule):
-        name = schedule or plan.schedule
-        if name == "popart":
-            schedule = grouped(plan.num_stages, plan.num_microbatches, devices, training=training)
-        else:
-            schedule = build_schedule(name, plan.num_stages, plan.num_microbatches, devices)
-    if schedule.num_stages != plan.num_stages:
-        raise ValueError(
-            f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
-        )
-    if not training:
-        rows = tuple(tuple(a for a in row if a.kind == "F") for row in schedule.rows)
-        schedule = Schedule(schedule.name, plan.num_stages, schedule.num_microbatches, rows)
-    return one_row_per_device(schedule, devices)
 
 
 def _owner(row: Sequence[Action], stage_devices: Sequence[int]) -> int:

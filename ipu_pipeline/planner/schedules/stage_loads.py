@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.schedules.replay import StageTimes
 from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _ROUNDING = 1e-9
@@ -59,6 +60,8 @@ class StageLoad:
         stash_bytes: Kept from a microbatch's forward to its backward pass.
         workspace_bytes: Needed only while a pass runs.
         in_flight: Most microbatches whose stash it holds at one time.
+        weights_s: Part of ``backward_s`` that a split backward pass computes later: gradients of
+            weights, which no other stage waits for.
     """
 
     device: int
@@ -69,6 +72,15 @@ class StageLoad:
     stash_bytes: int
     workspace_bytes: int
     in_flight: int = 1
+    weights_s: float = 0.0
+
+    @property
+    def times(self) -> StageTimes:
+        """Seconds for which a microbatch occupies the device, as the replay wants them."""
+        copies = self.copies
+        return StageTimes(
+            self.forward_s + copies.forward_s, self.backward_s + copies.backward_s, self.weights_s
+        )
 
     @property
     def memory_bytes(self) -> int:

@@ -5,7 +5,12 @@ all devices start a cycle together, and one exchange of all boundary tensors end
 has ``2F - 1`` pipeline stages for ``F`` forward stages: the last one holds its own backward
 pass, the backward pass of stage ``i`` is pipeline stage ``2 (F - 1) - i``. Consecutive stages on
 one device count as one. The schedule is flushed: weights never change between a microbatch's
-forward and backward pass.
+forward and backward pass. Forward stage ``i`` keeps ``2 (F - 1 - i) + 1`` microbatches, where
+1F1B would keep ``F - i``.
+
+The step time is exact for any stages: the sum over all cycles of the busiest device's seconds.
+There are ``S - 1`` cycles to fill, ``G - S + 1`` full ones and ``S - 1`` to flush. The one
+exchange of a cycle is charged to the stages that send and receive.
 
 Source: graphcore/popart d2f20d7, ``willow/src/transforms/pipeline.cpp`` (merging 537-579,
 check 1384-1400, cycle counts 2278-2306) and ``willow/src/popx/popprograms.cpp`` (463-565).
@@ -13,11 +18,13 @@ check 1384-1400, cycle counts 2278-2306) and ``willow/src/popx/popprograms.cpp``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.schedules.arguments import check_counts
+from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
+from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm
 
 
 @dataclass(frozen=True)
@@ -67,51 +74,18 @@ class PipelineStages:
         return action.microbatch + numbers[action.stage]
 
 
-def grouped(
-    num_stages: int,
-    num_microbatches: int,
-    stage_devices: Sequence[int] | None = None,
-    *,
-    training: bool = True,
-) -> Schedule:
-    """Build PopART's cycle-synchronous schedule.
+def popart(shape: PipelineShape) -> Schedule:
+    """Return the order of every device; :func:`cycles` gives the cycles.
 
-    Forward stage ``i`` keeps ``2 (F - 1 - i) + 1`` microbatches in flight, where 1F1B would keep
-    ``F - i``. The rows hold the order of every device; :func:`cycles` gives the cycles.
-
-    Args:
-        num_stages: Stages of the forward pass, at least 1.
-        num_microbatches: Gradient accumulation in training, device iterations in inference.
-        stage_devices: Device of every stage; ``None``: one device each. A device may come back
-            later (a tied head on the first device); its stages then run one after another.
-        training: Whether there is a backward pass.
-
-    Returns:
-        One row per device, in the order of their first stage.
-
-    Raises:
-        ValueError: A count is below 1, ``stage_devices`` has another length, or there are fewer
-            microbatches than pipeline stages.
+    A device may come back later (a tied head on the first device); its stages then run one after
+    another. In inference there are no backward passes.
     """
-    check_counts(num_stages, num_microbatches)
-    devices = tuple(range(num_stages)) if stage_devices is None else tuple(stage_devices)
-    if len(devices) != num_stages:
-        raise ValueError(
-            f"stage_devices has {len(devices)} entries for {num_stages} stages; give one each"
-        )
-    numbers = PipelineStages.of(devices, training=training)
-    if num_microbatches < numbers.total:
-        raise ValueError(
-            f"PopART runs {numbers.num_forward} stages as {numbers.total} pipeline stages and "
-            f"needs at least {numbers.total} microbatches per step, got {num_microbatches}; raise "
-            f"{'gradient accumulation' if training else 'device iterations'} to {numbers.total}, "
-            "or use fewer stages"
-        )
+    numbers = PipelineStages.of(shape.devices, training=shape.training)
     rows = tuple(
-        _row([s for s, other in enumerate(devices) if other == device], num_microbatches, numbers)
-        for device in dict.fromkeys(devices)
+        _row([s for s, d in enumerate(shape.devices) if d == device], shape, numbers)
+        for device in dict.fromkeys(shape.devices)
     )
-    return Schedule("popart", num_stages, num_microbatches, rows)
+    return Schedule("popart", shape.num_stages, shape.num_microbatches, rows)
 
 
 def cycles(schedule: Schedule) -> tuple[tuple[tuple[Action, ...], ...], ...]:
@@ -121,7 +95,7 @@ def cycles(schedule: Schedule) -> tuple[tuple[tuple[Action, ...], ...], ...]:
     ``S - 1`` to flush, the others with every stage at work.
 
     Args:
-        schedule: From :func:`grouped`.
+        schedule: From :func:`popart`.
     """
     numbers = PipelineStages.of_schedule(schedule)
     total = schedule.num_microbatches + numbers.total - 1
@@ -133,7 +107,7 @@ def cycles(schedule: Schedule) -> tuple[tuple[tuple[Action, ...], ...], ...]:
 
 
 def _row(
-    stages: Iterable[int], num_microbatches: int, numbers: PipelineStages
+    stages: Sequence[int], shape: PipelineShape, numbers: PipelineStages
 ) -> tuple[Action, ...]:
     """Order of one device: cycle by cycle, its pipeline stages in ascending order."""
     passes = [Action(stage, "F", 0) for stage in stages]
@@ -143,7 +117,62 @@ def _row(
     first = [(numbers.cycle_of(item), item) for item in passes]
     return tuple(
         Action(item.stage, item.kind, cycle - offset)
-        for cycle in range(num_microbatches + numbers.total - 1)
+        for cycle in range(shape.num_microbatches + numbers.total - 1)
         for offset, item in first
-        if 0 <= cycle - offset < num_microbatches
+        if 0 <= cycle - offset < shape.num_microbatches
     )
+
+
+def _too_few(shape: PipelineShape) -> str:
+    numbers = PipelineStages.of(shape.devices, training=shape.training)
+    if shape.num_microbatches >= numbers.total:
+        return ""
+    return (
+        f"PopART runs {numbers.num_forward} stages as {numbers.total} pipeline stages and "
+        f"needs at least {numbers.total} microbatches per step, got {shape.num_microbatches}; "
+        f"raise {'gradient accumulation' if shape.training else 'device iterations'} to "
+        f"{numbers.total}, or use fewer stages"
+    )
+
+
+def _objective(shape: PipelineShape) -> Objective:
+    """Add up the cycles: those that fill and flush one by one, the full ones at once."""
+    numbers = PipelineStages.of(shape.devices, training=shape.training)
+    last = numbers.total - 1
+    terms: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
+    for cycle in range(last):
+        terms[_at_work(numbers, 0, cycle)] += 1
+        terms[_at_work(numbers, cycle + 1, last)] += 1
+    terms[_at_work(numbers, 0, last)] += shape.num_microbatches - last
+    rows = tuple(
+        PacedTerm(weight, forward, backward) for (forward, backward), weight in terms.items()
+    )
+    return Objective(rows, 0, shape.num_stages)
+
+
+def _at_work(
+    numbers: PipelineStages, first: int, last: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Say which passes are busy when pipeline stages ``first`` to ``last`` are."""
+    forward = tuple(int(first <= number <= last) for number in numbers.forward)
+    backward = tuple(int(first <= number <= last) for number in numbers.backward)
+    return forward, backward if numbers.training else forward
+
+
+def _in_flight(shape: PipelineShape) -> list[int]:
+    """PopART keeps ``2 (F - 1 - i) + 1`` microbatches (pipeline.cpp, getStashSize)."""
+    numbers = PipelineStages.of(shape.devices, training=True)
+    depths = (2 * (numbers.num_forward - 1 - number) + 1 for number in numbers.forward)
+    return [min(depth, shape.num_microbatches) for depth in depths]
+
+
+SCHEDULE = ScheduleKind(
+    name="popart",
+    summary="PopART's lock-stepped cycles, as IPUs run them",
+    make_rows=popart,
+    make_objective=_objective,
+    make_in_flight=_in_flight,
+    why_not=_too_few,
+    any_devices=True,
+    lock_stepped=True,
+)

@@ -6,9 +6,16 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.errors import VerifyError
 from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.schedules.gpipe import gpipe
-from ipu_pipeline.planner.schedules.one_f_one_b import one_f_one_b
-from ipu_pipeline.planner.schedules.placement import one_row_per_device
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.schedules.rows import one_row_per_device
+
+
+def one_f_one_b(stages, microbatches) -> Schedule:
+    return schedule_kind("1f1b").rows(PipelineShape.of(stages, microbatches))
+
+
+def gpipe(stages, microbatches) -> Schedule:
+    return schedule_kind("gpipe").rows(PipelineShape.of(stages, microbatches))
 
 
 def test_rows_of_their_own_stay() -> None:

@@ -7,9 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
-from ipu_pipeline.planner.schedules.build import build_schedule
-from ipu_pipeline.planner.schedules.grouped import PipelineStages, cycles, grouped
+from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.schedules.kinds.popart import SCHEDULE, PipelineStages, cycles
 from ipu_pipeline.planner.search.objective import in_flight
+
+
+def popart(stages, microbatches, devices=None, *, training=True) -> Schedule:
+    return SCHEDULE.rows(PipelineShape.of(stages, microbatches, devices, training=training))
 
 
 def as_text(schedule: Schedule) -> str:
@@ -19,14 +23,14 @@ def as_text(schedule: Schedule) -> str:
 
 
 def test_golden_cycles(golden) -> None:
-    golden("schedule_popart_3x5_cycles.csv", as_text(grouped(3, 5)))
-    golden("schedule_popart_tied_head_cycles.csv", as_text(grouped(4, 7, (0, 1, 2, 0))))
-    golden("schedule_popart_4x8.csv", grouped(4, 8).to_csv())
+    golden("schedule_popart_3x5_cycles.csv", as_text(popart(3, 5)))
+    golden("schedule_popart_tied_head_cycles.csv", as_text(popart(4, 7, (0, 1, 2, 0))))
+    golden("schedule_popart_4x8.csv", popart(4, 8).to_csv())
 
 
 def test_the_example_of_popart_s_note() -> None:
     """F=3, G=5: 9 cycles, of which one has every stage at work."""
-    table = cycles(grouped(3, 5))
+    table = cycles(popart(3, 5))
     assert len(table) == 9
     assert table[4] == (
         (Action(0, "F", 4), Action(0, "B", 0)),
@@ -48,7 +52,7 @@ shapes = st.integers(1, 6).flatmap(
 def test_cycles_respect_dependencies(shape) -> None:
     devices, more, training = shape
     numbers = PipelineStages.of(devices, training=training)
-    made = grouped(len(devices), numbers.total + more, devices, training=training)
+    made = popart(len(devices), numbers.total + more, devices, training=training)
     assert made.total_order()
     when = {}
     for number, cycle in enumerate(cycles(made)):
@@ -67,7 +71,7 @@ def test_cycles_respect_dependencies(shape) -> None:
 
 @given(st.integers(1, 7), st.integers(0, 8))
 def test_stash_is_that_of_popart(depth: int, more: int) -> None:
-    made = grouped(depth, 2 * depth - 1 + more)
+    made = popart(depth, 2 * depth - 1 + more)
     for stage in range(depth):
         expected = in_flight("popart", depth - stage, made.num_microbatches)
         assert made.peak_in_flight(stage) == expected == 2 * (depth - 1 - stage) + 1
@@ -77,14 +81,14 @@ def test_consecutive_stages_on_one_device_count_once() -> None:
     assert PipelineStages.of([0, 0, 1, 1, 0], training=True) == PipelineStages(
         (0, 0, 1, 1, 2), 3, training=True
     )
-    made = grouped(3, 3, (0, 0, 1))
+    made = popart(3, 3, (0, 0, 1))
     assert len(made.rows) == 2
     assert made.rows[0][-2:] == (Action(1, "B", 2), Action(0, "B", 2))
     assert len(cycles(made)) == 3 + 2
 
 
 def test_inference_has_forward_stages_only() -> None:
-    made = grouped(3, 3, training=False)
+    made = popart(3, 3, training=False)
     assert {action.kind for row in made.rows for action in row} == {"F"}
     assert len(cycles(made)) == 3 + 2
 
@@ -102,9 +106,4 @@ def test_inference_has_forward_stages_only() -> None:
 )  # fmt: skip
 def test_refusals(arguments, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        grouped(*arguments, **options)
-
-
-def test_build_passes_the_devices_on() -> None:
-    assert build_schedule("popart", 4, 7, [0, 1, 2, 0]) == grouped(4, 7, (0, 1, 2, 0))
-    assert build_schedule("popart", 2, 3) == grouped(2, 3)
+        popart(*arguments, **options)

@@ -1,0 +1,1 @@
+"""One file per schedule; each has one object ``SCHEDULE``. A new file is found by itself."""

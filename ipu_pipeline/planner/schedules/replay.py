@@ -1,0 +1,216 @@
+"""The exact time of a step: every pass as soon as its device is free and its input is there.
+
+One pass over the actions in an order that respects all dependencies, so that the price of a plan
+and its simulation are the same number. Lock-stepped schedules take their objective's form, which
+is their time; the others are replayed action by action. Where a step has very many microbatches,
+fewer are replayed and the steady state is continued, once it is seen to repeat.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from ipu_pipeline.ir.schedule import Action, Schedule, requirements
+from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
+from ipu_pipeline.planner.schedules.objective import Path
+
+# Passes by number: 4 x stage + position here.
+KINDS = "FBIW"
+_MOST_ACTIONS = 60_000
+_SAME = 1e-12
+
+
+class StageTimes(NamedTuple):
+    """Seconds for which one microbatch occupies a stage's device, copies included.
+
+    Attributes:
+        forward_s: Forward pass.
+        backward_s: Whole backward pass.
+        weights_s: Part of it that only the gradients of weights need.
+    """
+
+    forward_s: float
+    backward_s: float
+    weights_s: float
+
+    @classmethod
+    def of(cls, forward_s: float, backward_s: float, copies_s: float = 0.0) -> StageTimes:
+        """Return the times of a backward pass that takes ``backward_s`` plus ``copies_s``.
+
+        Half of the computing is for the weights: both gradients of a matrix product take as many
+        operations as the product itself.
+        """
+        return cls(forward_s, backward_s + copies_s, backward_s / 2)
+
+    @property
+    def by_kind(self) -> tuple[float, float, float, float]:
+        """Seconds of F, B, I and W."""
+        inputs_s = self.backward_s - self.weights_s
+        return self.forward_s, self.backward_s, inputs_s, self.weights_s
+
+
+@dataclass(frozen=True)
+class Program:
+    """A schedule in one order that respects all dependencies.
+
+    Attributes:
+        actions: In that order.
+        rows: Row of every action.
+        numbers: Pass number of every action.
+        sources: Position of the action whose result it waits for on another device, or -1.
+    """
+
+    actions: tuple[Action, ...]
+    rows: array[int]
+    numbers: array[int]
+    sources: array[int]
+
+
+@lru_cache(maxsize=8)
+def program(schedule: Schedule) -> Program:
+    """Order the actions of ``schedule``.
+
+    Raises:
+        VerifyError: It deadlocks, or an action is missing.
+    """
+    order = schedule.total_order()
+    row_of = {stage: n for n, row in enumerate(schedule.rows) for stage in {a.stage for a in row}}
+    at: dict[Action, int] = {}
+    sources = array("l")
+    for position, action in enumerate(order):
+        needed = requirements(action, schedule.num_stages)
+        others = [at[result] for result in needed if result.stage != action.stage]
+        own = [at[result] for result in needed if result.stage == action.stage]
+        sources.append(others[0] if others else (own[0] if own else -1))
+        at[action.result] = position
+    return Program(
+        order,
+        array("l", (row_of[action.stage] for action in order)),
+        array("l", (4 * action.stage + KINDS.index(action.kind) for action in order)),
+        sources,
+    )
+
+
+def start_times(
+    made: Program, seconds: Sequence[float], overlap_s: Sequence[float] | None = None
+) -> tuple[list[float], float]:
+    """Return when every action starts, and when the last one ends.
+
+    Args:
+        made: The schedule.
+        seconds: Of every pass by number.
+        overlap_s: By number, how long before the end of its source a pass may start.
+    """
+    free = [0.0] * (max(made.rows) + 1)
+    ends: list[float] = []
+    starts: list[float] = []
+    for row, number, source in zip(made.rows, made.numbers, made.sources, strict=True):
+        start = free[row]
+        if source >= 0:
+            ready = ends[source] if overlap_s is None else ends[source] - overlap_s[number]
+            if ready > start:
+                start = ready
+        end = start + seconds[number]
+        free[row] = end
+        starts.append(start)
+        ends.append(end)
+    return starts, max(free)
+
+
+def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
+    """Return the seconds of all passes of one optimizer step.
+
+    Raises:
+        ValueError: The schedule cannot run so.
+    """
+    if kind.lock_stepped:
+        return kind.objective(shape).seconds(shape.devices, [_Load(*t) for t in times])
+    seconds = [value for stage in times for value in stage.by_kind]
+    least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
+    while True:
+        short = kind.shortened(shape, least)
+        made = program(kind.rows(short))
+        starts, end_s = start_times(made, seconds)
+        left = shape.num_microbatches - short.num_microbatches
+        if left == 0:
+            return end_s
+        period = kind.period(short) if kind.period is not None else 0
+        pace_s = _steady_pace(made, starts, short, period, end_s)
+        if pace_s is not None:
+            return end_s + pace_s * (left // period)
+        least *= 4
+
+
+@lru_cache(maxsize=64)
+def critical_paths(kind: ScheduleKind, shape: PipelineShape) -> tuple[Path, ...]:
+    """Return dependency paths of the replay; the longest is a proven lower bound of the step.
+
+    For every device: the forward passes before its first action, all of its own, and the
+    gradients of inputs behind its last one (at least half of a split backward pass); and the
+    schedule's own. None for lock-stepped schedules, whose objective is exact.
+    """
+    if kind.lock_stepped:
+        return ()
+    back, count = (0.5 if kind.splits_backward else 1.0), shape.num_microbatches
+    found = []
+    for row in kind.rows(kind.shortened(shape, 4 * shape.num_stages)).rows:
+        own = {action.stage for action in row}
+        head, tail = row[0].stage, row[-1].stage if row[-1].kind in "BI" else 0
+        stages = range(shape.num_stages)
+        forward = tuple(float(s < head) + count * (s in own) for s in stages)
+        backward = tuple(back * (s < tail) + count * (s in own) for s in stages)
+        found.append(Path(forward, backward))
+    if kind.make_paths is not None and shape.training:
+        found.extend(kind.make_paths(shape))
+    return tuple(found)
+
+
+def bound_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
+    """Return a lower bound of :func:`step_seconds` for any stages on these devices."""
+    prices = [_Load(*stage) for stage in times]
+    if kind.lock_stepped:
+        return kind.objective(shape).seconds(shape.devices, prices)
+    return max(path.seconds(prices) for path in critical_paths(kind, shape))
+
+
+def _steady_pace(
+    made: Program, starts: Sequence[float], shape: PipelineShape, period: int, end_s: float
+) -> float | None:
+    """Seconds of one period where the middle of the step repeats exactly, else ``None``.
+
+    It repeats when all passes of as many microbatches as are ever in flight start so much later
+    than those of the period before; then the next period does, too.
+    """
+    middle = shape.num_microbatches // 2
+    first = middle - 2 * shape.num_stages - period
+    when = {
+        (number, action.microbatch): start
+        for number, action, start in zip(made.numbers, made.actions, starts, strict=True)
+        if first - period <= action.microbatch <= middle
+    }
+    paces = [
+        start - when[number, microbatch - period]
+        for (number, microbatch), start in when.items()
+        if microbatch >= first and (number, microbatch - period) in when
+    ]
+    if not paces or max(paces) - min(paces) > _SAME * end_s:
+        return None
+    return sum(paces) / len(paces)
+
+
+class _Load(NamedTuple):
+    """Stage times as an objective reads them."""
+
+    forward_load_s: float
+    backward_load_s: float
+    weights_s: float
+    outer_s: float = 0.0
+    extra_s: tuple[float, ...] = ()
+
+    @property
+    def load_s(self) -> float:
+        return self.forward_load_s + self.backward_load_s
