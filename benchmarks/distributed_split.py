@@ -42,7 +42,7 @@ from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import counted_costs, make_plan
-from ipu_pipeline.planner.search import Constraints, Partition, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, Partition, solve
 
 MODELS: Mapping[str, tuple[str, transformers.PretrainedConfig]] = {
     "bert-mlm": (
@@ -96,7 +96,7 @@ def make_plans(
     found: dict[str, Partition] = {"ours": solve(captured.graph, costs, machine, limits)}
     for system in SYSTEMS[1:]:
         split = BASELINES[system](captured.graph, costs, machine, processes)
-        found[system] = evaluate(captured.graph, costs, machine, limits, split)
+        found[system] = solve(captured.graph, costs, machine, limits.with_stages(split))
     return {
         system: (made, made.objective_s)
         for system, partition in found.items()

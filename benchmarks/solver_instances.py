@@ -53,9 +53,19 @@ class Answer:
 
 
 def read_instance(
-    path: Path, num_devices: int | None = None, memory_gib: float | None = None
+    path: Path,
+    num_devices: int | None = None,
+    memory_gib: float | None = None,
+    *,
+    training: bool = False,
 ) -> Instance:
     """Read either format; the options override the file's devices and memory.
+
+    Args:
+        path: The file.
+        num_devices: Accelerators.
+        memory_gib: GiB of each.
+        training: Take the training form of a max-load file for inference.
 
     Raises:
         ValueError: The file is of neither format.
@@ -68,6 +78,7 @@ def read_instance(
     if "maxFPGAs" not in raw:
         raise ValueError(f"{path} is neither a max-load file (maxFPGAs) nor one with TMPCs")
     memory = raw["maxSizePerFPGA"] if memory_gib is None else memory_gib * GIB
+    raw = training_form(raw) if training else raw
     return _max_load_instance(raw, num_devices or raw["maxFPGAs"], memory)
 
 
@@ -105,6 +116,28 @@ def _max_load_instance(raw: Mapping[str, Any], num_devices: int, memory: float) 
     return Instance(
         problem, StagePositions((slot,) * num_devices, hosts=raw["maxCPUs"]), num_devices
     )
+
+
+def training_form(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a max-load file for training from one for inference: every node gets a backward one.
+
+    It takes twice the time, shares its forward node's device, and its gradient goes the way back
+    at the cost of the tensor whose gradient it is.
+    """
+    shift = 1 + max(node["id"] for node in raw["nodes"])
+    nodes = [{**node, "colorClass": node["id"]} for node in raw["nodes"]]
+    nodes += [
+        {**node, "id": node["id"] + shift, "isBackwardNode": 1,
+         "fpgaLatency": 2 * node["fpgaLatency"], "cpuLatency": 2 * node["cpuLatency"]}
+        for node in nodes
+    ]  # fmt: skip
+    cost = {edge["sourceId"]: edge["cost"] for edge in raw["edges"]}
+    back = [
+        {"sourceId": edge["destId"] + shift, "destId": edge["sourceId"] + shift,
+         "cost": cost.get(edge["destId"], edge["cost"])}
+        for edge in raw["edges"]
+    ]  # fmt: skip
+    return {**raw, "nodes": nodes, "edges": [*raw["edges"], *back]}
 
 
 def _max_load_values(raw: Mapping[str, Any], group_of: Mapping[int, int]) -> tuple[Value, ...]:
@@ -249,7 +282,8 @@ def answer(path: Path, arguments: argparse.Namespace) -> Answer:
     """Read and solve one file."""
     start = perf_counter()
     search = solve_instance(
-        read_instance(path, arguments.devices, arguments.memory_gib), arguments.time_limit
+        read_instance(path, arguments.devices, arguments.memory_gib, training=arguments.training),
+        arguments.time_limit,
     )
     seconds = perf_counter() - start
     if not search.pipelines:
@@ -266,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--devices", type=int, help="accelerators; default: the file's")
     parser.add_argument("--memory-gib", type=float, help="GiB per accelerator; default: the file's")
+    parser.add_argument("--training", action="store_true", help="training form of max-load files")
     parser.add_argument("--time-limit", type=float, metavar="S", help="seconds per file")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     arguments = parser.parse_args(argv)

@@ -1,9 +1,11 @@
-"""How the solver's time grows: ``python -m benchmarks.solver_scaling [--large]``.
+"""How the solver's time grows: ``python -m benchmarks.solver_scaling [--large] [--models]``.
 
 Prints seconds for chains of growing length and depth (with the ratio to ``n^2 x devices``),
 for two parallel chains, and with ``--large`` for branchy graphs of 2,012 nodes and for graphs
 with about 18,000 and 37,000 downward-closed sets in the form of the public max-load files.
-Times are random but fixed by a seed; nothing here is read from a file.
+Times are random but fixed by a seed; nothing here is read from a file. ``--models`` captures
+published configurations of large models on ``meta`` and plans them for 16 devices, or refuses
+them with what would help: seconds of the capture, of the prices and of the solver.
 """
 
 from __future__ import annotations
@@ -11,12 +13,17 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 from benchmarks.solver_instances import Instance, solve_instance
+from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.planner.search.bottleneck import StagePositions
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
@@ -152,11 +159,66 @@ def _print_two_chains() -> None:
         print(f"{lengths} devices={devices:3}   {text}    gap {found.gap:.1e}", flush=True)
 
 
+def _models() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Class and configuration of published models, by name; fields that differ from defaults."""
+    llama = {"num_key_value_heads": 8, "vocab_size": 128_256, "use_cache": False}
+    return {
+        "Llama-70B": ("LlamaForCausalLM", "LlamaConfig", {
+            **llama, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80,
+            "num_attention_heads": 64}),
+        "Llama-405B": ("LlamaForCausalLM", "LlamaConfig", {
+            **llama, "hidden_size": 16_384, "intermediate_size": 53_248,
+            "num_hidden_layers": 126, "num_attention_heads": 128}),
+        "DeepSeek-V3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {"use_cache": False}),
+        "T5-XXL": ("T5ForConditionalGeneration", "T5Config", {
+            "d_model": 4096, "d_kv": 64, "d_ff": 10_240, "num_layers": 24, "num_heads": 64,
+            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "use_cache": False}),
+    }  # fmt: skip
+
+
+def _print_models(sequence: int = 2048) -> None:
+    import torch
+    import transformers
+
+    from ipu_pipeline.capture import capture
+
+    print("model          blocks    capture / prices / solver seconds, 32 microbatches, 1F1B")
+    for name, (model_class, config_class, options) in _models().items():
+        start = perf_counter()
+        with torch.device("meta"):
+            config = getattr(transformers, config_class)(**options)
+            model = getattr(transformers, model_class)(config).train()
+            tokens = torch.zeros(1, sequence, dtype=torch.long)
+        graph = capture(model, {"input_ids": tokens, "labels": tokens}).graph
+        captured = perf_counter()
+        for gigabytes in (80, 96):
+            where = machine_by_name("a100-80g-x16")
+            devices = tuple(
+                replace(device, memory_bytes=gigabytes * 10**9) for device in where.devices
+            )
+            where = replace(where, devices=devices)
+            before = perf_counter()
+            costs = AnalyticCostModel(loss_in_flight=1).estimate(graph, where)
+            priced = perf_counter()
+            try:
+                found = solve(graph, costs, where, Constraints(num_microbatches=32))
+                text = f"{len(found.stages)} stages, gap {found.gap:.1e}"
+            except PartitionError as error:
+                text = str(error)
+            print(f"{name:12} {len(graph.blocks):6}    {captured - start:6.2f} / "
+                  f"{priced - before:5.2f} / {perf_counter() - priced:5.2f}   16 x {gigabytes} GB: "
+                  f"{text}", flush=True)  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the curves."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solver_scaling")
+    parser.add_argument("--models", action="store_true", help="only: plan large models")
     parser.add_argument("--large", action="store_true", help="also the large branchy graphs")
     arguments = parser.parse_args(argv)
+    if arguments.models:
+        _print_models()
+        return 0
     _print_chain_curve()
     _print_two_chains()
     for ideals, nodes in ((3_000, 2_012), (18_000, 96), (37_000, 326)) if arguments.large else ():

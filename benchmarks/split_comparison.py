@@ -23,7 +23,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
-from ipu_pipeline.planner.search import Constraints, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, solve
 
 DEVICE_COUNTS = (2, 4, 8, 16)
 MODELS: dict[str, tuple[str, Callable[[], transformers.PretrainedConfig]]] = {
@@ -73,7 +73,8 @@ def compare(
     for name, split in BASELINES.items():
         try:
             stages = split(graph, costs, machine, depth)
-            seconds[name] = evaluate(graph, costs, machine, constraints, stages).objective
+            given = constraints.with_stages(stages)
+            seconds[name] = solve(graph, costs, machine, given).objective
         except PartitionError:
             seconds[name] = None
     return seconds

@@ -113,7 +113,6 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
             backend.costs(work),
             described,
             limits,
-            stage_pricer=backend.stage_pricer(work),
             step=partial(step_s, work),
         )
     made = make_plan(model_identity(captured.model), work, split, captured.granularity)

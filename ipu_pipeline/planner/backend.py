@@ -26,7 +26,6 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 if TYPE_CHECKING:
     from ipu_pipeline.planner.price import PlanPrice
     from ipu_pipeline.planner.search import Constraints, Partition
-    from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 GROUP = "ipu_pipeline.backends"
 _FOLDER = Path(__file__).parents[1] / "backends"
@@ -113,10 +112,6 @@ class Backend(Protocol):
 
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""
-        ...
-
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """Return what prices whole stages for the search; ``None``: sums over :meth:`costs`."""
         ...
 
     def placement(self, work: Workload) -> Partition | None:

@@ -33,7 +33,6 @@ from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
-from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 # Not of the program but of the request: a configuration was given, and with numbers of layers.
 _FIXED, _SPELLED_OUT = OF_THE_REQUEST
@@ -87,10 +86,6 @@ class IPUBackend:
         if work.settings.get(_FIXED):
             choices = ProgramChoices.fixed(settings)
         return IPUCostModel(settings, choices).estimate(work.graph, work.machine)
-
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """The whole search is that of :meth:`costs`' planning."""
-        return None
 
     def placement(self, work: Workload) -> Partition | None:
         """Return the split that ``layers_per_ipu`` spells out.

@@ -14,7 +14,6 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
 from ipu_pipeline.planner.schedules import schedule_names
 from ipu_pipeline.planner.search import Constraints, Partition
-from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,6 @@ class LocalBackend:
     def costs(self, work: Workload) -> GraphCosts:
         """Counted or measured seconds."""
         return counted_costs(work)
-
-    def stage_pricer(self, work: Workload) -> StagePricerMaker | None:
-        """The price of a stage is the sum over its blocks."""
-        return None
 
     def placement(self, work: Workload) -> Partition | None:
         """Every split is searched."""

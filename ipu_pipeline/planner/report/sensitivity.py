@@ -93,7 +93,6 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
             backend.costs(work),
             machine,
             limits,
-            stage_pricer=backend.stage_pricer(work),
             step=partial(step_s, work),
         )
         made = make_plan(plan.model, work, found, plan.granularity)

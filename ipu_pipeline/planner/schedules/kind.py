@@ -114,6 +114,7 @@ class ScheduleKind:
         any_devices: Stages may be on other devices than ``place`` says.
         splits_backward: Rows have I and W instead of B.
         lock_stepped: All devices start every cycle together; the objective is then the time.
+        exact_apart: The objective is the exact time of any stages that have a device each.
         period: So many microbatches more repeat the rows' middle once more; ``None`` or 0: there
             is no such number.
         torch_class: Name of its class in ``torch.distributed.pipelining``, if any.
@@ -132,6 +133,7 @@ class ScheduleKind:
     any_devices: bool = False
     splits_backward: bool = False
     lock_stepped: bool = False
+    exact_apart: bool = False
     period: Callable[[PipelineShape], int] | None = None
     torch_class: str | None = None
     torch_needs_depth: bool = False

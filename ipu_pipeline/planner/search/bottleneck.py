@@ -322,7 +322,13 @@ def _depth_first(problem: Problem) -> list[int]:
 
 
 Bools = NDArray[np.bool_]
-Combine = Literal["max", "sum"]
+# Loads of the stages from a set, costs behind their targets, the set, devices left, the targets.
+Join = Callable[[Floats, Floats, int, int, NDArray[np.int64]], Floats]
+_JOINS: dict[str, Join] = {
+    "max": lambda loads, behind, *_: np.maximum(loads, behind),
+    "sum": lambda loads, behind, *_: loads + behind,
+}
+Combine = Literal["max", "sum"] | Join
 _SLACK = 1 + 1e-9
 
 
@@ -400,7 +406,7 @@ class _IdealProgram:
         deadline: float | None,
     ) -> None:
         self._rows, self._layout, self._limit = rows, layout, limit_s
-        self._join: Callable[[Floats, Floats], Floats] = np.maximum if combine == "max" else np.add
+        self._join: Join = _JOINS[combine] if isinstance(combine, str) else combine
         self._deadline = deadline
         self._depths = range(min(depths), max(depths) + 1)
         shape = (layout.hosts + 1, max(depths) + 1, len(rows.lattice))
@@ -501,7 +507,7 @@ class _IdealProgram:
             return
         best = self._table.best
         behind = best[rest][row.targets]
-        cost = self._join(row.load_s, behind)
+        cost = self._join(row.load_s, behind, start, here[1], row.targets)
         cost[row.load_s > self._limit] = inf
         while True:
             pick = int(np.argmin(cost))
@@ -511,7 +517,9 @@ class _IdealProgram:
             if row.certain[pick]:
                 break
             exact = self._rows.exact_s(start, target, slot)
-            settled = float(self._join(np.float64(exact), behind[pick]))  # type: ignore[arg-type]
+            one = slice(pick, pick + 1)
+            joined = self._join(np.array([exact]), behind[one], start, here[1], row.targets[one])
+            settled = float(joined[0])
             cost[pick] = inf
             if exact <= self._limit and settled < best[here][start]:
                 self._store(here, start, settled, target, host=False)

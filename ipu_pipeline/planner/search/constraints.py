@@ -12,7 +12,7 @@ device has several stages, its layers are in the first of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ipu_pipeline.errors import ConfigError, PartitionError
@@ -96,6 +96,14 @@ class Constraints:
                 f"stage_devices gives {len(self.stage_devices)} stages, num_stages says "
                 f"{self.num_stages}; leave num_stages out"
             )
+
+    def with_stages(self, stages: Sequence[Sequence[str]]) -> Constraints:
+        """Return these limits with every block in the given stage: a split chosen elsewhere."""
+        return replace(
+            self,
+            num_stages=len(stages),
+            pinned_stages={name: n for n, stage in enumerate(stages) for name in stage},
+        )
 
     def factors(self, names: Iterable[str]) -> dict[str, int]:
         """Return the slices that ``serialize`` asks for, by block; 1 is whole."""

@@ -22,7 +22,6 @@ from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit, name
 from ipu_pipeline.planner.search.parallel import parallel_configurations
 from ipu_pipeline.planner.search.pipeline_search import (
     CandidatePipeline,
-    StagePricerMaker,
     candidate,
     search,
 )
@@ -76,17 +75,15 @@ def explain(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    stage_pricer: StagePricerMaker | None = None,
 ) -> InfeasibleError:
     """Return the error that says why nothing fits and what would."""
-    return _Explanation(graph, Change("", costs, machine, constraints), stage_pricer).error()
+    return _Explanation(graph, Change("", costs, machine, constraints)).error()
 
 
 @dataclass
 class _Explanation:
     graph: BlockGraph
     start: Change
-    stage_pricer: StagePricerMaker | None
     deadline: float = field(default_factory=lambda: monotonic() + EXPLAIN_S)
     _known: list[tuple[GraphCosts, Constraints, int, tuple[FormulatedProblem, LeastBytes]]] = field(
         default_factory=list
@@ -118,7 +115,7 @@ class _Explanation:
 
     def _fits(self, change: Change) -> bool:
         """Whether a split exists after ``change``."""
-        found = self._least(change) if self.stage_pricer is None else []
+        found = self._least(change)
         if any(_proves(item) and split is not None and split.fits(item.slots)
                for item, split, _ in found):  # fmt: skip
             return True
@@ -127,7 +124,8 @@ class _Explanation:
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
         try:
-            return bool(search(self.graph, change.costs, change.machine, trial, self.stage_pricer))
+            found = search(self.graph, change.costs, change.machine, trial)
+            return bool(found.partitions)
         except PartitionError:
             return False
 
@@ -204,7 +202,7 @@ class _Explanation:
 
     def _may_fit(self, change: Change) -> bool:
         """Whether the deepest pipeline may; the shallower ones were looked at before."""
-        if self.stage_pricer is not None or change.constraints.replicas is None:
+        if change.constraints.replicas is None:
             return True
         return any(
             not (_proves(item) and only) or (split is not None and split.fits(item.slots))

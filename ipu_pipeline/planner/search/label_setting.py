@@ -98,6 +98,7 @@ class LabelSettingSearch:
         boundaries: For 0..num_stages stages done: which sets of the lattice are allowed.
         deadline: ``time.monotonic()`` at which to stop; ``None`` never.
         load_limit_s: Stages with a larger load cannot be part of a better split.
+        proof_s: Stop proving after so many seconds; the bound says what is left open.
         fits_together: Says whether the stages of one memory fit it together, where bytes do not
             simply add up; such labels compare only with equal stages in the open memories.
         true_s: Seconds of a whole split where the objective is only a bound of them.
@@ -110,6 +111,7 @@ class LabelSettingSearch:
     boundaries: Sequence[Bools]
     deadline: float | None = None
     load_limit_s: float = inf
+    proof_s: float = inf
     fits_together: Callable[[Parts], bool] | None = None
     true_s: Callable[[Sequence[int], Sequence[StagePrice]], float] | None = None
     _steps: list[dict[int, list[_Step]]] = field(default_factory=list)
@@ -138,6 +140,8 @@ class LabelSettingSearch:
         if not self._tabulate():
             return SearchResult(self._quick_bound(upper_bound))
         quick = self._pass(upper_bound, BEAM_WIDTH)
+        if self.proof_s < inf:
+            self.deadline = min(self.deadline or inf, monotonic() + self.proof_s)
         full = self._pass(min(upper_bound, quick.objective), None)
         return SearchResult.of(full.lower_bound, (*full.pipelines, *quick.pipelines))
 

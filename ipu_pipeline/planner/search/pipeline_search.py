@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain as joined
 from math import inf
 from time import monotonic
 
@@ -27,7 +28,12 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.schedules import schedule_kind
+from ipu_pipeline.planner.schedules import (
+    PipelineShape,
+    ScheduleKind,
+    critical_paths,
+    schedule_kind,
+)
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
@@ -49,10 +55,12 @@ from ipu_pipeline.planner.search.stage_price import (
     OptionPricer,
     PricedPipeline,
     SearchResult,
-    StagePricer,
 )
+from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
 
 LABEL_LIMIT = 4000
+# Without a time limit, the label-setting searches of one problem prove for so many seconds.
+PROOF_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,6 @@ class Engine:
         *,
         training: bool,
         deadline: float | None = None,
-        masks: Sequence[int] | None = None,
-        pricer: StagePricer | None = None,
     ) -> None:
         """Search ``built``.
 
@@ -90,16 +96,14 @@ class Engine:
             constraints: Schedule and limits.
             training: Whether there are backward passes.
             deadline: ``time.monotonic()`` at which to stop.
-            masks: The only boundaries (to price a given split); ``None``: all.
-            pricer: Of the stages; ``None``: sums over the options of their blocks.
         """
         self.problem = built.problem
         self._constraints, self._training, self._deadline = constraints, training, deadline
-        self._masks, self._pricer = masks, pricer
         self._options = {
             split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
         }
         self._least_bytes = LeastBytes(built.problem)
+        self._proof_s = inf if constraints.time_limit_s else PROOF_S
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, StageCostTable] = {}
 
@@ -107,14 +111,11 @@ class Engine:
         """Whether the sweep solves this candidate exactly."""
         single = self._constraints.schedule in ("1f1b", "maxload")
         steps = self.problem.exchanges or any(self.problem.outer)
-        own = candidate.shape.own_devices and len({s.pool for s in candidate.slots}) == len(
-            candidate.slots
-        )
-        return single and own and not steps and self._pricer is None
+        return single and _has_own(candidate) and not steps
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
-        if not self._least_bytes.is_least_of_all or self._masks is not None:
+        if not self._least_bytes.is_least_of_all:
             return True
         groups = self.problem.together + self.problem.same_device
         split = self._least_bytes.split(candidate.slots, candidate.rule, groups)
@@ -139,11 +140,59 @@ class Engine:
         )
         return search.at_once()
 
+    def step_bound(
+        self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
+    ) -> float | None:
+        """Bound of the replay over all splits; ``None``: the closed form's is one.
+
+        Args:
+            candidates: They differ in depth only (``uniform``), or it is one.
+            upper: Seconds of a step that is known.
+            uniform: As for :meth:`run_fast`.
+        """
+        if self._constraints.schedule == MAXLOAD:
+            return None
+        kind = schedule_kind(self._constraints.schedule)
+        if kind.lock_stepped or self._exact_apart(candidates[0], kind):
+            return None
+        paths, least = {}, {}
+        for item in candidates:
+            depth, devices = len(item.slots), item.shape.stage_devices
+            shape = PipelineShape.of(
+                depth, item.shape.num_microbatches, devices, training=self._training
+            )
+            speed = max(slot.speed for slot in item.slots)
+            once_s = sum(self.problem.outer) / speed / len(set(devices))
+            paths[depth] = critical_paths(kind, shape)
+            least[depth] = least_path_s(self.problem, paths[depth], speed) + once_s
+        open_paths = {depth: paths[depth] for depth in paths if least[depth] < upper}
+        lower = min((least[depth] for depth in least if depth not in open_paths), default=inf)
+        if not open_paths:
+            return lower
+        at_once = min(least[depth] for depth in open_paths)
+        deepest = max((c for c in candidates if len(c.slots) in open_paths), key=_depth)
+        apart = _has_own(deepest) and all(map(is_even, joined(*open_paths.values())))
+        lattice = self._lattice(deepest, chain=False) if apart else None
+        if lattice is None:
+            return min(lower, at_once)
+        speed = max(slot.speed for slot in deepest.slots)
+        once_s = sum(self.problem.outer) / speed / len(deepest.slots)
+        layout = _layout(lattice, deepest, uniform=uniform)
+        found = longest_path_bound(
+            self._rows_of(lattice), layout, open_paths, max(0.0, upper - once_s), self._deadline
+        )
+        return min(lower, max(at_once, found + once_s))
+
+    def _exact_apart(self, candidate: CandidatePipeline, kind: ScheduleKind) -> bool:
+        """Whether the closed form is the replay: stages have own devices and only pass on."""
+        forward_only = kind.any_devices and not self._training
+        return candidate.shape.own_devices and (kind.exact_apart or forward_only)
+
     def run_labels(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
         """Best split of one candidate under any schedule."""
         chain = self._lattice(candidate, chain=True)
         full = self._lattice(candidate, chain=False)
-        found, lower = [], 0.0
+        found, lower, begin = [], 0.0, monotonic()
         if chain is not None:
             if upper == inf and self._deadline is not None:
                 found.append(self._label_search(candidate, chain, upper).run_narrow())
@@ -155,6 +204,9 @@ class Engine:
         elif full is not None and len(full) <= LABEL_LIMIT:
             found.append(self._label_search(candidate, full, upper).run(upper))
             lower = found[-1].lower_bound
+        if any(options.thinned for options in self._options.values()):
+            lower = 0.0
+        self._proof_s = max(0.0, self._proof_s - (monotonic() - begin))
         if lower < upper:
             lower = max(lower, min(self.relaxed_bound(candidate, upper), upper))
         best = SearchResult.of(lower, (item for result in found for item in result.pipelines))
@@ -221,12 +273,13 @@ class Engine:
         )
         return LabelSettingSearch(
             lattice,
-            self._pricer or self._options[objective.splits_passes],
+            self._options[objective.splits_passes],
             candidate.slots,
             objective,
             _near(lattice, boundaries(lattice, candidate.slots, candidate.rule), around),
             self._deadline,
             self._load_limit_s(candidate, upper),
+            self._proof_s,
         )
 
     def _load_limit_s(self, candidate: CandidatePipeline, upper: float) -> float:
@@ -308,9 +361,8 @@ class Engine:
 
     def _make_lattice(self, allowed: Callable[[int], bool], *, chain: bool) -> Lattice | None:
         order = [(1 << done) - 1 for done in range(self.problem.num_blocks + 1)]
-        masks = order if self._masks is None else self._masks
-        if chain or self._masks is not None:
-            return Lattice.of_masks(self.problem, filter(allowed, masks))
+        if chain:
+            return Lattice.of_masks(self.problem, filter(allowed, order))
         try:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
@@ -343,7 +395,27 @@ def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) ->
     return StagePositions(slots, starts[-2::-1], uniform=False)
 
 
-StagePricerMaker = Callable[[FormulatedProblem], StagePricer]
+@dataclass(frozen=True)
+class Exploration:
+    """What all searches together found.
+
+    Attributes:
+        partitions: The best distinct splits, best first.
+        searched: Every engine with the pipelines that were searched together by it.
+        lower_bound: No split is quicker in the closed form.
+    """
+
+    partitions: tuple[Partition, ...]
+    searched: tuple[tuple[Engine, Sequence[CandidatePipeline], bool], ...] = ()
+    lower_bound: float = inf
+
+    def step_bound(self, upper: float) -> float:
+        """Bound of the exact step of any split; ``upper`` is the best one known, in seconds."""
+        lower = upper
+        for engine, members, together in self.searched:
+            found = engine.step_bound(members, upper, uniform=together)
+            lower = min(lower, self.lower_bound if found is None else found)
+        return lower if self.searched else min(upper, self.lower_bound)
 
 
 def search(
@@ -351,31 +423,27 @@ def search(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    stage_pricer: StagePricerMaker | None = None,
-) -> tuple[Partition, ...]:
-    """Return the best distinct splits, best first; none when no split fits.
-
-    The arguments are those of ``solve``; the bound of every split is one over all of them.
+) -> Exploration:
+    """Search all pipelines; the arguments are those of ``solve``.
 
     Raises:
         PartitionError: A constraint is wrong, or the time limit ended before any split was found.
     """
     if costs.planning is not None:
         best = costs.planning.search(machine, constraints)
-        return () if best is None else (best,)
+        return Exploration(()) if best is None else Exploration((best,), (), best.lower_bound)
     deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
     partitions: list[Partition] = []
+    searched = []
     upper = lower = inf
     for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
         built = build_problem(graph, costs, machine, constraints, replicas)
-        pricer = None if stage_pricer is None else stage_pricer(built)
-        engine = Engine(
-            built, constraints, training=graph.training, deadline=deadline, pricer=pricer
-        )
+        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
         candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
         for members, together in _batches(engine, candidates, constraints):
             found = _search(engine, members, upper, together=together)
             lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
+            searched.append((engine, members, together))
             for item in found.pipelines:
                 winner = _slots_of(item, members)
                 partitions.append(
@@ -387,7 +455,8 @@ def search(
             f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
         )
     partitions.sort(key=lambda item: item.objective)
-    return tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
+    best_ones = tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
+    return Exploration(best_ones, tuple(searched), lower)
 
 
 def candidate(
@@ -414,7 +483,7 @@ def _batches(
     engine: Engine, candidates: Sequence[CandidatePipeline], constraints: Constraints
 ) -> Iterator[tuple[Sequence[CandidatePipeline], bool]]:
     """Yield what is searched together (True: candidates that differ in depth only)."""
-    fast = [item for item in candidates if engine.is_fast(item)]
+    fast = [item for item in candidates if engine.is_fast(item) and engine.may_fit(item)]
     if fast and _uniform(fast, constraints):
         yield fast, True
         fast = []
@@ -432,9 +501,6 @@ def _search(
         fits = bool(engine.problem.same_device) or engine.may_fit(members[0])
         return engine.run_loops(members[0]) if fits else SearchResult(inf)
     if engine.is_fast(members[0]):
-        members = [item for item in members if engine.may_fit(item)]
-        if not members:
-            return SearchResult(inf)
         return engine.run_fast(members, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
     if bound >= upper:
@@ -449,6 +515,16 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     links = {slot.link_in for slot in slots[1:]}
     free = not (constraints.pinned_stages or constraints.pinned_devices)
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+
+
+def _depth(candidate: CandidatePipeline) -> int:
+    return len(candidate.slots)
+
+
+def _has_own(candidate: CandidatePipeline) -> bool:
+    """Whether every stage has its own device and memory."""
+    pools = {slot.pool for slot in candidate.slots}
+    return candidate.shape.own_devices and len(pools) == len(candidate.slots)
 
 
 def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:

@@ -12,7 +12,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import explain
-from ipu_pipeline.planner.search.pipeline_search import StagePricerMaker, search
+from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.result import Partition
 
 StepPrice = Callable[[Partition], float]
@@ -24,7 +24,6 @@ def solve(
     machine: Machine,
     constraints: Constraints,
     *,
-    stage_pricer: StagePricerMaker | None = None,
     step: StepPrice | None = None,
 ) -> Partition:
     """Find the quickest split of ``graph`` over ``machine`` that satisfies ``constraints``.
@@ -34,33 +33,31 @@ def solve(
         costs: Its prices on ``machine``.
         machine: Devices, memories and links.
         constraints: What is fixed, and the numbers of the run.
-        stage_pricer: Makes what prices whole stages, from the formulated problem; ``None``: sums
-            over the ways to run their blocks (``stage_price.StagePricer``).
         step: Seconds of an optimizer step of a split by the backend's own price, ``inf`` where it
             does not fit; the quickest of the best splits found is returned with it. ``None``: the
             closed form that the search minimises.
 
     Returns:
         The best split, its seconds per optimizer step, and a proven lower bound over every
-        allowed split, depth and number of replicas.
+        allowed split, depth and number of replicas: with ``step``, of the schedule's exact replay.
 
     Raises:
         InfeasibleError: Nothing fits; the message names the smallest changes that do fit.
         PartitionError: A constraint is wrong, the time limit was too short for any split, or
             ``step`` says of every split found that it does not fit.
     """
-    found = search(graph, costs, machine, constraints, stage_pricer)
-    if not found and costs.planning is not None:
+    found = search(graph, costs, machine, constraints)
+    if not found.partitions and costs.planning is not None:
         raise costs.planning.explain(machine, constraints)
-    if not found:
-        raise explain(graph, costs, machine, constraints, stage_pricer)
+    if not found.partitions:
+        raise explain(graph, costs, machine, constraints)
     if step is None:
-        return found[0]
-    priced = [replace(item, objective=step(item)) for item in found]
+        return found.partitions[0]
+    priced = [replace(item, objective=step(item)) for item in found.partitions]
     best = min(priced, key=lambda item: item.objective)
     if best.objective == inf:
         raise PartitionError(
-            f"none of the {len(found)} best splits fits by the machine's own price; use more "
+            f"none of the {len(priced)} best splits fits by the machine's own price; use more "
             "devices, or allow recompute or serialization"
         )
-    return best.with_bound(best.lower_bound)
+    return best.with_bound(found.step_bound(best.objective))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.launch import choose_processes
 from ipu_pipeline.backends.cluster.layout import Layout, make_layout
 from ipu_pipeline.backends.cluster.lower import check
 from ipu_pipeline.backends.cluster.schedules import (
@@ -15,8 +16,13 @@ from ipu_pipeline.backends.cluster.schedules import (
     torch_schedules,
 )
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.planner.backend import backend_of
+from ipu_pipeline.planner.price import price
+from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.cluster.jobs import built
+from tests.tiny_models import TINY
 
 
 def test_every_schedule_is_one_of_torchs() -> None:
@@ -86,3 +92,34 @@ def test_a_script_without_torchrun_is_told_so(monkeypatch: pytest.MonkeyPatch) -
     model, plan, _ = built("bert-qa", num_stages=2)
     with pytest.raises(LoweringError, match="is not set; start the script with 'torchrun"):
         ipp.compile(model, plan, target="distributed")
+
+
+@pytest.mark.parametrize("kind", torch_schedules(), ids=lambda kind: kind.name)
+def test_what_is_planned_for_a_schedule_is_launched_and_priced_alike(kind) -> None:
+    """Four of the machine's GPUs, as many stages on each as the schedule takes."""
+    model, example = TINY["bert-qa"].build()
+    depth = 4 * kind.stages_per_device[0]
+    plan = ipp.plan(
+        model,
+        example,
+        machine="a100-80g-x8",
+        num_stages=depth,
+        microbatches=8,
+        schedule=kind.name,
+        granularity="sublayer",
+        constraints=ipp.Constraints(stage_devices=kind.place(depth, 4)),
+    )
+    assert kind.name in backend_of(plan.machine).schedules
+    assert plan.objective_s == price(plan).step_s == simulate(plan).step_s
+    assert plan.lower_bound_s <= plan.objective_s
+    assert [stage.in_flight for stage in plan.stages] == list(
+        kind.in_flight(PipelineShape.of(depth, 8, kind.place(depth, 4)))
+    )
+    assert choose_processes(plan, kind.name, room=8) == 4
+    assert make_layout(plan, kind.name, 1, 4).positions == kind.place(depth, 4)
+
+
+def test_a_schedule_that_the_machine_does_not_run_is_not_planned() -> None:
+    model, example = TINY["bert-qa"].build()
+    with pytest.raises(ValueError, match="a100-80g-x8 runs no schedule 'popart'; use one of 1f1b"):
+        ipp.plan(model, example, machine="a100-80g-x8", num_stages=2, schedule="popart")

@@ -7,44 +7,13 @@ import sys
 import pytest
 
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
-
-MINE = '''
-from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.schedules.kind import ScheduleKind
-from ipu_pipeline.planner.schedules.objective import Objective
+from tests.planner.schedules.outside import one_by_one
 
 
-def rows(shape):
-    """One microbatch at a time."""
-    made = tuple(
-        tuple(Action(s, kind, m) for m in range(shape.num_microbatches) for kind in "FB")
-        for s in range(shape.num_stages)
-    )
-    return Schedule("one_by_one", shape.num_stages, shape.num_microbatches, made)
-
-
-SCHEDULE = ScheduleKind(
-    name="one_by_one",
-    make_rows=rows,
-    make_objective=lambda s: Objective.paced(0, s.num_microbatches, s.num_stages),
-    any_devices=True,
-)
-'''
-
-
-@pytest.fixture
-def one_by_one(tmp_path, monkeypatch):
-    """A distribution with one schedule, installed in a temporary folder."""
-    (tmp_path / "mine_of_test.py").write_text(MINE)
-    info = tmp_path / "mine_of_test-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine_of_test\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[ipu_pipeline.schedules]\none_by_one = mine_of_test:SCHEDULE\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "one_by_one"
-    sys.modules.pop("mine_of_test", None)
+@pytest.fixture(name="one_by_one")
+def _installed(tmp_path):
+    with one_by_one(tmp_path) as name:
+        yield name
 
 
 def test_names() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.planner.search import Constraints, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.planner.search.constraints import expand_layers_per_ipu
 from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
 
@@ -74,14 +74,6 @@ def test_tied_head_returns_to_the_first_device_without_layers():
     found = solve(graph, unit_costs(graph), machine, constraints)
     assert found.devices == (0, 1, 2, 0)
     assert "b8" in found.blocks[-1]
-
-
-def test_evaluate_says_which_stage_breaks_the_list():
-    graph = bert()
-    names = [block.name for block in graph.blocks]
-    constraints = Constraints(layers_per_ipu=(3, 3))
-    with pytest.raises(PartitionError, match=r"stage 0 breaks layers_per_ipu: 3 layers must be"):
-        evaluate(graph, unit_costs(graph), make_machine(2), constraints, [names[:2], names[2:]])
 
 
 def test_wrong_sum_reaches_the_caller_of_solve():

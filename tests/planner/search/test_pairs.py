@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
-from ipu_pipeline.planner.search import Constraints, InfeasibleError, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, InfeasibleError, solve
 from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.options.table_graph import machine as table_machine
 from tests.planner.options.table_graph import table_graph
@@ -111,7 +111,7 @@ def test_optimum_equals_brute_force(seed):
     best = best_of_all(graph, narrowed(costs, recompute, forced), machine, constraints)
     if best == inf:
         with contextlib.suppress(PartitionError):
-            assert not search(graph, costs, machine, constraints)
+            assert not search(graph, costs, machine, constraints).partitions
         return
     found = solve(graph, costs, machine, constraints)
     assert isclose(found.objective, best, rel_tol=1e-9, abs_tol=1e-9)
@@ -120,7 +120,7 @@ def test_optimum_equals_brute_force(seed):
     assert all(ways[name].serialize_factor == max(1, factor) for name, factor in forced.items())
     for group in costs.together:
         assert len({i for i, stage in enumerate(found.blocks) if set(group) & set(stage)}) == 1
-    priced = evaluate(graph, costs, machine, constraints, found.blocks)
+    priced = solve(graph, costs, machine, constraints.with_stages(found.blocks))
     assert isclose(priced.objective, found.objective, rel_tol=1e-9, abs_tol=1e-9)
 
 
@@ -135,7 +135,7 @@ def test_menus_of_a_vocabulary_equal_brute_force(num_devices, schedule, share):
     machine = table_machine(num_devices, memory)
     inner = replace(graph, tensors=tuple(t for t in graph.tensors if t.consumers))
     best = best_of_all(inner, costs, machine, constraints)
-    found = next(iter(search(graph, costs, machine, constraints)), None)
+    found = next(iter(search(graph, costs, machine, constraints).partitions), None)
     assert (found is None) == (best == inf)
     if found is not None:
         assert isclose(found.objective, best, rel_tol=1e-9)
@@ -184,8 +184,8 @@ def test_too_many_stages_for_a_pair_are_refused_by_its_name():
 def test_a_given_split_that_separates_a_pair_is_refused():
     costs = replace(unit_costs(CHAIN), together=(("b2", "b3"),))
     stages = [["b0", "b1", "b2"], ["b3"]]
-    with pytest.raises(PartitionError, match=r"b2 and b3 must stay in one stage .* of a pair"):
-        evaluate(CHAIN, costs, make_machine(2), Constraints(), stages)
+    with pytest.raises(PartitionError, match="no split satisfies the constraints"):
+        solve(CHAIN, costs, make_machine(2), Constraints().with_stages(stages))
 
 
 def test_a_pair_of_unknown_blocks_is_refused():

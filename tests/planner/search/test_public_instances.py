@@ -38,6 +38,15 @@ def test_max_load_optimum(name, optimum):
     assert search.lower_bound == search.objective
 
 
+@pytest.mark.parametrize("name", ["gnmt_inference", "resnet50_inference", "bert24_inference"])
+def test_training_form_is_solved_exactly(name):
+    instance = read_instance(INSTANCES / f"{name}.json", training=True)
+    search = solve_instance(instance)
+    alone = read_instance(INSTANCES / f"{name}.json")
+    assert search.lower_bound == search.objective > 2 * solve_instance(alone).objective
+    assert sum(instance.problem.held) == 2 * sum(alone.problem.held)
+
+
 @pytest.mark.parametrize("devices", MEMORY_TABLE)
 def test_memory_table(devices):
     for room, optimum in zip(ROOMS_GIB, MEMORY_TABLE[devices], strict=True):

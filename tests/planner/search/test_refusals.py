@@ -9,7 +9,7 @@ import pytest
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.search import Constraints, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, solve
 from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
 
 CHAIN = make_graph(5, [(i, i + 1) for i in range(4)], params=[("tied", (0, 4))])
@@ -73,49 +73,18 @@ def test_solve_refuses(options, message):
         solve(CHAIN, COSTS, make_machine(2), Constraints(**options))
 
 
-@pytest.mark.parametrize(
-    ("stages", "options", "message"),
-    [
-        ([["b0", "b1", "b2", "b3"]], {}, "no stage holds b4"),
-        ([["b0", "b0", "b1"], ["b2", "b3", "b4"]], {}, "block 'b0' is placed twice"),
-        ([["b0", "b1", "b2", "b3", "b4"], []], {}, "stage 1 is empty"),
-        ([["b0", "zz"], ["b1"]], {}, "stage 0 names 'zz', which the graph does not have"),
-        ([["b1"], ["b0", "b2", "b3", "b4"]], {}, "block 'b1' of stage 0 runs before 'b0'"),
-        (HALVES, {"stage_devices": (0,)}, "the split has 2 stages, stage_devices has 1"),
-        (HALVES, {"num_stages": 3}, "the split has 2 stages, num_stages asks for 3"),
-        ([[name] for name in ("b0", "b1", "b2")], {}, r"3 stages on devices \[0, 1, 2\] do not"),
-        (
-            HALVES,
-            {"schedule": "popart"},
-            "2 stages as 3 pipeline stages and needs at least 3 micro",
-        ),
-        (HALVES, {"tied": "same_device"}, r"b0, b4 must be on one device, the split has them on"),
-        (HALVES, {"forbidden_cuts": ("b2",)}, "b1 and b2 must stay in one stage"),
-        (HALVES, {"pinned_stages": {"b0": 1}}, "block 'b0' is pinned elsewhere than stage 0"),
-    ],
-)
-def test_evaluate_refuses(stages, options, message):
-    with pytest.raises(PartitionError, match=message):
-        evaluate(CHAIN, COSTS, make_machine(2), Constraints(**options), stages)
+def test_a_given_split_that_no_pipeline_can_have_is_refused():
+    given = Constraints().with_stages([["b1"], ["b0", "b2", "b3", "b4"]])
+    with pytest.raises(PartitionError, match="no split satisfies the constraints"):
+        solve(CHAIN, COSTS, make_machine(2), given)
+    with pytest.raises(PartitionError, match="pinned_stages names zz, which the graph does not"):
+        solve(CHAIN, COSTS, make_machine(2), Constraints().with_stages([["zz"], ["b0"]]))
 
 
-def test_evaluate_refuses_another_order_where_execution_order_is_asked_for():
-    graph = make_graph(3, [(0, 2), (1, 2)])
-    constraints = Constraints(execution_order=True)
-    with pytest.raises(PartitionError, match="runs before 'b0' of a later stage, which execution"):
-        evaluate(graph, unit_costs(graph), make_machine(2), constraints, [["b1"], ["b0", "b2"]])
-
-
-def test_evaluate_names_the_stage_that_overflows():
-    with pytest.raises(PartitionError, match=r"stage 1 needs at least 0\.000394 MB") as caught:
-        evaluate(CHAIN, COSTS, make_machine(2, memory=390), Constraints(), HALVES)
-    assert "its memory is 0.00039 MB" in str(caught.value)
-
-
-def test_evaluate_says_when_stages_share_too_little_memory():
-    machine = make_machine(2, memory=350, shared_memory=True)
-    with pytest.raises(PartitionError, match=r"the stages that share a memory of 0\.0007 MB"):
-        evaluate(CHAIN, unit_costs(CHAIN, weights=150), machine, Constraints(), HALVES)
+def test_a_given_split_that_overflows_names_the_stage():
+    machine, given = make_machine(2, memory=390), Constraints().with_stages(HALVES)
+    with pytest.raises(PartitionError, match=r"stage 1 \(b2 to b4\) needs 0\.000394 MB"):
+        solve(CHAIN, COSTS, machine, given)
 
 
 def test_a_block_without_cost_is_named():

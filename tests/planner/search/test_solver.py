@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.planner.search import Constraints, InfeasibleError, evaluate, solve
+from ipu_pipeline.planner.search import Constraints, InfeasibleError, solve
 from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.search.partition_oracle import (
     all_splits,
@@ -34,14 +34,14 @@ def check(graph, costs, machine, constraints):
     best = brute_over_depths(graph, costs, machine, constraints)
     if best == inf:  # without the search for remedies, which test_infeasible.py covers
         with contextlib.suppress(PartitionError):
-            assert not search(graph, costs, machine, constraints)
+            assert not search(graph, costs, machine, constraints).partitions
         return
     found = solve(graph, costs, machine, constraints)
     assert isclose(found.objective, best, rel_tol=1e-9, abs_tol=1e-9)
     assert found.gap == 0.0
     assert found.lower_bound == found.objective
     again = dataclasses.replace(constraints, stage_devices=found.devices, num_stages=None)
-    priced = evaluate(graph, costs, machine, again, found.blocks)
+    priced = solve(graph, costs, machine, again.with_stages(found.blocks))
     assert isclose(priced.objective, found.objective, rel_tol=1e-9, abs_tol=1e-9)
     assert priced.lower_bound <= found.objective * (1 + 1e-9)
 
@@ -162,7 +162,8 @@ def test_transfers_cost_nothing_in_shared_memory():
 def test_a_relayed_value_is_paid_on_each_hop():
     graph = make_graph(3, [(0, 1), (0, 2), (1, 2)], sizes=[10, 1, 1])
     machine = make_machine(3, bandwidth=1.0)
-    found = evaluate(graph, unit_costs(graph), machine, Constraints(), [["b0"], ["b1"], ["b2"]])
+    given = Constraints().with_stages([["b0"], ["b1"], ["b2"]])
+    found = solve(graph, unit_costs(graph), machine, given)
     # 40 bytes of b0 and 4 of b1, forward and backward, charged to both ends of each hop.
     assert [stage.transfer_s for stage in found.stages] == [80.0, 80.0 + 88.0, 88.0]
 

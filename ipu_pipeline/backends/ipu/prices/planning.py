@@ -15,8 +15,11 @@ from math import inf
 from time import monotonic
 from typing import Any
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.blocks import may_serialize, serialization_factor
+from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
+from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
 from ipu_pipeline.backends.ipu.prices.memory import stash_depth
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
@@ -26,6 +29,7 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import BlockChoice, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
@@ -61,7 +65,7 @@ class ProgramChoices:
     checkpoint_layers: tuple[bool, ...] = (True, False)
     embedding_factors: tuple[int, ...] = FACTORS
     projection_factors: tuple[int, ...] = FACTORS
-    offchip: tuple[bool, ...] = (False,)
+    offchip: tuple[bool, ...] = (False, True)
     proportions: tuple[float, ...] = ()
 
     @classmethod
@@ -89,6 +93,34 @@ class IPUPlanning:
     chain: ChainPrices
     settings: IPUSettings
     choices: ProgramChoices = field(default_factory=ProgramChoices)
+
+    @classmethod
+    def of_configuration(
+        cls, graph: BlockGraph, config: IPUConfig, machine: Machine
+    ) -> Prediction | None:
+        """Return what ``config`` does with the layers that it leaves open placed best.
+
+        ``None`` where it says the place of every layer, or no place fits.
+        """
+        if config.layers_per_ipu != (WILDCARD,) or config.stage_starts:
+            return None
+        settings = replace(IPUSettings.from_config(config), training=graph.training)
+        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
+        limits = Constraints(
+            num_stages=config.ipus_per_replica,
+            num_microbatches=config.gradient_accumulation_steps,
+            replicas=config.replicas(),
+            schedule="popart",
+        )
+        planning = cls(chain, settings, ProgramChoices.fixed(settings))
+        try:
+            best = quickest(planning.pipelines(machine, limits))
+        except PartitionError:
+            return None
+        if best.pipeline is None:
+            return None
+        split = best.found.pipelines[0]
+        return best.pipeline.prediction(split.boundaries, split.prices)
 
     @property
     def graph(self) -> BlockGraph:
@@ -215,7 +247,8 @@ class IPUPlanning:
             stage_starts=(),
         )
         again = self._recompute(constraints) if many and training else (False,)
-        for recompute, offchip in product(again, self.choices.offchip):
+        places = self.choices.offchip if base.state_bytes and training else (False,)
+        for recompute, offchip in product(again, places):
             kept = self.choices.checkpoint_layers if recompute else (False,)
             for by_layer, (embedding, projection) in product(kept, self._factors(constraints)):
                 yield replace(

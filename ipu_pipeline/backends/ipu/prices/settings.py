@@ -205,7 +205,7 @@ class IPUSettings:
         Args:
             base: Gives what the settings do not know (output mode, seed, ...).
         """
-        given = {
+        given: dict[str, Any] = {
             "layers_per_ipu": self.layers_per_ipu,
             "ipus_per_replica": self.num_ipus,
             "replication_factor": self.replicas,

@@ -49,5 +49,6 @@ SCHEDULE = ScheduleKind(
     make_in_flight=lambda shape: [shape.num_microbatches] * shape.num_stages,
     make_paths=_paths,
     any_devices=True,
+    exact_apart=True,
     torch_class="ScheduleGPipe",
 )
