@@ -29,9 +29,13 @@ def predict_command(
         str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
     ] = "",
 ) -> None:
-    """Predict an IPU configuration as it is: memory of every IPU, parts of a step, samples/s."""
+    """Predict an IPU configuration: memory of every IPU, parts of a step, samples/s.
+
+    Layers that the configuration leaves open ([-1]) are placed as plan places them, or evenly
+    where nothing fits.
+    """
     from ipu_pipeline.backends.ipu.config import find_config
-    from ipu_pipeline.backends.ipu.prices import predict
+    from ipu_pipeline.backends.ipu.prices import IPUPlanning, predict
     from ipu_pipeline.capture import capture
     from ipu_pipeline.capture.from_config import config_and_task, from_config
     from ipu_pipeline.ir.machines import machine_by_name
@@ -41,7 +45,10 @@ def predict_command(
     built, batch = from_config(
         *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
     )
-    prediction = predict(capture(built, batch).graph, settings, pod)
+    graph = capture(built, batch).graph
+    prediction = IPUPlanning.of_configuration(graph, settings, pod)
+    if prediction is None:
+        prediction = predict(graph, settings, pod)
     typer.echo(prediction.text())
 
 

@@ -131,8 +131,8 @@ class StageCache:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
         tables = find_tables(captured, uses, serialized(self.plan))
-        shares = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, shares)
+        row_shards = shard_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

@@ -18,7 +18,7 @@ from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
 from ipu_pipeline.ops.projection import serialized_linear
 from ipu_pipeline.stages.chunked_loss import DeferredLogits
-from ipu_pipeline.stages.tables import Share, Table
+from ipu_pipeline.stages.tables import RowShard, Table
 
 
 class SerializedRegion(TorchFunctionMode):
@@ -29,7 +29,7 @@ class SerializedRegion(TorchFunctionMode):
         leaves: Stand-ins that collect the lookups' gradients.
         defer: Compute no logits but leave them to the loss behind the block.
         hold_gradients: Compute that loss's gradients in its forward pass.
-        last_share: Where other stages hold rows too: the rows of this one, and the sum of theirs.
+        last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class SerializedRegion(TorchFunctionMode):
         *,
         defer: bool,
         hold_gradients: bool,
-        last_share: tuple[Share, Tensor] | None = None,
+        last_row_shard: tuple[RowShard, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.table = table
         self.leaves = leaves
         self.defer = defer
         self.hold_gradients = hold_gradients
-        self.last_share = last_share
+        self.last_row_shard = last_row_shard
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -71,9 +71,9 @@ class SerializedRegion(TorchFunctionMode):
     ) -> Tensor:
         del weight, max_norm, norm_type, sparse  # tables.py refuses the ones that matter
         leaf = self.leaves.of(self.table.parameter)
-        if self.last_share is not None:
-            share, received = self.last_share
-            return share.look_up(input, leaf, received)
+        if self.last_row_shard is not None:
+            shard, received = self.last_row_shard
+            return shard.look_up(input, leaf, received)
         return embedding_serialized(
             input,
             leaf,
@@ -102,7 +102,7 @@ class SerializedForward:
     Args:
         tables: Tables by block name; a block without one runs as it is.
         fused: Blocks whose logits may stay deferred until the loss takes them.
-        shares: Rows that this stage holds of tables that several stages hold.
+        row_shards: Rows that this stage holds of tables that several stages hold.
         hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
             microbatch of the stage is in flight meanwhile.
 
@@ -114,26 +114,26 @@ class SerializedForward:
         self,
         tables: Mapping[str, Table],
         fused: frozenset[str],
-        shares: Sequence[Share],
+        row_shards: Sequence[RowShard],
         *,
         hold_gradients: bool,
     ) -> None:
         self.tables = tables
         self.fused = fused
         self.hold_gradients = hold_gradients
-        self.shares = shares
+        self.row_shards = row_shards
         self.leaves = LookupLeaves()
-        self._last_shares: dict[str, tuple[Share, Tensor]] = {}
+        self._last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
 
-    def look_up_shares(self, values: dict[str, Any]) -> None:
+    def look_up_row_shards(self, values: dict[str, Any]) -> None:
         """Add the rows held for later stages to ``values``, under the names they are sent by."""
-        for share in self.shares:
-            if not share.sent:
-                self._last_shares[share.table.block] = (share, values[share.received])
+        for shard in self.row_shards:
+            if not shard.sent:
+                self._last_row_shards[shard.table.block] = (shard, values[shard.received])
                 continue
-            leaf = self.leaves.of(share.table.parameter)
-            received = values[share.received] if share.received else None
-            values[share.sent] = share.look_up(values[share.ids], leaf, received)
+            leaf = self.leaves.of(shard.table.parameter)
+            received = values[shard.received] if shard.received else None
+            values[shard.sent] = shard.look_up(values[shard.ids], leaf, received)
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
@@ -145,7 +145,7 @@ class SerializedForward:
             self.leaves,
             defer=program.name in self.fused and torch.is_grad_enabled(),
             hold_gradients=self.hold_gradients,
-            last_share=self._last_shares.get(program.name),
+            last_row_shard=self._last_row_shards.get(program.name),
         )
         with region:
             return program.module(*inputs)

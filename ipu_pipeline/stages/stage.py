@@ -21,7 +21,7 @@ from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.scope import block_scope
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
-from ipu_pipeline.stages.tables import Share, Table, fused_projections
+from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 
 RandomKey = tuple[int | str, ...]
 
@@ -51,7 +51,7 @@ class Stage:
         results: Value name by result name, for results that this stage computes.
         tables: Tables of its serialized blocks, by block name.
         fused: Its serialized projections whose logits only its loss reads.
-        shares: Rows that it holds of tables that several stages hold.
+        row_shards: Rows that it holds of tables that several stages hold.
         specs: Descriptions of the tensors that it sends, by name.
     """
 
@@ -65,7 +65,7 @@ class Stage:
     results: Mapping[str, str]
     tables: Mapping[str, Table] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()
-    shares: tuple[Share, ...] = ()
+    row_shards: tuple[RowShard, ...] = ()
     specs: Mapping[str, TensorMeta] = field(default_factory=dict)
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
@@ -132,10 +132,10 @@ class Stage:
         values.update(received)
         again = self.recompute.intersection((*self.fused, LOSS))
         blocks = SerializedForward(
-            self.tables, self.fused, self.shares, hold_gradients=alone and not again
+            self.tables, self.fused, self.row_shards, hold_gradients=alone and not again
         )
         self.block = "tables of other stages"
-        blocks.look_up_shares(values)
+        blocks.look_up_row_shards(values)
         for program in self.programs:
             self.block = program.name
             self._run(program, values, key, blocks)
@@ -228,7 +228,7 @@ def build_stages(
     blocks: Sequence[Sequence[str]],
     recompute: Iterable[str] = (),
     tables: Mapping[str, Table] | None = None,
-    shares: Mapping[int, Sequence[Share]] | None = None,
+    row_shards: Mapping[int, Sequence[RowShard]] | None = None,
 ) -> tuple[Stage, ...]:
     """Build the stages of a split.
 
@@ -237,16 +237,16 @@ def build_stages(
         blocks: Block names of each stage.
         recompute: Names of blocks to recompute in the backward pass.
         tables: Tables of serialized blocks, by block name.
-        shares: Rows of tables that several stages hold, by stage.
+        row_shards: Rows of tables that several stages hold, by stage.
     """
-    tables, shares = tables or {}, shares or {}
+    tables, row_shards = tables or {}, row_shards or {}
     stage_of = {name: index for index, names in enumerate(blocks) for name in names}
     producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
     programs = [
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
-    parameters = [_parameters(own, shares.get(i, ())) for i, own in enumerate(programs)]
+    parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []
     for index, own in enumerate(programs):
@@ -255,7 +255,7 @@ def build_stages(
             for name, value in captured.results.items()
             if producer.get(value, 0) == index
         }
-        held = tuple(shares.get(index, ()))
+        held = tuple(row_shards.get(index, ()))
         sends = _sent(captured, producer, stage_of, index)
         stages.append(
             Stage(
@@ -264,17 +264,17 @@ def build_stages(
                 prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
                 receives=(
                     *_received(own, producer, index),
-                    *(share.received for share in held if share.received),
+                    *(shard.received for shard in held if shard.received),
                 ),
                 sends=(
                     *sends,
-                    *(share.sent for share in held if share.sent),
+                    *(shard.sent for shard in held if shard.sent),
                 ),
                 recompute=frozenset(recompute),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
-                shares=held,
+                row_shards=held,
                 specs=_specs(captured, (*sends, *results.values()), held),
                 fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
@@ -282,9 +282,9 @@ def build_stages(
     return tuple(stages)
 
 
-def _parameters(programs: Sequence[Program], shares: Sequence[Share]) -> list[nn.Parameter]:
+def _parameters(programs: Sequence[Program], row_shards: Sequence[RowShard]) -> list[nn.Parameter]:
     found = dict.fromkeys(p for program in programs for p in program.module.parameters())
-    return list(found | dict.fromkeys(share.table.parameter for share in shares))
+    return list(found | dict.fromkeys(shard.table.parameter for shard in row_shards))
 
 
 def _received(
@@ -307,15 +307,15 @@ def _sent(
 
 
 def _specs(
-    captured: CapturedModel, names: Iterable[str], shares: Sequence[Share]
+    captured: CapturedModel, names: Iterable[str], row_shards: Sequence[RowShard]
 ) -> dict[str, TensorMeta]:
     found = {name: captured.specs[name] for name in names if name in captured.specs}
-    for share in shares:
-        table = share.table.parameter
-        shape = (*captured.specs[share.ids].shape, table.shape[1])
+    for shard in row_shards:
+        table = shard.table.parameter
+        shape = (*captured.specs[shard.ids].shape, table.shape[1])
         dtype = str(table.dtype).removeprefix("torch.")
-        if share.sent:
-            found[share.sent] = TensorMeta(shape, dtype, table.requires_grad)
+        if shard.sent:
+            found[shard.sent] = TensorMeta(shape, dtype, table.requires_grad)
     return found
 
 

@@ -173,7 +173,7 @@ def _no_table(block: str) -> LoweringError:
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShard:
     """The rows of a table that one stage holds.
 
     Attributes:
@@ -225,7 +225,7 @@ class Share:
 
 def shard_tables(
     captured: CapturedModel, plan: Plan, tables: Mapping[str, Table]
-) -> dict[int, tuple[Share, ...]]:
+) -> dict[int, tuple[RowShard, ...]]:
     """Return what every stage holds of tables that several stages hold, by stage.
 
     Raises:
@@ -237,7 +237,7 @@ def shard_tables(
         for block, slices in stage.table_slices.items():
             holders[block].append((index, slices))
     programs = {program.name: program for program in captured.programs}
-    shares: dict[int, list[Share]] = defaultdict(list)
+    row_shards: dict[int, list[RowShard]] = defaultdict(list)
     for block, held in holders.items():
         if len(held) == 1 or block not in programs:
             continue
@@ -245,8 +245,8 @@ def shard_tables(
         lookup = _find_lookup(captured, programs[block], table)
         step = -(-len(table.parameter) // table.factor)
         for position, (stage_index, (first, last)) in enumerate(held):
-            shares[stage_index].append(
-                Share(
+            row_shards[stage_index].append(
+                RowShard(
                     table=table,
                     num_slices=last - first,
                     rows=_rows(block, first * step, last * step, len(table.parameter)),
@@ -255,7 +255,7 @@ def shard_tables(
                     **lookup,
                 )
             )
-    return {index: tuple(found) for index, found in shares.items()}
+    return {index: tuple(found) for index, found in row_shards.items()}
 
 
 def _rows(block: str, first: int, last: int, num_rows: int) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
     """Return who holds what under a split."""
     positions: dict[int, set[int]] = {}
     for stage in stages:
-        tensors: list[Tensor] = [share.table.parameter for share in stage.shares]
+        tensors: list[Tensor] = [share.table.parameter for share in stage.row_shards]
         for program in stage.programs:
             tensors += [*program.module.parameters(), *program.module.buffers()]
         for tensor in tensors:

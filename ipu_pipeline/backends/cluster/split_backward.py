@@ -31,7 +31,7 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     if stage.index == 0:
         return True  # receives nothing: torch computes it whole, later
     names = {program.name for program in stage.programs}
-    if stage.tables or stage.shares or stage.recompute & names:
+    if stage.tables or stage.row_shards or stage.recompute & names:
         return False
     parameters = [p for p in module.parameters() if p.requires_grad]
     earlier = [p.grad for p in parameters]

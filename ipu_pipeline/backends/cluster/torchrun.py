@@ -102,8 +102,8 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
     where = "on this machine"
     if spec.num_nodes > 1:
         where = (
-            f"on each of {'the ' * (not others)}{full} nodes, in any order; {host} is one of "
-            "them; all see plan and script under these paths"
+            f"on {full if others else 'each'} of the {spec.num_nodes} nodes, in any order; "
+            f"{host} is one of them; all see plan and script under these paths"
         )
     threads = [f"env OMP_NUM_THREADS={spec.num_threads}"]
     if spec.num_threads is None:

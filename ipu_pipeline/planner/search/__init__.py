@@ -8,8 +8,8 @@ Read the files in this order:
 1. ``constraints.py``, ``result.py``: what goes in and what comes out.
 2. ``problem.py``: the problem on integers (blocks are bits); ``from_graph.py`` makes it.
 3. ``objective.py``: the closed forms of the schedules that the search minimises.
-4. ``stage_price.py``: one stage: transfers, memory, and the exact choice of recomputation and
-   serialization per block; the hook for a backend's own stage prices.
+4. ``stage_price.py``: one stage: transfers and memory; ``knapsack.py``: the exact choice of
+   recomputation and serialization per block.
 5. ``ideals.py``: the boundaries that a pipeline may have (order ideals of the blocks).
 6. ``bottleneck.py`` over ``stage_costs.py``: the fast exact search, a dynamic program over ideals.
 7. ``label_setting.py``: the exact search for shared devices and memories and other schedules;

@@ -155,7 +155,7 @@ UNEVEN = replace(SPEC, num_processes=5, num_nodes=3, described="5 processes")
 def test_nodes_with_a_process_less_have_a_command_of_their_own(monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     first, _, second = command(UNEVEN).partition("\n# and this on the other 1:\n")
-    assert "# run this on each of 2 nodes, in any order; node1 is one of them" in first
+    assert "# run this on 2 of the 3 nodes, in any order; node1 is one of them" in first
     assert [parsed(text)[0].nproc_per_node for text in (first, f":\n{second}")] == [2, 1]
     assert parsed(first)[0].max_nodes == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices import predict
+from ipu_pipeline.backends.ipu.prices import IPUPlanning, predict
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
@@ -73,6 +74,20 @@ def test_what_is_planned_is_emitted_and_priced_once(
     assert prediction.time.total_s == plan.objective_s
     said = json.loads((tmp_path / "settings.json").read_text())
     assert said["recompute"] == (config.recompute and num_stages > 1)
+
+
+def test_layers_that_are_left_open_are_placed_alike_through_every_door() -> None:
+    model, batch = from_config(*CONFIGS["bert"], batch_size=1, seq_length=16)
+    config = IPUConfig(ipus_per_replica=2, gradient_accumulation_steps=8)
+    plan = ipp.plan(model, batch, machine=POD, config=config)
+    graph = capture(model, batch).graph
+    prediction = IPUPlanning.of_configuration(graph, config, POD)
+    assert prediction is not None
+    assert prediction.time.total_s == plan.objective_s
+    said = replace(config, layers_per_ipu=(2, 2))
+    assert IPUPlanning.of_configuration(graph, said, POD) is None
+    too_few = replace(config, gradient_accumulation_steps=1)
+    assert IPUPlanning.of_configuration(graph, too_few, POD) is None
 
 
 def test_a_decoders_embedding_may_come_back_to_the_first_ipu() -> None:

@@ -239,7 +239,7 @@ def test_a_plan_whose_blocks_differ_is_refused_at_the_first_step() -> None:
     renamed = replace(
         plan,
         stages=(replace(first, blocks=("ghost", *first.blocks)), *plan.stages[1:]),
-        blocks=(replace(plan.blocks[0], name="ghost"), *plan.blocks),
+        graph=replace(plan.graph, blocks=(replace(plan.blocks[0], name="ghost"), *plan.blocks)),
     )
     with (
         ipp.compile(model, renamed, self_check=False) as executable,

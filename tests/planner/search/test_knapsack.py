@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from ipu_pipeline.planner.search.knapsack import least_time, pareto, summarize
 from ipu_pipeline.planner.search.problem import Option
-from ipu_pipeline.planner.search.stage_price import least_time, pareto, summarize
 
 
 def random_menus(seed, num_blocks, *, spaces=True):
