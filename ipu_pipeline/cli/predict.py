@@ -29,7 +29,7 @@ def predict_command(
         str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
     ] = "",
 ) -> None:
-    """Predict an IPU configuration as it is: memory of every IPU, parts of a step, samples/s.
+    """Predict an IPU configuration: memory of every IPU, parts of a step, samples/s.
 
     Layers that the configuration leaves open ([-1]) are placed as plan places them, or evenly
     where nothing fits.
