@@ -52,7 +52,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         machine: ``local`` (this machine, measured), a known name such as ``pod16``, a machine
             file, or a description.
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
-        microbatches: Microbatches per optimizer step; ``None``: the config's, else 8.
+        microbatches: Microbatches per optimizer step; ``None``: the config's, else
+            what the machine's backend takes, at least 8.
         replicas: Copies of the pipeline.
         schedule: One that the machine's backend lists: ``1f1b``, ``gpipe``, ``interleaved``,
             ``zbv``, ... or ``popart`` (the one that IPUs run); ``None``: the backend's first.
@@ -154,7 +155,7 @@ def compile(
     execution = ExecutionOptions(**options)
     if optimizer is not None and not execution.training:
         raise ValueError("training=False leaves nothing to an optimizer; pass one of the two only")
-    return backend_named(target).lower(model, plan, optimizer, execution)  # type: ignore[no-any-return]
+    return backend_named(target).lower(model, plan, optimizer, execution)
 
 
 def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:

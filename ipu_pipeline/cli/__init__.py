@@ -99,7 +99,7 @@ def plan_command(
     microbatches: Annotated[
         int | None,
         typer.Option(
-            "--microbatches", min=1, help="Microbatches per step; default 8, or the config's."
+            "--microbatches", min=1, help="Per step; default: the config's, or at least 8."
         ),
     ] = None,
     schedule: Annotated[

@@ -52,7 +52,8 @@ def from_json(
             f"{source}: unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}"
         )
     for name in (name for name in known if name in raw and name not in given):
-        given[name] = _convert(raw[name], _hints(kind)[name], f"{source}, {name}", error)
+        wanted = _hints(kind)[name]  # type: ignore[arg-type]
+        given[name] = _convert(raw[name], wanted, f"{source}, {name}", error)
     missing = [item.name for item in fields(kind) if _required(item) and item.name not in given]  # type: ignore[arg-type]
     if missing:
         raise error(f"{source}: missing field {', '.join(map(repr, missing))}")

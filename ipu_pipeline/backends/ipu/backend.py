@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
-from ipu_pipeline.backends.ipu.prices.layout import layout_of
-from ipu_pipeline.backends.ipu.prices.memory import stash_depth
-from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
-from ipu_pipeline.backends.ipu.prices.planning import (
+from ipu_pipeline.backends.ipu.prices.answer import (
     DEFAULT_SETTINGS,
     OF_THE_REQUEST,
-    ProgramChoices,
     binding_of,
     configured_partition,
     settings_of,
 )
+from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
+from ipu_pipeline.backends.ipu.prices.layout import layout_of
+from ipu_pipeline.backends.ipu.prices.memory import stash_depth
+from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
+from ipu_pipeline.backends.ipu.prices.planning import ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime

@@ -5,7 +5,7 @@ What weights cost in memory while training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,12 +70,6 @@ class StagePlanning(Protocol):
 
     def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
         """Return the best split with a proven bound; ``None`` when nothing fits."""
-        ...
-
-    def evaluate(
-        self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
-    ) -> Partition:
-        """Price the given blocks of every stage."""
         ...
 
     def explain(self, machine: Machine, constraints: Constraints) -> PartitionError:

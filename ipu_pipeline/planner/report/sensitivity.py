@@ -78,7 +78,7 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
     limits = Constraints(
         num_stages=variant.num_devices,
         num_microbatches=variant.num_microbatches,
-        schedule=plan.schedule,  # type: ignore[arg-type]
+        schedule=plan.schedule,
         replicas=plan.replicas,
         time_limit_s=TIME_LIMIT_S,
         execution_order=plan.schedule == "popart",

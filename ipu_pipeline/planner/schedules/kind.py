@@ -88,7 +88,7 @@ def in_a_v(num_stages: int, num_devices: int) -> tuple[int, ...] | None:
     return (*range(num_devices), *reversed(range(num_devices)))
 
 
-_PLACES = {
+_PLACES: dict[Callable[[int, int], tuple[int, ...] | None], str] = {
     one_each: "one stage per device",
     in_loops: "equally many stages per device, which they visit in loops",
     in_a_v: "exactly 2 stages per device, which they visit in a V",

@@ -54,7 +54,7 @@ class StageTimes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Program:
+class ReplayProgram:
     """A schedule in one order that respects all dependencies.
 
     Attributes:
@@ -71,7 +71,7 @@ class Program:
 
 
 @lru_cache(maxsize=8)
-def program(schedule: Schedule) -> Program:
+def program(schedule: Schedule) -> ReplayProgram:
     """Order the actions of ``schedule``.
 
     Raises:
@@ -87,7 +87,7 @@ def program(schedule: Schedule) -> Program:
         own = [at[result] for result in needed if result.stage == action.stage]
         sources.append(others[0] if others else (own[0] if own else -1))
         at[action.result] = position
-    return Program(
+    return ReplayProgram(
         order,
         array("l", (row_of[action.stage] for action in order)),
         array("l", (4 * action.stage + KINDS.index(action.kind) for action in order)),
@@ -96,7 +96,7 @@ def program(schedule: Schedule) -> Program:
 
 
 def start_times(
-    made: Program, seconds: Sequence[float], overlap_s: Sequence[float] | None = None
+    made: ReplayProgram, seconds: Sequence[float], overlap_s: Sequence[float] | None = None
 ) -> tuple[list[float], float]:
     """Return when every action starts, and when the last one ends.
 
@@ -178,7 +178,7 @@ def bound_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stag
 
 
 def _steady_pace(
-    made: Program, starts: Sequence[float], shape: PipelineShape, period: int, end_s: float
+    made: ReplayProgram, starts: Sequence[float], shape: PipelineShape, period: int, end_s: float
 ) -> float | None:
     """Seconds of one period where the middle of the step repeats exactly, else ``None``.
 

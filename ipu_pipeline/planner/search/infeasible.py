@@ -124,8 +124,8 @@ class _Explanation:
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
         try:
-            found = search(self.graph, change.costs, change.machine, trial)
-            return bool(found.partitions)
+            trials = search(self.graph, change.costs, change.machine, trial)
+            return bool(trials.partitions)
         except PartitionError:
             return False
 

@@ -268,7 +268,10 @@ class Contraction:
         order = [b for b in _topological([m & ~(1 << block) for m in preds]) if b != block]
         number = {b: position for position, b in enumerate(order)}
         number[block] = number[target]
-        moved = lambda mask: mask_of({number[b] for b in bits(mask)})  # noqa: E731
+
+        def moved(mask: int) -> int:
+            return mask_of({number[b] for b in bits(mask)})
+
         values = (
             replace(v, producer=number[v.producer],
                     consumers=moved(v.consumers) & ~(1 << number[v.producer]))

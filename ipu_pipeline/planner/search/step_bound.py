@@ -15,7 +15,7 @@ over the stages of passes times seconds (``schedules.critical_paths``):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +81,7 @@ class _LongestPath:
 def longest_path_bound(
     table: StageCostTable,
     positions: StagePositions,
-    paths: dict[int, Sequence[Path]],
+    paths: Mapping[int, Sequence[Path]],
     upper_s: float,
     deadline: float | None = None,
 ) -> float:

@@ -3,7 +3,7 @@
 Read the files in this order: ``chip.py``, ``operations.py`` and ``matmul.py`` (one operation),
 ``blocks.py``, ``layout.py`` (stages of a configuration), ``timing.py`` and ``memory.py`` (THE price
 of a pipeline), ``predict.py``; then the search's side: ``chain.py``, ``pipeline.py``,
-``planning.py``, ``model.py``.
+``planning.py``, ``answer.py``, ``model.py``.
 """
 
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ipu_pipeline.backends.ipu.prices.answer import DEFAULT_SETTINGS
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
-from ipu_pipeline.backends.ipu.prices.planning import DEFAULT_SETTINGS, IPUPlanning, ProgramChoices
+from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine

@@ -187,7 +187,7 @@ class IPUPipeline:
         lattice = Lattice.of_masks(self.problem, ((1 << start) - 1 for start in self.starts))
         return LabelSettingSearch(
             lattice,
-            self,  # type: ignore[arg-type] # prices as an option pricer does
+            self,  # prices as an option pricer does
             self.slots,
             self.objective,
             boundaries(lattice, self.slots, self.rule),
@@ -222,6 +222,10 @@ class IPUPipeline:
         """The quickest first: more memory never slows a matrix product."""
         return self.proportions[::-1] or (self.settings.proportion(ipu),)
 
+    def _pick(self, proportion: float) -> int:
+        """Position of a memory proportion among those that an IPU may get."""
+        return self.proportions.index(proportion) if self.proportions else 0
+
     def _price(self, start: int, end: int, slot: Slot, proportion: float, held: int) -> StagePrice:
         run, times = self.settings, self.chain.times(self.settings, proportion)
         forward = times.forward_s[end] - times.forward_s[start]
@@ -231,7 +235,14 @@ class IPUPipeline:
         updated = self.chain.holding(start, end).updated
         extra = (self._copy_s(slot, end), updated * self._streaming_s)
         return StagePrice(
-            forward, backward, 0.0, 0.0, updated * self._update_s, held, (proportion,), extra
+            forward,
+            backward,
+            0.0,
+            0.0,
+            updated * self._update_s,
+            held,
+            (self._pick(proportion),),
+            extra,
         )
 
     def _copy_s(self, slot: Slot, end: int) -> float:
@@ -291,7 +302,7 @@ class IPUPipeline:
             for done, blocks, stage, _ in parts
         ]
         chosen, ipu = proportions.pop()[0], self.slots[parts[0][2]].device
-        return any(proportion == chosen for proportion, _ in self._fitting(stages, ipu))
+        return any(self._pick(share) == chosen for share, _ in self._fitting(stages, ipu))
 
     # ---- the price itself
 
@@ -306,7 +317,7 @@ class IPUPipeline:
 
         Args:
             reached: Masks of the blocks done after each stage.
-            prices: Of the stages; their picks are the memory proportions.
+            prices: Of the stages; their picks say the memory proportions.
         """
         ends = [mask.bit_count() for mask in reached]
         names = self.chain.names
@@ -315,8 +326,10 @@ class IPUPipeline:
             for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
         ]
         chosen = dict(zip(self.devices, (price.picks[0] for price in prices), strict=True))
-        proportions = tuple(float(chosen[ipu]) for ipu in range(self.settings.num_ipus))
-        settings = replace(self.settings, proportions=proportions)
+        settings = self.settings
+        if self.proportions:
+            shares = tuple(self.proportions[chosen[ipu]] for ipu in range(settings.num_ipus))
+            settings = replace(settings, proportions=shares)
         layout = layout_of(stages, self.settings.num_ipus)
         return predict_layout(
             self.chain.graph, layout, settings, self.chain.chip, self.chain.calibration

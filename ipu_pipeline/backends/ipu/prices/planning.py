@@ -16,33 +16,27 @@ from time import monotonic
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.blocks import may_serialize, serialization_factor
+from ipu_pipeline.backends.ipu.prices.answer import partition_of
+from ipu_pipeline.backends.ipu.prices.blocks import may_serialize
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
-from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
-from ipu_pipeline.backends.ipu.prices.memory import stash_depth
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict, predict_layout
+from ipu_pipeline.backends.ipu.prices.predict import Prediction
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD
-from ipu_pipeline.planner.options.block_cost import BlockChoice, GraphCosts
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
 from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import Quickest, quickest
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.planner.search.result import Partition
 
-# Fields of a plan's settings that say what was asked for, not what the program does.
-OF_THE_REQUEST = ("fixed", "spelled_out")
-# What a plan without a configuration assumes; all of it is written into the plan.
-DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True)
 FACTORS = (1, 2, 4, 8)
 PROPORTIONS = (0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)
 _EVERYTHING_S = 30.0  # for a split under any remedy
@@ -149,35 +143,6 @@ class IPUPlanning:
         split = best.found.pipelines[0]
         prediction = best.pipeline.prediction(split.boundaries, split.prices)
         return partition_of(self.graph, prediction, best.lower_bound_s)
-
-    def evaluate(
-        self, machine: Machine, constraints: Constraints, stages: Sequence[Sequence[str]]
-    ) -> Partition:
-        """Price given stages with the quickest program that fits.
-
-        Raises:
-            PartitionError: No program fits; the stages are not those of a pipeline.
-        """
-        order = [name for stage in stages for name in stage]
-        if sorted(order, key=self.graph.block_index.get) != list(self.graph.block_index):  # type: ignore[arg-type]
-            raise PartitionError("the stages must hold every block of the model once")
-        starts, done = [], 0
-        for stage in stages:
-            starts.append(done)
-            done += len(stage)
-            if set(stage) != set(self.chain.names[starts[-1] : done]):
-                raise PartitionError(
-                    f"IPUs run the blocks in their order of execution; stage {len(starts) - 1} "
-                    f"must hold {', '.join(self.chain.names[starts[-1] : done])}"
-                )
-        devices = constraints.stage_devices or tuple(range(len(stages)))
-        given = replace(constraints, stage_devices=devices, num_stages=None)
-        found = [replace(item, starts=(*starts, done)) for item in self.pipelines(machine, given)]
-        bound = min((item.bound_s() for item in self.pipelines(machine, given)), default=0.0)
-        best = self.partition(quickest(found))
-        if best is None:
-            raise self.explain(machine, given)
-        return best.with_bound(bound)
 
     # ---- what is tried
 
@@ -425,151 +390,6 @@ class IPUPlanning:
             f"{sizes.index(max(sizes))} needs {best[0] / 1024:.0f} of "
             f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB"
         )
-
-
-def step(
-    graph: BlockGraph,
-    stages: Sequence[tuple[int, Sequence[str]]],
-    settings: IPUSettings,
-    chain: ChainPrices,
-) -> Prediction:
-    """Price given stages ``(ipu, blocks)`` under ``settings``; neighbours on one IPU are one."""
-    layout = layout_of(stages, settings.num_ipus)
-    return predict_layout(graph, layout, settings, chain.chip, chain.calibration)
-
-
-def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> Partition:
-    """Return a prediction as a split.
-
-    Args:
-        graph: The model.
-        prediction: Seconds and bytes are taken from it.
-        bound_s: No allowed layout is quicker, in seconds per optimizer step.
-    """
-    settings, layout = prediction.settings, prediction.layout
-    shown: set[int] = set()
-    stages = []
-    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
-        again = time.recompute_s > 0
-        choices = tuple(
-            BlockChoice(
-                0.0,
-                0.0,
-                recompute=again,
-                serialize_factor=serialization_factor(graph, graph[name], settings),
-            )
-            for name in stage.blocks
-        )
-        # What an IPU holds is shown once, in its first stage.
-        memory = prediction.memory[stage.ipu]
-        held = 0 if stage.ipu in shown else memory.total_bytes
-        weights = 0 if stage.ipu in shown else memory.weights + memory.gradients + memory.optimizer
-        depth = stash_depth(len(layout.stages), index) if settings.training else 1
-        shown.add(stage.ipu)
-        stages.append(
-            StageAssignment(
-                index=index,
-                device=stage.ipu,
-                blocks=stage.blocks,
-                choices=choices,
-                forward_s=time.forward_s,
-                backward_s=time.backward_s + time.recompute_s,
-                transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
-                memory_bytes=held,
-                in_flight=depth,
-                weight_bytes=weights,
-                stash_bytes=memory.stash // depth if held else 0,
-            )
-        )
-    total_s = prediction.time.total_s
-    return Partition(
-        stages=tuple(stages),
-        objective=total_s,
-        lower_bound=min(bound_s, total_s),
-        binding=binding_of(prediction),
-        schedule="popart",
-        num_microbatches=prediction.num_microbatches,
-        replicas=settings.replicas,
-        settings=placement_of(graph, layout, settings).to_json(),
-    )
-
-
-def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
-    """Return the split that settings spell out; it is its own bound.
-
-    Raises:
-        ConfigError: They do not fit the model or the machine.
-        PartitionError: An IPU has not enough memory for what they put on it.
-    """
-    prediction = predict(graph, settings, machine)
-    check_memory(prediction)
-    return partition_of(graph, prediction, prediction.time.total_s)
-
-
-def check_memory(prediction: Prediction) -> None:
-    """Refuse what does not fit.
-
-    Raises:
-        PartitionError: An IPU has not enough memory.
-    """
-    if prediction.fits:
-        return
-    crowded = max(prediction.memory, key=lambda m: m.fullest_tile_bytes(prediction.chip))
-    ipu = prediction.memory.index(crowded)
-    raise PartitionError(
-        f"the IPU configuration does not fit: the fullest tile of IPU {ipu} needs "
-        f"{crowded.fullest_tile_bytes(prediction.chip) / 1024:.0f} of "
-        f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB; "
-        "move layers to other IPUs in layers_per_ipu, lower the micro batch or "
-        "matmul_proportion, serialize the embedding, put the optimizer state off chip, or "
-        "leave layers_per_ipu at [-1] and let the solver choose"
-    )
-
-
-def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
-    """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
-    slices = {
-        name: factor
-        for stage in plan.stages
-        for name, factor in stage.serialize.items()
-        if factor > 1
-    }
-    own = replace(settings, block_slices=None)
-    said = {
-        block.name: factor
-        for block in graph.blocks
-        if (factor := serialization_factor(graph, block, own)) > 1
-    }
-    num_ipus = 1 + max(stage.device for stage in plan.stages)
-    if plan.settings:
-        num_ipus = max(settings.num_ipus, num_ipus)
-    return replace(
-        settings,
-        num_ipus=num_ipus,
-        pipelined=num_ipus > 1,
-        proportions=tuple(settings.proportion(ipu) for ipu in range(num_ipus)),
-        replicas=plan.replicas,
-        sharded=settings.sharded and plan.replicas > 1,
-        training=graph.training,
-        accumulation=plan.num_microbatches if graph.training else 1,
-        device_iterations=settings.device_iterations if graph.training else plan.num_microbatches,
-        block_slices=None if slices == said else tuple(sorted(slices.items())),
-        recompute=any(stage.recompute for stage in plan.stages),
-    )
-
-
-def binding_of(prediction: Prediction) -> str:
-    """Say what limits a pipeline."""
-    loads = [0.0] * prediction.layout.num_ipus
-    for stage in prediction.time.stages:
-        loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
-    busiest = max(range(len(loads)), key=loads.__getitem__)
-    fullest = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
-    free = 1 - fullest / prediction.chip.tile_memory_bytes
-    return (
-        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has {free:.1%} free "
-        f"({fullest / 1024:.0f} KiB used); {prediction.settings.program_text()}"
-    )
 
 
 def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.codec import from_json, to_json
 
 Precision = Literal["16.16", "16.32", "32.32"]
 FrontEnd = Literal["popart", "poptorch"]
@@ -231,7 +232,8 @@ class IPUSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; :meth:`from_json` reads it back."""
-        return asdict(self)
+        found: dict[str, Any] = to_json(self)
+        return found
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> IPUSettings:
@@ -240,11 +242,4 @@ class IPUSettings:
         Raises:
             PlanError: A field is unknown or has a wrong value.
         """
-        try:
-            return cls(**{name: _tuples(value) for name, value in raw.items()})
-        except (TypeError, ValueError) as error:
-            raise PlanError(f"not the settings of an IPU program: {error}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+        return from_json(cls, raw, "the settings of an IPU program", PlanError)

@@ -153,19 +153,6 @@ def test_slices_divide_the_table() -> None:
     assert programs == {(1, 1), (1, 2)}
 
 
-def test_given_stages_are_priced_with_the_best_program() -> None:
-    graph = layered(3, tied=False)
-    found = planning(graph)
-    names = found.chain.names
-    priced = found.evaluate(POD, ASKED, [names[:2], names[2:]])
-    assert priced.blocks == (names[:2], names[2:])
-    assert priced.lower_bound <= priced.objective
-    with pytest.raises(PartitionError, match="order of execution"):
-        found.evaluate(POD, ASKED, [(*names[:1], names[2]), (names[1], *names[3:])])
-    with pytest.raises(PartitionError, match="every block of the model once"):
-        found.evaluate(POD, ASKED, [names[:1], names[2:]])
-
-
 def test_what_does_not_fit_says_what_would() -> None:
     found = planning(layered(3, tied=False), 0.115, offchip=(False,), proportions=())
     asked = replace(ASKED, num_stages=2)
