@@ -244,7 +244,8 @@ class Plan:
             any_version: Accept a plan made with other versions of the binding libraries.
 
         Raises:
-            PlanError: Unreadable, of another schema or library version, or an invalid stage list.
+            PlanError: Unreadable, of another schema or library version, an invalid stage list, or
+                edited to what its machine cannot run.
         """
         from ipu_pipeline.ir.verify import verify_plan
 
@@ -254,8 +255,9 @@ class Plan:
         verify_plan(plan)
         if plan.edited:
             # The planner lies above this module: it is asked at run time, for edited plans only.
-            from ipu_pipeline.planner.price import priced
+            from ipu_pipeline.planner.price import check_runs, priced
 
+            check_runs(plan)
             return priced(plan)
         return plan
 

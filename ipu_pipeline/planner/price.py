@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
+from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
@@ -97,6 +98,32 @@ def priced(plan: Plan, lower_bound_s: float | None = None) -> Plan:
         misfits=found.misfits,
     )
     return replace(made, decision_digest=made.digest()) if new else made
+
+
+def check_runs(plan: Plan) -> None:
+    """Refuse an edited plan that its machine cannot run.
+
+    Raises:
+        PlanError: The machine's backend does not run the schedule, the schedule does not run these
+            stages, or there are not devices enough for the replicas.
+    """
+    name, known = plan.schedule, backend_of(plan.machine).schedules
+    if name not in known:
+        raise PlanError(
+            f"{plan.machine.name} runs no schedule {name!r}; use one of {', '.join(known)}"
+        )
+    devices = [stage.device for stage in plan.stages]
+    training, have = plan.graph.training, len(plan.machine.devices)
+    shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
+    wrong = schedule_kind(name).problem(shape)
+    needed = len(set(devices)) * plan.replicas
+    if not wrong and needed > have:
+        wrong = (
+            f"{plan.replicas} replicas of {len(set(devices))} devices need {needed} devices, "
+            f"{plan.machine.name} has {have}; lower replicas"
+        )
+    if wrong:
+        raise PlanError(wrong)
 
 
 def make_plan(

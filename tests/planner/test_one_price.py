@@ -17,6 +17,7 @@ from ipu_pipeline.backends.ipu.prices import predict
 from ipu_pipeline.backends.ipu.settings import ipu_config_of_plan
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.cli import app
+from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import milliseconds
@@ -89,6 +90,26 @@ def test_every_door_says_the_same(name: str, machine: str, depth: int, tmp_path:
     assert not found.misfits
     if machine in PODS:
         assert ipu_doors(name, machine, plan) == {plan.objective_s}
+
+
+@pytest.mark.parametrize(
+    ("machine", "field", "value", "message"),
+    [
+        ("pod4", "schedule", "zbv", "pod4 runs no schedule 'zbv'; use one of popart"),
+        ("pod4", "num_microbatches", 2, "needs at least 3 microbatches per step"),
+        ("pod4", "replicas", 3, "3 replicas of 2 devices need 6 devices, pod4 has 4"),
+        ("a100-80g-x8", "schedule", "popart", "a100-80g-x8 runs no schedule 'popart'"),
+        ("threads", "schedule", "zbv", "runs exactly 2 stages per device"),
+    ],
+)
+def test_an_edit_that_the_machine_cannot_run_is_refused(
+    machine: str, field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    planned("bert", machine, 2).save(tmp_path / "plan.json")
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**raw, field: value}))
+    with pytest.raises(PlanError, match=message):
+        Plan.load(tmp_path / "plan.json")
 
 
 def ipu_doors(name: str, machine: str, plan: Plan) -> set[float]:
