@@ -173,21 +173,12 @@ class RegionCall(nn.Module):
         ambient: The modes around the model's call: what is equal there is left to the caller.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        region: Region | None = None,
-        ambient: Region | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], region: Region, ambient: Region) -> None:
         super().__init__()
         self.function = function
-        self.grad: bool | None = None
-        self.autocast: tuple[bool, torch.dtype] | None = None
-        if region is not None and ambient is not None:
-            if region.grad != ambient.grad:
-                self.grad = region.grad
-            if region.autocast_depth != ambient.autocast_depth:
-                self.autocast = (region.autocast, region.autocast_dtype)
+        self.grad = region.grad if region.grad != ambient.grad else None
+        switched = region.autocast_depth != ambient.autocast_depth
+        self.autocast = (region.autocast, region.autocast_dtype) if switched else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -208,7 +208,7 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    recorder = _Recorder(live, gradients)
+    recorder = Recorder(live, gradients)
     attending = CountedAttention(recorder)
     taken: list[Tensor] = []
     entered = tuple(_produced(value, taken) for value in inputs)
@@ -282,7 +282,7 @@ class _StageOutputs(torch.autograd.Function):
     """Makes the gradients of a block's outputs as a later block does; no reference is kept."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: _Recorder, *roots: Tensor) -> Tensor:
+    def forward(ctx: Any, recorder: Recorder, *roots: Tensor) -> Tensor:
         ctx.recorder = recorder
         likes = [torch.empty_like(root) for root in roots]
         ctx.kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in likes]
@@ -298,7 +298,7 @@ class _StageOutputs(torch.autograd.Function):
         return (None, *handed)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
     Args:

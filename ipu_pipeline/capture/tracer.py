@@ -55,6 +55,7 @@ from ipu_pipeline.capture.values import (
     own_tensors,
     own_values,
     storage_key,
+    tensors_in,
 )
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random
@@ -164,7 +165,7 @@ class Tracer(TorchFunctionMode):
         if not needs_objects(objects, before, after):
             self._plain_call(module, args, kwargs, result, versions)
             return result
-        seen = {id(tensor) for tensor in (*used_tensors.free, *self.values.tensors(result))}
+        seen = {id(tensor) for tensor in (*used_tensors.free, *tensors_in(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
         written = {id(tensor) for tensor in self.storages.written(versions)}
         fresh = [
@@ -252,7 +253,7 @@ class Tracer(TorchFunctionMode):
                 "a write cannot be replayed: keep that module inside a block"
             )
         result = returned_after_write(func, args, result)
-        if not written and not any(True for _ in self.values.tensors(result)):
+        if not written and not any(True for _ in tensors_in(result)):
             self._guard_shape(func, args, result)
             return  # shapes, dtypes, flags: constant for a given batch shape
         if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
@@ -301,9 +302,7 @@ class Tracer(TorchFunctionMode):
 
     def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
         written = self.storages.written(versions)
-        node.meta["after"] = self.storages.record(
-            node, self.values.tensors((args, kwargs)), written
-        )
+        node.meta["after"] = self.storages.record(node, tensors_in((args, kwargs)), written)
         node.meta["writes"] = frozenset(map(storage_key, written))
         node.meta["state"] = bool(node.meta["writes"] & self.state)
         self.values.bind_result(result, node)

@@ -162,16 +162,6 @@ class Block:
         """FLOPs of the backward pass of one microbatch, without recomputation."""
         return sum(op.flops * op.count for op in self.backward_ops)
 
-    @property
-    def forward_bytes_moved(self) -> int:
-        """Bytes read and written by the forward pass of one microbatch."""
-        return sum(op.bytes_moved * op.count for op in self.forward_ops)
-
-    @property
-    def backward_bytes_moved(self) -> int:
-        """Bytes read and written by the backward pass of one microbatch."""
-        return sum(op.bytes_moved * op.count for op in self.backward_ops)
-
 
 @dataclass(frozen=True)
 class BlockGraph:

@@ -6,17 +6,15 @@ Actions: forward pass (F), whole backward pass (B), or its two halves: gradients
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Literal, cast
+from typing import Literal
 
 from ipu_pipeline.errors import VerifyError
 
 ActionKind = Literal["F", "B", "I", "W"]
-_ACTION = re.compile(r"^(\d+)([FBIW])(\d+)$")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,20 +32,6 @@ class Action:
     def result(self) -> Action:
         """What others wait for: gradients of the inputs are the same from I and from B."""
         return Action(self.stage, "B", self.microbatch) if self.kind == "I" else self
-
-    @classmethod
-    def parse(cls, text: str) -> Action:
-        """Read the text form ``<stage><F|B|I|W><microbatch>``.
-
-        Raises:
-            ValueError: ``text`` is not of that form.
-        """
-        match = _ACTION.match(text.strip())
-        if match is None:
-            raise ValueError(
-                f"{text!r} is no action; write stage, F, B, I or W, microbatch: 0F0, 1B2"
-            )
-        return cls(int(match[1]), cast(ActionKind, match[2]), int(match[3]))
 
 
 @dataclass(frozen=True)
@@ -69,24 +53,6 @@ class Schedule:
     def to_csv(self) -> str:
         """Return one line per device, actions separated by commas."""
         return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
-
-    @classmethod
-    def from_csv(cls, name: str, text: str) -> Schedule:
-        """Read :meth:`to_csv`'s form; stages and microbatches are counted from the actions."""
-        rows = tuple(
-            tuple(Action.parse(cell) for cell in line.split(",") if cell.strip())
-            for line in text.splitlines()
-            if line.strip()
-        )
-        actions = [action for row in rows for action in row]
-        if not actions:
-            raise ValueError("a schedule needs at least one action")
-        return cls(
-            name,
-            max(action.stage for action in actions) + 1,
-            max(action.microbatch for action in actions) + 1,
-            rows,
-        )
 
     def peak_in_flight(self, stage: int) -> int:
         """Most microbatches whose activations ``stage`` holds at one time (until B or W)."""
