@@ -217,10 +217,23 @@ def model_identity(model: nn.Module) -> ModelIdentity:
     return ModelIdentity(type(model).__name__, parameters)
 
 
+class _BackwardInsideError(Exception):
+    """The model itself runs a backward pass inside its forward pass."""
+
+
 def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_meta: bool) -> Trace:
+    """Trace without keeping anything for a backward pass, unless the model runs one itself."""
+
+    def refuse(_: None) -> Tensor:
+        raise _BackwardInsideError
+
     try:
         with countable(model) if on_meta else contextlib.nullcontext():
-            return _trace_lightly(model, batch, leaves)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
+                    return trace(model, batch, leaves)
+            except _BackwardInsideError:
+                return trace(model, batch, leaves)
     except RuntimeError as error:
         if on_meta and "meta" in str(error):
             raise CaptureError(
@@ -229,28 +242,6 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
                 "weights and a real batch"
             ) from error
         raise
-
-
-def _trace_lightly(model: nn.Module, batch: Mapping[str, Any], leaves: Any) -> Trace:
-    """Trace without keeping anything for a backward pass, unless the model runs one itself."""
-    try:
-        with _no_backward():
-            return trace(model, batch, leaves)
-    except _BackwardInsideError:
-        return trace(model, batch, leaves)
-
-
-class _BackwardInsideError(Exception):
-    """The model itself runs a backward pass inside its forward pass."""
-
-
-def _no_backward() -> contextlib.AbstractContextManager[Any]:
-    """Keep nothing for a backward pass: a trace needs the values of a run, not its memory."""
-
-    def refuse(_: None) -> Tensor:
-        raise _BackwardInsideError
-
-    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse)
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

@@ -211,7 +211,12 @@ def _measure(
     recorder = Recorder(live, gradients)
     attending = CountedAttention(recorder)
     taken: list[Tensor] = []
-    entered = tuple(_produced(value, taken) for value in inputs)
+    entered = tuple(
+        _StageInput.apply(taken, value)
+        if isinstance(value, Tensor) and value.requires_grad
+        else value
+        for value in inputs
+    )
     saved: dict[int, int] = {}
     saved_inputs: set[int] = set()
 
@@ -257,11 +262,6 @@ def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> It
             continue
         known.add(storage_key(value))
         yield int(value.untyped_storage().nbytes())
-
-
-def _produced(value: Any, taken: list[Tensor]) -> Any:
-    wanted = isinstance(value, Tensor) and value.requires_grad
-    return _StageInput.apply(taken, value) if wanted else value
 
 
 class _StageInput(torch.autograd.Function):
@@ -340,13 +340,11 @@ class Recorder(TorchDispatchMode):
             value.alias_info is not None and not value.alias_info.is_write for value in returns
         )
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not is_view and outputs and self._recording and not self._accumulates(outputs):
+        recorded = not is_view and outputs and self._recording
+        if recorded and storage_key(outputs[0]) not in self._gradients:
             self._note(func, args, kwargs, result, outputs)
         self.live.note(outputs)
         return result
-
-    def _accumulates(self, outputs: Sequence[Tensor]) -> bool:
-        return storage_key(outputs[0]) in self._gradients
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]

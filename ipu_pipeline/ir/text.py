@@ -13,9 +13,9 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 
 
-def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
+def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return an aligned table; the first column is text, the others are numbers."""
-    table = Table(*[], title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

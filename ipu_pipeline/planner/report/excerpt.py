@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ipu_pipeline.planner.schedules.timeline import Event, Timeline
 
-MAX_EVENTS_PER_DEVICE = 100  # bars of a row that are still told apart on a screen
+MAX_EVENTS_PER_DEVICE = 100  # on average: bars of a row that are still told apart on a screen
 _SHARE_OF_START = 0.55
 
 
@@ -35,14 +35,9 @@ class Window:
         )
 
 
-def windows(timeline: Timeline, per_device: int = MAX_EVENTS_PER_DEVICE) -> tuple[Window, ...]:
-    """Return one window over the whole step, or its beginning and its end.
-
-    Args:
-        timeline: The simulated step.
-        per_device: Events of a device to show, on average.
-    """
-    max_events = per_device * len(timeline.devices)
+def windows(timeline: Timeline) -> tuple[Window, ...]:
+    """Return one window over the whole step, or its beginning and its end."""
+    max_events = MAX_EVENTS_PER_DEVICE * len(timeline.devices)
     step_s, events = timeline.step_s, timeline.events
     if len(events) <= max_events:
         return (Window("whole step", 0.0, step_s, events),)
