@@ -265,12 +265,9 @@ def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
                 "take tensors by name only: pass them one by one, or wrap the model in a module "
                 "that builds the structure"
             )
-    return {
-        name: _copy(value, meta=meta) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def _copy(tensor: Tensor, *, meta: bool) -> Tensor:
-    copy = tensor.detach().to("meta") if meta else tensor.detach().clone()
-    return copy.requires_grad_(tensor.requires_grad)
+    own = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            copy = value.detach().to("meta") if meta else value.detach().clone()
+            own[name] = copy.requires_grad_(value.requires_grad)
+    return own

@@ -32,14 +32,7 @@ from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known.
-
-    Args:
-        operation: The operation's overload packet.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        result: What it returned.
-    """
+    """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known."""
     name = str(operation).rsplit(".", 1)[-1]
     if name == "_grouped_mm":  # every row of the first operand meets one matrix of the second
         rows, inner = args[0].shape[-2:]
@@ -49,15 +42,7 @@ def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], r
 
 
 class LiveBytes:
-    """Adds up living storages.
-
-    Args:
-        apart: Tensors whose storages are counted elsewhere (parameters, inputs).
-
-    Attributes:
-        now: Bytes alive now.
-        peak: Most bytes alive at one time since the last :meth:`take_peak`.
-    """
+    """Adds up living storages, except those of ``apart``, which are counted elsewhere."""
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         self.now = 0
@@ -301,9 +286,7 @@ class _StageOutputs(torch.autograd.Function):
 class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
-    Args:
-        live: Counts the storage of every result.
-        gradients: Of the parameters; what is added to them is work of the optimizer step.
+    What is added to ``gradients``, those of the parameters, is work of the optimizer step.
     """
 
     def __init__(self, live: LiveBytes, gradients: Sequence[Tensor]) -> None:

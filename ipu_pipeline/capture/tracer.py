@@ -13,7 +13,6 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -66,15 +65,9 @@ MATRIX_FUNCTIONS = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Records one run of ``model``; :func:`trace` drives it.
+    """Records one run of ``model``; ``kept`` lives longer than the run, beside the model's."""
 
-    Args:
-        model: The model.
-        leaves: Which of its modules are kept whole.
-        kept: Objects that live longer than the run, beside those of the model.
-    """
-
-    def __init__(self, model: nn.Module, leaves: Leaves, kept: Iterable[Any] = ()) -> None:
+    def __init__(self, model: nn.Module, leaves: Leaves, kept: Iterable[Any]) -> None:
         super().__init__()
         self.model = model
         self.leaves = leaves
@@ -104,7 +97,8 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.in_leaf:
-            return self._inside_leaf(func, args, kwargs)
+            self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
+            return func(*args, **kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         versions = self.storages.versions((args, kwargs))
@@ -211,10 +205,6 @@ class Tracer(TorchFunctionMode):
         self._finish(node, arguments, {}, result, versions)
         return result
 
-    def patched(self) -> contextlib.AbstractContextManager[None]:
-        """Route calls that become one node here."""
-        return patched_calls(self.module_call, self.function_apply, self.vmapped_call)
-
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one ``autograd.Function.apply``; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
@@ -235,10 +225,6 @@ class Tracer(TorchFunctionMode):
             return function(*args, **kwargs)
         finally:
             self.in_leaf -= 1
-
-    def _inside_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
-        return func(*args, **kwargs)
 
     # ---- recording ----------------------------------------------------------------------
 
@@ -410,7 +396,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     for name in inputs:
         tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
     try:
-        with tracer.patched(), tracer:
+        hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
+        with patched_calls(*hooks), tracer:
             output = model(**batch)
         tracer.check_constants()
         results = dict(named_tensors(output))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.report.excerpt import Window, held_at, windows
+from ipu_pipeline.planner.report.excerpt import Window, windows
 from ipu_pipeline.planner.schedules.timeline import (
     KINDS,
     Event,
@@ -152,14 +153,7 @@ def _what(event: Event) -> str:
 def _stacked(
     rows: Sequence[str], parts: Iterable[tuple[str, str, Sequence[float]]], unit: str, **axis: Any
 ) -> Any:
-    """Return a chart with one stacked bar per row.
-
-    Args:
-        rows: Labels.
-        parts: Name, colour and sizes of each part of the bars.
-        unit: Format and unit of a size, for the hover text.
-        axis: Settings of the axis of the sizes.
-    """
+    """Return a chart with one bar per row, stacked of ``parts``: name, colour and sizes."""
     from plotly import graph_objects as go
 
     figure = go.Figure()
@@ -263,7 +257,8 @@ def memory_curve_figure(plan: Plan, timeline: Timeline) -> Any:
 def _until(curve: MemoryCurve, end_s: float) -> tuple[list[float], list[float]]:
     pairs = zip(curve.times_s, curve.held_bytes, strict=True)
     kept = [(time_s, held) for time_s, held in pairs if time_s <= end_s]
-    kept.append((end_s, held_at(curve.times_s, curve.held_bytes, end_s)))
+    last = max(0, bisect_right(curve.times_s, end_s) - 1)
+    kept.append((end_s, curve.held_bytes[last]))
     return [round(t * 1e3, 6) for t, _ in kept], [held / 1e6 for _, held in kept]
 
 
