@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
-from ipu_pipeline.capture.operations import OperationCounter, Operations
+from ipu_pipeline.capture.operations import OperationCounter
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 
@@ -21,18 +21,21 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     counter = OperationCounter(
         captured.specs, captured.example_values, training=captured.training, on_meta=on_meta
     )
-    kinds = {block.name: block for block in captured._coarse.blocks}
     counted = {program.name: counter.count(program) for program in programs}
-    kept = _kept(programs, counted)
+    kept = {
+        name
+        for program in programs
+        for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
+        if keeps  # for its backward pass
+    }
     blocks = []
-    for program in programs:
+    for program, nodes in zip(programs, captured._coarse.blocks, strict=True):
         operations = counted[program.name]
         kept_bytes = sum(
             num_bytes
             for name, num_bytes in zip(program.outputs, operations.output_bytes, strict=True)
             if name in kept
         )
-        nodes = kinds[program.name]
         blocks.append(
             Block(
                 name=program.name,
@@ -63,16 +66,6 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
         training=captured.training,
         model_fingerprint=model_identity(model).fingerprint,
         notes=captured.notes,
-    )
-
-
-def _kept(programs: Sequence[Program], counted: Mapping[str, Operations]) -> frozenset[str]:
-    """Names of the values that some block reads and keeps for its backward pass."""
-    return frozenset(
-        name
-        for program in programs
-        for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
-        if keeps
     )
 
 

@@ -137,11 +137,8 @@ def objects_among(
 ) -> dict[Place, Any]:
     """Return the arguments that are objects or containers which a call may change.
 
-    Args:
-        args: Positional arguments.
-        kwargs: Arguments by keyword.
-        owned: ids of objects that live longer than one run of the model: constants or state of
-            the model itself, which a stage cannot keep.
+    Not those with ids in ``owned``, which live longer than one run of the model: they are
+    constants or state of the model itself, which a stage cannot keep.
     """
     places: dict[Place, Any] = dict([*enumerate(args), *kwargs.items()])
     return {

@@ -113,13 +113,9 @@ class Operations:
 
 
 class OperationCounter:
-    """Counts the operations of programs; equal programs are run once.
+    """Counts the operations of programs, in training backward as well; equal ones are run once.
 
-    Args:
-        specs: Description of every value by name.
-        example_values: Gives real values, for blocks whose code depends on them.
-        training: Whether a backward pass is wanted.
-        on_meta: The model lives on the meta device.
+    Blocks whose code depends on values get real ones, from ``example_values``.
     """
 
     def __init__(

@@ -136,12 +136,7 @@ def _tensor_name(node: fx.Node) -> str:
 
 
 def program_signature(program: Program, specs: Mapping[str, TensorMeta]) -> str:
-    """Return a hex digest that is equal for programs that do the same work.
-
-    Args:
-        program: The program of a block.
-        specs: Description of every value by name; only the program's inputs are read.
-    """
+    """Return a hex digest that is equal for programs that do the same work on equal inputs."""
     position: dict[fx.Node, int] = {}
     lines: list[Any] = []
     for node in program.module.graph.nodes:

@@ -7,16 +7,11 @@ from typing import Any
 
 
 class Prefetch:
-    """Yields the batches of a data loader one by one, and runs them some at a time.
+    """Yields a loader's batches one by one; ``run`` gets the next ``depth`` of them before.
 
     Everything else is the loader's own. accelerate's loaders say at the last batch that the end is
     reached, and gathering reads it: they are made to say so when that batch is handed out, not
     when it is read ahead.
-
-    Args:
-        loader: Gives the batches.
-        depth: So many batches are run together, at least 1.
-        run: Called with the batches that are handed out next.
     """
 
     def __init__(self, loader: Any, depth: int, run: Callable[[list[Any]], None]) -> None:

@@ -189,7 +189,7 @@ class PipelineTrainer(Trainer):
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Return the region in which the model as it is, in one piece, evaluates a batch."""
         stack = super().compute_loss_context_manager()
-        stack.enter_context(autocast_region(self._precision))
+        stack.enter_context(autocast_region("bf16" if self.args.bf16 else "float32"))
         return stack
 
     def _evaluates_in_stages(self) -> bool:
@@ -257,10 +257,6 @@ class PipelineTrainer(Trainer):
         return super()._build_accelerator_args(**{**kwargs, "mixed_precision": "no"})
 
     @property
-    def _precision(self) -> str:
-        return "bf16" if self.args.bf16 else "float32"
-
-    @property
     def _whole_model(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
@@ -285,7 +281,7 @@ class PipelineTrainer(Trainer):
             executable = compiler.compile(
                 model,
                 self.plan,
-                precision=self._precision,
+                precision="bf16" if self.args.bf16 else "float32",
                 seed=self.args.seed,
                 recompute="all" if again else None,
             )
