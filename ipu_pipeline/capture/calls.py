@@ -129,11 +129,6 @@ def attribute_name(func: Any) -> str:
     return str(getattr(descriptor, "__name__", None) or descriptor.fget.__name__)
 
 
-def as_function(kind: str, target: Any) -> Any:
-    """Return one callable for a node's kind and target."""
-    return getattr(Tensor, target) if kind == "call_method" else target
-
-
 @dataclass(frozen=True)
 class Region:
     """The thread's modes that change what a torch function computes.

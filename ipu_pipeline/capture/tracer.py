@@ -31,7 +31,6 @@ from ipu_pipeline.capture.calls import (
     LiftedCall,
     Region,
     RegionCall,
-    as_function,
     attribute_name,
     callable_form,
     decided_by_chance,
@@ -257,7 +256,8 @@ class Tracer(TorchFunctionMode):
         region = Region.current()
         switched = region != self.ambient  # no_grad or autocast in the model's own glue
         if switched or (kind == "call_function" and not is_nameable(target)):
-            held = self.attributes[target] if kind == "call_module" else as_function(kind, target)
+            held = self.attributes[target] if kind == "call_module" else target
+            held = getattr(Tensor, target) if kind == "call_method" else held
             name = getattr(held, "__name__", type(held).__name__)
             return self._held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
         arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)

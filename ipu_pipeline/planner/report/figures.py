@@ -62,11 +62,6 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _height(rows: Sequence[str]) -> int:
-    """Pixels of a chart with one bar per row."""
-    return 100 + max(24, min(40, 160 // len(rows))) * len(rows)
-
-
 def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
     """Return a label per device: its name and its stages."""
     names = {}
@@ -160,7 +155,8 @@ def _stacked(
     for name, colour, sizes in parts:
         figure.add_bar(name=name, orientation="h", x=sizes, y=rows, marker_color=COLOURS[colour],
                        hovertemplate=f"%{{x:{unit}<extra>%{{y}}</extra>")  # fmt: skip
-    figure.update_layout(layout(_height(rows), barmode="stack"))
+    height = 100 + max(24, min(40, 160 // len(rows))) * len(rows)
+    figure.update_layout(layout(height, barmode="stack"))
     figure.update_xaxes(**axis)
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure
