@@ -45,7 +45,7 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
         for module in list(sys.modules.values()):
             name = getattr(module, "__name__", "")
             if name.startswith("transformers") and "is_tracing" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_tracing", lambda _=None: True))
+                stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
 
 
@@ -138,6 +138,10 @@ def countable(module: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config._experts_implementation_internal = "grouped_mm"
+
+
+def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature
+    return True
 
 
 def configs_of(model: nn.Module) -> list[Any]:
