@@ -184,10 +184,7 @@ def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> o
         (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value))
         for name, value in batch.items()
     )
-    modules = [
-        (id(module), type(module), module.training, _plain(module), _hooks(module))
-        for module in model.modules()
-    ]
+    modules = [(id(m), type(m), m.training, *_plain_and_hooks(m)) for m in model.modules()]
     state = [
         (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
@@ -196,16 +193,14 @@ def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> o
     return granularity, Region.current(), described, modules, state, configs
 
 
-def _plain(module: nn.Module) -> str:
-    return repr([
+def _plain_and_hooks(module: nn.Module) -> tuple[str, list[tuple[str, int]]]:
+    plain = [
         (name, value) for name, value in vars(module).items()
         if isinstance(value, bool | int | float | str | tuple | type(None))
-    ])  # fmt: skip
-
-
-def _hooks(module: nn.Module) -> list[tuple[str, int]]:
+    ]  # fmt: skip
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
+    hooks = [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
+    return repr(plain), hooks
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

@@ -6,7 +6,6 @@ Actions: forward pass (F), whole backward pass (B), or its two halves: gradients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -74,36 +73,19 @@ class Schedule:
         Raises:
             VerifyError: There is none: the schedule would deadlock, or an action is missing.
         """
-        return tuple(dry_run(self.rows, self.num_stages))
-
-
-def dry_run(rows: Sequence[Sequence[Action]], num_stages: int) -> list[Action]:
-    """Execute the rows without computing; return the actions in a possible global order.
-
-    Raises:
-        VerifyError: No row can go on although actions are left.
-    """
-    done: set[Action] = set()
-    order: list[Action] = []
-    positions = [0] * len(rows)
-    while any(position < len(row) for position, row in zip(positions, rows, strict=True)):
-        moved = False
-        for index, row in enumerate(rows):
-            while positions[index] < len(row) and (
-                requirements(row[positions[index]], num_stages) <= done
-            ):
-                done.add(row[positions[index]].result)
-                order.append(row[positions[index]])
-                positions[index] += 1
-                moved = True
-        if not moved:
-            waiting = [
-                f"device {index} at {row[positions[index]]}"
-                for index, row in enumerate(rows)
-                if positions[index] < len(row)
-            ]
-            raise VerifyError(f"the schedule deadlocks: {'; '.join(waiting)} cannot start")
-    return order
+        done: set[Action] = set()
+        order: list[Action] = []
+        left = [list(reversed(row)) for row in self.rows]
+        while any(left):
+            before = len(order)
+            for row in left:
+                while row and requirements(row[-1], self.num_stages) <= done:
+                    order.append(row.pop())
+                    done.add(order[-1].result)
+            if len(order) == before:
+                waiting = [f"device {index} at {row[-1]}" for index, row in enumerate(left) if row]
+                raise VerifyError(f"the schedule deadlocks: {'; '.join(waiting)} cannot start")
+        return tuple(order)
 
 
 def requirements(action: Action, num_stages: int) -> frozenset[Action]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ipu_pipeline.errors import VerifyError
-from ipu_pipeline.ir.schedule import Action, Schedule, dry_run, requirements
+from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 
 
@@ -40,7 +40,7 @@ def test_deadlock_names_who_waits_for_what() -> None:
 
 def test_missing_action_is_a_deadlock() -> None:
     with pytest.raises(VerifyError, match="device 0 at 1F0 cannot start"):
-        dry_run([[Action(1, "F", 0)]], 2)
+        Schedule("half", 2, 1, ((Action(1, "F", 0),),)).total_order()
 
 
 def test_total_order_obeys_rows_and_requirements() -> None:
