@@ -162,10 +162,7 @@ class Region:
 class RegionCall(nn.Module):
     """Calls a function or module under the modes that the model's own code had switched.
 
-    Args:
-        function: What to call.
-        region: The modes it was captured in.
-        ambient: The modes around the model's call: what is equal there is left to the caller.
+    Those of ``region`` that are equal in ``ambient``, around the model, are left to the caller.
     """
 
     def __init__(self, function: Callable[..., Any], region: Region, ambient: Region) -> None:

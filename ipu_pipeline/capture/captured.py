@@ -70,20 +70,18 @@ class CapturedModel:
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run all blocks in execution order, in one piece; return the results by name."""
-        prelude = self.prelude(self.programs, self.results.values())
-        values: dict[str, Any] = {name: batch[name] for name in self.inputs}
-        prelude.run(values)
-        for program in self.programs:
-            program.run(values)
+        values = self._values(batch, self.results.values())
         return {name: values[value] for name, value in self.results.items()}
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        values: dict[str, Any] = {name: self._batch[name].clone() for name in self.inputs}
         with preserved_state(self.model), torch.no_grad():
-            self.prelude(self.programs).run(values)
-            for program in self.programs:
-                program.run(values)
+            return self._values({name: self._batch[name].clone() for name in self.inputs})
+
+    def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
+        values: dict[str, Any] = {name: batch[name] for name in self.inputs}
+        for program in (self.prelude(self.programs, results), *self.programs):
+            program.run(values)
         return values
 
     @cached_property

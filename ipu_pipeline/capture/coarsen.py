@@ -67,12 +67,7 @@ def is_attribute(node: fx.Node) -> bool:
 
 
 def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coarse:
-    """Assign every needed node of ``trace`` to a block or to the prelude.
-
-    Args:
-        trace: The recorded run.
-        leaves: The leaves it was recorded with.
-        wanted: Which results are kept, by name.
+    """Assign every node that the ``wanted`` results need to a block or to the prelude.
 
     Raises:
         CaptureError: No block was found.

@@ -57,10 +57,7 @@ def patched_calls(
 ) -> Iterator[None]:
     """Route module calls, ``autograd.Function.apply`` and calls of ``vmap(f)`` through hooks.
 
-    Args:
-        module_call: Called with the original, the module and its arguments.
-        function_apply: Called with the original, bound to its class, and its arguments.
-        vmapped_call: Called with the original, bound to what ``vmap`` was given, and its arguments.
+    Each gets the original, bound to its class or to what ``vmap`` was given, and the arguments.
     """
     original_call = nn.Module.__call__
     original_vmap = vars(apis)["vmap_impl"]
