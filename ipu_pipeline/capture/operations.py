@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
-from ipu_pipeline.capture.guards import unguarded
+from ipu_pipeline.capture.calls import unguarded
 from ipu_pipeline.capture.patches import countable
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.values import TensorMeta, storage_key

@@ -27,10 +27,12 @@ from ipu_pipeline.capture.calls import (
     CUTS,
     SHAPE,
     SHAPE_READS,
+    VALUE_READS,
     FreeTensors,
     LiftedCall,
     Region,
     RegionCall,
+    ValueGuard,
     attribute_name,
     callable_form,
     decided_by_chance,
@@ -38,9 +40,9 @@ from ipu_pipeline.capture.calls import (
     is_assignment,
     is_nameable,
     modes_above,
+    name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls
