@@ -137,7 +137,7 @@ def to_partition(
         picks = zip(blocks, price.picks, strict=True)
         choices = tuple(built.choices[block][pick] for block, pick in picks)
         held = price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
-        weights = 0.0 if slot.host else _weights(built, boundary & ~done)
+        weights = _weights(built, boundary & ~done)
         space = max((choice.workspace_bytes for choice in choices), default=0)
         stages.append(
             StageAssignment(

@@ -75,13 +75,11 @@ class PricedPipeline:
         objective: Seconds per optimizer step in the search's closed form.
         boundaries: Mask of the done blocks after each stage.
         prices: Price of each stage.
-        on_host: Whether a host core runs the stage (max-load instances).
     """
 
     objective: float
     boundaries: tuple[int, ...]
     prices: tuple[StagePrice, ...]
-    on_host: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,7 @@ class OptionPricer:
             slot: Where it runs.
             shared_pool: Other stages use the same memory, so smaller but slower ways count too.
         """
-        if slot.host:
-            return self._host_price(stage)
-        if stage & slot.forbidden or stage & self.problem.host_only:
+        if stage & slot.forbidden:
             return []
         base = self.base_bytes(done, stage, slot.in_flight)
         shared = 0.0 if shared_pool else self.shared_bytes(stage)
@@ -198,35 +194,14 @@ class OptionPricer:
         return min(found, key=lambda price: price.load_s) if found else None
 
     def base_bytes(self, done: int, stage: int, in_flight: int) -> float:
-        """Bytes that no option changes: private weights, and what enters, per microbatch.
-
-        Without relays (the public instance formats) what enters is not charged.
-        """
-        problem = self.problem
-        entering = 0.0
-        if problem.relay:
-            entering += sum(value.forward_bytes for value in self.entering(done, stage))
-        entering += sum(item.num_bytes for item in problem.inputs if item.users & stage)
-        return sum(problem.held[block] for block in bits(stage)) + in_flight * entering
+        """Bytes that no option changes: private weights, and what enters, per microbatch."""
+        entering = sum(value.forward_bytes for value in self._crossing(done))
+        entering += sum(item.num_bytes for item in self.problem.inputs if item.users & stage)
+        return sum(self.problem.held[block] for block in bits(stage)) + in_flight * entering
 
     def shared_bytes(self, stage: int) -> float:
         """Bytes of the parameters that this stage and other blocks use, each once."""
         return sum(s.num_bytes for s in self.problem.shared_weights if s.users & stage)
-
-    def least_bytes(self, done: int, stage: int, slot: Slot) -> float:
-        """Fewest bytes with which the stage runs at ``slot``, parameters of other stages apart."""
-        ways = [self.problem.options[block] for block in bits(stage)]
-        spaces = sorted({o.workspace_bytes for options in ways for o in options})
-        least = inf
-        for space in spaces:
-            fitting = [
-                [o.held_bytes(slot.in_flight) for o in options if o.workspace_bytes <= space]
-                for options in ways
-            ]
-            if all(fitting):
-                least = min(least, space + sum(min(sizes) for sizes in fitting))
-        base = self.base_bytes(done, stage, slot.in_flight)
-        return base + self.shared_bytes(stage) + least
 
     def outer_s(self, stage: int) -> float:
         """Seconds per optimizer step at speed 1: updates and gradient exchanges."""
@@ -236,20 +211,6 @@ class OptionPricer:
             if item.users & stage and item.users & ~stage
         )
         return exchanged + sum(self.problem.outer[block] for block in bits(stage))
-
-    def entering(self, done: int, stage: int) -> list[Value]:
-        """Values made outside that the stage receives (to relay them, too)."""
-        if not self.problem.relay:
-            return [v for v in self.problem.values if v.consumers & stage
-                    and not stage >> v.producer & 1]  # fmt: skip
-        return self._crossing(done)
-
-    def leaving(self, done: int, stage: int) -> list[Value]:
-        """Values that the stage sends on (relayed ones, too)."""
-        if not self.problem.relay:
-            return [v for block in bits(stage) for v in self._by_producer[block]
-                    if v.consumers & ~stage]  # fmt: skip
-        return self._crossing(done | stage)
 
     def _crossing(self, done: int) -> list[Value]:
         """Values alive at the boundary behind ``done``."""
@@ -265,22 +226,13 @@ class OptionPricer:
     def transfers(self, done: int, stage: int, slot: Slot) -> tuple[float, float]:
         """Seconds of forward and of backward transfers over both boundaries of the stage."""
         forward = backward = 0.0
-        sides = ((slot.link_in, self.entering), (slot.link_out, self.leaving))
-        for link, values_of in sides:
+        for link, boundary in ((slot.link_in, done), (slot.link_out, done | stage)):
             if link is None:
                 continue
-            for value in values_of(done, stage):
+            for value in self._crossing(boundary):
                 forward += message_s(link, value.forward_bytes)
                 backward += message_s(link, value.backward_bytes)
         return forward, backward
-
-    def _host_price(self, stage: int) -> list[StagePrice]:
-        times = self.problem.host_s or ()
-        seconds = sum(times[block] for block in bits(stage))
-        if seconds == inf:
-            return []
-        picks = tuple(0 for _ in bits(stage))
-        return [StagePrice(seconds, 0.0, 0.0, 0.0, 0.0, 0.0, picks)]
 
     def _selections(
         self, stage: int, slot: Slot, budget: float, *, shared_pool: bool

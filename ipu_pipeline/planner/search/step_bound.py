@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Path
 from ipu_pipeline.planner.search.bottleneck import (
+    IdealProgram,
     OutOfTimeError,
     StagePositions,
-    ideal_dynamic_program,
 )
 from ipu_pipeline.planner.search.problem import Problem
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
@@ -106,15 +106,14 @@ def longest_path_bound(
     limit_s = upper_s / min(max(own for _, own, _ in item) for item in counted.values())
     depths = sorted(paths)
     try:
-        sums = ideal_dynamic_program(
-            table, positions, "sum", limit_s, range(1, max(depths) + 1), deadline
-        )
+        every = range(1, max(depths) + 1)
+        sums = IdealProgram(table, positions, "sum", limit_s, every, deadline).run()
         speed = max(slot.speed for slot in positions.slots)
-        join = _LongestPath(counted, table.lattice.work_s / speed, sums.best[0])
-        longest = ideal_dynamic_program(table, positions, join, limit_s, depths, deadline)
+        join = _LongestPath(counted, table.lattice.work_s / speed, sums.best)
+        longest = IdealProgram(table, positions, join, limit_s, depths, deadline).run()
     except OutOfTimeError:
         return 0.0
-    return min(upper_s, float(longest.best[0, depths, 0].min()))
+    return min(upper_s, float(longest.best[depths, 0].min()))
 
 
 def _counted(stage: int, paths: Sequence[Path]) -> tuple[Counted, ...]:
