@@ -121,7 +121,6 @@ class IPUBackend:
             misfits=_misfits(found),
             binding=binding_of(found),
             source="ipu",
-            details=found,
         )
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:

@@ -106,14 +106,6 @@ class GraphCosts:
         return self.device_speed[device] if device < len(self.device_speed) else 1.0
 
 
-class CostModel(Protocol):
-    """Prices the blocks of a graph on a machine."""
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block of ``graph`` on ``machine``."""
-        ...
-
-
 @dataclass(frozen=True)
 class OptimizerMemory:
     """Bytes that a trainable parameter costs besides its weight.

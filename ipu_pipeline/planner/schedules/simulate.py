@@ -20,9 +20,8 @@ from typing import Literal
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price, usable_bytes
-from ipu_pipeline.planner.schedules.kind import PipelineShape
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
-from ipu_pipeline.planner.schedules.registry import schedule_kind
 from ipu_pipeline.planner.schedules.replay import KINDS, program, start_times
 from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad

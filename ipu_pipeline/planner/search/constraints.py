@@ -177,14 +177,6 @@ class LayerRule:
             and not mask & self.last
         )
 
-    def describe(self, mask: int, stages_done: int) -> str:
-        """What the rule asks for and what ``mask`` has, for a message."""
-        return (
-            f"{self.counts[stages_done - 1]} layers must be done here, "
-            f"{(mask & self.layers).bit_count()} are; embeddings belong to the first stage, heads "
-            "and losses to the last"
-        )
-
 
 def expand_layers_per_ipu(
     layers_per_ipu: Sequence[int], num_layers: int, num_devices: int

@@ -32,7 +32,6 @@ from ipu_pipeline.planner.schedules import (
     PipelineShape,
     ScheduleKind,
     critical_paths,
-    schedule_kind,
 )
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
@@ -45,7 +44,7 @@ from ipu_pipeline.planner.search.from_graph import (
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
-from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
+from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective, search_kind
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
@@ -109,7 +108,7 @@ class Engine:
 
     def is_fast(self, candidate: CandidatePipeline) -> bool:
         """Whether the sweep solves this candidate exactly."""
-        single = self._constraints.schedule in ("1f1b", "maxload")
+        single = self._constraints.schedule in ("1f1b", MAXLOAD)
         steps = self.problem.exchanges or any(self.problem.outer)
         return single and _has_own(candidate) and not steps
 
@@ -126,7 +125,7 @@ class Engine:
     ) -> SearchResult:
         """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
         microbatches = candidates[0].shape.num_microbatches
-        pace, spread = (1, 0) if self._constraints.schedule == "maxload" else (microbatches - 1, 1)
+        pace, spread = (1, 0) if self._constraints.schedule == MAXLOAD else (microbatches - 1, 1)
         return self._sweep(candidates, pace, spread, upper, uniform=uniform)
 
     def at_once(self, candidate: CandidatePipeline) -> float:
@@ -150,9 +149,7 @@ class Engine:
             upper: Seconds of a step that is known.
             uniform: As for :meth:`run_fast`.
         """
-        if self._constraints.schedule == MAXLOAD:
-            return None
-        kind = schedule_kind(self._constraints.schedule)
+        kind = search_kind(self._constraints.schedule)
         if kind.lock_stepped or self._exact_apart(candidates[0], kind):
             return None
         paths, least = {}, {}
@@ -214,10 +211,8 @@ class Engine:
 
     def has_loops(self, candidate: CandidatePipeline) -> bool:
         """Whether the schedule itself puts several stages on every device."""
-        schedule = self._constraints.schedule
-        if schedule == MAXLOAD or candidate.shape.own_devices:
-            return False
-        return not schedule_kind(schedule).any_devices
+        kind = search_kind(self._constraints.schedule)
+        return not candidate.shape.own_devices and not kind.any_devices
 
     def run_loops(self, candidate: CandidatePipeline) -> SearchResult:
         """Good splits of a pipeline whose stages visit the devices several times.
@@ -312,7 +307,7 @@ class Engine:
             return 1, 0
         if schedule == "popart" and self._training and depth > 1:
             return max(0, microbatches - (2 * depth - 1)), 2
-        if schedule_kind(schedule).any_devices:
+        if search_kind(schedule).any_devices:
             return microbatches - 1, 1
         form = make_objective(schedule, depth, microbatches, devices, training=self._training)
         weight = max(row.weight for row in form.rows)
