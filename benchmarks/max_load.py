@@ -16,6 +16,7 @@ from math import inf
 import numpy as np
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.bottleneck import (
     Bools,
     BottleneckSearch,
@@ -39,7 +40,6 @@ from ipu_pipeline.planner.search.stage_price import (
     OptionPricer,
     PricedPipeline,
     SearchResult,
-    StagePrice,
     message_s,
 )
 
@@ -103,7 +103,7 @@ class DirectPricer(OptionPricer):
         if slot is HOST:
             seconds = sum((self.problem.host_s or ())[block] for block in bits(stage))
             picks = tuple(0 for _ in bits(stage))
-            return [] if seconds == inf else [StagePrice(seconds, 0, 0, 0, 0, 0, picks)]
+            return [] if seconds == inf else [StagePrice(seconds, 0, 0, 0, picks=picks)]
         if stage & self.problem.host_only:
             return []
         return super().prices(done, stage, slot, shared_pool=shared_pool)

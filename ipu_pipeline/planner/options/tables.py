@@ -139,10 +139,7 @@ class FusedHead:
     @property
     def tokens(self) -> int:
         """Rows of the logits of one microbatch."""
-        size = 1
-        for side in self.logits.shape[:-1]:
-            size *= side
-        return size
+        return prod(self.logits.shape[:-1])
 
 
 def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHead, ...]:

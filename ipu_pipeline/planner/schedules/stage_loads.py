@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.replay import StageTimes
-from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _ROUNDING = 1e-9
 
@@ -86,13 +85,6 @@ class StageLoad:
     def memory_bytes(self) -> int:
         """Most bytes that it holds at one time."""
         return self.weight_bytes + self.in_flight * self.stash_bytes + self.workspace_bytes
-
-    @property
-    def price(self) -> StagePrice:
-        """The same in the solver's form, to put into its closed forms."""
-        copies = self.copies
-        return StagePrice(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
-                          0.0, self.memory_bytes, ())  # fmt: skip
 
 
 def boundary_copies(plan: Plan) -> tuple[Copies, ...]:

@@ -12,11 +12,12 @@ from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import FormulatedProblem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.problem import Slot, bits
-from ipu_pipeline.planner.search.stage_price import PricedPipeline, StagePrice
+from ipu_pipeline.planner.search.stage_price import PricedPipeline
 
 
 @dataclass(frozen=True)

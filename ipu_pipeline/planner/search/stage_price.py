@@ -8,6 +8,7 @@ from math import inf
 from typing import Protocol
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.knapsack import (
     EXACT_BLOCKS,
     EXACT_POINTS,
@@ -21,48 +22,6 @@ from ipu_pipeline.planner.search.knapsack import (
     within,
 )
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
-
-
-@dataclass(frozen=True)
-class StagePrice:
-    """A stage at one slot, with one way to run it. Seconds are for one microbatch.
-
-    Attributes:
-        forward_s: Compute of the forward pass.
-        backward_s: Compute of the backward pass, recomputation included.
-        send_forward_s: Forward transfers over both boundaries.
-        send_backward_s: Gradient transfers over both boundaries.
-        outer_s: Seconds per optimizer step (update, all-reduce).
-        memory_bytes: Everything the stage holds, parameters shared with other blocks of the
-            stage once; parameters shared with other stages included.
-        picks: Option of each block of the stage, ascending.
-        extra_s: Seconds that rows of their own count (copies over a link, for one).
-    """
-
-    forward_s: float
-    backward_s: float
-    send_forward_s: float
-    send_backward_s: float
-    outer_s: float
-    memory_bytes: float
-    picks: tuple[int, ...]
-    extra_s: tuple[float, ...] = ()
-
-    @property
-    def forward_load_s(self) -> float:
-        """Seconds that the forward pass of one microbatch occupies the device."""
-        return self.forward_s + self.send_forward_s
-
-    @property
-    def backward_load_s(self) -> float:
-        """Seconds that the backward pass of one microbatch occupies the device."""
-        return self.backward_s + self.send_backward_s
-
-    @property
-    def load_s(self) -> float:
-        """Seconds that one microbatch occupies the device."""
-        return self.forward_load_s + self.backward_load_s
-
 
 MOST_CANDIDATES = 8
 

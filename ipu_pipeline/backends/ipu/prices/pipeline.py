@@ -30,12 +30,12 @@ from ipu_pipeline.backends.ipu.prices.timing import (
     optimizer_s_per_element,
     streaming_s_per_element,
 )
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.ideals import Lattice, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, Part
 from ipu_pipeline.planner.search.objective import Objective, PacedTerm, make_objective
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot
-from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _EQUAL = 1e-12
 
