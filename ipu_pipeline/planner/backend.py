@@ -1,7 +1,6 @@
 """What a backend is, and how one is found: by folder or entry point, imported when asked for.
 
-A backend is the only place that prices, constrains and runs the stages of its machines. It stands
-in ``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under
+A backend prices, constrains and runs the stages of its machines. It stands in ``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under
 the entry point group ``ipu_pipeline.backends``; the module has one object ``BACKEND``. Nothing
 but ``lower`` and ``doctor`` may import torch, so that a saved plan is priced without it.
 """

@@ -1,7 +1,4 @@
-"""What a cost model gives to the solver: for every block its possible ways to run, priced.
-
-What weights cost in memory while training.
-"""
+"""What a cost model gives to the solver: for every block its possible ways to run, priced."""
 
 from __future__ import annotations
 

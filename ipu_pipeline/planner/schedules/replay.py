@@ -1,9 +1,8 @@
 """The exact time of a step: every pass as soon as its device is free and its input is there.
 
-One pass over the actions in an order that respects all dependencies, so that the price of a plan
-and its simulation are the same number. Lock-stepped schedules take their objective's form, which
-is their time; the others are replayed action by action. Where a step has very many microbatches,
-fewer are replayed and the steady state is continued, once it is seen to repeat.
+A plan's price and its simulation are both this number. Lock-stepped schedules take their
+objective's form; the others are replayed action by action. Of very many microbatches fewer are
+replayed, and the steady state is continued once it is seen to repeat.
 """
 
 from __future__ import annotations

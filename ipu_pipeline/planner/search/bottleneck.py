@@ -1,15 +1,11 @@
 """Exact optimum of ``pace * busiest stage + spread * sum of the stages`` from a few sweeps.
 
-The busiest stage's load T and the sum S pull apart: slower transfers or recomputation may buy a
-shorter busiest stage. First the least T of every depth; then, per depth, the least S under a
-limit on T. A split with a busiest stage below some T' has a sum of at least S(T'), so
-``pace * T_least + spread * S(T')`` bounds everything that is still open; each sweep moves the
-limit strictly below the busiest stage it has just found, until the bound meets the best split.
-
-On large lattices the limit climbs a ladder from below: sweeps under a tight limit are cheap, and
-each one that finds nothing raises the proven bound.
-
-The fast exact search: every stage has its own device and memory, one row paces the step.
+The fast exact search: every stage has its own device and memory, one row paces the step. First the
+least busiest stage T of every depth; then, per depth, the least sum S under a limit on T. As a
+split with a busiest stage below some T' has a sum of at least S(T'), ``pace * T_least + spread *
+S(T')`` bounds everything still open; each sweep lowers the limit below the busiest stage it found,
+until the bound meets the best split. On large lattices the limit climbs from below: sweeps under a
+tight limit are cheap, and each one that finds nothing raises the proven bound.
 
 ``best[y, i]`` is the least cost of putting everything outside set i on exactly y devices. Sets are
 visited from the full one back, so all depths come out of one sweep; the row of stages that start at

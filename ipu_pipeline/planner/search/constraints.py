@@ -1,11 +1,8 @@
 """What the caller fixes about a split. Everything left at its default is the solver's to choose.
 
-``layers_per_ipu``: a published list of layers per device, respected to the letter.
-
-Counts are blocks of kind ``layer``. ``[-1]`` and ``-1`` entries share the rest evenly, and what
-does not divide goes to the last of them, as optimum-graphcore does (its ``modeling_utils.py``).
-Embeddings that run before the first layer stay on the first device, also when it has no layer
-(``[0, 4, 4, 4]``); heads and losses that run after the last layer stay on the last stage. Where a
+``layers_per_ipu`` counts blocks of kind ``layer``, with wildcards as optimum-graphcore expands them
+(its ``modeling_utils.py``). Embeddings before the first layer stay on the first device, also when it
+has no layer (``[0, 4, 4, 4]``), heads and losses behind the last one on the last stage. Where a
 device has several stages, its layers are in the first of them.
 """
 

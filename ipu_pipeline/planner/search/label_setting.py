@@ -1,11 +1,10 @@
 """Exact search for every schedule and for shared devices and memories: labels with dominance.
 
-A label is a partial pipeline: the boundary it has reached, the load of every device in every
-row of the objective, the bytes in every memory. A label is dropped when another one at the same
-boundary is no worse in all of them, or when its bound reaches a known split. The bound adds, row
-by row, the least that the remaining stages can do (``_to_go``). A narrow first pass finds a good
-split; the second pass proves it. When the time ends in between, the lowest bound of the open
-labels is a true lower bound.
+A label is a partial pipeline: its boundary, the load of every device in every row of the objective,
+the bytes in every memory. It is dropped when another one at its boundary is no worse in all of
+them, or when its bound (plus the least that the remaining stages can do, ``_to_go``) reaches a
+known split. A narrow pass finds a split, a full one proves it; when the time ends in between, the
+lowest bound of the open labels is a true lower bound.
 """
 
 from __future__ import annotations

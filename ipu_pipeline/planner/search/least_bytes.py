@@ -1,8 +1,8 @@
 """The split of the execution order that asks least of the memories, without a search.
 
 Least bytes of a stage are exact: for each workspace that may be the largest, the smallest options
-whose own workspace is no larger. A dynamic program over the stages from the end makes the largest
-stage smallest, or their sum where they share one memory.
+whose own workspace is no larger. A dynamic program makes the largest stage (of a shared memory:
+the sum) smallest.
 """
 
 from __future__ import annotations

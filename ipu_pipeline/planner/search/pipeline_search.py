@@ -1,15 +1,12 @@
 """Searches every pipeline that may be tried: the best split of each, the best of all, its bound.
 
-Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
-
-The sweep needs stages that do not share devices or memories and a step time with one paced row.
-For the other cases it still gives a bound (``relaxed_bound``): own devices, own memories, and
+The fast sweep needs stages that do not share devices or memories and a step time with one paced
+row; labels search the rest. There the sweep still gives a bound (``relaxed_bound``):
 
 * GPipe: ``max f + max b >= max (f + b)``;
-* PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
-  c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
-  once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
-  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``;
+* PopART in training, F > 1 stages, S = 2F-1: fill cycle c and flush cycle c take at least as long
+  as pipeline stages c and c+1, both together at least twice the sum of all stages but once the
+  first device's: ``(G-S) max + 2 sum``. In inference ``(G-1) max + sum``;
 * schedules with several stages per device: the busiest device has at least its share of the sum.
 """
 

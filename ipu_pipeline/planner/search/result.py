@@ -1,7 +1,4 @@
-"""The answer: which blocks run where, how, what it costs, and how good that is.
-
-From what the search found to the answer with the caller's names and a readable limit.
-"""
+"""The answer with the caller's names: which blocks run where, how, at what cost, how proven."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Prices of all stages that start at one boundary, as numpy rows over the boundaries they reach.
 
-Seconds are exact where the quickest options surely fit, and lower bounds elsewhere;
-:meth:`StageCostTable.exact_s` settles a single stage. Bytes are bracketed by "every block takes its
-smallest option" and "every block takes its quickest option".
+Seconds are exact where the quickest options surely fit, else lower bounds, which
+:meth:`StageCostTable.exact_s` settles. Bytes lie between those of the smallest and the quickest
+options.
 """
 
 from __future__ import annotations

@@ -70,10 +70,8 @@ class SearchResult:
 class StagePricer(Protocol):
     """Prices stages; a backend may supply its own, which knows more than sums over blocks.
 
-    The search relies on three things: a price depends on nothing but the arguments; its seconds
-    are never below those of the blocks' quickest options at the slot's speed (the bound that
-    spares it most stages); ``picks`` names an option of every block, by which the plan says how
-    it runs.
+    A price must depend on nothing but the arguments, its seconds must not be below those of the
+    blocks' quickest options at the slot's speed, and ``picks`` names an option of every block.
     """
 
     def prices(
@@ -116,14 +114,7 @@ class OptionPricer:
     def prices(
         self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False
     ) -> list[StagePrice]:
-        """Return every undominated way to run ``stage`` at ``slot`` after ``done``; may be empty.
-
-        Args:
-            done: Mask of the blocks of earlier stages.
-            stage: Mask of the blocks of this stage.
-            slot: Where it runs.
-            shared_pool: Other stages use the same memory, so smaller but slower ways count too.
-        """
+        """Return every undominated way to run ``stage``, as :meth:`StagePricer.prices`."""
         if stage & slot.forbidden:
             return []
         base = self.base_bytes(done, stage, slot.in_flight)
