@@ -1,8 +1,9 @@
 """What a backend is, and how one is found: by folder or entry point, imported when asked for.
 
-A backend prices, constrains and runs the stages of its machines. It stands in ``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under
-the entry point group ``ipu_pipeline.backends``; the module has one object ``BACKEND``. Nothing
-but ``lower`` and ``doctor`` may import torch, so that a saved plan is priced without it.
+A backend prices, constrains and runs the stages of its machines. It is one object ``BACKEND`` in
+``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under the
+entry point group ``ipu_pipeline.backends``. Nothing but ``lower`` and ``doctor`` may import torch,
+so that a saved plan is priced without it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from ipu_pipeline.ir.machine import Device, Machine
 from ipu_pipeline.planner.options.block_cost import (
     BlockCost,
     GraphCosts,
-    OptimizerMemory,
     gradient_bytes,
     weight_bytes,
 )
@@ -33,15 +32,11 @@ class AnalyticCostModel:
     """Prices blocks from FLOPs and bytes moved.
 
     Attributes:
-        dtype: Compute dtype whose peak is used; ``None`` takes each operation's own.
-        memory: What a trainable parameter costs in bytes besides its weight.
-        factors: More numbers of slices to offer, by block (``menus.py``).
+        factors: More numbers of slices to offer, by block (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
-    dtype: str | None = None
-    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     unfused: tuple[str, ...] = ()
     loss_in_flight: int | None = None
@@ -49,7 +44,7 @@ class AnalyticCostModel:
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
         graph = as_run_on(graph, machine.devices[0])
-        roofline = Roofline(machine.devices[0], self.dtype)
+        roofline = Roofline(machine.devices[0])
         seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
         return _costs(self, graph, machine, roofline, seconds)
 
@@ -87,15 +82,13 @@ class ProfiledCostModel:
 
     Attributes:
         times: Measured seconds by block name.
-        memory: What a trainable parameter costs in bytes besides its weight.
         factors: More numbers of slices to offer, by block. What slicing adds is not measured but
-            computed from the machine's peaks (``menus.py``).
+            computed from the machine's peaks (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     times: Mapping[str, MeasuredTimes]
-    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     unfused: tuple[str, ...] = ()
     loss_in_flight: int | None = None
@@ -127,7 +120,7 @@ def _costs(
     menu = BlockOptions(graph, roofline, model.factors, model.unfused, model.loss_in_flight)
     menus, together = menu.all(seconds)
     blocks = {
-        block.name: BlockCost(menus[block.name], weight_bytes(graph, block, model.memory))
+        block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
         for block in graph.blocks
     }
     source = "analytic" if isinstance(model, AnalyticCostModel) else "profiled"

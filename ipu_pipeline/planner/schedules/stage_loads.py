@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.replay import StageTimes
+from ipu_pipeline.planner.search.from_graph import link_of
 
 _ROUNDING = 1e-9
 
@@ -94,8 +94,9 @@ def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
     is one message; between stages of one device, or of one memory, nothing is sent.
     """
     forward, backward, training = [0.0], [0.0], plan.graph.training
+    devices = [stage.device for stage in plan.stages]
     for boundary in range(plan.num_stages - 1):
-        link = _link(plan, boundary)
+        link = link_of(plan.machine, devices, boundary, boundary + 1)
         crossing = [
             spec
             for spec in plan.tensors
@@ -114,10 +115,3 @@ def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
         Copies(forward[stage], forward[stage + 1], backward[stage + 1], backward[stage])
         for stage in range(plan.num_stages)
     )
-
-
-def _link(plan: Plan, boundary: int) -> Link | None:
-    first, second = plan.stages[boundary].device, plan.stages[boundary + 1].device
-    if plan.machine.shared_memory or first == second:
-        return None
-    return plan.machine.link_between(first, second)

@@ -1,9 +1,9 @@
 """What the caller fixes about a split. Everything left at its default is the solver's to choose.
 
-``layers_per_ipu`` counts blocks of kind ``layer``, with wildcards as optimum-graphcore expands them
-(its ``modeling_utils.py``). Embeddings before the first layer stay on the first device, also when it
-has no layer (``[0, 4, 4, 4]``), heads and losses behind the last one on the last stage. Where a
-device has several stages, its layers are in the first of them.
+``layers_per_ipu`` counts blocks of kind ``layer``, with wildcards as optimum-graphcore expands
+them (its ``modeling_utils.py``). Embeddings before the first layer stay on the first device, also
+when it has no layer (``[0, 4, 4, 4]``), heads and losses behind the last one on the last stage.
+Where a device has several stages, its layers are in the first of them.
 """
 
 from __future__ import annotations

@@ -95,8 +95,10 @@ def build_slots(
                 capacity=float(sum(usable) if pooled else usable[device]),
                 speed=costs.speed(device),
                 in_flight=kept[stage],
-                link_in=_link(machine, stage_devices, stage - 1, stage) if stage else None,
-                link_out=_link(machine, stage_devices, stage, stage + 1) if stage < last else None,
+                link_in=link_of(machine, stage_devices, stage - 1, stage) if stage else None,
+                link_out=link_of(machine, stage_devices, stage, stage + 1)
+                if stage < last
+                else None,
                 forbidden=_forbidden(graph, constraints, stage, device),
                 index=stage,
                 num_stages=last + 1,
@@ -105,7 +107,7 @@ def build_slots(
     return tuple(slots)
 
 
-def _link(machine: Machine, devices: Sequence[int], first: int, second: int) -> Link | None:
+def link_of(machine: Machine, devices: Sequence[int], first: int, second: int) -> Link | None:
     """Link between two stages; ``None`` where a transfer hands over a pointer."""
     if machine.shared_memory or devices[first] == devices[second]:
         return None

@@ -242,11 +242,7 @@ class Engine:
 
     def _equal_stages(self, candidate: CandidatePipeline) -> tuple[int, ...]:
         """Boundaries of the split whose largest stage is smallest, memory aside."""
-        apart = tuple(replace(s, device=i, pool=i) for i, s in enumerate(candidate.slots))
-        devices = tuple(range(len(apart)))
-        shape = replace(candidate.shape, stage_devices=devices)
-        relaxed = replace(candidate, slots=apart, shape=shape)
-        found = self._sweep([relaxed], 1, 0, inf, uniform=False, grouped=False).pipelines
+        found = self._sweep([_apart(candidate)], 1, 0, inf, uniform=False, grouped=False).pipelines
         return found[0].boundaries if found else ()
 
     def _label_search(
@@ -285,15 +281,8 @@ class Engine:
 
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
-        depth = len(candidate.slots)
         pace, spread = self._relaxed_weights(candidate)
-        slots = tuple(
-            replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
-        )
-        devices = tuple(range(depth))
-        relaxed = replace(
-            candidate, slots=slots, shape=replace(candidate.shape, stage_devices=devices)
-        )
+        relaxed = _apart(candidate, forbidden=0)
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
@@ -507,6 +496,13 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     links = {slot.link_in for slot in slots[1:]}
     free = not (constraints.pinned_stages or constraints.pinned_devices)
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+
+
+def _apart(candidate: CandidatePipeline, **changes: int) -> CandidatePipeline:
+    """Give every stage its own device and memory."""
+    slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(candidate.slots))
+    shape = replace(candidate.shape, stage_devices=tuple(range(len(slots))))
+    return replace(candidate, slots=slots, shape=shape)
 
 
 def _depth(candidate: CandidatePipeline) -> int:
