@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain as joined
 from math import inf
 from time import monotonic
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -498,7 +499,7 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
 
 
-def _apart(candidate: CandidatePipeline, **changes: int) -> CandidatePipeline:
+def _apart(candidate: CandidatePipeline, **changes: Any) -> CandidatePipeline:
     """Give every stage its own device and memory."""
     slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(candidate.slots))
     shape = replace(candidate.shape, stage_devices=tuple(range(len(slots))))
