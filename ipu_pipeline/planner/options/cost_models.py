@@ -27,12 +27,13 @@ from ipu_pipeline.planner.options.block_options import BlockOptions
 from ipu_pipeline.planner.options.roofline import Roofline
 
 
-@dataclass(frozen=True)
-class AnalyticCostModel:
-    """Prices blocks from FLOPs and bytes moved.
+@dataclass(frozen=True, kw_only=True)
+class _CostModel:
+    """What both models offer.
 
     Attributes:
-        factors: More numbers of slices to offer, by block (``block_options.py``).
+        factors: More numbers of slices to offer, by block; what slicing adds is always computed
+            from the machine's peaks (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
@@ -41,12 +42,34 @@ class AnalyticCostModel:
     unfused: tuple[str, ...] = ()
     loss_in_flight: int | None = None
 
+    def _costs(
+        self,
+        graph: BlockGraph,
+        machine: Machine,
+        seconds: Mapping[str, tuple[float, float]],
+        source: str,
+    ) -> GraphCosts:
+        """Menus and weights of blocks that take ``seconds`` plain."""
+        roofline = Roofline(machine.devices[0])
+        menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
+        menus, together = menu.all(seconds)
+        blocks = {
+            block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
+            for block in graph.blocks
+        }
+        return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
+
+
+@dataclass(frozen=True)
+class AnalyticCostModel(_CostModel):
+    """Prices blocks from FLOPs and bytes moved."""
+
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block on the machine's first device."""
         graph = as_run_on(graph, machine.devices[0])
         roofline = Roofline(machine.devices[0])
         seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
-        return _costs(self, graph, machine, roofline, seconds)
+        return self._costs(graph, machine, seconds, "analytic")
 
 
 def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:
@@ -77,21 +100,14 @@ class MeasuredTimes:
 
 
 @dataclass(frozen=True)
-class ProfiledCostModel:
+class ProfiledCostModel(_CostModel):
     """Prices blocks from measurements.
 
     Attributes:
         times: Measured seconds by block name.
-        factors: More numbers of slices to offer, by block. What slicing adds is not measured but
-            computed from the machine's peaks (``block_options.py``).
-        unfused: Projections that are in another stage than the loss.
-        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     times: Mapping[str, MeasuredTimes]
-    factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
-    unfused: tuple[str, ...] = ()
-    loss_in_flight: int | None = None
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph``.
@@ -106,25 +122,7 @@ class ProfiledCostModel:
             )
         seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
         graph = as_run_on(graph, machine.devices[0])
-        return _costs(self, graph, machine, Roofline(machine.devices[0]), seconds)
-
-
-def _costs(
-    model: AnalyticCostModel | ProfiledCostModel,
-    graph: BlockGraph,
-    machine: Machine,
-    roofline: Roofline,
-    seconds: Mapping[str, tuple[float, float]],
-) -> GraphCosts:
-    """Menus and weights of blocks that take ``seconds`` plain."""
-    menu = BlockOptions(graph, roofline, model.factors, model.unfused, model.loss_in_flight)
-    menus, together = menu.all(seconds)
-    blocks = {
-        block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
-        for block in graph.blocks
-    }
-    source = "analytic" if isinstance(model, AnalyticCostModel) else "profiled"
-    return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
+        return self._costs(graph, machine, seconds, "profiled")
 
 
 # Alive at one time in the backward pass besides what is saved: gradients of the weights behind

@@ -12,7 +12,15 @@ from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.objective import stages_in_flight
-from ipu_pipeline.planner.search.problem import Exchange, Option, Problem, Shared, Slot, Value
+from ipu_pipeline.planner.search.problem import (
+    Exchange,
+    Option,
+    Problem,
+    Shared,
+    Slot,
+    Value,
+    mask_of,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,10 @@ def build_problem(
     index = graph.block_index
     _check_names(graph, costs, constraints)
     choices = _menus(graph, costs, constraints)
-    ways = tuple(tuple(_option(choice) for choice in menu) for menu in choices)
+    ways = tuple(
+        tuple(Option(c.forward_s, c.backward_s, c.stash_bytes, c.workspace_bytes) for c in menu)
+        for menu in choices
+    )
     private, shared = _weights(graph, costs)
     return FormulatedProblem(
         Problem(
@@ -206,15 +217,8 @@ def _together(graph: BlockGraph, costs: GraphCosts, constraints: Constraints) ->
     return (*uncut, *(_mask(graph, group) for group in costs.together))
 
 
-def _option(choice: BlockChoice) -> Option:
-    return Option(choice.forward_s, choice.backward_s, choice.stash_bytes, choice.workspace_bytes)
-
-
 def _mask(graph: BlockGraph, names: Sequence[str]) -> int:
-    mask = 0
-    for name in names:
-        mask |= 1 << graph.block_index[name]
-    return mask
+    return mask_of(graph.block_index[name] for name in names)
 
 
 def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:

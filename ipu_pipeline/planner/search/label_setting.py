@@ -137,7 +137,7 @@ class LabelSettingSearch:
     def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return SearchResult(self._quick_bound(upper_bound))
+            return SearchResult(0.0 if self._late() else upper_bound)
         quick = self._pass(upper_bound, BEAM_WIDTH)
         if self.proof_s < inf:
             self.deadline = min(self.deadline or inf, monotonic() + self.proof_s)
@@ -151,9 +151,6 @@ class LabelSettingSearch:
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
-
-    def _quick_bound(self, upper_bound: float) -> float:
-        return 0.0 if self._late() else upper_bound
 
     def _tabulate(self) -> bool:
         """List every possible stage at every slot, from the end; False if none leads there."""
