@@ -33,10 +33,8 @@ from ipu_pipeline.ir.plan import Plan
 RUNTIME = (
     "__init__.py",
     "checks.py",
-    "data.py",
+    "device.py",
     "find.py",
-    "optimizer.py",
-    "options.py",
     "placement.py",
     "serialized.py",
     "static_graph.py",

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ipu_pipeline.backends.ipu.annotations import Annotation
 from ipu_pipeline.backends.ipu.check import is_power_of_two
 from ipu_pipeline.backends.ipu.optimizers import read_state
-from ipu_pipeline.backends.ipu.runtime.data import mean_loss
-from ipu_pipeline.backends.ipu.runtime.options import make_options
+from ipu_pipeline.backends.ipu.runtime.device import make_options, mean_loss
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
 from ipu_pipeline.backends.ipu.sessions import CallResult, Sessions, join, rows

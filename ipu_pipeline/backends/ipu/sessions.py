@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.ipu.optimizers import device_groups, group_values, write_state
-from ipu_pipeline.backends.ipu.runtime.optimizer import make_optimizer
-from ipu_pipeline.backends.ipu.runtime.options import make_options
+from ipu_pipeline.backends.ipu.runtime.device import make_optimizer, make_options
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.errors import LoweringError

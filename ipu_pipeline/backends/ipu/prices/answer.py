@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ipu_pipeline.backends.ipu.prices.blocks import serialization_factor
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
-from ipu_pipeline.backends.ipu.prices.memory import stash_depth
+from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, stash_depth
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
@@ -31,7 +32,7 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
         bound_s: No allowed layout is quicker, in seconds per optimizer step.
     """
     settings, layout = prediction.settings, prediction.layout
-    shown: set[int] = set()
+    held = held_by_stage(prediction, [stage.ipu for stage in layout.stages])
     stages = []
     for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
         again = time.recompute_s > 0
@@ -44,12 +45,7 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
             )
             for name in stage.blocks
         )
-        # What an IPU holds is shown once, in its first stage.
-        memory = prediction.memory[stage.ipu]
-        held = 0 if stage.ipu in shown else memory.total_bytes
-        weights = 0 if stage.ipu in shown else memory.weights + memory.gradients + memory.optimizer
-        depth = stash_depth(len(layout.stages), index) if settings.training else 1
-        shown.add(stage.ipu)
+        memory, in_flight = next(held)
         stages.append(
             StageAssignment(
                 index=index,
@@ -59,10 +55,10 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
                 forward_s=time.forward_s,
                 backward_s=time.backward_s + time.recompute_s,
                 transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
-                memory_bytes=held,
-                in_flight=depth,
-                weight_bytes=weights,
-                stash_bytes=memory.stash // depth if held else 0,
+                memory_bytes=memory.total_bytes,
+                in_flight=in_flight,
+                weight_bytes=memory.kept_bytes,
+                stash_bytes=memory.stash // in_flight,
             )
         )
     total_s = prediction.time.total_s
@@ -78,6 +74,23 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
     )
 
 
+def held_by_stage(
+    prediction: Prediction, devices: Sequence[int]
+) -> Iterator[tuple[IPUMemory, int]]:
+    """Yield what every stage's IPU holds, shown in its first stage, and microbatches in flight.
+
+    Args:
+        prediction: Of the stages; neighbours on one IPU are one stage of it.
+        devices: IPU of every stage.
+    """
+    seen: set[int] = set()
+    depth = len(prediction.layout.stages)
+    for index, device in enumerate(devices):
+        in_flight = stash_depth(depth, min(index, depth - 1)) if prediction.settings.training else 1
+        yield IPUMemory() if device in seen else prediction.memory[device], in_flight
+        seen.add(device)
+
+
 def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
     """Return the split that settings spell out; it is its own bound.
 
@@ -88,15 +101,11 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     prediction = predict(graph, settings, machine)
     if prediction.fits:
         return partition_of(graph, prediction, prediction.time.total_s)
-    crowded = max(prediction.memory, key=lambda m: m.fullest_tile_bytes(prediction.chip))
-    ipu = prediction.memory.index(crowded)
     raise PartitionError(
-        f"the IPU configuration does not fit: the fullest tile of IPU {ipu} needs "
-        f"{crowded.fullest_tile_bytes(prediction.chip) / 1024:.0f} of "
-        f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB; "
-        "move layers to other IPUs in layers_per_ipu, lower the micro batch or "
-        "matmul_proportion, serialize the embedding, put the optimizer state off chip, or "
-        "leave layers_per_ipu at [-1] and let the solver choose"
+        f"the IPU configuration does not fit: {prediction.fullest_text()}; move layers to other "
+        "IPUs in layers_per_ipu, lower the micro batch or matmul_proportion, serialize the "
+        "embedding, put the optimizer state off chip, or leave layers_per_ipu at [-1] and let the "
+        "solver choose"
     )
 
 
@@ -138,9 +147,8 @@ def binding_of(prediction: Prediction) -> str:
     for stage in prediction.time.stages:
         loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
     busiest = max(range(len(loads)), key=loads.__getitem__)
-    fullest = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
-    free = 1 - fullest / prediction.chip.tile_memory_bytes
     return (
-        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has {free:.1%} free "
-        f"({fullest / 1024:.0f} KiB used); {prediction.settings.program_text()}"
+        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has "
+        f"{prediction.free:.1%} free ({prediction.fullest[0] / 1024:.0f} KiB used); "
+        f"{prediction.settings.program_text()}"
     )

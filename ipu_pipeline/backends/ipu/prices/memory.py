@@ -86,6 +86,11 @@ class IPUMemory:
         return (self.weights + self.gradients + self.optimizer + self.stash + self.activations
                 + self.temporaries + self.transfers + self.code)  # fmt: skip
 
+    @property
+    def kept_bytes(self) -> int:
+        """What never changes: parameters, accumulators and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
     def fullest_tile_bytes(self, chip: Chip) -> int:
         """Bytes of the fullest tile."""
         return int(self.total_bytes * FULLEST_TILE / chip.tiles)

@@ -376,20 +376,9 @@ class IPUPlanning:
 
     def _closest(self, machine: Machine, constraints: Constraints) -> str:
         """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
-        best: tuple[float, Prediction] | None = None
-        for item in self.pipelines(machine, constraints):
-            prediction = item.even()
-            full = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
-            if best is None or full < best[0]:
-                best = (full, prediction)
-        assert best is not None
-        prediction = best[1]
-        sizes = [memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory]
-        return (
-            f"spread evenly over {prediction.settings.num_ipus} IPUs, the fullest tile of IPU "
-            f"{sizes.index(max(sizes))} needs {best[0] / 1024:.0f} of "
-            f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB"
-        )
+        tried = (item.even() for item in self.pipelines(machine, constraints))
+        best = min(tried, key=lambda prediction: prediction.fullest[0])
+        return f"spread evenly over {best.settings.num_ipus} IPUs, {best.fullest_text()}"
 
 
 def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:

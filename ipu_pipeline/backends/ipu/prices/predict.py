@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
@@ -47,6 +47,25 @@ class Prediction:
         return all(memory.fits(self.chip) for memory in self.memory)
 
     @property
+    def fullest(self) -> tuple[int, int]:
+        """Bytes of the fullest tile of all IPUs, and its IPU."""
+        sizes = [memory.fullest_tile_bytes(self.chip) for memory in self.memory]
+        return max(sizes), sizes.index(max(sizes))
+
+    @property
+    def free(self) -> float:
+        """Share of a tile's memory that is free on the fullest tile of all IPUs."""
+        return 1 - self.fullest[0] / self.chip.tile_memory_bytes
+
+    def fullest_text(self) -> str:
+        """Say how much the fullest tile needs."""
+        size, ipu = self.fullest
+        return (
+            f"the fullest tile of IPU {ipu} needs {size / 1024:.0f} of "
+            f"{self.chip.tile_memory_bytes / 1024:.0f} KiB"
+        )
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of a step of one replica (in inference: of a call)."""
         run = self.settings
@@ -64,20 +83,17 @@ class Prediction:
 
     def text(self) -> str:
         """Return a report for a terminal."""
-        from ipu_pipeline.backends.ipu.prices.text import prediction_text
-
-        return prediction_text(self)
+        parts = [_headline(self), "", *_memory_table(self), "", *_stage_table(self)]
+        parts += ["", *_step_table(self)]
+        if self.notes:
+            parts += ["", *(f"! {note}" for note in self.notes)]
+        return "\n".join(parts) + "\n"
 
 
 def predict(
     graph: BlockGraph,
     config: IPUConfig | IPUSettings,
     machine: Machine,
-    *,
-    layers: Mapping[str, int] | None = None,
-    optimizer: str | None = None,
-    training: bool | None = None,
-    calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Prediction:
     """Predict a published configuration as it is.
 
@@ -85,24 +101,23 @@ def predict(
         graph: The model, captured for one microbatch; its inputs give the micro batch size.
         config: An ``ipu_config.json``, or the same in the model's own terms.
         machine: A pod; its first replica's IPUs are predicted, all replicas counted.
-        layers: IPU of every layer block, where ``layers_per_ipu`` cannot say it.
-        optimizer: Name of the optimizer; ``None``: AdamW, or what ``config`` says.
-        training: Training or inference; ``None``: what the graph was captured for.
-        calibration: Constants of the time model.
 
     Raises:
         ConfigError: The configuration does not fit the model or the machine.
         PlanError: The machine has no IPUs.
     """
     chip = chip_of(machine)
-    settings = _settings(graph, config, optimizer, training)
+    if isinstance(config, IPUSettings):
+        settings = replace(config, training=graph.training)
+    else:
+        settings = IPUSettings.from_config(config, training=graph.training)
     if settings.num_ipus * settings.replicas > len(machine.devices):
         raise ConfigError(
             f"{settings.replicas} replicas of {settings.num_ipus} IPUs need "
             f"{settings.num_ipus * settings.replicas}, {machine.name} has {len(machine.devices)}; "
             "lower replication_factor or choose a larger pod"
         )
-    return predict_on_chip(graph, settings, chip, layers=layers, calibration=calibration)
+    return predict_on_chip(graph, settings, chip)
 
 
 def predict_on_chip(
@@ -113,7 +128,10 @@ def predict_on_chip(
     layers: Mapping[str, int] | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Prediction:
-    """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`)."""
+    """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`).
+
+    ``layers`` names the IPU of every layer block, where ``layers_per_ipu`` cannot say it.
+    """
     return predict_layout(graph, make_layout(graph, settings, layers), settings, chip, calibration)
 
 
@@ -135,20 +153,6 @@ def predict_layout(
         layers=frozenset(block.name for block in graph.blocks if block.kind == "layer"),
     )
     return replace(prediction, notes=_notes(prediction))
-
-
-def _settings(
-    graph: BlockGraph,
-    config: IPUConfig | IPUSettings,
-    optimizer: str | None,
-    training: bool | None,  # noqa: FBT001 - None means what the graph says
-) -> IPUSettings:
-    wanted = graph.training if training is None else training
-    if isinstance(config, IPUSettings):
-        return replace(
-            config, training=wanted, optimizer=config.optimizer if optimizer is None else optimizer
-        )
-    return IPUSettings.from_config(config, optimizer=optimizer or "adamw", training=wanted)
 
 
 def _notes(prediction: Prediction) -> tuple[str, ...]:
@@ -175,3 +179,65 @@ def _notes(prediction: Prediction) -> tuple[str, ...]:
                 f"({kinds[largest] / 1e6:.0f} MB)"
             )
     return tuple(found)
+
+
+def _headline(prediction: Prediction) -> str:
+    settings = prediction.settings
+    mode = "training" if settings.training else "inference"
+    return (
+        f"{prediction.samples_per_s:.1f} samples/s in {mode} on {settings.replicas} x "
+        f"{settings.num_ipus} {prediction.chip.name} ({prediction.samples_per_step} samples in "
+        f"{prediction.time.total_s * 1e3:.1f} ms); {'fits' if prediction.fits else 'DOES NOT FIT'}"
+    )
+
+
+def _memory_table(prediction: Prediction) -> list[str]:
+    kinds = [item.name for item in fields(IPUMemory)]
+    rows = [["MB per IPU", *kinds, "total", "fullest tile"]]
+    for ipu, memory in enumerate(prediction.memory):
+        share = memory.fullest_tile_bytes(prediction.chip) / prediction.chip.tile_memory_bytes
+        sizes = [f"{getattr(memory, kind) / 1e6:.0f}" for kind in kinds]
+        rows.append([f"{ipu}", *sizes, f"{memory.total_bytes / 1e6:.0f}", f"{share:.0%}"])
+    return _aligned(rows)
+
+
+def _stage_table(prediction: Prediction) -> list[str]:
+    rows = [["stage", "IPU", "blocks", "forward ms", "backward ms", "recompute ms"]]
+    for position, (stage, time) in enumerate(
+        zip(prediction.layout.stages, prediction.time.stages, strict=True)
+    ):
+        blocks = (
+            stage.blocks[0]
+            if len(stage.blocks) == 1
+            else (f"{stage.blocks[0]} .. {stage.blocks[-1]}")
+        )
+        seconds = (time.forward_s, time.backward_s, time.recompute_s)
+        rows.append(
+            [f"{position}", f"{stage.ipu}", blocks, *(f"{value * 1e3:.3f}" for value in seconds)]
+        )
+    return _aligned(rows)
+
+
+def _step_table(prediction: Prediction) -> list[str]:
+    time = prediction.time
+    fill, main, flush = time.num_cycles
+    rows = [
+        ["part of a step", "ms", "note"],
+        ["fill", f"{time.fill_s * 1e3:.2f}", f"{fill} cycles"],
+        ["main", f"{time.main_s * 1e3:.2f}", f"{main} cycles of {time.cycle_s * 1e3:.3f} ms, of "
+         f"these {time.copy_s * 1e3:.3f} copies and {time.input_s * 1e3:.3f} input"],
+        ["flush", f"{time.flush_s * 1e3:.2f}", f"{flush} cycles"],
+        ["optimizer", f"{time.optimizer_s * 1e3:.2f}", ""],
+        ["state streaming", f"{time.streaming_s * 1e3:.2f}", ""],
+        ["all-reduce", f"{time.all_reduce_s * 1e3:.2f}", ""],
+        ["host", f"{time.host_s * 1e3:.2f}", ""],
+    ]  # fmt: skip
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
