@@ -17,8 +17,7 @@ from ipu_pipeline.backends.ipu.prices.answer import (
 )
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
-from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
-from ipu_pipeline.backends.ipu.prices.planning import ProgramChoices
+from ipu_pipeline.backends.ipu.prices.planning import IPUCostModel, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime
@@ -199,10 +198,8 @@ def _loads(plan: Plan, found: Prediction) -> tuple[StageLoad, ...]:
 
 
 def _misfits(found: Prediction) -> tuple[str, ...]:
-    room = found.chip.tile_memory_bytes
     return tuple(
-        f"the fullest tile of IPU {ipu} needs {memory.fullest_tile_bytes(found.chip) / 1024:.0f} "
-        f"of {room / 1024:.0f} KiB"
+        found.tile_text(ipu)
         for ipu, memory in enumerate(found.memory)
         if not memory.fits(found.chip)
     )

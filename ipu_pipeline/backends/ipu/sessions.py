@@ -52,7 +52,9 @@ class Sessions:
         self._optimizer = optimizer
         self._settings = settings
         self._poptorch = poptorch
-        self._own = own_classes(model)
+        # poptorch puts other classes in the place of these.
+        things = (model, *model.parameters(), *model.buffers())
+        self._own = [(thing, type(thing)) for thing in things]
         self._sent: list[dict[str, Any]] = []
         self._evaluated: frozenset[str] = frozenset()
         self._result_names: list[str] = []
@@ -175,11 +177,6 @@ class Sessions:
         if self._optimizer is None:
             raise LoweringError("training needs an optimizer; pass one to compile(optimizer=...)")
         return self._optimizer
-
-
-def own_classes(model: nn.Module) -> list[tuple[Any, type]]:
-    """Return the model and its tensors with their classes; poptorch puts others in their place."""
-    return [(thing, type(thing)) for thing in (model, *model.parameters(), *model.buffers())]
 
 
 @dataclass(frozen=True)

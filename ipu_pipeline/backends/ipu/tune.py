@@ -34,14 +34,14 @@ from ipu_pipeline.backends.ipu.prices import (
 from ipu_pipeline.backends.ipu.prices.answer import partition_of
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
 from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
 from ipu_pipeline.backends.ipu.prices.settings import FrontEnd
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.priced import Quickest, quickest
+from ipu_pipeline.planner.search.priced import quickest
 
 if TYPE_CHECKING:
     from ipu_pipeline.ir.plan import ModelIdentity, Plan
@@ -420,21 +420,15 @@ def front_of(
         elif time.monotonic() - started > limit_s:
             front.complete = False
             break
-        if best.pipeline is None:
+        prediction = best_prediction(best)
+        if prediction is None:
             break
-        front.points.append(_point(best))
+        bound_s = min(prediction.time.total_s, best.lower_bound_s)
+        front.points.append(TunePoint(prediction, bound_s))
         free = max(free, front.points[-1].free) + FREE_STEP
     front.points = non_dominated(front.points)
     front.seconds = time.monotonic() - started
     return front
-
-
-def _point(best: Quickest[IPUPipeline]) -> TunePoint:
-    assert best.pipeline is not None
-    split = best.found.pipelines[0]
-    prediction = best.pipeline.prediction(split.boundaries, split.prices)
-    bound = min(prediction.time.total_s, best.lower_bound_s)
-    return TunePoint(prediction, bound)
 
 
 def non_dominated(points: list[TunePoint]) -> list[TunePoint]:

@@ -101,8 +101,9 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     prediction = predict(graph, settings, machine)
     if prediction.fits:
         return partition_of(graph, prediction, prediction.time.total_s)
+    ipu = prediction.fullest[1]
     raise PartitionError(
-        f"the IPU configuration does not fit: {prediction.fullest_text()}; move layers to other "
+        f"the IPU configuration does not fit: {prediction.tile_text(ipu)}; move layers to other "
         "IPUs in layers_per_ipu, lower the micro batch or matmul_proportion, serialize the "
         "embedding, put the optimizer state off chip, or leave layers_per_ipu at [-1] and let the "
         "solver choose"

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
-from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
 from ipu_pipeline.planner.options.tables import table_rows
-
-
-@dataclass(frozen=True)
-class BlockTime:
-    """Seconds of one microbatch.
-
-    Attributes:
-        forward_s: Forward pass.
-        backward_s: Backward pass without recomputation, gradient accumulation included.
-    """
-
-    forward_s: float
-    backward_s: float
 
 
 def pricer_for(
@@ -51,27 +36,23 @@ class SharedOperations:
 
 
 def block_time(
-    graph: BlockGraph, block: Block, pricer: OperationPricer, settings: IPUSettings, factor: int = 1
-) -> BlockTime:
-    """Price ``block``.
+    graph: BlockGraph, block: Block, pricer: OperationPricer, settings: IPUSettings
+) -> tuple[float, float]:
+    """Return seconds of a block's forward and backward pass for one microbatch.
 
-    Args:
-        graph: The model.
-        block: One of its blocks.
-        pricer: IPU, precision, memory proportion and constants.
-        settings: Front end, accumulation and mode.
-        factor: Slices of its large table, lookup or projection; 1 is whole.
+    The backward pass has the gradient accumulation, and no recomputation.
     """
+    factor = serialization_factor(graph, block, settings)
     rows = block_table_rows(graph, block) if factor > 1 else 0
     seconds = 1.0 / pricer.chip.clock_hz
     if settings.front_end != "popart":
         seconds *= pricer.calibration.poptorch_factor
     forward = _cycles(SharedOperations(block.forward_ops), pricer, rows, factor)
     if not settings.training:
-        return BlockTime(forward * seconds, 0.0)
+        return forward * seconds, 0.0
     backward = _cycles(SharedOperations(block.backward_ops), pricer, rows, factor)
     backward += accumulation_cycles(graph, block, pricer, settings)
-    return BlockTime(forward * seconds, backward * seconds)
+    return forward * seconds, backward * seconds
 
 
 @lru_cache(maxsize=50_000)

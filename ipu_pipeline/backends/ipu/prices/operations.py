@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
 
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
-from ipu_pipeline.backends.ipu.prices.chip import WORKERS_PER_TILE, Chip
+from ipu_pipeline.backends.ipu.prices.chip import WORKERS_PER_TILE, Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.matmul import (
     ACCESS_BYTES,
     MatmulPlan,

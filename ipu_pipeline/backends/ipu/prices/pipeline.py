@@ -34,6 +34,7 @@ from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.ideals import Lattice, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, Part
 from ipu_pipeline.planner.search.objective import Objective, PacedTerm, make_objective
+from ipu_pipeline.planner.search.priced import Quickest
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot
 from ipu_pipeline.planner.search.stage_price import StagePrice
 
@@ -218,10 +219,6 @@ class IPUPipeline:
             return found
         return [min(found, key=lambda price: price.memory_bytes)]
 
-    def _proportions_of(self, ipu: int) -> Sequence[float]:
-        """The quickest first: more memory never slows a matrix product."""
-        return self.proportions[::-1] or (self.settings.proportion(ipu),)
-
     def _pick(self, proportion: float) -> int:
         """Position of a memory proportion among those that an IPU may get."""
         return self.proportions.index(proportion) if self.proportions else 0
@@ -284,7 +281,8 @@ class IPUPipeline:
         others = least.total_bytes - least.temporaries
         if others > self._most_bytes:
             return
-        for proportion in self._proportions_of(ipu):
+        # The quickest first: more memory never slows a matrix product.
+        for proportion in self.proportions[::-1] or (run.proportion(ipu),):
             working = max(chain.working(run, proportion, start, end) for start, end, _ in stages)
             total = others + max(working, least.temporaries)
             if total <= self._most_bytes:
@@ -319,21 +317,12 @@ class IPUPipeline:
             reached: Masks of the blocks done after each stage.
             prices: Of the stages; their picks say the memory proportions.
         """
-        ends = [mask.bit_count() for mask in reached]
-        names = self.chain.names
-        stages = [
-            (device, names[start:end])
-            for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
-        ]
         chosen = dict(zip(self.devices, (price.picks[0] for price in prices), strict=True))
-        settings = self.settings
+        shares = self.settings.proportions
         if self.proportions:
-            shares = tuple(self.proportions[chosen[ipu]] for ipu in range(settings.num_ipus))
-            settings = replace(settings, proportions=shares)
-        layout = layout_of(stages, self.settings.num_ipus)
-        return predict_layout(
-            self.chain.graph, layout, settings, self.chain.chip, self.chain.calibration
-        )
+            ipus = range(self.settings.num_ipus)
+            shares = tuple(self.proportions[chosen[ipu]] for ipu in ipus)
+        return self._predicted([mask.bit_count() for mask in reached], shares)
 
     def even(self) -> Prediction:
         """Predict stages with about the same number of parameters."""
@@ -349,12 +338,23 @@ class IPUPipeline:
                     key=lambda place: abs(chain.holding(0, place).elements - goal),
                 )
             )
-        ends.append(len(chain.names))
+        least = self.proportions[:1] * self.settings.num_ipus or self.settings.proportions
+        return self._predicted([*ends, len(chain.names)], least)
+
+    def _predicted(self, ends: Sequence[int], shares: tuple[float, ...]) -> Prediction:
+        """Predict stages that end before these blocks, with a memory proportion for every IPU."""
+        chain, settings = self.chain, replace(self.settings, proportions=shares)
         stages = [
             (device, chain.names[start:end])
             for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
         ]
-        least = self.proportions[:1] * self.settings.num_ipus or self.settings.proportions
-        settings = replace(self.settings, proportions=least)
         layout = layout_of(stages, settings.num_ipus)
         return predict_layout(chain.graph, layout, settings, chain.chip, chain.calibration)
+
+
+def best_prediction(best: Quickest[IPUPipeline]) -> Prediction | None:
+    """Return what the outcome of a search does; ``None`` when nothing fits."""
+    if best.pipeline is None:
+        return None
+    split = best.found.pipelines[0]
+    return best.pipeline.prediction(split.boundaries, split.prices)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip, chip_of
+from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, Chip, chip_of
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
@@ -57,9 +56,9 @@ class Prediction:
         """Share of a tile's memory that is free on the fullest tile of all IPUs."""
         return 1 - self.fullest[0] / self.chip.tile_memory_bytes
 
-    def fullest_text(self) -> str:
-        """Say how much the fullest tile needs."""
-        size, ipu = self.fullest
+    def tile_text(self, ipu: int) -> str:
+        """Say how much the fullest tile of an IPU needs."""
+        size = self.memory[ipu].fullest_tile_bytes(self.chip)
         return (
             f"the fullest tile of IPU {ipu} needs {size / 1024:.0f} of "
             f"{self.chip.tile_memory_bytes / 1024:.0f} KiB"

@@ -98,11 +98,6 @@ class IPUSettings:
         return 4 if self.precision == "32.32" else 2
 
     @property
-    def partial_bytes(self) -> int:
-        """Bytes of one partial sum of a matrix product."""
-        return 2 if self.precision == "16.16" else 4
-
-    @property
     def stashed_bytes(self) -> float:
         """Bytes of one element of a kept stage or layer input."""
         return self.checkpoint_bytes or self.element_bytes
