@@ -34,9 +34,7 @@ RUNTIME = (
     "__init__.py",
     "checks.py",
     "device.py",
-    "find.py",
     "placement.py",
-    "serialized.py",
     "static_graph.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.

@@ -1,7 +1,7 @@
 """Graphcore IPUs: what a pipeline costs in seconds and bytes, and which pipeline is the quickest.
 
-Read the files in this order: ``chip.py``, ``operations.py`` and ``matmul.py`` (one operation),
-``blocks.py``, ``layout.py`` (stages of a configuration), ``timing.py`` and ``memory.py`` (THE price
+Read the files in this order: ``chip.py``, ``matmul.py`` and ``operations.py`` (one operation,
+one block), ``layout.py`` (stages of a configuration), ``timing.py`` and ``memory.py`` (THE price
 of a pipeline), ``predict.py``; then the search's side: ``chain.py``, ``pipeline.py``,
 ``answer.py``, ``planning.py``.
 """

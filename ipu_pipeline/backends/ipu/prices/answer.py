@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ipu_pipeline.backends.ipu.prices.blocks import serialization_factor
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, stash_depth
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError

@@ -15,7 +15,6 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.backends.ipu.prices.blocks import block_time
 from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.memory import (
     StageBytes,
@@ -23,7 +22,7 @@ from ipu_pipeline.backends.ipu.prices.memory import (
     stage_bytes,
     working_of,
 )
-from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
+from ipu_pipeline.backends.ipu.prices.operations import OperationPricer, block_time
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import BlockGraph

@@ -22,18 +22,16 @@ from functools import lru_cache
 from itertools import groupby
 from math import prod
 
-from ipu_pipeline.backends.ipu.prices.blocks import (
-    SharedOperations,
-    block_table_rows,
-    pricer_for,
-    serialization_factor,
-)
 from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
 from ipu_pipeline.backends.ipu.prices.operations import (
     OperationPricer,
+    SharedOperations,
+    block_table_rows,
+    pricer_for,
     products,
     result_bytes,
+    serialization_factor,
     sliced,
 )
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings

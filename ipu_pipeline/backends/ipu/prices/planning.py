@@ -17,10 +17,10 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.answer import DEFAULT_SETTINGS, partition_of
-from ipu_pipeline.backends.ipu.prices.blocks import may_serialize
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
+from ipu_pipeline.backends.ipu.prices.operations import may_serialize
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
 from ipu_pipeline.backends.ipu.prices.predict import Prediction
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings

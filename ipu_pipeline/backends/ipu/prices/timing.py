@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.ipu.prices.blocks import block_time, pricer_for
 from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.operations import block_time, pricer_for
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 

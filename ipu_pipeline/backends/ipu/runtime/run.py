@@ -28,8 +28,12 @@ from runtime.device import (  # noqa: E402
     read_data,
     synthetic_data,
 )
-from runtime.find import ModuleNotFound, find_modules  # noqa: E402
-from runtime.placement import Placement, PlacementError  # noqa: E402
+from runtime.placement import (  # noqa: E402
+    ModuleNotFound,
+    Placement,
+    PlacementError,
+    find_modules,
+)
 from runtime.static_graph import DeviceForward  # noqa: E402
 
 USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, FileNotFoundError, ValueError)

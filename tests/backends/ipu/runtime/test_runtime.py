@@ -15,8 +15,8 @@ from ipu_pipeline.backends.ipu.runtime.device import (
     mean_loss,
     synthetic_data,
 )
-from ipu_pipeline.backends.ipu.runtime.placement import Placement
-from ipu_pipeline.backends.ipu.runtime.serialized import (
+from ipu_pipeline.backends.ipu.runtime.placement import (
+    Placement,
     find_table,
     restore,
     serialize,
