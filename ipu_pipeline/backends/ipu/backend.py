@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from ipu_pipeline.backends.ipu.prices.answer import (
-    DEFAULT_SETTINGS,
-    OF_THE_REQUEST,
-    binding_of,
-    configured_partition,
-    held_by_stage,
-    settings_of,
-)
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.planning import IPUCostModel, ProgramChoices
-from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
+from ipu_pipeline.backends.ipu.prices.predict import (
+    DEFAULT_SETTINGS,
+    OF_THE_REQUEST,
+    Prediction,
+    binding_of,
+    configured_partition,
+    held_by_stage,
+    predict_layout,
+    settings_of,
+)
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime
 from ipu_pipeline.errors import PartitionError

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,16 @@ class PopTorchExecutable(SingleProcessExecutable):
         sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
         if len(sizes) != 1:
             raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {sorted(sizes)}")
-        size, call = sizes.pop(), self._inference_call_size()
+        size, flat = sizes.pop(), self._flat
+        copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
+        call = self.plan.micro_batch_size * copies
         whole = size - size % call
-        parts = [self._on_device(batch, start, call) for start in range(0, whole, call)]
+        parts = [
+            (call, self._sessions.evaluate(rows(batch, start, start + call)))
+            for start in range(0, whole, call)
+        ]
         if whole < size:
-            parts.append(self._on_host(batch, whole, size))
+            parts.append((size - whole, self._on_host(rows(batch, whole, size))))
         return join(parts)
 
     def data_loader(self, dataset: Any, **options: Any) -> Any:
@@ -263,20 +267,12 @@ class PopTorchExecutable(SingleProcessExecutable):
 
     # ---- evaluation ---------------------------------------------------------------------
 
-    def _inference_call_size(self) -> int:
-        flat = self._flat
-        copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
-        return int(self.plan.micro_batch_size * copies)
-
-    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> CallResult:
-        return CallResult(call, self._sessions.evaluate(rows(batch, start, start + call)))
-
-    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> CallResult:
+    def _on_host(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         self._sessions.fetch_weights()
         self.model.eval()
         with torch.no_grad():
-            values = self.model(**rows(batch, start, stop))
-        return CallResult(stop - start, dict(zip(self._forward.names, values, strict=True)))
+            values = self.model(**batch)
+        return dict(zip(self._forward.names, values, strict=True))
 
     # ---- checks -------------------------------------------------------------------------
 
@@ -473,19 +469,6 @@ class Sessions:
         return self._optimizer
 
 
-@dataclass(frozen=True)
-class CallResult:
-    """Results of one call of the device, or of the rest of a batch on the host.
-
-    Attributes:
-        num_samples: Samples of the call.
-        values: Tensors by name; ``loss`` has one entry per microbatch of equal size.
-    """
-
-    num_samples: int
-    values: Mapping[str, Tensor]
-
-
 def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Return the samples from ``start`` to ``stop``; what has no axis 0 goes whole."""
     return {
@@ -494,16 +477,20 @@ def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     }
 
 
-def join(parts: Sequence[CallResult]) -> EvalResult:
-    """Return the results of all calls: outputs joined on axis 0, the loss weighed by samples."""
-    total = sum(part.num_samples for part in parts)
+def join(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> EvalResult:
+    """Return the results of all calls: outputs joined on axis 0, the loss weighed by samples.
+
+    Args:
+        parts: Samples of each call, and its tensors by name; ``loss`` has one entry per microbatch
+            of equal size.
+    """
     loss = None
-    if "loss" in parts[0].values:
-        weighed = [float(p.values["loss"].float().mean()) * p.num_samples for p in parts]
-        loss = sum(weighed) / total
+    if "loss" in parts[0][1]:
+        weighed = [float(values["loss"].float().mean()) * samples for samples, values in parts]
+        loss = sum(weighed) / sum(samples for samples, _ in parts)
     outputs = {
-        name: torch.cat([part.values[name] for part in parts])
-        for name in parts[0].values
+        name: torch.cat([values[name] for _, values in parts])
+        for name in parts[0][1]
         if name != "loss"
     }
     return EvalResult(loss, outputs)

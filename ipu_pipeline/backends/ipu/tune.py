@@ -31,11 +31,11 @@ from ipu_pipeline.backends.ipu.prices import (
     chip_of,
     predict,
 )
-from ipu_pipeline.backends.ipu.prices.answer import partition_of
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
 from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
+from ipu_pipeline.backends.ipu.prices.predict import partition_of
 from ipu_pipeline.backends.ipu.prices.settings import FrontEnd
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph

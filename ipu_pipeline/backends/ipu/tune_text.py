@@ -166,7 +166,8 @@ def comparison_text(result: TuneResult, name: str, other: Prediction) -> str:
             f"  its global batch is {other.samples_per_step} (micro batch {other.micro_batch}), "
             f"not {best.samples_per_step}: times per sample are compared"
         )
-    lines += [f"  {what}: {there} -> {here}" for what, there, here in differences(other, best)]
+    there, here = _facts(other), _facts(best)
+    lines += [f"  {key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
     mine, theirs = parts_of_step(best), parts_of_step(other)
     changes = sorted(
         ((mine[part] / best.samples_per_step - theirs[part] / other.samples_per_step, part)
@@ -177,12 +178,6 @@ def comparison_text(result: TuneResult, name: str, other: Prediction) -> str:
     lines.append(f"  microseconds per sample: {shown or 'no difference'}")
     lines += [f"  note on {name}: {note}" for note in other.notes]
     return "\n".join(lines)
-
-
-def differences(other: Prediction, best: Prediction) -> list[tuple[str, str, str]]:
-    """Return (what, there, here) for every number that differs."""
-    there, here = _facts(other), _facts(best)
-    return [(key, str(there[key]), str(here[key])) for key in here if there[key] != here[key]]
 
 
 def _facts(prediction: Prediction) -> dict[str, Any]:

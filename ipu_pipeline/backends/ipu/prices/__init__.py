@@ -3,7 +3,7 @@
 Read the files in this order: ``chip.py``, ``matmul.py`` and ``operations.py`` (one operation,
 one block), ``layout.py`` (stages of a configuration), ``timing.py`` and ``memory.py`` (THE price
 of a pipeline), ``predict.py``; then the search's side: ``chain.py``, ``pipeline.py``,
-``answer.py``, ``planning.py``.
+``planning.py``.
 """
 
 from ipu_pipeline.backends.ipu.prices.chip import (

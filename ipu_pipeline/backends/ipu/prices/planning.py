@@ -16,13 +16,12 @@ from time import monotonic
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.answer import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
-from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, chip_of
+from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
 from ipu_pipeline.backends.ipu.prices.operations import may_serialize
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
-from ipu_pipeline.backends.ipu.prices.predict import Prediction
+from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, Prediction, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -378,12 +377,10 @@ class IPUCostModel:
         settings: Precision, memory proportions, optimizer, its place and sharding, front end.
             IPUs, replicas and microbatches are those of a pipeline, the mode is the graph's.
         choices: What the search may choose about the program.
-        calibration: Constants of the time model.
     """
 
     settings: IPUSettings = DEFAULT_SETTINGS
     choices: ProgramChoices = ProgramChoices()
-    calibration: Calibration = DEFAULT_CALIBRATION
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph`` alone, and what prices pipelines of it.
@@ -392,7 +389,7 @@ class IPUCostModel:
             PlanError: The machine's devices are no IPUs.
         """
         settings = replace(self.settings, training=graph.training)
-        chain = ChainPrices(graph, chip_of(machine), self.calibration)
+        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
         times = chain.times(replace(settings, accumulation=2), settings.proportion(0))
         blocks = {
             block.name: BlockCost(
