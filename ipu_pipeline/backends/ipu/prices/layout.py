@@ -38,7 +38,7 @@ class LayoutStage:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Stages of a graph, and the sub-layer work that no block boundary expresses.
+    """Stages of a graph.
 
     Attributes:
         stages: Forward stages in order.

@@ -70,23 +70,17 @@ class IPUPipeline:
         """IPU of every stage."""
         return tuple(slot.device for slot in self.slots)
 
-    @property
-    def num_microbatches(self) -> int:
-        """Microbatches of a step (in inference: of a call)."""
-        run = self.settings
-        return run.accumulation if run.training else run.device_iterations
-
     @cached_property
     def objective(self) -> Objective:
         """Seconds of a step as rows (module docstring)."""
         run, chain, count = self.settings, self.chain, len(self.slots)
-        base = make_objective("popart", count, self.num_microbatches, training=run.training)
+        base = make_objective("popart", count, run.num_microbatches, training=run.training)
         none = (0,) * count
         rows = list(base.rows)
-        fixed_s = self.num_microbatches * input_time(chain.graph, run, chain.chip)
+        fixed_s = run.num_microbatches * input_time(chain.graph, run, chain.chip)
         if count > 1:
             total = 2 * count - 1 if run.training else count
-            cycles = self.num_microbatches + total - 1
+            cycles = run.num_microbatches + total - 1
             fixed_s += cycles * chain.chip.link_latency_s
             rows.append(PacedTerm(cycles, none, none, 0, tuple(range(count))))
         if run.training:
@@ -123,7 +117,7 @@ class IPUPipeline:
         ipus = self.settings.num_ipus
         return (
             self.objective.fixed_s
-            + self.num_microbatches * (forward + backward) / ipus
+            + self.settings.num_microbatches * (forward + backward) / ipus
             + trained / ipus * self._update_s
         )
 
@@ -138,7 +132,7 @@ class IPUPipeline:
         """Least load of every row, memory ignored."""
         rows = self._least_rows()
         weights = [row.weight for row in self.objective.rows if row.extra < 0]
-        rest = self.quick_bound_s - self.num_microbatches * (
+        rest = self.quick_bound_s - self.settings.num_microbatches * (
             (self._fastest.forward_s[-1] + self._fastest.backward_s[-1]) / self.settings.num_ipus
         )
         return float(np.dot(rows, weights)) + rest
@@ -193,7 +187,7 @@ class IPUPipeline:
             self.objective,
             boundaries(lattice, self.slots, self.rule),
             deadline,
-            (upper_s - self.objective.fixed_s) / self.num_microbatches,
+            (upper_s - self.objective.fixed_s) / self.settings.num_microbatches,
             fits_together=self.fits_together,
             true_s=self.true_s,
         )

@@ -79,8 +79,7 @@ class Prediction:
     @property
     def num_microbatches(self) -> int:
         """Microbatches of a step of one replica (in inference: of a call)."""
-        run = self.settings
-        return run.accumulation if run.training else run.device_iterations
+        return self.settings.num_microbatches
 
     @property
     def samples_per_step(self) -> int:
@@ -170,13 +169,12 @@ def _notes(prediction: Prediction) -> tuple[str, ...]:
     settings, chip = prediction.settings, prediction.chip
     num_stages = len(prediction.layout.stages)
     least = 2 * num_stages - 1 if settings.training else num_stages
-    given = settings.accumulation if settings.training else settings.device_iterations
     found = []
-    if settings.pipelined and given < least:
+    if settings.pipelined and settings.num_microbatches < least:
         name = "gradient_accumulation_steps" if settings.training else "device_iterations"
         found.append(
             f"PopART refuses this: {num_stages} forward stages need {name} of at least {least}, "
-            f"it is {given}"
+            f"it is {settings.num_microbatches}"
         )
     for ipu, memory in enumerate(prediction.memory):
         over = memory.fullest_tile_bytes(chip) - chip.tile_memory_bytes

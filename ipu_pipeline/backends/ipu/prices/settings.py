@@ -98,6 +98,11 @@ class IPUSettings:
         return 4 if self.precision == "32.32" else 2
 
     @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step of one replica (in inference: of a call)."""
+        return self.accumulation if self.training else self.device_iterations
+
+    @property
     def stashed_bytes(self) -> float:
         """Bytes of one element of a kept stage or layer input."""
         return self.checkpoint_bytes or self.element_bytes

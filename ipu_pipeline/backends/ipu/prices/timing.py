@@ -97,13 +97,12 @@ def step_time(
     stages = stage_times(graph, layout, settings, chip, calibration)
     copy_s = copy_time(graph, layout, settings, chip, calibration)
     input_s = input_time(graph, settings, chip)
-    microbatches = settings.accumulation if settings.training else settings.device_iterations
     fill, main, flush = cycle_loads(stages, training=settings.training)
     between = copy_s + input_s
     if not settings.pipelined:
         fill, flush = (), ()
         main = sum(stage.forward_s + stage.backward_s for stage in stages)
-    num_main = max(1, microbatches - len(fill))
+    num_main = max(1, settings.num_microbatches - len(fill))
     update = update_times(graph, layout, settings, chip, calibration)
     # Inference queues its next call while this one runs; a training step waits for the host.
     host_s = calibration.step_host_s / settings.device_iterations if settings.training else 0.0
