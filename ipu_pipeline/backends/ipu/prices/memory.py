@@ -262,16 +262,15 @@ def stage_bytes(
     """
     segments = _segments(graph, names, settings)
     saved = [sum(saved_bytes(graph[name], settings) for name in segment) for segment in segments]
+    again = settings.recompute and settings.num_ipus > 1  # PopTorch's default on several IPUs
     stash, activations = 0, 0
-    if settings.training and _recomputes(settings):
+    if settings.training and again:
         activations = max(saved, default=0)
     elif settings.training and not (settings.pipelined and settings.num_ipus > 1):
         activations = sum(saved)
     if settings.training and settings.pipelined:
-        if _recomputes(settings):
-            stash = int(in_flight * _kept(graph, settings, segments, cuts[0], first=first))
-        else:
-            stash = in_flight * sum(saved)
+        kept = _kept(graph, settings, segments, cuts[0], first=first) if again else sum(saved)
+        stash = int(in_flight * kept)
     return StageBytes(stash, activations, _transfer_bytes(graph, settings, cuts, first=first))
 
 
@@ -294,11 +293,6 @@ def _kept(
     if first:
         size += sum(float_bytes(t, settings.element_bytes) for t in graph.inputs)
     return size
-
-
-def _recomputes(settings: IPUSettings) -> bool:
-    """PopTorch recomputes by default on more than one IPU only."""
-    return settings.recompute and settings.num_ipus > 1
 
 
 def _segments(
