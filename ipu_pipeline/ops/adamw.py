@@ -9,7 +9,6 @@ no bfloat16 weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -195,8 +194,8 @@ def adamw_step(
         Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
     lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps)
-    if all(weight.device.type == "cpu" for weight in weights) and extension.available():
-        _operator()(*lists, **settings, keys=keys)
+    if all(weight.device.type == "cpu" for weight in weights) and _kernels():
+        torch.ops.ipu_pipeline.adamw_step.default(*lists, **settings, keys=keys)
         return
     for weight, gradient, mean, square, step, key in zip(*lists, keys, strict=True):
         step += 1  # in place
@@ -204,15 +203,7 @@ def adamw_step(
         weight.copy_(stochastic_round(updated, key))
 
 
-@functools.cache
-def _operator() -> Any:
-    """Return the C++ operator; its library is loaded."""
-
-    def changes_in_place_only(*_args: Any, **_kwargs: Any) -> None:
-        return None
-
-    extension.register_fakes(adamw_step=changes_in_place_only)
-    return torch.ops.ipu_pipeline.adamw_step.default
+_kernels = extension.kernels(adamw_step=lambda *_, **__: None)  # it changes its arguments
 
 
 def _updated(  # noqa: PLR0913  # the settings of AdamW by name

@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -173,16 +172,7 @@ def _has_kernel(x: Tensor) -> bool:
     return extension.takes(x) and _kernels()
 
 
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(
-        dropout_counter=_fake_dropout, bernoulli_counter_=_fake_bernoulli
-    )
-
-
-def _fake_dropout(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_bernoulli(*_: Any) -> None:
-    """It changes its argument, and returns nothing."""
+_kernels = extension.kernels(
+    dropout_counter=lambda x, *_: torch.empty_like(x),
+    bernoulli_counter_=lambda *_: None,  # it changes its argument
+)

@@ -9,7 +9,6 @@ Axes: N tokens, H hidden features, V classes (the vocabulary).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,10 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.dropout import FLOATS
 from ipu_pipeline.ops.projection import autocast_like_linear
 
 Reduction = Literal["mean", "sum", "none"]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.
 SUM_PIECE = 16_384
 # With more tokens a slice has matmuls that are hardly faster, and logits as large as the weight.
@@ -106,7 +105,7 @@ def _check_operands(operands: _Operands) -> None:
             "flatten the tokens to N rows"
         )
     types = [each.dtype for each in (x, weight, bias) if each is not None]
-    if x.dtype not in DTYPES or len(set(types)) != 1:
+    if x.dtype not in FLOATS or len(set(types)) != 1:
         raise ValueError(
             f"x, weight and bias are {', '.join(map(str, types))}; "
             "use float32, float64, bfloat16 or float16 for all of them"
@@ -197,11 +196,6 @@ def _sum(values: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in values.split(SUM_PIECE)]).sum()
 
 
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(linear_cross_entropy=_fake)
-
-
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, bias, _, scale, *_, need_x, need_weight, need_bias = rest
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -214,6 +208,9 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             for shape, need in zip(shapes, needs, strict=True)
         ),
     )
+
+
+_kernels = extension.kernels(linear_cross_entropy=_fake)
 
 
 def _kernel(

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
 from ipu_pipeline.ops.projection import serialized_linear
 from ipu_pipeline.stages.chunked_loss import DeferredLogits
-from ipu_pipeline.stages.tables import RowShard, Table
+from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
 
 
-class SerializedRegion(TorchFunctionMode):
+class SerializedRegion(TableCalls):
     """While active, lookups and projections that read ``table`` run in slices.
 
     Args:
@@ -48,15 +47,10 @@ class SerializedRegion(TorchFunctionMode):
         self.hold_gradients = hold_gradients
         self.last_row_shard = last_row_shard
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.embedding or func is functional.linear:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if weight is self.table.parameter:
-                sliced = self._look_up if func is functional.embedding else self._project
-                return sliced(*args, **kwargs)
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Take the calls that read the table."""
+        if weight is self.table.parameter:
+            func = self._look_up if func is functional.embedding else self._project
         return func(*args, **kwargs)
 
     def _look_up(  # the parameters of functional.embedding

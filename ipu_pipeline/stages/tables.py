@@ -45,7 +45,24 @@ class Table:
     factor: int
 
 
-class TableUses(TorchFunctionMode):
+class TableCalls(TorchFunctionMode):
+    """While active, lookups and projections go through :meth:`on_call`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding or func is functional.linear:
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            return self.on_call(func, weight, args, kwargs)
+        return func(*args, **kwargs)
+
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Return what a call of ``functional.embedding`` or ``functional.linear`` returns."""
+        raise NotImplementedError
+
+
+class TableUses(TableCalls):
     """While active, notes which parameters are used as tables.
 
     Attributes:
@@ -56,15 +73,11 @@ class TableUses(TorchFunctionMode):
         super().__init__()
         self.refused: dict[int, str] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.embedding or func is functional.linear:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-                reason = _why_not(*args, **kwargs) if func is functional.embedding else ""
-                self.refused[id(weight)] = self.refused.get(id(weight)) or reason
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Note the table."""
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            reason = _why_not(*args, **kwargs) if func is functional.embedding else ""
+            self.refused[id(weight)] = self.refused.get(id(weight)) or reason
         return func(*args, **kwargs)
 
 
@@ -267,7 +280,7 @@ def _rows(block: str, first: int, last: int, num_rows: int) -> tuple[int, int]:
     return first, min(last, num_rows)
 
 
-class _Lookups(TorchFunctionMode):
+class _Lookups(TableCalls):
     """Notes how a table is looked up."""
 
     def __init__(self, table: nn.Parameter) -> None:
@@ -275,15 +288,11 @@ class _Lookups(TorchFunctionMode):
         self.table = table
         self.calls: list[dict[str, Any]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-        if func is functional.embedding or func is functional.linear:
+        if weight is self.table:
             call = {**dict(zip(names, args, strict=False)), **kwargs}
-            if call["weight"] is self.table:
-                self.calls.append(call if func is functional.embedding else {})
+            self.calls.append(call if func is functional.embedding else {})
         return func(*args, **kwargs)
 
 

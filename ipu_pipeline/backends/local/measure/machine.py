@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from threading import Barrier
@@ -268,43 +269,24 @@ def _vectors() -> Sequence[tuple[str, Call]]:
     grad, row = torch.ones_like(x), torch.ones(WIDTH)
     soft, positive = torch.softmax(x, -1), x.abs() + 0.1
     normed, mean, deviation = aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)
-    return (
-        ("gelu", lambda: aten.gelu(x)),
-        ("gelu_backward", lambda: aten.gelu_backward(grad, x)),
-        ("silu", lambda: aten.silu(x)),
-        ("silu_backward", lambda: aten.silu_backward(grad, x)),
-        ("tanh", lambda: aten.tanh(x)),
-        ("sigmoid", lambda: aten.sigmoid(x)),
-        ("erf", lambda: aten.erf(x)),
-        ("exp", lambda: aten.exp(x)),
-        ("log", lambda: aten.log(positive)),
-        ("rsqrt", lambda: aten.rsqrt(positive)),
-        ("_softmax", lambda: aten._softmax(x, -1, half_to_float=False)),
-        ("_softmax_backward_data", lambda: aten._softmax_backward_data(grad, soft, -1, x.dtype)),
-        ("_log_softmax", lambda: aten._log_softmax(x, -1, half_to_float=False)),
-        (
-            "_log_softmax_backward_data",
-            lambda: aten._log_softmax_backward_data(grad, soft, -1, x.dtype),
-        ),
-        ("native_layer_norm", lambda: aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)),
-        (
-            "native_layer_norm_backward",
-            lambda: aten.native_layer_norm_backward(
-                grad, x, [WIDTH], mean, deviation, row, row, [True, True, True]
-            ),
-        ),
-        ("bernoulli_", _dropout(normed)),
-    )
+    norm = (mean, deviation, row, row, [True] * 3)
+    calls: dict[str, tuple[object, ...]] = {
+        **dict.fromkeys(("gelu", "silu", "tanh", "sigmoid", "erf", "exp"), (x,)),
+        **dict.fromkeys(("gelu_backward", "silu_backward"), (grad, x)),
+        **dict.fromkeys(("log", "rsqrt"), (positive,)),
+        **dict.fromkeys(("_softmax", "_log_softmax"), (x, -1, False)),
+        "_softmax_backward_data": (grad, soft, -1, x.dtype),
+        "_log_softmax_backward_data": (grad, soft, -1, x.dtype),
+        "native_layer_norm": (x, [WIDTH], row, row, 1e-5),
+        "native_layer_norm_backward": (grad, x, [WIDTH], *norm),
+    }
 
-
-def _dropout(x: Tensor) -> Call:
-    """The whole of a dropout: its product and quotient are counted as operations of their own."""
-
-    def call() -> None:
+    def dropout() -> None:  # the whole: product and quotient are counted as operations of their own
         with block_scope("calibration"):
-            functional.dropout(x, 0.1)
+            functional.dropout(normed, 0.1)
 
-    return call
+    timed = [(name, partial(getattr(aten, name), *given)) for name, given in calls.items()]
+    return [*timed, ("bernoulli_", dropout)]
 
 
 def _attention_rates(num_devices: int) -> dict[str, float]:
