@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ipu_pipeline.ops.attention import attention_counter
 from ipu_pipeline.ops.dropout import FLOATS, bernoulli_counter_, dropout_counter
+from ipu_pipeline.ops.linear import fast_addmm, fast_linear
 
 # Python-level functions that draw random numbers without taking a generator.
 _COMPOSITE = frozenset(
@@ -101,12 +103,7 @@ class _FromSource(TorchDispatchMode):
     def _bernoulli_(self, out: Tensor, p: float = 0.5) -> Tensor:
         return bernoulli_counter_(out, p, *self.source.mask_key())
 
-    def _native_dropout(
-        self,
-        x: Tensor,
-        p: float,
-        train: bool | None = True,  # noqa: FBT001, FBT002
-    ) -> tuple[Tensor, Tensor]:
+    def _native_dropout(self, x: Tensor, p: float, train: Any) -> tuple[Tensor, Tensor]:
         if not train:
             return torch.ops.aten.native_dropout.default(x, p, train)
         kept = self._bernoulli_(torch.empty_like(x, dtype=torch.bool), 1 - p)
@@ -167,29 +164,13 @@ def _dropout(
     p: float = 0.5,
     training: bool = True,  # noqa: FBT001, FBT002
     inplace: bool = False,  # noqa: FBT001, FBT002
+    *,
+    train: bool = True,  # what torch.dropout calls it
 ) -> Tensor | None:
-    if not training or not 0 < p <= 1 or input.dtype not in FLOATS:
+    if not (training and train) or not 0 < p <= 1 or input.dtype not in FLOATS:
         return None
     result = dropout_counter(input, p, *source.mask_key())
     return input.copy_(result) if inplace else result
-
-
-def _torch_dropout(
-    source: _Source,
-    input: Tensor,
-    p: float,
-    train: bool,  # noqa: FBT001
-) -> Tensor | None:
-    return _dropout(source, input, p, train)
-
-
-def _torch_dropout_(
-    source: _Source,
-    input: Tensor,
-    p: float,
-    train: bool,  # noqa: FBT001
-) -> Tensor | None:
-    return _dropout(source, input, p, train, inplace=True)
 
 
 def _attention(source: _Source, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -200,8 +181,8 @@ def _attention(source: _Source, *args: Any, **kwargs: Any) -> Tensor | None:
 # torch's names of arguments.
 _OWN: dict[Any, Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
-    torch.dropout: _torch_dropout,
-    torch.dropout_: _torch_dropout_,
+    torch.dropout: _dropout,
+    torch.dropout_: partial(_dropout, inplace=True),
     functional.scaled_dot_product_attention: _attention,
 }
 
@@ -210,3 +191,29 @@ def derive_seed(*key: int | str) -> int:
     """Return a 63-bit seed that depends on every part of ``key``."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+# They return None for a call that torch has to take, and have torch's names of arguments.
+_FASTER: dict[Any, Callable[..., Tensor | None]] = {
+    functional.linear: fast_linear,
+    torch.addmm: fast_addmm,
+}
+
+
+class block_scope(random_scope):
+    """Within it, torch functions of this thread run as those of one block.
+
+    Args:
+        *key: Whole numbers and strings that identify the block's random numbers: seed, step,
+            microbatch, block.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        faster = _FASTER.get(func)
+        if faster is not None:
+            result = faster(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        return super().__torch_function__(func, types, args, kwargs)

@@ -19,7 +19,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 

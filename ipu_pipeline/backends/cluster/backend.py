@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ipu_pipeline.backends.cluster.schedules import torch_schedules
+from ipu_pipeline.backends.cluster.layout import torch_schedules
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
@@ -70,7 +70,7 @@ class ClusterBackend:
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return this process's executable."""
-        from ipu_pipeline.backends.cluster.lower import lower
+        from ipu_pipeline.backends.cluster.executable import lower
 
         return lower(model, plan, optimizer, options)
 

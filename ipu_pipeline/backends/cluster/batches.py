@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -17,10 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
-from ipu_pipeline.backends.cluster.schedules import schedule_for
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.captures import LRUCache, StageCache
 from ipu_pipeline.stages.executable import EvalResult
@@ -77,7 +77,7 @@ class Pipelines:
         self,
         parts: Sequence[Microbatch],
         stages: Mapping[int, Sequence[Stage]],
-        inputs: Mapping[str, Any],
+        inputs: StepInputs,
         loss_scaling: float,
     ) -> float:
         """Run the forward and backward passes of this replica's microbatches.
@@ -85,7 +85,7 @@ class Pipelines:
         Args:
             parts: Those of the whole batch.
             stages: From :func:`captured`.
-            inputs: Fields of ``StepInputs``.
+            inputs: Seed, step and precision.
             loss_scaling: Factor of the loss before the backward pass.
 
         Returns:
@@ -93,8 +93,8 @@ class Pipelines:
         """
         total = 0.0
         for size, found in groupby(dealt(parts, self._groups.layout), lambda p: p.num_samples):
-            run = list(found)
-            total += self._pipeline(stages[size], len(run)).run(run, inputs, loss_scaling)
+            run = replace(inputs, microbatches=list(found))
+            total += self._pipeline(stages[size], len(run.microbatches)).run(run, loss_scaling)
         return total
 
     def drop(self, stages: Sequence[Stage]) -> None:
@@ -124,23 +124,14 @@ class Pipelines:
                 schedule,
             )
         return TrainingPipeline(
-            stages,
-            layout=layout,
-            schedule=schedule,
-            num_microbatches=num_microbatches,
-            groups=self._groups,
+            stages, schedule=schedule, num_microbatches=num_microbatches, groups=self._groups
         )
 
 
 # ---- evaluation ------------------------------------------------------------------------
 
 
-def evaluate(
-    stages: Sequence[Sequence[Stage]],
-    microbatches: Sequence[Microbatch],
-    inputs: StepInputs,
-    groups: Groups,
-) -> EvalResult:
+def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups) -> EvalResult:
     """Run every microbatch forward through the pipeline; every rank gets the result.
 
     Torch's schedules want microbatches of one shape and a loss; an evaluation batch has neither
@@ -149,12 +140,10 @@ def evaluate(
 
     Args:
         stages: ``[microbatch][stage]``.
-        microbatches: The whole batch; every replica evaluates all of it.
-        inputs: Seed, step and precision; its microbatches are set here.
+        inputs: With the whole batch; every replica evaluates all of it.
         groups: Of the processes.
     """
-    inputs.microbatches = microbatches
-    layout = groups.layout
+    microbatches, layout = inputs.microbatches, groups.layout
     passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     results: list[dict[str, Tensor]] = [{} for _ in microbatches]
     sends: list[Any] = []

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from ipu_pipeline.backends.cluster.layout import make_layout
-from ipu_pipeline.backends.cluster.schedules import torch_schedule
+from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan

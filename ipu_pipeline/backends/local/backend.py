@@ -66,7 +66,7 @@ class LocalBackend:
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return an executable in this process."""
-        from ipu_pipeline.backends.local.lower import lower
+        from ipu_pipeline.backends.local.executable import lower
 
         return lower(model, plan, optimizer, options)
 

@@ -29,7 +29,7 @@ from ipu_pipeline.backends.local.measure.cache import (
 from ipu_pipeline.ir.attention import attention_name
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ops.linear import adding_to_grad
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import take_threads, threads_per_stage
 
 T = TypeVar("T")
