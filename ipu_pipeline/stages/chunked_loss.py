@@ -54,10 +54,10 @@ def chunked_cross_entropy(
         operands: Input (N x H), weight and bias of the projection.
         pointwise: Functions that work on every logit alone.
         target_N: Class of every token.
-        class_weight_V: As in ``functional.cross_entropy``, like all that follow.
+        class_weight_V: As in ``functional.cross_entropy``, like the next three.
         reduction: ``mean``, ``sum`` or ``none``.
-        ignore_index: Tokens of this class count nowhere.
-        label_smoothing: Share of the target spread over all classes.
+        ignore_index: As there.
+        label_smoothing: As there.
         num_slices: About ``N / num_slices * V`` logits exist at once.
     """
     x_NH, weight_VH, bias_V = operands
@@ -121,22 +121,9 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def of(
-        x: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        *,
-        factor: int,
-        hold_gradients: bool,
+        x: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, factor: int, hold_gradients: bool
     ) -> DeferredLogits:
-        """Return the logits of one call of ``functional.linear``.
-
-        Args:
-            x: Hidden states, any token axes.
-            weight_VH: The table.
-            bias_V: Its bias.
-            factor: Number of slices.
-            hold_gradients: Compute a fused loss's gradients in its forward pass.
-        """
+        """Return the logits of one call of ``functional.linear``; see ``_Projection``."""
         dtype = torch.result_type(x, weight_VH)
         if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
             dtype = torch.get_autocast_dtype("cpu")

@@ -25,7 +25,7 @@ class SerializedRegion(TableCalls):
 
     Args:
         table: The block's table.
-        leaves: Stand-ins that collect the lookups' gradients.
+        leaves: Collect the gradients.
         defer: Compute no logits but leave them to the loss behind the block.
         hold_gradients: Compute that loss's gradients in its forward pass.
         last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
@@ -76,12 +76,7 @@ class SerializedRegion(TableCalls):
             scale_grad_by_freq=scale_grad_by_freq,
         )
 
-    def _project(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-    ) -> Tensor:
+    def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         factor = self.table.factor
         if not self.defer:
             return serialized_linear(input, weight, bias, factor=factor)

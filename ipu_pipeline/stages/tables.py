@@ -117,12 +117,7 @@ def serialized(plan: Plan) -> dict[str, int]:
 def find_tables(
     captured: CapturedModel, uses: TableUses, factors: Mapping[str, int]
 ) -> dict[str, Table]:
-    """Return the table of every block that ``factors`` names.
-
-    Args:
-        captured: The captured model.
-        uses: Was active while the model ran.
-        factors: Slices by block name.
+    """Return the table of every block that ``factors`` names; ``uses`` was active in the capture.
 
     Raises:
         LoweringError: A block has no table, a table with fewer rows than slices, or one that
@@ -161,11 +156,7 @@ def fused_projections(
 ) -> frozenset[str]:
     """Return the serialized blocks whose outputs only the loss of the same stage reads.
 
-    Args:
-        own: Programs of the stage.
-        everywhere: Programs of all stages.
-        kept: Values that the caller gets.
-        tables: Tables by block name.
+    ``own`` are the programs of the stage, ``kept`` the values that the caller gets.
     """
     if LOSS not in {program.name for program in own}:
         return frozenset()
@@ -256,28 +247,25 @@ def shard_tables(
             continue
         table = tables[block]
         lookup = _find_lookup(captured, programs[block], table)
-        step = -(-len(table.parameter) // table.factor)
+        num_rows = len(table.parameter)
+        step = -(-num_rows // table.factor)
         for position, (stage_index, (first, last)) in enumerate(held):
+            if first * step >= num_rows:
+                raise LoweringError(
+                    f"block {block!r} spreads {num_rows} rows over more stages than have any: a "
+                    f"stage would start at row {first * step}; use fewer slices"
+                )
             row_shards[stage_index].append(
                 RowShard(
                     table=table,
                     num_slices=last - first,
-                    rows=_rows(block, first * step, last * step, len(table.parameter)),
+                    rows=(first * step, min(last * step, num_rows)),
                     received=f"{block}.rows@{stage_index - 1}" if position else "",
                     sent=f"{block}.rows@{stage_index}" if position < len(held) - 1 else "",
                     **lookup,
                 )
             )
     return {index: tuple(found) for index, found in row_shards.items()}
-
-
-def _rows(block: str, first: int, last: int, num_rows: int) -> tuple[int, int]:
-    if first >= num_rows:
-        raise LoweringError(
-            f"block {block!r} spreads {num_rows} rows over more stages than have any: a stage "
-            f"would start at row {first}; use fewer slices"
-        )
-    return first, min(last, num_rows)
 
 
 class _Lookups(TableCalls):

@@ -138,10 +138,8 @@ def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Grou
     for sure. Every stage runs all microbatches before the next one of its rank starts, so that
     messages between two ranks are sent and received in the same order.
 
-    Args:
-        stages: ``[microbatch][stage]``.
-        inputs: With the whole batch; every replica evaluates all of it.
-        groups: Of the processes.
+    ``stages`` are ``[microbatch][stage]``, ``inputs`` have the whole batch, which every replica
+    evaluates.
     """
     microbatches, layout = inputs.microbatches, groups.layout
     passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}

@@ -163,11 +163,7 @@ def sum_to_updaters(
     """Sum gradients over the replicas, each to the process that needs it.
 
     Elsewhere a gradient only says afterwards that there is one; its values mean nothing.
-
-    Args:
-        parameters: Held here, with a gradient, the same in every replica.
-        ownership: Who updates what.
-        groups: The processes.
+    ``parameters`` are held here, have a gradient, and are the same in every replica.
     """
     gradients: dict[int, list[Tensor]] = {}
     for parameter in parameters:
@@ -182,10 +178,7 @@ def sum_to_updaters(
 def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, groups: Groups) -> None:
     """Give every holder what the updating process has made of a parameter.
 
-    Args:
-        parameters: Held here and updated somewhere, the same in every replica.
-        ownership: Who updates what.
-        groups: The processes.
+    ``parameters`` are held here, updated somewhere, and the same in every replica.
     """
     here = ownership.here
     values: dict[int, list[Tensor]] = {}
@@ -229,13 +222,8 @@ def sum_over_ranks(
 
     Every rank calls this. What has no gradient on any rank keeps none. Losses are weighted by
     their share of the whole batch, so sums are all that is needed. Parameters of one position
-    come first: replicas of a late stage sum them while earlier stages still run.
-
-    Args:
-        model: Its gradients are this rank's own.
-        ownership: Who holds what.
-        groups: The processes.
-        for_update: The sums are needed only where a parameter is updated.
+    come first: replicas of a late stage sum them while earlier stages still run. With
+    ``for_update`` the sums are needed only where a parameter is updated.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     to_updaters = for_update and bool(ownership.updaters)
@@ -282,12 +270,8 @@ def update(
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
 
-    Args:
-        optimizer: Over the parameters that this process updates.
-        parameters: Those that it holds, each once.
-        ownership: Every parameter counts once in the norm, and is updated by its updaters.
-        groups: The processes.
-        options: Loss scaling and clipping.
+    ``optimizer`` has the parameters that this process updates, ``parameters`` are those that it
+    holds. Every parameter counts once in the norm.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     updated = [p for p in with_grad if ownership.is_updated(p)]
