@@ -151,7 +151,15 @@ def _kernels() -> bool:
     wish = os.environ.get(SWITCH, "")
     if wish not in ("", "onednn", "mkl"):
         raise PipelineError(f"{SWITCH}={wish} is unknown; use onednn, mkl, or do not set it")
-    return extension.kernels(linear_forward=_fake_forward, linear_backward=_fake_backward)()
+    return extension.kernels(
+        linear_forward=lambda x, weight, _bias, transposed: x.new_empty(
+            *x.shape[:-1], weight.shape[1 if transposed else 0]
+        ),
+        linear_backward=lambda _grad, x, weight, _transposed, *needs: tuple(
+            each.new_empty(each.shape) if need else None
+            for each, need in zip((x, weight), needs, strict=True)
+        ),
+    )()
 
 
 def onednn_products() -> bool:
@@ -161,26 +169,3 @@ def onednn_products() -> bool:
         PipelineError: ``IPU_PIPELINE_MATMUL`` names another library.
     """
     return _kernels() and bool(torch.ops.ipu_pipeline.onednn_products())
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    _bias: Tensor | None,
-    transposed: bool,  # noqa: FBT001
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-def _fake_backward(
-    _grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    _transposed: bool,  # noqa: FBT001
-    needs_x: bool,  # noqa: FBT001
-    needs_weight: bool,  # noqa: FBT001
-) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        x.new_empty(x.shape) if needs_x else None,
-        weight.new_empty(weight.shape) if needs_weight else None,
-    )

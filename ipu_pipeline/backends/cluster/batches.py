@@ -22,7 +22,7 @@ from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.captures import LRUCache, StageCache
+from ipu_pipeline.stages.captures import LRUCache
 from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.stages.stage import Stage
 
@@ -43,15 +43,6 @@ def dealt(parts: Sequence[T], layout: Layout) -> list[T]:
         for index in (layout.replica, layout.replica + 1)
     )
     return list(parts[first:end])
-
-
-def captured(parts: Sequence[Microbatch], cache: StageCache) -> dict[int, tuple[Stage, ...]]:
-    """Return the stages for the microbatches of a whole batch, by their number of samples.
-
-    Every process captures all shapes, also one that only another replica runs: what cannot be
-    captured is then refused by all of them, and nobody waits for the one that refuses.
-    """
-    return {part.num_samples: cache.stages_for(part.inputs) for part in (parts[0], parts[-1])}
 
 
 class Pipelines:
@@ -84,7 +75,7 @@ class Pipelines:
 
         Args:
             parts: Those of the whole batch.
-            stages: From :func:`captured`.
+            stages: By the number of samples of a microbatch.
             inputs: Seed, step and precision.
             loss_scaling: Factor of the loss before the backward pass.
 
@@ -156,7 +147,7 @@ def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Grou
             with groups.waiter.activity.during("evaluation", module.stage, position):
                 outputs = module(*received, microbatch=torch.tensor([position]))
             results[position] = results[position] | module.results[position]
-            target = layout.position_of(index + 1) if sent else layout.position
+            target = layout.positions[index + 1] if sent else layout.position
             if sent and target == layout.position:
                 passed[index + 1, position] = outputs
             for value in outputs if target != layout.position else ():
@@ -170,7 +161,7 @@ def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Grou
 
 def _receive(module: StageModule, crossing: Crossings, groups: Groups) -> tuple[Tensor, ...]:
     index = module.stage.index
-    source = groups.layout.position_of(index - 1) if index else 0
+    source = groups.layout.positions[index - 1] if index else 0
     values = []
     for described in crossing.tensors(module.received, grad=False):
         value = torch.empty_like(described, device=groups.device)

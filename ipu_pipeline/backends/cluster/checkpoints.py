@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,12 +125,9 @@ class ShardedCheckpoints:
                 else None
             )
         )
-        try:
+        with _or_nothing(new):
             folder, states = self._settle(new, error)
             part, writers = self._take(folder, states, ownership, copy=not blocking)
-        except BaseException:
-            _discard(new)
-            raise
         if blocking:
             self._write(new, folder, part, writers)
         else:
@@ -220,16 +218,13 @@ class ShardedCheckpoints:
                 return None
             return write_shard(folder, part, writers.index(self._rank), len(writers))
 
-        try:
+        with _or_nothing(new):
             written, error = _tried(own_files)
             found = self._writers.gather((problem_of(error), written))
             raise_alike([problem for problem, _ in found], error)
             parts = [files for _, files in found if files is not None]
             _, error = _tried(lambda: None if new is None else new.finish(parts))
             raise_together(self._writers, error)
-        except BaseException:
-            _discard(new)
-            raise
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -240,9 +235,8 @@ def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _discard(new: CheckpointWriter | None) -> None:
-    if new is not None:
-        new.discard()
+def _or_nothing(new: CheckpointWriter | None) -> AbstractContextManager[None]:
+    return nullcontext() if new is None else new.or_nothing()
 
 
 def _appears(folder: Path) -> bool:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from ipu_pipeline.backends.cluster.batches import Pipelines, captured, evaluate
+from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.consistency import BatchCheck, check_alike, description
 from ipu_pipeline.backends.cluster.groups import Groups
@@ -244,7 +244,10 @@ class DistributedExecutable:
         self._batch_check.check("training", self.global_step, batch)
         parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            stages = captured(parts, self._cache)
+            # Every process captures all shapes, also one that only another replica runs: what
+            # cannot be captured is refused by all of them, and nobody waits for the one that does.
+            ends = (parts[0], parts[-1])
+            stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
             ownership = self._settle_ownership(stages[parts[0].num_samples])
             with kept_aside(ownership.held(self.model)):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)

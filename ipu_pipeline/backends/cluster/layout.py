@@ -130,11 +130,7 @@ class Layout:
     @property
     def own_stages(self) -> tuple[int, ...]:
         """Stages that this process runs, ascending."""
-        return tuple(s for s in range(self.num_stages) if self.position_of(s) == self.position)
-
-    def position_of(self, stage: int) -> int:
-        """Return the position in the pipeline that runs ``stage``."""
-        return self.positions[stage]
+        return tuple(s for s in range(self.num_stages) if self.positions[s] == self.position)
 
 
 def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout:

@@ -7,7 +7,6 @@ import os
 import pickle
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -62,7 +61,8 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """
     own = uuid.uuid4().hex
     store.set(f"here/{rank}", own)
-    for _ in _tries(timeout_s):
+    until = time.monotonic() + timeout_s
+    while True:
         if rank == 0:
             here = [_read(store, f"here/{other}") for other in range(world_size)]
             store.set("answer", json.dumps([own, here]))
@@ -75,6 +75,9 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
             if own in here:
                 store.set(f"seen/{rank}", name)
                 return str(name)
+        if time.monotonic() >= until:
+            break
+        time.sleep(_POLL_S)
     names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
     raise LoweringError(
         f"rank {rank} has waited {timeout_s:.0f} s for rank {names} to compile the model; see "
@@ -120,14 +123,6 @@ class StoreGather:
         # Who takes part in this all-gather has read the one before.
         self._store.delete_key(f"{self._count - 1}/{self.rank}")
         return found
-
-
-def _tries(timeout_s: float) -> Iterator[None]:
-    until = time.monotonic() + timeout_s
-    yield
-    while time.monotonic() < until:
-        time.sleep(_POLL_S)
-        yield
 
 
 def _read(store: Store, key: str) -> str:

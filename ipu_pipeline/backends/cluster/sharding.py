@@ -82,7 +82,7 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
         for program in stage.programs:
             tensors += [*program.module.parameters(), *program.module.buffers()]
         for tensor in tensors:
-            positions.setdefault(id(tensor), set()).add(layout.position_of(stage.index))
+            positions.setdefault(id(tensor), set()).add(layout.positions[stage.index])
     return Ownership(
         {key: tuple(sorted(found)) for key, found in positions.items()},
         Place(layout.replica, layout.position),
@@ -191,7 +191,7 @@ def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, grou
             tied.setdefault((positions, position), []).append(parameter.detach())
     sources = [(groups.replicas, replica, found) for replica, found in sorted(values.items())]
     for (positions, position), found in sorted(tied.items(), key=lambda item: item[0]):
-        sources.append((groups.holders(positions), positions.index(position), found))
+        sources.append((groups.holders[positions], positions.index(position), found))
     for group, source, tensors in sources:
         exchange(tensors, lambda m, of=(group, source): groups.broadcast(m, *of))  # type: ignore[misc]
 
@@ -248,7 +248,7 @@ def _sum_tied(
     *,
     to_updaters: bool,
 ) -> None:
-    holders = groups.holders(positions)
+    holders = groups.holders[positions]
     found = _present(tied, groups, holders)
     if groups.layout.num_replicas > 1:
         found = _present(tied, groups, groups.replicas)
