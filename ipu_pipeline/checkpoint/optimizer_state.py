@@ -87,12 +87,6 @@ def read_optimizer(
 ) -> dict[str, Any]:
     """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
 
-    Args:
-        optimizer: To be filled.
-        model: Its parameters' names.
-        folder: The checkpoint.
-        files: All its files.
-
     Raises:
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
             not cover the same parameters, or one group would need two values of a setting.

@@ -57,11 +57,6 @@ def save_settings(model: torch.nn.Module, folder: Path) -> None:
 def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     """Read the weights and check that they fill ``model`` exactly; change nothing.
 
-    Args:
-        model: To be filled.
-        folder: The checkpoint.
-        files: All its files.
-
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape.
     """

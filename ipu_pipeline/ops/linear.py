@@ -66,15 +66,7 @@ def fast_addmm(
 ) -> Tensor | None:
     """Compute ``torch.addmm``, which Transformers' ``Conv1D`` calls, as a linear layer.
 
-    Args:
-        input: The bias, ``(N)``.
-        mat1: ``(M, K)``.
-        mat2: The weight, ``(K, N)``.
-        beta: Only 1 is taken.
-        alpha: Only 1 is taken.
-
-    Returns:
-        The product; None for what torch computes as fast.
+    ``input`` is the bias ``(N)``, ``mat2`` the weight ``(K, N)``; None as in :func:`fast_linear`.
     """
     if beta != 1 or alpha != 1:
         return None

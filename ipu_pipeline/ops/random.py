@@ -201,12 +201,7 @@ _FASTER: dict[Any, Callable[..., Tensor | None]] = {
 
 
 class block_scope(random_scope):
-    """Within it, torch functions of this thread run as those of one block.
-
-    Args:
-        *key: Whole numbers and strings that identify the block's random numbers: seed, step,
-            microbatch, block.
-    """
+    """A random scope in which products run where they are fast, too."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

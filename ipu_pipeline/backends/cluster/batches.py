@@ -23,7 +23,7 @@ from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInp
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.captures import LRUCache
-from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.stages.executable import EvalResult, join
 from ipu_pipeline.stages.stage import Stage
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.
@@ -180,14 +180,10 @@ def _shared(
     microbatches: Sequence[Microbatch], results: Sequence[dict[str, Tensor]], groups: Groups
 ) -> EvalResult:
     """Join the microbatches on axis 0 and give every rank of the pipeline all results."""
-    joined: dict[str, Tensor] = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        if name == "loss":
-            pairs = zip(microbatches, values, strict=True)
-            joined[name] = torch.stack([value.double() * part.share for part, value in pairs]).sum()
-        else:
-            joined[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+    here = join(microbatches, results)
+    joined = dict(here.outputs)
+    if here.loss is not None:
+        joined["loss"] = torch.tensor(here.loss, dtype=torch.float64, device=groups.device)
     described: list[Any] = [None] * groups.layout.num_ranks
     own = {name: (value.shape, value.dtype) for name, value in joined.items()}
     groups.waiter.run(lambda: dist.all_gather_object(described, own, group=groups.pipeline))
@@ -195,9 +191,8 @@ def _shared(
     for position, names in enumerate(described):
         for name, (shape, dtype) in names.items():
             value = joined.get(name)
-            value = (
-                torch.empty(shape, dtype=dtype, device=groups.device) if value is None else value
-            )
+            if value is None:
+                value = torch.empty(shape, dtype=dtype, device=groups.device)
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)

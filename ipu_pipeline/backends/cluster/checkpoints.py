@@ -42,19 +42,11 @@ def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> N
 class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
-    Args:
-        model: The whole model.
-        own: The optimizer, if there is one.
-        groups: The processes.
-        background: All-gathers of the thread that writes while training goes on.
+    ``background`` makes the all-gathers of the thread that writes while training goes on.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        own: OwnParameters | None,
-        groups: Groups,
-        background: StoreGather,
+        self, model: nn.Module, own: OwnParameters | None, groups: Groups, background: StoreGather
     ) -> None:
         self._model = model
         self._own = own
@@ -155,12 +147,7 @@ class ShardedCheckpoints:
         return found[0][1], frozenset(here) - before
 
     def _take(
-        self,
-        folder: Path,
-        states: frozenset[str],
-        ownership: Ownership | None,
-        *,
-        copy: bool,
+        self, folder: Path, states: frozenset[str], ownership: Ownership | None, *, copy: bool
     ) -> tuple[Shard, Sequence[int]]:
         """Return what this rank writes, and which ranks write anything."""
         layout = self._groups.layout
@@ -169,13 +156,10 @@ class ShardedCheckpoints:
             owner = 0 if ownership is None else ownership.owner(tensor)
             return layout.replica == 0 and layout.position == owner
 
+        is_state = states.__contains__
         part, error = _tried(
             lambda: take_shard(
-                self._model,
-                self._optimizer,
-                copy=copy,
-                weights=is_mine,
-                states=states.__contains__,
+                self._model, self._optimizer, copy=copy, weights=is_mine, states=is_state
             )
         )
         part = part or Shard({})

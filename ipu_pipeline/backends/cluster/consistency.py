@@ -137,11 +137,7 @@ def _checksum(model: nn.Module) -> str:
 
 
 class BatchCheck:
-    """Compares what the ranks are called for, and with which batch.
-
-    Args:
-        groups: The processes.
-    """
+    """Compares what the ranks are called for, and with which batch."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups

@@ -51,13 +51,7 @@ def position_of_stages(kind: ScheduleKind, num_stages: int, num_ranks: int) -> t
 
 
 def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> None:
-    """Refuse a schedule that cannot run this split.
-
-    Args:
-        name: Of the schedule.
-        num_stages: Pipeline depth.
-        num_ranks: Processes of one pipeline.
-        num_microbatches: Microbatches of one pipeline per optimizer step.
+    """Refuse a schedule that cannot run this split over ``num_ranks`` processes of one pipeline.
 
     Raises:
         LoweringError: Says which requirement is not met, and what would meet it.
@@ -76,14 +70,7 @@ def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches:
 
 
 def schedule_for(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> str:
-    """Return ``name`` if it can run so many microbatches, else one of its placement that can.
-
-    Args:
-        name: Of a schedule that can run the plan's number of microbatches.
-        num_stages: Pipeline depth.
-        num_ranks: Processes of one pipeline.
-        num_microbatches: Of this run, at least 1.
-    """
+    """Return ``name`` if it can run so many microbatches, else one of its placement that can."""
     own = torch_schedule(name)
     others = (kind for kind in torch_schedules() if kind.place == own.place)
     for kind in sorted((own, *others), key=lambda kind: (kind is not own, kind.splits_backward)):

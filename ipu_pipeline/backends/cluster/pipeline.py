@@ -77,20 +77,11 @@ class _NotedStage(PipelineStage):
 class TrainingPipeline:
     """The stages of this rank and the schedule that runs them, for one shape of microbatch.
 
-    Args:
-        stages: All stages of the plan, captured for this shape.
-        schedule: Name of the schedule.
-        num_microbatches: Of one pipeline in one step.
-        groups: The processes.
+    ``stages`` are all of the plan, ``num_microbatches`` those of one pipeline in one step.
     """
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        *,
-        schedule: str,
-        num_microbatches: int,
-        groups: Groups,
+        self, stages: Sequence[Stage], *, schedule: str, num_microbatches: int, groups: Groups
     ) -> None:
         layout = groups.layout
         # How long the actions of other shapes last says nothing.

@@ -90,11 +90,7 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
 
 
 class OwnParameters:
-    """The user's optimizer, cut down to the parameters that this process updates.
-
-    Args:
-        optimizer: Over ``model.parameters()``.
-    """
+    """The user's optimizer, cut down to the parameters that this process updates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -136,14 +132,10 @@ def sharded(
 ) -> Ownership:
     """Choose the process that updates each parameter: the holder with the least to do so far.
 
-    Larger parameters are given away first. No process then gets more than its share and one
-    parameter (Graham, SIAM J. Appl. Math. 1969), where all parameters have the same holders.
-
-    Args:
-        ownership: Who holds what.
-        parameters: Of the model, each once, in the same order on every process.
-        num_replicas: Copies of the pipeline.
-        trains: Whether a parameter has optimizer state; the others are shared out after these.
+    Larger parameters are given away first, those that the optimizer does not train last. No
+    process then gets more than its share and one parameter (Graham, SIAM J. Appl. Math. 1969),
+    where all parameters have the same holders. ``parameters`` are those of the model, each once,
+    in the same order on every process.
     """
     load: dict[Place, int] = {}
     updaters: dict[int, Place] = {}

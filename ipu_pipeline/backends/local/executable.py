@@ -27,6 +27,8 @@ from ipu_pipeline.stages.executable import (
     ExecutionOptions,
     SingleProcessExecutable,
     StepResult,
+    join,
+    mean_loss,
 )
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
@@ -193,7 +195,7 @@ class LocalExecutable(SingleProcessExecutable):
         )
         self.global_step += 1
         return StepResult(
-            _mean_loss(step.microbatches, step.results),
+            mean_loss(step.microbatches, step.results),
             update.grad_norm,
             update.skipped,
             batch_size(batch),
@@ -207,7 +209,7 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed; gradients are then incomplete.
         """
         step = self._accumulate(self._split(batch), 1.0)
-        return _mean_loss(step.microbatches, step.results)
+        return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
         self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
@@ -235,7 +237,7 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        return _join(microbatches, self._evaluate(microbatches))
+        return join(microbatches, self._evaluate(microbatches))
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -246,7 +248,7 @@ class LocalExecutable(SingleProcessExecutable):
         """
         microbatches = cut_batches(parts, [1.0] * len(parts))
         found = zip(microbatches, self._evaluate(microbatches), strict=True)
-        return [_join([part], [results]) for part, results in found]
+        return [join([part], [results]) for part, results in found]
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
@@ -341,27 +343,6 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
         if not kind.problem(again):
             return kind, again
     raise LoweringError(problem)
-
-
-def _mean_loss(
-    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
-) -> float:
-    """Return the mean of the microbatches' losses, weighted by their samples."""
-    pairs = zip(microbatches, results, strict=True)
-    return sum(float(result["loss"]) * part.share for part, result in pairs)
-
-
-def _join(
-    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
-) -> EvalResult:
-    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
-    loss = _mean_loss(microbatches, results) if "loss" in results[0] else None
-    outputs = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        if name != "loss":
-            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
-    return EvalResult(loss, outputs)
 
 
 def lower(
