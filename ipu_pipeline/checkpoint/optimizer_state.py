@@ -43,7 +43,11 @@ def optimizer_settings(
     described = [
         {
             "parameters": members,
-            "settings": {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED},
+            "settings": {
+                key: value.item() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in _NOT_SAVED
+            },
         }
         for group, members in zip(groups, _names(groups, model), strict=True)
     ]
@@ -156,10 +160,6 @@ def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) ->
             )
         own[key] = _like(own.get(key), choices[0])
     return own
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _like(own: Any, saved: Any) -> Any:

@@ -173,17 +173,15 @@ def _dropout(
     return input.copy_(result) if inplace else result
 
 
-def _attention(source: _Source, *args: Any, **kwargs: Any) -> Tensor | None:
-    return attention_counter(source.mask_key(), *args, **kwargs)
-
-
 # Functions with a path of our own. It returns None for a call that torch has to take, and has
 # torch's names of arguments.
 _OWN: dict[Any, Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
     torch.dropout: _dropout,
     torch.dropout_: partial(_dropout, inplace=True),
-    functional.scaled_dot_product_attention: _attention,
+    functional.scaled_dot_product_attention: lambda source, *args, **kwargs: attention_counter(
+        source.mask_key(), *args, **kwargs
+    ),
 }
 
 

@@ -112,7 +112,12 @@ class StageCache:
                 granularity=self.plan.granularity,  # type: ignore[arg-type]
                 self_check=self.self_check,
             )
-        return self._build(captured, uses)
+        if captured.training:
+            self._check_blocks([program.name for program in captured.programs])
+        blocks = place_blocks(captured, self.plan)
+        tables = find_tables(captured, uses, serialized(self.plan))
+        row_shards = shard_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
     def _dropped(self, stages: tuple[Stage, ...]) -> None:
         if not self._warned:
@@ -125,14 +130,6 @@ class StageCache:
             )
         if self._on_drop is not None:
             self._on_drop(stages)
-
-    def _build(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
-        if captured.training:
-            self._check_blocks([program.name for program in captured.programs])
-        blocks = place_blocks(captured, self.plan)
-        tables = find_tables(captured, uses, serialized(self.plan))
-        row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -85,7 +86,9 @@ class Pipelines:
         total = 0.0
         for size, found in groupby(dealt(parts, self._groups.layout), lambda p: p.num_samples):
             run = replace(inputs, microbatches=list(found))
-            total += self._pipeline(stages[size], len(run.microbatches)).run(run, loss_scaling)
+            own, number = stages[size], len(run.microbatches)
+            pipeline = self._made.get((id(own), number), partial(self._make, own, number))[1]
+            total += pipeline.run(run, loss_scaling)
         return total
 
     def drop(self, stages: Sequence[Stage]) -> None:
@@ -96,11 +99,9 @@ class Pipelines:
         """Forget all pipelines."""
         self._made.drop_where(lambda _: True)
 
-    def _pipeline(self, stages: Sequence[Stage], num_microbatches: int) -> TrainingPipeline:
-        key = (id(stages), num_microbatches)
-        return self._made.get(key, lambda: (stages, self._make(stages, num_microbatches)))[1]
-
-    def _make(self, stages: Sequence[Stage], num_microbatches: int) -> TrainingPipeline:
+    def _make(
+        self, stages: Sequence[Stage], num_microbatches: int
+    ) -> tuple[Sequence[Stage], TrainingPipeline]:
         layout = self._groups.layout
         schedule = schedule_for(
             self._schedule, layout.num_stages, layout.num_ranks, num_microbatches
@@ -114,7 +115,7 @@ class Pipelines:
                 num_microbatches,
                 schedule,
             )
-        return TrainingPipeline(
+        return stages, TrainingPipeline(
             stages, schedule=schedule, num_microbatches=num_microbatches, groups=self._groups
         )
 

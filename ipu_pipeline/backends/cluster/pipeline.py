@@ -114,7 +114,8 @@ class TrainingPipeline:
         self._schedule = make(
             self._stages[0] if issubclass(make, PipelineScheduleSingle) else self._stages,
             num_microbatches,
-            loss_fn=_weighted_loss,
+            # The loss times its weight (share x loss scaling).
+            loss_fn=lambda outputs, weight: outputs[0] * float(weight),
             scale_grads=False,
         )
         self._has_last = layout.num_stages - 1 in layout.own_stages
@@ -172,11 +173,6 @@ class TrainingPipeline:
         return total
 
 
-def _weighted_loss(outputs: tuple[Tensor, ...], weight: Tensor) -> Tensor:
-    """Return the loss times its weight (share x loss scaling), shape ``()``."""
-    return outputs[0] * float(weight)
-
-
 # ---- whether torch can split a stage's backward pass --------------------------------------------
 
 
@@ -204,7 +200,12 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     earlier = [p.grad for p in parameters]
     try:
         with preserved_state(module):
-            whole = _gradients(module, received, parameters, _whole)
+            whole = _gradients(
+                module,
+                received,
+                parameters,
+                lambda out, seeds, *_: torch.autograd.backward(out, seeds),
+            )
             parts = _gradients(module, received, parameters, _in_two)
     except RuntimeError:
         return False
@@ -231,10 +232,6 @@ def _gradients(
         parameter.grad = None
     backward(outputs, seeds, inputs, parameters)
     return [None if p.grad is None else p.grad.clone() for p in (*inputs, *parameters)]
-
-
-def _whole(outputs: list[Tensor], seeds: list[Tensor], _: list[Tensor], __: list[Any]) -> None:
-    torch.autograd.backward(outputs, seeds)
 
 
 def _in_two(

@@ -299,7 +299,10 @@ class LocalExecutable(SingleProcessExecutable):
             if self.options.sequential or self.plan.num_stages == 1:
                 run_sequentially(step.schedule, step)
             else:
-                self._stage_threads().run(step.schedule, step, self._intra_op(step.schedule))
+                if self._threads is None:
+                    timeout_s = self.options.stall_timeout_s
+                    self._threads = StageThreads(self.plan.num_stages, timeout_s)
+                self._threads.run(step.schedule, step, self._intra_op(step.schedule))
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -315,11 +318,6 @@ class LocalExecutable(SingleProcessExecutable):
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
         loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
         return share_threads(loads, available_threads())
-
-    def _stage_threads(self) -> StageThreads:
-        if self._threads is None:
-            self._threads = StageThreads(self.plan.num_stages, self.options.stall_timeout_s)
-        return self._threads
 
 
 def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:

@@ -70,6 +70,7 @@ def local_machine(num_devices: int) -> Machine:
     if num_devices < 1:
         raise ValueError(f"num_devices must be at least 1, got {num_devices}")
     measured = _measured(num_devices)
+    rates = {n.removeprefix(RATE): v[0] for n, v in measured.items() if n.startswith(RATE)}
     (bandwidth,), (overhead,) = measured["copy"], measured["overhead"]
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(
@@ -81,7 +82,7 @@ def local_machine(num_devices: int) -> Machine:
             op_overhead_s=overhead,
             product_curve=points(measured["products"]),
             bytes_curve=points(measured["bytes"]),
-            op_rates=_rates(measured),
+            op_rates=rates,
         )
         for index in range(num_devices)
     )
@@ -112,14 +113,6 @@ def _measure(name: str, num_devices: int) -> dict[str, list[float]]:
     known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
     store_measurements(name, known)
     return known
-
-
-def _rates(measured: Mapping[str, list[float]]) -> dict[str, float]:
-    return {
-        name.removeprefix(RATE): values[0]
-        for name, values in measured.items()
-        if name.startswith(RATE)
-    }
 
 
 def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
