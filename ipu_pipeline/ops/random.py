@@ -1,7 +1,7 @@
 """Random numbers that do not depend on the split.
 
 Torch draws dropout masks from one global generator, so a mask would depend on which stage ran
-first. Inside :class:`random_scope` every random torch function of the calling thread draws
+first. Inside :class:`block_scope` every random torch function of the calling thread draws
 numbers keyed by (seed, step, microbatch, block) instead; entering the same scope again, as
 recomputation does, replays the same numbers.
 
@@ -125,8 +125,10 @@ def _generator_overload(func: Any) -> Any:
     )
 
 
-class random_scope(TorchFunctionMode):
-    """Within it, random torch functions of this thread draw from a keyed generator.
+class block_scope(TorchFunctionMode):
+    """Within it, torch functions of this thread run as those of one block.
+
+    Random ones draw from a keyed generator, products run where they are fast.
 
     Args:
         *key: Whole numbers and strings that identify the scope: seed, step, microbatch, block.
@@ -141,6 +143,9 @@ class random_scope(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _FASTER:
+            result = _FASTER[func](*args, **kwargs)
+            return func(*args, **kwargs) if result is None else result
         if func in _COMPOSITE:
             if not is_random(func, args, kwargs):
                 return func(*args, **kwargs)
@@ -173,8 +178,12 @@ def _dropout(
     return input.copy_(result) if inplace else result
 
 
-# Functions with a path of our own. It returns None for a call that torch has to take, and has
-# torch's names of arguments.
+# Functions with a path of our own: products without, others with random numbers. It returns None
+# for a call that torch has to take, and has torch's names of arguments.
+_FASTER: dict[Any, Callable[..., Tensor | None]] = {
+    functional.linear: fast_linear,
+    torch.addmm: fast_addmm,
+}
 _OWN: dict[Any, Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
     torch.dropout: _dropout,
@@ -189,24 +198,3 @@ def derive_seed(*key: int | str) -> int:
     """Return a 63-bit seed that depends on every part of ``key``."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-# They return None for a call that torch has to take, and have torch's names of arguments.
-_FASTER: dict[Any, Callable[..., Tensor | None]] = {
-    functional.linear: fast_linear,
-    torch.addmm: fast_addmm,
-}
-
-
-class block_scope(random_scope):
-    """A random scope in which products run where they are fast, too."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        faster = _FASTER.get(func)
-        if faster is not None:
-            result = faster(*args, **(kwargs or {}))
-            if result is not None:
-                return result
-        return super().__torch_function__(func, types, args, kwargs)
