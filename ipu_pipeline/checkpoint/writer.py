@@ -89,9 +89,7 @@ class WrittenShard:
 def on_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     """Return the tensors on the CPU, contiguous, each in memory of its own.
 
-    Args:
-        tensors: Any.
-        copy: Whether they may be changed afterwards.
+    ``copy``: whether they may be changed afterwards.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -230,12 +228,8 @@ def take_shard(
 ) -> Shard:
     """Return the tensors that this process is to write.
 
-    Args:
-        model: The unsplit model.
-        optimizer: ``None`` to leave it out.
-        copy: Whether training goes on before they are written.
-        weights: Whether this process writes a parameter or buffer.
-        states: Whether it writes the optimizer's state of a parameter, by name.
+    ``weights`` says of a parameter or buffer whether it writes it, ``states`` of a parameter's
+    name whether it writes the optimizer's state. ``copy``: training goes on before it does.
     """
     kept, left_out = weights_to_save(model)
     tensors = {

@@ -236,13 +236,7 @@ def random_bits(key: int, first: int, count: int) -> Tensor:
 
     Two rounds of an integer hash over the index, each with half of the key.
 
-    Args:
-        key: At least 0, below 2**63.
-        first: Index of the first element.
-        count: Number of elements.
-
-    Returns:
-        int64 of shape ``(count,)``, each in [0, 2**32).
+    Returns int64 of shape ``(count,)``, each in [0, 2**32); ``key`` is from 0 to 2**63 - 1.
 
     Source:
         C. Wellons, hash-prospector ("lowbias32" and its successor, public domain).
@@ -264,9 +258,7 @@ def stochastic_round(x: Tensor, key: int) -> Tensor:
     A value between two neighbours becomes the upper one with the probability that makes the mean
     right. Beyond the largest bfloat16, and for infinities and NaN, this is rounding to nearest.
 
-    Args:
-        x: float32, any shape.
-        key: Decides, with an element's index, that element's random number; below 2**63.
+    ``key``, below 2**63, and an element's index decide that element's random number.
     """
     rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     target, flat = rounded.view(-1), x.reshape(-1)

@@ -26,11 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class LRUCache(Generic[K, V]):
-    """Makes values on demand and keeps the ``limit`` that were used last.
+    """Makes values on demand and keeps the ``limit`` that were used last, at least 1.
 
-    Args:
-        limit: At most so many are kept, at least 1.
-        on_drop: Called with every value that is dropped.
+    ``on_drop`` is called with every value that is dropped.
     """
 
     def __init__(self, limit: int, on_drop: Callable[[V], None] = lambda _: None) -> None:

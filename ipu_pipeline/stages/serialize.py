@@ -89,9 +89,9 @@ class SerializedForward:
     """Runs programs; recomputation calls :meth:`run` again with the same object.
 
     Args:
-        tables: Tables by block name; a block without one runs as it is.
+        tables: By block name; a block without one runs as it is.
         fused: Blocks whose logits may stay deferred until the loss takes them.
-        row_shards: Rows that this stage holds of tables that several stages hold.
+        row_shards: Of this stage.
         hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
             microbatch of the stage is in flight meanwhile.
 

@@ -32,13 +32,7 @@ from ipu_pipeline.ops.embedding import embedding_serialized
 
 @dataclass(frozen=True)
 class Table:
-    """The parameter that a block reads in slices.
-
-    Attributes:
-        block: Name of the block.
-        parameter: The table, V rows of H.
-        factor: Number of slices.
-    """
+    """The parameter (V rows of H) that a block reads in ``factor`` slices."""
 
     block: str
     parameter: nn.Parameter

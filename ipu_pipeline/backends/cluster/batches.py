@@ -49,10 +49,7 @@ def dealt(parts: Sequence[T], layout: Layout) -> list[T]:
 class Pipelines:
     """The pipelines of this process, made on demand for a shape and a number of microbatches.
 
-    Args:
-        schedule: Name of the schedule of whole batches.
-        groups: The processes.
-        limit: So many pipelines are kept.
+    ``schedule`` names that of whole batches; ``limit`` pipelines are kept.
     """
 
     def __init__(self, schedule: str, groups: Groups, limit: int = MAX_PIPELINES) -> None:

@@ -19,15 +19,10 @@ BUCKET_BYTES = 64 << 20
 
 
 class Groups:
-    """The process groups of one executable.
-
-    Args:
-        layout: Who stands where.
-        device: Where tensors have to be for the backend.
-        ranks: All-gathers of the caller's thread; every wait for another rank goes through its
-            waiter.
+    """The process groups of one executable; every wait goes through the waiter of ``ranks``.
 
     Attributes:
+        device: Where tensors have to be for the backend.
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
         holders: Those of this replica's pipeline that share parameters, by their positions.

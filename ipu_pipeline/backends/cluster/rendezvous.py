@@ -89,13 +89,8 @@ class StoreGather:
     """All-gathers through the store; every rank makes the same ones in the same order.
 
     A collective of a process group belongs to the thread that trains: one from another thread
-    would pair with the wrong one elsewhere, and none can be given up when a rank is gone.
-
-    Args:
-        store: Used by this object, in one thread.
-        rank: Of this process.
-        world_size: How many there are.
-        waiter: Knows when some rank has failed.
+    would pair with the wrong one elsewhere, and none can be given up when a rank is gone. Only
+    this object uses ``store``, in one thread.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:

@@ -39,15 +39,9 @@ from ipu_pipeline.stages.training import apply_update, autocast_region, check_mo
 class Step:
     """The work of one step: called with an action, runs that stage on that microbatch.
 
-    Args:
-        stages: Stages of every microbatch, ``[microbatch][stage]``.
-        microbatches: The inputs.
-        options: Precision and seed.
-        global_step: Random numbers are keyed by it.
-        loss_scaling: Factor of the loss before the backward pass.
-        schedule: The rows that will be run.
-
     Attributes:
+        stages: ``[microbatch][stage]``.
+        loss_scaling: Factor of the loss before the backward pass.
         results: What each microbatch computed, by name, in the order of the microbatches.
         busy_s: Seconds that each stage was busy.
     """

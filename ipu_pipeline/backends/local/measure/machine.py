@@ -167,10 +167,7 @@ def on_threads(work: Callable[[], T], count: int) -> list[T]:
 def seconds_of(make: Callable[[], Call], num_devices: int, repeats: int = REPEATS) -> float:
     """Return the lower quartile of the seconds of one call while all devices do the same.
 
-    Args:
-        make: Builds the call, on the device's thread.
-        num_devices: Devices.
-        repeats: Timed calls, after one that warms up.
+    Each device's thread makes the call, and times it after one that warms up.
     """
 
     def measure() -> list[float]:
