@@ -7,6 +7,7 @@ gradient, so that no second tensor as large as the table is made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ class SerializedRegion(TableCalls):
         )
 
 
+@dataclass(eq=False)
 class SerializedForward:
     """Runs programs; recomputation calls :meth:`run` again with the same object.
 
@@ -99,18 +101,12 @@ class SerializedForward:
         leaves: Collect the gradients of the lookups.
     """
 
-    def __init__(
-        self,
-        tables: Mapping[str, Table],
-        fused: frozenset[str],
-        row_shards: Sequence[RowShard],
-        *,
-        hold_gradients: bool,
-    ) -> None:
-        self.tables = tables
-        self.fused = fused
-        self.hold_gradients = hold_gradients
-        self.row_shards = row_shards
+    tables: Mapping[str, Table]
+    fused: frozenset[str]
+    row_shards: Sequence[RowShard]
+    hold_gradients: bool = field(kw_only=True)
+
+    def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
         self._last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
 

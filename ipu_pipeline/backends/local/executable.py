@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -36,6 +36,7 @@ from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import apply_update, autocast_region, check_model, in_mode
 
 
+@dataclass(eq=False)
 class Step:
     """The work of one step: called with an action, runs that stage on that microbatch.
 
@@ -46,29 +47,23 @@ class Step:
         busy_s: Seconds that each stage was busy.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Sequence[Stage]],
-        microbatches: Sequence[Microbatch],
-        options: ExecutionOptions,
-        global_step: int,
-        loss_scaling: float,
-        schedule: Schedule,
-    ) -> None:
-        self.stages = stages
-        self.microbatches = microbatches
-        self.options = options
-        self.global_step = global_step
-        self.loss_scaling = loss_scaling
-        self.results: list[dict[str, Tensor]] = [{} for _ in microbatches]
+    stages: Sequence[Sequence[Stage]]
+    microbatches: Sequence[Microbatch]
+    options: ExecutionOptions
+    global_step: int
+    loss_scaling: float
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        own = self.stages[0]
+        self.results: list[dict[str, Tensor]] = [{} for _ in self.microbatches]
         self.grad = torch.is_grad_enabled()
-        self.schedule = schedule
-        self.alone = [schedule.peak_in_flight(stage.index) == 1 for stage in stages[0]]
-        self.busy_s = [0.0] * len(stages[0])
+        self.alone = [self.schedule.peak_in_flight(stage.index) == 1 for stage in own]
+        self.busy_s = [0.0] * len(own)
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
         self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
-            defaultdict(GradientSum) for _ in stages[0]
+            defaultdict(GradientSum) for _ in own
         ]
         self._lock = Lock()
 
