@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ipu_pipeline.cli.options import PlanFile
+
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
-
 
 def launch_command(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")],
+    plan_file: PlanFile,
     program: Annotated[
         list[str],
         typer.Argument(
@@ -129,14 +129,6 @@ def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> Non
         typer.echo(f"note: {note}", err=True)
     threads = spec.threads(os.environ, cores)
     typer.echo(f"launch: {spec.described}; threads of each: {min(threads.values())}", err=True)
-
-    def tell(line: str) -> None:
-        typer.echo(line, err=True)
-
+    tell = functools.partial(typer.echo, err=True)
     if code := start(spec, {**spec.settings(), **threads}, tell, log_dir):
         raise typer.Exit(code)
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add the command to ``app``; ``wrapper`` turns errors into one line and exit code 1."""
-    app.command("launch")(wrapper(launch_command))
