@@ -167,11 +167,8 @@ class BatchCheck:
         assert receiving is not None
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
-            other = (
-                bytes(theirs.cpu().numpy()[_DIGEST_BYTES:]).rstrip(b"\0").decode(errors="replace")
-            )
             raise ValueError(
-                f"rank {rank} was called for {text}, but rank {rank - 1} for {other}; give "
+                f"rank {rank} was called for {text}, but rank {rank - 1} for {_text(theirs)}; give "
                 "every rank the same whole batch (each takes its own part), in the same order"
             )
 
@@ -194,3 +191,8 @@ def _note(text: str) -> Tensor:
     digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
     whole = (digest + data)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+
+
+def _text(note: Tensor) -> str:
+    data = bytes(note.cpu().numpy()[_DIGEST_BYTES:])
+    return data.rstrip(b"\0").decode(errors="replace")
