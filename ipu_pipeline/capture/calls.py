@@ -129,11 +129,6 @@ def attribute_name(func: Any) -> str:
     return str(getattr(descriptor, "__name__", None) or descriptor.fget.__name__)
 
 
-def as_function(kind: str, target: Any) -> Any:
-    """Return one callable for a node's kind and target."""
-    return getattr(Tensor, target) if kind == "call_method" else target
-
-
 @dataclass(frozen=True)
 class Region:
     """The thread's modes that change what a torch function computes.
@@ -167,27 +162,15 @@ class Region:
 class RegionCall(nn.Module):
     """Calls a function or module under the modes that the model's own code had switched.
 
-    Args:
-        function: What to call.
-        region: The modes it was captured in.
-        ambient: The modes around the model's call: what is equal there is left to the caller.
+    Those of ``region`` that are equal in ``ambient``, around the model, are left to the caller.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        region: Region | None = None,
-        ambient: Region | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], region: Region, ambient: Region) -> None:
         super().__init__()
         self.function = function
-        self.grad: bool | None = None
-        self.autocast: tuple[bool, torch.dtype] | None = None
-        if region is not None and ambient is not None:
-            if region.grad != ambient.grad:
-                self.grad = region.grad
-            if region.autocast_depth != ambient.autocast_depth:
-                self.autocast = (region.autocast, region.autocast_dtype)
+        self.grad = region.grad if region.grad != ambient.grad else None
+        switched = region.autocast_depth != ambient.autocast_depth
+        self.autocast = (region.autocast, region.autocast_dtype) if switched else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""

@@ -37,13 +37,7 @@ _LONGEST_SHOWN = 60
 
 
 class ValueGuard(torch.nn.Module):
-    """Repeats a value read at run time and refuses a batch for which it gives something else.
-
-    Args:
-        read: The function that Python called.
-        expected: What it returned at capture.
-        origin: Where in the model it was called, for the message.
-    """
+    """Repeats a value ``read`` and refuses a batch for which it does not give ``expected``."""
 
     def __init__(self, read: Any, expected: Any, origin: str) -> None:
         super().__init__()
