@@ -71,7 +71,7 @@ def launch_command(
     IPU_PIPELINE_PLAN, the target in IPU_PIPELINE_TARGET, and what --schedule says in
     IPU_PIPELINE_SCHEDULE.
     """
-    from ipu_pipeline.backends.cluster.launch import LaunchRequest, check_program, make_spec
+    from ipu_pipeline.backends.cluster.launch import check_program, make_spec
     from ipu_pipeline.backends.cluster.torchrun import node_command, slurm_file
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
@@ -79,7 +79,11 @@ def launch_command(
     here, folder = not print_only and slurm is None, Path.cwd()
     plan = Plan.load(plan_file)
     started = check_program(program, folder)
-    request = LaunchRequest(
+    cores, gpus = _room() if here else (0, 0)
+    spec = make_spec(
+        plan,
+        plan_file.absolute(),
+        started,
         processes=processes,
         schedule=schedule,
         threads=threads,
@@ -88,10 +92,7 @@ def launch_command(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         machine=None if machine is None else machine_by_name(machine),
-    )
-    cores, gpus = _room() if here else (0, 0)
-    spec = make_spec(
-        plan, plan_file.absolute(), started, request, room=(gpus or cores) if here else None
+        room=(gpus or cores) if here else None,
     )
     if here:
         _start(spec, cores, gpus, log_dir)

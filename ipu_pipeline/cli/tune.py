@@ -127,8 +127,6 @@ def _progress() -> Iterator[Progress]:
 
 
 def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
-    from ipu_pipeline.backends.ipu.tune import free_share
-
     found: dict[str, Any] = {
         "machine": result.machine.name,
         "global_batch": result.request.global_batch,
@@ -143,7 +141,7 @@ def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
             "samples_per_step": other.samples_per_step,
             "micro_batch": other.micro_batch,
             "fits": other.fits,
-            "free": free_share(other),
+            "free": other.free,
         }
     return found
 

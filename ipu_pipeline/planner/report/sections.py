@@ -157,7 +157,7 @@ def stage_section(plan: Plan, timeline: Timeline) -> str:
             milliseconds(load.forward_s),
             milliseconds(load.backward_s),
             milliseconds(load.copies.forward_s + load.copies.backward_s),
-            f"{load.price.load_s / pace(timeline):.1%}",
+            f"{load.times.price.load_s / pace(timeline):.1%}",
             megabytes(load.stash_bytes),
         )
         for index, (stage, load) in enumerate(zip(plan.stages, timeline.loads, strict=True))

@@ -20,9 +20,9 @@ from ipu_pipeline.planner.schedules import (
     schedule_names,
     step_seconds,
 )
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.planner.search.objective import make_objective
-from ipu_pipeline.planner.search.stage_price import StagePrice
 from tests.planner.schedules.torch_oracle import shape_for, torch_rows
 
 TORCH = [name for name in schedule_names() if schedule_kind(name).torch_class]
