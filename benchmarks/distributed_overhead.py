@@ -31,7 +31,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 import ipu_pipeline as ipp
 from benchmarks.processes import everyones, from_first, interleaved, is_started, ratio, start
 from benchmarks.raw_pipeline import Batch, Raw
-from ipu_pipeline.backends.cluster.schedules import torch_schedule, torch_schedules
+from ipu_pipeline.backends.cluster.layout import torch_schedule, torch_schedules
 
 PROCESSES = 2
 

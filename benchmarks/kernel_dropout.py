@@ -2,7 +2,7 @@
 
 Three comparisons with torch, each interleaved, medians of forward and of backward: dropout of a
 BERT-base feed-forward activation, attention with dropout, and one BERT-base layer trained inside
-``random_scope`` as it draws now and as it drew from a ``torch.Generator``.
+``block_scope`` as it draws now and as it drew from a ``torch.Generator``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.processes import ratio
 from ipu_pipeline.ops import dropout, extension
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.dropout import dropout_counter
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.random import block_scope
 
 P = 0.1
 HIDDEN, HEADS, FEED_FORWARD, LENGTH, MICRO_BATCH = 768, 12, 3072, 384, 2
@@ -62,7 +62,7 @@ def before(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         with (
             mock.patch.object(ops_random, "_OWN", {}),
             mock.patch.object(ops_random, "_FromSource", Generated),
-            random_scope("benchmark"),
+            block_scope("benchmark"),
         ):
             return function()
 
@@ -73,7 +73,7 @@ def now(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Run ``function`` in a scope."""
 
     def run() -> Tensor:
-        with random_scope("benchmark"):
+        with block_scope("benchmark"):
             return function()
 
     return run

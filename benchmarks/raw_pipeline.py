@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import BertForQuestionAnswering
 from transformers.masking_utils import create_bidirectional_mask
 
-from ipu_pipeline.backends.cluster.schedules import position_of_stages, torch_schedule
+from ipu_pipeline.backends.cluster.layout import position_of_stages, torch_schedule
 
 Batch = dict[str, Tensor]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
+from benchmarks.max_load import HostedPositions, MaxLoadProblem, least_bottleneck
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.planner.search.bottleneck import StagePositions, least_bottleneck
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
+from ipu_pipeline.planner.search.problem import Option, Slot, Value
 from ipu_pipeline.planner.search.stage_price import SearchResult
 
 GIB = 2**30
@@ -36,8 +36,8 @@ class Instance:
         num_devices: Accelerators.
     """
 
-    problem: Problem
-    layout: StagePositions
+    problem: MaxLoadProblem
+    layout: HostedPositions
     num_devices: int
 
 
@@ -102,19 +102,18 @@ def _max_load_instance(raw: Mapping[str, Any], num_devices: int, memory: float) 
     preds = [0] * count
     for source, target in edges:
         preds[target] |= 1 << source
-    problem = Problem(
+    problem = MaxLoadProblem(
         names=tuple(str(group) for group in range(count)),
         preds=tuple(preds),
         options=tuple((Option(seconds),) for seconds in work),
         values=_max_load_values(raw, group_of),
         weight_bytes=tuple(size),
-        relay=False,
         host_s=tuple(host),
         host_only=unsupported,
     )
     slot = Slot(0, 0, capacity=memory, link_in=Link(1.0), link_out=Link(1.0))
     return Instance(
-        problem, StagePositions((slot,) * num_devices, hosts=raw["maxCPUs"]), num_devices
+        problem, HostedPositions((slot,) * num_devices, hosts=raw["maxCPUs"]), num_devices
     )
 
 
@@ -245,7 +244,7 @@ def _memory_instance(raw: Mapping[str, Any], num_devices: int, memory: float) ->
     preds = [0] * len(order)
     for edge in raw["edges"]:
         preds[index[edge["destId"]]] |= 1 << index[edge["sourceId"]]
-    problem = Problem(
+    problem = MaxLoadProblem(
         names=tuple(str(node) for node in order),
         preds=tuple(preds),
         options=tuple(options),
@@ -255,14 +254,13 @@ def _memory_instance(raw: Mapping[str, Any], num_devices: int, memory: float) ->
             for e in raw["edges"]
             if e["communicationCost"]
         ),
-        relay=False,
     )  # fmt: skip
     link = Link(PIPER_BYTES_PER_S)
     slots = [
         Slot(0, 0, capacity=memory, in_flight=to_end, link_in=link, link_out=link)
         for to_end in range(1, num_devices + 1)
     ]
-    return Instance(problem, StagePositions(slots), num_devices)
+    return Instance(problem, HostedPositions(slots), num_devices)
 
 
 def _topological(nodes: list[int], edges: Sequence[Mapping[str, Any]]) -> list[int]:

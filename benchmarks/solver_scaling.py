@@ -17,6 +17,7 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+from benchmarks.max_load import HostedPositions, MaxLoadProblem
 from benchmarks.solver_instances import Instance, solve_instance
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
@@ -25,8 +26,7 @@ from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
 from ipu_pipeline.planner.search import Constraints, Partition, solve
-from ipu_pipeline.planner.search.bottleneck import StagePositions
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value
+from ipu_pipeline.planner.search.problem import Option, Slot, Value
 
 MICROBATCHES = 256
 AMPLE_BYTES = 10**12
@@ -114,7 +114,7 @@ def _max_load(preds: Sequence[int], num_devices: int, rng: random.Random) -> Ins
         for pred in range(count):
             if mask >> pred & 1:
                 readers[pred] |= 1 << block
-    problem = Problem(
+    problem = MaxLoadProblem(
         names=tuple(map(str, range(count))),
         preds=tuple(preds),
         options=tuple((Option(seconds),) for seconds in work),
@@ -122,12 +122,11 @@ def _max_load(preds: Sequence[int], num_devices: int, rng: random.Random) -> Ins
             Value(block, mask, rng.expovariate(2.0)) for block, mask in enumerate(readers) if mask
         ),
         weight_bytes=tuple(rng.uniform(0, 2) for _ in range(count)),
-        relay=False,
         host_s=tuple(10 * seconds for seconds in work),
     )
     capacity = 1.3 * sum(problem.held) / num_devices
     slot = Slot(0, 0, capacity=capacity, link_in=Link(1.0), link_out=Link(1.0))
-    return Instance(problem, StagePositions((slot,) * num_devices, hosts=1), num_devices)
+    return Instance(problem, HostedPositions((slot,) * num_devices, hosts=1), num_devices)
 
 
 def tight_bytes(num_blocks: int, num_devices: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,17 +22,8 @@ from ipu_pipeline.capture.patches import SDPA, patched_attention
 from ipu_pipeline.ir.attention import attention_name
 from ipu_pipeline.ir.graph import OpRecord
 
-
-class Recorder(Protocol):
-    """Where operations are counted."""
-
-    def record(self, op: OpRecord) -> None:
-        """Count one operation."""
-        ...
-
-    def unrecorded(self) -> Any:
-        """Return a context in which nothing is counted; only storages are followed."""
-        ...
+if TYPE_CHECKING:
+    from ipu_pipeline.capture.operations import Recorder
 
 
 class CountedAttention(TorchFunctionMode):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
-from ipu_pipeline.capture.operations import OperationCounter, Operations
+from ipu_pipeline.capture.operations import OperationCounter
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 
@@ -22,24 +21,27 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     counter = OperationCounter(
         captured.specs, captured.example_values, training=captured.training, on_meta=on_meta
     )
-    kinds = {block.name: block for block in captured._coarse.blocks}
     counted = {program.name: counter.count(program) for program in programs}
-    kept = _kept(programs, counted)
+    kept = {
+        name
+        for program in programs
+        for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
+        if keeps  # for its backward pass
+    }
     blocks = []
-    for program in programs:
+    for program, nodes in zip(programs, captured._coarse.blocks, strict=True):
         operations = counted[program.name]
         kept_bytes = sum(
             num_bytes
             for name, num_bytes in zip(program.outputs, operations.output_bytes, strict=True)
             if name in kept
         )
-        nodes = kinds[program.name]
         blocks.append(
             Block(
                 name=program.name,
                 kind=nodes.kind,
                 module=nodes.module,
-                parameters=parameters_of(program.name, parameters),
+                parameters=tuple(one.fqn for one in parameters if program.name in one.blocks),
                 inputs=tuple(name for name in program.inputs if name in producer),
                 outputs=program.outputs,
                 forward_ops=operations.forward,
@@ -55,7 +57,9 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     return BlockGraph(
         model_class=type(model).__name__,
         blocks=tuple(blocks),
-        tensors=tuple(_crossing(captured, producer, kept)),
+        tensors=tuple(
+            _tensor_spec(captured, name, block, name in kept) for name, block in producer.items()
+        ),
         inputs=tuple(_tensor_spec(captured, name) for name in captured.inputs),
         parameters=parameters,
         results=tuple(captured.results.values()),
@@ -65,37 +69,16 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     )
 
 
-def _kept(programs: Sequence[Program], counted: Mapping[str, Operations]) -> frozenset[str]:
-    """Names of the values that some block reads and keeps for its backward pass."""
-    return frozenset(
-        name
-        for program in programs
-        for name, keeps in zip(program.inputs, counted[program.name].keeps_inputs, strict=True)
-        if keeps
-    )
-
-
-def _crossing(
-    captured: CapturedModel, producer: Mapping[str, str], kept: Collection[str]
-) -> Iterable[TensorSpec]:
-    for name, block in producer.items():
-        consumers = _consumers(captured.programs, name)
-        spec = _tensor_spec(captured, name, producer=block, consumers=consumers)
-        yield replace(spec, kept=name in kept)
-
-
-def _consumers(programs: Sequence[Program], name: str) -> tuple[str, ...]:
-    return tuple(program.name for program in programs if name in program.inputs)
-
-
 def _tensor_spec(
     captured: CapturedModel,
     name: str,
     producer: str | None = None,
-    consumers: tuple[str, ...] = (),
+    kept: bool = False,  # noqa: FBT001, FBT002
 ) -> TensorSpec:
     spec = captured.specs[name]
-    return TensorSpec(name, spec.shape, spec.dtype, spec.requires_grad, producer, consumers)
+    readers = [] if producer is None else captured.programs
+    consumers = tuple(program.name for program in readers if name in program.inputs)
+    return TensorSpec(name, spec.shape, spec.dtype, spec.requires_grad, producer, consumers, kept)
 
 
 def parameter_specs(model: nn.Module, programs: Sequence[Program]) -> tuple[ParameterSpec, ...]:
@@ -122,8 +105,3 @@ def parameter_specs(model: nn.Module, programs: Sequence[Program]) -> tuple[Para
         for parameter in model.parameters()
         if id(parameter) in users
     )
-
-
-def parameters_of(name: str, specs: Iterable[ParameterSpec]) -> tuple[str, ...]:
-    """Return the first names of the parameters that block ``name`` uses."""
-    return tuple(spec.fqn for spec in specs if name in spec.blocks)

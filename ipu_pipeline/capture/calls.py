@@ -4,14 +4,14 @@ Besides plain calls of torch functions: calls in regions without gradients or wi
 switched, and calls of functions that use tensors which are not among their arguments.
 ``torch.vmap(f)(x)`` runs ``f`` on tensors that only exist inside it, so that it is recorded as one
 call; its free variables (a padding mask in a closure) are collected while it runs and lifted to
-arguments.
+arguments. A value that Python read from a tensor is specialised, and checked on every batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.values import tensors_in
+from ipu_pipeline.errors import GuardError
 
 # Functions of which the result's shape depends on the values of their arguments.
 _VALUE_SHAPED = frozenset(
@@ -37,6 +38,28 @@ SHAPE: Any = Tensor.shape.__get__  # type: ignore[attr-defined]
 SHAPE_READS = frozenset(
     {SHAPE, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel}
 )
+# Calls that turn tensor values into Python values.
+VALUE_READS = frozenset(
+    {
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__bool__,
+        Tensor.__int__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.__complex__,
+        Tensor.__array__,
+        Tensor.__contains__,
+        Tensor.equal,
+        Tensor.allclose,
+        Tensor.is_nonzero,
+        torch.equal,
+        torch.allclose,
+        torch.is_nonzero,
+    }
+)
+_LONGEST_SHOWN = 60
 # Functions that give a Python sequence of parts.
 CUTS = frozenset({"unbind", "split", "chunk", "tensor_split", "split_with_sizes"})
 _COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "lt", "le", "gt", "ge")
@@ -129,11 +152,6 @@ def attribute_name(func: Any) -> str:
     return str(getattr(descriptor, "__name__", None) or descriptor.fget.__name__)
 
 
-def as_function(kind: str, target: Any) -> Any:
-    """Return one callable for a node's kind and target."""
-    return getattr(Tensor, target) if kind == "call_method" else target
-
-
 @dataclass(frozen=True)
 class Region:
     """The thread's modes that change what a torch function computes.
@@ -167,27 +185,15 @@ class Region:
 class RegionCall(nn.Module):
     """Calls a function or module under the modes that the model's own code had switched.
 
-    Args:
-        function: What to call.
-        region: The modes it was captured in.
-        ambient: The modes around the model's call: what is equal there is left to the caller.
+    Those of ``region`` that are equal in ``ambient``, around the model, are left to the caller.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        region: Region | None = None,
-        ambient: Region | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], region: Region, ambient: Region) -> None:
         super().__init__()
         self.function = function
-        self.grad: bool | None = None
-        self.autocast: tuple[bool, torch.dtype] | None = None
-        if region is not None and ambient is not None:
-            if region.grad != ambient.grad:
-                self.grad = region.grad
-            if region.autocast_depth != ambient.autocast_depth:
-                self.autocast = (region.autocast, region.autocast_dtype)
+        self.grad = region.grad if region.grad != ambient.grad else None
+        switched = region.autocast_depth != ambient.autocast_depth
+        self.autocast = (region.autocast, region.autocast_dtype) if switched else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
@@ -204,6 +210,67 @@ class RegionCall(nn.Module):
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         owner = getattr(getattr(self.function, "__self__", None), "__qualname__", "")
         return f"{owner} {name}, grad={self.grad}, autocast={self.autocast}"
+
+
+class ValueGuard(nn.Module):
+    """Repeats a value ``read`` and refuses a batch for which it does not give ``expected``."""
+
+    def __init__(self, read: Any, expected: Any, origin: str) -> None:
+        super().__init__()
+        self.read = read
+        self.expected = expected
+        self.origin = origin
+        self.enabled = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Check the value.
+
+        Raises:
+            GuardError: It differs from the captured one.
+        """
+        if not self.enabled:
+            return
+        found = self.read(*args, **kwargs)
+        if not _same(found, self.expected):
+            raise GuardError(
+                f"{self.origin} reads a tensor in Python ({name_of(self.read)}): it was "
+                f"{_short(self.expected)} when the model was captured and is {_short(found)} for "
+                "this batch, so that the model might take another branch; capture it again with "
+                "this batch, or keep the module that reads the value inside a block"
+            )
+
+
+@contextlib.contextmanager
+def unguarded(module: nn.Module) -> Iterator[None]:
+    """Switch the guards in ``module`` off: it runs on tensors that have no meaningful values."""
+    guards = [child for child in module.modules() if isinstance(child, ValueGuard)]
+    for guard in guards:
+        guard.enabled = False
+    try:
+        yield
+    finally:
+        for guard in guards:
+            guard.enabled = True
+
+
+def name_of(function: Any) -> str:
+    """Return a readable name of a torch function."""
+    if getattr(function, "__name__", "") == "__get__":
+        return f"Tensor.{attribute_name(function)}"
+    name = getattr(function, "__qualname__", None) or repr(function)
+    return str(name).replace("TensorBase.", "Tensor.")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if hasattr(expected, "shape"):  # numpy arrays
+        return bool(found.shape == expected.shape and (found == expected).all())
+    both_nan = found != found and expected != expected
+    return bool(found == expected or both_nan)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 class FreeTensors(TorchFunctionMode):

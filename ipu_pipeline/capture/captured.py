@@ -70,20 +70,18 @@ class CapturedModel:
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run all blocks in execution order, in one piece; return the results by name."""
-        prelude = self.prelude(self.programs, self.results.values())
-        values: dict[str, Any] = {name: batch[name] for name in self.inputs}
-        prelude.run(values)
-        for program in self.programs:
-            program.run(values)
+        values = self._values(batch, self.results.values())
         return {name: values[value] for name, value in self.results.items()}
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        values: dict[str, Any] = {name: self._batch[name].clone() for name in self.inputs}
         with preserved_state(self.model), torch.no_grad():
-            self.prelude(self.programs).run(values)
-            for program in self.programs:
-                program.run(values)
+            return self._values({name: self._batch[name].clone() for name in self.inputs})
+
+    def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
+        values: dict[str, Any] = {name: batch[name] for name in self.inputs}
+        for program in (self.prelude(self.programs, results), *self.programs):
+            program.run(values)
         return values
 
     @cached_property
@@ -184,10 +182,7 @@ def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> o
         (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value))
         for name, value in batch.items()
     )
-    modules = [
-        (id(module), type(module), module.training, _plain(module), _hooks(module))
-        for module in model.modules()
-    ]
+    modules = [(id(m), type(m), m.training, *_plain_and_hooks(m)) for m in model.modules()]
     state = [
         (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
@@ -196,16 +191,14 @@ def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> o
     return granularity, Region.current(), described, modules, state, configs
 
 
-def _plain(module: nn.Module) -> str:
-    return repr([
+def _plain_and_hooks(module: nn.Module) -> tuple[str, list[tuple[str, int]]]:
+    plain = [
         (name, value) for name, value in vars(module).items()
         if isinstance(value, bool | int | float | str | tuple | type(None))
-    ])  # fmt: skip
-
-
-def _hooks(module: nn.Module) -> list[tuple[str, int]]:
+    ]  # fmt: skip
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
+    hooks = [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
+    return repr(plain), hooks
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
@@ -217,10 +210,23 @@ def model_identity(model: nn.Module) -> ModelIdentity:
     return ModelIdentity(type(model).__name__, parameters)
 
 
+class _BackwardInsideError(Exception):
+    """The model itself runs a backward pass inside its forward pass."""
+
+
 def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_meta: bool) -> Trace:
+    """Trace without keeping anything for a backward pass, unless the model runs one itself."""
+
+    def refuse(_: None) -> Tensor:
+        raise _BackwardInsideError
+
     try:
         with countable(model) if on_meta else contextlib.nullcontext():
-            return _trace_lightly(model, batch, leaves)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
+                    return trace(model, batch, leaves)
+            except _BackwardInsideError:
+                return trace(model, batch, leaves)
     except RuntimeError as error:
         if on_meta and "meta" in str(error):
             raise CaptureError(
@@ -229,28 +235,6 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
                 "weights and a real batch"
             ) from error
         raise
-
-
-def _trace_lightly(model: nn.Module, batch: Mapping[str, Any], leaves: Any) -> Trace:
-    """Trace without keeping anything for a backward pass, unless the model runs one itself."""
-    try:
-        with _no_backward():
-            return trace(model, batch, leaves)
-    except _BackwardInsideError:
-        return trace(model, batch, leaves)
-
-
-class _BackwardInsideError(Exception):
-    """The model itself runs a backward pass inside its forward pass."""
-
-
-def _no_backward() -> contextlib.AbstractContextManager[Any]:
-    """Keep nothing for a backward pass: a trace needs the values of a run, not its memory."""
-
-    def refuse(_: None) -> Tensor:
-        raise _BackwardInsideError
-
-    return torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse)
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:
@@ -274,12 +258,9 @@ def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
                 "take tensors by name only: pass them one by one, or wrap the model in a module "
                 "that builds the structure"
             )
-    return {
-        name: _copy(value, meta=meta) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
-
-
-def _copy(tensor: Tensor, *, meta: bool) -> Tensor:
-    copy = tensor.detach().to("meta") if meta else tensor.detach().clone()
-    return copy.requires_grad_(tensor.requires_grad)
+    own = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            copy = value.detach().to("meta") if meta else value.detach().clone()
+            own[name] = copy.requires_grad_(value.requires_grad)
+    return own

@@ -142,14 +142,13 @@ class _NoDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        place, name = 0, ""
         if func in (functional.dropout, torch.dropout, functional.alpha_dropout):
-            kwargs["p"] = 0.0
-            args = (*args[:1], *((0.0,) if len(args) > 1 else ()), *args[2:])
-            if len(args) > 1:
-                del kwargs["p"]
+            place, name = 1, "p"
         elif func is functional.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs["dropout_p"] = 0.0
+            place, name = 4, "dropout_p"
+        if name and len(args) > place:
+            args = (*args[:place], 0.0, *args[place + 1 :])
+        elif name:
+            kwargs[name] = 0.0
         return func(*args, **kwargs)

@@ -67,12 +67,7 @@ def is_attribute(node: fx.Node) -> bool:
 
 
 def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coarse:
-    """Assign every needed node of ``trace`` to a block or to the prelude.
-
-    Args:
-        trace: The recorded run.
-        leaves: The leaves it was recorded with.
-        wanted: Which results are kept, by name.
+    """Assign every node that the ``wanted`` results need to a block or to the prelude.
 
     Raises:
         CaptureError: No block was found.
@@ -81,7 +76,9 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     live = _live(trace, results.values(), trace.graph.output_node().meta.get("after", ()))
     prelude = _prelude(trace, live)
     assigned = _assign(trace, live, prelude)
-    names = _block_order(trace, assigned)
+    names: dict[str, fx.Node | None] = {
+        node.meta["starts"]: node for node in assigned if "starts" in node.meta
+    }
     if not names:
         raise CaptureError("the model calls no module with parameters; there is nothing to place")
     _split_off_loss(trace, assigned, names)
@@ -170,15 +167,6 @@ def _assign(
         else:
             waiting.append(node)
     return assigned
-
-
-def _block_order(trace: Trace, assigned: dict[fx.Node, str]) -> dict[str, fx.Node | None]:
-    """Return block names in execution order, each with the node that opens it."""
-    return {
-        node.meta["starts"]: node
-        for node in trace.graph.nodes
-        if "starts" in node.meta and node in assigned
-    }
 
 
 def _is_loss(node: fx.Node, trace: Trace) -> bool:

@@ -83,15 +83,12 @@ class _Draft:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator)
 
-    def valid_lengths(self) -> Tensor:
-        """Tokens before the padding of every row: even rows are full when there are two."""
+    def mask(self) -> Tensor:
+        """Return the (B, L) mask, 0 for padding; with several rows, even ones have none."""
         rows, length = self.size.batch_size, self.size.seq_length
         padded = length - max(1, length // 4)
-        return torch.tensor([length if rows > 1 and r % 2 == 0 else padded for r in range(rows)])
-
-    def mask(self) -> Tensor:
-        """Return the (B, L) mask: 1 for tokens, 0 for padding."""
-        return (torch.arange(self.size.seq_length) < self.valid_lengths()[:, None]).long()
+        valid = [length if rows > 1 and row % 2 == 0 else padded for row in range(rows)]
+        return (torch.arange(length) < torch.tensor(valid)[:, None]).long()
 
 
 def example_batch(
@@ -141,21 +138,14 @@ def _text_inputs(draft: _Draft) -> dict[str, Tensor]:
 def _token_ids(draft: _Draft, mask: Tensor) -> Tensor:
     """Draw ordinary ids; pad where the mask is 0; end rows of encoder-decoders with eos."""
     vocab = draft.text_config.vocab_size
-    special = _special_ids(draft)
+    held = [getattr(draft.config, name, None) for name in _SPECIAL_IDS]
+    special = {index for one in held for index in (one if isinstance(one, list) else [one])}
     ordinary = torch.tensor([index for index in range(vocab) if index not in special] or [0])
     tokens = ordinary[draft.integers(0, len(ordinary), tuple(mask.shape))]
     eos = getattr(draft.config, "eos_token_id", None)
     if draft.config.is_encoder_decoder and isinstance(eos, int) and 0 <= eos < vocab:
         tokens[torch.arange(len(mask)), mask.sum(dim=-1) - 1] = eos
     return tokens.masked_fill(mask == 0, _pad_id(draft) or 0)
-
-
-def _special_ids(draft: _Draft) -> set[int]:
-    found: set[int] = set()
-    for name in _SPECIAL_IDS:
-        value = getattr(draft.config, name, None)
-        found.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return found
 
 
 def _pad_id(draft: _Draft) -> int | None:
@@ -201,8 +191,9 @@ def _image_inputs(draft: _Draft) -> dict[str, Tensor]:
 def _audio_inputs(draft: _Draft) -> dict[str, Tensor]:
     """A spectrogram (B, C, T) or (B, T, C), or a waveform (B, samples)."""
     rows, config = draft.size.batch_size, draft.config
-    if draft.accepts("input_values"):
-        return {"input_values": draft.normal(rows, _samples(config, draft.size.seq_length))}
+    if draft.accepts("input_values"):  # the convolutions make about seq_length frames of it
+        samples = prod(getattr(config, "conv_stride", (1,))) * (draft.size.seq_length + 1)
+        return {"input_values": draft.normal(rows, samples)}
     if hasattr(config, "num_mel_bins"):
         frames = 2 * config.max_source_positions  # the encoder's convolution halves them
         return {"input_features": draft.normal(rows, config.num_mel_bins, frames)}
@@ -213,11 +204,6 @@ def _audio_inputs(draft: _Draft) -> dict[str, Tensor]:
         f"cannot tell the audio input of {type(draft.model).__name__}: its config has neither "
         "num_mel_bins nor input_feat_per_channel; pass your own example batch"
     )
-
-
-def _samples(config: Any, frames: int) -> int:
-    """Waveform samples that the convolutions turn into about ``frames`` frames."""
-    return int(prod(getattr(config, "conv_stride", (1,)))) * (frames + 1)
 
 
 # ---------------------------------------------------------------- labels
@@ -284,8 +270,10 @@ def _seq2seq_lm(draft: _Draft) -> dict[str, Tensor]:
     return batch
 
 
-def _sequence_classification(draft: _Draft) -> dict[str, Tensor]:
-    return {**_text_inputs(draft), "labels": _class_labels(draft)}
+def _classification(
+    inputs: Callable[[_Draft], dict[str, Tensor]],
+) -> Callable[[_Draft], dict[str, Tensor]]:
+    return lambda draft: {**inputs(draft), "labels": _class_labels(draft)}
 
 
 def _class_labels(draft: _Draft) -> Tensor:
@@ -309,10 +297,6 @@ def _multiple_choice(draft: _Draft) -> dict[str, Tensor]:
         name: value.view(rows, NUM_CHOICES, length) for name, value in _text_inputs(wide).items()
     }
     return {**inputs, "labels": draft.integers(0, NUM_CHOICES, (rows,))}
-
-
-def _image_classification(draft: _Draft) -> dict[str, Tensor]:
-    return {**_image_inputs(draft), "labels": _class_labels(draft)}
 
 
 def _visual_question_answering(draft: _Draft) -> dict[str, Tensor]:
@@ -345,22 +329,18 @@ def _ctc(draft: _Draft) -> dict[str, Tensor]:
     return {**_audio_inputs(draft), "labels": labels}
 
 
-def _audio_classification(draft: _Draft) -> dict[str, Tensor]:
-    return {**_audio_inputs(draft), "labels": _class_labels(draft)}
-
-
 _BUILDERS: Mapping[str, Callable[[_Draft], dict[str, Tensor]]] = {
     "question-answering": _question_answering,
     "masked-lm": _masked_lm,
     "pretraining": _pretraining,
     "causal-lm": _causal_lm,
     "seq2seq-lm": _seq2seq_lm,
-    "sequence-classification": _sequence_classification,
+    "sequence-classification": _classification(_text_inputs),
     "token-classification": _token_classification,
     "multiple-choice": _multiple_choice,
-    "image-classification": _image_classification,
+    "image-classification": _classification(_image_inputs),
     "visual-question-answering": _visual_question_answering,
     "speech-seq2seq": _speech_seq2seq,
     "ctc": _ctc,
-    "audio-classification": _audio_classification,
+    "audio-classification": _classification(_audio_inputs),
 }

@@ -89,12 +89,7 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def _is_repeated(container: nn.Module, *, uniform: bool = False) -> bool:
-    """Whether the children of ``container`` are the layers of something.
-
-    Args:
-        container: Any module.
-        uniform: Insist on children of one class (asked of lists inside an element).
-    """
+    """Whether the children of ``container`` are layers; ``uniform``: they must be of one class."""
     children = list(container.children())
     if not children or not all(has_parameters(child) for child in children):
         return False

@@ -13,7 +13,7 @@ import collections
 import copy
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,6 @@ class Snapshot:
         memo: dict[int, Any] = {id(t): slot for t, slot in zip(tensors, slots, strict=True)}
         return cls(copy.deepcopy(dict(objects), memo), slots, tensors, plain)
 
-    def without_tensors(self) -> Snapshot:
-        """Return the same without holding on to the memory."""
-        return Snapshot(self.objects, self.slots, (), self.plain)
-
     def filled(self, used: Sequence[int], given: Sequence[Tensor]) -> dict[Place, Any]:
         """Build the objects around other tensors; those that are not given must not be used."""
         memo: dict[int, Any] = {id(slot): slot for slot in self.slots}
@@ -92,7 +88,7 @@ class ObjectCall(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.before = before.without_tensors()
+        self.before = replace(before, tensors=())  # their memory is not held
         self.used = tuple(used)
         self.after = after.plain
         self.fresh = tuple(fresh)
@@ -141,11 +137,8 @@ def objects_among(
 ) -> dict[Place, Any]:
     """Return the arguments that are objects or containers which a call may change.
 
-    Args:
-        args: Positional arguments.
-        kwargs: Arguments by keyword.
-        owned: ids of objects that live longer than one run of the model: constants or state of
-            the model itself, which a stage cannot keep.
+    Not those with ids in ``owned``, which live longer than one run of the model: they are
+    constants or state of the model itself, which a stage cannot keep.
     """
     places: dict[Place, Any] = dict([*enumerate(args), *kwargs.items()])
     return {

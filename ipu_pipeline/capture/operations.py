@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
-from ipu_pipeline.capture.guards import unguarded
+from ipu_pipeline.capture.calls import unguarded
 from ipu_pipeline.capture.patches import countable
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.values import TensorMeta, storage_key
@@ -32,14 +32,7 @@ from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known.
-
-    Args:
-        operation: The operation's overload packet.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        result: What it returned.
-    """
+    """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known."""
     name = str(operation).rsplit(".", 1)[-1]
     if name == "_grouped_mm":  # every row of the first operand meets one matrix of the second
         rows, inner = args[0].shape[-2:]
@@ -49,15 +42,7 @@ def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], r
 
 
 class LiveBytes:
-    """Adds up living storages.
-
-    Args:
-        apart: Tensors whose storages are counted elsewhere (parameters, inputs).
-
-    Attributes:
-        now: Bytes alive now.
-        peak: Most bytes alive at one time since the last :meth:`take_peak`.
-    """
+    """Adds up living storages, except those of ``apart``, which are counted elsewhere."""
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
         self.now = 0
@@ -128,13 +113,9 @@ class Operations:
 
 
 class OperationCounter:
-    """Counts the operations of programs; equal programs are run once.
+    """Counts the operations of programs, in training backward as well; equal ones are run once.
 
-    Args:
-        specs: Description of every value by name.
-        example_values: Gives real values, for blocks whose code depends on them.
-        training: Whether a backward pass is wanted.
-        on_meta: The model lives on the meta device.
+    Blocks whose code depends on values get real ones, from ``example_values``.
     """
 
     def __init__(
@@ -208,10 +189,15 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    recorder = _Recorder(live, gradients)
+    recorder = Recorder(live, gradients)
     attending = CountedAttention(recorder)
     taken: list[Tensor] = []
-    entered = tuple(_produced(value, taken) for value in inputs)
+    entered = tuple(
+        _StageInput.apply(taken, value)
+        if isinstance(value, Tensor) and value.requires_grad
+        else value
+        for value in inputs
+    )
     saved: dict[int, int] = {}
     saved_inputs: set[int] = set()
 
@@ -259,11 +245,6 @@ def _added(values: Iterable[Any], live: LiveBytes, counted: Iterable[int]) -> It
         yield int(value.untyped_storage().nbytes())
 
 
-def _produced(value: Any, taken: list[Tensor]) -> Any:
-    wanted = isinstance(value, Tensor) and value.requires_grad
-    return _StageInput.apply(taken, value) if wanted else value
-
-
 class _StageInput(torch.autograd.Function):
     """An input as inside a stage, where its producer takes the gradient: no leaf adds it up."""
 
@@ -282,7 +263,7 @@ class _StageOutputs(torch.autograd.Function):
     """Makes the gradients of a block's outputs as a later block does; no reference is kept."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: _Recorder, *roots: Tensor) -> Tensor:
+    def forward(ctx: Any, recorder: Recorder, *roots: Tensor) -> Tensor:
         ctx.recorder = recorder
         likes = [torch.empty_like(root) for root in roots]
         ctx.kinds = [(t.shape, t.stride(), t.dtype, t.device) for t in likes]
@@ -298,12 +279,10 @@ class _StageOutputs(torch.autograd.Function):
         return (None, *handed)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
-    Args:
-        live: Counts the storage of every result.
-        gradients: Of the parameters; what is added to them is work of the optimizer step.
+    What is added to ``gradients``, those of the parameters, is work of the optimizer step.
     """
 
     def __init__(self, live: LiveBytes, gradients: Sequence[Tensor]) -> None:
@@ -340,13 +319,11 @@ class _Recorder(TorchDispatchMode):
             value.alias_info is not None and not value.alias_info.is_write for value in returns
         )
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if not is_view and outputs and self._recording and not self._accumulates(outputs):
+        recorded = not is_view and outputs and self._recording
+        if recorded and storage_key(outputs[0]) not in self._gradients:
             self._note(func, args, kwargs, result, outputs)
         self.live.note(outputs)
         return result
-
-    def _accumulates(self, outputs: Sequence[Tensor]) -> bool:
-        return storage_key(outputs[0]) in self._gradients
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]

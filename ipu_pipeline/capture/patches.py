@@ -1,21 +1,17 @@
 """Every patch of torch and transformers, in one place; each is undone, also after an error.
 
-:data:`PATCHES` lists them with their reason, the version that they were written against, and a
-check of their target: after an update of either library ``tests/capture/test_patches.py`` names
-the one that does not fit any more.
+``tests/capture/test_patches.py`` lists them with the version that they were written against, and
+names the one that does not fit any more after an update of either library.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -28,89 +24,6 @@ from torch.nn import functional
 SDPA = functional.scaled_dot_product_attention
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One place in torch or transformers that is replaced for a while.
-
-    Attributes:
-        name: What is replaced, as a dotted name.
-        reason: Why.
-        version: Library and version that it was written against.
-        find: Returns the present target.
-        parameters: Names of its first parameters; empty for a function without a signature.
-    """
-
-    name: str
-    reason: str
-    version: str
-    find: Callable[[], Any]
-    parameters: tuple[str, ...] = ()
-
-    def broken(self) -> str:
-        """Return why the patch does not fit the installed version; empty when it does."""
-        try:
-            target = self.find()
-        except (AttributeError, KeyError, ImportError) as error:
-            return f"{self.name} is gone ({error}); written for {self.version}: {self.reason}"
-        if not callable(target) and not isinstance(target, property):
-            return f"{self.name} cannot be called; written for {self.version}: {self.reason}"
-        if self.parameters:
-            found = tuple(inspect.signature(target).parameters)[: len(self.parameters)]
-            if found != self.parameters:
-                return (
-                    f"{self.name} takes {', '.join(found)}, not {', '.join(self.parameters)}; "
-                    f"written for {self.version}: {self.reason}"
-                )
-        return ""
-
-
-def _function_apply() -> Any:
-    return torch.autograd.Function.__dict__["apply"].__func__
-
-
-PATCHES = (
-    Patch(
-        "torch.nn.Module.__call__",
-        "a call of a leaf becomes one node; hooks run inside it",
-        "torch 2.13",
-        lambda: nn.Module.__dict__["__call__"],
-    ),
-    Patch(
-        "torch.autograd.Function.apply",
-        "a function with its own backward pass is one node, never traced through",
-        "torch 2.13",
-        _function_apply,
-        ("cls", "args", "kwargs"),
-    ),
-    Patch(
-        "torch._functorch.apis.vmap_impl",
-        "vmap(f)(x) is one node: its batched tensors exist only inside",
-        "torch 2.13",
-        lambda: vars(apis)["vmap_impl"],
-        ("func", "in_dims", "out_dims", "randomness", "chunk_size", "args"),
-    ),
-    Patch(
-        "torch.nn.functional.scaled_dot_product_attention",
-        "attention is counted as one operation on every device",
-        "torch 2.13",
-        lambda: functional.scaled_dot_product_attention,
-    ),
-    Patch(
-        "transformers.utils.import_utils.is_tracing",
-        "masks must not depend on the values of the example batch",
-        "transformers 5.23",
-        lambda: import_module("transformers.utils.import_utils").is_tracing,
-        ("tensor",),
-    ),
-    Patch(
-        "transformers.PretrainedConfig._experts_implementation",
-        "grouped products of experts accept bfloat16 only on tensors without data",
-        "transformers 5.23",
-        lambda: vars(import_module("transformers").PretrainedConfig)["_experts_implementation"],
-    ),
-)
 
 
 # What torch.vmap hands on before the arguments: function, in_dims, out_dims, randomness, chunks.
@@ -144,10 +57,7 @@ def patched_calls(
 ) -> Iterator[None]:
     """Route module calls, ``autograd.Function.apply`` and calls of ``vmap(f)`` through hooks.
 
-    Args:
-        module_call: Called with the original, the module and its arguments.
-        function_apply: Called with the original, bound to its class, and its arguments.
-        vmapped_call: Called with the original, bound to what ``vmap`` was given, and its arguments.
+    Each gets the original, bound to its class or to what ``vmap`` was given, and the arguments.
     """
     original_call = nn.Module.__call__
     original_vmap = vars(apis)["vmap_impl"]

@@ -136,12 +136,7 @@ def _tensor_name(node: fx.Node) -> str:
 
 
 def program_signature(program: Program, specs: Mapping[str, TensorMeta]) -> str:
-    """Return a hex digest that is equal for programs that do the same work.
-
-    Args:
-        program: The program of a block.
-        specs: Description of every value by name; only the program's inputs are read.
-    """
+    """Return a hex digest that is equal for programs that do the same work on equal inputs."""
     position: dict[fx.Node, int] = {}
     lines: list[Any] = []
     for node in program.module.graph.nodes:
@@ -149,17 +144,16 @@ def program_signature(program: Program, specs: Mapping[str, TensorMeta]) -> str:
         if node.op in ("call_module", "get_attr"):
             target = _object(program.module, str(node.target))
         elif node.op == "call_function":
-            target = (getattr(node.target, "__module__", ""), _name(node.target))
+            target = (
+                getattr(node.target, "__module__", ""),
+                getattr(node.target, "__qualname__", None) or repr(node.target),
+            )
         else:  # a method has its name; how a value is called does not matter
             target = str(node.target) if node.op == "call_method" else None
         arguments = fx.map_arg((node.args, node.kwargs), lambda n: f"%{position[n]}")
         lines.append((node.op, target, arguments))
     inputs = [specs[name] for name in program.inputs]
     return hashlib.sha256(f"{lines}{inputs}".encode()).hexdigest()[:24]
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def _object(root: nn.Module, fqn: str) -> Any:

@@ -13,7 +13,6 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,11 +27,12 @@ from ipu_pipeline.capture.calls import (
     CUTS,
     SHAPE,
     SHAPE_READS,
+    VALUE_READS,
     FreeTensors,
     LiftedCall,
     Region,
     RegionCall,
-    as_function,
+    ValueGuard,
     attribute_name,
     callable_form,
     decided_by_chance,
@@ -40,9 +40,9 @@ from ipu_pipeline.capture.calls import (
     is_assignment,
     is_nameable,
     modes_above,
+    name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.guards import VALUE_READS, ValueGuard, name_of
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls
@@ -55,6 +55,7 @@ from ipu_pipeline.capture.values import (
     own_tensors,
     own_values,
     storage_key,
+    tensors_in,
 )
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random
@@ -65,15 +66,9 @@ MATRIX_FUNCTIONS = frozenset(
 
 
 class Tracer(TorchFunctionMode):
-    """Records one run of ``model``; :func:`trace` drives it.
+    """Records one run of ``model``; ``kept`` lives longer than the run, beside the model's."""
 
-    Args:
-        model: The model.
-        leaves: Which of its modules are kept whole.
-        kept: Objects that live longer than the run, beside those of the model.
-    """
-
-    def __init__(self, model: nn.Module, leaves: Leaves, kept: Iterable[Any] = ()) -> None:
+    def __init__(self, model: nn.Module, leaves: Leaves, kept: Iterable[Any]) -> None:
         super().__init__()
         self.model = model
         self.leaves = leaves
@@ -103,7 +98,8 @@ class Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self.in_leaf:
-            return self._inside_leaf(func, args, kwargs)
+            self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
+            return func(*args, **kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         versions = self.storages.versions((args, kwargs))
@@ -164,7 +160,7 @@ class Tracer(TorchFunctionMode):
         if not needs_objects(objects, before, after):
             self._plain_call(module, args, kwargs, result, versions)
             return result
-        seen = {id(tensor) for tensor in (*used_tensors.free, *self.values.tensors(result))}
+        seen = {id(tensor) for tensor in (*used_tensors.free, *tensors_in(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
         written = {id(tensor) for tensor in self.storages.written(versions)}
         fresh = [
@@ -210,10 +206,6 @@ class Tracer(TorchFunctionMode):
         self._finish(node, arguments, {}, result, versions)
         return result
 
-    def patched(self) -> contextlib.AbstractContextManager[None]:
-        """Route calls that become one node here."""
-        return patched_calls(self.module_call, self.function_apply, self.vmapped_call)
-
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one ``autograd.Function.apply``; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
@@ -235,10 +227,6 @@ class Tracer(TorchFunctionMode):
         finally:
             self.in_leaf -= 1
 
-    def _inside_leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
-        return func(*args, **kwargs)
-
     # ---- recording ----------------------------------------------------------------------
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
@@ -252,7 +240,7 @@ class Tracer(TorchFunctionMode):
                 "a write cannot be replayed: keep that module inside a block"
             )
         result = returned_after_write(func, args, result)
-        if not written and not any(True for _ in self.values.tensors(result)):
+        if not written and not any(True for _ in tensors_in(result)):
             self._guard_shape(func, args, result)
             return  # shapes, dtypes, flags: constant for a given batch shape
         if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
@@ -270,7 +258,8 @@ class Tracer(TorchFunctionMode):
         region = Region.current()
         switched = region != self.ambient  # no_grad or autocast in the model's own glue
         if switched or (kind == "call_function" and not is_nameable(target)):
-            held = self.attributes[target] if kind == "call_module" else as_function(kind, target)
+            held = self.attributes[target] if kind == "call_module" else target
+            held = getattr(Tensor, target) if kind == "call_method" else held
             name = getattr(held, "__name__", type(held).__name__)
             return self._held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
         arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
@@ -301,9 +290,7 @@ class Tracer(TorchFunctionMode):
 
     def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
         written = self.storages.written(versions)
-        node.meta["after"] = self.storages.record(
-            node, self.values.tensors((args, kwargs)), written
-        )
+        node.meta["after"] = self.storages.record(node, tensors_in((args, kwargs)), written)
         node.meta["writes"] = frozenset(map(storage_key, written))
         node.meta["state"] = bool(node.meta["writes"] & self.state)
         self.values.bind_result(result, node)
@@ -411,7 +398,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     for name in inputs:
         tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
     try:
-        with tracer.patched(), tracer:
+        hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
+        with patched_calls(*hooks), tracer:
             output = model(**batch)
         tracer.check_constants()
         results = dict(named_tensors(output))

@@ -7,7 +7,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.errors import CaptureError
+
+if TYPE_CHECKING:
+    from ipu_pipeline.capture.tracer import Tracer
 
 Versions = list[tuple[Tensor, int]]
 
@@ -114,30 +117,10 @@ PLAIN = (
 )  # fmt: skip
 
 
-class NodeSource(Protocol):
-    """What the values need from the tracer."""
-
-    def new_node(self, kind: str, target: Any, args: Any = ()) -> fx.Node:
-        """Append one node to the graph."""
-        ...
-
-    def attribute_node(self, tensor: Tensor) -> fx.Node:
-        """Return the node of a tensor that is no result of the trace."""
-        ...
-
-    def module_node(self, module: nn.Module) -> fx.Node | None:
-        """Return the node of a module of the model; ``None`` for any other module."""
-        ...
-
-    def where(self) -> str:
-        """Say whose code is running."""
-        ...
-
-
 class Values:
     """Maps live tensors to nodes; keeps the tensors alive so that their ids stay theirs."""
 
-    def __init__(self, source: NodeSource) -> None:
+    def __init__(self, source: Tracer) -> None:
         self._source = source
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
@@ -162,10 +145,6 @@ class Values:
         if id(tensor) not in self._nodes:
             self.bind(tensor, self._source.attribute_node(tensor))
         return self._nodes[id(tensor)]
-
-    def tensors(self, value: Any) -> Iterator[Tensor]:
-        """Yield every tensor inside ``value``."""
-        return tensors_in(value)
 
     def bind_result(self, result: Any, node: fx.Node) -> None:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""

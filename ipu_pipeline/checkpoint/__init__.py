@@ -28,7 +28,6 @@ from ipu_pipeline.checkpoint.manifest import MANIFEST, check_files, read_manifes
 from ipu_pipeline.checkpoint.optimizer_state import read_optimizer
 from ipu_pipeline.checkpoint.weights import (
     check_fingerprint,
-    load_weights,
     read_weights,
     warn_of_other_settings,
 )
@@ -94,7 +93,7 @@ def read_checkpoint(
     if optimizer is not None:
         state = read_optimizer(optimizer, model, path, manifest["files"])
     warn_of_other_settings(model, path)
-    load_weights(model, tensors)
+    model.load_state_dict(tensors, strict=False)
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state)
     if restore_rng:

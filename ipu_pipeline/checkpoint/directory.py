@@ -55,7 +55,13 @@ class AtomicDirectory:
             for item in self.folder.rglob("*"):
                 flush(item)
             flush(self.folder)
-            _move_into_place(self.folder, self.path)
+            previous = _previous(self.path)
+            if self.path.exists():
+                self.path.rename(previous)
+            self.folder.rename(self.path)
+            flush(self.path.parent)
+            if previous.exists():
+                shutil.rmtree(previous, ignore_errors=True)
         except BaseException:
             self.discard()
             restore_previous(self.path)
@@ -92,16 +98,6 @@ def remove_stale(folder: Path) -> None:
     for item in folder.glob(f".*{_INCOMPLETE}*"):
         if item.is_dir() and item.absolute() not in _in_use and _is_stale(item):
             shutil.rmtree(item, ignore_errors=True)
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    previous = _previous(path)
-    if path.exists():
-        path.rename(previous)
-    temporary.rename(path)
-    flush(path.parent)
-    if previous.exists():
-        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _previous(path: Path) -> Path:

@@ -43,7 +43,11 @@ def optimizer_settings(
     described = [
         {
             "parameters": members,
-            "settings": {k: _plain(v) for k, v in group.items() if k not in _NOT_SAVED},
+            "settings": {
+                key: value.item() if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in _NOT_SAVED
+            },
         }
         for group, members in zip(groups, _names(groups, model), strict=True)
     ]
@@ -87,12 +91,6 @@ def read_optimizer(
 ) -> dict[str, Any]:
     """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
 
-    Args:
-        optimizer: To be filled.
-        model: Its parameters' names.
-        folder: The checkpoint.
-        files: All its files.
-
     Raises:
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
             not cover the same parameters, or one group would need two values of a setting.
@@ -110,12 +108,19 @@ def read_optimizer(
         )
     saved = {name: group["settings"] for group in content["groups"] for name in group["parameters"]}
     groups = _names(optimizer.param_groups, model)
-    _check_same_parameters(set(saved), {name for group in groups for name in group}, folder)
-    tensors: dict[str, Tensor] = {}
-    for name in files_of(OPTIMIZER, files):
-        tensors |= load_file(folder / name)
-    state = _state_by_name(tensors, content["values"])
     order = [name for group in groups for name in group]
+    if saved.keys() != set(order):
+        only_saved = sorted(saved.keys() - set(order))[:3]
+        only_own = sorted(set(order) - saved.keys())[:3]
+        raise CheckpointError(
+            f"the optimizer state in {folder} covers other parameters: only there {only_saved}, "
+            f"only here {only_own}; train the same parameters, or load with optimizer=None"
+        )
+    state: dict[str, dict[str, Any]] = content["values"]
+    for file in files_of(OPTIMIZER, files):
+        for full_key, tensor in load_file(folder / file).items():
+            key, _, name = full_key.partition(_SEPARATOR)
+            state.setdefault(name, {})[key] = tensor
     indices = iter(range(len(order)))
     return {
         "state": {i: state[name] for i, name in enumerate(order) if name in state},
@@ -142,25 +147,6 @@ def _names(groups: Sequence[Mapping[str, Any]], model: torch.nn.Module) -> list[
     return names
 
 
-def _check_same_parameters(saved: set[str], own: set[str], folder: Path) -> None:
-    if saved != own:
-        only_saved, only_own = sorted(saved - own)[:3], sorted(own - saved)[:3]
-        raise CheckpointError(
-            f"the optimizer state in {folder} covers other parameters: only there {only_saved}, "
-            f"only here {only_own}; train the same parameters, or load with optimizer=None"
-        )
-
-
-def _state_by_name(
-    tensors: Mapping[str, Tensor], values: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    state: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in values.items()}
-    for full_key, tensor in tensors.items():
-        key, _, name = full_key.partition(_SEPARATOR)
-        state.setdefault(name, {})[key] = tensor
-    return state
-
-
 def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Return a group's settings as saved; its own where nothing was saved."""
     own = {key: value for key, value in group.items() if key != "params"}
@@ -174,10 +160,6 @@ def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) ->
             )
         own[key] = _like(own.get(key), choices[0])
     return own
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _like(own: Any, saved: Any) -> Any:

@@ -54,18 +54,8 @@ def save_settings(model: torch.nn.Module, folder: Path) -> None:
                 transformers_logging.enable_progress_bar()
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy ``tensors`` into the model's own parameters and buffers, in place."""
-    model.load_state_dict(dict(tensors), strict=False)
-
-
 def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     """Read the weights and check that they fill ``model`` exactly; change nothing.
-
-    Args:
-        model: To be filled.
-        folder: The checkpoint.
-        files: All its files.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape.

@@ -7,10 +7,11 @@ process writes ``model.safetensors``, the second of four ``model-00002-of-00004.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,23 +77,19 @@ class WrittenShard:
 
     Attributes:
         files: Size and checksum by name.
-        names: Of the tensors, by file.
-        num_bytes: Of the tensors, by file.
+        num_bytes: Of every tensor, by file and name.
         values: Those of the shard.
     """
 
     files: Mapping[str, Mapping[str, Any]]
-    names: Mapping[str, tuple[str, ...]]
-    num_bytes: Mapping[str, int]
+    num_bytes: Mapping[str, Mapping[str, int]]
     values: Mapping[str, Mapping[str, Any]]
 
 
 def on_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     """Return the tensors on the CPU, contiguous, each in memory of its own.
 
-    Args:
-        tensors: Any.
-        copy: Whether they may be changed afterwards.
+    ``copy``: whether they may be changed afterwards.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -123,12 +120,10 @@ def write_shard(folder: Path, shard: Shard, index: int = 0, count: int = 1) -> W
             raise OSError(f"could not write {folder / name}: {error}") from error
         flush(folder / name)
         files[name] = describe(folder / name)
-    return WrittenShard(
-        files,
-        names={name: tuple(tensors) for name, tensors in tensors_of.items()},
-        num_bytes={n: sum(t.nbytes for t in found.values()) for n, found in tensors_of.items()},
-        values=shard.values,
-    )
+    num_bytes = {
+        file: {n: t.nbytes for n, t in found.items()} for file, found in tensors_of.items()
+    }
+    return WrittenShard(files, num_bytes, shard.values)
 
 
 class CheckpointWriter:
@@ -176,12 +171,11 @@ class CheckpointWriter:
             self._settings = optimizer_settings(optimizer, model, groups)
         self._directory = AtomicDirectory(Path(path))
         self.folder = self._directory.folder
-        try:
-            self._attached = self._attach(attach)
+        with self.or_nothing():
+            if attach is not None:
+                attach(self.folder)
+            self._attached = frozenset(item.name for item in self.folder.iterdir())
             save_settings(model, self.folder)
-        except BaseException:
-            self.discard()
-            raise
 
     def finish(self, shards: Sequence[WrittenShard]) -> Path:
         """Publish the checkpoint; every shard is written.
@@ -190,7 +184,7 @@ class CheckpointWriter:
             OSError: The disk is full. Earlier checkpoints are untouched.
             CheckpointError: A file that somebody wrote is not there.
         """
-        try:
+        with self.or_nothing():
             files = {name: entry for shard in shards for name, entry in shard.files.items()}
             check_files(self.folder, {"files": files}, checksums=False)
             self._write_weights_index(shards)
@@ -198,28 +192,25 @@ class CheckpointWriter:
                 values = {name: v for shard in shards for name, v in shard.values.items()}
                 self._write_json(SETTINGS, self._settings | {"values": values})
             write_manifest(self.folder, self._content, files, self._attached)
-        except BaseException:
-            self.discard()
-            raise
         self._directory.publish()
         return self._directory.path
 
-    def discard(self) -> None:
-        """Leave nothing behind; does nothing once the checkpoint is published."""
-        self._directory.discard()
-
-    def _attach(self, attach: Attach | None) -> frozenset[str]:
-        if attach is not None:
-            attach(self.folder)
-        return frozenset(item.name for item in self.folder.iterdir())
+    @contextlib.contextmanager
+    def or_nothing(self) -> Iterator[None]:
+        """Leave nothing behind if the block fails; changes nothing once it is published."""
+        try:
+            yield
+        except BaseException:
+            self._directory.discard()
+            raise
 
     def _write_weights_index(self, shards: Sequence[WrittenShard]) -> None:
-        files = files_of(WEIGHTS, [file for shard in shards for file in shard.names])
+        written = {file: sizes for shard in shards for file, sizes in shard.num_bytes.items()}
+        files = files_of(WEIGHTS, written)
         if len(files) < 2:
             return
-        own = [(shard, file) for shard in shards for file in shard.names if file in files]
-        places = {name: file for shard, file in own for name in shard.names[file]}
-        total = sum(shard.num_bytes[file] for shard, file in own)
+        places = {name: file for file in files for name in written[file]}
+        total = sum(sum(written[file].values()) for file in files)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         self._write_json(WEIGHTS_INDEX, content)
 
@@ -237,12 +228,8 @@ def take_shard(
 ) -> Shard:
     """Return the tensors that this process is to write.
 
-    Args:
-        model: The unsplit model.
-        optimizer: ``None`` to leave it out.
-        copy: Whether training goes on before they are written.
-        weights: Whether this process writes a parameter or buffer.
-        states: Whether it writes the optimizer's state of a parameter, by name.
+    ``weights`` says of a parameter or buffer whether it writes it, ``states`` of a parameter's
+    name whether it writes the optimizer's state. ``copy``: training goes on before it does.
     """
     kept, left_out = weights_to_save(model)
     tensors = {
@@ -341,11 +328,8 @@ def write_checkpoint(
         extra=extra,
         attach=attach,
     )
-    try:
+    with new.or_nothing():
         shard = take_shard(model, optimizer, copy=background is not None)
-    except BaseException:
-        new.discard()
-        raise
     if background is None:
         _write(new, shard)
     else:
@@ -354,9 +338,6 @@ def write_checkpoint(
 
 
 def _write(new: CheckpointWriter, shard: Shard) -> None:
-    try:
+    with new.or_nothing():
         written = write_shard(new.folder, shard)
-    except BaseException:
-        new.discard()
-        raise
     new.finish([written])

@@ -18,21 +18,22 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from ipu_pipeline.cli.bundle import register as register_bundle
-from ipu_pipeline.cli.launch import register as register_launch
+from ipu_pipeline.cli.bundle import emit_command, run_command
+from ipu_pipeline.cli.launch import launch_command
 from ipu_pipeline.cli.options import (
     IPUConfigName,
     IPUConfigOverrides,
     MicroBatch,
     Model,
+    PlanFile,
     PodType,
     SeqLength,
     TaskOption,
     read_ipu_config,
 )
-from ipu_pipeline.cli.predict import register as register_predict
-from ipu_pipeline.cli.report import register
-from ipu_pipeline.cli.tune import register as register_tune
+from ipu_pipeline.cli.predict import predict_command
+from ipu_pipeline.cli.report import report_command, simulate_command
+from ipu_pipeline.cli.tune import tune_command
 from ipu_pipeline.errors import PipelineError
 
 P = ParamSpec("P")
@@ -64,7 +65,6 @@ class Costs(str, Enum):
     profiled = "profiled"
 
 
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
 GranularityOption = Annotated[Granularity, typer.Option("--granularity", help="Size of a block.")]
 
 
@@ -161,11 +161,19 @@ def explain(plan_file: PlanFile) -> None:
     typer.echo(Plan.load(plan_file).explain())
 
 
-register(app, _one_line_errors)
-register_predict(app, _one_line_errors)
-register_tune(app, _one_line_errors)
-register_bundle(app, _one_line_errors)
-register_launch(app, _one_line_errors)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "simulate": simulate_command,
+    "report": report_command,
+    "predict": predict_command,
+    "tune": tune_command,
+    "emit": emit_command,
+    "run": run_command,
+    "launch": launch_command,
+}
+for name, command in _COMMANDS.items():
+    # What follows the name of a bundle is for its run.py.
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True} if name == "run" else {}
+    app.command(name, context_settings=passed_on)(_one_line_errors(command))
 
 
 @app.command()

@@ -1,20 +1,23 @@
-"""Two commands about bundles for IPUs, ``emit`` and ``run``; ``cli.py`` registers them."""
+"""Two commands about bundles for IPUs, ``emit`` and ``run``."""
 
 from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import IPUConfigName, IPUConfigOverrides, PodType, read_ipu_config
+from ipu_pipeline.cli.options import (
+    IPUConfigName,
+    IPUConfigOverrides,
+    PlanFile,
+    PodType,
+    read_ipu_config,
+)
 
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder written by emit.")]
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def emit_command(
@@ -144,10 +147,3 @@ def _run(arguments: list[str]) -> None:
         for name in set(sys.modules) - loaded:
             if name == "model_parallel" or name.split(".")[0] == "runtime":
                 del sys.modules[name]
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add both commands to ``app``; ``wrapper`` turns errors into messages."""
-    app.command("emit")(wrapper(emit_command))
-    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command("run", context_settings=passed_on)(wrapper(run_command))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ipu_pipeline.cli.options import PlanFile
+
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
-
 
 def launch_command(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")],
+    plan_file: PlanFile,
     program: Annotated[
         list[str],
         typer.Argument(
@@ -71,7 +71,7 @@ def launch_command(
     IPU_PIPELINE_PLAN, the target in IPU_PIPELINE_TARGET, and what --schedule says in
     IPU_PIPELINE_SCHEDULE.
     """
-    from ipu_pipeline.backends.cluster.launch import LaunchRequest, check_program, make_spec
+    from ipu_pipeline.backends.cluster.launch import check_program, make_spec
     from ipu_pipeline.backends.cluster.torchrun import node_command, slurm_file
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
@@ -79,7 +79,11 @@ def launch_command(
     here, folder = not print_only and slurm is None, Path.cwd()
     plan = Plan.load(plan_file)
     started = check_program(program, folder)
-    request = LaunchRequest(
+    cores, gpus = _room() if here else (0, 0)
+    spec = make_spec(
+        plan,
+        plan_file.absolute(),
+        started,
         processes=processes,
         schedule=schedule,
         threads=threads,
@@ -88,10 +92,7 @@ def launch_command(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         machine=None if machine is None else machine_by_name(machine),
-    )
-    cores, gpus = _room() if here else (0, 0)
-    spec = make_spec(
-        plan, plan_file.absolute(), started, request, room=(gpus or cores) if here else None
+        room=(gpus or cores) if here else None,
     )
     if here:
         _start(spec, cores, gpus, log_dir)
@@ -128,14 +129,6 @@ def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> Non
         typer.echo(f"note: {note}", err=True)
     threads = spec.threads(os.environ, cores)
     typer.echo(f"launch: {spec.described}; threads of each: {min(threads.values())}", err=True)
-
-    def tell(line: str) -> None:
-        typer.echo(line, err=True)
-
+    tell = functools.partial(typer.echo, err=True)
     if code := start(spec, {**spec.settings(), **threads}, tell, log_dir):
         raise typer.Exit(code)
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add the command to ``app``; ``wrapper`` turns errors into one line and exit code 1."""
-    app.command("launch")(wrapper(launch_command))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
 ]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
 TaskOption = Annotated[
     str | None,
     typer.Option("--task", help="Such as question-answering; default: what the config names."),

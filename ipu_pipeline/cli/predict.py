@@ -1,15 +1,20 @@
-"""The command ``predict``: what a published IPU configuration does; ``cli.py`` registers it."""
+"""The command ``predict``: what a published IPU configuration does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import MicroBatch, Model, PodOption, SeqLength, TaskOption
-
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
+from ipu_pipeline.cli.options import (
+    IPUConfigOverrides,
+    MicroBatch,
+    Model,
+    PodOption,
+    PodType,
+    SeqLength,
+    TaskOption,
+)
 
 
 def predict_command(
@@ -22,12 +27,8 @@ def predict_command(
     task: TaskOption = None,
     micro_batch: MicroBatch = 1,
     seq_length: SeqLength = 128,
-    pod_type: Annotated[
-        str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
-    ] = None,
-    ipu_config_overrides: Annotated[
-        str, typer.Option("--ipu-config-overrides", help="Such as a=1,b=[0.2 0.3],c=true.")
-    ] = "",
+    pod_type: PodType = None,
+    ipu_config_overrides: IPUConfigOverrides = "",
 ) -> None:
     """Predict an IPU configuration: memory of every IPU, parts of a step, samples/s.
 
@@ -50,8 +51,3 @@ def predict_command(
     if prediction is None:
         prediction = predict(graph, settings, pod)
     typer.echo(prediction.text())
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add the command to ``app``; ``wrapper`` turns errors into one line and exit code 1."""
-    app.command("predict")(wrapper(predict_command))

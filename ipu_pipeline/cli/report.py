@@ -1,16 +1,14 @@
-"""Two commands about a saved plan, ``simulate`` and ``report``; ``cli.py`` registers them."""
+"""Two commands about a saved plan, ``simulate`` and ``report``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")]
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
+from ipu_pipeline.cli.options import PlanFile
 
 
 def simulate_command(
@@ -59,9 +57,3 @@ def report_command(
         return
     write_report(plan, output)
     typer.echo(f"report written to {output}")
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add both commands to ``app``; ``wrapper`` turns errors into messages."""
-    app.command("simulate")(wrapper(simulate_command))
-    app.command("report")(wrapper(report_command))

@@ -1,4 +1,4 @@
-"""The command ``tune``; ``cli.py`` registers it."""
+"""The command ``tune``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.tune import Progress, TunePoint, TuneResult
     from ipu_pipeline.capture import CapturedModel
     from ipu_pipeline.ir.machine import Machine
-
-Wrapper = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def tune_command(
@@ -129,8 +127,6 @@ def _progress() -> Iterator[Progress]:
 
 
 def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
-    from ipu_pipeline.backends.ipu.tune import free_share
-
     found: dict[str, Any] = {
         "machine": result.machine.name,
         "global_batch": result.request.global_batch,
@@ -145,7 +141,7 @@ def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
             "samples_per_step": other.samples_per_step,
             "micro_batch": other.micro_batch,
             "fits": other.fits,
-            "free": free_share(other),
+            "free": other.free,
         }
     return found
 
@@ -159,8 +155,3 @@ def _point_json(result: TuneResult, point: TunePoint) -> dict[str, Any]:
         "micro_batch": point.prediction.micro_batch,
         "ipu_config": result.ipu_config(point).to_dict(),
     }
-
-
-def register(app: typer.Typer, wrapper: Wrapper) -> None:
-    """Add the command to ``app``; ``wrapper`` turns errors into messages."""
-    app.command("tune")(wrapper(tune_command))

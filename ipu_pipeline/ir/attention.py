@@ -45,10 +45,8 @@ def unfused_saved_bytes(operations: Iterable[OpRecord]) -> int:
     """Bytes that unfused attention keeps for the backward pass beyond those of the fused one.
 
     The softmax and, with dropout, the mask of kept weights and what is left of them; keys and
-    values repeated for each head of queries; not the logsumexp and the additive mask.
-
-    Args:
-        operations: The forward pass of a block.
+    values repeated for each head of queries; not the logsumexp and the additive mask. The
+    operations are those of the forward pass of a block.
     """
     return sum(op.count * _more_saved_bytes(op) for op in operations if is_attention(op))
 

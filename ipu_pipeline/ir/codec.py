@@ -64,13 +64,7 @@ def from_json(
 
 
 def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        what: What it should be, for the message: ``the plan``.
-        error: Raised when it cannot be read.
-    """
+    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.codec import from_json, read_json, to_json
+from ipu_pipeline.ir.codec import from_json, to_json
 
 DTYPE_BYTES: Mapping[str, float] = {
     "float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "uint64": 8,
@@ -24,7 +21,6 @@ DTYPE_BYTES: Mapping[str, float] = {
 
 BlockKind = Literal["embedding", "layer", "head", "loss", "other"]
 OpKind = Literal["matmul", "vector", "gather", "scatter", "softmax", "norm", "copy", "random"]
-GRAPH_SCHEMA_VERSION = 2
 
 
 def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
@@ -162,16 +158,6 @@ class Block:
         """FLOPs of the backward pass of one microbatch, without recomputation."""
         return sum(op.flops * op.count for op in self.backward_ops)
 
-    @property
-    def forward_bytes_moved(self) -> int:
-        """Bytes read and written by the forward pass of one microbatch."""
-        return sum(op.bytes_moved * op.count for op in self.forward_ops)
-
-    @property
-    def backward_bytes_moved(self) -> int:
-        """Bytes read and written by the backward pass of one microbatch."""
-        return sum(op.bytes_moved * op.count for op in self.backward_ops)
-
 
 @dataclass(frozen=True)
 class BlockGraph:
@@ -247,11 +233,6 @@ class BlockGraph:
         """Elements of the parameters that ``block`` uses, shared ones included."""
         return sum(self.parameter_by_fqn[fqn].numel for fqn in block.parameters)
 
-    def fingerprint(self) -> str:
-        """Hex digest of everything in the graph: equal digests mean equal graphs."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; operations that several blocks share are written once."""
         numbers: dict[tuple[OpRecord, ...], int] = {}
@@ -294,24 +275,3 @@ class BlockGraph:
         except (KeyError, IndexError, TypeError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
         return from_json(cls, fields, source, PlanError, {"blocks": blocks})
-
-    def save(self, path: str | Path) -> None:
-        """Write the graph as JSON; :meth:`load` reads it back without torch."""
-        payload = {"schema_version": GRAPH_SCHEMA_VERSION, **self.to_json()}
-        Path(path).write_text(json.dumps(payload), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> BlockGraph:
-        """Read a graph written by :meth:`save`.
-
-        Raises:
-            PlanError: The file is missing, no graph, or of another schema version.
-        """
-        raw = read_json(path, "the block graph", PlanError)
-        version = raw.pop("schema_version", None) if isinstance(raw, dict) else None
-        if version != GRAPH_SCHEMA_VERSION:
-            raise PlanError(
-                f"{path}: graph schema version {version!r}, this library reads "
-                f"{GRAPH_SCHEMA_VERSION}; capture the model again"
-            )
-        return cls.from_json(raw, str(path))

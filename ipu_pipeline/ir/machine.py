@@ -100,9 +100,6 @@ class Device:
             )
         if any(speed <= 0 for speed in self.flops_per_s.values()):
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
-        self._check_measurements()
-
-    def _check_measurements(self) -> None:
         points = [*self.product_curve, *self.bytes_curve]
         rates = [*(rate for _, rate in points), *self.op_rates.values()]
         if self.op_overhead_s < 0 or any(rate <= 0 for rate in rates):

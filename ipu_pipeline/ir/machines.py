@@ -44,11 +44,8 @@ def machine_by_name(name: str) -> Machine:
         return Machine.load(described[name])
     if Path(name).is_file():
         return Machine.load(name)
-    families = [
-        f"{family['name'].replace('{count}', str(count))}"
-        for family in _facts().values()
-        for count in (4, 16)
-    ]
+    known = [family["name"] for family in _facts().values()]
+    families = [name.replace("{count}", str(count)) for name in known for count in (4, 16)]
     raise PlanError(
         f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}), nor "
         "'local', nor a machine file"

@@ -89,11 +89,6 @@ class PlannedStage:
     stash_bytes: int = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
-    @property
-    def total_s(self) -> float:
-        """Predicted seconds of one microbatch on this stage."""
-        return self.forward_s + self.backward_s + self.transfer_s
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -231,9 +226,9 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, atomically."""
         rest = to_json(replace(self, graph=replace(self.graph, blocks=())))
-        graph = {"graph": self.graph.to_json()}
-        payload = {"schema_version": PLAN_SCHEMA_VERSION, **rest}
-        write_json(path, {**{k: v for k, v in payload.items() if k != "graph"}, **graph}, "graph")
+        del rest["graph"]
+        graph = self.graph.to_json()
+        write_json(path, {"schema_version": PLAN_SCHEMA_VERSION, **rest, "graph": graph}, "graph")
 
     @classmethod
     def load(cls, path: str | Path, *, any_version: bool = False) -> Plan:

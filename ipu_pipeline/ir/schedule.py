@@ -6,17 +6,14 @@ Actions: forward pass (F), whole backward pass (B), or its two halves: gradients
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Literal, cast
+from typing import Literal
 
 from ipu_pipeline.errors import VerifyError
 
 ActionKind = Literal["F", "B", "I", "W"]
-_ACTION = re.compile(r"^(\d+)([FBIW])(\d+)$")
 
 
 @dataclass(frozen=True, order=True)
@@ -34,20 +31,6 @@ class Action:
     def result(self) -> Action:
         """What others wait for: gradients of the inputs are the same from I and from B."""
         return Action(self.stage, "B", self.microbatch) if self.kind == "I" else self
-
-    @classmethod
-    def parse(cls, text: str) -> Action:
-        """Read the text form ``<stage><F|B|I|W><microbatch>``.
-
-        Raises:
-            ValueError: ``text`` is not of that form.
-        """
-        match = _ACTION.match(text.strip())
-        if match is None:
-            raise ValueError(
-                f"{text!r} is no action; write stage, F, B, I or W, microbatch: 0F0, 1B2"
-            )
-        return cls(int(match[1]), cast(ActionKind, match[2]), int(match[3]))
 
 
 @dataclass(frozen=True)
@@ -70,24 +53,6 @@ class Schedule:
         """Return one line per device, actions separated by commas."""
         return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
 
-    @classmethod
-    def from_csv(cls, name: str, text: str) -> Schedule:
-        """Read :meth:`to_csv`'s form; stages and microbatches are counted from the actions."""
-        rows = tuple(
-            tuple(Action.parse(cell) for cell in line.split(",") if cell.strip())
-            for line in text.splitlines()
-            if line.strip()
-        )
-        actions = [action for row in rows for action in row]
-        if not actions:
-            raise ValueError("a schedule needs at least one action")
-        return cls(
-            name,
-            max(action.stage for action in actions) + 1,
-            max(action.microbatch for action in actions) + 1,
-            rows,
-        )
-
     def peak_in_flight(self, stage: int) -> int:
         """Most microbatches whose activations ``stage`` holds at one time (until B or W)."""
         return self.peaks_in_flight[stage]
@@ -108,36 +73,19 @@ class Schedule:
         Raises:
             VerifyError: There is none: the schedule would deadlock, or an action is missing.
         """
-        return tuple(dry_run(self.rows, self.num_stages))
-
-
-def dry_run(rows: Sequence[Sequence[Action]], num_stages: int) -> list[Action]:
-    """Execute the rows without computing; return the actions in a possible global order.
-
-    Raises:
-        VerifyError: No row can go on although actions are left.
-    """
-    done: set[Action] = set()
-    order: list[Action] = []
-    positions = [0] * len(rows)
-    while any(position < len(row) for position, row in zip(positions, rows, strict=True)):
-        moved = False
-        for index, row in enumerate(rows):
-            while positions[index] < len(row) and (
-                requirements(row[positions[index]], num_stages) <= done
-            ):
-                done.add(row[positions[index]].result)
-                order.append(row[positions[index]])
-                positions[index] += 1
-                moved = True
-        if not moved:
-            waiting = [
-                f"device {index} at {row[positions[index]]}"
-                for index, row in enumerate(rows)
-                if positions[index] < len(row)
-            ]
-            raise VerifyError(f"the schedule deadlocks: {'; '.join(waiting)} cannot start")
-    return order
+        done: set[Action] = set()
+        order: list[Action] = []
+        left = [list(reversed(row)) for row in self.rows]
+        while any(left):
+            before = len(order)
+            for row in left:
+                while row and requirements(row[-1], self.num_stages) <= done:
+                    order.append(row.pop())
+                    done.add(order[-1].result)
+            if len(order) == before:
+                waiting = [f"device {index} at {row[-1]}" for index, row in enumerate(left) if row]
+                raise VerifyError(f"the schedule deadlocks: {'; '.join(waiting)} cannot start")
+        return tuple(order)
 
 
 def requirements(action: Action, num_stages: int) -> frozenset[Action]:

@@ -13,9 +13,9 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 
 
-def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> str:
+def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return an aligned table; the first column is text, the others are numbers."""
-    table = Table(*[], title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
@@ -56,14 +56,17 @@ def graph_table(graph: BlockGraph) -> str:
 
 def explain_plan(plan: Plan) -> str:
     """Return the whole plan as text: what goes where, what it costs, how good it is and why."""
+    bound = "no lower bound is known"
+    if plan.lower_bound_s:
+        least = milliseconds(plan.lower_bound_s)
+        bound = f"no split is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
         f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
         f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
         f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
         + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
         stage_table(plan.stages),
-        f"predicted step {milliseconds(plan.objective_s)} ms; {_bound(plan)}; "
-        f"costs: {plan.cost_source}",
+        f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
     ]
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
@@ -75,12 +78,6 @@ def explain_plan(plan: Plan) -> str:
         lines.append("the plan was edited by hand; these numbers are those of the edited plan")
     lines += [f"DOES NOT FIT: {text}" for text in plan.misfits]
     return "\n".join(lines)
-
-
-def _bound(plan: Plan) -> str:
-    if not plan.lower_bound_s:
-        return "no lower bound is known"
-    return f"no split is faster than {milliseconds(plan.lower_bound_s)} ms (gap {plan.gap:.1%})"
 
 
 def annotation_lines(plan: Plan) -> list[str]:
@@ -96,15 +93,12 @@ def annotation_lines(plan: Plan) -> list[str]:
             if stage.serialize.get(name, 1) > 1
         ]
         held += [
-            f"{_slice_range(first, last)} of {name} (stage {index})"
+            f"slice{f' {first}' if last - first == 1 else f's {first}-{last - 1}'} of {name} "
+            f"(stage {index})"
             for name, (first, last) in stage.table_slices.items()
         ]
     named = {"recomputed": recomputed, "serialized": sliced, "table split": held}
     return [f"{what}: {'; '.join(parts)}" for what, parts in named.items() if parts]
-
-
-def _slice_range(first: int, last: int) -> str:
-    return f"slice {first}" if last - first == 1 else f"slices {first}-{last - 1}"
 
 
 def shortened(names: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ no bfloat16 weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -195,8 +194,8 @@ def adamw_step(
         Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
     lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps)
-    if all(weight.device.type == "cpu" for weight in weights) and extension.available():
-        _operator()(*lists, **settings, keys=keys)
+    if all(weight.device.type == "cpu" for weight in weights) and _kernels():
+        torch.ops.ipu_pipeline.adamw_step.default(*lists, **settings, keys=keys)
         return
     for weight, gradient, mean, square, step, key in zip(*lists, keys, strict=True):
         step += 1  # in place
@@ -204,15 +203,7 @@ def adamw_step(
         weight.copy_(stochastic_round(updated, key))
 
 
-@functools.cache
-def _operator() -> Any:
-    """Return the C++ operator; its library is loaded."""
-
-    def changes_in_place_only(*_args: Any, **_kwargs: Any) -> None:
-        return None
-
-    extension.register_fakes(adamw_step=changes_in_place_only)
-    return torch.ops.ipu_pipeline.adamw_step.default
+_kernels = extension.kernels(adamw_step=lambda *_, **__: None)  # it changes its arguments
 
 
 def _updated(  # noqa: PLR0913  # the settings of AdamW by name
@@ -245,13 +236,7 @@ def random_bits(key: int, first: int, count: int) -> Tensor:
 
     Two rounds of an integer hash over the index, each with half of the key.
 
-    Args:
-        key: At least 0, below 2**63.
-        first: Index of the first element.
-        count: Number of elements.
-
-    Returns:
-        int64 of shape ``(count,)``, each in [0, 2**32).
+    Returns int64 of shape ``(count,)``, each in [0, 2**32); ``key`` is from 0 to 2**63 - 1.
 
     Source:
         C. Wellons, hash-prospector ("lowbias32" and its successor, public domain).
@@ -273,9 +258,7 @@ def stochastic_round(x: Tensor, key: int) -> Tensor:
     A value between two neighbours becomes the upper one with the probability that makes the mean
     right. Beyond the largest bfloat16, and for infinities and NaN, this is rounding to nearest.
 
-    Args:
-        x: float32, any shape.
-        key: Decides, with an element's index, that element's random number; below 2**63.
+    ``key``, below 2**63, and an element's index decide that element's random number.
     """
     rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     target, flat = rounded.view(-1), x.reshape(-1)

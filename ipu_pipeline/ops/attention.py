@@ -10,7 +10,6 @@ Axes: B batch (all leading axes but one), H heads, L queries, S keys, E head siz
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,18 +219,7 @@ def _has_kernel(x: Tensor) -> bool:
     return extension.takes(x) and _kernels()
 
 
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(
-        attention_counter=_fake_forward, attention_counter_backward=_fake_backward
-    )
-
-
-def _fake_forward(q: Tensor, _k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return v.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-def _fake_backward(
-    _g: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+_kernels = extension.kernels(
+    attention_counter=lambda q, _k, v, *_: v.new_empty(*q.shape[:-1], v.shape[-1]),
+    attention_counter_backward=lambda _g, *qkv: tuple(map(torch.empty_like, qkv[:3])),
+)

@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import functools
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -72,15 +71,7 @@ def bernoulli_counter_(
 ) -> Tensor:
     """Fill ``out`` with ones where :func:`dropout_counter` keeps an element, else zeros.
 
-    Args:
-        out: Tensor of any dtype, shape and strides.
-        keep_probability: Probability of a one.
-        seed: As for :func:`dropout_counter`; so are the next two.
-        stream: Which sequence of words.
-        offset: Index of the first element.
-
-    Returns:
-        ``out``.
+    ``out`` has any dtype, shape and strides, and is returned.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -154,9 +145,7 @@ def philox_4x32(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the four words of Philox4x32-10 for each counter.
 
-    Args:
-        counter: Four words, each an int64 tensor or a number, from 0 to 2^32 - 1.
-        key: Two words.
+    A counter is four words, each an int64 tensor or a number from 0 to 2^32 - 1; a key is two.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -173,16 +162,7 @@ def _has_kernel(x: Tensor) -> bool:
     return extension.takes(x) and _kernels()
 
 
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(
-        dropout_counter=_fake_dropout, bernoulli_counter_=_fake_bernoulli
-    )
-
-
-def _fake_dropout(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_bernoulli(*_: Any) -> None:
-    """It changes its argument, and returns nothing."""
+_kernels = extension.kernels(
+    dropout_counter=lambda x, *_: torch.empty_like(x),
+    bernoulli_counter_=lambda *_: None,  # it changes its argument
+)

@@ -9,7 +9,6 @@ Axes: V rows of the table, H hidden size, N ids looked up, U different ids among
 
 from __future__ import annotations
 
-import functools
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.dropout import FLOATS
 
 
 @dataclass(frozen=True)
@@ -173,22 +173,16 @@ def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Ten
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    known = tensor.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return known and extension.takes(tensor) and _kernels()
-
-
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(
-        embedding_serialized=_fake_lookup, embedding_serialized_backward=_fake_backward
-    )
-
-
-def _fake_lookup(ids: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(ids.numel(), weight.shape[1])
+    return tensor.dtype in FLOATS and extension.takes(tensor) and _kernels()
 
 
 def _fake_backward(grad: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     num_rows = torch.library.get_ctx().new_dynamic_size()
     rows_U = ids.new_empty(num_rows, dtype=torch.int64)
     return rows_U, grad.new_empty(num_rows, grad.shape[1])
+
+
+_kernels = extension.kernels(
+    embedding_serialized=lambda ids, weight, *_: weight.new_empty(ids.numel(), weight.shape[1]),
+    embedding_serialized_backward=_fake_backward,
+)

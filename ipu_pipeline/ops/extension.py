@@ -144,20 +144,20 @@ def _warn_once() -> None:
     )
 
 
-def register_fakes(**fakes: Callable[..., Any]) -> bool:
-    """Tell torch what operators return for tensors without data.
+def kernels(**fakes: Callable[..., Any]) -> Callable[[], bool]:
+    """Return a function that returns :func:`available`, as it is at its first call.
 
-    Args:
-        **fakes: By the operator's name in the namespace ``ipu_pipeline``.
-
-    Returns:
-        :func:`available`; without the library nothing is registered.
+    That call also tells torch what the operators, by name, return for tensors without data.
     """
-    if not available():
-        return False
-    for name, fake in fakes.items():
-        torch.library.register_fake(f"ipu_pipeline::{name}", fake)
-    return True
+
+    def usable() -> bool:
+        if not available():
+            return False
+        for name, fake in fakes.items():
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+        return True
+
+    return functools.cache(usable)
 
 
 def takes(tensor: Tensor) -> bool:

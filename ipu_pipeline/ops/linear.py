@@ -66,15 +66,7 @@ def fast_addmm(
 ) -> Tensor | None:
     """Compute ``torch.addmm``, which Transformers' ``Conv1D`` calls, as a linear layer.
 
-    Args:
-        input: The bias, ``(N)``.
-        mat1: ``(M, K)``.
-        mat2: The weight, ``(K, N)``.
-        beta: Only 1 is taken.
-        alpha: Only 1 is taken.
-
-    Returns:
-        The product; None for what torch computes as fast.
+    ``input`` is the bias ``(N)``, ``mat2`` the weight ``(K, N)``; None as in :func:`fast_linear`.
     """
     if beta != 1 or alpha != 1:
         return None
@@ -151,7 +143,15 @@ def _kernels() -> bool:
     wish = os.environ.get(SWITCH, "")
     if wish not in ("", "onednn", "mkl"):
         raise PipelineError(f"{SWITCH}={wish} is unknown; use onednn, mkl, or do not set it")
-    return extension.register_fakes(linear_forward=_fake_forward, linear_backward=_fake_backward)
+    return extension.kernels(
+        linear_forward=lambda x, weight, _bias, transposed: x.new_empty(
+            *x.shape[:-1], weight.shape[1 if transposed else 0]
+        ),
+        linear_backward=lambda _grad, x, weight, _transposed, *needs: tuple(
+            each.new_empty(each.shape) if need else None
+            for each, need in zip((x, weight), needs, strict=True)
+        ),
+    )()
 
 
 def onednn_products() -> bool:
@@ -161,26 +161,3 @@ def onednn_products() -> bool:
         PipelineError: ``IPU_PIPELINE_MATMUL`` names another library.
     """
     return _kernels() and bool(torch.ops.ipu_pipeline.onednn_products())
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    _bias: Tensor | None,
-    transposed: bool,  # noqa: FBT001
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-def _fake_backward(
-    _grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    _transposed: bool,  # noqa: FBT001
-    needs_x: bool,  # noqa: FBT001
-    needs_weight: bool,  # noqa: FBT001
-) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        x.new_empty(x.shape) if needs_x else None,
-        weight.new_empty(weight.shape) if needs_weight else None,
-    )

@@ -9,8 +9,6 @@ Axes: N tokens, H hidden features, V classes (the vocabulary).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,10 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.dropout import FLOATS
 from ipu_pipeline.ops.projection import autocast_like_linear
 
 Reduction = Literal["mean", "sum", "none"]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Below this torch adds a whole tensor on one thread, so the sum does not depend on threads.
 SUM_PIECE = 16_384
 # With more tokens a slice has matmuls that are hardly faster, and logits as large as the weight.
@@ -106,7 +104,7 @@ def _check_operands(operands: _Operands) -> None:
             "flatten the tokens to N rows"
         )
     types = [each.dtype for each in (x, weight, bias) if each is not None]
-    if x.dtype not in DTYPES or len(set(types)) != 1:
+    if x.dtype not in FLOATS or len(set(types)) != 1:
         raise ValueError(
             f"x, weight and bias are {', '.join(map(str, types))}; "
             "use float32, float64, bfloat16 or float16 for all of them"
@@ -158,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if hold and reduction != "none" and any(needs):
                 losses, *ctx.held = _gradients(operands, options, ctx.scale, needs)
             else:
-                losses = _losses(operands, options)
+                losses = _gradients(operands, options, None, (False, False, False))[0]
         return losses if reduction == "none" else _sum(losses) * ctx.scale
 
     @staticmethod
@@ -197,11 +195,6 @@ def _sum(values: Tensor) -> Tensor:
     return torch.stack([piece.sum() for piece in values.split(SUM_PIECE)]).sum()
 
 
-@functools.cache
-def _kernels() -> bool:
-    return extension.register_fakes(linear_cross_entropy=_fake)
-
-
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, bias, _, scale, *_, need_x, need_weight, need_bias = rest
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -216,50 +209,37 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _kernel(
-    operands: _Operands, options: _Options, scale: Tensor | None, needs: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
-    x, weight, bias, target, class_weight = operands
-    return torch.ops.ipu_pipeline.linear_cross_entropy(
-        x, weight, target, bias, class_weight, scale, options.ignore_index,
-        options.label_smoothing, options.slice_tokens(len(x)), *needs,
-    )  # fmt: skip
-
-
-def _losses(operands: _Operands, options: _Options) -> Tensor:
-    if _kernels():
-        return _kernel(operands, options, None, (False, False, False))[0]
-    losses = operands.x.new_empty(len(operands.target), dtype=_loss_dtype(operands))
-    for cut in _cuts(operands, options):
-        losses[cut], _ = _slice_losses(operands, options, cut)
-    return losses
-
-
-def _cuts(operands: _Operands, options: _Options) -> Iterator[slice]:
-    num_tokens = len(operands.x)
-    step = options.slice_tokens(num_tokens)
-    return (slice(start, start + step) for start in range(0, num_tokens, step))
+_kernels = extension.kernels(linear_cross_entropy=_fake)
 
 
 def _gradients(
-    operands: _Operands, options: _Options, scale: Tensor, needs: tuple[bool, ...]
+    operands: _Operands, options: _Options, scale: Tensor | None, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the losses and the gradients of x, weight and bias; ``scale`` is a scalar or N."""
-    x, weight, bias = operands[:3]
+    """Return the losses and the gradients of x, weight and bias that are needed.
+
+    ``scale`` is a scalar or N; None where no gradient is needed.
+    """
+    x, weight, bias, target, class_weight = operands
+    step = options.slice_tokens(len(x))
+    scale_N = None if scale is None else scale.expand(len(x))
     if _kernels():
-        losses, *found = _kernel(operands, options, scale.expand(len(x)), needs)
+        losses, *found = torch.ops.ipu_pipeline.linear_cross_entropy(
+            x, weight, target, bias, class_weight, scale_N, options.ignore_index,
+            options.label_smoothing, step, *needs,
+        )  # fmt: skip
         wanted = (*needs[:2], needs[2] and bias is not None)
         dx, dw, db = (each if need else None for each, need in zip(found, wanted, strict=True))
         return losses, dx, dw, db
     losses = x.new_empty(len(x), dtype=_loss_dtype(operands))
-    scale_N = scale.expand(len(x))
     dx, dw, db = (
         torch.zeros_like(each) if need and each is not None else None
         for each, need in zip((x, weight, bias), needs, strict=True)
     )
-    for cut in _cuts(operands, options):
-        losses[cut], grad = _slice_losses(operands, options, cut, scale_N[cut])
-        assert grad is not None
+    for cut in (slice(start, start + step) for start in range(0, len(x), step)):
+        part = None if scale_N is None else scale_N[cut]
+        losses[cut], grad = _slice_losses(operands, options, cut, part)
+        if grad is None:
+            continue
         if dx is not None:
             torch.mm(grad, weight, out=dx[cut])
         if dw is not None:
@@ -270,7 +250,7 @@ def _gradients(
 
 
 def _slice_losses(
-    operands: _Operands, options: _Options, cut: slice, scale: Tensor | None = None
+    operands: _Operands, options: _Options, cut: slice, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses of a slice and, given a scale, the gradient of its logits."""
     dtype = _loss_dtype(operands)

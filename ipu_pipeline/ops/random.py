@@ -1,7 +1,7 @@
 """Random numbers that do not depend on the split.
 
 Torch draws dropout masks from one global generator, so a mask would depend on which stage ran
-first. Inside :class:`random_scope` every random torch function of the calling thread draws
+first. Inside :class:`block_scope` every random torch function of the calling thread draws
 numbers keyed by (seed, step, microbatch, block) instead; entering the same scope again, as
 recomputation does, replays the same numbers.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from ipu_pipeline.ops.attention import attention_counter
 from ipu_pipeline.ops.dropout import FLOATS, bernoulli_counter_, dropout_counter
+from ipu_pipeline.ops.linear import fast_addmm, fast_linear
 
 # Python-level functions that draw random numbers without taking a generator.
 _COMPOSITE = frozenset(
@@ -101,12 +103,7 @@ class _FromSource(TorchDispatchMode):
     def _bernoulli_(self, out: Tensor, p: float = 0.5) -> Tensor:
         return bernoulli_counter_(out, p, *self.source.mask_key())
 
-    def _native_dropout(
-        self,
-        x: Tensor,
-        p: float,
-        train: bool | None = True,  # noqa: FBT001, FBT002
-    ) -> tuple[Tensor, Tensor]:
+    def _native_dropout(self, x: Tensor, p: float, train: Any) -> tuple[Tensor, Tensor]:
         if not train:
             return torch.ops.aten.native_dropout.default(x, p, train)
         kept = self._bernoulli_(torch.empty_like(x, dtype=torch.bool), 1 - p)
@@ -128,8 +125,10 @@ def _generator_overload(func: Any) -> Any:
     )
 
 
-class random_scope(TorchFunctionMode):
-    """Within it, random torch functions of this thread draw from a keyed generator.
+class block_scope(TorchFunctionMode):
+    """Within it, torch functions of this thread run as those of one block.
+
+    Random ones draw from a keyed generator, products run where they are fast.
 
     Args:
         *key: Whole numbers and strings that identify the scope: seed, step, microbatch, block.
@@ -144,6 +143,9 @@ class random_scope(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _FASTER:
+            result = _FASTER[func](*args, **kwargs)
+            return func(*args, **kwargs) if result is None else result
         if func in _COMPOSITE:
             if not is_random(func, args, kwargs):
                 return func(*args, **kwargs)
@@ -167,42 +169,28 @@ def _dropout(
     p: float = 0.5,
     training: bool = True,  # noqa: FBT001, FBT002
     inplace: bool = False,  # noqa: FBT001, FBT002
+    *,
+    train: bool = True,  # what torch.dropout calls it
 ) -> Tensor | None:
-    if not training or not 0 < p <= 1 or input.dtype not in FLOATS:
+    if not (training and train) or not 0 < p <= 1 or input.dtype not in FLOATS:
         return None
     result = dropout_counter(input, p, *source.mask_key())
     return input.copy_(result) if inplace else result
 
 
-def _torch_dropout(
-    source: _Source,
-    input: Tensor,
-    p: float,
-    train: bool,  # noqa: FBT001
-) -> Tensor | None:
-    return _dropout(source, input, p, train)
-
-
-def _torch_dropout_(
-    source: _Source,
-    input: Tensor,
-    p: float,
-    train: bool,  # noqa: FBT001
-) -> Tensor | None:
-    return _dropout(source, input, p, train, inplace=True)
-
-
-def _attention(source: _Source, *args: Any, **kwargs: Any) -> Tensor | None:
-    return attention_counter(source.mask_key(), *args, **kwargs)
-
-
-# Functions with a path of our own. It returns None for a call that torch has to take, and has
-# torch's names of arguments.
+# Functions with a path of our own: products without, others with random numbers. It returns None
+# for a call that torch has to take, and has torch's names of arguments.
+_FASTER: dict[Any, Callable[..., Tensor | None]] = {
+    functional.linear: fast_linear,
+    torch.addmm: fast_addmm,
+}
 _OWN: dict[Any, Callable[..., Tensor | None]] = {
     functional.dropout: _dropout,
-    torch.dropout: _torch_dropout,
-    torch.dropout_: _torch_dropout_,
-    functional.scaled_dot_product_attention: _attention,
+    torch.dropout: _dropout,
+    torch.dropout_: partial(_dropout, inplace=True),
+    functional.scaled_dot_product_attention: lambda source, *args, **kwargs: attention_counter(
+        source.mask_key(), *args, **kwargs
+    ),
 }
 
 

@@ -1,9 +1,9 @@
 """What a backend is, and how one is found: by folder or entry point, imported when asked for.
 
-A backend is the only place that prices, constrains and runs the stages of its machines. It stands
-in ``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under
-the entry point group ``ipu_pipeline.backends``; the module has one object ``BACKEND``. Nothing
-but ``lower`` and ``doctor`` may import torch, so that a saved plan is priced without it.
+A backend prices, constrains and runs the stages of its machines. It is one object ``BACKEND`` in
+``ipu_pipeline/backends/<name>/backend.py``, or in a module that a distribution announces under the
+entry point group ``ipu_pipeline.backends``. Nothing but ``lower`` and ``doctor`` may import torch,
+so that a saved plan is priced without it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Workload:
 class Backend(Protocol):
     """One kind of machines: prices, rules, schedules, lowering.
 
+    One that derives from this has no settings, no rules of its own, and counted or measured costs.
+
     Attributes:
         name: Name of its folder or entry point.
         target: What users give to ``compile(target=...)``.
@@ -94,7 +96,7 @@ class Backend(Protocol):
             config: The engineer's configuration (``ipu_config.json``), or ``None``.
             limits: Microbatches and replicas are read.
         """
-        ...
+        return limits.kept()
 
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
         """Return ``limits`` with what a plan must respect here besides.
@@ -104,7 +106,7 @@ class Backend(Protocol):
         Raises:
             PartitionError: ``limits`` ask for what this backend cannot run.
         """
-        ...
+        return limits
 
     def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
         """Return the microbatches per step where the user gave no number."""
@@ -112,7 +114,9 @@ class Backend(Protocol):
 
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""
-        ...
+        from ipu_pipeline.planner.price import counted_costs
+
+        return counted_costs(work)
 
     def placement(self, work: Workload) -> Partition | None:
         """Return the split that the settings spell out; ``None``: it is searched.
@@ -120,7 +124,7 @@ class Backend(Protocol):
         Raises:
             PipelineError: It does not fit the model, the machine or its memory.
         """
-        ...
+        return None
 
     def step(self, plan: Plan) -> PlanPrice:
         """Return THE price of a plan: everything that one optimizer step costs, and the memory.

@@ -43,7 +43,6 @@ class PlanPrice:
         binding: What limits the plan, readable.
         recompute: Blocks of every stage that do recompute, where that saves memory.
         source: Where the prices of the blocks come from.
-        details: The backend's own account, such as the prediction for IPUs.
     """
 
     stages: tuple[StageLoad, ...]
@@ -55,7 +54,6 @@ class PlanPrice:
     binding: str = ""
     recompute: tuple[tuple[str, ...], ...] = ()
     source: str = "analytic"
-    details: Any = None
 
 
 def price(plan: Plan) -> PlanPrice:

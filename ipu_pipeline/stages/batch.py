@@ -83,12 +83,8 @@ def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) ->
             f"{len(parts)} microbatches with {len(weights)} weights cannot be run; pass at least "
             "one microbatch, and one weight for each"
         )
-    return [
-        Microbatch(index, part, _num_samples(part), weight)
-        for index, (part, weight) in enumerate(zip(parts, weights, strict=True))
-    ]
-
-
-def _num_samples(part: Mapping[str, Any]) -> int:
-    sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
-    return next(sizes, 1)
+    cut = []
+    for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
+        cut.append(Microbatch(index, part, next(sizes, 1), weight))
+    return cut

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -26,11 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class LRUCache(Generic[K, V]):
-    """Makes values on demand and keeps the ``limit`` that were used last.
+    """Makes values on demand and keeps the ``limit`` that were used last, at least 1.
 
-    Args:
-        limit: At most so many are kept, at least 1.
-        on_drop: Called with every value that is dropped.
+    ``on_drop`` is called with every value that is dropped.
     """
 
     def __init__(self, limit: int, on_drop: Callable[[V], None] = lambda _: None) -> None:
@@ -56,6 +55,7 @@ class LRUCache(Generic[K, V]):
             self._on_drop(self._values.pop(key))
 
 
+@dataclass(eq=False)
 class StageCache:
     """Builds the stages of a plan for the shape of a microbatch, and remembers the last few.
 
@@ -69,24 +69,17 @@ class StageCache:
         on_drop: Called with stages that are forgotten.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        precision: str,
-        *,
-        recompute: frozenset[str],
-        self_check: bool,
-        max_shapes: int = MAX_SHAPES,
-        on_drop: Callable[[tuple[Stage, ...]], None] | None = None,
-    ) -> None:
-        self.model = model
-        self.precision = precision
-        self.plan = plan
-        self.recompute = recompute
-        self.self_check = self_check
-        self._stages = LRUCache[Signature, tuple[Stage, ...]](max_shapes, self._dropped)
-        self._on_drop = on_drop
+    model: nn.Module
+    plan: Plan
+    precision: str
+    _: KW_ONLY
+    recompute: frozenset[str]
+    self_check: bool
+    max_shapes: int = MAX_SHAPES
+    on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
+
+    def __post_init__(self) -> None:
+        self._stages = LRUCache[Signature, tuple[Stage, ...]](self.max_shapes, self._dropped)
         self._warned = False
 
     def stages_for(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -112,7 +105,12 @@ class StageCache:
                 granularity=self.plan.granularity,  # type: ignore[arg-type]
                 self_check=self.self_check,
             )
-        return self._build(captured, uses)
+        if captured.training:
+            self._check_blocks([program.name for program in captured.programs])
+        blocks = place_blocks(captured, self.plan)
+        tables = find_tables(captured, uses, serialized(self.plan))
+        row_shards = shard_tables(captured, self.plan, tables)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
     def _dropped(self, stages: tuple[Stage, ...]) -> None:
         if not self._warned:
@@ -123,16 +121,7 @@ class StageCache:
                 "pad to fewer lengths (pad_to_multiple_of)",
                 self._stages.limit,
             )
-        if self._on_drop is not None:
-            self._on_drop(stages)
-
-    def _build(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
-        if captured.training:
-            self._check_blocks([program.name for program in captured.programs])
-        blocks = place_blocks(captured, self.plan)
-        tables = find_tables(captured, uses, serialized(self.plan))
-        row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards)
+        self.on_drop(stages)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]

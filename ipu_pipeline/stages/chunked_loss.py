@@ -54,10 +54,10 @@ def chunked_cross_entropy(
         operands: Input (N x H), weight and bias of the projection.
         pointwise: Functions that work on every logit alone.
         target_N: Class of every token.
-        class_weight_V: As in ``functional.cross_entropy``, like all that follow.
+        class_weight_V: As in ``functional.cross_entropy``, like the next three.
         reduction: ``mean``, ``sum`` or ``none``.
-        ignore_index: Tokens of this class count nowhere.
-        label_smoothing: Share of the target spread over all classes.
+        ignore_index: As there.
+        label_smoothing: As there.
         num_slices: About ``N / num_slices * V`` logits exist at once.
     """
     x_NH, weight_VH, bias_V = operands
@@ -121,22 +121,9 @@ class DeferredLogits(Tensor):
 
     @staticmethod
     def of(
-        x: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        *,
-        factor: int,
-        hold_gradients: bool,
+        x: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, factor: int, hold_gradients: bool
     ) -> DeferredLogits:
-        """Return the logits of one call of ``functional.linear``.
-
-        Args:
-            x: Hidden states, any token axes.
-            weight_VH: The table.
-            bias_V: Its bias.
-            factor: Number of slices.
-            hold_gradients: Compute a fused loss's gradients in its forward pass.
-        """
+        """Return the logits of one call of ``functional.linear``; see ``_Projection``."""
         dtype = torch.result_type(x, weight_VH)
         if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
             dtype = torch.get_autocast_dtype("cpu")
@@ -298,10 +285,6 @@ def _axes_used(entry: Any) -> int:
     return 1
 
 
-def _same(logits: DeferredLogits, *_: Any, **__: Any) -> DeferredLogits:
-    return logits
-
-
 def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits | None:
     """Only to the dtype that losses are computed in anyway: others round."""
     if dtype == logits.dtype:
@@ -309,10 +292,6 @@ def _cast(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits | None:
     if dtype != torch.float32 or logits.dtype == torch.float64 or logits.pointwise:
         return None
     return _make(logits.projection, logits.x, logits.bias_V, dtype)
-
-
-def _float(logits: DeferredLogits, **_: Any) -> DeferredLogits | None:
-    return _cast(logits, torch.float32)
 
 
 def _to(logits: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
@@ -358,10 +337,6 @@ def _divide(logits: DeferredLogits, divisor: Any, **how: Any) -> DeferredLogits 
     return _scale(logits, 1 / divisor)
 
 
-def _tanh(logits: DeferredLogits) -> DeferredLogits:
-    return _then(logits, torch.tanh)
-
-
 def _cross_entropy(  # the parameters of functional.cross_entropy
     logits: DeferredLogits,
     target: Tensor,
@@ -400,13 +375,13 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
-    **dict.fromkeys((Tensor.contiguous,), _same),
     **dict.fromkeys((Tensor.add, torch.add), _add),
     **dict.fromkeys((Tensor.mul, torch.mul), _scale),
     **dict.fromkeys((Tensor.div, torch.div), _divide),
-    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((Tensor.tanh, torch.tanh), lambda logits: _then(logits, torch.tanh)),
     Tensor.__getitem__: _index,
-    Tensor.float: _float,
+    Tensor.contiguous: lambda logits, *_, **__: logits,
+    Tensor.float: lambda logits, **_: _cast(logits, torch.float32),
     Tensor.to: _to,
     functional.cross_entropy: _cross_entropy,
 }

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.batch import Microbatch
 
 T = TypeVar("T")
 
@@ -48,6 +49,23 @@ class EvalResult:
 
     loss: float | None
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def mean_loss(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> float:
+    """Return the mean of the microbatches' losses, weighted by their samples."""
+    pairs = zip(microbatches, results, strict=True)
+    return sum(float(result["loss"]) * part.share for part, result in pairs)
+
+
+def join(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> EvalResult:
+    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
+    loss = mean_loss(microbatches, results) if "loss" in results[0] else None
+    outputs = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        if name != "loss":
+            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+    return EvalResult(loss, outputs)
 
 
 @dataclass(frozen=True)
@@ -202,12 +220,7 @@ class Executable(Protocol):
 
 
 class SingleProcessExecutable:
-    """State and checkpoints of an executable that one process drives.
-
-    Args:
-        model: The unsplit model.
-        optimizer: Over the model's own parameters, or ``None``.
-    """
+    """State and checkpoints of an executable that one process drives."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.model = model

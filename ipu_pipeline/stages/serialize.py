@@ -7,26 +7,26 @@ gradient, so that no second tensor as large as the table is made.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ops.embedding import embedding_serialized
 from ipu_pipeline.ops.projection import serialized_linear
 from ipu_pipeline.stages.chunked_loss import DeferredLogits
-from ipu_pipeline.stages.tables import RowShard, Table
+from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
 
 
-class SerializedRegion(TorchFunctionMode):
+class SerializedRegion(TableCalls):
     """While active, lookups and projections that read ``table`` run in slices.
 
     Args:
         table: The block's table.
-        leaves: Stand-ins that collect the lookups' gradients.
+        leaves: Collect the gradients.
         defer: Compute no logits but leave them to the loss behind the block.
         hold_gradients: Compute that loss's gradients in its forward pass.
         last_row_shard: Where other stages hold rows too: those of this one, and the sum of theirs.
@@ -48,15 +48,10 @@ class SerializedRegion(TorchFunctionMode):
         self.hold_gradients = hold_gradients
         self.last_row_shard = last_row_shard
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.embedding or func is functional.linear:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if weight is self.table.parameter:
-                sliced = self._look_up if func is functional.embedding else self._project
-                return sliced(*args, **kwargs)
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Take the calls that read the table."""
+        if weight is self.table.parameter:
+            func = self._look_up if func is functional.embedding else self._project
         return func(*args, **kwargs)
 
     def _look_up(  # the parameters of functional.embedding
@@ -82,12 +77,7 @@ class SerializedRegion(TorchFunctionMode):
             scale_grad_by_freq=scale_grad_by_freq,
         )
 
-    def _project(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-    ) -> Tensor:
+    def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         factor = self.table.factor
         if not self.defer:
             return serialized_linear(input, weight, bias, factor=factor)
@@ -96,13 +86,14 @@ class SerializedRegion(TorchFunctionMode):
         )
 
 
+@dataclass(eq=False)
 class SerializedForward:
     """Runs programs; recomputation calls :meth:`run` again with the same object.
 
     Args:
-        tables: Tables by block name; a block without one runs as it is.
+        tables: By block name; a block without one runs as it is.
         fused: Blocks whose logits may stay deferred until the loss takes them.
-        row_shards: Rows that this stage holds of tables that several stages hold.
+        row_shards: Of this stage.
         hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
             microbatch of the stage is in flight meanwhile.
 
@@ -110,18 +101,12 @@ class SerializedForward:
         leaves: Collect the gradients of the lookups.
     """
 
-    def __init__(
-        self,
-        tables: Mapping[str, Table],
-        fused: frozenset[str],
-        row_shards: Sequence[RowShard],
-        *,
-        hold_gradients: bool,
-    ) -> None:
-        self.tables = tables
-        self.fused = fused
-        self.hold_gradients = hold_gradients
-        self.row_shards = row_shards
+    tables: Mapping[str, Table]
+    fused: frozenset[str]
+    row_shards: Sequence[RowShard]
+    hold_gradients: bool = field(kw_only=True)
+
+    def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
         self._last_row_shards: dict[str, tuple[RowShard, Tensor]] = {}
 

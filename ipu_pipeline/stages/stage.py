@@ -19,7 +19,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 
@@ -98,7 +98,10 @@ class Stage:
         Returns:
             What it sends on, and the results it computed (detached).
         """
-        leaves = {name: _leaf(value) for name, value in received.items()}
+        # Cut off from the graph of the stages that computed them.
+        leaves = {
+            n: v.detach().requires_grad_() if v.requires_grad else v for n, v in received.items()
+        }
         values, blocks = self.compute(inputs, leaves, key, alone=alone)
         sent = {name: values[name] for name in self.sends}
         results = {name: values[value] for name, value in self.results.items()}
@@ -117,14 +120,8 @@ class Stage:
     ) -> tuple[dict[str, Any], SerializedForward]:
         """Run its blocks on values that stay part of the caller's graph; remember nothing.
 
-        Args:
-            inputs: Model inputs by name.
-            received: Values of earlier stages by name.
-            key: Random numbers are keyed by this and the block's name.
-            alone: As in :meth:`forward`.
-
-        Returns:
-            Every value by name, and what ran the serialized blocks.
+        Arguments are those of :meth:`forward`. Returns every value by name, and what ran the
+        serialized blocks.
         """
         values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
         self.block = "prelude"
@@ -230,15 +227,7 @@ def build_stages(
     tables: Mapping[str, Table] | None = None,
     row_shards: Mapping[int, Sequence[RowShard]] | None = None,
 ) -> tuple[Stage, ...]:
-    """Build the stages of a split.
-
-    Args:
-        captured: The captured model.
-        blocks: Block names of each stage.
-        recompute: Names of blocks to recompute in the backward pass.
-        tables: Tables of serialized blocks, by block name.
-        row_shards: Rows of tables that several stages hold, by stage.
-    """
+    """Build the stages of a split: ``blocks`` are the block names of each stage."""
     tables, row_shards = tables or {}, row_shards or {}
     stage_of = {name: index for index, names in enumerate(blocks) for name in names}
     producer = {v: stage_of[p.name] for p in captured.programs for v in p.outputs}
@@ -250,26 +239,24 @@ def build_stages(
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []
     for index, own in enumerate(programs):
-        results = {
-            name: value
-            for name, value in captured.results.items()
-            if producer.get(value, 0) == index
-        }
+        results = {n: v for n, v in captured.results.items() if producer.get(v, 0) == index}
         held = tuple(row_shards.get(index, ()))
-        sends = _sent(captured, producer, stage_of, index)
+        received = [n for p in own for n in p.inputs if producer.get(n, index) != index]
+        sends = [
+            name
+            for program in captured.programs
+            for name in program.inputs
+            if producer.get(name) == index and stage_of[program.name] != index
+        ]
+        received += [shard.received for shard in held if shard.received]
+        shards = [shard.sent for shard in held if shard.sent]
         stages.append(
             Stage(
                 index=index,
                 programs=own,
                 prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
-                receives=(
-                    *_received(own, producer, index),
-                    *(shard.received for shard in held if shard.received),
-                ),
-                sends=(
-                    *sends,
-                    *(shard.sent for shard in held if shard.sent),
-                ),
+                receives=tuple(dict.fromkeys(received)),
+                sends=tuple(dict.fromkeys([*sends, *shards])),
                 recompute=frozenset(recompute),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
@@ -287,25 +274,6 @@ def _parameters(programs: Sequence[Program], row_shards: Sequence[RowShard]) -> 
     return list(found | dict.fromkeys(shard.table.parameter for shard in row_shards))
 
 
-def _received(
-    programs: Sequence[Program], producer: Mapping[str, int], index: int
-) -> tuple[str, ...]:
-    names = (name for program in programs for name in program.inputs)
-    return tuple(dict.fromkeys(n for n in names if producer.get(n, index) != index))
-
-
-def _sent(
-    captured: CapturedModel, producer: Mapping[str, int], stage_of: Mapping[str, int], index: int
-) -> tuple[str, ...]:
-    names = (
-        name
-        for program in captured.programs
-        for name in program.inputs
-        if producer.get(name) == index and stage_of[program.name] != index
-    )
-    return tuple(dict.fromkeys(names))
-
-
 def _specs(
     captured: CapturedModel, names: Iterable[str], row_shards: Sequence[RowShard]
 ) -> dict[str, TensorMeta]:
@@ -317,11 +285,6 @@ def _specs(
         if shard.sent:
             found[shard.sent] = TensorMeta(shape, dtype, table.requires_grad)
     return found
-
-
-def _leaf(value: Tensor) -> Tensor:
-    """Return ``value`` cut off from the graph of the stage that computed it."""
-    return value.detach().requires_grad_(value.requires_grad) if value.requires_grad else value
 
 
 def _roots(
@@ -358,14 +321,9 @@ def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset
         return frozenset(names if wish == "all" else ())
     unknown = unmatched(wish, names)
     if unknown:
+        more = f" and {len(names) - 40} more" if len(names) > 40 else ""
         raise LoweringError(
             f"recompute names {', '.join(map(repr, unknown))}, which is no block, prefix or "
-            f"pattern of one; the blocks are {_shown(names)}"
+            f"pattern of one; the blocks are {', '.join(names[:40])}{more}"
         )
     return frozenset(select_all(wish, names))
-
-
-def _shown(names: Iterable[str], limit: int = 40) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -32,20 +32,31 @@ from ipu_pipeline.ops.embedding import embedding_serialized
 
 @dataclass(frozen=True)
 class Table:
-    """The parameter that a block reads in slices.
-
-    Attributes:
-        block: Name of the block.
-        parameter: The table, V rows of H.
-        factor: Number of slices.
-    """
+    """The parameter (V rows of H) that a block reads in ``factor`` slices."""
 
     block: str
     parameter: nn.Parameter
     factor: int
 
 
-class TableUses(TorchFunctionMode):
+class TableCalls(TorchFunctionMode):
+    """While active, lookups and projections go through :meth:`on_call`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding or func is functional.linear:
+            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+            return self.on_call(func, weight, args, kwargs)
+        return func(*args, **kwargs)
+
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Return what a call of ``functional.embedding`` or ``functional.linear`` returns."""
+        raise NotImplementedError
+
+
+class TableUses(TableCalls):
     """While active, notes which parameters are used as tables.
 
     Attributes:
@@ -56,15 +67,11 @@ class TableUses(TorchFunctionMode):
         super().__init__()
         self.refused: dict[int, str] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.embedding or func is functional.linear:
-            weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-            if isinstance(weight, nn.Parameter) and weight.ndim == 2:
-                reason = _why_not(*args, **kwargs) if func is functional.embedding else ""
-                self.refused[id(weight)] = self.refused.get(id(weight)) or reason
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
+        """Note the table."""
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+            reason = _why_not(*args, **kwargs) if func is functional.embedding else ""
+            self.refused[id(weight)] = self.refused.get(id(weight)) or reason
         return func(*args, **kwargs)
 
 
@@ -104,12 +111,7 @@ def serialized(plan: Plan) -> dict[str, int]:
 def find_tables(
     captured: CapturedModel, uses: TableUses, factors: Mapping[str, int]
 ) -> dict[str, Table]:
-    """Return the table of every block that ``factors`` names.
-
-    Args:
-        captured: The captured model.
-        uses: Was active while the model ran.
-        factors: Slices by block name.
+    """Return the table of every block that ``factors`` names; ``uses`` was active in the capture.
 
     Raises:
         LoweringError: A block has no table, a table with fewer rows than slices, or one that
@@ -148,11 +150,7 @@ def fused_projections(
 ) -> frozenset[str]:
     """Return the serialized blocks whose outputs only the loss of the same stage reads.
 
-    Args:
-        own: Programs of the stage.
-        everywhere: Programs of all stages.
-        kept: Values that the caller gets.
-        tables: Tables by block name.
+    ``own`` are the programs of the stage, ``kept`` the values that the caller gets.
     """
     if LOSS not in {program.name for program in own}:
         return frozenset()
@@ -243,13 +241,19 @@ def shard_tables(
             continue
         table = tables[block]
         lookup = _find_lookup(captured, programs[block], table)
-        step = -(-len(table.parameter) // table.factor)
+        num_rows = len(table.parameter)
+        step = -(-num_rows // table.factor)
         for position, (stage_index, (first, last)) in enumerate(held):
+            if first * step >= num_rows:
+                raise LoweringError(
+                    f"block {block!r} spreads {num_rows} rows over more stages than have any: a "
+                    f"stage would start at row {first * step}; use fewer slices"
+                )
             row_shards[stage_index].append(
                 RowShard(
                     table=table,
                     num_slices=last - first,
-                    rows=_rows(block, first * step, last * step, len(table.parameter)),
+                    rows=(first * step, min(last * step, num_rows)),
                     received=f"{block}.rows@{stage_index - 1}" if position else "",
                     sent=f"{block}.rows@{stage_index}" if position < len(held) - 1 else "",
                     **lookup,
@@ -258,16 +262,7 @@ def shard_tables(
     return {index: tuple(found) for index, found in row_shards.items()}
 
 
-def _rows(block: str, first: int, last: int, num_rows: int) -> tuple[int, int]:
-    if first >= num_rows:
-        raise LoweringError(
-            f"block {block!r} spreads {num_rows} rows over more stages than have any: a stage "
-            f"would start at row {first}; use fewer slices"
-        )
-    return first, min(last, num_rows)
-
-
-class _Lookups(TorchFunctionMode):
+class _Lookups(TableCalls):
     """Notes how a table is looked up."""
 
     def __init__(self, table: nn.Parameter) -> None:
@@ -275,15 +270,11 @@ class _Lookups(TorchFunctionMode):
         self.table = table
         self.calls: list[dict[str, Any]] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def on_call(self, func: Any, weight: Any, args: Any, kwargs: Any) -> Any:
         names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-        if func is functional.embedding or func is functional.linear:
+        if weight is self.table:
             call = {**dict(zip(names, args, strict=False)), **kwargs}
-            if call["weight"] is self.table:
-                self.calls.append(call if func is functional.embedding else {})
+            self.calls.append(call if func is functional.embedding else {})
         return func(*args, **kwargs)
 
 

@@ -80,14 +80,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "replicas"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gradient_accumulation_steps is not None and self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                "gradient_accumulation_steps must be at least 1, got "
-                f"{self.gradient_accumulation_steps}"
-            )
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "replicas",
+                     "gradient_accumulation_steps"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(
                 f"save_total_limit must be at least 1, got {self.save_total_limit}; "

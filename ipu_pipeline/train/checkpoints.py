@@ -28,12 +28,7 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 class Checkpoints:
     """Writes, rotates and resumes; leaving the block waits for what is still being written.
 
-    Args:
-        executable: Its weights, optimizer and random state are saved.
-        arguments: Folder, limit, ``async_save`` and ``resume_from_checkpoint`` are read.
-        scheduler: Its state is saved.
-        sampler: What it says about the data has to be the same on resume.
-        tokenizer: Saved as well, unless ``None``.
+    What ``sampler`` says about the data has to be the same on resume.
     """
 
     def __init__(

@@ -40,11 +40,7 @@ Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 @contextmanager
 def keyed_randomness(*key: int) -> Iterator[None]:
-    """Seed torch (CPU), numpy and ``random`` by ``key`` inside; put their states back after.
-
-    Args:
-        *key: Numbers of 0 or more, such as ``(seed, epoch, step)``.
-    """
+    """Seed torch (CPU), numpy and ``random`` by ``key`` (0 or more each); put them back after."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
     python_state = random.getstate()
     numpy_state = np.random.get_state()  # noqa: NPY002  (the global state that others draw from)

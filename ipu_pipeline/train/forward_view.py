@@ -15,10 +15,6 @@ def viewed(model: nn.Module, view: Callable[[dict[str, Any]], Any]) -> Iterator[
 
     The view may call the model: such a call reaches the model's own ``forward``. Nothing else of
     the model changes, so blocks and parameters keep their names.
-
-    Args:
-        model: Its ``forward`` is replaced on the instance, and put back.
-        view: Computes what the caller wants of the model, from the inputs by name.
     """
     own = model.forward
     inside = False

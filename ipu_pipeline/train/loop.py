@@ -23,6 +23,7 @@ from ipu_pipeline.train.checkpoints import Checkpoints
 from ipu_pipeline.train.data import Collator, build_collator, train_batches
 from ipu_pipeline.train.optimizers import build_scheduler
 from ipu_pipeline.train.progress import Progress, TrainResult
+from ipu_pipeline.train.trainer_checks import check_plan
 
 
 def train(
@@ -90,9 +91,5 @@ def _checked(executable: Executable, arguments: TrainingArguments) -> Optimizer:
         raise ValueError("the executable has no optimizer; compile it with optimizer=...")
     if unread := unread_by_the_loop(arguments):
         raise ValueError(f"train() does not read {', '.join(unread)}; use PipelineTrainer")
-    planned = {"gradient_accumulation_steps": "num_microbatches", "replicas": "replicas"}
-    for name, of_plan in planned.items():
-        asked, made_for = getattr(arguments, name), getattr(executable.plan, of_plan)
-        if asked != made_for:
-            raise ValueError(f"{name} is {asked} and the plan was made for {made_for}")
+    check_plan(executable.plan, arguments)
     return executable.optimizer

@@ -29,8 +29,14 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad on some"
         )
-    if arguments.stochastic_rounding:
-        _check_bfloat16(model)
+    dtypes = {p.dtype for _, p in trainable}
+    if arguments.stochastic_rounding and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            f"stochastic_rounding rounds bfloat16 weights, but those of {type(model).__name__} "
+            f"are {', '.join(sorted(map(str, dtypes)))}; load the model with dtype=torch.bfloat16, "
+            "or leave stochastic_rounding off (bf16=True computes in bfloat16 and keeps float32 "
+            "weights)"
+        )
     groups = [
         {
             "params": [p for name, p in trainable if name in decayed],
@@ -46,17 +52,6 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
     if arguments.stochastic_rounding:
         return StochasticRoundingAdamW(groups, seed=arguments.seed, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def _check_bfloat16(model: torch.nn.Module) -> None:
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if torch.bfloat16 not in dtypes:
-        held = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(
-            f"stochastic_rounding rounds bfloat16 weights, but those of {type(model).__name__} "
-            f"are {held}; load the model with dtype=torch.bfloat16, or leave stochastic_rounding "
-            "off (bf16=True computes in bfloat16 and keeps float32 weights)"
-        )
 
 
 def build_scheduler(

@@ -89,13 +89,7 @@ class LossMeter:
 class Progress:
     """Where training is, besides weights, optimizer and random state.
 
-    Args:
-        arguments: Length, and how often to log and save.
-        steps_per_epoch: Batches of an epoch; the next batch follows from the step counter.
-
-    Attributes:
-        state: transformers' trainer state.
-        losses: Running losses.
+    The step counter says which batch is next: an epoch has ``steps_per_epoch``.
     """
 
     def __init__(self, arguments: TrainingArguments, steps_per_epoch: int) -> None:

@@ -11,7 +11,7 @@ the inherited ones; nothing else of the loop is replaced. What is captured of th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,6 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.stages.training import autocast_region
 from ipu_pipeline.train.forward_view import flatten, unflatten, viewed
-from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_plan,
@@ -189,7 +188,7 @@ class PipelineTrainer(Trainer):
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Return the region in which the model as it is, in one piece, evaluates a batch."""
         stack = super().compute_loss_context_manager()
-        stack.enter_context(autocast_region(self._precision))
+        stack.enter_context(autocast_region("bf16" if self.args.bf16 else "float32"))
         return stack
 
     def _evaluates_in_stages(self) -> bool:
@@ -257,10 +256,6 @@ class PipelineTrainer(Trainer):
         return super()._build_accelerator_args(**{**kwargs, "mixed_precision": "no"})
 
     @property
-    def _precision(self) -> str:
-        return "bf16" if self.args.bf16 else "float32"
-
-    @property
     def _whole_model(self) -> nn.Module:
         return cast(nn.Module, self.model)
 
@@ -285,11 +280,53 @@ class PipelineTrainer(Trainer):
             executable = compiler.compile(
                 model,
                 self.plan,
-                precision=self._precision,
+                precision="bf16" if self.args.bf16 else "float32",
                 seed=self.args.seed,
                 recompute="all" if again else None,
             )
         return cast(LocalExecutable, executable)
+
+
+class Prefetch:
+    """Yields a loader's batches one by one; ``run`` gets the next ``depth`` of them before.
+
+    Everything else is the loader's own. accelerate's loaders say at the last batch that the end is
+    reached, and gathering reads it: they are made to say so when that batch is handed out, not
+    when it is read ahead.
+    """
+
+    def __init__(self, loader: Any, depth: int, run: Callable[[list[Any]], None]) -> None:
+        self._loader = loader
+        self._depth = depth
+        self._run = run
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while chunk := self._next(batches):
+            self._run(chunk)
+            at_end = self._at_end()
+            for left in range(len(chunk), 0, -1):
+                if at_end:
+                    self._loader.end_of_dataloader = left == 1
+                yield chunk[-left]
+
+    def _next(self, batches: Iterator[Any]) -> list[Any]:
+        chunk: list[Any] = []
+        for batch in batches:
+            chunk.append(batch)
+            # Asking for one batch more would tell accelerate that the loop is over.
+            if len(chunk) == self._depth or self._at_end():
+                break
+        return chunk
+
+    def _at_end(self) -> bool:
+        return bool(getattr(self._loader, "end_of_dataloader", False))
 
 
 def _in_float32(value: Any) -> Any:

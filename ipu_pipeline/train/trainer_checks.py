@@ -103,18 +103,18 @@ def _either(args: TrainingArguments, name: str) -> Any:
 
 
 def check_plan(plan: Plan, args: TrainingArguments) -> None:
-    """Refuse a plan for another number of microbatches, or for copies of the pipeline.
+    """Refuse a plan for another number of microbatches or of copies of the pipeline.
 
     Raises:
         ValueError: Plan and arguments contradict each other.
     """
-    given: dict[str, tuple[Any, Any]] = {
-        "gradient_accumulation_steps": (args.gradient_accumulation_steps, plan.num_microbatches),
-        "replicas": (1, plan.replicas),
-    }
-    for name, (asked, planned) in given.items():
+    for name, planned in {
+        "gradient_accumulation_steps": plan.num_microbatches,
+        "replicas": plan.replicas,
+    }.items():
+        asked = getattr(args, name, 1)
         if asked != planned:
             raise ValueError(
-                f"{name} is {asked} and the plan was made for {planned}; make them equal, or leave "
-                "plan out to have one made"
+                f"{name} is {asked} and the plan was made for {planned}; make them equal, or have "
+                "another plan made"
             )

@@ -49,7 +49,6 @@ def test_known_architectures(name: str, dropout: bool) -> None:
 def test_more_architectures(model_type: str) -> None:
     found = [graph(model_type, MORE[model_type], device) for device in ("cpu", "meta")]
     assert found[0] == found[1]
-    assert found[0].fingerprint() == found[1].fingerprint()
 
 
 def attention_names(found: BlockGraph) -> set[str]:

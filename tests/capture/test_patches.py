@@ -2,11 +2,102 @@
 
 from __future__ import annotations
 
-import pytest
-from torch import nn
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from ipu_pipeline.capture.patches import PATCHES, Patch
+import pytest
+import torch
+from torch import nn
+from torch._functorch import apis
+from torch.nn import functional
+
 from tests.tiny_models import TINY
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One place in torch or transformers that is replaced for a while.
+
+    Attributes:
+        name: What is replaced, as a dotted name.
+        reason: Why.
+        version: Library and version that it was written against.
+        find: Returns the present target.
+        parameters: Names of its first parameters; empty for a function without a signature.
+    """
+
+    name: str
+    reason: str
+    version: str
+    find: Callable[[], Any]
+    parameters: tuple[str, ...] = ()
+
+    def broken(self) -> str:
+        """Return why the patch does not fit the installed version; empty when it does."""
+        try:
+            target = self.find()
+        except (AttributeError, KeyError, ImportError) as error:
+            return f"{self.name} is gone ({error}); written for {self.version}: {self.reason}"
+        if not callable(target) and not isinstance(target, property):
+            return f"{self.name} cannot be called; written for {self.version}: {self.reason}"
+        if self.parameters:
+            found = tuple(inspect.signature(target).parameters)[: len(self.parameters)]
+            if found != self.parameters:
+                return (
+                    f"{self.name} takes {', '.join(found)}, not {', '.join(self.parameters)}; "
+                    f"written for {self.version}: {self.reason}"
+                )
+        return ""
+
+
+def _function_apply() -> Any:
+    return torch.autograd.Function.__dict__["apply"].__func__
+
+
+PATCHES = (
+    Patch(
+        "torch.nn.Module.__call__",
+        "a call of a leaf becomes one node; hooks run inside it",
+        "torch 2.13",
+        lambda: nn.Module.__dict__["__call__"],
+    ),
+    Patch(
+        "torch.autograd.Function.apply",
+        "a function with its own backward pass is one node, never traced through",
+        "torch 2.13",
+        _function_apply,
+        ("cls", "args", "kwargs"),
+    ),
+    Patch(
+        "torch._functorch.apis.vmap_impl",
+        "vmap(f)(x) is one node: its batched tensors exist only inside",
+        "torch 2.13",
+        lambda: vars(apis)["vmap_impl"],
+        ("func", "in_dims", "out_dims", "randomness", "chunk_size", "args"),
+    ),
+    Patch(
+        "torch.nn.functional.scaled_dot_product_attention",
+        "attention is counted as one operation on every device",
+        "torch 2.13",
+        lambda: functional.scaled_dot_product_attention,
+    ),
+    Patch(
+        "transformers.utils.import_utils.is_tracing",
+        "masks must not depend on the values of the example batch",
+        "transformers 5.23",
+        lambda: import_module("transformers.utils.import_utils").is_tracing,
+        ("tensor",),
+    ),
+    Patch(
+        "transformers.PretrainedConfig._experts_implementation",
+        "grouped products of experts accept bfloat16 only on tensors without data",
+        "transformers 5.23",
+        lambda: vars(import_module("transformers").PretrainedConfig)["_experts_implementation"],
+    ),
+)
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

@@ -11,7 +11,7 @@ from ipu_pipeline.ops import attention, extension
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.attention import attention_counter
 from ipu_pipeline.ops.dropout import dropout_counter
-from ipu_pipeline.ops.random import random_scope
+from ipu_pipeline.ops.random import block_scope
 
 H, L, S, E, F = 4, 10, 13, 8, 5
 KEY = (77, 3)
@@ -56,7 +56,7 @@ def composed(monkeypatch, tensors, *arguments, **options) -> Tensor:
     with monkeypatch.context() as patch:
         patch.setattr(ops_random, "_OWN", {})
         patch.setattr(ops_random._Source, "mask_key", lambda self: KEY)
-        with random_scope("any"):
+        with block_scope("any"):
             return functional.scaled_dot_product_attention(*tensors, *arguments, **options)
 
 
@@ -184,9 +184,9 @@ def test_what_is_left_to_torch() -> None:
     assert attention_counter(KEY, q[0, 0], k[0, 0], v[0, 0], dropout_p=0.3) is None
     assert attention_counter(KEY, q[:, :, :0], k, v, dropout_p=0.3) is None
     assert attention_counter(KEY, q, k.double(), v, dropout_p=0.3) is None
-    with random_scope(1), pytest.raises(RuntimeError, match="Explicit attn_mask"):
+    with block_scope(1), pytest.raises(RuntimeError, match="Explicit attn_mask"):
         functional.scaled_dot_product_attention(q, k, v, MASKS["bool"], 0.3, is_causal=True)
-    with random_scope(1):
+    with block_scope(1):
         out = functional.scaled_dot_product_attention(q, k, v, bias, 0.3)
     out.sum().backward()
     assert bias.grad.shape == bias.shape

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ipu_pipeline.ops import extension, linear
 from ipu_pipeline.ops.linear import adding_to_grad, casts_of_one_step, fast_addmm, fast_linear
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 
 M, K, N = 6, 5, 4
 

@@ -13,7 +13,7 @@ from ipu_pipeline.ops import attention as ops_attention
 from ipu_pipeline.ops import dropout as ops_dropout
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.dropout import bernoulli_counter_, dropout_counter
-from ipu_pipeline.ops.random import derive_seed, is_random, random_scope
+from ipu_pipeline.ops.random import block_scope, derive_seed, is_random
 
 X = torch.linspace(0.1, 0.9, 64).reshape(8, 8)
 WAVES = (X * 99).sin().repeat(1, 1, 4, 4)
@@ -81,13 +81,13 @@ def test_the_key_alone_decides(draw) -> None:
     """Same key, same numbers; another key, others; the global state is neither used nor moved."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    with random_scope("seed", 0, 3, "block"):
+    with block_scope("seed", 0, 3, "block"):
         first = draw()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    with random_scope("seed", 0, 3, "block"):
+    with block_scope("seed", 0, 3, "block"):
         again = draw()
-    with random_scope("seed", 0, 4, "block"):
+    with block_scope("seed", 0, 4, "block"):
         other = draw()
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -116,10 +116,10 @@ def test_every_seeded_torch_function_is_known() -> None:
 
 
 def test_numbers_go_on_inside_a_scope() -> None:
-    with random_scope(1):
+    with block_scope(1):
         first, second = torch.rand(4), torch.rand(4)
     assert not torch.equal(first, second)
-    with random_scope(1):
+    with block_scope(1):
         assert torch.equal(torch.rand(8)[:4], first)
 
 
@@ -130,14 +130,14 @@ def test_every_part_of_the_key_counts(other: tuple[int | str, ...]) -> None:
 
 
 def test_innermost_scope_wins() -> None:
-    with random_scope("inner"):
+    with block_scope("inner"):
         alone = torch.rand(4)
-    with random_scope("outer"):
+    with block_scope("outer"):
         outer_first = torch.rand(4)
-        with random_scope("inner"):
+        with block_scope("inner"):
             nested = torch.rand(4)
         outer_second = torch.rand(4)
-    with random_scope("outer"):
+    with block_scope("outer"):
         undisturbed = torch.rand(8)
     assert torch.equal(nested, alone)
     assert torch.equal(torch.cat([outer_first, outer_second]), undisturbed)
@@ -145,7 +145,7 @@ def test_innermost_scope_wins() -> None:
 
 def test_own_generator_of_the_caller_is_respected() -> None:
     expected = torch.rand(4, generator=torch.Generator().manual_seed(5))
-    with random_scope(1):
+    with block_scope(1):
         found = torch.rand(4, generator=torch.Generator().manual_seed(5))
     assert torch.equal(found, expected)
 
@@ -155,20 +155,20 @@ def test_eight_threads_at_once_give_what_one_gives() -> None:
 
     def work(key: int) -> Tensor:
         barrier.wait()
-        with random_scope(key):
+        with block_scope(key):
             return torch.cat([functional.dropout(X).flatten() for _ in range(20)])
 
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(work, range(8)))
     for key, found in enumerate(together):
-        with random_scope(key):
+        with block_scope(key):
             alone = torch.cat([functional.dropout(X).flatten() for _ in range(20)])
         assert torch.equal(found, alone)
 
 
 def test_the_nth_mask_of_a_scope_is_its_stream_n() -> None:
     seed = derive_seed("a", 1)
-    with random_scope("a", 1):
+    with block_scope("a", 1):
         torch.rand(3)  # the generator counts for itself
         found = [
             functional.dropout(X, 0.3),
@@ -185,11 +185,11 @@ def test_the_nth_mask_of_a_scope_is_its_stream_n() -> None:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_the_numbers_do_not_depend_on_the_library(name: str, monkeypatch) -> None:
-    with random_scope("seed", 0):
+    with block_scope("seed", 0):
         found = DRAWS[name]()
     monkeypatch.setattr(ops_dropout, "_kernels", lambda: False)
     monkeypatch.setattr(ops_attention, "_kernels", lambda: False)
-    with random_scope("seed", 0):
+    with block_scope("seed", 0):
         again = DRAWS[name]()
     torch.testing.assert_close(again, found)  # matmuls of attention differ by rounding
     assert torch.equal(again, found) or "sdpa" in name
@@ -206,7 +206,7 @@ def test_the_numbers_do_not_depend_on_the_library(name: str, monkeypatch) -> Non
 def test_dropout_in_place(drop_) -> None:
     leaf = X.clone().requires_grad_()
     x = leaf * 1
-    with random_scope(3):
+    with block_scope(3):
         y = drop_(x[:, ::2])
     kept = dropout_counter(torch.ones_like(X[:, ::2]), 0.4, derive_seed(3), 0)
     assert torch.equal(x[:, ::2], y)
@@ -215,12 +215,12 @@ def test_dropout_in_place(drop_) -> None:
     x.sum().backward()
     assert torch.equal(leaf.grad[:, ::2], kept)
     assert torch.equal(leaf.grad[:, 1::2], torch.ones_like(X[:, 1::2]))
-    with random_scope(3), pytest.raises(RuntimeError, match="leaf Variable"):
+    with block_scope(3), pytest.raises(RuntimeError, match="leaf Variable"):
         drop_(X.clone().requires_grad_())
 
 
 def test_dropout_that_torch_refuses_is_still_refused() -> None:
-    with random_scope(1):
+    with block_scope(1):
         with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
             functional.dropout(X, 1.5)
         with pytest.raises(RuntimeError, match="Long"):
@@ -233,7 +233,7 @@ def test_recomputation_replays_the_masks() -> None:
     gradients = []
 
     def call(x: Tensor) -> Tensor:
-        with random_scope(7, "layer"):
+        with block_scope(7, "layer"):
             q = x.unflatten(-1, (2, 4)).transpose(1, 2)
             x = x + functional.scaled_dot_product_attention(q, q, q, dropout_p=0.2).mean()
             return layer(functional.dropout(x))
@@ -247,7 +247,7 @@ def test_recomputation_replays_the_masks() -> None:
 
 def test_dropout_mask_has_the_right_share_scale_and_gradient() -> None:
     x = torch.ones(200, 500, requires_grad=True)
-    with random_scope(0):
+    with block_scope(0):
         y = functional.dropout(x, 0.1)
     kept = y != 0
     assert float(kept.float().mean()) == pytest.approx(0.9, abs=0.005)
@@ -259,7 +259,7 @@ def test_dropout_mask_has_the_right_share_scale_and_gradient() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_native_dropout_scales_like_torch(p: float) -> None:
     x = torch.ones(100, 100)
-    with random_scope(0):
+    with block_scope(0):
         y, mask = torch.native_dropout(x, p, train=True)
         same, _ = torch.native_dropout(x, p, train=False)
     assert torch.equal(same, x)
@@ -271,7 +271,7 @@ def test_nothing_changes_outside_and_for_other_functions() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    with random_scope(1):
+    with block_scope(1):
         assert torch.equal(torch.add(X, 1), X + 1)
         assert torch.equal(functional.dropout(X, training=False), X)
         torch.rand(2)

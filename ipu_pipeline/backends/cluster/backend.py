@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ipu_pipeline.backends.cluster.schedules import torch_schedules
+from ipu_pipeline.backends.cluster.layout import torch_schedules
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import Workload
-from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.backend import Backend
+from ipu_pipeline.planner.price import PlanPrice, replayed_price, workload_of
 from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.search import Constraints, Partition
+from ipu_pipeline.planner.search import Constraints
 
 
 @dataclass(frozen=True)
-class ClusterBackend:
-    """Stages are processes (satisfies ``planner.backend.Backend``)."""
+class ClusterBackend(Backend):
+    """Stages are processes."""
 
     name: str = "cluster"
     target: str = "distributed"
@@ -37,10 +35,6 @@ class ClusterBackend:
         """Whether the devices have memories of their own and no cost model of another backend."""
         return not machine.shared_memory and machine.devices[0].kind == "generic"
 
-    def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
-        """Keep what the price depends on besides the plan."""
-        return limits.kept()
-
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
         """In training some of torch's schedules need as many microbatches as stages.
 
@@ -56,21 +50,13 @@ class ClusterBackend:
         """As many as stages, at least eight."""
         return max(8, num_stages or len(machine.devices) // replicas)
 
-    def costs(self, work: Workload) -> GraphCosts:
-        """Counted or measured seconds."""
-        return counted_costs(work)
-
-    def placement(self, work: Workload) -> Partition | None:
-        """Every split is searched."""
-        return None
-
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""
         return replayed_price(plan, self.costs(workload_of(plan)), splits_backward=True)
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return this process's executable."""
-        from ipu_pipeline.backends.cluster.lower import lower
+        from ipu_pipeline.backends.cluster.executable import lower
 
         return lower(model, plan, optimizer, options)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -17,13 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
-from ipu_pipeline.backends.cluster.schedules import schedule_for
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.captures import LRUCache, StageCache
-from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.stages.captures import LRUCache
+from ipu_pipeline.stages.executable import EvalResult, join
 from ipu_pipeline.stages.stage import Stage
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.
@@ -45,22 +46,10 @@ def dealt(parts: Sequence[T], layout: Layout) -> list[T]:
     return list(parts[first:end])
 
 
-def captured(parts: Sequence[Microbatch], cache: StageCache) -> dict[int, tuple[Stage, ...]]:
-    """Return the stages for the microbatches of a whole batch, by their number of samples.
-
-    Every process captures all shapes, also one that only another replica runs: what cannot be
-    captured is then refused by all of them, and nobody waits for the one that refuses.
-    """
-    return {part.num_samples: cache.stages_for(part.inputs) for part in (parts[0], parts[-1])}
-
-
 class Pipelines:
     """The pipelines of this process, made on demand for a shape and a number of microbatches.
 
-    Args:
-        schedule: Name of the schedule of whole batches.
-        groups: The processes.
-        limit: So many pipelines are kept.
+    ``schedule`` names that of whole batches; ``limit`` pipelines are kept.
     """
 
     def __init__(self, schedule: str, groups: Groups, limit: int = MAX_PIPELINES) -> None:
@@ -77,15 +66,15 @@ class Pipelines:
         self,
         parts: Sequence[Microbatch],
         stages: Mapping[int, Sequence[Stage]],
-        inputs: Mapping[str, Any],
+        inputs: StepInputs,
         loss_scaling: float,
     ) -> float:
         """Run the forward and backward passes of this replica's microbatches.
 
         Args:
             parts: Those of the whole batch.
-            stages: From :func:`captured`.
-            inputs: Fields of ``StepInputs``.
+            stages: By the number of samples of a microbatch.
+            inputs: Seed, step and precision.
             loss_scaling: Factor of the loss before the backward pass.
 
         Returns:
@@ -93,8 +82,10 @@ class Pipelines:
         """
         total = 0.0
         for size, found in groupby(dealt(parts, self._groups.layout), lambda p: p.num_samples):
-            run = list(found)
-            total += self._pipeline(stages[size], len(run)).run(run, inputs, loss_scaling)
+            run = replace(inputs, microbatches=list(found))
+            own, number = stages[size], len(run.microbatches)
+            pipeline = self._made.get((id(own), number), partial(self._make, own, number))[1]
+            total += pipeline.run(run, loss_scaling)
         return total
 
     def drop(self, stages: Sequence[Stage]) -> None:
@@ -105,11 +96,9 @@ class Pipelines:
         """Forget all pipelines."""
         self._made.drop_where(lambda _: True)
 
-    def _pipeline(self, stages: Sequence[Stage], num_microbatches: int) -> TrainingPipeline:
-        key = (id(stages), num_microbatches)
-        return self._made.get(key, lambda: (stages, self._make(stages, num_microbatches)))[1]
-
-    def _make(self, stages: Sequence[Stage], num_microbatches: int) -> TrainingPipeline:
+    def _make(
+        self, stages: Sequence[Stage], num_microbatches: int
+    ) -> tuple[Sequence[Stage], TrainingPipeline]:
         layout = self._groups.layout
         schedule = schedule_for(
             self._schedule, layout.num_stages, layout.num_ranks, num_microbatches
@@ -123,38 +112,25 @@ class Pipelines:
                 num_microbatches,
                 schedule,
             )
-        return TrainingPipeline(
-            stages,
-            layout=layout,
-            schedule=schedule,
-            num_microbatches=num_microbatches,
-            groups=self._groups,
+        return stages, TrainingPipeline(
+            stages, schedule=schedule, num_microbatches=num_microbatches, groups=self._groups
         )
 
 
 # ---- evaluation ------------------------------------------------------------------------
 
 
-def evaluate(
-    stages: Sequence[Sequence[Stage]],
-    microbatches: Sequence[Microbatch],
-    inputs: StepInputs,
-    groups: Groups,
-) -> EvalResult:
+def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups) -> EvalResult:
     """Run every microbatch forward through the pipeline; every rank gets the result.
 
     Torch's schedules want microbatches of one shape and a loss; an evaluation batch has neither
     for sure. Every stage runs all microbatches before the next one of its rank starts, so that
     messages between two ranks are sent and received in the same order.
 
-    Args:
-        stages: ``[microbatch][stage]``.
-        microbatches: The whole batch; every replica evaluates all of it.
-        inputs: Seed, step and precision; its microbatches are set here.
-        groups: Of the processes.
+    ``stages`` are ``[microbatch][stage]``, ``inputs`` have the whole batch, which every replica
+    evaluates.
     """
-    inputs.microbatches = microbatches
-    layout = groups.layout
+    microbatches, layout = inputs.microbatches, groups.layout
     passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     results: list[dict[str, Tensor]] = [{} for _ in microbatches]
     sends: list[Any] = []
@@ -169,7 +145,7 @@ def evaluate(
             with groups.waiter.activity.during("evaluation", module.stage, position):
                 outputs = module(*received, microbatch=torch.tensor([position]))
             results[position] = results[position] | module.results[position]
-            target = layout.position_of(index + 1) if sent else layout.position
+            target = layout.positions[index + 1] if sent else layout.position
             if sent and target == layout.position:
                 passed[index + 1, position] = outputs
             for value in outputs if target != layout.position else ():
@@ -183,7 +159,7 @@ def evaluate(
 
 def _receive(module: StageModule, crossing: Crossings, groups: Groups) -> tuple[Tensor, ...]:
     index = module.stage.index
-    source = groups.layout.position_of(index - 1) if index else 0
+    source = groups.layout.positions[index - 1] if index else 0
     values = []
     for described in crossing.tensors(module.received, grad=False):
         value = torch.empty_like(described, device=groups.device)
@@ -202,14 +178,10 @@ def _shared(
     microbatches: Sequence[Microbatch], results: Sequence[dict[str, Tensor]], groups: Groups
 ) -> EvalResult:
     """Join the microbatches on axis 0 and give every rank of the pipeline all results."""
-    joined: dict[str, Tensor] = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        if name == "loss":
-            pairs = zip(microbatches, values, strict=True)
-            joined[name] = torch.stack([value.double() * part.share for part, value in pairs]).sum()
-        else:
-            joined[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+    here = join(microbatches, results)
+    joined = dict(here.outputs)
+    if here.loss is not None:
+        joined["loss"] = torch.tensor(here.loss, dtype=torch.float64, device=groups.device)
     described: list[Any] = [None] * groups.layout.num_ranks
     own = {name: (value.shape, value.dtype) for name, value in joined.items()}
     groups.waiter.run(lambda: dist.all_gather_object(described, own, group=groups.pipeline))
@@ -217,9 +189,8 @@ def _shared(
     for position, names in enumerate(described):
         for name, (shape, dtype) in names.items():
             value = joined.get(name)
-            value = (
-                torch.empty(shape, dtype=dtype, device=groups.device) if value is None else value
-            )
+            if value is None:
+                value = torch.empty(shape, dtype=dtype, device=groups.device)
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)

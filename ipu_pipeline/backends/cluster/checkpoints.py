@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,19 +42,11 @@ def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> N
 class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
-    Args:
-        model: The whole model.
-        own: The optimizer, if there is one.
-        groups: The processes.
-        background: All-gathers of the thread that writes while training goes on.
+    ``background`` makes the all-gathers of the thread that writes while training goes on.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        own: OwnParameters | None,
-        groups: Groups,
-        background: StoreGather,
+        self, model: nn.Module, own: OwnParameters | None, groups: Groups, background: StoreGather
     ) -> None:
         self._model = model
         self._own = own
@@ -124,12 +117,9 @@ class ShardedCheckpoints:
                 else None
             )
         )
-        try:
+        with _or_nothing(new):
             folder, states = self._settle(new, error)
             part, writers = self._take(folder, states, ownership, copy=not blocking)
-        except BaseException:
-            _discard(new)
-            raise
         if blocking:
             self._write(new, folder, part, writers)
         else:
@@ -157,12 +147,7 @@ class ShardedCheckpoints:
         return found[0][1], frozenset(here) - before
 
     def _take(
-        self,
-        folder: Path,
-        states: frozenset[str],
-        ownership: Ownership | None,
-        *,
-        copy: bool,
+        self, folder: Path, states: frozenset[str], ownership: Ownership | None, *, copy: bool
     ) -> tuple[Shard, Sequence[int]]:
         """Return what this rank writes, and which ranks write anything."""
         layout = self._groups.layout
@@ -171,13 +156,10 @@ class ShardedCheckpoints:
             owner = 0 if ownership is None else ownership.owner(tensor)
             return layout.replica == 0 and layout.position == owner
 
+        is_state = states.__contains__
         part, error = _tried(
             lambda: take_shard(
-                self._model,
-                self._optimizer,
-                copy=copy,
-                weights=is_mine,
-                states=states.__contains__,
+                self._model, self._optimizer, copy=copy, weights=is_mine, states=is_state
             )
         )
         part = part or Shard({})
@@ -220,16 +202,13 @@ class ShardedCheckpoints:
                 return None
             return write_shard(folder, part, writers.index(self._rank), len(writers))
 
-        try:
+        with _or_nothing(new):
             written, error = _tried(own_files)
             found = self._writers.gather((problem_of(error), written))
             raise_alike([problem for problem, _ in found], error)
             parts = [files for _, files in found if files is not None]
             _, error = _tried(lambda: None if new is None else new.finish(parts))
             raise_together(self._writers, error)
-        except BaseException:
-            _discard(new)
-            raise
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -240,9 +219,8 @@ def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _discard(new: CheckpointWriter | None) -> None:
-    if new is not None:
-        new.discard()
+def _or_nothing(new: CheckpointWriter | None) -> AbstractContextManager[None]:
+    return nullcontext() if new is None else new.or_nothing()
 
 
 def _appears(folder: Path) -> bool:

@@ -47,14 +47,9 @@ def raise_together(ranks: StoreGather, error: Exception | None) -> None:
 
 
 def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
-    """Raise ``error`` here and its like on all ranks, if any rank has one; they may go on then.
+    """Raise ``error`` here and its like on all ranks, if any has one in ``found``.
 
-    Args:
-        found: All ranks' problems.
-        error: This rank's own.
-
-    Raises:
-        Exception: Of the type that the first failing rank has.
+    The error of others is of the type that the first failing rank has. All may go on then.
     """
     problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
     if not problems:
@@ -142,11 +137,7 @@ def _checksum(model: nn.Module) -> str:
 
 
 class BatchCheck:
-    """Compares what the ranks are called for, and with which batch.
-
-    Args:
-        groups: The processes.
-    """
+    """Compares what the ranks are called for, and with which batch."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups

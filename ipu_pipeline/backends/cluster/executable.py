@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,30 +14,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from ipu_pipeline.backends.cluster.batches import Pipelines, captured, evaluate
+from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
-from ipu_pipeline.backends.cluster.consistency import BatchCheck
-from ipu_pipeline.backends.cluster.gradients import kept_aside, sum_over_ranks, update
+from ipu_pipeline.backends.cluster.consistency import BatchCheck, check_alike, description
 from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
     find_ownership,
+    kept_aside,
     sharded,
+    sum_over_ranks,
+    update,
 )
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.checkpoint import Attach
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import batch_size, split_batch
+from ipu_pipeline.stages.batch import Microbatch, batch_size, split_batch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
-from ipu_pipeline.stages.training import in_mode
+from ipu_pipeline.stages.tables import check_blocks
+from ipu_pipeline.stages.training import check_model, in_mode
 
 
 class DistributedExecutable:
@@ -131,9 +138,7 @@ class DistributedExecutable:
             self._batch_check.check("evaluation", self.global_step, batch)
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
-            options = self.options
-            inputs = StepInputs((), options.seed, self.global_step, options.precision)
-            return evaluate(stages, parts, inputs, self.groups)
+            return evaluate(stages, self._inputs(parts), self.groups)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -239,18 +244,19 @@ class DistributedExecutable:
         self._batch_check.check("training", self.global_step, batch)
         parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
         with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            stages = captured(parts, self._cache)
+            # Every process captures all shapes, also one that only another replica runs: what
+            # cannot be captured is refused by all of them, and nobody waits for the one that does.
+            ends = (parts[0], parts[-1])
+            stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
             ownership = self._settle_ownership(stages[parts[0].num_samples])
-            keys = {
-                "seed": self.options.seed,
-                "global_step": self.global_step,
-                "precision": self.options.precision,
-            }
             with kept_aside(ownership.held(self.model)):
-                own_loss = self._pipelines.run(parts, stages, keys, loss_scaling)
+                own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
+
+    def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
+        return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
@@ -265,3 +271,124 @@ class DistributedExecutable:
                 self._own.keep(found)
             self._ownership = found
         return self._ownership
+
+
+# ---- lowering -----------------------------------------------------------------------------------
+
+
+logger = logging.getLogger(__name__)
+# Torch gives up waiting so much later than the watchdog, which knows whom to name.
+MARGIN_S = 60.0
+
+
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> DistributedExecutable:
+    """Return this process's executable of ``plan``. Every process of the job calls this.
+
+    Raises:
+        LoweringError: The processes cannot run the plan, or do not agree on what to run; the
+            same on all of them.
+        StageError: One of them failed or ended.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    made_here = join_processes(device, options.stall_timeout_s + MARGIN_S)
+    try:
+        return _lower(model, plan, optimizer, options, device=device, made_here=made_here)
+    except LoweringError:
+        if made_here:  # after other failures, threads may still be waiting in it
+            dist.destroy_process_group()
+        raise
+
+
+def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
+    """Refuse what the target cannot run whatever the number of processes.
+
+    Raises:
+        LoweringError: An unknown schedule, unknown blocks, the sequential mode, or autocast on a
+            GPU.
+    """
+    torch_schedule(options.schedule or plan.schedule)
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
+    if options.sequential:
+        raise LoweringError(
+            "sequential runs all stages in one thread, the distributed target in several "
+            "processes; use the local target for the sequential reference"
+        )
+    if device.type != "cpu" and options.precision != "float32":
+        raise LoweringError(
+            f"precision {options.precision!r} is for CPUs only in this version (the model is on "
+            f"{device}); use float32"
+        )
+
+
+def _lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+    *,
+    device: torch.device,
+    made_here: bool,
+) -> DistributedExecutable:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    name = f"ipu_pipeline/{next(_numbers)}"
+    watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
+    ranks, background = (
+        StoreGather(_own_store(f"{name}/{use}"), rank, world_size, watchdog.waiter)
+        for use in ("ranks", "background")
+    )
+    try:
+        with watchdog.guarding("comparing what the ranks run", 0):
+            problem = _problem(model, plan, optimizer, options, device)
+            check_alike(description(model, plan, optimizer, options), problem, ranks)
+            layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
+            groups = Groups(layout, device, ranks)
+    except BaseException:
+        watchdog.close()
+        raise
+    if options.replicated_tensor_sharding and plan.replicas == 1:
+        logger.warning(
+            "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps the "
+            "optimizer state of all its parameters"
+        )
+    return DistributedExecutable(
+        model,
+        plan,
+        optimizer,
+        options,
+        groups=groups,
+        watchdog=watchdog,
+        background=background,
+        owns_processes=made_here,
+    )
+
+
+def _problem(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+    device: torch.device,
+) -> str:
+    """Return why this process cannot start, or nothing."""
+    try:
+        check(plan, options, device)
+        check_model(model, optimizer)
+        make_layout(plan, options.schedule or plan.schedule, dist.get_rank(), dist.get_world_size())
+    except PipelineError as error:
+        return str(error)
+    return ""
+
+
+def _own_store(name: str) -> Store:
+    """Return the keys under ``name``, through a connection that no other thread waits on."""
+    return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]
+
+
+# Each executable of this process has its own keys in the store.
+_numbers = itertools.count(1)

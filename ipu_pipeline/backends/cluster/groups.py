@@ -19,17 +19,13 @@ BUCKET_BYTES = 64 << 20
 
 
 class Groups:
-    """The process groups of one executable.
-
-    Args:
-        layout: Who stands where.
-        device: Where tensors have to be for the backend.
-        ranks: All-gathers of the caller's thread; every wait for another rank goes through its
-            waiter.
+    """The process groups of one executable; every wait goes through the waiter of ``ranks``.
 
     Attributes:
+        device: Where tensors have to be for the backend.
         pipeline: The ranks of this replica.
         replicas: The ranks at this position, one per replica.
+        holders: Those of this replica's pipeline that share parameters, by their positions.
     """
 
     def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
@@ -44,7 +40,7 @@ class Groups:
         self.replicas = mesh.get_group("replica")
         self.ranks = ranks
         self.waiter = ranks.waiter
-        self._holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
         """Make the groups of positions that share parameters. Every process must call this."""
@@ -53,11 +49,7 @@ class Groups:
                 ranks = [replica * self.layout.num_ranks + position for position in positions]
                 group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
                 if self.layout.rank in ranks:
-                    self._holders[positions] = group
-
-    def holders(self, positions: tuple[int, ...]) -> dist.ProcessGroup:
-        """Return the group of these positions of this replica's pipeline."""
-        return self._holders[positions]
+                    self.holders[positions] = group
 
     def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the sum over a group, added in the order of its ranks: the same bits for all."""
@@ -104,10 +96,10 @@ class Groups:
 
     def close(self) -> None:
         """Destroy the groups made here. No process may still be using them."""
-        for group in {self.pipeline, self.replicas, *self._holders.values()}:
+        for group in {self.pipeline, self.replicas, *self.holders.values()}:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
-        self._holders.clear()
+        self.holders.clear()
         del self.pipeline, self.replicas
 
 

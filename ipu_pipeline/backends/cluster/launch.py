@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from ipu_pipeline.backends.cluster.layout import make_layout
-from ipu_pipeline.backends.cluster.schedules import torch_schedule
+from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
@@ -25,39 +24,6 @@ SCHEDULE_VARIABLE = "IPU_PIPELINE_SCHEDULE"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
-
-
-@dataclass(frozen=True)
-class LaunchRequest:
-    """The choices of a user; ``None`` leaves one to the plan and the machine.
-
-    Attributes:
-        processes: Of all nodes.
-        schedule: Other than the plan's.
-        threads: Of every process.
-        max_restarts: How often all processes start again after one of them failed.
-        here: Start on this machine; otherwise a text for other machines is wanted.
-        nodes: Machines that share the processes.
-        gpus_per_node: GPUs of each.
-        machine: Describes all of them together.
-    """
-
-    processes: int | None = None
-    schedule: str | None = None
-    threads: int | None = None
-    max_restarts: int = 0
-    here: bool = True
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    machine: Machine | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse nodes where nothing is written for them."""
-        if self.here and (self.nodes or self.gpus_per_node or self.machine):
-            raise ValueError(
-                "launch starts processes on this machine only; for other machines add --print "
-                "(the command for every node) or --slurm FILE"
-            )
 
 
 @dataclass(frozen=True)
@@ -112,38 +78,58 @@ class LaunchSpec:
         return {name: environment.get(name, share) for name in THREAD_VARIABLES}
 
 
-def make_spec(
+def make_spec(  # noqa: PLR0913 - the choices of a user by name
     plan: Plan,
     plan_path: Path,
     program: tuple[str, ...],
-    request: LaunchRequest,
+    *,
+    processes: int | None = None,
+    schedule: str | None = None,
+    threads: int | None = None,
+    max_restarts: int = 0,
+    here: bool = True,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    machine: Machine | None = None,
     room: int | None = None,
 ) -> LaunchSpec:
-    """Return what is to be started.
+    """Return what is to be started; ``None`` leaves a choice to the plan and the machine.
 
     Args:
         plan: What is to run, from the absolute ``plan_path``.
         plan_path: Told to the script.
         program: From :func:`check_program`.
-        request: What the user asked for.
-        room: Processes that this machine has GPUs or cores for; only with ``request.here``.
+        processes: Of all nodes.
+        schedule: Other than the plan's.
+        threads: Of every process.
+        max_restarts: How often all processes start again after one of them failed.
+        here: Start on this machine; otherwise a text for other machines is wanted.
+        nodes: Machines that share the processes.
+        gpus_per_node: GPUs of each.
+        machine: Describes all of them together.
+        room: Processes that this machine has GPUs or cores for; only with ``here``.
 
     Raises:
+        ValueError: Nodes are named where nothing is written for them.
         LoweringError: Plan, schedule, processes and nodes do not fit each other.
     """
-    schedule = request.schedule or plan.schedule
-    machine = request.machine
-    if not request.here and machine is None and not (request.nodes or request.gpus_per_node):
+    if here and (nodes or gpus_per_node or machine):
+        raise ValueError(
+            "launch starts processes on this machine only; for other machines add --print "
+            "(the command for every node) or --slurm FILE"
+        )
+    chosen = schedule or plan.schedule
+    if not here and machine is None and not (nodes or gpus_per_node):
         on_nodes = plan.machine.devices_per_board and _runs_processes(plan.machine)
         machine = plan.machine if on_nodes else None
     if room is None:
-        gpus = (request.nodes or 0) * (request.gpus_per_node or 0)
+        gpus = (nodes or 0) * (gpus_per_node or 0)
         room = gpus or plan.num_stages * plan.replicas if machine is None else len(machine.devices)
-    number = request.processes or choose_processes(plan, schedule, room)
-    make_layout(plan, schedule, 0, number)
+    number = processes or choose_processes(plan, chosen, room)
+    make_layout(plan, chosen, 0, number)
     num_nodes, gpus = 1, 0
-    if not request.here:
-        num_nodes, gpus = choose_nodes(number, request.nodes, request.gpus_per_node, machine)
+    if not here:
+        num_nodes, gpus = choose_nodes(number, nodes, gpus_per_node, machine)
     return LaunchSpec(
         plan_path=plan_path,
         program=program,
@@ -151,13 +137,13 @@ def make_spec(
         described=(
             f"{_count(number, 'process', 'processes')}: "
             f"{_count(plan.num_stages, 'stage', 'stages')} x "
-            f"{_count(plan.replicas, 'replica', 'replicas')}, {schedule}"
+            f"{_count(plan.replicas, 'replica', 'replicas')}, {chosen}"
         ),
-        schedule=request.schedule,
+        schedule=schedule,
         num_nodes=num_nodes,
         gpus_per_node=gpus,
-        max_restarts=request.max_restarts,
-        num_threads=request.threads,
+        max_restarts=max_restarts,
+        num_threads=threads,
     )
 
 

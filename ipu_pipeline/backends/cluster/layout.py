@@ -1,16 +1,89 @@
-"""Which process runs what: replicas of a pipeline, ranks of a pipeline, stages of a rank."""
+"""Which process runs what, and which schedules torch has a class for and can run so."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.cluster.schedules import (
-    check_schedule,
-    position_of_stages,
-    torch_schedule,
-)
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.schedules import (
+    PipelineShape,
+    ScheduleKind,
+    schedule_kind,
+    schedule_names,
+)
+
+
+def torch_schedules() -> tuple[ScheduleKind, ...]:
+    """Return the schedules that torch has a class for."""
+    return tuple(kind for kind in map(schedule_kind, schedule_names()) if kind.torch_class)
+
+
+def torch_schedule(name: str) -> ScheduleKind:
+    """Return a schedule by our name or by that of torch's class.
+
+    Raises:
+        LoweringError: There is none of this name.
+    """
+    wanted, known = _plain(name), torch_schedules()
+    for kind in known:
+        if wanted in (_plain(kind.name), _plain(kind.torch_class or "")):
+            return kind
+    names = ", ".join(kind.name for kind in known)
+    raise LoweringError(f"the distributed target has no schedule {name!r}; use one of {names}")
+
+
+def position_of_stages(kind: ScheduleKind, num_stages: int, num_ranks: int) -> tuple[int, ...]:
+    """Return the position in the pipeline, from 0, of the process that runs every stage.
+
+    Raises:
+        LoweringError: The schedule cannot place so many stages on so many processes.
+    """
+    positions = kind.place(num_stages, num_ranks)
+    if positions is None:
+        others = [k.name for k in torch_schedules() if k.place(num_stages, num_ranks) is not None]
+        raise LoweringError(
+            f"schedule {kind.name} runs {kind.placement.replace('device', 'process')}: "
+            f"{num_stages} stages do not fit {num_ranks} processes; start as many processes as the "
+            f"plan has devices{', or use ' if others else ''}{', '.join(others)}"
+        )
+    return positions
+
+
+def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> None:
+    """Refuse a schedule that cannot run this split over ``num_ranks`` processes of one pipeline.
+
+    Raises:
+        LoweringError: Says which requirement is not met, and what would meet it.
+    """
+    kind = torch_schedule(name)
+    positions = position_of_stages(kind, num_stages, num_ranks)
+    problem = kind.problem(PipelineShape.of(num_stages, num_microbatches, positions))
+    if not problem and kind.torch_needs_depth and num_microbatches < num_stages:
+        problem = (
+            f"schedule {kind.name} needs at least as many microbatches as stages, got "
+            f"{num_microbatches} microbatches and {num_stages} stages; use more microbatches, or "
+            "gpipe"
+        )
+    if problem:
+        raise LoweringError(problem)
+
+
+def schedule_for(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> str:
+    """Return ``name`` if it can run so many microbatches, else one of its placement that can."""
+    own = torch_schedule(name)
+    others = (kind for kind in torch_schedules() if kind.place == own.place)
+    for kind in sorted((own, *others), key=lambda kind: (kind is not own, kind.splits_backward)):
+        try:
+            check_schedule(kind.name, num_stages, num_ranks, num_microbatches)
+        except LoweringError:
+            continue
+        return kind.name
+    return name
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "").removeprefix("schedule")
 
 
 @dataclass(frozen=True)
@@ -44,11 +117,7 @@ class Layout:
     @property
     def own_stages(self) -> tuple[int, ...]:
         """Stages that this process runs, ascending."""
-        return tuple(s for s in range(self.num_stages) if self.position_of(s) == self.position)
-
-    def position_of(self, stage: int) -> int:
-        """Return the position in the pipeline that runs ``stage``."""
-        return self.positions[stage]
+        return tuple(s for s in range(self.num_stages) if self.positions[s] == self.position)
 
 
 def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout:

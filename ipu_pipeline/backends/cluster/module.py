@@ -22,11 +22,7 @@ from ipu_pipeline.stages.training import autocast_region
 class StepInputs:
     """What the stages of a rank read in one step besides what they receive.
 
-    Attributes:
-        microbatches: Those of this rank's replica, in order.
-        seed: Root of the random numbers.
-        global_step: Random numbers are keyed by it.
-        precision: Of the forward passes.
+    ``microbatches`` are those of this rank's replica; seed and step key the random numbers.
     """
 
     microbatches: Sequence[Microbatch] = ()
@@ -36,13 +32,9 @@ class StepInputs:
 
 
 class StageModule(nn.Module):
-    """A stage as a module.
+    """A stage as a module; ``received`` and ``sent`` are names of values, relayed ones too.
 
-    Args:
-        stage: What it computes.
-        received: Names of the values that come in, relayed ones too.
-        sent: Names of the values that go out.
-        inputs: Filled before every step.
+    ``inputs`` are filled before every step.
     """
 
     def __init__(
@@ -97,9 +89,7 @@ class StageModule(nn.Module):
 class Crossings:
     """Which values cross from every stage to the next one; those for later stages are relayed.
 
-    Attributes:
-        names: Of the values that go from stage ``i`` to ``i + 1``, by ``i``.
-        specs: Their descriptions.
+    ``names[i]`` are those of the values that go from stage ``i`` to ``i + 1``.
     """
 
     names: tuple[tuple[str, ...], ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ import torch.distributed as dist
 import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
-from ipu_pipeline.backends.cluster.schedules import torch_schedule
-from ipu_pipeline.backends.cluster.split_backward import can_split_backward
+from ipu_pipeline.backends.cluster.layout import torch_schedule
+from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage
 
@@ -77,43 +77,34 @@ class _NotedStage(PipelineStage):
 class TrainingPipeline:
     """The stages of this rank and the schedule that runs them, for one shape of microbatch.
 
-    Args:
-        stages: All stages of the plan, captured for this shape.
-        layout: Which of them are this rank's.
-        schedule: Name of the schedule.
-        num_microbatches: Of one pipeline in one step.
-        groups: The processes.
+    ``stages`` are all of the plan, ``num_microbatches`` those of one pipeline in one step.
     """
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        *,
-        layout: Layout,
-        schedule: str,
-        num_microbatches: int,
-        groups: Groups,
+        self, stages: Sequence[Stage], *, schedule: str, num_microbatches: int, groups: Groups
     ) -> None:
+        layout = groups.layout
         # How long the actions of other shapes last says nothing.
         groups.waiter.activity.longest.clear()
         self.num_microbatches = num_microbatches
         self._inputs = StepInputs()
         self._crossing = crossings(stages)
         loss = next(stage.results["loss"] for stage in stages if "loss" in stage.results)
+        sent = (*self._crossing.names, (loss,))
         self.modules = [
-            self._module(stages[index], loss, layout.num_stages) for index in layout.own_stages
+            StageModule(stages[index], self._crossing.into(index), sent[index], self._inputs)
+            for index in layout.own_stages
         ]
-        arguments = {
-            "num_stages": layout.num_stages,
-            "device": groups.device,
-            "group": groups.pipeline,
-        }
         self._stages = [
             _NotedStage(
                 module,
                 groups.waiter,
-                **arguments,
-                **self._metadata(module, self._crossing),
+                num_stages=layout.num_stages,
+                device=groups.device,
+                group=groups.pipeline,
+                # What every boundary carries, so that torch asks no other rank for it.
+                input_args=self._crossing.tensors(module.received, grad=True),
+                output_args=self._crossing.tensors(module.sent, grad=True),
             )
             for module in self.modules
         ]
@@ -123,27 +114,24 @@ class TrainingPipeline:
         self._schedule = make(
             self._stages[0] if issubclass(make, PipelineScheduleSingle) else self._stages,
             num_microbatches,
-            loss_fn=_weighted_loss,
+            # The loss times its weight (share x loss scaling).
+            loss_fn=lambda outputs, weight: outputs[0] * float(weight),
             scale_grads=False,
         )
         self._has_last = layout.num_stages - 1 in layout.own_stages
 
-    def run(
-        self, microbatches: Sequence[Microbatch], inputs: Mapping[str, Any], loss_scaling: float
-    ) -> float:
+    def run(self, inputs: StepInputs, loss_scaling: float) -> float:
         """Run one step's forward and backward passes; gradients are added to ``.grad``.
 
         Args:
-            microbatches: This replica's.
-            inputs: Fields of :class:`StepInputs`.
+            inputs: With the microbatches of this replica.
             loss_scaling: Factor of the loss before the backward pass.
 
         Returns:
             This replica's part of the loss on the rank of the loss, else 0.
         """
-        self._inputs.microbatches = microbatches
-        for name, value in inputs.items():
-            setattr(self._inputs, name, value)
+        microbatches = inputs.microbatches
+        vars(self._inputs).update(vars(inputs))
         self._choose_backward()
         positions = torch.arange(self.num_microbatches)
         arguments: dict[str, Any] = {}
@@ -174,7 +162,7 @@ class TrainingPipeline:
                     "split its backward pass, so the schedule saves no time there",
                     module.stage.index,
                 )
-                stage.dw_builder = _nothing_left
+                stage.dw_builder = lambda: lambda: None  # nothing is left of it
 
     def _loss(self, microbatches: Sequence[Microbatch]) -> float:
         total = 0.0
@@ -184,25 +172,86 @@ class TrainingPipeline:
                     total += float(results["loss"]) * microbatches[position].share
         return total
 
-    def _module(self, stage: Stage, loss: str, num_stages: int) -> StageModule:
-        last = stage.index == num_stages - 1
-        sent = (loss,) if last else self._crossing.names[stage.index]
-        return StageModule(stage, self._crossing.into(stage.index), sent, self._inputs)
 
-    @staticmethod
-    def _metadata(module: StageModule, crossing: Crossings) -> dict[str, Any]:
-        """Return what every boundary carries, so that torch asks no other rank for it."""
-        return {
-            "input_args": crossing.tensors(module.received, grad=True),
-            "output_args": crossing.tensors(module.sent, grad=True),
-        }
+# ---- whether torch can split a stage's backward pass --------------------------------------------
 
 
-def _nothing_left() -> Callable[..., None]:
-    """Build the weights' part of a backward pass that was computed whole."""
-    return lambda: None
+TOLERANCE = 1e-4
 
 
-def _weighted_loss(outputs: tuple[Tensor, ...], weight: Tensor) -> Tensor:
-    """Return the loss times its weight (share x loss scaling), shape ``()``."""
-    return outputs[0] * float(weight)
+def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
+    """Whether torch can compute a stage's gradients of inputs and of weights apart: try it once.
+
+    Zero-bubble schedules do. Torch finds the weights' part by walking the autograd graph, which
+    fails or goes wrong for some graphs (T5's position bias is one input of many blocks), and
+    misses what is recomputed or serialized. Gradients that parameters have are kept.
+
+    Args:
+        module: The stage; its inputs are set.
+        received: Describe what it receives (no data).
+    """
+    stage = module.stage
+    if stage.index == 0:
+        return True  # receives nothing: torch computes it whole, later
+    names = {program.name for program in stage.programs}
+    if stage.tables or stage.row_shards or stage.recompute & names:
+        return False
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    earlier = [p.grad for p in parameters]
+    try:
+        with preserved_state(module):
+            whole = _gradients(
+                module,
+                received,
+                parameters,
+                lambda out, seeds, *_: torch.autograd.backward(out, seeds),
+            )
+            parts = _gradients(module, received, parameters, _in_two)
+    except RuntimeError:
+        return False
+    finally:
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            parameter.grad = gradient
+        module.clear()
+    return all(_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+Backward = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Any]], None]
+
+
+def _gradients(
+    module: StageModule, received: Sequence[Tensor], parameters: list[Any], backward: Backward
+) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [_filled(described, generator) for described in received]
+    position = torch.zeros(1, dtype=torch.int64)
+    outputs = [value for value in module(*leaves, microbatch=position) if value.requires_grad]
+    seeds = [torch.ones_like(value) for value in outputs]
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    backward(outputs, seeds, inputs, parameters)
+    return [None if p.grad is None else p.grad.clone() for p in (*inputs, *parameters)]
+
+
+def _in_two(
+    outputs: list[Tensor], seeds: list[Tensor], inputs: list[Tensor], parameters: list[Any]
+) -> None:
+    found, groups = stage_backward_input(outputs, seeds, inputs, iter(parameters))
+    for leaf, gradient in zip(inputs, found, strict=True):
+        leaf.grad = gradient
+    stage_backward_weight(iter(parameters), groups)
+
+
+def _filled(described: Tensor, generator: torch.Generator) -> Tensor:
+    if not described.is_floating_point():
+        return torch.zeros(described.shape, dtype=described.dtype)
+    values = torch.randn(described.shape, generator=generator).to(described.dtype)
+    return values.requires_grad_(described.requires_grad)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    return bool(torch.allclose(a, b, rtol=0, atol=TOLERANCE * scale))

@@ -7,7 +7,6 @@ import os
 import pickle
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -62,7 +61,8 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     """
     own = uuid.uuid4().hex
     store.set(f"here/{rank}", own)
-    for _ in _tries(timeout_s):
+    until = time.monotonic() + timeout_s
+    while True:
         if rank == 0:
             here = [_read(store, f"here/{other}") for other in range(world_size)]
             store.set("answer", json.dumps([own, here]))
@@ -75,6 +75,9 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
             if own in here:
                 store.set(f"seen/{rank}", name)
                 return str(name)
+        if time.monotonic() >= until:
+            break
+        time.sleep(_POLL_S)
     names = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
     raise LoweringError(
         f"rank {rank} has waited {timeout_s:.0f} s for rank {names} to compile the model; see "
@@ -86,13 +89,8 @@ class StoreGather:
     """All-gathers through the store; every rank makes the same ones in the same order.
 
     A collective of a process group belongs to the thread that trains: one from another thread
-    would pair with the wrong one elsewhere, and none can be given up when a rank is gone.
-
-    Args:
-        store: Used by this object, in one thread.
-        rank: Of this process.
-        world_size: How many there are.
-        waiter: Knows when some rank has failed.
+    would pair with the wrong one elsewhere, and none can be given up when a rank is gone. Only
+    this object uses ``store``, in one thread.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
@@ -120,14 +118,6 @@ class StoreGather:
         # Who takes part in this all-gather has read the one before.
         self._store.delete_key(f"{self._count - 1}/{self.rank}")
         return found
-
-
-def _tries(timeout_s: float) -> Iterator[None]:
-    until = time.monotonic() + timeout_s
-    yield
-    while time.monotonic() < until:
-        time.sleep(_POLL_S)
-        yield
 
 
 def _read(store: Store, key: str) -> str:

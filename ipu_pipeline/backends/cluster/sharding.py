@@ -1,4 +1,4 @@
-"""Which process holds, updates and keeps the optimizer state of which parameter.
+"""Which process holds, updates and keeps the optimizer state of which parameter; sums over ranks.
 
 A position of the pipeline holds the parameters of its stages; a tied one has several holders. With
 ``replicated_tensor_sharding`` every parameter is updated by one process of the job (stage 1 of
@@ -8,16 +8,21 @@ the parameter and sends it to the others, which then have the very bits it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.stage import Stage
+from ipu_pipeline.stages.training import UpdateResult, apply_update
 
 
 class Place(NamedTuple):
@@ -77,7 +82,7 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
         for program in stage.programs:
             tensors += [*program.module.parameters(), *program.module.buffers()]
         for tensor in tensors:
-            positions.setdefault(id(tensor), set()).add(layout.position_of(stage.index))
+            positions.setdefault(id(tensor), set()).add(layout.positions[stage.index])
     return Ownership(
         {key: tuple(sorted(found)) for key, found in positions.items()},
         Place(layout.replica, layout.position),
@@ -85,11 +90,7 @@ def find_ownership(stages: Sequence[Stage], layout: Layout) -> Ownership:
 
 
 class OwnParameters:
-    """The user's optimizer, cut down to the parameters that this process updates.
-
-    Args:
-        optimizer: Over ``model.parameters()``.
-    """
+    """The user's optimizer, cut down to the parameters that this process updates."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -131,14 +132,10 @@ def sharded(
 ) -> Ownership:
     """Choose the process that updates each parameter: the holder with the least to do so far.
 
-    Larger parameters are given away first. No process then gets more than its share and one
-    parameter (Graham, SIAM J. Appl. Math. 1969), where all parameters have the same holders.
-
-    Args:
-        ownership: Who holds what.
-        parameters: Of the model, each once, in the same order on every process.
-        num_replicas: Copies of the pipeline.
-        trains: Whether a parameter has optimizer state; the others are shared out after these.
+    Larger parameters are given away first, those that the optimizer does not train last. No
+    process then gets more than its share and one parameter (Graham, SIAM J. Appl. Math. 1969),
+    where all parameters have the same holders. ``parameters`` are those of the model, each once,
+    in the same order on every process.
     """
     load: dict[Place, int] = {}
     updaters: dict[int, Place] = {}
@@ -158,11 +155,7 @@ def sum_to_updaters(
     """Sum gradients over the replicas, each to the process that needs it.
 
     Elsewhere a gradient only says afterwards that there is one; its values mean nothing.
-
-    Args:
-        parameters: Held here, with a gradient, the same in every replica.
-        ownership: Who updates what.
-        groups: The processes.
+    ``parameters`` are held here, have a gradient, and are the same in every replica.
     """
     gradients: dict[int, list[Tensor]] = {}
     for parameter in parameters:
@@ -177,10 +170,7 @@ def sum_to_updaters(
 def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, groups: Groups) -> None:
     """Give every holder what the updating process has made of a parameter.
 
-    Args:
-        parameters: Held here and updated somewhere, the same in every replica.
-        ownership: Who updates what.
-        groups: The processes.
+    ``parameters`` are held here, updated somewhere, and the same in every replica.
     """
     here = ownership.here
     values: dict[int, list[Tensor]] = {}
@@ -193,6 +183,125 @@ def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, grou
             tied.setdefault((positions, position), []).append(parameter.detach())
     sources = [(groups.replicas, replica, found) for replica, found in sorted(values.items())]
     for (positions, position), found in sorted(tied.items(), key=lambda item: item[0]):
-        sources.append((groups.holders(positions), positions.index(position), found))
+        sources.append((groups.holders[positions], positions.index(position), found))
     for group, source, tensors in sources:
         exchange(tensors, lambda m, of=(group, source): groups.broadcast(m, *of))  # type: ignore[misc]
+
+
+# ---- gradients and the update -------------------------------------------------------------------
+
+
+@contextmanager
+def kept_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Start without gradients; add those that were there when the block ends well.
+
+    Sums over ranks must not count again what an earlier call has summed.
+    """
+    earlier = [(p, p.grad) for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, gradient in earlier:
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+@torch.no_grad()
+def sum_over_ranks(
+    model: nn.Module, ownership: Ownership, groups: Groups, *, for_update: bool
+) -> None:
+    """Sum gradients over the holders of tied parameters, and over the replicas.
+
+    Every rank calls this. What has no gradient on any rank keeps none. Losses are weighted by
+    their share of the whole batch, so sums are all that is needed. Parameters of one position
+    come first: replicas of a late stage sum them while earlier stages still run. With
+    ``for_update`` the sums are needed only where a parameter is updated.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    to_updaters = for_update and bool(ownership.updaters)
+    alone = [p for p in parameters if ownership.is_held(p) and not ownership.shared(p)]
+    if groups.layout.num_replicas > 1:
+        alone = _present(alone, groups, groups.replicas)
+        if to_updaters:
+            sum_to_updaters(alone, ownership, groups)
+        else:
+            exchange([_gradient(p) for p in alone], groups.sum_over_replicas)
+    for positions in sorted({ownership.shared(p) for p in parameters} - {()}):
+        if ownership.here.position in positions:
+            tied = [p for p in parameters if ownership.shared(p) == positions]
+            _sum_tied(tied, positions, ownership, groups, to_updaters=to_updaters)
+
+
+def _sum_tied(
+    tied: Sequence[nn.Parameter],
+    positions: tuple[int, ...],
+    ownership: Ownership,
+    groups: Groups,
+    *,
+    to_updaters: bool,
+) -> None:
+    holders = groups.holders[positions]
+    found = _present(tied, groups, holders)
+    if groups.layout.num_replicas > 1:
+        found = _present(tied, groups, groups.replicas)
+    for parameter in found:
+        parameter.grad = groups.sum_in_order(_gradient(parameter), holders)
+    if to_updaters:
+        sum_to_updaters(found, ownership, groups)
+    elif groups.layout.num_replicas > 1:
+        for parameter in found:  # one by one: every holder then adds in the same order
+            groups.sum_over_replicas(_gradient(parameter))
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    ownership: Ownership,
+    groups: Groups,
+    options: ExecutionOptions,
+) -> UpdateResult:
+    """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
+
+    ``optimizer`` has the parameters that this process updates, ``parameters`` are those that it
+    holds. Every parameter counts once in the norm.
+    """
+    with_grad = [p for p in parameters if p.grad is not None]
+    updated = [p for p in with_grad if ownership.is_updated(p)]
+    counted = [_gradient(p) for p in updated if ownership.is_chief(p)]
+
+    def total_norm(_: object) -> Tensor:
+        square = float(get_total_norm(counted)) ** 2 if counted else 0.0
+        # The same bits on every rank, so that all of them skip or none does.
+        return torch.tensor(groups.sum_numbers(square)).sqrt()
+
+    done = apply_update(
+        optimizer,
+        updated,
+        loss_scaling=options.loss_scaling,
+        max_grad_norm=options.max_grad_norm,
+        total_norm=total_norm,
+    )
+    if ownership.updaters and not done.skipped:
+        share_updated(with_grad, ownership, groups)
+    for parameter in with_grad:
+        parameter.grad = None
+    return done
+
+
+def _present(
+    parameters: Sequence[nn.Parameter], groups: Groups, group: dist.ProcessGroup
+) -> list[nn.Parameter]:
+    """Return those that have a gradient on any rank of the group; all have one afterwards."""
+    if not parameters:
+        return []
+    flags = groups.any_true([p.grad is not None for p in parameters], group)
+    found = [p for p, flag in zip(parameters, flags, strict=True) if flag]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return found
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

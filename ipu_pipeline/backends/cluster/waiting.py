@@ -30,12 +30,7 @@ class GivenUp(RuntimeError):
 
 
 class Waiter:
-    """Runs blocking calls in a thread of its own, one at a time.
-
-    Args:
-        activity: Notes that this process waits.
-        failed: Whether some rank is known to have failed.
-    """
+    """Runs blocking calls in a thread of its own, one at a time, until some rank has ``failed``."""
 
     def __init__(self, activity: Activity, failed: Callable[[], bool]) -> None:
         self.activity = activity

@@ -132,12 +132,3 @@ def _check_stage_openers(annotations: list[Annotation]) -> None:
                 f"stage {annotation.stage} begins with {annotation.block!r}, which is no module's "
                 "call; BeginBlock needs one: put it into the stage of the block before it"
             )
-
-
-def stages_in_order(annotations: tuple[Annotation, ...]) -> dict[int, list[Annotation]]:
-    """Return the annotations that emit a ``BeginBlock``, by stage."""
-    found: dict[int, list[Annotation]] = {}
-    for annotation in annotations:
-        if annotation.begins:
-            found.setdefault(annotation.stage, []).append(annotation)
-    return dict(sorted(found.items()))

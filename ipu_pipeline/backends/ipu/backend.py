@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from ipu_pipeline.backends.ipu.prices.answer import (
-    DEFAULT_SETTINGS,
-    OF_THE_REQUEST,
-    binding_of,
-    configured_partition,
-    settings_of,
-)
 from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
-from ipu_pipeline.backends.ipu.prices.memory import stash_depth
-from ipu_pipeline.backends.ipu.prices.model import IPUCostModel
-from ipu_pipeline.backends.ipu.prices.planning import ProgramChoices
-from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
+from ipu_pipeline.backends.ipu.prices.planning import IPUCostModel, ProgramChoices
+from ipu_pipeline.backends.ipu.prices.predict import (
+    DEFAULT_SETTINGS,
+    OF_THE_REQUEST,
+    Prediction,
+    binding_of,
+    configured_partition,
+    held_by_stage,
+    predict_layout,
+    settings_of,
+)
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime
 from ipu_pipeline.errors import PartitionError
@@ -121,7 +121,6 @@ class IPUBackend:
             misfits=_misfits(found),
             binding=binding_of(found),
             source="ipu",
-            details=found,
         )
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
@@ -179,25 +178,19 @@ def _times(plan: Plan, found: Prediction) -> list[StageTime]:
 
 def _loads(plan: Plan, found: Prediction) -> tuple[StageLoad, ...]:
     depth, copy_s = len(found.layout.stages), found.time.copy_s
-    seen: set[int] = set()
+    held = held_by_stage(found, [stage.device for stage in plan.stages])
     loads = []
-    for index, (stage, one) in enumerate(zip(plan.stages, _times(plan, found), strict=True)):
-        # What an IPU holds is counted once, in its first stage.
-        memory = found.memory[stage.device]
-        held = 0 if stage.device in seen else memory.total_bytes
-        seen.add(stage.device)
-        in_flight = stash_depth(depth, min(index, depth - 1)) if plan.graph.training else 1
-        stash = memory.stash // in_flight if held else 0
-        weights = memory.weights + memory.gradients + memory.optimizer if held else 0
+    for one, (memory, in_flight) in zip(_times(plan, found), held, strict=True):
+        stash = memory.stash // in_flight
         loads.append(
             StageLoad(
-                device=stage.device,
+                device=one.ipu,
                 forward_s=one.forward_s,
                 backward_s=one.backward_s + one.recompute_s if plan.graph.training else 0.0,
                 copies=Copies(copy_s / 2, copy_s / 2) if depth > 1 else Copies(),
-                weight_bytes=weights,
+                weight_bytes=memory.kept_bytes,
                 stash_bytes=stash,
-                workspace_bytes=held - weights - stash * in_flight,
+                workspace_bytes=memory.total_bytes - memory.kept_bytes - stash * in_flight,
                 in_flight=in_flight,
             )
         )
@@ -205,10 +198,8 @@ def _loads(plan: Plan, found: Prediction) -> tuple[StageLoad, ...]:
 
 
 def _misfits(found: Prediction) -> tuple[str, ...]:
-    room = found.chip.tile_memory_bytes
     return tuple(
-        f"the fullest tile of IPU {ipu} needs {memory.fullest_tile_bytes(found.chip) / 1024:.0f} "
-        f"of {room / 1024:.0f} KiB"
+        found.tile_text(ipu)
         for ipu, memory in enumerate(found.memory)
         if not memory.fits(found.chip)
     )

@@ -33,12 +33,8 @@ from ipu_pipeline.ir.plan import Plan
 RUNTIME = (
     "__init__.py",
     "checks.py",
-    "data.py",
-    "find.py",
-    "optimizer.py",
-    "options.py",
+    "device.py",
     "placement.py",
-    "serialized.py",
     "static_graph.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.

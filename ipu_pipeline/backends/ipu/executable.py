@@ -7,7 +7,7 @@ evaluation on the host and ``state_dict``. Gradients never come back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.ipu.annotations import Annotation
 from ipu_pipeline.backends.ipu.check import is_power_of_two
-from ipu_pipeline.backends.ipu.optimizers import read_state
-from ipu_pipeline.backends.ipu.runtime.data import mean_loss
-from ipu_pipeline.backends.ipu.runtime.options import make_options
+from ipu_pipeline.backends.ipu.optimizers import (
+    device_groups,
+    group_values,
+    read_state,
+    write_state,
+)
+from ipu_pipeline.backends.ipu.runtime.device import make_optimizer, make_options, mean_loss
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
-from ipu_pipeline.backends.ipu.sessions import CallResult, Sessions, join, rows
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError
@@ -129,11 +132,16 @@ class PopTorchExecutable(SingleProcessExecutable):
         sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
         if len(sizes) != 1:
             raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {sorted(sizes)}")
-        size, call = sizes.pop(), self._inference_call_size()
+        size, flat = sizes.pop(), self._flat
+        copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
+        call = self.plan.micro_batch_size * copies
         whole = size - size % call
-        parts = [self._on_device(batch, start, call) for start in range(0, whole, call)]
+        parts = [
+            (call, self._sessions.evaluate(rows(batch, start, start + call)))
+            for start in range(0, whole, call)
+        ]
         if whole < size:
-            parts.append(self._on_host(batch, whole, size))
+            parts.append((size - whole, self._on_host(rows(batch, whole, size))))
         return join(parts)
 
     def data_loader(self, dataset: Any, **options: Any) -> Any:
@@ -259,20 +267,12 @@ class PopTorchExecutable(SingleProcessExecutable):
 
     # ---- evaluation ---------------------------------------------------------------------
 
-    def _inference_call_size(self) -> int:
-        flat = self._flat
-        copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
-        return int(self.plan.micro_batch_size * copies)
-
-    def _on_device(self, batch: Mapping[str, Any], start: int, call: int) -> CallResult:
-        return CallResult(call, self._sessions.evaluate(rows(batch, start, start + call)))
-
-    def _on_host(self, batch: Mapping[str, Any], start: int, stop: int) -> CallResult:
+    def _on_host(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         self._sessions.fetch_weights()
         self.model.eval()
         with torch.no_grad():
-            values = self.model(**rows(batch, start, stop))
-        return CallResult(stop - start, dict(zip(self._forward.names, values, strict=True)))
+            values = self.model(**batch)
+        return dict(zip(self._forward.names, values, strict=True))
 
     # ---- checks -------------------------------------------------------------------------
 
@@ -305,3 +305,192 @@ class PopTorchExecutable(SingleProcessExecutable):
     def _require_open(self) -> None:
         if self._closed:
             raise LoweringError("this executable is closed; compile the model again")
+
+
+class Sessions:
+    """Makes the executors when they are needed, and has at most one on the IPUs.
+
+    Args:
+        model: The annotated model.
+        placement: Its annotations.
+        forward: What the model's forward is while it is on the device.
+        optimizer: The user's torch optimizer; ``None`` for evaluation only.
+        settings: The flat object of ``settings.json``.
+        poptorch: The front end.
+
+    Attributes:
+        training: The executor that trains, once there is one.
+        inference: The executor that evaluates, once there is one.
+        device_optimizer: What ``training`` was given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        forward: DeviceForward,
+        optimizer: torch.optim.Optimizer | None,
+        settings: Mapping[str, Any],
+        poptorch: Any,
+    ) -> None:
+        self.training: Any = None
+        self.inference: Any = None
+        self.device_optimizer: Any = None
+        self._model = model
+        self._placement = placement
+        self._forward = forward
+        self._optimizer = optimizer
+        self._settings = settings
+        self._poptorch = poptorch
+        # poptorch puts other classes in the place of these.
+        things = (model, *model.parameters(), *model.buffers())
+        self._own = [(thing, type(thing)) for thing in things]
+        self._sent: list[dict[str, Any]] = []
+        self._evaluated: frozenset[str] = frozenset()
+        self._result_names: list[str] = []
+
+    def train(self, batch: Mapping[str, Any]) -> Any:
+        """Run one call of the training program on ``batch`` and return its losses.
+
+        Raises:
+            LoweringError: poptorch refuses to compile the model.
+        """
+        executor = self.attach_training()
+        values = group_values(self._required_optimizer())
+        if values != self._sent:
+            executor.setOptimizer(self._make_optimizer())
+            self._sent = values
+        return self._call(executor, batch)
+
+    def evaluate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run one call of the evaluation program on ``batch`` and return its tensors by name.
+
+        Raises:
+            LoweringError: poptorch refuses to compile the model.
+        """
+        executor = self._attach_inference(frozenset(batch))
+        is_new = not executor.isCompiled()
+        values = self._call(executor, batch)
+        if is_new:  # a compiled program never calls forward again
+            self._result_names = list(self._forward.names)
+        return dict(zip(self._result_names, values, strict=True))
+
+    def attach_training(self, *, offline_ipu_version: int | None = None) -> Any:
+        """Return the executor that trains; if it is compiled, it is on the IPUs.
+
+        Args:
+            offline_ipu_version: Compile for these IPUs, which are not here.
+        """
+        self._detach(self.inference)
+        if self.training is None:
+            options = make_options(self._settings, self._poptorch)
+            options.setExecutionStrategy(self._placement.strategy())
+            if offline_ipu_version is not None:
+                options.useOfflineIpuTarget(offline_ipu_version)
+            self.device_optimizer = self._make_optimizer()
+            self._sent = group_values(self._required_optimizer())
+            self._hand_over_state()
+            self._model.train()
+            self.training = self._poptorch.trainingModel(
+                self._model, options, self.device_optimizer
+            )
+        elif self.training.isCompiled() and not self.training.isAttachedToDevice():
+            self.training.attachToDevice()
+        return self.training
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the device's optimizer state by its names; empty before the first step."""
+        if self.training is None or not self.training.isCompiled():
+            return {}
+        return self.device_optimizer.state_dict()["ipu_state"] or {}
+
+    def fetch_weights(self) -> None:
+        """Bring the host's weights up to date."""
+        if self.training is not None and self.training.isCompiled():
+            self.training.copyWeightsToHostIfNeeded()
+
+    def release(self) -> None:
+        """Free the IPUs; weights come back, the programs are gone, classes are the user's."""
+        for executor in (self.inference, self.training):
+            if executor is not None:
+                executor.destroy()
+        self.training = self.inference = self.device_optimizer = None
+        # An executor that was never compiled does not unwrap the model when it is destroyed.
+        for thing, kind in self._own:
+            thing.__class__ = kind
+
+    def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
+        if executor.isCompiled():
+            return executor(**batch)
+        try:
+            return executor(**batch)
+        except self._poptorch.Error as error:
+            self.release()
+            raise LoweringError(f"poptorch cannot compile the model: {error}") from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _attach_inference(self, names: frozenset[str]) -> Any:
+        self._detach(self.training)
+        if self.inference is not None and names != self._evaluated:
+            self.inference.destroy()  # compiled for other inputs, such as labels
+            self.inference = None
+        self._evaluated = names
+        if self.inference is None:
+            options = make_options(self._settings, self._poptorch, inference=True)
+            deep = self._settings["num_stages"]
+            pipelined = self._settings["inference_device_iterations"] >= deep
+            options.setExecutionStrategy(self._placement.strategy(pipelined=pipelined))
+            self._model.eval()
+            self.inference = self._poptorch.inferenceModel(self._model, options)
+        elif self.inference.isCompiled() and not self.inference.isAttachedToDevice():
+            self.inference.attachToDevice()
+        return self.inference
+
+    def _detach(self, executor: Any) -> None:
+        if executor is not None and executor.isCompiled() and executor.isAttachedToDevice():
+            executor.detachFromDevice()
+
+    def _make_optimizer(self) -> Any:
+        groups = device_groups(self._required_optimizer())
+        return make_optimizer(self._settings, groups, self._poptorch)
+
+    def _hand_over_state(self) -> None:
+        state = write_state(self._required_optimizer(), self._model)
+        if state:
+            own = self.device_optimizer.state_dict()
+            scaling = {"lossScaling": self._settings["loss_scaling"]}
+            self.device_optimizer.load_state_dict({**own, "ipu_state": state, "ipu_param": scaling})
+
+    def _required_optimizer(self) -> torch.optim.Optimizer:
+        if self._optimizer is None:
+            raise LoweringError("training needs an optimizer; pass one to compile(optimizer=...)")
+        return self._optimizer
+
+
+def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return the samples from ``start`` to ``stop``; what has no axis 0 goes whole."""
+    return {
+        name: value[start:stop] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in batch.items()
+    }
+
+
+def join(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> EvalResult:
+    """Return the results of all calls: outputs joined on axis 0, the loss weighed by samples.
+
+    Args:
+        parts: Samples of each call, and its tensors by name; ``loss`` has one entry per microbatch
+            of equal size.
+    """
+    loss = None
+    if "loss" in parts[0][1]:
+        weighed = [float(values["loss"].float().mean()) * samples for samples, values in parts]
+        loss = sum(weighed) / sum(samples for samples, _ in parts)
+    outputs = {
+        name: torch.cat([values[name] for _, values in parts])
+        for name in parts[0][1]
+        if name != "loss"
+    }
+    return EvalResult(loss, outputs)

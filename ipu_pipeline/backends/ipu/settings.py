@@ -7,12 +7,16 @@ settings together: what both say must agree, and the plan says it to the letter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.ipu.backend import program_of
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.layout import layout_of, placement_of
+from ipu_pipeline.backends.ipu.prices.layout import (
+    convolutional_layers,
+    layout_of,
+    placement_of,
+)
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
@@ -66,7 +70,6 @@ class PopTorchSettings:
         config: The IPU configuration; it agrees with the plan.
         micro_batch_size: Samples of one microbatch.
         num_stages: Forward stages.
-        recompute: Every stage but the last runs its forward pass again in its backward stage.
         optimizer: The optimizer.
         half: Weights and activations in float16.
         seed: Seed of the device and of torch; ``None`` leaves it.
@@ -75,7 +78,6 @@ class PopTorchSettings:
     config: IPUConfig
     micro_batch_size: int
     num_stages: int
-    recompute: bool = True
     optimizer: OptimizerSettings = OptimizerSettings()
     half: bool = False
     seed: int | None = None
@@ -97,7 +99,7 @@ class PopTorchSettings:
             "device_iterations": config.device_iterations,
             "memory_proportions": list(config.memory_proportions()),
             **inference,
-            "recompute": self.recompute,
+            "recompute": bool(config.recompute),
             "recompute_checkpoint_every_layer": config.recompute_checkpoint_every_layer,
             "optimizer_state_offchip": config.optimizer_state_offchip,
             "replicated_tensor_sharding": config.replicated_tensor_sharding,
@@ -108,7 +110,8 @@ class PopTorchSettings:
             "executable_cache_dir": config.executable_cache_dir,
             "seed": self.seed if self.seed is not None else config.seed,
             "half": self.half,
-            **_optimizer_json(self.optimizer),
+            **asdict(self.optimizer),
+            "betas": list(self.optimizer.betas),
         }
 
 
@@ -133,12 +136,10 @@ def settings_for(
     Raises:
         LoweringError: The configuration contradicts the plan.
     """
-    wanted = ipu_config_of_plan(plan, config)
     return PopTorchSettings(
-        config=wanted,
+        config=ipu_config_of_plan(plan, config),
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
-        recompute=bool(wanted.recompute),
         optimizer=optimizer or OptimizerSettings(),
         half=half,
         seed=seed,
@@ -154,48 +155,35 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     """
     program = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
-    said = {
-        **_structure(plan, base),
-        **_slices(plan, base),
-        "recompute": program.recompute,
-        "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
-    }
-    if base is None:
-        shares = tuple(program.proportion(ipu) for ipu in range(said["ipus_per_replica"]))
-        sized = replace(program, num_ipus=len(shares), layers_per_ipu=said["layers_per_ipu"])
-        return replace(replace(sized, proportions=shares).ipu_config(), **said)
-    _check_agreement(base, said)
-    return replace(base, **said)
-
-
-def _structure(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     num_ipus = max(stage.device for stage in plan.stages) + 1
     home = {name: stage.device for stage in plan.stages for name in stage.blocks}
     counts = [0] * num_ipus
     for name in _counted(plan, base, home):
         counts[home[name]] += 1
-    return {
+    said = {
         "layers_per_ipu": tuple(counts),
         "ipus_per_replica": num_ipus,
         "replication_factor": plan.replicas,
         "gradient_accumulation_steps": plan.num_microbatches,
+        **_slices(plan, base),
+        "recompute": program.recompute,
+        "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
     }
+    if base is None:
+        sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts))
+        return replace(sized.ipu_config(), **said)
+    _check_agreement(base, said)
+    return replace(base, **said)
 
 
 def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
     """Return the layers that the base configuration counts, if it left the others on IPU 0."""
-    layers = {b.name: _is_convolution(plan, b.name) for b in plan.blocks if b.kind == "layer"}
+    layers = convolutional_layers(plan.graph)
     if base is None:
         return tuple(layers)
     counted = counted_layers(layers, base.layers_per_ipu, base.num_ipus())
     beside = [home[name] for name in layers if name not in counted]
     return counted if not any(beside) else tuple(layers)
-
-
-def _is_convolution(plan: Plan, block: str) -> bool:
-    prefix = block.split("#")[0] + "."
-    shapes = [text for fqn, text in plan.model.parameters.items() if fqn.startswith(prefix)]
-    return all(shape.split(" ")[0].count("x") != 1 for shape in shapes)
 
 
 def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
@@ -231,9 +219,3 @@ def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
             f"the IPU configuration is not that of the plan ({'; '.join(different)}); make the "
             "plan with this configuration, or change the configuration"
         )
-
-
-def _optimizer_json(optimizer: OptimizerSettings) -> dict[str, Any]:
-    found = asdict(optimizer)
-    found["betas"] = list(found["betas"])
-    return {field.name: found[field.name] for field in fields(OptimizerSettings)}

@@ -31,17 +31,17 @@ from ipu_pipeline.backends.ipu.prices import (
     chip_of,
     predict,
 )
-from ipu_pipeline.backends.ipu.prices.answer import partition_of
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
 from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
+from ipu_pipeline.backends.ipu.prices.predict import partition_of
 from ipu_pipeline.backends.ipu.prices.settings import FrontEnd
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.priced import Quickest, quickest
+from ipu_pipeline.planner.search.priced import quickest
 
 if TYPE_CHECKING:
     from ipu_pipeline.ir.plan import ModelIdentity, Plan
@@ -140,13 +140,16 @@ class TunePoint:
 
     Attributes:
         prediction: What it does.
-        free: Share of a tile that stays free on the fullest tile.
         bound_s: No setting that leaves as much free takes less seconds per step.
     """
 
     prediction: Prediction
-    free: float
     bound_s: float
+
+    @property
+    def free(self) -> float:
+        """Share of a tile that stays free on the fullest tile."""
+        return self.prediction.free
 
     @property
     def samples_per_s(self) -> float:
@@ -246,8 +249,11 @@ class TuneResult:
         size, rest = divmod(self.request.global_batch, per_sample)
         micro_batch = size if size and not rest else 1
         graph = self.graphs.get(micro_batch) or capture(micro_batch).graph
-        settings = IPUSettings.from_config(config, front_end=self.request.front_end)
-        return predict(graph, replace(settings, optimizer=self.request.optimizer), self.machine)
+        asked = self.request
+        settings = replace(
+            IPUSettings.from_config(config), front_end=asked.front_end, optimizer=asked.optimizer
+        )
+        return predict(graph, settings, self.machine)
 
 
 def tune(
@@ -414,28 +420,15 @@ def front_of(
         elif time.monotonic() - started > limit_s:
             front.complete = False
             break
-        if best.pipeline is None:
+        prediction = best_prediction(best)
+        if prediction is None:
             break
-        front.points.append(_point(best))
+        bound_s = min(prediction.time.total_s, best.lower_bound_s)
+        front.points.append(TunePoint(prediction, bound_s))
         free = max(free, front.points[-1].free) + FREE_STEP
     front.points = non_dominated(front.points)
     front.seconds = time.monotonic() - started
     return front
-
-
-def _point(best: Quickest[IPUPipeline]) -> TunePoint:
-    assert best.pipeline is not None
-    split = best.found.pipelines[0]
-    prediction = best.pipeline.prediction(split.boundaries, split.prices)
-    bound = min(prediction.time.total_s, best.lower_bound_s)
-    return TunePoint(prediction, free_share(prediction), bound)
-
-
-def free_share(prediction: Prediction) -> float:
-    """Share of a tile's memory that is free on the fullest tile of all IPUs."""
-    chip = prediction.chip
-    fullest = max(memory.fullest_tile_bytes(chip) for memory in prediction.memory)
-    return 1 - fullest / chip.tile_memory_bytes
 
 
 def non_dominated(points: list[TunePoint]) -> list[TunePoint]:
@@ -454,7 +447,7 @@ def _misfit(
     head = f"nothing fits {machine.name} with a global batch of {request.global_batch}"
     if request.least_free:
         head += f" and {request.least_free:.0%} of every tile free"
-    fullest = [(-free_share(item.even()), number) for number, item in enumerate(front.pipelines)]
+    fullest = [(-item.even().free, number) for number, item in enumerate(front.pipelines)]
     if fullest:
         over, number = min(fullest)
         closest = front.pipelines[number]

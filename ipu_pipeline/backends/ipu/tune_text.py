@@ -8,7 +8,7 @@ from typing import Any
 
 from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.tune import TuneResult, free_share
+from ipu_pipeline.backends.ipu.tune import TuneResult
 from ipu_pipeline.ir.text import milliseconds, render_table
 
 _COLUMNS = ("samples/s", "step ms", "free", "IPUs", "micro batch", "accumulation", "layers per IPU",
@@ -114,13 +114,11 @@ def why(result: TuneResult) -> str:
         for name, seconds in parts_of_step(best).items()
         if seconds >= 0.005 * total
     )
-    sizes = [memory.fullest_tile_bytes(best.chip) for memory in best.memory]
-    fullest = max(range(len(sizes)), key=sizes.__getitem__)
     settings = best.settings
     text = (
         f"Why this one: {settings.replicas} replicas of {settings.num_ipus} IPUs with a micro "
-        f"batch of {best.micro_batch} spend their step on {shares}. Memory: IPU {fullest} is the "
-        f"fullest, {result.best.free:.1%} of its fullest tile is free."
+        f"batch of {best.micro_batch} spend their step on {shares}. Memory: IPU "
+        f"{best.fullest[1]} is the fullest, {result.best.free:.1%} of its fullest tile is free."
     )
     return "\n".join([text, *_others(result)])
 
@@ -161,14 +159,15 @@ def comparison_text(result: TuneResult, name: str, other: Prediction) -> str:
     lines = [
         f"Compared with {name}: {best.samples_per_s:.1f} against {other.samples_per_s:.1f} "
         f"samples/s ({gain:+.1%}); it {'fits' if other.fits else 'DOES NOT FIT'} "
-        f"({free_share(other):.1%} of the fullest tile free, here {result.best.free:.1%})"
+        f"({other.free:.1%} of the fullest tile free, here {result.best.free:.1%})"
     ]
     if other.samples_per_step != best.samples_per_step:
         lines.append(
             f"  its global batch is {other.samples_per_step} (micro batch {other.micro_batch}), "
             f"not {best.samples_per_step}: times per sample are compared"
         )
-    lines += [f"  {what}: {there} -> {here}" for what, there, here in differences(other, best)]
+    there, here = _facts(other), _facts(best)
+    lines += [f"  {key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
     mine, theirs = parts_of_step(best), parts_of_step(other)
     changes = sorted(
         ((mine[part] / best.samples_per_step - theirs[part] / other.samples_per_step, part)
@@ -179,12 +178,6 @@ def comparison_text(result: TuneResult, name: str, other: Prediction) -> str:
     lines.append(f"  microseconds per sample: {shown or 'no difference'}")
     lines += [f"  note on {name}: {note}" for note in other.notes]
     return "\n".join(lines)
-
-
-def differences(other: Prediction, best: Prediction) -> list[tuple[str, str, str]]:
-    """Return (what, there, here) for every number that differs."""
-    there, here = _facts(other), _facts(best)
-    return [(key, str(there[key]), str(here[key])) for key in here if there[key] != here[key]]
 
 
 def _facts(prediction: Prediction) -> dict[str, Any]:

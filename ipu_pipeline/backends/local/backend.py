@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import Workload
-from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.backend import Backend
+from ipu_pipeline.planner.price import PlanPrice, replayed_price, workload_of
 from ipu_pipeline.planner.schedules import schedule_names
-from ipu_pipeline.planner.search import Constraints, Partition
 
 
 @dataclass(frozen=True)
-class LocalBackend:
-    """Stages are threads of this process (satisfies ``planner.backend.Backend``)."""
+class LocalBackend(Backend):
+    """Stages are threads of this process."""
 
     name: str = "local"
     target: str = "local"
@@ -40,25 +36,9 @@ class LocalBackend:
         """Whether the devices are threads of one process."""
         return machine.shared_memory
 
-    def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
-        """Keep what the price depends on besides the plan."""
-        return limits.kept()
-
-    def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
-        """Nothing besides."""
-        return limits
-
     def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
         """Eight, which keeps a few stages busy."""
         return 8
-
-    def costs(self, work: Workload) -> GraphCosts:
-        """Counted or measured seconds."""
-        return counted_costs(work)
-
-    def placement(self, work: Workload) -> Partition | None:
-        """Every split is searched."""
-        return None
 
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""
@@ -66,7 +46,7 @@ class LocalBackend:
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return an executable in this process."""
-        from ipu_pipeline.backends.local.lower import lower
+        from ipu_pipeline.backends.local.executable import lower
 
         return lower(model, plan, optimizer, options)
 

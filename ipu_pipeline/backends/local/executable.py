@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
-from ipu_pipeline.backends.local.step import Step
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Schedule
+from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
@@ -25,9 +27,100 @@ from ipu_pipeline.stages.executable import (
     ExecutionOptions,
     SingleProcessExecutable,
     StepResult,
+    join,
+    mean_loss,
 )
-from ipu_pipeline.stages.stage import recomputed_blocks
-from ipu_pipeline.stages.training import apply_update, in_mode
+from ipu_pipeline.stages.serialize import GradientSum, add_sums
+from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks
+from ipu_pipeline.stages.training import apply_update, autocast_region, check_model, in_mode
+
+
+@dataclass(eq=False)
+class Step:
+    """The work of one step: called with an action, runs that stage on that microbatch.
+
+    Attributes:
+        stages: ``[microbatch][stage]``.
+        loss_scaling: Factor of the loss before the backward pass.
+        results: What each microbatch computed, by name, in the order of the microbatches.
+        busy_s: Seconds that each stage was busy.
+    """
+
+    stages: Sequence[Sequence[Stage]]
+    microbatches: Sequence[Microbatch]
+    options: ExecutionOptions
+    global_step: int
+    loss_scaling: float
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        own = self.stages[0]
+        self.results: list[dict[str, Tensor]] = [{} for _ in self.microbatches]
+        self.grad = torch.is_grad_enabled()
+        self.alone = [self.schedule.peak_in_flight(stage.index) == 1 for stage in own]
+        self.busy_s = [0.0] * len(own)
+        self._values: dict[tuple[int, str], Tensor] = {}
+        self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+        self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
+            defaultdict(GradientSum) for _ in own
+        ]
+        self._lock = Lock()
+
+    def __call__(self, action: Action) -> None:
+        """Run one action; an exception carries the name of the block it came from."""
+        stage = self.stages[action.microbatch][action.stage]
+        started = time.perf_counter()
+        try:
+            with torch.set_grad_enabled(self.grad):
+                if action.kind == "F":
+                    self._forward(stage, action.microbatch)
+                elif action.kind != "W":  # I computes both gradients, nothing is left to W
+                    self._backward(stage, action.microbatch)
+        except Exception as error:
+            error.pipeline_block = stage.block  # type: ignore[attr-defined]
+            raise
+        self.busy_s[action.stage] += time.perf_counter() - started
+
+    def _forward(self, stage: Stage, microbatch: int) -> None:
+        part = self.microbatches[microbatch]
+        received = {name: self._values[microbatch, name] for name in stage.receives}
+        key: RandomKey = (self.options.seed, self.global_step, microbatch)
+        with autocast_region(self.options.precision):
+            sent, results = stage.forward(
+                microbatch, part.inputs, received, key, alone=self.alone[stage.index]
+            )
+        with self._lock:
+            self._values.update({(microbatch, name): value for name, value in sent.items()})
+            self.results[microbatch].update(results)
+
+    def _backward(self, stage: Stage, microbatch: int) -> None:
+        gradients = {}
+        for name in stage.sends:
+            parts = self._gradients.pop((microbatch, name), {})
+            self._values.pop((microbatch, name), None)
+            ordered = [parts[index] for index in sorted(parts)]  # one order, whatever the timing
+            if ordered:
+                gradients[name] = torch.stack(ordered).sum(0) if len(ordered) > 1 else ordered[0]
+        share = self.microbatches[microbatch].share
+        found, shared = stage.backward(microbatch, gradients, self.loss_scaling * share)
+        with self._lock:
+            for name, gradient in found.items():
+                self._gradients[microbatch, name][stage.index] = gradient
+        for parameter, gradient in shared:  # sums of this stage, which runs in one thread
+            self._shared[stage.index][parameter].add(gradient)
+
+    def add_shared_gradients(self) -> None:
+        """Add the gradients of parameters that several stages use, in the order of the stages."""
+        parameters = dict.fromkeys(p for sums in self._shared for p in sums)
+        for parameter in parameters:
+            add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))
+
+    def clear(self) -> None:
+        """Forget all microbatches in flight."""
+        for stages in self.stages:
+            for stage in stages:
+                stage.clear()
 
 
 class LocalExecutable(SingleProcessExecutable):
@@ -91,7 +184,7 @@ class LocalExecutable(SingleProcessExecutable):
         )
         self.global_step += 1
         return StepResult(
-            _mean_loss(step.microbatches, step.results),
+            mean_loss(step.microbatches, step.results),
             update.grad_norm,
             update.skipped,
             batch_size(batch),
@@ -105,7 +198,7 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed; gradients are then incomplete.
         """
         step = self._accumulate(self._split(batch), 1.0)
-        return _mean_loss(step.microbatches, step.results)
+        return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
         self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
@@ -133,7 +226,7 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        return _join(microbatches, self._evaluate(microbatches))
+        return join(microbatches, self._evaluate(microbatches))
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -144,7 +237,7 @@ class LocalExecutable(SingleProcessExecutable):
         """
         microbatches = cut_batches(parts, [1.0] * len(parts))
         found = zip(microbatches, self._evaluate(microbatches), strict=True)
-        return [_join([part], [results]) for part, results in found]
+        return [join([part], [results]) for part, results in found]
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
@@ -195,7 +288,10 @@ class LocalExecutable(SingleProcessExecutable):
             if self.options.sequential or self.plan.num_stages == 1:
                 run_sequentially(step.schedule, step)
             else:
-                self._stage_threads().run(step.schedule, step, self._intra_op(step.schedule))
+                if self._threads is None:
+                    timeout_s = self.options.stall_timeout_s
+                    self._threads = StageThreads(self.plan.num_stages, timeout_s)
+                self._threads.run(step.schedule, step, self._intra_op(step.schedule))
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -211,11 +307,6 @@ class LocalExecutable(SingleProcessExecutable):
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
         loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
         return share_threads(loads, available_threads())
-
-    def _stage_threads(self) -> StageThreads:
-        if self._threads is None:
-            self._threads = StageThreads(self.plan.num_stages, self.options.stall_timeout_s)
-        return self._threads
 
 
 def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
@@ -241,22 +332,45 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
     raise LoweringError(problem)
 
 
-def _mean_loss(
-    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
-) -> float:
-    """Return the mean of the microbatches' losses, weighted by their samples."""
-    pairs = zip(microbatches, results, strict=True)
-    return sum(float(result["loss"]) * part.share for part, result in pairs)
+def lower(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    options: ExecutionOptions,
+) -> LocalExecutable:
+    """Return an executable that runs ``plan`` in this process.
+
+    Raises:
+        LoweringError: The target cannot run the plan.
+    """
+    check(plan, options)
+    check_model(model, optimizer)
+    return LocalExecutable(model, plan, optimizer, options)
 
 
-def _join(
-    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]
-) -> EvalResult:
-    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
-    loss = _mean_loss(microbatches, results) if "loss" in results[0] else None
-    outputs = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        if name != "loss":
-            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
-    return EvalResult(loss, outputs)
+def check(plan: Plan, options: ExecutionOptions) -> None:
+    """Refuse what the local target cannot run.
+
+    Raises:
+        LoweringError: Replicas or state divided among them, a schedule that it does not have,
+            unknown blocks to recompute, or a serialized block without parameters.
+    """
+    if plan.replicas > 1:
+        raise LoweringError(
+            f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
+            "plan with replicas=1, or more microbatches for the same total batch"
+        )
+    if options.ipu_config is not None:
+        raise LoweringError(
+            "the local target runs on no IPU: leave ipu_config out, or use target='poptorch'"
+        )
+    if options.replicated_tensor_sharding:
+        raise LoweringError(
+            "replicated_tensor_sharding divides optimizer state among replicas, and the local "
+            "target runs one pipeline in one process; leave it out, or use target='distributed' "
+            "with a plan of several replicas"
+        )
+    if options.training:
+        shape_to_run(plan, options)
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)

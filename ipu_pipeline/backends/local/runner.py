@@ -104,12 +104,7 @@ class StageThreads:
         self._stop = weakref.finalize(self, _stop, self._jobs, self._threads)
 
     def run(self, schedule: Schedule, work: Work, intra_op: Sequence[int]) -> None:
-        """Run every row on its own thread; return when all are done.
-
-        Args:
-            schedule: Its rows.
-            work: Does an action.
-            intra_op: Threads of the operators of each row.
+        """Run every row on its own thread, with ``intra_op`` threads of its operators.
 
         Raises:
             StageError: A stage raised; its exception is the cause.

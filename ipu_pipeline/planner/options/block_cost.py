@@ -1,7 +1,4 @@
-"""What a cost model gives to the solver: for every block its possible ways to run, priced.
-
-What weights cost in memory while training.
-"""
+"""What a cost model gives to the solver: for every block its possible ways to run, priced."""
 
 from __future__ import annotations
 
@@ -106,37 +103,18 @@ class GraphCosts:
         return self.device_speed[device] if device < len(self.device_speed) else 1.0
 
 
-class CostModel(Protocol):
-    """Prices the blocks of a graph on a machine."""
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block of ``graph`` on ``machine``."""
-        ...
+# Bytes per element of optimizer state: AdamW in float32.
+_STATE_BYTES = 8.0
 
 
-@dataclass(frozen=True)
-class OptimizerMemory:
-    """Bytes that a trainable parameter costs besides its weight.
-
-    Attributes:
-        gradient_bytes: Bytes per element of the accumulated gradient; ``None``: as the weight.
-        state_bytes: Bytes per element of optimizer state (AdamW in float32: 8).
-    """
-
-    gradient_bytes: float | None = None
-    state_bytes: float = 8.0
-
-
-def weight_bytes(graph: BlockGraph, block: Block, memory: OptimizerMemory) -> Mapping[str, int]:
+def weight_bytes(graph: BlockGraph, block: Block) -> Mapping[str, int]:
     """Return bytes of weight, gradient and optimizer state by parameter, for one block."""
     result = {}
     for fqn in block.parameters:
         parameter = graph.parameter_by_fqn[fqn]
         total = float(parameter.num_bytes)
         if parameter.trainable and graph.training:
-            own = parameter.num_bytes / max(parameter.numel, 1)
-            per_element = memory.gradient_bytes if memory.gradient_bytes is not None else own
-            total += parameter.numel * (per_element + memory.state_bytes)
+            total += parameter.num_bytes + parameter.numel * _STATE_BYTES
         result[fqn] = int(total)
     return result
 

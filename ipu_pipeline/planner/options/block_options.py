@@ -1,25 +1,19 @@
 """The ways to run each block on a device that is no IPU: plain, recomputed, serialized.
 
-What serialization saves and costs, by what a block does with its table (``tables.py``):
+Serialization (``tables.py``) of a **lookup** makes no dense ``rows x width`` gradient, only one row
+per looked-up token; every further slice reads the indices again. The dense gradient's time is not
+credited, so that a plain lookup is kept where memory is ample. A **projection fused with the loss**
+has one slice of logits at a time and keeps nothing of their size; every further slice reads the
+table again, forward and in each product of the backward pass.
 
-- **Lookup.** The backward pass makes no dense ``rows x width`` gradient beside the accumulated
-  one, only one row per looked-up token. Every further slice reads the indices again. Time saved
-  by not writing the dense gradient is not credited, so that a plain lookup is kept where memory
-  is ample.
-- **Projection fused with the loss** (``heads.py``). One slice of logits exists at a time, nothing
-  of their size is kept. Every further slice reads the table again, forward and in each product
-  of the backward pass.
+With one microbatch in flight the fused way computes gradients in the forward pass (three products
+with the table). With more, the logits and their softmax are computed again in the backward pass
+(four products), as when the head is recomputed. A loss that needs every other block is in the last
+stage of any split, where the microbatches in flight depend on the schedule alone
+(``loss_in_flight``); where that is not known, the price is the higher one.
 
-Time of the fused way: with one microbatch in flight gradients are computed in the forward pass
-(three products with the table, as many as without fusing). With more of them in flight that would
-hold a gradient of the table for each, so the logits are computed again in the backward pass (four
-products, and the softmax a second time); so they are when the head is recomputed. A menu is made
-before the split, but a loss that needs every other block is in the last stage of any split, and
-how many microbatches are in flight there depends on the schedule alone: ``loss_in_flight``. Where
-that is not known, or the loss is not the end of the model, the price is the higher one.
-
-A projection and its loss are priced as a pair: the projection's menu carries the bytes of both,
-the loss has only its time, and ``GraphCosts.together`` keeps them in one stage.
+The projection's menu carries the bytes of both, the loss has only its time, and
+``GraphCosts.together`` keeps them in one stage.
 """
 
 from __future__ import annotations

@@ -3,20 +3,23 @@
 The profiled cost model: measured seconds where a block ran on this machine.
 
 Measuring needs torch and lives in ``profiling/blocks.py``; here measured numbers become prices.
+
+A described device (no measured rates) is taken to have a kernel for every attention. A measured
+one runs fused what it has a rate for; the rest (a CPU's attention with a learned bias) runs as the
+operations of :mod:`ipu_pipeline.ir.attention`, which keep L x S tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ipu_pipeline.ir.graph import Block, BlockGraph
-from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.options.attention import as_run_on
+from ipu_pipeline.ir.attention import is_attention, unfused, unfused_saved_bytes, weights_bytes
+from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
+from ipu_pipeline.ir.machine import Device, Machine
 from ipu_pipeline.planner.options.block_cost import (
     BlockCost,
     GraphCosts,
-    OptimizerMemory,
     gradient_bytes,
     weight_bytes,
 )
@@ -24,36 +27,49 @@ from ipu_pipeline.planner.options.block_options import BlockOptions
 from ipu_pipeline.planner.options.roofline import Roofline
 
 
-@dataclass(frozen=True)
-class AnalyticCostModel:
-    """Prices blocks from FLOPs and bytes moved.
+@dataclass(frozen=True, kw_only=True)
+class _CostModel:
+    """What both models offer.
 
     Attributes:
-        dtype: Compute dtype whose peak is used; ``None`` takes each operation's own.
-        memory: What a trainable parameter costs in bytes besides its weight.
-        factors: More numbers of slices to offer, by block (``menus.py``).
+        factors: More numbers of slices to offer, by block; what slicing adds is always computed
+            from the machine's peaks (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
-    dtype: str | None = None
-    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     unfused: tuple[str, ...] = ()
     loss_in_flight: int | None = None
 
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block on the machine's first device."""
-        graph = as_run_on(graph, machine.devices[0])
-        roofline = Roofline(machine.devices[0], self.dtype)
-        seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
+    def _costs(
+        self,
+        graph: BlockGraph,
+        machine: Machine,
+        seconds: Mapping[str, tuple[float, float]],
+        source: str,
+    ) -> GraphCosts:
+        """Menus and weights of blocks that take ``seconds`` plain."""
+        roofline = Roofline(machine.devices[0])
         menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
         menus, together = menu.all(seconds)
         blocks = {
-            block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
+            block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
             for block in graph.blocks
         }
-        return GraphCosts(blocks, "analytic", device_speeds(machine), together, frees_in_order=True)
+        return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
+
+
+@dataclass(frozen=True)
+class AnalyticCostModel(_CostModel):
+    """Prices blocks from FLOPs and bytes moved."""
+
+    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
+        """Return the price of every block on the machine's first device."""
+        graph = as_run_on(graph, machine.devices[0])
+        roofline = Roofline(machine.devices[0])
+        seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
+        return self._costs(graph, machine, seconds, "analytic")
 
 
 def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:
@@ -84,23 +100,14 @@ class MeasuredTimes:
 
 
 @dataclass(frozen=True)
-class ProfiledCostModel:
+class ProfiledCostModel(_CostModel):
     """Prices blocks from measurements.
 
     Attributes:
         times: Measured seconds by block name.
-        memory: What a trainable parameter costs in bytes besides its weight.
-        factors: More numbers of slices to offer, by block. What slicing adds is not measured but
-            computed from the machine's peaks (``menus.py``).
-        unfused: Projections that are in another stage than the loss.
-        loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
     times: Mapping[str, MeasuredTimes]
-    memory: OptimizerMemory = field(default_factory=OptimizerMemory)
-    factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
-    unfused: tuple[str, ...] = ()
-    loss_in_flight: int | None = None
 
     def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
         """Return the price of every block of ``graph``.
@@ -115,11 +122,50 @@ class ProfiledCostModel:
             )
         seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
         graph = as_run_on(graph, machine.devices[0])
-        roofline = Roofline(machine.devices[0])
-        menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
-        menus, together = menu.all(seconds)
-        blocks = {
-            block.name: BlockCost(menus[block.name], weight_bytes(graph, block, self.memory))
-            for block in graph.blocks
-        }
-        return GraphCosts(blocks, "profiled", device_speeds(machine), together, frees_in_order=True)
+        return self._costs(graph, machine, seconds, "profiled")
+
+
+# Alive at one time in the backward pass besides what is saved: gradients of the weights behind
+# and before the softmax.
+_GRADIENTS = 2
+_Operations = tuple[OpRecord, ...]
+
+
+def as_run_on(graph: BlockGraph, device: Device) -> BlockGraph:
+    """Return ``graph`` with every attention that ``device`` has no kernel for in its parts."""
+    if not device.op_rates:
+        return graph
+    known: dict[tuple[int, int], tuple[_Operations, _Operations]] = {}
+    return replace(graph, blocks=tuple(_as_run(block, device, known) for block in graph.blocks))
+
+
+def _as_run(
+    block: Block, device: Device, known: dict[tuple[int, int], tuple[_Operations, _Operations]]
+) -> Block:
+    slow = [
+        op for op in block.forward_ops
+        if is_attention(op) and op.name.split(".")[-1] not in device.op_rates
+    ]  # fmt: skip
+    if not slow:
+        return block
+    key = (id(block.forward_ops), id(block.backward_ops))  # equal layers share theirs
+    if key not in known:
+        names = {name for op in slow for name in (op.name, f"{op.name}_backward")}
+        known[key] = _parted(block.forward_ops, names), _parted(block.backward_ops, names)
+    forward, backward = known[key]
+    gradients = _GRADIENTS * max(weights_bytes(op) for op in slow) if backward else 0
+    return replace(
+        block,
+        forward_ops=forward,
+        backward_ops=backward,
+        saved_bytes=block.saved_bytes + (unfused_saved_bytes(slow) if backward else 0),
+        workspace_bytes=max(block.workspace_bytes, gradients),
+    )
+
+
+def _parted(operations: _Operations, names: set[str]) -> _Operations:
+    return tuple(
+        part
+        for op in operations
+        for part in (unfused((op,)) if op.name in names else (op,))
+    )  # fmt: skip

@@ -27,11 +27,9 @@ class Roofline:
 
     Attributes:
         device: The device.
-        dtype: Compute dtype whose peak is used; ``None`` takes each operation's own.
     """
 
     device: Device
-    dtype: str | None = None
 
     def seconds(self, operations: Iterable[OpRecord], more_bytes: int = 0) -> float:
         """Return the seconds of ``operations``; each occurrence moves ``more_bytes`` besides."""
@@ -62,7 +60,7 @@ class Roofline:
         if not op.flops:
             elements = max((prod(shape) for shape in op.shapes), default=0)
             return elements / rate if rate else 0.0
-        peak = self.device.peak_flops_per_s(self.dtype or op.dtype)
+        peak = self.device.peak_flops_per_s(op.dtype)
         float32 = self.device.peak_flops_per_s("float32")
         if rate:
             peak *= rate / float32

@@ -1,11 +1,8 @@
 """Tables: the matrix that a lookup reads rows of, or that an output projection multiplies with.
 
 A block's table is its parameter with the most rows among the 2-D parameters that it looks up in
-or that it multiplies with transposed (as ``embedding`` and ``linear`` do). Tables of a vocabulary
-are what serialization is about: the gradient of a lookup and the result of a projection are as
-large as the vocabulary.
-
-Which output projection feeds the loss alone: the two can run fused, without full logits.
+or multiplies with transposed (as ``embedding`` and ``linear`` do). And which output projection
+feeds the loss alone, so that the two can run fused, without full logits.
 """
 
 from __future__ import annotations
@@ -139,10 +136,7 @@ class FusedHead:
     @property
     def tokens(self) -> int:
         """Rows of the logits of one microbatch."""
-        size = 1
-        for side in self.logits.shape[:-1]:
-            size *= side
-        return size
+        return prod(self.logits.shape[:-1])
 
 
 def fused_heads(graph: BlockGraph, named: Collection[str] = ()) -> tuple[FusedHead, ...]:

@@ -87,20 +87,12 @@ def with_slices(plan: Plan, factors: Mapping[str, int]) -> Plan:
 
 
 def check_factor(factor: object, who: str) -> None:
-    """Refuse a number of slices that is none.
-
-    Raises:
-        ValueError: It is no whole number from 1 on.
-    """
+    """Raise a ``ValueError`` for anything but a whole number from 1 on."""
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
         raise ValueError(f"{who}: factor is {factor!r}; give a whole number of slices from 1 on")
 
 
 def check_patterns(patterns: object, who: str) -> None:
-    """Refuse anything but a tuple of names or patterns.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """Raise a ``ValueError`` for anything but a tuple of names or patterns."""
     if not isinstance(patterns, tuple) or not all(isinstance(item, str) for item in patterns):
         raise ValueError(f"{who}: blocks is {patterns!r}; give a list of names such as [a,b.*]")

@@ -37,11 +37,7 @@ _MARKS = frozenset("{}[],=")
 
 @dataclass(frozen=True)
 class PassManager:
-    """Passes in the order in which they run.
-
-    Attributes:
-        passes: The passes.
-    """
+    """Passes in the order in which they run."""
 
     passes: tuple[Pass, ...] = ()
 
@@ -119,13 +115,17 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 
 def pass_text(one: Pass) -> str:
-    """Return the text form: the name, and the options that differ from their defaults."""
+    """Return the text form: the name, and the options that differ from their defaults.
+
+    :func:`parse_passes` reads it back.
+    """
     given = {}
     for item in fields(one):
         value = getattr(one, item.name)
         if item.default is MISSING or value != item.default:
             given[item.name] = value
-    return one.name + options_text(given)
+    options = ",".join(f"{key}={_text(value)}" for key, value in given.items())
+    return f"{one.name}{{{options}}}" if given else one.name
 
 
 @dataclass
@@ -166,13 +166,6 @@ def parse_passes(text: str) -> list[tuple[str, dict[str, Any]]]:
         reader.take(",")
         found.append(_one(reader))
     return found
-
-
-def options_text(options: dict[str, Any]) -> str:
-    """Return ``{a=1,b=[x,y]}``; nothing for no option. :func:`parse_passes` reads it back."""
-    if not options:
-        return ""
-    return "{" + ",".join(f"{key}={_text(value)}" for key, value in options.items()) + "}"
 
 
 def _one(reader: _Reader) -> tuple[str, dict[str, Any]]:

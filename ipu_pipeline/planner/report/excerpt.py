@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.planner.schedules.timeline import Event, Timeline
 
-MAX_EVENTS_PER_DEVICE = 100  # bars of a row that are still told apart on a screen
+MAX_EVENTS_PER_DEVICE = 100  # on average: bars of a row that are still told apart on a screen
 _SHARE_OF_START = 0.55
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the step.
-
-    Attributes:
-        title: Shown above the part.
-        start_s: Where it begins, in seconds.
-        end_s: Where it ends.
-        events: What happens in it, also in part.
-    """
+    """A part of the step, in seconds, with all events that happen in it, also in part."""
 
     title: str
     start_s: float
@@ -35,14 +27,9 @@ class Window:
         )
 
 
-def windows(timeline: Timeline, per_device: int = MAX_EVENTS_PER_DEVICE) -> tuple[Window, ...]:
-    """Return one window over the whole step, or its beginning and its end.
-
-    Args:
-        timeline: The simulated step.
-        per_device: Events of a device to show, on average.
-    """
-    max_events = per_device * len(timeline.devices)
+def windows(timeline: Timeline) -> tuple[Window, ...]:
+    """Return one window over the whole step, or its beginning and its end."""
+    max_events = MAX_EVENTS_PER_DEVICE * len(timeline.devices)
     step_s, events = timeline.step_s, timeline.events
     if len(events) <= max_events:
         return (Window("whole step", 0.0, step_s, events),)
@@ -65,11 +52,6 @@ def left_out(timeline: Timeline, shown: Sequence[Window]) -> str:
         f"{shown[1].start_s * 1e3:.4g} ms, is steady state and left out here; the trace "
         "(ipu-pipeline simulate PLAN --trace FILE) holds all of it."
     )
-
-
-def held_at(times_s: Sequence[float], held_bytes: Sequence[int], moment_s: float) -> int:
-    """Return what a memory curve holds at a moment."""
-    return held_bytes[max(0, bisect_right(times_s, moment_s) - 1)]
 
 
 def _window(title: str, events: Sequence[Event], start_s: float, end_s: float) -> Window:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.report.excerpt import Window, held_at, windows
+from ipu_pipeline.planner.report.excerpt import Window, windows
 from ipu_pipeline.planner.schedules.timeline import (
     KINDS,
     Event,
@@ -59,11 +60,6 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
         "yaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
         **more,
     }  # fmt: skip
-
-
-def _height(rows: Sequence[str]) -> int:
-    """Pixels of a chart with one bar per row."""
-    return 100 + max(24, min(40, 160 // len(rows))) * len(rows)
 
 
 def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
@@ -149,88 +145,82 @@ def _what(event: Event) -> str:
     return f"{LABELS[event.kind]}, stage {event.stage}, microbatch {event.microbatch}"
 
 
-def share_figure(plan: Plan, timeline: Timeline) -> Any:
-    """Draw how every device spends the step."""
+def _stacked(
+    rows: Sequence[str], parts: Iterable[tuple[str, str, Sequence[float]]], unit: str, **axis: Any
+) -> Any:
+    """Return a chart with one bar per row, stacked of ``parts``: name, colour and sizes."""
     from plotly import graph_objects as go
 
-    names = device_names(plan, timeline)
-    rows = list(names.values())
     figure = go.Figure()
-    kinds: tuple[EventKind, ...] = ("forward", "backward", "copy", "update")
-    for kind in kinds:
-        shares = [100 * timeline.share(device, kind) for device in names]
-        if any(shares):
-            figure.add_bar(name=LABELS[kind], orientation="h", x=shares, y=rows,
-                           marker_color=COLOURS[kind],
-                           hovertemplate="%{x:.2f} % of the step<extra>%{y}</extra>")  # fmt: skip
-    idle = [100 * timeline.idle_share(device) for device in names]
-    figure.add_bar(name="waiting (bubble)", orientation="h", x=idle, y=rows,
-                   marker_color=COLOURS["sync"], text=[f"{share:.0f} %" for share in idle],
-                   textposition="inside", insidetextanchor="end",
-                   hovertemplate="%{x:.2f} % of the step<extra>%{y}</extra>")  # fmt: skip
-    figure.update_layout(layout(_height(rows), barmode="stack"))
-    figure.update_xaxes(title_text="% of the step", range=[0, 100])
+    for name, colour, sizes in parts:
+        figure.add_bar(name=name, orientation="h", x=sizes, y=rows, marker_color=COLOURS[colour],
+                       hovertemplate=f"%{{x:{unit}<extra>%{{y}}</extra>")  # fmt: skip
+    height = 100 + max(24, min(40, 160 // len(rows))) * len(rows)
+    figure.update_layout(layout(height, barmode="stack"))
+    figure.update_xaxes(**axis)
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    return figure
+
+
+def share_figure(plan: Plan, timeline: Timeline) -> Any:
+    """Draw how every device spends the step."""
+    names = device_names(plan, timeline)
+    kinds: tuple[EventKind, ...] = ("forward", "backward", "copy", "update")
+    parts = [
+        (LABELS[kind], kind, [100 * timeline.share(device, kind) for device in names])
+        for kind in kinds
+    ]
+    idle = [100 * timeline.idle_share(device) for device in names]
+    figure = _stacked(
+        list(names.values()),
+        [*(part for part in parts if any(part[2])), ("waiting (bubble)", "sync", idle)],
+        ".2f} % of the step",
+        title_text="% of the step",
+        range=[0, 100],
+    )
+    figure.data[-1].update(text=[f"{share:.0f} %" for share in idle], textposition="inside",
+                           insidetextanchor="end")  # fmt: skip
     return figure
 
 
 def stage_figure(plan: Plan, timeline: Timeline) -> Any:
     """Draw the seconds of one microbatch on every stage, and the pace of the pipeline."""
-    from plotly import graph_objects as go
-
     rows = [f"{i}: {describe_blocks(stage)}" for i, stage in enumerate(plan.stages)]
     loads = timeline.loads
     parts = {
-        "forward": [load.forward_s for load in loads],
-        "backward": [load.backward_s for load in loads],
-        "copy": [load.copies.forward_s + load.copies.backward_s for load in loads],
+        "forward": [1e3 * load.forward_s for load in loads],
+        "backward": [1e3 * load.backward_s for load in loads],
+        "copy": [1e3 * (load.copies.forward_s + load.copies.backward_s) for load in loads],
     }
-    figure = go.Figure()
-    for part, seconds in parts.items():
-        if any(seconds):
-            figure.add_bar(name=part, orientation="h", x=[1e3 * value for value in seconds], y=rows,
-                           marker_color=COLOURS[part],
-                           hovertemplate="%{x:.4f} ms<extra>%{y}</extra>")  # fmt: skip
-    pace_s = pace(timeline)
-    figure.add_vline(x=pace_s * 1e3, line={"dash": "dash", "width": 1.5, "color": COLOURS["limit"]})
-    figure.add_annotation(x=pace_s * 1e3, y=1, yref="paper", yanchor="bottom", xanchor="right",
-                          showarrow=False, text=f"pace {pace_s * 1e3:.3f} ms",
+    figure = _stacked(
+        rows,
+        [(part, part, sizes) for part, sizes in parts.items() if any(sizes)],
+        ".4f} ms",
+        title_text="ms per microbatch",
+        rangemode="tozero",
+    )
+    pace_ms = pace(timeline) * 1e3
+    figure.add_vline(x=pace_ms, line={"dash": "dash", "width": 1.5, "color": COLOURS["limit"]})
+    figure.add_annotation(x=pace_ms, y=1, yref="paper", yanchor="bottom", xanchor="right",
+                          showarrow=False, text=f"pace {pace_ms:.3f} ms",
                           font={"color": COLOURS["limit"]})  # fmt: skip
-    figure.update_layout(layout(_height(rows), barmode="stack"))
-    figure.update_xaxes(title_text="ms per microbatch", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure
 
 
 def memory_figure(plan: Plan, timeline: Timeline) -> Any:
     """Draw the peak of every device by kind of use, and what it can hold."""
-    from plotly import graph_objects as go
-
-    names = device_names(plan, timeline)
-    rows, curves = list(names.values()), timeline.memory
-    parts = {
-        "weights": [curve.weight_bytes for curve in curves],
-        "stash": [curve.stash_bytes for curve in curves],
-        "workspace": [curve.workspace_bytes for curve in curves],
-    }
-    titles = {
-        "weights": "weights, gradients, optimizer",
-        "stash": "stash of microbatches in flight",
-        "workspace": "workspace",
-    }
-    figure = go.Figure()
-    for part, sizes in parts.items():
-        figure.add_bar(name=titles[part], orientation="h", x=[value / 1e6 for value in sizes],
-                       y=rows, marker_color=COLOURS[part],
-                       hovertemplate="%{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
+    rows, curves = list(device_names(plan, timeline).values()), timeline.memory
+    parts = (
+        ("weights, gradients, optimizer", "weights", [c.weight_bytes / 1e6 for c in curves]),
+        ("stash of microbatches in flight", "stash", [c.stash_bytes / 1e6 for c in curves]),
+        ("workspace", "workspace", [c.workspace_bytes / 1e6 for c in curves]),
+    )
+    figure = _stacked(rows, parts, ".1f} MB", title_text="MB at the peak", rangemode="tozero")
     limits = [limit / 1e6 for limit in timeline.limit_bytes]
     figure.add_scatter(name="limit", x=limits, y=rows, mode="markers+lines" if len(rows) > 1 else
                        "markers", line={"color": COLOURS["limit"], "dash": "dash", "width": 1.5},
                        marker={"symbol": "line-ns-open", "size": 14, "color": COLOURS["limit"]},
                        hovertemplate="limit %{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
-    figure.update_layout(layout(_height(rows), barmode="stack"))
-    figure.update_xaxes(title_text="MB at the peak", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     return figure
 
 
@@ -263,7 +253,8 @@ def memory_curve_figure(plan: Plan, timeline: Timeline) -> Any:
 def _until(curve: MemoryCurve, end_s: float) -> tuple[list[float], list[float]]:
     pairs = zip(curve.times_s, curve.held_bytes, strict=True)
     kept = [(time_s, held) for time_s, held in pairs if time_s <= end_s]
-    kept.append((end_s, held_at(curve.times_s, curve.held_bytes, end_s)))
+    last = max(0, bisect_right(curve.times_s, end_s) - 1)
+    kept.append((end_s, curve.held_bytes[last]))
     return [round(t * 1e3, 6) for t, _ in kept], [held / 1e6 for _, held in kept]
 
 

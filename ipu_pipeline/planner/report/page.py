@@ -37,11 +37,7 @@ def write_report(plan: Plan, path: str | Path) -> None:
 
 
 def page(plan: Plan) -> str:
-    """Return the page's HTML.
-
-    Raises:
-        PipelineError: plotly is not installed.
-    """
+    """Return the page's HTML."""
     library = _library()
     timeline = simulate(plan)
     costs = backend_of(plan.machine).costs(workload_of(plan))
@@ -71,11 +67,7 @@ def page(plan: Plan) -> str:
 
 
 def _library() -> str:
-    """Return plotly.js, compressed, as text.
-
-    Raises:
-        PipelineError: plotly is not installed.
-    """
+    """Return plotly.js, compressed, as text."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

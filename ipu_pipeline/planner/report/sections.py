@@ -38,6 +38,9 @@ def head(plan: Plan, timeline: Timeline) -> str:
     samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
     where, peak, limit = _fullest(plan, timeline)
     rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
+    bound = "no bound is known"
+    if plan.lower_bound_s:
+        bound = f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
     tiles = (
         (f"{milliseconds(timeline.step_s)} ms", "optimizer step",
          f"{plan.num_microbatches} microbatches"),
@@ -47,7 +50,7 @@ def head(plan: Plan, timeline: Timeline) -> str:
         (f"{peak / limit:.1%}", "of the fullest memory",
          f"{where}: {megabytes(peak)} of {megabytes(limit)} MB"),
         (f"{plan.gap:.1%}" if plan.lower_bound_s else "-", "gap to the lower bound",
-         bound_text(plan)),
+         bound),
     )  # fmt: skip
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
@@ -62,13 +65,6 @@ def head(plan: Plan, timeline: Timeline) -> str:
         f"{plan.micro_batch_size}{replicas}; costs: {escape(plan.cost_source)}</p>"
         f'<div class="tiles">{boxes}</div>{_warnings(plan, timeline)}'
     )
-
-
-def bound_text(plan: Plan) -> str:
-    """Say what was proven."""
-    if not plan.lower_bound_s:
-        return "no bound is known"
-    return f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
 
 
 def _fullest(plan: Plan, timeline: Timeline) -> tuple[str, int, int]:
@@ -161,7 +157,7 @@ def stage_section(plan: Plan, timeline: Timeline) -> str:
             milliseconds(load.forward_s),
             milliseconds(load.backward_s),
             milliseconds(load.copies.forward_s + load.copies.backward_s),
-            f"{load.price.load_s / pace(timeline):.1%}",
+            f"{load.times.price.load_s / pace(timeline):.1%}",
             megabytes(load.stash_bytes),
         )
         for index, (stage, load) in enumerate(zip(plan.stages, timeline.loads, strict=True))

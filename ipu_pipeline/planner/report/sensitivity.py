@@ -26,17 +26,10 @@ TIME_LIMIT_S = 2.0  # per variant; the solver proves BERT-large on 16 devices in
 
 @dataclass(frozen=True)
 class Variant:
-    """One changed setting and what it leads to.
+    """One changed setting and what it leads to; without figures where a ``problem`` prevents it.
 
-    Attributes:
-        name: What was changed.
-        num_devices: Devices of one replica.
-        num_microbatches: Microbatches per optimizer step and replica.
-        derivation: How the numbers were obtained.
-        step_s: Predicted seconds per optimizer step; ``None`` when it cannot run.
-        samples_per_s: Predicted throughput of all replicas; ``None`` likewise.
-        peak_bytes: Memory of the fullest stage; ``None`` likewise.
-        problem: Why it cannot run; empty when it can.
+    Devices and microbatches are those of one replica, ``samples_per_s`` is of all replicas, and
+    ``peak_bytes`` are the memory of the fullest stage. ``derivation`` says where they come from.
     """
 
     name: str

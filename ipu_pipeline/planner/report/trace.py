@@ -27,13 +27,7 @@ _US = 1e6
 
 
 def write_trace(plan: Plan, path: str | Path, timeline: Timeline | None = None) -> None:
-    """Write the simulated optimizer step as a trace.
-
-    Args:
-        plan: The plan.
-        path: Where to write, such as ``trace.json``.
-        timeline: Its simulation; ``None``: the plan is simulated.
-    """
+    """Write the optimizer step as a trace; without ``timeline`` the plan is simulated."""
     timeline = simulate(plan) if timeline is None else timeline
     Path(path).write_text(json.dumps(trace(plan, timeline)), encoding="utf-8")
 

@@ -13,11 +13,18 @@
     bound_seconds(kind, shape, times)     # the longest of them
 
 A schedule from outside is one :class:`ScheduleKind` object, named by an entry point of group
-``ipu_pipeline.schedules``. No torch here.
+``ipu_pipeline.schedules``; a name of ours is not looked for there. No torch here.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
-from ipu_pipeline.planner.schedules.registry import schedule_kind, schedule_names
 from ipu_pipeline.planner.schedules.replay import (
     StageTimes,
     bound_seconds,
@@ -35,3 +42,46 @@ __all__ = [
     "schedule_names",
     "step_seconds",
 ]
+
+GROUP = "ipu_pipeline.schedules"
+_FIRST = ("1f1b", "gpipe")  # in messages
+
+
+def schedule_kind(name: str) -> ScheduleKind:
+    """Return the schedule called ``name``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    kind = _built_in().get(name) or next((k for k in _installed() if k.name == name), None)
+    if kind is None:
+        raise ValueError(f"schedule {name!r} is unknown; use one of {', '.join(schedule_names())}")
+    return kind
+
+
+def schedule_names() -> tuple[str, ...]:
+    """Return the names of all schedules."""
+    return tuple(dict.fromkeys([*_built_in(), *(kind.name for kind in _installed())]))
+
+
+@cache
+def _built_in() -> dict[str, ScheduleKind]:
+    from ipu_pipeline.planner.schedules import kinds
+
+    found = [
+        import_module(f"{kinds.__name__}.{module.name}").SCHEDULE
+        for module in iter_modules(kinds.__path__)
+    ]
+    found.sort(key=lambda kind: (kind.name not in _FIRST, kind.name))
+    return {kind.name: kind for kind in found}
+
+
+def _installed() -> Iterator[ScheduleKind]:
+    for point in entry_points(group=GROUP):
+        kind = point.load()
+        if not isinstance(kind, ScheduleKind):
+            raise ValueError(
+                f"entry point {point.name!r} of group {GROUP} gives {type(kind).__name__}; it "
+                "must give a ScheduleKind object"
+            )
+        yield kind

@@ -19,31 +19,47 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 
-class StageSeconds(Protocol):
-    """What the form reads of a stage's price, in seconds (module docstring)."""
+@dataclass(frozen=True)
+class StagePrice:
+    """A stage at one slot, with one way to run it. Seconds are for one microbatch.
+
+    Attributes:
+        forward_s: Compute of the forward pass.
+        backward_s: Compute of the backward pass, recomputation included.
+        send_forward_s: Forward transfers over both boundaries.
+        send_backward_s: Gradient transfers over both boundaries.
+        outer_s: Seconds per optimizer step (update, all-reduce).
+        memory_bytes: Everything the stage holds, parameters shared with other blocks of the
+            stage once; parameters shared with other stages included.
+        picks: Option of each block of the stage, ascending.
+        extra_s: Seconds that rows of their own count (copies over a link, for one).
+    """
+
+    forward_s: float
+    backward_s: float
+    send_forward_s: float
+    send_backward_s: float
+    outer_s: float = 0.0
+    memory_bytes: float = 0.0
+    picks: tuple[int, ...] = ()
+    extra_s: tuple[float, ...] = ()
 
     @property
     def forward_load_s(self) -> float:
-        """Forward pass and its transfers."""
+        """Seconds that the forward pass of one microbatch occupies the device."""
+        return self.forward_s + self.send_forward_s
 
     @property
     def backward_load_s(self) -> float:
-        """Backward pass and its transfers."""
+        """Seconds that the backward pass of one microbatch occupies the device."""
+        return self.backward_s + self.send_backward_s
 
     @property
     def load_s(self) -> float:
-        """Both."""
-
-    @property
-    def outer_s(self) -> float:
-        """Once per optimizer step."""
-
-    @property
-    def extra_s(self) -> tuple[float, ...]:
-        """Seconds that rows of other resources count."""
+        """Seconds that one microbatch occupies the device."""
+        return self.forward_load_s + self.backward_load_s
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class PacedTerm:
     extra: int = -1
     resources: tuple[int, ...] | None = None
 
-    def load_s(self, stage: int, price: StageSeconds) -> float:
+    def load_s(self, stage: int, price: StagePrice) -> float:
         """Seconds that ``stage`` at ``price`` adds to its device in this row."""
         if self.extra >= 0:
             return price.extra_s[self.extra]
@@ -92,7 +108,7 @@ class Path:
         """Return a path of equally many forward and backward passes."""
         return cls(tuple(passes), tuple(passes))
 
-    def seconds(self, prices: Sequence[StageSeconds]) -> float:
+    def seconds(self, prices: Sequence[StagePrice]) -> float:
         """Return its length for stages with ``prices``."""
         stages = zip(self.forward, self.backward, prices, strict=True)
         return sum(f * p.forward_load_s + b * p.backward_load_s for f, b, p in stages)
@@ -132,7 +148,7 @@ class Objective:
         """Whether forward and backward are weighted differently somewhere."""
         return any(row.forward != row.backward for row in self.rows)
 
-    def seconds(self, devices: Sequence[int], prices: Sequence[StageSeconds]) -> float:
+    def seconds(self, devices: Sequence[int], prices: Sequence[StagePrice]) -> float:
         """Return the step time of stages with ``prices`` on ``devices``."""
         total = self.fixed_s + self.sum_weight * sum(price.load_s for price in prices)
         for row in self.rows:

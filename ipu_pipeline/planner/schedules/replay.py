@@ -1,9 +1,8 @@
 """The exact time of a step: every pass as soon as its device is free and its input is there.
 
-One pass over the actions in an order that respects all dependencies, so that the price of a plan
-and its simulation are the same number. Lock-stepped schedules take their objective's form, which
-is their time; the others are replayed action by action. Where a step has very many microbatches,
-fewer are replayed and the steady state is continued, once it is seen to repeat.
+A plan's price and its simulation are both this number. Lock-stepped schedules take their
+objective's form; the others are replayed action by action. Of very many microbatches fewer are
+replayed, and the steady state is continued once it is seen to repeat.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
-from ipu_pipeline.planner.schedules.objective import Path
+from ipu_pipeline.planner.schedules.objective import Path, StagePrice
 
 # Passes by number: 4 x stage + position here.
 KINDS = "FBIW"
@@ -45,6 +44,11 @@ class StageTimes(NamedTuple):
         operations as the product itself.
         """
         return cls(forward_s, backward_s + copies_s, backward_s / 2)
+
+    @property
+    def price(self) -> StagePrice:
+        """The same as a stage's price."""
+        return StagePrice(self.forward_s, self.backward_s, 0.0, 0.0)
 
     @property
     def by_kind(self) -> tuple[float, float, float, float]:
@@ -128,7 +132,7 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
         ValueError: The schedule cannot run so.
     """
     if kind.lock_stepped:
-        return kind.objective(shape).seconds(shape.devices, [_Load(*t) for t in times])
+        return kind.objective(shape).seconds(shape.devices, [t.price for t in times])
     seconds = [value for stage in times for value in stage.by_kind]
     least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
     while True:
@@ -171,7 +175,7 @@ def critical_paths(kind: ScheduleKind, shape: PipelineShape) -> tuple[Path, ...]
 
 def bound_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
     """Return a lower bound of :func:`step_seconds` for any stages on these devices."""
-    prices = [_Load(*stage) for stage in times]
+    prices = [stage.price for stage in times]
     if kind.lock_stepped:
         return kind.objective(shape).seconds(shape.devices, prices)
     return max(path.seconds(prices) for path in critical_paths(kind, shape))
@@ -200,17 +204,3 @@ def _steady_pace(
     if not paces or max(paces) - min(paces) > _SAME * end_s:
         return None
     return sum(paces) / len(paces)
-
-
-class _Load(NamedTuple):
-    """Stage times as an objective reads them."""
-
-    forward_load_s: float
-    backward_load_s: float
-    weights_s: float
-    outer_s: float = 0.0
-    extra_s: tuple[float, ...] = ()
-
-    @property
-    def load_s(self) -> float:
-        return self.forward_load_s + self.backward_load_s

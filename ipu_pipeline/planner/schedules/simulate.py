@@ -1,13 +1,9 @@
 """Run a plan's schedule on paper: every device, pass, copy and wait with its time.
 
-A device goes on as soon as its next pass has its input (:mod:`.replay`); PopART's cycles are
-lock-stepped: all devices start a cycle together.
-
-Copies ``charged`` are those of the price: a copy occupies the sender and then the receiver, so a
-microbatch that fills the pipeline pays each copy twice. ``copies="exchanged"`` lets both take
-part at the same time, as the hardware does: asynchronous steps get shorter by the copies on the
-critical path; in PopART all devices wait for the slowest before one common exchange, so steps may
-get longer (largest compute plus largest exchange instead of the largest sum).
+Copies ``charged`` are those of the price: a copy occupies the sender and then the receiver.
+``copies="exchanged"`` lets both take part at the same time, as the hardware does: asynchronous
+steps get shorter by the copies on the critical path; in PopART, where all devices wait for the
+slowest before one common exchange, steps may get longer.
 """
 
 from __future__ import annotations
@@ -20,9 +16,8 @@ from typing import Literal
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price, usable_bytes
-from ipu_pipeline.planner.schedules.kind import PipelineShape
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
-from ipu_pipeline.planner.schedules.registry import schedule_kind
 from ipu_pipeline.planner.schedules.replay import KINDS, program, start_times
 from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
@@ -193,8 +188,7 @@ def lock_stepped(
     Args:
         schedule: PopART's, one row per device.
         passes: Seconds of its passes.
-        exchanged: All devices wait for the slowest pass before one common exchange of what the
-            cycle made; otherwise each device copies for its own passes.
+        exchanged: One common exchange behind the slowest pass, else copies for own passes.
         common_s: Seconds of one exchange of all devices in every cycle, and of the input of every
             cycle that starts a microbatch, instead of the copies of ``passes``.
 

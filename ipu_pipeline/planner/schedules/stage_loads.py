@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.replay import StageTimes
-from ipu_pipeline.planner.search.stage_price import StagePrice
+from ipu_pipeline.planner.search.from_graph import link_of
 
 _ROUNDING = 1e-9
 
@@ -87,13 +86,6 @@ class StageLoad:
         """Most bytes that it holds at one time."""
         return self.weight_bytes + self.in_flight * self.stash_bytes + self.workspace_bytes
 
-    @property
-    def price(self) -> StagePrice:
-        """The same in the solver's form, to put into its closed forms."""
-        copies = self.copies
-        return StagePrice(self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
-                          0.0, self.memory_bytes, ())  # fmt: skip
-
 
 def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
     """Seconds of the transfers of every stage, from the tensors that cross its boundaries.
@@ -102,8 +94,9 @@ def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
     is one message; between stages of one device, or of one memory, nothing is sent.
     """
     forward, backward, training = [0.0], [0.0], plan.graph.training
+    devices = [stage.device for stage in plan.stages]
     for boundary in range(plan.num_stages - 1):
-        link = _link(plan, boundary)
+        link = link_of(plan.machine, devices, boundary, boundary + 1)
         crossing = [
             spec
             for spec in plan.tensors
@@ -122,10 +115,3 @@ def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
         Copies(forward[stage], forward[stage + 1], backward[stage + 1], backward[stage])
         for stage in range(plan.num_stages)
     )
-
-
-def _link(plan: Plan, boundary: int) -> Link | None:
-    first, second = plan.stages[boundary].device, plan.stages[boundary + 1].device
-    if plan.machine.shared_memory or first == second:
-        return None
-    return plan.machine.link_between(first, second)

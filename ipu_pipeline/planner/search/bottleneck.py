@@ -1,21 +1,16 @@
 """Exact optimum of ``pace * busiest stage + spread * sum of the stages`` from a few sweeps.
 
-The busiest stage's load T and the sum S pull apart: slower transfers or recomputation may buy a
-shorter busiest stage. First the least T of every depth; then, per depth, the least S under a
-limit on T. A split with a busiest stage below some T' has a sum of at least S(T'), so
-``pace * T_least + spread * S(T')`` bounds everything that is still open; each sweep moves the
-limit strictly below the busiest stage it has just found, until the bound meets the best split.
+The fast exact search: every stage has its own device and memory, one row paces the step. First the
+least busiest stage T of every depth; then, per depth, the least sum S under a limit on T. As a
+split with a busiest stage below some T' has a sum of at least S(T'), ``pace * T_least + spread *
+S(T')`` bounds everything still open; each sweep lowers the limit below the busiest stage it found,
+until the bound meets the best split. On large lattices the limit climbs from below: sweeps under a
+tight limit are cheap, and each one that finds nothing raises the proven bound.
 
-On large lattices the limit climbs a ladder from below: sweeps under a tight limit are cheap, and
-each one that finds nothing raises the proven bound.
-
-The fast exact search: every stage has its own device and memory, one row paces the step.
-
-``best[h, y, i]`` is the least cost of putting everything outside set i on exactly y devices and
-h host cores. Sets are visited from the full one back, so all depths come out of one sweep; the
-row of stages that start at a set is priced once, with numpy. Costs either take the maximum of
-the loads or add them up, always with every load within a limit, which also bounds the work that
-may be left for y devices, and so prunes most (y, i).
+``best[y, i]`` is the least cost of putting everything outside set i on exactly y devices. Sets are
+visited from the full one back, so all depths come out of one sweep; the row of stages that start at
+a set is priced once, with numpy. Costs are the largest load or their sum, with every load within a
+limit, which also bounds the work that may be left for y devices, and so prunes most (y, i).
 
 A stage whose options must be weighed against memory has a lower bound in its row; the minimum
 settles such stages one by one until the smallest value is an exact one.
@@ -28,15 +23,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.planner.search.problem import Contraction, Problem, Slot, bits
+from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
-from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline, SearchResult
+from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
 
 LADDER_FROM = 3000
 _EPS = 1e-11
@@ -76,8 +70,7 @@ class BottleneckSearch:
 
     def run(self) -> None:
         """Search; leaves what it found in ``offers`` and ``lower_bound``."""
-        if not self.layout.hosts:
-            self._least_sum_s = self._work_s() / max(slot.speed for slot in self.layout.slots)
+        self._least_sum_s = self._work_s() / max(slot.speed for slot in self.layout.slots)
         self.lower_bound = max(self.lower_bound, self.at_once())
         try:
             self._search()
@@ -96,26 +89,11 @@ class BottleneckSearch:
 
     def at_once(self) -> float:
         """Bound without a search: work shared out evenly, and the largest block."""
-        if self.layout.hosts:
-            return self._at_once_with_hosts()
         speeds = sorted((slot.speed for slot in self.layout.slots), reverse=True)
         block = max(option.total_s for option in self.rows.problem.fastest)
         even = self._work_s() / sum(speeds[: max(self.depths)])
         bound = self._bound(max(even, block / speeds[0]), self._work_s() / speeds[0])
         return min(bound, self.upper_bound)
-
-    def _at_once_with_hosts(self) -> float:
-        """As ``at_once`` for equal devices: a host core is worth part of a device."""
-        problem = self.rows.problem
-        shares = [
-            option.total_s / seconds if seconds else inf
-            for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
-            if option.total_s
-        ]
-        if not shares or max(shares) == inf:
-            return 0.0
-        even = self._work_s() / (max(self.depths) + self.layout.hosts * max(shares))
-        return min(self.pace * even, self.upper_bound)
 
     def _work_s(self) -> float:
         return float(self.rows.lattice.work_s[-1])
@@ -140,13 +118,13 @@ class BottleneckSearch:
         if table is None:
             return {}
         self._offer_all(table)
-        return {d: c for d in self.depths if (c := float(table.best[:, d, 0].min())) < inf}
+        return {d: c for d in self.depths if (c := float(table.best[..., d, 0].min())) < inf}
 
     def _climb(self) -> tuple[IdealTable | None, float]:
         """Sweep under rising limits until something is found or the upper bound is reached."""
         for limit in self._ladder():
             table = self._sweep("max", limit, self.depths)
-            if float(table.best[:, list(self.depths), 0].min()) < inf:
+            if float(table.best[..., list(self.depths), 0].min()) < inf:
                 return table, limit
             bound = self._bound(limit, self._least_sum_s)
             self.lower_bound = max(self.lower_bound, min(bound, self.upper_bound))
@@ -154,14 +132,16 @@ class BottleneckSearch:
 
     def _ladder(self) -> Iterator[float]:
         top = self._limit_s(self._least_sum_s)
-        devices = max(self.depths) + self.layout.hosts
-        speed = max(slot.speed for slot in self.layout.slots)
-        floor = self._work_s() / speed / devices
+        floor = self._even_s()
         step = 0.01 if len(self.rows.lattice) > LADDER_FROM else 0.08
         while floor * (1 + step) < min(top, 4 * floor):
             yield floor * (1 + step)
             step *= 2
         yield top
+
+    def _even_s(self) -> float:
+        """Least load of the busiest device."""
+        return self._work_s() / max(slot.speed for slot in self.layout.slots) / max(self.depths)
 
     def _least_at(self, depth: int, least_pace_s: float) -> None:
         """Find the best pipeline of one depth: least sums under falling limits."""
@@ -182,45 +162,44 @@ class BottleneckSearch:
     def _least_sum(self, depth: int, limit: float) -> tuple[float, float] | None:
         """Busiest stage and sum of the pipeline with the least sum under ``limit``."""
         table = self._sweep("sum", limit, (depth,))
-        if table.best[0, depth, 0] == inf:
+        if table.best[depth, 0] == inf:
             return None
-        split = self._offer(table, depth, 0)
-        return max(price.load_s for price in split.prices), float(table.best[0, depth, 0])
+        split = self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
+        return max(price.load_s for price in split.prices), float(table.best[depth, 0])
 
     def _sweep(self, combine: Combine, limit: float, depths: Sequence[int]) -> IdealTable:
-        return ideal_dynamic_program(self.rows, self.layout, combine, limit, depths, self.deadline)
+        return IdealProgram(self.rows, self.layout, combine, limit, depths, self.deadline).run()
 
     def _offer_all(self, table: IdealTable) -> None:
         for depth in self.depths:
-            for hosts in range(self.layout.hosts + 1):
-                if table.best[hosts, depth, 0] < inf:
-                    self._offer(table, depth, hosts)
+            if table.best[depth, 0] < inf:
+                self.offer([self.rows.lattice.masks[target] for target in table.path(depth)])
 
-    def _offer(self, table: IdealTable, devices: int, hosts: int) -> PricedPipeline:
-        masks, path = self.rows.lattice.masks, table.path(devices, hosts)
-        return self.offer([masks[target] for target, _ in path], tuple(host for _, host in path))
-
-    def offer(self, boundaries: Sequence[int], on_host: tuple[bool, ...]) -> PricedPipeline:
+    def offer(self, boundaries: Sequence[int]) -> PricedPipeline:
         """Price a pipeline exactly and keep it."""
-        devices, prices, done = on_host.count(False), [], 0
-        for boundary, host in zip(boundaries, on_host, strict=True):
-            slot = Slot(-1, -1, host=True) if host else self.layout.slots[devices - 1]
+        slots = self.layout.slots[len(boundaries) - 1 :: -1]
+        return self.keep(boundaries, slots)
+
+    def keep(self, boundaries: Sequence[int], slots: Sequence[Slot]) -> PricedPipeline:
+        """Price a pipeline over ``slots`` exactly and keep it."""
+        prices, done = [], 0
+        for boundary, slot in zip(boundaries, slots, strict=True):
             price = self.rows.pricer.best(done, boundary ^ done, slot)
             if price is None:
                 raise _DoesNotFitError
-            devices -= not host
             done = boundary
             prices.append(price)
         loads = [price.load_s for price in prices]
-        objective = self._bound(max(loads), sum(loads))
-        found = PricedPipeline(objective, tuple(boundaries), tuple(prices), on_host)
+        found = PricedPipeline(
+            self._bound(max(loads), sum(loads)), tuple(boundaries), tuple(prices)
+        )
         self.offers.append(found)
-        self.upper_bound = min(self.upper_bound, objective)
+        self.upper_bound = min(self.upper_bound, found.objective)
         return found
 
     def offer_neighbours(self) -> None:
         """Price what the best pipeline becomes when one block moves to the next stage or back."""
-        if not self.offers or self.layout.hosts:
+        if not self.offers:
             return
         best = min(self.offers, key=lambda item: item.objective)
         everything = self.rows.problem.everything
@@ -233,7 +212,7 @@ class BottleneckSearch:
                     continue
                 boundaries = (*best.boundaries[:stage], moved, *best.boundaries[stage + 1 :])
                 with suppress(_DoesNotFitError):
-                    self.offer(boundaries, best.on_host)
+                    self.offer(boundaries)
 
     def _may_end(self, done: int, depth: int, stage: int) -> bool:
         """Whether a set of blocks may be done after ``stage`` of ``depth``."""
@@ -253,6 +232,7 @@ def search_tables(
     weights: tuple[float, float],
     upper_bound: float = inf,
     deadline: float | None = None,
+    search_class: type[BottleneckSearch] = BottleneckSearch,
 ) -> SearchResult:
     """Search several lattices, the small ones first; the bound is that of the last one.
 
@@ -262,6 +242,7 @@ def search_tables(
         weights: Of the busiest stage and of the sum.
         upper_bound: Only pipelines below this are looked for.
         deadline: ``time.monotonic()`` at which to stop; a first split is found in any case.
+        search_class: Searches each of them.
     """
     found: list[PricedPipeline] = []
     lower, known = 0.0, 0
@@ -270,7 +251,7 @@ def search_tables(
             continue
         first = not known and upper_bound == inf
         known = len(table.lattice)
-        search = BottleneckSearch(
+        search = search_class(
             table, positions, depths, *weights, upper_bound, None if first else deadline
         )
         search.run()
@@ -280,50 +261,10 @@ def search_tables(
     return SearchResult.of(lower, found)
 
 
-def least_bottleneck(
-    problem: Problem,
-    positions: StagePositions,
-    depths: Sequence[int],
-    max_ideals: int,
-    deadline: float | None = None,
-) -> SearchResult:
-    """Least load of the busiest position over every order of the blocks (max-load instances).
-
-    Blocks without time are merged into others first, where no split can lose by it.
-    """
-    small = Contraction.of(problem, min(slot.capacity for slot in positions.slots))
-    pricer = OptionPricer(small.problem)
-    order = Lattice.of_masks(small.problem, _depth_first(small.problem))
-    lattices = [order]
-    with suppress(TooManyIdeals):
-        lattices.append(Lattice(small.problem, limit=max_ideals))
-    tables = [(StageCostTable(lattice, pricer), positions) for lattice in lattices]
-    found = search_tables(tables, depths, (1.0, 0.0), deadline=deadline)
-    whole = BottleneckSearch(
-        StageCostTable(Lattice.of_masks(problem, (0, problem.everything)), OptionPricer(problem)),
-        positions, depths, 1.0, 0.0,
-    )  # fmt: skip
-    for item in found.pipelines:
-        whole.offer([small.expanded(mask) for mask in item.boundaries], item.on_host)
-    lower = found.lower_bound if len(lattices) > 1 else whole.at_once()
-    return SearchResult.of(lower, whole.offers)
-
-
-def _depth_first(problem: Problem) -> list[int]:
-    """Done blocks along one topological order that keeps branches together."""
-    masks, done, ready = [0], 0, [b for b, mask in enumerate(problem.preds) if not mask][::-1]
-    while ready:
-        block = ready.pop()
-        done |= 1 << block
-        masks.append(done)
-        opened = [s for s in bits(problem.succs[block]) if not problem.preds[s] & ~done]
-        ready += opened[::-1]
-    return masks
-
-
 Bools = NDArray[np.bool_]
 # Loads of the stages from a set, costs behind their targets, the set, devices left, the targets.
-Join = Callable[[Floats, Floats, int, int, NDArray[np.int64]], Floats]
+State = Any  # devices left (the max-load benchmark: host cores and devices)
+Join = Callable[[Floats, Floats, int, State, NDArray[np.int64]], Floats]
 _JOINS: dict[str, Join] = {
     "max": lambda loads, behind, *_: np.maximum(loads, behind),
     "sum": lambda loads, behind, *_: loads + behind,
@@ -343,13 +284,11 @@ class StagePositions:
     Attributes:
         slots: ``slots[y - 1]`` is the position with y devices to the end, itself included.
         starts: ``starts[y - 1]``: the sets at which that position may start; ``None`` for all.
-        hosts: Host cores that may be used, anywhere in the pipeline.
         uniform: All positions price alike apart from the microbatches in flight.
     """
 
     slots: Sequence[Slot]
     starts: Sequence[Bools] | None = None
-    hosts: int = 0
     uniform: bool = True
 
 
@@ -358,44 +297,29 @@ class IdealTable:
     """The result of one ideal_dynamic_program.
 
     Attributes:
-        best: Least cost by host cores, devices and start position.
+        best: Least cost by devices and start position.
         choice: Position after the first stage of the best way; -1 without one.
-        by_host: Whether that stage is on a host core.
     """
 
     best: Floats
     choice: NDArray[np.int32]
-    by_host: Bools
 
-    def path(self, devices: int, hosts: int = 0) -> list[tuple[int, bool]]:
-        """Positions after each stage of the best pipeline, and whether a host core runs it."""
-        steps, position, last = [], 0, self.best.shape[2] - 1
+    def path(self, devices: int) -> list[int]:
+        """Positions after each stage of the best pipeline."""
+        steps, position, last = [], 0, self.best.shape[-1] - 1
         while position != last:
-            target = int(self.choice[hosts, devices, position])
-            on_host = bool(self.by_host[hosts, devices, position])
-            hosts, devices = hosts - on_host, devices - (not on_host)
-            steps.append((target, on_host))
-            position = target
+            position = int(self.choice[devices, position])
+            devices -= 1
+            steps.append(position)
         return steps
 
 
-def ideal_dynamic_program(
-    rows: StageCostTable,
-    layout: StagePositions,
-    combine: Combine,
-    limit_s: float,
-    depths: Sequence[int],
-    deadline: float | None = None,
-) -> IdealTable:
-    """Fill the table for pipelines of ``depths`` devices with loads up to ``limit_s``.
+class IdealProgram:
+    """Fills the table for pipelines of ``depths`` devices with loads up to ``limit_s``."""
 
-    Raises:
-        OutOfTimeError: ``time.monotonic()`` passed ``deadline``.
-    """
-    return _IdealProgram(rows, layout, combine, limit_s, depths, deadline).run()
+    _elsewhere_s = 0.0  # most work that may be done elsewhere than on the devices
+    _fewest = 1  # devices for what is left
 
-
-class _IdealProgram:
     def __init__(
         self,
         rows: StageCostTable,
@@ -409,18 +333,22 @@ class _IdealProgram:
         self._join: Join = _JOINS[combine] if isinstance(combine, str) else combine
         self._deadline = deadline
         self._depths = range(min(depths), max(depths) + 1)
-        shape = (layout.hosts + 1, max(depths) + 1, len(rows.lattice))
-        self._table = IdealTable(
-            np.full(shape, inf), np.full(shape, -1, np.int32), np.zeros(shape, np.bool_)
-        )
         # Sets from which the rest can be placed: only they are worth a look as targets.
         self._reached = np.zeros(len(rows.lattice), np.bool_)
         self._fastest = max(slot.speed for slot in layout.slots)
-        self._host_share = self._work_on_hosts() if layout.hosts else 0.0
+        self._table = self._empty((max(depths) + 1, len(rows.lattice)))
+
+    def _empty(self, shape: tuple[int, ...]) -> IdealTable:
+        return IdealTable(np.full(shape, inf), np.full(shape, -1, np.int32))
 
     def run(self) -> IdealTable:
+        """Return the table.
+
+        Raises:
+            OutOfTimeError: ``time.monotonic()`` passed the deadline.
+        """
         last = len(self._rows.lattice) - 1
-        self._table.best[:, 0, last] = 0.0
+        self._table.best[..., 0, last] = 0.0
         self._reached[last] = True
         low, high = self._depth_ranges()
         for start in np.flatnonzero(low <= high)[::-1].tolist():
@@ -438,25 +366,14 @@ class _IdealProgram:
         most = np.full(len(work), max(self._depths))
         least = np.zeros(len(work), dtype=np.int64)
         if each < inf:
-            left = np.maximum(work[-1] - work - self._host_share, 0.0)
-            before = np.maximum(work - self._host_share, 0.0)
+            left = np.maximum(work[-1] - work - self._elsewhere_s, 0.0)
+            before = np.maximum(work - self._elsewhere_s, 0.0)
             unit = max(each, 1e-300)
             least = np.ceil(np.minimum(left / unit, 1e9) - 1e-9).astype(np.int64)
             most = most - np.ceil(np.minimum(before / unit, 1e9) - 1e-9).astype(np.int64)
-        most[1:] = np.minimum(most[1:], max(self._depths) - (0 if self._layout.hosts else 1))
-        least[0] = max(least[0], 0 if self._layout.hosts else min(self._depths))
-        return np.maximum(least, 0 if self._layout.hosts else 1), most
-
-    def _work_on_hosts(self) -> float:
-        """Most device work that the host cores can take over within the limit."""
-        problem = self._rows.problem
-        shares = (
-            (option.total_s / seconds if seconds else inf)
-            for option, seconds in zip(problem.fastest, problem.host_s or (), strict=True)
-            if option.total_s
-        )
-        ratio = max(shares, default=0.0)
-        return self._layout.hosts * self._limit * ratio * self._fastest
+        most[1:] = np.minimum(most[1:], max(self._depths) - self._fewest)
+        least[0] = max(least[0], self._fewest * min(self._depths))
+        return np.maximum(least, self._fewest), most
 
     def _visit(self, start: int, low: int, high: int) -> None:
         counts = [y for y in range(max(low, 1), high + 1) if self._may_start(start, y)]
@@ -467,8 +384,6 @@ class _IdealProgram:
                 slot = self._layout.slots[y - 1]
                 row = self._rows.row(start, slot, self._limit, self._reached)
                 self._settle(start, y, row, slot)
-        if self._layout.hosts:
-            self._visit_host(start, range(low, high + 1))
 
     def _may_start(self, start: int, y: int) -> bool:
         starts = self._layout.starts
@@ -489,25 +404,15 @@ class _IdealProgram:
             self._settle(start, y, self._rows.with_memory(start, targets, base, slot), slot)
 
     def _settle(self, start: int, y: int, row: StageCosts, slot: Slot) -> None:
-        for hosts in range(self._layout.hosts + 1):
-            self._lower(start, (hosts, y), row, (hosts, y - 1), slot)
+        self._lower(start, y, row, y - 1, slot)
 
-    def _visit_host(self, start: int, counts: Sequence[int]) -> None:
-        slot = Slot(-1, -1, host=True)
-        row = self._rows.row(start, slot, self._limit, self._reached)
-        for hosts in range(1, self._layout.hosts + 1):
-            for y in counts:
-                self._lower(start, (hosts, y), row, (hosts - 1, y), slot)
-
-    def _lower(
-        self, start: int, here: tuple[int, int], row: StageCosts, rest: tuple[int, int], slot: Slot
-    ) -> None:
+    def _lower(self, start: int, here: State, row: StageCosts, rest: State, slot: Slot) -> None:
         """Improve ``best[here, start]`` by a stage of ``row`` followed by ``rest``."""
         if not row.targets.size:
             return
         best = self._table.best
         behind = best[rest][row.targets]
-        cost = self._join(row.load_s, behind, start, here[1], row.targets)
+        cost = self._join(row.load_s, behind, start, here, row.targets)
         cost[row.load_s > self._limit] = inf
         while True:
             pick = int(np.argmin(cost))
@@ -518,17 +423,14 @@ class _IdealProgram:
                 break
             exact = self._rows.exact_s(start, target, slot)
             one = slice(pick, pick + 1)
-            joined = self._join(np.array([exact]), behind[one], start, here[1], row.targets[one])
+            joined = self._join(np.array([exact]), behind[one], start, here, row.targets[one])
             settled = float(joined[0])
             cost[pick] = inf
             if exact <= self._limit and settled < best[here][start]:
-                self._store(here, start, settled, target, host=False)
-        self._store(here, start, float(cost[pick]), target, host=slot.host)
+                self._store(here, start, settled, target)
+        self._store(here, start, float(cost[pick]), target)
 
-    def _store(
-        self, here: tuple[int, int], start: int, cost: float, target: int, *, host: bool
-    ) -> None:
+    def _store(self, here: State, start: int, cost: float, target: int) -> None:
         self._reached[start] = True
         self._table.best[here][start] = cost
         self._table.choice[here][start] = target
-        self._table.by_host[here][start] = host

@@ -1,12 +1,9 @@
 """What the caller fixes about a split. Everything left at its default is the solver's to choose.
 
-``layers_per_ipu``: a published list of layers per device, respected to the letter.
-
-Counts are blocks of kind ``layer``. ``[-1]`` and ``-1`` entries share the rest evenly, and what
-does not divide goes to the last of them, as optimum-graphcore does (its ``modeling_utils.py``).
-Embeddings that run before the first layer stay on the first device, also when it has no layer
-(``[0, 4, 4, 4]``); heads and losses that run after the last layer stay on the last stage. Where a
-device has several stages, its layers are in the first of them.
+``layers_per_ipu`` counts blocks of kind ``layer``, with wildcards as optimum-graphcore expands
+them (its ``modeling_utils.py``). Embeddings before the first layer stay on the first device, also
+when it has no layer (``[0, 4, 4, 4]``), heads and losses behind the last one on the last stage.
+Where a device has several stages, its layers are in the first of them.
 """
 
 from __future__ import annotations
@@ -175,14 +172,6 @@ class LayerRule:
             (mask & self.layers).bit_count() == self.counts[stages_done - 1]
             and mask & self.first == self.first
             and not mask & self.last
-        )
-
-    def describe(self, mask: int, stages_done: int) -> str:
-        """What the rule asks for and what ``mask`` has, for a message."""
-        return (
-            f"{self.counts[stages_done - 1]} layers must be done here, "
-            f"{(mask & self.layers).bit_count()} are; embeddings belong to the first stage, heads "
-            "and losses to the last"
         )
 
 

@@ -12,7 +12,15 @@ from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.objective import stages_in_flight
-from ipu_pipeline.planner.search.problem import Exchange, Option, Problem, Shared, Slot, Value
+from ipu_pipeline.planner.search.problem import (
+    Exchange,
+    Option,
+    Problem,
+    Shared,
+    Slot,
+    Value,
+    mask_of,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,10 @@ def build_problem(
     index = graph.block_index
     _check_names(graph, costs, constraints)
     choices = _menus(graph, costs, constraints)
-    ways = tuple(tuple(_option(choice) for choice in menu) for menu in choices)
+    ways = tuple(
+        tuple(Option(c.forward_s, c.backward_s, c.stash_bytes, c.workspace_bytes) for c in menu)
+        for menu in choices
+    )
     private, shared = _weights(graph, costs)
     return FormulatedProblem(
         Problem(
@@ -95,8 +106,10 @@ def build_slots(
                 capacity=float(sum(usable) if pooled else usable[device]),
                 speed=costs.speed(device),
                 in_flight=kept[stage],
-                link_in=_link(machine, stage_devices, stage - 1, stage) if stage else None,
-                link_out=_link(machine, stage_devices, stage, stage + 1) if stage < last else None,
+                link_in=link_of(machine, stage_devices, stage - 1, stage) if stage else None,
+                link_out=link_of(machine, stage_devices, stage, stage + 1)
+                if stage < last
+                else None,
                 forbidden=_forbidden(graph, constraints, stage, device),
                 index=stage,
                 num_stages=last + 1,
@@ -105,7 +118,7 @@ def build_slots(
     return tuple(slots)
 
 
-def _link(machine: Machine, devices: Sequence[int], first: int, second: int) -> Link | None:
+def link_of(machine: Machine, devices: Sequence[int], first: int, second: int) -> Link | None:
     """Link between two stages; ``None`` where a transfer hands over a pointer."""
     if machine.shared_memory or devices[first] == devices[second]:
         return None
@@ -204,15 +217,8 @@ def _together(graph: BlockGraph, costs: GraphCosts, constraints: Constraints) ->
     return (*uncut, *(_mask(graph, group) for group in costs.together))
 
 
-def _option(choice: BlockChoice) -> Option:
-    return Option(choice.forward_s, choice.backward_s, choice.stash_bytes, choice.workspace_bytes)
-
-
 def _mask(graph: BlockGraph, names: Sequence[str]) -> int:
-    mask = 0
-    for name in names:
-        mask |= 1 << graph.block_index[name]
-    return mask
+    return mask_of(graph.block_index[name] for name in names)
 
 
 def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:

@@ -1,7 +1,4 @@
-"""Pricing a split that somebody else chose: an edited plan, a baseline.
-
-Pricing a plan exactly as it is annotated: nothing about it is left to choose.
-"""
+"""Pricing a plan exactly as it is annotated: nothing about it is left to choose."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Downward-closed sets of blocks: the boundaries a pipeline may have.
+"""Downward-closed sets of blocks: the boundaries a pipeline may have, and which are allowed.
 
-A stage is the difference of two such sets, one containing the other. The lattice keeps them
-sorted by exact integer work, so that the candidates for a stage of bounded load are a slice.
-
-Which sets of done blocks are allowed after each stage: pins, given layers, device groups.
+A stage is the difference of two such sets. The lattice keeps them sorted by exact integer work, so
+that the candidates for a stage of bounded load are a slice.
 """
 
 from __future__ import annotations

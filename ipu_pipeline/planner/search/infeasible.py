@@ -1,14 +1,13 @@
 """Why nothing fits, and the smallest changes with which something does.
 
-Memory is looked at along the execution order (``least_bytes.py``): a split whose stages fit there
-proves a change, and where there is no other order, none there disproves it. Only the remaining
-cases are tried out with a short search.
+A split of the execution order that fits (``least_bytes.py``) proves a change; where there is no
+other order, none there disproves it. Only the remaining cases are tried with a short search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
 
@@ -226,10 +225,8 @@ class _Explanation:
     def _placement_error(self) -> InfeasibleError:
         """Memory is not the reason: name the constraints without which a split exists."""
         start, neutral = self.start, Constraints()
-        known = {item.name for item in fields(Constraints)}
         blamed: list[Change] = []
         for name in _PLACEMENT:
-            assert name in known
             if getattr(start.constraints, name) == getattr(neutral, name):
                 continue
             relaxed = replace(start.constraints, **{name: getattr(neutral, name)})

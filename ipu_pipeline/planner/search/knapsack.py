@@ -83,23 +83,6 @@ def least_time(
     return best
 
 
-def pareto(
-    ways: Sequence[Sequence[Option]], in_flight: int, budget_bytes: float, *, by_memory: bool
-) -> list[Selection]:
-    """Return every selection within the budget that no other one dominates.
-
-    Args:
-        ways: Options of each block.
-        in_flight: Microbatches kept.
-        budget_bytes: Largest ``held_bytes``.
-        by_memory: Also keep slower selections that hold fewer bytes (the memory is shared).
-    """
-    points = [NOTHING]
-    for options in ways:
-        points = grown(points, options, in_flight, budget_bytes)
-    return within(points, budget_bytes, by_memory=by_memory)
-
-
 def grown(
     points: Sequence[Point], options: Sequence[Option], in_flight: int, budget_bytes: float
 ) -> list[Point]:

@@ -1,11 +1,10 @@
 """Exact search for every schedule and for shared devices and memories: labels with dominance.
 
-A label is a partial pipeline: the boundary it has reached, the load of every device in every
-row of the objective, the bytes in every memory. A label is dropped when another one at the same
-boundary is no worse in all of them, or when its bound reaches a known split. The bound adds, row
-by row, the least that the remaining stages can do (``_to_go``). A narrow first pass finds a good
-split; the second pass proves it. When the time ends in between, the lowest bound of the open
-labels is a true lower bound.
+A label is a partial pipeline: its boundary, the load of every device in every row of the objective,
+the bytes in every memory. It is dropped when another one at its boundary is no worse in all of
+them, or when its bound (plus the least that the remaining stages can do, ``_to_go``) reaches a
+known split. A narrow pass finds a split, a full one proves it; when the time ends in between, the
+lowest bound of the open labels is a true lower bound.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.ideals import Lattice
 from ipu_pipeline.planner.search.objective import Objective
 from ipu_pipeline.planner.search.problem import Slot, bits
@@ -25,7 +25,6 @@ from ipu_pipeline.planner.search.stage_price import (
     MOST_CANDIDATES,
     PricedPipeline,
     SearchResult,
-    StagePrice,
     StagePricer,
 )
 
@@ -138,7 +137,7 @@ class LabelSettingSearch:
     def run(self, upper_bound: float = inf) -> SearchResult:
         """Search; splits that are not below ``upper_bound`` are not reported."""
         if not self._tabulate():
-            return SearchResult(self._quick_bound(upper_bound))
+            return SearchResult(0.0 if self._late() else upper_bound)
         quick = self._pass(upper_bound, BEAM_WIDTH)
         if self.proof_s < inf:
             self.deadline = min(self.deadline or inf, monotonic() + self.proof_s)
@@ -152,9 +151,6 @@ class LabelSettingSearch:
 
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
-
-    def _quick_bound(self, upper_bound: float) -> float:
-        return 0.0 if self._late() else upper_bound
 
     def _tabulate(self) -> bool:
         """List every possible stage at every slot, from the end; False if none leads there."""

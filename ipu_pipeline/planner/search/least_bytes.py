@@ -1,8 +1,8 @@
 """The split of the execution order that asks least of the memories, without a search.
 
 Least bytes of a stage are exact: for each workspace that may be the largest, the smallest options
-whose own workspace is no larger. A dynamic program over the stages from the end makes the largest
-stage smallest, or their sum where they share one memory.
+whose own workspace is no larger. A dynamic program makes the largest stage (of a shared memory:
+the sum) smallest.
 """
 
 from __future__ import annotations
@@ -51,12 +51,10 @@ class LeastBytes:
         count = problem.num_blocks
         self._used = np.triu(np.ones((count + 1, count + 1), dtype=np.bool_), k=1)
         self._weights = _between(problem.held) + self._shared(problem.shared_weights)
-        self._per_microbatch = self._shared(problem.inputs)
-        if problem.relay:
-            entering = np.zeros(count + 1)
-            for value in problem.values:
-                entering[value.producer + 1 : value.consumers.bit_length()] += value.forward_bytes
-            self._per_microbatch = self._per_microbatch + entering[:, None]
+        entering = np.zeros(count + 1)
+        for value in problem.values:
+            entering[value.producer + 1 : value.consumers.bit_length()] += value.forward_bytes
+        self._per_microbatch = self._shared(problem.inputs) + entering[:, None]
         self._order = [(1 << done) - 1 for done in range(count + 1)]
         self._known: dict[int, Floats] = {}
 

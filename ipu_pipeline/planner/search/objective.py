@@ -1,4 +1,4 @@
-"""Step times for the search: those of the schedules, and ``maxload``.
+"""Schedules as the search knows them: those that run, and ``maxload``.
 
 ``maxload`` is no schedule but the objective of the public instances: seconds per microbatch of the
 busiest device in steady state, with one microbatch held.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
+from ipu_pipeline.ir.schedule import Schedule
+from ipu_pipeline.planner.schedules import (
+    PipelineShape,
+    ScheduleKind,
+    schedule_kind,
+    schedule_names,
+)
 from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm
-
-MAXLOAD = "maxload"
 
 __all__ = [
     "MAXLOAD",
@@ -21,9 +25,33 @@ __all__ = [
     "in_flight",
     "least_microbatches",
     "make_objective",
-    "schedule_problem",
+    "search_kind",
     "stages_in_flight",
 ]
+
+
+def _no_rows(shape: PipelineShape) -> Schedule:
+    raise ValueError(f"maxload has no rows for {shape.num_stages} stages: it cannot run")
+
+
+MAXLOAD = "maxload"
+_MAXLOAD = ScheduleKind(
+    MAXLOAD,
+    make_rows=_no_rows,
+    make_objective=lambda shape: Objective.paced(1, 0, shape.num_stages),
+    make_in_flight=lambda shape: (1,) * shape.num_stages,
+    any_devices=True,
+    lock_stepped=True,
+)
+
+
+def search_kind(schedule: str) -> ScheduleKind:
+    """Return the schedule that the search knows as ``schedule``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return _MAXLOAD if schedule == MAXLOAD else schedule_kind(schedule)
 
 
 def check_schedule_name(schedule: str) -> None:
@@ -45,52 +73,29 @@ def make_objective(
     *,
     training: bool = True,
 ) -> Objective:
-    """Build the step time of ``schedule``.
-
-    Args:
-        schedule: Name of a schedule, or ``maxload``.
-        num_stages: Stages of the forward pass, at least 1.
-        num_microbatches: Microbatches per optimizer step and replica, at least 1.
-        devices: Device of every stage; ``None``: a device each.
-        training: Whether there is a backward pass.
+    """Build the step time of ``schedule``; ``devices=None``: a device each.
 
     Raises:
         ValueError: The schedule cannot run so.
     """
-    if schedule == MAXLOAD:
-        return Objective.paced(1, 0, num_stages)
     shape = PipelineShape.of(num_stages, num_microbatches, devices, training=training)
-    return schedule_kind(schedule).objective(shape)
-
-
-def schedule_problem(
-    schedule: str, devices: Sequence[int], num_microbatches: int, *, training: bool = True
-) -> str:
-    """Return why ``schedule`` cannot run stages on ``devices``; empty: it can."""
-    if schedule == MAXLOAD:
-        return ""
-    shape = PipelineShape.of(len(devices), num_microbatches, devices, training=training)
-    return schedule_kind(schedule).problem(shape)
+    return search_kind(schedule).objective(shape)
 
 
 def least_microbatches(
     schedule: str, num_stages: int, devices: Sequence[int] | None = None, *, training: bool = True
 ) -> int:
     """Return the fewest microbatches per step that ``schedule`` accepts (PopART: its stages)."""
-    if schedule == MAXLOAD:
-        return 1
     shape = PipelineShape.of(num_stages, 1, devices, training=training)
-    return schedule_kind(schedule).least_microbatches(shape)
+    return search_kind(schedule).least_microbatches(shape)
 
 
 def stages_in_flight(
     schedule: str, devices: Sequence[int], num_microbatches: int, *, training: bool = True
 ) -> tuple[int, ...]:
     """Return how many microbatches every stage keeps, stages being on ``devices``."""
-    if schedule == MAXLOAD:
-        return (1,) * len(devices)
     shape = PipelineShape.of(len(devices), num_microbatches, devices, training=training)
-    return schedule_kind(schedule).in_flight(shape)
+    return search_kind(schedule).in_flight(shape)
 
 
 def in_flight(
@@ -100,10 +105,9 @@ def in_flight(
 
     For schedules with several stages per device: the last stage on one device.
     """
-    if schedule == MAXLOAD or not training:
-        return 1
-    kind = schedule_kind(schedule)
-    if kind.any_devices:
-        return kind.in_flight(PipelineShape.of(stages_to_end, num_microbatches))[0]
+    kind = search_kind(schedule)
+    if kind.any_devices or not training:
+        shape = PipelineShape.of(stages_to_end, num_microbatches, training=training)
+        return kind.in_flight(shape)[0]
     depth = kind.stages_per_device[0]
     return kind.in_flight(PipelineShape.of(depth, num_microbatches, (0,) * depth))[-1]

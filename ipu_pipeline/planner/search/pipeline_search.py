@@ -1,15 +1,12 @@
 """Searches every pipeline that may be tried: the best split of each, the best of all, its bound.
 
-Chooses how to search a pipeline: the fast sweep where it is exact, labels everywhere else.
-
-The sweep needs stages that do not share devices or memories and a step time with one paced row.
-For the other cases it still gives a bound (``relaxed_bound``): own devices, own memories, and
+The fast sweep needs stages that do not share devices or memories and a step time with one paced
+row; labels search the rest. There the sweep still gives a bound (``relaxed_bound``):
 
 * GPipe: ``max f + max b >= max (f + b)``;
-* PopART in training, F > 1 stages, S = 2F-1: fill cycle c is at least as long as pipeline stage
-  c, a flush cycle c as stage c+1, so both together take at least twice the sum of all stages but
-  once the first device's, and the step at least ``(G-S) max + 2 sum``. In inference the first
-  microbatch through all stages and G-1 more on the busiest give ``(G-1) max + sum``;
+* PopART in training, F > 1 stages, S = 2F-1: fill cycle c and flush cycle c take at least as long
+  as pipeline stages c and c+1, both together at least twice the sum of all stages but once the
+  first device's: ``(G-S) max + 2 sum``. In inference ``(G-1) max + sum``;
 * schedules with several stages per device: the busiest device has at least its share of the sum.
 """
 
@@ -20,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain as joined
 from math import inf
 from time import monotonic
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +30,6 @@ from ipu_pipeline.planner.schedules import (
     PipelineShape,
     ScheduleKind,
     critical_paths,
-    schedule_kind,
 )
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
@@ -45,7 +42,7 @@ from ipu_pipeline.planner.search.from_graph import (
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
-from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective
+from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective, search_kind
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
 from ipu_pipeline.planner.search.problem import Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
@@ -109,7 +106,7 @@ class Engine:
 
     def is_fast(self, candidate: CandidatePipeline) -> bool:
         """Whether the sweep solves this candidate exactly."""
-        single = self._constraints.schedule in ("1f1b", "maxload")
+        single = self._constraints.schedule in ("1f1b", MAXLOAD)
         steps = self.problem.exchanges or any(self.problem.outer)
         return single and _has_own(candidate) and not steps
 
@@ -126,7 +123,7 @@ class Engine:
     ) -> SearchResult:
         """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
         microbatches = candidates[0].shape.num_microbatches
-        pace, spread = (1, 0) if self._constraints.schedule == "maxload" else (microbatches - 1, 1)
+        pace, spread = (1, 0) if self._constraints.schedule == MAXLOAD else (microbatches - 1, 1)
         return self._sweep(candidates, pace, spread, upper, uniform=uniform)
 
     def at_once(self, candidate: CandidatePipeline) -> float:
@@ -150,9 +147,7 @@ class Engine:
             upper: Seconds of a step that is known.
             uniform: As for :meth:`run_fast`.
         """
-        if self._constraints.schedule == MAXLOAD:
-            return None
-        kind = schedule_kind(self._constraints.schedule)
+        kind = search_kind(self._constraints.schedule)
         if kind.lock_stepped or self._exact_apart(candidates[0], kind):
             return None
         paths, least = {}, {}
@@ -214,10 +209,8 @@ class Engine:
 
     def has_loops(self, candidate: CandidatePipeline) -> bool:
         """Whether the schedule itself puts several stages on every device."""
-        schedule = self._constraints.schedule
-        if schedule == MAXLOAD or candidate.shape.own_devices:
-            return False
-        return not schedule_kind(schedule).any_devices
+        kind = search_kind(self._constraints.schedule)
+        return not candidate.shape.own_devices and not kind.any_devices
 
     def run_loops(self, candidate: CandidatePipeline) -> SearchResult:
         """Good splits of a pipeline whose stages visit the devices several times.
@@ -250,11 +243,7 @@ class Engine:
 
     def _equal_stages(self, candidate: CandidatePipeline) -> tuple[int, ...]:
         """Boundaries of the split whose largest stage is smallest, memory aside."""
-        apart = tuple(replace(s, device=i, pool=i) for i, s in enumerate(candidate.slots))
-        devices = tuple(range(len(apart)))
-        shape = replace(candidate.shape, stage_devices=devices)
-        relaxed = replace(candidate, slots=apart, shape=shape)
-        found = self._sweep([relaxed], 1, 0, inf, uniform=False, grouped=False).pipelines
+        found = self._sweep([_apart(candidate)], 1, 0, inf, uniform=False, grouped=False).pipelines
         return found[0].boundaries if found else ()
 
     def _label_search(
@@ -293,15 +282,8 @@ class Engine:
 
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
-        depth = len(candidate.slots)
         pace, spread = self._relaxed_weights(candidate)
-        slots = tuple(
-            replace(s, device=i, pool=i, forbidden=0) for i, s in enumerate(candidate.slots)
-        )
-        devices = tuple(range(depth))
-        relaxed = replace(
-            candidate, slots=slots, shape=replace(candidate.shape, stage_devices=devices)
-        )
+        relaxed = _apart(candidate, forbidden=0)
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
@@ -312,7 +294,7 @@ class Engine:
             return 1, 0
         if schedule == "popart" and self._training and depth > 1:
             return max(0, microbatches - (2 * depth - 1)), 2
-        if schedule_kind(schedule).any_devices:
+        if search_kind(schedule).any_devices:
             return microbatches - 1, 1
         form = make_objective(schedule, depth, microbatches, devices, training=self._training)
         weight = max(row.weight for row in form.rows)
@@ -515,6 +497,13 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     links = {slot.link_in for slot in slots[1:]}
     free = not (constraints.pinned_stages or constraints.pinned_devices)
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+
+
+def _apart(candidate: CandidatePipeline, **changes: Any) -> CandidatePipeline:
+    """Give every stage its own device and memory."""
+    slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(candidate.slots))
+    shape = replace(candidate.shape, stage_devices=tuple(range(len(slots))))
+    return replace(candidate, slots=slots, shape=shape)
 
 
 def _depth(candidate: CandidatePipeline) -> int:

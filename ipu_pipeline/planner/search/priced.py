@@ -1,10 +1,8 @@
 """The search over pipelines that a backend prices itself, stage by stage.
 
-Where blocks do not simply add up to stages (an IPU recomputes whole stages, its memory is that of
-its fullest tile), the backend describes every pipeline that may be tried: a bound that costs
-little, a tighter one, and the label-setting search over its own stage prices. Pipelines are taken
-in the order of their bounds; the first whose bound is not below the best step ends the search, so
-nothing better is ever left out.
+Where blocks do not add up to stages (an IPU recomputes whole stages and needs its fullest tile),
+the backend gives for every pipeline a quick bound, a tighter one, and the label-setting search over
+its own stage prices. Pipelines come in the order of their bounds, until none is below the best.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """The partitioning problem on integers: blocks are bit positions, sets of blocks are ``int`` masks.
 
-Everything the solver does is written against :class:`Problem` and :class:`Slot`, so that a
-captured model (``build.py``) and the public instance files (``benchmarks``) share one solver.
+A value passes through every stage between its producer and its consumers, and costs on each hop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 
@@ -101,10 +100,6 @@ class Problem:
         exchanges: Gradient exchanges between stages that hold the same parameter.
         together: Masks of blocks that must be in one stage.
         same_device: Masks of blocks whose stages must be on one device.
-        relay: A value passes through every stage between producer and consumer, and costs on
-            each hop; otherwise it goes straight to the stages that read it.
-        host_s: Seconds per block on a host core (max-load instances), or ``None``.
-        host_only: Mask of the blocks that accelerators cannot run.
     """
 
     names: tuple[str, ...]
@@ -118,9 +113,6 @@ class Problem:
     exchanges: tuple[Exchange, ...] = ()
     together: tuple[int, ...] = ()
     same_device: tuple[int, ...] = ()
-    relay: bool = True
-    host_s: tuple[float, ...] | None = None
-    host_only: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -159,10 +151,6 @@ class Problem:
         """Seconds per optimizer step of every block."""
         return self.outer_s or (0.0,) * self.num_blocks
 
-    def names_of(self, mask: int) -> tuple[str, ...]:
-        """Names of the blocks in ``mask``, in execution order."""
-        return tuple(self.names[block] for block in bits(mask))
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -177,7 +165,6 @@ class Slot:
         link_in: Link from the slot before; ``None`` costs nothing.
         link_out: Link to the slot behind; ``None`` costs nothing.
         forbidden: Mask of the blocks that may not be here.
-        host: A host core: times are ``Problem.host_s``, transfers and memory are free.
         index: Its number in the pipeline.
         num_stages: Stages of the pipeline.
     """
@@ -190,7 +177,6 @@ class Slot:
     link_in: Link | None = None
     link_out: Link | None = None
     forbidden: int = 0
-    host: bool = False
     index: int = 0
     num_stages: int = 1
 
@@ -219,120 +205,3 @@ def closure(preds: Sequence[int]) -> list[int]:
             mask |= found[pred]
         found.append(mask)
     return found
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A problem with fewer blocks and the same optimum.
-
-    Attributes:
-        problem: The smaller problem.
-        members: Per block of it, the mask of the blocks that it stands for.
-    """
-
-    problem: Problem
-    members: tuple[int, ...]
-
-    def expanded(self, mask: int) -> int:
-        """The blocks that the blocks in ``mask`` stand for."""
-        return sum(self.members[block] for block in bits(mask))
-
-    @classmethod
-    def of(cls, problem: Problem, capacity: float) -> Contraction:
-        """Merge blocks that take no time into a neighbour, where no split can lose by it.
-
-        Block b may go to the stage of block x when x is neither before a predecessor of b nor
-        behind a successor. Then only values at b that x has no part in can newly cross a boundary
-        of that stage or of the one that b leaves; and those between b and x alone no longer do. So
-        where the first cost no more than the second, some best split has b with x.
-
-        Args:
-            problem: Nothing is merged where values are relayed (``Problem.relay``).
-            capacity: Memory of a stage; if not everything fits, blocks with bytes stay.
-        """
-        found = cls(problem, tuple(1 << block for block in range(problem.num_blocks)))
-        ample = sum(problem.held) <= capacity and not problem.shared_weights
-        while not problem.relay:
-            pair = _mergeable(found.problem, ample=ample)
-            if pair is None:
-                break
-            found = found._merged(*pair)
-        return found
-
-    def _merged(self, block: int, target: int) -> Contraction:
-        old = self.problem
-        preds = list(old.preds)
-        preds[target] = (preds[target] | preds[block]) & ~(1 << target | 1 << block)
-        for succ in bits(old.succs[block] & ~(1 << target)):
-            preds[succ] |= 1 << target
-        order = [b for b in _topological([m & ~(1 << block) for m in preds]) if b != block]
-        number = {b: position for position, b in enumerate(order)}
-        number[block] = number[target]
-
-        def moved(mask: int) -> int:
-            return mask_of({number[b] for b in bits(mask)})
-
-        values = (
-            replace(v, producer=number[v.producer],
-                    consumers=moved(v.consumers) & ~(1 << number[v.producer]))
-            for v in old.values
-        )  # fmt: skip
-        held = [*old.held]
-        held[target] += held[block]
-        members = [*self.members]
-        members[target] |= members[block]
-        return Contraction(
-            replace(
-                old,
-                names=tuple(old.names[b] for b in order),
-                preds=tuple(moved(preds[b] & ~(1 << block)) for b in order),
-                options=tuple(old.options[b] for b in order),
-                values=tuple(v for v in values if v.consumers),
-                weight_bytes=tuple(held[b] for b in order),
-                host_s=old.host_s and tuple(old.host_s[b] for b in order),
-                host_only=moved(old.host_only),
-            ),
-            tuple(members[b] for b in order),
-        )
-
-
-def _topological(preds: Sequence[int]) -> list[int]:
-    order, done, waiting = [], 0, list(range(len(preds)))
-    while waiting:
-        ready = [block for block in waiting if not preds[block] & ~done]
-        order += ready
-        done |= mask_of(ready)
-        waiting = [block for block in waiting if not done >> block & 1]
-    return order
-
-
-def _mergeable(problem: Problem, *, ample: bool) -> tuple[int, int] | None:
-    """A block that takes no time, and the block it may be merged into."""
-    before = closure(problem.preds)
-    ends: list[list[tuple[int, float]]] = [[] for _ in problem.names]
-    for value in problem.values:
-        mask = value.consumers | 1 << value.producer
-        for block in bits(mask):
-            ends[block].append((mask, value.forward_bytes + value.backward_bytes))
-    for block, ways in enumerate(problem.options):
-        takes = ways[0].total_s or ways[0].held_bytes(1) or ways[0].workspace_bytes
-        if len(ways) > 1 or takes or (problem.held[block] and not ample):
-            continue
-        if (problem.host_s and problem.host_s[block]) or problem.host_only >> block & 1:
-            continue
-        for target in bits(_between(problem, before, block)):
-            alone = 1 << block | 1 << target
-            saved = sum(cost for mask, cost in ends[block] if not mask & ~alone)
-            added = sum(cost for mask, cost in ends[block] if not mask >> target & 1)
-            if added <= saved:
-                return block, target
-    return None
-
-
-def _between(problem: Problem, before: Sequence[int], block: int) -> int:
-    """Blocks that may be in the same stage whatever the split: behind what ``block`` needs."""
-    preds, succs = problem.preds[block], problem.succs[block]
-    mask = problem.everything & ~(1 << block)
-    for succ in bits(succs):
-        mask &= before[succ] | 1 << succ
-    return mask_of(x for x in bits(mask) if not preds & ~(before[x] | 1 << x))

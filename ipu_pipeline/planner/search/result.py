@@ -1,7 +1,4 @@
-"""The answer: which blocks run where, how, what it costs, and how good that is.
-
-From what the search found to the answer with the caller's names and a readable limit.
-"""
+"""The answer with the caller's names: which blocks run where, how, at what cost, how proven."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import FormulatedProblem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.problem import Slot, bits
-from ipu_pipeline.planner.search.stage_price import PricedPipeline, StagePrice
+from ipu_pipeline.planner.search.stage_price import PricedPipeline
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def to_partition(
         picks = zip(blocks, price.picks, strict=True)
         choices = tuple(built.choices[block][pick] for block, pick in picks)
         held = price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
-        weights = 0.0 if slot.host else _weights(built, boundary & ~done)
+        weights = _weights(built, boundary & ~done)
         space = max((choice.workspace_bytes for choice in choices), default=0)
         stages.append(
             StageAssignment(

@@ -1,14 +1,13 @@
 """Prices of all stages that start at one boundary, as numpy rows over the boundaries they reach.
 
-Seconds are exact where the quickest options surely fit, and lower bounds elsewhere;
-:meth:`StageCostTable.exact_s` settles a single stage. Bytes are bracketed by "every block takes its
-smallest option" and "every block takes its quickest option".
+Seconds are exact where the quickest options surely fit, else lower bounds, which
+:meth:`StageCostTable.exact_s` settles. Bytes lie between those of the smallest and the quickest
+options.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 
 import numpy as np
@@ -54,19 +53,14 @@ class StageCostTable:
         self._most_bytes: dict[int, float] = {}
         self._settled: dict[tuple[int, int, Slot], float] = {}
         self._lagrange: dict[int, tuple[Floats, Floats]] = {}
-        self._closed: dict[int, Bools] = {}
         self._weights = lattice.total(problem.held)
-        self._entering = self._entering_bytes() if problem.relay else np.zeros(len(lattice))
+        self._entering = self._entering_bytes()
         self._tied = [(item.num_bytes, self._users(item.users)) for item in problem.shared_weights]
         self._inputs = [(item.num_bytes, self._users(item.users)) for item in problem.inputs]
         self._space = max((o.workspace_bytes for ways in problem.options for o in ways), default=0)
-        self._host = lattice.total(problem.host_s) if problem.host_s else None
-        self._host_only = self._users(problem.host_only) if problem.host_only else None
 
     def row(self, start: int, slot: Slot, limit_s: float, wanted: Bools) -> StageCosts:
         """Price the stages from ``start`` to ``wanted`` sets whose load may be ``limit_s``."""
-        if slot.host:
-            return self._host_row(start, limit_s, wanted)
         targets = self.reach(start, slot, limit_s)
         targets = targets[wanted[targets]]
         return self.with_memory(start, targets, self.row_s(start, targets, slot), slot)
@@ -75,8 +69,6 @@ class StageCostTable:
         """Seconds of the stages from ``start`` to ``targets`` with their quickest options."""
         load_s: Floats = (self.lattice.work_s[targets] - self.lattice.work_s[start]) / slot.speed
         load_s += self._transfer_s(start, targets, slot)
-        if self._host_only is not None:
-            load_s[self._host_only[targets] > self._host_only[start]] = inf
         return load_s
 
     def reach(self, start: int, slot: Slot, limit_s: float) -> Ints:
@@ -174,25 +166,9 @@ class StageCostTable:
         if link not in self._cut_s:
             total = np.zeros(len(self.lattice))
             for number, value in enumerate(self.problem.values):
-                total[self._open(number)] += _both_ways_s(link, value)
+                total[self._open(number)] += both_ways_s(link, value)
             self._cut_s[link] = total
         return self._cut_s[link]
-
-    def _host_row(self, start: int, limit_s: float, wanted: Bools) -> StageCosts:
-        assert self._host is not None
-        seconds, floor = self._host, self._host_floor
-        stop = int(np.searchsorted(floor, (seconds[start] + limit_s) * (1 + 1e-12), side="right"))
-        targets = self.lattice.supersets(start, start + 1, max(stop, start + 1))
-        targets = targets[wanted[targets]]
-        load_s = seconds[targets] - seconds[start]
-        return StageCosts(targets, load_s, np.ones(len(targets), dtype=np.bool_))
-
-    @cached_property
-    def _host_floor(self) -> Floats:
-        """Least host seconds of any set from a position on: they do not ascend themselves."""
-        assert self._host is not None
-        floor: Floats = np.minimum.accumulate(self._host[::-1])[::-1]
-        return floor
 
     def _users(self, mask: int) -> Ints:
         """How many blocks of ``mask`` are in each set."""
@@ -203,16 +179,9 @@ class StageCostTable:
         """Boundaries that a value crosses: its producer on one side, a consumer on the other."""
         value = self.problem.values[number]
         made = self.lattice.member[value.producer]
-        read = self.lattice.member[list(bits(value.consumers))].any(axis=0)
-        crossed: Bools = (made & ~self._done(number)) | (~made & read)
+        readers = self.lattice.member[list(bits(value.consumers))]
+        crossed: Bools = (made & ~readers.all(axis=0)) | (~made & readers.any(axis=0))
         return crossed
-
-    def _done(self, number: int) -> Bools:
-        """Sets that contain every consumer of a value."""
-        if number not in self._closed:
-            rows = self.lattice.member[list(bits(self.problem.values[number].consumers))]
-            self._closed[number] = np.all(rows, axis=0)
-        return self._closed[number]
 
     def _entering_bytes(self) -> Floats:
         total = np.zeros(len(self.lattice))
@@ -221,40 +190,12 @@ class StageCostTable:
         return total
 
     def _transfer_s(self, start: int, targets: Ints, slot: Slot) -> Floats:
-        if self.problem.relay:
-            seconds: Floats = self.cut_s(slot.link_out)[targets] + self.cut_s(slot.link_in)[start]
-            return seconds
-        return self._direct_s(start, targets, slot.link_out or slot.link_in)
-
-    def _direct_s(self, start: int, targets: Ints, link: Link | None) -> Floats:
-        """Messages of values that go straight to the stages that read them, one link speed."""
-        if link is None:
-            return np.zeros(len(targets))
-        seconds = self.cut_s(link)[targets].copy()
-        done, member = self.lattice.masks[start], self.lattice.member
-        for number in np.flatnonzero(self._straddling[start]).tolist():
-            value = self.problem.values[number]
-            taken = np.zeros(len(targets), dtype=np.bool_)
-            for block in bits(value.consumers & ~done):
-                taken |= member[block][targets]
-            counted = ~self._done(number)[targets]
-            if not done >> value.producer & 1:  # a gradient: made behind, read in front
-                made = member[value.producer][targets]
-                taken, counted = taken | made, counted | ~made
-            seconds += _both_ways_s(link, value) * (taken.astype(np.int8) - counted)
+        seconds: Floats = self.cut_s(slot.link_out)[targets] + self.cut_s(slot.link_in)[start]
         return seconds
 
-    @cached_property
-    def _straddling(self) -> Bools:
-        """``[i, v]``: value v has an end in set i and an end outside."""
-        table = np.zeros((len(self.lattice), len(self.problem.values)), dtype=np.bool_)
-        for number, value in enumerate(self.problem.values):
-            ends = self.lattice.member[list(bits(value.consumers | 1 << value.producer))]
-            table[:, number] = ends.any(axis=0) & ~ends.all(axis=0)
-        return table
 
-
-def _both_ways_s(link: Link | None, value: Value) -> float:
+def both_ways_s(link: Link | None, value: Value) -> float:
+    """Seconds of a value and of its gradient over ``link``."""
     if link is None:
         return 0.0
     return message_s(link, value.forward_bytes) + message_s(link, value.backward_bytes)

@@ -8,6 +8,7 @@ from math import inf
 from typing import Protocol
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.knapsack import (
     EXACT_BLOCKS,
     EXACT_POINTS,
@@ -22,48 +23,6 @@ from ipu_pipeline.planner.search.knapsack import (
 )
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
 
-
-@dataclass(frozen=True)
-class StagePrice:
-    """A stage at one slot, with one way to run it. Seconds are for one microbatch.
-
-    Attributes:
-        forward_s: Compute of the forward pass.
-        backward_s: Compute of the backward pass, recomputation included.
-        send_forward_s: Forward transfers over both boundaries.
-        send_backward_s: Gradient transfers over both boundaries.
-        outer_s: Seconds per optimizer step (update, all-reduce).
-        memory_bytes: Everything the stage holds, parameters shared with other blocks of the
-            stage once; parameters shared with other stages included.
-        picks: Option of each block of the stage, ascending.
-        extra_s: Seconds that rows of their own count (copies over a link, for one).
-    """
-
-    forward_s: float
-    backward_s: float
-    send_forward_s: float
-    send_backward_s: float
-    outer_s: float
-    memory_bytes: float
-    picks: tuple[int, ...]
-    extra_s: tuple[float, ...] = ()
-
-    @property
-    def forward_load_s(self) -> float:
-        """Seconds that the forward pass of one microbatch occupies the device."""
-        return self.forward_s + self.send_forward_s
-
-    @property
-    def backward_load_s(self) -> float:
-        """Seconds that the backward pass of one microbatch occupies the device."""
-        return self.backward_s + self.send_backward_s
-
-    @property
-    def load_s(self) -> float:
-        """Seconds that one microbatch occupies the device."""
-        return self.forward_load_s + self.backward_load_s
-
-
 MOST_CANDIDATES = 8
 
 
@@ -75,13 +34,11 @@ class PricedPipeline:
         objective: Seconds per optimizer step in the search's closed form.
         boundaries: Mask of the done blocks after each stage.
         prices: Price of each stage.
-        on_host: Whether a host core runs the stage (max-load instances).
     """
 
     objective: float
     boundaries: tuple[int, ...]
     prices: tuple[StagePrice, ...]
-    on_host: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,10 +70,8 @@ class SearchResult:
 class StagePricer(Protocol):
     """Prices stages; a backend may supply its own, which knows more than sums over blocks.
 
-    The search relies on three things: a price depends on nothing but the arguments; its seconds
-    are never below those of the blocks' quickest options at the slot's speed (the bound that
-    spares it most stages); ``picks`` names an option of every block, by which the plan says how
-    it runs.
+    A price must depend on nothing but the arguments, its seconds must not be below those of the
+    blocks' quickest options at the slot's speed, and ``picks`` names an option of every block.
     """
 
     def prices(
@@ -159,17 +114,8 @@ class OptionPricer:
     def prices(
         self, done: int, stage: int, slot: Slot, *, shared_pool: bool = False
     ) -> list[StagePrice]:
-        """Return every undominated way to run ``stage`` at ``slot`` after ``done``; may be empty.
-
-        Args:
-            done: Mask of the blocks of earlier stages.
-            stage: Mask of the blocks of this stage.
-            slot: Where it runs.
-            shared_pool: Other stages use the same memory, so smaller but slower ways count too.
-        """
-        if slot.host:
-            return self._host_price(stage)
-        if stage & slot.forbidden or stage & self.problem.host_only:
+        """Return every undominated way to run ``stage``, as :meth:`StagePricer.prices`."""
+        if stage & slot.forbidden:
             return []
         base = self.base_bytes(done, stage, slot.in_flight)
         shared = 0.0 if shared_pool else self.shared_bytes(stage)
@@ -198,35 +144,14 @@ class OptionPricer:
         return min(found, key=lambda price: price.load_s) if found else None
 
     def base_bytes(self, done: int, stage: int, in_flight: int) -> float:
-        """Bytes that no option changes: private weights, and what enters, per microbatch.
-
-        Without relays (the public instance formats) what enters is not charged.
-        """
-        problem = self.problem
-        entering = 0.0
-        if problem.relay:
-            entering += sum(value.forward_bytes for value in self.entering(done, stage))
-        entering += sum(item.num_bytes for item in problem.inputs if item.users & stage)
-        return sum(problem.held[block] for block in bits(stage)) + in_flight * entering
+        """Bytes that no option changes: private weights, and what enters, per microbatch."""
+        entering = sum(value.forward_bytes for value in self._crossing(done))
+        entering += sum(item.num_bytes for item in self.problem.inputs if item.users & stage)
+        return sum(self.problem.held[block] for block in bits(stage)) + in_flight * entering
 
     def shared_bytes(self, stage: int) -> float:
         """Bytes of the parameters that this stage and other blocks use, each once."""
         return sum(s.num_bytes for s in self.problem.shared_weights if s.users & stage)
-
-    def least_bytes(self, done: int, stage: int, slot: Slot) -> float:
-        """Fewest bytes with which the stage runs at ``slot``, parameters of other stages apart."""
-        ways = [self.problem.options[block] for block in bits(stage)]
-        spaces = sorted({o.workspace_bytes for options in ways for o in options})
-        least = inf
-        for space in spaces:
-            fitting = [
-                [o.held_bytes(slot.in_flight) for o in options if o.workspace_bytes <= space]
-                for options in ways
-            ]
-            if all(fitting):
-                least = min(least, space + sum(min(sizes) for sizes in fitting))
-        base = self.base_bytes(done, stage, slot.in_flight)
-        return base + self.shared_bytes(stage) + least
 
     def outer_s(self, stage: int) -> float:
         """Seconds per optimizer step at speed 1: updates and gradient exchanges."""
@@ -236,20 +161,6 @@ class OptionPricer:
             if item.users & stage and item.users & ~stage
         )
         return exchanged + sum(self.problem.outer[block] for block in bits(stage))
-
-    def entering(self, done: int, stage: int) -> list[Value]:
-        """Values made outside that the stage receives (to relay them, too)."""
-        if not self.problem.relay:
-            return [v for v in self.problem.values if v.consumers & stage
-                    and not stage >> v.producer & 1]  # fmt: skip
-        return self._crossing(done)
-
-    def leaving(self, done: int, stage: int) -> list[Value]:
-        """Values that the stage sends on (relayed ones, too)."""
-        if not self.problem.relay:
-            return [v for block in bits(stage) for v in self._by_producer[block]
-                    if v.consumers & ~stage]  # fmt: skip
-        return self._crossing(done | stage)
 
     def _crossing(self, done: int) -> list[Value]:
         """Values alive at the boundary behind ``done``."""
@@ -265,22 +176,13 @@ class OptionPricer:
     def transfers(self, done: int, stage: int, slot: Slot) -> tuple[float, float]:
         """Seconds of forward and of backward transfers over both boundaries of the stage."""
         forward = backward = 0.0
-        sides = ((slot.link_in, self.entering), (slot.link_out, self.leaving))
-        for link, values_of in sides:
+        for link, boundary in ((slot.link_in, done), (slot.link_out, done | stage)):
             if link is None:
                 continue
-            for value in values_of(done, stage):
+            for value in self._crossing(boundary):
                 forward += message_s(link, value.forward_bytes)
                 backward += message_s(link, value.backward_bytes)
         return forward, backward
-
-    def _host_price(self, stage: int) -> list[StagePrice]:
-        times = self.problem.host_s or ()
-        seconds = sum(times[block] for block in bits(stage))
-        if seconds == inf:
-            return []
-        picks = tuple(0 for _ in bits(stage))
-        return [StagePrice(seconds, 0.0, 0.0, 0.0, 0.0, 0.0, picks)]
 
     def _selections(
         self, stage: int, slot: Slot, budget: float, *, shared_pool: bool

@@ -1,16 +1,14 @@
 """A bound, proven over every split of a pipeline, of the exact replay of its schedule.
 
-The search minimises a closed form, which for unequal stages may be above or below the replay. But
-the replay is never shorter than any of the schedule's dependency paths, each of which is a sum
-over the stages of passes times seconds (``schedules.critical_paths``):
+For unequal stages the search's closed form may be above or below the replay, which is never
+shorter than any dependency path: a sum over stages of passes times seconds (``critical_paths``).
 
 * Without a search: all coefficients of a path at their least, times the least work of the model;
   the same for the mean of all paths.
-* Where every stage has its own device and a path counts forward and backward passes alike, the
-  path through the stage it counts most is at least ``own * load`` of that stage, plus the least
+* Where stages have their own devices and a path counts forward and backward passes alike, the path
+  through the stage it counts most is at least ``own * load`` of that stage, plus the least
   coefficient before it times the work there, plus the least one behind it times the least sum of
-  loads that the remaining stages can have. The minimum over all splits of the longest such path
-  comes out of one dynamic program over ideals, after another one for those least sums.
+  loads behind. Two dynamic programs over ideals give the least of the longest such path.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Path
 from ipu_pipeline.planner.search.bottleneck import (
+    IdealProgram,
     OutOfTimeError,
     StagePositions,
-    ideal_dynamic_program,
 )
 from ipu_pipeline.planner.search.problem import Problem
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
@@ -106,15 +104,14 @@ def longest_path_bound(
     limit_s = upper_s / min(max(own for _, own, _ in item) for item in counted.values())
     depths = sorted(paths)
     try:
-        sums = ideal_dynamic_program(
-            table, positions, "sum", limit_s, range(1, max(depths) + 1), deadline
-        )
+        every = range(1, max(depths) + 1)
+        sums = IdealProgram(table, positions, "sum", limit_s, every, deadline).run()
         speed = max(slot.speed for slot in positions.slots)
-        join = _LongestPath(counted, table.lattice.work_s / speed, sums.best[0])
-        longest = ideal_dynamic_program(table, positions, join, limit_s, depths, deadline)
+        join = _LongestPath(counted, table.lattice.work_s / speed, sums.best)
+        longest = IdealProgram(table, positions, join, limit_s, depths, deadline).run()
     except OutOfTimeError:
         return 0.0
-    return min(upper_s, float(longest.best[0, depths, 0].min()))
+    return min(upper_s, float(longest.best[depths, 0].min()))
 
 
 def _counted(stage: int, paths: Sequence[Path]) -> tuple[Counted, ...]:

@@ -18,7 +18,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ipu_pipeline.backends.cluster.schedules import torch_schedule, torch_schedules
+from ipu_pipeline.backends.cluster.layout import torch_schedule, torch_schedules
 from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes
 from tests.tiny_models import TINY

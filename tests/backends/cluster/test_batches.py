@@ -9,8 +9,8 @@ import pytest
 
 from ipu_pipeline.backends.cluster.batches import dealt
 from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
-from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.schedules import (
+from ipu_pipeline.backends.cluster.layout import (
+    Layout,
     check_schedule,
     schedule_for,
     torch_schedule,

@@ -10,7 +10,6 @@ import pytest
 
 from ipu_pipeline.backends.cluster import launch
 from ipu_pipeline.backends.cluster.launch import (
-    LaunchRequest,
     LaunchSpec,
     check_program,
     choose_nodes,
@@ -51,7 +50,7 @@ def test_processes_of_a_schedule(
 ) -> None:
     plan = make_plan(stages, replicas, schedule)
     assert choose_processes(plan, schedule, room) == expected
-    make_spec(plan, PLAN, ("/a.py",), LaunchRequest(processes=expected))
+    make_spec(plan, PLAN, ("/a.py",), processes=expected)
 
 
 def test_only_processes_that_the_schedule_can_run_are_chosen(make_plan) -> None:
@@ -72,34 +71,32 @@ def test_only_processes_that_the_schedule_can_run_are_chosen(make_plan) -> None:
 def test_processes_that_do_not_fit_are_refused(
     make_plan, schedule: str, processes: int | None, message: str
 ) -> None:
-    request = LaunchRequest(schedule=schedule, processes=processes)
+    request = dict(schedule=schedule, processes=processes)
     with pytest.raises(LoweringError, match=message):
-        make_spec(make_plan(6), PLAN, ("/a.py",), request, room=2)
+        make_spec(make_plan(6), PLAN, ("/a.py",), **request, room=2)
 
 
 def test_an_odd_number_of_stages_in_a_v_is_refused(make_plan) -> None:
-    request = LaunchRequest(schedule="zbv")
+    request = dict(schedule="zbv")
     with pytest.raises(
         LoweringError,
         match="zbv runs exactly 2 stages per process, which they visit in a V: 3 stages",
     ):
-        make_spec(make_plan(3), PLAN, ("/a.py",), request, room=2)
+        make_spec(make_plan(3), PLAN, ("/a.py",), **request, room=2)
 
 
 def test_what_is_described(make_plan) -> None:
-    made = make_spec(
-        make_plan(2, 2), PLAN, ("/a.py",), LaunchRequest(max_restarts=3, threads=2), room=9
-    )
+    made = make_spec(make_plan(2, 2), PLAN, ("/a.py",), max_restarts=3, threads=2, room=9)
     assert made.described == "4 processes: 2 stages x 2 replicas, 1f1b"
     assert (made.num_processes, made.num_nodes, made.processes_per_node) == (4, 1, 4)
     assert (made.max_restarts, made.num_threads, made.schedule) == (3, 2, None)
-    one = make_spec(make_plan(1), PLAN, ("/a.py",), LaunchRequest(), room=1)
+    one = make_spec(make_plan(1), PLAN, ("/a.py",), room=1)
     assert one.described == "1 process: 1 stage x 1 replica, 1f1b"
 
 
-def test_nodes_are_for_texts_only() -> None:
+def test_nodes_are_for_texts_only(make_plan) -> None:
     with pytest.raises(ValueError, match="on this machine only; for other machines add --print"):
-        LaunchRequest(nodes=2)
+        make_spec(make_plan(2), PLAN, ("/a.py",), nodes=2)
 
 
 # ---------------------------------------------------------------- what the script is told
@@ -227,13 +224,13 @@ def test_what_does_not_fit_the_nodes_is_refused(processes, nodes, gpus, machine,
 def test_a_plan_for_gpu_nodes_says_which(make_plan) -> None:
     plan = replace(make_plan(16, microbatches=16), machine=machine_by_name("a100-80g-x16"))
     path = Path("/plan.json")
-    made = make_spec(plan, path, ("/a.py",), LaunchRequest(here=False))
+    made = make_spec(plan, path, ("/a.py",), here=False)
     assert (made.num_nodes, made.gpus_per_node) == (2, 8)
-    made = make_spec(plan, path, ("/a.py",), LaunchRequest(here=False, nodes=4))
+    made = make_spec(plan, path, ("/a.py",), here=False, nodes=4)
     assert (made.num_nodes, made.gpus_per_node) == (4, 0)
-    made = make_spec(plan, path, ("/a.py",), LaunchRequest(), room=1)
+    made = make_spec(plan, path, ("/a.py",), room=1)
     assert (made.num_nodes, made.gpus_per_node) == (1, 0)
-    request = LaunchRequest(here=False, schedule="looped_bfs", nodes=2, gpus_per_node=2)
-    assert make_spec(plan, path, ("/a.py",), request).num_processes == 4
-    request = LaunchRequest(here=False, schedule="looped_bfs", nodes=2)
-    assert make_spec(plan, path, ("/a.py",), request).num_processes == 8
+    request = dict(here=False, schedule="looped_bfs", nodes=2, gpus_per_node=2)
+    assert make_spec(plan, path, ("/a.py",), **request).num_processes == 4
+    request = dict(here=False, schedule="looped_bfs", nodes=2)
+    assert make_spec(plan, path, ("/a.py",), **request).num_processes == 8

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.executable import check
 from ipu_pipeline.backends.cluster.launch import choose_processes
-from ipu_pipeline.backends.cluster.layout import Layout, make_layout
-from ipu_pipeline.backends.cluster.lower import check
-from ipu_pipeline.backends.cluster.schedules import (
+from ipu_pipeline.backends.cluster.layout import (
+    Layout,
     check_schedule,
+    make_layout,
     position_of_stages,
     torch_schedule,
     torch_schedules,

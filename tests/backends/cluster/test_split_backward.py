@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossings
-from ipu_pipeline.backends.cluster.split_backward import can_split_backward
+from ipu_pipeline.backends.cluster.pipeline import can_split_backward
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.captures import StageCache

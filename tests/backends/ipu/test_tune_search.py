@@ -16,7 +16,6 @@ from ipu_pipeline.backends.ipu.tune import (
     FREE_STEP,
     TuneRequest,
     batch_divisions,
-    free_share,
     front_of,
     pipelines_of,
 )
@@ -74,7 +73,7 @@ def test_every_point_is_the_best_of_all(tied: bool, memory: float) -> None:
     asked, chip = request_of(), small_chip(memory)
     pipelines = prepared(asked, graphs(tied=tied), chip)
     found = front_of(pipelines, asked, time_limit_s=1000)
-    brute = [(p.samples_per_s, free_share(p)) for _, p in everything(pipelines)]
+    brute = [(p.samples_per_s, p.free) for _, p in everything(pipelines)]
     assert found.complete
     assert bool(found.points) == bool(brute)
     if not brute:

@@ -8,7 +8,7 @@ import pytest
 
 from ipu_pipeline.ir.graph import OpRecord
 from ipu_pipeline.ir.machine import Device
-from ipu_pipeline.planner.options.block_cost import GraphCosts, OptimizerMemory, weight_bytes
+from ipu_pipeline.planner.options.block_cost import GraphCosts, weight_bytes
 from ipu_pipeline.planner.options.block_options import block_choices
 from ipu_pipeline.planner.options.cost_models import (
     AnalyticCostModel,
@@ -19,11 +19,11 @@ from ipu_pipeline.planner.options.cost_models import (
 from tests.ir.plan_example import example_graph, example_machine
 
 
-def priced(*operations: OpRecord, dtype: str | None = None) -> float:
+def priced(*operations: OpRecord) -> float:
     graph = example_graph()
     block = replace(graph.blocks[1], forward_ops=operations)
     graph = replace(graph, blocks=(graph.blocks[0], block, *graph.blocks[2:]))
-    costs = AnalyticCostModel(dtype=dtype).estimate(graph, example_machine())
+    costs = AnalyticCostModel().estimate(graph, example_machine())
     return costs.blocks["layer.0"].plain.forward_s
 
 
@@ -43,12 +43,11 @@ def test_every_operation_takes_its_own_bound() -> None:
     assert priced(compute, memory) == pytest.approx(0.001 + 0.001)
 
 
-def test_dtype_of_the_operation_or_of_the_model_counts() -> None:
+def test_dtype_of_the_operation_counts() -> None:
     half = OpRecord("aten.mm", "matmul", "float16", (), flops=4_000_000, bytes_moved=0)
     full = replace(half, dtype="float32")
     assert priced(half) == pytest.approx(0.001)
     assert priced(full) == pytest.approx(0.004)
-    assert priced(full, dtype="float16") == pytest.approx(0.001)
 
 
 def test_backward_is_priced_from_its_own_operations() -> None:
@@ -81,14 +80,11 @@ def test_no_recompute_where_it_saves_nothing() -> None:
 
 def test_memory_of_a_parameter() -> None:
     graph = example_graph()
-    adam = OptimizerMemory()
-    assert weight_bytes(graph, graph["embed"], adam) == {"embed.weight": 80 * (4 + 4 + 8)}
-    assert weight_bytes(graph, graph["layer.0"], adam) == {"layer.0.weight": 64 * 4}  # frozen
-    assert weight_bytes(graph, graph["layer.1"], adam) == {"layer.1.weight": 64 * (2 + 2 + 8)}
-    master = OptimizerMemory(gradient_bytes=4, state_bytes=12)
-    assert weight_bytes(graph, graph["layer.1"], master) == {"layer.1.weight": 64 * (2 + 4 + 12)}
+    assert weight_bytes(graph, graph["embed"]) == {"embed.weight": 80 * (4 + 4 + 8)}
+    assert weight_bytes(graph, graph["layer.0"]) == {"layer.0.weight": 64 * 4}  # frozen
+    assert weight_bytes(graph, graph["layer.1"]) == {"layer.1.weight": 64 * (2 + 2 + 8)}
     inference = example_graph(training=False)
-    assert weight_bytes(inference, inference["embed"], adam) == {"embed.weight": 320}
+    assert weight_bytes(inference, inference["embed"]) == {"embed.weight": 320}
 
 
 def test_tied_parameter_has_one_name_in_both_blocks() -> None:

@@ -8,7 +8,7 @@ from ipu_pipeline.capture import capture
 from ipu_pipeline.ir.attention import ATTENTION, is_attention
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Device
-from ipu_pipeline.planner.options.attention import as_run_on
+from ipu_pipeline.planner.options.cost_models import as_run_on
 from tests.tiny_models import TINY
 
 DEVICE = Device("d", 10**9, {"float32": 1e9}, 1e9)

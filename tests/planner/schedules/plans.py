@@ -8,8 +8,8 @@ from dataclasses import replace
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.objective import make_objective, stages_in_flight
-from ipu_pipeline.planner.search.stage_price import StagePrice
 
 STASH, WEIGHTS, WORKSPACE = 1000, 50_000, 300
 LINK = Link(bytes_per_s=1e6, latency_s=1e-4)

@@ -86,7 +86,7 @@ def test_1f1b_settles_at_the_closed_form_s_pace(times, copies) -> None:
     short, long = 40 * depth, 60 * depth
     plan = make_plan(*times, short, copies=copies)
     pace_s = make_objective("maxload", depth, 1).seconds(
-        range(depth), [load.price for load in simulate(plan).loads]
+        range(depth), [load.times.price for load in simulate(plan).loads]
     )
     longer = simulate(plan, one_f_one_b(depth, long))
     assert longer.step_s >= long * pace_s * (1 - 1e-9)

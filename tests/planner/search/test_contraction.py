@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.planner.search.bottleneck import (
-    BottleneckSearch,
-    StagePositions,
+from benchmarks.max_load import (
+    Contraction,
+    DirectCosts,
+    DirectPricer,
+    HostedPositions,
+    MaxLoadProblem,
+    MaxLoadSearch,
     least_bottleneck,
 )
+from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.search.ideals import Lattice
-from ipu_pipeline.planner.search.problem import Contraction, Option, Problem, Slot, Value, bits
-from ipu_pipeline.planner.search.stage_costs import StageCostTable
-from ipu_pipeline.planner.search.stage_price import OptionPricer
+from ipu_pipeline.planner.search.problem import Option, Slot, Value, bits
 
 
 def random_problem(seed):
@@ -36,13 +38,12 @@ def random_problem(seed):
         if readers and rng.random() < 0.3:  # a gradient: made behind, read in front
             producer = next(bits(readers))
             values.append(Value(producer, 1 << block, 1))
-    return Problem(
+    return MaxLoadProblem(
         names=tuple(map(str, range(count))),
         preds=tuple(preds),
         options=tuple((Option(seconds),) for seconds in work),
         values=tuple(values),
         weight_bytes=tuple(float(rng.randint(0, 3)) for _ in range(count)),
-        relay=False,
         host_s=tuple(10 * seconds for seconds in work) if rng.random() < 0.5 else None,
     )
 
@@ -52,10 +53,10 @@ def random_problem(seed):
 def test_the_optimum_is_that_of_the_whole_problem(seed, capacity):
     problem = random_problem(seed)
     slot = Slot(0, 0, capacity=capacity, link_in=Link(1.0), link_out=Link(1.0))
-    positions = StagePositions((slot,) * 3, hosts=1 if problem.host_s else 0)
+    positions = HostedPositions((slot,) * 3, hosts=1 if problem.host_s else 0)
     depths = range(0 if positions.hosts else 1, 4)
-    table = StageCostTable(Lattice(problem), OptionPricer(problem))
-    whole = BottleneckSearch(table, positions, depths, 1.0, 0.0)
+    table = DirectCosts(Lattice(problem), DirectPricer(problem))
+    whole = MaxLoadSearch(table, positions, depths, 1.0, 0.0)
     whole.run()
     found = least_bottleneck(problem, positions, depths, 10**5)
     assert found.objective == pytest.approx(whole.found.objective)
@@ -67,17 +68,15 @@ def test_the_optimum_is_that_of_the_whole_problem(seed, capacity):
 
 def test_a_chain_of_work_keeps_only_its_work():
     work = [3.0, 0.0, 2.0, 0.0]
-    chain = Problem(
+    chain = MaxLoadProblem(
         names=("a", "b", "c", "d"),
         preds=(0, 1, 2, 4),
         options=tuple((Option(seconds),) for seconds in work),
         values=tuple(Value(i, 1 << i + 1, 1.0) for i in range(3)),
-        relay=False,
     )
     small = Contraction.of(chain, inf)
     assert small.problem.names == ("a", "c")
     assert small.members == (0b0011, 0b1100)
     assert small.expanded(0b01) == 0b0011
-    assert Contraction.of(replace(chain, relay=True), inf).problem.num_blocks == 4
     heavy = replace(chain, weight_bytes=(1.0, 1.0, 1.0, 1.0))
     assert Contraction.of(heavy, 3.0).problem.num_blocks == 4

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ipu_pipeline.planner.search.knapsack import least_time, pareto, summarize
+from ipu_pipeline.planner.search.knapsack import NOTHING, grown, least_time, summarize, within
 from ipu_pipeline.planner.search.problem import Option
 
 
@@ -44,6 +44,13 @@ def test_least_time_equals_enumeration(seed):
         assert found.forward_s + found.backward_s == pytest.approx(best)
 
 
+def pareto(ways, in_flight, budget_bytes):
+    points = [NOTHING]
+    for options in ways:
+        points = grown(points, options, in_flight, budget_bytes)
+    return within(points, budget_bytes, by_memory=True)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_pareto_keeps_exactly_the_undominated_points(seed):
     menus = random_menus(seed, 1 + seed % 4)
@@ -54,14 +61,14 @@ def test_pareto_keeps_exactly_the_undominated_points(seed):
         p for p in points
         if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)
     }  # fmt: skip
-    found = pareto(menus, 3, budget, by_memory=True)
+    found = pareto(menus, 3, budget)
     assert {(w.forward_s, w.backward_s, w.held_bytes) for w in found} == expected
 
 
 def test_nothing_fits():
     menus = random_menus(1, 3)
     assert least_time(menus, 2, -1.0) is None
-    assert pareto(menus, 2, -1.0, by_memory=True) == []
+    assert pareto(menus, 2, -1.0) == []
 
 
 def test_many_different_blocks_are_still_exact():

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.objective import in_flight, least_microbatches, make_objective
-from ipu_pipeline.planner.search.stage_price import StagePrice
 from tests.planner.search.partition_oracle import kept_microbatches, step_seconds
 
 

@@ -1,7 +1,7 @@
 """Configuration: ``ipu_config.json``, command line overrides and published presets. No torch."""
 
+from ipu_pipeline.backends.ipu.config.fields import parse_overrides
 from ipu_pipeline.backends.ipu.config.ipu_config import CONFIG_FILE_NAME, IPUConfig
-from ipu_pipeline.backends.ipu.config.overrides import parse_overrides
 from ipu_pipeline.backends.ipu.config.presets import (
     find_config,
     load_preset,

@@ -1,19 +1,35 @@
-"""What a configuration field may hold: one small spec per field, checked by :func:`check_value`.
+"""What a configuration field may hold: one spec per field, for JSON data and for override text.
 
-A spec names a *kind* of value. Every kind has one reader, which takes what JSON or a keyword
-argument gave and returns the value to keep (lists become tuples, so that a config is immutable).
+A spec names a *kind* of value. Lists become tuples, so that a config is immutable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from ipu_pipeline.errors import ConfigError
 
 OUTPUT_MODES = ("all", "sum", "final", "default")
 METADATA_KEY = "spec"
+# A comma separates two settings unless it stands inside brackets.
+_SEPARATOR = re.compile(r",(?![^\[]*\])")
+_BOOLS = {
+    **dict.fromkeys(("true", "1", "yes", "y"), True),
+    **dict.fromkeys(("false", "0", "no", "n"), False),
+}
+DESCRIPTIONS: Mapping[str, str] = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "str": "a string",
+    "ints": "a list of at least one whole number",
+    "proportion": "a number or a list of numbers",
+    "replication": 'a whole number, or a map such as {"pod16": 4, "default": 1}',
+    "mapping": "a map",
+}
 
 
 @dataclass(frozen=True)
@@ -33,20 +49,12 @@ class FieldSpec:
     choices: tuple[str, ...] = ()
 
 
-def config_field(
-    kind: str,
-    default: Any = None,
-    *,
-    minimum: int | None = None,
-    optional: bool = False,
-    choices: tuple[str, ...] = (),
-) -> Any:
+def config_field(kind: str, default: Any = None, **limits: Any) -> Any:
     """Declare a dataclass field with a :class:`FieldSpec`; mappings stay out of the hash."""
-    spec = FieldSpec(kind, minimum, optional, choices)
     return field(
         default=default,
         hash=False if kind in ("replication", "mapping") else None,
-        metadata={METADATA_KEY: spec},
+        metadata={METADATA_KEY: FieldSpec(kind, **limits)},
     )
 
 
@@ -60,106 +68,106 @@ def check_value(name: str, value: Any, spec: FieldSpec) -> Any:
         if spec.optional:
             return None
         raise ConfigError(f"{name} must be {DESCRIPTIONS[spec.kind]}, got null; leave the key out")
-    return READERS[spec.kind](name, value, spec)
-
-
-def _wrong_type(name: str, value: Any, spec: FieldSpec) -> ConfigError:
-    return ConfigError(
-        f"{name} must be {DESCRIPTIONS[spec.kind]}, got {type(value).__name__} {value!r}"
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_minimum(name: str, value: Any, shown: Any, spec: FieldSpec) -> None:
-    if spec.minimum is not None and value < spec.minimum:
+    if not _FITS[spec.kind](value):
+        raise ConfigError(
+            f"{name} must be {DESCRIPTIONS[spec.kind]}, got {type(value).__name__} {value!r}"
+        )
+    entries = value.values() if isinstance(value, Mapping) else _listed(value)
+    shown = list(value) if isinstance(value, tuple) else value
+    if spec.minimum is not None and min(entries) < spec.minimum:
         raise ConfigError(f"{name} must be at least {spec.minimum}, got {shown!r}")
-
-
-def _read_bool(name: str, value: Any, spec: FieldSpec) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong_type(name, value, spec)
-    return value
-
-
-def _read_int(name: str, value: Any, spec: FieldSpec) -> int:
-    if not _is_int(value):
-        raise _wrong_type(name, value, spec)
-    _check_minimum(name, value, value, spec)
-    return int(value)
-
-
-def _read_str(name: str, value: Any, spec: FieldSpec) -> str:
-    if not isinstance(value, str):
-        raise _wrong_type(name, value, spec)
+    if spec.kind == "proportion" and not all(0 <= entry <= 1 for entry in entries):
+        raise ConfigError(f"{name} is a share of an IPU's memory, from 0 to 1, got {shown!r}")
     if spec.choices and value not in spec.choices:
         raise ConfigError(f"{name} must be one of {', '.join(spec.choices)}, got {value!r}")
-    return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _read_ints(name: str, value: Any, spec: FieldSpec) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not value or not all(map(_is_int, value)):
-        raise _wrong_type(name, value, spec)
-    for entry in value:
-        _check_minimum(name, entry, list(value), spec)
-    return tuple(value)
+def parse_overrides(text: str, specs: Mapping[str, FieldSpec]) -> dict[str, Any]:
+    """Read ``name=value`` settings separated by commas.
+
+    Lists are written ``[1 2 3]`` or ``[1,2,3]``, booleans ``true`` or ``false``, and ``none``
+    puts an optional field back to its derived value.
+
+    Args:
+        text: The settings; an empty text has none.
+        specs: What each known field accepts.
+
+    Returns:
+        Values by field name, of the types that the fields have.
+
+    Raises:
+        ConfigError: No ``=``, an unknown or repeated name, or a value of the wrong type.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in _SEPARATOR.split(text))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise ConfigError(f"override {part!r} is not name=value; separate settings by commas")
+        if name not in specs:
+            raise ConfigError(unknown_key(name, specs))
+        if name in found:
+            raise ConfigError(f"override {name} is given twice: {found[name]!r} and {value!r}")
+        found[name] = _from_text(name, value, specs[name])
+    return found
 
 
-def _read_proportion(name: str, value: Any, spec: FieldSpec) -> float | tuple[float, ...]:
-    entries = value if isinstance(value, list | tuple) else [value]
-    if not entries or not all(map(_is_number, entries)):
-        raise _wrong_type(name, value, spec)
-    if not all(0 <= entry <= 1 for entry in entries):
+def unknown_key(name: str, known: Mapping[str, Any]) -> str:
+    """Return the message for a key that no field has, with the closest known ones."""
+    close = get_close_matches(name, known, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+    return f"unknown configuration key {name!r}; {hint}"
+
+
+def _from_text(name: str, text: str, spec: FieldSpec) -> Any:
+    if spec.optional and text.lower() in ("none", "null"):
+        return None
+    try:
+        return _TEXT_READERS[spec.kind](text)
+    except (KeyError, ValueError):
         raise ConfigError(
-            f"{name} is a share of an IPU's memory, from 0 to 1, got {_listed(value)!r}"
-        )
-    return tuple(entries) if isinstance(value, list | tuple) else value
+            f"override {name}={text}: expected {DESCRIPTIONS[spec.kind]}"
+            f"{', written [1 2 3]' if spec.kind in ('ints', 'proportion') else ''}"
+        ) from None
 
 
-def _read_replication(name: str, value: Any, spec: FieldSpec) -> int | dict[str, int]:
-    if _is_int(value):
-        return _read_int(name, value, spec)
-    if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) for k in value):
-        raise _wrong_type(name, value, spec)
-    if not all(map(_is_int, value.values())):
-        raise _wrong_type(name, value, spec)
-    for entry in value.values():
-        _check_minimum(name, entry, dict(value), spec)
-    return dict(value)
+def _entries(text: str, kind: Callable[[str], Any]) -> list[Any]:
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError(text)
+    return [kind(entry) for entry in text[1:-1].replace(",", " ").split()]
 
 
-def _read_mapping(name: str, value: Any, spec: FieldSpec) -> dict[str, Any]:
+def _listed(value: Any) -> Collection[Any]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _are(values: Collection[Any], kind: Any) -> bool:
+    """Whether there are values, all numbers of ``kind``."""
+    return bool(values) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _is_replication(value: Any) -> bool:
     if not isinstance(value, Mapping):
-        raise _wrong_type(name, value, spec)
-    return dict(value)
+        return _are([value], int)
+    return _are(value.values(), int) and all(isinstance(key, str) for key in value)
 
 
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-DESCRIPTIONS: Mapping[str, str] = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "str": "a string",
-    "ints": "a list of at least one whole number",
-    "proportion": "a number or a list of numbers",
-    "replication": 'a whole number, or a map such as {"pod16": 4, "default": 1}',
-    "mapping": "a map",
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: _are([value], int),
+    "str": lambda value: isinstance(value, str),
+    "ints": lambda value: isinstance(value, list | tuple) and _are(value, int),
+    "proportion": lambda value: _are(_listed(value), int | float),
+    "replication": _is_replication,
+    "mapping": lambda value: isinstance(value, Mapping),
 }
-
-READERS: Mapping[str, Callable[[str, Any, FieldSpec], Any]] = {
-    "bool": _read_bool,
-    "int": _read_int,
-    "str": _read_str,
-    "ints": _read_ints,
-    "proportion": _read_proportion,
-    "replication": _read_replication,
-    "mapping": _read_mapping,
+_TEXT_READERS: Mapping[str, Callable[[str], Any]] = {  # maps have no text form
+    "bool": lambda text: _BOOLS[text.lower()],
+    "int": int,
+    "replication": int,
+    "str": str,
+    "ints": lambda text: _entries(text, int),
+    "proportion": lambda text: _entries(text, float) if text.startswith("[") else float(text),
 }

@@ -10,16 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ipu_pipeline.backends.ipu.config.consistency import check_consistency
 from ipu_pipeline.backends.ipu.config.fields import (
     METADATA_KEY,
     OUTPUT_MODES,
     FieldSpec,
     check_value,
+    parse_overrides,
+    unknown_key,
 )
 from ipu_pipeline.backends.ipu.config.fields import config_field as cfg
-from ipu_pipeline.backends.ipu.config.overrides import parse_overrides, unknown_key
 from ipu_pipeline.errors import ConfigError
+from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.planner.layers_per_ipu import expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
@@ -126,7 +127,7 @@ class IPUConfig:
         for name, spec in field_specs().items():
             object.__setattr__(self, name, check_value(name, getattr(self, name), spec))
         for inference in (False, True):
-            check_consistency(self, inference=inference)
+            _check_consistency(self, "inference_" if inference else "")
 
     # ---- reading and writing
 
@@ -151,10 +152,7 @@ class IPUConfig:
         """
         path = Path(path)
         path = path / CONFIG_FILE_NAME if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"cannot read the IPU configuration {path}: {error}") from error
+        raw = read_json(path, "the IPU configuration", ConfigError)
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
         try:
@@ -272,6 +270,45 @@ class IPUConfig:
 def field_specs() -> Mapping[str, FieldSpec]:
     """Return what every field of :class:`IPUConfig` accepts."""
     return {item.name: item.metadata[METADATA_KEY] for item in fields(IPUConfig)}
+
+
+def _check_consistency(config: IPUConfig, prefix: str) -> None:
+    """Refuse fields that contradict each other, once for training, once for inference."""
+    inference = bool(prefix)
+    lengths: dict[str, Any] = {}
+    if config.layers(inference=inference) != (-1,):
+        lengths[f"{prefix}layers_per_ipu"] = config.layers(inference=inference)
+    proportion = getattr(config, f"{prefix}matmul_proportion")
+    if isinstance(proportion, tuple):
+        lengths[f"{prefix}matmul_proportion"] = proportion
+    for layer in ("embedding", "projection"):
+        factor_name = f"{prefix}{layer}_serialization_factor"
+        splits_name = f"{prefix}serialized_{layer}_splits_per_ipu"
+        factor, splits = getattr(config, factor_name), getattr(config, splits_name)
+        if splits is None:
+            continue
+        lengths[splits_name] = splits
+        shown = f"{splits_name}={list(splits)}"
+        if factor:
+            raise ConfigError(
+                f"{factor_name}={factor} and {shown} exclude each other; the first serializes on "
+                "one IPU, the second spreads over IPUs: keep one"
+            )
+        used = [position for position, count in enumerate(splits) if count]
+        if not used:
+            raise ConfigError(f"{shown} has no split; give at least one IPU one")
+        if used[-1] - used[0] + 1 != len(used):
+            raise ConfigError(
+                f"{shown} leaves a gap; splits must be on IPUs that follow each other"
+            )
+    num_ipus = config.num_ipus(inference=inference)
+    for name, values in lengths.items():
+        if len(values) != num_ipus:
+            raise ConfigError(
+                f"{name}={list(values)} has {len(values)} entries, but a replica has {num_ipus} "
+                f"IPUs ({prefix}ipus_per_replica or the length of {prefix}layers_per_ipu); make "
+                "them equal"
+            )
 
 
 def _choose_replicas(name: str, value: int | Mapping[str, int], pod_type: str | None) -> int:

@@ -15,17 +15,14 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.backends.ipu.prices.blocks import block_time, serialization_factor
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.memory import (
-    Boundary,
     StageBytes,
     num_products,
     stage_bytes,
     working_of,
 )
-from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
+from ipu_pipeline.backends.ipu.prices.operations import OperationPricer, block_time
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import float_bytes
 from ipu_pipeline.ir.graph import BlockGraph
@@ -87,8 +84,8 @@ class ChainPrices:
         self.least_rows: dict[object, Floats] = {}
 
     @cached_property
-    def cuts(self) -> tuple[Boundary, ...]:
-        """What crosses the boundary in front of each block, and behind the last."""
+    def cuts(self) -> tuple[tuple[str, ...], ...]:
+        """Tensors that cross the boundary in front of each block, and behind the last."""
         index = self.graph.block_index
         spans = [
             (index[tensor.producer], max(index[name] for name in tensor.consumers), tensor.name)
@@ -96,14 +93,14 @@ class ChainPrices:
             if tensor.producer is not None and tensor.consumers
         ]
         return tuple(
-            Boundary(tuple(name for first, last, name in spans if first < position <= last))
+            tuple(name for first, last, name in spans if first < position <= last)
             for position in range(len(self.names) + 1)
         )
 
     def sent_bytes(self, position: int, settings: IPUSettings) -> tuple[float, float]:
         """Bytes sent over a boundary in one cycle: forward, and gradients back."""
         forward = backward = 0.0
-        for name in self.cuts[position].names:
+        for name in self.cuts[position]:
             tensor = self.graph.tensor_by_name[name]
             size = float_bytes(tensor, settings.element_bytes)
             forward += size
@@ -118,16 +115,10 @@ class ChainPrices:
         )  # fmt: skip
         if key not in self._times:
             pricer = self._pricer(settings, proportion)
-            found = [
-                block_time(
-                    self.graph, block, pricer, settings,
-                    serialization_factor(self.graph, block, settings),
-                )
-                for block in self.graph.blocks
-            ]  # fmt: skip
+            found = [block_time(self.graph, b, pricer, settings) for b in self.graph.blocks]
             self._times[key] = PassTimes(
-                (0.0, *accumulate(time.forward_s for time in found)),
-                (0.0, *accumulate(time.backward_s for time in found)),
+                (0.0, *accumulate(forward for forward, _ in found)),
+                (0.0, *accumulate(backward for _, backward in found)),
             )
         return self._times[key]
 

@@ -38,7 +38,7 @@ class LayoutStage:
 
 @dataclass(frozen=True)
 class StageLayout:
-    """Stages of a graph, and the sub-layer work that no block boundary expresses.
+    """Stages of a graph.
 
     Attributes:
         stages: Forward stages in order.
@@ -77,8 +77,9 @@ def make_layout(
             "correct the placement or ipus_per_replica"
         )
     placed = _place(graph, settings, ipus)
-    stages = _stages(graph, placed) if settings.hoisted else _stages_in_order(graph, placed)
-    return StageLayout(stages, settings.num_ipus)
+    if settings.hoisted:
+        return StageLayout(_stages(graph, placed), settings.num_ipus)
+    return layout_of([(placed[b.name], (b.name,)) for b in graph.blocks], settings.num_ipus)
 
 
 def layout_of(stages: Sequence[tuple[int, Sequence[str]]], num_ipus: int) -> StageLayout:
@@ -138,15 +139,19 @@ def placement_of(graph: BlockGraph, layout: StageLayout, settings: IPUSettings) 
 
 
 def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
-    convolutions = {
+    layers = counted_layers(convolutional_layers(graph), settings.layers_per_ipu, settings.num_ipus)
+    counts = expand_layers(settings.layers_per_ipu, settings.num_ipus, len(layers))
+    owners = [ipu for ipu, count in enumerate(counts) for _ in range(count)]
+    return dict(zip(layers, owners, strict=True))
+
+
+def convolutional_layers(graph: BlockGraph) -> dict[str, bool]:
+    """Return every layer, and whether it has no matrix: :func:`counted_layers` may leave it out."""
+    return {
         block.name: all(len(graph.parameter_by_fqn[fqn].shape) != 2 for fqn in block.parameters)
         for block in graph.blocks
         if block.kind == "layer"
     }
-    layers = counted_layers(convolutions, settings.layers_per_ipu, settings.num_ipus)
-    counts = expand_layers(settings.layers_per_ipu, settings.num_ipus, len(layers))
-    owners = [ipu for ipu, count in enumerate(counts) for _ in range(count)]
-    return dict(zip(layers, owners, strict=True))
 
 
 def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) -> dict[str, int]:
@@ -210,18 +215,6 @@ def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[LayoutStage, 
         members[stage].append(block.name)
         stage_of[block.name] = stage
     return tuple(LayoutStage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
-
-
-def _stages_in_order(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[LayoutStage, ...]:
-    """Begin a stage wherever execution comes to another IPU."""
-    stages: list[LayoutStage] = []
-    for block in graph.blocks:
-        ipu = placed[block.name]
-        if stages and stages[-1].ipu == ipu:
-            stages[-1] = LayoutStage(ipu, (*stages[-1].blocks, block.name))
-        else:
-            stages.append(LayoutStage(ipu, (block.name,)))
-    return tuple(stages)
 
 
 def stage_tensors(graph: BlockGraph, layout: StageLayout) -> tuple[tuple[int, int, str], ...]:

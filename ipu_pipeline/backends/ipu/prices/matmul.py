@@ -27,8 +27,7 @@ from math import ceil, gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 
 FloatArray = NDArray[np.float64]
 AMP_BLOCK = 16

@@ -16,25 +16,22 @@ per parameter).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from math import prod
 
-from ipu_pipeline.backends.ipu.prices.blocks import (
-    SharedOperations,
-    block_table_rows,
-    pricer_for,
-    serialization_factor,
-)
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
 from ipu_pipeline.backends.ipu.prices.operations import (
     OperationPricer,
+    SharedOperations,
+    block_table_rows,
+    pricer_for,
     products,
     result_bytes,
+    serialization_factor,
     sliced,
 )
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
@@ -86,6 +83,11 @@ class IPUMemory:
         return (self.weights + self.gradients + self.optimizer + self.stash + self.activations
                 + self.temporaries + self.transfers + self.code)  # fmt: skip
 
+    @property
+    def kept_bytes(self) -> int:
+        """What never changes: parameters, accumulators and optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
     def fullest_tile_bytes(self, chip: Chip) -> int:
         """Bytes of the fullest tile."""
         return int(self.total_bytes * FULLEST_TILE / chip.tiles)
@@ -119,13 +121,6 @@ class StageBytes:
     transfers: int
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """Tensors that cross a boundary between stages: read behind it, or passed on."""
-
-    names: tuple[str, ...] = ()
-
-
 def ipu_memory(
     graph: BlockGraph,
     layout: StageLayout,
@@ -137,7 +132,7 @@ def ipu_memory(
     crossing = stage_tensors(graph, layout)
     count = len(layout.stages)
     cuts = [
-        Boundary(tuple(name for first, last, name in crossing if first < stage <= last))
+        tuple(name for first, last, name in crossing if first < stage <= last)
         for stage in range(count + 1)
     ]
     stages: list[list[StageBytes]] = [[] for _ in range(layout.num_ipus)]
@@ -158,36 +153,22 @@ def ipu_memory(
         names = layout.blocks_on(ipu)
         pricer = pricer_for(chip, settings, ipu, calibration)
         working = max((working_of(graph, name, pricer, settings) for name in names), default=0)
-        found.append(one_ipu(graph, settings, stages[ipu], names, held[ipu], working))
+        sizes = held[ipu]
+        changed = [n for fqn, n in sizes.items() if graph.parameter_by_fqn[fqn].trainable]
+        found.append(
+            add_up(
+                settings,
+                sum(sizes.values()),
+                sum(changed),
+                max(changed, default=0),
+                stages[ipu],
+                working,
+                sum(num_products(graph[name]) for name in names),
+            )
+            if names or sizes
+            else IPUMemory()
+        )
     return tuple(found)
-
-
-def one_ipu(
-    graph: BlockGraph,
-    settings: IPUSettings,
-    stages: Sequence[StageBytes],
-    names: Sequence[str],
-    held: Mapping[str, int],
-    working: int,
-) -> IPUMemory:
-    """Add up one IPU.
-
-    Args:
-        graph: The model.
-        settings: The run.
-        stages: Of the IPU's stages.
-        names: Their blocks.
-        held: Elements of every parameter on the IPU.
-        working: Most bytes that one operation of its blocks needs (:func:`working_of`).
-    """
-    if not names and not held:
-        return IPUMemory()
-    changed = [n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable]
-    products = sum(num_products(graph[name]) for name in names)
-    return add_up(
-        settings, sum(held.values()), sum(changed), max(changed, default=0), stages, working,
-        products,
-    )  # fmt: skip
 
 
 def add_up(
@@ -213,7 +194,8 @@ def add_up(
     training = int(settings.training)
     on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
     activations = max((stage.activations for stage in stages), default=0)
-    updating = training * largest * _streamed_bytes(settings)
+    # Off the chip, a parameter's state is on it only while the parameter is updated.
+    updating = training * largest * (settings.state_bytes * settings.state_share - on_chip)
     return IPUMemory(
         weights=elements * settings.element_bytes,
         gradients=training * trainable * settings.element_bytes,
@@ -236,11 +218,6 @@ def working_of(graph: BlockGraph, name: str, pricer: OperationPricer, settings: 
         serialization_factor(graph, block, settings),
         pricer,
     )
-
-
-def _streamed_bytes(settings: IPUSettings) -> float:
-    """Bytes per element that are on the chip only while a parameter is updated."""
-    return settings.state_bytes * settings.state_share if settings.optimizer_offchip else 0.0
 
 
 def code_bytes(products: int, *, training: bool) -> int:
@@ -268,7 +245,7 @@ def stage_bytes(
     graph: BlockGraph,
     settings: IPUSettings,
     names: Sequence[str],
-    cuts: Sequence[Boundary],
+    cuts: Sequence[Sequence[str]],
     in_flight: int,
     *,
     first: bool,
@@ -279,22 +256,21 @@ def stage_bytes(
         graph: The model.
         settings: The run.
         names: Its blocks, in execution order.
-        cuts: What crosses the boundary in front of it and the one behind it.
+        cuts: Tensors over the boundary in front of it and over the one behind it.
         in_flight: Microbatches it keeps (:func:`stash_depth`).
         first: Whether inputs from the host enter here.
     """
     segments = _segments(graph, names, settings)
     saved = [sum(saved_bytes(graph[name], settings) for name in segment) for segment in segments]
+    again = settings.recompute and settings.num_ipus > 1  # PopTorch's default on several IPUs
     stash, activations = 0, 0
-    if settings.training and _recomputes(settings):
+    if settings.training and again:
         activations = max(saved, default=0)
     elif settings.training and not (settings.pipelined and settings.num_ipus > 1):
         activations = sum(saved)
     if settings.training and settings.pipelined:
-        if _recomputes(settings):
-            stash = int(in_flight * _kept(graph, settings, segments, cuts[0], first=first))
-        else:
-            stash = in_flight * sum(saved)
+        kept = _kept(graph, settings, segments, cuts[0], first=first) if again else sum(saved)
+        stash = int(in_flight * kept)
     return StageBytes(stash, activations, _transfer_bytes(graph, settings, cuts, first=first))
 
 
@@ -302,12 +278,12 @@ def _kept(
     graph: BlockGraph,
     settings: IPUSettings,
     segments: Sequence[Sequence[str]],
-    entering: Boundary,
+    entering: Sequence[str],
     *,
     first: bool,
 ) -> float:
     """Bytes of one microbatch from which a stage is recomputed."""
-    kept = set(entering.names)
+    kept = set(entering)
     if settings.checkpoint_layers:
         for segment in segments:
             kept.update(graph[segment[0]].inputs)
@@ -317,11 +293,6 @@ def _kept(
     if first:
         size += sum(float_bytes(t, settings.element_bytes) for t in graph.inputs)
     return size
-
-
-def _recomputes(settings: IPUSettings) -> bool:
-    """PopTorch recomputes by default on more than one IPU only."""
-    return settings.recompute and settings.num_ipus > 1
 
 
 def _segments(
@@ -388,12 +359,12 @@ def _one_bytes(op: OpRecord, pricer: OperationPricer, rows: int, factor: int) ->
 
 
 def _transfer_bytes(
-    graph: BlockGraph, settings: IPUSettings, cuts: Sequence[Boundary], *, first: bool
+    graph: BlockGraph, settings: IPUSettings, cuts: Sequence[Sequence[str]], *, first: bool
 ) -> int:
     """Tensors that a stage receives or sends in a cycle, and their gradients."""
     size = 0.0
     for cut in cuts:
-        for name in cut.names:
+        for name in cut:
             tensor = graph.tensor_by_name[name]
             ways = 2 if settings.training and tensor.requires_grad else 1
             size += ways * float_bytes(tensor, settings.element_bytes)

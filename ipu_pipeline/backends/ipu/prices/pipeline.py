@@ -30,12 +30,13 @@ from ipu_pipeline.backends.ipu.prices.timing import (
     optimizer_s_per_element,
     streaming_s_per_element,
 )
+from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.ideals import Lattice, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, Part
 from ipu_pipeline.planner.search.objective import Objective, PacedTerm, make_objective
+from ipu_pipeline.planner.search.priced import Quickest
 from ipu_pipeline.planner.search.problem import Option, Problem, Slot
-from ipu_pipeline.planner.search.stage_price import StagePrice
 
 _EQUAL = 1e-12
 
@@ -69,23 +70,17 @@ class IPUPipeline:
         """IPU of every stage."""
         return tuple(slot.device for slot in self.slots)
 
-    @property
-    def num_microbatches(self) -> int:
-        """Microbatches of a step (in inference: of a call)."""
-        run = self.settings
-        return run.accumulation if run.training else run.device_iterations
-
     @cached_property
     def objective(self) -> Objective:
         """Seconds of a step as rows (module docstring)."""
         run, chain, count = self.settings, self.chain, len(self.slots)
-        base = make_objective("popart", count, self.num_microbatches, training=run.training)
+        base = make_objective("popart", count, run.num_microbatches, training=run.training)
         none = (0,) * count
         rows = list(base.rows)
-        fixed_s = self.num_microbatches * input_time(chain.graph, run, chain.chip)
+        fixed_s = run.num_microbatches * input_time(chain.graph, run, chain.chip)
         if count > 1:
             total = 2 * count - 1 if run.training else count
-            cycles = self.num_microbatches + total - 1
+            cycles = run.num_microbatches + total - 1
             fixed_s += cycles * chain.chip.link_latency_s
             rows.append(PacedTerm(cycles, none, none, 0, tuple(range(count))))
         if run.training:
@@ -122,7 +117,7 @@ class IPUPipeline:
         ipus = self.settings.num_ipus
         return (
             self.objective.fixed_s
-            + self.num_microbatches * (forward + backward) / ipus
+            + self.settings.num_microbatches * (forward + backward) / ipus
             + trained / ipus * self._update_s
         )
 
@@ -137,7 +132,7 @@ class IPUPipeline:
         """Least load of every row, memory ignored."""
         rows = self._least_rows()
         weights = [row.weight for row in self.objective.rows if row.extra < 0]
-        rest = self.quick_bound_s - self.num_microbatches * (
+        rest = self.quick_bound_s - self.settings.num_microbatches * (
             (self._fastest.forward_s[-1] + self._fastest.backward_s[-1]) / self.settings.num_ipus
         )
         return float(np.dot(rows, weights)) + rest
@@ -192,7 +187,7 @@ class IPUPipeline:
             self.objective,
             boundaries(lattice, self.slots, self.rule),
             deadline,
-            (upper_s - self.objective.fixed_s) / self.num_microbatches,
+            (upper_s - self.objective.fixed_s) / self.settings.num_microbatches,
             fits_together=self.fits_together,
             true_s=self.true_s,
         )
@@ -217,10 +212,6 @@ class IPUPipeline:
         if shared_pool or not found:
             return found
         return [min(found, key=lambda price: price.memory_bytes)]
-
-    def _proportions_of(self, ipu: int) -> Sequence[float]:
-        """The quickest first: more memory never slows a matrix product."""
-        return self.proportions[::-1] or (self.settings.proportion(ipu),)
 
     def _pick(self, proportion: float) -> int:
         """Position of a memory proportion among those that an IPU may get."""
@@ -284,7 +275,8 @@ class IPUPipeline:
         others = least.total_bytes - least.temporaries
         if others > self._most_bytes:
             return
-        for proportion in self._proportions_of(ipu):
+        # The quickest first: more memory never slows a matrix product.
+        for proportion in self.proportions[::-1] or (run.proportion(ipu),):
             working = max(chain.working(run, proportion, start, end) for start, end, _ in stages)
             total = others + max(working, least.temporaries)
             if total <= self._most_bytes:
@@ -319,21 +311,12 @@ class IPUPipeline:
             reached: Masks of the blocks done after each stage.
             prices: Of the stages; their picks say the memory proportions.
         """
-        ends = [mask.bit_count() for mask in reached]
-        names = self.chain.names
-        stages = [
-            (device, names[start:end])
-            for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
-        ]
         chosen = dict(zip(self.devices, (price.picks[0] for price in prices), strict=True))
-        settings = self.settings
+        shares = self.settings.proportions
         if self.proportions:
-            shares = tuple(self.proportions[chosen[ipu]] for ipu in range(settings.num_ipus))
-            settings = replace(settings, proportions=shares)
-        layout = layout_of(stages, self.settings.num_ipus)
-        return predict_layout(
-            self.chain.graph, layout, settings, self.chain.chip, self.chain.calibration
-        )
+            ipus = range(self.settings.num_ipus)
+            shares = tuple(self.proportions[chosen[ipu]] for ipu in ipus)
+        return self._predicted([mask.bit_count() for mask in reached], shares)
 
     def even(self) -> Prediction:
         """Predict stages with about the same number of parameters."""
@@ -349,12 +332,23 @@ class IPUPipeline:
                     key=lambda place: abs(chain.holding(0, place).elements - goal),
                 )
             )
-        ends.append(len(chain.names))
+        least = self.proportions[:1] * self.settings.num_ipus or self.settings.proportions
+        return self._predicted([*ends, len(chain.names)], least)
+
+    def _predicted(self, ends: Sequence[int], shares: tuple[float, ...]) -> Prediction:
+        """Predict stages that end before these blocks, with a memory proportion for every IPU."""
+        chain, settings = self.chain, replace(self.settings, proportions=shares)
         stages = [
             (device, chain.names[start:end])
             for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
         ]
-        least = self.proportions[:1] * self.settings.num_ipus or self.settings.proportions
-        settings = replace(self.settings, proportions=least)
         layout = layout_of(stages, settings.num_ipus)
         return predict_layout(chain.graph, layout, settings, chain.chip, chain.calibration)
+
+
+def best_prediction(best: Quickest[IPUPipeline]) -> Prediction | None:
+    """Return what the outcome of a search does; ``None`` when nothing fits."""
+    if best.pipeline is None:
+        return None
+    split = best.found.pipelines[0]
+    return best.pipeline.prediction(split.boundaries, split.prices)

@@ -16,25 +16,24 @@ from time import monotonic
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.answer import partition_of
-from ipu_pipeline.backends.ipu.prices.blocks import may_serialize
-from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
-from ipu_pipeline.backends.ipu.prices.chip import chip_of
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.prices.predict import Prediction
+from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, chip_of
+from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
+from ipu_pipeline.backends.ipu.prices.operations import may_serialize
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
+from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, Prediction, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD
-from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
 from ipu_pipeline.planner.search.objective import least_microbatches
-from ipu_pipeline.planner.search.priced import Quickest, quickest
+from ipu_pipeline.planner.search.priced import quickest
 from ipu_pipeline.planner.search.result import Partition
 
 FACTORS = (1, 2, 4, 8)
@@ -108,13 +107,9 @@ class IPUPlanning:
         )
         planning = cls(chain, settings, ProgramChoices.fixed(settings))
         try:
-            best = quickest(planning.pipelines(machine, limits))
+            return best_prediction(quickest(planning.pipelines(machine, limits)))
         except PartitionError:
             return None
-        if best.pipeline is None:
-            return None
-        split = best.found.pipelines[0]
-        return best.pipeline.prediction(split.boundaries, split.prices)
 
     @property
     def graph(self) -> BlockGraph:
@@ -130,18 +125,14 @@ class IPUPlanning:
         limit = constraints.time_limit_s
         deadline = limit and monotonic() + limit
         found = self.pipelines(machine, constraints)
-        best = self.partition(quickest(found, deadline=deadline))
-        if best is None:  # PopTorch rounds other numbers of IPUs up, and leaves the rest idle
-            others = self._pipelines(machine, constraints, powers=False)
-            best = self.partition(quickest(others, deadline=deadline))
-        return best
-
-    def partition(self, best: Quickest[IPUPipeline]) -> Partition | None:
-        """Return the outcome of a search as a split."""
+        best = quickest(found, deadline=deadline)
         if best.pipeline is None:
+            # PopTorch rounds other numbers of IPUs up, and leaves the rest idle.
+            others = self._pipelines(machine, constraints, powers=False)
+            best = quickest(others, deadline=deadline)
+        prediction = best_prediction(best)
+        if prediction is None:
             return None
-        split = best.found.pipelines[0]
-        prediction = best.pipeline.prediction(split.boundaries, split.prices)
         return partition_of(self.graph, prediction, best.lower_bound_s)
 
     # ---- what is tried
@@ -247,25 +238,21 @@ class IPUPlanning:
 
     def _factors(self, constraints: Constraints) -> list[tuple[int, int]]:
         """Slices of embeddings and projections: those that divide every table."""
-        rows: dict[str, list[int]] = {"embedding": [], "projection": []}
+        if constraints.serialize or not constraints.allow_serialize:
+            return [(1, 1)]
+        given = (self.choices.embedding_factors, self.choices.projection_factors)
+        rows: tuple[list[int], list[int]] = ([], [])
         for block in self.graph.blocks:
             table = table_of(self.graph, block)
             if table is not None and may_serialize(self.graph, block):
-                kind = "embedding" if block.kind == "embedding" else "projection"
-                rows[kind].append(table.rows)
-        given = {
-            "embedding": self.choices.embedding_factors,
-            "projection": self.choices.projection_factors,
-        }
-        if constraints.serialize or not constraints.allow_serialize:
-            return [(1, 1)]
-        found = [
-            [f for f in given[kind] if all(size % f == 0 for size in rows[kind])]
-            if rows[kind] or len(given[kind]) == 1
+                rows[block.kind != "embedding"].append(table.rows)
+        embedding, projection = (
+            [f for f in factors if all(size % f == 0 for size in sizes)]
+            if sizes or len(factors) == 1
             else [1]
-            for kind in ("embedding", "projection")
-        ]
-        return [(embedding, projection) for embedding, projection in product(*found)]
+            for sizes, factors in zip(rows, given, strict=True)
+        )
+        return [*product(embedding, projection)]
 
     def _layouts(
         self, machine: Machine, constraints: Constraints
@@ -376,20 +363,64 @@ class IPUPlanning:
 
     def _closest(self, machine: Machine, constraints: Constraints) -> str:
         """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
-        best: tuple[float, Prediction] | None = None
-        for item in self.pipelines(machine, constraints):
-            prediction = item.even()
-            full = max(memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory)
-            if best is None or full < best[0]:
-                best = (full, prediction)
-        assert best is not None
-        prediction = best[1]
-        sizes = [memory.fullest_tile_bytes(prediction.chip) for memory in prediction.memory]
-        return (
-            f"spread evenly over {prediction.settings.num_ipus} IPUs, the fullest tile of IPU "
-            f"{sizes.index(max(sizes))} needs {best[0] / 1024:.0f} of "
-            f"{prediction.chip.tile_memory_bytes / 1024:.0f} KiB"
-        )
+        tried = (item.even() for item in self.pipelines(machine, constraints))
+        best = min(tried, key=lambda prediction: prediction.fullest[0])
+        text = best.tile_text(best.fullest[1])
+        return f"spread evenly over {best.settings.num_ipus} IPUs, {text}"
+
+
+@dataclass(frozen=True)
+class IPUCostModel:
+    """Prices a graph on IPUs.
+
+    Attributes:
+        settings: Precision, memory proportions, optimizer, its place and sharding, front end.
+            IPUs, replicas and microbatches are those of a pipeline, the mode is the graph's.
+        choices: What the search may choose about the program.
+    """
+
+    settings: IPUSettings = DEFAULT_SETTINGS
+    choices: ProgramChoices = ProgramChoices()
+
+    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
+        """Return the price of every block of ``graph`` alone, and what prices pipelines of it.
+
+        Raises:
+            PlanError: The machine's devices are no IPUs.
+        """
+        settings = replace(self.settings, training=graph.training)
+        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
+        times = chain.times(replace(settings, accumulation=2), settings.proportion(0))
+        blocks = {
+            block.name: BlockCost(
+                (
+                    BlockChoice(
+                        times.forward_s[i + 1] - times.forward_s[i],
+                        times.backward_s[i + 1] - times.backward_s[i],
+                        stash_bytes=saved_bytes(block, settings) if graph.training else 0,
+                        workspace_bytes=chain.working(settings, settings.proportion(0), i, i + 1),
+                    ),
+                ),
+                _weights(graph, block, settings),
+            )
+            for i, block in enumerate(graph.blocks)
+        }
+        planning = IPUPlanning(chain, settings, self.choices)
+        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=planning)
+
+
+def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str, int]:
+    """Bytes by parameter: weight, accumulator, and optimizer state on the chip."""
+    found = {}
+    for fqn in block.parameters:
+        parameter = graph.parameter_by_fqn[fqn]
+        per_element: float = settings.element_bytes
+        if parameter.trainable and settings.training:
+            per_element += settings.element_bytes
+            if not settings.optimizer_offchip:
+                per_element += settings.state_bytes * settings.state_share
+        found[fqn] = int(parameter.numel * per_element)
+    return found
 
 
 def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:

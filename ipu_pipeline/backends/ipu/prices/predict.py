@@ -1,20 +1,31 @@
-"""Explain a configuration: per-IPU memory, the parts of a step, samples per second, and notes."""
+"""What a configuration does: memory by IPU, parts of a step, samples per second, notes.
+
+Then as the planner's split, with the program's settings, and from a plan back to its program.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.calibration import DEFAULT_CALIBRATION, Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip, chip_of
-from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
-from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory
+from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, Chip, chip_of
+from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout, placement_of
+from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory, stash_depth
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StepTime, step_time
-from ipu_pipeline.errors import ConfigError
+from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.search.result import Partition, StageAssignment
+
+# Fields of a plan's settings that say what was asked for, not what the program does.
+OF_THE_REQUEST = ("fixed", "spelled_out")
+# What a plan without a configuration assumes; all of it is written into the plan.
+DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True)
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,28 @@ class Prediction:
         return all(memory.fits(self.chip) for memory in self.memory)
 
     @property
+    def fullest(self) -> tuple[int, int]:
+        """Bytes of the fullest tile of all IPUs, and its IPU."""
+        sizes = [memory.fullest_tile_bytes(self.chip) for memory in self.memory]
+        return max(sizes), sizes.index(max(sizes))
+
+    @property
+    def free(self) -> float:
+        """Share of a tile's memory that is free on the fullest tile of all IPUs."""
+        return 1 - self.fullest[0] / self.chip.tile_memory_bytes
+
+    def tile_text(self, ipu: int) -> str:
+        """Say how much the fullest tile of an IPU needs."""
+        size = self.memory[ipu].fullest_tile_bytes(self.chip)
+        return (
+            f"the fullest tile of IPU {ipu} needs {size / 1024:.0f} of "
+            f"{self.chip.tile_memory_bytes / 1024:.0f} KiB"
+        )
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of a step of one replica (in inference: of a call)."""
-        run = self.settings
-        return run.accumulation if run.training else run.device_iterations
+        return self.settings.num_microbatches
 
     @property
     def samples_per_step(self) -> int:
@@ -64,20 +93,17 @@ class Prediction:
 
     def text(self) -> str:
         """Return a report for a terminal."""
-        from ipu_pipeline.backends.ipu.prices.text import prediction_text
-
-        return prediction_text(self)
+        parts = [_headline(self), "", *_memory_table(self), "", *_stage_table(self)]
+        parts += ["", *_step_table(self)]
+        if self.notes:
+            parts += ["", *(f"! {note}" for note in self.notes)]
+        return "\n".join(parts) + "\n"
 
 
 def predict(
     graph: BlockGraph,
     config: IPUConfig | IPUSettings,
     machine: Machine,
-    *,
-    layers: Mapping[str, int] | None = None,
-    optimizer: str | None = None,
-    training: bool | None = None,
-    calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Prediction:
     """Predict a published configuration as it is.
 
@@ -85,24 +111,23 @@ def predict(
         graph: The model, captured for one microbatch; its inputs give the micro batch size.
         config: An ``ipu_config.json``, or the same in the model's own terms.
         machine: A pod; its first replica's IPUs are predicted, all replicas counted.
-        layers: IPU of every layer block, where ``layers_per_ipu`` cannot say it.
-        optimizer: Name of the optimizer; ``None``: AdamW, or what ``config`` says.
-        training: Training or inference; ``None``: what the graph was captured for.
-        calibration: Constants of the time model.
 
     Raises:
         ConfigError: The configuration does not fit the model or the machine.
         PlanError: The machine has no IPUs.
     """
     chip = chip_of(machine)
-    settings = _settings(graph, config, optimizer, training)
+    if isinstance(config, IPUSettings):
+        settings = replace(config, training=graph.training)
+    else:
+        settings = IPUSettings.from_config(config, training=graph.training)
     if settings.num_ipus * settings.replicas > len(machine.devices):
         raise ConfigError(
             f"{settings.replicas} replicas of {settings.num_ipus} IPUs need "
             f"{settings.num_ipus * settings.replicas}, {machine.name} has {len(machine.devices)}; "
             "lower replication_factor or choose a larger pod"
         )
-    return predict_on_chip(graph, settings, chip, layers=layers, calibration=calibration)
+    return predict_on_chip(graph, settings, chip)
 
 
 def predict_on_chip(
@@ -113,7 +138,10 @@ def predict_on_chip(
     layers: Mapping[str, int] | None = None,
     calibration: Calibration = DEFAULT_CALIBRATION,
 ) -> Prediction:
-    """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`)."""
+    """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`).
+
+    ``layers`` names the IPU of every layer block, where ``layers_per_ipu`` cannot say it.
+    """
     return predict_layout(graph, make_layout(graph, settings, layers), settings, chip, calibration)
 
 
@@ -137,31 +165,16 @@ def predict_layout(
     return replace(prediction, notes=_notes(prediction))
 
 
-def _settings(
-    graph: BlockGraph,
-    config: IPUConfig | IPUSettings,
-    optimizer: str | None,
-    training: bool | None,  # noqa: FBT001 - None means what the graph says
-) -> IPUSettings:
-    wanted = graph.training if training is None else training
-    if isinstance(config, IPUSettings):
-        return replace(
-            config, training=wanted, optimizer=config.optimizer if optimizer is None else optimizer
-        )
-    return IPUSettings.from_config(config, optimizer=optimizer or "adamw", training=wanted)
-
-
 def _notes(prediction: Prediction) -> tuple[str, ...]:
     settings, chip = prediction.settings, prediction.chip
     num_stages = len(prediction.layout.stages)
     least = 2 * num_stages - 1 if settings.training else num_stages
-    given = settings.accumulation if settings.training else settings.device_iterations
     found = []
-    if settings.pipelined and given < least:
+    if settings.pipelined and settings.num_microbatches < least:
         name = "gradient_accumulation_steps" if settings.training else "device_iterations"
         found.append(
             f"PopART refuses this: {num_stages} forward stages need {name} of at least {least}, "
-            f"it is {given}"
+            f"it is {settings.num_microbatches}"
         )
     for ipu, memory in enumerate(prediction.memory):
         over = memory.fullest_tile_bytes(chip) - chip.tile_memory_bytes
@@ -175,3 +188,197 @@ def _notes(prediction: Prediction) -> tuple[str, ...]:
                 f"({kinds[largest] / 1e6:.0f} MB)"
             )
     return tuple(found)
+
+
+def _headline(prediction: Prediction) -> str:
+    settings = prediction.settings
+    mode = "training" if settings.training else "inference"
+    return (
+        f"{prediction.samples_per_s:.1f} samples/s in {mode} on {settings.replicas} x "
+        f"{settings.num_ipus} {prediction.chip.name} ({prediction.samples_per_step} samples in "
+        f"{prediction.time.total_s * 1e3:.1f} ms); {'fits' if prediction.fits else 'DOES NOT FIT'}"
+    )
+
+
+def _memory_table(prediction: Prediction) -> list[str]:
+    kinds = [item.name for item in fields(IPUMemory)]
+    rows = [["MB per IPU", *kinds, "total", "fullest tile"]]
+    for ipu, memory in enumerate(prediction.memory):
+        share = memory.fullest_tile_bytes(prediction.chip) / prediction.chip.tile_memory_bytes
+        sizes = [f"{getattr(memory, kind) / 1e6:.0f}" for kind in kinds]
+        rows.append([f"{ipu}", *sizes, f"{memory.total_bytes / 1e6:.0f}", f"{share:.0%}"])
+    return _aligned(rows)
+
+
+def _stage_table(prediction: Prediction) -> list[str]:
+    rows = [["stage", "IPU", "blocks", "forward ms", "backward ms", "recompute ms"]]
+    for position, (stage, time) in enumerate(
+        zip(prediction.layout.stages, prediction.time.stages, strict=True)
+    ):
+        blocks = (
+            stage.blocks[0]
+            if len(stage.blocks) == 1
+            else (f"{stage.blocks[0]} .. {stage.blocks[-1]}")
+        )
+        seconds = (time.forward_s, time.backward_s, time.recompute_s)
+        rows.append(
+            [f"{position}", f"{stage.ipu}", blocks, *(f"{value * 1e3:.3f}" for value in seconds)]
+        )
+    return _aligned(rows)
+
+
+def _step_table(prediction: Prediction) -> list[str]:
+    time = prediction.time
+    fill, main, flush = time.num_cycles
+    rows = [
+        ["part of a step", "ms", "note"],
+        ["fill", f"{time.fill_s * 1e3:.2f}", f"{fill} cycles"],
+        ["main", f"{time.main_s * 1e3:.2f}", f"{main} cycles of {time.cycle_s * 1e3:.3f} ms, of "
+         f"these {time.copy_s * 1e3:.3f} copies and {time.input_s * 1e3:.3f} input"],
+        ["flush", f"{time.flush_s * 1e3:.2f}", f"{flush} cycles"],
+        ["optimizer", f"{time.optimizer_s * 1e3:.2f}", ""],
+        ["state streaming", f"{time.streaming_s * 1e3:.2f}", ""],
+        ["all-reduce", f"{time.all_reduce_s * 1e3:.2f}", ""],
+        ["host", f"{time.host_s * 1e3:.2f}", ""],
+    ]  # fmt: skip
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> Partition:
+    """Return a prediction as a split.
+
+    Args:
+        graph: The model.
+        prediction: Seconds and bytes are taken from it.
+        bound_s: No allowed layout is quicker, in seconds per optimizer step.
+    """
+    settings, layout = prediction.settings, prediction.layout
+    held = held_by_stage(prediction, [stage.ipu for stage in layout.stages])
+    stages = []
+    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
+        again = time.recompute_s > 0
+        choices = tuple(
+            BlockChoice(
+                0.0,
+                0.0,
+                recompute=again,
+                serialize_factor=serialization_factor(graph, graph[name], settings),
+            )
+            for name in stage.blocks
+        )
+        memory, in_flight = next(held)
+        stages.append(
+            StageAssignment(
+                index=index,
+                device=stage.ipu,
+                blocks=stage.blocks,
+                choices=choices,
+                forward_s=time.forward_s,
+                backward_s=time.backward_s + time.recompute_s,
+                transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
+                memory_bytes=memory.total_bytes,
+                in_flight=in_flight,
+                weight_bytes=memory.kept_bytes,
+                stash_bytes=memory.stash // in_flight,
+            )
+        )
+    total_s = prediction.time.total_s
+    return Partition(
+        stages=tuple(stages),
+        objective=total_s,
+        lower_bound=min(bound_s, total_s),
+        binding=binding_of(prediction),
+        schedule="popart",
+        num_microbatches=prediction.num_microbatches,
+        replicas=settings.replicas,
+        settings=placement_of(graph, layout, settings).to_json(),
+    )
+
+
+def held_by_stage(
+    prediction: Prediction, devices: Sequence[int]
+) -> Iterator[tuple[IPUMemory, int]]:
+    """Yield what every stage's IPU holds, shown in its first stage, and microbatches in flight.
+
+    Args:
+        prediction: Of the stages; neighbours on one IPU are one stage of it.
+        devices: IPU of every stage.
+    """
+    seen: set[int] = set()
+    depth = len(prediction.layout.stages)
+    for index, device in enumerate(devices):
+        in_flight = stash_depth(depth, min(index, depth - 1)) if prediction.settings.training else 1
+        yield IPUMemory() if device in seen else prediction.memory[device], in_flight
+        seen.add(device)
+
+
+def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
+    """Return the split that settings spell out; it is its own bound.
+
+    Raises:
+        ConfigError: They do not fit the model or the machine.
+        PartitionError: An IPU has not enough memory for what they put on it.
+    """
+    prediction = predict(graph, settings, machine)
+    if prediction.fits:
+        return partition_of(graph, prediction, prediction.time.total_s)
+    ipu = prediction.fullest[1]
+    raise PartitionError(
+        f"the IPU configuration does not fit: {prediction.tile_text(ipu)}; move layers to other "
+        "IPUs in layers_per_ipu, lower the micro batch or matmul_proportion, serialize the "
+        "embedding, put the optimizer state off chip, or leave layers_per_ipu at [-1] and let the "
+        "solver choose"
+    )
+
+
+def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
+    """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
+    slices = {
+        name: factor
+        for stage in plan.stages
+        for name, factor in stage.serialize.items()
+        if factor > 1
+    }
+    own = replace(settings, block_slices=None)
+    said = {
+        block.name: factor
+        for block in graph.blocks
+        if (factor := serialization_factor(graph, block, own)) > 1
+    }
+    num_ipus = 1 + max(stage.device for stage in plan.stages)
+    if plan.settings:
+        num_ipus = max(settings.num_ipus, num_ipus)
+    return replace(
+        settings,
+        num_ipus=num_ipus,
+        pipelined=num_ipus > 1,
+        proportions=tuple(settings.proportion(ipu) for ipu in range(num_ipus)),
+        replicas=plan.replicas,
+        sharded=settings.sharded and plan.replicas > 1,
+        training=graph.training,
+        accumulation=plan.num_microbatches if graph.training else 1,
+        device_iterations=settings.device_iterations if graph.training else plan.num_microbatches,
+        block_slices=None if slices == said else tuple(sorted(slices.items())),
+        recompute=any(stage.recompute for stage in plan.stages),
+    )
+
+
+def binding_of(prediction: Prediction) -> str:
+    """Say what limits a pipeline."""
+    loads = [0.0] * prediction.layout.num_ipus
+    for stage in prediction.time.stages:
+        loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
+    busiest = max(range(len(loads)), key=loads.__getitem__)
+    return (
+        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has "
+        f"{prediction.free:.1%} free ({prediction.fullest[0] / 1024:.0f} KiB used); "
+        f"{prediction.settings.program_text()}"
+    )

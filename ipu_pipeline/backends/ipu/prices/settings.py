@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -98,9 +98,9 @@ class IPUSettings:
         return 4 if self.precision == "32.32" else 2
 
     @property
-    def partial_bytes(self) -> int:
-        """Bytes of one partial sum of a matrix product."""
-        return 2 if self.precision == "16.16" else 4
+    def num_microbatches(self) -> int:
+        """Microbatches of a step of one replica (in inference: of a call)."""
+        return self.accumulation if self.training else self.device_iterations
 
     @property
     def stashed_bytes(self) -> float:
@@ -145,8 +145,6 @@ class IPUSettings:
         config: IPUConfig,
         *,
         replicas: int | None = None,
-        optimizer: str = "adamw",
-        front_end: FrontEnd = "poptorch",
         training: bool = True,
     ) -> IPUSettings:
         """Read an ``ipu_config.json``.
@@ -155,8 +153,6 @@ class IPUSettings:
             config: The configuration, with ``replication_factor`` already a number or with a
                 ``default`` entry.
             replicas: Overrides the configuration's.
-            optimizer: Name of the optimizer, which the file does not hold.
-            front_end: Library that builds the program.
             training: Whether to predict training or inference.
 
         Raises:
@@ -187,25 +183,19 @@ class IPUSettings:
             projection_factor=max(1, factors["projection"] or factors["embedding"] or 1),
             embedding_splits=tuple(splits["embedding"]),
             projection_splits=tuple(splits["projection"]),
-            optimizer=optimizer,
             optimizer_offchip=config.optimizer_state_offchip,
             sharded=config.replicated_tensor_sharding,
             half_first_moment=bool(config.enable_half_first_order_momentum),
             recompute=config.recompute is not False,
             checkpoint_layers=config.recompute_checkpoint_every_layer,
             precision="16.16" if config.enable_half_partials else "16.32",
-            front_end=front_end,
             training=training,
             pipelined=num_ipus > 1,
             stage_starts=tuple((starts or {}).items()),
         )
 
-    def ipu_config(self, base: IPUConfig | None = None) -> IPUConfig:
-        """Return these settings as ``ipu_config.json`` holds them; everything is explicit.
-
-        Args:
-            base: Gives what the settings do not know (output mode, seed, ...).
-        """
+    def ipu_config(self) -> IPUConfig:
+        """Return these settings as ``ipu_config.json`` holds them; everything is explicit."""
         given: dict[str, Any] = {
             "layers_per_ipu": self.layers_per_ipu,
             "ipus_per_replica": self.num_ipus,
@@ -228,7 +218,7 @@ class IPUSettings:
             if splits:
                 given[f"serialized_{what}_splits_per_ipu"] = splits
                 given[f"{what}_serialization_factor"] = None
-        return IPUConfig(**given) if base is None else replace(base, **given)
+        return IPUConfig(**given)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data; :meth:`from_json` reads it back."""

@@ -16,17 +16,12 @@ Source: POPART_PIPELINE.md (PopART SDK 3.4, transforms/pipeline.cpp and popx/pop
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.ipu.prices.blocks import (
-    block_time,
-    pricer_for,
-    serialization_factor,
-)
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
-from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.operations import block_time, pricer_for
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 
@@ -102,13 +97,12 @@ def step_time(
     stages = stage_times(graph, layout, settings, chip, calibration)
     copy_s = copy_time(graph, layout, settings, chip, calibration)
     input_s = input_time(graph, settings, chip)
-    microbatches = settings.accumulation if settings.training else settings.device_iterations
     fill, main, flush = cycle_loads(stages, training=settings.training)
     between = copy_s + input_s
     if not settings.pipelined:
         fill, flush = (), ()
         main = sum(stage.forward_s + stage.backward_s for stage in stages)
-    num_main = max(1, microbatches - len(fill))
+    num_main = max(1, settings.num_microbatches - len(fill))
     update = update_times(graph, layout, settings, chip, calibration)
     # Inference queues its next call while this one runs; a training step waits for the host.
     host_s = calibration.step_host_s / settings.device_iterations if settings.training else 0.0
@@ -141,11 +135,9 @@ def stage_times(
         pricer = pricer_for(chip, settings, stage.ipu, calibration)
         forward = backward = 0.0
         for name in stage.blocks:
-            block = graph[name]
-            factor = serialization_factor(graph, block, settings)
-            time = block_time(graph, block, pricer, settings, factor)
-            forward += time.forward_s
-            backward += time.backward_s
+            forward_s, backward_s = block_time(graph, graph[name], pricer, settings)
+            forward += forward_s
+            backward += backward_s
         again = settings.training and settings.recompute and position < len(layout.stages) - 1
         found.append(StageTime(stage.ipu, forward, backward, forward if again else 0.0))
     return tuple(found)
@@ -218,16 +210,6 @@ def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
     return size * sharing / chip.host_bytes_per_s
 
 
-def trainable_elements(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
-) -> Mapping[int, int]:
-    """Trainable parameter elements by IPU; a parameter used twice on an IPU counts once."""
-    return {
-        ipu: sum(n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable)
-        for ipu, held in enumerate(held_elements(graph, layout, settings))
-    }
-
-
 def update_times(
     graph: BlockGraph,
     layout: StageLayout,
@@ -238,12 +220,16 @@ def update_times(
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
     if not settings.training:
         return 0.0, 0.0, 0.0
-    elements = trainable_elements(graph, layout, settings)
-    most = max(elements.values())
+    # A parameter used twice on an IPU counts once.
+    elements = [
+        sum(n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable)
+        for held in held_elements(graph, layout, settings)
+    ]
+    most = max(elements)
     tensors = sum(parameter.trainable for parameter in graph.parameters)
     optimizer_s = most * optimizer_s_per_element(settings, chip, calibration)
     boards: Counter[int] = Counter()
-    for ipu, count in elements.items():
+    for ipu, count in enumerate(elements):
         boards[ipu // chip.ipus_per_board] += count
     return (
         optimizer_s + tensors * calibration.tensor_update_s,

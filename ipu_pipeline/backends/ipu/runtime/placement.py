@@ -1,14 +1,18 @@
-"""Put the annotations of a plan on a model, and take every one of them off again."""
+"""Put the annotations of a plan on a model, and take every one of them off again.
+
+Modules are found also where this transformers version names them otherwise. Serialized tables keep
+their parameters, hooks and names; only their ``forward`` is another one until :func:`restore`.
+"""
 
 from __future__ import annotations
 
+import difflib
 import functools
-from typing import Any, Callable, Mapping, Sequence
+import importlib
+from typing import Any, Callable, Mapping, Sequence, Tuple
 
 from torch import Tensor, nn
-
-from .find import find_modules
-from .serialized import find_table, restore, serialize
+from torch.nn import functional
 
 
 class PlacementError(ValueError):
@@ -218,3 +222,175 @@ def _checkpoint(poptorch: Any, _module: nn.Module, _args: Any, output: Any) -> A
             for item in output
         )
     return output
+
+
+Structure = Tuple[Tuple[str, str], ...]
+
+
+class ModuleNotFound(LookupError):
+    """A module that the plan names is not in the model."""
+
+
+def find_modules(
+    model: nn.Module, paths: Sequence[str], planned_parameters: Mapping[str, str]
+) -> dict[str, nn.Module]:
+    """Return the module of every path.
+
+    A path that the model does not have is matched by structure: the modules whose parameters have
+    the same names below them and the same shapes, or at least the same shapes, in the order of the
+    model, one to one.
+
+    Args:
+        model: The model.
+        paths: Dotted paths of the plan, in its order.
+        planned_parameters: ``shape dtype`` text by parameter name of the planned model, such as
+            ``384x384 float32``.
+
+    Returns:
+        The module by path.
+
+    Raises:
+        ModuleNotFound: No module, or not as many as the plan names, have that structure.
+    """
+    # One module object may have several paths (T5's embedding, in older versions).
+    here = dict(model.named_modules(remove_duplicate=False))
+    found = {path: here[path] for path in paths if path in here}
+    missing = [path for path in paths if path not in here]
+    groups: dict[Structure, list[str]] = {}
+    for path in missing:
+        groups.setdefault(_planned_structure(path, planned_parameters), []).append(path)
+    taken = {id(module) for module in found.values()}
+    free = [module for module in model.modules() if id(module) not in taken]
+    for structure, members in groups.items():
+        candidates = [m for m in free if structure and _structure(m) == structure]
+        if not candidates:  # parameters were renamed, too
+            shapes = _shapes(structure)
+            candidates = [m for m in free if shapes and _shapes(_structure(m)) == shapes]
+        if len(candidates) != len(members):
+            raise ModuleNotFound(_message(members, candidates, here))
+        found.update(zip(members, candidates))
+    return found
+
+
+def _shapes(structure: Structure) -> tuple[str, ...]:
+    return tuple(sorted(shape for _, shape in structure))
+
+
+def _planned_structure(path: str, planned_parameters: Mapping[str, str]) -> Structure:
+    below = {
+        name[len(path) + 1 :]: text.split(" ")[0]
+        for name, text in planned_parameters.items()
+        if name.startswith(path + ".")
+    }
+    return tuple(sorted(below.items()))
+
+
+def _structure(module: nn.Module) -> Structure:
+    shapes = {
+        name: "x".join(str(size) for size in parameter.shape) or "scalar"
+        for name, parameter in module.named_parameters()
+    }
+    return tuple(sorted(shapes.items()))
+
+
+def _message(
+    members: Sequence[str], candidates: Sequence[nn.Module], here: Mapping[str, nn.Module]
+) -> str:
+    close = difflib.get_close_matches(members[0], list(here), n=3)
+    hint = "; close names: " + ", ".join(close) if close else ""
+    return (
+        f"the model has no module {members[0]!r}, and {len(candidates)} modules of its structure "
+        f"for {len(members)} that the plan names{hint}; use the transformers version the plan was "
+        "made with, or correct the paths"
+    )
+
+
+class _SlicedLinear:
+    """``forward`` of an ``nn.Linear`` whose product runs in slices of the output channels."""
+
+    weight: Tensor
+    bias: Tensor | None
+    serialization_factor: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        poptorch = importlib.import_module("poptorch")
+        y: Tensor = poptorch.serializedMatMul(
+            x,
+            self.weight.t(),
+            poptorch.MatMulSerializationMode.OutputChannels,
+            self.serialization_factor,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class _SlicedEmbedding:
+    """``forward`` of an ``nn.Embedding`` that looks up one slice of the rows after the other."""
+
+    weight: Tensor
+    num_embeddings: int
+    padding_idx: int | None
+    serialization_factor: int
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.num_embeddings // self.serialization_factor
+        total: Tensor | None = None
+        for number in range(self.serialization_factor):
+            first = number * rows
+            part = sliced_lookup(ids, self.weight[first : first + rows], first, self.padding_idx)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+def sliced_lookup(ids: Tensor, rows: Tensor, first: int, padding_idx: int | None = None) -> Tensor:
+    """Look up ``ids`` in ``rows``, the table's rows from ``first`` on; zeros for other ids."""
+    inside = ((ids >= first) & (ids < first + rows.shape[0])).to(rows.dtype)
+    local = (ids - first).clamp(0, rows.shape[0] - 1)
+    padding = None if padding_idx is None else padding_idx - first
+    if padding is not None and not 0 <= padding < rows.shape[0]:
+        padding = None
+    return functional.embedding(local, rows, padding) * inside.unsqueeze(-1)
+
+
+def find_table(module: nn.Module, factor: int, name: str) -> nn.Embedding | nn.Linear:
+    """Return the table of ``module``: its embedding or linear layer with the most rows.
+
+    Raises:
+        ValueError: There is none, it has an option that slices cannot keep, or ``factor`` does
+            not divide its rows.
+    """
+    tables = [part for part in module.modules() if isinstance(part, (nn.Embedding, nn.Linear))]
+    if not tables:
+        raise ValueError(
+            f"block {name!r} is serialized by {factor}, but has no embedding and no linear layer; "
+            "set its factor to 1"
+        )
+    table = max(tables, key=lambda part: part.weight.shape[0])
+    rows = table.weight.shape[0]
+    if rows % factor:
+        divisors = [n for n in range(2, 65) if rows % n == 0]
+        raise ValueError(
+            f"serialization factor {factor} of {name!r} does not divide its {rows} rows; divisors "
+            f"up to 64: {divisors or 'none'}; choose one, or pad the table"
+        )
+    if isinstance(table, nn.Embedding) and (table.max_norm or table.sparse):
+        raise ValueError(
+            f"the embedding of {name!r} has max_norm or sparse gradients, which slices cannot "
+            "keep; set its factor to 1"
+        )
+    return table
+
+
+def serialize(table: nn.Embedding | nn.Linear, factor: int) -> None:
+    """Make ``table`` compute in ``factor`` slices; :func:`restore` undoes it."""
+    own = type(table)
+    behaviour = _SlicedEmbedding if isinstance(table, nn.Embedding) else _SlicedLinear
+    changed: Any = table
+    changed.serialization_factor = factor
+    changed.__class__ = type("Serialized" + own.__name__, (behaviour, own), {"original": own})
+
+
+def restore(table: Any) -> None:
+    """Give ``table`` its own class back."""
+    table.__class__ = type(table).original
+    del table.serialization_factor

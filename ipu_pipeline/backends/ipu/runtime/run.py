@@ -20,11 +20,20 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from runtime.checks import BundleError, check_blocks, check_order  # noqa: E402
-from runtime.data import mean_loss, read_data, synthetic_data  # noqa: E402
-from runtime.find import ModuleNotFound, find_modules  # noqa: E402
-from runtime.optimizer import decayed_groups, make_optimizer  # noqa: E402
-from runtime.options import make_options  # noqa: E402
-from runtime.placement import Placement, PlacementError  # noqa: E402
+from runtime.device import (  # noqa: E402
+    decayed_groups,
+    make_optimizer,
+    make_options,
+    mean_loss,
+    read_data,
+    synthetic_data,
+)
+from runtime.placement import (  # noqa: E402
+    ModuleNotFound,
+    Placement,
+    PlacementError,
+    find_modules,
+)
 from runtime.static_graph import DeviceForward  # noqa: E402
 
 USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, FileNotFoundError, ValueError)

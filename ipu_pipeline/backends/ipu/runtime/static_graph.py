@@ -22,7 +22,8 @@ def static_graph(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``torch.jit.is_tracing()`` says yes and ``model`` uses no cache."""
     jit: Any = torch.jit
     own, full = jit.is_tracing, torch.full
-    configs = _configs_with_cache(model)
+    owned: Any = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(c): c for c in owned if getattr(c, "use_cache", False) is True}.values()
     jit.is_tracing = lambda: True
     torch.full = functools.partial(_full, full)
     for config in configs:
@@ -43,16 +44,6 @@ def _full(own: Any, size: Any, fill_value: Any, **options: Any) -> Tensor:
         return filled
     options.setdefault("dtype", fill_value.dtype)
     return torch.zeros(size, **options) + fill_value
-
-
-def _configs_with_cache(model: nn.Module) -> list[Any]:
-    """Return the distinct configurations of ``model`` and its parts that ask for a cache."""
-    found = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", False) is True:
-            found[id(config)] = config
-    return list(found.values())
 
 
 class DeviceForward:

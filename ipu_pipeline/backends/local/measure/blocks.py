@@ -20,7 +20,7 @@ from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
 from ipu_pipeline.planner.options.cost_models import MeasuredTimes
 

@@ -46,7 +46,10 @@ def load_measurements(name: str) -> dict[str, list[float]]:
         if content.get("machine") != machine_key():
             return {}
         values = {key: [float(v) for v in found] for key, found in content["values"].items()}
-        return {key: found for key, found in values.items() if _is_measured(found)}
+        valid = {
+            k: found and all(isfinite(v) and v >= 0 for v in found) for k, found in values.items()
+        }
+        return {key: found for key, found in values.items() if valid[key]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -82,10 +85,6 @@ def one_process(name: str) -> Iterator[None]:
 
 def _file(name: str) -> Path:
     return cache_folder() / f"{name}.json"
-
-
-def _is_measured(seconds: list[float]) -> bool:
-    return bool(seconds) and all(isfinite(value) and value >= 0 for value in seconds)
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from threading import Barrier
@@ -28,7 +29,7 @@ from ipu_pipeline.backends.local.measure.cache import (
 from ipu_pipeline.ir.attention import attention_name
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ops.linear import adding_to_grad
-from ipu_pipeline.ops.scope import block_scope
+from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import take_threads, threads_per_stage
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ def local_machine(num_devices: int) -> Machine:
     if num_devices < 1:
         raise ValueError(f"num_devices must be at least 1, got {num_devices}")
     measured = _measured(num_devices)
+    rates = {n.removeprefix(RATE): v[0] for n, v in measured.items() if n.startswith(RATE)}
     (bandwidth,), (overhead,) = measured["copy"], measured["overhead"]
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(
@@ -80,7 +82,7 @@ def local_machine(num_devices: int) -> Machine:
             op_overhead_s=overhead,
             product_curve=points(measured["products"]),
             bytes_curve=points(measured["bytes"]),
-            op_rates=_rates(measured),
+            op_rates=rates,
         )
         for index in range(num_devices)
     )
@@ -111,14 +113,6 @@ def _measure(name: str, num_devices: int) -> dict[str, list[float]]:
     known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
     store_measurements(name, known)
     return known
-
-
-def _rates(measured: Mapping[str, list[float]]) -> dict[str, float]:
-    return {
-        name.removeprefix(RATE): values[0]
-        for name, values in measured.items()
-        if name.startswith(RATE)
-    }
 
 
 def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
@@ -173,10 +167,7 @@ def on_threads(work: Callable[[], T], count: int) -> list[T]:
 def seconds_of(make: Callable[[], Call], num_devices: int, repeats: int = REPEATS) -> float:
     """Return the lower quartile of the seconds of one call while all devices do the same.
 
-    Args:
-        make: Builds the call, on the device's thread.
-        num_devices: Devices.
-        repeats: Timed calls, after one that warms up.
+    Each device's thread makes the call, and times it after one that warms up.
     """
 
     def measure() -> list[float]:
@@ -268,43 +259,24 @@ def _vectors() -> Sequence[tuple[str, Call]]:
     grad, row = torch.ones_like(x), torch.ones(WIDTH)
     soft, positive = torch.softmax(x, -1), x.abs() + 0.1
     normed, mean, deviation = aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)
-    return (
-        ("gelu", lambda: aten.gelu(x)),
-        ("gelu_backward", lambda: aten.gelu_backward(grad, x)),
-        ("silu", lambda: aten.silu(x)),
-        ("silu_backward", lambda: aten.silu_backward(grad, x)),
-        ("tanh", lambda: aten.tanh(x)),
-        ("sigmoid", lambda: aten.sigmoid(x)),
-        ("erf", lambda: aten.erf(x)),
-        ("exp", lambda: aten.exp(x)),
-        ("log", lambda: aten.log(positive)),
-        ("rsqrt", lambda: aten.rsqrt(positive)),
-        ("_softmax", lambda: aten._softmax(x, -1, half_to_float=False)),
-        ("_softmax_backward_data", lambda: aten._softmax_backward_data(grad, soft, -1, x.dtype)),
-        ("_log_softmax", lambda: aten._log_softmax(x, -1, half_to_float=False)),
-        (
-            "_log_softmax_backward_data",
-            lambda: aten._log_softmax_backward_data(grad, soft, -1, x.dtype),
-        ),
-        ("native_layer_norm", lambda: aten.native_layer_norm(x, [WIDTH], row, row, 1e-5)),
-        (
-            "native_layer_norm_backward",
-            lambda: aten.native_layer_norm_backward(
-                grad, x, [WIDTH], mean, deviation, row, row, [True, True, True]
-            ),
-        ),
-        ("bernoulli_", _dropout(normed)),
-    )
+    norm = (mean, deviation, row, row, [True] * 3)
+    calls: dict[str, tuple[object, ...]] = {
+        **dict.fromkeys(("gelu", "silu", "tanh", "sigmoid", "erf", "exp"), (x,)),
+        **dict.fromkeys(("gelu_backward", "silu_backward"), (grad, x)),
+        **dict.fromkeys(("log", "rsqrt"), (positive,)),
+        **dict.fromkeys(("_softmax", "_log_softmax"), (x, -1, False)),
+        "_softmax_backward_data": (grad, soft, -1, x.dtype),
+        "_log_softmax_backward_data": (grad, soft, -1, x.dtype),
+        "native_layer_norm": (x, [WIDTH], row, row, 1e-5),
+        "native_layer_norm_backward": (grad, x, [WIDTH], *norm),
+    }
 
-
-def _dropout(x: Tensor) -> Call:
-    """The whole of a dropout: its product and quotient are counted as operations of their own."""
-
-    def call() -> None:
+    def dropout() -> None:  # the whole: product and quotient are counted as operations of their own
         with block_scope("calibration"):
-            functional.dropout(x, 0.1)
+            functional.dropout(normed, 0.1)
 
-    return call
+    timed = [(name, partial(getattr(aten, name), *given)) for name, given in calls.items()]
+    return [*timed, ("bernoulli_", dropout)]
 
 
 def _attention_rates(num_devices: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, chip_named
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
+from ipu_pipeline.backends.ipu.prices.chip import Calibration
 from ipu_pipeline.backends.ipu.prices.matmul import Product, access_waste, plan_matmul
 
 CHIP = chip_named("ipu-gc200")

@@ -5,7 +5,7 @@ from math import ceil
 import pytest
 
 from ipu_pipeline.backends.ipu.prices import chip_named
-from ipu_pipeline.backends.ipu.prices.calibration import Calibration
+from ipu_pipeline.backends.ipu.prices.chip import Calibration
 from ipu_pipeline.backends.ipu.prices.matmul import Product
 from ipu_pipeline.backends.ipu.prices.operations import (
     OperationPricer,

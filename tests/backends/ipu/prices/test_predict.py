@@ -149,7 +149,6 @@ def test_wrong_settings_are_refused(change: dict[str, object], message: str) -> 
 def test_half_partials_choose_the_precision() -> None:
     exact = replace(CONFIG, enable_half_partials=False)
     assert IPUSettings.from_config(exact).precision == "16.32"
-    assert IPUSettings.from_config(exact).partial_bytes == 4
     slow = predict(GRAPH, exact, machine_by_name("pod16"))
     assert slow.time.cycle_s > predict(GRAPH, CONFIG, machine_by_name("pod16")).time.cycle_s
 

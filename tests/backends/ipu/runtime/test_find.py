@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.ipu.annotations import annotate
-from ipu_pipeline.backends.ipu.runtime.find import ModuleNotFound, find_modules
-from ipu_pipeline.backends.ipu.runtime.placement import Placement, PlacementError
+from ipu_pipeline.backends.ipu.runtime.placement import (
+    ModuleNotFound,
+    Placement,
+    PlacementError,
+    find_modules,
+)
 from ipu_pipeline.capture import model_identity
 from tests.backends.ipu.emulated import case
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.ipu.runtime.data import mean_loss, synthetic_data
-from ipu_pipeline.backends.ipu.runtime.optimizer import decayed_groups, make_optimizer
-from ipu_pipeline.backends.ipu.runtime.options import make_options
-from ipu_pipeline.backends.ipu.runtime.placement import Placement
-from ipu_pipeline.backends.ipu.runtime.serialized import (
+from ipu_pipeline.backends.ipu.runtime.device import (
+    decayed_groups,
+    make_optimizer,
+    make_options,
+    mean_loss,
+    synthetic_data,
+)
+from ipu_pipeline.backends.ipu.runtime.placement import (
+    Placement,
     find_table,
     restore,
     serialize,

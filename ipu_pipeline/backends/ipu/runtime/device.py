@@ -1,0 +1,171 @@
+"""What the device is given besides the placement (options, optimizer, rows), and its loss."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_TYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool = False) -> Any:
+    """Return options without an execution strategy.
+
+    Args:
+        settings: The flat object of ``settings.json``.
+        poptorch: The front end.
+        inference: For evaluation instead of training.
+    """
+    options = poptorch.Options()
+    prefix = "inference_" if inference else ""
+    options.replicationFactor(settings[prefix + "replication_factor"])
+    options.deviceIterations(settings[prefix + "device_iterations"])
+    options.autoRoundNumIPUs(True)
+    if settings["seed"] is not None:
+        options.randomSeed(settings["seed"])
+    proportions = settings["inference_memory_proportions" if inference else "memory_proportions"]
+    options.setAvailableMemoryProportion(
+        {f"IPU{ipu}": share for ipu, share in enumerate(proportions)}
+    )
+    if settings["executable_cache_dir"]:
+        options.enableExecutableCaching(settings["executable_cache_dir"])
+    mode = "all" if inference else settings["output_mode"]
+    options.outputMode(getattr(poptorch.OutputMode, mode.capitalize()))
+    if inference:
+        options.Training.gradientAccumulation(1)
+    else:
+        _training(options, settings, poptorch)
+    options.Precision.enableStochasticRounding(settings["half"] and not inference)
+    if settings["half"]:
+        partials = torch.half if settings["enable_half_partials"] else torch.float
+        options.Precision.setPartialsType(partials)
+    _popart(options, settings, inference=inference)
+    return options
+
+
+def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
+    training = options.Training
+    training.gradientAccumulation(settings["gradient_accumulation_steps"])
+    training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
+    if settings["auto_loss_scaling"]:
+        training.setAutomaticLossScaling(True)
+    state = poptorch.TensorLocationSettings()
+    state.useOnChipStorage(not settings["optimizer_state_offchip"])
+    state.useReplicatedTensorSharding(
+        settings["replicated_tensor_sharding"] and settings["replication_factor"] > 1
+    )
+    options.TensorLocations.setOptimizerLocation(state)
+
+
+def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
+    """Settings that published runs on IPUs use; they change speed and memory, not results."""
+    if not inference:
+        # poptorch itself would take Pipeline (3) wherever there are several IPUs.
+        options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
+        patterns = ("TiedGather", "TiedGatherAccumulate", "UpdateInplacePrioritiesForIpu")
+        options._Popart.setPatterns(dict.fromkeys(patterns, True))
+    options._Popart.set("disableGradAccumulationTensorStreams", True)
+    options._Popart.set("outlineThreshold", 10.0)
+    options._Popart.set("subgraphCopyingStrategy", 1)
+    options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
+    options._Popart.set("engineOptions", {"opt.useAutoloader": "true"})
+
+
+def make_optimizer(
+    settings: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], poptorch: Any
+) -> Any:
+    """Return an optimizer of ``poptorch.optim``.
+
+    Args:
+        settings: The flat object of ``settings.json``.
+        groups: Parameter groups, each with ``params`` and its ``weight_decay`` (and ``lr``).
+        poptorch: The front end.
+    """
+    name = settings["optimizer"]
+    arguments = {
+        "lr": settings["learning_rate"],
+        "weight_decay": settings["weight_decay"],
+        "loss_scaling": settings["loss_scaling"],
+        "accum_type": _TYPES[settings["accum_dtype"]],
+    }
+    if name == "SGD":
+        arguments.update(momentum=settings["momentum"], use_combined_accum=False)
+    else:
+        arguments.update(
+            first_order_momentum_accum_type=_TYPES[settings["first_order_momentum_dtype"]],
+            second_order_momentum_accum_type=_TYPES[settings["second_order_momentum_dtype"]],
+            eps=settings["eps"],
+        )
+    if name in ("Adam", "AdamW", "LAMB"):
+        arguments["betas"] = tuple(settings["betas"])
+    if name in ("SGD", "Adam", "AdamW") and settings["max_grad_norm"] is not None:
+        arguments["max_grad_norm"] = settings["max_grad_norm"]
+    return getattr(poptorch.optim, name)(groups, **arguments)
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups as transformers makes them: biases and norms are not decayed."""
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bias = name.rsplit(".", 1)[-1] == "bias"
+            (plain if bias or id(parameter) in norms else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def read_data(path: str, call_size: int) -> dict[str, Tensor]:
+    """Read a ``torch.save``d dict of tensors whose axis 0 are the rows.
+
+    Raises:
+        ValueError: It is no such dict, or holds fewer rows than one call of the device takes.
+    """
+    data = torch.load(path, map_location="cpu")
+    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{path} must hold a dict of tensors by the model's input names")
+    rows = {name: len(value) for name, value in data.items()}
+    if len(set(rows.values())) != 1:
+        raise ValueError(f"{path}: the tensors have different numbers of rows: {rows}")
+    if next(iter(rows.values())) < call_size:
+        raise ValueError(
+            f"{path} has {next(iter(rows.values()))} rows, one call of the device takes "
+            f"{call_size} = micro batch x accumulation x replicas x iterations; give more rows"
+        )
+    return data
+
+
+def synthetic_data(inputs: Sequence[Mapping[str, Any]], rows: int, seed: int) -> dict[str, Tensor]:
+    """Return random rows in the shapes of the plan: zeros and ones, or normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    data = {}
+    for spec in inputs:
+        shape = (rows, *spec["shape"][1:])
+        dtype = getattr(torch, spec["dtype"])
+        if dtype.is_floating_point:
+            data[spec["name"]] = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            data[spec["name"]] = torch.randint(0, 2, shape, generator=generator).to(dtype)
+    return data
+
+
+def mean_loss(losses: Tensor, settings: Mapping[str, Any]) -> float:
+    """Return one number for the losses of one call: the mean of what the device gave back.
+
+    That is the mean over all microbatches under the output modes ``all`` and ``sum``, and over the
+    last microbatch of every replica under ``final`` and ``default``.
+    """
+    mean = float(losses.float().mean())
+    if settings["output_mode"] == "sum":
+        mean /= settings["gradient_accumulation_steps"] * settings["device_iterations"]
+    return mean
