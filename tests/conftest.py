@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # A slow machine must not fail an example for its time.
+    settings.register_profile("tests", deadline=None)
+    settings.load_profile("tests")
     # Two workers share two cores; threads of their own would only fight.
     import torch
 
