@@ -44,7 +44,12 @@ def assert_wheel(wheel: Path) -> None:
         names = set(archive.namelist())
         metadata = archive.read(f"{info}/WHEEL").decode()
     assert f"Tag: {'-'.join(tag)}\n" in metadata
-    for file in ("ops/_kernels.so", "py.typed", "config/presets.json", "report/page.html"):
+    for file in (
+        "ops/_kernels.so",
+        "py.typed",
+        "backends/ipu/config/presets.json",
+        "planner/report/page.html",
+    ):
         assert f"ipu_pipeline/{file}" in names
     assert "ipu_pipeline/ops/_kernels.txt" not in names
     assert {file.split("/")[0] for file in names} == {"ipu_pipeline", info}

@@ -1,8 +1,6 @@
 """Run the coverage of transformers' model classes: ``python -m tools.coverage --help``."""
 
-import typer
-
-from tools.coverage.command import coverage_command
+from tools.coverage.command import app
 
 if __name__ == "__main__":
-    typer.run(coverage_command)
+    app(prog_name="python -m tools.coverage")

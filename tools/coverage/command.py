@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ipu_pipeline.errors import PipelineError
+
 if TYPE_CHECKING:
     from tools.coverage.record import Record
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
 def coverage_command(
     classes: Annotated[
         str,
@@ -38,7 +44,11 @@ def coverage_command(
     from tools.coverage.classes import sample as spread
     from tools.coverage.session import check_all
 
-    chosen = model_classes(classes)
+    try:
+        chosen = model_classes(classes)
+    except PipelineError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
     if sample is not None:
         chosen = spread(chosen, sample)
     records = check_all(chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ipu_pipeline.cli import app
 from tools.coverage import session
+from tools.coverage.command import app
 from tools.coverage.record import Record
 from tools.coverage.run import Journal
 
@@ -31,7 +31,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_records_are_written_and_failures_printed(checked: list[str], tmp_path: Path) -> None:
     output = tmp_path / "coverage.json"
     options = ["--classes", "ctc", "--sample", "4", "--output", str(output)]
-    result = CliRunner().invoke(app, ["coverage", *options])
+    result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     assert len(checked) == 4
     assert f"{checked[1]}: differs: because" in result.output
@@ -44,18 +44,18 @@ def test_records_are_written_and_failures_printed(checked: list[str], tmp_path: 
 def test_resume_checks_only_what_is_left(checked: list[str], tmp_path: Path) -> None:
     output = tmp_path / "coverage.json"
     options = ["--classes", "Wav2Vec2For*", "--output", str(output)]
-    assert CliRunner().invoke(app, ["coverage", *options]).exit_code == 0
+    assert CliRunner().invoke(app, options).exit_code == 0
     done = checked.copy()
     versions = session.installed_versions()
     known = [Record(name, "wav2vec2", "ctc", "pass") for name in done[:-1]]
     Journal(output.with_suffix(".jsonl"), {"versions": versions}, known)
     checked.clear()
-    result = CliRunner().invoke(app, ["coverage", *options, "--resume"])
+    result = CliRunner().invoke(app, [*options, "--resume"])
     assert result.exit_code == 0, result.output
     assert checked == done[-1:]
 
 
 def test_an_unknown_pattern_is_one_line() -> None:
-    result = CliRunner().invoke(app, ["coverage", "--classes", "Nothing*"])
+    result = CliRunner().invoke(app, ["--classes", "Nothing*"])
     assert result.exit_code == 1
     assert "error: none of" in result.output

@@ -178,14 +178,17 @@ def _place(graph: BlockGraph, settings: IPUSettings, ipus: Mapping[str, int]) ->
 def _goes_back(graph: BlockGraph, block: Block, settings: IPUSettings) -> bool:
     """Whether an embedding behind the first layer is on the IPU of the first one.
 
-    In the published library every embedding is; PopART insists where they share their table.
+    In the published library every embedding is; PopART insists where it shares its table with the
+    first one, or with the head, which is there then (:func:`_head_ipu`).
     """
     if block.kind != "embedding":
         return False
-    kinds = {item.name: item.kind for item in graph.blocks[: graph.block_index[block.name]]}
-    tied = (group for group in graph.tied_groups if block.name in group)
-    return settings.hoisted or any(
-        kinds.get(name) == "embedding" for group in tied for name in group
+    before = {item.name for item in graph.blocks[: graph.block_index[block.name]]}
+    sharing = {name for group in graph.tied_groups if block.name in group for name in group}
+    return (
+        settings.hoisted
+        or any(graph[name].kind == "embedding" for name in sharing & before)
+        or (settings.head_ipu is None and any(graph[n].kind in ("head", "other") for n in sharing))
     )
 
 
