@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ipu_pipeline.planner.search import Constraints
 from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes, free_port
 
@@ -55,7 +56,10 @@ def test_trains_as_one_process_does_with_a_share_of_the_state(
     started: dict[int, Processes], name: str, stages: int, replicas: int
 ) -> None:
     options = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
-    planned = replicas_of(replicas, stages)
+    planned: dict[str, Any] = replicas_of(replicas, stages)
+    if stages == 2:  # as many parameters in each stage, whatever a split is predicted to cost
+        halves = {"transformer.h.1": 0, "transformer.h.2": 1}
+        planned["constraints"] = Constraints(pinned_stages=halves)
     found = run(
         started,
         stages * replicas,
@@ -76,9 +80,7 @@ def test_trains_as_one_process_does_with_a_share_of_the_state(
     assert len({weights["transformer.wte.weight"] for weights in owned(found, name)}) <= 1
     moments = [rank["moments"] for rank in found]
     assert sum(moments) == 2 * num_trained(name)  # AdamW's two, each once in the whole job
-    for stage in range(stages):  # the replicas of a stage share its parameters, each of them whole
-        shares = moments[stage::stages]
-        assert max(shares) <= 1.2 * sum(shares) / len(shares)
+    assert max(moments) <= 1.1 * sum(moments) / len(found)
 
 
 def owned(found: list[Any], name: str) -> list[dict[str, str]]:
