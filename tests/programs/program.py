@@ -145,7 +145,7 @@ class Net(nn.Module):
             "closure": self.closure,
             "counter": lambda: float(self.calls),
             "random": random.random,
-            "numpy": lambda: float(np.random.rand()),  # noqa: NPY002
+            "numpy": lambda: float(np.random.rand()),
             "tensor": lambda: float(x.detach().abs().max()),
         }[self.program.read]()
 
@@ -265,7 +265,7 @@ def build(program: Program) -> Net:
     """Return the model in its first state, everything drawn anew."""
     torch.manual_seed(0)
     random.seed(1)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     GLOBAL.scale = 1.0
     return Net(program).train()
 
