@@ -21,6 +21,7 @@ import ipu_pipeline as ipp
 
 WIDTH, WORDS, LENGTH, CLASSES, STEPS = 8, 12, 5, 3, 3
 RATE = 0.1
+LARGEST_NORM = 0.05
 IGNORED = -100
 
 # What Python reads: where the number comes from, and what it does.
@@ -32,6 +33,7 @@ BUFFERS = ("", "own", "batch norm", "spectral norm", "written at the end", "read
 SIDES = ("", "tuple", "attribute", "hook", "all hidden states")
 LOGS = ("", "item", "detach", "count by value")
 ENTRIES = ("", "weights", "axis 1", "number", "none", "text", "list", "array", "shared rows")
+LENGTHS = ("", "change between steps")
 LOSSES = ("sample mean", "token mean", "sum", "unit")
 RECOMPUTES = (None, "all", "first layer")
 GLOBAL = SimpleNamespace(scale=1.0)
@@ -50,6 +52,8 @@ class Program:
     entry: str = ""
     loss: str = "sample mean"
     tied: bool = False
+    clipped: bool = False
+    lengths: str = ""
     recompute: str | None = None
     layers: int = 3
     microbatches: int = 2
@@ -169,7 +173,8 @@ class Net(nn.Module):
         self.collected.clear()
         if program.mode == "eval inside forward":
             self.layers[0].eval()
-        x = self.scaled(self.embed(ids), "embedding")
+        x = self.embed(ids) + torch.arange(ids.shape[1]).unsqueeze(-1) / LENGTH
+        x = self.scaled(x, "embedding")
         x = self.with_entry(x, extra)
         if program.buffer == "read at the start":
             x = x - self.running
@@ -274,16 +279,17 @@ def batch_of(program: Program, step: int) -> dict[str, Any]:
     """Return the batch of one step: two samples a microbatch."""
     draw = torch.Generator().manual_seed(100 + step)
     size = 2 * program.microbatches
-    ids = torch.randint(0, WORDS, (size, LENGTH), generator=draw)
-    labels = torch.randint(0, CLASSES, (size, LENGTH), generator=draw)
+    length = LENGTH - 1 if program.lengths and step == 1 else LENGTH
+    ids = torch.randint(0, WORDS, (size, length), generator=draw)
+    labels = torch.randint(0, CLASSES, (size, length), generator=draw)
     if program.loss == "token mean":
         for row in range(size):
-            labels[row, : row % (LENGTH - 1)] = IGNORED
+            labels[row, : row % (length - 1)] = IGNORED
     batch = {"ids": ids, "labels": labels}
     if program.entry:
         batch["extra"] = {
             "weights": torch.arange(1.0, CLASSES + 1),
-            "axis 1": torch.rand(3, size, LENGTH, generator=draw),
+            "axis 1": torch.rand(3, size, length, generator=draw),
             "number": 1.5 + step,
             "none": None,
             "text": "double" if step % 2 else "single",
@@ -370,6 +376,8 @@ def eager(program: Program) -> Outcome:
             loss = model(**part)["loss"]
             (loss * share).backward()
             total += float(loss.detach()) * share
+        if program.clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
         losses.append(total)
     return Outcome.of(model, losses)
@@ -397,7 +405,10 @@ def pipelined(program: Program) -> Outcome:
         **options,
     )
     losses = []
-    with ipp.compile(model, plan, optimizer=optimizer, recompute=recompute) as executable:
+    largest = LARGEST_NORM if program.clipped else None
+    with ipp.compile(
+        model, plan, optimizer=optimizer, recompute=recompute, max_grad_norm=largest
+    ) as executable:
         for step in range(STEPS):
             model.advance(step)
             losses.append(executable.train_step(batch_of(program, step)).loss)
