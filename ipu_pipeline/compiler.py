@@ -77,6 +77,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
     backend, graph = backend_of(described), captured.graph
+    backend.check_costs(costs)
     if microbatches is None:
         microbatches = (
             backend.default_microbatches(described, depth, replicas)

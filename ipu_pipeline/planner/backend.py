@@ -112,6 +112,13 @@ class Backend(Protocol):
         """Return the microbatches per step where the user gave no number."""
         ...
 
+    def check_costs(self, costs: str) -> None:
+        """Refuse a source of prices (``analytic``, ``profiled``), before anything is measured.
+
+        Raises:
+            PartitionError: This backend does not price blocks so.
+        """
+
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""
         from ipu_pipeline.planner.price import counted_costs

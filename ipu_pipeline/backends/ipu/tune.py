@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import (
-    DEFAULT_CALIBRATION,
     Chip,
     IPUPlanning,
     IPUSettings,
@@ -213,7 +212,7 @@ class TuneResult:
     def settings(self, point: TunePoint | None = None) -> IPUSettings:
         """Return the point (default: the best) as settings that say its placement."""
         found = (point or self.best).prediction
-        return placement_of(self.graphs[found.micro_batch], found.layout, found.settings)
+        return placement_of(found.graph, found.layout, found.settings)
 
     def ipu_config(self, point: TunePoint | None = None) -> IPUConfig:
         """Return the point (default: the best) as ``ipu_config.json`` holds it.
@@ -228,16 +227,9 @@ class TuneResult:
         from ipu_pipeline.planner.price import make_plan
 
         chosen = point or self.best
-        prediction = chosen.prediction
-        graph = self.graphs[prediction.micro_batch]
-        work = Workload(
-            graph,
-            self.machine,
-            "popart",
-            prediction.num_microbatches,
-            prediction.settings.replicas,
-        )
-        return make_plan(model, work, partition_of(graph, prediction, chosen.bound_s))
+        split = partition_of(chosen.prediction, chosen.bound_s)
+        run = (split.schedule, split.num_microbatches, split.replicas)
+        return make_plan(model, Workload(chosen.prediction.graph, self.machine, *run), split)
 
     def predict(self, config: IPUConfig, capture: CaptureMicroBatch) -> Prediction:
         """Predict another configuration, for its own share of the batch where that is whole.
@@ -369,7 +361,7 @@ def pipelines_of(
         request: What is fixed.
         chip: The IPU.
     """
-    chains = {size: ChainPrices(graph, chip, DEFAULT_CALIBRATION) for size, graph in graphs.items()}
+    chains = {size: ChainPrices(graph, chip) for size, graph in graphs.items()}
     found = []
     for division in divisions:
         planning = IPUPlanning(chains[division.micro_batch], request.settings, request.choices)

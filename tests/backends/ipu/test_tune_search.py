@@ -11,7 +11,6 @@ import pytest
 from ipu_pipeline.backends.ipu.prices import Chip, Prediction, chip_named
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.prices.predict import predict_layout
 from ipu_pipeline.backends.ipu.tune import (
     FREE_STEP,
     TuneRequest,
@@ -60,7 +59,7 @@ def everything(pipelines: list[IPUPipeline]) -> Iterator[tuple[IPUPipeline, Pred
             for chosen in product((0.05, 0.3), repeat=item.settings.num_ipus):
                 settings = replace(item.settings, proportions=chosen)
                 layout = layout_of(stages, settings.num_ipus)
-                found = predict_layout(graph, layout, settings, chip)
+                found = Prediction(graph, layout, settings, chip)
                 assert not [note for note in found.notes if "refuses" in note]
                 if found.fits:
                     yield item, found

@@ -21,7 +21,7 @@ from ipu_pipeline.backends.ipu.config.fields import (
 from ipu_pipeline.backends.ipu.config.fields import config_field as cfg
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.codec import read_json
-from ipu_pipeline.planner.layers_per_ipu import expand_layers
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
 DEFAULT_MATMUL_PROPORTION = 0.2
@@ -191,6 +191,11 @@ class IPUConfig:
         if inference and self.inference_layers_per_ipu is not None:
             return self.inference_layers_per_ipu
         return self.layers_per_ipu
+
+    @property
+    def leaves_layers_open(self) -> bool:
+        """Whether it says nothing about the place of layers: the planner chooses."""
+        return self.layers_per_ipu == (WILDCARD,) and not self.stage_starts
 
     def num_ipus(self, *, inference: bool = False) -> int:
         """Return the IPUs of one replica."""

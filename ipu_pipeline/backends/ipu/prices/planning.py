@@ -15,18 +15,16 @@ from math import inf
 from time import monotonic
 from typing import Any
 
-from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
-from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, chip_of
+from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
-from ipu_pipeline.backends.ipu.prices.operations import may_serialize
+from ipu_pipeline.backends.ipu.prices.operations import may_serialize, slices_problem
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
-from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, Prediction, partition_of
+from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
@@ -88,28 +86,20 @@ class IPUPlanning:
     choices: ProgramChoices = field(default_factory=ProgramChoices)
 
     @classmethod
-    def of_configuration(
-        cls, graph: BlockGraph, config: IPUConfig, machine: Machine
-    ) -> Prediction | None:
-        """Return what ``config`` does with the layers that it leaves open placed best.
+    def of(
+        cls,
+        graph: BlockGraph,
+        machine: Machine,
+        settings: IPUSettings = DEFAULT_SETTINGS,
+        choices: ProgramChoices | None = None,
+    ) -> IPUPlanning:
+        """Return what plans ``graph`` on the IPUs of ``machine``; the mode is the graph's.
 
-        ``None`` where it says the place of every layer, or no place fits.
+        Raises:
+            PlanError: The machine's devices are no IPUs.
         """
-        if config.layers_per_ipu != (WILDCARD,) or config.stage_starts:
-            return None
-        settings = replace(IPUSettings.from_config(config), training=graph.training)
-        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
-        limits = Constraints(
-            num_stages=config.ipus_per_replica,
-            num_microbatches=config.gradient_accumulation_steps,
-            replicas=config.replicas(),
-            schedule="popart",
-        )
-        planning = cls(chain, settings, ProgramChoices.fixed(settings))
-        try:
-            return best_prediction(quickest(planning.pipelines(machine, limits)))
-        except PartitionError:
-            return None
+        run = replace(settings, training=graph.training)
+        return cls(ChainPrices(graph, chip_of(machine)), run, choices or ProgramChoices())
 
     @property
     def graph(self) -> BlockGraph:
@@ -133,7 +123,28 @@ class IPUPlanning:
         prediction = best_prediction(best)
         if prediction is None:
             return None
-        return partition_of(self.graph, prediction, best.lower_bound_s)
+        return partition_of(prediction, best.lower_bound_s)
+
+    def costs(self, machine: Machine) -> GraphCosts:
+        """Return the price of every block alone, and this, which prices pipelines of them."""
+        graph, settings, chain = self.graph, self.settings, self.chain
+        share = settings.proportion(0)
+        times = chain.times(replace(settings, accumulation=2), share)
+        blocks = {
+            block.name: BlockCost(
+                (
+                    BlockChoice(
+                        times.forward_s[i + 1] - times.forward_s[i],
+                        times.backward_s[i + 1] - times.backward_s[i],
+                        stash_bytes=saved_bytes(block, settings) if graph.training else 0,
+                        workspace_bytes=chain.working(settings, share, i, i + 1),
+                    ),
+                ),
+                _weights(graph, block, settings),
+            )
+            for i, block in enumerate(graph.blocks)
+        }
+        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=self)
 
     # ---- what is tried
 
@@ -202,7 +213,9 @@ class IPUPlanning:
             block_slices=self._slices(constraints),
             stage_starts=(),
         )
-        again = self._recompute(constraints) if many and training else (False,)
+        asked = {"always": (True,), "never": (False,)}
+        again = asked.get(str(constraints.recompute), self.choices.recompute)
+        again = again if many and training else (False,)
         places = self.choices.offchip if base.state_bytes and training else (False,)
         for recompute, offchip in product(again, places):
             kept = self.choices.checkpoint_layers if recompute else (False,)
@@ -216,24 +229,14 @@ class IPUPlanning:
                     projection_factor=projection,
                 )
 
-    def _recompute(self, constraints: Constraints) -> tuple[bool, ...]:
-        if isinstance(constraints.recompute, tuple):
-            return (bool(constraints.recompute),)
-        named = {"always": (True,), "never": (False,)}
-        return named.get(constraints.recompute, self.choices.recompute)
-
     def _slices(self, constraints: Constraints) -> tuple[tuple[str, int], ...] | None:
         asked = constraints.factors(self.graph.block_index)
         if not asked:
             return self.settings.block_slices
         for name, factor in asked.items():
-            table = table_of(self.graph, self.graph[name])
-            if factor > 1 and (table is None or table.rows % factor):
-                raise PartitionError(
-                    f"serialize asks for block {name!r} in {factor} slices, "
-                    + ("which has no table" if table is None else
-                       f"which do not divide its {table.rows} rows")
-                )  # fmt: skip
+            problem = slices_problem(self.graph, name, factor)
+            if problem:
+                raise PartitionError(problem)
         return tuple((name, factor) for name, factor in asked.items() if factor > 1)
 
     def _factors(self, constraints: Constraints) -> list[tuple[int, int]]:
@@ -367,46 +370,6 @@ class IPUPlanning:
         best = min(tried, key=lambda prediction: prediction.fullest[0])
         text = best.tile_text(best.fullest[1])
         return f"spread evenly over {best.settings.num_ipus} IPUs, {text}"
-
-
-@dataclass(frozen=True)
-class IPUCostModel:
-    """Prices a graph on IPUs.
-
-    Attributes:
-        settings: Precision, memory proportions, optimizer, its place and sharding, front end.
-            IPUs, replicas and microbatches are those of a pipeline, the mode is the graph's.
-        choices: What the search may choose about the program.
-    """
-
-    settings: IPUSettings = DEFAULT_SETTINGS
-    choices: ProgramChoices = ProgramChoices()
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block of ``graph`` alone, and what prices pipelines of it.
-
-        Raises:
-            PlanError: The machine's devices are no IPUs.
-        """
-        settings = replace(self.settings, training=graph.training)
-        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
-        times = chain.times(replace(settings, accumulation=2), settings.proportion(0))
-        blocks = {
-            block.name: BlockCost(
-                (
-                    BlockChoice(
-                        times.forward_s[i + 1] - times.forward_s[i],
-                        times.backward_s[i + 1] - times.backward_s[i],
-                        stash_bytes=saved_bytes(block, settings) if graph.training else 0,
-                        workspace_bytes=chain.working(settings, settings.proportion(0), i, i + 1),
-                    ),
-                ),
-                _weights(graph, block, settings),
-            )
-            for i, block in enumerate(graph.blocks)
-        }
-        planning = IPUPlanning(chain, settings, self.choices)
-        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=planning)
 
 
 def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str, int]:
