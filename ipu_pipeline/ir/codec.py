@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -48,19 +49,23 @@ def from_json(
     known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
     unknown = [name for name in raw if name not in known]
     if unknown:
-        raise error(
-            f"{source}: unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}"
-        )
+        raise error(f"{source}: {unknown_field(unknown[0], known)}")
     for name in (name for name in known if name in raw and name not in given):
-        wanted = _hints(kind)[name]  # type: ignore[arg-type]
-        given[name] = _convert(raw[name], wanted, f"{source}, {name}", error)
+        given[name] = checked(raw[name], hints(kind)[name], f"{source}, {name}", error)  # type: ignore[arg-type]
     missing = [item.name for item in fields(kind) if _required(item) and item.name not in given]  # type: ignore[arg-type]
     if missing:
         raise error(f"{source}: missing field {', '.join(map(repr, missing))}")
     try:
         return kind(**given)
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, error) as problem:
         raise error(f"{source}: {problem}") from problem
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """Say that there is no field ``name``, with the closest ones that there are."""
+    close = get_close_matches(name, known := list(known), n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {', '.join(known)}"
+    return f"unknown field {name!r}; {hint}"
 
 
 def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
@@ -88,15 +93,29 @@ def _required(item: Field[Any]) -> bool:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+def hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass' fields, with their ranges."""
+    return get_type_hints(kind, include_extras=True)
 
 
-def _convert(raw: Any, wanted: Any, place: str, error: type[PipelineError]) -> Any:
+def checked(
+    raw: Any, wanted: Any, place: str, error: type[PipelineError], *, strict: bool = True
+) -> Any:
+    """Return plain data as type ``wanted``, lists as the tuples that they are there.
+
+    Args:
+        raw: The data.
+        wanted: Its type, with ranges as ``Annotated[int, msgspec.Meta(ge=1)]``.
+        place: Named at the start of a message.
+        error: Raised with a message that says which place has which fault.
+        strict: Whether texts of numbers and truth values are refused.
+    """
     try:
-        found = msgspec.convert(raw, wanted)
+        found = msgspec.convert(raw, wanted, strict=strict)
     except msgspec.ValidationError as problem:
         text, _, where = str(problem).partition(" - at `$")
+        if get_origin(wanted) is Literal:
+            text = f"Expected one of {', '.join(map(str, get_args(wanted)))}"
         raise error(f"{place}{where.rstrip('`')}: {text}{_excerpt(raw, where)}") from problem
     strange = _unread(raw, msgspec.to_builtins(found, str_keys=True), "")
     if strange:

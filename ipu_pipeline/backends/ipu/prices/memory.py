@@ -183,8 +183,7 @@ def add_up(
         working: Most bytes that one operation needs.
         products: Matrix products of its forward passes.
     """
-    training = int(settings.training)
-    on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
+    training, on_chip = int(settings.training), settings.chip_state_bytes
     activations = max((stage.activations for stage in stages), default=0)
     # Off the chip, a parameter's state is on it only while the parameter is updated.
     updating = training * largest * (settings.state_bytes * settings.state_share - on_chip)

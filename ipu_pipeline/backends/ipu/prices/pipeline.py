@@ -12,7 +12,7 @@ Source: as ``timing.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -294,6 +294,10 @@ class IPUPipeline:
         chosen, ipu = proportions.pop()[0], self.slots[parts[0][2]].device
         return any(self._pick(share) == chosen for share, _ in self._fitting(stages, ipu))
 
+    def fits(self) -> bool:
+        """Whether a narrow search finds a split that fits."""
+        return self.label_search(inf, None).run_narrow().objective < inf
+
     # ---- the price itself
 
     def true_s(self, reached: Sequence[int], prices: Sequence[StagePrice]) -> float:
@@ -342,6 +346,11 @@ class IPUPipeline:
         ]
         layout = layout_of(stages, settings.num_ipus)
         return Prediction(chain.graph, layout, settings, chain.chip)
+
+
+def closest(pipelines: Iterable[IPUPipeline]) -> Prediction:
+    """Return the evenly spread split whose fullest tile is the least full: where none fits."""
+    return min((item.even() for item in pipelines), key=lambda found: found.fullest[0])
 
 
 def best_prediction(best: Quickest[IPUPipeline]) -> Prediction | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import inf
 from time import monotonic
 from typing import Any
 
@@ -19,7 +18,7 @@ from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
 from ipu_pipeline.backends.ipu.prices.operations import may_serialize, slices_problem
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction, closest
 from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
@@ -343,8 +342,11 @@ class IPUPlanning:
             free = replace(constraints, num_stages=None)
             if self._fits(machine, free, until):
                 helps.append("leave the number of IPUs open")
-        closest = self._closest(machine, constraints)
-        text = f"no split fits {machine.name}: {closest}; "
+        best = closest(self.pipelines(machine, constraints))
+        text = (
+            f"no split fits {machine.name}: spread evenly over {best.settings.num_ipus} IPUs, "
+            f"{best.tile_text(best.fullest[1])}; "
+        )
         if not helps:
             return InfeasibleError(text + "use more IPUs, a smaller micro batch or sequence length")
         return InfeasibleError(text + f"it fits if you {'; or '.join(helps)}")
@@ -357,19 +359,7 @@ class IPUPlanning:
             found = self.pipelines(machine, constraints)
         except PartitionError:
             return False
-        for item in found:
-            if monotonic() > until:
-                return False
-            if item.label_search(inf, until).run_narrow().objective < inf:
-                return True
-        return False
-
-    def _closest(self, machine: Machine, constraints: Constraints) -> str:
-        """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
-        tried = (item.even() for item in self.pipelines(machine, constraints))
-        best = min(tried, key=lambda prediction: prediction.fullest[0])
-        text = best.tile_text(best.fullest[1])
-        return f"spread evenly over {best.settings.num_ipus} IPUs, {text}"
+        return any(monotonic() <= until and item.fits() for item in found)
 
 
 def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str, int]:
@@ -380,8 +370,7 @@ def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str
         per_element: float = settings.element_bytes
         if parameter.trainable and settings.training:
             per_element += settings.element_bytes
-            if not settings.optimizer_offchip:
-                per_element += settings.state_bytes * settings.state_share
+            per_element += settings.chip_state_bytes
         found[fqn] = int(parameter.numel * per_element)
     return found
 
