@@ -113,11 +113,14 @@ class Backend(Protocol):
         ...
 
     def check_costs(self, costs: str) -> None:
-        """Refuse a source of prices (``analytic``, ``profiled``), before anything is measured.
+        """Refuse a source of prices, before anything is measured.
 
         Raises:
+            ValueError: It is neither ``analytic`` nor ``profiled``.
             PartitionError: This backend does not price blocks so.
         """
+        if costs not in ("analytic", "profiled"):
+            raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
 
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""

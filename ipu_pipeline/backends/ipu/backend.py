@@ -80,9 +80,9 @@ class IPUBackend:
         """Refuse what this machine measures.
 
         Raises:
-            PartitionError: ``costs`` is ``profiled``.
+            PartitionError: ``costs`` is not ``analytic``.
         """
-        if costs == "profiled":
+        if costs != "analytic":
             raise PartitionError(
                 "IPUs are priced by their own model, not by what this machine measured; use "
                 "costs='analytic'"
