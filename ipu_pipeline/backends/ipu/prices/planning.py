@@ -27,7 +27,7 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
-from ipu_pipeline.planner.search.from_graph import build_slots
+from ipu_pipeline.planner.search.from_graph import build_slots, device_groups
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
 from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import quickest
@@ -173,7 +173,7 @@ class IPUPlanning:
             starts = every
             if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
                 starts = _uncut(every, groups)
-            count = _microbatches(constraints, replicas)
+            count = constraints.microbatches_of(replicas)
             least = least_microbatches("popart", len(devices), training=graph.training)
             if count < least or len(devices) > len(starts) - 1:
                 continue
@@ -295,7 +295,7 @@ class IPUPlanning:
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1
-        count = _microbatches(constraints, constraints.replicas or 1)
+        count = constraints.microbatches_of(constraints.replicas or 1)
         least = least_microbatches("popart", depth, training=self.graph.training)
         if count < least:
             return (
@@ -381,11 +381,6 @@ def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:
     return tuple(s for s in starts if not any(first < s <= last for first, last in spans))
 
 
-def _microbatches(constraints: Constraints, replicas: int) -> int:
-    total = constraints.total_microbatches
-    return constraints.num_microbatches if total is None else total // replicas
-
-
 def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
     """Masks of blocks that must be on one IPU: PopART copies no variable between IPUs.
 
@@ -393,12 +388,4 @@ def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ..
     """
     kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
     tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
-    merged: list[int] = []
-    for group in (*constraints.same_device, *tied):
-        mask = sum(1 << graph.block_index[name] for name in set(group))
-        apart = [other for other in merged if not other & mask]
-        for other in merged:
-            if other & mask:
-                mask |= other
-        merged = [*apart, mask]
-    return tuple(mask for mask in merged if mask.bit_count() > 1)
+    return device_groups(graph, (*constraints.same_device, *tied))
