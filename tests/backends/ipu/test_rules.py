@@ -139,7 +139,8 @@ def test_single_blocks_are_not_recomputed(tmp_path: Path) -> None:
     with pytest.raises(PartitionError, match=f"single blocks .*layer.0.*, but {message}"):
         ipp.plan(model, batch, **asked, constraints=limits)
     plan = ipp.plan(model, batch, **asked, passes="recompute{blocks=all}")
-    assert [bool(stage.recompute) for stage in plan.stages] == [True, False]
+    *earlier, last = (bool(stage.recompute) for stage in plan.stages)
+    assert (set(earlier), last) == ({True}, False)
     plan.save(tmp_path / "plan.json")
     edited = json.loads((tmp_path / "plan.json").read_text())
     edited["stages"][0]["recompute"] = ["bert.encoder.layer.0"]

@@ -20,12 +20,17 @@ class PrecisionOptions(OptionsDict):
         )
         object.__setattr__(self, "_popart", popart)
 
-    enableFloatingPointExceptions = setter(
-        "enableFloatingPointChecks", "Stop on NaN, overflow and invalid operations."
-    )
-    enableStochasticRounding = setter(
-        "enableStochasticRounding", "Round to float16 at random, with the value as its mean."
-    )
+    def enableFloatingPointExceptions(self, enabled: bool) -> PrecisionOptions:
+        """Stop on NaN, overflow and invalid operations."""
+        require_type(enabled, bool, "enableFloatingPointExceptions")
+        self.set(enableFloatingPointChecks=enabled)
+        return self
+
+    def enableStochasticRounding(self, enabled: bool) -> PrecisionOptions:
+        """Round to float16 at random, with the value as its mean."""
+        require_type(enabled, bool, "enableStochasticRounding")
+        self.set(enableStochasticRounding=enabled)
+        return self
 
     def setPartialsType(self, dtype: torch.dtype) -> PrecisionOptions:
         """Choose the type of partial sums of matrix products and convolutions.
