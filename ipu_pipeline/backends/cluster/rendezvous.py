@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ipu_pipeline.backends.cluster.launch import STORE_VARIABLE
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 
@@ -42,10 +43,20 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    shared, rank, world_size = _store_and_place(timeout)
     store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
+
+
+def _store_and_place(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the store of all processes, this one's rank, and their number."""
+    where = os.environ.get(STORE_VARIABLE)
+    if where is None:
+        return next(rendezvous("env://", timeout=timeout))  # type: ignore[no-any-return]
+    host, _, port = where.rpartition(":")
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    return store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
