@@ -87,12 +87,12 @@ class ShardedCheckpoints:
     def save(
         self,
         path: str | Path,
-        *,
         ownership: Ownership | None,
         global_step: int,
-        extra: Mapping[str, Any] | None,
-        attach: Attach | None,
-        blocking: bool,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
     ) -> Path:
         """Write a checkpoint, or begin to. Every rank calls this.
 
