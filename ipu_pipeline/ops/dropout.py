@@ -80,7 +80,7 @@ def bernoulli_counter_(
         raise ValueError(f"keep_probability is {keep_probability}; use one from 0 to 1")
     draw = _draw(keep_probability, seed, stream, offset)
     with torch.no_grad():
-        if _has_kernel(out):
+        if _kernels(out):
             torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
         else:
             out.copy_(_kept(out, draw))
@@ -105,7 +105,7 @@ class _DropoutCounter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, draw: _Draw) -> Tensor:
         ctx.scale, ctx.draw = scale, draw
-        if _has_kernel(x):
+        if _kernels(x):
             return torch.ops.ipu_pipeline.dropout_counter(x, scale, *astuple(draw))
         # In at least float32, rounded once, as the kernel does.
         y = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
@@ -156,10 +156,6 @@ def philox_4x32(
         c2, c3 = ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return extension.takes(x) and _kernels()
 
 
 _kernels = extension.kernels(

@@ -173,7 +173,7 @@ def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Ten
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    return tensor.dtype in FLOATS and extension.takes(tensor) and _kernels()
+    return tensor.dtype in FLOATS and _kernels(tensor)
 
 
 def _fake_backward(grad: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

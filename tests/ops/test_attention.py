@@ -29,7 +29,7 @@ MASKS = {
 def path(request, monkeypatch) -> None:
     """The kernel, or how many elements plain torch computes at once."""
     if request.param != "kernel":
-        monkeypatch.setattr(attention, "_kernels", lambda: False)
+        monkeypatch.setattr(attention, "_kernels", lambda *_: False)
         monkeypatch.setattr(attention, "_ELEMENTS", request.param)
     elif not extension.state().usable:
         pytest.skip(extension.state().detail)
@@ -154,7 +154,7 @@ def test_1_2_and_4_threads_give_the_same_bits(kernel) -> None:
 
 def test_kernel_and_plain_torch_agree(kernel, monkeypatch) -> None:
     found = with_threads(1)
-    monkeypatch.setattr(attention, "_kernels", lambda: False)
+    monkeypatch.setattr(attention, "_kernels", lambda *_: False)
     torch.testing.assert_close(found, with_threads(1))
 
 

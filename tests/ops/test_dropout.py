@@ -18,7 +18,7 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which implementation a test runs on."""
     if request.param == "plain torch":
-        monkeypatch.setattr(dropout, "_kernels", lambda: False)
+        monkeypatch.setattr(dropout, "_kernels", lambda *_: False)
     elif not extension.state().usable:
         pytest.skip(extension.state().detail)
     return request.param
@@ -70,7 +70,7 @@ def test_both_paths_give_the_same_bits(kernel, monkeypatch, dtype, count, offset
     x[0] = float("inf")
     for p in (0.0, 1e-12, 0.1, 0.5, 0.9, 1.0):
         with monkeypatch.context() as patch:
-            patch.setattr(dropout, "_kernels", lambda: False)
+            patch.setattr(dropout, "_kernels", lambda *_: False)
             plain = dropout_counter(x, p, *KEY, offset)
             plain_mask = bernoulli_counter_(torch.empty_like(x), 1 - p, *KEY, offset)
         assert torch.equal(dropout_counter(x, p, *KEY, offset), plain)
