@@ -152,6 +152,14 @@ def files_of(stem: str, files: Iterable[str]) -> list[str]:
     return sorted(name for name in files if pattern.fullmatch(name))
 
 
+def tensor_bytes(path: Path) -> dict[str, int]:
+    """Return the bytes of every tensor in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name[:2] != "__"}
+    return {name: end - start for name, (start, end) in ranges.items()}
+
+
 def rng_state() -> dict[str, Any]:
     """Return the three states as JSON data."""
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002

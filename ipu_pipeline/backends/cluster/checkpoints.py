@@ -199,15 +199,16 @@ class ShardedCheckpoints:
     ) -> None:
         def own_files() -> Any:
             if self._rank not in writers:
-                return None
+                return {}
             return write_shard(folder, part, writers.index(self._rank), len(writers))
 
         with _or_nothing(new):
             written, error = _tried(own_files)
-            found = self._writers.gather((problem_of(error), written))
-            raise_alike([problem for problem, _ in found], error)
-            parts = [files for _, files in found if files is not None]
-            _, error = _tried(lambda: None if new is None else new.finish(parts))
+            found = self._writers.gather((problem_of(error), written, part.values))
+            raise_alike([problem for problem, *_ in found], error)
+            files = {name: entry for _, own, _ in found for name, entry in own.items()}
+            values = {name: entry for *_, own in found for name, entry in own.items()}
+            _, error = _tried(lambda: None if new is None else new.finish(files, values))
             raise_together(self._writers, error)
 
 
