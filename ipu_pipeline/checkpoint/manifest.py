@@ -8,7 +8,6 @@ import json
 import random
 import re
 from collections.abc import Collection, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ir.plan import library_versions
 
 MANIFEST = "checkpoint.json"
 # 2: tensors may be spread over several files.
@@ -43,7 +43,7 @@ def write_manifest(
             files[item.name] = describe(item)
     body = {
         "schema_version": SCHEMA_VERSION,
-        "library_version": _library_version(),
+        "library_version": library_versions()["ipu-pipeline"],
         **content,
         "files": dict(sorted(files.items())),
     }
@@ -132,13 +132,6 @@ def _sha256(path: Path) -> str:
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _library_version() -> str:
-    try:
-        return version("ipu-pipeline")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def file_name(stem: str, index: int, count: int) -> str:

@@ -290,19 +290,9 @@ def write_checkpoint(
     attach: Attach | None = None,
     background: Background | None = None,
 ) -> Path:
-    """Write a checkpoint atomically; one already at ``path`` is replaced.
+    """Write a checkpoint atomically, in the ``background`` if there is one; return ``path``.
 
-    Args:
-        path: The checkpoint's folder.
-        model: The unsplit model. With the files of its ``save_pretrained`` if it has one.
-        optimizer: Over the model's own parameters; ``None`` to leave it out.
-        global_step: Optimizer steps tried so far.
-        extra: JSON data to keep with it.
-        attach: Called at once with the folder that becomes the checkpoint, to add files to it.
-        background: Copy everything, and write it there.
-
-    Returns:
-        ``path``.
+    One already at ``path`` is replaced. The others are those of :class:`CheckpointWriter`.
 
     Raises:
         CheckpointError: Something cannot be written as safetensors or JSON.

@@ -148,11 +148,6 @@ class Plan:
         return tuple(spec for spec in self.graph.tensors if spec.consumers)
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Model inputs of one microbatch."""
-        return self.graph.inputs
-
-    @property
     def tied_groups(self) -> tuple[tuple[str, ...], ...]:
         """Blocks that share a parameter."""
         return self.graph.tied_groups

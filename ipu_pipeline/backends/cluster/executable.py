@@ -54,11 +54,7 @@ class DistributedExecutable(Executable):
 
     A short microbatch is a run of its own and weighs less.
 
-    Args:
-        model: The whole model; this process trains the parameters of its stages in place.
-        plan: The split.
-        optimizer: Over ``model.parameters()``; cut down to this process's own parameters.
-        options: How to run.
+    ``optimizer`` is cut down to the parameters of this process; ``options`` say how to run.
 
     Raises:
         LoweringError: The processes cannot run the plan, or do not agree on what to run; the

@@ -128,11 +128,7 @@ class LocalExecutable(Executable):
 
     A short microbatch is captured for its own shape and weighs less.
 
-    Args:
-        model: The user's model; its parameters are trained in place.
-        plan: The split.
-        optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
-        options: How to run.
+    ``options`` say how to run; the others are those of :class:`Executable`.
 
     Raises:
         LoweringError: The target cannot run the plan.
