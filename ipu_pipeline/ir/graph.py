@@ -258,20 +258,19 @@ class BlockGraph:
         """
         if not isinstance(raw, Mapping):
             raise PlanError(f"{source}: expected an object with fields, got {type(raw).__name__}")
-        fields = dict(raw)
+        given = dict(raw)
+        operations = given.pop("operations", ())
+        shared = from_json(
+            tuple[tuple[OpRecord, ...], ...], operations, f"{source}, operations", PlanError
+        )
         try:
-            shared = [tuple(from_json(OpRecord, op, f"{source}, operations", PlanError)
-                            for op in ops) for ops in fields.pop("operations", ())]  # fmt: skip
-            blocks = tuple(
-                from_json(
-                    Block,
-                    block,
-                    f"{source}, blocks[{index}]",
-                    PlanError,
-                    {key: shared[block[key]] for key in ("forward_ops", "backward_ops")},
-                )
-                for index, block in enumerate(fields["blocks"])
-            )
-        except (KeyError, IndexError, TypeError) as error:
+            plain = [dict(block) for block in given["blocks"]]
+            ops = [(shared[b.pop("forward_ops")], shared[b.pop("backward_ops")]) for b in plain]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
-        return from_json(cls, fields, source, PlanError, {"blocks": blocks})
+        blocks = from_json(tuple[Block, ...], plain, f"{source}, blocks", PlanError)
+        given["blocks"] = tuple(
+            replace(block, forward_ops=forward, backward_ops=backward)
+            for block, (forward, backward) in zip(blocks, ops, strict=True)
+        )
+        return from_json(cls, given, source, PlanError)

@@ -297,7 +297,6 @@ def plan_from_json(raw: Any, source: str) -> Plan:
             f"{source}: plan schema version {found!r}, this library reads {PLAN_SCHEMA_VERSION}; "
             "make the plan again"
         )
-    ready = {}
     if "graph" in fields:
-        ready["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
-    return from_json(Plan, fields, source, PlanError, ready)
+        fields["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
+    return from_json(Plan, fields, source, PlanError)
