@@ -7,6 +7,9 @@ from collections import Counter
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 
+# Characters of the longest name.
+MAX_NAME = 500
+
 
 def verify_plan(plan: Plan) -> None:
     """Check every rule a plan must obey, whatever the target.
@@ -14,10 +17,33 @@ def verify_plan(plan: Plan) -> None:
     Raises:
         PlanError: A rule is broken; the message names the stage, the blocks and the remedy.
     """
+    _verify_names(plan)
     _verify_numbers(plan)
     _verify_placement(plan)
     _verify_order(plan)
     _verify_annotations(plan)
+
+
+def _verify_names(plan: Plan) -> None:
+    """Names end in files that others run, on terminals and in pages: nothing may act there."""
+    if not all(part.isidentifier() for part in plan.model.model_class.split(".")):
+        raise PlanError(
+            f"the plan's model_class is {_shown(plan.model.model_class)}; it must be the name of a "
+            "class, such as BertForQuestionAnswering"
+        )
+    names = [block.name for block in plan.blocks]
+    names += [spec.name for spec in (*plan.graph.tensors, *plan.inputs)]
+    names += [*plan.model.parameters, plan.machine.name, plan.schedule]
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise PlanError(
+                f"the plan holds the name {_shown(name)}; a name is 1 to {MAX_NAME} printable "
+                "characters: rename what it stands for in the model"
+            )
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 60 else name[:60] + "...")
 
 
 def _verify_numbers(plan: Plan) -> None:
