@@ -32,7 +32,7 @@ def _verify_names(plan: Plan) -> None:
             "class, such as BertForQuestionAnswering"
         )
     names = [block.name for block in plan.blocks]
-    names += [spec.name for spec in (*plan.graph.tensors, *plan.inputs)]
+    names += [spec.name for spec in (*plan.graph.tensors, *plan.graph.inputs)]
     names += [*plan.model.parameters, plan.machine.name, plan.schedule]
     for name in names:
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
