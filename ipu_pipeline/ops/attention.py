@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ from ipu_pipeline.ops.dropout import FLOATS, dropout_counter, kept_words
 _ELEMENTS = 1 << 20
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     scale: float
     p: float
     mask_key: tuple[int, int]

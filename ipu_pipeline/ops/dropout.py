@@ -10,8 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ _FACTORS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-@dataclass(frozen=True)
-class _Draw:
+class _Draw(NamedTuple):
     """How many of the 2^32 words are kept, and the key of the words."""
 
     threshold: int
@@ -81,7 +79,7 @@ def bernoulli_counter_(
     draw = _draw(keep_probability, seed, stream, offset)
     with torch.no_grad():
         if _kernels(out):
-            torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
+            torch.ops.ipu_pipeline.bernoulli_counter_(out, *draw)
         else:
             out.copy_(_kept(out, draw))
     return out
@@ -106,7 +104,7 @@ class _DropoutCounter(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, draw: _Draw) -> Tensor:
         ctx.scale, ctx.draw = scale, draw
         if _kernels(x):
-            return torch.ops.ipu_pipeline.dropout_counter(x, scale, *astuple(draw))
+            return torch.ops.ipu_pipeline.dropout_counter(x, scale, *draw)
         # In at least float32, rounded once, as the kernel does.
         y = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
         return y.masked_fill_(~_kept(x, draw), 0)
