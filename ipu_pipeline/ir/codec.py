@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,35 +34,33 @@ def from_json(kind: type[T], raw: Any, source: str, error: type[PipelineError]) 
         source: Named at the start of every message: a path, or what the data is.
         error: Raised with a message that says which place has which fault.
     """
-    if is_dataclass(kind):
-        _check_fields(kind, raw, source, error)
+    known = {item.name: item for item in fields(kind)} if is_dataclass(kind) else {}
+    if known and not isinstance(raw, Mapping):
+        raise error(f"{source}: expected an object with fields, got {type(raw).__name__}")
+    # All fields that are unknown or missing are named; msgspec would name the first.
+    unknown = [name for name in raw if name not in known] if known else []
+    if unknown:
+        raise error(
+            f"{source}: unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}"
+        )
     try:
         found = msgspec.convert(raw, kind)
     except msgspec.ValidationError as problem:
         text, _, where = str(problem).partition(" - at `$")
         where = where.rstrip("`")
-        place = _place(source, where)
-        raise error(f"{place}: {text}{_excerpt(raw, where) if where else ''}") from problem
+        missing = [n for n, item in known.items() if n not in raw and _is_required(item)]
+        if missing and not where:
+            text = f"missing field {', '.join(map(repr, missing))}"
+        excerpt = _excerpt(raw, where) if where else ""
+        raise error(f"{_place(source, where)}: {text}{excerpt}") from problem
     strange = _unread(raw, found, "")
     if strange:
         raise error(f"{_place(source, strange[0])}: unknown field {strange[1]!r}")
     return found
 
 
-def _check_fields(kind: type, raw: Any, source: str, error: type[PipelineError]) -> None:
-    """Name all fields that are unknown or missing, where msgspec would name the first."""
-    if not isinstance(raw, Mapping):
-        raise error(f"{source}: expected an object with fields, got {type(raw).__name__}")
-    known = {item.name: item for item in fields(kind)}
-    unknown = [name for name in raw if name not in known]
-    if unknown:
-        raise error(
-            f"{source}: unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}"
-        )
-    missing = [n for n, item in known.items() if n not in raw and item.default is MISSING
-               and item.default_factory is MISSING]  # fmt: skip
-    if missing:
-        raise error(f"{source}: missing field {', '.join(map(repr, missing))}")
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
 
 
 def _place(source: str, where: str) -> str:
