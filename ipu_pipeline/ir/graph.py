@@ -294,7 +294,7 @@ def _check_references(graph: BlockGraph, source: str) -> None:
         if len(known) != number:
             raise PlanError(f"{source}: two {kind}s have one name; make the plan again")
     of_tensors = ((t.producer, *t.consumers) for t in graph.tensors if t.producer is not None)
-    for what, known, names in (
+    for what, held, names in (
         ("block", blocks, [name for group in of_tensors for name in group]),
         ("block", blocks, [name for p in graph.parameters for name in p.blocks]),
         ("parameter", parameters, [name for block in graph.blocks for name in block.parameters]),
@@ -302,7 +302,7 @@ def _check_references(graph: BlockGraph, source: str) -> None:
         ("dtype", DTYPE_BYTES, [t.dtype for t in (*graph.tensors, *graph.inputs)]),
         ("dtype", DTYPE_BYTES, [p.dtype for p in graph.parameters]),
     ):
-        strange = next((name for name in names if name not in known), None)
+        strange = next((name for name in names if name not in held), None)
         if strange is not None:
             shown = strange if len(strange) <= 80 else f"{strange[:80]}..."
             raise PlanError(
