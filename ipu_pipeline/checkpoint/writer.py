@@ -194,8 +194,8 @@ class CheckpointWriter:
             raise
 
     def _write_weights_index(self, files: Sequence[str]) -> None:
-        if len(files) < 2:
-            return
+        if files == [file_name(WEIGHTS, 0, 1)]:
+            return  # found by its name; one of several needs an index, even where others hold none
         sizes = {file: tensor_bytes(self.folder / file) for file in files}
         places = {name: file for file, found in sizes.items() for name in found}
         total = sum(sum(found.values()) for found in sizes.values())
