@@ -139,6 +139,9 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
     if spec.num_threads is None:
         threads = [f"cores={_CORES} &&", f"env OMP_NUM_THREADS={_share(spec)}"]
     lines = [f"cd {_quoted(str(folder))} &&", *threads, *_settings(spec)]
+    if spec.num_nodes > 1:  # it signs what the processes tell each other, and is not shown here
+        said = "set it to one random text on every node"
+        lines.append(f'{SECRET_VARIABLE}="${{{SECRET_VARIABLE}:?{said}}}"')
     ends = [
         _torchrun(spec, python, _quoted(run_id), _quoted(f"{host}:{port or PORT}"), str(count))
         for count in (number, number - 1)
@@ -197,6 +200,8 @@ def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str
         f"cd {_quoted(str(folder))}",
         "",
         *(f"export {setting}" for setting in _settings(spec)),
+        "# It signs what the processes tell each other.",
+        f"export {SECRET_VARIABLE}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         *threads,
         "",
         "# The processes meet on the first node; the port differs from job to job.",
