@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from ipu_pipeline.errors import PipelineError
 
 T = TypeVar("T")
+# Fields of the dataclasses that this module reads: a size or count, and seconds or a rate.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+# Bytes of the largest file, and digits of the longest whole number.
+MAX_BYTES = 2**30
+MAX_DIGITS = 19
 
 
 def to_json(value: Any) -> Any:
@@ -28,52 +34,92 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(
-    kind: type[T],
-    raw: Any,
-    source: str,
-    error: type[PipelineError],
-    ready: Mapping[str, Any] | None = None,
+    kind: type[T], raw: Any, source: str, error: type[PipelineError], *, strict: bool = True
 ) -> T:
-    """Build a dataclass from parsed JSON.
+    """Build a dataclass, or another type of fields, from parsed JSON.
 
     Args:
-        kind: The dataclass.
-        raw: What the JSON holds.
+        kind: The type.
+        raw: What the JSON holds; what is already of its type is taken as it is.
         source: Named at the start of every message: a path, or what the data is.
         error: Raised with a message that says which place has which fault.
-        ready: Fields that were read already.
+        strict: Whether texts of numbers and truth values are refused.
     """
-    if not isinstance(raw, Mapping):
+    known = {item.name: item for item in fields(kind)} if is_dataclass(kind) else {}
+    if known and not isinstance(raw, Mapping):
         raise error(f"{source}: expected an object with fields, got {type(raw).__name__}")
-    given = dict(ready or {})
-    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-    unknown = [name for name in raw if name not in known]
+    # All fields that are unknown or missing are named; msgspec would name the first.
+    unknown = [name for name in raw if name not in known] if known else []
     if unknown:
-        raise error(f"{source}: {unknown_field(unknown[0], known)}")
-    for name in (name for name in known if name in raw and name not in given):
-        given[name] = checked(raw[name], hints(kind)[name], f"{source}, {name}", error)  # type: ignore[arg-type]
-    missing = [item.name for item in fields(kind) if _required(item) and item.name not in given]  # type: ignore[arg-type]
-    if missing:
-        raise error(f"{source}: missing field {', '.join(map(repr, missing))}")
+        raise error(f"{source}: {unknown_field(unknown, known)}")
     try:
-        return kind(**given)
-    except (TypeError, ValueError, error) as problem:
+        found = msgspec.convert(raw, kind, strict=strict)
+    except error as problem:
         raise error(f"{source}: {problem}") from problem
+    except msgspec.ValidationError as problem:
+        text, _, where = str(problem).partition(" - at `$")
+        where = where.rstrip("`")
+        missing = [n for n, item in known.items() if n not in raw and _is_required(item)]
+        if missing and not where:
+            text = f"missing field {', '.join(map(repr, missing))}"
+        wanted = get_type_hints(kind).get(where[1:]) if known else kind
+        if get_origin(wanted) is Literal:
+            text = f"Expected one of {', '.join(map(str, get_args(wanted)))}"
+        excerpt = _excerpt(raw, where) if where or not known else ""
+        raise error(f"{_place(source, where)}: {text}{excerpt}") from problem
+    strange = _unread(raw, found, "")
+    if strange:
+        raise error(f"{_place(source, strange[0])}: unknown field {strange[1]!r}")
+    return found
 
 
-def unknown_field(name: str, known: Iterable[str]) -> str:
-    """Say that there is no field ``name``, with the closest ones that there are."""
-    close = get_close_matches(name, known := list(known), n=2)
+def unknown_field(names: Iterable[str], known: Iterable[str]) -> str:
+    """Say that there are no fields ``names``, with the closest ones that there are."""
+    names, known = list(names), list(known)
+    close = [match for name in names for match in get_close_matches(str(name), known, n=2)]
     hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {', '.join(known)}"
-    return f"unknown field {name!r}; {hint}"
+    return f"unknown field {', '.join(map(repr, names))}; {hint}"
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _place(source: str, where: str) -> str:
+    return f"{source}, {where[1:]}" if where.startswith(".") else f"{source}{where}"
 
 
 def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
-    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read."""
+    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
+
+    Numbers that JSON does not have (NaN, infinity), numbers beyond 64 bits, and files above
+    ``MAX_BYTES`` or nested too deeply are refused.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        size = Path(path).stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are read")
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(
+            text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_number
+        )
+    except RecursionError as problem:
+        raise error(f"cannot read {what} {path}: it is nested too deeply") from problem
+    except (OSError, ValueError) as problem:  # of the encoding and of JSON, too
         raise error(f"cannot read {what} {path}: {problem}") from problem
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) <= MAX_DIGITS else _refuse_number(text)
+
+
+def _finite(text: str) -> float:
+    return found if isfinite(found := float(text)) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise ValueError(f"it holds the number {shown}, which is not finite or beyond 64 bits")
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any], in_one_line: str = "") -> None:
@@ -88,44 +134,9 @@ def write_json(path: str | Path, payload: Mapping[str, Any], in_one_line: str = 
     partial.replace(path)
 
 
-def _required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
-@cache
-def hints(kind: type) -> dict[str, Any]:
-    """Return the types of a dataclass' fields, with their ranges."""
-    return get_type_hints(kind, include_extras=True)
-
-
-def checked(
-    raw: Any, wanted: Any, place: str, error: type[PipelineError], *, strict: bool = True
-) -> Any:
-    """Return plain data as type ``wanted``, lists as the tuples that they are there.
-
-    Args:
-        raw: The data.
-        wanted: Its type, with ranges as ``Annotated[int, msgspec.Meta(ge=1)]``.
-        place: Named at the start of a message.
-        error: Raised with a message that says which place has which fault.
-        strict: Whether texts of numbers and truth values are refused.
-    """
-    try:
-        found = msgspec.convert(raw, wanted, strict=strict)
-    except msgspec.ValidationError as problem:
-        text, _, where = str(problem).partition(" - at `$")
-        if get_origin(wanted) is Literal:
-            text = f"Expected one of {', '.join(map(str, get_args(wanted)))}"
-        raise error(f"{place}{where.rstrip('`')}: {text}{_excerpt(raw, where)}") from problem
-    strange = _unread(raw, msgspec.to_builtins(found, str_keys=True), "")
-    if strange:
-        raise error(f"{place}{strange[0]}: unknown field {strange[1]!r}")
-    return found
-
-
 def _excerpt(raw: Any, where: str) -> str:
     """Return the value at ``where`` (``[0].device``) for a message; nothing if it is long."""
-    for part in where.rstrip("`").replace("]", "").replace("[", ".").split(".")[1:]:
+    for part in where.replace("]", "").replace("[", ".").split(".")[1:]:
         try:
             raw = raw[int(part)] if isinstance(raw, list | tuple) else raw[part]
         except (KeyError, IndexError, ValueError, TypeError):
@@ -136,17 +147,18 @@ def _excerpt(raw: Any, where: str) -> str:
 
 def _unread(raw: Any, read: Any, place: str) -> tuple[str, str] | None:
     """Return the first place and key in ``raw`` that no dataclass took."""
-    if isinstance(raw, Mapping) and isinstance(read, Mapping):
+    children: list[tuple[Any, Any, str]] = []
+    if isinstance(raw, Mapping):
+        known = read if isinstance(read, Mapping) else vars(read)
         for key, value in raw.items():
-            if str(key) not in read:
+            if key not in known:
                 return place, str(key)
-            found = _unread(value, read[str(key)], f"{place}.{key}")
-            if found:
-                return found
-    elif isinstance(raw, list | tuple) and isinstance(read, list | tuple):
-        for index, (one, other) in enumerate(zip(raw, read, strict=False)):
-            if isinstance(one, dict | list | tuple):
-                found = _unread(one, other, f"{place}[{index}]")
-                if found:
-                    return found
+            children.append((value, known[key], f"{place}.{key}"))
+    elif isinstance(raw, list | tuple):
+        pairs = enumerate(zip(raw, read, strict=False))
+        children = [(one, other, f"{place}[{index}]") for index, (one, other) in pairs]
+    for value, taken, where in children:
+        found = _unread(value, taken, where) if isinstance(value, dict | list | tuple) else None
+        if found:
+            return found
     return None

@@ -6,14 +6,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from msgspec import Meta
 
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.codec import checked, from_json, hints, read_json, unknown_field
+from ipu_pipeline.ir.codec import from_json, read_json, unknown_field
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
@@ -30,13 +31,13 @@ LEGACY_FIELDS = (
 
 
 # What fields hold: kinds and ranges, for JSON data and for override text.
-Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1)]
 Factor = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]  # of an IPU's memory
 Layers = Annotated[tuple[Annotated[int, Meta(ge=WILDCARD)], ...], Meta(min_length=1)]
 Splits = Annotated[tuple[Factor, ...], Meta(min_length=1)]
 Shares = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
-Replicas = Count | Annotated[Mapping[str, Count], Meta(min_length=1)]
+Replicas = Positive | Annotated[Mapping[str, Positive], Meta(min_length=1)]
 OutputMode = Literal["all", "sum", "final", "default"]
 # A comma separates two settings unless it stands inside brackets.
 _SEPARATOR = re.compile(r",(?![^\[]*\])")
@@ -83,13 +84,13 @@ class IPUConfig:
 
     layers_per_ipu: Layers = (WILDCARD,)
     inference_layers_per_ipu: Layers | None = None
-    ipus_per_replica: Count | None = None
-    inference_ipus_per_replica: Count | None = None
+    ipus_per_replica: Positive | None = None
+    inference_ipus_per_replica: Positive | None = None
     replication_factor: Replicas = field(default=1, hash=False)
     inference_replication_factor: Replicas = field(default=1, hash=False)
-    gradient_accumulation_steps: Count = 1
-    device_iterations: Count = 1
-    inference_device_iterations: Count = 1
+    gradient_accumulation_steps: Positive = 1
+    device_iterations: Positive = 1
+    inference_device_iterations: Positive = 1
     matmul_proportion: Shares = DEFAULT_MATMUL_PROPORTION
     inference_matmul_proportion: Shares | None = None
     embedding_serialization_factor: Factor | None = None
@@ -123,8 +124,8 @@ class IPUConfig:
     use_popdist: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in hints(IPUConfig).items():
-            value = checked(getattr(self, name), kind, name, ConfigError)
+        for name, kind in field_types().items():
+            value = from_json(kind, getattr(self, name), name, ConfigError)
             object.__setattr__(self, name, value)
         for inference in (False, True):
             _check_consistency(self, "inference_" if inference else "")
@@ -153,7 +154,7 @@ class IPUConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data with every field that has a value, sorted by name."""
-        found = {name: getattr(self, name) for name in sorted(hints(IPUConfig))}
+        found = {name: getattr(self, name) for name in sorted(field_types())}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in found.items()
@@ -262,6 +263,12 @@ class IPUConfig:
         )
 
 
+@cache
+def field_types() -> dict[str, Any]:
+    """Return the types of the fields of :class:`IPUConfig`, with their ranges."""
+    return get_type_hints(IPUConfig, include_extras=True)
+
+
 def _read_overrides(text: str) -> dict[str, Any]:
     """Read ``name=value`` settings separated by commas.
 
@@ -272,19 +279,18 @@ def _read_overrides(text: str) -> dict[str, Any]:
         ConfigError: No ``=``, an unknown or repeated name, or a value of the wrong type.
     """
     found: dict[str, Any] = {}
-    known = hints(IPUConfig)
+    known = field_types()
     for part in filter(None, (part.strip() for part in _SEPARATOR.split(text))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
             raise ConfigError(f"override {part!r} is not name=value; separate settings by commas")
         if name not in known:
-            raise ConfigError(f"override {part}: {unknown_field(name, known)}")
+            raise ConfigError(f"override {part}: {unknown_field([name], known)}")
         if name in found:
             raise ConfigError(f"override {name} is given twice: {found[name]!r} and {value!r}")
         kind = known[name]
-        found[name] = checked(
-            _from_text(value, kind), kind, f"override {name}={value}", ConfigError, strict=False
-        )
+        place = f"override {name}={value}"
+        found[name] = from_json(kind, _from_text(value, kind), place, ConfigError, strict=False)
     return found
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ipu_pipeline.backends.ipu.config import IPUConfig, expand_layers
 from ipu_pipeline.backends.ipu.config import ipu_config as config
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.codec import hints
 
 # Settings as they stand in published files (values and keys; the sources are the hub pages of
 # Graphcore/gpt2-medium-ipu, Graphcore/t5-xl-ipu and a file saved by optimum-graphcore 1.6.1).
@@ -79,13 +78,13 @@ def test_published_files_survive_reading_and_writing(tmp_path, raw) -> None:
 
 def test_every_field_survives_a_round_trip() -> None:
     samples = {
-        bool: True, str: "all", config.OutputMode: "all", config.Count: 3, config.Factor: 3,
+        bool: True, str: "all", config.OutputMode: "all", config.Positive: 3, config.Factor: 3,
         config.Layers: [2, 1], config.Splits: [2, 1], config.Shares: [0.5, 0.25],
         config.Replicas: {"pod16": 4, "default": 2}, Mapping[str, int]: {"a": 1},
         Mapping[str, Any]: {"a": [1]},
     }  # fmt: skip
     samples |= {kind | None: sample for kind, sample in samples.items()}
-    raw = {name: samples[kind] for name, kind in hints(IPUConfig).items()}
+    raw = {name: samples[kind] for name, kind in config.field_types().items()}
     raw |= {"ipus_per_replica": 2, "inference_ipus_per_replica": 2}
     for layer in ("embedding", "projection"):  # splits and factor exclude each other
         for prefix in ("", "inference_"):

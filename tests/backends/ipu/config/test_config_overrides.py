@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.ipu_config import Count, Layers, Shares
+from ipu_pipeline.backends.ipu.config.ipu_config import Layers, Positive, Shares, field_types
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.codec import hints
 
 
 def test_every_kind_of_value() -> None:
@@ -72,7 +71,7 @@ def test_wrong_overrides_are_named(text: str, message: str) -> None:
 
 _VALUES = {
     bool: st.booleans(),
-    Count: st.integers(1, 9),
+    Positive: st.integers(1, 9),
     Layers: st.lists(st.integers(0, 9), min_size=2, max_size=2),
     Shares: st.floats(0, 1, allow_nan=False),
 }
@@ -80,7 +79,7 @@ _VALUES = {
 
 @given(st.data())
 def test_what_is_written_is_what_is_read(data) -> None:
-    known = hints(IPUConfig)
+    known = field_types()
     plain = [name for name, kind in known.items() if kind in _VALUES]
     chosen = data.draw(st.lists(st.sampled_from(plain), unique=True))
     values = {name: data.draw(_VALUES[known[name]]) for name in chosen}
