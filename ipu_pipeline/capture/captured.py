@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.glue import Glue, Path
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.patches import countable, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
-from ipu_pipeline.capture.replay import Followed, Glue, Path, Replay
+from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError

@@ -6,6 +6,8 @@ or draws meanwhile is put back.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import random
 import types
 from collections import deque
@@ -19,11 +21,25 @@ _MODULE = vars(nn.Module())
 _INTERNAL = frozenset(_MODULE) - {"training", "_buffers", "_parameters", "_modules"}
 _HOOKS = tuple(name for name in _MODULE if name.startswith("_forward_") and "hooks" in name)
 _UNSEEN = (
-    bool, int, float, str, type(None), Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType,
+    bool, int, float, str, type(None), Tensor, nn.Module, type, types.ModuleType,
+    types.FunctionType, types.MethodType,
     types.BuiltinFunctionType,
 )  # fmt: skip
+# Their functions keep nothing between calls that matters.
+_LIBRARIES = ("torch", "transformers", "numpy", "ipu_pipeline")
 # A container inside a container inside an attribute: deeper ones belong to somebody else.
 _DEPTH = 3
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Put back Python's and numpy's generators: some libraries draw while they are imported."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
 
 
 class PythonState:
@@ -45,8 +61,8 @@ class PythonState:
             self._copies.extend((attributes[n], dict(attributes[n])) for n in _HOOKS)
             for value in kept.values():
                 self._note(value, _DEPTH)
-            for code in _own_functions(module):
-                self._note_function(code)
+            for function in vars(type(module)).values():
+                self._note(function, _DEPTH)
 
     def restore(self) -> None:
         """Put everything back; objects stay the same objects."""
@@ -56,7 +72,7 @@ class PythonState:
             if isinstance(live, types.CellType):
                 live.cell_contents = copied
             elif isinstance(live, list | deque):
-                if len(live) != len(copied) or any(a is not b for a, b in zip(live, copied)):
+                if len(live) != len(copied) or any(map(operator.is_not, live, copied)):
                     live.clear()
                     live.extend(copied)
             elif isinstance(live, set):
@@ -66,6 +82,8 @@ class PythonState:
                 _restore_dict(live, copied)
 
     def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, types.FunctionType | types.MethodType):
+            self._note_function(value)
         if isinstance(value, _UNSEEN) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -89,9 +107,11 @@ class PythonState:
         for item in inner:
             self._note(item, depth - 1)
 
-    def _note_function(self, function: types.FunctionType) -> None:
-        """Note the plain variables that a function reads outside itself."""
-        if id(function) in self._seen:
+    def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
+        """Note the plain variables that a function of the user reads outside itself."""
+        function = getattr(called, "__func__", called)
+        library = (function.__module__ or "").partition(".")[0]
+        if id(function) in self._seen or library in _LIBRARIES:
             return
         self._seen.add(id(function))
         for cell in function.__closure__ or ():
@@ -107,7 +127,7 @@ class PythonState:
         if plain:
             self._copies.append((function.__globals__, _Some(plain)))
         for value in kept.values():
-            if type(value) in (list, dict, set, deque, types.SimpleNamespace):
+            if type(value) in (list, dict, set, deque, types.SimpleNamespace, types.FunctionType):
                 self._note(value, _DEPTH)
 
 
@@ -122,12 +142,3 @@ def _restore_dict(live: dict[str, Any], copied: dict[str, Any]) -> None:
     for name, value in copied.items():
         if live.get(name, live) is not value:
             live[name] = value
-
-
-def _own_functions(module: nn.Module) -> Iterator[types.FunctionType]:
-    """Yield the functions written for this module: not those of torch and transformers."""
-    for value in (*vars(type(module)).values(), *vars(module).values()):
-        if isinstance(value, types.FunctionType):
-            library = (value.__module__ or "").partition(".")[0]
-            if library not in ("torch", "transformers", "ipu_pipeline"):
-                yield value

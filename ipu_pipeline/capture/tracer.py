@@ -45,10 +45,10 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
+from ipu_pipeline.capture.glue import Call, Glue, Path, Recorder, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import collected_outputs, patched_calls
-from ipu_pipeline.capture.replay import Call, Glue, Path, Recorder, apart, placed, value_at
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
-from ipu_pipeline.capture.replay import INTEGER_CAPTURES, Differs, Followed, Path
+from ipu_pipeline.capture.replay import Differs, Followed
 from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.batch import Microbatch
@@ -28,6 +30,8 @@ Signature = tuple[Any, ...]
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
+# A whole number becomes an input of the graph after so many captures for its sake.
+INTEGER_CAPTURES = 3
 logger = logging.getLogger(__name__)
 
 
@@ -71,10 +75,28 @@ class _Variant:
 
 @dataclass(eq=False)
 class _Variants:
-    """The captures of one shape, the last used first, and how often places caused another one."""
+    """The captures of one shape, the last used first.
+
+    ``shapes`` are those of the results of a call, of every capture that an argument of it caused.
+    """
 
     found: list[_Variant] = field(default_factory=list)
-    places: Counter[tuple[int, Path]] = field(default_factory=Counter)
+    shapes: dict[tuple[int, Path], list[Any]] = field(default_factory=dict)
+
+    @property
+    def integers(self) -> frozenset[tuple[int, Path]]:
+        """Where whole numbers have caused captures enough, and are no sizes."""
+        return frozenset(
+            place
+            for place, shapes in self.shapes.items()
+            if len(shapes) >= INTEGER_CAPTURES and all(s == shapes[0] for s in shapes)
+        )
+
+    def note(self, variant: _Variant, place: tuple[int, Path] | None) -> None:
+        """Note a new capture that is due to the argument at ``place``."""
+        if place is not None and place[0] < len(variant.captured.glue.calls):
+            call = variant.captured.glue.calls[place[0]]
+            self.shapes.setdefault(place, []).append(call.shapes)
 
 
 @dataclass(eq=False)
@@ -145,20 +167,17 @@ class StageCache:
         self, variants: _Variants, microbatch: Mapping[str, Any]
     ) -> tuple[_Variant, Followed]:
         before = self._python_state(variants)
-        integers = frozenset(p for p, n in variants.places.items() if n >= INTEGER_CAPTURES)
         reason: Differs | None = None
         if not variants.found:
             variants.found.extend(self._kept(microbatch))
         for variant in variants.found:
             try:
-                return variant, variant.captured.follow(microbatch, integers)
+                return variant, variant.captured.follow(microbatch, variants.integers)
             except Differs as error:
                 before.restore()
-                if reason is None:
-                    reason = error
-                    if error.place is not None:
-                        variants.places[error.place] += 1
+                reason = reason or error
         variant = self._captured(microbatch)
+        variants.note(variant, reason and reason.place)
         self._add(variants, variant, reason)
         try:
             return variant, variant.captured.follow(microbatch)
@@ -251,8 +270,9 @@ class StageCache:
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]
-        missing = [name for name in planned if name not in found]
-        extra = [name for name in found if name not in planned]
+        # Whether a loss stands alone depends on the function that computes it.
+        missing = [name for name in planned if name not in (*found, LOSS)]
+        extra = [name for name in found if name not in (*planned, LOSS)]
         if missing or extra:
             raise PlanError(
                 "the model's blocks for this batch are not those of the plan: "
