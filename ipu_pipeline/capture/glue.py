@@ -36,7 +36,7 @@ class StandIn(Tensor):
     def of(cls, tensor: Tensor) -> StandIn:
         """Make one."""
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        return Tensor._make_subclass(cls, empty)  # type: ignore[return-value]
+        return Tensor._make_subclass(cls, empty)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,7 +63,7 @@ class Call:
         after: Contents of the objects that it was given, by place, afterwards.
         collected: What transformers' hooks collected meanwhile.
         lifted: Names of the host values by path.
-        live: It takes and gives no tensor (``torch.set_grad_enabled``): a replay makes it, too.
+        reads_values: It gives Python values of tensors.
     """
 
     target: Any
@@ -77,7 +77,7 @@ class Call:
     after: Mapping[Any, Any] = field(default_factory=dict)
     collected: Mapping[str, list[Any]] = field(default_factory=dict)
     lifted: dict[Path, str] = field(default_factory=dict)
-    live: bool = False
+    reads_values: bool = False
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -98,7 +98,8 @@ class Glue:
     Attributes:
         ambient: Modes of the thread around the model.
         leaves: The leaves of the model.
-        calls: In order.
+        calls: In order, those that do something.
+        reads: Results of the others (shapes, types, flags) by function and described arguments.
         inputs: Stand-ins of the batch's tensors.
         results: Ids of what stands for the results, by name.
         hosts: Host values as they were in the recorded run.
@@ -107,6 +108,7 @@ class Glue:
     ambient: Region
     leaves: Leaves
     calls: list[Call] = field(default_factory=list)
+    reads: dict[tuple[Any, Described], list[Any]] = field(default_factory=dict)
     inputs: dict[str, StandIn] = field(default_factory=dict)
     results: dict[str, int] = field(default_factory=dict)
     hosts: dict[str, Any] = field(default_factory=dict)
@@ -137,12 +139,10 @@ class Recorder:
     def add(self, call: Call, result: Any) -> None:
         """Record a call that returned ``result``."""
         call.result = substituted(result, self.stand_in)
-        call.live = (
-            call.node is None
-            and callable(call.target)
-            and not _has_tensor((call.arguments, self.describe(result)))
-        )
-        self.glue.calls.append(call)
+        if call.node is not None or call.parts or call.target == "vmap" or call.reads_values:
+            self.glue.calls.append(call)
+        else:
+            self.glue.reads.setdefault((call.target, call.arguments), []).append(call.result)
 
     def contents(self, objects: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return copies of objects, stand-ins for their tensors."""
@@ -314,10 +314,10 @@ def value_at(described: Described, path: Path) -> Any:
     return described[1]
 
 
-def _has_tensor(described: Described) -> bool:
+def has_tensor(described: Described) -> bool:
     """Whether a tensor or object is among described values."""
     if isinstance(described, tuple) and len(described) == 2 and described[0] in ATOMS:
         return False
     if not isinstance(described, tuple):
         return isinstance(described, int)
-    return any(_has_tensor(part) for part in described)
+    return any(has_tensor(part) for part in described)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ipu_pipeline.capture.calls import COMPARISONS, Region, name_of
+from ipu_pipeline.capture.calls import COMPARISONS, SHAPE_READS, Region, name_of
 from ipu_pipeline.capture.glue import (
     ATOMS,
     Call,
@@ -28,6 +28,7 @@ from ipu_pipeline.capture.glue import (
     Path,
     apart,
     become,
+    has_tensor,
     substituted,
     value_at,
 )
@@ -48,6 +49,13 @@ _ARITHMETIC = frozenset(
 _SIZED = frozenset(
     {"arange", "range", "interpolate", "upsample", "fractional_max_pool2d",
      "fractional_max_pool3d", "linspace", "logspace"}
+)  # fmt: skip
+
+
+# What a stand-in knows itself.
+_DESCRIPTIONS = SHAPE_READS | frozenset(
+    {Tensor.dim, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
+     *(getattr(Tensor, name).__get__ for name in ("dtype", "ndim"))}
 )  # fmt: skip
 
 
@@ -94,6 +102,7 @@ class Replay(TorchFunctionMode):
         self.integers = integers
         self.position = 0
         self.hosts: dict[str, Any] = {}
+        self._times: dict[tuple[Any, Described], int] = {}
         self.changed: dict[tuple[int, Path], Any] = {}
         self.said = ""
         self.comparing = False
@@ -163,6 +172,24 @@ class Replay(TorchFunctionMode):
             self.comparing = False
 
     def _next(self, target: Any, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(target, nn.Module):
+            return self._called(target, arguments)
+        given = self._describe(arguments)
+        if target is torch._C._set_grad_enabled or not has_tensor(given):
+            known = (target, given) in self.glue.reads
+            if known or target is torch._C._set_grad_enabled:
+                return target(*arguments[0], **arguments[1])
+        read = self.glue.reads.get((target, given))
+        if read is not None:
+            times = self._times[target, given] = self._times.get((target, given), -1) + 1
+            return substituted(read[min(times, len(read) - 1)], _same)
+        if target in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return target(*arguments[0], **arguments[1])
+        return self._called(target, arguments)
+
+    def _called(self, target: Any, arguments: tuple[Any, ...]) -> Any:
+        """Compare a call that does something with the one recorded next."""
         number, calls = self.position, self.glue.calls
         if number == len(calls):
             self._differs(f"goes on with {_shown(target)}")
@@ -171,7 +198,7 @@ class Replay(TorchFunctionMode):
         if call.target is not target and call.target != target:
             self._differs(f"calls {_shown(target)} instead of {call.name}")
         self._compare_modes(call)
-        objects = {}
+        objects: dict[Any, Any] = {}
         if call.after:
             arguments, objects = apart(arguments, call.after)
             given = self._describe(arguments), self._describe.objects(objects)
@@ -185,10 +212,6 @@ class Replay(TorchFunctionMode):
             for key, tensors in call.collected.items():
                 collected_outputs()[key].extend(tensors)
         result = call.result
-        if call.live:
-            result = target(*arguments[0], **arguments[1])
-            if self._describe(result) != self._describe(call.result):
-                self._differs(f"gets another result of {call.name}")
         return result if isinstance(result, Tensor) else substituted(result, _same)
 
     def _compare_modes(self, call: Call) -> None:

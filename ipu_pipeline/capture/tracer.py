@@ -111,6 +111,7 @@ class Tracer(TorchFunctionMode):
             call = self._described(func, (args, kwargs))
             result = func(*args, **kwargs)
             call.node = self._record(func, args, kwargs, result, versions)
+            call.reads_values = func in VALUE_READS
             self.recorder.add(call, result)
         return result
 

@@ -177,7 +177,7 @@ class StageCache:
                 before.restore()
                 reason = reason or error
         variant = self._captured(microbatch)
-        variants.note(variant, reason and reason.place)
+        variants.note(variant, None if reason is None else reason.place)
         self._add(variants, variant, reason)
         try:
             return variant, variant.captured.follow(microbatch)

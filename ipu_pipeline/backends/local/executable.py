@@ -320,13 +320,13 @@ def contested(stages: Sequence[Sequence[Stage]]) -> bool:
 
     ``stages`` are ``[microbatch][stage]``.
     """
-    found: dict[nn.Module, tuple[int, bool]] = {}
+    modes: defaultdict[nn.Module, set[bool]] = defaultdict(set)
+    users: defaultdict[nn.Module, set[int]] = defaultdict(set)
     for stage in {id(stage): stage for own in stages for stage in own}.values():
         for module, mode in (pair for program in stage.programs for pair in program.modes):
-            index, known = found.setdefault(module, (stage.index, mode))
-            if index != stage.index and known is not mode:
-                return True
-    return False
+            modes[module].add(mode)
+            users[module].add(stage.index)
+    return any(len(found) > 1 and len(users[module]) > 1 for module, found in modes.items())
 
 
 def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
