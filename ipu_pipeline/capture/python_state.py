@@ -109,7 +109,7 @@ class PythonState:
 
     def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
         """Note the plain variables that a function of the user reads outside itself."""
-        function: types.FunctionType = getattr(called, "__func__", called)  # type: ignore[assignment]
+        function: Any = called.__func__ if isinstance(called, types.MethodType) else called
         library = (function.__module__ or "").partition(".")[0]
         if id(function) in self._seen or library in _LIBRARIES:
             return

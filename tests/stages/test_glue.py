@@ -23,9 +23,14 @@ from tests.capture.toys import WIDTH, Toy, assert_same, toy
 STEPS, SAMPLES = 4, 4
 GLOBAL = SimpleNamespace(weight=1.0, calls=0)
 COUNT = 0
-MACHINE = Machine(
-    "toy", tuple(Device(f"d{i}", 10**9, {"float32": 1e9}, 1e9) for i in range(2)), Link(1e9)
-)
+
+
+def machine_of(count: int) -> Machine:
+    devices = [Device(f"d{i}", 10**9, {"float32": 1e9}, 1e9) for i in range(count)]
+    return Machine("toy", tuple(devices), Link(1e9))
+
+
+MACHINE = machine_of(2)
 
 
 def inputs(step: int) -> dict[str, Tensor]:
