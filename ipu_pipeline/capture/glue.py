@@ -115,7 +115,7 @@ class Glue:
     _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
 
 
-class Recorder:
+class GlueRecorder:
     """Makes the :class:`Glue` of a trace; ``owned`` are ids of tensors that live longer."""
 
     def __init__(self, ambient: Region, leaves: Leaves, owned: Iterable[int]) -> None:

@@ -45,7 +45,7 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.glue import Call, Glue, Path, Recorder, apart, placed, value_at
+from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import collected_outputs, patched_calls
@@ -93,7 +93,7 @@ class Tracer(TorchFunctionMode):
         self.state = frozenset(storage_key(tensor) for _, tensor in state)
         owned_values = [value for module in model.modules() for value in own_values(module)]
         self.kept = frozenset(map(id, [*kept, *owned_values]))
-        self.recorder = Recorder(self.ambient, leaves, (*self.fqns, *self.owned))
+        self.recorder = GlueRecorder(self.ambient, leaves, (*self.fqns, *self.owned))
 
     # ---- entry points -------------------------------------------------------------------
 
