@@ -320,20 +320,22 @@ def _roots(
     return roots, seeds
 
 
-def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors that gradients of ``roots`` would be added to, but for those known."""
+def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
+    """Return the nodes of the autograd graph that a backward pass from ``roots`` would reach."""
     pending = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen, ids = set(pending), {id(tensor) for tensor in known}
-    found = []
+    seen: set[Any] = set(pending)
     while pending:
-        node = pending.pop()
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and id(leaf) not in ids:
-            found.append(leaf)
-        following = {n for n, _ in node.next_functions if n is not None} - seen
+        following = {n for n, _ in pending.pop().next_functions if n is not None} - seen
         seen |= following
         pending.extend(following)
-    return found
+    return seen
+
+
+def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that gradients of ``roots`` would be added to, but for those known."""
+    ids = {id(tensor) for tensor in known}
+    leaves = (getattr(node, "variable", None) for node in nodes_behind(roots))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in ids]
 
 
 def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:

@@ -21,6 +21,7 @@ import functools
 import inspect
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -28,16 +29,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
-from ipu_pipeline.capture.objects import Snapshot
+from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.threads import take_threads
+from ipu_pipeline.stages.stage import nodes_behind
 
 # The input that names the run of a microbatch, and the module's name inside the model.
 RUN = "loss_run"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _current = threading.local()
 
 
@@ -62,17 +65,30 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
 
     functools.update_wrapper(forward, own)  # its signature is asked for
     before = vars(model).get("forward")
+    hooks = {name: vars(model)[name] for name in _HOOKS}
     model.forward = forward
     if live is not None:
         model._modules[RUN] = live.train(model.training)
+        vars(model).update({name: _Hooks(found) for name, found in hooks.items()})
     try:
         yield
     finally:
         model._modules.pop(RUN, None)
+        vars(model).update(hooks)
         if before is None:
             del model.forward
         else:
             model.forward = before
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """Hooks around the model's forward, which run around compute_loss's call and no capture's."""
+
+    def __bool__(self) -> bool:
+        return len(self) > 0 and not capturing()
+
+    def items(self) -> Any:
+        return () if capturing() else super().items()
 
 
 class _AbandonedError(BaseException):
@@ -108,6 +124,7 @@ class LossRun:
         self._cut: list[tuple[Tensor, Tensor]] = []
         self._to_run = queue.SimpleQueue[tuple[Any, int] | None]()
         self._to_caller = queue.SimpleQueue[None]()
+        self._backward = _OwnBackward()
         self._grad = torch.is_grad_enabled()
         context = contextvars.copy_context()
         self._thread = threading.Thread(
@@ -121,12 +138,11 @@ class LossRun:
 
     def may_suspend(self, modes: list[bool]) -> bool:
         """Whether this call of the model is one that stages compute as it would be."""
-        trains = any(modes)
         return (
             modes == self.modes
-            and (torch.is_grad_enabled() or not trains)
+            and (torch.is_grad_enabled() or not any(modes))
             and not torch.is_autocast_enabled("cpu")
-            and not _get_current_function_mode_stack()
+            and len(_get_current_function_mode_stack()) == 1  # our own
         )
 
     def start(self) -> None:
@@ -158,6 +174,7 @@ class LossRun:
         if received is None:
             raise _AbandonedError
         outputs, num_threads = received
+        self._backward.begin(outputs)
         if num_threads != torch.get_num_threads():
             take_threads(num_threads)
         return outputs
@@ -189,7 +206,7 @@ class LossRun:
     def _main(self) -> None:
         _current.run = self
         try:
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._backward:
                 self.result = self._body()
         except _AbandonedError:
             pass
@@ -198,6 +215,44 @@ class LossRun:
         finally:
             self.finished = True
             self._to_caller.put(None)
+
+
+class _OwnBackward(TorchFunctionMode):
+    """Refuses a backward pass of the user's code into stages that have not run theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: set[Any] = set()
+
+    def begin(self, outputs: Any) -> None:
+        """Take what the stages computed."""
+        self._outputs = {t.grad_fn for t in members(outputs)[0] if t.grad_fn is not None}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._outputs and func in (Tensor.backward, torch.autograd.grad):
+            self._check(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _check(
+        self, func: Any, outputs: Any, inputs: Any = (), *_args: Any, **_kwargs: Any
+    ) -> None:
+        roots = [outputs] if isinstance(outputs, Tensor) else outputs
+        nodes = nodes_behind(roots)
+        if not nodes & self._outputs:
+            return
+        wanted = [inputs] if isinstance(inputs, Tensor) else inputs
+        if func is torch.autograd.grad and all(
+            getattr(t, "grad_fn", None) in nodes for t in wanted
+        ):
+            return  # within what follows the model
+        raise CaptureError(
+            f"compute_loss calls {func.__name__}() through the model itself, whose stages run "
+            "their backward passes after it has returned; leave the gradient to the trainer, "
+            "take it with respect to the model's outputs only, or use transformers' Trainer"
+        )
 
 
 class LiveLoss(_Loss):

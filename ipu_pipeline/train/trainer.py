@@ -396,9 +396,7 @@ class PipelineTrainer(Trainer):
             return self._in_one_piece(forward, args, kwargs)
         if RUN in kwargs:
             return self._live.view(forward, kwargs)
-        outputs = forward(*args, **kwargs)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-        return {"loss": loss}
+        return forward(*args, **kwargs)
 
     def _in_one_piece(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Call the model outside of the pipeline, as accelerate does."""

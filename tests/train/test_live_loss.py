@@ -308,3 +308,44 @@ def test_the_last_stage_takes_microbatches_in_order(name) -> None:
         if action.kind == "F" and action.stage == shape.num_stages - 1
     ]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("name", ["backward", "grad"])
+def test_gradients_through_the_stages_are_refused(tmp_path, name) -> None:
+    def rest(self, out, labels):
+        loss = cross_entropy(self, out, labels)
+        (within,) = torch.autograd.grad(loss, out.logits, create_graph=True)
+        loss = loss + within.pow(2).sum()
+        if name == "backward":
+            loss.backward(retain_graph=True)
+        else:
+            torch.autograd.grad(loss, self.model.bert.parameters(), allow_unused=True)
+        return loss
+
+    with pytest.raises(CaptureError, match=rf"compute_loss calls {name}\(\) through the model"):
+        trained(lambda base: with_loss(base, rest), PipelineTrainer, tmp_path)
+
+
+def test_hooks_around_the_model_run_once(tmp_path, monkeypatch) -> None:
+    plain_classifier = classifier
+
+    def hooked() -> BertForSequenceClassification:
+        model = plain_classifier()
+        model.calls = []
+
+        def before(module, args, kwargs):
+            module.calls.append("before")
+            embedded = module.bert.embeddings.word_embeddings(kwargs.pop("input_ids")) * 2
+            return args, {**kwargs, "inputs_embeds": embedded}
+
+        def after(module, args, output):
+            output.logits = output.logits * 3
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        model.register_forward_hook(after)
+        return model
+
+    monkeypatch.setitem(globals(), "classifier", hooked)
+    theirs, ours = (trained(plain, base, tmp_path) for base in (Trainer, PipelineTrainer))
+    assert_equal(theirs, ours)
+    assert len(ours.model.calls) == len(theirs.model.calls)
