@@ -145,7 +145,7 @@ class Watch:
         numpy_state = np.random.get_state()  # noqa: NPY002
         state: State = {
             f"{_RANDOM}python": hash(random.getstate()),
-            f"{_RANDOM}numpy": (numpy_state[2], numpy_state[3], int(numpy_state[1][0])),  # type: ignore[index,call-overload]
+            f"{_RANDOM}numpy": (numpy_state[2], numpy_state[3], int(numpy_state[1][0])),  # type: ignore[index]
             f"{_RANDOM}torch": torch.get_rng_state().numpy().tobytes(),
         }
         trainer = self._trainer

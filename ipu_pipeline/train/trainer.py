@@ -10,14 +10,14 @@ runs live in the last stage (``live_loss.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from accelerate.utils.operations import convert_to_fp32
+from accelerate.utils.operations import convert_to_fp32  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.utils import logging
@@ -301,8 +301,9 @@ class PipelineTrainer(Trainer):
                 found = [body() for body in bodies]
         self._ahead = {id(b): result for b, result in zip(batches, found, strict=True)}
 
-    def _predicted(self, bodies: list[Callable[[], Prediction]]) -> list[Prediction]:
-        order, pending, found = self._evaluation_order, [], []
+    def _predicted(self, bodies: Sequence[Callable[[], Prediction]]) -> list[Prediction]:
+        order, found = self._evaluation_order, list[Prediction]()
+        pending: list[HandedIn] = []
         for n, body in enumerate(bodies, start=1):
             part = self._begun(body, order, pending)
             pending.append(part)

@@ -62,7 +62,7 @@ class Step:
         self.busy_s = [0.0] * len(own)
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
+        self._shared: list[defaultdict[Tensor, GradientSum]] = [
             defaultdict(GradientSum) for _ in own
         ]
         self._lock = Lock()
