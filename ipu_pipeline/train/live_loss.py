@@ -21,6 +21,7 @@ import functools
 import inspect
 import queue
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ from ipu_pipeline.stages.stage import nodes_behind
 RUN = "loss_run"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# A thread that runs is left behind: some stage waits for it.
+_JOIN_S = 2.0
 _current = threading.local()
 
 
@@ -51,22 +54,9 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
     Calls from inside ``forward`` reach it as always. ``live`` is a part of the model meanwhile, so
     that a capture finds it; nothing else changes, and blocks and parameters keep their names.
     """
-    own = model.forward
-    inside = threading.local()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if getattr(inside, "it", False):
-            return own(*args, **kwargs)
-        inside.it = True
-        try:
-            return call(own, args, kwargs)
-        finally:
-            inside.it = False
-
-    functools.update_wrapper(forward, own)  # its signature is asked for
     before = vars(model).get("forward")
     hooks = {name: vars(model)[name] for name in _HOOKS}
-    model.forward = forward
+    model.forward = _Forward(model, call)
     if live is not None:
         model._modules[RUN] = live.train(model.training)
         vars(model).update({name: _Hooks(found) for name, found in hooks.items()})
@@ -79,6 +69,31 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
             del model.forward
         else:
             model.forward = before
+
+
+class _Forward:
+    """Stands for the ``forward`` of a model, in the model itself."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        functools.update_wrapper(self, model.forward)  # its signature is asked for
+        self._model = model
+        self._own = model.forward
+        self._call = call
+        self._inside = threading.local()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self._inside, "it", False):
+            return self._own(*args, **kwargs)
+        self._inside.it = True
+        try:
+            return self._call(self._own, args, kwargs)
+        finally:
+            self._inside.it = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the copied model's own: compute_loss may copy the model (averaged weights)."""
+        copied = memo[id(self._model)]
+        return types.MethodType(type(copied).forward, copied)
 
 
 class _Hooks(OrderedDict[int, Any]):
@@ -196,7 +211,7 @@ class LossRun:
         """End it if it is suspended."""
         if not self.finished and self._thread.is_alive():
             self._to_run.put(None)
-            self._to_caller.get()
+            self._thread.join(_JOIN_S)
 
     def _wait(self) -> None:
         self._to_caller.get()
@@ -271,6 +286,9 @@ class LiveLoss(_Loss):
         super().__init__()
         self.runs: Mapping[int, LossRun] = {}
         self._outputs: list[Snapshot] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveLoss:
+        return LiveLoss()
 
     def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Return what a capture sees of the model: its outputs, and the loss behind them."""

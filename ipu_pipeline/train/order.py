@@ -19,10 +19,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ipu_pipeline.capture.values import PLAIN
@@ -32,8 +33,13 @@ from ipu_pipeline.train.live_loss import LossRun
 logger = logging.get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "ipu_pipeline")
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_MOVING = (
+    torch.Generator, random.Random, np.random.Generator, types.GeneratorType, itertools.count,
+    itertools.cycle,
+)  # fmt: skip
 # So many members of a container are compared; of a longer one its length and its end.
 _COMPARED = 16
+_COMPARED_BYTES = 1 << 16
 _RANDOM = "random numbers of "
 State = dict[str, Any]
 
@@ -69,7 +75,7 @@ class WatchedRun(LossRun):
     def conflict(self) -> str:
         """Say why the code before the call must not run ahead; nothing if it may."""
         if self.further_calls:
-            return "calls the model again"
+            return "calls the model again, outside of the pipeline"
         drawn = {name for name in self.changed_before if name.startswith(_RANDOM)}
         if changed := self.changed_before - drawn:
             return f"changes {', '.join(sorted(changed))} before it calls the model"
@@ -158,6 +164,8 @@ class Watch:
         for name, holder in holders.items():
             for key, value in getattr(holder, "__dict__", {}).items():
                 state[f"{name}.{key}"] = _described(value)
+        # Not its buffers: stages that run at the same time change them.
+        state["model.parameters"] = _versions(trainer.model, buffers=False)
         for name, read in self._variables:
             state.update(_named(name, read()))
         return state
@@ -248,41 +256,57 @@ def _of_library(namespace: Mapping[str, Any]) -> bool:
     return str(namespace.get("__name__", "")).split(".")[0] in _LIBRARIES
 
 
-def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _named(name: str, value: Any, depth: int = 2) -> Iterator[tuple[str, Any]]:
     """Yield a value, and what an object holds, each under its name."""
-    yield name, _described(value, members=True)
-    plain = isinstance(value, (*PLAIN, *_CONTAINERS, Tensor, type, types.ModuleType))
-    if not plain and not callable(value):
-        for key, held in list(getattr(value, "__dict__", {}).items()):
-            yield f"{name}.{key}", _described(held)
+    yield name, _described(value)
+    plain = isinstance(value, (*PLAIN, *_CONTAINERS, Tensor, nn.Module, type, types.ModuleType))
+    if plain or callable(value) or not depth:
+        return
+    # Objects of libraries hold the whole world.
+    inner = 0 if type(value).__module__.split(".")[0] in _LIBRARIES else depth - 1
+    for key, held in list(getattr(value, "__dict__", {}).items()):
+        yield from _named(f"{name}.{key}", held, inner)
 
 
-def _described(value: Any, *, members: bool = False) -> Any:
+def _described(value: Any, depth: int = 2) -> Any:
     """Return what differs when the value does, as far as is looked at."""
     if isinstance(value, PLAIN):
         return repr(value)  # two NaN are equal
     if isinstance(value, Tensor):
         return id(value), value._version
+    if isinstance(value, nn.Module):
+        return id(value), _versions(value)
+    if isinstance(value, _MOVING):
+        return id(value), _position(value)
+    if isinstance(value, np.ndarray):
+        return id(value), crc32(value.tobytes()) if value.nbytes <= _COMPARED_BYTES else None
+    if isinstance(value, _CONTAINERS):
+        return id(value), len(value), _last_members(value, depth - 1) if depth else None
+    return id(value)
+
+
+def _position(value: Any) -> Any:
+    """Return where a generator or iterator is."""
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if isinstance(value, random.Random):
         return hash(value.getstate())
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
-    if isinstance(value, itertools.count | itertools.cycle):
-        return repr(value)
     if isinstance(value, types.GeneratorType):
-        return id(value), repr(value.gi_frame and (value.gi_frame.f_lasti, value.gi_frame.f_locals))
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes() if value.size <= _COMPARED else None
-    if isinstance(value, _CONTAINERS):
-        return id(value), len(value), members and _last_members(value)
-    return id(value)
+        return repr(value.gi_frame and (value.gi_frame.f_lasti, value.gi_frame.f_locals))
+    return repr(value)
 
 
-def _last_members(value: Any) -> list[Any]:
+def _last_members(value: Any, depth: int) -> list[Any]:
     flat = itertools.chain(*value.items()) if isinstance(value, dict) else value
-    return [_described(member) for member in deque(flat, maxlen=_COMPARED)]
+    return [_described(member, depth) for member in deque(flat, maxlen=_COMPARED)]
+
+
+def _versions(module: nn.Module, *, buffers: bool = True) -> int:
+    """Return how often parameters and buffers have been changed."""
+    tensors = itertools.chain(module.parameters(), module.buffers() if buffers else ())
+    return sum(tensor._version for tensor in tensors)
 
 
 def _changes(before: State, after: State) -> frozenset[str]:

@@ -375,3 +375,95 @@ def prediction_step_of_its_own(base):
             return loss, logits, labels
 
     return Mine
+
+
+@program(overlap=False)
+def copy_of_the_model_that_follows_it(base):
+    """The copy is made while the model's forward is replaced, and must be a model of its own."""
+
+    class Mine(base):
+        seen = ()
+        average = None
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            if self.average is None:
+                self.average = copy.deepcopy(model).eval()
+            with torch.no_grad():
+                wanted = self.average(**inputs).logits
+            out = model(**inputs)
+            if model.training:
+                pairs = zip(self.average.parameters(), model.parameters(), strict=True)
+                with torch.no_grad():
+                    for mine, theirs in pairs:
+                        mine.mul_(0.9).add_(theirs, alpha=0.1)
+            loss = cross_entropy(self, out, labels) + (out.logits - wanted - 1).pow(2).mean()
+            return (loss, out) if return_outputs else loss
+
+    return Mine
+
+
+@program()
+def discriminator_that_is_trained_on_the_side(base):
+    class Mine(base):
+        seen = property(lambda self: self.judge.weight.flatten().tolist())
+
+        def __init__(self, *args, **kwargs):
+            torch.manual_seed(0)
+            self.judge = nn.Linear(3, 1)
+            self.optimizer_of_the_judge = torch.optim.SGD(self.judge.parameters(), lr=0.1)
+            super().__init__(*args, **kwargs)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            out = model(**inputs)
+            if model.training:
+                self.optimizer_of_the_judge.zero_grad()
+                functional.softplus(self.judge(out.logits.detach())).mean().backward()
+                self.optimizer_of_the_judge.step()
+            loss = cross_entropy(self, out, labels) - self.judge(out.logits).mean()
+            return (loss, out) if return_outputs else loss
+
+    return Mine
+
+
+class History:
+    def __init__(self) -> None:
+        self.values = {"loss": [1.0]}
+
+
+@program(overlap=False)
+def history_in_an_object(base):
+    class Mine(base):
+        def __init__(self, *args, **kwargs):
+            self.history = History()
+            super().__init__(*args, **kwargs)
+
+        @property
+        def seen(self):
+            return self.history.values["loss"]
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            scale = self.history.values["loss"][-1]
+            embedded = model.get_input_embeddings()(inputs["input_ids"]) * scale
+            out = model(inputs_embeds=embedded)
+            loss = cross_entropy(self, out, labels)
+            self.history.values["loss"].append(loss.item())
+            return (loss, out) if return_outputs else loss
+
+    return Mine
+
+
+@program()
+def tuple_of_outputs(base):
+    class Mine(base):
+        seen = ()
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            out = model(**inputs, return_dict=False)
+            loss = functional.cross_entropy(out[0], labels)
+            return (loss, (loss, *out)) if return_outputs else loss
+
+    return Mine
