@@ -155,7 +155,7 @@ class LossRun:
         """Whether this call of the model is one that stages compute as it would be."""
         return (
             modes == self.modes
-            and (torch.is_grad_enabled() or not any(modes))
+            and torch.is_grad_enabled() == any(modes)
             and not torch.is_autocast_enabled("cpu")
             and len(_get_current_function_mode_stack()) == 1  # our own
         )

@@ -189,7 +189,7 @@ class PipelineTrainer(Trainer):
         """Run what was handed in; return the weighted sum of its losses."""
         parts, self._handed_in = self._handed_in, []
         first, moment = self._num_trained, self._moment()
-        self._num_trained += len(parts)
+        self._num_trained = (first + len(parts)) % self.current_gradient_accumulation_steps
         weights = [weight] * len(parts)
         try:
             losses = self._run(
@@ -208,7 +208,8 @@ class PipelineTrainer(Trainer):
             "compute_loss has not called the model with gradients and in training mode, so that "
             "all of it runs in one piece"
         )
-        self._num_trained += 1
+        done = self._num_trained + 1
+        self._num_trained = done % self.current_gradient_accumulation_steps
         loss = cast(Tensor, run.result) * weight
         loss.backward()
         return loss.detach()

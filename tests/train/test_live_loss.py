@@ -260,7 +260,10 @@ def test_a_second_call_that_begins_later_is_refused(tmp_path) -> None:
 
         return with_loss(base, rest)
 
-    with pytest.raises(LoweringError, match="compute_loss calls the model again, outside of the pipeline, and has not"):
+    with pytest.raises(
+        LoweringError,
+        match="compute_loss calls the model again, outside of the pipeline, and has not",
+    ):
         trained(make, PipelineTrainer, tmp_path)
 
 
