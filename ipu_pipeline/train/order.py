@@ -75,7 +75,7 @@ class WatchedRun(LossRun):
     def conflict(self) -> str:
         """Say why the code before the call must not run ahead; nothing if it may."""
         if self.further_calls:
-            return "calls the model again, outside of the pipeline"
+            return "calls the model a second time or in another mode, outside of the pipeline"
         drawn = {name for name in self.changed_before if name.startswith(_RANDOM)}
         if changed := self.changed_before - drawn:
             return f"changes {', '.join(sorted(changed))} before it calls the model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
 from ipu_pipeline.ir.plan import Plan
@@ -40,14 +40,15 @@ def check_class(cls: type, ours: type) -> None:
 
     Args:
         cls: The class that is constructed.
-        ours: ``PipelineTrainer``.
+        ours: ``PipelineTrainer``, whose base is transformers' ``Trainer``.
 
     Raises:
         ValueError: Another trainer class stands before ours, or a method would never be called.
     """
+    theirs = ours.__bases__[0]
     before = [c for c in cls.__mro__[: cls.__mro__.index(ours)] if not issubclass(c, ours)]
     for base in before:
-        if issubclass(base, Trainer):
+        if issubclass(base, theirs):
             raise ValueError(
                 f"{cls.__name__} has {base.__name__} before PipelineTrainer, which then never gets "
                 f"its arguments; write class {cls.__name__}(PipelineTrainer, {base.__name__})"
@@ -56,7 +57,7 @@ def check_class(cls: type, ours: type) -> None:
         # A training_step before ours calls ours.
         first = cls.__mro__.index(ours) + 1 if name == "training_step" else 0
         owner = next(c for c in cls.__mro__[first:] if name in vars(c))
-        if owner is not Trainer:
+        if owner is not theirs:
             raise ValueError(
                 f"{name} of {owner.__name__} does not go with PipelineTrainer ({reason}); leave "
                 "it out: override compute_loss, or use transformers' Trainer"
