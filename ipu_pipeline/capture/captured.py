@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,23 @@ from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
 _KEPT: weakref.WeakKeyDictionary[nn.Module, CapturedModel] = weakref.WeakKeyDictionary()
+
+
+_CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+def capturing() -> bool:
+    """Whether the calling thread is inside a capture, its self-check included."""
+    return _CAPTURING.get()
+
+
+@contextlib.contextmanager
+def _while_capturing() -> Iterator[None]:
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class CapturedModel:
         return block_graph(self)
 
 
+@_while_capturing()
 def capture(
     model: nn.Module,
     example_batch: Mapping[str, Any],

@@ -185,7 +185,7 @@ class GradientSum:
 
 
 @torch.no_grad()
-def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Add ``gradient`` to ``parameter.grad``, which is dense afterwards.
 
     A new ``.grad`` has the parameter's strides, as autograd gives it: torch's fused optimizers
@@ -202,7 +202,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 @torch.no_grad()
-def add_sums(parameter: nn.Parameter, sums: Iterable[GradientSum]) -> None:
+def add_sums(parameter: Tensor, sums: Iterable[GradientSum]) -> None:
     """Add ``sums`` to ``parameter.grad``: all dense parts in their order, then the sparse ones.
 
     The order is fixed, whatever the timing, so the last bit is too.

@@ -68,7 +68,7 @@ class Step:
         self.busy_s = [0.0] * len(own)
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
+        self._shared: list[defaultdict[Tensor, GradientSum]] = [
             defaultdict(GradientSum) for _ in own
         ]
         self._lock = Lock()
@@ -91,7 +91,7 @@ class Step:
     def _forward(self, stage: Stage, microbatch: int) -> None:
         part = self.microbatches[microbatch]
         received = {name: self._values[microbatch, name] for name in stage.receives}
-        key: RandomKey = (self.options.seed, self.global_step, microbatch)
+        key: RandomKey = (self.options.seed, self.global_step, part.index)
         with autocast_region(self.options.precision):
             sent, results = stage.forward(
                 microbatch, part.inputs, received, key, alone=self.alone[stage.index]
@@ -205,13 +205,14 @@ class LocalExecutable(Executable):
         return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
-        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
     ) -> list[float]:
         """Run microbatches that the caller has cut, each of its own shape.
 
         Args:
             parts: One batch per microbatch, at least one.
             weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``.
+            first: How many microbatches of this optimizer step have run before.
 
         Returns:
             The loss of every microbatch, not weighted.
@@ -220,7 +221,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no microbatch, or not one weight for each.
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(cut_batches(parts, weights), 1.0)
+        step = self._accumulate(cut_batches(parts, weights, first), 1.0)
         return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
