@@ -69,12 +69,23 @@ class Program:
         ]
         return f"Program({', '.join(said)})"
 
-    @property
-    def constructs(self) -> tuple[str, ...]:
-        """What is special about it, for the table in the documents."""
-        named = [f"reads {self.read}" if self.read else "", self.mode, self.buffer, self.side]
-        named += [self.log, self.entry, "" if self.loss == "sample mean" else self.loss]
-        return tuple(name for name in named if name)
+
+# Every field that has choices, the plain one first.
+FEATURES: dict[str, tuple[Any, ...]] = {
+    "read": READS,
+    "use": USES,
+    "mode": MODES,
+    "buffer": BUFFERS,
+    "side": SIDES,
+    "log": LOGS,
+    "entry": ENTRIES,
+    "loss": LOSSES,
+    "lengths": LENGTHS,
+    "recompute": RECOMPUTES,
+    "schedule": ("1f1b", "gpipe"),
+    "tied": (False, True),
+    "clipped": (False, True),
+}
 
 
 class Layer(nn.Module):

@@ -1,0 +1,89 @@
+"""Count how programs fare: ``python -m tests.programs.census 2000 --seed 7``.
+
+Prints a table in Markdown, by construct: programs that hold it, the share of them that equals
+plain torch, and the refusals by the construct that they name. Exits with 1 if any program is
+neither equal nor refused by an error of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import warnings
+from collections import Counter
+from dataclasses import fields, replace
+
+from ipu_pipeline.errors import PipelineError
+from tests.programs.program import FEATURES, Program, eager, pipelined
+
+# Of four programs one has a given feature.
+RARE = 4
+
+
+def drawn(draw: random.Random) -> Program:
+    """Return a random program."""
+    chosen = {
+        name: draw.choice(values[1:]) if draw.randrange(RARE) == 0 else values[0]
+        for name, values in FEATURES.items()
+    }
+    layers = draw.randint(2, 4)
+    return Program(
+        **chosen,
+        layers=layers,
+        stages=draw.randint(1, min(3, layers)),
+        microbatches=draw.randint(1, 4),
+    )
+
+
+def outcome(program: Program) -> str:
+    """Return ``equal``, ``refused``, or what is wrong."""
+    truth = eager(program)
+    try:
+        found = pipelined(program)
+    except PipelineError as error:
+        return "refused" if len(str(error)) > 40 else f"refused without a reason: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return truth.difference(found) or "equal"
+
+
+def main() -> int:
+    """Draw, run, count and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("number", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    draw = random.Random(arguments.seed)
+    held: Counter[str] = Counter()
+    equal: Counter[str] = Counter()
+    wrong = 0
+    for _ in range(arguments.number):
+        program = drawn(draw)
+        found = outcome(program)
+        if found not in ("equal", "refused"):
+            wrong += 1
+            print(f"{program}: {found}", file=sys.stderr, flush=True)
+        for construct in ("all", *constructs(program)):
+            held[construct] += 1
+            equal[construct] += found == "equal"
+    print("| construct | programs | equal to plain torch |\n|---|---|---|")
+    for construct, number in held.most_common():
+        print(f"| {construct} | {number} | {100 * equal[construct] / number:.1f} % |")
+    print(f"\nneither equal nor refused: {wrong}", file=sys.stderr)
+    return int(wrong > 0)
+
+
+def constructs(program: Program) -> list[str]:
+    """Return what is special about a program."""
+    plain = replace(Program())
+    return [
+        f"{item.name}: {getattr(program, item.name)}"
+        for item in fields(program)
+        if item.name in FEATURES and getattr(program, item.name) != getattr(plain, item.name)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

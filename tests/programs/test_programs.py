@@ -1,0 +1,55 @@
+"""Programs composed of features: equal to plain torch, or an error of ours; never a third thing.
+
+``make test`` tries the same programs every time, ``make test-acceptance`` says how many new ones
+(``IPU_PIPELINE_PROGRAMS``).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.programs.census import RARE, outcome
+from tests.programs.program import FEATURES, Program
+
+FEW = 500
+NUMBER = int(os.environ.get("IPU_PIPELINE_PROGRAMS", FEW))
+SHARDS = 4
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    """Draw a program; of four one has a given feature."""
+    chosen = {
+        name: draw(st.sampled_from(values[1:])) if draw(st.integers(1, RARE)) == RARE else values[0]
+        for name, values in FEATURES.items()
+    }
+    layers = draw(st.integers(2, 4))
+    return Program(
+        **chosen,
+        layers=layers,
+        stages=draw(st.integers(1, min(3, layers))),
+        microbatches=draw(st.integers(1, 4)),
+    )
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_a_program_is_equal_to_plain_torch_or_refused_by_name(shard: int) -> None:
+    """The first program that is neither is shown, made as small as possible."""
+    counts: Counter[str] = Counter()
+
+    @seed(shard if NUMBER == FEW else random.SystemRandom().randrange(2**32))
+    @settings(max_examples=NUMBER // SHARDS, database=None, suppress_health_check=list(HealthCheck))
+    @given(programs())
+    def tried(program: Program) -> None:
+        found = outcome(program)
+        assert found in ("equal", "refused"), f"{program}: {found}"
+        counts[found] += 1
+
+    tried()
+    assert counts["equal"] > counts["refused"], counts
