@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.calls import Region
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import configs_of, countable, preserved_state, tracing_patches
+from ipu_pipeline.capture.patches import configs_of, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
@@ -221,7 +222,7 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
         raise _BackwardInsideError
 
     try:
-        with countable(model) if on_meta else contextlib.nullcontext():
+        with grouped_without_values() if on_meta else contextlib.nullcontext():
             try:
                 with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
                     return trace(model, batch, leaves)

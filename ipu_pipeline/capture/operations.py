@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
 from ipu_pipeline.capture.calls import unguarded
-from ipu_pipeline.capture.patches import countable
+from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.values import TensorMeta, storage_key
 from ipu_pipeline.ir.graph import OpKind, OpRecord
@@ -33,10 +33,6 @@ from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known."""
-    name = str(operation).rsplit(".", 1)[-1]
-    if name == "_grouped_mm":  # every row of the first operand meets one matrix of the second
-        rows, inner = args[0].shape[-2:]
-        return int(2 * rows * inner * args[1].shape[-1])
     formula = flop_registry.get(operation)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
@@ -151,7 +147,6 @@ class OperationCounter:
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
         with (
-            countable(module),
             unguarded(module),
             mock.patch.object(quiet, "disabled", new=True),
             mode,
@@ -208,7 +203,12 @@ def _measure(
             saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with attending, recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        attending,
+        grouped_without_values(recorder),
+        recorder,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         outputs = torch.func.functional_call(module, dict(state), entered)
     forward, peak = recorder.take(), live.take_peak()
     output_bytes = tuple(_added(outputs, live, saved))

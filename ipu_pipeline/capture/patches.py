@@ -22,6 +22,7 @@ from torch._functorch import apis
 from torch.nn import functional
 
 SDPA = functional.scaled_dot_product_attention
+GROUPED = functional.grouped_mm
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -89,6 +90,13 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def patched_grouped(grouped: Callable[..., Any]) -> Iterator[None]:
+    """Route calls of ``grouped_mm``, the product of a mixture of experts."""
+    with mock.patch.object(functional, "grouped_mm", grouped):
+        yield
+
+
+@contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Put back buffers (running statistics), gradients and the global random states."""
     buffers = [
@@ -113,28 +121,6 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def countable(module: nn.Module) -> Iterator[None]:
-    """Let mixture-of-experts modules run on tensors without values.
-
-    Their grouped matrix multiplication accepts bfloat16 only there; the batched form does the
-    same arithmetic for every token and its chosen experts.
-    """
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    changed = [
-        config
-        for config in configs.values()
-        if getattr(config, "_experts_implementation_internal", None) == "grouped_mm"
-    ]
-    for config in changed:
-        config._experts_implementation_internal = "batched_mm"
-    try:
-        yield
-    finally:
-        for config in changed:
-            config._experts_implementation_internal = "grouped_mm"
 
 
 def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature

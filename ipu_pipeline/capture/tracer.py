@@ -46,6 +46,8 @@ from ipu_pipeline.capture.calls import (
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls
+from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,
@@ -76,6 +78,7 @@ class Tracer(TorchFunctionMode):
         self.attributes: dict[str, Any] = {}
         self.values = Values(self)
         self.storages = StorageHistory()
+        self.side_outputs = SideOutputs(self)
         self.constants: Versions = []
         self.calls: Counter[str] = Counter()
         self.scope: list[str] = [""]
@@ -103,7 +106,7 @@ class Tracer(TorchFunctionMode):
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         versions = self.storages.versions((args, kwargs))
-        result = self._untraced(func, *args, **kwargs)
+        result = self.untraced(func, *args, **kwargs)
         self._record(func, args, kwargs, result, versions)
         return result
 
@@ -122,20 +125,24 @@ class Tracer(TorchFunctionMode):
                 self.scope.pop()
         self.attributes[fqn] = module
         objects = objects_among(args, kwargs, self.kept)
+        places = Places(module)
         if objects:
-            return self._object_call(original, module, args, kwargs, objects)
-        versions = self._versions(module, args, kwargs)
-        result = self._untraced(original, module, *args, **kwargs)
-        self._plain_call(module, args, kwargs, result, versions)
+            result, node = self._object_call(original, module, args, kwargs, objects)
+        else:
+            versions = self._versions(module, args, kwargs)
+            result = self.untraced(original, module, *args, **kwargs)
+            node = self._plain_call(module, args, kwargs, result, versions)
+        self.side_outputs.note(node, module, places)
         return result
 
     def _plain_call(
         self, module: nn.Module, args: Any, kwargs: Any, result: Any, versions: Versions
-    ) -> None:
+    ) -> fx.Node:
         """Record a call of a leaf that was given tensors and plain values only."""
         node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
         self._open_block(node, module)
         self._finish(node, args, kwargs, result, versions)
+        return node
 
     def _versions(self, module: nn.Module, *given: Any) -> Versions:
         """Return the versions of all that a call of a leaf may write to, its statistics as well."""
@@ -150,16 +157,15 @@ class Tracer(TorchFunctionMode):
 
     def _object_call(
         self, original: Any, module: nn.Module, args: Any, kwargs: Any, objects: Any
-    ) -> Any:
+    ) -> tuple[Any, fx.Node]:
         """Run a leaf that is given objects: the node takes and returns the tensors in them."""
         before, used_tensors = self._snapshot(objects), FreeTensors()
         versions = self._versions(module, args, kwargs, before.tensors)
         with used_tensors:
-            result = self._untraced(original, module, *args, **kwargs)
+            result = self.untraced(original, module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
-            self._plain_call(module, args, kwargs, result, versions)
-            return result
+            return result, self._plain_call(module, args, kwargs, result, versions)
         seen = {id(tensor) for tensor in (*used_tensors.free, *tensors_in(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
         written = {id(tensor) for tensor in self.storages.written(versions)}
@@ -178,7 +184,7 @@ class Tracer(TorchFunctionMode):
         self._open_block(node, module)
         results = (result, tuple(after.tensors[n] for n in fresh))
         self._finish(node, (given, rest, named), {}, results, versions)
-        return result
+        return result, node
 
     def _snapshot(self, objects: Mapping[Any, Any]) -> Snapshot:
         try:
@@ -197,7 +203,7 @@ class Tracer(TorchFunctionMode):
         modes = modes_above(self)
         versions = self.storages.versions((args, kwargs))
         with used_tensors:
-            result = self._untraced(original, *args, **kwargs)
+            result = self.untraced(original, *args, **kwargs)
         inner = LiftedCall(original, used_tensors.free, modes)
         call = RegionCall(inner, Region.current(), self.ambient)
         arguments = (inner.free, args, kwargs)
@@ -211,14 +217,14 @@ class Tracer(TorchFunctionMode):
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         versions = self.storages.versions((args, kwargs))
-        result = self._untraced(original, *args, **kwargs)
+        result = self.untraced(original, *args, **kwargs)
         call = RegionCall(original, Region.current(), self.ambient)
         node = self._held_call(call, args, kwargs, original.__self__.__name__)
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         return result
 
-    def _untraced(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def untraced(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call something that becomes one node: nothing that happens inside is glue."""
         self.leaf_draws = False
         self.in_leaf += 1
@@ -405,6 +411,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
+        tracer.side_outputs.finish()
     finally:
         tracer.values.release()
     return Trace(tracer.graph, tracer.attributes, tuple(inputs))

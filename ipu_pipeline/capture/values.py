@@ -123,11 +123,13 @@ class Values:
     def __init__(self, source: Tracer) -> None:
         self._source = source
         self._nodes: dict[int, fx.Node] = {}
+        self._originals: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
 
     def release(self) -> None:
         """Drop all tensors: the trace is over, and they may be large."""
         self._nodes.clear()
+        self._originals.clear()
         self._alive.clear()
 
     def known(self, tensor: Tensor) -> fx.Node | None:
@@ -140,6 +142,15 @@ class Values:
         node.meta["storage"] = storage_key(tensor)
         self._alive.append(tensor)
 
+    def bind_alias(self, tensor: Tensor, node: fx.Node) -> None:
+        """Say that ``tensor`` is another object for the value of ``node``."""
+        self._originals[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def original(self, tensor: Tensor) -> fx.Node | None:
+        """Return the node of the value that ``tensor`` is another object for."""
+        return self._originals.get(id(tensor))
+
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node of ``tensor``; a parameter, buffer or constant gets one."""
         if id(tensor) not in self._nodes:
@@ -150,7 +161,7 @@ class Values:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""
         self._alive.append(result)
         members: dict[tuple[Any, ...], fx.Node] = {(): node}
-        for path, tensor in _walk(result, ()):
+        for path, tensor in tensor_paths(result):
             for end in range(1, len(path) + 1):
                 if path[:end] not in members:
                     access, key = path[end - 1]
@@ -207,23 +218,23 @@ Path = tuple[tuple[Any, Any], ...]
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor inside ``value``."""
-    for _, tensor in _walk(value, ()):
+    for _, tensor in tensor_paths(value):
         yield tensor
 
 
-def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+def tensor_paths(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Yield ``(path, tensor)``; a path step is the access function and its key."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(item, (*path, (operator.getitem, key)))
+            yield from tensor_paths(item, (*path, (operator.getitem, key)))
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            yield from _walk(item, (*path, (operator.getitem, index)))
+            yield from tensor_paths(item, (*path, (operator.getitem, index)))
     elif isinstance(value, slice):
         for name in ("start", "stop", "step"):
-            yield from _walk(getattr(value, name), (*path, (getattr, name)))
+            yield from tensor_paths(getattr(value, name), (*path, (getattr, name)))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _walk(getattr(value, field.name), (*path, (getattr, field.name)))
+            yield from tensor_paths(getattr(value, field.name), (*path, (getattr, field.name)))

@@ -92,10 +92,11 @@ PATCHES = (
         ("tensor",),
     ),
     Patch(
-        "transformers.PretrainedConfig._experts_implementation",
-        "grouped products of experts accept bfloat16 only on tensors without data",
-        "transformers 5.23",
-        lambda: vars(import_module("transformers").PretrainedConfig)["_experts_implementation"],
+        "torch.nn.functional.grouped_mm",
+        "the product of experts takes only bfloat16 on tensors without data",
+        "torch 2.13",
+        lambda: functional.grouped_mm,
+        ("mat_a", "mat_b"),
     ),
 )
 
