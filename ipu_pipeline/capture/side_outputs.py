@@ -206,26 +206,33 @@ class SideOutputs:
                 value = tree_map_only(Tensor, self._alias, value)
                 places.put(change, value)
             for inner, tensor in tensor_paths(value):
-                side = self._side(call, change, inner, tensor)
+                side = self._side(call, change, _from_the_end(value, inner), tensor)
                 sides += [side] if side is not None else []
             changes.append(replace(change, value=tree_map_only(Tensor, self._node, value)))
         self._noted.append(_Noted(call, leaf, places.recorded, tuple(changes), tuple(sides)))
 
     def finish(self) -> None:
         """Let the calls return what the glue has used, now that all of it has run."""
-        read = {side.sink for one in self._noted for side in one.sides if side.node.users}
+        sides = [side for one in self._noted for side in one.sides]
+        read = {side.sink for side in sides if side.node.users}
+        for side in reversed(sides):  # later ones may stand for earlier ones
+            if side.original is not None:
+                side.node.replace_all_uses_with(side.original)
+        becomes = {side.node: side.original for side in sides if side.original is not None}
         for one in self._noted:
-            for side in one.sides:
-                if side.original is not None:
-                    side.node.replace_all_uses_with(side.original)
             taken = [side for side in one.sides if side.node.users]
-            shared = [c for c in one.changes if c.sink in read and not c.is_recorded]
-            if taken or shared:
-                self._returning(one, taken, shared)
-            again = tuple(c for c in one.changes if c.is_recorded or c.sink in read)
-            one.call.meta["repeated"] = RepeatedChanges(one.leaf, again)
-            for side in one.sides:
-                self._tracer.graph.erase_node(side.node)
+            undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
+            if taken or undone:
+                becomes.update(self._returning(one, taken, undone))
+        for one in self._noted:
+            again = [
+                replace(change, value=tree_map_only(fx.Node, _last(becomes), change.value))
+                for change in one.changes
+                if change.is_recorded or change.sink in read
+            ]
+            one.call.meta["repeated"] = RepeatedChanges(one.leaf, tuple(again))
+        for side in reversed(sides):
+            self._tracer.graph.erase_node(side.node)
 
     def _alias(self, tensor: Tensor) -> Tensor:
         values = self._tracer.values
@@ -251,7 +258,10 @@ class SideOutputs:
         values.bind(tensor, node)
         return _Side(Taken(change.path, change.key, inner), change.sink, node, original)
 
-    def _returning(self, one: _Noted, taken: list[_Side], undone: list[Change]) -> None:
+    def _returning(
+        self, one: _Noted, taken: list[_Side], undone: list[Change]
+    ) -> dict[fx.Node, fx.Node]:
+        """Let one call return side outputs; return which node becomes which."""
         attributes, graph, call = self._tracer.attributes, self._tracer.graph, one.call
         holder = SideOutputCall(
             attributes[str(call.target)],
@@ -271,11 +281,29 @@ class SideOutputs:
         call.meta.pop("spec", None)
         for user in users:
             user.replace_input_with(call, result)
+        becomes = {call: result}
         for number, side in enumerate(taken):
             with graph.inserting_after(sides):
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
+            becomes[side.node] = item
+        return becomes
+
+
+def _from_the_end(value: Any, inner: Any) -> Any:
+    """Count in a list from its end: ``kept = [*kept, new]`` has the new one there."""
+    if not isinstance(value, list | tuple):
+        return inner
+    (access, number), *rest = inner
+    return ((access, number - len(value)), *rest)
+
+
+def _last(becomes: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    def last(node: fx.Node) -> fx.Node:
+        return last(becomes[node]) if node in becomes else node
+
+    return last
 
 
 _OF_THE_RESULT = ("scope", "spec", "storage", "value_shape")
