@@ -90,25 +90,60 @@ def own_values(module: nn.Module) -> list[Any]:
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
-    """Return the direct tensor members of a model's output, by field name or position.
+    """Return the tensors of a model's output by field name or position: ``hidden_states[2]``.
 
     Raises:
         CaptureError: The output is neither a tensor nor a tuple, list or mapping.
     """
     if isinstance(output, Tensor):
         return [("loss" if output.ndim == 0 else "output", output)]
+    members: Iterable[tuple[str, Any]]
     if isinstance(output, Mapping):
-        return [(str(key), value) for key, value in output.items() if isinstance(value, Tensor)]
-    if isinstance(output, tuple | list):
-        names = [
-            "loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}"
+        members = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, tuple | list):
+        members = [
+            ("loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}", v)
             for i, v in enumerate(output)
         ]
-        return [(n, v) for n, v in zip(names, output, strict=True) if isinstance(v, Tensor)]
-    raise CaptureError(
-        f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
-        "mapping of tensors"
-    )
+    else:
+        raise CaptureError(
+            f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
+            "mapping of tensors"
+        )
+    return [item for name, value in members for item in _named_members(name, value)]
+
+
+def _named_members(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named_members(f"{name}[{key}]", item)
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _named_members(f"{name}[{number}]", item)
+
+
+def nested_by_name(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put tensors under names as those of :func:`named_tensors` into tuples and dicts again."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        first, bracket, rest = name.partition("[")
+        if bracket and name.endswith("]"):
+            inner, _, after = rest.partition("]")
+            groups.setdefault(first, {})[inner + after] = tensor
+        else:
+            groups[name] = tensor
+    return {name: _member(found) for name, found in groups.items()}
+
+
+def _member(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    inner = nested_by_name(found)
+    if not all(key.isdecimal() for key in inner):
+        return inner
+    return tuple(inner.get(str(n)) for n in range(max(map(int, inner)) + 1))
 
 
 PLAIN = (

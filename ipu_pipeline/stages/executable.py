@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -44,11 +45,16 @@ class EvalResult:
 
     Attributes:
         loss: Mean loss, ``None`` when the batch holds no labels.
-        outputs: The model's tensor outputs by name, microbatches joined on axis 0.
+        outputs: The model's outputs by name, microbatches joined on axis 0: tensors, and tuples
+            and dicts of them.
     """
 
     loss: float | None
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def nested(self) -> EvalResult:
+        """Return the same, tensors named as members of tuples and dicts (``x[2]``) in them."""
+        return EvalResult(self.loss, nested_by_name(self.outputs))
 
 
 def mean_loss(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> float:

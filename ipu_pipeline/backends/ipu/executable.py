@@ -142,7 +142,7 @@ class PopTorchExecutable(SingleProcessExecutable):
         ]
         if whole < size:
             parts.append((size - whole, self._on_host(rows(batch, whole, size))))
-        return join(parts)
+        return join(parts).nested()
 
     def data_loader(self, dataset: Any, **options: Any) -> Any:
         """Return a ``poptorch.DataLoader`` whose batches are what :meth:`train_step` takes.

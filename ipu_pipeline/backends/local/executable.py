@@ -226,7 +226,7 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed.
         """
         microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        return join(microbatches, self._evaluate(microbatches))
+        return join(microbatches, self._evaluate(microbatches)).nested()
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -237,7 +237,7 @@ class LocalExecutable(SingleProcessExecutable):
         """
         microbatches = cut_batches(parts, [1.0] * len(parts))
         found = zip(microbatches, self._evaluate(microbatches), strict=True)
-        return [join([part], [results]) for part, results in found]
+        return [join([part], [results]).nested() for part, results in found]
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
