@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
 
@@ -102,7 +102,12 @@ def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _outcome(captured: CapturedModel, run: Callable[[], Outcome]) -> Outcome:
     """Return results and gradients, by name, of one run without dropout."""
     model = captured.model
-    with preserved_state(model), _NoDropout(), torch.set_grad_enabled(captured.training):
+    with (
+        preserved_state(model),
+        without_gradient_hooks(model),
+        _NoDropout(),
+        torch.set_grad_enabled(captured.training),
+    ):
         torch.manual_seed(SEED)
         outcome = run()
         if captured.training:

@@ -26,6 +26,8 @@ from torch.utils.flop_counter import flop_registry
 from ipu_pipeline.capture.attention import CountedAttention
 from ipu_pipeline.capture.calls import unguarded
 from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.patches import without_gradient_hooks
+from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.values import TensorMeta, storage_key
 from ipu_pipeline.ir.graph import OpKind, OpRecord
@@ -132,7 +134,8 @@ class OperationCounter:
         """Return the operations of ``program``."""
         signature = program_signature(program, self.specs)
         if signature not in self._known:
-            self._known[signature] = self._run(program)
+            with restored_places(program.module), without_gradient_hooks(program.module):
+                self._known[signature] = self._run(program)
         return self._known[signature]
 
     def _run(self, program: Program) -> Operations:

@@ -21,6 +21,8 @@ from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
 
+from ipu_pipeline.capture.places import Places
+
 SDPA = functional.scaled_dot_product_attention
 GROUPED = functional.grouped_mm
 # nn.Module and transformers are patched for all threads: one capture at a time.
@@ -98,7 +100,11 @@ def patched_grouped(grouped: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients and the global random states."""
+    """Put back buffers (running statistics), gradients, random states and configs.
+
+    What the model's hooks and its own code keep in Python is put back, too.
+    """
+    places, configs = Places(model), [(config, dict(vars(config))) for config in configs_of(model)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -121,6 +127,29 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(value)
+        places.restore()
+        for config, attributes in configs:
+            if vars(config) != attributes:
+                vars(config).clear()
+                vars(config).update(attributes)
+
+
+@contextlib.contextmanager
+def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take away what the user's code does in backward passes (steps of optimizers, logs)."""
+    places = [
+        *((p, ("_backward_hooks", "_post_accumulate_grad_hooks")) for p in model.parameters()),
+        *((m, ("_backward_hooks", "_backward_pre_hooks")) for m in model.modules()),
+    ]
+    found = [getattr(owner, name, None) for owner, names in places for name in names]
+    kept = [(hooks, dict(hooks)) for hooks in found if hooks]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in kept:
+            hooks.update(own)
 
 
 def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature

@@ -30,7 +30,9 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 LISTS = (list, deque)
 _PLAIN = (Tensor, int, float, types.NoneType)
-_FOREIGN = frozenset({"torch", "numpy", "transformers", "accelerate", *sys.stdlib_module_names})
+_FOREIGN = frozenset(
+    {"torch", "numpy", "transformers", "accelerate", "ipu_pipeline", *sys.stdlib_module_names}
+)
 RECORDERS: Path = (("recorders", None),)
 
 
@@ -105,6 +107,16 @@ class Places:
         self._found[id(place)] = path, place, entries
         for step, child in _children(place, entries, self._inside):
             self._add((*path, step), child, depth if step[0] == "module" else depth + 1)
+
+
+@contextlib.contextmanager
+def restored_places(module: nn.Module) -> Iterator[None]:
+    """Let everything that ``module`` can reach hold afterwards what it holds now."""
+    places = Places(module)
+    try:
+        yield
+    finally:
+        places.restore()
 
 
 def entries_of(place: Any) -> Any:

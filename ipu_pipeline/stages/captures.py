@@ -15,7 +15,7 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
-from ipu_pipeline.stages.training import autocast_region
+from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -87,11 +87,15 @@ class StageCache:
 
         Raises:
             CaptureError: The model cannot be captured with these inputs.
-            LoweringError: A block that the plan serializes has no table for so many slices.
+            LoweringError: A block that the plan serializes has no table for so many slices; or
+                in training, a hook on a gradient cannot run as in plain torch.
             PlanError: In training mode, its blocks are not those of the plan.
         """
         signature = _signature(self.model, microbatch)
-        return self._stages.get(signature, lambda: self._captured(microbatch))
+        stages = self._stages.get(signature, lambda: self._captured(microbatch))
+        if self.model.training:
+            refuse_gradient_hooks(self.model, [p for stage in stages for p in stage.shared])
+        return stages
 
     def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
         uses = TableUses()

@@ -105,3 +105,27 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
                 "the optimizer holds parameters that are not the model's; make it from "
                 "model.parameters() of the model that is compiled"
             )
+
+
+def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse hooks that would see other gradients, or at another time, than in plain torch.
+
+    Raises:
+        LoweringError: A parameter has a hook that runs when its gradient is added up (an optimizer
+            that steps in the backward pass), or one on its gradient while several stages use it.
+    """
+    several = {id(parameter) for parameter in shared}
+    for fqn, parameter in model.named_parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise LoweringError(
+                f"{fqn!r} has a hook that runs as soon as its gradient is added up "
+                "(register_post_accumulate_grad_hook, as for optimizer steps in the backward "
+                "pass); other microbatches are in flight then that need the weights as they are: "
+                "remove the hook and pass compile(optimizer=...) or step after the whole batch"
+            )
+        if id(parameter) in several and parameter._backward_hooks:
+            raise LoweringError(
+                f"{fqn!r} has a hook on its gradient (register_hook) and is used by several "
+                "stages, each of which has a part of that gradient only; change the sum in .grad "
+                "after forward_backward() instead, or plan its blocks into one stage"
+            )
