@@ -38,13 +38,19 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
     """Make ``model`` traceable for the duration of the block.
 
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
-    being traced, so that it does not choose its masks by looking at the example's values.
+    being traced, so that it does not choose its masks by looking at the example's values. Rows
+    are taken for packed ones (their position ids start over) where the model itself does that:
+    only without a cache, so not where a cache was switched off here.
     """
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         for config in configs_of(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = False
+                vars(config)["use_cache"] = _NoCache()  # assigned, it would have to be a bool
+        masking = sys.modules.get("transformers.masking_utils")
+        if masking is not None:
+            find = functools.partial(_packed_unless_cached, masking.find_packed_sequence_indices)
+            stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", find))
         for module in list(sys.modules.values()):
             name = getattr(module, "__name__", "")
             if name.startswith("transformers") and "is_tracing" in vars(module):
@@ -150,6 +156,23 @@ def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for hooks, own in kept:
             hooks.update(own)
+
+
+class _NoCache(int):
+    """False, instead of a cache that the model would have made."""
+
+    def __repr__(self) -> str:
+        return "False"
+
+
+def _packed_unless_cached(find: Callable[[Any], Any], position_ids: Any) -> Any:
+    frame = sys._getframe(1)
+    while frame is not None:
+        use_cache = frame.f_locals.get("use_cache")
+        if use_cache is not None:
+            return None if isinstance(use_cache, _NoCache) else find(position_ids)
+        frame = frame.f_back
+    return find(position_ids)
 
 
 def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature

@@ -92,6 +92,13 @@ PATCHES = (
         ("tensor",),
     ),
     Patch(
+        "transformers.masking_utils.find_packed_sequence_indices",
+        "a model with a cache does not look for packed rows; the cache is off in a capture",
+        "transformers 5.23",
+        lambda: import_module("transformers.masking_utils").find_packed_sequence_indices,
+        ("position_ids",),
+    ),
+    Patch(
         "torch.nn.functional.grouped_mm",
         "the product of experts takes only bfloat16 on tensors without data",
         "torch 2.13",
