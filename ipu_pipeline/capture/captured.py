@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ipu_pipeline.capture.calls import Region
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.experts import grouped_without_values
-from ipu_pipeline.capture.leaves import Granularity, choose_leaves
+from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
 from ipu_pipeline.capture.patches import configs_of, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.tracer import Trace, trace
@@ -119,6 +119,7 @@ def capture(
     _refuse_checkpointing(model)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     leaves = choose_leaves(model, granularity)
+    _refuse_backward_hooks(model, leaves)
     with (
         torch.inference_mode(mode=False),
         tracing_patches(model),
@@ -245,6 +246,17 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             "call model.activation_checkpointing_disable() (in older transformers "
             "model.gradient_checkpointing_disable())"
         )
+
+
+def _refuse_backward_hooks(model: nn.Module, leaves: Leaves) -> None:
+    for fqn, module in model.named_modules():
+        hooks = module._backward_hooks or module._backward_pre_hooks
+        if model.training and hooks and not leaves.is_leaf(module) and id(module) in leaves.names:
+            raise CaptureError(
+                f"{fqn or type(model).__name__!r} has a hook on its backward pass "
+                "(register_full_backward_hook), and its blocks are in several stages, none of "
+                "which runs that backward pass; register the hook on its blocks, or on tensors"
+            )
 
 
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class Places:
         self._inside = {id(module) for module in leaf.modules()}
         recorders = _recorders()
         self._add(RECORDERS, recorders, 0)
+        for n, hook in enumerate(_hooks_of_all()):
+            self._add((("hook of all modules", n),), hook, 0)
         self._add((), leaf, 0)
         lists = (recorders or {}).items()
         self.recorded = {key: len(value) for key, value in lists if isinstance(value, list)}
@@ -191,6 +193,11 @@ def _of_module(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
     yield from ((("module", name), child) for name, child in module.named_children())
 
 
+def _hooks_of_all() -> list[Any]:
+    hooks = nn.modules.module
+    return [*hooks._global_forward_pre_hooks.values(), *hooks._global_forward_hooks.values()]
+
+
 def _own_forward(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
@@ -275,6 +282,7 @@ def place_at(leaf: nn.Module, path: Path) -> Any:
 
 _STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "recorders": lambda *_: _recorders(),
+    "hook of all modules": lambda _, n: _hooks_of_all()[n],
     "attribute": getattr,
     "item": lambda place, key: place[key],
     "module": lambda place, key: place._modules[key],

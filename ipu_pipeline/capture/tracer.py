@@ -8,6 +8,7 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 - ``writes``: keys of the storages that it changes;  ``storage``: key of its result's storage;
 - ``random``: it draws random numbers;  ``starts``: name of the block it starts;
 - ``guard``: it checks a value that Python read;  ``scope``: fqn of the innermost module;
+- ``effect``: it is kept although nothing reads its result;
 - ``state``: it writes to a parameter or buffer;  ``value_shape``: its shape depends on values.
 """
 
@@ -29,6 +30,7 @@ from ipu_pipeline.capture.calls import (
     SHAPE_READS,
     VALUE_READS,
     FreeTensors,
+    GradientHook,
     LiftedCall,
     Region,
     RegionCall,
@@ -238,6 +240,11 @@ class Tracer(TorchFunctionMode):
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
         if func in VALUE_READS:
             self._guard(func, args, kwargs, result)
+            return
+        if func is Tensor.register_hook:
+            node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
+            node.meta["effect"] = True
+            self._finish(node, args[:1], {}, args[0], versions)
             return
         written = self.storages.written(versions)
         if is_assignment(func) and attribute_name(func) != "requires_grad":
