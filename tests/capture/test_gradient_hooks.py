@@ -1,4 +1,4 @@
-"""Hooks on gradients act in every step as in plain torch, never while a plan is made, or are refused."""
+"""Hooks on gradients act as in plain torch, and never while a plan is made; or they are refused."""
 
 from __future__ import annotations
 
