@@ -18,6 +18,7 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
 from ipu_pipeline.capture.patches import configs_of, preserved_state, tracing_patches
+from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
@@ -128,6 +129,8 @@ def capture(
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
+        recording = recording_models(model)
+    reinstall_recorders(recording)
     if model.training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "

@@ -14,7 +14,7 @@ import inspect
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ from ipu_pipeline.errors import GuardError
 Path = tuple[tuple[str, Any], ...]
 _MAX_DEPTH = 5
 _MAX_ITEMS = 4096  # of a list or mapping; longer ones are data
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Set by transformers' recorders, which stay in a model once they are installed.
+_INSTALLED = "_output_capturing_hooks_installed"
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), _INSTALLED})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 LISTS = (list, deque)
 _PLAIN = (Tensor, int, float, types.NoneType)
@@ -309,6 +311,17 @@ def _recorders() -> Any:
     """Return the lists in which transformers' hooks collect in this thread; or ``None``."""
     collector = _collector()
     return None if collector is None else collector.get()
+
+
+def recording_models(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of ``model`` in which the hooks of transformers' recorders are."""
+    return [module for module in model.modules() if vars(module).get(_INSTALLED)]
+
+
+def reinstall_recorders(models: Iterable[nn.Module]) -> None:
+    """Install the hooks again where they were put back with the rest of a model's state."""
+    for model in models:
+        sys.modules["transformers.utils.output_capturing"].maybe_install_capturing_hooks(model)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,8 @@ class SideOutputCall(nn.Module):
         self.undone: dict[Path, list[Any]] = {}
         for path, key in undone:
             self.undone.setdefault(path, []).append(key)
+        paths = (path for path in self.undone if path[:1] != RECORDERS)
+        self._kinds = {path: type(place_at(leaf, path)) for path in paths}
         self._leaf = (leaf,)  # no part of its own: it is one of ``function``
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -92,7 +94,7 @@ class SideOutputCall(nn.Module):
             if self.recorded:
                 stack.enter_context(recording(self.recorded))
             paths = dict.fromkeys([*self.undone, *(t.path for t in self.taken)])
-            places = {path: place_at(self._leaf[0], path) for path in paths}
+            places = {path: self._place(path) for path in paths}
             before = {path: entries_of(place) for path, place in places.items()}
             try:
                 result = self.function(*args, **kwargs)
@@ -104,6 +106,17 @@ class SideOutputCall(nn.Module):
             finally:
                 self._undo(places, before)
         return result, tuple(self._tensor(taken, now) for taken in self.taken)
+
+    def _place(self, path: Path) -> Any:
+        """Return a place; a list or dict that the glue makes in every pass is empty here."""
+        kind = self._kinds.get(path)
+        if kind not in (dict, *LISTS):
+            return place_at(self._leaf[0], path)
+        parent, (_, key) = place_at(self._leaf[0], path[:-1]), path[-1]
+        entries = entries_of(parent)
+        if isinstance(entries, dict) and key not in entries:
+            set_entry(parent, key, kind())
+        return place_at(self._leaf[0], path)
 
     def _tensor(self, taken: Taken, now: Mapping[Any, Any]) -> Tensor:
         value = now.get((taken.path, taken.key))
