@@ -11,6 +11,7 @@ import functools
 import random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -166,7 +167,7 @@ class _NoCache(int):
 
 
 def _packed_unless_cached(find: Callable[[Any], Any], position_ids: Any) -> Any:
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         use_cache = frame.f_locals.get("use_cache")
         if use_cache is not None:

@@ -282,6 +282,10 @@ def place_at(leaf: nn.Module, path: Path) -> Any:
     return place
 
 
+def _hook(kind: str, module: nn.Module, number: int) -> Any:
+    return list(vars(module)[kind].values())[number]
+
+
 _STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "recorders": lambda *_: _recorders(),
     "hook of all modules": lambda _, n: _hooks_of_all()[n],
@@ -290,7 +294,7 @@ _STEPS: dict[str, Callable[[Any, Any], Any]] = {
     "module": lambda place, key: place._modules[key],
     "variable": lambda place, key: entries_of(place)[key],
     "forward": lambda place, _: _own_forward(place),
-    **{kind: lambda place, n, kind=kind: list(vars(place)[kind].values())[n] for kind in _HOOKS},
+    **{kind: functools.partial(_hook, kind) for kind in _HOOKS},
 }
 
 
