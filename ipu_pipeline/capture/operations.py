@@ -63,6 +63,10 @@ class LiveBytes:
         peak, self.peak = self.peak, self.now
         return peak
 
+    def keys(self) -> Iterable[int]:
+        """Return the keys of the storages that are counted."""
+        return self._alive.keys()
+
     def is_apart(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is, or is a view of, one that is counted elsewhere."""
         return storage_key(tensor) in self._apart
@@ -196,14 +200,14 @@ def _measure(
         else value
         for value in inputs
     )
-    saved: dict[int, int] = {}
+    saved = LiveBytes([])
     saved_inputs: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         if live.is_apart(tensor):
             saved_inputs.add(storage_key(tensor))
         else:
-            saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            saved.note([tensor])
         return tensor
 
     with (
@@ -213,8 +217,8 @@ def _measure(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
     ):
         outputs = torch.func.functional_call(module, dict(state), entered)
-    forward, peak = recorder.take(), live.take_peak()
-    output_bytes = tuple(_added(outputs, live, saved))
+    forward, peak, saved_bytes = recorder.take(), live.take_peak(), saved.now
+    output_bytes = tuple(_added(outputs, live, saved.keys()))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
         with recorder:
@@ -230,7 +234,7 @@ def _measure(
     return Operations(
         forward,
         recorder.take(),
-        sum(saved.values()),
+        saved_bytes,
         peak,
         output_bytes,
         tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),

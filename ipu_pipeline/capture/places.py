@@ -83,6 +83,19 @@ class Places:
                 found.update({(change.sink, change.key): change for change in own})
         return list(found.values())
 
+    def __iter__(self) -> Iterator[tuple[Path, Any, Any]]:
+        """Yield path, place, and what was in it."""
+        return iter(self._found.values())
+
+    def holding(self, tensor: Tensor) -> list[tuple[Path, Any, Any]]:
+        """Return path, entry and sink of all entries that were this tensor."""
+        return [
+            (path, key, id(place) if isinstance(place, LISTS) else _sink(place, key))
+            for path, place, before in self._found.values()
+            for key, value in (before.items() if isinstance(before, dict) else enumerate(before))
+            if value is tensor
+        ]
+
     def put(self, change: Change, value: Any) -> None:
         """Put another value where ``change`` put one."""
         place, before = next(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,8 @@ from ipu_pipeline.capture.places import (
     set_entry,
     shown,
 )
-from ipu_pipeline.capture.values import tensor_paths
-from ipu_pipeline.errors import GuardError
+from ipu_pipeline.capture.values import tensor_paths, tensors_in
+from ipu_pipeline.errors import CaptureError, GuardError
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture.tracer import Tracer
@@ -52,37 +52,70 @@ class Taken:
     inner: tuple[tuple[Any, Any], ...]
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a place was when a call began, at capture.
+
+    Attributes:
+        kind: Its class.
+        length: Number of entries of a list.
+        entries: What was in anything else, nothing in place of tensors.
+        plain: Entries that were no tensors and had none.
+    """
+
+    kind: type
+    length: int
+    entries: Mapping[Any, Any]
+    plain: frozenset[Any] = frozenset()
+
+    @classmethod
+    def of(cls, place: Any, before: Any) -> Start:
+        """Describe ``place``, in which ``before`` was."""
+        if isinstance(place, LISTS):
+            return cls(type(place), len(before), {})
+        without = {key: tree_map_only(Tensor, lambda _: None, v) for key, v in before.items()}
+        plain = (key for key, value in before.items() if not any(True for _ in tensors_in(value)))
+        return cls(type(place), 0, without, frozenset(plain))
+
+
 class SideOutputCall(nn.Module):
     """Calls a leaf and returns, beside its result, what it put in places.
 
     Args:
         function: The leaf, or what calls it.
         leaf: Where the paths begin.
-        recorded: Lengths of the recorders' lists at capture; empty without any.
+        recorded: Lengths of the recorders' lists at capture.
         taken: What to return.
+        given: Path and entry of every tensor that it finds in a place, and its number.
         undone: Path and entry of everything that is put back.
+        starts: How these places were.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         leaf: nn.Module,
+        *,
         recorded: Mapping[str, int],
         taken: Sequence[Taken],
+        given: Sequence[tuple[Path, Any, int]],
         undone: Iterable[tuple[Path, Any]],
+        starts: Mapping[Path, Start],
     ) -> None:
         super().__init__()
         self.function = function
         self.recorded = dict(recorded) if any(t.path[:1] == RECORDERS for t in taken) else {}
         self.taken = tuple(taken)
+        self.given = tuple(given)
         self.undone: dict[Path, list[Any]] = {}
-        for path, key in undone:
+        for path, key in (*undone, *((path, key) for path, key, _ in given)):
             self.undone.setdefault(path, []).append(key)
-        paths = (path for path in self.undone if path[:1] != RECORDERS)
-        self._kinds = {path: type(place_at(leaf, path)) for path in paths}
+        self._starts = {path: starts[path] for path in self.undone}
         self._leaf = (leaf,)  # no part of its own: it is one of ``function``
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    def forward(
+        self, *args: Any, side_inputs: Sequence[Tensor] = (), **kwargs: Any
+    ) -> tuple[Any, tuple[Tensor, ...]]:
         """Call the leaf; return its result and the side outputs.
 
         Raises:
@@ -93,30 +126,54 @@ class SideOutputCall(nn.Module):
                 stack.enter_context(SHARED_PLACES)
             if self.recorded:
                 stack.enter_context(recording(self.recorded))
-            paths = dict.fromkeys([*self.undone, *(t.path for t in self.taken)])
-            places = {path: self._place(path) for path in paths}
+            places = {path: stack.enter_context(self._isolated(path)) for path in self.undone}
+            for path, key, number in self.given:
+                set_entry(places[path], key, side_inputs[number])
+            recorders = {t.path for t in self.taken} - places.keys()
+            places |= {path: place_at(self._leaf[0], path) for path in recorders}
             before = {path: entries_of(place) for path, place in places.items()}
-            try:
-                result = self.function(*args, **kwargs)
-                now = {
-                    (path, change.key): change.value
-                    for path, place in places.items()
-                    for change in changed(path, place, before[path])
-                }
-            finally:
-                self._undo(places, before)
-        return result, tuple(self._tensor(taken, now) for taken in self.taken)
+            result = self.function(*args, **kwargs)
+            now = {
+                (path, change.key): change.value
+                for path, place in places.items()
+                for change in changed(path, place, before[path])
+            }
+            return result, tuple(self._tensor(taken, now) for taken in self.taken)
 
-    def _place(self, path: Path) -> Any:
-        """Return a place; a list or dict that the glue makes in every pass is empty here."""
-        kind = self._kinds.get(path)
-        if kind not in (dict, *LISTS):
-            return place_at(self._leaf[0], path)
-        parent, (_, key) = place_at(self._leaf[0], path[:-1]), path[-1]
-        entries = entries_of(parent)
-        if isinstance(entries, dict) and key not in entries:
-            set_entry(parent, key, kind())
-        return place_at(self._leaf[0], path)
+    @contextlib.contextmanager
+    def _isolated(self, path: Path) -> Iterator[Any]:
+        """Let a place be as it was at capture when the call began; put it back afterwards."""
+        start, keys = self._starts[path], self.undone[path]
+        place, made = self._place(path, start.kind)
+        before = entries_of(place)
+        if start.kind in LISTS:
+            refill(place, [None] * start.length)
+        for key in keys if start.kind not in LISTS else ():
+            if (key in start.entries) != (key in before) or key in start.plain:
+                put_back(place, key, start.entries)
+        try:
+            yield place
+        finally:
+            now = entries_of(place) or {}
+            if start.kind in LISTS:
+                refill(place, before)
+            for key in keys if start.kind not in LISTS else ():
+                if isinstance(now.get(key), Tensor):  # whoever logs it finds the last one
+                    set_entry(place, key, now[key].detach())
+                else:
+                    put_back(place, key, before)
+            if made is not None:
+                put_back(*made, {})
+
+    def _place(self, path: Path, kind: type) -> tuple[Any, tuple[Any, Any] | None]:
+        """Return a place; a list or dict that the glue makes in every pass may have to be made."""
+        if kind in (dict, *LISTS) and path:
+            parent, (_, key) = place_at(self._leaf[0], path[:-1]), path[-1]
+            entries = entries_of(parent)
+            if isinstance(entries, dict) and key not in entries:
+                set_entry(parent, key, kind())
+                return place_at(self._leaf[0], path), (parent, key)
+        return place_at(self._leaf[0], path), None
 
     def _tensor(self, taken: Taken, now: Mapping[Any, Any]) -> Tensor:
         value = now.get((taken.path, taken.key))
@@ -132,22 +189,9 @@ class SideOutputCall(nn.Module):
             )
         return value
 
-    def _undo(self, places: Mapping[Path, Any], before: Mapping[Path, Any]) -> None:
-        for path, keys in self.undone.items():
-            place = places[path]
-            if isinstance(place, LISTS):
-                refill(place, before[path])
-                continue
-            now = entries_of(place) or {}
-            for key in keys:
-                if isinstance(now.get(key), Tensor):  # whoever logs it finds the last one
-                    set_entry(place, key, now[key].detach())
-                else:
-                    put_back(place, key, before[path])
-
     def extra_repr(self) -> str:
         """Return what tells this call from others."""
-        return f"{[(t.path, t.key) for t in self.taken]}, {sorted(self.recorded)}"
+        return f"{[(t.path, t.key) for t in self.taken]}, {self.given}, {sorted(self.recorded)}"
 
 
 @dataclass(frozen=True)
@@ -190,13 +234,15 @@ class _Side:
 
 @dataclass(frozen=True)
 class _Noted:
-    """One call of a leaf that put tensors in places."""
+    """One call of a leaf that put tensors in places, or found some there."""
 
     call: fx.Node
     leaf: nn.Module
-    recorded: Mapping[str, int]
+    places: Places
     changes: tuple[Change, ...]
     sides: tuple[_Side, ...]
+    given: tuple[tuple[Path, Any, int], ...]
+    sinks: frozenset[Any]
 
 
 class SideOutputs:
@@ -205,11 +251,27 @@ class SideOutputs:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         self._noted: list[_Noted] = []
+        self._used: dict[int, tuple[Tensor, fx.Node]] = {}
+
+    def start(self) -> None:
+        """Forget what the last leaf used."""
+        self._used.clear()
+
+    def use(self, given: Any) -> None:
+        """Note what a function inside a leaf is given."""
+        for tensor in tensors_in(given):
+            node = self._tracer.values.known(tensor)
+            if node is not None and node.op != "get_attr":
+                self._used.setdefault(id(tensor), (tensor, node))
 
     def note(self, call: fx.Node, leaf: nn.Module, places: Places) -> None:
-        """Note what the ``call`` of ``leaf`` has put in ``places``."""
-        found = places.changes()
-        if not found:
+        """Note what the ``call`` of ``leaf`` has put in ``places``, and found there.
+
+        Raises:
+            CaptureError: It used a tensor of the batch that it was not given and that is in none.
+        """
+        found, (given, sinks) = places.changes(), self._found(call, places)
+        if not found and not given:
             return
         changes, sides = [], []
         for change in found:
@@ -222,12 +284,41 @@ class SideOutputs:
                 side = self._side(call, change, _from_the_end(value, inner), tensor)
                 sides += [side] if side is not None else []
             changes.append(replace(change, value=tree_map_only(Tensor, self._node, value)))
-        self._noted.append(_Noted(call, leaf, places.recorded, tuple(changes), tuple(sides)))
+        noted = _Noted(call, leaf, places, tuple(changes), tuple(sides), tuple(given), sinks)
+        self._noted.append(noted)
+
+    def _found(
+        self, call: fx.Node, places: Places
+    ) -> tuple[list[tuple[Path, Any, int]], frozenset[Any]]:
+        """Let ``call`` take the tensors that its leaf found in places; return the entries."""
+        tracer = self._tracer
+        given, sinks, nodes, read = [], set(), [], []
+        own = call.all_input_nodes
+        for tensor, node in self._used.values():
+            original = tracer.values.original(tensor)
+            if node in own or original in own or not _is_of_the_batch(node):
+                continue
+            entries = places.holding(tensor)
+            if not entries:
+                raise CaptureError(
+                    f"{type(tracer.model).__name__} hands a {tuple(tensor.shape)} tensor to "
+                    f"{call.meta.get('module', call.target)!r} otherwise than as an argument, and "
+                    "not in an attribute, list or dict that can be found: pass it as an argument"
+                )
+            given += [(path, key, len(nodes)) for path, key, _ in entries]
+            sinks.update(sink for _, _, sink in entries)
+            nodes.append(node)
+            read.append(tensor)
+        if nodes:
+            call.update_kwarg("side_inputs", tuple(nodes))
+            call.meta["after"] += tracer.storages.record(call, read, [])
+        return given, frozenset(sinks)
 
     def finish(self) -> None:
         """Let the calls return what the glue has used, now that all of it has run."""
         sides = [side for one in self._noted for side in one.sides]
         read = {side.sink for side in sides if side.node.users}
+        read = read.union(*(one.sinks for one in self._noted))
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
@@ -235,7 +326,7 @@ class SideOutputs:
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
-            if taken or undone:
+            if taken or undone or one.given:
                 becomes.update(self._returning(one, taken, undone))
         for one in self._noted:
             again = [
@@ -279,9 +370,11 @@ class SideOutputs:
         holder = SideOutputCall(
             attributes[str(call.target)],
             one.leaf,
-            one.recorded,
-            [side.taken for side in taken],
-            [(change.path, change.key) for change in undone],
+            recorded=one.places.recorded,
+            taken=[side.taken for side in taken],
+            given=one.given,
+            undone=[(change.path, change.key) for change in undone],
+            starts={path: Start.of(place, before) for path, place, before in one.places},
         )
         users = [node for node in call.users if node.target is not _side_output]
         call.target = f"_held.side_outputs_{len(attributes)}"
@@ -317,6 +410,19 @@ def _last(becomes: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
         return last(becomes[node]) if node in becomes else node
 
     return last
+
+
+def _is_of_the_batch(node: fx.Node) -> bool:
+    """Whether a value may be another one for another batch."""
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        if source.op in ("placeholder", "call_module") or source.meta.get("random"):
+            return True
+        new = [n for n in source.all_input_nodes if n not in seen]
+        seen.update(new)
+        pending += new
+    return False
 
 
 _OF_THE_RESULT = ("scope", "spec", "storage", "value_shape")

@@ -104,6 +104,7 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.in_leaf:
             self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
+            self.side_outputs.use((args, kwargs))
             return func(*args, **kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
@@ -128,6 +129,7 @@ class Tracer(TorchFunctionMode):
         self.attributes[fqn] = module
         objects = objects_among(args, kwargs, self.kept)
         places = Places(module)
+        self.side_outputs.start()
         if objects:
             result, node = self._object_call(original, module, args, kwargs, objects)
         else:

@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def build(family: str, device: str = "cpu", **more: Any) -> tuple[Any, dict[str, Tensor]]:
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family], **more)
+    config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family] | more)
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(transformers, f"{family}ForCausalLM")(config).train()

@@ -55,7 +55,6 @@ def test_a_hook_on_the_backward_pass_of_the_whole_model_is_refused() -> None:
         getattr(model, register)(lambda *_: None)
         with pytest.raises(CaptureError, match="'Toy' has a hook on its backward pass"):
             capture(model, batch())
-        assert capture(model.eval(), batch()).programs
 
 
 def stepping(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import random
 import threading
 import weakref
@@ -103,7 +104,7 @@ def test_what_hooks_and_forward_keep_in_python_is_put_back() -> None:
 
     seen: list[float] = []
     model = toy(lambda self, x: {"loss": self.layers[1](self.layers[0](x)).sum()}, Counting)
-    model.layers[0].register_forward_hook(lambda _m, _i, o: seen.append(float(o.max())))
+    model.layers[0].register_forward_hook(lambda _m, _i, o: seen.append(float(o.detach().max())))
     model.table = {"first": [1]}
     model.register_forward_pre_hook(lambda m, _: m.table.update(new=m.table["first"].append(2)))
     plan = ipu_pipeline.plan(model, {"x": batch()["x"][:1]}, num_stages=1, microbatches=2)
@@ -161,18 +162,18 @@ def test_hooks_of_the_user_run_once_per_call() -> None:
     model.layers[0].register_forward_hook(lambda *_: seen.append("leaf"))
     model.layers[1].linear.register_forward_hook(lambda *_: seen.append("inside"))
     captured = capture(model, batch(), self_check=False)
-    assert seen == ["leaf", "inside"]
+    assert seen == []
     captured.run(batch())
-    assert seen == ["leaf", "inside"] * 2
+    assert seen == ["leaf", "inside"]
 
 
 def test_no_activation_stays_alive() -> None:
-    made: list[weakref.ref[Tensor]] = []
+    made = queue.SimpleQueue[weakref.ref[Tensor]]()  # a list would be put back
 
     class Watched(Layer):
         def forward(self, x: Tensor) -> Tensor:
             result = self.linear(x)
-            made.append(weakref.ref(result))
+            made.put(weakref.ref(result))
             return result
 
     model = toy(lambda self, x: {"loss": self.layers[1](self.layers[0](x)).sum()}, Watched)
@@ -181,8 +182,8 @@ def test_no_activation_stays_alive() -> None:
     try:
         captured = capture(model, batch(), self_check=False)
         assert captured.programs
-        assert len(made) == 2
-        assert [reference() for reference in made] == [None, None]
+        assert made.qsize() == 2
+        assert [made.get()() for _ in range(2)] == [None, None]
     finally:
         gc.enable()
 
