@@ -8,6 +8,7 @@ it as well: in every step the stage takes it out of the place, and leaves the pl
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,6 +77,13 @@ class Start:
         without = {key: tree_map_only(Tensor, lambda _: None, v) for key, v in before.items()}
         plain = (key for key, value in before.items() if not any(True for _ in tensors_in(value)))
         return cls(type(place), 0, without, frozenset(plain))
+
+    def copied(self, key: Any) -> dict[Any, Any]:
+        """Return the entry by its key, if there was one; who gets a list may change it."""
+        if key not in self.entries:
+            return {}
+        value = self.entries[key]
+        return {key: copy.copy(value) if isinstance(value, (*LISTS, dict)) else value}
 
 
 class SideOutputCall(nn.Module):
@@ -150,7 +158,7 @@ class SideOutputCall(nn.Module):
             refill(place, [None] * start.length)
         for key in keys if start.kind not in LISTS else ():
             if (key in start.entries) != (key in before) or key in start.plain:
-                put_back(place, key, start.entries)
+                put_back(place, key, start.copied(key))
         try:
             yield place
         finally:

@@ -36,7 +36,7 @@ def test_tensor_stored_on_the_side_by_a_block(dtype: torch.dtype) -> None:
     captured = capture(model, batch())
     assert_replays(model, captured, batch(1))
     model.layers[0].forward = model.layers[0].linear.forward
-    with pytest.raises(GuardError, match="Secret put a tensor in an attribute .* and none for"):
+    with pytest.raises(GuardError, match=r"Secret put a tensor in an attribute .* and none for"):
         captured.run(batch(1))
 
 
