@@ -300,7 +300,10 @@ class SideOutputs:
     ) -> tuple[list[tuple[Path, Any, int]], frozenset[Any]]:
         """Let ``call`` take the tensors that its leaf found in places; return the entries."""
         tracer = self._tracer
-        given, sinks, nodes, read = [], set(), [], []
+        given: list[tuple[Path, Any, int]] = []
+        sinks: set[Any] = set()
+        nodes: list[fx.Node] = []
+        read: list[Tensor] = []
         own = call.all_input_nodes
         for tensor, node in self._used.values():
             original = tracer.values.original(tensor)
