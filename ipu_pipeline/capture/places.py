@@ -31,6 +31,7 @@ _INSTALLED = "_output_capturing_hooks_installed"
 _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), _INSTALLED})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 LISTS = (list, deque)
+_FLAGS = (bool, str, types.NoneType)
 _PLAIN = (Tensor, int, float, types.NoneType)
 _FOREIGN = frozenset(
     {"torch", "numpy", "transformers", "accelerate", "ipu_pipeline", *sys.stdlib_module_names}
@@ -94,6 +95,17 @@ class Places:
             for path, place, before in self._found.values()
             for key, value in (before.items() if isinstance(before, dict) else enumerate(before))
             if value is tensor
+        ]
+
+    def switched(self) -> list[tuple[Path, Any]]:
+        """Return path and entry of every flag and text that the glue has changed since."""
+        return [
+            (path, key)
+            for path, place, before in self._found.values()
+            for key, value in (before.items() if isinstance(before, dict) else ())
+            if isinstance(value, _FLAGS)
+            for now in [(entries_of(place) or {}).get(key, before)]
+            if isinstance(now, _FLAGS) and now != value
         ]
 
     def put(self, change: Change, value: Any) -> None:

@@ -279,8 +279,6 @@ class SideOutputs:
             CaptureError: It used a tensor of the batch that it was not given and that is in none.
         """
         found, (given, sinks) = places.changes(), self._found(call, places)
-        if not found and not given:
-            return
         changes, sides = [], []
         for change in found:
             value = change.value
@@ -337,8 +335,9 @@ class SideOutputs:
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
-            if taken or undone or one.given:
-                becomes.update(self._returning(one, taken, undone))
+            isolated = [(c.path, c.key) for c in undone] + one.places.switched()
+            if taken or isolated or one.given:
+                becomes.update(self._returning(one, taken, isolated))
         for one in self._noted:
             again = [
                 replace(change, value=tree_map_only(fx.Node, _last(becomes), change.value))
@@ -374,7 +373,7 @@ class SideOutputs:
         return _Side(Taken(change.path, change.key, inner), change.sink, node, original)
 
     def _returning(
-        self, one: _Noted, taken: list[_Side], undone: list[Change]
+        self, one: _Noted, taken: list[_Side], undone: list[tuple[Path, Any]]
     ) -> dict[fx.Node, fx.Node]:
         """Let one call return side outputs; return which node becomes which."""
         attributes, graph, call = self._tracer.attributes, self._tracer.graph, one.call
@@ -384,7 +383,7 @@ class SideOutputs:
             recorded=one.places.recorded,
             taken=[side.taken for side in taken],
             given=one.given,
-            undone=[(change.path, change.key) for change in undone],
+            undone=undone,
             starts={path: Start.of(place, before) for path, place, before in one.places},
         )
         users = [node for node in call.users if node.target is not _side_output]

@@ -275,6 +275,25 @@ def test_what_the_glue_puts_into_blocks_is_an_input_of_them() -> None:
     assert_trains_in_stages(model, batch(2))
 
 
+def test_a_flag_that_the_glue_switches_for_some_blocks() -> None:
+    class Flagged(Layer):
+        way = "plain"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * (3 if self.way == "loud" else 1)
+
+    def body(self: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        self.layers[0].way = "loud"
+        h = self.layers[0](x)
+        self.layers[0].way = "plain"
+        return {"loss": self.layers[1](h + self.layers[0](x)).square().mean()}
+
+    model = toy(body, Flagged)
+    model.layers[0].way = "plain"
+    assert_replays(model, capture(model, batch()), batch(1))
+    assert_trains_in_stages(model, batch(2))
+
+
 def test_a_tensor_handed_over_where_it_cannot_be_found_is_refused() -> None:
     hidden = types.ModuleType("hidden")
 
