@@ -111,7 +111,8 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 
     What the model's hooks and its own code keep in Python is put back, too.
     """
-    places, configs = Places(model), [(config, dict(vars(config))) for config in configs_of(model)]
+    places = Places(model, with_values=True)
+    configs = [(config, dict(vars(config))) for config in configs_of(model)]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()

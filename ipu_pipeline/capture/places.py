@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.values import tensors_in
@@ -62,9 +63,14 @@ class Change:
 
 
 class Places:
-    """The places that can be reached from ``leaf``, with what is in them now."""
+    """The places that can be reached from ``leaf``, with what is in them now.
 
-    def __init__(self, leaf: nn.Module) -> None:
+    Args:
+        leaf: Where paths begin.
+        with_values: Keep the values of tensors in them, too, for :meth:`restore`.
+    """
+
+    def __init__(self, leaf: nn.Module, *, with_values: bool = False) -> None:
         self._found: dict[int, tuple[Path, Any, Any]] = {}
         self._inside = {id(module) for module in leaf.modules()}
         recorders = _recorders()
@@ -72,6 +78,7 @@ class Places:
         for n, hook in enumerate(_hooks_of_all()):
             self._add((("hook of all modules", n),), hook, 0)
         self._add((), leaf, 0)
+        self._values = self._copies(leaf) if with_values else []
         lists = (recorders or {}).items()
         self.recorded = {key: len(value) for key, value in lists if isinstance(value, list)}
 
@@ -117,6 +124,10 @@ class Places:
 
     def restore(self) -> None:
         """Put back what was in every place."""
+        with torch.no_grad():
+            for tensor, version, value in self._values:
+                if tensor._version != version:
+                    tensor.copy_(value)
         for _, place, before in self._found.values():
             if isinstance(place, LISTS):
                 refill(place, before)
@@ -126,6 +137,16 @@ class Places:
                 put_back(place, key, before)
             for key in before.keys() - now.keys():
                 set_entry(place, key, before[key])
+
+    def _copies(self, leaf: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
+        own = {id(tensor) for tensor in (*leaf.parameters(), *leaf.buffers())}
+        found = {
+            id(value): value
+            for _, _, before in self._found.values()
+            for value in (before.values() if isinstance(before, dict) else before)
+            if isinstance(value, Tensor) and id(value) not in own
+        }
+        return [(t, t._version, t.detach().clone()) for t in found.values()]
 
     def _add(self, path: Path, place: Any, depth: int) -> None:
         if place is None or id(place) in self._found or depth > _MAX_DEPTH:
@@ -141,7 +162,7 @@ class Places:
 @contextlib.contextmanager
 def restored_places(module: nn.Module) -> Iterator[None]:
     """Let everything that ``module`` can reach hold afterwards what it holds now."""
-    places = Places(module)
+    places = Places(module, with_values=True)
     try:
         yield
     finally:

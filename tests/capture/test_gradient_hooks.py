@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -90,6 +91,41 @@ def test_planning_steps_no_optimizer_and_training_refuses_it() -> None:
         executable.forward_backward(inputs)
     assert len(model.layers[0].linear.weight._post_accumulate_grad_hooks) == 1
     assert len(model.layers[1]._backward_hooks) == 1
+
+
+class Stepper:
+    """Steps when it sees a gradient."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.held = {"optimizer": torch.optim.SGD([parameter], lr=0.1)}
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.held["optimizer"].step()
+
+    def seen(self, name: str, gradient: Tensor) -> None:
+        self(gradient)
+
+
+@pytest.mark.parametrize("way", ["object", "closure", "partial", "method"])
+def test_a_hook_that_steps_an_optimizer_is_refused(way: str) -> None:
+    model = toy(plain)
+    weight = model.layers[1].linear.weight
+    stepper, optimizer = Stepper(weight), torch.optim.SGD([weight], lr=0.1)
+    hooks: dict[str, Any] = {
+        "object": stepper,
+        "closure": lambda _: optimizer.step(),
+        "partial": functools.partial(stepper.seen, "name"),
+        "method": stepper.__call__,
+    }
+    weight.register_hook(hooks[way])
+    before, inputs = weight.detach().clone(), batch()
+    plan = ipp.plan(model, {"x": inputs["x"][:1]}, num_stages=2, microbatches=2)
+    with (
+        ipp.compile(model, plan) as executable,
+        pytest.raises(LoweringError, match=r"'layers.1.linear.weight' has a hook .* on its grad"),
+    ):
+        executable.forward_backward(inputs)
+    assert torch.equal(weight, before)
 
 
 def test_a_hook_on_the_gradient_of_a_tied_parameter_is_refused() -> None:

@@ -116,6 +116,21 @@ def test_what_hooks_and_forward_keep_in_python_is_put_back() -> None:
     assert [layer.calls for layer in model.layers] == [2, 2]
 
 
+def test_tensors_that_hooks_write_to_are_put_back() -> None:
+    averages = {"first": torch.ones(WIDTH)}
+    model = toy(lambda self, x: {"loss": self.layers[1](self.layers[0](x)).sum()})
+
+    def average(_m: nn.Module, _i: Any, output: Tensor) -> None:
+        averages["first"].lerp_(output.detach().mean(0), 0.1)
+
+    model.layers[0].register_forward_hook(average)
+    plan = ipu_pipeline.plan(model, {"x": batch()["x"][:1]}, num_stages=1, microbatches=2)
+    assert torch.equal(averages["first"], torch.ones(WIDTH))
+    with ipu_pipeline.compile(model, plan) as executable:
+        executable.forward_backward(batch())
+    assert not torch.equal(averages["first"], torch.ones(WIDTH))
+
+
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.tensor([[1.0, 0, 1], [0, 1, 0]])])
 def test_a_config_that_forward_writes_to_is_put_back(labels: Tensor) -> None:
     config = transformers.BertConfig(
