@@ -104,6 +104,14 @@ class Places:
             if value is tensor
         ]
 
+    def new_numbers(self) -> list[Change]:
+        """Return the entries that are new or other numbers."""
+        return [
+            change
+            for path, place, before in self._found.values()
+            for change in _changed_numbers(path, place, before)
+        ]
+
     def switched(self) -> list[tuple[Path, Any]]:
         """Return path and entry of every flag and text that the glue has changed since."""
         return [
@@ -264,6 +272,10 @@ def changed(path: Path, place: Any, before: Any) -> Iterator[Change]:
     for n, value in enumerate(after or ()):
         if n >= len(before) or not (same or before[n] is value):
             yield Change(path, n - len(before), value, id(place))
+
+
+def _changed_numbers(path: Path, place: Any, before: Any) -> Iterator[Change]:
+    return (c for c in changed(path, place, before) if type(c.value) in (int, float))
 
 
 def _sink(place: Any, key: Any) -> Any:

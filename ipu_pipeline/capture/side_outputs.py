@@ -34,7 +34,7 @@ from ipu_pipeline.capture.places import (
     set_entry,
     shown,
 )
-from ipu_pipeline.capture.values import tensor_paths, tensors_in
+from ipu_pipeline.capture.values import SideFloat, SideInt, tensor_paths, tensors_in
 from ipu_pipeline.errors import CaptureError, GuardError
 
 if TYPE_CHECKING:
@@ -254,16 +254,22 @@ class _Noted:
 
 
 class SideOutputs:
-    """The side outputs of one capture."""
+    """The side outputs of one capture.
+
+    Attributes:
+        numbers_read: Whether the present leaf has made Python numbers of tensors.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         self._noted: list[_Noted] = []
         self._used: dict[int, tuple[Tensor, fx.Node]] = {}
+        self.numbers_read = False
 
     def start(self) -> None:
         """Forget what the last leaf used."""
         self._used.clear()
+        self.numbers_read = False
 
     def use(self, given: Any) -> None:
         """Note what a function inside a leaf is given."""
@@ -279,6 +285,9 @@ class SideOutputs:
             CaptureError: It used a tensor of the batch that it was not given and that is in none.
         """
         found, (given, sinks) = places.changes(), self._found(call, places)
+        for change in places.new_numbers() if self.numbers_read else ():
+            kind = SideFloat if isinstance(change.value, float) else SideInt
+            places.put(change, kind(change.value))
         changes, sides = [], []
         for change in found:
             value = change.value

@@ -105,6 +105,7 @@ class Tracer(TorchFunctionMode):
         if self.in_leaf:
             self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
             self.side_outputs.use((args, kwargs))
+            self.side_outputs.numbers_read |= func in VALUE_READS
             return func(*args, **kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))

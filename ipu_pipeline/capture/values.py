@@ -152,6 +152,33 @@ PLAIN = (
 )  # fmt: skip
 
 
+class SideFloat(float):
+    """A number that a block read from a tensor and left on the side, or one made of such."""
+
+
+class SideInt(int):
+    """The same, a whole one."""
+
+
+def _kept_apart(operator: str) -> Any:
+    def operate(self: Any, *others: Any) -> Any:
+        own = float if isinstance(self, float) else int
+        result = getattr(own, operator)(own(self), *others)
+        kind = {float: SideFloat, int: SideInt}.get(type(result))
+        return result if kind is None else kind(result)
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        for _kind in (SideFloat, SideInt):
+            setattr(_kind, _operator, _kept_apart(_operator))
+for _operator in ("__neg__", "__abs__"):
+    for _kind in (SideFloat, SideInt):
+        setattr(_kind, _operator, _kept_apart(_operator))
+
+
 class Values:
     """Maps live tensors to nodes; keeps the tensors alive so that their ids stay theirs."""
 
@@ -216,6 +243,12 @@ class Values:
             return self.node_of(value)
         if isinstance(value, np.integer | np.floating | np.bool_):
             return value.item()  # before PLAIN: np.float64 is a float that code cannot name
+        if isinstance(value, SideFloat | SideInt):
+            raise CaptureError(
+                f"{self._source.where()} uses a number ({value}) that a block read from a tensor "
+                "in Python and left in a list or an attribute; the next batch has another one: let "
+                "the block leave the tensor there, without .item() or float()"
+            )
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, torch.Size):

@@ -294,6 +294,23 @@ def test_a_flag_that_the_glue_switches_for_some_blocks() -> None:
     assert_trains_in_stages(model, batch(2))
 
 
+@pytest.mark.parametrize("use", [sum, max, lambda s: -s[0] / 2, lambda s: 3 ** abs(s[1]) % 2])
+@pytest.mark.parametrize("read", [float, lambda t: int(t * 9)])
+def test_a_number_that_a_block_reads_for_the_glue_is_refused(use: Any, read: Any) -> None:
+    seen: list[float] = []
+
+    def body(self: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        seen.clear()
+        h = self.layers[1](self.layers[0](x))
+        return {"loss": h.square().mean() * use(seen)}
+
+    model = toy(body)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _m, _i, o: seen.append(read(o.detach().abs().max())))
+    with pytest.raises(CaptureError, match=r"uses a number .* that a block read from a tensor"):
+        capture(model, batch())
+
+
 def test_a_tensor_handed_over_where_it_cannot_be_found_is_refused() -> None:
     hidden = types.ModuleType("hidden")
 
