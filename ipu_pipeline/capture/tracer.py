@@ -8,6 +8,8 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 - ``writes``: keys of the storages that it changes;  ``storage``: key of its result's storage;
 - ``random``: it draws random numbers;  ``starts``: name of the block it starts;
 - ``guard``: it checks a value that Python read;  ``scope``: fqn of the innermost module;
+- ``repeated``: what a leaf did to lists and attributes that the glue reads
+  (``RepeatedChanges``): who runs the glue without the leaf calls ``apply`` of it;
 - ``effect``: it is kept although nothing reads its result;
 - ``state``: it writes to a parameter or buffer;  ``value_shape``: its shape depends on values.
 """
