@@ -49,12 +49,14 @@ class Change:
         key: The entry; of a list its number, counted from what was there before the call.
         value: What is there now.
         sink: Identity of the entry: two leaves may reach it on different paths.
+        was: Id of what was there before.
     """
 
     path: Path
     key: Any
     value: Any
     sink: Any
+    was: int = 0
 
     @property
     def is_recorded(self) -> bool:
@@ -264,7 +266,7 @@ def changed(path: Path, place: Any, before: Any) -> Iterator[Change]:
     if not isinstance(place, LISTS):
         for key, value in (after or {}).items():
             if before.get(key, after) is not value:
-                yield Change(path, key, value, _sink(place, key))
+                yield Change(path, key, value, _sink(place, key), id(before.get(key)))
         return
     same = len(after or ()) >= len(before) and all(
         a is b for a, b in zip(before, after, strict=False)

@@ -209,13 +209,20 @@ class RepeatedChanges:
     Attributes:
         leaf: Where the paths begin.
         changes: Their values have nodes in place of tensors.
+        starts: How the places were when the call began.
     """
 
     leaf: nn.Module
     changes: tuple[Change, ...]
+    starts: Mapping[Path, Start]
 
     def apply(self, tensor_of: Callable[[fx.Node], Tensor]) -> None:
-        """Put the tensors that stand for the nodes in the places."""
+        """Put the tensors that stand for the nodes in the places.
+
+        Raises:
+            GuardError: A place is not as it was when the call began at capture.
+        """
+        self._check()
         for change in self.changes:
             value = tree_map_only(fx.Node, tensor_of, change.value)
             place = place_at(self.leaf, change.path)
@@ -223,6 +230,23 @@ class RepeatedChanges:
                 place.append(value)
             else:
                 set_entry(place, change.key, value)
+
+    def _check(self) -> None:
+        for path, start in self.starts.items():
+            place = place_at(self.leaf, path)
+            now = Start.of(place, entries_of(place) or {})
+            keys = [change.key for change in self.changes if change.path == path]
+            if now.length != start.length or any(
+                now.entries.get(key, start) != start.entries.get(key, start)
+                if key in start.plain
+                else (key in now.entries) != (key in start.entries)
+                for key in keys
+            ):
+                raise GuardError(
+                    f"{type(self.leaf).__name__} finds something else in {shown(path)} than when "
+                    "the model was captured: empty it in the model's forward pass, or keep what is "
+                    "to last from batch to batch in a buffer"
+                )
 
 
 @dataclass(frozen=True)
@@ -264,16 +288,19 @@ class SideOutputs:
         self._tracer = tracer
         self._noted: list[_Noted] = []
         self._used: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._used_ids: set[int] = set()
         self.numbers_read = False
 
     def start(self) -> None:
         """Forget what the last leaf used."""
         self._used.clear()
+        self._used_ids.clear()
         self.numbers_read = False
 
     def use(self, given: Any) -> None:
         """Note what a function inside a leaf is given."""
         for tensor in tensors_in(given):
+            self._used_ids.add(id(tensor))
             node = self._tracer.values.known(tensor)
             if node is not None and node.op != "get_attr":
                 self._used.setdefault(id(tensor), (tensor, node))
@@ -282,9 +309,17 @@ class SideOutputs:
         """Note what the ``call`` of ``leaf`` has put in ``places``, and found there.
 
         Raises:
-            CaptureError: It used a tensor of the batch that it was not given and that is in none.
+            CaptureError: It used a tensor of the batch that it was not given and that is in none;
+                or one of an earlier pass, and put another one there.
         """
         found, (given, sinks) = places.changes(), self._found(call, places)
+        for change in found:
+            if change.was in self._used_ids and self._tracer.values.by_id(change.was) is None:
+                raise CaptureError(
+                    f"{type(leaf).__name__} reads a tensor in {shown(change.path)} that it put "
+                    "there in an earlier forward pass, and puts another one there; stages keep "
+                    "only buffers from batch to batch: make it one"
+                )
         for change in places.new_numbers() if self.numbers_read else ():
             kind = SideFloat if isinstance(change.value, float) else SideInt
             places.put(change, kind(change.value))
@@ -353,7 +388,11 @@ class SideOutputs:
                 for change in one.changes
                 if change.is_recorded or change.sink in read
             ]
-            one.call.meta["repeated"] = RepeatedChanges(one.leaf, tuple(again))
+            if again:
+                paths = {change.path for change in again if not change.is_recorded}
+                starts = {p: Start.of(*rest) for p, *rest in one.places if p in paths}
+                repeated = RepeatedChanges(one.leaf, tuple(again), starts)
+                one.call.meta["repeated"] = repeated
         for side in reversed(sides):
             self._tracer.graph.erase_node(side.node)
 

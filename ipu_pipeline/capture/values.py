@@ -198,6 +198,10 @@ class Values:
         """Return the node of ``tensor`` if it has one."""
         return self._nodes.get(id(tensor))
 
+    def by_id(self, number: int) -> fx.Node | None:
+        """Return the node of the tensor with this id if it has one."""
+        return self._nodes.get(number)
+
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Say that ``node`` computes ``tensor``."""
         self._nodes[id(tensor)] = node

@@ -339,3 +339,46 @@ def test_a_tensor_in_no_place_that_is_found_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="neither a parameter, a buffer, an input"):
         capture(toy(body, Hiding), batch())
+
+
+def test_changes_can_be_repeated_without_the_block() -> None:
+    model = toy(penalised, Inner)
+    with_list(model)
+    captured = capture(model, batch())
+    nodes = [n for n in captured._trace.graph.nodes if "repeated" in n.meta]
+    assert len(nodes) == 2
+    model.kept.clear()
+    for node in nodes:
+        node.meta["repeated"].apply(lambda n: torch.empty(n.meta["spec"].shape, device="meta"))
+    assert [tuple(t.shape) for t in model.kept] == [(2, WIDTH)] * 2
+    with pytest.raises(GuardError, match=r"Inner finds something else in act.0.model.kept than"):
+        nodes[0].meta["repeated"].apply(lambda _: torch.empty(0))
+
+
+def test_an_attribute_that_lasts_is_no_side_output() -> None:
+    model = toy(sum_of_losses, WithAuxiliaryLoss)
+    captured = capture(model, batch())
+    repeated = next(n for n in captured._trace.graph.nodes if "repeated" in n.meta)
+    model.layers[0].aux = torch.zeros(())
+    with pytest.raises(GuardError, match="finds something else in an attribute than"):
+        repeated.meta["repeated"].apply(lambda _: torch.empty(0))
+
+
+def test_a_running_mean_outside_buffers_is_refused() -> None:
+    class Averaging(Layer):
+        mean: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            before = torch.zeros(()) if self.mean is None else self.mean
+            self.mean = 0.9 * before + 0.1 * h.detach().mean()
+            return h
+
+    def body(self: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[1](self.layers[0](x))
+        return {"loss": h.square().mean() + self.layers[0].mean}
+
+    model = toy(body, Averaging)
+    model(**batch())
+    with pytest.raises(CaptureError, match=r"Averaging reads a tensor in an attribute .* buffers"):
+        capture(model, batch())
