@@ -139,7 +139,6 @@ def plan_command(
         machine=machine,
         num_stages=num_stages,
         microbatches=microbatches,
-        replicas=1 if config is None else config.replicas(),
         schedule=schedule,
         costs=costs.value,
         granularity=granularity.value,

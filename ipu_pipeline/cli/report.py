@@ -15,7 +15,7 @@ def simulate_command(
     plan_file: PlanFile,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: the plan's."),
+        typer.Option("--schedule", help="Another one that its machine runs; default: the plan's."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     trace: Annotated[

@@ -105,15 +105,13 @@ def check_runs(plan: Plan) -> None:
         PlanError: The machine's backend does not run the schedule, the schedule does not run these
             stages, or there are not devices enough for the replicas.
     """
-    name, known = plan.schedule, backend_of(plan.machine).schedules
-    if name not in known:
-        raise PlanError(
-            f"{plan.machine.name} runs no schedule {name!r}; use one of {', '.join(known)}"
-        )
+    wrong = schedule_problem(plan.machine, plan.schedule)
+    if wrong:
+        raise PlanError(wrong)
     devices = [stage.device for stage in plan.stages]
     training, have = plan.graph.training, len(plan.machine.devices)
     shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
-    wrong = schedule_kind(name).problem(shape)
+    wrong = schedule_kind(plan.schedule).problem(shape)
     needed = len(set(devices)) * plan.replicas
     if not wrong and needed > have:
         wrong = (
@@ -122,6 +120,14 @@ def check_runs(plan: Plan) -> None:
         )
     if wrong:
         raise PlanError(wrong)
+
+
+def schedule_problem(machine: Machine, name: str) -> str:
+    """Return why the machine's backend does not run a schedule; empty: it does."""
+    known = backend_of(machine).schedules
+    if name in known:
+        return ""
+    return f"{machine.name} runs no schedule {name!r}; use one of {', '.join(known)}"
 
 
 def make_plan(

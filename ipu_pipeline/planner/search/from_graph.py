@@ -194,11 +194,15 @@ def _in_slices(
     if factor is not None:
         exact = tuple(way for way in menu if way.serialize_factor == factor)
         if not exact:
-            offered = ", ".join(str(f) for f in sorted({way.serialize_factor for way in menu}))
+            offered = sorted({way.serialize_factor for way in menu})
             raise PartitionError(
-                f"serialize asks for block {name!r} in {factor} slices, which has prices for "
-                f"{offered}; give the number to the cost model's factors (a block without a table "
-                "has no slices)"
+                f"serialize asks for block {name!r} in {factor} slices: "
+                + (
+                    f"it runs in {', '.join(map(str, offered))}; ask for one of these"
+                    if len(offered) > 1
+                    else "only a lookup table or an output projection runs in slices, and it has "
+                    "none; take it out of serialize"
+                )
             )
         return exact
     if not constraints.allow_serialize:
