@@ -25,7 +25,6 @@ from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
 from ipu_pipeline.planner.search.given_split import factors_of, price_stages
-from ipu_pipeline.planner.search.objective import in_flight
 from ipu_pipeline.planner.search.result import Partition
 
 
@@ -196,16 +195,23 @@ def workload_of(plan: Plan) -> Workload:
 
 def counted_costs(work: Workload) -> GraphCosts:
     """Price blocks by a roofline over counted operations, or by what was measured."""
-    last = in_flight(work.schedule, 1, work.num_microbatches, training=work.graph.training)
     more: dict[str, Any] = {
         "factors": {name: (factor,) for name, factor in work.factors.items() if factor > 1},
         "unfused": work.apart,
-        "loss_in_flight": last,
+        "loss_in_flight": _kept_by_last_stage(work),
     }
     if not work.measured_s:
         return AnalyticCostModel(**more).estimate(work.graph, work.machine)
     times = {name: MeasuredTimes(*seconds) for name, seconds in work.measured_s.items()}
     return ProfiledCostModel(times, **more).estimate(work.graph, work.machine)
+
+
+def _kept_by_last_stage(work: Workload) -> int:
+    """Microbatches in flight in the last stage; of schedules with several per device: on one."""
+    kind, training = schedule_kind(work.schedule), work.graph.training
+    depth = 1 if kind.any_devices or not training else kind.stages_per_device[0]
+    shape = PipelineShape.of(depth, work.num_microbatches, (0,) * depth, training=training)
+    return kind.in_flight(shape)[-1]
 
 
 def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = False) -> PlanPrice:

@@ -10,8 +10,8 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import stages_in_flight
 from ipu_pipeline.planner.search.problem import (
     Exchange,
     Option,
@@ -93,9 +93,10 @@ def build_slots(
     """Describe every stage position of a pipeline over ``stage_devices``."""
     usable = [device.memory_bytes - device.reserved_bytes for device in machine.devices]
     last = len(stage_devices) - 1
-    kept = stages_in_flight(
-        constraints.schedule, stage_devices, num_microbatches, training=graph.training
+    shape = PipelineShape.of(
+        len(stage_devices), num_microbatches, stage_devices, training=graph.training
     )
+    kept = schedule_kind(constraints.schedule).in_flight(shape)
     slots = []
     for stage, device in enumerate(stage_devices):
         pooled = machine.shared_memory

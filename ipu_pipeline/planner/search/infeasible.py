@@ -74,15 +74,29 @@ def explain(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
+    *,
+    ruled_out: bool = True,
 ) -> InfeasibleError:
-    """Return the error that says why nothing fits and what would."""
-    return _Explanation(graph, Change("", costs, machine, constraints)).error()
+    """Return the error that says why nothing fits (was found, if not ``ruled_out``) and what would.
+
+    After a search that its own time limit ended, no time is spent on what would.
+    """
+    if ruled_out:
+        return _Explanation(graph, Change("", costs, machine, constraints)).error()
+    text = (
+        f"no split was found, and none was ruled out, within time_limit_s="
+        f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}"
+    )
+    if constraints.time_limit_s is not None:
+        return InfeasibleError(f"{text}; raise them")
+    return _Explanation(graph, Change("", costs, machine, constraints), text).error()
 
 
 @dataclass
 class _Explanation:
     graph: BlockGraph
     start: Change
+    outcome: str = "no split fits"
     deadline: float = field(default_factory=lambda: monotonic() + EXPLAIN_S)
     _known: list[tuple[GraphCosts, Constraints, int, tuple[FormulatedProblem, LeastBytes]]] = field(
         default_factory=list
@@ -93,9 +107,9 @@ class _Explanation:
             return self._placement_error()
         reason, changes = self._worst_stage(), tuple(self._changes())
         if not changes:
-            return InfeasibleError(f"no split fits: {reason}; no single change tried makes it fit")
+            return InfeasibleError(f"{self.outcome}: {reason}; no single change tried makes it fit")
         options = "; or ".join(change.text for change in changes)
-        return InfeasibleError(f"no split fits: {reason}; it fits if you {options}", changes)
+        return InfeasibleError(f"{self.outcome}: {reason}; it fits if you {options}", changes)
 
     def _changes(self) -> Iterator[Change]:
         """Yield the changes of options that fit (the least that works), then of the machine."""
@@ -123,8 +137,7 @@ class _Explanation:
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
         try:
-            trials = search(self.graph, change.costs, change.machine, trial)
-            return bool(trials.partitions)
+            return bool(search(self.graph, change.costs, change.machine, trial).partitions)
         except PartitionError:
             return False
 

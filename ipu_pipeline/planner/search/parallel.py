@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import search_kind
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def parallel_configurations(
         microbatches = constraints.num_microbatches if total is None else total // replicas
         for devices in _pipelines(graph, constraints, available // replicas):
             shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)
-            wrong = search_kind(constraints.schedule).problem(shape)
+            wrong = schedule_kind(constraints.schedule).problem(shape)
             problem = wrong or problem
             if not wrong and len(devices) <= len(graph.blocks):
                 found.append(ParallelConfiguration(replicas, microbatches, devices))
@@ -89,7 +88,7 @@ def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) ->
 
 def _least_devices(constraints: Constraints, depth: int) -> int:
     """Return the fewest devices that the schedule can put ``depth`` stages on."""
-    kind = search_kind(constraints.schedule)
+    kind = schedule_kind(constraints.schedule)
     if kind.any_devices or constraints.num_stages is None:
         return depth
     counts = [count for count in range(1, depth + 1) if kind.place(depth, count) is not None]
@@ -121,7 +120,7 @@ def _pipelines(
             yield constraints.stage_devices
         return
     wanted = constraints.num_stages
-    kind = search_kind(constraints.schedule)
+    kind = schedule_kind(constraints.schedule)
     if not kind.any_devices:
         for count in range(1, per_pipeline + 1):
             for depth in [wanted] if wanted else [count * n for n in kind.stages_per_device]:

@@ -123,20 +123,22 @@ class OptionPricer:
         selections = self._selections(stage, slot, budget, shared_pool=shared_pool)
         if not selections:
             return []
+        return [self.stage_price(done, stage, slot, item, base + shared) for item in selections]
+
+    def stage_price(
+        self, done: int, stage: int, slot: Slot, chosen: Selection, base: float
+    ) -> StagePrice:
+        """Return the price of a stage that holds ``base`` bytes besides those of its options."""
         send_forward, send_backward = self.transfers(done, stage, slot)
-        outer = self.outer_s(stage) / slot.speed
-        return [
-            StagePrice(
-                item.forward_s / slot.speed,
-                item.backward_s / slot.speed,
-                send_forward,
-                send_backward,
-                outer,
-                base + shared + item.held_bytes,
-                item.picks,
-            )
-            for item in selections
-        ]
+        return StagePrice(
+            chosen.forward_s / slot.speed,
+            chosen.backward_s / slot.speed,
+            send_forward,
+            send_backward,
+            self.outer_s(stage) / slot.speed,
+            base + chosen.held_bytes,
+            chosen.picks,
+        )
 
     def best(self, done: int, stage: int, slot: Slot) -> StagePrice | None:
         """Return the quickest way that fits the slot's own memory, or ``None``."""

@@ -18,7 +18,7 @@ from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.simulate import simulate
-from ipu_pipeline.planner.search.objective import make_objective
+from ipu_pipeline.planner.schedules.timeline import pace
 from tests.planner.schedules.plans import LINK, WORKSPACE, make_plan
 
 
@@ -85,9 +85,7 @@ def test_1f1b_settles_at_the_closed_form_s_pace(times, copies) -> None:
     depth = len(times[0])
     short, long = 40 * depth, 60 * depth
     plan = make_plan(*times, short, copies=copies)
-    pace_s = make_objective("maxload", depth, 1).seconds(
-        range(depth), [load.times.price for load in simulate(plan).loads]
-    )
+    pace_s = pace(simulate(plan))
     longer = simulate(plan, one_f_one_b(depth, long))
     assert longer.step_s >= long * pace_s * (1 - 1e-9)
     assert longer.step_s - simulate(plan).step_s <= (long - short) * pace_s * (1 + 1e-9)

@@ -103,7 +103,7 @@ def test_optimum_equals_brute_force(seed):
         for name in rng.sample(names, rng.randint(0, 2))
     }
     constraints = Constraints(
-        schedule=rng.choice(["1f1b", "1f1b", "gpipe", "popart", "maxload"]),
+        schedule=rng.choice(["1f1b", "1f1b", "gpipe", "popart"]),
         num_microbatches=rng.choice([1, 4, 9]),
         recompute="auto" if recompute is None else recompute,
         serialize=forced,
