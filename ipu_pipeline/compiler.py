@@ -205,8 +205,7 @@ def measured_seconds(
         return {}
     from ipu_pipeline.backends.local.measure import profile_blocks
 
-    times = profile_blocks(captured, batch, num_devices=len(machine.devices))
-    return {name: (time.forward_s, time.backward_s) for name, time in times.items()}
+    return profile_blocks(captured, batch, num_devices=len(machine.devices))
 
 
 def _fitting(made: Plan) -> Plan:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
@@ -16,11 +15,7 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.options.cost_models import (
-    AnalyticCostModel,
-    MeasuredTimes,
-    ProfiledCostModel,
-)
+from ipu_pipeline.planner.options.cost_models import CostModel
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
@@ -195,15 +190,13 @@ def workload_of(plan: Plan) -> Workload:
 
 def counted_costs(work: Workload) -> GraphCosts:
     """Price blocks by a roofline over counted operations, or by what was measured."""
-    more: dict[str, Any] = {
-        "factors": {name: (factor,) for name, factor in work.factors.items() if factor > 1},
-        "unfused": work.apart,
-        "loss_in_flight": _kept_by_last_stage(work),
-    }
-    if not work.measured_s:
-        return AnalyticCostModel(**more).estimate(work.graph, work.machine)
-    times = {name: MeasuredTimes(*seconds) for name, seconds in work.measured_s.items()}
-    return ProfiledCostModel(times, **more).estimate(work.graph, work.machine)
+    model = CostModel(
+        measured_s=work.measured_s,
+        factors={name: (factor,) for name, factor in work.factors.items() if factor > 1},
+        unfused=work.apart,
+        loss_in_flight=_kept_by_last_stage(work),
+    )
+    return model.estimate(work.graph, work.machine)
 
 
 def _kept_by_last_stage(work: Workload) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -14,7 +13,6 @@ from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.problem import (
     Exchange,
-    Option,
     Problem,
     Shared,
     Slot,
@@ -23,28 +21,13 @@ from ipu_pipeline.planner.search.problem import (
 )
 
 
-@dataclass(frozen=True)
-class FormulatedProblem:
-    """The integer problem with the way back to the caller's names.
-
-    Attributes:
-        problem: The problem.
-        choices: The caller's choice behind every option of every block.
-        frees_in_order: As in the prices.
-    """
-
-    problem: Problem
-    choices: tuple[tuple[BlockChoice, ...], ...]
-    frees_in_order: bool = False
-
-
 def build_problem(
     graph: BlockGraph,
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
     replicas: int = 1,
-) -> FormulatedProblem:
+) -> Problem:
     """Translate names into positions.
 
     Raises:
@@ -53,32 +36,24 @@ def build_problem(
     """
     index = graph.block_index
     _check_names(graph, costs, constraints)
-    choices = _menus(graph, costs, constraints)
-    ways = tuple(
-        tuple(Option(c.forward_s, c.backward_s, c.stash_bytes, c.workspace_bytes) for c in menu)
-        for menu in choices
-    )
     private, shared = _weights(graph, costs)
-    return FormulatedProblem(
-        Problem(
-            names=tuple(index),
-            preds=_predecessors(graph, constraints),
-            options=ways,
-            values=tuple(_values(graph, machine)),
-            weight_bytes=private,
-            shared_weights=shared,
-            inputs=tuple(
-                Shared(spec.num_bytes, _mask(graph, spec.consumers))
-                for spec in graph.inputs
-                if spec.consumers
-            ),
-            outer_s=_outer_seconds(graph, machine, constraints, replicas),
-            exchanges=_exchanges(graph, machine, constraints),
-            together=_together(graph, costs, constraints),
-            same_device=_device_groups(graph, constraints),
+    return Problem(
+        names=tuple(index),
+        preds=_predecessors(graph, constraints),
+        options=_menus(graph, costs, constraints),
+        values=tuple(_values(graph, machine)),
+        weight_bytes=private,
+        shared_weights=shared,
+        inputs=tuple(
+            Shared(spec.num_bytes, _mask(graph, spec.consumers))
+            for spec in graph.inputs
+            if spec.consumers
         ),
-        choices,
-        costs.frees_in_order,
+        outer_s=_outer_seconds(graph, machine, constraints, replicas),
+        exchanges=_exchanges(graph, machine, constraints),
+        together=_together(graph, costs, constraints),
+        same_device=_device_groups(graph, constraints),
+        frees_in_order=costs.frees_in_order,
     )
 
 

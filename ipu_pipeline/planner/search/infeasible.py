@@ -16,7 +16,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import FormulatedProblem, build_problem
+from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit, names_of_stage
 from ipu_pipeline.planner.search.parallel import parallel_configurations
 from ipu_pipeline.planner.search.pipeline_search import (
@@ -24,6 +24,7 @@ from ipu_pipeline.planner.search.pipeline_search import (
     candidate,
     search,
 )
+from ipu_pipeline.planner.search.problem import Problem
 
 MOST_DEVICES = 256
 TRIAL_S = 3.0
@@ -98,7 +99,7 @@ class _Explanation:
     start: Change
     outcome: str = "no split fits"
     deadline: float = field(default_factory=lambda: monotonic() + EXPLAIN_S)
-    _known: list[tuple[GraphCosts, Constraints, int, tuple[FormulatedProblem, LeastBytes]]] = field(
+    _known: list[tuple[GraphCosts, Constraints, int, tuple[Problem, LeastBytes]]] = field(
         default_factory=list
     )
 
@@ -164,13 +165,13 @@ class _Explanation:
                 item = candidate(
                     self.graph, change.costs, change.machine, constraints, shape, built
                 )
-                own = built.problem.same_device if shape.own_devices else ()
-                groups = built.problem.together + own
+                own = built.same_device if shape.own_devices else ()
+                groups = built.together + own
                 split = least.split(item.slots, item.rule, groups)
                 found.append((item, split, least.is_least_of_all))
         return found
 
-    def _least_bytes(self, change: Change, replicas: int) -> tuple[FormulatedProblem, LeastBytes]:
+    def _least_bytes(self, change: Change, replicas: int) -> tuple[Problem, LeastBytes]:
         """Formulate the problem; more or larger devices of the same kind leave it as it is."""
         limits = replace(change.constraints, num_stages=None)
         for costs, known, copies, answer in self._known:
@@ -179,7 +180,7 @@ class _Explanation:
         built = build_problem(
             self.graph, change.costs, change.machine, change.constraints, replicas
         )
-        self._known.append((change.costs, limits, replicas, (built, LeastBytes(built.problem))))
+        self._known.append((change.costs, limits, replicas, (built, LeastBytes(built))))
         return self._known[-1][-1]
 
     def _with_memory(self, memory_bytes: int) -> Change:
@@ -284,7 +285,7 @@ class _Explanation:
             return "memory and the constraints on where blocks go leave no split together"
         problem = build_problem(
             self.graph, self.start.costs, machine, self.start.constraints, item.shape.replicas
-        ).problem
+        )
         held = [
             f"stage {index} ({names_of_stage(problem, mask)})"
             for index, ((mask, _), slot) in enumerate(zip(split.stages, item.slots, strict=True))

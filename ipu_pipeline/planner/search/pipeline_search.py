@@ -32,7 +32,6 @@ from ipu_pipeline.planner.schedules import (
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
 from ipu_pipeline.planner.search.from_graph import (
-    FormulatedProblem,
     ample_memory,
     build_problem,
     build_slots,
@@ -42,7 +41,7 @@ from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
 from ipu_pipeline.planner.search.looped import LoopedSearch
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
-from ipu_pipeline.planner.search.problem import Slot
+from ipu_pipeline.planner.search.problem import Problem, Slot
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -78,7 +77,7 @@ class Engine:
 
     def __init__(
         self,
-        built: FormulatedProblem,
+        built: Problem,
         constraints: Constraints,
         *,
         training: bool,
@@ -92,13 +91,11 @@ class Engine:
             training: Whether there are backward passes.
             deadline: ``time.monotonic()`` at which to stop.
         """
-        self.problem = built.problem
+        self.problem = built
         self._constraints, self._training, self._deadline = constraints, training, deadline
         self._kind = schedule_kind(constraints.schedule)
-        self._options = {
-            split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
-        }
-        self._least_bytes = LeastBytes(built.problem)
+        self._options = {split: OptionPricer(built, split_passes=split) for split in (False, True)}
+        self._least_bytes = LeastBytes(built)
         self._proof_s = inf if constraints.time_limit_s else PROOF_S
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, StageCostTable] = {}
@@ -433,13 +430,13 @@ def candidate(
     machine: Machine,
     constraints: Constraints,
     shape: ParallelConfiguration,
-    built: FormulatedProblem,
+    built: Problem,
 ) -> CandidatePipeline:
     """Describe the positions of one pipeline."""
     slots = build_slots(
         costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
     )
-    if machine.shared_memory and ample_memory(built.problem, slots):
+    if machine.shared_memory and ample_memory(built, slots):
         slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
     rule = None
     if constraints.layers_per_ipu is not None:

@@ -11,9 +11,8 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import FormulatedProblem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
-from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.problem import Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_price import PricedPipeline
 
 
@@ -120,7 +119,7 @@ class Partition:
 
 def to_partition(
     found: PricedPipeline,
-    built: FormulatedProblem,
+    built: Problem,
     slots: Sequence[Slot],
     machine: Machine,
     constraints: Constraints,
@@ -133,7 +132,7 @@ def to_partition(
     ):
         blocks = list(bits(boundary & ~done))
         picks = zip(blocks, price.picks, strict=True)
-        choices = tuple(built.choices[block][pick] for block, pick in picks)
+        choices = tuple(built.options[block][pick] for block, pick in picks)
         held = price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
         weights = _weights(built, boundary & ~done)
         space = max((choice.workspace_bytes for choice in choices), default=0)
@@ -141,7 +140,7 @@ def to_partition(
             StageAssignment(
                 index=index,
                 device=slot.device,
-                blocks=tuple(built.problem.names[block] for block in blocks),
+                blocks=tuple(built.names[block] for block in blocks),
                 choices=choices,
                 forward_s=price.forward_s,
                 backward_s=price.backward_s,
@@ -164,11 +163,10 @@ def to_partition(
     )
 
 
-def _weights(built: FormulatedProblem, stage: int) -> float:
+def _weights(built: Problem, stage: int) -> float:
     """Bytes of all parameters that the stage uses, each once."""
-    problem = built.problem
-    shared = sum(item.num_bytes for item in problem.shared_weights if item.users & stage)
-    return shared + sum(problem.held[block] for block in bits(stage))
+    shared = sum(item.num_bytes for item in built.shared_weights if item.users & stage)
+    return shared + sum(built.held[block] for block in bits(stage))
 
 
 def _never_at_once(choices: Sequence[BlockChoice]) -> int:
@@ -184,16 +182,16 @@ def _never_at_once(choices: Sequence[BlockChoice]) -> int:
     return stashed[-1] + max(choice.workspace_bytes for choice in choices) - peak
 
 
-def _tied_bytes(built: FormulatedProblem, stage: int, slot: Slot, slots: Sequence[Slot]) -> float:
+def _tied_bytes(built: Problem, stage: int, slot: Slot, slots: Sequence[Slot]) -> float:
     """Shared parameters, where the search priced the memory they are in as a whole."""
     if [other.pool for other in slots].count(slot.pool) == 1:
         return 0.0
-    return sum(item.num_bytes for item in built.problem.shared_weights if item.users & stage)
+    return sum(item.num_bytes for item in built.shared_weights if item.users & stage)
 
 
 def _binding(
     stages: Sequence[StageAssignment],
-    built: FormulatedProblem,
+    built: Problem,
     slots: Sequence[Slot],
     prices: Sequence[StagePrice],
     machine: Machine,
@@ -235,8 +233,8 @@ def _ranges(indices: Sequence[int]) -> str:
 
 
 def _slower_than_fastest(
-    stage: StageAssignment, built: FormulatedProblem, slot: Slot, price: StagePrice
+    stage: StageAssignment, built: Problem, slot: Slot, price: StagePrice
 ) -> bool:
-    names = {name: index for index, name in enumerate(built.problem.names)}
-    least = sum(built.problem.fastest[names[name]].total_s for name in stage.blocks) / slot.speed
+    names = {name: index for index, name in enumerate(built.names)}
+    least = sum(built.fastest[names[name]].total_s for name in stage.blocks) / slot.speed
     return price.forward_s + price.backward_s > least * (1 + 1e-9)

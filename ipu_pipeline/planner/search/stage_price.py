@@ -8,6 +8,7 @@ from math import inf
 from typing import Protocol
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.knapsack import (
     EXACT_BLOCKS,
@@ -21,7 +22,7 @@ from ipu_pipeline.planner.search.knapsack import (
     thinned,
     within,
 )
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
+from ipu_pipeline.planner.search.problem import Problem, Slot, Value, bits
 
 MOST_CANDIDATES = 8
 
@@ -104,7 +105,7 @@ class OptionPricer:
         self._frontiers: dict[tuple[int, float], dict[tuple[int, ...], list[Point]]] = {}
         # Whether some stage has more undominated ways than were kept: its optimum is not proven.
         self.thinned = False
-        numbers: dict[tuple[Option, ...], int] = {}
+        numbers: dict[tuple[BlockChoice, ...], int] = {}
         self._menu = [numbers.setdefault(ways, len(numbers)) for ways in problem.options]
         self._alive: dict[int, list[Value]] = {}
         self._by_producer: list[list[Value]] = [[] for _ in problem.names]
@@ -209,7 +210,7 @@ class OptionPricer:
         ]
 
     def _frontier(
-        self, menus: tuple[int, ...], ways: Sequence[Sequence[Option]], slot: Slot
+        self, menus: tuple[int, ...], ways: Sequence[Sequence[BlockChoice]], slot: Slot
     ) -> list[Point]:
         """Undominated selections, grown block by block from the longest known beginning."""
         known = self._frontiers.setdefault((slot.in_flight, slot.capacity), {(): [NOTHING]})
@@ -231,5 +232,5 @@ def message_s(link: Link, num_bytes: float) -> float:
     return link.latency_s + num_bytes / link.bytes_per_s if num_bytes else 0.0
 
 
-def _forward_varies(ways: Sequence[Sequence[Option]]) -> bool:
+def _forward_varies(ways: Sequence[Sequence[BlockChoice]]) -> bool:
     return any(len({option.forward_s for option in options}) > 1 for options in ways)

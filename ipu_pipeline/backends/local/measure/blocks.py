@@ -22,7 +22,6 @@ from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
-from ipu_pipeline.planner.options.cost_models import MeasuredTimes
 
 # All blocks are visited so often: what slows the machine for a second then falls on one visit.
 VISITS = 3
@@ -36,7 +35,7 @@ Runs = tuple[list[float], list[float]]
 
 def profile_blocks(
     captured: CapturedModel, batch: Mapping[str, Tensor], *, num_devices: int
-) -> dict[str, MeasuredTimes]:
+) -> dict[str, tuple[float, float]]:
     """Measure the blocks; equal blocks are measured once, known ones are read from disk.
 
     Args:
@@ -46,7 +45,7 @@ def profile_blocks(
             together, each with its share of the cores.
 
     Returns:
-        Seconds of one microbatch by block name.
+        Forward and backward seconds of one microbatch by block name.
 
     Raises:
         CaptureError: The model lives on the meta device: there is nothing to run.
@@ -63,7 +62,8 @@ def profile_blocks(
         with preserved_state(captured.model):
             _measure_missing(captured, batch, num_devices, signatures, known)
         store_measurements(name, known)
-    return {block: MeasuredTimes(*known[signature]) for block, signature in signatures.items()}
+    times = ((block, *known[signature]) for block, signature in signatures.items())
+    return {block: (forward_s, backward_s) for block, forward_s, backward_s in times}
 
 
 def _measure_missing(
