@@ -153,10 +153,7 @@ def _unpriced(
     if isinstance(stages, Partition):
         run = (stages.num_microbatches, stages.replicas)
         settings = stages.settings or settings
-        stages = [
-            PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
-            for stage in stages.stages
-        ]
+        stages = stages.stages
     return Plan(
         model=model,
         machine=work.machine,
@@ -235,7 +232,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
             ),
             in_flight=stage.in_flight,
             weights_s=stage.backward_s / 2
-            if splits_backward and not (stage.recomputed or stage.serialized)
+            if splits_backward and not (stage.recompute or stage.serialize)
             else 0.0,
         )
         for stage, copies in zip(found.stages, copied, strict=True)
@@ -255,7 +252,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         once_s={"update, all-reduce": once_s} if once_s else {},
         misfits=memory_misfits(plan.machine, loads),
         binding=found.binding,
-        recompute=tuple(stage.recomputed for stage in found.stages),
+        recompute=tuple(stage.recompute for stage in found.stages),
         source=costs.source,
     )
 

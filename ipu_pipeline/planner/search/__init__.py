@@ -34,14 +34,13 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import Change, InfeasibleError, explain
 from ipu_pipeline.planner.search.pipeline_search import search
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.planner.search.result import Partition
 
 __all__ = [
     "Change",
     "Constraints",
     "InfeasibleError",
     "Partition",
-    "StageAssignment",
     "solve",
 ]
 

@@ -116,8 +116,8 @@ def test_optimum_equals_brute_force(seed):
     found = solve(graph, costs, machine, constraints)
     assert isclose(found.objective, best, rel_tol=1e-9, abs_tol=1e-9)
     assert found.lower_bound == found.objective
-    ways = {n: w for s in found.stages for n, w in zip(s.blocks, s.choices, strict=True)}
-    assert all(ways[name].serialize_factor == max(1, factor) for name, factor in forced.items())
+    slices = {n: s.serialize.get(n, 1) for s in found.stages for n in s.blocks}
+    assert all(slices[name] == max(1, factor) for name, factor in forced.items())
     for group in costs.together:
         assert len({i for i, stage in enumerate(found.blocks) if set(group) & set(stage)}) == 1
     priced = solve(graph, costs, machine, constraints.with_stages(found.blocks))
@@ -146,10 +146,10 @@ def test_memory_decides_between_whole_and_slices():
     graph = table_graph()
     costs = CostModel().estimate(graph, table_machine())
     ample = solve(graph, costs, table_machine(1), Constraints())
-    assert ample.stages[0].serialized == {}
+    assert ample.stages[0].serialize == {}
     tight = table_machine(1, ample.stages[0].memory_bytes - 10**8)
     sliced = solve(graph, costs, tight, Constraints())
-    assert "head" in sliced.stages[0].serialized
+    assert "head" in sliced.stages[0].serialize
     assert sliced.objective > ample.objective
     assert "recompute or serialize to fit" in sliced.binding
 
@@ -163,9 +163,9 @@ def test_patterns_choose_who_recomputes():
     only = BlockCost(ways[:1], {})
     costs = replace(costs, blocks={**costs.blocks, "b3": only})
     found = solve(CHAIN, costs, make_machine(1), Constraints(recompute=("b[0-1]", "b3")))
-    assert found.stages[0].recomputed == ("b0", "b1")
+    assert found.stages[0].recompute == ("b0", "b1")
     none = solve(CHAIN, costs, make_machine(1), Constraints(recompute=()))
-    assert none.stages[0].recomputed == ()
+    assert none.stages[0].recompute == ()
 
 
 def test_the_last_pattern_counts():

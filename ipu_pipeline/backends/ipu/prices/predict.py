@@ -18,9 +18,8 @@ from ipu_pipeline.backends.ipu.prices.timing import StepTime, step_time
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.block_cost import BlockChoice
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.planner.search.result import Partition
 
 # Fields of a plan's settings that say what was asked for, not what the program does.
 OF_THE_REQUEST = ("fixed", "spelled_out")
@@ -263,24 +262,18 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
     settings, layout = prediction.settings, prediction.layout
     held = held_by_stage(prediction, [stage.ipu for stage in layout.stages])
     stages = []
-    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
+    for stage, time in zip(layout.stages, prediction.time.stages, strict=True):
         again = time.recompute_s > 0
-        choices = tuple(
-            BlockChoice(
-                0.0,
-                0.0,
-                recompute=again,
-                serialize_factor=serialization_factor(graph, graph[name], settings),
-            )
-            for name in stage.blocks
-        )
+        factors = {
+            name: serialization_factor(graph, graph[name], settings) for name in stage.blocks
+        }
         memory, in_flight = next(held)
         stages.append(
-            StageAssignment(
-                index=index,
+            PlannedStage(
                 device=stage.ipu,
                 blocks=stage.blocks,
-                choices=choices,
+                recompute=stage.blocks if again else (),
+                serialize={name: factor for name, factor in factors.items() if factor > 1},
                 forward_s=time.forward_s,
                 backward_s=time.backward_s + time.recompute_s,
                 transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
