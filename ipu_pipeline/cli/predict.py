@@ -38,14 +38,12 @@ def predict_command(
     from ipu_pipeline.backends.ipu.config import find_config
     from ipu_pipeline.backends.ipu.prices import IPUPlanning, predict
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
+    from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.ir.machines import machine_by_name
 
     settings = find_config(ipu_config).apply_overrides(ipu_config_overrides).for_pod(pod_type)
     pod = machine_by_name(machine)
-    built, batch = from_config(
-        *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
-    )
+    built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
     graph = capture(built, batch).graph
     prediction = IPUPlanning.of_configuration(graph, settings, pod)
     if prediction is None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import PlanFile
+from ipu_pipeline.cli.options import JsonOption, PlanFile
 
 
 def simulate_command(
@@ -17,7 +17,7 @@ def simulate_command(
         str | None,
         typer.Option("--schedule", help="Another one that its machine runs; default: the plan's."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: JsonOption = False,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev."),

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipu_pipeline.cli.options import Model, PodOption, SeqLength, TaskOption
+from ipu_pipeline.cli.options import (
+    JsonOption,
+    Model,
+    PlanOutput,
+    PodOption,
+    SeqLength,
+    TaskOption,
+    save_plan,
+)
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -52,13 +60,11 @@ def tune_command(
         str | None,
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the best plan to this file.")
-    ] = None,
+    output: PlanOutput = None,
     ipu_config: Annotated[
         Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
     from ipu_pipeline.backends.ipu.tune import TuneRequest, tune
@@ -82,8 +88,7 @@ def tune_command(
             typer.echo(f"\n{comparison_text(result, compare, other)}")
     if output is not None:
         captured = capture(result.best.prediction.micro_batch)
-        result.plan(model_identity(captured.model)).save(output)
-        typer.echo(f"plan written to {output}", err=as_json)
+        save_plan(result.plan(model_identity(captured.model)), output, quiet=as_json)
     if ipu_config is not None:
         path = result.ipu_config().save(ipu_config)
         size = result.best.prediction.micro_batch
@@ -92,13 +97,11 @@ def tune_command(
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
-
-    config, chosen = config_and_task(model, task)
+    from ipu_pipeline.capture.from_config import from_config
 
     @cache
     def captured(micro_batch: int) -> CapturedModel:
-        built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)
+        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
         return capture(built, batch)
 
     return captured
