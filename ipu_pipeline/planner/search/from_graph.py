@@ -17,6 +17,7 @@ from ipu_pipeline.planner.search.problem import (
     Shared,
     Slot,
     Value,
+    joined_groups,
     mask_of,
 )
 
@@ -250,15 +251,7 @@ def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ..
     groups = [_mask(graph, group) for group in constraints.same_device]
     if constraints.tied == "same_device":
         groups += [_mask(graph, group) for group in graph.tied_groups]
-    merged: list[int] = []
-    for group in groups:
-        joined = group
-        apart = [other for other in merged if not other & group]
-        for other in merged:
-            if other & group:
-                joined |= other
-        merged = [*apart, joined]
-    return tuple(group for group in merged if group.bit_count() > 1)
+    return joined_groups(groups)
 
 
 def _outer_seconds(

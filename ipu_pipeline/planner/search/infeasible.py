@@ -18,12 +18,12 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit, names_of_stage
-from ipu_pipeline.planner.search.parallel import parallel_configurations
-from ipu_pipeline.planner.search.pipeline_search import (
+from ipu_pipeline.planner.search.parallel import (
     CandidatePipeline,
     candidate,
-    search,
+    parallel_configurations,
 )
+from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.problem import Problem
 
 MOST_DEVICES = 256
@@ -130,10 +130,10 @@ class _Explanation:
     def _fits(self, change: Change) -> bool:
         """Whether a split exists after ``change``."""
         found = self._least(change)
-        if any(_proves(item) and split is not None and split.fits(item.slots)
+        if any(item.apart and split is not None and split.fits(item.slots)
                for item, split, _ in found):  # fmt: skip
             return True
-        if found and all(_proves(item) and only for item, _, only in found):
+        if found and all(item.apart and only for item, _, only in found):
             return False
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
@@ -218,7 +218,7 @@ class _Explanation:
         if change.constraints.replicas is None:
             return True
         return any(
-            not (_proves(item) and only) or (split is not None and split.fits(item.slots))
+            not (item.apart and only) or (split is not None and split.fits(item.slots))
             for item, split, only in self._least(change, deepest=True)
         )
 
@@ -297,11 +297,6 @@ class _Explanation:
             f"{used[worst] / 1e6:.4g} MB, {'its' if one else 'their'} device has "
             f"{room[worst] / 1e6:.4g} MB"
         )
-
-
-def _proves(item: CandidatePipeline) -> bool:
-    """Whether stages have their own devices and memories, so that each may be looked at alone."""
-    return item.shape.own_devices and len({slot.pool for slot in item.slots}) == len(item.slots)
 
 
 def _option_changes(start: Change) -> Iterator[Change]:

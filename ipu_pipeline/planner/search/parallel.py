@@ -1,15 +1,20 @@
-"""Which pipelines to try: replicas, microbatches of each, and the device of every stage."""
+"""Which pipelines to try: replicas, microbatches of each, device and position of every stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
-from ipu_pipeline.planner.search.constraints import Constraints
+from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
+from ipu_pipeline.planner.search.from_graph import ample_memory, build_slots
+from ipu_pipeline.planner.search.problem import Problem, Slot
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,52 @@ class ParallelConfiguration:
     def own_devices(self) -> bool:
         """Whether no two stages share a device."""
         return len(set(self.stage_devices)) == len(self.stage_devices)
+
+
+@dataclass(frozen=True)
+class CandidatePipeline:
+    """One pipeline to try, with its positions.
+
+    Attributes:
+        shape: Replicas, microbatches, devices.
+        slots: Stage positions.
+        rule: Given layers per device, if any.
+    """
+
+    shape: ParallelConfiguration
+    slots: tuple[Slot, ...]
+    rule: LayerRule | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether every stage has its own device and memory, so that it can be looked at alone."""
+        return self.shape.own_devices and len({slot.pool for slot in self.slots}) == len(self.slots)
+
+    def set_apart(self, **changes: Any) -> CandidatePipeline:
+        """Give every stage its own device and memory, and its slot other ``changes``."""
+        slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(self.slots))
+        shape = replace(self.shape, stage_devices=tuple(range(len(slots))))
+        return replace(self, slots=slots, shape=shape)
+
+
+def candidate(
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    shape: ParallelConfiguration,
+    problem: Problem,
+) -> CandidatePipeline:
+    """Describe the positions of one pipeline."""
+    slots = build_slots(
+        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
+    )
+    if machine.shared_memory and ample_memory(problem, slots):
+        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
+    rule = None
+    if constraints.layers_per_ipu is not None:
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
+    return CandidatePipeline(shape, slots, rule)
 
 
 def parallel_configurations(

@@ -18,7 +18,6 @@ from itertools import accumulate
 from itertools import chain as joined
 from math import inf
 from time import monotonic
-from typing import Any
 
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -30,18 +29,18 @@ from ipu_pipeline.planner.schedules import (
     schedule_kind,
 )
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
-from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
-from ipu_pipeline.planner.search.from_graph import (
-    ample_memory,
-    build_problem,
-    build_slots,
-)
+from ipu_pipeline.planner.search.constraints import Constraints
+from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
 from ipu_pipeline.planner.search.looped import LoopedSearch
-from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
-from ipu_pipeline.planner.search.problem import Problem, Slot
+from ipu_pipeline.planner.search.parallel import (
+    CandidatePipeline,
+    candidate,
+    parallel_configurations,
+)
+from ipu_pipeline.planner.search.problem import Problem
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -55,21 +54,6 @@ from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longes
 LABEL_LIMIT = 4000
 # Without a time limit, the label-setting searches of one problem prove for so many seconds.
 PROOF_S = 10.0
-
-
-@dataclass(frozen=True)
-class CandidatePipeline:
-    """One pipeline to try, with its positions.
-
-    Attributes:
-        shape: Replicas, microbatches, devices.
-        slots: Stage positions.
-        rule: Given layers per device, if any.
-    """
-
-    shape: ParallelConfiguration
-    slots: tuple[Slot, ...]
-    rule: LayerRule | None = None
 
 
 class Engine:
@@ -104,7 +88,7 @@ class Engine:
         """Whether the sweep solves this candidate exactly."""
         single = self._constraints.schedule == "1f1b"
         steps = self.problem.exchanges or any(self.problem.outer)
-        return single and _has_own(candidate) and not steps
+        return single and candidate.apart and not steps
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
@@ -129,8 +113,17 @@ class Engine:
         return self._sweep(candidates, pace, 1, upper, uniform=uniform)
 
     def at_once(self, candidate: CandidatePipeline) -> float:
-        """Bound over all splits of this depth that needs no search."""
+        """Bound over all splits of this depth that needs no search.
+
+        Where stages visit the devices several times it is one of the replay: one device has its
+        share of all microbatches' work.
+        """
         depth = len(candidate.slots)
+        if self.has_loops(candidate):
+            work = sum(option.total_s for option in self.problem.fastest)
+            work /= max(slot.speed for slot in candidate.slots)
+            devices = len(set(candidate.shape.stage_devices))
+            return candidate.shape.num_microbatches * work / devices
         pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
@@ -166,7 +159,7 @@ class Engine:
             return lower
         at_once = min(least[depth] for depth in open_paths)
         deepest = max((c for c in candidates if len(c.slots) in open_paths), key=_depth)
-        apart = _has_own(deepest) and all(map(is_even, joined(*open_paths.values())))
+        apart = deepest.apart and all(map(is_even, joined(*open_paths.values())))
         lattice = self._lattice(deepest, chain=False) if apart else None
         if lattice is None:
             return min(lower, at_once)
@@ -218,16 +211,8 @@ class Engine:
         return not candidate.shape.own_devices and not self._kind.any_devices
 
     def run_loops(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
-        """Good splits of a pipeline whose stages visit the devices several times.
-
-        The bound is one of the replay: a device computes all its stages' microbatches, and one
-        has its share of all.
-        """
-        work = sum(option.total_s for option in self.problem.fastest)
-        fastest = max(slot.speed for slot in candidate.slots)
-        devices, count = len(set(candidate.shape.stage_devices)), candidate.shape.num_microbatches
-        bound = count * work / fastest / devices
-        chain = self._lattice(candidate, chain=True)
+        """Good splits of a pipeline whose stages visit the devices several times."""
+        bound, chain = self.at_once(candidate), self._lattice(candidate, chain=True)
         if not self.may_fit(candidate):
             return SearchResult(inf)
         if bound >= upper or chain is None:
@@ -248,7 +233,7 @@ class Engine:
         self, candidate: CandidatePipeline, chain: Lattice
     ) -> Iterator[tuple[int, ...]]:
         """The split whose largest stage is smallest, memory aside, and the least demanding one."""
-        layout = _layout(chain, _apart(candidate), uniform=False)
+        layout = _layout(chain, candidate.set_apart(), uniform=False)
         tables = [(self._rows_of(chain), layout)]
         found = search_tables(tables, [len(candidate.slots)], (1, 0)).pipelines
         yield from (item.boundaries for item in found[:1])
@@ -286,20 +271,16 @@ class Engine:
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
         pace, spread = self._relaxed_weights(candidate)
-        relaxed = _apart(candidate, forbidden=0)
+        relaxed = candidate.set_apart(forbidden=0)
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
-        schedule, devices = self._constraints.schedule, candidate.shape.stage_devices
+        schedule = self._constraints.schedule
         depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
         if schedule == "popart" and self._training and depth > 1:
             return max(0, microbatches - (2 * depth - 1)), 2
-        if self._kind.any_devices:
-            return microbatches - 1, 1
-        form = self._kind.objective(self._shape(candidate))
-        weight = max(row.weight for row in form.rows)
-        return 0, form.sum_weight + weight / len(set(devices))
+        return microbatches - 1, 1
 
     def _sweep(
         self,
@@ -406,10 +387,15 @@ def search(
     partitions: list[Partition] = []
     searched = []
     upper = lower = inf
-    for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
+    shapes = parallel_configurations(graph, machine, constraints)
+    for replicas in dict.fromkeys(shape.replicas for shape in shapes):
         built = build_problem(graph, costs, machine, constraints, replicas)
         engine = Engine(built, constraints, training=graph.training, deadline=deadline)
-        candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
+        candidates = [
+            candidate(graph, costs, machine, constraints, shape, built)
+            for shape in shapes
+            if shape.replicas == replicas
+        ]
         for members, together in _batches(engine, candidates, constraints):
             found = _search(engine, members, upper, together=together)
             lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
@@ -422,26 +408,6 @@ def search(
     partitions.sort(key=lambda item: item.objective)
     best_ones = tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
     return Exploration(best_ones, tuple(searched), lower)
-
-
-def candidate(
-    graph: BlockGraph,
-    costs: GraphCosts,
-    machine: Machine,
-    constraints: Constraints,
-    shape: ParallelConfiguration,
-    built: Problem,
-) -> CandidatePipeline:
-    """Describe the positions of one pipeline."""
-    slots = build_slots(
-        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
-    )
-    if machine.shared_memory and ample_memory(built, slots):
-        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
-    rule = None
-    if constraints.layers_per_ipu is not None:
-        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
-    return CandidatePipeline(shape, slots, rule)
 
 
 def _batches(
@@ -481,29 +447,9 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
 
 
-def _apart(candidate: CandidatePipeline, **changes: Any) -> CandidatePipeline:
-    """Give every stage its own device and memory."""
-    slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(candidate.slots))
-    shape = replace(candidate.shape, stage_devices=tuple(range(len(slots))))
-    return replace(candidate, slots=slots, shape=shape)
-
-
 def _depth(candidate: CandidatePipeline) -> int:
     return len(candidate.slots)
 
 
-def _has_own(candidate: CandidatePipeline) -> bool:
-    """Whether every stage has its own device and memory."""
-    pools = {slot.pool for slot in candidate.slots}
-    return candidate.shape.own_devices and len(pools) == len(candidate.slots)
-
-
 def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
     return next(item for item in members if len(item.slots) == len(found.prices))
-
-
-def _by_replicas(
-    found: Sequence[ParallelConfiguration],
-) -> Iterator[tuple[int, list[ParallelConfiguration]]]:
-    for replicas in dict.fromkeys(shape.replicas for shape in found):
-        yield replicas, [shape for shape in found if shape.replicas == replicas]

@@ -179,3 +179,15 @@ def closure(preds: Sequence[int]) -> list[int]:
             mask |= found[pred]
         found.append(mask)
     return found
+
+
+def joined_groups(groups: Iterable[int]) -> tuple[int, ...]:
+    """Unite the masks that have a block in common; single blocks are no group."""
+    merged: list[int] = []
+    for group in groups:
+        apart = [other for other in merged if not other & group]
+        for other in merged:
+            if other & group:
+                group |= other
+        merged = [*apart, group]
+    return tuple(group for group in merged if group.bit_count() > 1)

@@ -34,6 +34,7 @@ from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
 from ipu_pipeline.planner.search.priced import quickest
+from ipu_pipeline.planner.search.problem import joined_groups, mask_of
 from ipu_pipeline.planner.search.result import Partition
 
 FACTORS = (1, 2, 4, 8)
@@ -446,12 +447,5 @@ def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ..
     """
     kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
     tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
-    merged: list[int] = []
-    for group in (*constraints.same_device, *tied):
-        mask = sum(1 << graph.block_index[name] for name in set(group))
-        apart = [other for other in merged if not other & mask]
-        for other in merged:
-            if other & mask:
-                mask |= other
-        merged = [*apart, mask]
-    return tuple(mask for mask in merged if mask.bit_count() > 1)
+    groups = (*constraints.same_device, *tied)
+    return joined_groups(mask_of(graph.block_index[name] for name in group) for group in groups)
