@@ -173,14 +173,6 @@ def critical_paths(kind: ScheduleKind, shape: PipelineShape) -> tuple[Path, ...]
     return tuple(found)
 
 
-def bound_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
-    """Return a lower bound of :func:`step_seconds` for any stages on these devices."""
-    prices = [stage.price for stage in times]
-    if kind.lock_stepped:
-        return kind.objective(shape).seconds(shape.devices, prices)
-    return max(path.seconds(prices) for path in critical_paths(kind, shape))
-
-
 def _steady_pace(
     made: ReplayProgram, starts: Sequence[float], shape: PipelineShape, period: int, end_s: float
 ) -> float | None:

@@ -130,7 +130,7 @@ class LoopedSearch:
         outer: dict[int, float] = {}
         for slot, price in zip(self.slots, prices, strict=True):
             outer[slot.device] = outer.get(slot.device, 0.0) + price.outer_s
-        times = [StageTimes(p.forward_load_s, p.backward_load_s, p.backward_s / 2) for p in prices]
+        times = [StageTimes.of(p.forward_load_s, p.backward_s, p.send_backward_s) for p in prices]
         return step_seconds(self.kind, self.shape, times) + max(outer.values())
 
     def _parted(self, split: Split) -> int:
