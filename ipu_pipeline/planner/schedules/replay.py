@@ -137,7 +137,7 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
     least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
     while True:
         short = kind.shortened(shape, least)
-        made = program(kind.rows(short))
+        made = _program_of(kind, short)
         starts, end_s = start_times(made, seconds)
         left = shape.num_microbatches - short.num_microbatches
         if left == 0:
@@ -147,6 +147,12 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
         if pace_s is not None:
             return end_s + pace_s * (left // period)
         least *= 4
+
+
+@lru_cache(maxsize=64)
+def _program_of(kind: ScheduleKind, shape: PipelineShape) -> ReplayProgram:
+    """Find the program again without a look at every action of the rows."""
+    return program(kind.rows(shape))
 
 
 @lru_cache(maxsize=64)

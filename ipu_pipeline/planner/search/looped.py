@@ -8,9 +8,10 @@ are chosen together (``knapsack.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle
 from math import inf
 from time import monotonic
 
@@ -61,52 +62,58 @@ class LoopedSearch:
     )
 
     def run(self, starts: Iterable[Sequence[int]]) -> list[PricedPipeline]:
-        """Return the best split behind each of ``starts`` (done blocks after every stage)."""
-        found = []
-        for masks in starts:
-            if not all(mask in self.lattice.position for mask in masks):
-                continue
-            split = tuple(self.lattice.position[mask] for mask in masks)
-            if not all(self.allowed[n][place] for n, place in enumerate(split, 1)):
-                continue
-            best = self._improved(split, exact=False)
-            self._replays = MOST_ACTIONS // (
-                3 * self.shape.num_stages * self.shape.num_microbatches
-            )
-            best = self._improved(best, exact=True)
-            parted, over, seconds, _ = self.cost(best, exact=True)
-            if not parted and not over:
-                done = tuple(self.lattice.masks[place] for place in best)
-                found.append(PricedPipeline(seconds, done, tuple(self._prices(best)[1])))
-        return found
+        """Return the best split behind ``starts`` (done blocks after every stage), if one fits."""
+        found = [self._improved(split, exact=False) for split in map(self._split, starts) if split]
+        if not found:
+            return []
+        best = min(found, key=lambda split: self.cost(split, exact=False))
+        self._replays = MOST_ACTIONS // (3 * self.shape.num_stages * self.shape.num_microbatches)
+        best = self._improved(best, exact=True)
+        parted, over, seconds, _ = self.cost(best, exact=True)
+        if parted or over:
+            return []
+        done = tuple(self.lattice.masks[place] for place in best)
+        return [PricedPipeline(seconds, done, tuple(self._prices(best)[1]))]
+
+    def _split(self, masks: Sequence[int]) -> Split | None:
+        """Find the positions of boundaries; ``None`` where one is not allowed."""
+        if not all(mask in self.lattice.position for mask in masks):
+            return None
+        split = tuple(self.lattice.position[mask] for mask in masks)
+        return split if all(self.allowed[n][place] for n, place in enumerate(split, 1)) else None
 
     def _improved(self, split: Split, *, exact: bool) -> Split:
-        cost, improving = self.cost(split, exact=exact), True
-        while improving:
-            improving = False
-            for moved in self._moves(split):
-                late = self.deadline is not None and monotonic() > self.deadline
-                if cost[2] < inf and (late or (exact and self._replays <= 0)):
-                    return split
-                other = self.cost(moved, exact=exact)
-                if _better(other, cost):
-                    split, cost, improving = moved, other, True
-                    break
+        """Try all moves in turn, until none of them helps."""
+        last = len(split) - 1
+        moves = [
+            (first, first + length, step)
+            for length in range(1, min(LONGEST_RUN, last) + 1)
+            for first in range(last - length + 1)
+            for step in (-1, 1)
+        ]
+        cost, failed = self.cost(split, exact=exact), 0
+        for move in cycle(moves):
+            late = self.deadline is not None and monotonic() > self.deadline
+            spent = late or (exact and self._replays <= 0)
+            if failed == len(moves) or (spent and cost[2] < inf):
+                break
+            moved = self._moved(split, *move)
+            other = None if moved is None else self.cost(moved, exact=exact)
+            if moved is not None and other is not None and _better(other, cost):
+                split, cost, failed = moved, other, 0
+            else:
+                failed += 1
         return split
 
-    def _moves(self, split: Split) -> Iterator[Split]:
-        """Yield the splits with a run of boundaries moved by one position."""
-        last = len(split) - 1
-        for length in range(1, min(LONGEST_RUN, last) + 1):
-            for first in range(last - length + 1):
-                for step in (-1, 1):
-                    run = [place + step for place in split[first : first + length]]
-                    before = split[first - 1] if first else 0
-                    fits = before < run[0] and run[-1] < split[first + length]
-                    if fits and all(
-                        self.allowed[n][place] for n, place in enumerate(run, first + 1)
-                    ):
-                        yield (*split[:first], *run, *split[first + length :])
+    def _moved(self, split: Split, first: int, stop: int, step: int) -> Split | None:
+        """Move a run of boundaries by one position, if it may be there."""
+        run = [place + step for place in split[first:stop]]
+        before = split[first - 1] if first else 0
+        if not before < run[0] or not run[-1] < split[stop]:
+            return None
+        if not all(self.allowed[n][place] for n, place in enumerate(run, first + 1)):
+            return None
+        return (*split[:first], *run, *split[stop:])
 
     def cost(self, split: Split, *, exact: bool) -> Cost:
         """Compare splits by this: what breaks a limit first, then the step."""

@@ -52,7 +52,8 @@ from ipu_pipeline.planner.search.stage_price import (
 from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
 
 LABEL_LIMIT = 4000
-# Without a time limit, the label-setting searches of one problem prove for so many seconds.
+# Without a time limit, the label-setting searches of one problem prove for so many seconds, and so
+# long are other pipelines with several stages per device tried once there is a split.
 PROOF_S = 10.0
 
 
@@ -116,14 +117,15 @@ class Engine:
         """Bound over all splits of this depth that needs no search.
 
         Where stages visit the devices several times it is one of the replay: one device has its
-        share of all microbatches' work.
+        share of all microbatches' work, and no dependency path is longer than the step.
         """
         depth = len(candidate.slots)
         if self.has_loops(candidate):
             work = sum(option.total_s for option in self.problem.fastest)
-            work /= max(slot.speed for slot in candidate.slots)
-            devices = len(set(candidate.shape.stage_devices))
-            return candidate.shape.num_microbatches * work / devices
+            speed, shape = max(slot.speed for slot in candidate.slots), self._shape(candidate)
+            share = shape.num_microbatches * work / speed / shape.num_devices
+            paths = critical_paths(self._kind, shape)
+            return max(share, least_path_s(self.problem, paths, speed))
         pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
@@ -215,8 +217,9 @@ class Engine:
         bound, chain = self.at_once(candidate), self._lattice(candidate, chain=True)
         if not self.may_fit(candidate):
             return SearchResult(inf)
-        if bound >= upper or chain is None:
+        if bound >= upper or chain is None or (self._proof_s <= 0 and upper < inf):
             return SearchResult(bound)
+        begin = monotonic()
         search = LoopedSearch(
             chain,
             self._options[False],
@@ -227,7 +230,9 @@ class Engine:
             self._least_bytes,
             self._deadline,
         )
-        return SearchResult.of(bound, search.run(self._first_splits(candidate, chain)))
+        found = search.run(self._first_splits(candidate, chain))
+        self._proof_s -= monotonic() - begin
+        return SearchResult.of(bound, found)
 
     def _first_splits(
         self, candidate: CandidatePipeline, chain: Lattice
