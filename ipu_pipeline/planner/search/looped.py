@@ -158,7 +158,8 @@ class LoopedSearch:
         stages: dict[int, list[tuple[int, int, int]]] = {}
         for stage, (start, end) in enumerate(zip((0, *split), split, strict=False)):
             stages.setdefault(self.slots[stage].pool, []).append((start, end, stage))
-        over, prices = 0.0, {}
+        over = 0.0
+        prices: dict[int, StagePrice] = {}
         for parts in map(tuple, stages.values()):
             if parts not in self._devices:
                 self._devices[parts] = self._device(parts)

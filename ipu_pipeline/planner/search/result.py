@@ -119,7 +119,7 @@ def _weights(built: Problem, stage: int) -> float:
     return shared + sum(built.held[block] for block in bits(stage))
 
 
-def _never_at_once(choices: Sequence[BlockChoice]) -> int:
+def _never_at_once(choices: Sequence[BlockChoice]) -> float:
     """Bytes by which the largest workspace plus the whole stash exceeds the stage's real peak.
 
     While a block runs, forward or backward, of its microbatch only its own stash and that of the
