@@ -56,14 +56,14 @@ def profile_blocks(
             "costs='analytic'"
         )
     name = f"blocks-{num_devices}x{threads_per_stage(num_devices)}"
-    known = {key: times for key, times in load_measurements(name).items() if len(times) == 2}
+    kept = load_measurements(name, dict[str, tuple[float, float]]) or {}
+    known = {key: times for key, times in kept.items() if min(times) >= 0}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
         with preserved_state(captured.model):
             _measure_missing(captured, batch, num_devices, signatures, known)
         store_measurements(name, known)
-    times = ((block, *known[signature]) for block, signature in signatures.items())
-    return {block: (forward_s, backward_s) for block, forward_s, backward_s in times}
+    return {block: known[signature] for block, signature in signatures.items()}
 
 
 def _measure_missing(
@@ -71,7 +71,7 @@ def _measure_missing(
     batch: Mapping[str, Tensor],
     num_devices: int,
     signatures: Mapping[str, str],
-    known: dict[str, list[float]],
+    known: dict[str, tuple[float, float]],
 ) -> None:
     values: dict[str, Any] = {name: batch[name] for name in captured.inputs}
     with torch.no_grad():
@@ -88,10 +88,10 @@ def _measure_missing(
         for signature, program in missing.items():
             found[signature] += _measure(program, values, num_devices, captured)
     for signature, visits in found.items():
-        known[signature] = [
-            _undisturbed([seconds for runs in visits for seconds in runs[which]])
-            for which in (0, 1)
-        ]
+        forward_s, backward_s = (
+            _undisturbed([s for runs in visits for s in runs[which]]) for which in (0, 1)
+        )
+        known[signature] = (forward_s, backward_s)
 
 
 def _measure(
