@@ -14,6 +14,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -26,6 +27,7 @@ from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
+@same_random_numbers()
 def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model: nn.Module,
     example_batch: Mapping[str, Any],
@@ -76,6 +78,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
+    backend_of(described).check_costs(costs)
     limits = _limits(
         replace(constraints or Constraints(), num_stages=depth),
         captured.graph, described, config, microbatches, replicas, schedule,
@@ -131,6 +134,7 @@ def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | Non
     return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
 
 
+@same_random_numbers()
 def compile(
     model: nn.Module,
     plan: Plan,
@@ -199,8 +203,6 @@ def measured_seconds(
     captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
 ) -> dict[str, tuple[float, float]]:
     """Return measured seconds by block; nothing where they are computed."""
-    if costs not in ("analytic", "profiled"):
-        raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
     if costs == "analytic":
         return {}
     from ipu_pipeline.backends.local.measure import profile_blocks

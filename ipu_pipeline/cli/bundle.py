@@ -66,7 +66,7 @@ def emit_command(
         half=half,
         seed=seed,
     )
-    folder = emit(plan, settings, output, model_config=_configuration(model))
+    folder = emit(plan, settings, output, model_config=_model_config(model))
     for note in notes(plan, settings):
         typer.echo(f"note: {note}", err=True)
     samples = plan.total_batch_size * settings.config.device_iterations
@@ -77,8 +77,8 @@ def emit_command(
     )
 
 
-def _configuration(model: Path | None) -> str | None:
-    """Return the text of a model's ``config.json``."""
+def _model_config(model: Path | None) -> str | None:
+    """Return the text of ``config.json``, or of the one in a folder; ``None`` for none."""
     from ipu_pipeline.errors import LoweringError
 
     if model is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -38,6 +38,7 @@ def build_problem(
     index = graph.block_index
     _check_names(graph, costs, constraints)
     private, shared = _weights(graph, costs)
+    tied = graph.tied_groups if constraints.tied == "same_device" else ()
     return Problem(
         names=tuple(index),
         preds=_predecessors(graph, constraints),
@@ -53,7 +54,7 @@ def build_problem(
         outer_s=_outer_seconds(graph, machine, constraints, replicas),
         exchanges=_exchanges(graph, machine, constraints),
         together=_together(graph, costs, constraints),
-        same_device=_device_groups(graph, constraints),
+        same_device=device_groups(graph, (*constraints.same_device, *tied)),
         frees_in_order=costs.frees_in_order,
     )
 
@@ -247,11 +248,9 @@ def _weights(graph: BlockGraph, costs: GraphCosts) -> tuple[tuple[float, ...], t
     return tuple(private), shared
 
 
-def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
-    groups = [_mask(graph, group) for group in constraints.same_device]
-    if constraints.tied == "same_device":
-        groups += [_mask(graph, group) for group in graph.tied_groups]
-    return joined_groups(groups)
+def device_groups(graph: BlockGraph, groups: Iterable[Sequence[str]]) -> tuple[int, ...]:
+    """Return masks of blocks that must share a device; groups with a common block are one."""
+    return joined_groups(_mask(graph, names) for names in groups)
 
 
 def _outer_seconds(
