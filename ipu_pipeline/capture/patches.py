@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import sys
 import threading
 import types
@@ -16,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
 
 from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.python_state import PythonState
 
 SDPA = functional.scaled_dot_product_attention
 GROUPED = functional.grouped_mm
@@ -52,11 +51,20 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
         if masking is not None:
             find = functools.partial(_packed_unless_cached, masking.find_packed_sequence_indices)
             stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", find))
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__name__", "")
-            if name.startswith("transformers") and "is_tracing" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
+        for module in _modules_that_ask(len(sys.modules)):
+            stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
+
+
+@functools.lru_cache(maxsize=1)
+def _modules_that_ask(_: int) -> list[Any]:
+    """Return transformers' modules that ask whether they are traced; a scan of thousands."""
+    return [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("transformers")
+        and "is_tracing" in vars(module)
+    ]
 
 
 @contextlib.contextmanager
@@ -122,13 +130,12 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    state, python = torch.get_rng_state(), PythonState(model.modules())
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        torch.set_rng_state(state)
+        python.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():

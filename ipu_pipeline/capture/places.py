@@ -89,7 +89,8 @@ class Places:
         found: dict[Any, Change] = {}
         for path, place, before in self._found.values():
             own = list(changed(path, place, before))
-            if any(True for change in own for _ in tensors_in(change.value)):
+            tensors = any(True for change in own for _ in tensors_in(change.value))
+            if tensors or path[:1] == RECORDERS:
                 found.update({(change.sink, change.key): change for change in own})
         return list(found.values())
 

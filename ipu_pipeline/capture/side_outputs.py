@@ -38,6 +38,7 @@ from ipu_pipeline.capture.values import SideFloat, SideInt, tensor_paths, tensor
 from ipu_pipeline.errors import CaptureError, GuardError
 
 if TYPE_CHECKING:
+    from ipu_pipeline.capture.glue import Call
     from ipu_pipeline.capture.tracer import Tracer
 
 # Held while a block runs whose side outputs are in a place that other threads reach too.
@@ -208,7 +209,7 @@ class RepeatedChanges:
 
     Attributes:
         leaf: Where the paths begin.
-        changes: Their values have nodes in place of tensors.
+        changes: Their values have stand-ins in place of tensors.
         starts: How the places were when the call began.
     """
 
@@ -216,15 +217,15 @@ class RepeatedChanges:
     changes: tuple[Change, ...]
     starts: Mapping[Path, Start]
 
-    def apply(self, tensor_of: Callable[[fx.Node], Tensor]) -> None:
-        """Put the tensors that stand for the nodes in the places.
+    def apply(self) -> None:
+        """Put the stand-ins in the places.
 
         Raises:
             GuardError: A place is not as it was when the call began at capture.
         """
         self._check()
         for change in self.changes:
-            value = tree_map_only(fx.Node, tensor_of, change.value)
+            value = tree_map_only(Tensor, lambda tensor: tensor, change.value)  # containers anew
             place = place_at(self.leaf, change.path)
             if isinstance(place, LISTS):
                 place.append(value)
@@ -268,7 +269,7 @@ class _Side:
 class _Noted:
     """One call of a leaf that put tensors in places, or found some there."""
 
-    call: fx.Node
+    call: Call
     leaf: nn.Module
     places: Places
     changes: tuple[Change, ...]
@@ -289,30 +290,41 @@ class SideOutputs:
         self._noted: list[_Noted] = []
         self._used: dict[int, tuple[Tensor, fx.Node]] = {}
         self._used_ids: set[int] = set()
+        self._noting = False
         self.numbers_read = False
 
-    def start(self) -> None:
-        """Forget what the last leaf used."""
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Within it, a leaf runs; what earlier ones used is forgotten."""
         self._used.clear()
         self._used_ids.clear()
         self.numbers_read = False
+        self._noting = True
+        try:
+            yield
+        finally:
+            self._noting = False
 
-    def use(self, given: Any) -> None:
-        """Note what a function inside a leaf is given."""
+    def use(self, given: Any, *, reads_values: bool) -> None:
+        """Note what a function inside a leaf is given, and whether it reads values of it."""
+        if not self._noting:
+            return
+        self.numbers_read |= reads_values
         for tensor in tensors_in(given):
             self._used_ids.add(id(tensor))
             node = self._tracer.values.known(tensor)
             if node is not None and node.op != "get_attr":
                 self._used.setdefault(id(tensor), (tensor, node))
 
-    def note(self, call: fx.Node, leaf: nn.Module, places: Places) -> None:
+    def note(self, call: Call, leaf: nn.Module, places: Places) -> None:
         """Note what the ``call`` of ``leaf`` has put in ``places``, and found there.
 
         Raises:
             CaptureError: It used a tensor of the batch that it was not given and that is in none;
                 or one of an earlier pass, and put another one there.
         """
-        found, (given, sinks) = places.changes(), self._found(call, places)
+        assert call.node is not None
+        found, (given, sinks) = places.changes(), self._found(call.node, places)
         for change in found:
             if change.was in self._used_ids and self._tracer.values.by_id(change.was) is None:
                 raise CaptureError(
@@ -331,9 +343,10 @@ class SideOutputs:
                 value = tree_map_only(Tensor, self._alias, value)
                 places.put(change, value)
             for inner, tensor in tensor_paths(value):
-                side = self._side(call, change, _from_the_end(value, inner), tensor)
+                side = self._side(call.node, change, _from_the_end(value, inner), tensor)
                 sides += [side] if side is not None else []
-            changes.append(replace(change, value=tree_map_only(Tensor, self._node, value)))
+            stand_in = self._tracer.recorder.stand_in
+            changes.append(replace(change, value=tree_map_only(Tensor, stand_in, value)))
         noted = _Noted(call, leaf, places, tuple(changes), tuple(sides), tuple(given), sinks)
         self._noted.append(noted)
 
@@ -375,24 +388,17 @@ class SideOutputs:
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
-        becomes = {side.node: side.original for side in sides if side.original is not None}
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
             isolated = [(c.path, c.key) for c in undone] + one.places.switched()
             if taken or isolated or one.given:
-                becomes.update(self._returning(one, taken, isolated))
-        for one in self._noted:
-            again = [
-                replace(change, value=tree_map_only(fx.Node, _last(becomes), change.value))
-                for change in one.changes
-                if change.is_recorded or change.sink in read
-            ]
+                self._returning(one, taken, isolated)
+            again = [c for c in one.changes if c.is_recorded or c.sink in read]
             if again:
                 paths = {change.path for change in again if not change.is_recorded}
                 starts = {p: Start.of(*rest) for p, *rest in one.places if p in paths}
-                repeated = RepeatedChanges(one.leaf, tuple(again), starts)
-                one.call.meta["repeated"] = repeated
+                one.call.repeated = RepeatedChanges(one.leaf, tuple(again), starts)
         for side in reversed(sides):
             self._tracer.graph.erase_node(side.node)
 
@@ -402,14 +408,9 @@ class SideOutputs:
         if node is None:
             return tensor
         with torch.set_grad_enabled(tensor.requires_grad):
-            alias = self._tracer.untraced(tensor.view_as, tensor)
+            alias = tensor.view_as(tensor)
         values.bind_alias(alias, node)
         return alias
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        node = self._tracer.values.known(tensor)
-        assert node is not None
-        return node
 
     def _side(self, call: fx.Node, change: Change, inner: Any, tensor: Tensor) -> _Side | None:
         values = self._tracer.values
@@ -420,11 +421,10 @@ class SideOutputs:
         values.bind(tensor, node)
         return _Side(Taken(change.path, change.key, inner), change.sink, node, original)
 
-    def _returning(
-        self, one: _Noted, taken: list[_Side], undone: list[tuple[Path, Any]]
-    ) -> dict[fx.Node, fx.Node]:
-        """Let one call return side outputs; return which node becomes which."""
-        attributes, graph, call = self._tracer.attributes, self._tracer.graph, one.call
+    def _returning(self, one: _Noted, taken: list[_Side], undone: list[tuple[Path, Any]]) -> None:
+        """Let one call return side outputs."""
+        attributes, graph, call = self._tracer.attributes, self._tracer.graph, one.call.node
+        assert call is not None
         holder = SideOutputCall(
             attributes[str(call.target)],
             one.leaf,
@@ -445,14 +445,11 @@ class SideOutputs:
         call.meta.pop("spec", None)
         for user in users:
             user.replace_input_with(call, result)
-        becomes = {call: result}
         for number, side in enumerate(taken):
             with graph.inserting_after(sides):
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
-            becomes[side.node] = item
-        return becomes
 
 
 def _from_the_end(value: Any, inner: Any) -> Any:
@@ -461,13 +458,6 @@ def _from_the_end(value: Any, inner: Any) -> Any:
         return inner
     (access, number), *rest = inner
     return ((access, number - len(value)), *rest)
-
-
-def _last(becomes: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
-    def last(node: fx.Node) -> fx.Node:
-        return last(becomes[node]) if node in becomes else node
-
-    return last
 
 
 def _is_of_the_batch(node: fx.Node) -> bool:

@@ -341,27 +341,25 @@ def test_a_tensor_in_no_place_that_is_found_is_refused() -> None:
         capture(toy(body, Hiding), batch())
 
 
-def test_changes_can_be_repeated_without_the_block() -> None:
+def test_changes_are_repeated_without_the_block() -> None:
     model = toy(penalised, Inner)
     with_list(model)
-    captured = capture(model, batch())
-    nodes = [n for n in captured._trace.graph.nodes if "repeated" in n.meta]
-    assert len(nodes) == 2
+    calls = [c for c in capture(model, batch()).glue.calls if c.repeated is not None]
+    assert len(calls) == 2
     model.kept.clear()
-    for node in nodes:
-        node.meta["repeated"].apply(lambda n: torch.empty(n.meta["spec"].shape, device="meta"))
+    for call in calls:
+        call.repeated.apply()
     assert [tuple(t.shape) for t in model.kept] == [(2, WIDTH)] * 2
     with pytest.raises(GuardError, match=r"Inner finds something else in act.0.model.kept than"):
-        nodes[0].meta["repeated"].apply(lambda _: torch.empty(0))
+        calls[0].repeated.apply()
 
 
-def test_an_attribute_that_lasts_is_no_side_output() -> None:
+def test_an_attribute_that_is_there_the_second_time() -> None:
     model = toy(sum_of_losses, WithAuxiliaryLoss)
-    captured = capture(model, batch())
-    repeated = next(n for n in captured._trace.graph.nodes if "repeated" in n.meta)
+    calls = capture(model, batch()).glue.calls
     model.layers[0].aux = torch.zeros(())
     with pytest.raises(GuardError, match="finds something else in an attribute than"):
-        repeated.meta["repeated"].apply(lambda _: torch.empty(0))
+        next(call.repeated for call in calls if call.repeated is not None).apply()
 
 
 def test_a_running_mean_outside_buffers_is_refused() -> None:
