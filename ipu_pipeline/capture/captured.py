@@ -21,7 +21,7 @@ from ipu_pipeline.capture.programs import Program, block_programs, prelude_progr
 from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
@@ -58,6 +58,18 @@ class CapturedModel:
         """Description of every tensor value by its name."""
         return {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
 
+    @cached_property
+    def state(self) -> tuple[SharedState, ...]:
+        """What several blocks use and forward passes change."""
+        found = []
+        for fqn in self._trace.changing:
+            readers = tuple(p.name for p in self.programs if fqn in p.reads)
+            writers = tuple(p.name for p in self.programs if fqn in p.writes)
+            item = SharedState(fqn, readers, writers)
+            if writers and len(item.blocks) > 1:
+                found.append(item)
+        return tuple(found)
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch's tensors."""
@@ -75,7 +87,7 @@ class CapturedModel:
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        with preserved_state(self.model), torch.no_grad():
+        with preserved_state(self.model, self._trace.changing.values()), torch.no_grad():
             return self._values({name: self._batch[name].clone() for name in self.inputs})
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:

@@ -102,7 +102,11 @@ def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _outcome(captured: CapturedModel, run: Callable[[], Outcome]) -> Outcome:
     """Return results and gradients, by name, of one run without dropout."""
     model = captured.model
-    with preserved_state(model), _NoDropout(), torch.set_grad_enabled(captured.training):
+    with (
+        preserved_state(model, captured._trace.changing.values()),
+        _NoDropout(),
+        torch.set_grad_enabled(captured.training),
+    ):
         torch.manual_seed(SEED)
         outcome = run()
         if captured.training:

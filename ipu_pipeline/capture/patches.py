@@ -11,7 +11,7 @@ import functools
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
+
+from ipu_pipeline.capture.state import PlainState
 
 SDPA = functional.scaled_dot_product_attention
 # nn.Module and transformers are patched for all threads: one capture at a time.
@@ -89,14 +91,14 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients and the global random states."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Put back what running ``model`` changes, and the global random states.
+
+    Buffers (running statistics), gradients, plain attributes of the modules, and the tensors
+    ``changed``: parameters that a forward pass writes to.
+    """
+    plain = PlainState(model.modules())
+    tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -110,9 +112,10 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+            for tensor, memory, value in tensors:
+                tensor.data = memory
+                tensor.copy_(value)
+        plain.put_back()
 
 
 @contextlib.contextmanager

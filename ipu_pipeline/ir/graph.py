@@ -91,6 +91,40 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class SharedState:
+    """A tensor of the model that forward passes change and that several blocks use.
+
+    Only one stage can run them: others would read it before or after another microbatch.
+
+    Attributes:
+        fqn: Name of the buffer, of the parameter, or of the attribute that holds the tensor.
+        readers: Blocks that read it, in execution order.
+        writers: Blocks that change it, in execution order.
+    """
+
+    fqn: str
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((*self.readers, *self.writers)))
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The first other user and the last writer."""
+        last = self.writers[-1]
+        return next(name for name in self.blocks if name != last), last
+
+    def __str__(self) -> str:
+        """Say what two blocks do."""
+        first, last = self.pair
+        does = "changes" if first in self.writers else "reads"
+        return f"block {first!r} {does} {self.fqn!r} and block {last!r} changes it"
+
+
+@dataclass(frozen=True)
 class OpRecord:
     """``count`` equal tensor operations inside a block, for one microbatch.
 
@@ -174,6 +208,7 @@ class BlockGraph:
         parameters: Every distinct parameter that some block uses.
         results: Names of the tensors returned to the caller.
         training: Whether it was captured in training mode.
+        state: What ties blocks to one stage because forward passes change it.
     """
 
     model_class: str
@@ -185,6 +220,7 @@ class BlockGraph:
     training: bool = True
     model_fingerprint: str = ""
     notes: tuple[str, ...] = field(default=())
+    state: tuple[SharedState, ...] = ()
 
     @cached_property
     def block_index(self) -> Mapping[str, int]:

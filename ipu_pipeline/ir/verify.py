@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.graph import SharedState
 from ipu_pipeline.ir.plan import Plan
 
 
@@ -17,7 +19,25 @@ def verify_plan(plan: Plan) -> None:
     _verify_numbers(plan)
     _verify_placement(plan)
     _verify_order(plan)
+    verify_state(plan.graph.state, plan.stage_of)
     _verify_annotations(plan)
+
+
+def verify_state(state: Iterable[SharedState], stage_of: Mapping[str, int]) -> None:
+    """Check that blocks which share what forward passes change are in one stage.
+
+    Raises:
+        PlanError: They are not; the message names the blocks and what they share.
+    """
+    for item in state:
+        stages = {stage_of[name] for name in item.blocks if name in stage_of}
+        if len(stages) > 1:
+            first, last = item.pair
+            raise PlanError(
+                f"{item}, but they are in stages {stage_of[first]} and {stage_of[last]}, which run "
+                "different microbatches at a time, so that it would be another value than without "
+                "stages; keep both in one stage, or change it outside the model, after the step"
+            )
 
 
 def _verify_numbers(plan: Plan) -> None:

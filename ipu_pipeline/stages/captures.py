@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region
@@ -88,7 +89,8 @@ class StageCache:
         Raises:
             CaptureError: The model cannot be captured with these inputs.
             LoweringError: A block that the plan serializes has no table for so many slices.
-            PlanError: In training mode, its blocks are not those of the plan.
+            PlanError: In training mode, its blocks are not those of the plan; or stages share what
+                a forward pass changes.
         """
         signature = _signature(self.model, microbatch)
         return self._stages.get(signature, lambda: self._captured(microbatch))
@@ -108,6 +110,8 @@ class StageCache:
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
+        places = {name: index for index, names in enumerate(blocks) for name in names}
+        verify_state(captured.state, places)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
         return build_stages(captured, blocks, self.recompute, tables, row_shards)

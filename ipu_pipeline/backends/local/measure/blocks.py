@@ -60,7 +60,7 @@ def profile_blocks(
     known = {key: times for key, times in load_measurements(name).items() if len(times) == 2}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
-        with preserved_state(captured.model):
+        with preserved_state(captured.model, captured._trace.changing.values()):
             _measure_missing(captured, batch, num_devices, signatures, known)
         store_measurements(name, known)
     return {block: MeasuredTimes(*known[signature]) for block, signature in signatures.items()}
