@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
+from ipu_pipeline.capture.state import key_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key
 
 
@@ -43,8 +46,23 @@ class Program:
 
     def run(self, values: dict[str, Any]) -> None:
         """Take the inputs from ``values`` and put the outputs there."""
-        outputs = self.module(*(values[name] for name in self.inputs))
+        with self.saving_copies():
+            outputs = self.module(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, outputs, strict=True))
+
+    def saving_copies(self) -> AbstractContextManager[Any]:
+        """Within it, autograd saves copies of the tensors that it reads and forward passes change.
+
+        The next microbatch changes them before the backward pass of this one.
+        """
+        changing = {key_of(self.changing[name]) for name in self.reads}
+        if not changing or not torch.is_grad_enabled():
+            return nullcontext()
+
+        def pack(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if key_of(tensor) in changing else tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Program, ...]:

@@ -69,20 +69,20 @@ class StateUse:
     def call(self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run one torch function and note what it reads and changes."""
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        names = {id(t): self._names.get(key_of(t) or 0) for t in given}
-        used = [(t, names[id(t)], t._version) for t in given if names[id(t)] is not None]
+        names = {id(t): name for t in given if (name := self._names.get(key_of(t) or 0))}
+        used = [(t, names[id(t)], t._version) for t in given if id(t) in names]
         if not used:
             return func(*args, **kwargs)
         word = getattr(func, "__name__", "").split(".")[0]
         if _may_write(word, kwargs):
-            first = tree_leaves((args[:1], kwargs.get("out")))
-            self._save({names[id(t)] for t in first if isinstance(t, Tensor)} - {None})
+            self._save(names[id(t)] for t in tree_leaves((args[:1], kwargs.get("out")))
+                       if id(t) in names)  # fmt: skip
         result = func(*args, **kwargs)
-        self.reads.update(name for _, name, _ in used)
-        self.writes.update(n for t, n, version in used if t._version != version)
+        self.reads.update(names.values())
+        self.writes.update(name for t, name, version in used if t._version != version)
         if word in _STATISTICS and _first_flag(args, kwargs):
             self.writes.update(n for t, n, _ in used if not isinstance(t, nn.Parameter))
-        if word == "__set__":  # x.data = other
+        if word == "__set__" and id(args[0]) in names:  # x.data = other
             self.writes.add(names[id(args[0])])
             self._names[key_of(args[0]) or 0] = names[id(args[0])]
         return result
@@ -102,8 +102,8 @@ class StateUse:
                 tensor.data.copy_(values)
         self._saved.clear()
 
-    def _save(self, names: set[Any]) -> None:
-        for name in names - self._saved.keys():
+    def _save(self, names: Iterable[str]) -> None:
+        for name in set(names) - self._saved.keys():
             tensor = self.tensors[name]
             self._saved[name] = (tensor, tensor.data, tensor.detach().clone())
 
@@ -161,7 +161,8 @@ class PlainState:
             for name in [name for name in own if name not in plain and name not in _COMMON]:
                 del own[name]
             own.update({name: v for name, v in plain.items() if own.get(name, self) is not v})
-            for kept, now in ((buffers, module._buffers), (parameters, module._parameters)):
+            pairs: Any = ((buffers, module._buffers), (parameters, module._parameters))
+            for kept, now in pairs:
                 if kept.keys() != now.keys() or any(kept[name] is not now[name] for name in kept):
                     now.clear()
                     now.update(kept)

@@ -8,12 +8,11 @@ attributes of its modules (counters). Afterwards they are again what they were b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -97,18 +96,3 @@ class ReplayedBlock:
                 if entry is None or entry[1] != version:
                     entry = (tensor, version, tensor.detach().clone())
                 self._copies[key] = entry
-
-
-def saving_copies(program: Program) -> AbstractContextManager[Any]:
-    """Within it, autograd saves copies of the tensors that ``program`` reads and passes change.
-
-    The next microbatch changes them before the backward pass of this one.
-    """
-    changing = {key_of(program.changing[name]) for name in program.reads}
-    if not changing or not torch.is_grad_enabled():
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if key_of(tensor) in changing else tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

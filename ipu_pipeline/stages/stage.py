@@ -20,7 +20,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
-from ipu_pipeline.stages.replay import ReplayedBlock, saving_copies
+from ipu_pipeline.stages.replay import ReplayedBlock
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 
@@ -193,7 +193,7 @@ class Stage:
             inputs = replayed.unshared(inputs)
             outputs = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            with saving_copies(program):
+            with program.saving_copies():
                 outputs = call(*inputs)
         values.update(zip(program.outputs, outputs, strict=True))
 

@@ -234,8 +234,8 @@ class _Explanation:
             if self._fits(change):
                 blamed.append(change)
         if not blamed and self.graph.state:
-            apart = replace(self, graph=replace(self.graph, state=()), _known=[])
-            if apart._fits(start):
+            free = replace(self, graph=replace(self.graph, state=()), _known=[])
+            if free._fits(start):
                 shared = "; ".join(dict.fromkeys(map(str, self.graph.state)))
                 return InfeasibleError(
                     f"no split keeps in one stage what shares state: {shared}; use fewer stages, "
