@@ -11,14 +11,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
+from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import msgspec
 
 from ipu_pipeline.errors import PipelineError
 
 T = TypeVar("T")
+# Fields of the dataclasses that this module reads: a size or count, and seconds or a rate.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+# Bytes of the largest file, and digits of the longest whole number.
+MAX_BYTES = 2**30
+MAX_DIGITS = 19
 
 
 def to_json(value: Any) -> Any:
@@ -64,11 +71,36 @@ def from_json(
 
 
 def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
-    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read."""
+    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
+
+    Numbers that JSON does not have (NaN, infinity), numbers beyond 64 bits, and files above
+    ``MAX_BYTES`` or nested too deeply are refused.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        size = Path(path).stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are read")
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(
+            text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_number
+        )
+    except RecursionError as problem:
+        raise error(f"cannot read {what} {path}: it is nested too deeply") from problem
+    except (OSError, ValueError) as problem:  # of the encoding and of JSON, too
         raise error(f"cannot read {what} {path}: {problem}") from problem
+
+
+def _whole(text: str) -> int:
+    return int(text) if len(text) <= MAX_DIGITS else _refuse_number(text)
+
+
+def _finite(text: str) -> float:
+    return found if isfinite(found := float(text)) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise ValueError(f"it holds the number {shown}, which is not finite or beyond 64 bits")
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any], in_one_line: str = "") -> None:
@@ -89,7 +121,7 @@ def _required(item: Field[Any]) -> bool:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _convert(raw: Any, wanted: Any, place: str, error: type[PipelineError]) -> Any:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.codec import from_json, to_json
+from ipu_pipeline.ir.codec import Count, from_json, to_json
 
 DTYPE_BYTES: Mapping[str, float] = {
     "float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "uint64": 8,
@@ -49,7 +49,7 @@ class TensorSpec:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     requires_grad: bool = False
     producer: str | None = None
@@ -73,7 +73,7 @@ class ParameterSpec:
     """
 
     fqn: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     trainable: bool = True
     aliases: tuple[str, ...] = ()
@@ -106,22 +106,23 @@ class SharedState:
     readers: tuple[str, ...]
     writers: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.writers or len(self.blocks) < 2:
+            raise ValueError(f"state {self.fqn!r} needs a writer and another block")
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """All of them, each once."""
         return tuple(dict.fromkeys((*self.readers, *self.writers)))
 
-    @property
-    def pair(self) -> tuple[str, str]:
-        """The first other user and the last writer."""
-        last = self.writers[-1]
-        return next(name for name in self.blocks if name != last), last
+    def between(self, block: str) -> str:
+        """Say what ``block`` does, and the last writer."""
+        does = "changes" if block in self.writers else "reads"
+        return f"block {block!r} {does} {self.fqn!r} and block {self.writers[-1]!r} changes it"
 
     def __str__(self) -> str:
         """Say what two blocks do."""
-        first, last = self.pair
-        does = "changes" if first in self.writers else "reads"
-        return f"block {first!r} {does} {self.fqn!r} and block {last!r} changes it"
+        return self.between(next(name for name in self.blocks if name != self.writers[-1]))
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,10 @@ class OpRecord:
     name: str
     kind: OpKind
     dtype: str
-    shapes: tuple[tuple[int, ...], ...]
-    flops: int
-    bytes_moved: int
-    count: int = 1
+    shapes: tuple[tuple[Count, ...], ...]
+    flops: Count
+    bytes_moved: Count
+    count: Count = 1
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,9 @@ class Block:
     outputs: tuple[str, ...] = ()
     forward_ops: tuple[OpRecord, ...] = ()
     backward_ops: tuple[OpRecord, ...] = ()
-    saved_bytes: int = 0
-    kept_bytes: int = 0
-    workspace_bytes: int = 0
+    saved_bytes: Count = 0
+    kept_bytes: Count = 0
+    workspace_bytes: Count = 0
     uses_random: bool = False
 
     @property
@@ -310,4 +311,39 @@ class BlockGraph:
             )
         except (KeyError, IndexError, TypeError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
-        return from_json(cls, fields, source, PlanError, {"blocks": blocks})
+        graph = from_json(cls, fields, source, PlanError, {"blocks": blocks})
+        _check_references(graph, source)
+        return graph
+
+
+def _check_references(graph: BlockGraph, source: str) -> None:
+    """Refuse a graph that names what it does not hold, or holds one name twice.
+
+    Raises:
+        PlanError: It does; the message gives the place and the name.
+    """
+    blocks, tensors = graph.block_index, graph.tensor_by_name
+    parameters = graph.parameter_by_fqn
+    for kind, known, number in (
+        ("block", blocks, len(graph.blocks)),
+        ("tensor", tensors, len(graph.tensors)),
+        ("parameter", parameters, len(graph.parameters)),
+    ):
+        if len(known) != number:
+            raise PlanError(f"{source}: two {kind}s have one name; make the plan again")
+    of_tensors = ((t.producer, *t.consumers) for t in graph.tensors if t.producer is not None)
+    for what, known, names in (
+        ("block", blocks, [name for group in of_tensors for name in group]),
+        ("block", blocks, [name for p in graph.parameters for name in p.blocks]),
+        ("block", blocks, [name for item in graph.state for name in item.blocks]),
+        ("parameter", parameters, [name for block in graph.blocks for name in block.parameters]),
+        ("tensor", tensors, [n for b in graph.blocks for n in (*b.inputs, *b.outputs)]),
+        ("dtype", DTYPE_BYTES, [t.dtype for t in (*graph.tensors, *graph.inputs)]),
+        ("dtype", DTYPE_BYTES, [p.dtype for p in graph.parameters]),
+    ):
+        strange = next((name for name in names if name not in known), None)
+        if strange is not None:
+            shown = strange if len(strange) <= 80 else f"{strange[:80]}..."
+            raise PlanError(
+                f"{source}: something names {what} {shown!r}, which is unknown; make the plan again"
+            )

@@ -14,6 +14,9 @@ from typing import Any
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
 
+# Devices of the largest machine: more than any cluster that trains one model has.
+MAX_DEVICES = 65_536
+
 
 @dataclass(frozen=True)
 class Link:
@@ -143,8 +146,11 @@ class Machine:
     backend: str = ""
 
     def __post_init__(self) -> None:
-        if not self.devices:
-            raise ValueError(f"machine {self.name!r} has no device")
+        if not 1 <= len(self.devices) <= MAX_DEVICES:
+            raise ValueError(
+                f"machine {self.name!r} has {len(self.devices)} devices; 1 to {MAX_DEVICES} are "
+                "possible"
+            )
 
     def link_between(self, first: int, second: int) -> Link:
         """Return the link between two devices, given by their positions."""

@@ -9,6 +9,12 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import SharedState
 from ipu_pipeline.ir.plan import Plan
 
+# Characters of the longest name.
+MAX_NAME = 500
+# Microbatches x stages of the largest step: one of them is simulated in seconds.
+MAX_ACTIONS = 2**19
+MAX_REPLICAS = 65_536
+
 
 def verify_plan(plan: Plan) -> None:
     """Check every rule a plan must obey, whatever the target.
@@ -16,6 +22,7 @@ def verify_plan(plan: Plan) -> None:
     Raises:
         PlanError: A rule is broken; the message names the stage, the blocks and the remedy.
     """
+    _verify_names(plan)
     _verify_numbers(plan)
     _verify_placement(plan)
     _verify_order(plan)
@@ -30,14 +37,38 @@ def verify_state(state: Iterable[SharedState], stage_of: Mapping[str, int]) -> N
         PlanError: They are not; the message names the blocks and what they share.
     """
     for item in state:
-        stages = {stage_of[name] for name in item.blocks if name in stage_of}
-        if len(stages) > 1:
-            first, last = item.pair
+        last = item.writers[-1]
+        apart = [n for n in item.blocks if stage_of.get(n, stage_of[last]) != stage_of[last]]
+        if apart:
             raise PlanError(
-                f"{item}, but they are in stages {stage_of[first]} and {stage_of[last]}, which run "
-                "different microbatches at a time, so that it would be another value than without "
-                "stages; keep both in one stage, or change it outside the model, after the step"
+                f"{item.between(apart[0])}, but they are in stages {stage_of[apart[0]]} and "
+                f"{stage_of[last]}, which run different microbatches at a time, so that it would "
+                "be another value than without stages; keep both in one stage, or change it "
+                "outside the model, after the step"
             )
+
+
+def _verify_names(plan: Plan) -> None:
+    """Names end in files that others run, on terminals and in pages: nothing may act there."""
+    if not all(part.isidentifier() for part in plan.model.model_class.split(".")):
+        raise PlanError(
+            f"the plan's model_class is {_shown(plan.model.model_class)}; it must be the name of a "
+            "class, such as BertForQuestionAnswering"
+        )
+    names = [block.name for block in plan.blocks]
+    names += [spec.name for spec in (*plan.graph.tensors, *plan.inputs)]
+    names += [*plan.model.parameters, plan.machine.name, plan.schedule, plan.machine.backend or "-"]
+    names += [name for stage in plan.stages for name in (*stage.blocks, *stage.serialize)]
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise PlanError(
+                f"the plan holds the name {_shown(name)}; a name is 1 to {MAX_NAME} printable "
+                "characters: rename what it stands for in the model"
+            )
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 60 else name[:60] + "...")
 
 
 def _verify_numbers(plan: Plan) -> None:
@@ -47,6 +78,12 @@ def _verify_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PlanError(f"the plan's {name} is {value!r}; it must be a whole number from 1 on")
+    if plan.num_microbatches * len(plan.stages) > MAX_ACTIONS or plan.replicas > MAX_REPLICAS:
+        raise PlanError(
+            f"the plan has {plan.num_microbatches} microbatches, {len(plan.stages)} stages and "
+            f"{plan.replicas} replicas; microbatches x stages may be {MAX_ACTIONS} at most, and "
+            f"replicas {MAX_REPLICAS}: use larger microbatches"
+        )
     num_devices = len(plan.machine.devices)
     for index, stage in enumerate(plan.stages):
         if not isinstance(stage.device, int) or not 0 <= stage.device < num_devices:

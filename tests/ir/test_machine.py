@@ -106,7 +106,7 @@ def test_wrong_links_and_empty_machines_are_refused() -> None:
         Link(0)
     with pytest.raises(ValueError, match="got 1 and -1"):
         Link(1, -1)
-    with pytest.raises(ValueError, match="machine 'none' has no device"):
+    with pytest.raises(ValueError, match="machine 'none' has 0 devices"):
         Machine("none", (), Link(1))
 
 
