@@ -52,6 +52,7 @@ class CapturedModel:
     _batch: Mapping[str, Any]
     _trace: Trace
     _coarse: Coarse
+    _changed_backward: tuple[str, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[str, TensorMeta]:
@@ -62,13 +63,17 @@ class CapturedModel:
     def state(self) -> tuple[SharedState, ...]:
         """What several blocks use and forward passes change."""
         found = []
-        for fqn in self._trace.changing:
-            readers = tuple(p.name for p in self.programs if fqn in p.reads)
-            writers = tuple(p.name for p in self.programs if fqn in p.writes)
-            item = SharedState(fqn, readers, writers)
-            if writers and len(item.blocks) > 1:
-                found.append(item)
-        return tuple(found)
+        names = [program.name for program in self.programs]
+        for fqn in (*self._trace.changing, *self._changed_backward):
+            readers = [p.name for p in self.programs if fqn in p.reads]
+            writers = [p.name for p in self.programs if fqn in p.writes]
+            backward = fqn in self._changed_backward
+            if backward or (writers and len({*readers, *writers}) > 1):
+                used = (
+                    (tuple(names), tuple(names)) if backward else (tuple(readers), tuple(writers))
+                )
+                found.append(SharedState(fqn, *used, backward=backward))
+        return tuple(dict.fromkeys(found))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -159,8 +164,8 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    notes = check_capture(captured, batch)
-    return replace(captured, notes=notes)
+    found = check_capture(captured, batch, leaves)
+    return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
 def keep_for_reuse(captured: CapturedModel) -> None:

@@ -154,23 +154,43 @@ class PlainState:
             if type(value) in _CONTAINERS
         ]
 
-    def put_back(self) -> None:
-        """Make the attributes what they were."""
+    def new_tensors(self) -> list[str]:
+        """Return the attributes that hold other tensors than before."""
+        return [
+            f"{type(module).__name__}.{name}"
+            for module, plain, _, _ in self._before
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and plain.get(name) is not value
+        ]
+
+    def put_back(self, *, tensors: bool = True) -> None:
+        """Make the attributes what they were; without ``tensors`` those of them stay."""
         for module, plain, buffers, parameters in self._before:
             own = vars(module)
-            for name in [name for name in own if name not in plain and name not in _COMMON]:
-                del own[name]
-            own.update({name: v for name, v in plain.items() if own.get(name, self) is not v})
-            pairs: Any = ((buffers, module._buffers), (parameters, module._parameters))
-            for kept, now in pairs:
-                if kept.keys() != now.keys() or any(kept[name] is not now[name] for name in kept):
-                    now.clear()
-                    now.update(kept)
+            for name in {*own, *plain} - _COMMON:
+                now, before = own.get(name, _ABSENT), plain.get(name, _ABSENT)
+                if now is before or (isinstance(now, Tensor) and not tensors):
+                    continue
+                own.pop(name, None)
+                if before is not _ABSENT:
+                    own[name] = before
+            if tensors:
+                _put_back(module._buffers, buffers)
+                _put_back(module._parameters, parameters)
         for container, contents in self._contents:
             if not _same(container, contents):
                 container.clear()
                 grow = container.update if isinstance(container, dict | set) else container.extend
                 grow(contents)
+
+
+_ABSENT = object()
+
+
+def _put_back(now: Any, before: Any) -> None:
+    if not _same(now, before):
+        now.clear()
+        now.update(before)
 
 
 _CONTAINERS = (list, dict, set, deque)

@@ -100,15 +100,18 @@ class SharedState:
         fqn: Name of the buffer, of the parameter, or of the attribute that holds the tensor.
         readers: Blocks that read it, in execution order.
         writers: Blocks that change it, in execution order.
+        backward: Backward passes change it: then a microbatch must end before the next begins,
+            and all blocks are readers and writers.
     """
 
     fqn: str
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    backward: bool = False
 
     def __post_init__(self) -> None:
-        if not self.writers or len(self.blocks) < 2:
-            raise ValueError(f"state {self.fqn!r} needs a writer and another block")
+        if not self.writers:
+            raise ValueError(f"nothing changes the state {self.fqn!r}")
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -117,12 +120,14 @@ class SharedState:
 
     def between(self, block: str) -> str:
         """Say what ``block`` does, and the last writer."""
+        if self.backward:
+            return f"the backward pass changes {self.fqn!r}, which the next microbatch reads"
         does = "changes" if block in self.writers else "reads"
         return f"block {block!r} {does} {self.fqn!r} and block {self.writers[-1]!r} changes it"
 
     def __str__(self) -> str:
         """Say what two blocks do."""
-        return self.between(next(name for name in self.blocks if name != self.writers[-1]))
+        return self.between(next(iter(self.blocks)))
 
 
 @dataclass(frozen=True)

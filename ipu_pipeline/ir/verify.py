@@ -41,10 +41,10 @@ def verify_state(state: Iterable[SharedState], stage_of: Mapping[str, int]) -> N
         apart = [n for n in item.blocks if stage_of.get(n, stage_of[last]) != stage_of[last]]
         if apart:
             raise PlanError(
-                f"{item.between(apart[0])}, but they are in stages {stage_of[apart[0]]} and "
-                f"{stage_of[last]}, which run different microbatches at a time, so that it would "
-                "be another value than without stages; keep both in one stage, or change it "
-                "outside the model, after the step"
+                f"{item.between(apart[0])}, but blocks {apart[0]!r} and {last!r} are in stages "
+                f"{stage_of[apart[0]]} and {stage_of[last]}, which run different microbatches at a "
+                "time: its values would not be those without stages; keep both in one stage, or "
+                "change it outside the model, after the step"
             )
 
 
