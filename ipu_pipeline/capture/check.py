@@ -126,7 +126,7 @@ class _Run:
             self.outcome.update(outcome)
             self.kept = [*changing, *plain.new_tensors(), *self.changed_backward]
             if self.kept or again:
-                self.outcome.update((f"{n} afterwards", t.detach().clone())
+                self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
                                     for n, t in changing.items())  # fmt: skip
                 plain.put_back(tensors=False)
                 self.outcome.update((f"{n} of the next batch", t.detach())
@@ -209,6 +209,16 @@ def _eager(model: nn.Module, batch: Mapping[str, Any], results: Mapping[str, str
     except Exception as error:
         raise _RefusedByModel(f"{type(error).__name__}: {error}") from error
     return {name: t for name, t in named_tensors(output) if name in results}
+
+
+def _now(model: nn.Module, fqn: str, tensor: Tensor) -> Tensor:
+    """Return what the model has under the name of ``tensor``, which it may have replaced."""
+    owner, _, name = fqn.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(owner), name)
+    except AttributeError:  # in a list or map
+        found = tensor
+    return found if isinstance(found, Tensor) else tensor
 
 
 def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:

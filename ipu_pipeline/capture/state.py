@@ -156,11 +156,12 @@ class PlainState:
 
     def new_tensors(self) -> list[str]:
         """Return the attributes that hold other tensors than before."""
+        grown = {id(c) for c, contents in self._contents if not _same(c, contents) and _holds(c)}
         return [
             f"{type(module).__name__}.{name}"
             for module, plain, _, _ in self._before
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor) and plain.get(name) is not value
+            for name, value in _plain(module).items()
+            if id(value) in grown or (_holds(value) and plain.get(name) is not value)
         ]
 
     def put_back(self, *, tensors: bool = True) -> None:
@@ -169,16 +170,17 @@ class PlainState:
             own = vars(module)
             for name in {*own, *plain} - _COMMON:
                 now, before = own.get(name, _ABSENT), plain.get(name, _ABSENT)
-                if now is before or (isinstance(now, Tensor) and not tensors):
+                if now is before or (_holds(now) and not tensors):
                     continue
-                own.pop(name, None)
-                if before is not _ABSENT:
+                if before is _ABSENT:
+                    del own[name]
+                else:
                     own[name] = before
             if tensors:
                 _put_back(module._buffers, buffers)
                 _put_back(module._parameters, parameters)
         for container, contents in self._contents:
-            if not _same(container, contents):
+            if not _same(container, contents) and (tensors or not _holds(container)):
                 container.clear()
                 grow = container.update if isinstance(container, dict | set) else container.extend
                 grow(contents)
@@ -202,6 +204,15 @@ def _same(container: Any, contents: Any) -> bool:
             container[key] is value for key, value in contents.items()
         )
     return len(container) == len(contents) and all(map(operator.is_, container, contents))
+
+
+def _holds(value: Any) -> bool:
+    """Whether ``value`` is a tensor or holds one."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set | deque):
+        return any(isinstance(member, Tensor) for member in value)
+    return isinstance(value, Tensor)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -119,14 +119,13 @@ class SharedState:
         return tuple(dict.fromkeys((*self.readers, *self.writers)))
 
     def between(self, block: str) -> str:
-        """Say what ``block`` does, and the last writer."""
+        """Say that ``block`` and the last writer share it."""
         if self.backward:
             return f"the backward pass changes {self.fqn!r}, which the next microbatch reads"
-        does = "changes" if block in self.writers else "reads"
-        return f"block {block!r} {does} {self.fqn!r} and block {self.writers[-1]!r} changes it"
+        return f"block {block!r} uses {self.fqn!r} and block {self.writers[-1]!r} changes it"
 
     def __str__(self) -> str:
-        """Say what two blocks do."""
+        """Say which two blocks share it."""
         return self.between(next(iter(self.blocks)))
 
 

@@ -42,6 +42,7 @@ class ReplayedBlock:
                 changing += [t for t in (module.running_mean, module.running_var) if t is not None]
         self._changing = {id(tensor): tensor for tensor in changing}
         self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._first_copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def passes(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``call`` of one microbatch: its first call is the first pass, others replay it."""
@@ -72,6 +73,8 @@ class ReplayedBlock:
     def _as_before(self, plain: PlainState, values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
         newest = PlainState(self.modules)
         plain.put_back()
+        # Passes that were before the first change of a tensor all saw what it was before that.
+        values = list({**self._first_copies, **{id(t): (t, v) for t, v in values}}.values())
         try:
             with values_of([t for t, _ in values], [v.clone() for _, v in values]):
                 # Autograd keeps aliases: the tensors themselves get their newest values back.
@@ -83,9 +86,11 @@ class ReplayedBlock:
 
     def _surprises(self) -> list[tuple[Tensor, Tensor]]:
         """Return tensors that were changed for the first time, with their values before."""
-        found = [entry for entry in self._copies.values() if entry[0]._version != entry[1]]
-        self._changing.update((id(tensor), tensor) for tensor, _, _ in found)
-        return [(tensor, copy) for tensor, _, copy in found]
+        changed = [entry for entry in self._copies.values() if entry[0]._version != entry[1]]
+        found = {id(tensor): (tensor, copy) for tensor, _, copy in changed}
+        self._changing.update((key, tensor) for key, (tensor, _) in found.items())
+        self._first_copies.update(found)
+        return list(found.values())
 
     def _copy_others(self) -> None:
         known, self._copies = self._copies, {}

@@ -29,6 +29,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     find_ownership,
     kept_aside,
     sharded,
+    share_buffers,
     sum_over_ranks,
     update,
 )
@@ -85,6 +86,7 @@ class DistributedExecutable:
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._checkpoints = ShardedCheckpoints(model, self._own, groups, background)
         self._ownership: Ownership | None = None
+        self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, groups)
         self._cache = StageCache(
             model,
@@ -136,6 +138,7 @@ class DistributedExecutable:
         """
         with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
+            share_buffers(self._changing, self.groups)
             parts = split_batch(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
             return evaluate(stages, self._inputs(parts), self.groups)
@@ -146,6 +149,7 @@ class DistributedExecutable:
         """Return the unsplit model's own state dict, whole on every process."""
         if self._ownership is not None:
             with self._running("collecting weights"):
+                share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
@@ -249,6 +253,7 @@ class DistributedExecutable:
             ends = (parts[0], parts[-1])
             stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
             ownership = self._settle_ownership(stages[parts[0].num_samples])
+            share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
@@ -263,6 +268,9 @@ class DistributedExecutable:
         if self._ownership is None:
             layout = self.groups.layout
             found = find_ownership(stages, layout)
+            own = [p for index in layout.own_stages for p in stages[index].programs]
+            changing = {id(t): t for program in own for t in program.changing.values()}
+            self._changing = [t for t in changing.values() if not isinstance(t, nn.Parameter)]
             self.groups.make_holders(sorted({s for s in found.holders.values() if len(s) > 1}))
             if self._own is not None:
                 if self.options.replicated_tensor_sharding and layout.num_replicas > 1:

@@ -199,7 +199,8 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     parameters = [p for p in module.parameters() if p.requires_grad]
     earlier = [p.grad for p in parameters]
     try:
-        with preserved_state(module):
+        changing = [t for program in stage.programs for t in program.changing.values()]
+        with preserved_state(module, changing):
             whole = _gradients(
                 module,
                 received,
