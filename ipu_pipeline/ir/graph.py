@@ -299,23 +299,22 @@ class BlockGraph:
         """
         if not isinstance(raw, Mapping):
             raise PlanError(f"{source}: expected an object with fields, got {type(raw).__name__}")
-        fields = dict(raw)
+        given = dict(raw)
+        operations = given.pop("operations", ())
+        shared = from_json(
+            tuple[tuple[OpRecord, ...], ...], operations, f"{source}, operations", PlanError
+        )
         try:
-            shared = [tuple(from_json(OpRecord, op, f"{source}, operations", PlanError)
-                            for op in ops) for ops in fields.pop("operations", ())]  # fmt: skip
-            blocks = tuple(
-                from_json(
-                    Block,
-                    block,
-                    f"{source}, blocks[{index}]",
-                    PlanError,
-                    {key: shared[block[key]] for key in ("forward_ops", "backward_ops")},
-                )
-                for index, block in enumerate(fields["blocks"])
-            )
-        except (KeyError, IndexError, TypeError) as error:
+            plain = [dict(block) for block in given["blocks"]]
+            ops = [(shared[b.pop("forward_ops")], shared[b.pop("backward_ops")]) for b in plain]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
-        graph = from_json(cls, fields, source, PlanError, {"blocks": blocks})
+        blocks = from_json(tuple[Block, ...], plain, f"{source}, blocks", PlanError)
+        given["blocks"] = tuple(
+            replace(block, forward_ops=forward, backward_ops=backward)
+            for block, (forward, backward) in zip(blocks, ops, strict=True)
+        )
+        graph = from_json(cls, given, source, PlanError)
         _check_references(graph, source)
         return graph
 
@@ -336,7 +335,7 @@ def _check_references(graph: BlockGraph, source: str) -> None:
         if len(known) != number:
             raise PlanError(f"{source}: two {kind}s have one name; make the plan again")
     of_tensors = ((t.producer, *t.consumers) for t in graph.tensors if t.producer is not None)
-    for what, known, names in (
+    for what, held, names in (
         ("block", blocks, [name for group in of_tensors for name in group]),
         ("block", blocks, [name for p in graph.parameters for name in p.blocks]),
         ("block", blocks, [name for item in graph.state for name in item.blocks]),
@@ -345,7 +344,7 @@ def _check_references(graph: BlockGraph, source: str) -> None:
         ("dtype", DTYPE_BYTES, [t.dtype for t in (*graph.tensors, *graph.inputs)]),
         ("dtype", DTYPE_BYTES, [p.dtype for p in graph.parameters]),
     ):
-        strange = next((name for name in names if name not in known), None)
+        strange = next((name for name in names if name not in held), None)
         if strange is not None:
             shown = strange if len(strange) <= 80 else f"{strange[:80]}..."
             raise PlanError(

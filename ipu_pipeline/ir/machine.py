@@ -159,19 +159,6 @@ class Machine:
         same_board = first // self.devices_per_board == second // self.devices_per_board
         return self.link if same_board else self.board_link
 
-    def with_num_devices(self, num_devices: int) -> Machine:
-        """Return this machine with its first ``num_devices`` devices.
-
-        Raises:
-            ValueError: It has fewer devices, or ``num_devices`` is below 1.
-        """
-        if not 1 <= num_devices <= len(self.devices):
-            raise ValueError(
-                f"machine {self.name!r} has {len(self.devices)} devices, {num_devices} were asked "
-                f"for; ask for 1 to {len(self.devices)}"
-            )
-        return Machine(**{**self.__dict__, "devices": self.devices[:num_devices]})
-
     def fingerprint(self) -> str:
         """Hex digest of every number in the description."""
         text = json.dumps(to_json(self), sort_keys=True)

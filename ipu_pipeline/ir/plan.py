@@ -148,11 +148,6 @@ class Plan:
         return tuple(spec for spec in self.graph.tensors if spec.consumers)
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Model inputs of one microbatch."""
-        return self.graph.inputs
-
-    @property
     def tied_groups(self) -> tuple[tuple[str, ...], ...]:
         """Blocks that share a parameter."""
         return self.graph.tied_groups
@@ -305,7 +300,6 @@ def plan_from_json(raw: Any, source: str) -> Plan:
             f"{source}: plan schema version {found!r}, this library reads {PLAN_SCHEMA_VERSION}; "
             "make the plan again"
         )
-    ready = {}
     if "graph" in fields:
-        ready["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
-    return from_json(Plan, fields, source, PlanError, ready)
+        fields["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
+    return from_json(Plan, fields, source, PlanError)

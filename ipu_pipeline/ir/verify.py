@@ -56,7 +56,7 @@ def _verify_names(plan: Plan) -> None:
             "class, such as BertForQuestionAnswering"
         )
     names = [block.name for block in plan.blocks]
-    names += [spec.name for spec in (*plan.graph.tensors, *plan.inputs)]
+    names += [spec.name for spec in (*plan.graph.tensors, *plan.graph.inputs)]
     names += [*plan.model.parameters, plan.machine.name, plan.schedule, plan.machine.backend or "-"]
     names += [name for stage in plan.stages for name in (*stage.blocks, *stage.serialize)]
     for name in names:
