@@ -1,4 +1,4 @@
-"""Jobs of test_state.py."""
+"""Jobs of test_kept_state.py."""
 
 from __future__ import annotations
 

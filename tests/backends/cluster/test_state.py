@@ -1,71 +1,119 @@
-"""What a model keeps from batch to batch, over processes; replicas do as torch's data parallel."""
+"""Checkpoints, evaluation, overflow, serialization: the rest of an executable's life."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
+from ipu_pipeline.ops import extension
+from tests.backends.cluster import jobs
 from tests.backends.cluster.processes import Processes
-from tests.stateful import (
-    MICROBATCHES,
-    PROGRAMS,
-    SAMPLES,
-    assert_alike,
-    batch,
-    state_of,
-    trained_plainly,
-)
+from tests.backends.cluster.test_training import assert_equal
+
+TWO = {"num_stages": 2}
+FOUR = {"num_stages": 4}
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_checkpoints_are_those_of_the_local_target(two: Processes, tmp_path: Path) -> None:
+    # GPT-2: tied over the two ranks.
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    saved = two.run("train_and_save", name="gpt2-lm", planned=TWO, path=first)
+    local = jobs.train_and_save("gpt2-lm", {"num_stages": 3}, second, load=first, target="local")
+    again = two.run(
+        "train_and_save",
+        name="gpt2-lm",
+        planned=FOUR,
+        path=third,
+        load=second,
+        schedule="interleaved",
+    )
+    whole = jobs.train_and_save("gpt2-lm", {"num_stages": 1}, str(tmp_path / "x"), target="local")
+    assert local["extra"] == {"epoch": 1}
+    assert again[0]["extra"] == {"epoch": 1}
+    assert saved[0]["before"] == pytest.approx(whole["before"], rel=1e-5)
+    assert saved[0]["after"] == pytest.approx(whole["after"], rel=1e-5)
+    assert local["before"] == pytest.approx(saved[0]["after"], rel=1e-5)
+    assert again[0]["before"] == pytest.approx(local["after"], rel=1e-5)
+    num_parameters = local["num_states"]
+    assert all(0 < rank["num_states"] < num_parameters for rank in (*saved, *again))
+
+
+@pytest.mark.skipif(not extension.state().usable, reason=extension.state().detail)
+def test_casts_of_weights_last_for_a_step(two: Processes) -> None:
+    local = jobs.casts_kept("bert-qa", TWO, target="local")
+    for made, left in (local, *two.run("casts_kept", name="bert-qa", planned=TWO)):
+        assert made > 0
+        assert left == 0
+
+
+def test_a_full_disk_is_reported_by_every_rank(two: Processes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    found = two.run("save_into_a_file", planned=TWO, path=str(tmp_path / "file" / "checkpoint"))
+    assert "File exists" in found[0]
+    assert "rank 0: " in found[1]
+    assert "File exists" in found[1]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["BatchNorm", "SpectralNorm", "Scaled", "FirstReadsLastWrites", "MomentumHead", "Queue"],
+    ("name", "planned", "schedule"),
+    [("bert-qa", TWO, "1f1b"), ("lxmert-qa", FOUR, "zbv"), ("t5", FOUR, "interleaved")],
 )
-def test_programs(two: Processes, name: str, recompute: str) -> None:
-    losses, state = trained_plainly(PROGRAMS[name]())
-    state.pop(".attribute")  # of no block here
-    for rank in two.run("state_jobs.train", name=name, recompute=recompute):
-        assert_alike(rank, (losses, state))
+@pytest.mark.parametrize("samples", [8, 5])
+def test_evaluation(
+    two: Processes, name: str, planned: dict[str, int], schedule: str, samples: int
+) -> None:
+    for rank in two.run(
+        "evaluation", name=name, planned=planned, samples=samples, schedule=schedule
+    ):
+        assert rank["loss"] is not None
+        assert rank["errors"]
+        assert max(rank["errors"].values()) < 1e-5
+        assert rank["loss"] == pytest.approx(rank["expected_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "depth"), [("gpipe", 2), ("interleaved", 4), ("zbv", 4)])
-def test_schedules(two: Processes, schedule: str, depth: int) -> None:
-    expected = trained_plainly(PROGRAMS["Scaled"]())
-    for rank in two.run("state_jobs.train", name="Scaled", schedule=schedule, num_stages=depth):
-        assert_alike(rank, expected)
+def test_every_rank_skips_a_step_that_overflowed(two: Processes) -> None:
+    found = two.run("curve", name="bert-qa", planned=TWO, steps=2, loss_scaling=1e40)
+    for rank in found:
+        assert rank["skipped"] == [True, True]
+        assert rank["losses"] == found[0]["losses"]
+    model, _, _ = jobs.built("bert-qa", **TWO)
+    assert found[0]["state"] == {n: jobs.digest(t) for n, t in model.state_dict().items()}
 
 
-def data_parallel(name: str, steps: int = 3) -> tuple[list[float], dict[str, Any]]:
-    """Train two copies as ``DistributedDataParallel`` does: buffers are those of the first."""
-    copies = [PROGRAMS[name]() for _ in range(2)]
-    optimizers = [torch.optim.SGD(copy.parameters(), 0.1) for copy in copies]
-    losses = []
-    for step in range(steps):
-        total = 0.0
-        for own, first in zip(copies[1].buffers(), copies[0].buffers(), strict=True):
-            own.copy_(first)
-        for number in range(MICROBATCHES):
-            size = SAMPLES // MICROBATCHES
-            part = {n: v[number * size : (number + 1) * size] for n, v in batch(step).items()}
-            loss = copies[number >= MICROBATCHES // 2](**part)["loss"] / MICROBATCHES
-            loss.backward()
-            total += float(loss.detach())
-        for own, other in zip(*(copy.parameters() for copy in copies), strict=True):
-            if own.grad is not None and other.grad is not None:
-                own.grad += other.grad
-                other.grad = own.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(total)
-    return losses, state_of(copies[0])
+@pytest.mark.parametrize(
+    ("planned", "schedule"), [(TWO, "1f1b"), (FOUR, "interleaved_zero_bubble")]
+)
+def test_serialized_blocks(two: Processes, planned: dict[str, int], schedule: str) -> None:
+    passes = (
+        "serialize_embedding{factor=3,blocks=[transformer.wte]},"
+        "serialize_projection{factor=3,blocks=[lm_head]}"
+    )
+    found = two.run(
+        "gradients", name="gpt2-lm", planned={**planned, "passes": passes}, schedule=schedule
+    )
+    assert_equal(found)
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "Scaled"])
-def test_buffers_of_replicas(four: Processes, name: str) -> None:
-    expected = data_parallel(name)
-    for rank in four.run("state_jobs.train", name=name, replicas=2):
-        assert_alike(rank, expected)
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
+def test_recomputed_blocks_where_the_backward_pass_is_split(two: Processes, schedule: str) -> None:
+    planned = {**FOUR, "dropout": True}
+    found = [
+        two.run(
+            "curve", name="bert-qa", planned=planned, steps=2, schedule=schedule, recompute=wish
+        )[0]["losses"]
+        for wish in ("all", "none")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_bf16(two: Processes) -> None:
+    found = two.run("curve", name="bert-qa", planned=TWO, steps=3, precision="bf16")
+    made, batch = jobs.compiled(
+        "bert-qa", target="local", planned={"dropout": True, **TWO}, precision="bf16"
+    )
+    with made:
+        expected = [made.train_step(batch).loss for _ in range(3)]
+    assert found[0]["losses"] == pytest.approx(expected, rel=1e-2)
+    assert torch.isfinite(torch.tensor(found[0]["losses"])).all()
