@@ -230,6 +230,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             if name in vars(module):
                 value = vars(module)[name]
                 found[f"{fqn}.{name}"] = torch.as_tensor(value).clone()
+        found[f"{fqn}.seen"] = torch.tensor(len(vars(module).get("seen", ())))
     return found
 
 

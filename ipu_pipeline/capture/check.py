@@ -142,6 +142,12 @@ class _Run:
         ]
         try:
             loss.backward()
+        except RuntimeError as error:
+            if self.compared_with is not None:
+                raise
+            raise CaptureError(
+                f"{type(model).__name__} itself fails in its backward pass: {error}"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
