@@ -164,7 +164,7 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    found = check_capture(captured, batch, leaves)
+    found = check_capture(captured, batch)
     return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.leaves import Leaves
+from ipu_pipeline.capture.leaves import Leaves, choose_leaves
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
@@ -50,7 +50,7 @@ class Checked(NamedTuple):
     changed_backward: tuple[str, ...]
 
 
-def check_capture(captured: CapturedModel, batch: Mapping[str, Any], leaves: Leaves) -> Checked:
+def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     """Compare results and every gradient with the model's own on altered data.
 
     Buffers, gradients, plain attributes of modules and the random state are put back.
@@ -58,6 +58,7 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any], leaves: Lea
     Raises:
         CaptureError: The capture computes something else than the model.
     """
+    leaves = choose_leaves(captured.model, captured.granularity)
     compare = partial(_compare, captured, leaves)
     try:
         return Checked((), compare(altered(batch)))
@@ -121,6 +122,9 @@ class _Run:
             torch.manual_seed(SEED)
             plain = PlainState(model.modules())
             outcome = run()
+            for name, value in outcome.items():
+                if self.compared_with is not None:
+                    _require_equal(model, name, value.detach(), self.compared_with.get(name))
             if captured.training and outcome[LOSS].requires_grad:
                 outcome = {LOSS: self._backward(outcome[LOSS])}
             self.outcome.update(outcome)

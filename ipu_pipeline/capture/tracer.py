@@ -239,7 +239,7 @@ class Tracer(TorchFunctionMode):
             self._guard(func, args, kwargs, result)
             return
         written = self.storages.written(versions)
-        if is_assignment(func) and attribute_name(func) not in ("requires_grad", "data"):
+        if is_assignment(func) and not self._may_assign(func, args[0]):
             raise CaptureError(
                 f"{self.where()} assigns an attribute of a tensor ({attribute_name(func)}); such "
                 "a write cannot be replayed: keep that module inside a block"
@@ -258,6 +258,10 @@ class Tracer(TorchFunctionMode):
             node.meta["starts"] = self._count(f"{self.scope[-1]}.{func.__name__}".lstrip("."))
         node.meta["random"] = is_random(func, args, kwargs)
         self._finish(node, args, kwargs, result, versions)
+
+    def _may_assign(self, func: Any, tensor: Tensor) -> bool:
+        name = attribute_name(func)
+        return name == "requires_grad" or (name == "data" and id(tensor) in self.fqns)
 
     def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         region = Region.current()
