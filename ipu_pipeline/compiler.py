@@ -14,6 +14,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -26,6 +27,7 @@ from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
+@same_random_numbers()
 def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model: nn.Module,
     example_batch: Mapping[str, Any],
@@ -120,6 +122,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     return _after_passes(_fitting(made), manager)
 
 
+@same_random_numbers()
 def compile(
     model: nn.Module,
     plan: Plan,

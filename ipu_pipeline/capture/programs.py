@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
 from ipu_pipeline.capture.state import key_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key
@@ -33,6 +34,7 @@ class Program:
         reads: Names of the model's own tensors that it reads and some forward pass changes.
         writes: Names of those that it changes.
         changing: Both, by name.
+        modes: The training flag that every module in it had when it was called.
     """
 
     name: str
@@ -43,11 +45,17 @@ class Program:
     reads: frozenset[str] = frozenset()
     writes: frozenset[str] = frozenset()
     changing: Mapping[str, Tensor] = field(default_factory=dict)
+    modes: tuple[tuple[nn.Module, bool], ...] = ()
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the outputs; every module is put into its mode before."""
+        set_modes(self.modes)
+        return self.module(*inputs)
 
     def run(self, values: dict[str, Any]) -> None:
         """Take the inputs from ``values`` and put the outputs there."""
         with self.saving_copies():
-            outputs = self.module(*(values[name] for name in self.inputs))
+            outputs = self(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, outputs, strict=True))
 
     def saving_copies(self) -> AbstractContextManager[Any]:
@@ -127,7 +135,7 @@ def _block_program(
     kept = frozenset(map(storage_key, coarse.changing.values()))
     returned = frozenset(coarse.results.values())
     program = _build(block.name, block.nodes, list(inputs), outputs, attributes, kept, returned)
-    return Program(block.name, program.inputs, program.outputs, program.module, tuple(order))
+    return replace(program, prelude_order=tuple(order))
 
 
 def _build(
@@ -166,7 +174,11 @@ def _build(
     class_name = "".join(part if part.isidentifier() else "_" for part in name.title()) or "Block"
     module = fx.GraphModule(held, graph, class_name)
     return Program(
-        name, tuple(node.name for node in inputs), tuple(node.name for node in outputs), module
+        name,
+        tuple(node.name for node in inputs),
+        tuple(node.name for node in outputs),
+        module,
+        modes=tuple({part: mode for n in body for part, mode in n.meta.get("modes", ())}.items()),
     )
 
 

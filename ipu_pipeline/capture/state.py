@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture.glue import StandIn
 from ipu_pipeline.capture.values import own_tensors, storage_key
 
 # They write to running statistics without counting it; the first flag says whether they do.
 _STATISTICS = frozenset(
     {"batch_norm", "instance_norm", "native_batch_norm", "_batch_norm_impl_index"}
 )
+_DESCRIBING = ("__get__", "untyped_storage", "size", "dim", "numel")
 # What every module has: hooks, parameters, children.
 _COMMON = frozenset(vars(nn.Module())) - {"training"}
 
@@ -78,6 +80,8 @@ class StateUse:
             self._save(names[id(t)] for t in tree_leaves((args[:1], kwargs.get("out")))
                        if id(t) in names)  # fmt: skip
         result = func(*args, **kwargs)
+        if word in _DESCRIBING and not isinstance(result, Tensor):
+            return result  # its shape, its memory, the number of writes: no value
         self.reads.update(names.values())
         self.writes.update(name for t, name, version in used if t._version != version)
         if word in _STATISTICS and _first_flag(args, kwargs):
@@ -217,6 +221,21 @@ def _holds(value: Any) -> bool:
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _COMMON}
+
+
+@contextmanager
+def without_stand_ins(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what modules kept where a replay of their code has left stand-ins for tensors."""
+    before = [(live, dict(live)) for m in modules for live in (vars(m), m._buffers)]
+    try:
+        yield
+    finally:
+        for live, kept in before:
+            for name in [name for name, value in live.items() if type(value) is StandIn]:
+                if name in kept:
+                    live[name] = kept[name]
+                else:
+                    del live[name]
 
 
 @contextmanager

@@ -72,8 +72,12 @@ def split_batch(
     return parts
 
 
-def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> list[Microbatch]:
+def cut_batches(
+    parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
+) -> list[Microbatch]:
     """Return microbatches that somebody else has cut; ``weights`` are those of their losses.
+
+    ``first`` is the position of the first one in its batch.
 
     Raises:
         LoweringError: There is none, or not one weight for each.
@@ -84,7 +88,7 @@ def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) ->
             "one microbatch, and one weight for each"
         )
     cut = []
-    for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+    for index, (part, weight) in enumerate(zip(parts, weights, strict=True), start=first):
         sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
         cut.append(Microbatch(index, part, next(sizes, 1), weight))
     return cut
