@@ -225,17 +225,18 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def without_stand_ins(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what modules kept where a replay of their code has left stand-ins for tensors."""
+    """Put back tensors that modules keep where a replay of their code has left stand-ins.
+
+    What they did not keep before says so itself when it is used.
+    """
     before = [(live, dict(live)) for m in modules for live in (vars(m), m._buffers)]
     try:
         yield
     finally:
         for live, kept in before:
             for name in [name for name, value in live.items() if type(value) is StandIn]:
-                if name in kept:
+                if isinstance(kept.get(name), Tensor):
                     live[name] = kept[name]
-                else:
-                    del live[name]
 
 
 @contextmanager
