@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ipu_pipeline.capture.calls import Region
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.glue import Glue, Path
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import configs_of, countable, preserved_state, tracing_patches
+from ipu_pipeline.capture.patches import countable, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
-from ipu_pipeline.capture.tracer import Trace, trace
+from ipu_pipeline.capture.replay import Followed, Replay
+from ipu_pipeline.capture.state import without_stand_ins
+from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
-_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[object, CapturedModel, list[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_KEPT: weakref.WeakKeyDictionary[nn.Module, CapturedModel] = weakref.WeakKeyDictionary()
 
 
 _CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
@@ -56,7 +56,7 @@ class CapturedModel:
         model: The user's model, unchanged.
         programs: One per block, in execution order.
         results: Value name by result name (``loss``, and in evaluation mode the outputs).
-        training: Whether it was captured in training mode.
+        training: Whether it was captured for training: with gradients, and the loss is its result.
         granularity: Granularity of the blocks.
         notes: Things worth knowing, such as values that the capture is specialised to.
     """
@@ -70,16 +70,69 @@ class CapturedModel:
     _batch: Mapping[str, Any]
     _trace: Trace
     _coarse: Coarse
+    _changed_backward: tuple[str, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[str, TensorMeta]:
         """Description of every tensor value by its name."""
         return {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
 
+    @cached_property
+    def state(self) -> tuple[SharedState, ...]:
+        """What several blocks use and forward passes change."""
+        found = []
+        names = [program.name for program in self.programs]
+        for fqn in (*self._trace.changing, *self._changed_backward):
+            readers = [p.name for p in self.programs if fqn in p.reads]
+            writers = [p.name for p in self.programs if fqn in p.writes]
+            backward = fqn in self._changed_backward
+            if backward or (writers and len({*readers, *writers}) > 1):
+                used = (
+                    (tuple(names), tuple(names)) if backward else (tuple(readers), tuple(writers))
+                )
+                found.append(SharedState(fqn, *used, backward=backward))
+        return tuple(dict.fromkeys(found))
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch's tensors."""
         return self._trace.inputs
+
+    @property
+    def glue(self) -> Glue:
+        """The calls between its blocks."""
+        return self._trace.glue
+
+    def follow(
+        self, batch: Mapping[str, Any], integers: frozenset[tuple[int, Path]] = frozenset()
+    ) -> Followed:
+        """Run the model's glue for ``batch`` without computing; return what it read in Python.
+
+        Inside of ``tracing_patches``, in which it was captured.
+
+        Args:
+            batch: One microbatch of the captured shapes.
+            integers: Places where a whole number that differs is no reason for another capture.
+
+        Raises:
+            Differs: It does something else than when it was captured.
+        """
+        with without_stand_ins(self._glue_modules):
+            return Replay(self.glue, integers).run(self.model, batch)
+
+    @cached_property
+    def _glue_modules(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
+
+    def with_hosts(self, places: Iterable[tuple[int, Path]]) -> CapturedModel:
+        """Return the capture with numbers at these places of its glue as inputs."""
+        for number, path in places:
+            lift(self._trace, number, path)
+        return replace(
+            _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
+            notes=self.notes,
+            _changed_backward=self._changed_backward,
+        )
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
         """Return the program that computes what ``programs`` need from the model inputs alone."""
@@ -93,11 +146,12 @@ class CapturedModel:
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        with preserved_state(self.model), torch.no_grad():
+        with preserved_state(self.model, self._trace.changing.values()), torch.no_grad():
             return self._values({name: self._batch[name].clone() for name in self.inputs})
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
         values: dict[str, Any] = {name: batch[name] for name in self.inputs}
+        values.update(self.glue.hosts)
         for program in (self.prelude(self.programs, results), *self.programs):
             program.run(values)
         return values
@@ -117,6 +171,7 @@ def capture(
     *,
     granularity: Granularity = "layer",
     self_check: bool = True,
+    training: bool | None = None,
 ) -> CapturedModel:
     """Capture ``model`` as blocks with the glue between them.
 
@@ -129,45 +184,60 @@ def capture(
         granularity: ``layer``, ``sublayer`` or ``op``.
         self_check: Compare losses, outputs and gradients with the model on other data before
             trusting the capture (not possible on ``meta``).
+        training: With gradients, and of the results only the loss; ``None``: if the model is in
+            training mode. Every module is captured in the mode that it is in.
 
     Raises:
         CaptureError: The model does something between its blocks that cannot be replayed, or the
             capture does not compute what the model computes.
     """
     _refuse_checkpointing(model)
+    training = model.training if training is None else training
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     leaves = choose_leaves(model, granularity)
     with (
         torch.inference_mode(mode=False),
         tracing_patches(model),
         preserved_state(model),
-        torch.set_grad_enabled(model.training),
+        torch.set_grad_enabled(training),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
-    if model.training and LOSS not in recorded.results:
+    if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
             "labels to the batch so that the loss is part of the graph, or call model.eval()"
         )
-    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not model.training)
-    captured = CapturedModel(
+    captured = _built(model, recorded, batch, granularity, training=training)
+    if not self_check or on_meta:
+        return captured
+    from ipu_pipeline.capture.check import check_capture
+
+    found = check_capture(captured, batch)
+    return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
+
+
+def _built(
+    model: nn.Module,
+    recorded: Trace,
+    batch: Mapping[str, Any],
+    granularity: Granularity,
+    *,
+    training: bool,
+) -> CapturedModel:
+    leaves = recorded.glue.leaves
+    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not training)
+    return CapturedModel(
         model=model,
         programs=block_programs(coarse, recorded.attributes),
         results={name: node.name for name, node in coarse.results.items()},
-        training=model.training,
+        training=training,
         granularity=granularity,
         notes=(),
         _batch=batch,
         _trace=recorded,
         _coarse=coarse,
     )
-    if not self_check or on_meta:
-        return captured
-    from ipu_pipeline.capture.check import check_capture
-
-    notes = check_capture(captured, batch)
-    return replace(captured, notes=notes)
 
 
 def keep_for_reuse(captured: CapturedModel) -> None:
@@ -177,47 +247,30 @@ def keep_for_reuse(captured: CapturedModel) -> None:
     """
     model = captured.model
     if not any(parameter.is_meta for parameter in model.parameters()):
-        key = _state_of(model, captured._batch, captured.granularity)
-        # Their ids are in the key, and must stay theirs.
-        parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers()]
-        _KEPT[model] = key, replace(captured, model=nn.Identity()), parts
+        _KEPT[model] = replace(captured, model=nn.Identity())
 
 
-def take_kept(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> CapturedModel | None:
-    """Return the kept capture of ``model``, once, if capturing it now would give the same."""
-    key, captured, _ = _KEPT.pop(model, (None, None, None))
-    if captured is None or key != _state_of(model, batch, granularity):
+def take_kept(
+    model: nn.Module, batch: Mapping[str, Any], granularity: str, *, training: bool
+) -> CapturedModel | None:
+    """Return the kept capture of ``model``, once, if it is one of such a batch."""
+    captured = _KEPT.pop(model, None)
+    if (
+        captured is None
+        or (captured.granularity, captured.training) != (granularity, training)
+        or described(captured._batch) != described(batch)
+    ):
         return None
     return replace(captured, model=model)
 
 
-def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> object:
-    """Return what a capture depends on besides tensors' values.
-
-    Shapes of the batch, the thread's modes, the objects that the model consists of with their
-    hooks and plain attributes, and every config.
-    """
-    described = tuple(
-        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value))
+def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
+    return tuple(
+        (name, (tuple(value.shape), value.dtype, value.requires_grad, value.device))
+        if isinstance(value, Tensor) else (name, value)
         for name, value in batch.items()
-    )
-    modules = [(id(m), type(m), m.training, *_plain_and_hooks(m)) for m in model.modules()]
-    state = [
-        (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    ]
-    configs = [config.to_json_string(use_diff=False) for config in configs_of(model)]
-    return granularity, Region.current(), described, modules, state, configs
-
-
-def _plain_and_hooks(module: nn.Module) -> tuple[str, list[tuple[str, int]]]:
-    plain = [
-        (name, value) for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | tuple | type(None))
-    ]  # fmt: skip
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
-    return repr(plain), hooks
+    )  # fmt: skip
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:

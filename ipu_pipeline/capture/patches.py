@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
+
+from ipu_pipeline.capture.python_state import PythonState
 
 SDPA = functional.scaled_dot_product_attention
 # nn.Module and transformers are patched for all threads: one capture at a time.
@@ -42,11 +42,20 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__name__", "")
-            if name.startswith("transformers") and "is_tracing" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
+        for module in _modules_that_ask(len(sys.modules)):
+            stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
+
+
+@functools.lru_cache(maxsize=1)
+def _modules_that_ask(_: int) -> list[Any]:
+    """Return transformers' modules that ask whether they are traced; a scan of thousands."""
+    return [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("transformers")
+        and "is_tracing" in vars(module)
+    ]
 
 
 @contextlib.contextmanager
@@ -89,30 +98,35 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients and the global random states."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Put back what running ``model`` changes, and what Python keeps.
+
+    Buffers (running statistics), gradients, random states, attributes of the modules, and the
+    tensors ``changed``: parameters that a forward pass writes to.
+    """
+    tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    state, python = torch.get_rng_state(), PythonState(model.modules())
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        torch.set_rng_state(state)
+        python.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+            for tensor, memory, value in tensors:
+                tensor.data = memory
+                tensor.copy_(value)
+
+
+def collected_outputs() -> dict[str, list[Any]]:
+    """Return what transformers' hooks collect in the running forward pass; nothing: empty."""
+    collecting = sys.modules.get("transformers.utils.output_capturing")
+    found = None if collecting is None else collecting._active_collector.get()
+    return {} if found is None else {k: v for k, v in found.items() if isinstance(v, list)}
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ class SerializedForward:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
         table = self.tables.get(program.name)
         if table is None:
-            return program.module(*inputs)
+            return program(*inputs)
         region = SerializedRegion(
             table,
             self.leaves,
@@ -133,7 +133,7 @@ class SerializedForward:
             last_row_shard=self._last_row_shards.get(program.name),
         )
         with region:
-            return program.module(*inputs)
+            return program(*inputs)
 
 
 class LookupLeaves:

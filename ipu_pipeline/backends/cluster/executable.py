@@ -28,6 +28,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     find_ownership,
     kept_aside,
     sharded,
+    share_buffers,
     sum_over_ranks,
     update,
 )
@@ -40,7 +41,7 @@ from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
-from ipu_pipeline.stages.training import check_model, in_mode
+from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
 logger = logging.getLogger(__name__)
 # Torch gives up waiting so much later than the watchdog, which knows whom to name.
@@ -82,6 +83,7 @@ class DistributedExecutable(Executable):
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._checkpoints = ShardedCheckpoints(model, self._own, self.groups, background)
         self._ownership: Ownership | None = None
+        self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
         self._cache = StageCache(
             model,
@@ -171,10 +173,10 @@ class DistributedExecutable(Executable):
         Raises:
             StageError: This process or another one failed.
         """
-        with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
+        with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
-            parts = split_batch(batch, 2 * self.plan.num_stages)
-            stages = [self._cache.stages_for(part.inputs) for part in parts]
+            share_buffers(self._changing, self.groups)
+            stages, parts = self._prepared(split_batch(batch, 2 * self.plan.num_stages))
             return evaluate(stages, self._inputs(parts), self.groups)
 
     # ---- state --------------------------------------------------------------------------
@@ -183,6 +185,7 @@ class DistributedExecutable(Executable):
         """Return the unsplit model's own state dict, whole on every process."""
         if self._ownership is not None:
             with self._running("collecting weights"):
+                share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
@@ -262,17 +265,27 @@ class DistributedExecutable(Executable):
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
         parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
-        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            # Every process captures all shapes, also one that only another replica runs: what
-            # cannot be captured is refused by all of them, and nobody waits for the one that does.
-            ends = (parts[0], parts[-1])
-            stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
-            ownership = self._settle_ownership(stages[parts[0].num_samples])
-            with kept_aside(ownership.held(self.model)):
+        with torch.enable_grad(), casts_of_one_step():
+            stages, parts = self._prepared(parts)
+            ownership = self._settle_ownership(stages[0])
+            share_buffers(self._changing, self.groups)
+            with kept_aside(ownership.held(self.model)), kept_modes(self.model):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
+
+    def _prepared(
+        self, parts: Sequence[Microbatch]
+    ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
+        """Run the model's glue for all microbatches, also those of other replicas.
+
+        What Python counts and draws is then the same on all ranks; and what cannot be captured is
+        refused by all of them, so that nobody waits for the one that does.
+        """
+        stages, prepared = self._cache.prepare(parts)
+        self._batch_check.check_glue(self.global_step, parts, prepared)
+        return stages, prepared
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
         return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)
@@ -282,6 +295,9 @@ class DistributedExecutable(Executable):
         if self._ownership is None:
             layout = self.groups.layout
             found = find_ownership(stages, layout)
+            own = [p for index in layout.own_stages for p in stages[index].programs]
+            changing = {id(t): t for program in own for t in program.changing.values()}
+            self._changing = [t for t in changing.values() if not isinstance(t, nn.Parameter)]
             self.groups.make_holders(sorted({s for s in found.holders.values() if len(s) > 1}))
             if self._own is not None:
                 if self.options.replicated_tensor_sharding and layout.num_replicas > 1:

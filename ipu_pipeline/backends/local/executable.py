@@ -33,7 +33,13 @@ from ipu_pipeline.stages.executable import (
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
-from ipu_pipeline.stages.training import apply_update, autocast_region, check_model, in_mode
+from ipu_pipeline.stages.training import (
+    apply_update,
+    autocast_region,
+    check_model,
+    in_evaluation,
+    kept_modes,
+)
 
 
 @dataclass(eq=False)
@@ -253,8 +259,8 @@ class LocalExecutable(Executable):
 
     def _evaluate(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
         """Return what each microbatch computed, by name."""
-        with in_mode(self.model, training=False), torch.no_grad():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+        with in_evaluation(self.model), torch.no_grad():
+            stages, microbatches = self._cache.prepare(microbatches)
             schedule = forward_only(self.plan.num_stages, len(microbatches))
             step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
             self._run(step)
@@ -263,8 +269,8 @@ class LocalExecutable(Executable):
     def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
-        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+        with torch.enable_grad(), casts_of_one_step():
+            stages, microbatches = self._cache.prepare(microbatches)
             schedule = self._rows(len(microbatches))
             step = Step(
                 stages, microbatches, self.options, self.global_step, loss_scaling, schedule
@@ -283,14 +289,16 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+        alone = self.options.sequential or self.plan.num_stages == 1
         try:
-            if self.options.sequential or self.plan.num_stages == 1:
-                run_sequentially(step.schedule, step)
-            else:
-                if self._threads is None:
-                    timeout_s = self.options.stall_timeout_s
-                    self._threads = StageThreads(self.plan.num_stages, timeout_s)
-                self._threads.run(step.schedule, step, self._intra_op(step.schedule))
+            with kept_modes(self.model):
+                if alone or contested(step.stages):
+                    run_sequentially(step.schedule, step)
+                else:
+                    if self._threads is None:
+                        timeout_s = self.options.stall_timeout_s
+                        self._threads = StageThreads(self.plan.num_stages, timeout_s)
+                    self._threads.run(step.schedule, step, self._intra_op(step.schedule))
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -306,6 +314,20 @@ class LocalExecutable(Executable):
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
         loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
         return share_threads(loads, available_threads())
+
+
+def contested(stages: Sequence[Sequence[Stage]]) -> bool:
+    """Whether two stages call one module in different modes, so that their threads must not meet.
+
+    ``stages`` are ``[microbatch][stage]``.
+    """
+    modes: defaultdict[nn.Module, set[bool]] = defaultdict(set)
+    users: defaultdict[nn.Module, set[int]] = defaultdict(set)
+    for stage in {id(stage): stage for own in stages for stage in own}.values():
+        for module, mode in (pair for program in stage.programs for pair in program.modes):
+            modes[module].add(mode)
+            users[module].add(stage.index)
+    return any(len(found) > 1 and len(users[module]) > 1 for module, found in modes.items())
 
 
 def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:
