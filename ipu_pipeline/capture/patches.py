@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -114,19 +114,15 @@ def patched_grouped(grouped: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients, random states and configs.
+def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Put back what running ``model`` changes, and what Python keeps.
 
-    What the model's hooks and its own code keep in Python is put back, too.
+    Buffers (running statistics), gradients, random states, attributes of the modules, what hooks
+    hold, configs, and the tensors ``changed``: parameters that a forward pass writes to.
     """
     places = Places(model, with_values=True)
     configs = [(config, dict(vars(config))) for config in configs_of(model)]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -139,9 +135,9 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+            for tensor, memory, value in tensors:
+                tensor.data = memory
+                tensor.copy_(value)
         places.restore()
         for config, attributes in configs:
             if vars(config) != attributes:

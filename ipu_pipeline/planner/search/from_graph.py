@@ -189,14 +189,15 @@ def _in_slices(
 
 
 def _together(graph: BlockGraph, costs: GraphCosts, constraints: Constraints) -> tuple[int, ...]:
-    """Blocks that stay in one stage: not to be cut, or priced as one."""
+    """Blocks that stay in one stage: not to be cut, priced as one, or sharing state."""
     index = graph.block_index
     uncut = (
         (1 << index[name]) | (1 << (index[name] - 1))
         for name in constraints.forbidden_cuts
         if index[name] > 0
     )
-    return (*uncut, *(_mask(graph, group) for group in costs.together))
+    groups = (*costs.together, *(item.blocks for item in graph.state))
+    return (*uncut, *(_mask(graph, group) for group in groups))
 
 
 def _mask(graph: BlockGraph, names: Sequence[str]) -> int:

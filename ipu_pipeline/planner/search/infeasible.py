@@ -247,6 +247,14 @@ class _Explanation:
             change = replace(start, text=f"drop {name}", constraints=relaxed)
             if self._fits(change):
                 blamed.append(change)
+        if not blamed and self.graph.state:
+            free = replace(self, graph=replace(self.graph, state=()), _known=[])
+            if free._fits(start):
+                shared = "; ".join(dict.fromkeys(map(str, self.graph.state)))
+                return InfeasibleError(
+                    f"no split keeps in one stage what shares state: {shared}; use fewer stages, "
+                    "or change it outside the model, after the step"
+                )
         if not blamed and start.costs.together:
             apart = replace(start, costs=replace(start.costs, together=()))
             if self._fits(apart):

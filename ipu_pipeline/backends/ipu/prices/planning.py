@@ -165,7 +165,8 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints, *, powers: bool
     ) -> Iterator[IPUPipeline]:
         graph = self.graph
-        every = self.starts(constraints)
+        state = [sum(1 << graph.block_index[n] for n in item.blocks) for item in graph.state]
+        every = _uncut(self.starts(constraints), state)
         groups = _device_groups(graph, constraints)
         costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
         for replicas, devices in self._layouts(machine, constraints):

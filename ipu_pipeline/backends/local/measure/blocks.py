@@ -60,7 +60,7 @@ def profile_blocks(
     known = {key: times for key, times in kept.items() if min(times) >= 0}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
-        with preserved_state(captured.model):
+        with preserved_state(captured.model, captured._trace.changing.values()):
             _measure_missing(captured, batch, num_devices, signatures, known)
         store_measurements(name, known)
     return {block: known[signature] for block, signature in signatures.items()}
