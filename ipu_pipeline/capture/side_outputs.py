@@ -276,6 +276,7 @@ class _Noted:
     sides: tuple[_Side, ...]
     given: tuple[tuple[Path, Any, int], ...]
     sinks: frozenset[Any]
+    carried: list[Change]
 
 
 class SideOutputs:
@@ -320,18 +321,11 @@ class SideOutputs:
         """Note what the ``call`` of ``leaf`` has put in ``places``, and found there.
 
         Raises:
-            CaptureError: It used a tensor of the batch that it was not given and that is in none;
-                or one of an earlier pass, and put another one there.
+            CaptureError: It used a tensor of the batch that it was not given and that is in none.
         """
         assert call.node is not None
         found, (given, sinks) = places.changes(), self._found(call.node, places)
-        for change in found:
-            if change.was in self._used_ids and self._tracer.values.by_id(change.was) is None:
-                raise CaptureError(
-                    f"{type(leaf).__name__} reads a tensor in {shown(change.path)} that it put "
-                    "there in an earlier forward pass, and puts another one there; stages keep "
-                    "only buffers from batch to batch: make it one"
-                )
+        carried = [c for c in found if self._is_of_an_earlier_pass(c)]
         for change in places.new_numbers() if self.numbers_read else ():
             kind = SideFloat if isinstance(change.value, float) else SideInt
             places.put(change, kind(change.value))
@@ -347,8 +341,14 @@ class SideOutputs:
                 sides += [side] if side is not None else []
             stand_in = self._tracer.recorder.stand_in
             changes.append(replace(change, value=tree_map_only(Tensor, stand_in, value)))
-        noted = _Noted(call, leaf, places, tuple(changes), tuple(sides), tuple(given), sinks)
+        noted = _Noted(
+            call, leaf, places, tuple(changes), tuple(sides), tuple(given), sinks, carried
+        )
         self._noted.append(noted)
+
+    def _is_of_an_earlier_pass(self, change: Change) -> bool:
+        known = self._tracer.values.by_id(change.was)
+        return change.was in self._used_ids and known is None
 
     def _found(
         self, call: fx.Node, places: Places
@@ -381,10 +381,23 @@ class SideOutputs:
         return given, frozenset(sinks)
 
     def finish(self) -> None:
-        """Let the calls return what the glue has used, now that all of it has run."""
+        """Let the calls return what the glue has used, now that all of it has run.
+
+        Raises:
+            CaptureError: It used what a leaf makes of a tensor that an earlier pass left there.
+        """
         sides = [side for one in self._noted for side in one.sides]
         read = {side.sink for side in sides if side.node.users}
         read = read.union(*(one.sinks for one in self._noted))
+        for one in self._noted:
+            for change in one.carried:
+                if change.sink in read:
+                    raise CaptureError(
+                        f"{type(one.leaf).__name__} reads a tensor in {shown(change.path)} that it "
+                        "put there in an earlier forward pass, and puts another one there, which "
+                        "code outside of it reads; stages keep only buffers from batch to batch: "
+                        "make it one"
+                    )
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
