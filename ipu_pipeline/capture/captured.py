@@ -11,12 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.calls import Region
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.inputs import described, ready_batch
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import configs_of, countable, preserved_state, tracing_patches
+from ipu_pipeline.capture.patches import (
+    configs_of,
+    countable,
+    not_compiled,
+    preserved_state,
+    tracing_patches,
+)
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
@@ -147,7 +153,8 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    notes = check_capture(captured, batch)
+    with not_compiled():
+        notes = check_capture(captured, batch)
     return replace(captured, notes=notes)
 
 
@@ -178,17 +185,14 @@ def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> o
     Shapes of the batch, the thread's modes, the objects that the model consists of with their
     hooks and plain attributes, and every config.
     """
-    described = tuple(
-        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value))
-        for name, value in batch.items()
-    )
+    inputs = tuple((name, described(value)) for name, value in batch.items())
     modules = [(id(m), type(m), m.training, *_plain_and_hooks(m)) for m in model.modules()]
     state = [
         (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     ]
     configs = [config.to_json_string(use_diff=False) for config in configs_of(model)]
-    return granularity, Region.current(), described, modules, state, configs
+    return granularity, Region.current(), inputs, modules, state, configs
 
 
 def _plain_and_hooks(module: nn.Module) -> tuple[str, list[tuple[str, int]]]:
@@ -248,18 +252,8 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
     """Return copies: one tensor under two names (labels that are the input ids) must become two."""
-    if not batch:
-        raise CaptureError("the example batch is empty; pass the model's keyword arguments")
-    for name, value in batch.items():
-        members = [] if isinstance(value, Tensor) else tree_leaves(value)
-        if any(isinstance(member, Tensor) for member in members):
-            raise CaptureError(
-                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages "
-                "take tensors by name only: pass them one by one, or wrap the model in a module "
-                "that builds the structure"
-            )
-    own = dict(batch)
-    for name, value in batch.items():
+    own = ready_batch(batch)
+    for name, value in own.items():
         if isinstance(value, Tensor):
             copy = value.detach().to("meta") if meta else value.detach().clone()
             own[name] = copy.requires_grad_(value.requires_grad)

@@ -113,7 +113,7 @@ def _outcome(captured: CapturedModel, run: Callable[[], Outcome]) -> Outcome:
             outcome = {LOSS: loss.detach()}
             for fqn, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    outcome[f"gradient of {fqn}"] = parameter.grad
+                    outcome[f"gradient of {fqn}"] = parameter.grad.to_dense()
     return outcome
 
 

@@ -45,7 +45,7 @@ from ipu_pipeline.capture.calls import (
 )
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import patched_calls
+from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,
@@ -207,13 +207,15 @@ class Tracer(TorchFunctionMode):
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one ``autograd.Function.apply``; in the glue it is one node."""
+        """Run one ``autograd.Function.apply`` or whole method; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         versions = self.storages.versions((args, kwargs))
         result = self._untraced(original, *args, **kwargs)
         call = RegionCall(original, Region.current(), self.ambient)
-        node = self._held_call(call, args, kwargs, original.__self__.__name__)
+        owner = original.__self__  # a class, or the module of a method
+        name = getattr(owner, "__name__", type(owner).__name__)
+        node = self._held_call(call, args, kwargs, name)
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         return result
@@ -399,7 +401,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
-        with patched_calls(*hooks), tracer:
+        with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
             output = model(**batch)
         tracer.check_constants()
         results = dict(named_tensors(output))

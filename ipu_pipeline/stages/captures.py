@@ -8,9 +8,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
+from ipu_pipeline.capture.inputs import described
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.stage import Stage, build_stages
@@ -19,7 +20,7 @@ from ipu_pipeline.stages.training import autocast_region
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-Signature = tuple[bool, tuple[tuple[str, Any], ...]]
+Signature = tuple[bool, tuple[tuple[str, Hashable], ...]]
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
@@ -154,8 +155,4 @@ def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
 
 
 def _signature(model: nn.Module, microbatch: Mapping[str, Any]) -> Signature:
-    described = tuple(
-        (name, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
-        for name, value in microbatch.items()
-    )
-    return model.training, described
+    return model.training, tuple((name, described(value)) for name, value in microbatch.items())

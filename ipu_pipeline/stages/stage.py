@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.loss_terms import LossTerms, loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
@@ -53,6 +54,7 @@ class Stage:
         fused: Its serialized projections whose logits only its loss reads.
         row_shards: Rows that it holds of tables that several stages hold.
         specs: Descriptions of the tensors that it sends, by name.
+        loss_terms: What the loss is made of, on every stage.
     """
 
     index: int
@@ -67,6 +69,7 @@ class Stage:
     fused: frozenset[str] = frozenset()
     row_shards: tuple[RowShard, ...] = ()
     specs: Mapping[str, TensorMeta] = field(default_factory=dict)
+    loss_terms: LossTerms = field(default_factory=LossTerms)
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
 
@@ -235,6 +238,7 @@ def build_stages(
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
+    terms = loss_terms(captured)
     parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []
@@ -263,6 +267,7 @@ def build_stages(
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
                 row_shards=held,
                 specs=_specs(captured, (*sends, *results.values()), held),
+                loss_terms=terms,
                 fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
         )

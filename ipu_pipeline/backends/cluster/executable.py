@@ -37,7 +37,7 @@ from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.stages.batch import BatchCutter, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
@@ -94,6 +94,7 @@ class DistributedExecutable:
             self_check=options.self_check,
             on_drop=self._pipelines.drop,
         )
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
         self._batch_check = BatchCheck(groups)
         self._closed = False
 
@@ -111,12 +112,14 @@ class DistributedExecutable:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         with self._running("a training step"):
             scaling = self.options.loss_scaling
-            loss, ownership = self._accumulate(batch, scaling, for_update=True)
+            parts = self._training_parts(batch)
+            loss, ownership = self._accumulate(parts, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(self.optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
-        return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
+        num_samples = sum(part.num_samples for part in parts)
+        return StepResult(loss, done.grad_norm, done.skipped, num_samples)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.
@@ -126,7 +129,7 @@ class DistributedExecutable:
         """
         self.options.require_training()
         with self._running("a forward and backward pass"):
-            return self._accumulate(batch, 1.0, for_update=False)[0]
+            return self._accumulate(self._training_parts(batch), 1.0, for_update=False)[0]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -136,9 +139,11 @@ class DistributedExecutable:
         """
         with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
-            parts = split_batch(batch, 2 * self.plan.num_stages)
+            parts, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
             stages = [self._cache.stages_for(part.inputs) for part in parts]
-            return evaluate(stages, self._inputs(parts), self.groups)
+            terms = [own[-1].loss_terms for own in stages]
+            parts = self._cutter.weighted(parts, terms, training=False)
+            return evaluate(stages, self._inputs(parts), self.groups, axes)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -237,18 +242,23 @@ class DistributedExecutable:
         with self._watchdog.guarding(what, self.global_step):
             yield
 
-    def _accumulate(
-        self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
-    ) -> tuple[float, Ownership]:
+    def _training_parts(self, batch: Mapping[str, Any]) -> list[Microbatch]:
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
-        parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
+        number = plan.num_microbatches * plan.replicas
+        return self._cutter.training(batch, number, plan.micro_batch_size)
+
+    def _accumulate(
+        self, parts: Sequence[Microbatch], loss_scaling: float, *, for_update: bool
+    ) -> tuple[float, Ownership]:
         with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
             # Every process captures all shapes, also one that only another replica runs: what
             # cannot be captured is refused by all of them, and nobody waits for the one that does.
             ends = (parts[0], parts[-1])
             stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
             ownership = self._settle_ownership(stages[parts[0].num_samples])
+            terms = [stages[part.num_samples][-1].loss_terms for part in parts]
+            parts = self._cutter.weighted(parts, terms, training=True)
             with kept_aside(ownership.held(self.model)):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
@@ -326,6 +336,20 @@ def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
         )
 
 
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients, which are not summed over processes.
+
+    Raises:
+        LoweringError: The model has one.
+    """
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise LoweringError(
+                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
+                "the distributed target sums dense gradients only; set its sparse to False"
+            )
+
+
 def _lower(
     model: nn.Module,
     plan: Plan,
@@ -378,6 +402,7 @@ def _problem(
     """Return why this process cannot start, or nothing."""
     try:
         check(plan, options, device)
+        refuse_sparse_gradients(model)
         check_model(model, optimizer)
         make_layout(plan, options.schedule or plan.schedule, dist.get_rank(), dist.get_world_size())
     except PipelineError as error:
