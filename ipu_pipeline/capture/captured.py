@@ -232,7 +232,7 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
             except _BackwardInsideError:
                 return trace(model, batch, leaves)
     except RuntimeError as error:
-        if on_meta and "meta" in str(error):
+        if on_meta and "meta" in str(error).lower():
             raise CaptureError(
                 f"{type(model).__name__} reads tensor values in Python between its blocks, which "
                 f"a model on the meta device does not have ({error}); capture it with real "

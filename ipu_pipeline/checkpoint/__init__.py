@@ -8,7 +8,8 @@
     |-- config.json, ...        what save_pretrained adds (transformers models)
     |-- optimizer.safetensors   state tensors, "exp_avg/encoder.layer.0.weight"; the same
     |-- optimizer.json          groups by parameter name, with their settings
-    `-- checkpoint.json         versions, model fingerprint, step, random state, checksums, extra
+    `-- checkpoint.json         versions, model fingerprint, step, random state, checksums, extra,
+                                what modules' get_extra_state returns
 
 The folder appears whole or not at all, and nothing is loaded before everything was checked.
 Parameters go by their names in the unsplit model, so any split, target and grouping of the
@@ -93,7 +94,7 @@ def read_checkpoint(
     if optimizer is not None:
         state = read_optimizer(optimizer, model, path, manifest["files"])
     warn_of_other_settings(model, path)
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict({**tensors, **manifest.get("extra_state", {})}, strict=False)
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state)
     if restore_rng:

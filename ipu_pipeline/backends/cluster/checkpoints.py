@@ -23,7 +23,9 @@ from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, restore_previous
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.weights import extra_state
 from ipu_pipeline.checkpoint.writer import CheckpointWriter, Shard, take_shard, write_shard
+from ipu_pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class ShardedCheckpoints:
                 before. Earlier checkpoints are untouched.
         """
         self.wait()
+        _refuse_extra_state(self._model)
         new, error = _tried(
             lambda: (
                 CheckpointWriter(
@@ -209,6 +212,15 @@ class ShardedCheckpoints:
             parts = [files for _, files in found if files is not None]
             _, error = _tried(lambda: None if new is None else new.finish(parts))
             raise_together(self._writers, error)
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    names = list(extra_state(model))
+    if names:  # of the stages of other ranks, this one has the first state only
+        raise CheckpointError(
+            f"{names[0]} (get_extra_state) is no tensor, and each process has that of its own "
+            "stages only; make it a buffer, or train with target='local'"
+        )
 
 
 def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:

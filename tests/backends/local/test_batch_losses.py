@@ -116,7 +116,9 @@ def truth(model: nn.Module, batch: dict[str, Any]) -> tuple[float, dict[str, Ten
     model = copy.deepcopy(model)
     loss = model(**batch)["loss"]
     loss.backward()
-    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def check(model: nn.Module, batch: dict[str, Any], executable: Any) -> None:
