@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import BertForQuestionAnswering
 from transformers.masking_utils import create_bidirectional_mask
 
-from ipu_pipeline.backends.cluster.layout import position_of_stages, torch_schedule
+from ipu_pipeline.backends.cluster.layout import torch_schedule
 
 Batch = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ class Raw:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._kind, count = torch_schedule(schedule), len(stages)
-        positions = position_of_stages(self._kind, count, dist.get_world_size())
+        positions = self._kind.place(count, dist.get_world_size()) or ()
         own = [stage for stage in range(count) if positions[stage] == dist.get_rank()]
         modules = [RawStage(model, stages[index], dtype) for index in own]
         self.modules = nn.ModuleList(modules)

@@ -21,9 +21,18 @@ are plain ``ValueError``.
 
 from __future__ import annotations
 
+import re
+
+# A value out of a broken file, longer than any path: its beginning says enough.
+_LONG = re.compile(r"(\S{80})\S{320,}")
+
 
 class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message; of a word without end only the beginning."""
+        return _LONG.sub(r"\1...", super().__str__())
 
 
 def first_line(error: BaseException) -> str:

@@ -168,7 +168,7 @@ def _class_names(config: PretrainedConfig, task: str) -> set[str]:
 
 def _classes(config: PretrainedConfig, task: str) -> tuple[type[nn.Module], ...]:
     mapping = _auto_class(config, task)._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else ()
+    found = mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
 
 

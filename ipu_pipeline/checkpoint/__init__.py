@@ -66,10 +66,9 @@ def read_checkpoint(
     *,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    restore_rng: bool = True,
     repair: bool = True,
 ) -> CheckpointInfo:
-    """Load a checkpoint into ``model`` and ``optimizer``, in place.
+    """Load a checkpoint into ``model`` and ``optimizer``, in place; set the global random states.
 
     Everything is read and checked first: after an error both are as they were.
 
@@ -77,7 +76,6 @@ def read_checkpoint(
         path: The checkpoint's folder.
         model: The same model; its own parameters are filled, under any split.
         optimizer: The same kind of optimizer, grouped in any way; ``None`` to leave it out.
-        restore_rng: Set the global random states as well.
         repair: Finish a replacement of ``path`` that was cut off; for one process only.
 
     Raises:
@@ -97,8 +95,7 @@ def read_checkpoint(
     model.load_state_dict({**tensors, **manifest.get("extra_state", {})}, strict=False)
     if optimizer is not None and state is not None:
         optimizer.load_state_dict(state)
-    if restore_rng:
-        set_rng_state(manifest["rng"])
+    set_rng_state(manifest["rng"])
     return CheckpointInfo(manifest["global_step"], manifest["extra"])
 
 

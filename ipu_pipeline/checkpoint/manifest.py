@@ -8,7 +8,6 @@ import json
 import random
 import re
 from collections.abc import Collection, Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ir.plan import library_versions
 
 MANIFEST = "checkpoint.json"
 # 2: tensors may be spread over several files.
@@ -43,7 +43,7 @@ def write_manifest(
             files[item.name] = describe(item)
     body = {
         "schema_version": SCHEMA_VERSION,
-        "library_version": _library_version(),
+        "library_version": library_versions()["ipu-pipeline"],
         **content,
         "files": dict(sorted(files.items())),
     }
@@ -134,13 +134,6 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _library_version() -> str:
-    try:
-        return version("ipu-pipeline")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def file_name(stem: str, index: int, count: int) -> str:
     """Return the name of the file of one of ``count`` processes."""
     return f"{stem}{_SUFFIX}" if count == 1 else f"{stem}-{index + 1:05}-of-{count:05}{_SUFFIX}"
@@ -150,6 +143,14 @@ def files_of(stem: str, files: Iterable[str]) -> list[str]:
     """Return those of ``files`` that hold the tensors of ``stem``."""
     pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?" + re.escape(_SUFFIX))
     return sorted(name for name in files if pattern.fullmatch(name))
+
+
+def tensor_bytes(path: Path) -> dict[str, int]:
+    """Return the bytes of every tensor in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name[:2] != "__"}
+    return {name: end - start for name, (start, end) in ranges.items()}
 
 
 def rng_state() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ipu_pipeline.checkpoint.manifest import (
     file_name,
     files_of,
     rng_state,
+    tensor_bytes,
     write_manifest,
 )
 from ipu_pipeline.checkpoint.optimizer_state import (
@@ -51,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 Attach = Callable[[Path], None]
+# Size and checksum by name.
+WrittenFiles = Mapping[str, Mapping[str, Any]]
 _POLL_S = 0.1
 
 
@@ -72,21 +75,6 @@ class Shard:
         return not any(self.tensors.values()) and not self.values
 
 
-@dataclass(frozen=True)
-class WrittenShard:
-    """What one process has written.
-
-    Attributes:
-        files: Size and checksum by name.
-        num_bytes: Of every tensor, by file and name.
-        values: Those of the shard.
-    """
-
-    files: Mapping[str, Mapping[str, Any]]
-    num_bytes: Mapping[str, Mapping[str, int]]
-    values: Mapping[str, Mapping[str, Any]]
-
-
 def on_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     """Return the tensors on the CPU, contiguous, each in memory of its own.
 
@@ -105,26 +93,25 @@ def on_host(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     return found
 
 
-def write_shard(folder: Path, shard: Shard, index: int = 0, count: int = 1) -> WrittenShard:
+def write_shard(folder: Path, shard: Shard, index: int = 0, count: int = 1) -> WrittenFiles:
     """Write and flush the files of one process, the ``index``-th of ``count``.
 
     Raises:
         OSError: The disk is full, or not writable.
     """
-    files: dict[str, Mapping[str, Any]] = {}
-    tensors_of = {file_name(s, index, count): t for s, t in shard.tensors.items() if t}
-    for name, tensors in tensors_of.items():
+    files = {}
+    for stem, tensors in shard.tensors.items():
+        if not tensors:
+            continue
+        path = folder / file_name(stem, index, count)
         try:
-            save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+            save_file(dict(tensors), path, metadata={"format": "pt"})
         except SafetensorError as error:
             # safetensors reports a full disk in its own type.
-            raise OSError(f"could not write {folder / name}: {error}") from error
-        flush(folder / name)
-        files[name] = describe(folder / name)
-    num_bytes = {
-        file: {n: t.nbytes for n, t in found.items()} for file, found in tensors_of.items()
-    }
-    return WrittenShard(files, num_bytes, shard.values)
+            raise OSError(f"could not write {path}: {error}") from error
+        flush(path)
+        files[path.name] = describe(path)
+    return files
 
 
 class CheckpointWriter:
@@ -180,19 +167,21 @@ class CheckpointWriter:
             self._attached = frozenset(item.name for item in self.folder.iterdir())
             save_settings(model, self.folder)
 
-    def finish(self, shards: Sequence[WrittenShard]) -> Path:
+    def finish(self, files: WrittenFiles, values: Mapping[str, Mapping[str, Any]]) -> Path:
         """Publish the checkpoint; every shard is written.
+
+        Args:
+            files: Those of all shards.
+            values: Optimizer state that is no tensor, of all shards.
 
         Raises:
             OSError: The disk is full. Earlier checkpoints are untouched.
             CheckpointError: A file that somebody wrote is not there.
         """
         with self.or_nothing():
-            files = {name: entry for shard in shards for name, entry in shard.files.items()}
             check_files(self.folder, {"files": files}, checksums=False)
-            self._write_weights_index(shards)
+            self._write_weights_index(files_of(WEIGHTS, files))
             if self._settings is not None:
-                values = {name: v for shard in shards for name, v in shard.values.items()}
                 self._write_json(SETTINGS, self._settings | {"values": values})
             write_manifest(self.folder, self._content, files, self._attached)
         self._directory.publish()
@@ -207,13 +196,12 @@ class CheckpointWriter:
             self._directory.discard()
             raise
 
-    def _write_weights_index(self, shards: Sequence[WrittenShard]) -> None:
-        written = {file: sizes for shard in shards for file, sizes in shard.num_bytes.items()}
-        files = files_of(WEIGHTS, written)
-        if len(files) < 2:
-            return
-        places = {name: file for file in files for name in written[file]}
-        total = sum(sum(written[file].values()) for file in files)
+    def _write_weights_index(self, files: Sequence[str]) -> None:
+        if files == [file_name(WEIGHTS, 0, 1)]:
+            return  # found by its name; one of several needs an index, even where others hold none
+        sizes = {file: tensor_bytes(self.folder / file) for file in files}
+        places = {name: file for file, found in sizes.items() for name in found}
+        total = sum(sum(found.values()) for found in sizes.values())
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         self._write_json(WEIGHTS_INDEX, content)
 
@@ -305,19 +293,9 @@ def write_checkpoint(
     attach: Attach | None = None,
     background: Background | None = None,
 ) -> Path:
-    """Write a checkpoint atomically; one already at ``path`` is replaced.
+    """Write a checkpoint atomically, in the ``background`` if there is one; return ``path``.
 
-    Args:
-        path: The checkpoint's folder.
-        model: The unsplit model. With the files of its ``save_pretrained`` if it has one.
-        optimizer: Over the model's own parameters; ``None`` to leave it out.
-        global_step: Optimizer steps tried so far.
-        extra: JSON data to keep with it.
-        attach: Called at once with the folder that becomes the checkpoint, to add files to it.
-        background: Copy everything, and write it there.
-
-    Returns:
-        ``path``.
+    One already at ``path`` is replaced. The others are those of :class:`CheckpointWriter`.
 
     Raises:
         CheckpointError: Something cannot be written as safetensors or JSON.
@@ -342,5 +320,5 @@ def write_checkpoint(
 
 def _write(new: CheckpointWriter, shard: Shard) -> None:
     with new.or_nothing():
-        written = write_shard(new.folder, shard)
-    new.finish([written])
+        files = write_shard(new.folder, shard)
+    new.finish(files, shard.values)

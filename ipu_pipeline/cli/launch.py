@@ -18,52 +18,61 @@ if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch import LaunchSpec
 
 
+Program = Annotated[
+    list[str],
+    typer.Argument(metavar="SCRIPT", help="After --: a script or -m module, and its arguments."),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", min=1, help="Default: what the plan and its schedule ask for."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zbv, ...; default: the plan's."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Of a process; default: its share of the cores."),
+]
+MaxRestarts = Annotated[
+    int, typer.Option("--max-restarts", min=0, help="Start all again after a failure.")
+]
+LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Keep what every rank writes.")]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="Machines, for --print or --slurm.")
+]
+GpusPerNode = Annotated[
+    int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of each of them.")
+]
+OnMachine = Annotated[
+    str | None, typer.Option("--machine", help="All of them together, such as a100-80g-x16.")
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--rdzv-endpoint", help="HOST[:PORT] of one node; default: this host."),
+]
+PrintOnly = Annotated[
+    bool, typer.Option("--print", help="Print the command of every node, start nothing.")
+]
+Slurm = Annotated[
+    Path | None, typer.Option("--slurm", metavar="FILE", help="Write a file for sbatch.")
+]
+
+
 def launch_command(
     plan_file: PlanFile,
-    program: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SCRIPT", help="After --: a script or -m module, and its arguments."
-        ),
-    ],
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", min=1, help="Default: what the plan and its schedule ask for."),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option("--schedule", help="gpipe, 1f1b, interleaved, zbv, ...; default: the plan's."),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, help="Of a process; default: its share of the cores."),
-    ] = None,
-    max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, help="Start all again after a failure.")
-    ] = 0,
-    log_dir: Annotated[
-        Path | None, typer.Option("--log-dir", help="Keep what every rank writes.")
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Machines, for --print or --slurm.")
-    ] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of each of them.")
-    ] = None,
-    machine: Annotated[
-        str | None,
-        typer.Option("--machine", help="All of them together, such as a100-80g-x16."),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option("--rdzv-endpoint", help="HOST[:PORT] of one node; default: this host."),
-    ] = None,
-    print_only: Annotated[
-        bool, typer.Option("--print", help="Print the command of every node, start nothing.")
-    ] = False,
-    slurm: Annotated[
-        Path | None, typer.Option("--slurm", metavar="FILE", help="Write a file for sbatch.")
-    ] = None,
+    program: Program,
+    processes: Processes = None,
+    schedule: Schedule = None,
+    threads: Threads = None,
+    max_restarts: MaxRestarts = 0,
+    log_dir: LogDir = None,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    machine: OnMachine = None,
+    endpoint: Endpoint = None,
+    print_only: PrintOnly = False,
+    slurm: Slurm = None,
 ) -> None:
     """Start a script in the processes that a plan needs, here or on a cluster.
 
@@ -72,13 +81,12 @@ def launch_command(
     IPU_PIPELINE_SCHEDULE.
     """
     from ipu_pipeline.backends.cluster.launch import check_program, make_spec
-    from ipu_pipeline.backends.cluster.torchrun import node_command, slurm_file
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
 
-    here, folder = not print_only and slurm is None, Path.cwd()
+    here = not print_only and slurm is None
     plan = Plan.load(plan_file)
-    started = check_program(program, folder)
+    started = check_program(program, Path.cwd())
     cores, gpus = _room() if here else (0, 0)
     spec = make_spec(
         plan,
@@ -97,19 +105,9 @@ def launch_command(
     if here:
         _start(spec, cores, gpus, log_dir)
     if print_only:
-        run_id = f"ipu-pipeline-{plan.digest()}"
-        where = endpoint or socket.gethostname()
-        typer.echo(
-            node_command(spec, python=sys.executable, folder=folder, run_id=run_id, endpoint=where)
-        )
+        _print(spec, f"ipu-pipeline-{plan.digest()}", endpoint or socket.gethostname())
     if slurm is not None:
-        name = f"ipu-pipeline-{plan.model.model_class}"
-        text = slurm_file(spec, python=sys.executable, folder=folder, name=name)
-        slurm.write_text(text, encoding="utf-8")
-        typer.echo(
-            f"Slurm file written to {slurm}: {spec.described} on {spec.num_nodes} node(s)\n"
-            f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(slurm))}"
-        )
+        _write_slurm_file(spec, f"ipu-pipeline-{plan.model.model_class}", slurm)
 
 
 def _room() -> tuple[int, int]:
@@ -132,3 +130,23 @@ def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> Non
     tell = functools.partial(typer.echo, err=True)
     if code := start(spec, {**spec.settings(), **threads}, tell, log_dir):
         raise typer.Exit(code)
+
+
+def _print(spec: LaunchSpec, run_id: str, endpoint: str) -> None:
+    from ipu_pipeline.backends.cluster.torchrun import node_command
+
+    folder = Path.cwd()
+    typer.echo(
+        node_command(spec, python=sys.executable, folder=folder, run_id=run_id, endpoint=endpoint)
+    )
+
+
+def _write_slurm_file(spec: LaunchSpec, name: str, file: Path) -> None:
+    from ipu_pipeline.backends.cluster.torchrun import slurm_file
+
+    text = slurm_file(spec, python=sys.executable, folder=Path.cwd(), name=name)
+    file.write_text(text, encoding="utf-8")
+    typer.echo(
+        f"Slurm file written to {file}: {spec.described} on {spec.num_nodes} node(s)\n"
+        f"submit it with: sbatch --time HH:MM:SS {shlex.quote(str(file))}"
+    )

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.codec import from_json, to_json
+from ipu_pipeline.ir.codec import Count, from_json, to_json
 
 DTYPE_BYTES: Mapping[str, float] = {
     "float64": 8, "int64": 8, "complex64": 8, "complex128": 16, "uint64": 8,
@@ -49,7 +49,7 @@ class TensorSpec:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     requires_grad: bool = False
     producer: str | None = None
@@ -73,7 +73,7 @@ class ParameterSpec:
     """
 
     fqn: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
     trainable: bool = True
     aliases: tuple[str, ...] = ()
@@ -107,10 +107,10 @@ class OpRecord:
     name: str
     kind: OpKind
     dtype: str
-    shapes: tuple[tuple[int, ...], ...]
-    flops: int
-    bytes_moved: int
-    count: int = 1
+    shapes: tuple[tuple[Count, ...], ...]
+    flops: Count
+    bytes_moved: Count
+    count: Count = 1
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class Block:
     outputs: tuple[str, ...] = ()
     forward_ops: tuple[OpRecord, ...] = ()
     backward_ops: tuple[OpRecord, ...] = ()
-    saved_bytes: int = 0
-    kept_bytes: int = 0
-    workspace_bytes: int = 0
+    saved_bytes: Count = 0
+    kept_bytes: Count = 0
+    workspace_bytes: Count = 0
     uses_random: bool = False
 
     @property
@@ -258,20 +258,53 @@ class BlockGraph:
         """
         if not isinstance(raw, Mapping):
             raise PlanError(f"{source}: expected an object with fields, got {type(raw).__name__}")
-        fields = dict(raw)
+        given = dict(raw)
+        operations = given.pop("operations", ())
+        shared = from_json(
+            tuple[tuple[OpRecord, ...], ...], operations, f"{source}, operations", PlanError
+        )
         try:
-            shared = [tuple(from_json(OpRecord, op, f"{source}, operations", PlanError)
-                            for op in ops) for ops in fields.pop("operations", ())]  # fmt: skip
-            blocks = tuple(
-                from_json(
-                    Block,
-                    block,
-                    f"{source}, blocks[{index}]",
-                    PlanError,
-                    {key: shared[block[key]] for key in ("forward_ops", "backward_ops")},
-                )
-                for index, block in enumerate(fields["blocks"])
-            )
-        except (KeyError, IndexError, TypeError) as error:
+            plain = [dict(block) for block in given["blocks"]]
+            ops = [(shared[b.pop("forward_ops")], shared[b.pop("backward_ops")]) for b in plain]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
-        return from_json(cls, fields, source, PlanError, {"blocks": blocks})
+        blocks = from_json(tuple[Block, ...], plain, f"{source}, blocks", PlanError)
+        given["blocks"] = tuple(
+            replace(block, forward_ops=forward, backward_ops=backward)
+            for block, (forward, backward) in zip(blocks, ops, strict=True)
+        )
+        graph = from_json(cls, given, source, PlanError)
+        _check_references(graph, source)
+        return graph
+
+
+def _check_references(graph: BlockGraph, source: str) -> None:
+    """Refuse a graph that names what it does not hold, or holds one name twice.
+
+    Raises:
+        PlanError: It does; the message gives the place and the name.
+    """
+    blocks, tensors = graph.block_index, graph.tensor_by_name
+    parameters = graph.parameter_by_fqn
+    for kind, known, number in (
+        ("block", blocks, len(graph.blocks)),
+        ("tensor", tensors, len(graph.tensors)),
+        ("parameter", parameters, len(graph.parameters)),
+    ):
+        if len(known) != number:
+            raise PlanError(f"{source}: two {kind}s have one name; make the plan again")
+    of_tensors = ((t.producer, *t.consumers) for t in graph.tensors if t.producer is not None)
+    for what, held, names in (
+        ("block", blocks, [name for group in of_tensors for name in group]),
+        ("block", blocks, [name for p in graph.parameters for name in p.blocks]),
+        ("parameter", parameters, [name for block in graph.blocks for name in block.parameters]),
+        ("tensor", tensors, [n for b in graph.blocks for n in (*b.inputs, *b.outputs)]),
+        ("dtype", DTYPE_BYTES, [t.dtype for t in (*graph.tensors, *graph.inputs)]),
+        ("dtype", DTYPE_BYTES, [p.dtype for p in graph.parameters]),
+    ):
+        strange = next((name for name in names if name not in held), None)
+        if strange is not None:
+            shown = strange if len(strange) <= 80 else f"{strange[:80]}..."
+            raise PlanError(
+                f"{source}: something names {what} {shown!r}, which is unknown; make the plan again"
+            )

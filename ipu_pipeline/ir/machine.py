@@ -14,6 +14,9 @@ from typing import Any
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
 
+# Devices of the largest machine: more than any cluster that trains one model has.
+MAX_DEVICES = 65_536
+
 
 @dataclass(frozen=True)
 class Link:
@@ -143,8 +146,11 @@ class Machine:
     backend: str = ""
 
     def __post_init__(self) -> None:
-        if not self.devices:
-            raise ValueError(f"machine {self.name!r} has no device")
+        if not 1 <= len(self.devices) <= MAX_DEVICES:
+            raise ValueError(
+                f"machine {self.name!r} has {len(self.devices)} devices; 1 to {MAX_DEVICES} are "
+                "possible"
+            )
 
     def link_between(self, first: int, second: int) -> Link:
         """Return the link between two devices, given by their positions."""
@@ -152,19 +158,6 @@ class Machine:
             return self.link
         same_board = first // self.devices_per_board == second // self.devices_per_board
         return self.link if same_board else self.board_link
-
-    def with_num_devices(self, num_devices: int) -> Machine:
-        """Return this machine with its first ``num_devices`` devices.
-
-        Raises:
-            ValueError: It has fewer devices, or ``num_devices`` is below 1.
-        """
-        if not 1 <= num_devices <= len(self.devices):
-            raise ValueError(
-                f"machine {self.name!r} has {len(self.devices)} devices, {num_devices} were asked "
-                f"for; ask for 1 to {len(self.devices)}"
-            )
-        return Machine(**{**self.__dict__, "devices": self.devices[:num_devices]})
 
     def fingerprint(self) -> str:
         """Hex digest of every number in the description."""

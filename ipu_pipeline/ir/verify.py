@@ -7,6 +7,12 @@ from collections import Counter
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 
+# Characters of the longest name.
+MAX_NAME = 500
+# Microbatches x stages of the largest step: one of them is simulated in seconds.
+MAX_ACTIONS = 2**19
+MAX_REPLICAS = 65_536
+
 
 def verify_plan(plan: Plan) -> None:
     """Check every rule a plan must obey, whatever the target.
@@ -14,10 +20,34 @@ def verify_plan(plan: Plan) -> None:
     Raises:
         PlanError: A rule is broken; the message names the stage, the blocks and the remedy.
     """
+    _verify_names(plan)
     _verify_numbers(plan)
     _verify_placement(plan)
     _verify_order(plan)
     _verify_annotations(plan)
+
+
+def _verify_names(plan: Plan) -> None:
+    """Names end in files that others run, on terminals and in pages: nothing may act there."""
+    if not all(part.isidentifier() for part in plan.model.model_class.split(".")):
+        raise PlanError(
+            f"the plan's model_class is {_shown(plan.model.model_class)}; it must be the name of a "
+            "class, such as BertForQuestionAnswering"
+        )
+    names = [block.name for block in plan.blocks]
+    names += [spec.name for spec in (*plan.graph.tensors, *plan.graph.inputs)]
+    names += [*plan.model.parameters, plan.machine.name, plan.schedule, plan.machine.backend or "-"]
+    names += [name for stage in plan.stages for name in (*stage.blocks, *stage.serialize)]
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise PlanError(
+                f"the plan holds the name {_shown(name)}; a name is 1 to {MAX_NAME} printable "
+                "characters: rename what it stands for in the model"
+            )
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 60 else name[:60] + "...")
 
 
 def _verify_numbers(plan: Plan) -> None:
@@ -27,6 +57,12 @@ def _verify_numbers(plan: Plan) -> None:
         value = getattr(plan, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PlanError(f"the plan's {name} is {value!r}; it must be a whole number from 1 on")
+    if plan.num_microbatches * len(plan.stages) > MAX_ACTIONS or plan.replicas > MAX_REPLICAS:
+        raise PlanError(
+            f"the plan has {plan.num_microbatches} microbatches, {len(plan.stages)} stages and "
+            f"{plan.replicas} replicas; microbatches x stages may be {MAX_ACTIONS} at most, and "
+            f"replicas {MAX_REPLICAS}: use larger microbatches"
+        )
     num_devices = len(plan.machine.devices)
     for index, stage in enumerate(plan.stages):
         if not isinstance(stage.device, int) or not 0 <= stage.device < num_devices:

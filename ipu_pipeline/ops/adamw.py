@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.random import derive_seed
@@ -194,41 +195,17 @@ def adamw_step(
         Loshchilov and Hutter, Decoupled weight decay regularization, ICLR 2019.
     """
     lists = (weights, gradients, exp_avgs, exp_avg_sqs, steps)
-    if all(weight.device.type == "cpu" for weight in weights) and _kernels():
+    if _kernels(*weights):
         torch.ops.ipu_pipeline.adamw_step.default(*lists, **settings, keys=keys)
         return
     for weight, gradient, mean, square, step, key in zip(*lists, keys, strict=True):
-        step += 1  # in place
-        updated = _updated(weight.float(), gradient.float(), mean, square, float(step), **settings)
-        weight.copy_(stochastic_round(updated, key))
+        wide = weight.float()
+        adamw([wide], [gradient.float()], [mean], [square], [], [step], foreach=False,
+              amsgrad=False, **settings)  # fmt: skip
+        weight.copy_(stochastic_round(wide, key))
 
 
 _kernels = extension.kernels(adamw_step=lambda *_, **__: None)  # it changes its arguments
-
-
-def _updated(  # noqa: PLR0913  # the settings of AdamW by name
-    weight: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    step: float,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    maximize: bool,
-) -> Tensor:
-    """Return the new float32 weight; the averages are updated in place."""
-    if maximize:
-        gradient = -gradient
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    return weight.mul_(1 - lr * weight_decay).addcdiv_(
-        mean, denominator, value=-lr / (1 - beta1**step)
-    )
 
 
 def random_bits(key: int, first: int, count: int) -> Tensor:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ from ipu_pipeline.ops.dropout import FLOATS, dropout_counter, kept_words
 _ELEMENTS = 1 << 20
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     scale: float
     p: float
     mask_key: tuple[int, int]
@@ -105,7 +103,7 @@ class _Attention(torch.autograd.Function):
         ctx.options = options
         q, k, v = (_with_one_batch_axis(x) for x in (query, key, value))
         masks = _masks(query, key, mask)
-        if _has_kernel(q):
+        if _kernels(q):
             out = torch.ops.ipu_pipeline.attention_counter(q, k, v, *masks, *_numbers(options))
         else:
             out = _forward(q, k, v, masks, options)
@@ -117,7 +115,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, mask = ctx.saved_tensors
         q, k, v, g = (_with_one_batch_axis(x) for x in (query, key, value, grad))
         masks = _masks(query, key, mask)
-        if _has_kernel(q):
+        if _kernels(q):
             grads = torch.ops.ipu_pipeline.attention_counter_backward(
                 g, q, k, v, *masks, *_numbers(ctx.options)
             )
@@ -213,10 +211,6 @@ def _numbers(options: _Options) -> tuple[float, float, int, int, int]:
     """Return what the kernels take after their tensors."""
     kept_scale = 1 / (1 - options.p) if options.p < 1 else 0.0
     return options.scale, kept_scale, kept_words(1 - options.p), *options.mask_key
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return extension.takes(x) and _kernels()
 
 
 _kernels = extension.kernels(

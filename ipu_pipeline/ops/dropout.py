@@ -10,8 +10,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ _FACTORS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-@dataclass(frozen=True)
-class _Draw:
+class _Draw(NamedTuple):
     """How many of the 2^32 words are kept, and the key of the words."""
 
     threshold: int
@@ -80,8 +78,8 @@ def bernoulli_counter_(
         raise ValueError(f"keep_probability is {keep_probability}; use one from 0 to 1")
     draw = _draw(keep_probability, seed, stream, offset)
     with torch.no_grad():
-        if _has_kernel(out):
-            torch.ops.ipu_pipeline.bernoulli_counter_(out, *astuple(draw))
+        if _kernels(out):
+            torch.ops.ipu_pipeline.bernoulli_counter_(out, *draw)
         else:
             out.copy_(_kept(out, draw))
     return out
@@ -105,8 +103,8 @@ class _DropoutCounter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, draw: _Draw) -> Tensor:
         ctx.scale, ctx.draw = scale, draw
-        if _has_kernel(x):
-            return torch.ops.ipu_pipeline.dropout_counter(x, scale, *astuple(draw))
+        if _kernels(x):
+            return torch.ops.ipu_pipeline.dropout_counter(x, scale, *draw)
         # In at least float32, rounded once, as the kernel does.
         y = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)
         return y.masked_fill_(~_kept(x, draw), 0)
@@ -156,10 +154,6 @@ def philox_4x32(
         c2, c3 = ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return extension.takes(x) and _kernels()
 
 
 _kernels = extension.kernels(

@@ -9,8 +9,7 @@ Axes: V rows of the table, H hidden size, N ids looked up, U different ids among
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from ipu_pipeline.ops import extension
 from ipu_pipeline.ops.dropout import FLOATS
 
 
-@dataclass(frozen=True)
-class _Lookup:
+class _Lookup(NamedTuple):
     """What a lookup does besides reading rows.
 
     Attributes:
@@ -156,9 +154,7 @@ def _rows_of(ids_N: Tensor, weight_VH: Tensor, lookup: _Lookup) -> Tensor:
 def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Tensor, Tensor]:
     """Return the table's rows that get a gradient, ascending, and the gradient of each."""
     if _has_kernel(grad_NH):
-        return torch.ops.ipu_pipeline.embedding_serialized_backward(
-            grad_NH, ids_N, *astuple(lookup)[:-1]
-        )
+        return torch.ops.ipu_pipeline.embedding_serialized_backward(grad_NH, ids_N, *lookup[:-1])
     counted_N = (ids_N >= lookup.first) & (ids_N < lookup.last) & (ids_N != lookup.padding_id)
     positions = counted_N.nonzero().squeeze(1)
     rows_U, slot, count_U = (ids_N[positions].long() - lookup.offset).unique(
@@ -173,7 +169,7 @@ def _summed_by_row(ids_N: Tensor, grad_NH: Tensor, lookup: _Lookup) -> tuple[Ten
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    return tensor.dtype in FLOATS and extension.takes(tensor) and _kernels()
+    return tensor.dtype in FLOATS and _kernels(tensor)
 
 
 def _fake_backward(grad: Tensor, ids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

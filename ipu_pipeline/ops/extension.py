@@ -144,12 +144,15 @@ def _warn_once() -> None:
     )
 
 
-def kernels(**fakes: Callable[..., Any]) -> Callable[[], bool]:
-    """Return a function that returns :func:`available`, as it is at its first call.
+def kernels(**fakes: Callable[..., Any]) -> Callable[..., bool]:
+    """Return a function that says whether the operators take its arguments, tensors.
 
-    That call also tells torch what the operators, by name, return for tensors without data.
+    They run on a CPU, their shapes on meta as well, and where :func:`available` was true when it
+    was first asked. That question also tells torch what the operators, by name, return for tensors
+    without data.
     """
 
+    @functools.cache
     def usable() -> bool:
         if not available():
             return False
@@ -157,9 +160,7 @@ def kernels(**fakes: Callable[..., Any]) -> Callable[[], bool]:
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
         return True
 
-    return functools.cache(usable)
+    def take(*tensors: Tensor) -> bool:
+        return all(tensor.device.type in ("cpu", "meta") for tensor in tensors) and usable()
 
-
-def takes(tensor: Tensor) -> bool:
-    """Whether the operators run where ``tensor`` is; on meta only their shapes do."""
-    return tensor.device.type in ("cpu", "meta")
+    return take

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -73,38 +74,35 @@ def fast_addmm(
     return fast_linear(mat1, mat2, input, transposed=True)
 
 
-@contextlib.contextmanager
-def adding_to_grad() -> Iterator[None]:
+def adding_to_grad() -> AbstractContextManager[None]:
     """Within it, backward passes of this thread add weight gradients to ``.grad`` themselves.
 
     Only for ``torch.autograd.backward`` that accumulates into all parameters: what a parameter
     would receive no longer passes its hooks' place in the graph. Parameters that have hooks, or
     no ``.grad`` yet, are left to autograd.
     """
-    if not extension.state().usable:
-        yield
-        return
-    before = torch.ops.ipu_pipeline.set_adds_to_grad(True)
-    try:
-        yield
-    finally:
-        torch.ops.ipu_pipeline.set_adds_to_grad(before)
+    return _switched("set_adds_to_grad", wish=True, changes=extension.state().usable)
 
 
-@contextlib.contextmanager
-def torchs_products() -> Iterator[None]:
+def torchs_products() -> AbstractContextManager[None]:
     """Within it, all threads compute float32 products as torch does: to compare with eager.
 
     Two libraries round differently, and some models make a difference of 1e-5 of it.
     """
-    if not onednn_products():
+    return _switched("set_onednn_products", wish=False, changes=onednn_products())
+
+
+@contextlib.contextmanager
+def _switched(operator: str, *, wish: bool, changes: bool) -> Iterator[None]:
+    if not changes:
         yield
         return
-    torch.ops.ipu_pipeline.set_onednn_products(False)
+    switch = getattr(torch.ops.ipu_pipeline, operator)
+    before = switch(wish)
     try:
         yield
     finally:
-        torch.ops.ipu_pipeline.set_onednn_products(True)
+        switch(before)
 
 
 @contextlib.contextmanager

@@ -253,24 +253,17 @@ def _slice_losses(
     operands: _Operands, options: _Options, cut: slice, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the losses of a slice and, given a scale, the gradient of its logits."""
-    dtype = _loss_dtype(operands)
-    x, target = operands.x[cut], operands.target[cut]
-    log_p = functional.linear(x, operands.weight, operands.bias).to(dtype).log_softmax(-1)
-    counted = target != options.ignore_index
-    target = target.where(counted, 0).unsqueeze(-1)
-    share = options.label_smoothing / log_p.shape[-1]
-    ones = torch.ones(log_p.shape[-1], dtype=dtype)
-    weights = ones if operands.class_weight is None else operands.class_weight.to(dtype)
-    hard = (1 - options.label_smoothing) * weights[target]
-    losses = -hard * log_p.gather(-1, target)
-    if share:
-        losses -= share * (log_p @ weights).unsqueeze(-1)
-    losses = losses.squeeze(-1).where(counted, 0)
-    if scale is None:
-        return losses, None
-    grad = log_p.exp_().mul_(hard + share * weights.sum())
-    if share:
-        grad -= share * weights
-    grad.scatter_add_(-1, target, -hard)
-    grad.mul_(scale.unsqueeze(-1)).masked_fill_(~counted.unsqueeze(-1), 0)
-    return losses, grad.to(x.dtype)
+    logits = functional.linear(operands.x[cut], operands.weight, operands.bias).detach()
+    class_weight = operands.class_weight
+    with torch.enable_grad():
+        wide = logits.requires_grad_(scale is not None).to(_loss_dtype(operands))
+        losses = functional.cross_entropy(
+            wide,
+            operands.target[cut],
+            None if class_weight is None else class_weight.to(wide.dtype),
+            ignore_index=options.ignore_index,
+            reduction="none",
+            label_smoothing=options.label_smoothing,
+        )
+    grad = None if scale is None else torch.autograd.grad(losses, logits, scale)[0]
+    return losses.detach(), grad

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -154,37 +155,57 @@ class ExecutionOptions:
             )
 
 
-@runtime_checkable
-class Executable(Protocol):
+class Executable(ABC):
     """A compiled model. One thread drives it; it is not reentrant.
 
-    ``global_step`` counts optimizer steps tried (skipped ones included); random numbers are keyed
-    by it, so that a resumed run draws what the uninterrupted run would have drawn.
-    ``batch_divisor``: axis 0 of a training batch must be a multiple of it (1: any size;
-    ``None``: of microbatches x replicas).
+    Args:
+        model: The user's model; its parameters are trained in place.
+        plan: The split.
+        optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
+
+    Attributes:
+        global_step: Optimizer steps tried (skipped ones included); random numbers are keyed by it,
+            so that a resumed run draws what the uninterrupted run would have drawn.
+        batch_divisor: Axis 0 of a training batch must be a multiple of it (1: any size; ``None``:
+            of microbatches x replicas).
     """
 
-    plan: Plan
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    global_step: int
-    batch_divisor: int | None
+    batch_divisor: int | None = 1
 
-    def train_step(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def __init__(
+        self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.optimizer = optimizer
+        self.global_step = 0
+        self._background = Background()
+
+    @abstractmethod
+    def train_step(self, batch: Mapping[str, Any]) -> StepResult:
         """Run one optimizer step on ``batch`` (axis 0: micro batch x microbatches x replicas)."""
-        ...
 
-    def forward_backward(self, batch: Mapping[str, Tensor]) -> float:
+    @abstractmethod
+    def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the loss and add gradients to ``.grad`` of the model's own parameters."""
-        ...
 
-    def eval_step(self, batch: Mapping[str, Tensor]) -> EvalResult:
+    @abstractmethod
+    def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode without gradients."""
-        ...
+
+    def trained_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer.
+
+        Raises:
+            LoweringError: There is none.
+        """
+        if self.optimizer is None:
+            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        return self.optimizer
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the unsplit model's own state dict."""
-        ...
+        return self.model.state_dict()
 
     def save_checkpoint(
         self,
@@ -208,55 +229,6 @@ class Executable(Protocol):
             CheckpointError: Something cannot be written as safetensors or JSON.
             OSError: The disk is full, for this checkpoint or for the one before.
         """
-        ...
-
-    def broadcast(self, value: T) -> T:
-        """Return what the first process has passed; every process of the executable calls this."""
-        ...
-
-    def wait_for_checkpoint(self) -> None:
-        """Wait until every checkpoint is written."""
-        ...
-
-    def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Restore what :meth:`save_checkpoint` wrote, from any split; return ``extra``."""
-        ...
-
-    def close(self) -> None:
-        """Stop the stage threads; calling it again does nothing."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Return the executable; leaving the block closes it."""
-        ...
-
-    def __exit__(self, *exception: object) -> None:
-        """Close the executable."""
-        ...
-
-
-class SingleProcessExecutable:
-    """State and checkpoints of an executable that one process drives."""
-
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.global_step = 0
-        self._background = Background()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the unsplit model's own state dict."""
-        return self.model.state_dict()
-
-    def save_checkpoint(
-        self,
-        path: str | Path,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        blocking: bool = True,
-        attach: Attach | None = None,
-    ) -> Path:
-        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
         self.wait_for_checkpoint()
         return write_checkpoint(
             path,
@@ -269,7 +241,7 @@ class SingleProcessExecutable:
         )
 
     def broadcast(self, value: T) -> T:
-        """Return ``value``: this process is the only one."""
+        """Return what the first process has passed; every process of the executable calls this."""
         return value
 
     def wait_for_checkpoint(self) -> None:
@@ -277,20 +249,22 @@ class SingleProcessExecutable:
         self._background.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Restore a checkpoint written under any split; return its ``extra``."""
+        """Restore what :meth:`save_checkpoint` wrote, from any split; return ``extra``."""
         self.wait_for_checkpoint()
         info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
         self.global_step = info.global_step
         return info.extra
 
     def close(self) -> None:
-        """Wait for the last checkpoint."""
+        """Free what runs the model; calling it again does nothing."""
         self.wait_for_checkpoint()
 
     def __enter__(self) -> Self:
+        """Return the executable; leaving the block closes it."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Close the executable."""
         try:
             self.close()
         except Exception:

@@ -25,7 +25,7 @@ SETTINGS = {
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch) -> str:
-    monkeypatch.setattr(module, "_kernels", lambda: request.param == "library")
+    monkeypatch.setattr(module, "_kernels", lambda *_: request.param == "library")
     return request.param
 
 
@@ -140,7 +140,7 @@ def test_seed_and_position_decide(path) -> None:
 def test_kernel_and_plain_torch_train_alike(monkeypatch) -> None:
     results = []
     for usable in (True, False):
-        monkeypatch.setattr(module, "_kernels", lambda usable=usable: usable)
+        monkeypatch.setattr(module, "_kernels", lambda *_, usable=usable: usable)
         results.append(torch.cat(trained(steps=5)))
     # A float32 ulp of the update decides differently once in some thousand roundings.
     assert (results[0] == results[1]).float().mean() > 0.995

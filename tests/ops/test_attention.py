@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ipu_pipeline.ops import attention, extension
+from ipu_pipeline.ops import attention
 from ipu_pipeline.ops import random as ops_random
 from ipu_pipeline.ops.attention import attention_counter
 from ipu_pipeline.ops.dropout import dropout_counter
 from ipu_pipeline.ops.random import block_scope
+from tests.ops.paths import choose
 
 H, L, S, E, F = 4, 10, 13, 8, 5
 KEY = (77, 3)
@@ -28,18 +29,8 @@ MASKS = {
                 ids=["kernel", "one part", "two heads", "one head"])  # fmt: skip
 def path(request, monkeypatch) -> None:
     """The kernel, or how many elements plain torch computes at once."""
-    if request.param != "kernel":
-        monkeypatch.setattr(attention, "_kernels", lambda: False)
+    if not choose(request.param, attention, request, monkeypatch):
         monkeypatch.setattr(attention, "_ELEMENTS", request.param)
-    elif not extension.state().usable:
-        pytest.skip(extension.state().detail)
-
-
-@pytest.fixture
-def kernel() -> None:
-    """Skips where there is no library."""
-    if not extension.state().usable:
-        pytest.skip(extension.state().detail)
 
 
 def inputs(*batch: int, num_heads: int = H, dtype=torch.float32) -> list[Tensor]:
@@ -154,7 +145,7 @@ def test_1_2_and_4_threads_give_the_same_bits(kernel) -> None:
 
 def test_kernel_and_plain_torch_agree(kernel, monkeypatch) -> None:
     found = with_threads(1)
-    monkeypatch.setattr(attention, "_kernels", lambda: False)
+    monkeypatch.setattr(attention, "_kernels", lambda *_: False)
     torch.testing.assert_close(found, with_threads(1))
 
 

@@ -7,28 +7,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipu_pipeline.ops import dropout, extension
+from ipu_pipeline.ops import dropout
 from ipu_pipeline.ops.dropout import bernoulli_counter_, dropout_counter, philox_4x32
+from tests.ops.paths import BOTH, choose
 
 KEY = (2**62 + 12345, 2**40 + 7)
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["kernel", "plain torch"])
+@pytest.fixture(params=BOTH)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which implementation a test runs on."""
-    if request.param == "plain torch":
-        monkeypatch.setattr(dropout, "_kernels", lambda: False)
-    elif not extension.state().usable:
-        pytest.skip(extension.state().detail)
+    choose(request.param, dropout, request, monkeypatch)
     return request.param
-
-
-@pytest.fixture
-def kernel() -> None:
-    """Skips where there is no library."""
-    if not extension.state().usable:
-        pytest.skip(extension.state().detail)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +61,7 @@ def test_both_paths_give_the_same_bits(kernel, monkeypatch, dtype, count, offset
     x[0] = float("inf")
     for p in (0.0, 1e-12, 0.1, 0.5, 0.9, 1.0):
         with monkeypatch.context() as patch:
-            patch.setattr(dropout, "_kernels", lambda: False)
+            patch.setattr(dropout, "_kernels", lambda *_: False)
             plain = dropout_counter(x, p, *KEY, offset)
             plain_mask = bernoulli_counter_(torch.empty_like(x), 1 - p, *KEY, offset)
         assert torch.equal(dropout_counter(x, p, *KEY, offset), plain)

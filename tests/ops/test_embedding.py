@@ -7,19 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ipu_pipeline.ops import embedding, extension
+from ipu_pipeline.ops import embedding
 from ipu_pipeline.ops.embedding import embedding_serialized
+from tests.ops.paths import BOTH, choose
 
 V, H = 23, 5
 
 
-@pytest.fixture(params=["kernel", "plain torch"], autouse=True)
+@pytest.fixture(params=BOTH, autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which implementation a test runs on."""
-    if request.param == "plain torch":
-        monkeypatch.setattr(embedding, "_kernels", lambda: False)
-    elif not extension.state().usable:
-        pytest.skip(extension.state().detail)
+    choose(request.param, embedding, request, monkeypatch)
     return request.param
 
 
@@ -196,7 +194,7 @@ def test_an_id_outside_of_the_table(bad: int) -> None:
 def on_every_path(monkeypatch: pytest.MonkeyPatch, function) -> list[tuple[Tensor, ...]]:
     found = [function()]
     with monkeypatch.context() as patch:
-        patch.setattr(embedding, "_kernels", lambda: False)
+        patch.setattr(embedding, "_kernels", lambda *_: False)
         found.append(function())
     return found
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.stages.executable import EvalResult, SingleProcessExecutable, StepResult
+from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 from ipu_pipeline.stages.training import apply_update
 
 VOCABULARY, LENGTH = 64, 12
@@ -53,8 +53,8 @@ class Questions(torch.utils.data.Dataset):
         }
 
 
-class EagerExecutable(SingleProcessExecutable):
-    """Implements the ``Executable`` protocol on the unsplit model, in the calling thread."""
+class EagerExecutable(Executable):
+    """Runs the unsplit model in the calling thread."""
 
     batch_divisor: int | None = None
 
@@ -69,8 +69,7 @@ class EagerExecutable(SingleProcessExecutable):
         max_grad_norm: float | None = 1.0,
         seed: int = 42,
     ) -> None:
-        super().__init__(model, optimizer)
-        self.plan = _plan(model, microbatches, replicas)
+        super().__init__(model, _plan(model, microbatches, replicas), optimizer)
         self.parts = microbatches * replicas
         self.loss_scaling = loss_scaling
         self.max_grad_norm = max_grad_norm

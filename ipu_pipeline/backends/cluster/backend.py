@@ -56,9 +56,9 @@ class ClusterBackend(Backend):
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return this process's executable."""
-        from ipu_pipeline.backends.cluster.executable import lower
+        from ipu_pipeline.backends.cluster.executable import DistributedExecutable
 
-        return lower(model, plan, optimizer, options)
+        return DistributedExecutable(model, plan, optimizer, options)
 
     def doctor(self) -> tuple[str, str]:
         """Say whether torch can connect processes here."""

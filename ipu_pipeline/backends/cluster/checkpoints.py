@@ -9,29 +9,40 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster.consistency import problem_of, raise_alike, raise_together
+from ipu_pipeline.backends.cluster.consistency import together
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
-from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, restore_previous
+from ipu_pipeline.checkpoint import (
+    Attach,
+    Background,
+    CheckpointInfo,
+    read_checkpoint,
+    restore_previous,
+)
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
 from ipu_pipeline.checkpoint.weights import extra_state
-from ipu_pipeline.checkpoint.writer import CheckpointWriter, Shard, take_shard, write_shard
+from ipu_pipeline.checkpoint.writer import (
+    CheckpointWriter,
+    Shard,
+    WrittenFiles,
+    take_shard,
+    write_shard,
+)
 from ipu_pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 # A network file system may show a new folder to other machines a little later.
 SEEN_S = 5.0
-T = TypeVar("T")
 
 
 def collect_weights(model: nn.Module, ownership: Ownership, groups: Groups) -> None:
@@ -71,30 +82,33 @@ class ShardedCheckpoints:
         """
         self.wait()
         # A replacement that was cut off is finished by one rank before any reads.
-        _, error = _tried(lambda: restore_previous(Path(path)) if self._rank == 0 else None)
-        raise_together(self._ranks, error)
+        together(self._ranks, lambda: restore_previous(Path(path)) if self._rank == 0 else None)
         if self._own is not None:
             self._own.restore()
-        info, error = _tried(
-            lambda: read_checkpoint(
-                path, model=self._model, optimizer=self._optimizer, repair=False
+        found: list[CheckpointInfo] = []
+        try:
+            together(
+                self._ranks,
+                lambda: found.append(
+                    read_checkpoint(
+                        path, model=self._model, optimizer=self._optimizer, repair=False
+                    )
+                ),
             )
-        )
-        if self._own is not None and ownership is not None:
-            self._own.keep(ownership)
-        raise_together(self._ranks, error)
-        assert info is not None
-        return info.global_step, info.extra
+        finally:
+            if self._own is not None and ownership is not None:
+                self._own.keep(ownership)
+        return found[0].global_step, found[0].extra
 
     def save(
         self,
         path: str | Path,
-        *,
         ownership: Ownership | None,
         global_step: int,
-        extra: Mapping[str, Any] | None,
-        attach: Attach | None,
-        blocking: bool,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        blocking: bool = True,
+        attach: Attach | None = None,
     ) -> Path:
         """Write a checkpoint, or begin to. Every rank calls this.
 
@@ -105,23 +119,30 @@ class ShardedCheckpoints:
         """
         self.wait()
         _refuse_extra_state(self._model)
-        new, error = _tried(
-            lambda: (
-                CheckpointWriter(
-                    path,
-                    model=self._model,
-                    optimizer=self._optimizer,
-                    groups=None if self._own is None else self._own.groups(),
-                    global_step=global_step,
-                    extra=extra,
-                    attach=attach,
-                )
-                if self._rank == 0
-                else None
-            )
-        )
-        with _or_nothing(new):
-            folder, states = self._settle(new, error)
+        new: CheckpointWriter | None = None
+        with ExitStack() as undo:
+
+            def begin() -> tuple[Path | None, list[str]]:
+                nonlocal new
+                if self._rank == 0:
+                    new = CheckpointWriter(
+                        path,
+                        model=self._model,
+                        optimizer=self._optimizer,
+                        groups=None if self._own is None else self._own.groups(),
+                        global_step=global_step,
+                        extra=extra,
+                        attach=attach,
+                    )
+                    undo.enter_context(new.or_nothing())
+                here = [] if self._own is None else self._own.names_with_state(self._model)
+                return None if new is None else new.folder, here
+
+            begun = together(self._ranks, begin)
+            folder = begun[0][0]
+            assert folder is not None
+            before = {name for _, names in begun[: self._rank] for name in names}
+            states = frozenset(begun[self._rank][1]) - before
             part, writers = self._take(folder, states, ownership, copy=not blocking)
         if blocking:
             self._write(new, folder, part, writers)
@@ -138,17 +159,6 @@ class ShardedCheckpoints:
         """
         self._background.wait(self._groups.waiter.give_up_after_failure)
 
-    def _settle(
-        self, new: CheckpointWriter | None, error: Exception | None
-    ) -> tuple[Path, frozenset[str]]:
-        """Return the folder, and the parameters whose optimizer state this rank writes."""
-        here = [] if self._own is None else self._own.names_with_state(self._model)
-        folder = None if new is None else new.folder
-        found = self._ranks.gather((problem_of(error), folder, here))
-        raise_alike([problem for problem, _, _ in found], error)
-        before = {name for _, _, names in found[: self._rank] for name in names}
-        return found[0][1], frozenset(here) - before
-
     def _take(
         self, folder: Path, states: frozenset[str], ownership: Ownership | None, *, copy: bool
     ) -> tuple[Shard, Sequence[int]]:
@@ -159,19 +169,23 @@ class ShardedCheckpoints:
             owner = 0 if ownership is None else ownership.owner(tensor)
             return layout.replica == 0 and layout.position == owner
 
-        is_state = states.__contains__
-        part, error = _tried(
-            lambda: take_shard(
-                self._model, self._optimizer, copy=copy, weights=is_mine, states=is_state
+        part = Shard({})
+
+        def take() -> tuple[bool, bool]:
+            nonlocal part
+            part = take_shard(
+                self._model,
+                self._optimizer,
+                copy=copy,
+                weights=is_mine,
+                states=states.__contains__,
             )
-        )
-        part = part or Shard({})
-        seen = folder.parent not in self._not_shared and _appears(folder)
-        found = self._ranks.gather((problem_of(error), seen, part.is_empty))
-        raise_alike([problem for problem, _, _ in found], error)
-        blind = [rank for rank, (_, seen, _) in enumerate(found) if not seen]
+            return folder.parent not in self._not_shared and _appears(folder), part.is_empty
+
+        found = together(self._ranks, take)
+        blind = [rank for rank, (seen, _) in enumerate(found) if not seen]
         if not blind:
-            return part, [rank for rank, (_, _, empty) in enumerate(found) if not empty] or [0]
+            return part, [rank for rank, (_, empty) in enumerate(found) if not empty] or [0]
         if folder.parent not in self._not_shared:
             self._not_shared.add(folder.parent)
             logger.warning(
@@ -200,18 +214,17 @@ class ShardedCheckpoints:
     def _write(
         self, new: CheckpointWriter | None, folder: Path, part: Shard, writers: Sequence[int]
     ) -> None:
-        def own_files() -> Any:
+        def own_files() -> tuple[WrittenFiles, Mapping[str, Any]]:
             if self._rank not in writers:
-                return None
-            return write_shard(folder, part, writers.index(self._rank), len(writers))
+                return {}, {}
+            files = write_shard(folder, part, writers.index(self._rank), len(writers))
+            return files, part.values
 
-        with _or_nothing(new):
-            written, error = _tried(own_files)
-            found = self._writers.gather((problem_of(error), written))
-            raise_alike([problem for problem, _ in found], error)
-            parts = [files for _, files in found if files is not None]
-            _, error = _tried(lambda: None if new is None else new.finish(parts))
-            raise_together(self._writers, error)
+        with nullcontext() if new is None else new.or_nothing():
+            found = together(self._writers, own_files)
+            files = {name: entry for own, _ in found for name, entry in own.items()}
+            values = {name: entry for _, own in found for name, entry in own.items()}
+            together(self._writers, lambda: None if new is None else new.finish(files, values))
 
 
 def _refuse_extra_state(model: nn.Module) -> None:
@@ -221,18 +234,6 @@ def _refuse_extra_state(model: nn.Module) -> None:
             f"{names[0]} (get_extra_state) is no tensor, and each process has that of its own "
             "stages only; make it a buffer, or train with target='local'"
         )
-
-
-def _tried(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Return what ``function`` returns, or the error that the other ranks are to be told of."""
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def _or_nothing(new: CheckpointWriter | None) -> AbstractContextManager[None]:
-    return nullcontext() if new is None else new.or_nothing()
 
 
 def _appears(folder: Path) -> bool:

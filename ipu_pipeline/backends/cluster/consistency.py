@@ -10,9 +10,9 @@ where they are waited for, so it is no step of its own for all ranks together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,38 +29,34 @@ from ipu_pipeline.stages.executable import ExecutionOptions
 SAMPLE = 256
 NOTE_BYTES = 256
 _DIGEST_BYTES = 8
-# The type of a rank's error and its text.
-Problem = tuple[type[Exception], str] | None
+T = TypeVar("T")
 
 
 # ---- errors that all ranks raise --------------------------------------------------------
 
 
-def problem_of(error: Exception | None) -> Problem:
-    """Return what the other ranks are told."""
-    return None if error is None else (type(error), str(error))
+def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
+    """Return what ``function`` returns on every rank; raise on all what it raises on any.
 
-
-def raise_together(ranks: StoreGather, error: Exception | None) -> None:
-    """Raise ``error`` here and its like on all ranks, if any rank has one. All ranks call this."""
-    raise_alike(ranks.gather(problem_of(error)), error)
-
-
-def raise_alike(found: Sequence[Problem], error: Exception | None) -> None:
-    """Raise ``error`` here and its like on all ranks, if any has one in ``found``.
-
-    The error of others is of the type that the first failing rank has. All may go on then.
+    All ranks call this, and may go on after an error. That of another rank is of the type that the
+    first failing rank has.
     """
-    problems = [(rank, *problem) for rank, problem in enumerate(found) if problem is not None]
-    if not problems:
-        return
-    raised: Any = error
-    if raised is None:
-        failed, kind, text = problems[0]
+    error: Any = None
+    value = None
+    try:
+        value = function()
+    except Exception as problem:
+        error = problem
+    found = ranks.gather((None if error is None else (type(error), str(error)), value))
+    failed = next((rank for rank, (problem, _) in enumerate(found) if problem), None)
+    if failed is None:
+        return [value for _, value in found]
+    if error is None:
+        kind, text = found[failed][0]
         known = issubclass(kind, PipelineError | OSError)
-        raised = (kind if known else StageError)(f"rank {failed}: {text}")
-    raised.raised_on_all_ranks = True
-    raise raised
+        error = (kind if known else StageError)(f"rank {failed}: {text}")
+    error.raised_on_all_ranks = True
+    raise error
 
 
 # ---- the start --------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,34 +32,35 @@ from ipu_pipeline.backends.cluster.sharding import (
     update,
 )
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
-from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, Microbatch
 from ipu_pipeline.stages.captures import StageCache
-from ipu_pipeline.stages.executable import EvalResult, ExecutionOptions, StepResult, T
+from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_mode
 
+logger = logging.getLogger(__name__)
+# Torch gives up waiting so much later than the watchdog, which knows whom to name.
+MARGIN_S = 60.0
+# Each executable of this process has its own keys in the store.
+_numbers = itertools.count(1)
 
-class DistributedExecutable:
+
+class DistributedExecutable(Executable):
     """Runs this process's stages of a plan. Every process calls every method, in one order.
 
-    Args:
-        model: The whole model; this process trains the parameters of its stages in place.
-        plan: The split.
-        optimizer: Over ``model.parameters()``; cut down to this process's own parameters.
-        options: How to run.
-        groups: The processes.
-        watchdog: Stops all processes when one fails.
-        background: All-gathers of the thread that writes checkpoints.
-        owns_processes: Whether to leave the default process group with the executable.
-    """
+    A short microbatch is a run of its own and weighs less.
 
-    # A short microbatch is a run of its own and weighs less.
-    batch_divisor: int | None = 1
+    ``optimizer`` is cut down to the parameters of this process; ``options`` say how to run.
+
+    Raises:
+        LoweringError: The processes cannot run the plan, or do not agree on what to run; the
+            same on all of them.
+        StageError: One of them failed or ended.
+    """
 
     def __init__(
         self,
@@ -68,24 +68,21 @@ class DistributedExecutable:
         plan: Plan,
         optimizer: torch.optim.Optimizer | None,
         options: ExecutionOptions,
-        *,
-        groups: Groups,
-        watchdog: Watchdog,
-        background: StoreGather,
-        owns_processes: bool,
     ) -> None:
-        self.model = model
-        self.plan = plan
-        self.optimizer = optimizer
+        super().__init__(model, plan, optimizer)
         self.options = options
-        self.global_step = 0
-        self.groups = groups
-        self._watchdog = watchdog
-        self._owns_processes = owns_processes
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
+        try:
+            background = self._meet_others(device)
+        except LoweringError:
+            if self._owns_processes:  # after other failures, threads may still be waiting in it
+                dist.destroy_process_group()
+            raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._checkpoints = ShardedCheckpoints(model, self._own, groups, background)
+        self._checkpoints = ShardedCheckpoints(model, self._own, self.groups, background)
         self._ownership: Ownership | None = None
-        self._pipelines = Pipelines(options.schedule or plan.schedule, groups)
+        self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
         self._cache = StageCache(
             model,
             plan,
@@ -95,8 +92,50 @@ class DistributedExecutable:
             on_drop=self._pipelines.drop,
         )
         self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
-        self._batch_check = BatchCheck(groups)
+        self._batch_check = BatchCheck(self.groups)
         self._closed = False
+
+    def _meet_others(self, device: torch.device) -> StoreGather:
+        """Start to watch the other processes, compare what they run, and make the groups.
+
+        Returns:
+            All-gathers of the thread that writes checkpoints.
+        """
+        plan, options = self.plan, self.options
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        name = f"ipu_pipeline/{next(_numbers)}"
+        self._watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
+        ranks, background = (
+            StoreGather(_own_store(f"{name}/{use}"), rank, world_size, self._watchdog.waiter)
+            for use in ("ranks", "background")
+        )
+        try:
+            with self._watchdog.guarding("comparing what the ranks run", 0):
+                own = description(self.model, plan, self.optimizer, options)
+                check_alike(own, self._problem(device), ranks)
+                layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
+                self.groups = Groups(layout, device, ranks)
+        except BaseException:
+            self._watchdog.close()
+            raise
+        if options.replicated_tensor_sharding and plan.replicas == 1:
+            logger.warning(
+                "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps "
+                "the optimizer state of all its parameters"
+            )
+        return background
+
+    def _problem(self, device: torch.device) -> str:
+        """Return why this process cannot start, or nothing."""
+        try:
+            check(self.plan, self.options, device)
+            refuse_sparse_gradients(self.model)
+            check_model(self.model, self.optimizer)
+            schedule = self.options.schedule or self.plan.schedule
+            make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
+        except PipelineError as error:
+            return str(error)
+        return ""
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -108,15 +147,14 @@ class DistributedExecutable:
             StageError: This process or another one failed.
         """
         self.options.require_training()
-        if self.optimizer is None:
-            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        optimizer = self.trained_optimizer()
         with self._running("a training step"):
             scaling = self.options.loss_scaling
             parts = self._training_parts(batch)
             loss, ownership = self._accumulate(parts, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
-                done = update(self.optimizer, own, ownership, self.groups, self.options)
+                done = update(optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
         num_samples = sum(part.num_samples for part in parts)
         return StepResult(loss, done.grad_norm, done.skipped, num_samples)
@@ -154,28 +192,14 @@ class DistributedExecutable:
                 collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
-    def save_checkpoint(
-        self,
-        path: str | Path,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        blocking: bool = True,
-        attach: Attach | None = None,
-    ) -> Path:
+    def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write one checkpoint of the whole model; every rank writes what it owns.
 
         Arguments and errors are those of :class:`Executable`; of ``path``, ``extra`` and
         ``attach`` the first rank's count.
         """
         with self._running("saving a checkpoint"):
-            return self._checkpoints.save(
-                path,
-                ownership=self._ownership,
-                global_step=self.global_step,
-                extra=extra,
-                attach=attach,
-                blocking=blocking,
-            )
+            return self._checkpoints.save(path, self._ownership, self.global_step, *args, **options)
 
     def broadcast(self, value: T) -> T:
         """Return what the first process has passed, as a copy."""
@@ -214,12 +238,8 @@ class DistributedExecutable:
         if error is not None:
             raise error
 
-    def __enter__(self) -> DistributedExecutable:
-        return self
-
-    def __exit__(
-        self, kind: object, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Close the executable; the others are told of the caller's error."""
         if error is not None:
             self._error_of_last_save()  # logged; the caller's own error goes on
             self._watchdog.leave_with(error)
@@ -283,37 +303,6 @@ class DistributedExecutable:
         return self._ownership
 
 
-# ---- lowering -----------------------------------------------------------------------------------
-
-
-logger = logging.getLogger(__name__)
-# Torch gives up waiting so much later than the watchdog, which knows whom to name.
-MARGIN_S = 60.0
-
-
-def lower(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None,
-    options: ExecutionOptions,
-) -> DistributedExecutable:
-    """Return this process's executable of ``plan``. Every process of the job calls this.
-
-    Raises:
-        LoweringError: The processes cannot run the plan, or do not agree on what to run; the
-            same on all of them.
-        StageError: One of them failed or ended.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    made_here = join_processes(device, options.stall_timeout_s + MARGIN_S)
-    try:
-        return _lower(model, plan, optimizer, options, device=device, made_here=made_here)
-    except LoweringError:
-        if made_here:  # after other failures, threads may still be waiting in it
-            dist.destroy_process_group()
-        raise
-
-
 def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
     """Refuse what the target cannot run whatever the number of processes.
 
@@ -350,70 +339,6 @@ def refuse_sparse_gradients(model: nn.Module) -> None:
             )
 
 
-def _lower(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None,
-    options: ExecutionOptions,
-    *,
-    device: torch.device,
-    made_here: bool,
-) -> DistributedExecutable:
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    name = f"ipu_pipeline/{next(_numbers)}"
-    watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
-    ranks, background = (
-        StoreGather(_own_store(f"{name}/{use}"), rank, world_size, watchdog.waiter)
-        for use in ("ranks", "background")
-    )
-    try:
-        with watchdog.guarding("comparing what the ranks run", 0):
-            problem = _problem(model, plan, optimizer, options, device)
-            check_alike(description(model, plan, optimizer, options), problem, ranks)
-            layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
-            groups = Groups(layout, device, ranks)
-    except BaseException:
-        watchdog.close()
-        raise
-    if options.replicated_tensor_sharding and plan.replicas == 1:
-        logger.warning(
-            "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps the "
-            "optimizer state of all its parameters"
-        )
-    return DistributedExecutable(
-        model,
-        plan,
-        optimizer,
-        options,
-        groups=groups,
-        watchdog=watchdog,
-        background=background,
-        owns_processes=made_here,
-    )
-
-
-def _problem(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None,
-    options: ExecutionOptions,
-    device: torch.device,
-) -> str:
-    """Return why this process cannot start, or nothing."""
-    try:
-        check(plan, options, device)
-        refuse_sparse_gradients(model)
-        check_model(model, optimizer)
-        make_layout(plan, options.schedule or plan.schedule, dist.get_rank(), dist.get_world_size())
-    except PipelineError as error:
-        return str(error)
-    return ""
-
-
 def _own_store(name: str) -> Store:
     """Return the keys under ``name``, through a connection that no other thread waits on."""
     return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]
-
-
-# Each executable of this process has its own keys in the store.
-_numbers = itertools.count(1)

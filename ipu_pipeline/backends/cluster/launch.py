@@ -95,19 +95,9 @@ def make_spec(  # noqa: PLR0913 - the choices of a user by name
 ) -> LaunchSpec:
     """Return what is to be started; ``None`` leaves a choice to the plan and the machine.
 
-    Args:
-        plan: What is to run, from the absolute ``plan_path``.
-        plan_path: Told to the script.
-        program: From :func:`check_program`.
-        processes: Of all nodes.
-        schedule: Other than the plan's.
-        threads: Of every process.
-        max_restarts: How often all processes start again after one of them failed.
-        here: Start on this machine; otherwise a text for other machines is wanted.
-        nodes: Machines that share the processes.
-        gpus_per_node: GPUs of each.
-        machine: Describes all of them together.
-        room: Processes that this machine has GPUs or cores for; only with ``here``.
+    Arguments that are no fields of :class:`LaunchSpec`: ``here`` starts on this machine, otherwise
+    a text for other machines is wanted; ``machine`` describes all of those together; ``room`` is
+    the number of processes that this machine has GPUs or cores for, with ``here`` only.
 
     Raises:
         ValueError: Nodes are named where nothing is written for them.

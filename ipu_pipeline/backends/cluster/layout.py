@@ -33,12 +33,16 @@ def torch_schedule(name: str) -> ScheduleKind:
     raise LoweringError(f"the distributed target has no schedule {name!r}; use one of {names}")
 
 
-def position_of_stages(kind: ScheduleKind, num_stages: int, num_ranks: int) -> tuple[int, ...]:
+def position_of_stages(
+    name: str, num_stages: int, num_ranks: int, num_microbatches: int
+) -> tuple[int, ...]:
     """Return the position in the pipeline, from 0, of the process that runs every stage.
 
     Raises:
-        LoweringError: The schedule cannot place so many stages on so many processes.
+        LoweringError: The schedule cannot place so many stages on so many processes, or cannot run
+            them; says which requirement is not met, and what would meet it.
     """
+    kind = torch_schedule(name)
     positions = kind.place(num_stages, num_ranks)
     if positions is None:
         others = [k.name for k in torch_schedules() if k.place(num_stages, num_ranks) is not None]
@@ -47,17 +51,6 @@ def position_of_stages(kind: ScheduleKind, num_stages: int, num_ranks: int) -> t
             f"{num_stages} stages do not fit {num_ranks} processes; start as many processes as the "
             f"plan has devices{', or use ' if others else ''}{', '.join(others)}"
         )
-    return positions
-
-
-def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> None:
-    """Refuse a schedule that cannot run this split over ``num_ranks`` processes of one pipeline.
-
-    Raises:
-        LoweringError: Says which requirement is not met, and what would meet it.
-    """
-    kind = torch_schedule(name)
-    positions = position_of_stages(kind, num_stages, num_ranks)
     problem = kind.problem(PipelineShape.of(num_stages, num_microbatches, positions))
     if not problem and kind.torch_needs_depth and num_microbatches < num_stages:
         problem = (
@@ -67,6 +60,7 @@ def check_schedule(name: str, num_stages: int, num_ranks: int, num_microbatches:
         )
     if problem:
         raise LoweringError(problem)
+    return positions
 
 
 def schedule_for(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> str:
@@ -75,7 +69,7 @@ def schedule_for(name: str, num_stages: int, num_ranks: int, num_microbatches: i
     others = (kind for kind in torch_schedules() if kind.place == own.place)
     for kind in sorted((own, *others), key=lambda kind: (kind is not own, kind.splits_backward)):
         try:
-            check_schedule(kind.name, num_stages, num_ranks, num_microbatches)
+            position_of_stages(kind.name, num_stages, num_ranks, num_microbatches)
         except LoweringError:
             continue
         return kind.name
@@ -137,6 +131,5 @@ def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout
             f"{world_size} processes are more than the plan's {plan.num_stages} stages x "
             f"{plan.replicas} replicas; start {plan.num_stages * plan.replicas}"
         )
-    check_schedule(schedule, plan.num_stages, num_ranks, plan.num_microbatches)
-    positions = position_of_stages(torch_schedule(schedule), plan.num_stages, num_ranks)
+    positions = position_of_stages(schedule, plan.num_stages, num_ranks, plan.num_microbatches)
     return Layout(rank, plan.replicas, num_ranks, plan.num_stages, positions)

@@ -116,13 +116,15 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
 
 
 def _call(annotation: Annotation) -> str:
-    parts = [f'"{annotation.module}"', f"stage={annotation.stage}", f"ipu={annotation.ipu}"]
+    # As JSON a name is a literal of Python, too, whatever it holds.
+    module = json.dumps(annotation.module)
+    parts = [module, f"stage={annotation.stage}", f"ipu={annotation.ipu}"]
     if annotation.serialize > 1:
         parts.append(f"serialize={annotation.serialize}")
     if annotation.checkpoint:
         parts.append("checkpoint=True")
     if annotation.block != annotation.module:
-        parts.append(f'name="{annotation.block}"')
+        parts.append(f"name={json.dumps(annotation.block)}")
     return f"block({', '.join(parts)}),"
 
 

@@ -26,13 +26,12 @@ from ipu_pipeline.backends.ipu.runtime.device import make_optimizer, make_option
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
-from ipu_pipeline.checkpoint import Attach
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.executable import EvalResult, SingleProcessExecutable, StepResult
+from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 
 
-class PopTorchExecutable(SingleProcessExecutable):
+class PopTorchExecutable(Executable):
     """Runs a plan on IPUs through poptorch; the first step compiles.
 
     Args:
@@ -47,8 +46,6 @@ class PopTorchExecutable(SingleProcessExecutable):
         LoweringError: Another executable of the model is open.
     """
 
-    batch_divisor: int | None
-
     def __init__(
         self,
         model: nn.Module,
@@ -62,8 +59,7 @@ class PopTorchExecutable(SingleProcessExecutable):
             raise LoweringError(
                 "the model is compiled already; close() that executable before compiling it again"
             )
-        super().__init__(model, optimizer)
-        self.plan = plan
+        super().__init__(model, plan, optimizer)
         self.settings = settings
         self._flat = settings.to_json()
         self.batch_divisor = plan.total_batch_size * self._flat["device_iterations"]
@@ -98,13 +94,12 @@ class PopTorchExecutable(SingleProcessExecutable):
                 compile the model.
         """
         self._require_open()
-        if self.optimizer is None:
-            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        optimizer = self.trained_optimizer()
         size = self._check_size(batch)
         loss = mean_loss(self._sessions.train(batch), self._flat)
         self.global_step += self._flat["device_iterations"]
         # The device stepped; torch's schedulers look for this mark before they warn.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        optimizer._opt_called = True  # type: ignore[attr-defined]
         return StepResult(loss, None, num_samples=size)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:  # noqa: ARG002
@@ -165,22 +160,15 @@ class PopTorchExecutable(SingleProcessExecutable):
         self._sessions.fetch_weights()
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
-    def save_checkpoint(
-        self,
-        path: str | Path,
-        extra: Mapping[str, Any] | None = None,
-        *,
-        blocking: bool = True,
-        attach: Attach | None = None,
-    ) -> Path:
-        """Write a checkpoint; arguments and errors are those of :class:`Executable`."""
+    def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
+        """Write a checkpoint of what the device holds, as :class:`Executable` says."""
         self._require_open()
         self.wait_for_checkpoint()
         self._sessions.fetch_weights()
         if self.optimizer is not None:
             read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
         with self._as_made():
-            return super().save_checkpoint(path, extra, blocking=blocking, attach=attach)
+            return super().save_checkpoint(path, *args, **options)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written by any target; the program is compiled again."""

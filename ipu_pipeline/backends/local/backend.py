@@ -46,9 +46,9 @@ class LocalBackend(Backend):
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
         """Return an executable in this process."""
-        from ipu_pipeline.backends.local.executable import lower
+        from ipu_pipeline.backends.local.executable import LocalExecutable
 
-        return lower(model, plan, optimizer, options)
+        return LocalExecutable(model, plan, optimizer, options)
 
     def doctor(self) -> tuple[str, str]:
         """It always runs."""

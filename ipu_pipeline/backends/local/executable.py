@@ -24,8 +24,8 @@ from ipu_pipeline.stages.batch import BatchCutter, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
+    Executable,
     ExecutionOptions,
-    SingleProcessExecutable,
     StepResult,
     join,
     mean_loss,
@@ -123,18 +123,16 @@ class Step:
                 stage.clear()
 
 
-class LocalExecutable(SingleProcessExecutable):
+class LocalExecutable(Executable):
     """Runs a plan in this process; every stage has a thread.
 
-    Args:
-        model: The user's model; its parameters are trained in place.
-        plan: The split.
-        optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
-        options: How to run.
-    """
+    A short microbatch is captured for its own shape and weighs less.
 
-    # A short microbatch is captured for its own shape and weighs less.
-    batch_divisor: int | None = 1
+    ``options`` say how to run; the others are those of :class:`Executable`.
+
+    Raises:
+        LoweringError: The target cannot run the plan.
+    """
 
     def __init__(
         self,
@@ -143,8 +141,9 @@ class LocalExecutable(SingleProcessExecutable):
         optimizer: torch.optim.Optimizer | None,
         options: ExecutionOptions,
     ) -> None:
-        super().__init__(model, optimizer)
-        self.plan = plan
+        check(plan, options)
+        check_model(model, optimizer)
+        super().__init__(model, plan, optimizer)
         self.options = options
         self._cache = StageCache(
             model,
@@ -174,11 +173,10 @@ class LocalExecutable(SingleProcessExecutable):
             StageError: A stage failed; no weight was changed.
         """
         self.options.require_training()
-        if self.optimizer is None:
-            raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
+        optimizer = self.trained_optimizer()
         step = self._accumulate(self._split(batch), self.options.loss_scaling, weigh=True)
         update = apply_update(
-            self.optimizer,
+            optimizer,
             self.model.parameters(),
             loss_scaling=self.options.loss_scaling,
             max_grad_norm=self.options.max_grad_norm,
@@ -341,22 +339,6 @@ def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, P
         if not kind.problem(again):
             return kind, again
     raise LoweringError(problem)
-
-
-def lower(
-    model: nn.Module,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer | None,
-    options: ExecutionOptions,
-) -> LocalExecutable:
-    """Return an executable that runs ``plan`` in this process.
-
-    Raises:
-        LoweringError: The target cannot run the plan.
-    """
-    check(plan, options)
-    check_model(model, optimizer)
-    return LocalExecutable(model, plan, optimizer, options)
 
 
 def check(plan: Plan, options: ExecutionOptions) -> None:

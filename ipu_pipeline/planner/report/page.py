@@ -61,7 +61,8 @@ def page(plan: Plan) -> str:
     return Template(_PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{plan.model.model_class} on {plan.machine.name}"),
         body=body,
-        figures=json.dumps(packed, separators=(",", ":")).replace("</", "<\\/"),
+        # Without "<" nothing in the data can end the element that holds it, or hide what follows.
+        figures=json.dumps(packed, separators=(",", ":")).replace("<", "\\u003c"),
         library=library,
     )
 

@@ -11,7 +11,7 @@ from ipu_pipeline.backends.cluster.batches import dealt
 from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
-    check_schedule,
+    position_of_stages,
     schedule_for,
     torch_schedule,
     torch_schedules,
@@ -199,7 +199,7 @@ def test_a_schedule_that_cannot_run_so_few_is_replaced_in_its_placement() -> Non
         num_stages = 2 * kind.stages_per_device[0]
         for count in range(1, 9):
             found = schedule_for(kind.name, num_stages, 2, count)
-            check_schedule(found, num_stages, 2, count)
+            position_of_stages(found, num_stages, 2, count)
             assert torch_schedule(found).place == kind.place
 
 

@@ -10,7 +10,6 @@ from ipu_pipeline.backends.cluster.executable import check
 from ipu_pipeline.backends.cluster.launch import choose_processes
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
-    check_schedule,
     make_layout,
     position_of_stages,
     torch_schedule,
@@ -38,7 +37,7 @@ def test_every_schedule_is_one_of_torchs() -> None:
     [("interleaved", [(0, 3), (1, 4), (2, 5)]), ("zbv", [(0, 5), (1, 4), (2, 3)])],
 )
 def test_stages_of_the_ranks(schedule: str, expected: list[tuple[int, ...]]) -> None:
-    positions = position_of_stages(torch_schedule(schedule), 6, 3)
+    positions = position_of_stages(schedule, 6, 3, 6)
     layouts = [Layout(rank, 2, 3, 6, positions) for rank in range(6)]
     assert [layout.own_stages for layout in layouts] == expected * 2
     assert [layout.replica for layout in layouts] == [0, 0, 0, 1, 1, 1]
@@ -65,7 +64,7 @@ def test_what_a_schedule_cannot_run_is_refused(
     name: str, stages: int, ranks: int, microbatches: int, message: str
 ) -> None:
     with pytest.raises(LoweringError, match=message):
-        check_schedule(name, stages, ranks, microbatches)
+        position_of_stages(name, stages, ranks, microbatches)
 
 
 def test_processes_that_cannot_be_shared_out_are_refused() -> None:

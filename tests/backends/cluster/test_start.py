@@ -19,6 +19,9 @@ from tests.backends.cluster.processes import ROOT
 FAILS = """
 import os, sys, time
 print("start", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"])
+open(f"up-{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").close()
+while not os.path.exists(f"up-0-{os.environ['TORCHELASTIC_RESTART_COUNT']}"):
+    time.sleep(0.01)  # the first rank has printed
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys.argv[2:]:
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), 9)

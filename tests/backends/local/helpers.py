@@ -1,11 +1,12 @@
-"""A tiny BERT for question answering, planned and compiled, for tests of the local target."""
+"""A tiny BERT, planned and compiled, and plain gradient accumulation to compare with."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
@@ -30,3 +31,31 @@ def compiled(
     executable = ipp.compile(model, plan, optimizer=optimizer, self_check=False, **options)
     assert isinstance(executable, LocalExecutable)
     return executable, batch
+
+
+def eager_gradients(
+    model: nn.Module, batch: dict[str, Tensor], microbatches: int
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of plain gradient accumulation over the same microbatches."""
+    total = 0.0
+    parts = {key: value.chunk(microbatches) for key, value in batch.items()}
+    for index in range(microbatches):
+        loss = model(**{key: chunks[index] for key, chunks in parts.items()}).loss
+        (loss / microbatches).backward()
+        total += loss.item() / microbatches
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return total, found
+
+
+def assert_equals_eager(model: nn.Module, plan: ipp.Plan, batch: dict[str, Tensor]) -> None:
+    """Compare loss and EVERY gradient of the plan's stages with plain torch."""
+    expected_loss, expected = eager_gradients(model, batch, plan.num_microbatches)
+    with ipp.compile(model, plan, self_check=False) as executable:
+        loss = executable.forward_backward(batch)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert set(found) == set(expected)
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for fqn, gradient in expected.items():
+        torch.testing.assert_close(found[fqn], gradient, rtol=0, atol=1e-6 * scale, msg=fqn)

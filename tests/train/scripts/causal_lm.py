@@ -6,27 +6,17 @@ The loss counts the copied tokens only, so every microbatch has another number o
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel, HfArgumentParser
+from transformers import EvalPrediction, GPT2Config, GPT2LMHeadModel
 
 from transformers import Trainer  # isort: skip
-from transformers import TrainingArguments, set_seed
+from tests.train.scripts.common import ScriptArguments, parsed, run
 
 PAD, SEPARATOR, VOCAB, LENGTH = 0, 1, 20, 20
-
-
-@dataclass
-class ScriptArguments:
-    """What the script adds to transformers' arguments."""
-
-    dropout: float = 0.0
-    num_train: int = 64
-    num_eval: int = 21
 
 
 class Copies(Dataset):
@@ -61,9 +51,7 @@ def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> Trainer:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    script, args = parser.parse_args_into_dataclasses(argv)
-    set_seed(args.seed)
+    script, args = parsed(ScriptArguments, argv)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,
@@ -87,12 +75,7 @@ def main(argv: list[str]) -> Trainer:
         compute_metrics=token_accuracy,
         preprocess_logits_for_metrics=choices,
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-    if args.do_eval:
-        trainer.log_metrics("eval", trainer.evaluate())
-    return trainer
+    return run(trainer)
 
 
 if __name__ == "__main__":

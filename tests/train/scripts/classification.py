@@ -13,27 +13,21 @@ from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from transformers import Trainer  # isort: skip
-from transformers import TrainingArguments, set_seed
+from tests.train.scripts.common import ScriptArguments, bert_sizes, parsed, run
 
 WORDS = [f"w{index}" for index in range(30)]
 LABELS = ("good", "bad", "odd")
 
 
 @dataclass
-class ScriptArguments:
-    """What the script adds to transformers' arguments."""
-
-    dropout: float = 0.0
+class OwnArguments(ScriptArguments):
     patience: int = 0
-    num_train: int = 64
-    num_eval: int = 21
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -62,22 +56,15 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> Trainer:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    script, args = parser.parse_args_into_dataclasses(argv)
-    set_seed(args.seed)
+    script, args = parsed(OwnArguments, argv)
     words = tokenizer()
     model = RobertaForSequenceClassification(
         RobertaConfig(
             vocab_size=len(words),
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
+            **bert_sizes(script),
             max_position_embeddings=40,
             num_labels=len(LABELS),
             pad_token_id=words.pad_token_id,
-            hidden_dropout_prob=script.dropout,
-            attention_probs_dropout_prob=script.dropout,
         )
     )
     train, evaluation = (
@@ -94,12 +81,7 @@ def main(argv: list[str]) -> Trainer:
         compute_metrics=accuracy,
         callbacks=[EarlyStoppingCallback(script.patience)] if script.patience else None,
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-    if args.do_eval:
-        trainer.log_metrics("eval", trainer.evaluate())
-    return trainer
+    return run(trainer)
 
 
 if __name__ == "__main__":

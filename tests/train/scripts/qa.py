@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction, HfArgumentParser
+from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
 
 from transformers import Trainer  # isort: skip
-from transformers import TrainingArguments, set_seed
+from tests.train.scripts.common import ScriptArguments, bert_sizes, parsed, run
 
 OPEN, CLOSE, VOCAB, LENGTH = 5, 6, 40, 24
-
-
-@dataclass
-class ScriptArguments:
-    """What the script adds to transformers' arguments."""
-
-    dropout: float = 0.0
-    num_train: int = 64
-    num_eval: int = 21
 
 
 class Marked(Dataset):
@@ -55,19 +45,12 @@ def exact_match(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> Trainer:
-    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
-    script, args = parser.parse_args_into_dataclasses(argv)
-    set_seed(args.seed)
+    script, args = parsed(ScriptArguments, argv)
     model = BertForQuestionAnswering(
         BertConfig(
             vocab_size=VOCAB,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=64,
+            **bert_sizes(script),
             max_position_embeddings=LENGTH,
-            hidden_dropout_prob=script.dropout,
-            attention_probs_dropout_prob=script.dropout,
         )
     )
     trainer = Trainer(
@@ -77,12 +60,7 @@ def main(argv: list[str]) -> Trainer:
         eval_dataset=Marked(script.num_eval, seed=2),
         compute_metrics=exact_match,
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-    if args.do_eval:
-        trainer.log_metrics("eval", trainer.evaluate())
-    return trainer
+    return run(trainer)
 
 
 if __name__ == "__main__":

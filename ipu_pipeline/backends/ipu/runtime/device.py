@@ -131,7 +131,10 @@ def read_data(path: str, call_size: int) -> dict[str, Tensor]:
     Raises:
         ValueError: It is no such dict, or holds fewer rows than one call of the device takes.
     """
-    data = torch.load(path, map_location="cpu")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is none makes torch raise
+        raise ValueError(f"{path} is no file of tensors by torch.save: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{path} must hold a dict of tensors by the model's input names")
     rows = {name: len(value) for name, value in data.items()}

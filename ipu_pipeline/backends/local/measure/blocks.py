@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from statistics import quantiles
 from typing import Any
 
@@ -57,13 +57,14 @@ def profile_blocks(
             "costs='analytic'"
         )
     name = f"blocks-{num_devices}x{threads_per_stage(num_devices)}"
-    known = {key: times for key, times in load_measurements(name).items() if len(times) == 2}
+    kept = load_measurements(name, dict[str, tuple[float, float]]) or {}
+    known = {key: MeasuredTimes(*times) for key, times in kept.items() if min(times) >= 0}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
         with preserved_state(captured.model):
             _measure_missing(captured, batch, num_devices, signatures, known)
-        store_measurements(name, known)
-    return {block: MeasuredTimes(*known[signature]) for block, signature in signatures.items()}
+        store_measurements(name, {key: astuple(times) for key, times in known.items()})
+    return {block: known[signature] for block, signature in signatures.items()}
 
 
 def _measure_missing(
@@ -71,7 +72,7 @@ def _measure_missing(
     batch: Mapping[str, Tensor],
     num_devices: int,
     signatures: Mapping[str, str],
-    known: dict[str, list[float]],
+    known: dict[str, MeasuredTimes],
 ) -> None:
     values: dict[str, Any] = {name: batch[name] for name in captured.inputs}
     with torch.no_grad():
@@ -88,10 +89,9 @@ def _measure_missing(
         for signature, program in missing.items():
             found[signature] += _measure(program, values, num_devices, captured)
     for signature, visits in found.items():
-        known[signature] = [
-            _undisturbed([seconds for runs in visits for seconds in runs[which]])
-            for which in (0, 1)
-        ]
+        known[signature] = MeasuredTimes(
+            *(_undisturbed([s for runs in visits for s in runs[which]]) for which in (0, 1))
+        )
 
 
 def _measure(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from math import isfinite
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 from filelock import FileLock
 
+from ipu_pipeline.ir.codec import to_json, write_json
 from ipu_pipeline.ops import extension, linear
 
+T = TypeVar("T")
 METHOD = 4  # of measuring: what an older one has found is measured again
 CACHE_VARIABLE = "IPU_PIPELINE_CACHE"
 
@@ -39,32 +41,23 @@ def machine_key() -> str:
     )
 
 
-def load_measurements(name: str) -> dict[str, list[float]]:
-    """Return the measurements kept under ``name``; without those that are damaged, if any."""
+def load_measurements(name: str, kind: type[T]) -> T | None:
+    """Return what is kept under ``name``, checked to be of a ``kind``; None if it is not usable."""
     try:
-        content = json.loads(_file(name).read_text(encoding="utf-8"))
-        if content.get("machine") != machine_key():
-            return {}
-        values = {key: [float(v) for v in found] for key, found in content["values"].items()}
-        valid = {
-            k: found and all(isfinite(v) and v >= 0 for v in found) for k, found in values.items()
-        }
-        return {key: found for key, found in values.items() if valid[key]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        content = msgspec.json.decode(_file(name).read_bytes(), type=dict[str, msgspec.Raw])
+        if msgspec.json.decode(content["machine"]) != machine_key():
+            return None
+        return msgspec.json.decode(content["values"], type=kind)
+    except (OSError, msgspec.MsgspecError, KeyError):
+        return None
 
 
-def store_measurements(name: str, values: Mapping[str, list[float]]) -> None:
+def store_measurements(name: str, values: Any) -> None:
     """Keep measurements under ``name``; a folder that cannot be written is no error."""
     path = _file(name)
-    content = {"machine": machine_key(), "values": dict(values)}
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        return
+        write_json(path, {"machine": machine_key(), "values": to_json(values)}, "values")
 
 
 @contextlib.contextmanager

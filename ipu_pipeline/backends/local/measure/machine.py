@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
@@ -27,7 +28,7 @@ from ipu_pipeline.backends.local.measure.cache import (
     store_measurements,
 )
 from ipu_pipeline.ir.attention import attention_name
-from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.machine import Curve, Device, Link, Machine
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import take_threads, threads_per_stage
@@ -53,8 +54,6 @@ aten = torch.ops.aten
 MATRIX_SIZE = 768
 COPY_ELEMENTS = 16 * 1024 * 1024
 DTYPES = ("float32", "bfloat16")
-DETAILS = ("copy", "overhead", "products", "bytes", "rate-gelu")
-RATE = "rate-"
 USABLE_MEMORY = 0.8  # of what is free: the rest is for the interpreter, data and the page cache
 
 
@@ -69,50 +68,34 @@ def local_machine(num_devices: int) -> Machine:
     """
     if num_devices < 1:
         raise ValueError(f"num_devices must be at least 1, got {num_devices}")
-    measured = _measured(num_devices)
-    rates = {n.removeprefix(RATE): v[0] for n, v in measured.items() if n.startswith(RATE)}
-    (bandwidth,), (overhead,) = measured["copy"], measured["overhead"]
+    device = _measured(num_devices)
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(
-        Device(
-            f"cpu{index}",
-            memory,
-            {dtype: measured[dtype][0] for dtype in DTYPES},
-            bandwidth,
-            op_overhead_s=overhead,
-            product_curve=points(measured["products"]),
-            bytes_curve=points(measured["bytes"]),
-            op_rates=rates,
-        )
-        for index in range(num_devices)
+        replace(device, name=f"cpu{index}", memory_bytes=memory) for index in range(num_devices)
     )
-    return Machine("local", devices, Link(bytes_per_s=bandwidth), shared_memory=True)
+    return Machine("local", devices, Link(device.memory_bytes_per_s), shared_memory=True)
 
 
-def _measured(num_devices: int) -> dict[str, list[float]]:
-    """Return everything measured about one device; what is not on disk is measured now."""
-    name = f"machine-{num_devices}x{threads_per_stage(num_devices)}"
-    known = load_measurements(name)
-    if _is_whole(known):
+def _measured(num_devices: int) -> Device:
+    """Return one device, its memory apart; what is not on disk is measured now."""
+    name = f"device-{num_devices}x{threads_per_stage(num_devices)}"
+    if known := load_measurements(name, Device):
         return known
     with one_process(name):
-        known = load_measurements(name)
-        return known if _is_whole(known) else _measure(name, num_devices)
-
-
-def _is_whole(known: Mapping[str, list[float]]) -> bool:
-    return {*DTYPES, *DETAILS} <= set(known)
-
-
-def _measure(name: str, num_devices: int) -> dict[str, list[float]]:
-    known = {dtype: [_matrix_flops_per_s(dtype, num_devices)] for dtype in DTYPES}
-    known["copy"] = [_copy_bytes_per_s(num_devices)]
-    known["overhead"] = [overhead_s(num_devices)]
-    known["products"] = flat(product_curve(num_devices))
-    known["bytes"] = flat(bytes_curve(num_devices))
-    known |= {f"{RATE}{op}": [rate] for op, rate in op_rates(num_devices).items()}
-    store_measurements(name, known)
-    return known
+        if known := load_measurements(name, Device):
+            return known
+        device = Device(
+            "cpu",
+            memory_bytes=1,
+            flops_per_s={dtype: _matrix_flops_per_s(dtype, num_devices) for dtype in DTYPES},
+            memory_bytes_per_s=_copy_bytes_per_s(num_devices),
+            op_overhead_s=overhead_s(num_devices),
+            product_curve=product_curve(num_devices),
+            bytes_curve=bytes_curve(num_devices),
+            op_rates=op_rates(num_devices),
+        )
+        store_measurements(name, device)
+        return device
 
 
 def _matrix_flops_per_s(dtype: str, num_devices: int) -> float:
@@ -180,7 +163,7 @@ def seconds_of(make: Callable[[], Call], num_devices: int, repeats: int = REPEAT
     return quantiles(found, n=4)[0]
 
 
-def product_curve(num_devices: int) -> list[tuple[float, float]]:
+def product_curve(num_devices: int) -> Curve:
     """Return FLOP/s of linear layers, forward and backward, by the FLOPs of one product."""
     curve = []
     for size in PRODUCT_SIZES:
@@ -188,10 +171,10 @@ def product_curve(num_devices: int) -> list[tuple[float, float]]:
         seconds = seconds_of(lambda s=size, n=count: _linears(s, n), num_devices, STACK_REPEATS)  # type: ignore[misc]
         flops = 2.0 * size**3
         curve.append((flops, 3 * count * flops / seconds))
-    return curve
+    return tuple(curve)
 
 
-def bytes_curve(num_devices: int) -> list[tuple[float, float]]:
+def bytes_curve(num_devices: int) -> Curve:
     """Return bytes per second of an operation that makes a new tensor, by the bytes it moves."""
     curve = []
     for elements in COPY_SIZES:
@@ -202,7 +185,7 @@ def bytes_curve(num_devices: int) -> list[tuple[float, float]]:
 
         moved = 2.0 * 4 * elements
         curve.append((moved, moved / seconds_of(make, num_devices)))
-    return curve
+    return tuple(curve)
 
 
 def overhead_s(num_devices: int) -> float:
@@ -323,13 +306,3 @@ def _timed(call: Call) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def flat(curve: Sequence[tuple[float, float]]) -> list[float]:
-    """Return a curve as one list, as measurements are kept."""
-    return [number for point in curve for number in point]
-
-
-def points(numbers: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Return what :func:`flat` made a list of."""
-    return tuple(zip(numbers[::2], numbers[1::2], strict=True))

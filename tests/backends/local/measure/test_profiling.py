@@ -55,42 +55,49 @@ def test_machine_description(quick: None, cache: Path) -> None:
         device.op_rates
     )
     assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
-    assert [path.name for path in cache.glob("[!.]*")] == ["machine-2x1.json"]
+    assert [path.name for path in cache.glob("[!.]*")] == ["device-2x1.json"]
 
 
 def test_measured_once(quick: None, cache: Path) -> None:
     first = local_machine(2).devices[0].flops_per_s
-    stored = json.loads((cache / "machine-2x1.json").read_text())
-    stored["values"]["float32"] = [123.0]
-    (cache / "machine-2x1.json").write_text(json.dumps(stored))
+    stored = json.loads((cache / "device-2x1.json").read_text())
+    stored["values"]["flops_per_s"]["float32"] = 123.0
+    (cache / "device-2x1.json").write_text(json.dumps(stored))
     assert local_machine(2).devices[0].flops_per_s["float32"] == 123.0
     assert local_machine(1).devices[0].flops_per_s["float32"] != 123.0
     assert first["float32"] != 123.0
 
 
+DEVICE = (
+    '{"name": "cpu", "memory_bytes": 1, "flops_per_s": {"float32": %s}, "memory_bytes_per_s": 1.0}'
+)
+
+
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", '{"machine": 1}', '{"machine": "KEY", "values": {"float32": []}}',
-     '{"machine": "KEY", "values": {"float32": [-1], "bfloat16": [1], "copy": [1]}}',
-     '{"machine": "KEY", "values": {"float32": ["x"]}}', '{"machine": "KEY", "values": 3}',
-     '{"machine": "another processor", "values": {"float32": [5], "bfloat16": [5], "copy": [5]}}'],
+    ["", "{", "[]", '{"machine": 1}', '{"machine": "KEY", "values": {"name": "cpu"}}',
+     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % "-1.0"),
+     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % "NaN"),
+     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % '"x"'),
+     '{"machine": "KEY", "values": 3}',
+     '{"machine": "another processor", "values": DEVICE}'.replace("DEVICE", DEVICE % "5.0")],
 )  # fmt: skip
 def test_damaged_or_foreign_cache_is_measured_again(quick, cache: Path, damage: str) -> None:
     cache.mkdir()
     text = damage.replace("KEY", machine_key())
-    (cache / "machine-1x1.json").write_text(text)
+    (cache / "device-1x1.json").write_text(text)
     assert local_machine(1).devices[0].flops_per_s["float32"] > 1e6
-    assert (cache / "machine-1x1.json").read_text() != text
+    assert (cache / "device-1x1.json").read_text() != text
 
 
 def test_what_was_measured_in_another_way_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    store_measurements("x", {"a": [1.0]})
-    assert load_measurements("x") == {"a": [1.0]}
+    store_measurements("x", {"a": 1.0})
+    assert load_measurements("x", dict[str, float]) == {"a": 1.0}
     monkeypatch.setenv("IPU_PIPELINE_MATMUL", "mkl")
-    assert load_measurements("x") == {}
+    assert load_measurements("x", dict[str, float]) is None
     monkeypatch.delenv("IPU_PIPELINE_MATMUL")
     monkeypatch.setattr("ipu_pipeline.backends.local.measure.cache.METHOD", 0)
-    assert load_measurements("x") == {}
+    assert load_measurements("x", dict[str, float]) is None
 
 
 def test_no_devices_is_refused() -> None:
@@ -100,8 +107,8 @@ def test_no_devices_is_refused() -> None:
 
 def test_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
     cache.write_text("a file, not a folder")
-    store_measurements("x", {"a": [1.0]})
-    assert load_measurements("x") == {}
+    store_measurements("x", {"a": 1.0})
+    assert load_measurements("x", dict[str, float]) is None
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
