@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.capture.coarsen import LOSS, coarsen
+from ipu_pipeline.capture.leaves import choose_leaves
+from ipu_pipeline.capture.programs import Program, block_programs
+from ipu_pipeline.capture.values import TensorMeta
+
+if TYPE_CHECKING:
+    from ipu_pipeline.capture.captured import CapturedModel
 
 IGNORED = -100
 MEANS_OVER_LABELS = (functional.cross_entropy, functional.nll_loss)
@@ -46,24 +51,28 @@ class Term:
         value: Name of the labels or of the divisor.
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count.
+        node: Name of the term.
     """
 
     kind: TermKind
     value: str = ""
     weight: str = ""
     ignored: int = IGNORED
+    node: str = ""
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """The terms of a loss, and the program that computes what they divide by.
 
-    ``constants`` are weights of classes that the model holds, by name.
+    ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
+    with labels is multiplied by an input of its own, called :func:`factor_name`.
     """
 
     terms: tuple[Term, ...] = ()
     program: Program | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    factored: bool = False
 
     def divisors(self, inputs: Mapping[str, Any]) -> list[float]:
         """Return what each term with labels or a divisor divides by, for a microbatch's inputs."""
@@ -116,7 +125,7 @@ def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def loss_terms(captured: Any) -> LossTerms:
+def loss_terms(captured: CapturedModel) -> LossTerms:
     """Return the terms of a captured model's loss; none of a model without a loss."""
     loss = captured._coarse.results.get(LOSS)
     if loss is None:
@@ -127,6 +136,52 @@ def loss_terms(captured: Any) -> LossTerms:
     wanted = [name for term in terms for name in (term.value, term.weight) if name]
     program = captured.prelude((), wanted) if wanted else None
     return LossTerms(terms, program, walk.constants)
+
+
+def factor_name(index: int | str) -> str:
+    """Return the name of the input that multiplies the ``index``-th term with labels."""
+    return f"loss_factor_{index}"
+
+
+def scaled_term(term: Tensor, factor: Tensor) -> Tensor:
+    """Return ``term * factor``; 0 where the factor is: a mean over no labels is no number."""
+    scaled = term * factor.to(term.dtype)
+    return torch.where(factor > 0, scaled, torch.zeros_like(scaled))
+
+
+def factored(captured: CapturedModel, terms: LossTerms) -> tuple[CapturedModel, LossTerms]:
+    """Multiply each mean over labels by an input, where one loss has means over different labels.
+
+    Tokens that are masked and pairs of sentences, say: no weight of a microbatch's whole loss gives
+    the loss of the batch then. The trace is changed; other losses stay as they are.
+    """
+    divisors = {(term.value, term.weight, term.ignored) for term in terms.counted}
+    if len(divisors) < 2 or any(term.kind == "quotient" for term in terms.counted):
+        return captured, terms
+    nodes = {node.name: node for node in captured._trace.graph.nodes}
+    graph, names = captured._trace.graph, []
+    for index, term in enumerate(terms.counted):
+        with graph.inserting_before(next(iter(graph.nodes))):
+            factor = graph.placeholder(factor_name(index))
+        factor.meta.update(scope="", spec=TensorMeta((), "float32", requires_grad=False))
+        node = nodes[term.node]
+        with graph.inserting_after(node):
+            scaled = graph.call_function(scaled_term, (node, factor))
+        scaled.meta.update(scope=node.meta["scope"], spec=node.meta["spec"])
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)
+        names.append(factor.name)
+    trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
+    wanted = captured.results.keys()
+    leaves = choose_leaves(captured.model, captured.granularity)
+    coarse = coarsen(trace, leaves, lambda name: name in wanted)
+    changed = replace(
+        captured,
+        programs=block_programs(coarse, trace.attributes),
+        results={name: node.name for name, node in coarse.results.items()},
+        _trace=trace,
+        _coarse=coarse,
+    )
+    return changed, replace(terms, factored=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +229,9 @@ class _Walk:
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
             return Term("mean")
-        return Term("labels", target.name, "" if weight is None else weight.name, ignored)
+        return Term(
+            "labels", target.name, "" if weight is None else weight.name, ignored, node.name
+        )
 
     def _known(self, weight: fx.Node | None) -> bool:
         """Whether the weights of the classes are there before the model runs."""

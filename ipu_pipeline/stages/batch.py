@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil, isclose
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (
@@ -19,8 +20,9 @@ from ipu_pipeline.capture.batch_axes import (
     sized,
     sized_like_samples,
 )
+from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
-from ipu_pipeline.capture.loss_terms import LossTerms
+from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.training import in_mode
 
@@ -182,7 +184,8 @@ class BatchCutter:
         if plain is not None and batch_size(ready, plain) == 1:
             return split_batch(ready, 1, 1, plain), {}
         found = self._axes(ready)
-        if found.problem or found.mixed:
+        asked = self._loss_weights is not None and found.mixed == (LOSS,)
+        if found.problem or (found.mixed and not asked):
             self._say(
                 "evaluation batches of %s run in one microbatch: %s",
                 type(self._model).__name__,
@@ -208,7 +211,10 @@ class BatchCutter:
             return list(parts)
         shares = self._given_shares(parts, training=training)
         if shares is None:
-            shares = self._shares(parts, terms)
+            columns = self._columns(parts, terms)
+            if len(columns) > 1 and terms[0].factored:
+                return _with_factors(parts, columns)
+            shares = self._shares(parts, terms, columns)
         return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
 
     def _given_shares(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
@@ -227,7 +233,26 @@ class BatchCutter:
             )
         return weights
 
-    def _shares(self, parts: Sequence[Microbatch], terms: Sequence[LossTerms]) -> list[float]:
+    def _columns(
+        self, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> list[list[float]]:
+        """Return the weights of the microbatches, for each term with labels or a divisor."""
+        divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
+        constant = not any(self._is_cut(name, parts) for name in terms[0].inputs)
+        by_samples = [part.share for part in parts]
+        columns = [
+            [1.0] * len(parts) if constant else _parts_of_one(column) or by_samples
+            for column in zip(*divisors, strict=True)
+        ]
+        same = all(_equal(columns[0], other) for other in columns[1:])
+        return columns[:1] if same else columns
+
+    def _shares(
+        self,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        columns: Sequence[list[float]],
+    ) -> list[float]:
         if self._mixed:
             self._say(
                 "the %s of a batch of %s is not a mean over its samples or labels: it is trained "
@@ -236,25 +261,18 @@ class BatchCutter:
                 type(self._model).__name__,
             )
         kinds = {term.kind for one in terms for term in one.terms}
-        by_samples = [part.share for part in parts]
-        if kinds & {"labels", "quotient"}:
-            divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
-            constant = not any(self._is_cut(name, parts) for name in terms[0].inputs)
-            found = [
-                [1.0] * len(parts) if constant else _parts_of_one(column) or by_samples
-                for column in zip(*divisors, strict=True)
-            ]
-            if any(not _equal(found[0], other) for other in found[1:]):
-                raise LoweringError(
-                    f"the loss of {type(self._model).__name__} is a sum of means over different "
-                    "numbers of labels, so that no weights of the microbatches' losses give the "
-                    "loss of the batch; plan with microbatches=1, or choose weights: compile("
-                    "loss_weights='samples'), or a function of a microbatch's inputs"
-                )
-            return found[0]
+        if len(columns) > 1:
+            raise LoweringError(
+                f"the loss of {type(self._model).__name__} is a sum of means over different "
+                "numbers of labels, so that no weights of the microbatches' losses give the "
+                "loss of the batch; plan with microbatches=1, or choose weights: compile("
+                "loss_weights='samples'), or a function of a microbatch's inputs"
+            )
+        if columns:
+            return columns[0]
         if "sum" in kinds or ("number" in kinds and self._adds_up):
             return [1.0] * len(parts)
-        return by_samples
+        return [part.share for part in parts]
 
     def _is_cut(self, name: str, parts: Sequence[Microbatch]) -> bool:
         value = parts[0].inputs[name]
@@ -285,6 +303,20 @@ class BatchCutter:
         if text not in self._said:
             self._said.add(text)
             logger.warning(text, *values)
+
+
+def _with_factors(
+    parts: Sequence[Microbatch], columns: Sequence[Sequence[float]]
+) -> list[Microbatch]:
+    """Give every term of the loss its own weight, beside that of the samples."""
+    ready = []
+    for part, weights in zip(parts, zip(*columns, strict=True), strict=True):
+        factors = {
+            factor_name(index): torch.tensor(weight / part.share)
+            for index, weight in enumerate(weights)
+        }
+        ready.append(replace(part, inputs={**part.inputs, **factors}))
+    return ready
 
 
 def _rows(batch: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
 from ipu_pipeline.capture.inputs import described
+from ipu_pipeline.capture.loss_terms import factored, loss_terms
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.stage import Stage, build_stages
@@ -106,12 +107,15 @@ class StageCache:
                 granularity=self.plan.granularity,  # type: ignore[arg-type]
                 self_check=self.self_check,
             )
+        terms = loss_terms(captured)
+        if not serialized(self.plan):  # whose loss is taken apart
+            captured, terms = factored(captured, terms)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         blocks = place_blocks(captured, self.plan)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards, terms)
 
     def _dropped(self, stages: tuple[Stage, ...]) -> None:
         if not self._warned:

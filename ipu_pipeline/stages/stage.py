@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.loss_terms import LossTerms, loss_terms
+from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
@@ -126,7 +126,7 @@ class Stage:
         Arguments are those of :meth:`forward`. Returns every value by name, and what ran the
         serialized blocks.
         """
-        values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
+        values: dict[str, Any] = {name: _input(inputs, name) for name in self.prelude.inputs}
         self.block = "prelude"
         self.prelude.run(values)
         values.update(received)
@@ -223,12 +223,19 @@ class Stage:
         return shared
 
 
+def _input(inputs: Mapping[str, Any], name: str) -> Any:
+    if name not in inputs and name.startswith(factor_name("")):
+        return torch.ones(())  # terms of the loss are what they are, unless a batch says more
+    return inputs[name]
+
+
 def build_stages(
     captured: CapturedModel,
     blocks: Sequence[Sequence[str]],
     recompute: Iterable[str] = (),
     tables: Mapping[str, Table] | None = None,
     row_shards: Mapping[int, Sequence[RowShard]] | None = None,
+    terms: LossTerms | None = None,
 ) -> tuple[Stage, ...]:
     """Build the stages of a split: ``blocks`` are the block names of each stage."""
     tables, row_shards = tables or {}, row_shards or {}
@@ -238,7 +245,7 @@ def build_stages(
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
-    terms = loss_terms(captured)
+    terms = terms or loss_terms(captured)
     parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []

@@ -185,9 +185,23 @@ def test_a_microbatch_without_labels_counts_nothing():
         check(model, batch, executable)
 
 
-def test_means_over_different_numbers_of_labels_are_refused_in_training():
+def test_means_over_different_labels_have_weights_of_their_own():
     def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-        return token_mean(model, logits, labels) + sample_mean(model, logits, labels)
+        first = token_mean(model, logits[:, :3], labels[:, :3])
+        return 0.3 * first + sample_mean(model, logits, labels) + shifted(model, logits, labels)
+
+    model, batch = Model(loss), uneven_batch()
+    batch["labels"][:2, :3] = IGNORED  # a mean over nothing in the first microbatch
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+        labels = batch["labels"].clamp(min=0)
+        check(model, {**batch, "labels": labels}, executable)
+
+
+def test_means_over_labels_and_a_mask_are_refused_in_training():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        first = own_mask(model, logits[:, :3], labels[:, :3])
+        return first + token_mean(model, logits, labels)
 
     model, batch = Model(loss), uneven_batch()
     plan = planned(model, batch, 4)
