@@ -170,10 +170,10 @@ def agreed_resume_checkpoint(executable: Executable, arguments: TrainingArgument
         found = find_resume_checkpoint(arguments)
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    found, problem = executable.broadcast((found, problem))
+    agreed, problem = executable.broadcast((found and str(found), problem))
     if problem:
         raise CheckpointError(problem)
-    return found
+    return None if agreed is None else Path(agreed)
 
 
 def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:

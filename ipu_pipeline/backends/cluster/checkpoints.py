@@ -14,7 +14,9 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.consistency import together
@@ -122,7 +124,7 @@ class ShardedCheckpoints:
         new: CheckpointWriter | None = None
         with ExitStack() as undo:
 
-            def begin() -> tuple[Path | None, list[str]]:
+            def begin() -> tuple[str, list[str]]:
                 nonlocal new
                 if self._rank == 0:
                     new = CheckpointWriter(
@@ -136,11 +138,10 @@ class ShardedCheckpoints:
                     )
                     undo.enter_context(new.or_nothing())
                 here = [] if self._own is None else self._own.names_with_state(self._model)
-                return None if new is None else new.folder, here
+                return "" if new is None else str(new.folder), here
 
             begun = together(self._ranks, begin)
-            folder = begun[0][0]
-            assert folder is not None
+            folder = Path(begun[0][0])
             before = {name for _, names in begun[: self._rank] for name in names}
             states = frozenset(begun[self._rank][1]) - before
             part, writers = self._take(folder, states, ownership, copy=not blocking)
@@ -201,14 +202,20 @@ class ShardedCheckpoints:
         """Return all parts in one on the first rank."""
         if ownership is not None:
             collect_weights(self._model, ownership, self._groups)
-        mine = (part.tensors.get(OPTIMIZER, {}), part.values)
-        found: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
-        self._groups.waiter.run(lambda: dist.gather_object(mine, found))
-        if found is None:
+        mine = dict(part.tensors.get(OPTIMIZER, {}))
+        sent = torch.frombuffer(bytearray(save(mine)), dtype=torch.uint8)
+        found = self._ranks.gather((len(sent), part.values))
+        wait, device = self._groups.waiter.run, self._groups.device
+        if self._rank != 0:
+            wait(lambda: dist.send(sent.to(device), dst=0))
             return Shard({})
+        values = {name: entry for _, of_rank in found for name, entry in of_rank.items()}
+        tensors = mine
+        for rank, (size, _) in enumerate(found[1:], start=1):
+            received = torch.empty(size, dtype=torch.uint8, device=device)
+            wait(lambda source=rank, data=received: dist.recv(data, src=source))  # type: ignore[misc]
+            tensors |= load(received.cpu().numpy().tobytes())
         whole = take_shard(self._model, None, copy=copy)
-        tensors = {name: tensor for state, _ in found for name, tensor in state.items()}
-        values = {name: value for _, found_values in found for name, value in found_values.items()}
         return Shard({**whole.tensors, OPTIMIZER: tensors}, values)
 
     def _write(

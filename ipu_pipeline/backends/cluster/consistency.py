@@ -47,16 +47,29 @@ def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
         value = function()
     except Exception as problem:
         error = problem
-    found = ranks.gather((None if error is None else (type(error), str(error)), value))
+    found = ranks.gather((None if error is None else (_kind_of(error), str(error)), value))
     failed = next((rank for rank, (problem, _) in enumerate(found) if problem), None)
     if failed is None:
         return [value for _, value in found]
     if error is None:
         kind, text = found[failed][0]
-        known = issubclass(kind, PipelineError | OSError)
-        error = (kind if known else StageError)(f"rank {failed}: {text}")
+        error = _kinds().get(kind, StageError)(f"rank {failed}: {text}")
     error.raised_on_all_ranks = True
     raise error
+
+
+def _kinds() -> dict[str, type[Exception]]:
+    """Return the errors that all ranks raise as one of them does, by name."""
+    kinds: list[type[Exception]] = [OSError, PipelineError]
+    for kind in kinds:
+        kinds += kind.__subclasses__() if issubclass(kind, PipelineError) else []
+    return {kind.__name__: kind for kind in kinds}
+
+
+def _kind_of(error: Exception) -> str:
+    """Return the name of the first class of an error that all ranks know."""
+    known = _kinds()
+    return next((k.__name__ for k in type(error).__mro__ if known.get(k.__name__) is k), "")
 
 
 # ---- the start --------------------------------------------------------------------------

@@ -20,6 +20,9 @@ PLAN_VARIABLE = "IPU_PIPELINE_PLAN"
 TARGET_VARIABLE = "IPU_PIPELINE_TARGET"
 TARGET = "distributed"
 SCHEDULE_VARIABLE = "IPU_PIPELINE_SCHEDULE"
+# Address of the store that only this machine reaches, and what signs the job's messages.
+STORE_VARIABLE = "IPU_PIPELINE_STORE"
+SECRET_VARIABLE = "IPU_PIPELINE_JOB_SECRET"
 # torch reads both when it is imported; whichever the user has set stays.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 CPU_FOLDER = Path("/sys/devices/system/cpu")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
-import pickle
 import time
 import uuid
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE, STORE_VARIABLE
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 
@@ -42,10 +46,20 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
         )
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    shared, rank, world_size = _store_and_place(timeout)
     store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
+
+
+def _store_and_place(timeout: timedelta) -> tuple[Store, int, int]:
+    """Return the store of all processes, this one's rank, and their number."""
+    where = os.environ.get(STORE_VARIABLE)
+    if where is None:
+        return next(rendezvous("env://", timeout=timeout))  # type: ignore[no-any-return]
+    host, _, port = where.rpartition(":")
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    return store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
@@ -91,6 +105,9 @@ class StoreGather:
     A collective of a process group belongs to the thread that trains: one from another thread
     would pair with the wrong one elsewhere, and none can be given up when a rank is gone. Only
     this object uses ``store``, in one thread.
+
+    A message is plain data (msgpack), never pickled: whoever reaches the store can run nothing
+    here. Where the job has a secret, a message without its signature is refused.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
@@ -98,26 +115,61 @@ class StoreGather:
         self.waiter = waiter
         self._store = store
         self._world_size = world_size
+        self._secret = os.environ.get(SECRET_VARIABLE, "").encode()
         self._count = 0
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, by rank; ranks may take as long as they need.
 
+        Args:
+            value: Plain data: texts, numbers, lists and mappings. A tuple arrives as a list, a
+                path as its text.
+
         Raises:
             GivenUp: Some rank has failed.
+            LoweringError: A message is not of this job.
+            TypeError: ``value`` is no plain data.
         """
         self._count += 1
-        self._store.set(f"{self._count}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
+        body = msgspec.msgpack.encode(value, enc_hook=_path_as_text)
+        key = f"{self._count}/{self.rank}"
+        self._store.set(key, self._signature(key, body) + body)  # type: ignore[arg-type]
         found = []
         with self.waiter.activity.waits():
             for rank in range(self._world_size):
                 while not self._store.check([f"{self._count}/{rank}"]):
                     self.waiter.give_up_after_failure()
                     time.sleep(_POLL_S)
-                found.append(pickle.loads(self._store.get(f"{self._count}/{rank}")))
+                found.append(self._opened(f"{self._count}/{rank}", rank))
         # Who takes part in this all-gather has read the one before.
         self._store.delete_key(f"{self._count - 1}/{self.rank}")
         return found
+
+    def _signature(self, key: str, body: bytes) -> bytes:
+        """Return the signature of a message under its place; nothing where there is no secret."""
+        signed = f"{key}\0".encode() + body
+        return hmac.digest(self._secret, signed, hashlib.sha256) if self._secret else b""
+
+    def _opened(self, key: str, rank: int) -> Any:
+        message = self._store.get(key)
+        size = hashlib.sha256().digest_size if self._secret else 0
+        signature, body = message[:size], message[size:]
+        try:
+            if hmac.compare_digest(signature, self._signature(key, body)):
+                return msgspec.msgpack.decode(body)
+        except msgspec.DecodeError:
+            pass
+        raise LoweringError(
+            f"the message of rank {rank} in the job's store is not this job's: another program "
+            f"writes there, or the ranks have different {SECRET_VARIABLE}; start the job again, "
+            "where nobody else reaches its port"
+        )
+
+
+def _path_as_text(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"ranks tell each other plain data only, got {type(value).__name__}")
 
 
 def _read(store: Store, key: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ipu_pipeline.backends.cluster.launch import LaunchSpec
+from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE, STORE_VARIABLE, LaunchSpec
 
 # Where torchrun's rendezvous listens unless it is told otherwise.
 PORT = 29400
@@ -19,6 +21,11 @@ PORT = 29400
 _CORES = "$(lscpu --parse=CORE,SOCKET | grep -v '#' | sort -u | wc -l)"
 # Between the lines of a command.
 _BREAK = " \\\n    "
+# Neither torchrun's agent nor gloo listens on another interface; a user's own setting wins.
+_ON_LOOPBACK = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    "GLOO_SOCKET_IFNAME": next((n for _, n in socket.if_nameindex() if n.startswith("lo")), "lo"),
+}
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -51,12 +58,16 @@ def start(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    os.environ.update(environment)
+    store, where = _loopback_store()
+    os.environ.update({**_ON_LOOPBACK, **environment})
+    os.environ.update({STORE_VARIABLE: where, SECRET_VARIABLE: secrets.token_hex(32)})
     folder = log_folder or Path(tempfile.mkdtemp(prefix="ipu-pipeline-launch-"))
+    meeting = Path(tempfile.mkdtemp(prefix="ipu-pipeline-meeting-"))
     others = range(1, spec.num_processes)
     tee = {**({0: 3} if log_folder is not None else {}), **dict.fromkeys(others, 2)}
     arguments = [
-        *("--standalone", "--local-addr", "localhost", "--role", "rank"),
+        *("--local-addr", "localhost", "--role", "rank", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", str(meeting / "point"), "--rdzv-conf", "store_type=file"),
         *("--nproc-per-node", str(spec.num_processes)),
         *("--max-restarts", str(spec.max_restarts), "--log-dir", str(folder)),
         *_streams("--tee", tee),
@@ -76,9 +87,28 @@ def start(
     except SignalException as stopped:
         tell(f"error: stopped by {stopped.sigval.name}; what the ranks wrote: {folder}")
         return _SIGNALLED + int(stopped.sigval)
+    finally:
+        del store  # until here the processes have met through it
+        shutil.rmtree(meeting, ignore_errors=True)
     if log_folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def _loopback_store() -> tuple[Any, str]:
+    """Return a store that only this machine reaches, and its address."""
+    from torch.distributed import TCPStore
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    store = TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    return store, f"127.0.0.1:{port}"
 
 
 def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, endpoint: str) -> str:
@@ -109,6 +139,9 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
     if spec.num_threads is None:
         threads = [f"cores={_CORES} &&", f"env OMP_NUM_THREADS={_share(spec)}"]
     lines = [f"cd {_quoted(str(folder))} &&", *threads, *_settings(spec)]
+    if spec.num_nodes > 1:  # it signs what the processes tell each other, and is not shown here
+        said = "set it to one random text on every node"
+        lines.append(f'{SECRET_VARIABLE}="${{{SECRET_VARIABLE}:?{said}}}"')
     ends = [
         _torchrun(spec, python, _quoted(run_id), _quoted(f"{host}:{port or PORT}"), str(count))
         for count in (number, number - 1)
@@ -167,6 +200,8 @@ def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str
         f"cd {_quoted(str(folder))}",
         "",
         *(f"export {setting}" for setting in _settings(spec)),
+        "# It signs what the processes tell each other.",
+        f"export {SECRET_VARIABLE}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
         *threads,
         "",
         "# The processes meet on the first node; the port differs from job to job.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -86,7 +87,12 @@ def test_the_command_runs_in_a_shell(tmp_path: Path) -> None:
     fake.chmod(0o755)
     told = node_command(SPEC, python=str(fake), folder=tmp_path, run_id="ipu-1", endpoint="node1:1")
     assert "# run this on each of the 2 nodes, in any order; node1 is one of them" in told
-    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True)
+    without = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=False)
+    assert "IPU_PIPELINE_JOB_SECRET: set it to one random text on every node" in without.stderr
+    secret = {**os.environ, "IPU_PIPELINE_JOB_SECRET": "a1b2"}
+    done = subprocess.run(
+        ["bash", "-c", told], capture_output=True, text=True, check=True, env=secret
+    )
     threads, *words, folder = done.stdout.splitlines()
     assert int(threads) >= 1
     assert words[-3:] == list(SPEC.program)

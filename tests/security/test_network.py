@@ -1,0 +1,89 @@
+"""What the processes of a job listen on, and what they make of what they are sent."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import BertConfig, BertForQuestionAnswering
+
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.cluster.heartbeat import Activity
+from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.errors import LoweringError
+from tests.security import listening
+from tests.security.test_hostile_plans import Attack
+
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="only Linux tells who listens")
+def test_a_launch_on_one_machine_listens_on_loopback_only(tmp_path: Path) -> None:
+    config = BertConfig(
+        num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=16,
+        vocab_size=30,
+    )  # fmt: skip
+    where = torch.zeros(2, dtype=torch.long)
+    batch = {
+        "input_ids": torch.ones(2, 6, dtype=torch.long),
+        "start_positions": where,
+        "end_positions": where,
+    }
+    model = BertForQuestionAnswering(config).train()
+    ipp.plan(model, batch, num_stages=2, microbatches=2).save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "ipu_pipeline", "launch", str(tmp_path / "plan.json"), "--"]
+    program = [str(Path(listening.__file__)), str(tmp_path)]
+    done = subprocess.run([*command, *program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        addresses = json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8"))
+        assert addresses
+        assert set(addresses) <= set(LOOPBACK)
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"),
+    [
+        ("", pickle.dumps(Attack())),
+        ("", b""),
+        ("of this job", pickle.dumps(Attack())),
+        ("of this job", msgspec.msgpack.encode([None, "not signed"])),
+        ("of this job", bytes(32) + msgspec.msgpack.encode([None, "signed with nothing"])),
+    ],
+)
+def test_a_stranger_in_the_store_runs_nothing_and_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str, message: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    store = dist.HashStore()
+    store.set("1/1", message)
+    ranks = StoreGather(store, 0, 2, Waiter(Activity(), lambda: False))
+    with pytest.raises(LoweringError, match=r"message of rank 1 .* is not this job's"):
+        ranks.gather("hello")
+    assert not Path("PWNED").exists()
+
+
+def test_a_message_counts_in_its_own_place_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, "of this job")
+    store, waiter = dist.HashStore(), Waiter(Activity(), lambda: False)
+    alone = StoreGather(store, 0, 1, waiter)
+    assert alone.gather({"step": [1, None, Path("a")]}) == [{"step": [1, None, "a"]}]
+    store.set("1/1", store.get("1/0"))
+    with pytest.raises(LoweringError, match="is not this job's"):
+        StoreGather(store, 0, 2, waiter).gather("hello")
+
+
+def test_ranks_tell_each_other_plain_data_only() -> None:
+    alone = StoreGather(dist.HashStore(), 0, 1, Waiter(Activity(), lambda: False))
+    with pytest.raises(TypeError, match="plain data only, got Attack"):
+        alone.gather(Attack())
