@@ -38,7 +38,7 @@ _LINEAR = frozenset(
 )  # fmt: skip
 _QUOTIENTS = frozenset({"div", "idiv", "truediv", "itruediv", "true_divide"})
 
-TermKind = Literal["labels", "quotient", "sum", "number", "mean"]
+TermKind = Literal["labels", "selected", "quotient", "sum", "number", "mean"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Term:
     """One term of a loss.
 
     Attributes:
-        kind: A mean over ``labels``; a ``quotient`` with a tensor; a ``sum``; a sum that is
-            divided by a ``number``, perhaps that of the samples; any other ``mean``.
-        value: Name of the labels or of the divisor.
+        kind: A mean over ``labels`` or over ``selected`` elements; a ``quotient`` with a tensor; a
+            ``sum``; a sum that is divided by a ``number``, perhaps that of the samples; any other
+            ``mean``.
+        value: Name of the labels, of what is or does the selection, or of the divisor.
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count.
         node: Name of the term.
@@ -85,8 +86,8 @@ class LossTerms:
 
     @property
     def counted(self) -> tuple[Term, ...]:
-        """Those with labels or a divisor."""
-        return tuple(term for term in self.terms if term.kind in ("labels", "quotient"))
+        """Those whose divisor depends on values."""
+        return tuple(term for term in self.terms if term.value)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -98,6 +99,8 @@ def _divisor(term: Term, values: Mapping[str, Any]) -> float:
     value = values[term.value]
     if term.kind == "quotient":
         return float(value)
+    if term.kind == "selected":
+        return float(value.sum() if value.dtype is torch.bool else value.numel())
     return float(labels_counted(value, values.get(term.weight), term.ignored))
 
 
@@ -136,6 +139,10 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     wanted = [name for term in terms for name in (term.value, term.weight) if name]
     program = captured.prelude((), wanted) if wanted else None
     return LossTerms(terms, program, walk.constants)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return "spec" in node.meta and node.meta["spec"].dtype == "bool"
 
 
 def factor_name(index: int | str) -> str:
@@ -204,7 +211,22 @@ class _Walk:
         elif name in _LINEAR:
             yield from self._of_linear(node, name, divided=divided)
         else:
-            yield Term("mean")
+            yield self._mean(node)
+
+    def _mean(self, node: fx.Node) -> Term:
+        """Return a mean, over what a mask among the inputs selects if it is one."""
+        pending, seen = list(node.all_input_nodes), set[fx.Node]()
+        while pending:
+            source = pending.pop()
+            if source in seen or not source.meta.get("value_shape"):
+                continue
+            seen.add(source)
+            masks = [n for n in source.all_input_nodes if _is_mask(n) and n in self.prelude]
+            if source in self.prelude or masks:
+                chosen = source if source in self.prelude else masks[0]
+                return Term("selected", chosen.name, node=node.name)
+            pending.extend(source.all_input_nodes)
+        return Term("mean")
 
     def _of_linear(self, node: fx.Node, name: str, *, divided: bool) -> Iterator[Term]:
         quotient = name in _QUOTIENTS
@@ -224,7 +246,7 @@ class _Walk:
         found = label_arguments(function, node.args, node.kwargs)
         if found is None:
             summed = "sum" in (node.kwargs.get("reduction"), *node.args[2:])
-            return Term(("number" if divided else "sum") if summed else "mean")
+            return Term("number" if divided else "sum") if summed else self._mean(node)
         target, weight, ignored = found
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
