@@ -6,6 +6,7 @@ them is used.
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -54,4 +55,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    numbers = random.getstate()  # some libraries draw while they are imported
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(numbers)

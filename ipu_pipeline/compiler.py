@@ -16,6 +16,7 @@ from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.capture.patches import original_model
+from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -28,6 +29,7 @@ from ipu_pipeline.planner.search import Constraints, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
+@same_random_numbers()
 def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model: nn.Module,
     example_batch: Mapping[str, Any],
@@ -84,6 +86,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
     backend, graph = backend_of(described), captured.graph
+    backend.check_costs(costs)
     if microbatches is None:
         microbatches = (
             backend.default_microbatches(described, depth, replicas)
@@ -128,6 +131,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     return _after_passes(_fitting(made), manager)
 
 
+@same_random_numbers()
 def compile(
     model: nn.Module,
     plan: Plan,
@@ -200,8 +204,6 @@ def measured_seconds(
     captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
 ) -> dict[str, tuple[float, float]]:
     """Return measured seconds by block; nothing where they are computed."""
-    if costs not in ("analytic", "profiled"):
-        raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
     if costs == "analytic":
         return {}
     from ipu_pipeline.backends.local.measure import profile_blocks

@@ -18,7 +18,7 @@ from benchmarks.processes import everyones, from_first
 from benchmarks.raw_pipeline import Raw
 from benchmarks.suite.material import Batch, Material, adamw, make_material
 from benchmarks.suite.workloads import MANY_PROCESSES, Contestant, Workload
-from ipu_pipeline.stages.training import in_mode
+from ipu_pipeline.stages.training import in_evaluation
 
 COMPILERS = ("c++", "g++", "clang++")
 # Contestants wait while the others step; the watch of our target must not take that for a fault.
@@ -52,7 +52,7 @@ class Eager:
 
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
-        with in_mode(self._model, training=False), torch.no_grad(), self._material.autocast():
+        with in_evaluation(self._model), torch.no_grad(), self._material.autocast():
             return fmean(
                 float(self._forward(**part).loss) for part in self._material.microbatches(batch)
             )
@@ -117,7 +117,7 @@ class Parallel:
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
         model = self._model.module
-        with in_mode(model, training=False), torch.no_grad(), self._material.autocast():
+        with in_evaluation(model), torch.no_grad(), self._material.autocast():
             return fmean(everyones(fmean(float(model(**p).loss) for p in self._own(batch))))
 
     def step(self, batch: Batch) -> None:
@@ -159,7 +159,7 @@ class RawPipeline:
 
     def loss(self, batch: Batch) -> float:
         """Return the loss without dropout."""
-        with in_mode(self._raw.modules, training=False):
+        with in_evaluation(self._raw.modules):
             found = self._raw.forward_backward(dict(batch), self._count(batch))
         self._raw.modules.zero_grad(set_to_none=True)
         return sum(everyones(found))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ VALUE_READS = frozenset(
 _LONGEST_SHOWN = 60
 # Functions that give a Python sequence of parts.
 CUTS = frozenset({"unbind", "split", "chunk", "tensor_split", "split_with_sizes"})
-_COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "lt", "le", "gt", "ge")
+COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "lt", "le", "gt", "ge")
 
 
 def has_value_shape(func: Any, args: tuple[Any, ...]) -> bool:
@@ -97,7 +97,7 @@ def decided_by_chance(node: fx.Node) -> bool:
 def _never_crossed(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     numbers = [a for a in node.args if isinstance(a, int | float)]
-    return name in _COMPARISONS and bool(numbers) and all(not 0 < n < 1 for n in numbers)
+    return name in COMPARISONS and bool(numbers) and all(not 0 < n < 1 for n in numbers)
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
@@ -210,6 +210,41 @@ class RegionCall(nn.Module):
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         owner = getattr(getattr(self.function, "__self__", None), "__qualname__", "")
         return f"{owner} {name}, grad={self.grad}, autocast={self.autocast}"
+
+
+class ModeCall(nn.Module):
+    """Calls a leaf in the training or evaluation modes that its modules had in this call.
+
+    Only where one run calls the same modules in different modes: else the program sets them.
+    """
+
+    def __init__(
+        self, function: nn.Module, parts: Sequence[nn.Module], modes: Sequence[bool]
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.parts = tuple(parts)
+        self.modes = tuple(modes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the leaf."""
+        before = [part.training for part in self.parts]
+        set_modes(zip(self.parts, self.modes, strict=True))
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            set_modes(zip(self.parts, before, strict=True))
+
+    def extra_repr(self) -> str:
+        """Return what tells this call from others."""
+        return f"{self.modes}"
+
+
+def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put modules into training (``True``) or evaluation mode, each alone."""
+    for module, mode in modes:
+        if module.training is not mode:
+            module.training = mode
 
 
 class ValueGuard(nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,28 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.calls import Region
+from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
-from ipu_pipeline.capture.inputs import described, ready_batch
+from ipu_pipeline.capture.glue import Glue, Path
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import (
-    configs_of,
-    countable,
-    not_compiled,
-    preserved_state,
-    tracing_patches,
-)
+from ipu_pipeline.capture.patches import countable, not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
-from ipu_pipeline.capture.tracer import Trace, trace
+from ipu_pipeline.capture.replay import Followed, Replay
+from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
-_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[object, CapturedModel, list[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
+_KEPT: weakref.WeakKeyDictionary[nn.Module, CapturedModel] = weakref.WeakKeyDictionary()
+
+
+_CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
+
+
+def capturing() -> bool:
+    """Whether the calling thread is inside a capture, its self-check included."""
+    return _CAPTURING.get()
+
+
+@contextlib.contextmanager
+def _while_capturing() -> Iterator[None]:
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class CapturedModel:
         model: The user's model, unchanged.
         programs: One per block, in execution order.
         results: Value name by result name (``loss``, and in evaluation mode the outputs).
-        training: Whether it was captured in training mode.
+        training: Whether it was captured for training: with gradients, and the loss is its result.
         granularity: Granularity of the blocks.
         notes: Things worth knowing, such as values that the capture is specialised to.
     """
@@ -69,6 +80,36 @@ class CapturedModel:
         """Names of the batch's tensors."""
         return self._trace.inputs
 
+    @property
+    def glue(self) -> Glue:
+        """The calls between its blocks."""
+        return self._trace.glue
+
+    def follow(
+        self, batch: Mapping[str, Any], integers: frozenset[tuple[int, Path]] = frozenset()
+    ) -> Followed:
+        """Run the model's glue for ``batch`` without computing; return what it read in Python.
+
+        Inside of ``tracing_patches``, in which it was captured.
+
+        Args:
+            batch: One microbatch of the captured shapes.
+            integers: Places where a whole number that differs is no reason for another capture.
+
+        Raises:
+            Differs: It does something else than when it was captured.
+        """
+        return Replay(self.glue, integers).run(self.model, batch)
+
+    def with_hosts(self, places: Iterable[tuple[int, Path]]) -> CapturedModel:
+        """Return the capture with numbers at these places of its glue as inputs."""
+        for number, path in places:
+            lift(self._trace, number, path)
+        return replace(
+            _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
+            notes=self.notes,
+        )
+
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
         """Return the program that computes what ``programs`` need from the model inputs alone."""
         wanted = [n for p in programs for n in (*p.inputs, *p.prelude_order)]
@@ -86,6 +127,7 @@ class CapturedModel:
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
         values: dict[str, Any] = {name: batch[name] for name in self.inputs}
+        values.update(self.glue.hosts)
         for program in (self.prelude(self.programs, results), *self.programs):
             program.run(values)
         return values
@@ -98,12 +140,14 @@ class CapturedModel:
         return block_graph(self)
 
 
+@_while_capturing()
 def capture(
     model: nn.Module,
     example_batch: Mapping[str, Any],
     *,
     granularity: Granularity = "layer",
     self_check: bool = True,
+    training: bool | None = None,
 ) -> CapturedModel:
     """Capture ``model`` as blocks with the glue between them.
 
@@ -116,46 +160,61 @@ def capture(
         granularity: ``layer``, ``sublayer`` or ``op``.
         self_check: Compare losses, outputs and gradients with the model on other data before
             trusting the capture (not possible on ``meta``).
+        training: With gradients, and of the results only the loss; ``None``: if the model is in
+            training mode. Every module is captured in the mode that it is in.
 
     Raises:
         CaptureError: The model does something between its blocks that cannot be replayed, or the
             capture does not compute what the model computes.
     """
     _refuse_checkpointing(model)
+    training = model.training if training is None else training
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     leaves = choose_leaves(model, granularity)
     with (
         torch.inference_mode(mode=False),
         tracing_patches(model),
         preserved_state(model),
-        torch.set_grad_enabled(model.training),
+        torch.set_grad_enabled(training),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
-    if model.training and LOSS not in recorded.results:
+    if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
             "labels to the batch so that the loss is part of the graph, or call model.eval()"
         )
-    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not model.training)
-    captured = CapturedModel(
+    captured = _built(model, recorded, batch, granularity, training=training)
+    if not self_check or on_meta:
+        return captured
+    from ipu_pipeline.capture.check import check_capture
+
+    with not_compiled(model):
+        notes = check_capture(captured, batch)
+    return replace(captured, notes=notes)
+
+
+def _built(
+    model: nn.Module,
+    recorded: Trace,
+    batch: Mapping[str, Any],
+    granularity: Granularity,
+    *,
+    training: bool,
+) -> CapturedModel:
+    leaves = recorded.glue.leaves
+    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not training)
+    return CapturedModel(
         model=model,
         programs=block_programs(coarse, recorded.attributes),
         results={name: node.name for name, node in coarse.results.items()},
-        training=model.training,
+        training=training,
         granularity=granularity,
         notes=(),
         _batch=batch,
         _trace=recorded,
         _coarse=coarse,
     )
-    if not self_check or on_meta:
-        return captured
-    from ipu_pipeline.capture.check import check_capture
-
-    with not_compiled():
-        notes = check_capture(captured, batch)
-    return replace(captured, notes=notes)
 
 
 def keep_for_reuse(captured: CapturedModel) -> None:
@@ -165,44 +224,26 @@ def keep_for_reuse(captured: CapturedModel) -> None:
     """
     model = captured.model
     if not any(parameter.is_meta for parameter in model.parameters()):
-        key = _state_of(model, captured._batch, captured.granularity)
-        # Their ids are in the key, and must stay theirs.
-        parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers()]
-        _KEPT[model] = key, replace(captured, model=nn.Identity()), parts
+        _KEPT[model] = replace(captured, model=nn.Identity())
 
 
-def take_kept(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> CapturedModel | None:
-    """Return the kept capture of ``model``, once, if capturing it now would give the same."""
-    key, captured, _ = _KEPT.pop(model, (None, None, None))
-    if captured is None or key != _state_of(model, batch, granularity):
+def take_kept(
+    model: nn.Module, batch: Mapping[str, Any], granularity: str, *, training: bool
+) -> CapturedModel | None:
+    """Return the kept capture of ``model``, once, if it is one of such a batch."""
+    captured = _KEPT.pop(model, None)
+    if (
+        captured is None
+        or (captured.granularity, captured.training) != (granularity, training)
+        or described(captured._batch) != described(batch)
+    ):
         return None
     return replace(captured, model=model)
 
 
-def _state_of(model: nn.Module, batch: Mapping[str, Any], granularity: str) -> object:
-    """Return what a capture depends on besides tensors' values.
-
-    Shapes of the batch, the thread's modes, the objects that the model consists of with their
-    hooks and plain attributes, and every config.
-    """
-    inputs = tuple((name, described(value)) for name, value in batch.items())
-    modules = [(id(m), type(m), m.training, *_plain_and_hooks(m)) for m in model.modules()]
-    state = [
-        (name, id(tensor), tensor.dtype, tensor.device, tensor.requires_grad)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    ]
-    configs = [config.to_json_string(use_diff=False) for config in configs_of(model)]
-    return granularity, Region.current(), inputs, modules, state, configs
-
-
-def _plain_and_hooks(module: nn.Module) -> tuple[str, list[tuple[str, int]]]:
-    plain = [
-        (name, value) for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str | tuple | type(None))
-    ]  # fmt: skip
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [(kind, id(hook)) for kind in kinds for hook in vars(module).get(kind, {}).values()]
-    return repr(plain), hooks
+def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
+    return tuple((name, inputs.described(value)) for name, value in batch.items())
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
@@ -252,7 +293,7 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
     """Return copies: one tensor under two names (labels that are the input ids) must become two."""
-    own = ready_batch(batch)
+    own = inputs.ready_batch(batch)
     for name, value in own.items():
         if isinstance(value, Tensor):
             copy = value.detach().to("meta") if meta else value.detach().clone()

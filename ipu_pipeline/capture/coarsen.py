@@ -128,9 +128,8 @@ def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
     target = trace.attributes.get(str(node.target)) if node.op == "call_module" else None
     if not isinstance(target, nn.Module):
         return False
-    updates_buffers = any(module.training for module in target.modules()) and any(
-        True for _ in target.buffers()
-    )
+    training = any(mode for _, mode in node.meta.get("modes", ()))
+    updates_buffers = training and any(True for _ in target.buffers())
     return has_parameters(target) or updates_buffers
 
 

@@ -64,7 +64,7 @@ def described(value: Any) -> Hashable:
         TypeError: It cannot be hashed.
     """
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
+        return tuple(value.shape), value.dtype, value.requires_grad, value.device
     if isinstance(value, list | tuple):
         return type(value), tuple(described(item) for item in value)
     if isinstance(value, Mapping):

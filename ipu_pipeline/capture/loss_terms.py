@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
 from ipu_pipeline.capture.coarsen import LOSS, coarsen
-from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.programs import Program, block_programs
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -138,7 +137,8 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
     wanted = [name for term in terms for name in (term.value, term.weight) if name]
     program = captured.prelude((), wanted) if wanted else None
-    return LossTerms(terms, program, walk.constants)
+    scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
+    return LossTerms(terms, program, walk.constants, factored=scaled)
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -156,15 +156,17 @@ def scaled_term(term: Tensor, factor: Tensor) -> Tensor:
     return torch.where(factor > 0, scaled, torch.zeros_like(scaled))
 
 
-def factored(captured: CapturedModel, terms: LossTerms) -> tuple[CapturedModel, LossTerms]:
+def factored(captured: CapturedModel) -> CapturedModel:
     """Multiply each mean over labels by an input, where one loss has means over different labels.
 
     Tokens that are masked and pairs of sentences, say: no weight of a microbatch's whole loss gives
     the loss of the batch then. The trace is changed; other losses stay as they are.
     """
+    terms = loss_terms(captured)
     divisors = {(term.value, term.weight, term.ignored) for term in terms.counted}
-    if len(divisors) < 2 or any(term.kind == "quotient" for term in terms.counted):
-        return captured, terms
+    quotients = any(term.kind == "quotient" for term in terms.counted)
+    if terms.factored or quotients or len(divisors) < 2:
+        return captured
     nodes = {node.name: node for node in captured._trace.graph.nodes}
     graph, names = captured._trace.graph, []
     for index, term in enumerate(terms.counted):
@@ -179,16 +181,14 @@ def factored(captured: CapturedModel, terms: LossTerms) -> tuple[CapturedModel, 
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
     wanted = captured.results.keys()
-    leaves = choose_leaves(captured.model, captured.granularity)
-    coarse = coarsen(trace, leaves, lambda name: name in wanted)
-    changed = replace(
+    coarse = coarsen(trace, trace.glue.leaves, lambda name: name in wanted)
+    return replace(
         captured,
         programs=block_programs(coarse, trace.attributes),
         results={name: node.name for name, node in coarse.results.items()},
         _trace=trace,
         _coarse=coarse,
     )
-    return changed, replace(terms, factored=True)
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,8 @@ class _Walk:
             yield self._of_loss_function(node, function, divided=divided)
         elif name == "sum" and not node.meta["spec"].shape:
             yield Term("number" if divided else "sum")
+        elif function is scaled_term:
+            yield from self.terms(node.args[0], divided=divided)
         elif name in _LINEAR:
             yield from self._of_linear(node, name, divided=divided)
         else:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
+
+from ipu_pipeline.capture.python_state import PythonState
 
 # Methods of transformers' models that compute tensors from inputs alone, reading values in Python:
 # positions of text and images, from where the padding and the images are.
@@ -41,15 +41,13 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
     being traced, so that it does not choose its masks by looking at the example's values.
     """
-    with _ONE_AT_A_TIME, not_compiled(), contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, not_compiled(model), contextlib.ExitStack() as stack:
         for config in configs_of(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__name__", "")
-            if name.startswith("transformers") and "is_tracing" in vars(module):
-                stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
+        for module in _modules_that_ask(len(sys.modules)):
+            stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
 
 
@@ -60,10 +58,26 @@ def original_model(model: nn.Module) -> nn.Module:
     return found
 
 
-def not_compiled() -> contextlib.AbstractContextManager[Any]:
-    """Return a region in which compiled models and parts of models run as they were written."""
+def not_compiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return a region in which compiled parts of ``model`` run as they were written."""
+    if not any(
+        "_orig_mod" in vars(m)["_modules"] or vars(m).get("_compiled_call_impl") is not None
+        for m in model.modules()
+    ):
+        return contextlib.nullcontext()
     region: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return region
+
+
+@functools.lru_cache(maxsize=1)
+def _modules_that_ask(_: int) -> list[Any]:
+    """Return transformers' modules that ask whether they are traced; a scan of thousands."""
+    return [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__name__", "").startswith("transformers")
+        and "is_tracing" in vars(module)
+    ]
 
 
 @contextlib.contextmanager
@@ -130,7 +144,7 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients and the global random states."""
+    """Put back buffers (running statistics), gradients, random states and what Python keeps."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -140,19 +154,25 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    state, python = torch.get_rng_state(), PythonState(model.modules())
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        torch.set_rng_state(state)
+        python.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(value)
+
+
+def collected_outputs() -> dict[str, list[Any]]:
+    """Return what transformers' hooks collect in the running forward pass; nothing: empty."""
+    collecting = sys.modules.get("transformers.utils.output_capturing")
+    found = None if collecting is None else collecting._active_collector.get()
+    return {} if found is None else {k: v for k, v in found.items() if isinstance(v, list)}
 
 
 @contextlib.contextmanager

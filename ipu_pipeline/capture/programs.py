@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -27,6 +28,7 @@ class Program:
         outputs: Names of the values it returns, as a tuple in this order.
         module: Runs it; its submodules and parameters are the model's own objects.
         prelude_order: Prelude values whose in-place writes must have happened before.
+        modes: The training flag that every module in it had when it was called.
     """
 
     name: str
@@ -34,10 +36,16 @@ class Program:
     outputs: tuple[str, ...]
     module: fx.GraphModule
     prelude_order: tuple[str, ...] = ()
+    modes: tuple[tuple[nn.Module, bool], ...] = ()
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Return the outputs; every module is put into its mode before."""
+        set_modes(self.modes)
+        return self.module(*inputs)
 
     def run(self, values: dict[str, Any]) -> None:
         """Take the inputs from ``values`` and put the outputs there."""
-        outputs = self.module(*(values[name] for name in self.inputs))
+        outputs = self(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, outputs, strict=True))
 
 
@@ -89,7 +97,7 @@ def _block_program(
         order.update({n.name: None for n in node.meta.get("after", ()) if n in prelude})
     outputs = [node for node in block.nodes if node in needed]
     program = _build(block.name, block.nodes, list(inputs), outputs, attributes)
-    return Program(block.name, program.inputs, program.outputs, program.module, tuple(order))
+    return replace(program, prelude_order=tuple(order))
 
 
 def _build(
@@ -122,7 +130,11 @@ def _build(
     class_name = "".join(part if part.isidentifier() else "_" for part in name.title()) or "Block"
     module = fx.GraphModule(held, graph, class_name)
     return Program(
-        name, tuple(node.name for node in inputs), tuple(node.name for node in outputs), module
+        name,
+        tuple(node.name for node in inputs),
+        tuple(node.name for node in outputs),
+        module,
+        modes=tuple({part: mode for n in body for part, mode in n.meta.get("modes", ())}.items()),
     )
 
 

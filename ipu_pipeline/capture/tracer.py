@@ -13,9 +13,10 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from ipu_pipeline.capture.calls import (
     VALUE_READS,
     FreeTensors,
     LiftedCall,
+    ModeCall,
     Region,
     RegionCall,
     ValueGuard,
@@ -43,9 +45,10 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
+from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import patched_calls, patched_methods
+from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,
@@ -90,6 +93,7 @@ class Tracer(TorchFunctionMode):
         self.state = frozenset(storage_key(tensor) for _, tensor in state)
         owned_values = [value for module in model.modules() for value in own_values(module)]
         self.kept = frozenset(map(id, [*kept, *owned_values]))
+        self.recorder = GlueRecorder(self.ambient, leaves, (*self.fqns, *self.owned))
 
     # ---- entry points -------------------------------------------------------------------
 
@@ -102,9 +106,13 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
-        versions = self.storages.versions((args, kwargs))
-        result = self._untraced(func, *args, **kwargs)
-        self._record(func, args, kwargs, result, versions)
+        with self._untraced():
+            versions = self.storages.versions((args, kwargs))
+            call = self._described(func, (args, kwargs))
+            result = func(*args, **kwargs)
+            call.node = self._record(func, args, kwargs, result, versions)
+            call.reads_values = func in VALUE_READS
+            self.recorder.add(call, result)
         return result
 
     def module_call(
@@ -121,21 +129,44 @@ class Tracer(TorchFunctionMode):
             finally:
                 self.scope.pop()
         self.attributes[fqn] = module
+        with self._untraced():
+            return self._leaf_call(original, module, args, kwargs)
+
+    def _leaf_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        collected = {key: len(tensors) for key, tensors in collected_outputs().items()}
         objects = objects_among(args, kwargs, self.kept)
         if objects:
-            return self._object_call(original, module, args, kwargs, objects)
-        versions = self._versions(module, args, kwargs)
-        result = self._untraced(original, module, *args, **kwargs)
-        self._plain_call(module, args, kwargs, result, versions)
+            result, call = self._object_call(original, module, args, kwargs, objects)
+        else:
+            versions = self._versions(module, args, kwargs)
+            call = self._described(module, (args, kwargs))
+            result = original(module, *args, **kwargs)
+            call.node = self._plain_call(module, args, kwargs, result, versions)
+        call.collected = {
+            key: [self.recorder.stand_in(tensor) for tensor in tensors[collected.get(key, 0) :]]
+            for key, tensors in collected_outputs().items()
+            if len(tensors) > collected.get(key, 0)
+        }
+        self.recorder.add(call, result)
         return result
+
+    def _described(self, target: Any, arguments: Any) -> Call:
+        """Return the record of a call before it is made."""
+        call = Call(target, self.recorder.describe(arguments), Region.current())
+        call.where = self.where()
+        if isinstance(target, nn.Module):
+            call.parts = tuple(target.modules())
+            call.modes = tuple(part.training for part in call.parts)
+        return call
 
     def _plain_call(
         self, module: nn.Module, args: Any, kwargs: Any, result: Any, versions: Versions
-    ) -> None:
+    ) -> fx.Node:
         """Record a call of a leaf that was given tensors and plain values only."""
         node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
         self._open_block(node, module)
         self._finish(node, args, kwargs, result, versions)
+        return node
 
     def _versions(self, module: nn.Module, *given: Any) -> Versions:
         """Return the versions of all that a call of a leaf may write to, its statistics as well."""
@@ -150,16 +181,21 @@ class Tracer(TorchFunctionMode):
 
     def _object_call(
         self, original: Any, module: nn.Module, args: Any, kwargs: Any, objects: Any
-    ) -> Any:
+    ) -> tuple[Any, Call]:
         """Run a leaf that is given objects: the node takes and returns the tensors in them."""
         before, used_tensors = self._snapshot(objects), FreeTensors()
         versions = self._versions(module, args, kwargs, before.tensors)
+        call = self._described(module, apart((args, kwargs), objects)[0])
+        contents = self.recorder.describe.objects(objects)
         with used_tensors:
-            result = self._untraced(original, module, *args, **kwargs)
+            result = original(module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
-            self._plain_call(module, args, kwargs, result, versions)
-            return result
+            call.arguments = self.recorder.describe((args, kwargs))
+            call.node = self._plain_call(module, args, kwargs, result, versions)
+            return result, call
+        call.arguments = call.arguments, contents
+        call.after = self.recorder.contents(objects)
         seen = {id(tensor) for tensor in (*used_tensors.free, *tensors_in(result))}
         used = [n for n, tensor in enumerate(before.tensors) if id(tensor) in seen]
         written = {id(tensor) for tensor in self.storages.written(versions)}
@@ -168,17 +204,17 @@ class Tracer(TorchFunctionMode):
             for n, tensor in enumerate(after.tensors)
             if self.values.known(tensor) is None or id(tensor) in written
         ]
-        call = RegionCall(
+        holder = RegionCall(
             ObjectCall(module, before, used, after, fresh), Region.current(), self.ambient
         )
         given = tuple(before.tensors[n] for n in used)
-        rest = tuple(None if n in objects else value for n, value in enumerate(args))
-        named = {name: None if name in objects else value for name, value in kwargs.items()}
-        node = self._held_call(call, (given, rest, named), {}, type(module).__name__)
+        rest, named = apart((args, kwargs), objects)[0]
+        node = self._held_call(holder, (given, rest, named), {}, type(module).__name__)
         self._open_block(node, module)
         results = (result, tuple(after.tensors[n] for n in fresh))
         self._finish(node, (given, rest, named), {}, results, versions)
-        return result
+        call.node = node
+        return result, call
 
     def _snapshot(self, objects: Mapping[Any, Any]) -> Snapshot:
         try:
@@ -193,48 +229,64 @@ class Tracer(TorchFunctionMode):
         """Run one call of ``vmap(f)``; in the glue it is one node with all that ``f`` reads."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
+        with self._untraced():
+            return self._vmapped(original, args, kwargs)
+
+    def _vmapped(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         used_tensors = FreeTensors()
         modes = modes_above(self)
         versions = self.storages.versions((args, kwargs))
+        call = self._described("vmap", (original, args, kwargs))
         with used_tensors:
-            result = self._untraced(original, *args, **kwargs)
+            result = original(*args, **kwargs)
         inner = LiftedCall(original, used_tensors.free, modes)
-        call = RegionCall(inner, Region.current(), self.ambient)
+        holder = RegionCall(inner, Region.current(), self.ambient)
         arguments = (inner.free, args, kwargs)
-        node = self._held_call(call, arguments, {}, "vmap")
+        node = self._held_call(holder, arguments, {}, "vmap")
         node.meta["random"] = self.leaf_draws
         self._finish(node, arguments, {}, result, versions)
+        self.recorder.add(call, result)
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one ``autograd.Function.apply`` or whole method; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
+        with self._untraced():
+            return self._applied(original, args, kwargs)
+
+    def _applied(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         versions = self.storages.versions((args, kwargs))
-        result = self._untraced(original, *args, **kwargs)
-        call = RegionCall(original, Region.current(), self.ambient)
+        call = self._described(original, (args, kwargs))
+        result = original(*args, **kwargs)
+        holder = RegionCall(original, Region.current(), self.ambient)
         owner = original.__self__  # a class, or the module of a method
         name = getattr(owner, "__name__", type(owner).__name__)
-        node = self._held_call(call, args, kwargs, name)
+        node = self._held_call(holder, args, kwargs, name)
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
+        call.node = node
+        self.recorder.add(call, result)
         return result
 
-    def _untraced(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call something that becomes one node: nothing that happens inside is glue."""
+    @contextlib.contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Say of a call that becomes one node, and of what is noted of it, that it is no glue."""
         self.leaf_draws = False
         self.in_leaf += 1
         try:
-            return function(*args, **kwargs)
+            yield
         finally:
             self.in_leaf -= 1
 
     # ---- recording ----------------------------------------------------------------------
 
-    def _record(self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any
+    ) -> fx.Node | None:
         if func in VALUE_READS:
             self._guard(func, args, kwargs, result)
-            return
+            return None
         written = self.storages.written(versions)
         if is_assignment(func) and attribute_name(func) != "requires_grad":
             raise CaptureError(
@@ -244,7 +296,7 @@ class Tracer(TorchFunctionMode):
         result = returned_after_write(func, args, result)
         if not written and not any(True for _ in tensors_in(result)):
             self._guard_shape(func, args, result)
-            return  # shapes, dtypes, flags: constant for a given batch shape
+            return None  # shapes, dtypes, flags: constant for a given batch shape
         if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
             self._guard_shape(SHAPE, args, args[0].shape)
         kind, target, arguments = callable_form(func, args)
@@ -255,6 +307,7 @@ class Tracer(TorchFunctionMode):
             node.meta["starts"] = self._count(f"{self.scope[-1]}.{func.__name__}".lstrip("."))
         node.meta["random"] = is_random(func, args, kwargs)
         self._finish(node, args, kwargs, result, versions)
+        return node
 
     def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         region = Region.current()
@@ -375,11 +428,13 @@ class Trace:
         graph: The nodes in execution order; its output is a dict of the model's results.
         attributes: What ``call_module`` and ``get_attr`` targets stand for.
         inputs: Names of the batch's tensors, one placeholder each.
+        glue: The calls of the glue, for its replay.
     """
 
     graph: fx.Graph
     attributes: Mapping[str, Any]
     inputs: tuple[str, ...]
+    glue: Glue
 
     @property
     def results(self) -> Mapping[str, fx.Node]:
@@ -399,6 +454,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     inputs = [name for name, value in batch.items() if isinstance(value, Tensor)]
     for name in inputs:
         tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
+        tracer.recorder.input(name, batch[name])
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
         with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
@@ -407,6 +463,44 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
+        glue = tracer.recorder.finish(output)
     finally:
         tracer.values.release()
-    return Trace(tracer.graph, tracer.attributes, tuple(inputs))
+    settle_modes(glue, tracer.attributes)
+    return Trace(tracer.graph, tracer.attributes, tuple(inputs), glue)
+
+
+def lift(trace: Trace, number: int, path: Path) -> None:
+    """Make the plain argument at ``path`` of a recorded call an input of the graph."""
+    call, glue = trace.glue.calls[number], trace.glue
+    if path in call.lifted:
+        return
+    assert call.node is not None
+    with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
+        host = trace.graph.placeholder(f"host_{len(glue.hosts)}")
+    call.lifted[path] = host.name
+    glue.hosts[host.name] = value_at(call.arguments, path)
+    kind, inside = path[0], path[1:]
+    if kind == 0:
+        call.node.args = placed(call.node.args, inside, host)
+    else:
+        call.node.kwargs = placed(call.node.kwargs, inside, host)
+
+
+def settle_modes(glue: Glue, attributes: dict[str, Any]) -> None:
+    """Note the modes of every leaf's call; where one leaf has several, let the call set them."""
+    calls = [call for call in glue.calls if call.parts and call.node is not None]
+    seen: dict[nn.Module, bool] = {}
+    switched = set()
+    for call in calls:
+        for part, mode in zip(call.parts, call.modes, strict=True):
+            if seen.setdefault(part, mode) is not mode:
+                switched.add(part)
+    for call in calls:
+        assert call.node is not None
+        call.node.meta["modes"] = tuple(zip(call.parts, call.modes, strict=True))
+        if not switched.isdisjoint(call.parts):
+            target = f"_held.modes_{len(attributes)}"
+            function = attributes[str(call.node.target)]
+            attributes[target] = ModeCall(function, call.parts, call.modes)
+            call.node.target = target

@@ -18,6 +18,7 @@ optimizer's parameters loads it.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,15 @@ from typing import Any
 import torch
 
 from ipu_pipeline.checkpoint.directory import remove_directory, restore_previous
-from ipu_pipeline.checkpoint.manifest import MANIFEST, check_files, read_manifest, set_rng_state
-from ipu_pipeline.checkpoint.optimizer_state import read_optimizer
+from ipu_pipeline.checkpoint.manifest import (
+    MANIFEST,
+    UNREADABLE,
+    check_files,
+    damaged,
+    parsed_rng_state,
+    read_manifest,
+)
+from ipu_pipeline.checkpoint.optimizer_state import load_optimizer, read_optimizer
 from ipu_pipeline.checkpoint.weights import (
     check_fingerprint,
     read_weights,
@@ -84,19 +92,25 @@ def read_checkpoint(
     path = Path(path)
     if repair:
         restore_previous(path)
-    manifest = read_manifest(path)
-    check_fingerprint(manifest["model"], model, path)
-    check_files(path, manifest)
-    tensors = read_weights(model, path, manifest["files"])
-    state = None
-    if optimizer is not None:
-        state = read_optimizer(optimizer, model, path, manifest["files"])
-    warn_of_other_settings(model, path)
-    model.load_state_dict({**tensors, **manifest.get("extra_state", {})}, strict=False)
+    try:
+        manifest = read_manifest(path)
+        check_fingerprint(manifest["model"], model, path)
+        check_files(path, manifest)
+        tensors = read_weights(model, path, manifest["files"])
+        state = None
+        if optimizer is not None:
+            state = read_optimizer(optimizer, model, path, manifest["files"])
+        own = dict(manifest.get("extra_state", {}))
+        set_rng_state = parsed_rng_state(manifest["rng"])
+        found = CheckpointInfo(operator.index(manifest["global_step"]), dict(manifest["extra"]))
+        warn_of_other_settings(model, path)
+    except UNREADABLE as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
     if optimizer is not None and state is not None:
-        optimizer.load_state_dict(state)
-    set_rng_state(manifest["rng"])
-    return CheckpointInfo(manifest["global_step"], manifest["extra"])
+        load_optimizer(optimizer, state, path)
+    model.load_state_dict({**tensors, **own}, strict=False)
+    set_rng_state()
+    return found
 
 
 def is_complete(path: str | Path) -> bool:
@@ -104,6 +118,6 @@ def is_complete(path: str | Path) -> bool:
     path = Path(path)
     try:
         check_files(path, read_manifest(path), checksums=False)
-    except CheckpointError:
+    except (CheckpointError, *UNREADABLE):
         return False
     return True

@@ -7,12 +7,13 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import library_versions
@@ -21,6 +22,11 @@ MANIFEST = "checkpoint.json"
 # 2: tensors may be spread over several files.
 SCHEMA_VERSION = 2
 _SUFFIX = ".safetensors"
+# What comes of reading a file that is not what its name says.
+UNREADABLE = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError,
+    SafetensorError,
+)  # fmt: skip
 
 
 def write_manifest(
@@ -80,8 +86,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         body = json.loads(path.read_text(encoding="utf-8"))
         digest = body.pop("sha256")
         schema = int(body["schema_version"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"{MANIFEST} cannot be read ({error})") from error
+    except UNREADABLE as error:
+        raise damaged(folder, f"{MANIFEST} cannot be read ({error})") from error
     if schema > SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint schema {schema} (written by ipu-pipeline "
@@ -89,7 +95,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "update ipu-pipeline"
         )
     if _digest(body) != digest:
-        raise _damaged(folder, f"{MANIFEST} does not match its own checksum")
+        raise damaged(folder, f"{MANIFEST} does not match its own checksum")
     return body
 
 
@@ -100,17 +106,20 @@ def check_files(folder: Path, manifest: Mapping[str, Any], *, checksums: bool = 
         CheckpointError: Names the first file that is missing, truncated or altered.
     """
     for name, saved in manifest["files"].items():
+        if Path(name).name != name:
+            raise damaged(folder, f"it lists {name!r}, which is no file in it")
         path = folder / name
         if not path.is_file():
-            raise _damaged(folder, f"{name} is missing")
+            raise damaged(folder, f"{name} is missing")
         size = path.stat().st_size
         if size != saved["size"]:
-            raise _damaged(folder, f"{name} has {size} bytes instead of {saved['size']}")
+            raise damaged(folder, f"{name} has {size} bytes instead of {saved['size']}")
         if checksums and _sha256(path) != saved["sha256"]:
-            raise _damaged(folder, f"{name} does not match its checksum")
+            raise damaged(folder, f"{name} does not match its checksum")
 
 
-def _damaged(folder: Path, what: str) -> CheckpointError:
+def damaged(folder: Path, what: str) -> CheckpointError:
+    """Return the error for a checkpoint that is not as it was written."""
     return CheckpointError(
         f"{folder} is damaged: {what}; load an earlier checkpoint or copy this one again"
     )
@@ -164,11 +173,25 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Set the three states to what :func:`rng_state` returned."""
-    data = np.frombuffer(base64.b64decode(state["torch"]), dtype=np.uint8)
-    torch.set_rng_state(torch.from_numpy(data.copy()))
+def parsed_rng_state(state: Mapping[str, Any]) -> Callable[[], None]:
+    """Return what sets the three states to those of :func:`rng_state`; they are checked now.
+
+    Raises:
+        ValueError, TypeError, KeyError: They are no such states.
+    """
+    data = np.frombuffer(base64.b64decode(state["torch"], validate=True), dtype=np.uint8)
+    of_torch = torch.from_numpy(data.copy())
+    torch.Generator().set_state(of_torch)
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    of_numpy = (name, np.array(keys, np.uint32), position, has_gauss, cached)
+    np.random.RandomState().set_state(of_numpy)
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    of_python = (version, tuple(internal), gauss)
+    random.Random().setstate(of_python)
+
+    def apply() -> None:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(of_python)
+
+    return apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipu_pipeline.checkpoint.manifest import as_json_data, files_of
+from ipu_pipeline.checkpoint.manifest import UNREADABLE, as_json_data, damaged, files_of
 from ipu_pipeline.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
@@ -132,6 +133,74 @@ def read_optimizer(
     }
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], folder: Path) -> None:
+    """Load what :func:`read_optimizer` returned; after an error the optimizer is as it was.
+
+    Raises:
+        CheckpointError: It is not the state that such an optimizer keeps.
+    """
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        expected = {}
+        for ndim in {parameter.ndim for parameter in own["params"]}:
+            expected[ndim] = _state_after_a_step(optimizer, own, ndim)
+            if expected[ndim] and not _state_after_a_step(optimizer, saved, ndim):
+                raise damaged(folder, f"{type(optimizer).__name__} does not run with its settings")
+        for number, parameter in zip(saved["params"], own["params"], strict=True):
+            kept = state["state"].get(number)
+            wrong = kept and _difference(kept, expected[parameter.ndim], parameter.shape)
+            if wrong:
+                raise damaged(folder, f"the optimizer state of parameter {number} {wrong}")
+    before = optimizer.state_dict()
+    try:
+        optimizer.load_state_dict(state)
+    except UNREADABLE as error:
+        optimizer.load_state_dict(before)
+        raise damaged(folder, f"its optimizer state cannot be used ({error})") from error
+
+
+def _state_after_a_step(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], ndim: int
+) -> dict[str, Any]:
+    """Return what is kept of a parameter after a step with the settings of ``group``.
+
+    Tensors of the parameter's shape are given as ``None``. Nothing if such an optimizer cannot be
+    made from settings alone.
+    """
+    one = torch.nn.Parameter(torch.ones(tuple(range(2, 2 + ndim))))
+    one.grad = torch.ones_like(one)
+    known = inspect.signature(type(optimizer)).parameters
+    alike = {**optimizer.defaults, **group, "params": [one], "fused": None, "foreach": None}
+    settings = {k: v for k, v in alike.items() if k in known and k != "params"}
+    try:  # the constructor looks at the settings that it is given besides the groups
+        twin = type(optimizer)([alike], **settings)
+        twin.step()
+    except Exception:  # a setting is wrong, it needs more than settings, or a closure
+        return {}
+    same = (
+        isinstance(value, Tensor) and value.shape == one.shape for value in twin.state[one].values()
+    )
+    return {
+        name: None if is_same else value
+        for (name, value), is_same in zip(twin.state[one].items(), same, strict=True)
+    }
+
+
+def _difference(kept: Mapping[str, Any], expected: Mapping[str, Any], shape: torch.Size) -> str:
+    """Return how a parameter's state is not what its optimizer keeps; nothing if it is."""
+    if not expected:
+        return ""
+    if kept.keys() != expected.keys():
+        return f"holds {', '.join(sorted(kept))} instead of {', '.join(sorted(expected))}"
+    for name, value in expected.items():
+        found = kept[name]
+        if isinstance(found, Tensor) != (value is None or isinstance(value, Tensor)):
+            return f"holds a {type(found).__name__} as {name}"
+        wanted = shape if value is None else getattr(value, "shape", ())
+        if isinstance(found, Tensor) and (value is None or not wanted) and found.shape != wanted:
+            return f"has {name} of shape {tuple(found.shape)} instead of {tuple(wanted)}"
+    return ""
+
+
 def _names(groups: Sequence[Mapping[str, Any]], model: torch.nn.Module) -> list[list[str]]:
     """Return the parameter names of every group."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -163,7 +232,16 @@ def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) ->
 
 
 def _like(own: Any, saved: Any) -> Any:
-    """Return a saved setting in the type that the optimizer holds it in."""
+    """Return a saved setting in the type that the optimizer holds it in.
+
+    Raises:
+        TypeError: It is a number here or there only, or there are more or fewer of them.
+    """
     if isinstance(own, Tensor):
         return torch.full_like(own, saved)
-    return tuple(saved) if isinstance(saved, list) else saved
+    if isinstance(own, tuple) and isinstance(saved, list) and len(own) == len(saved):
+        return tuple(_like(*pair) for pair in zip(own, saved, strict=True))
+    numbers = isinstance(own, int | float), isinstance(saved, int | float)
+    if own is not None and saved is not None and (numbers[0] != numbers[1]):
+        raise TypeError(f"a setting of the optimizer is {own!r} here and {saved!r} there")
+    return saved

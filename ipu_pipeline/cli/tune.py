@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,13 +62,13 @@ def tune_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
-    from ipu_pipeline.backends.ipu.tune import TuneRequest, tune
+    from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
-    from ipu_pipeline.capture import model_identity
     from ipu_pipeline.ir.machines import machine_by_name
 
-    request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas,
-                          device_iterations, optimizer, least_free=free)  # fmt: skip
+    run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
+    request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
+                          least_free=free)  # fmt: skip
     described = machine_by_name(machine)
     rival = None if compare is None else _published(compare, described)
     capture = _capturer(model, task, seq_length)
@@ -80,14 +81,26 @@ def tune_command(
         typer.echo(result_text(result))
         if compare is not None and other is not None:
             typer.echo(f"\n{comparison_text(result, compare, other)}")
+    for said in _written(result, capture, output, ipu_config):
+        typer.echo(said, err=as_json)
+
+
+def _written(
+    result: TuneResult,
+    capture: Callable[[int], CapturedModel],
+    output: Path | None,
+    ipu_config: Path | None,
+) -> Iterator[str]:
+    """Write the best point to the files that were asked for, and say so."""
+    from ipu_pipeline.capture import model_identity
+
+    size = result.best.prediction.micro_batch
     if output is not None:
-        captured = capture(result.best.prediction.micro_batch)
-        result.plan(model_identity(captured.model)).save(output)
-        typer.echo(f"plan written to {output}", err=as_json)
+        result.plan(model_identity(capture(size).model)).save(output)
+        yield f"plan written to {output}"
     if ipu_config is not None:
         path = result.ipu_config().save(ipu_config)
-        size = result.best.prediction.micro_batch
-        typer.echo(f"IPU configuration written to {path} (micro batch {size})", err=as_json)
+        yield f"IPU configuration written to {path} (micro batch {size})"
 
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:

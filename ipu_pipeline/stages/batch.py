@@ -24,7 +24,7 @@ from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.training import in_mode
+from ipu_pipeline.stages.training import in_evaluation
 
 LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
 logger = logging.getLogger(__name__)
@@ -113,8 +113,12 @@ def split_batch(
     return parts
 
 
-def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> list[Microbatch]:
+def cut_batches(
+    parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
+) -> list[Microbatch]:
     """Return microbatches that somebody else has cut; ``weights`` are those of their losses.
+
+    ``first`` is the position of the first one in its batch.
 
     Raises:
         LoweringError: There is none, or not one weight for each.
@@ -125,7 +129,8 @@ def cut_batches(parts: Sequence[Mapping[str, Any]], weights: Sequence[float]) ->
             "one microbatch, and one weight for each"
         )
     cut = []
-    for index, (part, weight) in enumerate(zip(map(ready_batch, parts), weights, strict=True)):
+    ready = map(ready_batch, parts)
+    for index, (part, weight) in enumerate(zip(ready, weights, strict=True), start=first):
         sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
         cut.append(Microbatch(index, part, next(sizes, 1), weight))
     return cut
@@ -293,7 +298,7 @@ class BatchCutter:
     def _axes(self, batch: Mapping[str, Any]) -> BatchAxes:
         key = sized_like_samples(batch)
         if key not in self._found:
-            with in_mode(self._model, training=False):
+            with in_evaluation(self._model):
                 self._found[key] = find_axes(self._model, batch, self._given)
         found = self._found[key]
         self._adds_up, self._mixed = found.adds_up, found.mixed

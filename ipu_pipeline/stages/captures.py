@@ -1,30 +1,38 @@
-"""Captures made on demand: one for every batch shape, in training and in evaluation mode."""
+"""Captures made on demand: for every batch shape, and for what Python does between the blocks."""
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
-from ipu_pipeline.capture.captured import CapturedModel, capture, take_kept
-from ipu_pipeline.capture.inputs import described
-from ipu_pipeline.capture.loss_terms import factored, loss_terms
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.glue import Path
+from ipu_pipeline.capture.loss_terms import factored
+from ipu_pipeline.capture.patches import tracing_patches
+from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.replay import Differs, Followed
+from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-Signature = tuple[bool, tuple[tuple[str, Hashable], ...]]
+Signature = tuple[Any, ...]
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
+# A whole number becomes an input of the graph after so many captures for its sake.
+INTEGER_CAPTURES = 3
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +66,41 @@ class LRUCache(Generic[K, V]):
 
 
 @dataclass(eq=False)
+class _Variant:
+    """One capture of a shape, and its stages."""
+
+    captured: CapturedModel
+    uses: TableUses
+    stages: tuple[Stage, ...]
+
+
+@dataclass(eq=False)
+class _Variants:
+    """The captures of one shape, the last used first.
+
+    ``shapes`` are those of the results of a call, of every capture that an argument of it caused.
+    """
+
+    found: list[_Variant] = field(default_factory=list)
+    shapes: dict[tuple[int, Path], list[Any]] = field(default_factory=dict)
+
+    @property
+    def integers(self) -> frozenset[tuple[int, Path]]:
+        """Where whole numbers have caused captures enough, and are no sizes."""
+        return frozenset(
+            place
+            for place, shapes in self.shapes.items()
+            if len(shapes) >= INTEGER_CAPTURES and all(s == shapes[0] for s in shapes)
+        )
+
+    def note(self, variant: _Variant, place: tuple[int, Path] | None) -> None:
+        """Note a new capture that is due to the argument at ``place``."""
+        if place is not None and place[0] < len(variant.captured.glue.calls):
+            call = variant.captured.glue.calls[place[0]]
+            self.shapes.setdefault(place, []).append(call.shapes)
+
+
+@dataclass(eq=False)
 class StageCache:
     """Builds the stages of a plan for the shape of a microbatch, and remembers the last few.
 
@@ -67,7 +110,8 @@ class StageCache:
         precision: Of the steps; captures are made in the same autocast region.
         recompute: Names of the blocks to recompute in the backward pass.
         self_check: Compare every capture with the model before trusting it.
-        max_shapes: So many shapes are remembered, those of training and evaluation together.
+        max_shapes: So many shapes are remembered, those of training and evaluation together, and
+            of each as many captures.
         on_drop: Called with stages that are forgotten.
     """
 
@@ -81,57 +125,157 @@ class StageCache:
     on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
 
     def __post_init__(self) -> None:
-        self._stages = LRUCache[Signature, tuple[Stage, ...]](self.max_shapes, self._dropped)
-        self._warned = False
+        self._shapes = LRUCache[Signature, _Variants](self.max_shapes, self._dropped)
+        self._warned: set[str] = set()
+        self._modules: list[nn.Module] = []
+        self.captures = 0
 
-    def stages_for(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
-        """Return the stages for inputs of this shape, in the model's present mode.
+    def prepare(
+        self, microbatches: Iterable[Microbatch]
+    ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
+        """Run the model's glue for every microbatch, and find the stages that do the same.
+
+        With gradients switched on they are those of a training step. What the glue does in Python
+        happens once for every microbatch, as in plain torch.
+
+        Returns:
+            The stages of every microbatch, and the microbatches with the numbers that the glue
+            gave in Python.
 
         Raises:
             CaptureError: The model cannot be captured with these inputs.
             LoweringError: A block that the plan serializes has no table for so many slices.
             PlanError: In training mode, its blocks are not those of the plan.
         """
-        signature = _signature(self.model, microbatch)
-        return self._stages.get(signature, lambda: self._captured(microbatch))
+        found, prepared = [], []
+        parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
+        key = torch.is_grad_enabled(), parameters
+        self._modules = list(self.model.modules())
+        with autocast_region(self.precision), tracing_patches(self.model):
+            for part in microbatches:
+                variants = self._shapes.get((key, described(part.inputs)), _Variants)
+                variant, followed = self._followed(variants, part.inputs)
+                variants.found.remove(variant)
+                variants.found.insert(0, variant)
+                hosts = dict(followed.hosts)
+                if followed.changed:
+                    hosts.update(self._host_values(variant, followed))
+                found.append(variant.stages)
+                prepared.append(replace(part, inputs={**part.inputs, **hosts}))
+        return found, prepared
 
-    def _captured(self, microbatch: Mapping[str, Any]) -> tuple[Stage, ...]:
+    def _followed(
+        self, variants: _Variants, microbatch: Mapping[str, Any]
+    ) -> tuple[_Variant, Followed]:
+        before = self._python_state(variants)
+        reason: Differs | None = None
+        if not variants.found:
+            variants.found.extend(self._kept(microbatch))
+        for variant in variants.found:
+            try:
+                return variant, variant.captured.follow(microbatch, variants.integers)
+            except Differs as error:
+                before.restore()
+                reason = reason or error
+        variant = self._captured(microbatch)
+        variants.note(variant, None if reason is None else reason.place)
+        self._add(variants, variant, reason)
+        try:
+            return variant, variant.captured.follow(microbatch)
+        except Differs as error:
+            raise CaptureError(
+                f"{error}: the code between the blocks of {type(self.model).__name__} does "
+                "something else in every run, and not because of a number, so that no capture can "
+                "follow it; keep what changes inside a block"
+            ) from error
+
+    def _python_state(self, variants: _Variants) -> PythonState:
+        """Return what the glue may change before it turns out to be another one."""
+        glue = frozenset[int]()
+        if variants.found:
+            glue = variants.found[0].captured.glue.leaves.glue
+        own = [m for m in self._modules if id(m) in glue]
+        return PythonState(own, [m for m in self._modules if id(m) not in glue])
+
+    def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
+        self.captures += 1
+        variants.found.insert(0, variant)
+        if reason is not None:
+            logger.warning("captured again, as capture %d: %s", self.captures, reason)
+        if len(variants.found) > self.max_shapes:
+            self.on_drop(variants.found.pop().stages)
+            self._warn_once(
+                "the code between the model's blocks has done more than %d different things for "
+                "one shape of microbatch (the last: %s); the least recently used captures are "
+                "forgotten and made again, which takes longer than a step: let it depend on fewer "
+                "values, or move it into a block",
+                self.max_shapes,
+                reason,
+            )
+
+    def _host_values(self, variant: _Variant, followed: Followed) -> list[tuple[str, Any]]:
+        """Make inputs of the numbers that have changed; return them by name."""
+        logger.info("an input of the graph from now on: %s", followed.said)
+        self.on_drop(variant.stages)
+        variant.captured = variant.captured.with_hosts(followed.changed)
+        variant.stages = self._built(variant.captured, variant.uses)
+        calls = variant.captured.glue.calls
+        names = [calls[number].lifted[path] for number, path in followed.changed]
+        return list(zip(names, followed.values, strict=True))
+
+    def _kept(self, microbatch: Mapping[str, Any]) -> list[_Variant]:
+        """Return the capture that the plan was made from, if there is one of this shape."""
+        if serialized(self.plan):  # serialized tables are found while a capture runs
+            return []
+        training, granularity = torch.is_grad_enabled(), self.plan.granularity
+        known = take_kept(self.model, microbatch, granularity, training=training)
+        return [] if known is None else [self._variant(known, TableUses())]
+
+    def _captured(self, microbatch: Mapping[str, Any]) -> _Variant:
         uses = TableUses()
-        with autocast_region(self.precision), uses:
-            known = None  # serialized tables are found while a capture runs
-            if not serialized(self.plan):
-                known = take_kept(self.model, microbatch, self.plan.granularity)
-            captured = known or capture(
+        with uses:
+            captured = capture(
                 self.model,
                 microbatch,
                 granularity=self.plan.granularity,  # type: ignore[arg-type]
                 self_check=self.self_check,
+                training=torch.is_grad_enabled(),
             )
-        terms = loss_terms(captured)
+        return self._variant(captured, uses)
+
+    def _variant(self, captured: CapturedModel, uses: TableUses) -> _Variant:
         if not serialized(self.plan):  # whose loss is taken apart
-            captured, terms = factored(captured, terms)
+            captured = factored(captured)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
+        return _Variant(captured, uses, self._built(captured, uses))
+
+    def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards, terms)
+        return build_stages(captured, blocks, self.recompute, tables, row_shards)
 
-    def _dropped(self, stages: tuple[Stage, ...]) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "microbatches have come in more than %d shapes; the least recently used ones are "
-                "forgotten and captured again when they return, which takes longer than a step: "
-                "pad to fewer lengths (pad_to_multiple_of)",
-                self._stages.limit,
-            )
-        self.on_drop(stages)
+    def _warn_once(self, message: str, *values: Any) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *values)
+
+    def _dropped(self, variants: _Variants) -> None:
+        self._warn_once(
+            "microbatches have come in more than %d shapes; the least recently used ones are "
+            "forgotten and captured again when they return, which takes longer than a step: "
+            "pad to fewer lengths (pad_to_multiple_of)",
+            self._shapes.limit,
+        )
+        for variant in variants.found:
+            self.on_drop(variant.stages)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]
-        missing = [name for name in planned if name not in found]
-        extra = [name for name in found if name not in planned]
+        # Whether a loss stands alone depends on the function that computes it.
+        missing = [name for name in planned if name not in (*found, LOSS)]
+        extra = [name for name in found if name not in (*planned, LOSS)]
         if missing or extra:
             raise PlanError(
                 "the model's blocks for this batch are not those of the plan: "
@@ -156,7 +300,3 @@ def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
         [name for name, stage in stage_of.items() if stage == index]
         for index in range(plan.num_stages)
     ]
-
-
-def _signature(model: nn.Module, microbatch: Mapping[str, Any]) -> Signature:
-    return model.training, tuple((name, described(value)) for name, value in microbatch.items())

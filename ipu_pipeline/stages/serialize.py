@@ -124,7 +124,7 @@ class SerializedForward:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
         table = self.tables.get(program.name)
         if table is None:
-            return program.module(*inputs)
+            return program(*inputs)
         region = SerializedRegion(
             table,
             self.leaves,
@@ -133,7 +133,7 @@ class SerializedForward:
             last_row_shard=self._last_row_shards.get(program.name),
         )
         with region:
-            return program.module(*inputs)
+            return program(*inputs)
 
 
 class LookupLeaves:
@@ -185,7 +185,7 @@ class GradientSum:
 
 
 @torch.no_grad()
-def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Add ``gradient`` to ``parameter.grad``, which is dense afterwards.
 
     A new ``.grad`` has the parameter's strides, as autograd gives it: torch's fused optimizers
@@ -202,7 +202,7 @@ def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 
 
 @torch.no_grad()
-def add_sums(parameter: nn.Parameter, sums: Iterable[GradientSum]) -> None:
+def add_sums(parameter: Tensor, sums: Iterable[GradientSum]) -> None:
     """Add ``sums`` to ``parameter.grad``: all dense parts in their order, then the sparse ones.
 
     The order is fixed, whatever the timing, so the last bit is too.

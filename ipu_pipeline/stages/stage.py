@@ -35,6 +35,7 @@ class _InFlight:
     sent: dict[str, Tensor]
     loss: Tensor | None
     lookups: tuple[tuple[nn.Parameter, Tensor], ...]
+    inputs_with_gradient: bool
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Stage:
         row_shards: Rows that it holds of tables that several stages hold.
         specs: Descriptions of the tensors that it sends, by name.
         loss_terms: What the loss is made of, on every stage.
+        live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
     """
 
     index: int
@@ -70,6 +72,7 @@ class Stage:
     row_shards: tuple[RowShard, ...] = ()
     specs: Mapping[str, TensorMeta] = field(default_factory=dict)
     loss_terms: LossTerms = field(default_factory=LossTerms)
+    live: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
 
@@ -110,7 +113,10 @@ class Stage:
         results = {name: values[value] for name, value in self.results.items()}
         if torch.is_grad_enabled():
             loss = results.get("loss")
-            self._in_flight[microbatch] = _InFlight(leaves, sent, loss, blocks.leaves.pairs())
+            needed = any(isinstance(v, Tensor) and v.requires_grad for v in inputs.values())
+            self._in_flight[microbatch] = _InFlight(
+                leaves, sent, loss, blocks.leaves.pairs(), needed
+            )
         return sent, {name: value.detach() for name, value in results.items()}
 
     def compute(
@@ -144,7 +150,7 @@ class Stage:
 
     def backward(
         self, microbatch: int, gradients: Mapping[str, Tensor], loss_gradient: float
-    ) -> tuple[dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
+    ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
         """Run the backward pass of one microbatch.
 
         Args:
@@ -153,8 +159,9 @@ class Stage:
             loss_gradient: Gradient of this microbatch's loss.
 
         Returns:
-            Gradients of the received values by name, and of shared parameters, dense or sparse,
-            perhaps several of one. Gradients of all others are added to their ``.grad``.
+            Gradients of the received values by name, and of tensors that other stages may add
+            to as well, dense or sparse, perhaps several of one: shared parameters, and whatever
+            a live loss uses. Gradients of all others are added to their ``.grad``.
         """
         state = self._in_flight.pop(microbatch)
         roots, seeds = _roots(state, gradients, loss_gradient)
@@ -162,9 +169,13 @@ class Stage:
         self.block = "backward pass"
         if not roots:
             return {}, []
-        shared: list[tuple[nn.Parameter, Tensor]] = []
-        if self.shared:
-            shared = self._backward_apart(roots, seeds, wanted, state.lookups)
+        shared: list[tuple[Tensor, Tensor]] = []
+        others: list[Tensor] = []
+        if state.inputs_with_gradient or self.live:
+            looked_up = (tensor for pair in state.lookups for tensor in pair)
+            others = _other_leaves(roots, [*wanted, *self.parameters, *looked_up])
+        if self.shared or others:
+            shared = self._backward_apart(roots, seeds, wanted, state, others)
         else:
             with adding_to_grad():
                 torch.autograd.backward(roots, seeds)
@@ -199,22 +210,23 @@ class Stage:
         roots: Sequence[Tensor],
         seeds: Sequence[Tensor | None],
         wanted: Sequence[Tensor],
-        lookups: Sequence[tuple[nn.Parameter, Tensor]],
-    ) -> list[tuple[nn.Parameter, Tensor]]:
-        """Backward pass that keeps gradients of shared parameters apart.
+        state: _InFlight,
+        others: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Backward pass that keeps gradients of shared parameters and of ``others`` apart.
 
         Two stages adding to one ``.grad`` in any order would make the sum depend on timing.
         """
-        own = self.parameters
-        leaves = [*wanted, *own, *(leaf for _, leaf in lookups)]
+        own = [*self.parameters, *others]
+        leaves = [*wanted, *own, *(leaf for _, leaf in state.lookups)]
         found: Sequence[Tensor | None] = torch.autograd.grad(
-            roots, leaves, seeds, allow_unused=True
+            roots, leaves, seeds, allow_unused=True, retain_graph=state.inputs_with_gradient
         )
         for leaf, gradient in zip(wanted, found, strict=False):
             leaf.grad = gradient
-        shared_ids = {id(parameter) for parameter in self.shared}
+        shared_ids = {id(parameter) for parameter in (*self.shared, *others)}
         shared = []
-        parameters = [*own, *(table for table, _ in lookups)]
+        parameters = [*own, *(table for table, _ in state.lookups)]
         for parameter, gradient in zip(parameters, found[len(wanted) :], strict=True):
             if gradient is not None and id(parameter) in shared_ids:
                 shared.append((parameter, gradient))
@@ -235,7 +247,6 @@ def build_stages(
     recompute: Iterable[str] = (),
     tables: Mapping[str, Table] | None = None,
     row_shards: Mapping[int, Sequence[RowShard]] | None = None,
-    terms: LossTerms | None = None,
 ) -> tuple[Stage, ...]:
     """Build the stages of a split: ``blocks`` are the block names of each stage."""
     tables, row_shards = tables or {}, row_shards or {}
@@ -245,7 +256,7 @@ def build_stages(
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
-    terms = terms or loss_terms(captured)
+    terms = loss_terms(captured)
     parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []
@@ -261,6 +272,7 @@ def build_stages(
         ]
         received += [shard.received for shard in held if shard.received]
         shards = [shard.sent for shard in held if shard.sent]
+        live = frozenset(p.name for p in own if _runs_live(p))
         stages.append(
             Stage(
                 index=index,
@@ -268,7 +280,8 @@ def build_stages(
                 prelude=captured.prelude(own, [*results.values(), *(s.ids for s in held)]),
                 receives=tuple(dict.fromkeys(received)),
                 sends=tuple(dict.fromkeys([*sends, *shards])),
-                recompute=frozenset(recompute),
+                recompute=frozenset(recompute) - live,
+                live=bool(live),
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
@@ -279,6 +292,10 @@ def build_stages(
             )
         )
     return tuple(stages)
+
+
+def _runs_live(program: Program) -> bool:
+    return any(getattr(module, "runs_live", False) for module in program.module.modules())
 
 
 def _parameters(programs: Sequence[Program], row_shards: Sequence[RowShard]) -> list[nn.Parameter]:
@@ -312,6 +329,24 @@ def _roots(
         roots.append(state.loss)
         seeds.append(torch.full_like(state.loss, loss_gradient))
     return roots, seeds
+
+
+def nodes_behind(roots: Iterable[Tensor]) -> set[Any]:
+    """Return the nodes of the autograd graph that a backward pass from ``roots`` would reach."""
+    pending = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen: set[Any] = set(pending)
+    while pending:
+        following = {n for n, _ in pending.pop().next_functions if n is not None} - seen
+        seen |= following
+        pending.extend(following)
+    return seen
+
+
+def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that gradients of ``roots`` would be added to, but for those known."""
+    ids = {id(tensor) for tensor in known}
+    leaves = (getattr(node, "variable", None) for node in nodes_behind(roots))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) not in ids]
 
 
 def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:

@@ -288,7 +288,7 @@ def _find_lookup(captured: CapturedModel, program: Program, table: Table) -> dic
                 spec = captured.specs[name]
                 inputs.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
             with seen:
-                program.module(*inputs)
+                program(*inputs)
     except (RuntimeError, KeyError) as error:
         raise LoweringError(
             f"the table of block {program.name!r} cannot be held by several stages: what the block "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.errors import LoweringError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,15 +87,21 @@ def dense_part(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Switch every module of ``model`` to one mode, and back to what each was."""
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch every module of ``model`` to evaluation mode, and back to what each was."""
+    with kept_modes(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Put every module of ``model`` back into the mode that it is in now."""
     before = [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        set_modes(before)
 
 
 def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -60,6 +60,7 @@ def train(
     checkpoints.resume(progress)
     state, losses, first = progress.state, progress.losses, progress.state.global_step
     start_s, num_samples = time.time(), 0
+    executable.model.train()  # as transformers' loop does; a step leaves modes as they are
     hidden = arguments.disable_tqdm or not arguments.should_save
     with tqdm(total=state.max_steps, initial=first, disable=hidden) as bar, checkpoints:
         while state.global_step < state.max_steps:

@@ -3,35 +3,41 @@
 The inherited loop reads ``gradient_accumulation_steps`` batches per optimizer step and calls
 ``training_step`` for each. Here a call hands its batch in, and the last one runs them all through
 the pipeline as its microbatches. So data, padding, logs, schedules, clipping and checkpoints are
-the inherited ones; nothing else of the loop is replaced. What is captured of the model is what
-``compute_loss`` computes with it, so label smoothing, ``compute_loss_func`` and overridden
-``compute_loss`` are part of the stages.
+the inherited ones; nothing else of the loop is replaced. What is computed outside the model
+(label smoothing, ``compute_loss_func``, an overridden ``compute_loss``, all of ``prediction_step``)
+runs live in the last stage (``live_loss.py``).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate.utils.operations import convert_to_fp32  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.utils import logging
+from typing_extensions import Self
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.local.executable import LocalExecutable
+from ipu_pipeline.errors import StageError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.stages.training import autocast_region
-from ipu_pipeline.train.forward_view import flatten, unflatten, viewed
+from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of, trainable
+from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
+from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
+    check_class,
     check_plan,
     check_target,
+    inherited_from,
     recomputes,
     switch_off_checkpointing,
 )
@@ -41,7 +47,23 @@ NUM_ITEMS = "num_items_in_batch"
 # Enough for every stage to be busy most of the time, as in eval_step.
 _AHEAD_PER_STAGE = 2
 
+_COMPUTE_LOSS = Trainer.compute_loss
+_NO_SUBSTEP = TrainerCallback.on_substep_end
+# What is no state of the user's code.
+_OWN_STATE = frozenset(
+    {"_handed_in", "_ahead", "_live", "_executable", "_num_trained", "_watch", "plan", "_make_plan",
+     "_training_order", "_evaluation_order", "_given_plan"}
+)  # fmt: skip
 Prediction = tuple[Tensor | None, Any, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """A microbatch: the model's inputs, and the run of the code that computes its loss."""
+
+    inputs: dict[str, Any]
+    run: LossRun | None = None
 
 
 class PipelineTrainer(Trainer):
@@ -62,11 +84,20 @@ class PipelineTrainer(Trainer):
 
     Attributes:
         plan: The plan in use; ``None`` until one is made.
+        loss_in_order: Set in a subclass, makes each microbatch end before the next one begins, as
+            in transformers' Trainer; without it that is decided by what ``compute_loss`` does.
 
     Raises:
         ValueError: An argument asks for what the pipeline cannot do.
         PlanError: The plan's file cannot be read.
     """
+
+    loss_in_order = False
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
+        """Look at the class first: the other bases may not take the arguments."""
+        check_class(cls, PipelineTrainer)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -81,8 +112,12 @@ class PipelineTrainer(Trainer):
         check_target(target)
         self._given_plan: Plan | None = None
         self._executable: LocalExecutable | None = None
-        self._parts: list[dict[str, Any]] = []
-        self._ahead: dict[int, EvalResult] = {}
+        self._handed_in: list[HandedIn] = []
+        self._ahead: dict[int, Prediction] = {}
+        self._live = LiveLoss()
+        self._num_trained = 0
+        self._training_order, self._evaluation_order = MicrobatchOrder(), MicrobatchOrder()
+        self._watch: Watch | None = None
         super().__init__(*args, **kwargs)
         plan = plan or getattr(self.args, "plan", None)
         self._given_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
@@ -101,7 +136,8 @@ class PipelineTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Read the batches of the next optimizer step; nothing is left of an abandoned one."""
-        self._parts = []
+        _abandon(self._handed_in)
+        self._num_trained = 0
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(
@@ -119,22 +155,92 @@ class PipelineTrainer(Trainer):
         to_training_mode = getattr(self.optimizer, "train", None)  # schedule-free optimizers
         if to_training_mode is not None:
             to_training_mode()
-        self._parts.append(self._part(inputs, num_items_in_batch))
-        if len(self._parts) < self.current_gradient_accumulation_steps:
+        prepared = self._prepare_inputs(inputs)
+        steps = self.current_gradient_accumulation_steps
+        weight = 1.0 if self._loss_is_whole(num_items_in_batch) else 1 / steps
+        if reason := self._why_one_by_one():
+            self._training_order.one_by_one(reason)
+        part = self._training_part(model, prepared, num_items_in_batch)
+        if part.run is not None and part.run.finished:
+            return self._trained_in_one_piece(part.run, weight)
+        self._handed_in.append(part)
+        overlapped = self._training_order.overlaps(watched=isinstance(part.run, WatchedRun))
+        if overlapped and len(self._handed_in) + self._num_trained < steps:
             return torch.zeros((), device=self.args.device)
-        parts, self._parts = self._parts, []
-        weight = 1.0 if self._loss_is_whole(num_items_in_batch) else 1 / len(parts)
-        with viewed(self._whole_model, self._training_view):
-            executable = self._ready_executable(parts[0])
-            executable.global_step = self.state.global_step
-            losses = executable.forward_backward_parts(parts, [weight] * len(parts))
+        return self._trained(weight)
+
+    def _training_part(
+        self, model: nn.Module, prepared: dict[str, Any], num_items: Tensor | int | None
+    ) -> HandedIn:
+        if self._loss_is_the_models():
+            part = dict(prepared)
+            if num_items is not None and self.model_accepts_loss_kwargs:
+                part[NUM_ITEMS] = num_items
+            return HandedIn(_counted(part))
+
+        def body() -> Tensor:
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, prepared, num_items_in_batch=num_items)
+            return trainable(loss)
+
+        return self._begun(body, self._training_order, self._handed_in)
+
+    def _trained(self, weight: float) -> Tensor:
+        """Run what was handed in; return the weighted sum of its losses."""
+        parts, self._handed_in = self._handed_in, []
+        first, moment = self._num_trained, self._moment()
+        self._num_trained = (first + len(parts)) % self.current_gradient_accumulation_steps
+        weights = [weight] * len(parts)
+        try:
+            losses = self._run(
+                parts, lambda made, inputs: made.forward_backward_parts(inputs, weights, first)
+            )
+        finally:
+            moment()
+        for part in parts:
+            if part.run is not None:
+                part.run.backward_into_inputs()
+        self._settle(parts, self._training_order)
         return torch.tensor(sum(losses) * weight, device=self.args.device)
 
-    def _part(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> dict[str, Any]:
-        part = dict(self._prepare_inputs(inputs))
-        if num_items is not None:  # a tensor, so that another count is not another capture
-            part[NUM_ITEMS] = torch.as_tensor(num_items)
-        return part
+    def _trained_in_one_piece(self, run: LossRun, weight: float) -> Tensor:
+        self._training_order.one_by_one(
+            "compute_loss has not called the model with gradients and in training mode, so that "
+            "all of it runs in one piece"
+        )
+        done = self._num_trained + 1
+        self._num_trained = done % self.current_gradient_accumulation_steps
+        loss = cast(Tensor, run.result) * weight
+        loss.backward()
+        return loss.detach()
+
+    def _why_one_by_one(self) -> str:
+        """Say what acts between two microbatches; nothing if nothing does."""
+        if self.loss_in_order:
+            return "loss_in_order is set"
+        step = getattr(self.training_step, "__func__", None)
+        if step is not _TRAINING_STEP:
+            return f"training_step of {type(self).__name__} is given the loss of each"
+        for callback in self.callback_handler.callbacks:
+            if getattr(callback.on_substep_end, "__func__", None) is not _NO_SUBSTEP:
+                return f"{type(callback).__name__} has on_substep_end"
+        return ""
+
+    def _moment(self) -> Callable[[], None]:
+        """Return what puts back the counters that the inherited loop sets for a microbatch."""
+        gradients, tokens = self.accelerator.gradient_state, self.state.num_input_tokens_seen
+        sync = gradients.sync_gradients
+
+        def put_back() -> None:
+            gradients._set_sync_gradients(sync)
+            self.state.num_input_tokens_seen = tokens
+
+        return put_back
+
+    def _loss_is_the_models(self) -> bool:
+        """Whether nothing is computed behind the model, so that the stages compute it all."""
+        inherited = getattr(self.compute_loss, "__func__", None) is _COMPUTE_LOSS
+        return inherited and self.compute_loss_func is None and self.label_smoother is None
 
     def _loss_is_whole(self, num_items: Tensor | int | None) -> bool:
         """Whether the microbatches' losses add up, instead of having a mean."""
@@ -144,94 +250,169 @@ class PipelineTrainer(Trainer):
         counted = self.model_accepts_loss_kwargs and num_items is not None
         return counted or self.compute_loss_func is not None
 
-    def _training_view(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        num_items = inputs.pop(NUM_ITEMS, None)
-        loss = self.compute_loss(self._whole_model, inputs, num_items_in_batch=num_items)
-        return {"loss": cast(Tensor, loss)}
-
     # ---- evaluation ---------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,  # noqa: FBT001 - the inherited signature
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Evaluate, several batches in the pipeline at once, each with its own loss."""
-        own_step = type(self).prediction_step is PipelineTrainer.prediction_step
+        own_step = getattr(self.prediction_step, "__func__", None) is _PREDICTION_STEP
         if own_step and self._evaluates_in_stages():
             assert self.plan is not None
-            depth = _AHEAD_PER_STAGE * self.plan.num_stages
-            dataloader = Prefetch(dataloader, depth, self._run_ahead)
+            loss_only = self.args.prediction_loss_only
+            loss_only = loss_only if prediction_loss_only is None else prediction_loss_only
+            run = partial(self._run_ahead, loss_only=loss_only, ignore_keys=ignore_keys)
+            dataloader = Prefetch(dataloader, _AHEAD_PER_STAGE * self.plan.num_stages, run)
         try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         finally:
             self._ahead = {}
 
     def prediction_step(
         self,
-        model: nn.Module,
+        model: nn.Module,  # noqa: ARG002 - the inherited signature
         inputs: dict[str, Any],
         prediction_loss_only: bool,  # noqa: FBT001 - the inherited signature
         ignore_keys: list[str] | None = None,
     ) -> Prediction:
         """Return loss, logits and labels of one batch, nested as transformers nests them."""
-        if not self._evaluates_in_stages():
-            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            return found[0], _in_float32(found[1]), found[2]
-        result = self._ahead.pop(id(inputs), None) or self._evaluated([inputs])[0]
-        loss = None if result.loss is None else torch.tensor(result.loss)
-        if prediction_loss_only:
-            return loss, None, None
-        if ignore_keys is None:
-            config = getattr(self.model, "config", None)
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
-        members = unflatten(result.outputs)
-        logits = tuple(_in_float32(v) for name, v in members.items() if name not in ignore_keys)
-        return loss, logits[0] if len(logits) == 1 else logits, self._labels(inputs)
+        if id(inputs) not in self._ahead:
+            self._run_ahead([inputs], loss_only=prediction_loss_only, ignore_keys=ignore_keys)
+        return self._ahead.pop(id(inputs))
 
-    def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Return the region in which the model as it is, in one piece, evaluates a batch."""
-        stack = super().compute_loss_context_manager()
-        stack.enter_context(autocast_region("bf16" if self.args.bf16 else "float32"))
-        return stack
+    def _run_ahead(
+        self, batches: list[dict[str, Any]], *, loss_only: bool, ignore_keys: list[str] | None
+    ) -> None:
+        """Predict batches; their results are taken one by one."""
+        predict = super().prediction_step
+        bodies = [
+            partial(predict, self._whole_model, batch, loss_only, ignore_keys) for batch in batches
+        ]
+        if self._evaluates_in_stages():
+            found = self._predicted(bodies)
+        else:
+            with calls_of(self._whole_model, self._in_one_piece):
+                found = [body() for body in bodies]
+        self._ahead = {id(b): result for b, result in zip(batches, found, strict=True)}
+
+    def _predicted(self, bodies: Sequence[Callable[[], Prediction]]) -> list[Prediction]:
+        order, found = self._evaluation_order, list[Prediction]()
+        pending: list[HandedIn] = []
+        for n, body in enumerate(bodies, start=1):
+            part = self._begun(body, order, pending)
+            pending.append(part)
+            if n == len(bodies) or not order.overlaps(watched=isinstance(part.run, WatchedRun)):
+                suspended = [part for part in pending if part.run and not part.run.finished]
+                if suspended:
+                    self._run(suspended, lambda made, inputs: made.eval_parts(inputs))
+                self._settle(pending, order)
+                found += [part.run.result for part in pending if part.run is not None]
+                pending = []
+        return found
 
     def _evaluates_in_stages(self) -> bool:
+        inherited = inherited_from(type(self), PipelineTrainer, "prediction_step")
+        if inherited is not Trainer and not (
+            inherited is Seq2SeqTrainer and not getattr(self.args, "predict_with_generate", False)
+        ):
+            logger.warning_once(
+                "prediction_step of %s runs the model in one piece", inherited.__name__
+            )
+            return False
         cast_model = self.args.fp16_full_eval or self.args.bf16_full_eval
         if cast_model and not self.is_in_train:  # its weights have another type for the moment
             return False
         return self._given_plan is not None or self._has_executable()
 
-    def _run_ahead(self, batches: list[dict[str, Any]]) -> None:
-        results = self._evaluated(batches)
-        self._ahead = {id(b): result for b, result in zip(batches, results, strict=True)}
+    # ---- calls of the model -------------------------------------------------------------
 
-    def _evaluated(self, batches: list[dict[str, Any]]) -> list[EvalResult]:
-        counts = [
-            self._get_num_items_in_batch([b], self.args.device) if self._wants_loss(b) else None
-            for b in batches
-        ]
-        parts = [self._part(b, count) for b, count in zip(batches, counts, strict=True)]
-        with viewed(self._whole_model, self._evaluation_view):
-            executable = self._ready_executable(parts[0])
-            executable.global_step = self.state.global_step
-            return executable.eval_parts(parts)
+    def _begun(
+        self, body: Callable[[], Any], order: MicrobatchOrder, pending: list[HandedIn]
+    ) -> HandedIn:
+        """Run the user's code up to its call of the model: what it passes are the inputs."""
+        inherited = getattr(self.compute_loss, "__func__", None) is _COMPUTE_LOSS
+        if inherited and self.compute_loss_func is None:
+            run = LossRun(body)
+        else:
+            self._watch = self._watch or Watch(self, _OWN_STATE)
+            run = WatchedRun(body, self._watch)
+        run.modes, run.at_resume = self._modes(), self._moment()
+        try:
+            with calls_of(self._whole_model, self._called):
+                run.start()
+            if isinstance(run, WatchedRun) and run.conflict():
+                order.settle(run, alone=not pending)
+        except BaseException:
+            run.abandon()
+            _abandon(pending)
+            raise
+        return HandedIn(_counted(run.inputs or {}), run)
 
-    def _evaluation_view(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        if not self._wants_loss(inputs):
-            return flatten(self._whole_model(**inputs), with_loss=False)
-        num_items = inputs.pop(NUM_ITEMS, None)
-        loss, outputs = self.compute_loss(
-            self._whole_model, inputs, return_outputs=True, num_items_in_batch=num_items
-        )
-        return {"loss": loss.mean(), **flatten(outputs, with_loss=True)}
+    def _settle(self, parts: list[HandedIn], order: MicrobatchOrder) -> None:
+        for part in parts:
+            if part.run is not None:
+                order.settle(part.run, alone=len(parts) == 1)
 
-    def _wants_loss(self, inputs: Mapping[str, Any]) -> bool:
-        if self.label_names:
-            return all(inputs.get(name) is not None for name in self.label_names)
-        asked = inputs.get("return_loss")
-        return bool(self.can_return_loss if asked is None else asked)
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self._whole_model.modules()]
 
-    def _labels(self, inputs: dict[str, Any]) -> Any:
-        if not self._wants_loss(inputs):
-            return None
-        labels = tuple(self._prepare_input(inputs.get(name)) for name in self.label_names)
-        return labels[0] if len(labels) == 1 else labels
+    def _run(
+        self, parts: list[HandedIn], work: Callable[[LocalExecutable, list[dict[str, Any]]], T]
+    ) -> T:
+        """Run microbatches through the stages; what compute_loss raises is raised as it is."""
+        runs = {n: part.run for n, part in enumerate(parts) if part.run is not None}
+        inputs = [part.inputs for part in parts]
+        for n in runs:
+            inputs[n] = {**inputs[n], RUN: torch.tensor(n)}
+        try:
+            with calls_of(self._whole_model, self._called, self._live if runs else None):
+                executable = self._ready_executable(inputs[0])
+                executable.global_step = self.state.global_step
+                self._live.runs = runs  # from here on; a plan is made with the stand-in
+                return work(executable, inputs)
+        except StageError as error:
+            for n, run in runs.items():
+                if run.error is not None:
+                    run.error.add_note(f"raised in the pipeline, for microbatch {n}: {error}")
+                    raise run.error from None
+            raise
+        finally:
+            self._live.runs = {}
+            for run in runs.values():
+                run.abandon()
+
+    def _called(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Answer a call of the model: by compute_loss, or by a capture."""
+        run = LossRun.current()
+        if run is not None:
+            if run.inputs is None and run.may_suspend(self._modes()):
+                return self._widened(run.call(forward, args, kwargs))
+            run.further_calls += 1
+            return self._in_one_piece(forward, args, kwargs)
+        if RUN in kwargs:
+            return self._live.view(forward, kwargs)
+        return forward(*args, **kwargs)
+
+    def _in_one_piece(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Call the model outside of the pipeline, as accelerate does."""
+        with autocast_region(self._precision):
+            outputs = forward(*args, **kwargs)
+        return self._widened(outputs)
+
+    def _widened(self, outputs: Any) -> Any:
+        """Return what accelerate hands out of its autocast: float32 in place of 16 bits."""
+        return outputs if self._precision == "float32" else convert_to_fp32(outputs)
+
+    @property
+    def _precision(self) -> str:
+        return "bf16" if self.args.bf16 else "float32"
 
     # ---- the executable -----------------------------------------------------------------
 
@@ -280,59 +461,25 @@ class PipelineTrainer(Trainer):
             executable = compiler.compile(
                 model,
                 self.plan,
-                precision="bf16" if self.args.bf16 else "float32",
+                precision=self._precision,
                 seed=self.args.seed,
                 recompute="all" if again else None,
             )
         return cast(LocalExecutable, executable)
 
 
-class Prefetch:
-    """Yields a loader's batches one by one; ``run`` gets the next ``depth`` of them before.
-
-    Everything else is the loader's own. accelerate's loaders say at the last batch that the end is
-    reached, and gathering reads it: they are made to say so when that batch is handed out, not
-    when it is read ahead.
-    """
-
-    def __init__(self, loader: Any, depth: int, run: Callable[[list[Any]], None]) -> None:
-        self._loader = loader
-        self._depth = depth
-        self._run = run
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._loader)
-        while chunk := self._next(batches):
-            self._run(chunk)
-            at_end = self._at_end()
-            for left in range(len(chunk), 0, -1):
-                if at_end:
-                    self._loader.end_of_dataloader = left == 1
-                yield chunk[-left]
-
-    def _next(self, batches: Iterator[Any]) -> list[Any]:
-        chunk: list[Any] = []
-        for batch in batches:
-            chunk.append(batch)
-            # Asking for one batch more would tell accelerate that the loop is over.
-            if len(chunk) == self._depth or self._at_end():
-                break
-        return chunk
-
-    def _at_end(self) -> bool:
-        return bool(getattr(self._loader, "end_of_dataloader", False))
+_PREDICTION_STEP = PipelineTrainer.prediction_step
+_TRAINING_STEP = PipelineTrainer.training_step
 
 
-def _in_float32(value: Any) -> Any:
-    """Return tensors of 16 bits as float32, as accelerate hands them out of its autocast."""
-    if isinstance(value, tuple):
-        return tuple(_in_float32(item) for item in value)
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return value
+def _abandon(parts: list[HandedIn]) -> None:
+    for part in parts:
+        if part.run is not None:
+            part.run.abandon()
+    parts.clear()
+
+
+def _counted(part: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs with their count as a tensor, so that another is no other capture."""
+    count = part.get(NUM_ITEMS)
+    return part if count is None else part | {NUM_ITEMS: torch.as_tensor(count)}

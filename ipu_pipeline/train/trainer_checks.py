@@ -27,6 +27,49 @@ _IN_BACKWARD = ("lomo", "layerwise")
 _CHECKPOINTING = frozenset({"use_reentrant"})
 
 
+# What the pipeline replaces, or what would surround a call of the model that runs elsewhere.
+_REPLACED = {
+    "training_step": "the pipeline has its own",
+    "compute_loss_context_manager": "the model runs in the stages, outside of that context",
+    "autocast_smart_context_manager": "the model runs in the stages, outside of that context",
+}
+
+
+def check_class(cls: type, ours: type) -> None:
+    """Refuse a trainer class of which something would be ignored.
+
+    Args:
+        cls: The class that is constructed.
+        ours: ``PipelineTrainer``, whose base is transformers' ``Trainer``.
+
+    Raises:
+        ValueError: Another trainer class stands before ours, or a method would never be called.
+    """
+    theirs = ours.__bases__[0]
+    before = [c for c in cls.__mro__[: cls.__mro__.index(ours)] if not issubclass(c, ours)]
+    for base in before:
+        if issubclass(base, theirs):
+            raise ValueError(
+                f"{cls.__name__} has {base.__name__} before PipelineTrainer, which then never gets "
+                f"its arguments; write class {cls.__name__}(PipelineTrainer, {base.__name__})"
+            )
+    for name, reason in _REPLACED.items():
+        # A training_step before ours calls ours.
+        first = cls.__mro__.index(ours) + 1 if name == "training_step" else 0
+        owner = next(c for c in cls.__mro__[first:] if name in vars(c))
+        if owner is not theirs:
+            raise ValueError(
+                f"{name} of {owner.__name__} does not go with PipelineTrainer ({reason}); leave "
+                "it out: override compute_loss, or use transformers' Trainer"
+            )
+
+
+def inherited_from(cls: type, ours: type, name: str) -> type:
+    """Return the class whose method ``name`` is the next one behind ``ours``."""
+    behind = cls.__mro__[cls.__mro__.index(ours) + 1 :]
+    return next(c for c in behind if name in vars(c))
+
+
 def check_target(target: str) -> None:
     """Refuse a target that the inherited loop cannot drive.
 

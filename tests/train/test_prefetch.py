@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from ipu_pipeline.train.trainer import Prefetch
+from ipu_pipeline.train.prefetch import Prefetch
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 11, 12])

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.debug_utils import DebugOption
 
 import ipu_pipeline as ipp
 from ipu_pipeline.train.trainer import PipelineTrainer
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
+    inherited_from,
     recomputes,
     switch_off_checkpointing,
 )
+from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
 PLAIN = {
@@ -132,3 +135,77 @@ def test_a_subclass_with_its_own_prediction_step_gets_its_batches_untouched(tmp_
     nines = [{**marked()[i], "input_ids": [9] * 24} for i in range(4)]
     found, expected = own.predict(marked(4)), plain.predict(nines)
     assert found.predictions[0] == pytest.approx(expected.predictions[0], abs=1e-5)
+
+
+def overridden(name: str, called: list[str]) -> type[Trainer]:
+    """Return another trainer class with a method of its own."""
+
+    def method(self, *args, **kwargs):
+        called.append(name)
+        return getattr(super(Other, self), name)(*args, **kwargs)
+
+    Other = type("Other", (Trainer,), {name: method})
+    return Other
+
+
+OURS = sorted(n for n, value in vars(PipelineTrainer).items() if callable(value) and n[:2] != "__")
+REFUSED = {"training_step", "compute_loss_context_manager", "autocast_smart_context_manager"}
+
+
+@pytest.mark.parametrize("name", sorted({n for n in OURS if n in dir(Trainer)} | REFUSED))
+def test_methods_of_another_base_are_called_or_refused(tmp_path, name) -> None:
+    called: list[str] = []
+    both_bases = type("Both", (PipelineTrainer, overridden(name, called)), {})
+    made = {"args": arguments(tmp_path), "train_dataset": marked(), "eval_dataset": marked(3)}
+    if name in REFUSED:
+        with pytest.raises(ValueError, match=f"{name} of Other does not go with PipelineTrainer"):
+            both_bases(model=bert_qa(), num_stages=2, **made)
+        return
+    trainer = both_bases(model=bert_qa(), num_stages=2, **made)
+    trainer.train()
+    trainer.evaluate()
+    trainer.end()
+    assert called
+
+
+def test_another_trainer_before_ours() -> None:
+    class Wrong(Seq2SeqTrainer, PipelineTrainer):
+        pass
+
+    with pytest.raises(ValueError, match=r"write class Wrong\(PipelineTrainer, Seq2SeqTrainer\)"):
+        Wrong(model=bert_qa(), num_stages=2)
+    assert inherited_from(Wrong, PipelineTrainer, "prediction_step") is Trainer
+
+
+class Generating(PipelineTrainer, Seq2SeqTrainer):
+    pass
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_predictions_with_generation(tmp_path, generate) -> None:
+    options = {
+        k: v
+        for k, v in arguments(tmp_path).to_dict().items()
+        if k in {"max_steps", "use_cpu", "learning_rate", "optim", "disable_tqdm", "report_to"}
+    } | {"output_dir": str(tmp_path), "predict_with_generate": generate, "save_strategy": "no"}
+    options |= {"generation_max_length": 6, "dataloader_pin_memory": False}
+    rows = [{"input_ids": [3 + i, 4, 5, 6], "labels": [5, 4, 3]} for i in range(8)]
+    found = []
+    for base in (Seq2SeqTrainer, Generating):
+        extra = {"num_stages": 2} if base is Generating else {}
+        torch.manual_seed(0)
+        model = TINY["t5"].build()[0]
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = Seq2SeqTrainingArguments(**options)
+        trainer = base(model=model, args=args, train_dataset=rows, **extra)
+        trainer.train()
+        found.append(trainer.predict(rows[:3]))
+    theirs, ours = found
+    assert ours.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], rel=1e-5)
+    if generate:
+        assert ours.predictions.tolist() == theirs.predictions.tolist()
+    else:
+        assert len(ours.predictions) == len(theirs.predictions)
+        assert ours.predictions[0] == pytest.approx(theirs.predictions[0], abs=1e-5)

@@ -8,7 +8,7 @@ random numbers are keyed by the position in the batch: both targets compute the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -66,7 +66,7 @@ class Pipelines:
     def run(
         self,
         parts: Sequence[Microbatch],
-        stages: Mapping[int, Sequence[Stage]],
+        stages: Sequence[Sequence[Stage]],
         inputs: StepInputs,
         loss_scaling: float,
     ) -> float:
@@ -74,7 +74,7 @@ class Pipelines:
 
         Args:
             parts: Those of the whole batch.
-            stages: By the number of samples of a microbatch.
+            stages: ``[microbatch][stage]``.
             inputs: Seed, step and precision.
             loss_scaling: Factor of the loss before the backward pass.
 
@@ -82,9 +82,11 @@ class Pipelines:
             This replica's part of the loss on the rank of the loss, else 0.
         """
         total = 0.0
-        for size, found in groupby(dealt(parts, self._groups.layout), lambda p: p.num_samples):
-            run = replace(inputs, microbatches=list(found))
-            own, number = stages[size], len(run.microbatches)
+        pairs = dealt(list(zip(parts, stages, strict=True)), self._groups.layout)
+        for _, found in groupby(pairs, lambda pair: id(pair[1])):
+            run_parts, run_stages = zip(*found, strict=True)
+            run = replace(inputs, microbatches=run_parts)
+            own, number = run_stages[0], len(run_parts)
             pipeline = self._made.get((id(own), number), partial(self._make, own, number))[1]
             total += pipeline.run(run, loss_scaling)
         return total

@@ -10,7 +10,7 @@ where they are waited for, so it is no step of its own for all ranks together.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 # Elements of a parameter that are compared between ranks.
@@ -163,8 +164,33 @@ class BatchCheck:
         Raises:
             ValueError: They differ.
         """
+        self._compare(
+            f"for {call} in step {step} with {described(batch)}",
+            "give every rank the same whole batch (each takes its own part), in the same order",
+        )
+
+    def check_glue(
+        self, step: int, parts: Sequence[Microbatch], prepared: Sequence[Microbatch]
+    ) -> None:
+        """Compare the numbers that the model's code gave in Python for every microbatch.
+
+        Every process calls this.
+
+        Raises:
+            ValueError: They differ.
+        """
+        given = [
+            [value for name, value in after.inputs.items() if name not in before.inputs]
+            for before, after in zip(parts, prepared, strict=True)
+        ]
+        self._compare(
+            f"with {given} by the model's own code in step {step}",
+            "let the code between the model's blocks give the same on every rank: the same seeds "
+            "for random and numpy, and no clock",
+        )
+
+    def _compare(self, text: str, remedy: str) -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
-        text = f"{call} in step {step} with {described(batch)}"
         own = _note(text).to(self._groups.device)
         if rank + 1 < size:
             if self._sent is not None:
@@ -180,8 +206,7 @@ class BatchCheck:
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
             raise ValueError(
-                f"rank {rank} was called for {text}, but rank {rank - 1} for {_text(theirs)}; give "
-                "every rank the same whole batch (each takes its own part), in the same order"
+                f"rank {rank} was called {text}, but rank {rank - 1} {_text(theirs)}; {remedy}"
             )
 
 

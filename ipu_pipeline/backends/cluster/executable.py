@@ -40,7 +40,7 @@ from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
-from ipu_pipeline.stages.training import check_model, in_mode
+from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
 logger = logging.getLogger(__name__)
 # Torch gives up waiting so much later than the watchdog, which knows whom to name.
@@ -175,10 +175,10 @@ class DistributedExecutable(Executable):
         Raises:
             StageError: This process or another one failed.
         """
-        with self._running("evaluation"), in_mode(self.model, training=False), torch.no_grad():
+        with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
             parts, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
-            stages = [self._cache.stages_for(part.inputs) for part in parts]
+            stages, parts = self._prepared(parts)
             terms = [own[-1].loss_terms for own in stages]
             parts = self._cutter.weighted(parts, terms, training=False)
             return evaluate(stages, self._inputs(parts), self.groups, axes)
@@ -271,19 +271,28 @@ class DistributedExecutable(Executable):
     def _accumulate(
         self, parts: Sequence[Microbatch], loss_scaling: float, *, for_update: bool
     ) -> tuple[float, Ownership]:
-        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            # Every process captures all shapes, also one that only another replica runs: what
-            # cannot be captured is refused by all of them, and nobody waits for the one that does.
-            ends = (parts[0], parts[-1])
-            stages = {part.num_samples: self._cache.stages_for(part.inputs) for part in ends}
-            ownership = self._settle_ownership(stages[parts[0].num_samples])
-            terms = [stages[part.num_samples][-1].loss_terms for part in parts]
+        with torch.enable_grad(), casts_of_one_step():
+            stages, parts = self._prepared(parts)
+            terms = [own[-1].loss_terms for own in stages]
             parts = self._cutter.weighted(parts, terms, training=True)
-            with kept_aside(ownership.held(self.model)):
+            ownership = self._settle_ownership(stages[0])
+            with kept_aside(ownership.held(self.model)), kept_modes(self.model):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         return self.groups.sum_numbers(own_loss), ownership
+
+    def _prepared(
+        self, parts: Sequence[Microbatch]
+    ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
+        """Run the model's glue for all microbatches, also those of other replicas.
+
+        What Python counts and draws is then the same on all ranks; and what cannot be captured is
+        refused by all of them, so that nobody waits for the one that does.
+        """
+        stages, prepared = self._cache.prepare(parts)
+        self._batch_check.check_glue(self.global_step, parts, prepared)
+        return stages, prepared
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
         return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)

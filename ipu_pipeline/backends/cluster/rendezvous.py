@@ -56,9 +56,11 @@ def _store_and_place(timeout: timedelta) -> tuple[Store, int, int]:
     """Return the store of all processes, this one's rank, and their number."""
     where = os.environ.get(STORE_VARIABLE)
     if where is None:
-        return next(rendezvous("env://", timeout=timeout))  # type: ignore[no-any-return]
+        return next(rendezvous("env://", timeout=timeout))
     host, _, port = where.rpartition(":")
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), is_master=False, timeout=timeout
+    )
     return store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 

@@ -97,7 +97,7 @@ def start(
 
 def _loopback_store() -> tuple[Any, str]:
     """Return a store that only this machine reaches, and its address."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]

@@ -33,7 +33,13 @@ from ipu_pipeline.stages.executable import (
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
-from ipu_pipeline.stages.training import apply_update, autocast_region, check_model, in_mode
+from ipu_pipeline.stages.training import (
+    apply_update,
+    autocast_region,
+    check_model,
+    in_evaluation,
+    kept_modes,
+)
 
 
 @dataclass(eq=False)
@@ -62,7 +68,7 @@ class Step:
         self.busy_s = [0.0] * len(own)
         self._values: dict[tuple[int, str], Tensor] = {}
         self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: list[defaultdict[nn.Parameter, GradientSum]] = [
+        self._shared: list[defaultdict[Tensor, GradientSum]] = [
             defaultdict(GradientSum) for _ in own
         ]
         self._lock = Lock()
@@ -85,7 +91,7 @@ class Step:
     def _forward(self, stage: Stage, microbatch: int) -> None:
         part = self.microbatches[microbatch]
         received = {name: self._values[microbatch, name] for name in stage.receives}
-        key: RandomKey = (self.options.seed, self.global_step, microbatch)
+        key: RandomKey = (self.options.seed, self.global_step, part.index)
         with autocast_region(self.options.precision):
             sent, results = stage.forward(
                 microbatch, part.inputs, received, key, alone=self.alone[stage.index]
@@ -200,13 +206,14 @@ class LocalExecutable(Executable):
         return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
-        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float]
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
     ) -> list[float]:
         """Run microbatches that the caller has cut, each of its own shape.
 
         Args:
             parts: One batch per microbatch, at least one.
             weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``.
+            first: How many microbatches of this optimizer step have run before.
 
         Returns:
             The loss of every microbatch, not weighted.
@@ -215,7 +222,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no microbatch, or not one weight for each.
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(cut_batches(parts, weights), 1.0)
+        step = self._accumulate(cut_batches(parts, weights, first), 1.0)
         return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
@@ -255,8 +262,8 @@ class LocalExecutable(Executable):
 
     def _evaluate(self, microbatches: Sequence[Microbatch], *, weigh: bool = False) -> Step:
         """Return the step with what each microbatch computed; ``weigh``: as the loss means it."""
-        with in_mode(self.model, training=False), torch.no_grad():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+        with in_evaluation(self.model), torch.no_grad():
+            stages, microbatches = self._cache.prepare(microbatches)
             if weigh:
                 terms = [own[-1].loss_terms for own in stages]
                 microbatches = self._cutter.weighted(microbatches, terms, training=False)
@@ -270,8 +277,8 @@ class LocalExecutable(Executable):
     ) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
-        with in_mode(self.model, training=True), torch.enable_grad(), casts_of_one_step():
-            stages = [self._cache.stages_for(part.inputs) for part in microbatches]
+        with torch.enable_grad(), casts_of_one_step():
+            stages, microbatches = self._cache.prepare(microbatches)
             if weigh:
                 terms = [own[-1].loss_terms for own in stages]
                 microbatches = self._cutter.weighted(microbatches, terms, training=True)
@@ -293,14 +300,16 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+        alone = self.options.sequential or self.plan.num_stages == 1
         try:
-            if self.options.sequential or self.plan.num_stages == 1:
-                run_sequentially(step.schedule, step)
-            else:
-                if self._threads is None:
-                    timeout_s = self.options.stall_timeout_s
-                    self._threads = StageThreads(self.plan.num_stages, timeout_s)
-                self._threads.run(step.schedule, step, self._intra_op(step.schedule))
+            with kept_modes(self.model):
+                if alone or contested(step.stages):
+                    run_sequentially(step.schedule, step)
+                else:
+                    if self._threads is None:
+                        timeout_s = self.options.stall_timeout_s
+                        self._threads = StageThreads(self.plan.num_stages, timeout_s)
+                    self._threads.run(step.schedule, step, self._intra_op(step.schedule))
         except StageError as error:
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
@@ -316,6 +325,20 @@ class LocalExecutable(Executable):
         seconds = [stage.forward_s + stage.backward_s for stage in self.plan.stages]
         loads = [sum(seconds[s] for s in {action.stage for action in row}) for row in schedule.rows]
         return share_threads(loads, available_threads())
+
+
+def contested(stages: Sequence[Sequence[Stage]]) -> bool:
+    """Whether two stages call one module in different modes, so that their threads must not meet.
+
+    ``stages`` are ``[microbatch][stage]``.
+    """
+    modes: defaultdict[nn.Module, set[bool]] = defaultdict(set)
+    users: defaultdict[nn.Module, set[int]] = defaultdict(set)
+    for stage in {id(stage): stage for own in stages for stage in own}.values():
+        for module, mode in (pair for program in stage.programs for pair in program.modes):
+            modes[module].add(mode)
+            users[module].add(stage.index)
+    return any(len(found) > 1 and len(users[module]) > 1 for module, found in modes.items())
 
 
 def shape_to_run(plan: Plan, options: ExecutionOptions) -> tuple[ScheduleKind, PipelineShape]:

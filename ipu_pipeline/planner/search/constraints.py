@@ -102,6 +102,11 @@ class Constraints:
             pinned_stages={name: n for n, stage in enumerate(stages) for name in stage},
         )
 
+    def microbatches_of(self, replicas: int) -> int:
+        """Return the microbatches per optimizer step of each of so many replicas."""
+        total = self.total_microbatches
+        return self.num_microbatches if total is None else total // replicas
+
     def factors(self, names: Iterable[str]) -> dict[str, int]:
         """Return the slices that ``serialize`` asks for, by block; 1 is whole."""
         known = tuple(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.errors import PartitionError
@@ -59,6 +59,7 @@ def build_problem(
         for menu in choices
     )
     private, shared = _weights(graph, costs)
+    tied = graph.tied_groups if constraints.tied == "same_device" else ()
     return FormulatedProblem(
         Problem(
             names=tuple(index),
@@ -75,7 +76,7 @@ def build_problem(
             outer_s=_outer_seconds(graph, machine, constraints, replicas),
             exchanges=_exchanges(graph, machine, constraints),
             together=_together(graph, costs, constraints),
-            same_device=_device_groups(graph, constraints),
+            same_device=device_groups(graph, (*constraints.same_device, *tied)),
         ),
         choices,
         costs.frees_in_order,
@@ -266,12 +267,10 @@ def _weights(graph: BlockGraph, costs: GraphCosts) -> tuple[tuple[float, ...], t
     return tuple(private), shared
 
 
-def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
-    groups = [_mask(graph, group) for group in constraints.same_device]
-    if constraints.tied == "same_device":
-        groups += [_mask(graph, group) for group in graph.tied_groups]
+def device_groups(graph: BlockGraph, groups: Iterable[Sequence[str]]) -> tuple[int, ...]:
+    """Return masks of blocks that must share a device; groups with a common block are one."""
     merged: list[int] = []
-    for group in groups:
+    for group in (_mask(graph, names) for names in groups):
         joined = group
         apart = [other for other in merged if not other & group]
         for other in merged:

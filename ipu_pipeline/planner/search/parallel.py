@@ -45,8 +45,7 @@ def parallel_configurations(
     _check_depth(graph, constraints, available)
     found, problem = [], ""
     for replicas in _replica_counts(constraints, available):
-        total = constraints.total_microbatches
-        microbatches = constraints.num_microbatches if total is None else total // replicas
+        microbatches = constraints.microbatches_of(replicas)
         for devices in _pipelines(graph, constraints, available // replicas):
             shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)
             wrong = search_kind(constraints.schedule).problem(shape)

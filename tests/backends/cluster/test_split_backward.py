@@ -19,7 +19,7 @@ def tried(name: str, *, recompute: bool = False) -> list[bool]:
     parts = split_batch(batch, plan.num_microbatches)
     names = frozenset(plan.stage_of) if recompute else frozenset()
     cache = StageCache(model, plan, "float32", recompute=names, self_check=False)
-    stages = cache.stages_for(parts[0].inputs)
+    stages = cache.prepare(parts[:1])[0][0]
     crossing = crossings(stages)
     found = []
     for stage in stages:
@@ -51,7 +51,7 @@ def test_values_for_later_stages_are_relayed() -> None:
     model, plan, batch = built("lxmert-qa", num_stages=4, machine=machine)
     part = split_batch(batch, plan.num_microbatches)[0]
     cache = StageCache(model, plan, "float32", recompute=frozenset(), self_check=False)
-    stages = cache.stages_for(part.inputs)
+    stages = cache.prepare([part])[0][0]
     crossing = crossings(stages)
     relayed = set(crossing.names[0]) & set(crossing.names[1])
     assert relayed - set(stages[1].receives) or relayed - set(stages[1].sends)

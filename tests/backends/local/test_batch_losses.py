@@ -172,7 +172,7 @@ def test_the_number_of_items_in_the_batch_divides_the_sum_once(number: Callable[
     batch = {**batch, "num_items_in_batch": number(int((batch["labels"] != IGNORED).sum()))}
     with ipp.compile(model, planned(model, batch, 4)) as executable:
         check(model, batch, executable)
-        assert len(executable._cache._stages) == 2  # one capture for training, one for evaluation
+        assert len(executable._cache._shapes) == 2  # one capture for training, one for evaluation
 
 
 def test_a_causal_language_model_of_transformers():

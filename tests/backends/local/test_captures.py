@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.captures import MAX_SHAPES, StageCache
 from ipu_pipeline.stages.stage import Stage
 from tests.backends.local.helpers import compiled
@@ -25,10 +26,11 @@ def test_the_oldest_shapes_are_forgotten(caplog: pytest.LogCaptureFixture) -> No
         on_drop=dropped.append,
     )
     batches = [TINY["bert-qa"].build(seq_length=length)[1] for length in (8, 12, 16)]
-    short, middle, long = (cache.stages_for(batch) for batch in batches)
+    parts = [Microbatch(0, batch, 2, 1.0) for batch in batches]
+    short, middle, long = (cache.prepare([part])[0][0] for part in parts)
     assert dropped == [short]
-    assert cache.stages_for(batches[1]) is middle
-    assert cache.stages_for(batches[0]) is not short
+    assert cache.prepare(parts[1:2])[0] == [middle]
+    assert cache.prepare(parts[:1])[0] != [short]
     assert dropped == [short, long]
     assert len(caplog.records) == 1
 
@@ -38,11 +40,11 @@ def test_an_executable_keeps_so_many_shapes_and_says_when_it_forgets(
 ) -> None:
     executable, _ = compiled()
     with executable, caplog.at_level(logging.WARNING, logger="ipu_pipeline"):
-        executable._cache._stages.limit = 2
+        executable._cache._shapes.limit = 2
         for length in (8, 12, 16, 8):
             _, batch = TINY["bert-qa"].build(batch_size=8, seq_length=length)
             executable.train_step(batch)
-        assert len(executable._cache._stages) == 2
+        assert len(executable._cache._shapes) == 2
     assert MAX_SHAPES == 16
     (message,) = [record.getMessage() for record in caplog.records]
     assert "in more than 2 shapes" in message

@@ -137,7 +137,7 @@ def _time_runs(program: Program, inputs: list[Any], *, training: bool) -> Runs:
         started = time.perf_counter()
         grad = torch.enable_grad() if training else torch.no_grad()
         with grad, block_scope("profile", program.name):
-            outputs = program.module(*inputs)
+            outputs = program(*inputs)
         forward_s = time.perf_counter() - started
         backward_s = _backward_s(outputs, inputs, others) if training else 0.0
         if run > 0:

@@ -1,0 +1,323 @@
+"""The glue in one run of the model: every call of a torch function or leaf, with stand-ins.
+
+:mod:`~ipu_pipeline.capture.replay` compares later runs with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ipu_pipeline.capture.calls import Region, name_of
+from ipu_pipeline.capture.leaves import Leaves
+from ipu_pipeline.capture.objects import members
+from ipu_pipeline.capture.values import PLAIN, named_tensors, tensors_in
+from ipu_pipeline.errors import CaptureError
+
+Path = tuple[int, ...]
+# A described value: the id of a tensor or object, (type, value), or (type, keys, members).
+Described = Any
+
+
+class StandIn(Tensor):
+    """Stands for a tensor while the glue is replayed; has its shape and dtype, and no values."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> StandIn:
+        """Make one."""
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return Tensor._make_subclass(cls, empty)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CaptureError(
+            f"{name_of(func)} is called with a tensor that the model's own code kept from an "
+            "earlier forward pass; between its blocks that code runs without values: keep the "
+            "tensor in a buffer, or return it from forward"
+        )
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the glue.
+
+    Attributes:
+        target: The function, the leaf, or what else was called.
+        arguments: Described positional and keyword arguments.
+        region: Modes of the thread.
+        parts: The leaf and the modules in it.
+        modes: Their training flags.
+        result: What it returned, stand-ins for tensors.
+        node: Its node, where it has one whose arguments are those of the call.
+        where: Whose code called it.
+        after: Contents of the objects that it was given, by place, afterwards.
+        collected: What transformers' hooks collected meanwhile.
+        lifted: Names of the host values by path.
+        reads_values: It gives Python values of tensors.
+    """
+
+    target: Any
+    arguments: Described
+    region: Region
+    parts: tuple[nn.Module, ...] = ()
+    modes: tuple[bool, ...] = ()
+    result: Any = None
+    node: fx.Node | None = None
+    where: str = ""
+    after: Mapping[Any, Any] = field(default_factory=dict)
+    collected: Mapping[str, list[Any]] = field(default_factory=dict)
+    lifted: dict[Path, str] = field(default_factory=dict)
+    reads_values: bool = False
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the tensors that it returned."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return [tuple(tensor.shape) for tensor in tensors_in(self.result)]
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return type(self.target).__name__ if self.parts else name_of(self.target)
+
+
+@dataclass(eq=False)
+class Glue:
+    """All calls of the glue in one run.
+
+    Attributes:
+        ambient: Modes of the thread around the model.
+        leaves: The leaves of the model.
+        calls: In order, those that do something.
+        reads: Results of the others (shapes, types, flags) by function and described arguments.
+        inputs: Stand-ins of the batch's tensors.
+        results: Ids of what stands for the results, by name.
+        hosts: Host values as they were in the recorded run.
+    """
+
+    ambient: Region
+    leaves: Leaves
+    calls: list[Call] = field(default_factory=list)
+    reads: dict[tuple[Any, Described], list[Any]] = field(default_factory=dict)
+    inputs: dict[str, StandIn] = field(default_factory=dict)
+    results: dict[str, int] = field(default_factory=dict)
+    hosts: dict[str, Any] = field(default_factory=dict)
+    _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
+
+
+class GlueRecorder:
+    """Makes the :class:`Glue` of a trace; ``owned`` are ids of tensors that live longer."""
+
+    def __init__(self, ambient: Region, leaves: Leaves, owned: Iterable[int]) -> None:
+        self.glue = Glue(ambient, leaves)
+        self._own = set(owned)
+        self._stand_ins: dict[int, Tensor] = {}
+        self.describe = Description(self._stand_ins, self._seen)
+
+    def input(self, name: str, tensor: Tensor) -> None:
+        """Note a tensor of the batch."""
+        self.glue.inputs[name] = self.stand_in(tensor)  # type: ignore[assignment]
+
+    def stand_in(self, tensor: Tensor) -> Tensor:
+        """Return what stands for ``tensor``: itself if it lives longer than the run."""
+        if id(tensor) in self._own:
+            return tensor
+        if id(tensor) not in self._stand_ins:
+            self._stand_ins[id(tensor)] = StandIn.of(tensor)
+        return self._stand_ins[id(tensor)]
+
+    def add(self, call: Call, result: Any) -> None:
+        """Record a call that returned ``result``."""
+        call.result = substituted(result, self.stand_in)
+        if call.node is not None or call.parts or call.target == "vmap" or call.reads_values:
+            self.glue.calls.append(call)
+        else:
+            self.glue.reads.setdefault((call.target, call.arguments), []).append(call.result)
+
+    def contents(self, objects: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return copies of objects, stand-ins for their tensors."""
+        memo: dict[int, Any] = {id(t): self.stand_in(t) for t in members(objects)[0]}
+        return copy.deepcopy(dict(objects), memo)
+
+    def finish(self, output: Any) -> Glue:
+        """Return what was recorded of a run with this output."""
+        self.glue.results = {
+            name: id(self.stand_in(tensor)) for name, tensor in named_tensors(output)
+        }
+        self._stand_ins.clear()
+        return self.glue
+
+    def _seen(self, value: Any) -> None:
+        self.glue._kept.append(value)
+        if isinstance(value, Tensor):
+            self._own.add(id(value))
+
+
+class Description:
+    """Describes arguments, so that equal descriptions are equal calls.
+
+    Args:
+        stand_ins: What stands for a tensor, by the tensor's id.
+        seen: Is told of every tensor and object that is described by its id.
+    """
+
+    def __init__(
+        self, stand_ins: Mapping[int, Tensor], seen: Callable[[Any], None] = lambda _: None
+    ) -> None:
+        self._stand_ins = stand_ins
+        self._seen = seen
+
+    def __call__(self, value: Any) -> Described:
+        """Describe ``value``."""
+        kind = type(value)
+        if kind is StandIn:
+            return id(value)
+        if kind in ATOMS:
+            return kind, value if value == value else math.nan  # one object: equal to itself
+        if kind is tuple or kind is list or kind is torch.Size:
+            return (list if kind is list else tuple), None, tuple([self(item) for item in value])
+        if kind is dict:
+            return kind, tuple(value), tuple([self(item) for item in value.values()])
+        return self._rare(value)
+
+    def _rare(self, value: Any) -> Described:
+        if isinstance(value, Tensor):
+            known = self._stand_ins.get(id(value))
+            if known is not None:
+                return id(known)
+        elif isinstance(value, np.generic):
+            return self(value.item())
+        elif isinstance(value, np.ndarray):
+            return np.ndarray, (value.dtype.str, value.shape, value.tobytes())
+        elif isinstance(value, slice):
+            return slice, None, (self(value.start), self(value.stop), self(value.step))
+        elif isinstance(value, set):
+            return set, None, tuple(sorted(map(self, value), key=repr))
+        elif isinstance(value, functools.partial):
+            return (
+                functools.partial,
+                None,
+                tuple(self(part) for part in (value.func, value.args, value.keywords)),
+            )
+        elif isinstance(value, types.FunctionType):
+            return self._function(value)
+        elif isinstance(value, PLAIN):
+            return type(value), value
+        self._seen(value)
+        return id(value)
+
+    def _function(self, function: types.FunctionType) -> Described:
+        cells = []
+        for cell in function.__closure__ or ():
+            content = getattr(cell, "cell_contents", None)
+            cells.append("itself" if content is function else self(content))
+        defaults = function.__defaults__, function.__kwdefaults__
+        return types.FunctionType, function.__code__, (*map(self, defaults), *cells)
+
+    def objects(self, objects: Mapping[Any, Any]) -> Described:
+        """Describe objects that a call may change, by what is in them."""
+        tensors, plain = members(objects)
+        return tuple(objects), tuple(map(self, tensors)), plain
+
+
+ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range,
+                    torch.dtype, torch.device, torch.layout, torch.memory_format})  # fmt: skip
+
+
+def substituted(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of a call's result with ``of(tensor)`` for every tensor; containers anew."""
+    if isinstance(value, Tensor):
+        return of(value)
+    kind = type(value)
+    if kind in (list, tuple, set, deque):
+        return kind(substituted(item, of) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(substituted(item, of) for item in value))
+    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+        made = copy.copy(value)
+        for key, item in value.items():
+            made[key] = substituted(item, of)
+        return made
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        made = copy.copy(value)
+        for name in value.__dataclass_fields__:
+            object.__setattr__(made, name, substituted(getattr(value, name), of))
+        return made
+    return value
+
+
+def placed(value: Any, path: Path, new: Any) -> Any:
+    """Return ``value``, arguments of a node, with ``new`` at ``path``."""
+    if not path:
+        return new
+    first, rest = path[0], path[1:]
+    if isinstance(value, slice):
+        parts = [value.start, value.stop, value.step]
+        return slice(*(placed(p, rest, new) if i == first else p for i, p in enumerate(parts)))
+    if isinstance(value, Mapping):
+        return {
+            key: placed(item, rest, new) if i == first else item
+            for i, (key, item) in enumerate(value.items())
+        }
+    items = (placed(item, rest, new) if i == first else item for i, item in enumerate(value))
+    return list(items) if isinstance(value, list) else tuple(items)
+
+
+def become(live: Any, recorded: Any) -> None:
+    """Give the object ``live`` the contents of ``recorded``."""
+    memo = {id(t): t for t in members(recorded)[0]} | {id(recorded): live}
+
+    def fresh(value: Any) -> Any:
+        return copy.deepcopy(value, memo)
+
+    if isinstance(live, dict):
+        items = {key: fresh(value) for key, value in recorded.items()}
+        live.clear()
+        live.update(items)
+    elif isinstance(live, list | deque | set):
+        contents = [fresh(value) for value in recorded]
+        live.clear()
+        (live.update if isinstance(live, set) else live.extend)(contents)
+    if hasattr(live, "__dict__"):
+        attributes = {name: fresh(value) for name, value in vars(recorded).items()}
+        vars(live).clear()
+        vars(live).update(attributes)
+    for name in (n for kind in type(live).__mro__ for n in getattr(kind, "__slots__", ())):
+        if hasattr(recorded, name):
+            setattr(live, name, fresh(getattr(recorded, name)))
+
+
+def apart(arguments: tuple[Any, ...], places: Mapping[Any, Any]) -> tuple[Any, dict[Any, Any]]:
+    """Return a leaf's arguments without the objects at ``places``, and the objects."""
+    args, kwargs = arguments
+    objects = {p: args[p] if isinstance(p, int) else kwargs[p] for p in places}
+    rest = tuple(None if n in places else value for n, value in enumerate(args))
+    return (rest, {n: None if n in places else value for n, value in kwargs.items()}), objects
+
+
+def value_at(described: Described, path: Path) -> Any:
+    """Return the plain value at ``path`` of described arguments."""
+    for index in path:
+        described = described[2][index]
+    return described[1]
+
+
+def has_tensor(described: Described) -> bool:
+    """Whether a tensor or object is among described values."""
+    if isinstance(described, tuple) and len(described) == 2 and described[0] in ATOMS:
+        return False
+    if not isinstance(described, tuple):
+        return isinstance(described, int)
+    return any(has_tensor(part) for part in described)

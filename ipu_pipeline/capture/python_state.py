@@ -1,0 +1,144 @@
+"""What a model keeps in Python: plain attributes, containers, configs, generators of numbers.
+
+Captures and replays run the user's code more often than plain torch does; what it counts, appends
+or draws meanwhile is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import random
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+_MODULE = vars(nn.Module())
+_INTERNAL = frozenset(_MODULE) - {"training", "_buffers", "_parameters", "_modules"}
+_HOOKS = tuple(name for name in _MODULE if name.startswith("_forward_") and "hooks" in name)
+_UNSEEN = (
+    bool, int, float, str, type(None), Tensor, nn.Module, type, types.ModuleType,
+    types.FunctionType, types.MethodType,
+    types.BuiltinFunctionType,
+)  # fmt: skip
+# Their functions keep nothing between calls that matters.
+_LIBRARIES = ("torch", "transformers", "numpy", "ipu_pipeline")
+# A container inside a container inside an attribute: deeper ones belong to somebody else.
+_DEPTH = 3
+
+
+@contextlib.contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Put back Python's and numpy's generators: some libraries draw while they are imported."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+class PythonState:
+    """A copy of what modules keep in Python, to be put back by :meth:`restore`.
+
+    Args:
+        modules: The modules whose code may run.
+        others: Modules whose attributes that code may assign.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], others: Iterable[nn.Module] = ()) -> None:
+        self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
+        self._seen: set[int] = set()
+        for module in modules:
+            attributes = vars(module)
+            kept = {k: v for k, v in attributes.items() if k not in _INTERNAL}
+            self._copies.append((attributes, kept))
+            self._copies.extend((attributes[n], dict(attributes[n])) for n in _HOOKS)
+            for value in kept.values():
+                self._note(value, _DEPTH)
+            for function in vars(type(module)).values():
+                self._note(function, _DEPTH)
+
+    def restore(self) -> None:
+        """Put everything back; objects stay the same objects."""
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])  # noqa: NPY002
+        for live, copied in self._copies:
+            if isinstance(live, types.CellType):
+                live.cell_contents = copied
+            elif isinstance(live, list | deque):
+                if len(live) != len(copied) or any(map(operator.is_not, live, copied)):
+                    live.clear()
+                    live.extend(copied)
+            elif isinstance(live, set):
+                live.clear()
+                live.update(copied)
+            else:
+                _restore_dict(live, copied)
+
+    def _note(self, value: Any, depth: int) -> None:
+        if isinstance(value, types.FunctionType | types.MethodType):
+            self._note_function(value)
+        if isinstance(value, _UNSEEN) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if not depth:
+            return
+        inner: Iterator[Any]
+        if isinstance(value, dict):
+            self._copies.append((value, dict(value)))
+            inner = iter(list(value.values()))
+        elif isinstance(value, list | deque | set):
+            self._copies.append((value, list(value)))
+            inner = iter(list(value))
+        elif isinstance(value, tuple):
+            inner = iter(value)
+        else:
+            inner = iter(())
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is dict:
+            self._copies.append((attributes, dict(attributes)))
+            inner = iter([*inner, *attributes.values()])
+        for item in inner:
+            self._note(item, depth - 1)
+
+    def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
+        """Note the plain variables that a function of the user reads outside itself."""
+        function: Any = called.__func__ if isinstance(called, types.MethodType) else called
+        library = (function.__module__ or "").partition(".")[0]
+        if id(function) in self._seen or library in _LIBRARIES:
+            return
+        self._seen.add(id(function))
+        for cell in function.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            self._copies.append((cell, content))
+            self._note(content, _DEPTH)
+        names = [n for n in function.__code__.co_names if n in function.__globals__]
+        kept = {name: function.__globals__[name] for name in names}
+        plain = {n: v for n, v in kept.items() if isinstance(v, bool | int | float | str)}
+        if plain:
+            self._copies.append((function.__globals__, _Some(plain)))
+        for value in kept.values():
+            if type(value) in (list, dict, set, deque, types.SimpleNamespace, types.FunctionType):
+                self._note(value, _DEPTH)
+
+
+class _Some(dict[str, Any]):
+    """Some of the members of a dict: the others are left alone."""
+
+
+def _restore_dict(live: dict[str, Any], copied: dict[str, Any]) -> None:
+    if not isinstance(copied, _Some):
+        for name in [n for n in live if n not in copied and n not in _INTERNAL]:
+            del live[name]
+    for name, value in copied.items():
+        if live.get(name, live) is not value:
+            live[name] = value

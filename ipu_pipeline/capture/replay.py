@@ -1,0 +1,320 @@
+"""The glue runs again before every microbatch, without computing anything.
+
+What Python decides between the blocks may change from batch to batch: an attribute, a config, a
+closure, a global, a random number, the time, the mode of a part. So the model's own code runs
+before every microbatch, once, as in plain torch; its calls of torch functions and leaves give
+stand-ins, and every call is compared with the recorded one. What differs is either a number, which
+from then on is a *host value*, an input of the graph; or it is another capture.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ipu_pipeline.capture.calls import COMPARISONS, SHAPE_READS, Region, name_of
+from ipu_pipeline.capture.glue import (
+    ATOMS,
+    Call,
+    Described,
+    Description,
+    Glue,
+    Path,
+    apart,
+    become,
+    has_tensor,
+    substituted,
+    value_at,
+)
+from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
+from ipu_pipeline.capture.values import named_tensors
+
+_CONTAINERS = (tuple, list, dict, set, slice)
+# Numbers in these are values, never sizes or axes: whole numbers too.
+_ARITHMETIC = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "floor_divide", "pow",
+                 "floordiv", "remainder", "fmod", "rsub", "tensor", "full_like", "fill",
+                 "masked_fill", "clamp")
+    for prefix in ("", "__", "__r", "__i")
+    for suffix in ("", "_", "__")
+)  # fmt: skip
+# Numbers in these decide what shape the result has.
+_SIZED = frozenset(
+    {"arange", "range", "interpolate", "upsample", "fractional_max_pool2d",
+     "fractional_max_pool3d", "linspace", "logspace"}
+)  # fmt: skip
+
+
+# What a stand-in knows itself.
+_DESCRIPTIONS = SHAPE_READS | frozenset(
+    {Tensor.dim, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
+     *(getattr(Tensor, name).__get__ for name in ("dtype", "ndim"))}
+)  # fmt: skip
+
+
+class Differs(BaseException):
+    """The glue does something else than recorded. User code must not catch it by accident.
+
+    Attributes:
+        place: Number of the call, and the path of the argument that differs.
+    """
+
+    def __init__(self, text: str, place: tuple[int, Path] | None = None) -> None:
+        super().__init__(text)
+        self.place = place
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A replay that met nothing but the recorded calls.
+
+    Attributes:
+        hosts: Host values of this run by name.
+        changed: Numbers that differ and are no host values yet: number of the call, and path.
+        said: What has changed, for the log.
+        values: Values of ``changed``.
+    """
+
+    hosts: Mapping[str, Any]
+    changed: tuple[tuple[int, Path], ...] = ()
+    said: str = ""
+    values: tuple[Any, ...] = ()
+
+
+class Replay(TorchFunctionMode):
+    """Follows one run of the glue; see the module.
+
+    Args:
+        glue: What was recorded.
+        integers: Places where whole numbers may become host values too.
+    """
+
+    def __init__(self, glue: Glue, integers: frozenset[tuple[int, Path]] = frozenset()) -> None:
+        super().__init__()
+        self.glue = glue
+        self.integers = integers
+        self.position = 0
+        self.hosts: dict[str, Any] = {}
+        self._times: dict[tuple[Any, Described], int] = {}
+        self.changed: dict[tuple[int, Path], Any] = {}
+        self.said = ""
+        self.comparing = False
+        self.failure: Differs | None = None
+        self._thread = threading.get_ident()
+        self._depth = Region.current().autocast_depth - glue.ambient.autocast_depth
+        self._describe = Description({})
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Followed:
+        """Run the glue of ``model(**batch)``; ``batch`` may hold tensors of the recorded shapes.
+
+        Raises:
+            Differs: It does something else than recorded.
+        """
+        given = {**batch, **self.glue.inputs}
+        hooks = self._module_call, self._function_apply, self._vmapped_call
+        try:
+            with patched_calls(*hooks), patched_methods(model, self._function_apply), self:
+                output = model(**given)
+        except Exception as error:
+            raise self.failure or Differs(f"{type(error).__name__}: {error}") from error
+        if self.failure is not None:
+            raise self.failure
+        if self.position < len(self.glue.calls):
+            self._differs("ends earlier than when it was captured")
+        if {name: id(tensor) for name, tensor in named_tensors(output)} != self.glue.results:
+            self._differs("returns other results than when it was captured")
+        return Followed(self.hosts, tuple(self.changed), self.said, tuple(self.changed.values()))
+
+    # ---- entry points -------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.comparing:
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.__iter__:
+            return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
+        return self._follow(func, (args, kwargs or {}))
+
+    def _module_call(
+        self, original: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread or not self.glue.leaves.is_leaf(module):
+            return original(module, *args, **kwargs)
+        return self._follow(module, (args, kwargs))
+
+    def _function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
+        return self._follow(original, (args, kwargs))
+
+    def _vmapped_call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
+        return self._follow("vmap", (original, args, kwargs))
+
+    # ---- comparing ----------------------------------------------------------------------
+
+    def _follow(self, target: Any, arguments: tuple[Any, ...]) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        self.comparing = True
+        try:
+            return self._next(target, arguments)
+        finally:
+            self.comparing = False
+
+    def _next(self, target: Any, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(target, nn.Module):
+            return self._called(target, arguments)
+        given = self._describe(arguments)
+        if target is torch._C._set_grad_enabled or not has_tensor(given):
+            known = (target, given) in self.glue.reads
+            if known or target is torch._C._set_grad_enabled:
+                return target(*arguments[0], **arguments[1])
+        read = self.glue.reads.get((target, given))
+        if read is not None:
+            times = self._times[target, given] = self._times.get((target, given), -1) + 1
+            return substituted(read[min(times, len(read) - 1)], _same)
+        if target in _DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return target(*arguments[0], **arguments[1])
+        return self._called(target, arguments)
+
+    def _called(self, target: Any, arguments: tuple[Any, ...]) -> Any:
+        """Compare a call that does something with the one recorded next."""
+        number, calls = self.position, self.glue.calls
+        if number == len(calls):
+            self._differs(f"goes on with {_shown(target)}")
+        call = calls[number]
+        self.position += 1
+        if call.target is not target and call.target != target:
+            self._differs(f"calls {_shown(target)} instead of {call.name}")
+        self._compare_modes(call)
+        objects: dict[Any, Any] = {}
+        if call.after:
+            arguments, objects = apart(arguments, call.after)
+            given = self._describe(arguments), self._describe.objects(objects)
+        else:
+            given = self._describe(arguments)
+        if given != call.arguments or call.lifted:
+            self._compare(number, call, given)
+        for place, contents in call.after.items():
+            become(objects[place], contents)
+        if call.collected:
+            for key, tensors in call.collected.items():
+                collected_outputs()[key].extend(tensors)
+        result = call.result
+        return result if isinstance(result, Tensor) else substituted(result, _same)
+
+    def _compare_modes(self, call: Call) -> None:
+        region, ambient = Region.current(), call.region
+        if region != ambient and (
+            (region.grad, region.autocast, region.autocast_dtype)
+            != (ambient.grad, ambient.autocast, ambient.autocast_dtype)
+            or region.autocast_depth - ambient.autocast_depth != self._depth
+        ):
+            self._differs(f"calls {call.name} with other modes of torch (gradients, autocast)")
+        for part, mode in zip(call.parts, call.modes, strict=True):
+            if part.training is not mode:
+                self._differs(
+                    f"calls {call.name} while a {type(part).__name__} in it is in "
+                    f"{'evaluation' if mode else 'training'} mode"
+                )
+
+    def _compare(self, number: int, call: Call, given: Described) -> None:
+        if call.after:
+            if given != call.arguments:
+                self._differs(f"calls {call.name} with other contents of an object")
+            return
+        for path, old, new in differences(call.arguments, given):
+            if path in call.lifted and _is_number(new, of=old):
+                continue
+            text = f"calls {call.name} with {_value(new)} instead of {_value(old)}"
+            if not self._may_be_host(number, call, path, old, new):
+                self._differs(text, (number, path))
+            self.changed[number, path] = new[1]
+            self.said = self.said or f"{call.where} {text}"
+        for path, name in call.lifted.items():
+            self.hosts[name] = value_at(given, path)
+
+    def _may_be_host(
+        self, number: int, call: Call, path: Path, old: Described, new: Described
+    ) -> bool:
+        if call.node is None or not _is_number(new, of=old):
+            return False
+        name = getattr(call.target, "__name__", "")
+        if name in COMPARISONS or name in _SIZED or _reaches_guard(call.node):
+            return False
+        whole = new[0] is not float and name not in _ARITHMETIC
+        return not whole or (number, path) in self.integers
+
+    def _differs(self, text: str, place: tuple[int, Path] | None = None) -> None:
+        calls = self.glue.calls
+        where = calls[min(self.position, len(calls)) - 1].where if calls else "the model"
+        self.failure = Differs(f"{where} {text}", place)
+        raise self.failure
+
+
+def differences(
+    old: Described, new: Described, path: Path = ()
+) -> Iterator[tuple[Path, Described, Described]]:
+    """Yield the innermost members that differ, with their path."""
+    if old == new:
+        return
+    inside = (
+        isinstance(old, tuple)
+        and isinstance(new, tuple)
+        and len(old) == len(new) == 3
+        and old[:2] == new[:2]
+        and old[0] in _CONTAINERS
+        and len(old[2]) == len(new[2])
+    )
+    if not inside:
+        yield path, old, new
+        return
+    for index, (one, other) in enumerate(zip(old[2], new[2], strict=True)):
+        yield from differences(one, other, (*path, index))
+
+
+def _is_number(new: Described, *, of: Described) -> bool:
+    return (
+        isinstance(new, tuple)
+        and isinstance(of, tuple)
+        and new[0] is of[0]
+        and new[0] in (int, float, complex)
+    )
+
+
+def _reaches_guard(node: fx.Node) -> bool:
+    """Whether a value that Python read depends on ``node``."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        if one.meta.get("guard"):
+            return True
+        fresh = [user for user in one.users if user not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+def _shown(target: Any) -> str:
+    return type(target).__name__ if isinstance(target, nn.Module) else name_of(target)
+
+
+def _value(described: Described) -> str:
+    if not isinstance(described, tuple):
+        return "another tensor or object"
+    return repr(described[1])[:60] if described[0] in ATOMS else f"another {described[0].__name__}"
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

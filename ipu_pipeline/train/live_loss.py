@@ -1,0 +1,376 @@
+"""Losses that are computed outside the model run live, in the last stage, once per microbatch.
+
+``compute_loss`` of a trainer is the user's code: it changes what the model is given, reads values,
+logs, keeps lists, uses weights of its own. So it is not captured. Each microbatch has a run of it
+in a thread of its own, and only one of the two sides is ever running:
+
+- up to its call of the model it runs when the microbatch is handed in; that call suspends it, and
+  what it passes are the inputs of the pipeline;
+- in the last stage the call returns the model's real outputs, the rest runs, and the backward
+  pass of the stage starts at the loss that it returns.
+
+In the graph that second half is one module, :class:`LiveLoss`, behind the model's outputs. It is
+captured, priced and compared with a loss of about the same cost that stands in for the user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import queue
+import threading
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.loss import _Loss
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from ipu_pipeline.capture.captured import capturing
+from ipu_pipeline.capture.objects import Snapshot, members
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops.threads import take_threads
+from ipu_pipeline.stages.stage import nodes_behind
+
+# The input that names the run of a microbatch, and the module's name inside the model.
+RUN = "loss_run"
+Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# A thread that runs is left behind: some stage waits for it.
+_JOIN_S = 2.0
+_current = threading.local()
+
+
+@contextlib.contextmanager
+def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iterator[None]:
+    """Let ``model(...)`` return ``call(forward, args, kwargs)`` with the model's own ``forward``.
+
+    Calls from inside ``forward`` reach it as always. ``live`` is a part of the model meanwhile, so
+    that a capture finds it; nothing else changes, and blocks and parameters keep their names.
+    """
+    before = vars(model).get("forward")
+    hooks = {name: vars(model)[name] for name in _HOOKS}
+    model.forward = _Forward(model, call)
+    if live is not None:
+        model._modules[RUN] = live.train(model.training)
+        vars(model).update({name: _Hooks(found) for name, found in hooks.items()})
+    try:
+        yield
+    finally:
+        model._modules.pop(RUN, None)
+        vars(model).update(hooks)
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+class _Forward:
+    """Stands for the ``forward`` of a model, in the model itself."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        functools.update_wrapper(self, model.forward)  # its signature is asked for
+        self._model = model
+        self._own = model.forward
+        self._call = call
+        self._inside = threading.local()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self._inside, "it", False):
+            return self._own(*args, **kwargs)
+        self._inside.it = True
+        try:
+            return self._call(self._own, args, kwargs)
+        finally:
+            self._inside.it = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the copied model's own: compute_loss may copy the model (averaged weights)."""
+        copied = memo[id(self._model)]
+        return types.MethodType(type(copied).forward, copied)
+
+
+class _Hooks(OrderedDict[int, Any]):
+    """Hooks around the model's forward, which run around compute_loss's call and no capture's."""
+
+    def __bool__(self) -> bool:
+        return len(self) > 0 and not capturing()
+
+    def items(self) -> Any:
+        return () if capturing() else super().items()
+
+
+class _AbandonedError(BaseException):
+    """Ends the thread of a run that nobody resumes; no ``except Exception`` may catch it."""
+
+
+class LossRun:
+    """One run of code that calls the model, suspended in its first call.
+
+    Args:
+        body: The code; it runs in a thread of its own with the caller's context and grad mode.
+
+    Attributes:
+        inputs: What the model was called with, once it was; tensors that need gradients are cut
+            off from what the code computed them with.
+        result: What the code returned.
+        error: What it raised.
+        finished: Whether it has returned or raised.
+        further_calls: How often it has called the model besides.
+        at_resume: Called before it is resumed.
+        modes: The training flags of the model's modules when it began.
+    """
+
+    def __init__(self, body: Callable[[], Any]) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.finished = False
+        self.further_calls = 0
+        self.at_resume: Callable[[], object] = lambda: None
+        self.modes: list[bool] = []
+        self._body = body
+        self._cut: list[tuple[Tensor, Tensor]] = []
+        self._to_run = queue.SimpleQueue[tuple[Any, int] | None]()
+        self._to_caller = queue.SimpleQueue[None]()
+        self._backward = _OwnBackward()
+        self._grad = torch.is_grad_enabled()
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(
+            target=context.run, args=(self._main,), name="compute-loss", daemon=True
+        )
+
+    @staticmethod
+    def current() -> LossRun | None:
+        """Return the run whose thread this is."""
+        return getattr(_current, "run", None)
+
+    def may_suspend(self, modes: list[bool]) -> bool:
+        """Whether this call of the model is one that stages compute as it would be."""
+        return (
+            modes == self.modes
+            and torch.is_grad_enabled() == any(modes)
+            and not torch.is_autocast_enabled("cpu")
+            and len(_get_current_function_mode_stack()) == 1  # our own
+        )
+
+    def start(self) -> None:
+        """Run up to the call of the model, or to the end; raise what the code raises."""
+        self._thread.start()
+        self._wait()
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Suspend the run in this call of the model; return what it is resumed with."""
+        inputs = dict(kwargs)
+        if args:
+            bound = inspect.signature(forward).bind(*args, **kwargs)
+            inputs = dict(bound.arguments)
+            for parameter in bound.signature.parameters.values():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    inputs.update(inputs.pop(parameter.name, {}))
+                if parameter.kind is parameter.VAR_POSITIONAL and parameter.name in inputs:
+                    raise CaptureError(
+                        f"compute_loss passes arguments of the model without a name (*"
+                        f"{parameter.name}); stages take inputs by name: pass them by keyword"
+                    )
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                inputs[name] = value.detach().requires_grad_()
+                self._cut.append((value, inputs[name]))
+        self.inputs = inputs
+        self._to_caller.put(None)
+        received = self._to_run.get()
+        if received is None:
+            raise _AbandonedError
+        outputs, num_threads = received
+        self._backward.begin(outputs)
+        if num_threads != torch.get_num_threads():
+            take_threads(num_threads)
+        return outputs
+
+    def resume(self, outputs: Any) -> Any:
+        """Let the call of the model return ``outputs``; return or raise what the code does."""
+        self._to_run.put((outputs, torch.get_num_threads()))
+        self._wait()
+        return self.result
+
+    def backward_into_inputs(self) -> None:
+        """Hand the inputs' gradients on to what the code before the call computed them with."""
+        pairs = [(value, leaf.grad) for value, leaf in self._cut if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
+        self._cut = []
+
+    def abandon(self) -> None:
+        """End it if it is suspended."""
+        if not self.finished and self._thread.is_alive():
+            self._to_run.put(None)
+            self._thread.join(_JOIN_S)
+
+    def _wait(self) -> None:
+        self._to_caller.get()
+        if self.error is not None:
+            raise self.error
+
+    def _main(self) -> None:
+        _current.run = self
+        try:
+            with torch.set_grad_enabled(self._grad), self._backward:
+                self.result = self._body()
+        except _AbandonedError:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.finished = True
+            self._to_caller.put(None)
+
+
+class _OwnBackward(TorchFunctionMode):
+    """Refuses a backward pass of the user's code into stages that have not run theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: set[Any] = set()
+
+    def begin(self, outputs: Any) -> None:
+        """Take what the stages computed."""
+        self._outputs = {t.grad_fn for t in members(outputs)[0] if t.grad_fn is not None}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._outputs and func in (Tensor.backward, torch.autograd.grad):
+            self._check(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _check(
+        self, func: Any, outputs: Any, inputs: Any = (), *_args: Any, **_kwargs: Any
+    ) -> None:
+        roots = [outputs] if isinstance(outputs, Tensor) else outputs
+        nodes = nodes_behind(roots)
+        if not nodes & self._outputs:
+            return
+        wanted = [inputs] if isinstance(inputs, Tensor) else inputs
+        if func is torch.autograd.grad and all(
+            getattr(t, "grad_fn", None) in nodes for t in wanted
+        ):
+            return  # within what follows the model
+        raise CaptureError(
+            f"compute_loss calls {func.__name__}() through the model itself, whose stages run "
+            "their backward passes after it has returned; leave the gradient to the trainer, "
+            "take it with respect to the model's outputs only, or use transformers' Trainer"
+        )
+
+
+class LiveLoss(_Loss):
+    """The module that stands for the user's code behind the model's outputs.
+
+    A loss to the capture, so that it and what follows it are the block ``loss``.
+
+    Attributes:
+        runs: The runs of the step that is going on, by the number that their microbatch carries.
+    """
+
+    # Its code runs once per microbatch, whatever is recomputed, and may use any tensor.
+    runs_live = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: Mapping[int, LossRun] = {}
+        self._outputs: list[Snapshot] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveLoss:
+        return LiveLoss()
+
+    def view(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what a capture sees of the model: its outputs, and the loss behind them."""
+        run = inputs.pop(RUN)
+        outputs = _without_caches(forward(**inputs))
+        try:
+            found = Snapshot.of({RUN: outputs})
+        except Exception as error:  # whatever a class does when it is copied
+            raise CaptureError(
+                f"the model returns a {type(outputs).__name__} that cannot be copied ({error}), so "
+                "that compute_loss cannot be given one in the last stage; return a ModelOutput, a "
+                "dict or a tuple of tensors"
+            ) from error
+        known = [kept.plain for kept in self._outputs]
+        if found.plain not in known:
+            self._outputs.append(Snapshot(found.objects, found.slots, (), found.plain))
+            known.append(found.plain)
+        results = {"loss": self(run, found.tensors, known.index(found.plain))}
+        if not self.training:  # so that the self-check compares each of them
+            results |= {f"output_{n}": tensor for n, tensor in enumerate(found.tensors)}
+        return results
+
+    def forward(self, run: Tensor, tensors: tuple[Tensor, ...], outputs: int) -> Tensor:
+        """Return the loss of the run, computed from the model's outputs.
+
+        Args:
+            run: The number of the run: shape [], int64.
+            tensors: The tensors in the model's outputs.
+            outputs: Which of the structures that the model returns they are put into.
+        """
+        if not self.runs or capturing():
+            return _stand_in(tensors)
+        kept = self._outputs[outputs]
+        made = kept.filled(range(len(tensors)), tensors)[RUN]
+        suspended = self.runs[int(run)]
+        suspended.at_resume()
+        loss = suspended.resume(made)
+        return loss if torch.is_grad_enabled() else torch.zeros(())
+
+
+def _without_caches(outputs: Any) -> Any:
+    """Leave out keys and values kept for generation: a capture has none, its self-check may."""
+    if type(outputs) is tuple:
+        return tuple(value for value in outputs if not _is_cache(value))
+    if isinstance(outputs, MutableMapping):
+        for name in [name for name, value in outputs.items() if _is_cache(value)]:
+            outputs[name] = None
+    return outputs
+
+
+def _is_cache(value: Any) -> bool:
+    return type(value).__name__.endswith("Cache")
+
+
+def trainable(loss: Any) -> Tensor:
+    """Return what compute_loss returned as a loss of shape [].
+
+    Raises:
+        ValueError: It is no single number that a backward pass can start at.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else None
+        raise ValueError(
+            f"compute_loss returned a {kind or type(loss).__name__}; return a tensor with one "
+            "element"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "compute_loss returned a loss that needs no gradient, so that nothing would be "
+            "trained; compute it from the model's outputs without detach(), item() or no_grad()"
+        )
+    return loss.reshape(())
+
+
+def _stand_in(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a loss that depends on every element of every tensor, at a cross entropy's cost."""
+    total = torch.zeros((), device=tensors[0].device if tensors else None)
+    for place, tensor in enumerate(tensors, start=1):
+        if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        # Masks hold the lowest number there is.
+        rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1).clamp(-1e3, 1e3).float()
+        targets = torch.arange(rows.shape[0], device=rows.device) % rows.shape[1]
+        total = total + place * (functional.cross_entropy(rows, targets) + rows.mean())
+    return total

@@ -1,0 +1,134 @@
+"""Checkpoints with one thing wrong and right checksums: refused, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ipu_pipeline.checkpoint import MANIFEST, read_checkpoint, write_checkpoint
+from ipu_pipeline.checkpoint.manifest import _digest, describe
+from ipu_pipeline.errors import CheckpointError
+from tests.security.mutations import mutated
+
+NUMBER = int(os.environ.get("IPU_PIPELINE_MUTATIONS", "2000")) // 10
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a small model after a step of an optimizer with state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Return all that loading may change, as text."""
+    state = {name: value.tolist() for name, value in model.state_dict().items()}
+    kept = optimizer.state_dict()
+    numbers = torch.get_rng_state().sum(), random.getstate()[1][:3], np.random.get_state()[1][:3]
+    return repr((state, kept, numbers))
+
+
+def sign(folder: Path) -> None:
+    """Make the checksums right again, as whoever tampers with a checkpoint would."""
+    path = folder / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        body.pop("sha256", None)
+        for name in body.get("files", {}):
+            if (folder / name).is_file():
+                body["files"][name] = describe(folder / name)
+        text = json.dumps(body | {"sha256": _digest(body)})
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError):
+        return  # too broken to be signed
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+def damage_json(name: str) -> Callable[[Path, random.Random], None]:
+    def damage(folder: Path, draw: random.Random) -> None:
+        path = folder / name
+        text = mutated(path.read_text(encoding="utf-8"), draw)
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+    return damage
+
+
+def damage_bytes(name: str) -> Callable[[Path, random.Random], None]:
+    def damage(folder: Path, draw: random.Random) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[draw.randrange(min(len(data), 400))] = draw.randrange(256)
+        (folder / name).write_bytes(data[: draw.choice((len(data), len(data) // 2, 0))])
+
+    return damage
+
+
+def rename_tensors(folder: Path, draw: random.Random) -> None:
+    path = folder / draw.choice(("model.safetensors", "optimizer.safetensors"))
+    tensors = load_file(path)
+    name = draw.choice(sorted(tensors))
+    change: Any = draw.choice(("name", "shape", "drop"))
+    value = tensors.pop(name)
+    if change == "name":
+        tensors[draw.choice((f"{name}_", "x", f"x/{name}"))] = value
+    if change == "shape":
+        tensors[name] = value.reshape(-1)[:1].repeat(7)
+    save_file(tensors, path)
+
+
+DAMAGES = {
+    "manifest": damage_json(MANIFEST),
+    "optimizer settings": damage_json("optimizer.json"),
+    "weights": damage_bytes("model.safetensors"),
+    "optimizer state": damage_bytes("optimizer.safetensors"),
+    "names of tensors": rename_tensors,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_tampered_checkpoint_is_read_whole_or_changes_nothing(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained()
+    write_checkpoint(tmp_path / "good", model=model, optimizer=optimizer, global_step=3)
+    good = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    model, optimizer = trained()
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    before = everything(model, optimizer)
+    for number in range(NUMBER // len(DAMAGES)):
+        for file, data in good.items():
+            (folder / file).write_bytes(data)
+        DAMAGES[name](folder, random.Random(number))
+        sign(folder)
+        try:
+            read_checkpoint(folder, model=model, optimizer=optimizer)
+        except CheckpointError as error:
+            text = str(error)
+            assert everything(model, optimizer) == before, f"damage {number}: {text}"
+            assert len(text) < 1500
+        else:
+            optimizer.step()  # what was loaded is of use
+            model, optimizer = trained()
+            before = everything(model, optimizer)
+
+
+def test_a_file_outside_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=3)
+    path = tmp_path / "a" / MANIFEST
+    body = json.loads(path.read_text(encoding="utf-8"))
+    body["files"]["../../etc/passwd"] = {"size": 1, "sha256": ""}
+    path.write_text(json.dumps(body), encoding="utf-8")
+    sign(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="is no file in it"):
+        read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
