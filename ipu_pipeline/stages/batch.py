@@ -76,7 +76,7 @@ def batch_size(batch: Mapping[str, Any], axes: Axes | None = None) -> int:
         )
     size = next(iter(several.values()), 1)
     if size == 0:
-        raise LoweringError("the batch is empty: its axis of samples has size 0")
+        raise LoweringError(f"the batch is empty: axis {axes[next(iter(sizes))]} has size 0")
     return size
 
 
