@@ -61,7 +61,7 @@ def original_model(model: nn.Module) -> nn.Module:
 def not_compiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return a region in which compiled parts of ``model`` run as they were written."""
     if not any(
-        "_orig_mod" in vars(m)["_modules"] or vars(m).get("_compiled_call_impl") is not None
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
     ):
         return contextlib.nullcontext()

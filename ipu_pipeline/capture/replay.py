@@ -128,7 +128,9 @@ class Replay(TorchFunctionMode):
             raise self.failure
         if self.position < len(self.glue.calls):
             self._differs("ends earlier than when it was captured")
-        if {name: id(tensor) for name, tensor in named_tensors(output)} != self.glue.results:
+        with torch._C.DisableTorchFunctionSubclass():  # what a stand-in is, without its refusals
+            results = {name: id(tensor) for name, tensor in named_tensors(output)}
+        if results != self.glue.results:
             self._differs("returns other results than when it was captured")
         return Followed(self.hosts, tuple(self.changed), self.said, tuple(self.changed.values()))
 
