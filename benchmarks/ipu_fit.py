@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
@@ -102,7 +102,8 @@ def speeds(
 def product_share(family: str, product: Product, precision: str, calibration: Calibration) -> float:
     """Return the share of the peak that one matrix product is predicted to reach."""
     chip = chip_named(family)
-    plan = plan_matmul(product, chip, precision, DEFAULT_PROPORTION, calibration)
+    chip = replace(chip, calibration=calibration)
+    plan = plan_matmul(product, chip, precision, DEFAULT_PROPORTION)
     return product.macs / (plan.cycles * chip.tiles * chip.macs_per_cycle(precision))
 
 

@@ -7,7 +7,7 @@ bounds on the device's speed (README of the shared data).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,10 +27,8 @@ from ipu_pipeline.backends.ipu.prices import (
     Chip,
     Prediction,
     chip_named,
-    predict_on_chip,
 )
 from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout
-from ipu_pipeline.backends.ipu.prices.timing import step_time
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.graph import BlockGraph
 
@@ -61,7 +59,7 @@ class Observation:
 
     def predict(self, calibration: Calibration = DEFAULT_CALIBRATION) -> Prediction:
         """Return the whole prediction."""
-        return predict_row(self.row, self.graph, self.chip, calibration)[0]
+        return predict_row(self.row, self.graph, replace(self.chip, calibration=calibration))[0]
 
     @cached_property
     def layout(self) -> StageLayout:
@@ -72,14 +70,13 @@ class Observation:
     def predicted_items_per_s(self, calibration: Calibration = DEFAULT_CALIBRATION) -> float:
         """Return predicted items per second, counted as measured (time only, no memory)."""
         settings = self.row.settings
-        step = step_time(self.graph, self.layout, settings, self.chip, calibration)
+        chip = replace(self.chip, calibration=calibration)
+        step = Prediction(self.graph, self.layout, settings, chip).time
         count = settings.accumulation if settings.training else settings.device_iterations
         return self.row.micro_batch * count * settings.replicas * self.packing / step.total_s
 
 
-def predict_row(
-    row: Row, graph: BlockGraph, chip: Chip, calibration: Calibration = DEFAULT_CALIBRATION
-) -> tuple[Prediction, str]:
+def predict_row(row: Row, graph: BlockGraph, chip: Chip) -> tuple[Prediction, str]:
     """Predict one configuration; also return a note on how its layers were placed.
 
     Raises:
@@ -87,7 +84,8 @@ def predict_row(
     """
     try:
         layers, note = placed_layers(row, graph)
-        found = predict_on_chip(graph, row.settings, chip, layers=layers, calibration=calibration)
+        layout = make_layout(graph, row.settings, layers)
+        found = Prediction(graph, layout, row.settings, chip)
     except (PipelineError, ValueError) as error:
         raise UnjudgeableRowError(f"cannot be placed: {error}") from error
     return found, note

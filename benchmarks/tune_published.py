@@ -20,7 +20,13 @@ from benchmarks.ipu_fit import SHARED
 from benchmarks.ipu_observations import predict_row
 from benchmarks.ipu_rows import Row, UnjudgeableRowError, load_rows, read_row
 from ipu_pipeline.backends.ipu.prices import chip_named
-from ipu_pipeline.backends.ipu.tune import TuneRequest, batch_divisions, front_of, pipelines_of
+from ipu_pipeline.backends.ipu.tune import (
+    SETTINGS,
+    TuneRequest,
+    batch_divisions,
+    front_of,
+    pipelines_of,
+)
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.text import render_table
 
@@ -68,12 +74,13 @@ def compare(key: Key, rows: list[Row]) -> list[Comparison]:
     """Tune for the group's global batch, to the end, and predict each of its rows."""
     batch, wanted, front_end = key
     chip = chip_named("ipu-gc200")
-    asked = TuneRequest(
-        batch,
+    run = replace(
+        SETTINGS,
         front_end=front_end,
         device_iterations=max(row.settings.device_iterations for row in rows),
         half_first_moment=any(row.settings.half_first_moment for row in rows),
     )
+    asked = TuneRequest(batch, settings=run)
     found = batch_divisions(asked, NUM_IPUS)
     graphs = {
         size: capture_architecture(replace(wanted, batch_size=size))

@@ -22,8 +22,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.price import make_plan, priced, step_s
-from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step_s
+from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
@@ -35,7 +35,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     machine: str | Machine = "local",
     num_stages: int | None = None,
     microbatches: int | None = None,
-    replicas: int = 1,
+    replicas: int | None = None,
     schedule: str | None = None,
     costs: str = "analytic",
     granularity: Granularity = "layer",
@@ -56,7 +56,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
         microbatches: Microbatches per optimizer step; ``None``: the config's, else
             what the machine's backend takes, at least 8.
-        replicas: Copies of the pipeline.
+        replicas: Copies of the pipeline; ``None``: the config's, else 1.
         schedule: One that the machine's backend lists: ``1f1b``, ``gpipe``, ``interleaved``,
             ``zbv``, ... or ``popart`` (the one that IPUs run); ``None``: the backend's first.
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
@@ -78,48 +78,60 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
-    backend, graph = backend_of(described), captured.graph
+    backend_of(described).check_costs(costs)
+    limits = _limits(
+        replace(constraints or Constraints(), num_stages=depth),
+        captured.graph, described, config, microbatches, replicas, schedule,
+    )  # fmt: skip
+    work = Workload(
+        captured.graph,
+        described,
+        limits.schedule,
+        limits.num_microbatches,
+        limits.replicas or 1,
+        backend_of(described).settings(captured.graph, config, limits),
+        measured_seconds(captured, example_batch, described, costs),
+        limits.factors(captured.graph.block_index),
+    )
+    split = backend_of(described).placement(work) if constraints is None else None
+    if split is None:
+        split = _searched(work, limits, _layers(captured.graph, config, depth))
+    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
+    return _after_passes(_fitting(made), manager)
+
+
+def _limits(
+    limits: Constraints,
+    graph: BlockGraph,
+    machine: Machine,
+    config: IPUConfig | None,
+    microbatches: int | None,
+    replicas: int | None,
+    schedule: str | None,
+) -> Constraints:
+    """Return ``limits`` with the numbers of the run: those given, the config's, or defaults."""
+    backend = backend_of(machine)
+    if replicas is None:
+        replicas = 1 if config is None else config.replicas(inference=not graph.training)
     if microbatches is None:
         microbatches = (
-            backend.default_microbatches(described, depth, replicas)
+            backend.default_microbatches(machine, limits.num_stages, replicas)
             if config is None
             else config.gradient_accumulation_steps
         )
-    limits = replace(
-        constraints or Constraints(),
-        num_stages=depth,
-        num_microbatches=microbatches,
-        replicas=replicas,
-        schedule=schedule or backend.schedules[0],
-    )
-    if limits.schedule not in backend.schedules:
-        raise ValueError(
-            f"{described.name} runs no schedule {limits.schedule!r}; use one of "
-            f"{', '.join(backend.schedules)}"
-        )
-    work = Workload(
-        graph,
-        described,
-        limits.schedule,
-        microbatches,
-        replicas,
-        backend.settings(graph, config, limits),
-        measured_seconds(captured, example_batch, described, costs),
-        limits.factors(graph.block_index),
-    )
-    split = backend.placement(work) if constraints is None else None
-    if split is None:
-        limits = backend.rules(graph, described, limits)
-        limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
-        split = solve(
-            graph,
-            backend.costs(work),
-            described,
-            limits,
-            step=partial(step_s, work),
-        )
-    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
-    return _after_passes(_fitting(made), manager)
+    name = schedule or backend.schedules[0]
+    wrong = schedule_problem(machine, name)
+    if wrong:
+        raise ValueError(wrong)
+    return replace(limits, num_microbatches=microbatches, replicas=replicas, schedule=name)
+
+
+def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
+    backend = backend_of(work.machine)
+    limits = backend.rules(work.graph, work.machine, limits)
+    limits = replace(limits, layers_per_ipu=layers)
+    costs = backend.costs(work)
+    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
 
 
 @same_random_numbers()
@@ -191,14 +203,11 @@ def measured_seconds(
     captured: CapturedModel, batch: Mapping[str, Any], machine: Machine, costs: str
 ) -> dict[str, tuple[float, float]]:
     """Return measured seconds by block; nothing where they are computed."""
-    if costs not in ("analytic", "profiled"):
-        raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
     if costs == "analytic":
         return {}
     from ipu_pipeline.backends.local.measure import profile_blocks
 
-    times = profile_blocks(captured, batch, num_devices=len(machine.devices))
-    return {name: (time.forward_s, time.backward_s) for name, time in times.items()}
+    return profile_blocks(captured, batch, num_devices=len(machine.devices))
 
 
 def _fitting(made: Plan) -> Plan:

@@ -20,10 +20,11 @@ from ipu_pipeline.capture.leaves import Granularity, choose_leaves
 from ipu_pipeline.capture.patches import countable, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
+from ipu_pipeline.capture.state import without_stand_ins
 from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
@@ -69,11 +70,28 @@ class CapturedModel:
     _batch: Mapping[str, Any]
     _trace: Trace
     _coarse: Coarse
+    _changed_backward: tuple[str, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[str, TensorMeta]:
         """Description of every tensor value by its name."""
         return {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
+
+    @cached_property
+    def state(self) -> tuple[SharedState, ...]:
+        """What several blocks use and forward passes change."""
+        found = []
+        names = [program.name for program in self.programs]
+        for fqn in (*self._trace.changing, *self._changed_backward):
+            readers = [p.name for p in self.programs if fqn in p.reads]
+            writers = [p.name for p in self.programs if fqn in p.writes]
+            backward = fqn in self._changed_backward
+            if backward or (writers and len({*readers, *writers}) > 1):
+                used = (
+                    (tuple(names), tuple(names)) if backward else (tuple(readers), tuple(writers))
+                )
+                found.append(SharedState(fqn, *used, backward=backward))
+        return tuple(dict.fromkeys(found))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -99,7 +117,12 @@ class CapturedModel:
         Raises:
             Differs: It does something else than when it was captured.
         """
-        return Replay(self.glue, integers).run(self.model, batch)
+        with without_stand_ins(self._glue_modules):
+            return Replay(self.glue, integers).run(self.model, batch)
+
+    @cached_property
+    def _glue_modules(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
 
     def with_hosts(self, places: Iterable[tuple[int, Path]]) -> CapturedModel:
         """Return the capture with numbers at these places of its glue as inputs."""
@@ -108,6 +131,7 @@ class CapturedModel:
         return replace(
             _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
             notes=self.notes,
+            _changed_backward=self._changed_backward,
         )
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
@@ -122,7 +146,7 @@ class CapturedModel:
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        with preserved_state(self.model), torch.no_grad():
+        with preserved_state(self.model, self._trace.changing.values()), torch.no_grad():
             return self._values({name: self._batch[name].clone() for name in self.inputs})
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
@@ -189,8 +213,8 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    notes = check_capture(captured, batch)
-    return replace(captured, notes=notes)
+    found = check_capture(captured, batch)
+    return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
 def _built(

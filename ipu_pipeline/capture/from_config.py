@@ -41,7 +41,7 @@ _VISUAL_QA_TYPES = ("lxmert",)
 
 def from_config(
     config: PretrainedConfig | str | Path,
-    task: str,
+    task: str | None = None,
     *,
     batch_size: int = 1,
     seq_length: int = 128,
@@ -52,7 +52,7 @@ def from_config(
 
     Args:
         config: A config, a hub name, a local folder, or the path of a ``config.json``.
-        task: One of :data:`TASKS`.
+        task: One of :data:`TASKS`; ``None``: that of the class which the config names.
         batch_size: Samples of the batch.
         seq_length: Tokens of a sequence (encoder and decoder). Images and spectrograms have the
             size that the config says.
@@ -67,6 +67,7 @@ def from_config(
         ValueError: A size below 1, or longer than the model's positions.
     """
     resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
+    task = task or infer_task(resolved)
     model = build_model(resolved, task, device=device, seed=seed)
     size = BatchSize(batch_size, seq_length)
     return model, example_batch(model, task, size, device=device, seed=seed)
@@ -118,16 +119,6 @@ def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedCo
         )
     build: Callable[[PretrainedConfig], nn.Module] = _auto_class(config, task).from_config
     return build
-
-
-def config_and_task(model: str, task: str | None = None) -> tuple[PretrainedConfig, str]:
-    """Return the config called ``model`` and ``task``, or the task that the config names.
-
-    Raises:
-        CaptureError: There is no such config, or it names no task.
-    """
-    config = load_config(model)
-    return config, task or infer_task(config)
 
 
 def infer_task(config: PretrainedConfig) -> str:

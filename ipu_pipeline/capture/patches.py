@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -98,14 +98,13 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back buffers (running statistics), gradients, random states and what Python keeps."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """Put back what running ``model`` changes, and what Python keeps.
+
+    Buffers (running statistics), gradients, random states, attributes of the modules, and the
+    tensors ``changed``: parameters that a forward pass writes to.
+    """
+    tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
@@ -118,9 +117,9 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(value)
+            for tensor, memory, value in tensors:
+                tensor.data = memory
+                tensor.copy_(value)
 
 
 def collected_outputs() -> dict[str, list[Any]]:

@@ -48,7 +48,6 @@ def emit_command(
     from ipu_pipeline.backends.ipu.bundle import emit
     from ipu_pipeline.backends.ipu.check import notes
     from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
-    from ipu_pipeline.errors import LoweringError
     from ipu_pipeline.ir.plan import Plan
 
     plan = Plan.load(plan_file)
@@ -67,14 +66,7 @@ def emit_command(
         half=half,
         seed=seed,
     )
-    text = None
-    if model is not None:
-        path = model / "config.json" if model.is_dir() else model
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise LoweringError(f"cannot read the model's configuration: {error}") from error
-    folder = emit(plan, settings, output, model_config=text)
+    folder = emit(plan, settings, output, model_config=_model_config(model))
     for note in notes(plan, settings):
         typer.echo(f"note: {note}", err=True)
     samples = plan.total_batch_size * settings.config.device_iterations
@@ -83,6 +75,19 @@ def emit_command(
         f"device\nread {folder / 'model_parallel.py'}; run it with: python {folder / 'run.py'} "
         f"(where poptorch is), or here: ipu-pipeline run {folder} --emulate"
     )
+
+
+def _model_config(model: Path | None) -> str | None:
+    """Return the text of ``config.json``, or of the one in a folder; ``None`` for none."""
+    from ipu_pipeline.errors import LoweringError
+
+    if model is None:
+        return None
+    path = model / "config.json" if model.is_dir() else model
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LoweringError(f"cannot read the model's configuration: {error}") from error
 
 
 def run_command(

@@ -6,13 +6,21 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipu_pipeline.cli.options import Model, PodOption, SeqLength, TaskOption
+from ipu_pipeline.cli.options import (
+    JsonOption,
+    Model,
+    PlanOutput,
+    PodOption,
+    SeqLength,
+    TaskOption,
+)
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -52,22 +60,20 @@ def tune_command(
         str | None,
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the best plan to this file.")
-    ] = None,
+    output: PlanOutput = None,
     ipu_config: Annotated[
         Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
-    from ipu_pipeline.backends.ipu.tune import TuneRequest, tune
+    from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
-    from ipu_pipeline.capture import model_identity
     from ipu_pipeline.ir.machines import machine_by_name
 
-    request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas,
-                          device_iterations, optimizer, least_free=free)  # fmt: skip
+    run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
+    request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
+                          least_free=free)  # fmt: skip
     described = machine_by_name(machine)
     rival = None if compare is None else _published(compare, described)
     capture = _capturer(model, task, seq_length)
@@ -80,25 +86,35 @@ def tune_command(
         typer.echo(result_text(result))
         if compare is not None and other is not None:
             typer.echo(f"\n{comparison_text(result, compare, other)}")
+    for said in _written(result, capture, output, ipu_config):
+        typer.echo(said, err=as_json)
+
+
+def _written(
+    result: TuneResult,
+    capture: Callable[[int], CapturedModel],
+    output: Path | None,
+    ipu_config: Path | None,
+) -> Iterator[str]:
+    """Write the best point to the files that were asked for, and say so."""
+    from ipu_pipeline.capture import model_identity
+
+    size = result.best.prediction.micro_batch
     if output is not None:
-        captured = capture(result.best.prediction.micro_batch)
-        result.plan(model_identity(captured.model)).save(output)
-        typer.echo(f"plan written to {output}", err=as_json)
+        result.plan(model_identity(capture(size).model)).save(output)
+        yield f"plan written to {output}"
     if ipu_config is not None:
         path = result.ipu_config().save(ipu_config)
-        size = result.best.prediction.micro_batch
-        typer.echo(f"IPU configuration written to {path} (micro batch {size})", err=as_json)
+        yield f"IPU configuration written to {path} (micro batch {size})"
 
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
-
-    config, chosen = config_and_task(model, task)
+    from ipu_pipeline.capture.from_config import from_config
 
     @cache
     def captured(micro_batch: int) -> CapturedModel:
-        built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)
+        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
         return capture(built, batch)
 
     return captured

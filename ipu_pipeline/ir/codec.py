@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -32,14 +33,17 @@ def to_json(value: Any) -> Any:
     return msgspec.to_builtins(value, str_keys=True)
 
 
-def from_json(kind: type[T], raw: Any, source: str, error: type[PipelineError]) -> T:
-    """Build a dataclass, or a tuple of them, from parsed JSON.
+def from_json(
+    kind: type[T], raw: Any, source: str, error: type[PipelineError], *, strict: bool = True
+) -> T:
+    """Build a dataclass, or another type of fields, from parsed JSON.
 
     Args:
         kind: The type.
         raw: What the JSON holds; what is already of its type is taken as it is.
         source: Named at the start of every message: a path, or what the data is.
         error: Raised with a message that says which place has which fault.
+        strict: Whether texts of numbers and truth values are refused.
     """
     known = {item.name: item for item in fields(kind)} if is_dataclass(kind) else {}
     if known and not isinstance(raw, Mapping):
@@ -47,23 +51,34 @@ def from_json(kind: type[T], raw: Any, source: str, error: type[PipelineError]) 
     # All fields that are unknown or missing are named; msgspec would name the first.
     unknown = [name for name in raw if name not in known] if known else []
     if unknown:
-        raise error(
-            f"{source}: unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(known)}"
-        )
+        raise error(f"{source}: {unknown_field(unknown, known)}")
     try:
-        found = msgspec.convert(raw, kind)
+        found = msgspec.convert(raw, kind, strict=strict)
+    except error as problem:
+        raise error(f"{source}: {problem}") from problem
     except msgspec.ValidationError as problem:
         text, _, where = str(problem).partition(" - at `$")
         where = where.rstrip("`")
         missing = [n for n, item in known.items() if n not in raw and _is_required(item)]
         if missing and not where:
             text = f"missing field {', '.join(map(repr, missing))}"
-        excerpt = _excerpt(raw, where) if where else ""
+        wanted = get_type_hints(kind).get(where[1:]) if known else kind
+        if get_origin(wanted) is Literal:
+            text = f"Expected one of {', '.join(map(str, get_args(wanted)))}"
+        excerpt = _excerpt(raw, where) if where or not known else ""
         raise error(f"{_place(source, where)}: {text}{excerpt}") from problem
     strange = _unread(raw, found, "")
     if strange:
         raise error(f"{_place(source, strange[0])}: unknown field {strange[1]!r}")
     return found
+
+
+def unknown_field(names: Iterable[str], known: Iterable[str]) -> str:
+    """Say that there are no fields ``names``, with the closest ones that there are."""
+    names, known = list(names), list(known)
+    close = [match for name in names for match in get_close_matches(str(name), known, n=2)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {', '.join(known)}"
+    return f"unknown field {', '.join(map(repr, names))}; {hint}"
 
 
 def _is_required(item: Field[Any]) -> bool:

@@ -112,6 +112,16 @@ class Backend(Protocol):
         """Return the microbatches per step where the user gave no number."""
         ...
 
+    def check_costs(self, costs: str) -> None:
+        """Refuse a source of prices, before anything is measured.
+
+        Raises:
+            ValueError: It is neither ``analytic`` nor ``profiled``.
+            PartitionError: This backend does not price blocks so.
+        """
+        if costs not in ("analytic", "profiled"):
+            raise ValueError(f"costs {costs!r} is unknown; use 'analytic' or 'profiled'")
+
     def costs(self, work: Workload) -> GraphCosts:
         """Return the ways to run every block, each with seconds and bytes: the search's input."""
         from ipu_pipeline.planner.price import counted_costs

@@ -19,6 +19,7 @@ from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
 from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
@@ -144,7 +145,8 @@ class StageCache:
         Raises:
             CaptureError: The model cannot be captured with these inputs.
             LoweringError: A block that the plan serializes has no table for so many slices.
-            PlanError: In training mode, its blocks are not those of the plan.
+            PlanError: In training mode, its blocks are not those of the plan; or stages share what
+                a forward pass changes.
         """
         found, prepared = [], []
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
@@ -249,6 +251,8 @@ class StageCache:
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
+        places = {name: index for index, names in enumerate(blocks) for name in names}
+        verify_state(captured.state, places)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
         return build_stages(captured, blocks, self.recompute, tables, row_shards)

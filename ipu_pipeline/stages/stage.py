@@ -20,6 +20,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
+from ipu_pipeline.stages.replay import ReplayedBlock
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 
@@ -72,6 +73,7 @@ class Stage:
     live: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
+    _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -197,9 +199,13 @@ class Stage:
         inputs = tuple(values[name] for name in program.inputs)
         again = program.name in self.recompute and torch.is_grad_enabled()
         if again and not (program.name == LOSS and self.fused):  # that one does it by itself
+            replayed = self._replayed.setdefault(program.name, ReplayedBlock(program))
+            call = replayed.passes(call)
+            inputs = replayed.unshared(inputs)
             outputs = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
-            outputs = call(*inputs)
+            with program.saving_copies():
+                outputs = call(*inputs)
         values.update(zip(program.outputs, outputs, strict=True))
 
     def _backward_apart(

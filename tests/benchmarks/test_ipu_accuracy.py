@@ -16,6 +16,7 @@ from benchmarks.ipu_fit import PRODUCTS, SHARED, fit, minimise, product_share
 from benchmarks.ipu_observations import judged, load_observations, predict_row
 from benchmarks.ipu_rows import UnjudgeableRowError, load_rows, read_row
 from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, chip_named
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram
 from ipu_pipeline.backends.ipu.prices.timing import step_time
 
 pytestmark = pytest.mark.timeout(400)  # the models of all published rows are captured once
@@ -169,7 +170,7 @@ def test_steps_of_larger_pods_that_were_not_fitted() -> None:
     (run,) = [o for o in observations if o.id == "mlperf_v2.0_graphcore_bert_pod16_closed"]
     for replicas, accumulation, seconds in ((8, 96, 0.617), (16, 64, 0.476), (32, 36, 0.360)):
         settings = replace(run.row.settings, replicas=replicas, accumulation=accumulation)
-        step = step_time(run.graph, run.layout, settings, run.chip, DEFAULT_CALIBRATION)
+        step = step_time(PlacedProgram(run.graph, run.layout, settings, run.chip))
         assert step.total_s == pytest.approx(seconds, rel=0.05)
 
 

@@ -28,6 +28,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     find_ownership,
     kept_aside,
     sharded,
+    share_buffers,
     sum_over_ranks,
     update,
 )
@@ -82,6 +83,7 @@ class DistributedExecutable(Executable):
         self._own = None if optimizer is None else OwnParameters(optimizer)
         self._checkpoints = ShardedCheckpoints(model, self._own, self.groups, background)
         self._ownership: Ownership | None = None
+        self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
         self._cache = StageCache(
             model,
@@ -173,6 +175,7 @@ class DistributedExecutable(Executable):
         """
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
+            share_buffers(self._changing, self.groups)
             stages, parts = self._prepared(split_batch(batch, 2 * self.plan.num_stages))
             return evaluate(stages, self._inputs(parts), self.groups)
 
@@ -182,6 +185,7 @@ class DistributedExecutable(Executable):
         """Return the unsplit model's own state dict, whole on every process."""
         if self._ownership is not None:
             with self._running("collecting weights"):
+                share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
         return self.model.state_dict()
 
@@ -264,6 +268,7 @@ class DistributedExecutable(Executable):
         with torch.enable_grad(), casts_of_one_step():
             stages, parts = self._prepared(parts)
             ownership = self._settle_ownership(stages[0])
+            share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
@@ -290,6 +295,9 @@ class DistributedExecutable(Executable):
         if self._ownership is None:
             layout = self.groups.layout
             found = find_ownership(stages, layout)
+            own = [p for index in layout.own_stages for p in stages[index].programs]
+            changing = {id(t): t for program in own for t in program.changing.values()}
+            self._changing = [t for t in changing.values() if not isinstance(t, nn.Parameter)]
             self.groups.make_holders(sorted({s for s in found.holders.values() if len(s) > 1}))
             if self._own is not None:
                 if self.options.replicated_tensor_sharding and layout.num_replicas > 1:

@@ -106,37 +106,38 @@ def make_spec(  # noqa: PLR0913 - the choices of a user by name
         ValueError: Nodes are named where nothing is written for them.
         LoweringError: Plan, schedule, processes and nodes do not fit each other.
     """
-    if here and (nodes or gpus_per_node or machine):
+    elsewhere, chosen = bool(nodes or gpus_per_node or machine), schedule or plan.schedule
+    if here and elsewhere:
         raise ValueError(
             "launch starts processes on this machine only; for other machines add --print "
             "(the command for every node) or --slurm FILE"
         )
-    chosen = schedule or plan.schedule
-    if not here and machine is None and not (nodes or gpus_per_node):
-        on_nodes = plan.machine.devices_per_board and _runs_processes(plan.machine)
-        machine = plan.machine if on_nodes else None
+    if not here and not elsewhere and _runs_processes(plan.machine):
+        machine = plan.machine if plan.machine.devices_per_board else None
     if room is None:
         gpus = (nodes or 0) * (gpus_per_node or 0)
         room = gpus or plan.num_stages * plan.replicas if machine is None else len(machine.devices)
     number = processes or choose_processes(plan, chosen, room)
     make_layout(plan, chosen, 0, number)
-    num_nodes, gpus = 1, 0
-    if not here:
-        num_nodes, gpus = choose_nodes(number, nodes, gpus_per_node, machine)
+    split = (1, 0) if here else choose_nodes(number, nodes, gpus_per_node, machine)
     return LaunchSpec(
         plan_path=plan_path,
         program=program,
         num_processes=number,
-        described=(
-            f"{_count(number, 'process', 'processes')}: "
-            f"{_count(plan.num_stages, 'stage', 'stages')} x "
-            f"{_count(plan.replicas, 'replica', 'replicas')}, {chosen}"
-        ),
+        described=_described(plan, number, chosen),
         schedule=schedule,
-        num_nodes=num_nodes,
-        gpus_per_node=gpus,
+        num_nodes=split[0],
+        gpus_per_node=split[1],
         max_restarts=max_restarts,
         num_threads=threads,
+    )
+
+
+def _described(plan: Plan, number: int, schedule: str) -> str:
+    """Say what is started."""
+    return (
+        f"{_count(number, 'process', 'processes')}: {_count(plan.num_stages, 'stage', 'stages')} x "
+        f"{_count(plan.replicas, 'replica', 'replicas')}, {schedule}"
     )
 
 

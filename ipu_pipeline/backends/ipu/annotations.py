@@ -70,7 +70,6 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
         LoweringError: A stage begins with code that belongs to no module, or the calls of one
             module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
     """
-    kept = _kept(plan)
     costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
     found: list[Annotation] = []
     homes: dict[str, int] = {}
@@ -93,7 +92,7 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
                 stage=stage,
                 ipu=plan.stages[stage].device,
                 again=again,
-                checkpoint=block.name in kept or (checkpoint_layers and block.kind == "layer"),
+                checkpoint=checkpoint_layers and block.kind == "layer",
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
@@ -107,20 +106,6 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
 def module_of(block: Block) -> str:
     """Return the path of the module that begins ``block``; empty for the loss."""
     return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
-
-
-def _kept(plan: Plan) -> set[str]:
-    """Return the blocks whose outputs are kept although others of their stage are recomputed.
-
-    PopART recomputes a whole stage, from what was kept; the last stage keeps everything.
-    """
-    return {
-        name
-        for stage in plan.stages[:-1]
-        if stage.recompute
-        for name in stage.blocks
-        if name not in stage.recompute
-    }
 
 
 def _check_stage_openers(annotations: list[Annotation]) -> None:

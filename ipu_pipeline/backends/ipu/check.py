@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from ipu_pipeline.backends.ipu.prices import is_ipu
+from ipu_pipeline.backends.ipu.prices.operations import slices_problem
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.tables import table_of
 
 MOST_IPUS = 64  # per process
-_LARGEST_DIVISOR = 64  # the largest that is worth proposing
 
 Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
 
@@ -121,16 +120,8 @@ def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 
 def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     for stage in plan.stages:
-        for name, factor in stage.serialize.items():
-            table = table_of(plan.graph, plan.graph[name])
-            rows = 0 if table is None else table.rows
-            if factor > 1 and rows % factor:
-                divisors = [n for n in range(2, _LARGEST_DIVISOR + 1) if rows % n == 0]
-                yield (
-                    f"serialization factor {factor} does not divide the {rows} rows of block "
-                    f"{name!r}; divisors up to {_LARGEST_DIVISOR}: "
-                    f"{', '.join(map(str, divisors)) or 'none'}; choose one, or pad the table"
-                )
+        problems = (slices_problem(plan.graph, *item) for item in stage.serialize.items())
+        yield from filter(None, problems)
 
 
 def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ipu_pipeline.backends.ipu.backend import program_of
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.layout import (
     convolutional_layers,
     layout_of,
     placement_of,
 )
+from ipu_pipeline.backends.ipu.prices.predict import program_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers

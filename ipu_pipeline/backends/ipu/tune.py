@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import (
-    DEFAULT_CALIBRATION,
     Chip,
     IPUPlanning,
     IPUSettings,
@@ -33,10 +32,9 @@ from ipu_pipeline.backends.ipu.prices import (
 )
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices
 from ipu_pipeline.backends.ipu.prices.layout import placement_of
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction, closest
 from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
 from ipu_pipeline.backends.ipu.prices.predict import partition_of
-from ipu_pipeline.backends.ipu.prices.settings import FrontEnd
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -46,7 +44,10 @@ from ipu_pipeline.planner.search.priced import quickest
 if TYPE_CHECKING:
     from ipu_pipeline.ir.plan import ModelIdentity, Plan
 
-FACTORS = (1, 2, 4)
+SETTINGS = IPUSettings(num_ipus=1, device_iterations=4, sharded=True)
+CHOICES = ProgramChoices(
+    embedding_factors=(1, 2, 4), projection_factors=(1, 2, 4), proportions=PROPORTIONS
+)
 MAX_MICRO_BATCH = 32
 FREE_STEP = 0.05  # the next point of the front leaves at least so much more of a tile free
 MOST_FREE = 0.5  # nobody gives up speed for more than half a tile
@@ -63,14 +64,9 @@ class TuneRequest:
         micro_batch: Samples of one microbatch.
         ipus_per_replica: IPUs of one replica.
         replicas: Copies of the pipeline.
-        device_iterations: Optimizer steps per return to the host. More is always quicker (and
-            delays logging and learning rates), so it is given, not searched.
-        optimizer: ``sgd`` has no state, every other optimizer has two moments.
-        half_first_moment: First moment in float16.
-        front_end: Library that builds the program.
-        proportions: Memory proportions that an IPU may get, rising.
-        factors: Slices that an embedding or a projection with a large table may get.
-        recompute: Whether a program may recompute, or not, or both.
+        settings: What all programs have in common: optimizer, front end, ... More device iterations
+            are always quicker (and delay logging and learning rates), so they are given, too.
+        choices: What programs differ in.
         max_micro_batch: Largest micro batch that is tried.
         least_free: Share of a tile's memory that must stay free on every IPU, 0 to 1.
     """
@@ -79,49 +75,22 @@ class TuneRequest:
     micro_batch: int | None = None
     ipus_per_replica: int | None = None
     replicas: int | None = None
-    device_iterations: int = 4
-    optimizer: str = "adamw"
-    half_first_moment: bool = False
-    front_end: FrontEnd = "poptorch"
-    proportions: tuple[float, ...] = PROPORTIONS
-    factors: tuple[int, ...] = FACTORS
-    recompute: tuple[bool, ...] = (True, False)
+    settings: IPUSettings = SETTINGS
+    choices: ProgramChoices = CHOICES
     max_micro_batch: int = MAX_MICRO_BATCH
     least_free: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "micro_batch", "ipus_per_replica", "replicas",
-                     "device_iterations", "max_micro_batch"):  # fmt: skip
+                     "max_micro_batch"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.least_free < 1:
             raise ValueError(f"least_free must be at least 0 and below 1, got {self.least_free}")
-        if not self.proportions or not self.factors:
-            raise ValueError("proportions and factors must each hold at least one value")
-
-    @property
-    def settings(self) -> IPUSettings:
-        """What all programs have in common."""
-        return IPUSettings(
-            num_ipus=1,
-            device_iterations=self.device_iterations,
-            optimizer=self.optimizer,
-            half_first_moment=self.half_first_moment,
-            front_end=self.front_end,
-            sharded=True,
-        )
-
-    @property
-    def choices(self) -> ProgramChoices:
-        """What programs differ in."""
-        return ProgramChoices(
-            recompute=self.recompute,
-            embedding_factors=self.factors,
-            projection_factors=self.factors,
-            offchip=(False,) if "sgd" in self.optimizer.lower() else (False, True),
-            proportions=self.proportions,
-        )
+        empty = [name for name, values in vars(self.choices).items() if not values]
+        if empty:
+            raise ValueError(f"choices.{empty[0]} must hold at least one value")
 
 
 @dataclass(frozen=True)
@@ -213,7 +182,7 @@ class TuneResult:
     def settings(self, point: TunePoint | None = None) -> IPUSettings:
         """Return the point (default: the best) as settings that say its placement."""
         found = (point or self.best).prediction
-        return placement_of(self.graphs[found.micro_batch], found.layout, found.settings)
+        return placement_of(found.graph, found.layout, found.settings)
 
     def ipu_config(self, point: TunePoint | None = None) -> IPUConfig:
         """Return the point (default: the best) as ``ipu_config.json`` holds it.
@@ -228,16 +197,9 @@ class TuneResult:
         from ipu_pipeline.planner.price import make_plan
 
         chosen = point or self.best
-        prediction = chosen.prediction
-        graph = self.graphs[prediction.micro_batch]
-        work = Workload(
-            graph,
-            self.machine,
-            "popart",
-            prediction.num_microbatches,
-            prediction.settings.replicas,
-        )
-        return make_plan(model, work, partition_of(graph, prediction, chosen.bound_s))
+        split = partition_of(chosen.prediction, chosen.bound_s)
+        run = (split.schedule, split.num_microbatches, split.replicas)
+        return make_plan(model, Workload(chosen.prediction.graph, self.machine, *run), split)
 
     def predict(self, config: IPUConfig, capture: CaptureMicroBatch) -> Prediction:
         """Predict another configuration, for its own share of the batch where that is whole.
@@ -249,9 +211,9 @@ class TuneResult:
         size, rest = divmod(self.request.global_batch, per_sample)
         micro_batch = size if size and not rest else 1
         graph = self.graphs.get(micro_batch) or capture(micro_batch).graph
-        asked = self.request
+        own = self.request.settings
         settings = replace(
-            IPUSettings.from_config(config), front_end=asked.front_end, optimizer=asked.optimizer
+            IPUSettings.from_config(config), front_end=own.front_end, optimizer=own.optimizer
         )
         return predict(graph, settings, self.machine)
 
@@ -369,7 +331,7 @@ def pipelines_of(
         request: What is fixed.
         chip: The IPU.
     """
-    chains = {size: ChainPrices(graph, chip, DEFAULT_CALIBRATION) for size, graph in graphs.items()}
+    chains = {size: ChainPrices(graph, chip) for size, graph in graphs.items()}
     found = []
     for division in divisions:
         planning = IPUPlanning(chains[division.micro_batch], request.settings, request.choices)
@@ -447,14 +409,11 @@ def _misfit(
     head = f"nothing fits {machine.name} with a global batch of {request.global_batch}"
     if request.least_free:
         head += f" and {request.least_free:.0%} of every tile free"
-    fullest = [(-item.even().free, number) for number, item in enumerate(front.pipelines)]
-    if fullest:
-        over, number = min(fullest)
-        closest = front.pipelines[number]
+    if front.pipelines:
+        best = closest(front.pipelines)
         head += (
-            f"; closest were {closest.settings.num_ipus} IPUs per replica with a micro batch of "
-            f"{closest.chain.graph.micro_batch_size}, whose fullest tile needs {1 + over:.0%} of "
-            "its memory"
+            f"; closest were {best.settings.num_ipus} IPUs per replica with a micro batch of "
+            f"{best.micro_batch}, whose fullest tile needs {1 - best.free:.0%} of its memory"
         )
     wider = replace(request, ipus_per_replica=None, replicas=None, micro_batch=None)
     for factor in LARGER:
@@ -465,6 +424,6 @@ def _misfit(
         found = [division for division in found if division.micro_batch == least]
         graphs = {least: capture(least).graph}
         pipelines = pipelines_of(found, graphs, larger, wider, chip_of(machine))
-        if any(item.label_search(float("inf"), None).run_narrow().pipelines for item in pipelines):
+        if any(item.fits() for item in pipelines):
             return f"{head}; it fits on {count} IPUs"
     return f"{head}; nor does it on {LARGER[-1]} times as many IPUs: use a shorter sequence"

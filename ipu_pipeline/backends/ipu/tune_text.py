@@ -7,6 +7,7 @@ from math import inf
 from typing import Any
 
 from ipu_pipeline.backends.ipu.prices import IPUSettings, Prediction
+from ipu_pipeline.backends.ipu.prices.layout import layers_of
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
 from ipu_pipeline.backends.ipu.tune import TuneResult
 from ipu_pipeline.ir.text import milliseconds, render_table
@@ -60,15 +61,6 @@ def front_table(result: TuneResult) -> str:
     return render_table(_COLUMNS, rows)
 
 
-def _layers(prediction: Prediction) -> list[int]:
-    """Layers of every IPU."""
-    layout = prediction.layout
-    return [
-        sum(name in prediction.layers for name in layout.blocks_on(ipu))
-        for ipu in range(layout.num_ipus)
-    ]
-
-
 def _short(values: Sequence[float]) -> str:
     """Write ``2 3x6 4`` for a list with repeated values."""
     runs: list[list[float]] = []
@@ -98,10 +90,7 @@ def parts_of_step(prediction: Prediction) -> dict[str, float]:
     return {
         "main cycles": time.main_s,
         "fill and flush": time.fill_s + time.flush_s,
-        "optimizer": time.optimizer_s,
-        "state streaming": time.streaming_s,
-        "all-reduce": time.all_reduce_s,
-        "host": time.host_s,
+        **time.once_s,
     }
 
 
@@ -188,7 +177,7 @@ def _facts(prediction: Prediction) -> dict[str, Any]:
         "micro batch": prediction.micro_batch,
         "accumulation": settings.accumulation,
         "device iterations": settings.device_iterations,
-        "layers per IPU": _short(_layers(prediction)),
+        "layers per IPU": _short(layers_of(prediction.graph, prediction.layout)),
         "proportions": _short(settings.proportions),
         "kept for the backward pass": _kept(settings),
         "embedding slices": settings.embedding_factor,

@@ -43,16 +43,6 @@ def test_layers_are_kept_when_asked() -> None:
     assert kept == [f"bert.encoder.layer.{i}" for i in range(4)]
 
 
-def test_blocks_that_are_not_recomputed_are_kept() -> None:
-    plan = _plan()
-    first, last = plan.stages
-    only = replace(plan, stages=(replace(first, recompute=("bert.encoder.layer.0",)), last))
-    assert [a.block for a in annotate(only) if a.checkpoint] == [
-        "bert.embeddings",
-        "bert.encoder.layer.1",
-    ]
-
-
 def test_a_stage_that_begins_with_the_loss() -> None:
     plan = _plan()
     first, last = plan.stages

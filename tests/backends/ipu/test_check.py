@@ -97,8 +97,8 @@ def test_a_tied_weight_on_two_ipus() -> None:
 def test_slices_that_do_not_divide() -> None:
     first, second = _plan().stages
     _refused(
-        r"serialization factor 4 does not divide the 99 rows of block 'bert.embeddings'; divisors "
-        r"up to 64: 3, 9, 11, 33; choose one, or pad the table",
+        r"block 'bert.embeddings' is to run in 4 slices, but its table has 99 rows, which 4 does "
+        r"not divide; divisors up to 64: 3, 9, 11, 33; choose one, or pad the table",
         _stages(_plan(), replace(first, serialize={"bert.embeddings": 4}), second),
     )
 
@@ -107,7 +107,7 @@ def test_slices_of_a_tied_head_are_those_of_its_table() -> None:
     plan = _plan("bert-mlm")
     *rest, head = plan.stages
     sliced = _stages(plan, *rest, replace(head, serialize={"cls": 2}))
-    _refused(r"factor 2 does not divide the 99 rows of block 'cls'", sliced)
+    _refused(r"block 'cls' is to run in 2 slices, but its table has 99 rows", sliced)
     check(_stages(plan, *rest, replace(head, serialize={"cls": 3})), settings_for(plan))
 
 

@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 import transformers
+from typer.testing import CliRunner
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices import IPUPlanning, predict
+from ipu_pipeline.backends.ipu.prices import predict
+from ipu_pipeline.backends.ipu.prices.predict import prediction_of
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.cli import app
+from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.simulate import simulate
+from ipu_pipeline.planner.search import Constraints
 
 START = {"decoder_start_token_id": 0, "pad_token_id": 0}
 ENCODER_DECODER = {**START, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2}
@@ -76,18 +82,27 @@ def test_what_is_planned_is_emitted_and_priced_once(
     assert said["recompute"] == (config.recompute and num_stages > 1)
 
 
-def test_layers_that_are_left_open_are_placed_alike_through_every_door() -> None:
+def test_layers_that_are_left_open_are_placed_alike_through_every_door(tmp_path: Path) -> None:
+    CONFIGS["bert"][0].save_pretrained(tmp_path)
+
+    def predicted(**said: object) -> str:
+        path = IPUConfig(ipus_per_replica=2, **said).save(tmp_path)
+        asked = ("predict", str(tmp_path), "--task", "masked-lm", "--ipu-config", str(path),
+                 "--machine", "pod4", "--seq-length", "16")  # fmt: skip
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.output
+        return result.output
+
     model, batch = from_config(*CONFIGS["bert"], batch_size=1, seq_length=16)
     config = IPUConfig(ipus_per_replica=2, gradient_accumulation_steps=8)
     plan = ipp.plan(model, batch, machine=POD, config=config)
-    graph = capture(model, batch).graph
-    prediction = IPUPlanning.of_configuration(graph, config, POD)
-    assert prediction is not None
-    assert prediction.time.total_s == plan.objective_s
-    said = replace(config, layers_per_ipu=(2, 2))
-    assert IPUPlanning.of_configuration(graph, said, POD) is None
-    too_few = replace(config, gradient_accumulation_steps=1)
-    assert IPUPlanning.of_configuration(graph, too_few, POD) is None
+    again = prediction_of(plan)
+    assert again.time.total_s == plan.objective_s
+    assert predicted(gradient_accumulation_steps=8).strip() == again.text().strip()
+    even = predict(plan.graph, replace(config, layers_per_ipu=(2, 2)), POD)
+    said = predicted(gradient_accumulation_steps=8, layers_per_ipu=(2, 2))
+    assert said.strip() == even.text().strip()
+    assert "PopART refuses this" in predicted(gradient_accumulation_steps=1)
 
 
 def test_a_decoders_embedding_may_come_back_to_the_first_ipu() -> None:
@@ -110,3 +125,34 @@ def test_a_head_that_eight_does_not_divide() -> None:
     for stage in plan.stages:
         assert all(51_865 % factor == 0 for factor in stage.serialize.values())
     settings_for(plan)
+
+
+def test_single_blocks_are_not_recomputed(tmp_path: Path) -> None:
+    """PopART recomputes whole stages: such a plan would run otherwise than it is priced."""
+    model, batch = from_config(*CONFIGS["bert"], batch_size=1, seq_length=16)
+    message = "PopART recomputes every stage but the last, or none"
+    asked = {"machine": POD, "num_stages": 2, "microbatches": 8}
+    one = "recompute{blocks=[bert.encoder.layer.0]}"
+    with pytest.raises(PartitionError, match=f"and not 'bert.embeddings', but {message}"):
+        ipp.plan(model, batch, **asked, passes=one)
+    limits = Constraints(recompute=("bert.encoder.layer.0",))
+    with pytest.raises(PartitionError, match=f"single blocks .*layer.0.*, but {message}"):
+        ipp.plan(model, batch, **asked, constraints=limits)
+    plan = ipp.plan(model, batch, **asked, passes="recompute{blocks=all}")
+    *earlier, last = (bool(stage.recompute) for stage in plan.stages)
+    assert (set(earlier), last) == ({True}, False)
+    plan.save(tmp_path / "plan.json")
+    edited = json.loads((tmp_path / "plan.json").read_text())
+    edited["stages"][0]["recompute"] = ["bert.encoder.layer.0"]
+    (tmp_path / "plan.json").write_text(json.dumps(edited))
+    with pytest.raises(PartitionError, match=message):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_measured_prices_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ipu_pipeline.backends.local.measure.profile_blocks", pytest.fail)
+    model, batch = from_config(*CONFIGS["bert"], batch_size=1, seq_length=16)
+    with pytest.raises(PartitionError, match="not by what this machine measured; use costs='anal"):
+        ipp.plan(model, batch, machine=POD, num_stages=2, costs="profiled")

@@ -8,12 +8,13 @@ from itertools import combinations, pairwise, product
 
 import pytest
 
-from ipu_pipeline.backends.ipu.prices import Chip, Prediction, chip_named
+from ipu_pipeline.backends.ipu.prices import Chip, Prediction, ProgramChoices, chip_named
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.prices.predict import predict_layout
 from ipu_pipeline.backends.ipu.tune import (
+    CHOICES,
     FREE_STEP,
+    SETTINGS,
     TuneRequest,
     batch_divisions,
     front_of,
@@ -29,8 +30,10 @@ POD = machine_by_name("pod4")
 
 
 def request_of(**changes) -> TuneRequest:
-    given = {"proportions": (0.05, 0.3), "factors": (1,), "max_micro_batch": 2}
-    return TuneRequest(16, **{**given, **changes})
+    choices = replace(
+        CHOICES, proportions=(0.05, 0.3), embedding_factors=(1,), projection_factors=(1,)
+    )
+    return TuneRequest(16, choices=choices, max_micro_batch=2, **changes)
 
 
 def graphs(*, tied: bool) -> dict[int, BlockGraph]:
@@ -60,7 +63,7 @@ def everything(pipelines: list[IPUPipeline]) -> Iterator[tuple[IPUPipeline, Pred
             for chosen in product((0.05, 0.3), repeat=item.settings.num_ipus):
                 settings = replace(item.settings, proportions=chosen)
                 layout = layout_of(stages, settings.num_ipus)
-                found = predict_layout(graph, layout, settings, chip)
+                found = Prediction(graph, layout, settings, chip)
                 assert not [note for note in found.notes if "refuses" in note]
                 if found.fits:
                     yield item, found
@@ -142,7 +145,7 @@ def test_impossible_batches_say_what_would_work(asked: TuneRequest, message: str
         ({"global_batch": 0}, "global_batch must be at least 1, got 0"),
         ({"replicas": 0}, "replicas must be at least 1, got 0"),
         ({"least_free": 1.0}, "least_free must be at least 0 and below 1, got 1.0"),
-        ({"proportions": ()}, "must each hold at least one value"),
+        ({"choices": ProgramChoices()}, "choices.proportions must hold at least one value"),
     ],
 )
 def test_wrong_requests_are_refused(changes, message: str) -> None:
@@ -151,7 +154,7 @@ def test_wrong_requests_are_refused(changes, message: str) -> None:
 
 
 def test_slices_are_tried_for_large_tables_only() -> None:
-    asked = TuneRequest(16, optimizer="sgd", ipus_per_replica=2, replicas=1, micro_batch=1)
+    asked = TuneRequest(16, 1, 2, 1, replace(SETTINGS, optimizer="sgd"))
     found = [item.settings for item in prepared(asked, graphs(tied=False), small_chip(1.0))]
     assert {s.embedding_factor for s in found} == {1, 2, 4}
     assert not any(s.optimizer_offchip for s in found), "sgd has no state to move"

@@ -6,46 +6,109 @@ called. Omitted arguments (``None``) take the default and are compiled in as con
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import inspect
+from typing import Any, Callable, ClassVar
 
 import torch
 
 from .optim_base import VariableAttributes, accum_type, clip_norm, collect
 
+# What every parameter group has its own value of.
+_OF_GROUPS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "alpha": 0.99,
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "nesterov": False,
+    "velocity_scaling": 1.0,
+    "max_weight_norm": 65500.0,
+}
+# What all groups share.
+_SHARED: dict[str, Any] = {
+    "loss_scaling": 1.0,
+    "accum_type": torch.float32,
+    "velocity_accum_type": torch.float32,
+    "first_order_momentum_accum_type": torch.float32,
+    "second_order_momentum_accum_type": torch.float32,
+    "max_grad_norm": float("inf"),
+}
+# Switches of the program, which are no values.
+_SWITCHES = {"bias_correction": True, "use_combined_accum": False, "use_tf_variant": False}
+_MOMENTA = "first_order_momentum_accum_type second_order_momentum_accum_type"
+
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of the optimizers below."""
+    """Base of the optimizers below, each of which names its arguments in the front end's order."""
 
     popart_type = ""
-    _wide: dict[str, Any]
+    arguments: ClassVar[str] = ""
+    required: ClassVar[tuple[str, ...]] = ()
+    own_defaults: ClassVar[dict[str, Any]] = {}
     variable_attrs: VariableAttributes
     ipu_state: dict[str, Any]
     ipu_param: dict[str, Any]
+    _shared: dict[str, None]
     _read_device: Callable[[], None] | None
     _state_is_new: bool
 
-    def _setup(
-        self,
-        params: Any,
-        group: dict[str, tuple[Any, Any]],
-        wide: dict[str, tuple[Any, Any]],
-        ignored: dict[str, Any],
-    ) -> None:
-        """Store values; each is ``(given, default)`` and omitted when given is ``None``."""
-        values, omitted = collect({**group, **wide})
-        self._wide = {}
+    def __init__(self, params: Any, *values: Any, **named: Any) -> None:
+        """Store the values; ``None`` is an omitted one."""
+        given = self._given(values, named)
+        self._check(given)
+        for name in _SWITCHES.keys() & given:
+            switch = given.pop(name)
+            setattr(self, name, _SWITCHES[name] if switch is None else bool(switch))
+        defaults = {**_OF_GROUPS, **_SHARED, **self.own_defaults}
+        known = {name: (given.pop(name), defaults[name]) for name in [*given] if name in defaults}
+        stored, omitted = collect(known)
+        if "centered" in given:
+            given["centered"] = bool(given["centered"])
+        given.pop("amsgrad", None)
+        self._shared = {}
         self._read_device = None
         self._state_is_new = False
         self.ipu_state, self.ipu_param = {}, {}
-        self.variable_attrs = VariableAttributes(omitted, list(values))
-        super().__init__(params, {**{name: values[name] for name in group}, **ignored})
-        for name in wide:
-            setattr(self, name, values[name])
-        self._wide = {name: None for name in wide}
+        self.variable_attrs = VariableAttributes(omitted, list(stored))
+        # torch keeps what is left, which the device ignores, in its groups, too.
+        super().__init__(params, {**{k: v for k, v in stored.items() if k not in _SHARED}, **given})
+        self._shared = {name: None for name in stored if name in _SHARED}
+        for name in self._shared:
+            setattr(self, name, stored[name])
+
+    def _given(self, values: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+        """Return every argument by name.
+
+        Raises:
+            TypeError: An unknown or repeated one, or a missing one.
+        """
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([
+            inspect.Parameter(
+                name, kind, default=inspect.Parameter.empty if name in self.required else None
+            )
+            for name in self.arguments.split()
+        ])  # fmt: skip
+        bound = signature.bind(*values, **named)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def _check(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            if name.endswith("accum_type"):
+                accum_type(name, value)
+        clip_norm(given.get("max_grad_norm"))
+        if given.get("amsgrad"):
+            raise ValueError("Adam and AdamW with amsgrad=True are not supported")
+        # SDK 2.5 to 3.4 correct AdamW's bias on the device even when it is switched off here.
+        if given.get("bias_correction") is False:
+            self.popart_type += "_NO_BIAS"
 
     def wide_values(self) -> dict[str, Any]:
         """Return the values that all groups share."""
-        return {name: getattr(self, name) for name in self._wide}
+        return {name: getattr(self, name) for name in self._shared}
 
     def step(self, closure: Any = None) -> Any:
         """Refuse: the device updates the weights.
@@ -94,251 +157,61 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     popart_type = "SGD"
+    arguments = (
+        "lr momentum dampening weight_decay nesterov maximize foreach differentiable loss_scaling "
+        "velocity_scaling use_combined_accum accum_type velocity_accum_type max_grad_norm"
+    )
+    required = ("lr",)
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float | None = None,
-        dampening: float | None = None,
-        weight_decay: float | None = None,
-        nesterov: bool | None = None,
-        maximize: bool | None = None,
-        foreach: bool | None = None,
-        differentiable: bool | None = None,
-        loss_scaling: float | None = None,
-        velocity_scaling: float | None = None,
-        use_combined_accum: bool | None = None,
-        accum_type: torch.dtype | None = None,
-        velocity_accum_type: torch.dtype | None = None,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        combined = bool(use_combined_accum)
-        if combined and (accum_type is not None or velocity_accum_type is not None):
-            raise ValueError("accum_type and velocity_accum_type exclude use_combined_accum=True")
-        if not combined and velocity_scaling is not None:
+    def _check(self, given: dict[str, Any]) -> None:
+        super()._check(given)
+        if given["use_combined_accum"]:
+            if given["accum_type"] is not None or given["velocity_accum_type"] is not None:
+                raise ValueError(
+                    "accum_type and velocity_accum_type exclude use_combined_accum=True"
+                )
+        elif given["velocity_scaling"] is not None:
             raise ValueError("velocity_scaling needs use_combined_accum=True")
-        self.use_combined_accum = combined
-        self._setup(
-            params,
-            {
-                "lr": (lr, lr),
-                "momentum": (momentum, 0.0),
-                "dampening": (dampening, 0.0),
-                "weight_decay": (weight_decay, 0.0),
-                "nesterov": (nesterov, False),
-                "velocity_scaling": (velocity_scaling, 1.0),
-            },
-            {
-                **_scaling(loss_scaling, accum_type, max_grad_norm),
-                "velocity_accum_type": _accum("velocity_accum_type", velocity_accum_type),
-            },
-            {"maximize": maximize, "foreach": foreach, "differentiable": differentiable},
-        )
 
 
 class Adam(Optimizer):
     """Adam with weight decay added to the gradient."""
 
     popart_type = "ADAM"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        amsgrad: bool | None = None,
-        foreach: bool | None = None,
-        maximize: bool | None = None,
-        capturable: bool | None = None,
-        differentiable: bool | None = None,
-        fused: bool | None = None,
-        loss_scaling: float | None = None,
-        accum_type: torch.dtype | None = None,
-        first_order_momentum_accum_type: torch.dtype | None = None,
-        second_order_momentum_accum_type: torch.dtype | None = None,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        _refuse_amsgrad(amsgrad)
-        self._setup(
-            params,
-            _adam_group(lr, betas, eps, weight_decay, decay_default=0.0),
-            {
-                **_scaling(loss_scaling, accum_type, max_grad_norm),
-                **_momenta(first_order_momentum_accum_type, second_order_momentum_accum_type),
-            },
-            _ignored(foreach, maximize, capturable, differentiable, fused),
-        )
+    arguments = (
+        "lr betas eps weight_decay amsgrad foreach maximize capturable differentiable fused "
+        f"loss_scaling accum_type {_MOMENTA} max_grad_norm"
+    )
 
 
 class AdamW(Optimizer):
     """Adam with decoupled weight decay."""
 
     popart_type = "ADAMW"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        amsgrad: bool | None = None,
-        maximize: bool | None = None,
-        foreach: bool | None = None,
-        capturable: bool | None = None,
-        differentiable: bool | None = None,
-        fused: bool | None = None,
-        loss_scaling: float | None = None,
-        bias_correction: bool | None = None,
-        accum_type: torch.dtype | None = None,
-        first_order_momentum_accum_type: torch.dtype | None = None,
-        second_order_momentum_accum_type: torch.dtype | None = None,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        _refuse_amsgrad(amsgrad)
-        # SDK 2.5 to 3.4 correct the bias on the device even when it is switched off here.
-        self.bias_correction = bias_correction is not False
-        if not self.bias_correction:
-            self.popart_type = "ADAMW_NO_BIAS"
-        self._setup(
-            params,
-            _adam_group(lr, betas, eps, weight_decay, decay_default=1e-2),
-            {
-                **_scaling(loss_scaling, accum_type, max_grad_norm),
-                **_momenta(first_order_momentum_accum_type, second_order_momentum_accum_type),
-            },
-            _ignored(foreach, maximize, capturable, differentiable, fused),
-        )
+    arguments = (
+        "lr betas eps weight_decay amsgrad maximize foreach capturable differentiable fused "
+        f"loss_scaling bias_correction accum_type {_MOMENTA} max_grad_norm"
+    )
+    own_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2}
 
 
 class LAMB(Optimizer):
     """Layer-wise adaptive moments; takes no max_grad_norm."""
 
     popart_type = "LAMB"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        bias_correction: bool | None = None,
-        loss_scaling: float | None = None,
-        max_weight_norm: float | None = None,
-        accum_type: torch.dtype | None = None,
-        first_order_momentum_accum_type: torch.dtype | None = None,
-        second_order_momentum_accum_type: torch.dtype | None = None,
-    ) -> None:
-        self.bias_correction = bias_correction is not False
-        if not self.bias_correction:
-            self.popart_type = "LAMB_NO_BIAS"
-        group = _adam_group(lr, betas, eps, weight_decay, decay_default=1e-2)
-        group["max_weight_norm"] = (max_weight_norm, 65500.0)
-        self._setup(
-            params,
-            group,
-            {
-                "loss_scaling": (loss_scaling, 1.0),
-                "accum_type": _accum("accum_type", accum_type),
-                **_momenta(first_order_momentum_accum_type, second_order_momentum_accum_type),
-            },
-            {},
-        )
+    arguments = (
+        "lr betas eps weight_decay bias_correction loss_scaling max_weight_norm accum_type "
+        f"{_MOMENTA}"
+    )
+    own_defaults: ClassVar[dict[str, Any]] = {"weight_decay": 1e-2}
 
 
 class RMSprop(Optimizer):
     """RMSprop; takes no max_grad_norm."""
 
     popart_type = "RMSPROP"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | None = None,
-        alpha: float | None = None,
-        eps: float | None = None,
-        weight_decay: float | None = None,
-        momentum: float | None = None,
-        centered: bool | None = None,
-        foreach: bool | None = None,
-        maximize: bool | None = None,
-        differentiable: bool | None = None,
-        loss_scaling: float | None = None,
-        accum_type: torch.dtype | None = None,
-        first_order_momentum_accum_type: torch.dtype | None = None,
-        second_order_momentum_accum_type: torch.dtype | None = None,
-        use_tf_variant: bool | None = None,
-    ) -> None:
-        self.use_tf_variant = bool(use_tf_variant)
-        self._setup(
-            params,
-            {
-                "lr": (lr, 1e-2),
-                "alpha": (alpha, 0.99),
-                "eps": (eps, 1e-8),
-                "weight_decay": (weight_decay, 0.0),
-                "momentum": (momentum, 0.0),
-            },
-            {
-                "loss_scaling": (loss_scaling, 1.0),
-                "accum_type": _accum("accum_type", accum_type),
-                **_momenta(first_order_momentum_accum_type, second_order_momentum_accum_type),
-            },
-            {
-                "centered": bool(centered),
-                "foreach": foreach,
-                "maximize": maximize,
-                "differentiable": differentiable,
-            },
-        )
-
-
-def _adam_group(
-    lr: Any, betas: Any, eps: Any, weight_decay: Any, *, decay_default: float
-) -> dict[str, tuple[Any, Any]]:
-    return {
-        "lr": (lr, 1e-3),
-        "betas": (betas, (0.9, 0.999)),
-        "eps": (eps, 1e-8),
-        "weight_decay": (weight_decay, decay_default),
-    }
-
-
-def _scaling(loss_scaling: Any, kind: Any, max_grad_norm: Any) -> dict[str, tuple[Any, Any]]:
-    return {
-        "loss_scaling": (loss_scaling, 1.0),
-        "accum_type": _accum("accum_type", kind),
-        "max_grad_norm": (clip_norm(max_grad_norm), float("inf")),
-    }
-
-
-def _accum(name: str, kind: Any) -> tuple[Any, Any]:
-    return accum_type(name, kind), torch.float32
-
-
-def _momenta(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
-    return {
-        "first_order_momentum_accum_type": _accum("first_order_momentum_accum_type", first),
-        "second_order_momentum_accum_type": _accum("second_order_momentum_accum_type", second),
-    }
-
-
-def _ignored(
-    foreach: Any, maximize: Any, capturable: Any, differentiable: Any, fused: Any
-) -> dict[str, Any]:
-    return {
-        "foreach": foreach,
-        "maximize": maximize,
-        "capturable": capturable,
-        "differentiable": differentiable,
-        "fused": fused,
-    }
-
-
-def _refuse_amsgrad(amsgrad: Any) -> None:
-    if amsgrad:
-        raise ValueError("Adam and AdamW with amsgrad=True are not supported")
+    arguments = (
+        "lr alpha eps weight_decay momentum centered foreach maximize differentiable loss_scaling "
+        f"accum_type {_MOMENTA} use_tf_variant"
+    )
+    own_defaults: ClassVar[dict[str, Any]] = {"lr": 1e-2}

@@ -14,7 +14,7 @@ import torch
 
 from .enums import AutoStage, CommGroupType, OutputMode
 from .errors import ConfigFileError
-from .options_base import OptionsDict, merge, require, require_type
+from .options_base import OptionsDict, merge, require, require_type, setter
 from .options_groups import (
     DistributedOptions,
     PopartOptions,
@@ -60,15 +60,10 @@ class Options(SessionOptions):
         names = ("Precision", "Training", "TensorLocations", "Distributed", "_Popart")
         return {name: self.__dict__[name] for name in names}
 
-    def deviceIterations(self, count: int) -> Options:
-        """Set how many iterations the device runs in one call."""
-        self.set(device_iterations=count)
-        return self
-
-    def replicationFactor(self, count: int) -> Options:
-        """Set the replicas of this process."""
-        self.set(replication_factor=count)
-        return self
+    deviceIterations = setter(
+        "device_iterations", "Set how many iterations the device runs in one call."
+    )
+    replicationFactor = setter("replication_factor", "Set the replicas of this process.")
 
     def inputReplicaGrouping(self, size: int, group_type: CommGroupType) -> Options:
         """Give all replicas of a group the same input; call after ``replicationFactor``.

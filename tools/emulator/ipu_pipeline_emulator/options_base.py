@@ -73,6 +73,24 @@ class OptionsDict:
             object.__setattr__(self, name, value)
 
 
+def setter(option: str, doc: str, *default: Any) -> Any:
+    """Return a method that stores its argument and returns its object.
+
+    Args:
+        option: Declared name of what it sets.
+        doc: Docstring of the method.
+        default: Of the argument, where it has one.
+    """
+
+    def method(self: OptionsDict, value: Any) -> OptionsDict:
+        self.set(**{option: value})
+        return self
+
+    method.__doc__ = doc
+    method.__defaults__ = default or None
+    return method
+
+
 def require(condition: bool, message: str) -> None:
     """Raise what the front end's own checks raise; works under ``python -O`` too.
 

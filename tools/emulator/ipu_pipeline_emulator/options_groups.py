@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .enums import MeanReductionStrategy, ReductionType
-from .options_base import OptionsDict, require_type
+from .options_base import OptionsDict, require_type, setter
 
 
 class PrecisionOptions(OptionsDict):
@@ -75,10 +75,9 @@ class TrainingOptions(OptionsDict):
         )
         object.__setattr__(self, "_popart", popart)
 
-    def gradientAccumulation(self, steps: int) -> TrainingOptions:
-        """Set micro-batches per weight update and replica."""
-        self.set(gradient_accumulation=steps)
-        return self
+    gradientAccumulation = setter(
+        "gradient_accumulation", "Set micro-batches per weight update and replica."
+    )
 
     def accumulationAndReplicationReductionType(self, kind: ReductionType) -> TrainingOptions:
         """Choose sum or mean of the gradients of micro-batches and replicas.
@@ -92,17 +91,13 @@ class TrainingOptions(OptionsDict):
         self.set(accumulation_and_replication_reduction_type=kind)
         return self
 
-    def setMeanAccumulationAndReplicationReductionStrategy(
-        self, strategy: MeanReductionStrategy
-    ) -> TrainingOptions:
-        """Choose when the mean is taken: running or at the end."""
-        self.set(meanAccumulationAndReplicationReductionStrategy=strategy)
-        return self
-
-    def setAutomaticLossScaling(self, enabled: bool) -> TrainingOptions:
-        """Let the device adapt the loss scaling."""
-        self.set(automaticLossScaling=enabled)
-        return self
+    setMeanAccumulationAndReplicationReductionStrategy = setter(
+        "meanAccumulationAndReplicationReductionStrategy",
+        "Choose when the mean is taken: running or at the end.",
+    )
+    setAutomaticLossScaling = setter(
+        "automaticLossScaling", "Let the device adapt the loss scaling."
+    )
 
     def setConvolutionDithering(self, enabled: bool) -> TrainingOptions:
         """Spread convolutions over the tiles; replaces earlier convolution options."""

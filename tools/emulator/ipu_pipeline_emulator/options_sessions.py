@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from .enums import ConnectionType, SyncPattern
-from .options_base import OptionsDict, require, require_type
+from .options_base import OptionsDict, require, require_type, setter
 from .options_groups import PopartOptions
 
 DEFAULTS: dict[str, Any] = {
@@ -35,15 +35,10 @@ class SessionOptions(OptionsDict):
 
     _Popart: PopartOptions
 
-    def autoRoundNumIPUs(self, enabled: bool = True) -> SessionOptions:
-        """Reserve the next power of two of IPUs."""
-        self.set(auto_round_num_ipus=enabled)
-        return self
-
-    def connectionType(self, connection: ConnectionType) -> SessionOptions:
-        """Choose when the device is acquired; ``Never`` allows compilation only."""
-        self.set(connection_type=connection)
-        return self
+    autoRoundNumIPUs = setter("auto_round_num_ipus", "Reserve the next power of two of IPUs.", True)
+    connectionType = setter(
+        "connection_type", "Choose when the device is acquired; ``Never`` allows compilation only."
+    )
 
     def useOfflineIpuTarget(self, ipu_version: int = 2) -> SessionOptions:
         """Compile without a device.
@@ -64,15 +59,8 @@ class SessionOptions(OptionsDict):
         """Use one given device."""
         return self._put_typed("ipu_id", ipu_id, int)
 
-    def syncPattern(self, pattern: SyncPattern) -> SessionOptions:
-        """Choose how IPUs synchronise."""
-        self.set(sync_pattern=pattern)
-        return self
-
-    def logCycleCount(self, enabled: bool) -> SessionOptions:
-        """Count the device's cycles."""
-        self.set(log_cycle_count=enabled)
-        return self
+    syncPattern = setter("sync_pattern", "Choose how IPUs synchronise.")
+    logCycleCount = setter("log_cycle_count", "Count the device's cycles.")
 
     def enableExecutableCaching(self, path: str | None) -> SessionOptions:
         """Keep compiled programs in a folder; ``None`` disables that."""
@@ -107,60 +95,32 @@ class SessionOptions(OptionsDict):
         self._Popart.setEngineOptions(present)
         return self
 
-    def enableSyntheticData(self, enabled: bool) -> SessionOptions:
-        """Feed the device with made-up data."""
-        self.set(synthetic_data=enabled)
-        return self
-
-    def enableStableNorm(self, enabled: bool) -> SessionOptions:
-        """Use the stable algorithm of group norm."""
-        self.set(stable_norm=enabled)
-        return self
-
-    def broadcastBuffers(self, enabled: bool = True) -> SessionOptions:
-        """Start all replicas from the same buffers."""
-        self.set(broadcast_buffers=enabled)
-        return self
-
-    def logDir(self, path: str) -> SessionOptions:
-        """Set the folder of logs."""
-        self.set(log_dir=path)
-        return self
-
-    def modelName(self, name: str) -> SessionOptions:
-        """Set the name in profiles."""
-        self.set(model_name=name)
-        return self
-
-    def maxRepeatLogs(self, count: int) -> SessionOptions:
-        """Show an identical message at most so often."""
-        self.set(max_repeat_logs=count)
-        return self
+    enableSyntheticData = setter("synthetic_data", "Feed the device with made-up data.")
+    enableStableNorm = setter("stable_norm", "Use the stable algorithm of group norm.")
+    broadcastBuffers = setter(
+        "broadcast_buffers", "Start all replicas from the same buffers.", True
+    )
+    logDir = setter("log_dir", "Set the folder of logs.")
+    modelName = setter("model_name", "Set the name in profiles.")
+    maxRepeatLogs = setter("max_repeat_logs", "Show an identical message at most so often.")
 
     def disableModuleNamescope(self) -> SessionOptions:
         """Leave module names out of operation names."""
         self.set(module_namescope_enabled=False)
         return self
 
-    def updatableNamedBuffers(self, names: list[str]) -> SessionOptions:
-        """Name the buffers that ``copyNamedBuffersToDevice`` may change."""
-        self.set(updatable_named_buffers=names)
-        return self
-
-    def showCompilationProgressBar(self, show: bool = True) -> SessionOptions:
-        """Show progress while compiling."""
-        self.set(show_compilation_progress_bar=show)
-        return self
-
-    def relaxOptimizerAttributesChecks(self, relax: bool = True) -> SessionOptions:
-        """Do not warn about attributes of an optimizer that the device ignores."""
-        self.set(relax_optimizer_checks=relax)
-        return self
-
-    def sourceLocationExcludes(self, excludes: list[str]) -> SessionOptions:
-        """Leave these files out of source locations."""
-        self.set(source_location_excludes=excludes)
-        return self
+    updatableNamedBuffers = setter(
+        "updatable_named_buffers", "Name the buffers that ``copyNamedBuffersToDevice`` may change."
+    )
+    showCompilationProgressBar = setter(
+        "show_compilation_progress_bar", "Show progress while compiling.", True
+    )
+    relaxOptimizerAttributesChecks = setter(
+        "relax_optimizer_checks", "Do not warn about what the device ignores of an optimizer.", True
+    )
+    sourceLocationExcludes = setter(
+        "source_location_excludes", "Leave these files out of source locations."
+    )
 
     def appendToLocationExcludes(self, *excludes: str) -> SessionOptions:
         """Leave more files out of source locations."""

@@ -1,6 +1,5 @@
 """Configuration: ``ipu_config.json``, command line overrides and published presets. No torch."""
 
-from ipu_pipeline.backends.ipu.config.fields import parse_overrides
 from ipu_pipeline.backends.ipu.config.ipu_config import CONFIG_FILE_NAME, IPUConfig
 from ipu_pipeline.backends.ipu.config.presets import (
     find_config,
@@ -16,7 +15,6 @@ __all__ = [
     "expand_layers",
     "find_config",
     "load_preset",
-    "parse_overrides",
     "preset_names",
     "preset_source",
 ]

@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from ipu_pipeline.backends.ipu.config.fields import (
-    METADATA_KEY,
-    OUTPUT_MODES,
-    FieldSpec,
-    check_value,
-    parse_overrides,
-    unknown_key,
-)
-from ipu_pipeline.backends.ipu.config.fields import config_field as cfg
+from msgspec import Meta
+
 from ipu_pipeline.errors import ConfigError
-from ipu_pipeline.ir.codec import read_json
-from ipu_pipeline.planner.layers_per_ipu import expand_layers
+from ipu_pipeline.ir.codec import from_json, read_json, unknown_field
+from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
 DEFAULT_MATMUL_PROPORTION = 0.2
@@ -34,6 +28,20 @@ LEGACY_FIELDS = (
     "sharded_execution_for_inference",
     "use_popdist",
 )
+
+
+# What fields hold: kinds and ranges, for JSON data and for override text.
+Positive = Annotated[int, Meta(ge=1)]
+Factor = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]  # of an IPU's memory
+Layers = Annotated[tuple[Annotated[int, Meta(ge=WILDCARD)], ...], Meta(min_length=1)]
+Splits = Annotated[tuple[Factor, ...], Meta(min_length=1)]
+Shares = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
+Replicas = Positive | Annotated[Mapping[str, Positive], Meta(min_length=1)]
+OutputMode = Literal["all", "sum", "final", "default"]
+# A comma separates two settings unless it stands inside brackets.
+_SEPARATOR = re.compile(r",(?![^\[]*\])")
+_BOOLS = {**dict.fromkeys(("yes", "y"), "true"), **dict.fromkeys(("no", "n"), "false")}
 
 
 @dataclass(frozen=True)
@@ -74,74 +82,64 @@ class IPUConfig:
         ConfigError: A value has the wrong type, is out of range, or contradicts another one.
     """
 
-    layers_per_ipu: tuple[int, ...] = cfg("ints", (-1,), minimum=-1)
-    inference_layers_per_ipu: tuple[int, ...] | None = cfg("ints", minimum=-1, optional=True)
-    ipus_per_replica: int | None = cfg("int", minimum=1, optional=True)
-    inference_ipus_per_replica: int | None = cfg("int", minimum=1, optional=True)
-    replication_factor: int | Mapping[str, int] = cfg("replication", 1, minimum=1)
-    inference_replication_factor: int | Mapping[str, int] = cfg("replication", 1, minimum=1)
-    gradient_accumulation_steps: int = cfg("int", 1, minimum=1)
-    device_iterations: int = cfg("int", 1, minimum=1)
-    inference_device_iterations: int = cfg("int", 1, minimum=1)
-    matmul_proportion: float | tuple[float, ...] = cfg("proportion", DEFAULT_MATMUL_PROPORTION)
-    inference_matmul_proportion: float | tuple[float, ...] | None = cfg("proportion", optional=True)
-    embedding_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
-    inference_embedding_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
-    serialized_embedding_splits_per_ipu: tuple[int, ...] | None = cfg(
-        "ints", minimum=0, optional=True
-    )
-    inference_serialized_embedding_splits_per_ipu: tuple[int, ...] | None = cfg(
-        "ints", minimum=0, optional=True
-    )
-    projection_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
-    inference_projection_serialization_factor: int | None = cfg("int", minimum=0, optional=True)
-    serialized_projection_splits_per_ipu: tuple[int, ...] | None = cfg(
-        "ints", minimum=0, optional=True
-    )
-    inference_serialized_projection_splits_per_ipu: tuple[int, ...] | None = cfg(
-        "ints", minimum=0, optional=True
-    )
-    optimizer_state_offchip: bool = cfg("bool", default=False)
-    replicated_tensor_sharding: bool = cfg("bool", default=False)
-    recompute: bool | None = cfg("bool", optional=True)
-    recompute_checkpoint_every_layer: bool = cfg("bool", default=False)
-    stage_starts: Mapping[str, int] | None = cfg("mapping", optional=True)
-    enable_half_partials: bool = cfg("bool", default=True)
-    auto_loss_scaling: bool = cfg("bool", default=False)
-    explicit_ir_inference: bool = cfg("bool", default=False)
-    output_mode: str = cfg("str", "final", choices=OUTPUT_MODES)
-    seed: int | None = cfg("int", minimum=0, optional=True)
-    executable_cache_dir: str = cfg("str", "")
-    parallelize_kwargs: Mapping[str, Any] | None = cfg("mapping", optional=True)
-    inference_parallelize_kwargs: Mapping[str, Any] | None = cfg("mapping", optional=True)
-    optimum_version: str | None = cfg("str", optional=True)
-    transformers_version: str | None = cfg("str", optional=True)
-    decompose_grad_sum: bool | None = cfg("bool", optional=True)
-    enable_half_first_order_momentum: bool | None = cfg("bool", optional=True)
-    execute_encoder_on_cpu_for_generation: bool | None = cfg("bool", optional=True)
-    profile_dir: str | None = cfg("str", optional=True)
-    sharded_execution_for_inference: bool | None = cfg("bool", optional=True)
-    use_popdist: bool | None = cfg("bool", optional=True)
+    layers_per_ipu: Layers = (WILDCARD,)
+    inference_layers_per_ipu: Layers | None = None
+    ipus_per_replica: Positive | None = None
+    inference_ipus_per_replica: Positive | None = None
+    replication_factor: Replicas = field(default=1, hash=False)
+    inference_replication_factor: Replicas = field(default=1, hash=False)
+    gradient_accumulation_steps: Positive = 1
+    device_iterations: Positive = 1
+    inference_device_iterations: Positive = 1
+    matmul_proportion: Shares = DEFAULT_MATMUL_PROPORTION
+    inference_matmul_proportion: Shares | None = None
+    embedding_serialization_factor: Factor | None = None
+    inference_embedding_serialization_factor: Factor | None = None
+    serialized_embedding_splits_per_ipu: Splits | None = None
+    inference_serialized_embedding_splits_per_ipu: Splits | None = None
+    projection_serialization_factor: Factor | None = None
+    inference_projection_serialization_factor: Factor | None = None
+    serialized_projection_splits_per_ipu: Splits | None = None
+    inference_serialized_projection_splits_per_ipu: Splits | None = None
+    optimizer_state_offchip: bool = False
+    replicated_tensor_sharding: bool = False
+    recompute: bool | None = None
+    recompute_checkpoint_every_layer: bool = False
+    stage_starts: Mapping[str, int] | None = field(default=None, hash=False)
+    enable_half_partials: bool = True
+    auto_loss_scaling: bool = False
+    explicit_ir_inference: bool = False
+    output_mode: OutputMode = "final"
+    seed: Factor | None = None
+    executable_cache_dir: str = ""
+    parallelize_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    inference_parallelize_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
+    optimum_version: str | None = None
+    transformers_version: str | None = None
+    decompose_grad_sum: bool | None = None
+    enable_half_first_order_momentum: bool | None = None
+    execute_encoder_on_cpu_for_generation: bool | None = None
+    profile_dir: str | None = None
+    sharded_execution_for_inference: bool | None = None
+    use_popdist: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, spec in field_specs().items():
-            object.__setattr__(self, name, check_value(name, getattr(self, name), spec))
+        for name, kind in field_types().items():
+            value = from_json(kind, getattr(self, name), name, ConfigError)
+            object.__setattr__(self, name, value)
         for inference in (False, True):
             _check_consistency(self, "inference_" if inference else "")
 
     # ---- reading and writing
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> IPUConfig:
-        """Build a config from parsed JSON.
+    def from_dict(cls, raw: Any, source: str = "the IPU configuration") -> IPUConfig:
+        """Build a config from parsed JSON; messages start with ``source``.
 
         Raises:
             ConfigError: An unknown key, or a value that :class:`IPUConfig` refuses.
         """
-        for key in raw:
-            if key not in field_specs():
-                raise ConfigError(unknown_key(key, field_specs()))
-        return cls(**raw)
+        return from_json(cls, raw, source, ConfigError)
 
     @classmethod
     def load(cls, path: str | Path) -> IPUConfig:
@@ -152,17 +150,11 @@ class IPUConfig:
         """
         path = Path(path)
         path = path / CONFIG_FILE_NAME if path.is_dir() else path
-        raw = read_json(path, "the IPU configuration", ConfigError)
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-        try:
-            return cls.from_dict(raw)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        return cls.from_dict(read_json(path, "the IPU configuration", ConfigError), str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data with every field that has a value, sorted by name."""
-        found = {name: getattr(self, name) for name in sorted(field_specs())}
+        found = {name: getattr(self, name) for name in sorted(field_types())}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in found.items()
@@ -182,7 +174,7 @@ class IPUConfig:
         Raises:
             ConfigError: The text is malformed, or the result would be inconsistent.
         """
-        return replace(self, **parse_overrides(text, field_specs()))
+        return replace(self, **_read_overrides(text))
 
     # ---- what the fields mean together
 
@@ -191,6 +183,11 @@ class IPUConfig:
         if inference and self.inference_layers_per_ipu is not None:
             return self.inference_layers_per_ipu
         return self.layers_per_ipu
+
+    @property
+    def leaves_layers_open(self) -> bool:
+        """Whether it says nothing about the place of layers: the planner chooses."""
+        return self.layers_per_ipu == (WILDCARD,) and not self.stage_starts
 
     def num_ipus(self, *, inference: bool = False) -> int:
         """Return the IPUs of one replica."""
@@ -267,9 +264,43 @@ class IPUConfig:
 
 
 @cache
-def field_specs() -> Mapping[str, FieldSpec]:
-    """Return what every field of :class:`IPUConfig` accepts."""
-    return {item.name: item.metadata[METADATA_KEY] for item in fields(IPUConfig)}
+def field_types() -> dict[str, Any]:
+    """Return the types of the fields of :class:`IPUConfig`, with their ranges."""
+    return get_type_hints(IPUConfig, include_extras=True)
+
+
+def _read_overrides(text: str) -> dict[str, Any]:
+    """Read ``name=value`` settings separated by commas.
+
+    Lists are written ``[1 2 3]`` or ``[1,2,3]``, booleans ``true`` or ``false``, and ``none``
+    puts an optional field back to its derived value.
+
+    Raises:
+        ConfigError: No ``=``, an unknown or repeated name, or a value of the wrong type.
+    """
+    found: dict[str, Any] = {}
+    known = field_types()
+    for part in filter(None, (part.strip() for part in _SEPARATOR.split(text))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name:
+            raise ConfigError(f"override {part!r} is not name=value; separate settings by commas")
+        if name not in known:
+            raise ConfigError(f"override {part}: {unknown_field([name], known)}")
+        if name in found:
+            raise ConfigError(f"override {name} is given twice: {found[name]!r} and {value!r}")
+        kind = known[name]
+        place = f"override {name}={value}"
+        found[name] = from_json(kind, _from_text(value, kind), place, ConfigError, strict=False)
+    return found
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """Return what a value is read from: a list, nothing, or the text of a number or word."""
+    if text.startswith("[") and text.endswith("]"):
+        return text[1:-1].replace(",", " ").split()
+    if NoneType in get_args(kind) and text.lower() in ("none", "null"):
+        return None
+    return _BOOLS.get(text.lower(), text) if kind in (bool, bool | None) else text
 
 
 def _check_consistency(config: IPUConfig, prefix: str) -> None:

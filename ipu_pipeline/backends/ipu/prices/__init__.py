@@ -15,8 +15,8 @@ from ipu_pipeline.backends.ipu.prices.chip import (
     is_ipu,
 )
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory
-from ipu_pipeline.backends.ipu.prices.planning import IPUCostModel, IPUPlanning, ProgramChoices
-from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict, predict_on_chip
+from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
+from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime
 
@@ -24,7 +24,6 @@ __all__ = [
     "DEFAULT_CALIBRATION",
     "Calibration",
     "Chip",
-    "IPUCostModel",
     "IPUMemory",
     "IPUPlanning",
     "IPUSettings",
@@ -36,5 +35,4 @@ __all__ = [
     "chip_of",
     "is_ipu",
     "predict",
-    "predict_on_chip",
 ]

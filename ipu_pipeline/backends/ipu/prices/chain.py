@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
+from ipu_pipeline.backends.ipu.prices.chip import Chip
 from ipu_pipeline.backends.ipu.prices.memory import (
     StageBytes,
     num_products,
@@ -73,9 +73,9 @@ class PassTimes:
 class ChainPrices:
     """Prices runs of blocks of one graph; remembers the answers."""
 
-    def __init__(self, graph: BlockGraph, chip: Chip, calibration: Calibration) -> None:
+    def __init__(self, graph: BlockGraph, chip: Chip) -> None:
         """Price ``graph``, whose blocks run in the order in which they are listed."""
-        self.graph, self.chip, self.calibration = graph, chip, calibration
+        self.graph, self.chip = graph, chip
         self.names = tuple(graph.block_index)
         self._times: dict[object, PassTimes] = {}
         self._working: dict[object, list[list[int]]] = {}
@@ -186,7 +186,7 @@ class ChainPrices:
         )
 
     def _pricer(self, settings: IPUSettings, proportion: float) -> OperationPricer:
-        return OperationPricer(self.chip, settings.precision, proportion, self.calibration)
+        return OperationPricer(self.chip, settings.precision, proportion)
 
     def _factors(self, settings: IPUSettings) -> object:
         return (settings.embedding_factor, settings.projection_factor, settings.block_slices)

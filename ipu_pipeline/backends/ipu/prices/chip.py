@@ -74,6 +74,7 @@ class Chip:
         ipus_per_board: IPUs on one board.
         ipus_per_rack: IPUs that IPU-Links connect directly.
         link_latency_s: Seconds until the first byte of a copy between two IPUs.
+        calibration: Constants of the time model.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Chip:
     ipus_per_board: int
     ipus_per_rack: int
     link_latency_s: float
+    calibration: Calibration = DEFAULT_CALIBRATION
 
     @property
     def memory_bytes(self) -> int:

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 
+from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.operations import OperationPricer
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -127,15 +130,19 @@ def placement_of(graph: BlockGraph, layout: StageLayout, settings: IPUSettings) 
     ``layers_per_ipu`` counts the layers of every IPU; ``stage_starts`` is added only where these
     numbers mean another layout.
     """
-    counts = [
-        sum(graph[name].kind == "layer" for name in layout.blocks_on(ipu))
-        for ipu in range(layout.num_ipus)
-    ]
-    counted = replace(settings, layers_per_ipu=tuple(counts), stage_starts=())
+    counted = replace(settings, layers_per_ipu=layers_of(graph, layout), stage_starts=())
     if make_layout(graph, counted) == layout:
         return counted
     starts = tuple((stage.blocks[0], stage.ipu) for stage in layout.stages)
     return replace(counted, stage_starts=starts)
+
+
+def layers_of(graph: BlockGraph, layout: StageLayout) -> tuple[int, ...]:
+    """Return the number of layers on every IPU."""
+    return tuple(
+        sum(graph[name].kind == "layer" for name in layout.blocks_on(ipu))
+        for ipu in range(layout.num_ipus)
+    )
 
 
 def _by_counts(graph: BlockGraph, settings: IPUSettings) -> dict[str, int]:
@@ -220,47 +227,71 @@ def _stages(graph: BlockGraph, placed: Mapping[str, int]) -> tuple[LayoutStage, 
     return tuple(LayoutStage(ipu, tuple(names)) for ipu, names in zip(owners, members, strict=True))
 
 
-def stage_tensors(graph: BlockGraph, layout: StageLayout) -> tuple[tuple[int, int, str], ...]:
-    """Return ``(producing stage, last consuming stage, tensor)`` of all that crosses stages."""
-    stage_of = {name: i for i, stage in enumerate(layout.stages) for name in stage.blocks}
-    crossing = []
-    for tensor in graph.tensors:
-        if tensor.producer is None or not tensor.consumers:
-            continue
-        start = stage_of[tensor.producer]
-        end = max(stage_of[name] for name in tensor.consumers)
-        if end > start:
-            crossing.append((start, end, tensor.name))
-    return tuple(crossing)
+@dataclass(frozen=True)
+class PlacedProgram:
+    """Stages of a model on their IPUs: all that a price reads.
 
-
-def held_elements(
-    graph: BlockGraph, layout: StageLayout, settings: IPUSettings
-) -> tuple[Mapping[str, int], ...]:
-    """Return, for every IPU, the parameters it holds and how many elements of each.
-
-    A parameter used twice on an IPU is held once. A table that the configuration splits over IPUs
-    is held in these shares, wherever it is used.
+    Attributes:
+        graph: The model.
+        layout: Stages and their IPUs.
+        settings: The run.
+        chip: The IPU.
     """
-    held: list[dict[str, int]] = [{} for _ in range(layout.num_ipus)]
-    for ipu in range(layout.num_ipus):
-        for name in layout.blocks_on(ipu):
-            for fqn in graph[name].parameters:
-                held[ipu][fqn] = graph.parameter_by_fqn[fqn].numel
-    for kind, splits in (
-        ("embedding", settings.embedding_splits),
-        ("head", settings.projection_splits),
-    ):
-        table = _table(graph, kind) if splits else None
-        if table is None:
-            continue
-        numel = graph.parameter_by_fqn[table].numel
-        for ipu in range(layout.num_ipus):
-            share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
-            held[ipu].pop(table, None)
-            if share:
-                held[ipu][table] = ceil(numel * share)
-    return tuple(held)
+
+    graph: BlockGraph
+    layout: StageLayout
+    settings: IPUSettings
+    chip: Chip
+
+    def pricer(self, ipu: int) -> OperationPricer:
+        """Return what prices operations on ``ipu``."""
+        return OperationPricer(self.chip, self.settings.precision, self.settings.proportion(ipu))
+
+    @cached_property
+    def crossing(self) -> tuple[tuple[int, int, str], ...]:
+        """``(producing stage, last consuming stage, tensor)`` of all that crosses stages."""
+        stages = enumerate(self.layout.stages)
+        stage_of = {name: i for i, stage in stages for name in stage.blocks}
+        found = []
+        for tensor in self.graph.tensors:
+            if tensor.producer is None or not tensor.consumers:
+                continue
+            start = stage_of[tensor.producer]
+            end = max(stage_of[name] for name in tensor.consumers)
+            if end > start:
+                found.append((start, end, tensor.name))
+        return tuple(found)
+
+    @cached_property
+    def held(self) -> tuple[Mapping[str, int], ...]:
+        """For every IPU, the parameters it holds and how many elements of each.
+
+        A parameter used twice on an IPU is held once. A table that the configuration splits over
+        IPUs is held in these shares, wherever it is used.
+        """
+        sizes = {fqn: item.numel for fqn, item in self.graph.parameter_by_fqn.items()}
+        ipus = range(self.layout.num_ipus)
+        held: list[dict[str, int]] = [
+            {
+                fqn: sizes[fqn]
+                for name in self.layout.blocks_on(ipu)
+                for fqn in self.graph[name].parameters
+            }
+            for ipu in ipus
+        ]
+        for kind, splits in (
+            ("embedding", self.settings.embedding_splits),
+            ("head", self.settings.projection_splits),
+        ):
+            table = _table(self.graph, kind) if splits else None
+            if table is None:
+                continue
+            for ipu in ipus:
+                share = splits[ipu] / sum(splits) if ipu < len(splits) else 0.0
+                held[ipu].pop(table, None)
+                if share:
+                    held[ipu][table] = ceil(sizes[table] * share)
+        return tuple(held)
 
 
 def _table(graph: BlockGraph, kind: str) -> str | None:

@@ -27,7 +27,7 @@ from math import ceil, gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
+from ipu_pipeline.backends.ipu.prices.chip import Chip
 
 FloatArray = NDArray[np.float64]
 AMP_BLOCK = 16
@@ -93,18 +93,16 @@ class _Candidates:
 
 
 @lru_cache(maxsize=100_000)
-def plan_matmul(
-    product: Product, chip: Chip, precision: str, proportion: float, calibration: Calibration
-) -> MatmulPlan:
+def plan_matmul(product: Product, chip: Chip, precision: str, proportion: float) -> MatmulPlan:
     """Return the fastest plan of ``product``.
 
     Args:
         product: Sizes.
-        chip: The IPU.
+        chip: The IPU, with its calibration.
         precision: ``16.16``, ``16.32`` or ``32.32``: bits of operands and of partial sums.
         proportion: Available memory proportion: share of a tile's memory for one product.
-        calibration: Constants.
     """
+    calibration = chip.calibration
     tile_bytes = int(max(proportion, 0.01) * chip.tile_memory_bytes)
     found = _candidates(product, precision, chip.tiles, chip.macs_per_cycle(precision), tile_bytes)
     compute = found.streamed + found.blocks * calibration.amp_block_cycles

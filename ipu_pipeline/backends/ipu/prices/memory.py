@@ -22,13 +22,12 @@ from functools import lru_cache
 from itertools import groupby
 from math import prod
 
-from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
-from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
+from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram
 from ipu_pipeline.backends.ipu.prices.operations import (
     OperationPricer,
     SharedOperations,
     block_table_rows,
-    pricer_for,
     products,
     result_bytes,
     serialization_factor,
@@ -121,18 +120,12 @@ class StageBytes:
     transfers: int
 
 
-def ipu_memory(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration,
-) -> tuple[IPUMemory, ...]:
+def ipu_memory(run: PlacedProgram) -> tuple[IPUMemory, ...]:
     """Return the memory of every IPU of one replica."""
-    crossing = stage_tensors(graph, layout)
+    graph, layout, settings = run.graph, run.layout, run.settings
     count = len(layout.stages)
     cuts = [
-        tuple(name for first, last, name in crossing if first < stage <= last)
+        tuple(name for first, last, name in run.crossing if first < stage <= last)
         for stage in range(count + 1)
     ]
     stages: list[list[StageBytes]] = [[] for _ in range(layout.num_ipus)]
@@ -147,13 +140,12 @@ def ipu_memory(
                 first=stage == 0,
             )
         )
-    held = held_elements(graph, layout, settings)
     found = []
     for ipu in range(layout.num_ipus):
         names = layout.blocks_on(ipu)
-        pricer = pricer_for(chip, settings, ipu, calibration)
+        pricer = run.pricer(ipu)
         working = max((working_of(graph, name, pricer, settings) for name in names), default=0)
-        sizes = held[ipu]
+        sizes = run.held[ipu]
         changed = [n for fqn, n in sizes.items() if graph.parameter_by_fqn[fqn].trainable]
         found.append(
             add_up(
@@ -191,8 +183,7 @@ def add_up(
         working: Most bytes that one operation needs.
         products: Matrix products of its forward passes.
     """
-    training = int(settings.training)
-    on_chip = 0.0 if settings.optimizer_offchip else settings.state_bytes * settings.state_share
+    training, on_chip = int(settings.training), settings.chip_state_bytes
     activations = max((stage.activations for stage in stages), default=0)
     # Off the chip, a parameter's state is on it only while the parameter is updated.
     updating = training * largest * (settings.state_bytes * settings.state_share - on_chip)

@@ -15,12 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
 
-from ipu_pipeline.backends.ipu.prices.chip import (
-    DEFAULT_CALIBRATION,
-    WORKERS_PER_TILE,
-    Calibration,
-    Chip,
-)
+from ipu_pipeline.backends.ipu.prices.chip import WORKERS_PER_TILE, Chip
 from ipu_pipeline.backends.ipu.prices.matmul import (
     ACCESS_BYTES,
     MatmulPlan,
@@ -31,7 +26,7 @@ from ipu_pipeline.backends.ipu.prices.matmul import (
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.attention import unfused
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
-from ipu_pipeline.planner.options.tables import table_rows
+from ipu_pipeline.planner.options.tables import table_of, table_rows
 
 _FREE = frozenset({
     "empty_like", "empty", "ones_like", "zeros_like", "full_like", "_unsafe_view", "scalar_tensor",
@@ -44,6 +39,7 @@ _PASSES = (
     ("pow", 2), ("log", 2),
 )  # fmt: skip
 _BY_ELEMENT = frozenset({"gather", "scatter", "scatter_add", "gather_backward", "take_along_dim"})
+_LARGEST_DIVISOR = 64  # the largest that is worth proposing
 SCAN_CYCLES = 6  # a tile compares every index with its slice of a table: load, compare, branch
 
 
@@ -55,13 +51,11 @@ class OperationPricer:
         chip: The IPU.
         precision: ``16.16``, ``16.32`` or ``32.32``.
         proportion: Available memory proportion of this IPU.
-        calibration: Constants.
     """
 
     chip: Chip
     precision: str
     proportion: float
-    calibration: Calibration
 
     @property
     def element_bytes(self) -> int:
@@ -80,17 +74,17 @@ class OperationPricer:
 
     def plan(self, product: Product) -> MatmulPlan:
         """Return the plan of one matrix product."""
-        return plan_matmul(product, self.chip, self.precision, self.proportion, self.calibration)
+        return plan_matmul(product, self.chip, self.precision, self.proportion)
 
     def vector_cycles(self, num_bytes: float, passes: float = 1) -> float:
         """Cycles of elementwise passes over ``num_bytes`` read and written in each."""
-        rate = self.chip.tiles * self.calibration.vector_bytes_per_cycle
-        return passes * (num_bytes / rate + self.calibration.launch_cycles)
+        rate = self.chip.tiles * self.chip.calibration.vector_bytes_per_cycle
+        return passes * (num_bytes / rate + self.chip.calibration.launch_cycles)
 
     def moved_cycles(self, num_bytes: float) -> float:
         """Cycles of sending ``num_bytes`` to other tiles."""
-        peak = self.chip.exchange_bytes_per_cycle * self.calibration.exchange_share
-        return num_bytes / (self.chip.tiles * peak) + self.calibration.launch_cycles
+        peak = self.chip.exchange_bytes_per_cycle * self.chip.calibration.exchange_share
+        return num_bytes / (self.chip.tiles * peak) + self.chip.calibration.launch_cycles
 
 
 @lru_cache(maxsize=200_000)
@@ -211,19 +205,12 @@ def _lookup_cycles(op: OpRecord, pricer: OperationPricer, table_rows: int, facto
     if op.name.split(".")[-1] in _BY_ELEMENT:
         slices, scanned = 1, count / pricer.chip.tiles
         moved = count * ACCESS_BYTES
-    step = scanned * SCAN_CYCLES / WORKERS_PER_TILE + pricer.calibration.launch_cycles
+    step = scanned * SCAN_CYCLES / WORKERS_PER_TILE + pricer.chip.calibration.launch_cycles
     return slices * step + pricer.moved_cycles(moved)
 
 
 def _is_scalar(op: OpRecord) -> bool:
     return op.bytes_moved <= 64
-
-
-def pricer_for(
-    chip: Chip, settings: IPUSettings, ipu: int, calibration: Calibration = DEFAULT_CALIBRATION
-) -> OperationPricer:
-    """Return what prices operations on ``ipu``."""
-    return OperationPricer(chip, settings.precision, settings.proportion(ipu), calibration)
 
 
 class SharedOperations:
@@ -253,7 +240,7 @@ def block_time(
     rows = block_table_rows(graph, block) if factor > 1 else 0
     seconds = 1.0 / pricer.chip.clock_hz
     if settings.front_end != "popart":
-        seconds *= pricer.calibration.poptorch_factor
+        seconds *= pricer.chip.calibration.poptorch_factor
     forward = _cycles_of(SharedOperations(block.forward_ops), pricer, rows, factor)
     if not settings.training:
         return forward * seconds, 0.0
@@ -298,6 +285,21 @@ def serialization_factor(graph: BlockGraph, block: Block, settings: IPUSettings)
     if wanted == 1 or not may_serialize(graph, block):
         return 1
     return wanted
+
+
+def slices_problem(graph: BlockGraph, name: str, factor: int) -> str:
+    """Say why block ``name`` cannot run in ``factor`` slices; empty where it can."""
+    table = table_of(graph, graph[name])
+    if factor == 1 or (table is not None and table.rows % factor == 0):
+        return ""
+    asked = f"block {name!r} is to run in {factor} slices, but "
+    if table is None:
+        return asked + "it has no table; leave it whole (1)"
+    divisors = [str(n) for n in range(2, _LARGEST_DIVISOR + 1) if table.rows % n == 0]
+    return asked + (
+        f"its table has {table.rows} rows, which {factor} does not divide; divisors up to "
+        f"{_LARGEST_DIVISOR}: {', '.join(divisors) or 'none'}; choose one, or pad the table"
+    )
 
 
 def may_serialize(graph: BlockGraph, block: Block) -> bool:

@@ -12,7 +12,7 @@ Source: as ``timing.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -22,7 +22,7 @@ import numpy as np
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, Floats, Holding, PassTimes
 from ipu_pipeline.backends.ipu.prices.layout import layout_of
 from ipu_pipeline.backends.ipu.prices.memory import add_up, most_bytes
-from ipu_pipeline.backends.ipu.prices.predict import Prediction, predict_layout
+from ipu_pipeline.backends.ipu.prices.predict import Prediction
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.backends.ipu.prices.timing import (
     all_reduce_s_per_element,
@@ -30,13 +30,14 @@ from ipu_pipeline.backends.ipu.prices.timing import (
     optimizer_s_per_element,
     streaming_s_per_element,
 )
-from ipu_pipeline.planner.schedules.objective import StagePrice
+from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm, StagePrice
 from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.ideals import Lattice, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, Part
-from ipu_pipeline.planner.search.objective import Objective, PacedTerm, make_objective
 from ipu_pipeline.planner.search.priced import Quickest
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot
+from ipu_pipeline.planner.search.problem import Problem, Slot
 
 _EQUAL = 1e-12
 
@@ -74,7 +75,8 @@ class IPUPipeline:
     def objective(self) -> Objective:
         """Seconds of a step as rows (module docstring)."""
         run, chain, count = self.settings, self.chain, len(self.slots)
-        base = make_objective("popart", count, run.num_microbatches, training=run.training)
+        shape = PipelineShape.of(count, run.num_microbatches, training=run.training)
+        base = schedule_kind("popart").objective(shape)
         none = (0,) * count
         rows = list(base.rows)
         fixed_s = run.num_microbatches * input_time(chain.graph, run, chain.chip)
@@ -85,8 +87,8 @@ class IPUPipeline:
             rows.append(PacedTerm(cycles, none, none, 0, tuple(range(count))))
         if run.training:
             tensors = sum(parameter.trainable for parameter in chain.graph.parameters)
-            fixed_s += chain.calibration.step_host_s / run.device_iterations
-            fixed_s += tensors * chain.calibration.tensor_update_s
+            fixed_s += chain.chip.calibration.step_host_s / run.device_iterations
+            fixed_s += tensors * chain.chip.calibration.tensor_update_s
         if self._streaming_s:
             boards = tuple(device // chain.chip.ipus_per_board for device in self.devices)
             rows.append(PacedTerm(1, none, none, 1, boards))
@@ -95,12 +97,10 @@ class IPUPipeline:
     @cached_property
     def _update_s(self) -> float:
         """Seconds per step and trained element of the fullest IPU."""
-        run, chip, constants = self.settings, self.chain.chip, self.chain.calibration
+        run, chip = self.settings, self.chain.chip
         if not run.training:
             return 0.0
-        return optimizer_s_per_element(run, chip, constants) + all_reduce_s_per_element(
-            run, chip, constants
-        )
+        return optimizer_s_per_element(run, chip) + all_reduce_s_per_element(run, chip)
 
     @cached_property
     def _streaming_s(self) -> float:
@@ -170,7 +170,7 @@ class IPUPipeline:
         """Blocks with their least seconds, in the order of execution."""
         names, times = self.chain.names, self._fastest
         options = tuple(
-            (Option(times.forward_s[i + 1] - times.forward_s[i],
+            (BlockChoice(times.forward_s[i + 1] - times.forward_s[i],
                     times.backward_s[i + 1] - times.backward_s[i]),)
             for i in range(len(names))
         )  # fmt: skip
@@ -244,7 +244,7 @@ class IPUPipeline:
         chip = self.chain.chip
         speed = chip.link_bytes_per_s(slot.device, self.slots[stage + 1].device)
         sent = max(self.chain.sent_bytes(end, self.settings))
-        return sent / (speed * self.chain.calibration.copy_share)
+        return sent / (speed * chip.calibration.copy_share)
 
     @cached_property
     def _most_bytes(self) -> int:
@@ -296,6 +296,10 @@ class IPUPipeline:
         chosen, ipu = proportions.pop()[0], self.slots[parts[0][2]].device
         return any(self._pick(share) == chosen for share, _ in self._fitting(stages, ipu))
 
+    def fits(self) -> bool:
+        """Whether a narrow search finds a split that fits."""
+        return self.label_search(inf, None).run_narrow().objective < inf
+
     # ---- the price itself
 
     def true_s(self, reached: Sequence[int], prices: Sequence[StagePrice]) -> float:
@@ -343,7 +347,12 @@ class IPUPipeline:
             for device, start, end in zip(self.devices, [0, *ends], ends, strict=False)
         ]
         layout = layout_of(stages, settings.num_ipus)
-        return predict_layout(chain.graph, layout, settings, chain.chip, chain.calibration)
+        return Prediction(chain.graph, layout, settings, chain.chip)
+
+
+def closest(pipelines: Iterable[IPUPipeline]) -> Prediction:
+    """Return the evenly spread split whose fullest tile is the least full: where none fits."""
+    return min((item.even() for item in pipelines), key=lambda found: found.fullest[0])
 
 
 def best_prediction(best: Quickest[IPUPipeline]) -> Prediction | None:

@@ -11,28 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import inf
 from time import monotonic
 from typing import Any
 
-from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
-from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, chip_of
+from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.memory import saved_bytes
-from ipu_pipeline.backends.ipu.prices.operations import may_serialize
-from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction
-from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, Prediction, partition_of
+from ipu_pipeline.backends.ipu.prices.operations import may_serialize, slices_problem
+from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline, best_prediction, closest
+from ipu_pipeline.backends.ipu.prices.predict import DEFAULT_SETTINGS, partition_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.layers_per_ipu import WILDCARD
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
-from ipu_pipeline.planner.search.from_graph import build_slots
+from ipu_pipeline.planner.search.from_graph import build_slots, device_groups
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
-from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import quickest
 from ipu_pipeline.planner.search.result import Partition
 
@@ -88,28 +85,20 @@ class IPUPlanning:
     choices: ProgramChoices = field(default_factory=ProgramChoices)
 
     @classmethod
-    def of_configuration(
-        cls, graph: BlockGraph, config: IPUConfig, machine: Machine
-    ) -> Prediction | None:
-        """Return what ``config`` does with the layers that it leaves open placed best.
+    def of(
+        cls,
+        graph: BlockGraph,
+        machine: Machine,
+        settings: IPUSettings = DEFAULT_SETTINGS,
+        choices: ProgramChoices | None = None,
+    ) -> IPUPlanning:
+        """Return what plans ``graph`` on the IPUs of ``machine``; the mode is the graph's.
 
-        ``None`` where it says the place of every layer, or no place fits.
+        Raises:
+            PlanError: The machine's devices are no IPUs.
         """
-        if config.layers_per_ipu != (WILDCARD,) or config.stage_starts:
-            return None
-        settings = replace(IPUSettings.from_config(config), training=graph.training)
-        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
-        limits = Constraints(
-            num_stages=config.ipus_per_replica,
-            num_microbatches=config.gradient_accumulation_steps,
-            replicas=config.replicas(),
-            schedule="popart",
-        )
-        planning = cls(chain, settings, ProgramChoices.fixed(settings))
-        try:
-            return best_prediction(quickest(planning.pipelines(machine, limits)))
-        except PartitionError:
-            return None
+        run = replace(settings, training=graph.training)
+        return cls(ChainPrices(graph, chip_of(machine)), run, choices or ProgramChoices())
 
     @property
     def graph(self) -> BlockGraph:
@@ -133,7 +122,28 @@ class IPUPlanning:
         prediction = best_prediction(best)
         if prediction is None:
             return None
-        return partition_of(self.graph, prediction, best.lower_bound_s)
+        return partition_of(prediction, best.lower_bound_s)
+
+    def costs(self, machine: Machine) -> GraphCosts:
+        """Return the price of every block alone, and this, which prices pipelines of them."""
+        graph, settings, chain = self.graph, self.settings, self.chain
+        share = settings.proportion(0)
+        times = chain.times(replace(settings, accumulation=2), share)
+        blocks = {
+            block.name: BlockCost(
+                (
+                    BlockChoice(
+                        times.forward_s[i + 1] - times.forward_s[i],
+                        times.backward_s[i + 1] - times.backward_s[i],
+                        stash_bytes=saved_bytes(block, settings) if graph.training else 0,
+                        workspace_bytes=chain.working(settings, share, i, i + 1),
+                    ),
+                ),
+                _weights(graph, block, settings),
+            )
+            for i, block in enumerate(graph.blocks)
+        }
+        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=self)
 
     # ---- what is tried
 
@@ -155,7 +165,8 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints, *, powers: bool
     ) -> Iterator[IPUPipeline]:
         graph = self.graph
-        every = self.starts(constraints)
+        state = [sum(1 << graph.block_index[n] for n in item.blocks) for item in graph.state]
+        every = _uncut(self.starts(constraints), state)
         groups = _device_groups(graph, constraints)
         costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
         for replicas, devices in self._layouts(machine, constraints):
@@ -163,8 +174,8 @@ class IPUPlanning:
             starts = every
             if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
                 starts = _uncut(every, groups)
-            count = _microbatches(constraints, replicas)
-            least = least_microbatches("popart", len(devices), training=graph.training)
+            count = constraints.microbatches_of(replicas)
+            least = _least_microbatches(len(devices), graph)
             if count < least or len(devices) > len(starts) - 1:
                 continue
             if powers and num_ipus & (num_ipus - 1):
@@ -202,7 +213,9 @@ class IPUPlanning:
             block_slices=self._slices(constraints),
             stage_starts=(),
         )
-        again = self._recompute(constraints) if many and training else (False,)
+        asked = {"always": (True,), "never": (False,)}
+        again = asked.get(str(constraints.recompute), self.choices.recompute)
+        again = again if many and training else (False,)
         places = self.choices.offchip if base.state_bytes and training else (False,)
         for recompute, offchip in product(again, places):
             kept = self.choices.checkpoint_layers if recompute else (False,)
@@ -216,24 +229,14 @@ class IPUPlanning:
                     projection_factor=projection,
                 )
 
-    def _recompute(self, constraints: Constraints) -> tuple[bool, ...]:
-        if isinstance(constraints.recompute, tuple):
-            return (bool(constraints.recompute),)
-        named = {"always": (True,), "never": (False,)}
-        return named.get(constraints.recompute, self.choices.recompute)
-
     def _slices(self, constraints: Constraints) -> tuple[tuple[str, int], ...] | None:
         asked = constraints.factors(self.graph.block_index)
         if not asked:
             return self.settings.block_slices
         for name, factor in asked.items():
-            table = table_of(self.graph, self.graph[name])
-            if factor > 1 and (table is None or table.rows % factor):
-                raise PartitionError(
-                    f"serialize asks for block {name!r} in {factor} slices, "
-                    + ("which has no table" if table is None else
-                       f"which do not divide its {table.rows} rows")
-                )  # fmt: skip
+            problem = slices_problem(self.graph, name, factor)
+            if problem:
+                raise PartitionError(problem)
         return tuple((name, factor) for name, factor in asked.items() if factor > 1)
 
     def _factors(self, constraints: Constraints) -> list[tuple[int, int]]:
@@ -293,8 +296,8 @@ class IPUPlanning:
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1
-        count = _microbatches(constraints, constraints.replicas or 1)
-        least = least_microbatches("popart", depth, training=self.graph.training)
+        count = constraints.microbatches_of(constraints.replicas or 1)
+        least = _least_microbatches(depth, self.graph)
         if count < least:
             return (
                 f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
@@ -340,8 +343,11 @@ class IPUPlanning:
             free = replace(constraints, num_stages=None)
             if self._fits(machine, free, until):
                 helps.append("leave the number of IPUs open")
-        closest = self._closest(machine, constraints)
-        text = f"no split fits {machine.name}: {closest}; "
+        best = closest(self.pipelines(machine, constraints))
+        text = (
+            f"no split fits {machine.name}: spread evenly over {best.settings.num_ipus} IPUs, "
+            f"{best.tile_text(best.fullest[1])}; "
+        )
         if not helps:
             return InfeasibleError(text + "use more IPUs, a smaller micro batch or sequence length")
         return InfeasibleError(text + f"it fits if you {'; or '.join(helps)}")
@@ -354,59 +360,7 @@ class IPUPlanning:
             found = self.pipelines(machine, constraints)
         except PartitionError:
             return False
-        for item in found:
-            if monotonic() > until:
-                return False
-            if item.label_search(inf, until).run_narrow().objective < inf:
-                return True
-        return False
-
-    def _closest(self, machine: Machine, constraints: Constraints) -> str:
-        """Say how full the fullest tile is when parameters are spread as evenly as they can be."""
-        tried = (item.even() for item in self.pipelines(machine, constraints))
-        best = min(tried, key=lambda prediction: prediction.fullest[0])
-        text = best.tile_text(best.fullest[1])
-        return f"spread evenly over {best.settings.num_ipus} IPUs, {text}"
-
-
-@dataclass(frozen=True)
-class IPUCostModel:
-    """Prices a graph on IPUs.
-
-    Attributes:
-        settings: Precision, memory proportions, optimizer, its place and sharding, front end.
-            IPUs, replicas and microbatches are those of a pipeline, the mode is the graph's.
-        choices: What the search may choose about the program.
-    """
-
-    settings: IPUSettings = DEFAULT_SETTINGS
-    choices: ProgramChoices = ProgramChoices()
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block of ``graph`` alone, and what prices pipelines of it.
-
-        Raises:
-            PlanError: The machine's devices are no IPUs.
-        """
-        settings = replace(self.settings, training=graph.training)
-        chain = ChainPrices(graph, chip_of(machine), DEFAULT_CALIBRATION)
-        times = chain.times(replace(settings, accumulation=2), settings.proportion(0))
-        blocks = {
-            block.name: BlockCost(
-                (
-                    BlockChoice(
-                        times.forward_s[i + 1] - times.forward_s[i],
-                        times.backward_s[i + 1] - times.backward_s[i],
-                        stash_bytes=saved_bytes(block, settings) if graph.training else 0,
-                        workspace_bytes=chain.working(settings, settings.proportion(0), i, i + 1),
-                    ),
-                ),
-                _weights(graph, block, settings),
-            )
-            for i, block in enumerate(graph.blocks)
-        }
-        planning = IPUPlanning(chain, settings, self.choices)
-        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=planning)
+        return any(monotonic() <= until and item.fits() for item in found)
 
 
 def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str, int]:
@@ -417,8 +371,7 @@ def _weights(graph: BlockGraph, block: Block, settings: IPUSettings) -> dict[str
         per_element: float = settings.element_bytes
         if parameter.trainable and settings.training:
             per_element += settings.element_bytes
-            if not settings.optimizer_offchip:
-                per_element += settings.state_bytes * settings.state_share
+            per_element += settings.chip_state_bytes
         found[fqn] = int(parameter.numel * per_element)
     return found
 
@@ -429,9 +382,9 @@ def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:
     return tuple(s for s in starts if not any(first < s <= last for first, last in spans))
 
 
-def _microbatches(constraints: Constraints, replicas: int) -> int:
-    total = constraints.total_microbatches
-    return constraints.num_microbatches if total is None else total // replicas
+def _least_microbatches(num_stages: int, graph: BlockGraph) -> int:
+    shape = PipelineShape.of(num_stages, 1, training=graph.training)
+    return schedule_kind("popart").least_microbatches(shape)
 
 
 def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:
@@ -441,12 +394,4 @@ def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ..
     """
     kinds: Mapping[str, str] = {block.name: block.kind for block in graph.blocks}
     tied = [group for group in graph.tied_groups if {kinds[n] for n in group} != {"layer"}]
-    merged: list[int] = []
-    for group in (*constraints.same_device, *tied):
-        mask = sum(1 << graph.block_index[name] for name in set(group))
-        apart = [other for other in merged if not other & mask]
-        for other in merged:
-            if other & mask:
-                mask |= other
-        merged = [*apart, mask]
-    return tuple(mask for mask in merged if mask.bit_count() > 1)
+    return device_groups(graph, (*constraints.same_device, *tied))

@@ -5,23 +5,32 @@ Then as the planner's split, with the program's settings, and from a plan back t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.prices.chip import DEFAULT_CALIBRATION, Calibration, Chip, chip_of
-from ipu_pipeline.backends.ipu.prices.layout import StageLayout, make_layout, placement_of
+from ipu_pipeline.backends.ipu.prices.chip import chip_of, is_ipu
+from ipu_pipeline.backends.ipu.prices.layout import (
+    PlacedProgram,
+    StageLayout,
+    layout_of,
+    make_layout,
+    placement_of,
+)
 from ipu_pipeline.backends.ipu.prices.memory import IPUMemory, ipu_memory, stash_depth
-from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
-from ipu_pipeline.backends.ipu.prices.timing import StepTime, step_time
+from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime, step_time
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.block_cost import BlockChoice
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
+from ipu_pipeline.planner.search.result import Partition
 
+WHOLE_STAGES = "PopART recomputes every stage but the last, or none"
 # Fields of a plan's settings that say what was asked for, not what the program does.
 OF_THE_REQUEST = ("fixed", "spelled_out")
 # What a plan without a configuration assumes; all of it is written into the plan.
@@ -29,28 +38,23 @@ DEFAULT_SETTINGS = IPUSettings(num_ipus=1, proportions=(0.2,) * 64, sharded=True
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What one configuration is expected to do.
+class Prediction(PlacedProgram):
+    """What a placed program is expected to do: THE price of an IPU pipeline, whoever chose it."""
 
-    Attributes:
-        settings: The run.
-        chip: The IPU.
-        layout: Stages and their IPUs.
-        memory: Of every IPU of a replica.
-        time: Of one optimizer step (in inference: one call of the device).
-        micro_batch: Samples of one microbatch.
-        layers: Names of the blocks that are layers.
-        notes: What the reader should know: refusals of PopART, IPUs that are too full.
-    """
+    @cached_property
+    def time(self) -> StepTime:
+        """Seconds of one optimizer step (in inference: of one call of the device)."""
+        return step_time(self)
 
-    settings: IPUSettings
-    chip: Chip
-    layout: StageLayout
-    memory: tuple[IPUMemory, ...]
-    time: StepTime
-    micro_batch: int
-    layers: frozenset[str] = frozenset()
-    notes: tuple[str, ...] = ()
+    @cached_property
+    def memory(self) -> tuple[IPUMemory, ...]:
+        """Bytes on every IPU of a replica."""
+        return ipu_memory(self)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one microbatch."""
+        return self.graph.micro_batch_size
 
     @property
     def fits(self) -> bool:
@@ -91,6 +95,48 @@ class Prediction:
         """Samples per second over all replicas."""
         return self.samples_per_step / self.time.total_s
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether every stage but the last is recomputed."""
+        return self.settings.training and self.settings.recompute and len(self.layout.stages) > 1
+
+    @property
+    def binding(self) -> str:
+        """What limits the pipeline."""
+        loads = [0.0] * self.layout.num_ipus
+        for stage in self.time.stages:
+            loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
+        busiest = max(range(len(loads)), key=loads.__getitem__)
+        return (
+            f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has "
+            f"{self.free:.1%} free ({self.fullest[0] / 1024:.0f} KiB used); "
+            f"{self.settings.program_text()}"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader should know: refusals of PopART, IPUs that are too full."""
+        settings, num_stages = self.settings, len(self.layout.stages)
+        least = 2 * num_stages - 1 if settings.training else num_stages
+        found = []
+        if settings.pipelined and settings.num_microbatches < least:
+            name = "gradient_accumulation_steps" if settings.training else "device_iterations"
+            found.append(
+                f"PopART refuses this: {num_stages} forward stages need {name} of at least "
+                f"{least}, it is {settings.num_microbatches}"
+            )
+        for ipu, memory in enumerate(self.memory):
+            if not memory.fits(self.chip):
+                kinds = vars(memory)
+                largest = max(kinds, key=kinds.__getitem__)
+                size = memory.fullest_tile_bytes(self.chip)
+                found.append(
+                    f"IPU {ipu} does not fit: its fullest tile needs {size / 1024:.0f} KiB of "
+                    f"{self.chip.tile_memory_bytes / 1024:.0f} KiB; most of it is {largest} "
+                    f"({kinds[largest] / 1e6:.0f} MB)"
+                )
+        return tuple(found)
+
     def text(self) -> str:
         """Return a report for a terminal."""
         parts = [_headline(self), "", *_memory_table(self), "", *_stage_table(self)]
@@ -127,67 +173,7 @@ def predict(
             f"{settings.num_ipus * settings.replicas}, {machine.name} has {len(machine.devices)}; "
             "lower replication_factor or choose a larger pod"
         )
-    return predict_on_chip(graph, settings, chip)
-
-
-def predict_on_chip(
-    graph: BlockGraph,
-    settings: IPUSettings,
-    chip: Chip,
-    *,
-    layers: Mapping[str, int] | None = None,
-    calibration: Calibration = DEFAULT_CALIBRATION,
-) -> Prediction:
-    """Predict ``settings`` on IPUs of generation ``chip`` (see :func:`predict`).
-
-    ``layers`` names the IPU of every layer block, where ``layers_per_ipu`` cannot say it.
-    """
-    return predict_layout(graph, make_layout(graph, settings, layers), settings, chip, calibration)
-
-
-def predict_layout(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration = DEFAULT_CALIBRATION,
-) -> Prediction:
-    """Predict stages that are given: THE price of an IPU pipeline, whoever chose it."""
-    prediction = Prediction(
-        settings=settings,
-        chip=chip,
-        layout=layout,
-        memory=ipu_memory(graph, layout, settings, chip, calibration),
-        time=step_time(graph, layout, settings, chip, calibration),
-        micro_batch=graph.micro_batch_size,
-        layers=frozenset(block.name for block in graph.blocks if block.kind == "layer"),
-    )
-    return replace(prediction, notes=_notes(prediction))
-
-
-def _notes(prediction: Prediction) -> tuple[str, ...]:
-    settings, chip = prediction.settings, prediction.chip
-    num_stages = len(prediction.layout.stages)
-    least = 2 * num_stages - 1 if settings.training else num_stages
-    found = []
-    if settings.pipelined and settings.num_microbatches < least:
-        name = "gradient_accumulation_steps" if settings.training else "device_iterations"
-        found.append(
-            f"PopART refuses this: {num_stages} forward stages need {name} of at least {least}, "
-            f"it is {settings.num_microbatches}"
-        )
-    for ipu, memory in enumerate(prediction.memory):
-        over = memory.fullest_tile_bytes(chip) - chip.tile_memory_bytes
-        if over > 0:
-            kinds = {name: size for name, size in vars(memory).items() if size}
-            largest = max(kinds, key=lambda name: kinds[name])
-            found.append(
-                f"IPU {ipu} does not fit: its fullest tile needs "
-                f"{memory.fullest_tile_bytes(chip) / 1024:.0f} KiB of "
-                f"{chip.tile_memory_bytes / 1024:.0f} KiB; most of it is {largest} "
-                f"({kinds[largest] / 1e6:.0f} MB)"
-            )
-    return tuple(found)
+    return Prediction(graph, make_layout(graph, settings), settings, chip)
 
 
 def _headline(prediction: Prediction) -> str:
@@ -236,10 +222,7 @@ def _step_table(prediction: Prediction) -> list[str]:
         ["main", f"{time.main_s * 1e3:.2f}", f"{main} cycles of {time.cycle_s * 1e3:.3f} ms, of "
          f"these {time.copy_s * 1e3:.3f} copies and {time.input_s * 1e3:.3f} input"],
         ["flush", f"{time.flush_s * 1e3:.2f}", f"{flush} cycles"],
-        ["optimizer", f"{time.optimizer_s * 1e3:.2f}", ""],
-        ["state streaming", f"{time.streaming_s * 1e3:.2f}", ""],
-        ["all-reduce", f"{time.all_reduce_s * 1e3:.2f}", ""],
-        ["host", f"{time.host_s * 1e3:.2f}", ""],
+        *([name, f"{seconds * 1e3:.2f}", ""] for name, seconds in time.once_s.items()),
     ]  # fmt: skip
     return _aligned(rows)
 
@@ -252,42 +235,34 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> Partition:
+def partition_of(prediction: Prediction, bound_s: float) -> Partition:
     """Return a prediction as a split.
 
     Args:
-        graph: The model.
-        prediction: Seconds and bytes are taken from it.
+        prediction: Of the stages.
         bound_s: No allowed layout is quicker, in seconds per optimizer step.
     """
-    settings, layout = prediction.settings, prediction.layout
-    held = held_by_stage(prediction, [stage.ipu for stage in layout.stages])
+    graph, settings, layout = prediction.graph, prediction.settings, prediction.layout
+    loads = stage_loads(prediction, [stage.ipu for stage in layout.stages])
     stages = []
-    for index, (stage, time) in enumerate(zip(layout.stages, prediction.time.stages, strict=True)):
-        again = time.recompute_s > 0
-        choices = tuple(
-            BlockChoice(
-                0.0,
-                0.0,
-                recompute=again,
-                serialize_factor=serialization_factor(graph, graph[name], settings),
-            )
-            for name in stage.blocks
-        )
-        memory, in_flight = next(held)
+    for index, (stage, load) in enumerate(zip(layout.stages, loads, strict=True)):
+        again = prediction.recomputes and index < len(loads) - 1
+        factors = {
+            name: serialization_factor(graph, graph[name], settings) for name in stage.blocks
+        }
         stages.append(
-            StageAssignment(
-                index=index,
+            PlannedStage(
                 device=stage.ipu,
                 blocks=stage.blocks,
-                choices=choices,
-                forward_s=time.forward_s,
-                backward_s=time.backward_s + time.recompute_s,
-                transfer_s=prediction.time.copy_s if len(layout.stages) > 1 else 0.0,
-                memory_bytes=memory.total_bytes,
-                in_flight=in_flight,
-                weight_bytes=memory.kept_bytes,
-                stash_bytes=memory.stash // in_flight,
+                recompute=stage.blocks if again else (),
+                serialize={name: factor for name, factor in factors.items() if factor > 1},
+                forward_s=load.forward_s,
+                backward_s=load.backward_s,
+                transfer_s=load.copies.forward_s,
+                memory_bytes=load.memory_bytes,
+                in_flight=load.in_flight,
+                weight_bytes=load.weight_bytes,
+                stash_bytes=load.stash_bytes,
             )
         )
     total_s = prediction.time.total_s
@@ -295,7 +270,7 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
         stages=tuple(stages),
         objective=total_s,
         lower_bound=min(bound_s, total_s),
-        binding=binding_of(prediction),
+        binding=prediction.binding,
         schedule="popart",
         num_microbatches=prediction.num_microbatches,
         replicas=settings.replicas,
@@ -303,21 +278,38 @@ def partition_of(graph: BlockGraph, prediction: Prediction, bound_s: float) -> P
     )
 
 
-def held_by_stage(
-    prediction: Prediction, devices: Sequence[int]
-) -> Iterator[tuple[IPUMemory, int]]:
-    """Yield what every stage's IPU holds, shown in its first stage, and microbatches in flight.
+def stage_loads(prediction: Prediction, devices: Sequence[int]) -> tuple[StageLoad, ...]:
+    """Return seconds and bytes of the stages of a plan.
+
+    Neighbours on one IPU are one stage of it, whose seconds the first of them is charged with;
+    what an IPU holds is shown in its first stage.
 
     Args:
-        prediction: Of the stages; neighbours on one IPU are one stage of it.
+        prediction: Of the stages.
         devices: IPU of every stage.
     """
-    seen: set[int] = set()
-    depth = len(prediction.layout.stages)
+    depth, training = len(prediction.layout.stages), prediction.settings.training
+    copy_s = prediction.time.copy_s if depth > 1 else 0.0
+    times, loads = iter(prediction.time.stages), list[StageLoad]()
     for index, device in enumerate(devices):
-        in_flight = stash_depth(depth, min(index, depth - 1)) if prediction.settings.training else 1
-        yield IPUMemory() if device in seen else prediction.memory[device], in_flight
-        seen.add(device)
+        merged = index > 0 and devices[index - 1] == device
+        time = StageTime(device, 0.0, 0.0, 0.0) if merged else next(times)
+        memory = IPUMemory() if device in devices[:index] else prediction.memory[device]
+        in_flight = stash_depth(depth, min(index, depth - 1)) if training else 1
+        stash = memory.stash // in_flight
+        loads.append(
+            StageLoad(
+                device=device,
+                forward_s=time.forward_s,
+                backward_s=time.backward_s + time.recompute_s,
+                copies=Copies(copy_s / 2, copy_s / 2),
+                weight_bytes=memory.kept_bytes,
+                stash_bytes=stash,
+                workspace_bytes=memory.total_bytes - memory.kept_bytes - stash * in_flight,
+                in_flight=in_flight,
+            )
+        )
+    return tuple(loads)
 
 
 def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Machine) -> Partition:
@@ -329,7 +321,7 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     """
     prediction = predict(graph, settings, machine)
     if prediction.fits:
-        return partition_of(graph, prediction, prediction.time.total_s)
+        return partition_of(prediction, prediction.time.total_s)
     ipu = prediction.fullest[1]
     raise PartitionError(
         f"the IPU configuration does not fit: {prediction.tile_text(ipu)}; move layers to other "
@@ -339,8 +331,47 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     )
 
 
-def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSettings:
-    """Return ``settings`` with what the stages of ``plan`` say: slices, recomputation, IPUs."""
+def prediction_of(plan: Plan) -> Prediction:
+    """Return what the IPU model says about a plan's own stages.
+
+    Raises:
+        PartitionError: A block is to run in slices that do not divide its table, or has none; or
+            only some of the blocks that keep something are to be recomputed.
+    """
+    for stage in plan.stages:
+        for name, factor in stage.serialize.items():
+            problem = slices_problem(plan.graph, name, factor)
+            if problem:
+                raise PartitionError(problem)
+    settings = program_of(plan)
+    layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
+    _check_recompute(plan, layout)
+    return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
+
+
+def _check_recompute(plan: Plan, layout: StageLayout) -> None:
+    """Refuse a plan that recomputes single blocks: PopART cannot, so it has no price."""
+    chosen = {name for stage in plan.stages for name in stage.recompute}
+    plain = [
+        name
+        for stage in layout.stages[:-1]
+        for name in stage.blocks
+        if name not in chosen and plan.graph[name].saved_bytes > 0
+    ]
+    if chosen and plain:
+        raise PartitionError(
+            f"the plan recomputes {sorted(chosen)[0]!r} and not {plain[0]!r}, but {WHOLE_STAGES}; "
+            "use recompute{blocks=all} or recompute{blocks=none}"
+        )
+
+
+def program_of(plan: Plan) -> IPUSettings:
+    """Return the program of a plan: what its price reads, and what is emitted.
+
+    Its settings, with what its stages say: slices, recomputation, IPUs.
+    """
+    graph, raw = plan.graph, plan.settings if is_ipu(plan.machine) else {}
+    settings = program_from(raw)
     slices = {
         name: factor
         for stage in plan.stages
@@ -354,7 +385,7 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
         if (factor := serialization_factor(graph, block, own)) > 1
     }
     num_ipus = 1 + max(stage.device for stage in plan.stages)
-    if plan.settings:
+    if raw:
         num_ipus = max(settings.num_ipus, num_ipus)
     return replace(
         settings,
@@ -371,14 +402,7 @@ def settings_of(graph: BlockGraph, plan: Plan, settings: IPUSettings) -> IPUSett
     )
 
 
-def binding_of(prediction: Prediction) -> str:
-    """Say what limits a pipeline."""
-    loads = [0.0] * prediction.layout.num_ipus
-    for stage in prediction.time.stages:
-        loads[stage.ipu] += stage.forward_s + stage.backward_s + stage.recompute_s
-    busiest = max(range(len(loads)), key=loads.__getitem__)
-    return (
-        f"time: IPU {busiest} paces the pipeline; memory: the fullest tile has "
-        f"{prediction.free:.1%} free ({prediction.fullest[0] / 1024:.0f} KiB used); "
-        f"{prediction.settings.program_text()}"
-    )
+def program_from(raw: Mapping[str, Any]) -> IPUSettings:
+    """Return the program that a plan's settings hold; without any, the default one."""
+    said = {name: value for name, value in raw.items() if name not in OF_THE_REQUEST}
+    return IPUSettings.from_json(said) if said else DEFAULT_SETTINGS

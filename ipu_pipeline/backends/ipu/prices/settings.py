@@ -115,6 +115,11 @@ class IPUSettings:
         return 6.0 if self.half_first_moment else 8.0
 
     @property
+    def chip_state_bytes(self) -> float:
+        """Bytes of optimizer state per parameter that are on the chip all the time."""
+        return 0.0 if self.optimizer_offchip else self.state_bytes * self.state_share
+
+    @property
     def state_share(self) -> float:
         """Share of the optimizer state that one replica holds and updates."""
         return 1.0 / self.replicas if self.sharded else 1.0

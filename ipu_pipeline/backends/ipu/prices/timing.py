@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.ipu.prices.chip import Calibration, Chip
-from ipu_pipeline.backends.ipu.prices.layout import StageLayout, held_elements, stage_tensors
-from ipu_pipeline.backends.ipu.prices.operations import block_time, pricer_for
+from ipu_pipeline.backends.ipu.prices.chip import Chip
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram
+from ipu_pipeline.backends.ipu.prices.operations import block_time
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.ir.graph import DTYPE_BYTES, BlockGraph, TensorSpec
 
@@ -76,6 +76,16 @@ class StepTime:
     num_cycles: tuple[int, int, int]
 
     @property
+    def once_s(self) -> dict[str, float]:
+        """What comes once per step, by name."""
+        return {
+            "optimizer": self.optimizer_s,
+            "state streaming": self.streaming_s,
+            "all-reduce": self.all_reduce_s,
+            "host": self.host_s,
+        }
+
+    @property
     def update_s(self) -> float:
         """Everything after the flush that the device does."""
         return self.optimizer_s + self.streaming_s + self.all_reduce_s
@@ -86,26 +96,19 @@ class StepTime:
         return self.fill_s + self.main_s + self.flush_s + self.update_s + self.host_s
 
 
-def step_time(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration,
-) -> StepTime:
-    """Predict one optimizer step of ``graph`` placed by ``layout``."""
-    stages = stage_times(graph, layout, settings, chip, calibration)
-    copy_s = copy_time(graph, layout, settings, chip, calibration)
-    input_s = input_time(graph, settings, chip)
+def step_time(run: PlacedProgram) -> StepTime:
+    """Predict one optimizer step."""
+    settings, stages, copy_s = run.settings, stage_times(run), copy_time(run)
+    input_s = input_time(run.graph, settings, run.chip)
     fill, main, flush = cycle_loads(stages, training=settings.training)
     between = copy_s + input_s
     if not settings.pipelined:
         fill, flush = (), ()
         main = sum(stage.forward_s + stage.backward_s for stage in stages)
     num_main = max(1, settings.num_microbatches - len(fill))
-    update = update_times(graph, layout, settings, chip, calibration)
+    update = update_times(run)
     # Inference queues its next call while this one runs; a training step waits for the host.
-    host_s = calibration.step_host_s / settings.device_iterations if settings.training else 0.0
+    host_s = run.chip.calibration.step_host_s / settings.device_iterations
     return StepTime(
         stages=stages,
         cycle_s=main + between,
@@ -117,28 +120,23 @@ def step_time(
         optimizer_s=update[0],
         streaming_s=update[1],
         all_reduce_s=update[2],
-        host_s=host_s,
+        host_s=host_s if settings.training else 0.0,
         num_cycles=(len(fill), num_main, len(flush)),
     )
 
 
-def stage_times(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration,
-) -> tuple[StageTime, ...]:
+def stage_times(run: PlacedProgram) -> tuple[StageTime, ...]:
     """Price every forward stage for one microbatch."""
     found = []
-    for position, stage in enumerate(layout.stages):
-        pricer = pricer_for(chip, settings, stage.ipu, calibration)
+    settings, count = run.settings, len(run.layout.stages)
+    for position, stage in enumerate(run.layout.stages):
+        pricer = run.pricer(stage.ipu)
         forward = backward = 0.0
         for name in stage.blocks:
-            forward_s, backward_s = block_time(graph, graph[name], pricer, settings)
+            forward_s, backward_s = block_time(run.graph, run.graph[name], pricer, settings)
             forward += forward_s
             backward += backward_s
-        again = settings.training and settings.recompute and position < len(layout.stages) - 1
+        again = settings.training and settings.recompute and position < count - 1
         found.append(StageTime(stage.ipu, forward, backward, forward if again else 0.0))
     return tuple(found)
 
@@ -173,24 +171,19 @@ def float_bytes(tensor: TensorSpec, element_bytes: float) -> float:
     return elements * min(4.0, DTYPE_BYTES[tensor.dtype])
 
 
-def copy_time(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration,
-) -> float:
+def copy_time(run: PlacedProgram) -> float:
     """Seconds of the copy phase of one cycle: the busiest direction of the busiest link.
 
     A tensor used several stages later is passed on by every stage between (PopART chains it); a
     gradient takes the way back in the same phase.
     """
     traffic: Counter[tuple[int, int]] = Counter()
-    for start, end, name in stage_tensors(graph, layout):
-        tensor = graph.tensor_by_name[name]
+    settings, chip, stages = run.settings, run.chip, run.layout.stages
+    for start, end, name in run.crossing:
+        tensor = run.graph.tensor_by_name[name]
         size = float_bytes(tensor, settings.element_bytes)
         for stage in range(start, end):
-            here, there = layout.stages[stage].ipu, layout.stages[stage + 1].ipu
+            here, there = stages[stage].ipu, stages[stage + 1].ipu
             if here != there:
                 traffic[here, there] += size  # type: ignore[assignment]
                 if settings.training and tensor.requires_grad:
@@ -198,7 +191,7 @@ def copy_time(
     if not traffic:
         return 0.0
     return chip.link_latency_s + max(
-        size / (chip.link_bytes_per_s(here, there) * calibration.copy_share)
+        size / (chip.link_bytes_per_s(here, there) * chip.calibration.copy_share)
         for (here, there), size in traffic.items()
     )
 
@@ -210,38 +203,32 @@ def input_time(graph: BlockGraph, settings: IPUSettings, chip: Chip) -> float:
     return size * sharing / chip.host_bytes_per_s
 
 
-def update_times(
-    graph: BlockGraph,
-    layout: StageLayout,
-    settings: IPUSettings,
-    chip: Chip,
-    calibration: Calibration,
-) -> tuple[float, float, float]:
+def update_times(run: PlacedProgram) -> tuple[float, float, float]:
     """Return seconds of optimizer arithmetic, streaming and all-reduce of one step."""
+    graph, settings, chip = run.graph, run.settings, run.chip
     if not settings.training:
         return 0.0, 0.0, 0.0
     # A parameter used twice on an IPU counts once.
     elements = [
         sum(n for fqn, n in held.items() if graph.parameter_by_fqn[fqn].trainable)
-        for held in held_elements(graph, layout, settings)
+        for held in run.held
     ]
     most = max(elements)
     tensors = sum(parameter.trainable for parameter in graph.parameters)
-    optimizer_s = most * optimizer_s_per_element(settings, chip, calibration)
     boards: Counter[int] = Counter()
     for ipu, count in enumerate(elements):
         boards[ipu // chip.ipus_per_board] += count
     return (
-        optimizer_s + tensors * calibration.tensor_update_s,
+        most * optimizer_s_per_element(settings, chip) + tensors * chip.calibration.tensor_update_s,
         max(boards.values()) * streaming_s_per_element(settings, chip),
-        most * all_reduce_s_per_element(settings, chip, calibration),
+        most * all_reduce_s_per_element(settings, chip),
     )
 
 
-def optimizer_s_per_element(settings: IPUSettings, chip: Chip, calibration: Calibration) -> float:
+def optimizer_s_per_element(settings: IPUSettings, chip: Chip) -> float:
     """Seconds of optimizer arithmetic for each trained element of the fullest IPU."""
     num_bytes = settings.state_share * (3 * settings.element_bytes + 2 * settings.state_bytes)
-    return num_bytes / (chip.tiles * calibration.vector_bytes_per_cycle * chip.clock_hz)
+    return num_bytes / (chip.tiles * chip.calibration.vector_bytes_per_cycle * chip.clock_hz)
 
 
 def streaming_s_per_element(settings: IPUSettings, chip: Chip) -> float:
@@ -256,7 +243,7 @@ def streaming_s_per_element(settings: IPUSettings, chip: Chip) -> float:
     return moved / chip.streaming_bytes_per_s
 
 
-def all_reduce_s_per_element(settings: IPUSettings, chip: Chip, calibration: Calibration) -> float:
+def all_reduce_s_per_element(settings: IPUSettings, chip: Chip) -> float:
     """Seconds of a ring all-reduce over the replicas for each trained element of an IPU.
 
     A ring moves 2 (R-1)/R of the gradients' bytes.
@@ -267,4 +254,4 @@ def all_reduce_s_per_element(settings: IPUSettings, chip: Chip, calibration: Cal
     racks = replicas * settings.num_ipus > chip.ipus_per_rack
     speed = chip.link_bytes_per_s(0, chip.ipus_per_rack if racks else chip.ipus_per_board)
     size = 2 * (replicas - 1) / replicas * settings.element_bytes
-    return size / (speed * calibration.copy_share)
+    return size / (speed * chip.calibration.copy_share)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ipu_pipeline.backends.ipu.config import IPUConfig, expand_layers
-from ipu_pipeline.backends.ipu.config.ipu_config import field_specs
+from ipu_pipeline.backends.ipu.config import ipu_config as config
 from ipu_pipeline.errors import ConfigError
 
 # Settings as they stand in published files (values and keys; the sources are the hub pages of
@@ -75,9 +77,14 @@ def test_published_files_survive_reading_and_writing(tmp_path, raw) -> None:
 
 
 def test_every_field_survives_a_round_trip() -> None:
-    samples = {"bool": True, "int": 3, "str": "all", "ints": [2, 1], "proportion": [0.5, 0.25]}
-    samples |= {"replication": {"pod16": 4, "default": 2}, "mapping": {"a": [1]}}
-    raw = {name: samples[spec.kind] for name, spec in field_specs().items()}
+    samples = {
+        bool: True, str: "all", config.OutputMode: "all", config.Positive: 3, config.Factor: 3,
+        config.Layers: [2, 1], config.Splits: [2, 1], config.Shares: [0.5, 0.25],
+        config.Replicas: {"pod16": 4, "default": 2}, Mapping[str, int]: {"a": 1},
+        Mapping[str, Any]: {"a": [1]},
+    }  # fmt: skip
+    samples |= {kind | None: sample for kind, sample in samples.items()}
+    raw = {name: samples[kind] for name, kind in config.field_types().items()}
     raw |= {"ipus_per_replica": 2, "inference_ipus_per_replica": 2}
     for layer in ("embedding", "projection"):  # splits and factor exclude each other
         for prefix in ("", "inference_"):
@@ -106,30 +113,30 @@ def test_config_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"layer_per_ipu": [1]}, "unknown configuration key 'layer_per_ipu'; did you mean layers_"),
-        ({"zzz": 1}, "unknown configuration key 'zzz'; known: auto_loss_scaling"),
-        ({"seed": 1.5}, "seed must be a whole number, got float 1.5"),
-        ({"device_iterations": True}, "device_iterations must be a whole number, got bool True"),
-        ({"device_iterations": None}, "device_iterations must be a whole number, got null"),
-        ({"layers_per_ipu": 4}, "layers_per_ipu must be a list of at least one whole number"),
-        ({"layers_per_ipu": []}, "layers_per_ipu must be a list of at least one whole number"),
-        ({"layers_per_ipu": [1.0]}, "layers_per_ipu must be a list"),
-        ({"layers_per_ipu": [-2]}, r"layers_per_ipu must be at least -1, got \[-2\]"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
-        ({"enable_half_partials": 1}, "enable_half_partials must be true or false, got int 1"),
-        ({"executable_cache_dir": 3}, "executable_cache_dir must be a string, got int 3"),
+        ({"layer_per_ipu": [1]}, "unknown field 'layer_per_ipu'; did you mean layers_per_ipu"),
+        ({"zzz": 1}, "the IPU configuration: unknown field 'zzz'; fields: layers_per_ipu, "),
+        ({"seed": 1.5}, r"seed: Expected `int \| null`, got `float`, the value is 1.5"),
+        ({"device_iterations": True}, "device_iterations: Expected `int`, got `bool`, .* True"),
+        ({"device_iterations": None}, "device_iterations: Expected `int`, got `null`"),
+        ({"layers_per_ipu": 4}, "layers_per_ipu: Expected `array`, got `int`, the value is 4"),
+        ({"layers_per_ipu": []}, "layers_per_ipu: Expected `array` of length >= 1"),
+        ({"layers_per_ipu": [1.0]}, r"layers_per_ipu\[0\]: Expected `int`, got `float`"),
+        ({"layers_per_ipu": [1, -2]}, r"layers_per_ipu\[1\]: Expected `int` >= -1, .* is -2"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: Expected `int` >= 1"),
+        ({"enable_half_partials": 1}, "enable_half_partials: Expected `bool`, got `int`"),
+        ({"executable_cache_dir": 3}, "executable_cache_dir: Expected `str`, got `int`"),
         (
             {"output_mode": "last"},
-            "output_mode must be one of all, sum, final, default, got 'last'",
+            "output_mode: Expected one of all, sum, final, default, .* 'last'",
         ),
-        ({"matmul_proportion": "0.2"}, "matmul_proportion must be a number or a list of numbers"),
-        ({"matmul_proportion": []}, "matmul_proportion must be a number or a list of numbers"),
-        ({"matmul_proportion": 1.5}, "share of an IPU's memory, from 0 to 1, got 1.5"),
-        ({"replication_factor": "4"}, "replication_factor must be a whole number, or a map such"),
-        ({"replication_factor": {}}, "replication_factor must be a whole number, or a map such"),
-        ({"replication_factor": {"pod4": "1"}}, "replication_factor must be a whole number, or a"),
-        ({"replication_factor": {"pod4": 0}}, "replication_factor must be at least 1, got {'pod4'"),
-        ({"parallelize_kwargs": [1]}, "parallelize_kwargs must be a map, got list"),
+        ({"matmul_proportion": "0.2"}, r"matmul_proportion: Expected `float \| array`, got `str`"),
+        ({"matmul_proportion": []}, "matmul_proportion: Expected `array` of length >= 1"),
+        ({"matmul_proportion": 1.5}, "matmul_proportion: Expected `float` <= 1.0, .* is 1.5"),
+        ({"replication_factor": "4"}, r"replication_factor: Expected `int \| object`, got `str`"),
+        ({"replication_factor": {}}, "replication_factor: Expected `object` of length >= 1"),
+        ({"replication_factor": {"pod4": "1"}}, r"replication_factor.*: Expected `int`, got `str`"),
+        ({"replication_factor": {"pod4": 0}}, r"replication_factor.*: Expected `int` >= 1"),
+        ({"parallelize_kwargs": [1]}, r"parallelize_kwargs: Expected `object \| null`, got `arr"),
         (
             {"layers_per_ipu": [1, 2], "ipus_per_replica": 4},
             r"layers_per_ipu=\[1, 2\] has 2 entries, but a replica has 4 IPUs .*make them equal",
@@ -181,8 +188,9 @@ def test_wrong_settings_are_named(raw, message: str) -> None:
     ("text", "message"),
     [
         ("{", "cannot read the IPU configuration .*ipu_config.json"),
-        ("[1]", "must hold a JSON object, got list"),
-        ('{"seed": "x"}', "ipu_config.json: seed must be a whole number"),
+        ("[1]", "ipu_config.json: expected an object with fields, got list"),
+        ('{"seed": "x"}', r"ipu_config.json, seed: Expected `int \| null`, got `str`"),
+        ('{"layers_per_ipu": [1, 1], "matmul_proportion": [1]}', "ipu_config.json: matmul_propor"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, text: str, message: str) -> None:

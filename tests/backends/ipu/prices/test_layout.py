@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from ipu_pipeline.backends.ipu.prices import IPUSettings
-from ipu_pipeline.backends.ipu.prices.layout import held_elements, make_layout, stage_tensors
+from ipu_pipeline.backends.ipu.prices import IPUSettings, chip_named
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout
 from ipu_pipeline.errors import ConfigError
 from tests.backends.ipu.prices.ipu_graphs import VOCAB, layered
+
+CHIP = chip_named("ipu-gc200")
 
 
 def _settings(*layers: int, **more) -> IPUSettings:
@@ -65,20 +67,20 @@ def test_counts_that_do_not_add_up_are_refused() -> None:
 
 def test_crossing_tensors() -> None:
     layout = make_layout(layered(2), _settings(0, 1, 1))
-    crossing = stage_tensors(layered(2), layout)
+    crossing = PlacedProgram(layered(2), layout, _settings(0, 1, 1), CHIP).crossing
     assert crossing == ((0, 1, "h"), (1, 2, "h0"), (2, 3, "h1"))
 
 
 def test_a_tied_table_is_held_once() -> None:
     graph, settings = layered(2), _settings(0, 1, 1)
-    held = held_elements(graph, make_layout(graph, settings), settings)
+    held = PlacedProgram(graph, make_layout(graph, settings), settings, CHIP).held
     assert held == ({"wte": VOCAB * 256}, {"layer.0.weight": 256**2}, {"layer.1.weight": 256**2})
 
 
 def test_a_split_table_is_held_in_shares() -> None:
     graph = layered(2, tied=False)
     settings = _settings(0, 1, 1, embedding_splits=(3, 1, 0), projection_splits=(0, 1, 1))
-    held = held_elements(graph, make_layout(graph, settings), settings)
+    held = PlacedProgram(graph, make_layout(graph, settings), settings, CHIP).held
     assert held[0] == {"wte": VOCAB * 256 * 3 // 4}
     assert held[1]["wte"] == VOCAB * 256 // 4
     assert held[1]["head.weight"] == held[2]["head.weight"] == VOCAB * 256 // 2

@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, chip_named
+from ipu_pipeline.backends.ipu.prices import chip_named
 from ipu_pipeline.backends.ipu.prices.chip import Calibration
 from ipu_pipeline.backends.ipu.prices.matmul import Product, access_waste, plan_matmul
 
 CHIP = chip_named("ipu-gc200")
 SIZES = st.integers(1, 3000)
 PRODUCTS = st.builds(Product, st.integers(1, 200), SIZES, SIZES, SIZES)
-ONE_TILE = replace(CHIP, tiles=1)
 FREE = Calibration(
     amp_block_cycles=10.0, launch_cycles=0.0, exchange_share=1.0, vector_bytes_per_cycle=1.0
 )
+ONE_TILE = replace(CHIP, tiles=1, calibration=FREE)
 
 
-def _cycles(product, chip=CHIP, precision="16.16", proportion=0.6, calibration=DEFAULT_CALIBRATION):
-    return plan_matmul(product, chip, precision, proportion, calibration).cycles
+def _cycles(product, chip=CHIP, precision="16.16", proportion=0.6):
+    return plan_matmul(product, chip, precision, proportion).cycles
 
 
 def test_one_tile_by_hand() -> None:
@@ -28,7 +28,7 @@ def test_one_tile_by_hand() -> None:
     # cycle (256 cycles) and costs 10 to load. Received: 64*32*2 + 32*16*2 = 5120 bytes at 4 per
     # cycle. Holding the other operand: 2 x 4 blocks streaming 16 rows: the same arithmetic,
     # 8 loads.
-    plan = plan_matmul(Product(1, 64, 32, 16), ONE_TILE, "16.16", 0.6, FREE)
+    plan = plan_matmul(Product(1, 64, 32, 16), ONE_TILE, "16.16", 0.6)
     assert plan.compute_cycles == 2 * (64 * 256 / 64 + 10)
     assert plan.exchange_cycles == 5120 / 4
     assert plan.cycles == plan.compute_cycles + plan.exchange_cycles
@@ -39,23 +39,23 @@ def test_one_tile_by_hand() -> None:
 def test_the_inner_size_is_padded_to_blocks() -> None:
     def compute(k: int) -> float:
         product = Product(1, 64, k, 64)
-        return plan_matmul(product, ONE_TILE, "16.16", 0.6, FREE).compute_cycles
+        return plan_matmul(product, ONE_TILE, "16.16", 0.6).compute_cycles
 
     assert compute(20) == compute(32) == 2 * compute(16)
 
 
 @pytest.mark.parametrize(("precision", "ratio"), [("16.32", 2.0), ("32.32", 4.0)])
 def test_precision_sets_the_multiply_rate(precision: str, ratio: float) -> None:
-    free = replace(FREE, amp_block_cycles=0.0)
-    plan = plan_matmul(Product(1, 64, 64, 64), ONE_TILE, precision, 0.6, free)
-    half = plan_matmul(Product(1, 64, 64, 64), ONE_TILE, "16.16", 0.6, free)
+    one_tile = replace(ONE_TILE, calibration=replace(FREE, amp_block_cycles=0.0))
+    plan = plan_matmul(Product(1, 64, 64, 64), one_tile, precision, 0.6)
+    half = plan_matmul(Product(1, 64, 64, 64), one_tile, "16.16", 0.6)
     assert plan.compute_cycles == ratio * half.compute_cycles
 
 
 def test_a_small_memory_proportion_cuts_into_slices() -> None:
     product = Product(1, 1024, 1024, 4096)
-    wide = plan_matmul(product, CHIP, "16.16", 0.6, DEFAULT_CALIBRATION)
-    narrow = plan_matmul(product, CHIP, "16.16", 0.02, DEFAULT_CALIBRATION)
+    wide = plan_matmul(product, CHIP, "16.16", 0.6)
+    narrow = plan_matmul(product, CHIP, "16.16", 0.02)
     assert wide.slices == 1
     assert narrow.temporary_bytes <= 0.02 * CHIP.tile_memory_bytes < wide.temporary_bytes
     assert narrow.cycles > wide.cycles

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipu_pipeline.backends.ipu.prices import DEFAULT_CALIBRATION, IPUMemory, IPUSettings, chip_named
-from ipu_pipeline.backends.ipu.prices.layout import make_layout
+from ipu_pipeline.backends.ipu.prices import IPUMemory, IPUSettings, chip_named
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout
 from ipu_pipeline.backends.ipu.prices.memory import (
     CODE_BYTES_INFERENCE,
     CODE_BYTES_PER_PRODUCT,
@@ -29,7 +29,7 @@ ACTIVATION = 4 * 128 * 256 * 2
 
 
 def _memory(run=RUN, graph=GRAPH) -> tuple[IPUMemory, ...]:
-    return ipu_memory(graph, make_layout(graph, run), run, CHIP, DEFAULT_CALIBRATION)
+    return ipu_memory(PlacedProgram(graph, make_layout(graph, run), run, CHIP))
 
 
 def _total(run=RUN, graph=GRAPH) -> int:

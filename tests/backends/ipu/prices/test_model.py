@@ -4,14 +4,21 @@ from dataclasses import replace
 
 import pytest
 
-from ipu_pipeline.backends.ipu.prices import IPUCostModel, IPUSettings
+from ipu_pipeline.backends.ipu.prices import IPUPlanning, IPUSettings
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machines import machine_by_name
 from tests.backends.ipu.prices.ipu_graphs import VOCAB, layered
 
 POD = machine_by_name("pod4")
 GRAPH = layered(6)
-COSTS = IPUCostModel().estimate(GRAPH, POD)
+
+
+def costs_of(graph=GRAPH, machine=POD, **settings):
+    run = IPUSettings(num_ipus=1, **settings)
+    return IPUPlanning.of(graph, machine, run).costs(machine)
+
+
+COSTS = costs_of()
 
 
 def test_every_block_is_priced() -> None:
@@ -22,17 +29,17 @@ def test_every_block_is_priced() -> None:
 
 
 def test_weights_accumulators_and_state() -> None:
-    on_chip = IPUCostModel(IPUSettings(num_ipus=1)).estimate(GRAPH, POD)
+    on_chip = costs_of()
     assert on_chip.blocks["wte"].weight_bytes == {"wte": VOCAB * 256 * (2 + 2 + 8)}
-    away = IPUCostModel(IPUSettings(num_ipus=1, optimizer_offchip=True)).estimate(GRAPH, POD)
+    away = costs_of(optimizer_offchip=True)
     assert away.blocks["wte"].weight_bytes == {"wte": VOCAB * 256 * 4}
 
 
 def test_inference_has_no_backward() -> None:
-    costs = IPUCostModel().estimate(replace(GRAPH, training=False), POD)
+    costs = costs_of(replace(GRAPH, training=False))
     assert all(cost.plain.backward_s == 0 for cost in costs.blocks.values())
 
 
 def test_other_machines_are_refused() -> None:
     with pytest.raises(PlanError, match="the IPU model prices pod4"):
-        IPUCostModel().estimate(GRAPH, machine_by_name("a100-80g-x8"))
+        costs_of(machine=machine_by_name("a100-80g-x8"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -19,7 +20,7 @@ from ipu_pipeline.ir.graph import OpRecord
 from tests.backends.ipu.prices.ipu_graphs import product, vector
 
 CONSTANTS = Calibration(vector_bytes_per_cycle=2.0, launch_cycles=100.0, exchange_share=0.5)
-PRICER = OperationPricer(chip_named("ipu-gc200"), "16.16", 0.2, CONSTANTS)
+PRICER = OperationPricer(replace(chip_named("ipu-gc200"), calibration=CONSTANTS), "16.16", 0.2)
 TILES = 1472
 
 
@@ -34,7 +35,7 @@ def test_elementwise_by_hand() -> None:
 
 
 def test_float32_moves_twice_the_bytes() -> None:
-    wide = OperationPricer(PRICER.chip, "32.32", 0.2, CONSTANTS)
+    wide = OperationPricer(PRICER.chip, "32.32", 0.2)
     op = vector(1472, 64)
     assert wide.cycles(op) - 100 == 2 * (PRICER.cycles(op) - 100)
 

@@ -8,12 +8,13 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import (
     Calibration,
     IPUSettings,
+    Prediction,
     chip_named,
     chip_of,
     is_ipu,
     predict,
-    predict_on_chip,
 )
+from ipu_pipeline.backends.ipu.prices.layout import make_layout
 from ipu_pipeline.errors import ConfigError, PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.machines import ipu_facts, machine_by_name
@@ -121,8 +122,8 @@ def test_too_few_microbatches_are_said() -> None:
 
 
 def test_what_does_not_fit_is_said() -> None:
-    wide = layered(2, batch=64, seq=512, hidden=1024)
-    found = predict_on_chip(wide, IPUSettings(1, accumulation=4), chip_named("ipu-bow"))
+    wide, run = layered(2, batch=64, seq=512, hidden=1024), IPUSettings(1, accumulation=4)
+    found = Prediction(wide, make_layout(wide, run), run, chip_named("ipu-bow"))
     assert not found.fits
     assert "IPU 0 does not fit: its fullest tile needs" in found.notes[0]
     assert "DOES NOT FIT" in found.text()

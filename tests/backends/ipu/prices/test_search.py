@@ -9,7 +9,6 @@ from itertools import combinations, pairwise, product
 import pytest
 
 from ipu_pipeline.backends.ipu.prices import (
-    DEFAULT_CALIBRATION,
     Chip,
     IPUPlanning,
     IPUSettings,
@@ -20,7 +19,6 @@ from ipu_pipeline.backends.ipu.prices import (
 from ipu_pipeline.backends.ipu.prices.chain import ChainPrices, openers
 from ipu_pipeline.backends.ipu.prices.layout import layout_of, make_layout
 from ipu_pipeline.backends.ipu.prices.pipeline import IPUPipeline
-from ipu_pipeline.backends.ipu.prices.predict import predict_layout
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machines import machine_by_name
@@ -43,7 +41,7 @@ def small_chip(share: float) -> Chip:
 
 
 def planning(graph: BlockGraph, share: float = 1.0, **choices) -> IPUPlanning:
-    chain = ChainPrices(graph, small_chip(share), DEFAULT_CALIBRATION)
+    chain = ChainPrices(graph, small_chip(share))
     settings = replace(SETTINGS, training=graph.training)
     return IPUPlanning(chain, settings, replace(CHOICES, **choices))
 
@@ -69,7 +67,7 @@ def everything(found: IPUPlanning, constraints: Constraints) -> Iterator[Predict
             for chosen in product(CHOICES.proportions, repeat=item.settings.num_ipus):
                 layout = layout_of(stages, item.settings.num_ipus)
                 settings = replace(item.settings, proportions=chosen)
-                priced = predict_layout(found.graph, layout, settings, found.chain.chip)
+                priced = Prediction(found.graph, layout, settings, found.chain.chip)
                 if priced.fits:
                     yield priced
 
@@ -101,7 +99,7 @@ def test_bounds_hold(tied: bool) -> None:
         for stages in splits(item):
             settings = replace(item.settings, proportions=(0.3,) * item.settings.num_ipus)
             layout = layout_of(stages, settings.num_ipus)
-            time = predict_layout(graph, layout, settings, found.chain.chip).time
+            time = Prediction(graph, layout, settings, found.chain.chip).time
             assert item.bound_s() <= time.total_s * (1 + 1e-12)
 
 
@@ -130,10 +128,10 @@ def test_settings_say_the_placement() -> None:
     layout = make_layout(graph, settings)
     assert tuple(stage.blocks for stage in layout.stages) == best.blocks
     assert tuple(stage.ipu for stage in layout.stages) == best.devices
-    again = predict_layout(graph, layout, settings, found.chain.chip)
+    again = Prediction(graph, layout, settings, found.chain.chip)
     assert again.time.total_s == best.objective
     read = IPUSettings.from_config(settings.ipu_config())
-    assert predict_layout(graph, make_layout(graph, read), read, found.chain.chip) == again
+    assert Prediction(graph, make_layout(graph, read), read, found.chain.chip) == again
 
 
 def test_a_stage_begins_with_a_modules_call() -> None:
@@ -167,8 +165,11 @@ def test_what_does_not_fit_says_what_would() -> None:
         ({"num_microbatches": 2}, "PopART needs at least 3 microbatches"),
         ({"num_stages": 4, "forbidden_cuts": ("layer.0", "layer.1")}, "4 stages need as many"),
         ({"replicas": 8}, "no pipeline to try: 8 replicas"),
-        ({"serialize": {"head": 3}}, "do not divide its 8192 rows"),
-        ({"serialize": {"loss": 3}}, "which has no table"),
+        ({"serialize": {"head": 3}}, "its table has 8192 rows, which 3 does not divide"),
+        (
+            {"serialize": {"loss": 3}},
+            "'loss' is to run in 3 slices, but it has no table; leave it whole",
+        ),
     ],
 )
 def test_nothing_to_try(change: dict[str, object], message: str) -> None:

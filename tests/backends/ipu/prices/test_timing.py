@@ -11,9 +11,9 @@ from ipu_pipeline.backends.ipu.prices import (
     IPUSettings,
     StageTime,
     chip_named,
-    predict_on_chip,
 )
-from ipu_pipeline.backends.ipu.prices.layout import make_layout
+from ipu_pipeline.backends.ipu.prices.layout import PlacedProgram, make_layout
+from ipu_pipeline.backends.ipu.prices.predict import Prediction
 from ipu_pipeline.backends.ipu.prices.timing import (
     copy_time,
     cycle_loads,
@@ -29,8 +29,12 @@ RUN = IPUSettings(num_ipus=4, layers_per_ipu=(1, 1, 1, 1), accumulation=16, prop
 GRAPH = layered(4)
 
 
+def _placed(run=RUN, graph=GRAPH, chip=CHIP, kind=PlacedProgram) -> PlacedProgram:
+    return kind(graph, make_layout(graph, run), run, chip)
+
+
 def _step(graph=GRAPH, run=RUN, chip=CHIP, calibration=DEFAULT_CALIBRATION):
-    return step_time(graph, make_layout(graph, run), run, chip, calibration)
+    return step_time(_placed(run, graph, replace(chip, calibration=calibration)))
 
 
 def _balanced(num: int, forward: float, backward: float) -> list[StageTime]:
@@ -77,11 +81,10 @@ def test_the_last_stage_recomputes_nothing() -> None:
 
 
 def test_copies_by_hand() -> None:
-    layout = make_layout(GRAPH, RUN)
     size = 4 * 128 * 256 * 2
     # 1 -> 2 crosses the slow side of the board; the gradient goes the other way in the same phase
     expected = CHIP.link_latency_s + size / (32e9 * DEFAULT_CALIBRATION.copy_share)
-    assert copy_time(GRAPH, layout, RUN, CHIP, DEFAULT_CALIBRATION) == pytest.approx(expected)
+    assert copy_time(_placed()) == pytest.approx(expected)
 
 
 def test_inputs_share_the_boards_network() -> None:
@@ -92,35 +95,27 @@ def test_inputs_share_the_boards_network() -> None:
 
 
 def test_optimizer_by_place() -> None:
-    layout = make_layout(GRAPH, RUN)
-    on_chip = update_times(GRAPH, layout, RUN, CHIP, DEFAULT_CALIBRATION)
+    on_chip = update_times(_placed())
     away = replace(RUN, optimizer_offchip=True)
-    streamed = update_times(GRAPH, layout, away, CHIP, DEFAULT_CALIBRATION)
+    streamed = update_times(_placed(away))
     elements = VOCAB * 256 + 4 * 256 * 256
     assert on_chip[1] == 0
     assert streamed[1] == pytest.approx(2 * 8 * elements / 20e9)
     sharded = replace(away, replicas=4, sharded=True)
-    quarter = update_times(GRAPH, layout, sharded, CHIP, DEFAULT_CALIBRATION)
+    quarter = update_times(_placed(sharded))
     assert quarter[1] == pytest.approx(streamed[1] / 4)
 
 
 def test_all_reduce_by_hand() -> None:
-    layout = make_layout(GRAPH, RUN)
     many = replace(RUN, replicas=4)
     most = VOCAB * 256 + 256 * 256
     expected = 2 * 3 / 4 * most * 2 / (32e9 * DEFAULT_CALIBRATION.copy_share)
-    assert update_times(GRAPH, layout, many, CHIP, DEFAULT_CALIBRATION)[2] == pytest.approx(
-        expected
-    )
-    assert update_times(GRAPH, layout, RUN, CHIP, DEFAULT_CALIBRATION)[2] == 0
+    assert update_times(_placed(many))[2] == pytest.approx(expected)
+    assert update_times(_placed())[2] == 0
 
 
 def test_replicas_beyond_a_rack_go_through_the_gateways() -> None:
-    layout = make_layout(GRAPH, RUN)
-    near, far = (
-        update_times(GRAPH, layout, replace(RUN, replicas=r), CHIP, DEFAULT_CALIBRATION)[2]
-        for r in (16, 17)
-    )
+    near, far = (update_times(_placed(replace(RUN, replicas=r)))[2] for r in (16, 17))
     assert far > 4 * near
 
 
@@ -179,6 +174,6 @@ def test_off_chip_state_takes_longer(replicas: int) -> None:
 
 
 def test_prediction_counts_samples() -> None:
-    found = predict_on_chip(GRAPH, replace(RUN, replicas=2), CHIP)
+    found = _placed(replace(RUN, replicas=2), kind=Prediction)
     assert found.samples_per_step == 4 * 16 * 2
     assert found.samples_per_s == pytest.approx(128 / found.time.total_s)
