@@ -83,7 +83,7 @@ def make_plans(
         "1f1b",
         arguments.microbatches,
         settings={"tied": "exchange"},
-        measured_s={name: (time.forward_s, time.backward_s) for name, time in times.items()},
+        measured_s=times,
     )
     costs = counted_costs(work)
     limits = Constraints(

@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.max_load import HostedPositions, MaxLoadProblem, least_bottleneck
 from ipu_pipeline.ir.machine import Link
-from ipu_pipeline.planner.search.problem import Option, Slot, Value
+from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.search.problem import Slot, Value
 from ipu_pipeline.planner.search.stage_price import SearchResult
 
 GIB = 2**30
@@ -105,7 +106,7 @@ def _max_load_instance(raw: Mapping[str, Any], num_devices: int, memory: float) 
     problem = MaxLoadProblem(
         names=tuple(str(group) for group in range(count)),
         preds=tuple(preds),
-        options=tuple((Option(seconds),) for seconds in work),
+        options=tuple((BlockChoice(seconds),) for seconds in work),
         values=_max_load_values(raw, group_of),
         weight_bytes=tuple(size),
         host_s=tuple(host),
@@ -237,7 +238,11 @@ def _memory_instance(raw: Mapping[str, Any], num_devices: int, memory: float) ->
             raise ValueError(f"node {node} has sync times at degree 1, which this reader refuses")
         options.append(
             tuple(
-                Option(way["timePerSample"], 0.0, way["memoryUsageA"], 0, way["memoryUsageB"])
+                BlockChoice(
+                    way["timePerSample"],
+                    stash_bytes=way["memoryUsageA"],
+                    fixed_bytes=way["memoryUsageB"],
+                )
                 for way in ways
             )
         )

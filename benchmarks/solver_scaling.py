@@ -24,9 +24,9 @@ from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
-from ipu_pipeline.planner.options.cost_models import AnalyticCostModel
+from ipu_pipeline.planner.options.cost_models import CostModel
 from ipu_pipeline.planner.search import Constraints, Partition, solve
-from ipu_pipeline.planner.search.problem import Option, Slot, Value
+from ipu_pipeline.planner.search.problem import Slot, Value
 
 MICROBATCHES = 256
 AMPLE_BYTES = 10**12
@@ -117,7 +117,7 @@ def _max_load(preds: Sequence[int], num_devices: int, rng: random.Random) -> Ins
     problem = MaxLoadProblem(
         names=tuple(map(str, range(count))),
         preds=tuple(preds),
-        options=tuple((Option(seconds),) for seconds in work),
+        options=tuple((BlockChoice(seconds),) for seconds in work),
         values=tuple(
             Value(block, mask, rng.expovariate(2.0)) for block, mask in enumerate(readers) if mask
         ),
@@ -197,7 +197,7 @@ def _print_models(sequence: int = 2048) -> None:
             )
             where = replace(where, devices=devices)
             before = perf_counter()
-            costs = AnalyticCostModel(loss_in_flight=1).estimate(graph, where)
+            costs = CostModel(loss_in_flight=1).estimate(graph, where)
             priced = perf_counter()
             try:
                 found = solve(graph, costs, where, Constraints(num_microbatches=32))

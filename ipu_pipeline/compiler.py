@@ -13,7 +13,9 @@ from torch import nn
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
+from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -22,8 +24,8 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.price import make_plan, priced, step_s
-from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step_s
+from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
@@ -35,13 +37,14 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     machine: str | Machine = "local",
     num_stages: int | None = None,
     microbatches: int | None = None,
-    replicas: int = 1,
+    replicas: int | None = None,
     schedule: str | None = None,
     costs: str = "analytic",
     granularity: Granularity = "layer",
     config: IPUConfig | None = None,
     constraints: Constraints | None = None,
     passes: str = "",
+    batch_axes: Mapping[str, int | None] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -56,7 +59,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
         microbatches: Microbatches per optimizer step; ``None``: the config's, else
             what the machine's backend takes, at least 8.
-        replicas: Copies of the pipeline.
+        replicas: Copies of the pipeline; ``None``: the config's, else 1.
         schedule: One that the machine's backend lists: ``1f1b``, ``gpipe``, ``interleaved``,
             ``zbv``, ... or ``popart`` (the one that IPUs run); ``None``: the backend's first.
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
@@ -65,6 +68,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         constraints: Further limits; the arguments above replace its fields of the same meaning.
         passes: Passes over the solved plan, such as ``serialize_projection{factor=16},
             recompute{blocks=all}``; the predictions are those of the annotated plan.
+        batch_axes: Axis of samples by input (``{"position_ids": 1, "class_weights": None}``;
+            ``None``: every microbatch gets it whole), kept in the plan. Of other inputs it is
+            found before the first batch is cut, by running the model on two samples.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -74,53 +80,66 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         ValueError: An argument is out of range.
     """
     manager = PassManager.parse(passes)
+    model, example_batch = original_model(model), ready_batch(example_batch)
     captured = capture(model, example_batch, granularity=granularity)
     keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
     described = find_machine(machine, depth)
-    backend, graph = backend_of(described), captured.graph
-    backend.check_costs(costs)
+    backend_of(described).check_costs(costs)
+    limits = _limits(
+        replace(constraints or Constraints(), num_stages=depth),
+        captured.graph, described, config, microbatches, replicas, schedule,
+    )  # fmt: skip
+    work = Workload(
+        captured.graph,
+        described,
+        limits.schedule,
+        limits.num_microbatches,
+        limits.replicas or 1,
+        backend_of(described).settings(captured.graph, config, limits),
+        measured_seconds(captured, example_batch, described, costs),
+        limits.factors(captured.graph.block_index),
+    )
+    split = backend_of(described).placement(work) if constraints is None else None
+    if split is None:
+        split = _searched(work, limits, _layers(captured.graph, config, depth))
+    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
+    made = replace(made, batch_axes=dict(batch_axes or {}))
+    return _after_passes(_fitting(made), manager)
+
+
+def _limits(
+    limits: Constraints,
+    graph: BlockGraph,
+    machine: Machine,
+    config: IPUConfig | None,
+    microbatches: int | None,
+    replicas: int | None,
+    schedule: str | None,
+) -> Constraints:
+    """Return ``limits`` with the numbers of the run: those given, the config's, or defaults."""
+    backend = backend_of(machine)
+    if replicas is None:
+        replicas = 1 if config is None else config.replicas(inference=not graph.training)
     if microbatches is None:
         microbatches = (
-            backend.default_microbatches(described, depth, replicas)
+            backend.default_microbatches(machine, limits.num_stages, replicas)
             if config is None
             else config.gradient_accumulation_steps
         )
-    limits = replace(
-        constraints or Constraints(),
-        num_stages=depth,
-        num_microbatches=microbatches,
-        replicas=replicas,
-        schedule=schedule or backend.schedules[0],
-    )
-    if limits.schedule not in backend.schedules:
-        raise ValueError(
-            f"{described.name} runs no schedule {limits.schedule!r}; use one of "
-            f"{', '.join(backend.schedules)}"
-        )
-    work = Workload(
-        graph,
-        described,
-        limits.schedule,
-        microbatches,
-        replicas,
-        backend.settings(graph, config, limits),
-        measured_seconds(captured, example_batch, described, costs),
-        limits.factors(graph.block_index),
-    )
-    split = backend.placement(work) if constraints is None else None
-    if split is None:
-        limits = backend.rules(graph, described, limits)
-        limits = replace(limits, layers_per_ipu=_layers(graph, config, depth))
-        split = solve(
-            graph,
-            backend.costs(work),
-            described,
-            limits,
-            step=partial(step_s, work),
-        )
-    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
-    return _after_passes(_fitting(made), manager)
+    name = schedule or backend.schedules[0]
+    wrong = schedule_problem(machine, name)
+    if wrong:
+        raise ValueError(wrong)
+    return replace(limits, num_microbatches=microbatches, replicas=replicas, schedule=name)
+
+
+def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
+    backend = backend_of(work.machine)
+    limits = backend.rules(work.graph, work.machine, limits)
+    limits = replace(limits, layers_per_ipu=layers)
+    costs = backend.costs(work)
+    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
 
 
 @same_random_numbers()
@@ -130,6 +149,7 @@ def compile(
     *,
     target: str = "local",
     optimizer: torch.optim.Optimizer | None = None,
+    batch_axes: Mapping[str, int | None] | None = None,
     **options: Any,
 ) -> Executable:
     """Turn a plan into an executable for ``target``.
@@ -139,6 +159,7 @@ def compile(
         plan: From :func:`plan` or ``Plan.load``.
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
+        batch_axes: As for :func:`plan`; they replace those of the plan.
         **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`:
             ``precision``, ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ...;
             ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
@@ -150,6 +171,8 @@ def compile(
         ValueError: An option is unknown or out of range, or there is an optimizer and nothing to
             train.
     """
+    model = original_model(model)
+    plan = replace(plan, batch_axes={**plan.batch_axes, **(batch_axes or {})})
     verify_plan(plan)
     plan.check_model(model_identity(model))
     unknown = sorted(set(options) - set(ExecutionOptions.__dataclass_fields__))
@@ -196,8 +219,7 @@ def measured_seconds(
         return {}
     from ipu_pipeline.backends.local.measure import profile_blocks
 
-    times = profile_blocks(captured, batch, num_devices=len(machine.devices))
-    return {name: (time.forward_s, time.backward_s) for name, time in times.items()}
+    return profile_blocks(captured, batch, num_devices=len(machine.devices))
 
 
 def _fitting(made: Plan) -> Plan:

@@ -119,7 +119,7 @@ def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
     [
         ({"costs": "guessed"}, "costs 'guessed' is unknown"),
         ({"granularity": "atom"}, "granularity 'atom' is unknown"),
-        ({"schedule": "zigzag"}, "schedule 'zigzag' is unknown"),
+        ({"schedule": "zigzag"}, "local runs no schedule 'zigzag'"),
         ({"microbatches": 0}, "num_microbatches must be at least 1, got 0"),
         ({"machine": "abacus"}, "machine 'abacus' is neither known"),
     ],

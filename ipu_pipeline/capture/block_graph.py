@@ -66,6 +66,7 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
         training=captured.training,
         model_fingerprint=model_identity(model).fingerprint,
         notes=captured.notes,
+        state=captured.state,
     )
 
 

@@ -106,6 +106,15 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return tensor
 
 
+def set_data(tensor: Tensor, value: Tensor) -> Tensor:
+    """``tensor.data = value`` of its own shape, into the same memory, returning the tensor."""
+    if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+        tensor.data = value
+    else:
+        tensor.data.copy_(value)
+    return tensor
+
+
 def set_requires_grad(tensor: Tensor, value: bool) -> Tensor:  # noqa: FBT001
     """``tensor.requires_grad = value``, returning the tensor."""
     tensor.requires_grad = value
@@ -138,7 +147,8 @@ def callable_form(func: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any
     if func is Tensor.__setitem__:
         return "call_function", set_item, args
     if is_assignment(func):
-        return "call_function", set_requires_grad, args
+        name = attribute_name(func)
+        return "call_function", set_data if name == "data" else set_requires_grad, args
     if name == "__get__":  # x.T, x.real, x.data
         return "call_function", getattr, (args[0], attribute_name(func))
     if args and isinstance(args[0], Tensor) and getattr(Tensor, name, None) is func:
@@ -210,6 +220,24 @@ class RegionCall(nn.Module):
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         owner = getattr(getattr(self.function, "__self__", None), "__qualname__", "")
         return f"{owner} {name}, grad={self.grad}, autocast={self.autocast}"
+
+
+class GradientHook(nn.Module):
+    """Lets ``hook`` see, and perhaps change, the gradient of a tensor between two blocks."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Register the hook; the tensor is returned so that its later readers come later."""
+        if tensor.requires_grad:
+            tensor.register_hook(self.hook)
+        return tensor
+
+    def extra_repr(self) -> str:
+        """Return what tells this hook from others."""
+        return repr(self.hook)
 
 
 class ModeCall(nn.Module):
@@ -360,7 +388,7 @@ class LiftedCall(nn.Module):
         with contextlib.ExitStack() as stack:
             for mode in self.modes:
                 stack.enter_context(mode)
-            stack.enter_context(_Replaced(places))
+            stack.enter_context(OtherTensors(places))
             return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -374,7 +402,9 @@ def modes_above(mode: TorchFunctionMode) -> list[TorchFunctionMode]:
     return stack[stack.index(mode) + 1 :] if mode in stack else []
 
 
-class _Replaced(TorchFunctionMode):
+class OtherTensors(TorchFunctionMode):
+    """Gives torch functions other tensors in place of some: by ``id`` of those."""
+
     def __init__(self, places: Mapping[int, Tensor]) -> None:
         super().__init__()
         self._places = places

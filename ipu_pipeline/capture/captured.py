@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Glue, Path
-from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import countable, preserved_state, tracing_patches
+from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
+from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
+from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
+from ipu_pipeline.capture.state import without_stand_ins
 from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
@@ -69,11 +72,28 @@ class CapturedModel:
     _batch: Mapping[str, Any]
     _trace: Trace
     _coarse: Coarse
+    _changed_backward: tuple[str, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[str, TensorMeta]:
         """Description of every tensor value by its name."""
         return {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
+
+    @cached_property
+    def state(self) -> tuple[SharedState, ...]:
+        """What several blocks use and forward passes change."""
+        found = []
+        names = [program.name for program in self.programs]
+        for fqn in (*self._trace.changing, *self._changed_backward):
+            readers = [p.name for p in self.programs if fqn in p.reads]
+            writers = [p.name for p in self.programs if fqn in p.writes]
+            backward = fqn in self._changed_backward
+            if backward or (writers and len({*readers, *writers}) > 1):
+                used = (
+                    (tuple(names), tuple(names)) if backward else (tuple(readers), tuple(writers))
+                )
+                found.append(SharedState(fqn, *used, backward=backward))
+        return tuple(dict.fromkeys(found))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -99,7 +119,12 @@ class CapturedModel:
         Raises:
             Differs: It does something else than when it was captured.
         """
-        return Replay(self.glue, integers).run(self.model, batch)
+        with without_stand_ins(self._glue_modules):
+            return Replay(self.glue, integers).run(self.model, batch)
+
+    @cached_property
+    def _glue_modules(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
 
     def with_hosts(self, places: Iterable[tuple[int, Path]]) -> CapturedModel:
         """Return the capture with numbers at these places of its glue as inputs."""
@@ -108,6 +133,7 @@ class CapturedModel:
         return replace(
             _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
             notes=self.notes,
+            _changed_backward=self._changed_backward,
         )
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:
@@ -122,7 +148,7 @@ class CapturedModel:
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        with preserved_state(self.model), torch.no_grad():
+        with preserved_state(self.model, self._trace.changing.values()), torch.no_grad():
             return self._values({name: self._batch[name].clone() for name in self.inputs})
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
@@ -171,6 +197,7 @@ def capture(
     training = model.training if training is None else training
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     leaves = choose_leaves(model, granularity)
+    _refuse_backward_hooks(model, leaves)
     with (
         torch.inference_mode(mode=False),
         tracing_patches(model),
@@ -179,6 +206,8 @@ def capture(
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
+        recording = recording_models(model)
+    reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
@@ -189,8 +218,9 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    notes = check_capture(captured, batch)
-    return replace(captured, notes=notes)
+    with not_compiled(model):
+        found = check_capture(captured, batch)
+    return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
 def _built(
@@ -242,11 +272,7 @@ def take_kept(
 
 def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
-    return tuple(
-        (name, (tuple(value.shape), value.dtype, value.requires_grad, value.device))
-        if isinstance(value, Tensor) else (name, value)
-        for name, value in batch.items()
-    )  # fmt: skip
+    return tuple((name, inputs.described(value)) for name, value in batch.items())
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
@@ -269,14 +295,14 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
         raise _BackwardInsideError
 
     try:
-        with countable(model) if on_meta else contextlib.nullcontext():
+        with grouped_without_values() if on_meta else contextlib.nullcontext():
             try:
                 with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
                     return trace(model, batch, leaves)
             except _BackwardInsideError:
                 return trace(model, batch, leaves)
     except RuntimeError as error:
-        if on_meta and "meta" in str(error):
+        if on_meta and "meta" in str(error).lower():
             raise CaptureError(
                 f"{type(model).__name__} reads tensor values in Python between its blocks, which "
                 f"a model on the meta device does not have ({error}); capture it with real "
@@ -294,20 +320,21 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
+def _refuse_backward_hooks(model: nn.Module, leaves: Leaves) -> None:
+    for fqn, module in model.named_modules():
+        hooks = module._backward_hooks or module._backward_pre_hooks
+        if model.training and hooks and not leaves.is_leaf(module) and id(module) in leaves.names:
+            raise CaptureError(
+                f"{fqn or type(model).__name__!r} has a hook on its backward pass "
+                "(register_full_backward_hook), and its blocks are in several stages, none of "
+                "which runs that backward pass; register the hook on its blocks, or on tensors"
+            )
+
+
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
     """Return copies: one tensor under two names (labels that are the input ids) must become two."""
-    if not batch:
-        raise CaptureError("the example batch is empty; pass the model's keyword arguments")
-    for name, value in batch.items():
-        members = [] if isinstance(value, Tensor) else tree_leaves(value)
-        if any(isinstance(member, Tensor) for member in members):
-            raise CaptureError(
-                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages "
-                "take tensors by name only: pass them one by one, or wrap the model in a module "
-                "that builds the structure"
-            )
-    own = dict(batch)
-    for name, value in batch.items():
+    own = inputs.ready_batch(batch)
+    for name, value in own.items():
         if isinstance(value, Tensor):
             copy = value.detach().to("meta") if meta else value.detach().clone()
             own[name] = copy.requires_grad_(value.requires_grad)

@@ -1,50 +1,74 @@
-"""The self-check: a capture is compared with the model on other data before it is trusted."""
+"""The self-check: a capture is compared with the model on other data before it is trusted.
+
+First the model runs, then the capture, with the same dropout masks; only the gradients and
+results of the first are kept, and each gradient of the second is freed when it is compared. Where
+something is kept from batch to batch, both run on, for one more forward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.leaves import Leaves, choose_leaves
+from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
+from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
+from ipu_pipeline.ops.linear import casts_of_one_step
+from ipu_pipeline.ops.random import block_scope
 
 SEED = 1234
 # Relative to the largest value compared; captured and eager differ by 0 almost always.
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 2e-2}
 DEFAULT_TOLERANCE = 1e-4
+# So many elements are compared at once: temporary tensors are not as large as a table.
+COMPARED_AT_ONCE = 1 << 20
 
 Outcome = dict[str, Tensor]
 
 
-def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> tuple[str, ...]:
+class Checked(NamedTuple):
+    """What the self-check found.
+
+    Attributes:
+        notes: For the user: values read in Python that the capture is specialised to.
+        changed_backward: Buffers that blocks read and that the backward pass changes.
+    """
+
+    notes: tuple[str, ...]
+    changed_backward: tuple[str, ...]
+
+
+def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     """Compare results and every gradient with the model's own on altered data.
 
-    Dropout is switched off for the comparison; buffers, gradients and the random state are put
-    back.
-
-    Returns:
-        Notes for the user: values read in Python that the capture is specialised to.
+    Buffers, gradients, plain attributes of modules and the random state are put back.
 
     Raises:
         CaptureError: The capture computes something else than the model.
     """
+    leaves = choose_leaves(captured.model, captured.granularity)
+    compare = partial(_compare, captured, leaves)
     try:
-        _compare(captured, altered(batch))
+        return Checked((), compare(altered(batch)))
     except GuardError as error:
-        _compare(captured, batch)
-        return (f"specialised to the example batch: {error}",)
+        found = compare(batch)
+        return Checked((f"specialised to the example batch: {error}",), found)
     except _RefusedByModel as error:
-        _compare(captured, batch)
-        return (f"checked on the example batch only: the model refuses altered data ({error})",)
-    return ()
+        found = compare(batch)
+        note = f"checked on the example batch only: the model refuses altered data ({error})"
+        return Checked((note,), found)
 
 
 class _RefusedByModel(Exception):
@@ -67,54 +91,151 @@ def _altered(name: str, value: Any) -> Any:
     return changed
 
 
-def _compare(captured: CapturedModel, batch: Mapping[str, Any]) -> None:
-    model = captured.model
-    expected = _outcome(captured, lambda: _eager(model, _copied(batch), captured.results))
-    found = _outcome(captured, lambda: captured.run(_copied(batch)))
-    for name in {**expected, **found}:
-        reference = expected.get(name)
-        if reference is None:
-            reference = torch.zeros_like(found[name])
-        difference = _difference(found.get(name), reference)
-        allowed = TOLERANCE.get(reference.dtype, DEFAULT_TOLERANCE)
-        if not difference <= allowed:
+@dataclass
+class _Run:
+    """What one run leaves: results, gradients, and what the next batch starts from.
+
+    Attributes:
+        outcome: Tensors by what they are.
+        compared_with: The other run's: a gradient is compared, and freed, when it is there.
+        kept: What is kept from batch to batch.
+        changed_backward: Buffers that the backward pass changed.
+    """
+
+    captured: CapturedModel
+    leaves: Leaves
+    compared_with: Outcome | None = None
+    outcome: Outcome = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    changed_backward: tuple[str, ...] = ()
+
+    def of(self, run: Callable[[], Outcome], *, again: bool) -> _Run:
+        """Run it; twice if something is kept or ``again``."""
+        captured, model = self.captured, self.captured.model
+        changing = captured._trace.changing
+        with (
+            preserved_state(model, changing.values()),
+            without_gradient_hooks(model),
+            _same_masks(self.leaves),
+            casts_of_one_step(),
+            torch.set_grad_enabled(captured.training),
+        ):
+            torch.manual_seed(SEED)
+            plain = PlainState(model.modules())
+            outcome = run()
+            for name, value in outcome.items():
+                if self.compared_with is not None:
+                    _require_equal(model, name, value.detach(), self.compared_with.get(name))
+            if captured.training and outcome[LOSS].requires_grad:
+                outcome = {LOSS: self._backward(outcome[LOSS])}
+            self.outcome.update(outcome)
+            self.kept = [*changing, *plain.new_tensors(), *self.changed_backward]
+            if self.kept or again:
+                self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
+                                    for n, t in changing.items())  # fmt: skip
+                plain.put_back(tensors=False)
+                self.outcome.update((f"{n} of the next batch", t.detach())
+                                    for n, t in run().items())  # fmt: skip
+        return self
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        model = self.captured.model
+        versions = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
+        named = [(f"gradient of {n}", p) for n, p in model.named_parameters() if p.requires_grad]
+        hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._take, name)) for name, p in named
+        ]
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if self.compared_with is not None:
+                raise
             raise CaptureError(
-                f"the captured {type(model).__name__} differs from the model on other data: "
-                f"{name} by {difference:.3g} of its scale (allowed {allowed:g}); something between "
-                "the blocks is not replayed faithfully: try another granularity, and please "
-                "report the model class"
-            )
+                f"{type(model).__name__} itself fails in its backward pass: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        read = {name for n in self.captured._trace.graph.nodes for name in n.meta.get("reads", ())}
+        self.changed_backward = tuple(
+            name for name, buffer, version in versions
+            if buffer._version != version and name in read
+        )  # fmt: skip
+        return loss.detach()
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        gradient = gradient.to_dense()
+        if self.compared_with is None:
+            self.outcome[name] = gradient
+        else:
+            expected = self.compared_with.pop(name, None)
+            _require_equal(self.captured.model, name, gradient, expected)
+
+
+def _compare(captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any]) -> tuple[str, ...]:
+    """Compare the capture with the model; return the buffers that a backward pass changes."""
+    model = captured.model
+    eager = partial(_eager, model, batch, captured.results)
+    expected = _Run(captured, leaves).of(eager, again=False)
+    ours = _Run(captured, leaves, expected.outcome)
+    found = ours.of(lambda: captured.run(_copied(batch)), again=bool(expected.kept)).outcome
+    for name in {**expected.outcome, **found}:
+        _require_equal(model, name, found.get(name), expected.outcome.get(name), expected.kept)
+    return expected.changed_backward
+
+
+def _require_equal(
+    model: nn.Module,
+    name: str,
+    found: Tensor | None,
+    expected: Tensor | None,
+    kept: list[str] | None = None,
+) -> None:
+    if expected is None:
+        assert found is not None
+        expected = torch.zeros_like(found)
+    difference = _difference(found, expected)
+    allowed = TOLERANCE.get(expected.dtype, DEFAULT_TOLERANCE)
+    if difference <= allowed:
+        return
+    why = (
+        "something between the blocks is not replayed faithfully: try another granularity, and "
+        "please report the model class"
+    )
+    if name.endswith(("afterwards", "of the next batch")):
+        why = (
+            f"what it keeps from batch to batch ({', '.join(kept or ())}) is not kept as without "
+            "stages: make it a buffer, and write into it in place"
+        )
+    raise CaptureError(
+        f"the captured {type(model).__name__} differs from the model on other data: {name} by "
+        f"{difference:.3g} of its scale (allowed {allowed:g}); {why}"
+    )
 
 
 def _eager(model: nn.Module, batch: Mapping[str, Any], results: Mapping[str, str]) -> Outcome:
     try:
-        output = model(**batch)
+        output = model(**_copied(batch))
     except Exception as error:
         raise _RefusedByModel(f"{type(error).__name__}: {error}") from error
     return {name: t for name, t in named_tensors(output) if name in results}
 
 
+def _now(model: nn.Module, fqn: str, tensor: Tensor) -> Tensor:
+    """Return what the model has under the name of ``tensor``, which it may have replaced."""
+    owner, _, name = fqn.rpartition(".")
+    try:
+        found = getattr(model.get_submodule(owner), name)
+    except AttributeError:  # in a list or map
+        found = tensor
+    return found if isinstance(found, Tensor) else tensor
+
+
 def _copied(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch that the model may write to."""
     return {n: v.clone() if isinstance(v, Tensor) else v for n, v in batch.items()}
-
-
-def _outcome(captured: CapturedModel, run: Callable[[], Outcome]) -> Outcome:
-    """Return results and gradients, by name, of one run without dropout."""
-    model = captured.model
-    with preserved_state(model), _NoDropout(), torch.set_grad_enabled(captured.training):
-        torch.manual_seed(SEED)
-        outcome = run()
-        if captured.training:
-            loss = outcome[LOSS]
-            if not loss.requires_grad:
-                return outcome
-            loss.backward()
-            outcome = {LOSS: loss.detach()}
-            for fqn, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    outcome[f"gradient of {fqn}"] = parameter.grad
-    return outcome
 
 
 def _difference(found: Tensor | None, reference: Tensor) -> float:
@@ -123,32 +244,44 @@ def _difference(found: Tensor | None, reference: Tensor) -> float:
         return 0.0 if not reference.any() else float("inf")
     if found.shape != reference.shape:
         return float("inf")
-    if not reference.is_floating_point():
-        return 0.0 if torch.equal(found, reference) else float("inf")
-    if reference.numel() == 0:
+    if torch.equal(found, reference):
         return 0.0
-    same_special = torch.equal(found.isfinite(), reference.isfinite())
-    if not same_special:
+    if not reference.is_floating_point():
         return float("inf")
-    delta = (found - reference).nan_to_num(0.0, 0.0, 0.0).abs().max()
-    scale = reference.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1e-3)
-    return float(delta / scale)
+    delta = scale = 0.0
+    pairs = (t.detach().reshape(-1).split(COMPARED_AT_ONCE) for t in (found, reference))
+    for one, other in zip(*pairs, strict=True):
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return float("inf")
+        delta = max(delta, float((one - other).nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        scale = max(scale, float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+    return delta / max(scale, 1e-3)
 
 
-class _NoDropout(TorchFunctionMode):
-    """Turns dropout off, whatever the probability and mode of its module."""
+@contextmanager
+def _same_masks(leaves: Leaves) -> Iterator[None]:
+    """Key random numbers by the call of a leaf, so that blocks may draw in any order.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        place, name = 0, ""
-        if func in (functional.dropout, torch.dropout, functional.alpha_dropout):
-            place, name = 1, "p"
-        elif func is functional.scaled_dot_product_attention:
-            place, name = 4, "dropout_p"
-        if name and len(args) > place:
-            args = (*args[:place], 0.0, *args[place + 1 :])
-        elif name:
-            kwargs[name] = 0.0
-        return func(*args, **kwargs)
+    Those of the glue come one after the other: it is assumed that what several of its blocks
+    draw is drawn in one order.
+    """
+    original = nn.Module.__call__
+    calls: Counter[str] = Counter()
+    inside: list[str] = []
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if inside or not leaves.is_leaf(module):
+            return original(module, *args, **kwargs)
+        fqn = leaves.names[id(module)]
+        calls[fqn] += 1
+        inside.append(fqn)
+        try:
+            with block_scope(SEED, fqn, calls[fqn]):
+                return original(module, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.Module, "__call__", call))
+        stack.enter_context(block_scope(SEED, "glue"))
+        yield

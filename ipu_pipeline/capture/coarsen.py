@@ -4,16 +4,16 @@
   that needs it computes it again.
 - A leaf that starts a block opens one; every other node joins the latest block that it depends
   on, by value or by the order of in-place writes.
-- Nodes that nothing needs are dropped; guards and writes to buffers are always kept.
+- Nodes that nothing needs are dropped; guards, writes to buffers and hooks on gradients are kept.
 - Loss functions and what follows them in the last block form the block ``loss``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss
 
@@ -48,11 +48,13 @@ class Coarse:
         blocks: In execution order.
         prelude: Nodes computed from inputs and constants alone, in execution order.
         results: Result nodes by name.
+        changing: Those of the model's own tensors that a forward pass changes, by name.
     """
 
     blocks: tuple[BlockNodes, ...]
     prelude: tuple[fx.Node, ...]
     results: dict[str, fx.Node]
+    changing: Mapping[str, Tensor]
 
 
 def dependencies(node: fx.Node) -> Iterable[fx.Node]:
@@ -88,13 +90,15 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
         nodes = tuple(n for n in trace.graph.nodes if assigned.get(n) == name)
         module = opener.meta.get("module") if opener is not None else None
         blocks.append(BlockNodes(name, kinds[name], module, nodes))
-    return Coarse(tuple(blocks), tuple(n for n in trace.graph.nodes if n in prelude), results)
+    first = tuple(n for n in trace.graph.nodes if n in prelude)
+    return Coarse(tuple(blocks), first, results, trace.changing)
 
 
 def _live(
     trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
 ) -> dict[fx.Node, None]:
-    effects = (n for n in trace.graph.nodes if n.meta.get("guard") or n.meta.get("state"))
+    kept = ("guard", "state", "effect")
+    effects = (n for n in trace.graph.nodes if any(n.meta.get(key) for key in kept))
     pending = [*results, *after, *effects]
     live: dict[fx.Node, None] = {}
     while pending:
@@ -123,8 +127,10 @@ def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
 
 def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
     """Whether computing ``node`` again on another stage would be wrong or wasteful."""
-    if any(node.meta.get(key) for key in ("random", "guard", "state", "starts")):
+    if any(node.meta.get(key) for key in ("random", "guard", "state", "effect", "starts")):
         return True
+    if not trace.changing.keys().isdisjoint(node.meta.get("reads", ())):
+        return True  # another stage would read it at another time
     target = trace.attributes.get(str(node.target)) if node.op == "call_module" else None
     if not isinstance(target, nn.Module):
         return False

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from ipu_pipeline.capture.example_batch import BatchSize, example_batch
+from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
 from ipu_pipeline.errors import CaptureError
 
 # The transformers auto class that finds the model class of each task. The class that a config names
@@ -41,7 +41,7 @@ _VISUAL_QA_TYPES = ("lxmert",)
 
 def from_config(
     config: PretrainedConfig | str | Path,
-    task: str,
+    task: str | None = None,
     *,
     batch_size: int = 1,
     seq_length: int = 128,
@@ -52,7 +52,7 @@ def from_config(
 
     Args:
         config: A config, a hub name, a local folder, or the path of a ``config.json``.
-        task: One of :data:`TASKS`.
+        task: One of :data:`TASKS`; ``None``: that of the class which the config names.
         batch_size: Samples of the batch.
         seq_length: Tokens of a sequence (encoder and decoder). Images and spectrograms have the
             size that the config says.
@@ -67,6 +67,7 @@ def from_config(
         ValueError: A size below 1, or longer than the model's positions.
     """
     resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
+    task = task or infer_task(resolved)
     model = build_model(resolved, task, device=device, seed=seed)
     size = BatchSize(batch_size, seq_length)
     return model, example_batch(model, task, size, device=device, seed=seed)
@@ -120,16 +121,6 @@ def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedCo
     return build
 
 
-def config_and_task(model: str, task: str | None = None) -> tuple[PretrainedConfig, str]:
-    """Return the config called ``model`` and ``task``, or the task that the config names.
-
-    Raises:
-        CaptureError: There is no such config, or it names no task.
-    """
-    config = load_config(model)
-    return config, task or infer_task(config)
-
-
 def infer_task(config: PretrainedConfig) -> str:
     """Return the task of the class that a published config names in ``architectures``.
 
@@ -142,22 +133,34 @@ def infer_task(config: PretrainedConfig) -> str:
             return task
     raise CaptureError(
         f"cannot tell the task of this {config.model_type} config (it names "
-        f"{', '.join(sorted(named)) or 'no architecture'}); say which: "
-        f"{', '.join(_possible_tasks(config)) or 'none is known for it'}"
+        f"{', '.join(sorted(named)) or 'no architecture'}); {_remedy(config)}"
     )
 
 
+def _remedy(config: PretrainedConfig) -> str:
+    own = "plan it in Python with a batch of your own, ipu_pipeline.plan(model, batch)"
+    possible = ", ".join(_possible_tasks(config))
+    return f"say which: {possible}; or {own}" if possible else f"no task is known for it: {own}"
+
+
 def _possible_tasks(config: PretrainedConfig) -> list[str]:
-    return [task for task in TASKS if _class_names(config, task)]
+    return [
+        task
+        for task in TASKS
+        if _classes(config, task)
+        and (task != "pretraining" or any(map(pair_label, _classes(config, task))))
+    ]
 
 
 def _class_names(config: PretrainedConfig, task: str) -> set[str]:
     """Names of the model classes of ``task`` for this config; empty when there is none."""
+    return {item.__name__ for item in _classes(config, task)}
+
+
+def _classes(config: PretrainedConfig, task: str) -> tuple[type[nn.Module], ...]:
     mapping = _auto_class(config, task)._model_mapping
-    if type(config) not in mapping:
-        return set()
-    found = mapping[type(config)]
-    return {item.__name__ for item in (found if isinstance(found, tuple) else (found,))}
+    found = mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _auto_class(config: PretrainedConfig, task: str) -> Any:

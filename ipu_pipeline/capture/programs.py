@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
-from ipu_pipeline.capture.values import TensorMeta
+from ipu_pipeline.capture.state import key_of
+from ipu_pipeline.capture.values import TensorMeta, storage_key
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Program:
         outputs: Names of the values it returns, as a tuple in this order.
         module: Runs it; its submodules and parameters are the model's own objects.
         prelude_order: Prelude values whose in-place writes must have happened before.
+        reads: Names of the model's own tensors that it reads and some forward pass changes.
+        writes: Names of those that it changes.
+        changing: Both, by name.
         modes: The training flag that every module in it had when it was called.
     """
 
@@ -36,6 +42,9 @@ class Program:
     outputs: tuple[str, ...]
     module: fx.GraphModule
     prelude_order: tuple[str, ...] = ()
+    reads: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
+    changing: Mapping[str, Tensor] = field(default_factory=dict)
     modes: tuple[tuple[nn.Module, bool], ...] = ()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -45,8 +54,23 @@ class Program:
 
     def run(self, values: dict[str, Any]) -> None:
         """Take the inputs from ``values`` and put the outputs there."""
-        outputs = self(*(values[name] for name in self.inputs))
+        with self.saving_copies():
+            outputs = self(*(values[name] for name in self.inputs))
         values.update(zip(self.outputs, outputs, strict=True))
+
+    def saving_copies(self) -> AbstractContextManager[Any]:
+        """Within it, autograd saves copies of the tensors that it reads and forward passes change.
+
+        The next microbatch changes them before the backward pass of this one.
+        """
+        changing = {key_of(self.changing[name]) for name in self.reads}
+        if not changing or not torch.is_grad_enabled():
+            return nullcontext()
+
+        def pack(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if key_of(tensor) in changing else tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Program, ...]:
@@ -54,7 +78,15 @@ def block_programs(coarse: Coarse, attributes: Mapping[str, Any]) -> tuple[Progr
     owner = {node: block.name for block in coarse.blocks for node in block.nodes}
     needed = _needed_elsewhere(coarse, owner)
     prelude = set(coarse.prelude)
-    return tuple(_block_program(block, needed, prelude, attributes) for block in coarse.blocks)
+    made = []
+    for block in coarse.blocks:
+        program = _block_program(block, needed, prelude, attributes, coarse)
+        writes = frozenset().union(*(n.meta.get("state", frozenset()) for n in block.nodes))
+        used = frozenset().union(*(n.meta.get("reads", frozenset()) for n in block.nodes))
+        reads = used & coarse.changing.keys()
+        changing = {n: t for n, t in coarse.changing.items() if n in reads | writes}
+        made.append(replace(program, reads=reads, writes=writes, changing=changing))
+    return tuple(made)
 
 
 def prelude_program(
@@ -85,7 +117,11 @@ def _needed_elsewhere(coarse: Coarse, owner: Mapping[fx.Node, str]) -> set[fx.No
 
 
 def _block_program(
-    block: BlockNodes, needed: set[fx.Node], prelude: set[fx.Node], attributes: Mapping[str, Any]
+    block: BlockNodes,
+    needed: set[fx.Node],
+    prelude: set[fx.Node],
+    attributes: Mapping[str, Any],
+    coarse: Coarse,
 ) -> Program:
     own = set(block.nodes)
     inputs: dict[fx.Node, None] = {}
@@ -96,7 +132,9 @@ def _block_program(
                 inputs[source] = None
         order.update({n.name: None for n in node.meta.get("after", ()) if n in prelude})
     outputs = [node for node in block.nodes if node in needed]
-    program = _build(block.name, block.nodes, list(inputs), outputs, attributes)
+    kept = frozenset(map(storage_key, coarse.changing.values()))
+    returned = frozenset(coarse.results.values())
+    program = _build(block.name, block.nodes, list(inputs), outputs, attributes, kept, returned)
     return replace(program, prelude_order=tuple(order))
 
 
@@ -106,14 +144,17 @@ def _build(
     inputs: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     attributes: Mapping[str, Any],
+    kept: frozenset[int] = frozenset(),
+    returned: frozenset[fx.Node] = frozenset(),
 ) -> Program:
+    """Build a program; ``kept`` is memory of the model's own that forward passes change."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
     written = frozenset().union(*(node.meta.get("writes", frozenset()) for node in body))
     for node in inputs:
-        if node.meta.get("storage") in written:
+        if node.meta.get("storage") in written - kept:
             # Values of other blocks and the caller's batch stay as they are: another stage may
             # hold the same memory.
             copies[node] = graph.call_method("clone", (copies[node],))
@@ -126,6 +167,9 @@ def _build(
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "call_module":
             held[str(node.target)] = attributes[str(node.target)]
+    for node in returned.intersection(outputs):
+        if node.meta.get("storage") in kept:  # the next microbatch changes it
+            copies[node] = graph.call_method("clone", (copies[node],))
     graph.output(tuple(copies[node] for node in outputs))
     class_name = "".join(part if part.isidentifier() else "_" for part in name.title()) or "Block"
     module = fx.GraphModule(held, graph, class_name)

@@ -8,7 +8,9 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 - ``writes``: keys of the storages that it changes;  ``storage``: key of its result's storage;
 - ``random``: it draws random numbers;  ``starts``: name of the block it starts;
 - ``guard``: it checks a value that Python read;  ``scope``: fqn of the innermost module;
-- ``state``: it writes to a parameter or buffer;  ``value_shape``: its shape depends on values.
+- ``effect``: it is kept although nothing reads its result;
+- ``reads``, ``state``: names of the model's own tensors that it reads, and that it changes;
+- ``value_shape``: its shape depends on values.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ipu_pipeline.capture.calls import (
     SHAPE_READS,
     VALUE_READS,
     FreeTensors,
+    GradientHook,
     LiftedCall,
     ModeCall,
     Region,
@@ -48,7 +51,10 @@ from ipu_pipeline.capture.calls import (
 from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import collected_outputs, patched_calls
+from ipu_pipeline.capture.patches import patched_calls, patched_methods
+from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.side_outputs import SideOutputs
+from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,
@@ -79,7 +85,7 @@ class Tracer(TorchFunctionMode):
         self.attributes: dict[str, Any] = {}
         self.values = Values(self)
         self.storages = StorageHistory()
-        self.constants: Versions = []
+        self.side_outputs = SideOutputs(self)
         self.calls: Counter[str] = Counter()
         self.scope: list[str] = [""]
         self.in_leaf = 0
@@ -90,7 +96,7 @@ class Tracer(TorchFunctionMode):
         self.fqns = {id(tensor): fqn for fqn, tensor in state}
         owned = [tensor for module in model.modules() for tensor in own_tensors(module)]
         self.owned = {id(tensor): tensor for tensor in owned}
-        self.state = frozenset(storage_key(tensor) for _, tensor in state)
+        self.use = StateUse(model)
         owned_values = [value for module in model.modules() for value in own_values(module)]
         self.kept = frozenset(map(id, [*kept, *owned_values]))
         self.recorder = GlueRecorder(self.ambient, leaves, (*self.fqns, *self.owned))
@@ -103,13 +109,14 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.in_leaf:
             self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
-            return func(*args, **kwargs)
+            self.side_outputs.use((args, kwargs), reads_values=func in VALUE_READS)
+            return self.use.call(func, args, kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         with self._untraced():
             versions = self.storages.versions((args, kwargs))
             call = self._described(func, (args, kwargs))
-            result = func(*args, **kwargs)
+            result = self.use.call(func, args, kwargs)
             call.node = self._record(func, args, kwargs, result, versions)
             call.reads_values = func in VALUE_READS
             self.recorder.add(call, result)
@@ -133,20 +140,17 @@ class Tracer(TorchFunctionMode):
             return self._leaf_call(original, module, args, kwargs)
 
     def _leaf_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        collected = {key: len(tensors) for key, tensors in collected_outputs().items()}
         objects = objects_among(args, kwargs, self.kept)
+        places = Places(module)
         if objects:
             result, call = self._object_call(original, module, args, kwargs, objects)
         else:
             versions = self._versions(module, args, kwargs)
             call = self._described(module, (args, kwargs))
-            result = original(module, *args, **kwargs)
+            with self.side_outputs.noting():
+                result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
-        call.collected = {
-            key: [self.recorder.stand_in(tensor) for tensor in tensors[collected.get(key, 0) :]]
-            for key, tensors in collected_outputs().items()
-            if len(tensors) > collected.get(key, 0)
-        }
+        self.side_outputs.note(call, module, places)
         self.recorder.add(call, result)
         return result
 
@@ -187,7 +191,7 @@ class Tracer(TorchFunctionMode):
         versions = self._versions(module, args, kwargs, before.tensors)
         call = self._described(module, apart((args, kwargs), objects)[0])
         contents = self.recorder.describe.objects(objects)
-        with used_tensors:
+        with used_tensors, self.side_outputs.noting():
             result = original(module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
@@ -249,7 +253,7 @@ class Tracer(TorchFunctionMode):
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one ``autograd.Function.apply``; in the glue it is one node."""
+        """Run one ``autograd.Function.apply`` or whole method; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         with self._untraced():
@@ -260,7 +264,9 @@ class Tracer(TorchFunctionMode):
         call = self._described(original, (args, kwargs))
         result = original(*args, **kwargs)
         holder = RegionCall(original, Region.current(), self.ambient)
-        node = self._held_call(holder, args, kwargs, original.__self__.__name__)
+        owner = original.__self__  # a class, or the module of a method
+        name = getattr(owner, "__name__", type(owner).__name__)
+        node = self._held_call(holder, args, kwargs, name)
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         call.node = node
@@ -271,6 +277,7 @@ class Tracer(TorchFunctionMode):
     def _untraced(self) -> Iterator[None]:
         """Say of a call that becomes one node, and of what is noted of it, that it is no glue."""
         self.leaf_draws = False
+        self.use.start()
         self.in_leaf += 1
         try:
             yield
@@ -285,8 +292,13 @@ class Tracer(TorchFunctionMode):
         if func in VALUE_READS:
             self._guard(func, args, kwargs, result)
             return None
+        if func is Tensor.register_hook:
+            node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
+            node.meta["effect"] = True
+            self._finish(node, args[:1], {}, args[0], versions)
+            return node
         written = self.storages.written(versions)
-        if is_assignment(func) and attribute_name(func) != "requires_grad":
+        if is_assignment(func) and not self._may_assign(func, args[0]):
             raise CaptureError(
                 f"{self.where()} assigns an attribute of a tensor ({attribute_name(func)}); such "
                 "a write cannot be replayed: keep that module inside a block"
@@ -306,6 +318,10 @@ class Tracer(TorchFunctionMode):
         node.meta["random"] = is_random(func, args, kwargs)
         self._finish(node, args, kwargs, result, versions)
         return node
+
+    def _may_assign(self, func: Any, tensor: Tensor) -> bool:
+        name = attribute_name(func)
+        return name == "requires_grad" or (name == "data" and id(tensor) in self.fqns)
 
     def _call(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         region = Region.current()
@@ -328,6 +344,9 @@ class Tracer(TorchFunctionMode):
     def _guard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         node = self._held_call(ValueGuard(func, result, self.where()), args, kwargs, "guard")
         node.meta["guard"] = True
+        read = list(tensors_in((args, kwargs)))
+        node.meta["reads"] = frozenset(self.use.named(read))
+        node.meta["after"] = self.storages.record(node, read, [])
         if decided_by_chance(node):
             raise CaptureError(
                 f"{self.where()} draws a random number and decides by it, in Python, what runs "
@@ -342,11 +361,18 @@ class Tracer(TorchFunctionMode):
                 self._guard(func, args, {}, result)
 
     def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
-        written = self.storages.written(versions)
-        node.meta["after"] = self.storages.record(node, tensors_in((args, kwargs)), written)
+        use = self.use
+        changed = [use.tensors[name] for name in use.writes]
+        written = [*self.storages.written(versions), *changed]
+        read = [*tensors_in((args, kwargs)), *(use.tensors[name] for name in use.reads)]
+        node.meta["after"] = self.storages.record(node, [*read, *changed], written)
         node.meta["writes"] = frozenset(map(storage_key, written))
-        node.meta["state"] = bool(node.meta["writes"] & self.state)
+        node.meta["reads"] = frozenset(use.reads | use.named(tensors_in((args, kwargs))))
+        node.meta["state"] = frozenset(use.writes | use.named(written))
         self.values.bind_result(result, node)
+        for tensor in written:
+            if id(tensor) in self.fqns:  # what is read later is the buffer, not a result
+                self.values.bind(tensor, self.attribute_node(tensor))
 
     def new_node(
         self,
@@ -382,24 +408,43 @@ class Tracer(TorchFunctionMode):
         self.attributes[fqn] = module
         return self.new_node("get_attr", fqn)
 
-    def check_constants(self) -> None:
-        """Make sure that the constants that were used are what they were before the run.
+    def record_replaced(self) -> None:
+        """Record ``self.buffer = value`` in the glue as a write into the buffer that there was.
 
         Raises:
-            CaptureError: The model itself changed or replaced one.
+            CaptureError: Another shape or dtype; or a block does so itself and others read it.
         """
-        modules = self.model.modules()
-        owned = {id(tensor) for module in modules for tensor in own_tensors(module)}
-        for tensor, version in self.constants:
-            if tensor._version != version or id(tensor) not in owned:
+        read = {name for node in self.graph.nodes for name in node.meta.get("reads", ())}
+        for fqn, was, now in self.use.replaced():
+            if id(was) not in self.fqns and fqn not in read:
+                continue  # an attribute that every pass makes anew
+            if self.values.known(now) is None:
+                self._check_not_shared(fqn)
+                continue
+            if (now.shape, now.dtype) != (was.shape, was.dtype):
                 raise CaptureError(
-                    f"{type(self.model).__name__} reads a {tuple(tensor.shape)} {tensor.dtype} "
-                    "tensor that it keeps beside its parameters and buffers, and changes it in "
-                    "the same run; make it a buffer, so that it is kept from batch to batch"
+                    f"{type(self.model).__name__} replaces {fqn!r} ({tuple(was.shape)} {was.dtype})"
+                    f" by a {tuple(now.shape)} {now.dtype} tensor between its blocks; keep the "
+                    "shape, or replace it inside a block"
+                )
+            node = self._held_call(WriteBack(), (was, now), {}, "replaced")
+            self.use.start()
+            self.use.writes.add(fqn)
+            self._finish(node, (was, now), {}, None, [])
+
+    def _check_not_shared(self, fqn: str) -> None:
+        owner = self.model.get_submodule(fqn.rpartition(".")[0])
+        for node in self.graph.nodes:
+            held = self.attributes.get(str(node.target))
+            inside = isinstance(held, nn.Module) and any(m is owner for m in held.modules())
+            if fqn in node.meta.get("reads", ()) and not inside:
+                raise CaptureError(
+                    f"a block of {type(self.model).__name__} replaces {fqn!r} by another tensor, "
+                    f"and {node.meta['scope'] or 'the model itself'!r} reads it, too; write into "
+                    f"it instead: {fqn}.copy_(value)"
                 )
 
     def _constant(self, tensor: Tensor) -> str:
-        self.constants.append((tensor, tensor._version))
         if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
                 f"{self.where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "
@@ -426,12 +471,14 @@ class Trace:
         graph: The nodes in execution order; its output is a dict of the model's results.
         attributes: What ``call_module`` and ``get_attr`` targets stand for.
         inputs: Names of the batch's tensors, one placeholder each.
+        changing: Those of the model's own tensors that the run changed, by name.
         glue: The calls of the glue, for its replay.
     """
 
     graph: fx.Graph
     attributes: Mapping[str, Any]
     inputs: tuple[str, ...]
+    changing: Mapping[str, Tensor]
     glue: Glue
 
     @property
@@ -455,17 +502,21 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.recorder.input(name, batch[name])
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
-        with patched_calls(*hooks), tracer:
+        with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
             output = model(**batch)
-        tracer.check_constants()
+        tracer.record_replaced()
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
+        tracer.side_outputs.finish()
         glue = tracer.recorder.finish(output)
     finally:
         tracer.values.release()
+        tracer.use.put_back()
+    changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
+    changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
     settle_modes(glue, tracer.attributes)
-    return Trace(tracer.graph, tracer.attributes, tuple(inputs), glue)
+    return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
 
 
 def lift(trace: Trace, number: int, path: Path) -> None:

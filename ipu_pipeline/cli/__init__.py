@@ -13,7 +13,6 @@ import gc
 import os
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
@@ -26,10 +25,12 @@ from ipu_pipeline.cli.options import (
     MicroBatch,
     Model,
     PlanFile,
+    PlanOutput,
     PodType,
     SeqLength,
     TaskOption,
     read_ipu_config,
+    save_plan,
 )
 from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.report import report_command, simulate_command
@@ -118,28 +119,24 @@ def plan_command(
         str,
         typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
     ] = "",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
-    ] = None,
+    output: PlanOutput = None,
 ) -> None:
     """Split a model for a machine and say how close to the optimum the split is."""
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
+    from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.compiler import plan
 
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
-    built, batch = from_config(
-        *config_and_task(model, task),
-        batch_size=micro_batch,
-        seq_length=seq_length,
-        device="cpu" if costs is Costs.profiled else "meta",
-    )
     made = plan(
-        built,
-        batch,
+        *from_config(
+            model,
+            task,
+            batch_size=micro_batch,
+            seq_length=seq_length,
+            device="cpu" if costs is Costs.profiled else "meta",
+        ),
         machine=machine,
         num_stages=num_stages,
         microbatches=microbatches,
-        replicas=1 if config is None else config.replicas(),
         schedule=schedule,
         costs=costs.value,
         granularity=granularity.value,
@@ -147,9 +144,7 @@ def plan_command(
         passes=passes,
     )
     typer.echo(made.explain())
-    if output is not None:
-        made.save(output)
-        typer.echo(f"plan written to {output}")
+    save_plan(made, output)
 
 
 @app.command()
@@ -187,12 +182,10 @@ def blocks(
 ) -> None:
     """List the blocks that a model is cut into, with their sizes."""
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
+    from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.ir.text import graph_table
 
-    built, batch = from_config(
-        *config_and_task(model, task), batch_size=micro_batch, seq_length=seq_length
-    )
+    built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
     typer.echo(graph_table(capture(built, batch, granularity=granularity.value).graph))
 
 

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
+    from ipu_pipeline.ir.plan import Plan
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
@@ -20,6 +21,10 @@ TaskOption = Annotated[
 ]
 SeqLength = Annotated[int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")]
 MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")]
+PlanOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 PodOption = Annotated[
     str, typer.Option("--machine", help="pod4, pod16, bow-pod16, ..., or a machine file.")
 ]
@@ -33,6 +38,13 @@ IPUConfigOverrides = Annotated[
 PodType = Annotated[
     str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
 ]
+
+
+def save_plan(plan: Plan, path: Path | None, *, quiet: bool = False) -> None:
+    """Write a plan where a file was asked for and say so, on stderr if ``quiet``."""
+    if path is not None:
+        plan.save(path)
+        typer.echo(f"plan written to {path}", err=quiet)
 
 
 def read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> IPUConfig | None:

@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import PlanFile
+from ipu_pipeline.cli.options import JsonOption, PlanFile
 
 
 def simulate_command(
     plan_file: PlanFile,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: the plan's."),
+        typer.Option("--schedule", help="Another one that its machine runs; default: the plan's."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: JsonOption = False,
     trace: Annotated[
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev."),

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ipu_pipeline.cli.options import Model, PodOption, SeqLength, TaskOption
+from ipu_pipeline.cli.options import (
+    JsonOption,
+    Model,
+    PlanOutput,
+    PodOption,
+    SeqLength,
+    TaskOption,
+)
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -53,13 +60,11 @@ def tune_command(
         str | None,
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the best plan to this file.")
-    ] = None,
+    output: PlanOutput = None,
     ipu_config: Annotated[
         Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
     from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
@@ -105,13 +110,11 @@ def _written(
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import config_and_task, from_config
-
-    config, chosen = config_and_task(model, task)
+    from ipu_pipeline.capture.from_config import from_config
 
     @cache
     def captured(micro_batch: int) -> CapturedModel:
-        built, batch = from_config(config, chosen, batch_size=micro_batch, seq_length=seq_length)
+        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
         return capture(built, batch)
 
     return captured

@@ -91,6 +91,45 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True)
+class SharedState:
+    """A tensor of the model that forward passes change and that several blocks use.
+
+    Only one stage can run them: others would read it before or after another microbatch.
+
+    Attributes:
+        fqn: Name of the buffer, of the parameter, or of the attribute that holds the tensor.
+        readers: Blocks that read it, in execution order.
+        writers: Blocks that change it, in execution order.
+        backward: Backward passes change it: then a microbatch must end before the next begins,
+            and all blocks are readers and writers.
+    """
+
+    fqn: str
+    readers: tuple[str, ...]
+    writers: tuple[str, ...]
+    backward: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.writers:
+            raise ValueError(f"nothing changes the state {self.fqn!r}")
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((*self.readers, *self.writers)))
+
+    def between(self, block: str) -> str:
+        """Say that ``block`` and the last writer share it."""
+        if self.backward:
+            return f"the backward pass changes {self.fqn!r}, which the next microbatch reads"
+        return f"block {block!r} uses {self.fqn!r} and block {self.writers[-1]!r} changes it"
+
+    def __str__(self) -> str:
+        """Say which two blocks share it."""
+        return self.between(next(iter(self.blocks)))
+
+
+@dataclass(frozen=True)
 class OpRecord:
     """``count`` equal tensor operations inside a block, for one microbatch.
 
@@ -174,6 +213,7 @@ class BlockGraph:
         parameters: Every distinct parameter that some block uses.
         results: Names of the tensors returned to the caller.
         training: Whether it was captured in training mode.
+        state: What ties blocks to one stage because forward passes change it.
     """
 
     model_class: str
@@ -185,6 +225,7 @@ class BlockGraph:
     training: bool = True
     model_fingerprint: str = ""
     notes: tuple[str, ...] = field(default=())
+    state: tuple[SharedState, ...] = ()
 
     @cached_property
     def block_index(self) -> Mapping[str, int]:
@@ -297,6 +338,7 @@ def _check_references(graph: BlockGraph, source: str) -> None:
     for what, held, names in (
         ("block", blocks, [name for group in of_tensors for name in group]),
         ("block", blocks, [name for p in graph.parameters for name in p.blocks]),
+        ("block", blocks, [name for item in graph.state for name in item.blocks]),
         ("parameter", parameters, [name for block in graph.blocks for name in block.parameters]),
         ("tensor", tensors, [n for b in graph.blocks for n in (*b.inputs, *b.outputs)]),
         ("dtype", DTYPE_BYTES, [t.dtype for t in (*graph.tensors, *graph.inputs)]),

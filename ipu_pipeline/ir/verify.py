@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.graph import SharedState
 from ipu_pipeline.ir.plan import Plan
 
 # Characters of the longest name.
@@ -24,7 +26,26 @@ def verify_plan(plan: Plan) -> None:
     _verify_numbers(plan)
     _verify_placement(plan)
     _verify_order(plan)
+    verify_state(plan.graph.state, plan.stage_of)
     _verify_annotations(plan)
+
+
+def verify_state(state: Iterable[SharedState], stage_of: Mapping[str, int]) -> None:
+    """Check that blocks which share what forward passes change are in one stage.
+
+    Raises:
+        PlanError: They are not; the message names the blocks and what they share.
+    """
+    for item in state:
+        last = item.writers[-1]
+        apart = [n for n in item.blocks if stage_of.get(n, stage_of[last]) != stage_of[last]]
+        if apart:
+            raise PlanError(
+                f"{item.between(apart[0])}, but blocks {apart[0]!r} and {last!r} are in stages "
+                f"{stage_of[apart[0]]} and {stage_of[last]}, which run different microbatches at a "
+                "time: its values would not be those without stages; keep both in one stage, or "
+                "change it outside the model, after the step"
+            )
 
 
 def _verify_names(plan: Plan) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
@@ -16,16 +15,11 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.options.cost_models import (
-    AnalyticCostModel,
-    MeasuredTimes,
-    ProfiledCostModel,
-)
+from ipu_pipeline.planner.options.cost_models import CostModel
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
 from ipu_pipeline.planner.search.given_split import factors_of, price_stages
-from ipu_pipeline.planner.search.objective import in_flight
 from ipu_pipeline.planner.search.result import Partition
 
 
@@ -105,15 +99,13 @@ def check_runs(plan: Plan) -> None:
         PlanError: The machine's backend does not run the schedule, the schedule does not run these
             stages, or there are not devices enough for the replicas.
     """
-    name, known = plan.schedule, backend_of(plan.machine).schedules
-    if name not in known:
-        raise PlanError(
-            f"{plan.machine.name} runs no schedule {name!r}; use one of {', '.join(known)}"
-        )
+    wrong = schedule_problem(plan.machine, plan.schedule)
+    if wrong:
+        raise PlanError(wrong)
     devices = [stage.device for stage in plan.stages]
     training, have = plan.graph.training, len(plan.machine.devices)
     shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
-    wrong = schedule_kind(name).problem(shape)
+    wrong = schedule_kind(plan.schedule).problem(shape)
     needed = len(set(devices)) * plan.replicas
     if not wrong and needed > have:
         wrong = (
@@ -122,6 +114,14 @@ def check_runs(plan: Plan) -> None:
         )
     if wrong:
         raise PlanError(wrong)
+
+
+def schedule_problem(machine: Machine, name: str) -> str:
+    """Return why the machine's backend does not run a schedule; empty: it does."""
+    known = backend_of(machine).schedules
+    if name in known:
+        return ""
+    return f"{machine.name} runs no schedule {name!r}; use one of {', '.join(known)}"
 
 
 def make_plan(
@@ -153,10 +153,7 @@ def _unpriced(
     if isinstance(stages, Partition):
         run = (stages.num_microbatches, stages.replicas)
         settings = stages.settings or settings
-        stages = [
-            PlannedStage(stage.device, stage.blocks, stage.recomputed, stage.serialized)
-            for stage in stages.stages
-        ]
+        stages = stages.stages
     return Plan(
         model=model,
         machine=work.machine,
@@ -190,16 +187,21 @@ def workload_of(plan: Plan) -> Workload:
 
 def counted_costs(work: Workload) -> GraphCosts:
     """Price blocks by a roofline over counted operations, or by what was measured."""
-    last = in_flight(work.schedule, 1, work.num_microbatches, training=work.graph.training)
-    more: dict[str, Any] = {
-        "factors": {name: (factor,) for name, factor in work.factors.items() if factor > 1},
-        "unfused": work.apart,
-        "loss_in_flight": last,
-    }
-    if not work.measured_s:
-        return AnalyticCostModel(**more).estimate(work.graph, work.machine)
-    times = {name: MeasuredTimes(*seconds) for name, seconds in work.measured_s.items()}
-    return ProfiledCostModel(times, **more).estimate(work.graph, work.machine)
+    model = CostModel(
+        measured_s=work.measured_s,
+        factors={name: (factor,) for name, factor in work.factors.items() if factor > 1},
+        unfused=work.apart,
+        loss_in_flight=_kept_by_last_stage(work),
+    )
+    return model.estimate(work.graph, work.machine)
+
+
+def _kept_by_last_stage(work: Workload) -> int:
+    """Microbatches in flight in the last stage; of schedules with several per device: on one."""
+    kind, training = schedule_kind(work.schedule), work.graph.training
+    depth = 1 if kind.any_devices or not training else kind.stages_per_device[0]
+    shape = PipelineShape.of(depth, work.num_microbatches, (0,) * depth, training=training)
+    return kind.in_flight(shape)[-1]
 
 
 def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = False) -> PlanPrice:
@@ -222,7 +224,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
             device=stage.device,
             forward_s=stage.forward_s,
             backward_s=stage.backward_s,
-            copies=copies.scaled_to(stage.transfer_s),
+            copies=copies,
             weight_bytes=stage.weight_bytes,
             stash_bytes=stage.stash_bytes,
             workspace_bytes=max(
@@ -230,7 +232,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
             ),
             in_flight=stage.in_flight,
             weights_s=stage.backward_s / 2
-            if splits_backward and not (stage.recomputed or stage.serialized)
+            if splits_backward and not (stage.recompute or stage.serialize)
             else 0.0,
         )
         for stage, copies in zip(found.stages, copied, strict=True)
@@ -250,7 +252,7 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         once_s={"update, all-reduce": once_s} if once_s else {},
         misfits=memory_misfits(plan.machine, loads),
         binding=found.binding,
-        recompute=tuple(stage.recomputed for stage in found.stages),
+        recompute=tuple(stage.recompute for stage in found.stages),
         source=costs.source,
     )
 

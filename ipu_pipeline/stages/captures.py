@@ -14,15 +14,17 @@ from torch import nn
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue import Path
+from ipu_pipeline.capture.loss_terms import factored
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
 from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
-from ipu_pipeline.stages.training import autocast_region
+from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -143,8 +145,10 @@ class StageCache:
 
         Raises:
             CaptureError: The model cannot be captured with these inputs.
-            LoweringError: A block that the plan serializes has no table for so many slices.
-            PlanError: In training mode, its blocks are not those of the plan.
+            LoweringError: A block that the plan serializes has no table for so many slices; or
+                in training, a hook on a gradient cannot run as in plain torch.
+            PlanError: In training mode, its blocks are not those of the plan; or stages share what
+                a forward pass changes.
         """
         found, prepared = [], []
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
@@ -161,6 +165,9 @@ class StageCache:
                     hosts.update(self._host_values(variant, followed))
                 found.append(variant.stages)
                 prepared.append(replace(part, inputs={**part.inputs, **hosts}))
+        if torch.is_grad_enabled():
+            stages = {id(stage): stage for own in found for stage in own}
+            refuse_gradient_hooks(self.model, [p for s in stages.values() for p in s.shared])
         return found, prepared
 
     def _followed(
@@ -243,12 +250,16 @@ class StageCache:
         return self._variant(captured, uses)
 
     def _variant(self, captured: CapturedModel, uses: TableUses) -> _Variant:
+        if not serialized(self.plan):  # whose loss is taken apart
+            captured = factored(captured)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         return _Variant(captured, uses, self._built(captured, uses))
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
+        places = {name: index for index, names in enumerate(blocks) for name in names}
+        verify_state(captured.state, places)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
         return build_stages(captured, blocks, self.recompute, tables, row_shards)

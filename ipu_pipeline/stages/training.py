@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +53,7 @@ def apply_update(
         The norm before clipping, and whether the step was skipped.
     """
     with_grad = [p for p in dict.fromkeys(parameters) if p.grad is not None]
-    gradients = [p.grad for p in with_grad if p.grad is not None]
+    gradients = [dense_part(p) for p in with_grad]
     if loss_scaling != 1.0 and gradients:
         with torch.no_grad():
             torch._foreach_div_(gradients, loss_scaling)
@@ -60,12 +62,29 @@ def apply_update(
     skipped = not bool(torch.isfinite(norm))
     if not skipped:
         if max_grad_norm is not None:
-            clip_grads_with_norm_(with_grad, max_grad_norm, norm)
-        optimizer.step()
+            clip_grads_with_norm_(list(map(_Gradient, gradients)), max_grad_norm, norm)  # type: ignore[arg-type]
+        _step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     for parameter in with_grad:
         parameter.grad = None
     return UpdateResult(grad_norm=float(norm), skipped=skipped)
+
+
+@dataclass
+class _Gradient:
+    """What torch's clipping reads of a parameter."""
+
+    grad: torch.Tensor
+
+
+def dense_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the gradient, of a sparse one the values of its rows, each row once."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_sparse:
+        return gradient
+    parameter.grad = gradient.coalesce()
+    return parameter.grad._values()
 
 
 @contextlib.contextmanager
@@ -93,7 +112,7 @@ def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model without weights, and an optimizer of other parameters.
+    """Refuse a model without weights, and an optimizer that cannot step it.
 
     Raises:
         LoweringError: Either is the case.
@@ -105,6 +124,7 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
             "device); load the weights before compiling"
         )
     if optimizer is not None:
+        _refuse_closures(optimizer)
         own = {id(parameter) for parameter in model.parameters()}
         groups = optimizer.param_groups
         if any(id(p) not in own for group in groups for p in group["params"]):
@@ -112,3 +132,77 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
                 "the optimizer holds parameters that are not the model's; make it from "
                 "model.parameters() of the model that is compiled"
             )
+
+
+def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse hooks that would see other gradients, or at another time, than in plain torch.
+
+    Raises:
+        LoweringError: A parameter has a hook that runs when its gradient is added up or one that
+            reaches an optimizer (which steps in the backward pass), or one on its gradient while
+            several stages use it.
+    """
+    several = {id(parameter) for parameter in shared}
+    for fqn, parameter in model.named_parameters():
+        hooks = [*(parameter._backward_hooks or {}).values()]
+        late = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if late or any(map(_reaches_optimizer, hooks)):
+            raise LoweringError(
+                f"{fqn!r} has a hook that runs "
+                f"{'as soon as its gradient is added up' if late else 'on its gradient'} "
+                f"({'register_post_accumulate_grad_hook' if late else 'register_hook'}, as for "
+                "optimizer steps in the backward pass); other microbatches are in flight then "
+                "that need the weights as they are: remove the hook and pass "
+                "compile(optimizer=...) or step after the whole batch"
+            )
+        if id(parameter) in several and hooks:
+            raise LoweringError(
+                f"{fqn!r} has a hook on its gradient (register_hook) and is used by several "
+                "stages, each of which has a part of that gradient only; change the sum in .grad "
+                "after forward_backward() instead, or plan its blocks into one stage"
+            )
+
+
+def _reaches_optimizer(value: Any, depth: int = 3) -> bool:
+    """Whether a hook, or what it holds, is an optimizer."""
+    if isinstance(value, torch.optim.Optimizer):
+        return True
+    if not depth or isinstance(value, nn.Module | torch.Tensor | str | type):
+        return False
+    if isinstance(value, functools.partial):
+        held: Iterable[Any] = (value.func, *value.args, *value.keywords.values())
+    elif inspect.isfunction(value):
+        found = inspect.getclosurevars(value)
+        held = (*found.nonlocals.values(), *found.globals.values())
+    elif inspect.ismethod(value):
+        held = (value.__func__, value.__self__)
+    elif isinstance(value, Mapping):
+        held = value.values()
+    elif isinstance(value, list | tuple):
+        held = value
+    else:
+        held = getattr(value, "__dict__", {}).values()
+    return any(_reaches_optimizer(item, depth - 1) for item in list(held)[:1000])
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if step is not None and step.default is inspect.Parameter.empty:
+        raise _needs_closure(optimizer)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if "closure" in str(error):  # one that looks for it itself (sharpness-aware ones)
+            raise _needs_closure(optimizer) from error
+        raise
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> LoweringError:
+    return LoweringError(
+        f"{type(optimizer).__name__}.step needs a closure that computes the loss again; a "
+        "pipeline computes it once per step: use an optimizer without (AdamW, SGD), or call "
+        "forward_backward in a closure of your own"
+    )

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
 from ipu_pipeline.capture.objects import Snapshot, members
+from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.threads import take_threads
 from ipu_pipeline.stages.stage import nodes_behind
@@ -41,9 +42,10 @@ from ipu_pipeline.stages.stage import nodes_behind
 # The input that names the run of a microbatch, and the module's name inside the model.
 RUN = "loss_run"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # A thread that runs is left behind: some stage waits for it.
 _JOIN_S = 2.0
+_GRAD: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
 _current = threading.local()
 
 
@@ -55,7 +57,7 @@ def calls_of(model: nn.Module, call: Call, live: LiveLoss | None = None) -> Iter
     that a capture finds it; nothing else changes, and blocks and parameters keep their names.
     """
     before = vars(model).get("forward")
-    hooks = {name: vars(model)[name] for name in _HOOKS}
+    hooks = {name: vars(model)[name] for name in HOOKS}
     model.forward = _Forward(model, call)
     if live is not None:
         model._modules[RUN] = live.train(model.training)
@@ -125,6 +127,7 @@ class LossRun:
         further_calls: How often it has called the model besides.
         at_resume: Called before it is resumed.
         modes: The training flags of the model's modules when it began.
+        reads_gradients_of: Parameters whose ``.grad`` it has read.
     """
 
     def __init__(self, body: Callable[[], Any]) -> None:
@@ -135,11 +138,12 @@ class LossRun:
         self.further_calls = 0
         self.at_resume: Callable[[], object] = lambda: None
         self.modes: list[bool] = []
+        self.reads_gradients_of: list[nn.Parameter] = []
         self._body = body
         self._cut: list[tuple[Tensor, Tensor]] = []
         self._to_run = queue.SimpleQueue[tuple[Any, int] | None]()
         self._to_caller = queue.SimpleQueue[None]()
-        self._backward = _OwnBackward()
+        self._guard = _Guard(self)
         self._grad = torch.is_grad_enabled()
         context = contextvars.copy_context()
         self._thread = threading.Thread(
@@ -189,7 +193,7 @@ class LossRun:
         if received is None:
             raise _AbandonedError
         outputs, num_threads = received
-        self._backward.begin(outputs)
+        self._guard.begin(outputs)
         if num_threads != torch.get_num_threads():
             take_threads(num_threads)
         return outputs
@@ -221,7 +225,7 @@ class LossRun:
     def _main(self) -> None:
         _current.run = self
         try:
-            with torch.set_grad_enabled(self._grad), self._backward:
+            with torch.set_grad_enabled(self._grad), self._guard:
                 self.result = self._body()
         except _AbandonedError:
             pass
@@ -232,24 +236,50 @@ class LossRun:
             self._to_caller.put(None)
 
 
-class _OwnBackward(TorchFunctionMode):
-    """Refuses a backward pass of the user's code into stages that have not run theirs."""
+class _Guard(TorchFunctionMode):
+    """Refuses what the user's code cannot do beside stages that run at other times.
 
-    def __init__(self) -> None:
+    That is a backward pass of its own into them, and tensors of their graphs that are not among
+    the model's outputs.
+    """
+
+    def __init__(self, run: LossRun) -> None:
         super().__init__()
+        self._run = run
         self._outputs: set[Any] = set()
+        self._known: set[Any] = set()
 
     def begin(self, outputs: Any) -> None:
         """Take what the stages computed."""
-        self._outputs = {t.grad_fn for t in members(outputs)[0] if t.grad_fn is not None}
+        self._outputs = _nodes(members(outputs)[0])
+        self._known |= self._outputs
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._outputs and func in (Tensor.backward, torch.autograd.grad):
-            self._check(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        if func == _GRAD and isinstance(args[0], nn.Parameter):
+            self._run.reads_gradients_of.append(args[0])
+        if self._outputs:
+            self._check_tensors(func, args, kwargs)
+            if func in (Tensor.backward, torch.autograd.grad):
+                self._check(func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        self._known |= _nodes((args, kwargs, result))
+        return result
+
+    def _check_tensors(self, func: Any, args: Any, kwargs: Any) -> None:
+        for tensor in tensors_in((args, kwargs)):
+            node = tensor.grad_fn if tensor.requires_grad else None
+            # A node that is new stands for one that is known if that lies behind it.
+            if node is None or node in self._known or nodes_behind([tensor]) & self._known:
+                continue
+            raise CaptureError(
+                f"compute_loss uses ({getattr(func, '__name__', func)}) a {tuple(tensor.shape)} "
+                "tensor that the model computed and did not return, perhaps kept by a hook or as "
+                "an attribute of a module; its stage cannot send it: let the model return it "
+                "(output_hidden_states=True), or let the hook detach it"
+            )
 
     def _check(
         self, func: Any, outputs: Any, inputs: Any = (), *_args: Any, **_kwargs: Any
@@ -268,6 +298,11 @@ class _OwnBackward(TorchFunctionMode):
             "their backward passes after it has returned; leave the gradient to the trainer, "
             "take it with respect to the model's outputs only, or use transformers' Trainer"
         )
+
+
+def _nodes(value: Any) -> set[Any]:
+    """Return the nodes that computed the tensors in ``value``."""
+    return {t.grad_fn for t in tensors_in(value) if t.requires_grad} - {None}
 
 
 class LiveLoss(_Loss):

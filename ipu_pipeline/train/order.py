@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ipu_pipeline.capture.values import PLAIN
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.train.live_loss import LossRun
+from ipu_pipeline.train.live_loss import HOOKS, LossRun
 
 logger = logging.get_logger(__name__)
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "numpy", "ipu_pipeline")
@@ -41,6 +41,10 @@ _MOVING = (
 _COMPARED = 16
 _COMPARED_BYTES = 1 << 16
 _RANDOM = "random numbers of "
+# What is set for captures, and what models of transformers set in their first call.
+_NO_CHANGE = frozenset(f"model.{name}" for name in ("forward", "_modules", *HOOKS)) | {
+    "config.problem_type"
+}
 State = dict[str, Any]
 
 
@@ -53,12 +57,15 @@ class WatchedRun(LossRun):
         self.read: frozenset[str] = frozenset()
         self.changed_before: frozenset[str] = frozenset()
         self.changed_after: frozenset[str] = frozenset()
+        self.changed_meanwhile: frozenset[str] = frozenset()
+        self._suspended: State = {}
 
     def start(self) -> None:
         """Run up to the call of the model."""
         before = self._watch.state()
         super().start()
-        self.changed_before = _changes(before, self._watch.state())
+        self._suspended = self._watch.state()
+        self.changed_before = _changes(before, self._suspended)
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Suspend the run in this call of the model."""
@@ -68,12 +75,21 @@ class WatchedRun(LossRun):
     def resume(self, outputs: Any) -> Any:
         """Run the rest."""
         before = self._watch.state()
+        self.changed_meanwhile = _changes(self._suspended, before) - _NO_CHANGE
+        self._suspended = {}
         result = super().resume(outputs)
         self.changed_after = _changes(before, self._watch.state())
         return result
 
-    def conflict(self) -> str:
-        """Say why the code before the call must not run ahead; nothing if it may."""
+    def conflict(self, *, alone: bool) -> str:
+        """Say why the code before the call must not run ahead; nothing if it may.
+
+        ``alone``: what changed while it was suspended, the model has changed.
+        """
+        if alone and self.changed_meanwhile:
+            return f"surrounds a model that changes {', '.join(sorted(self.changed_meanwhile))}"
+        if self._watch.has_parameter(self.reads_gradients_of):
+            return "reads gradients of the model's parameters"
         if self.further_calls:
             return "calls the model a second time or in another mode, outside of the pipeline"
         drawn = {name for name in self.changed_before if name.startswith(_RANDOM)}
@@ -119,7 +135,7 @@ class MicrobatchOrder:
         Raises:
             LoweringError: It does something for the first time that needs another order.
         """
-        reason = run.conflict() if isinstance(run, WatchedRun) else ""
+        reason = run.conflict(alone=alone) if isinstance(run, WatchedRun) else ""
         if not reason:
             self.ahead = True if self.ahead is None else self.ahead
         elif alone:
@@ -146,6 +162,11 @@ class Watch:
         self._variables = list(_variables(trainer))
         self._read: dict[tuple[tuple[types.CodeType, int], ...], frozenset[str]] = {}
 
+    def has_parameter(self, tensors: list[nn.Parameter]) -> bool:
+        """Whether one of them is the model's."""
+        ids = {id(tensor) for tensor in tensors}
+        return bool(ids) and any(id(p) in ids for p in self._trainer.model.parameters())
+
     def state(self) -> State:
         """Return what there is now, in a form that can be compared."""
         numpy_state = np.random.get_state()  # noqa: NPY002
@@ -164,8 +185,7 @@ class Watch:
         for name, holder in holders.items():
             for key, value in getattr(holder, "__dict__", {}).items():
                 state[f"{name}.{key}"] = _described(value)
-        # Not its buffers: stages that run at the same time change them.
-        state["model.parameters"] = _versions(trainer.model, buffers=False)
+        state["model.parameters"] = _versions(trainer.model)
         for name, read in self._variables:
             state.update(_named(name, read()))
         return state
@@ -303,10 +323,13 @@ def _last_members(value: Any, depth: int) -> list[Any]:
     return [_described(member, depth) for member in deque(flat, maxlen=_COMPARED)]
 
 
-def _versions(module: nn.Module, *, buffers: bool = True) -> int:
-    """Return how often parameters and buffers have been changed."""
-    tensors = itertools.chain(module.parameters(), module.buffers() if buffers else ())
-    return sum(tensor._version for tensor in tensors)
+def _versions(module: nn.Module) -> int:
+    """Return how often its parameters have been changed, or its buffers if it has only those.
+
+    Stages change buffers of the model at any time.
+    """
+    parameters = list(module.parameters())
+    return sum(tensor._version for tensor in parameters or module.buffers())
 
 
 def _changes(before: State, after: State) -> frozenset[str]:

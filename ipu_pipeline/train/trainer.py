@@ -347,7 +347,7 @@ class PipelineTrainer(Trainer):
         try:
             with calls_of(self._whole_model, self._called):
                 run.start()
-            if isinstance(run, WatchedRun) and run.conflict():
+            if isinstance(run, WatchedRun) and run.conflict(alone=not pending):
                 order.settle(run, alone=not pending)
         except BaseException:
             run.abandon()

@@ -28,8 +28,14 @@ def test_simulate_prints_the_figures(plan_file: str) -> None:
     assert result.exit_code == 0, result.output
     assert "simulated step" in result.output
     assert "1f1b, 6 microbatches" in result.output
-    other = invoke("simulate", plan_file, "--schedule", "popart")
-    assert "popart, 6 microbatches" in other.output
+    other = invoke("simulate", plan_file, "--schedule", "gpipe")
+    assert "gpipe, 6 microbatches" in other.output
+
+
+def test_simulate_refuses_a_schedule_that_the_machine_does_not_run(plan_file: str) -> None:
+    refused = invoke("simulate", plan_file, "--schedule", "popart")
+    assert refused.exit_code == 1
+    assert "toy runs no schedule 'popart'; use one of 1f1b, gpipe" in refused.output
 
 
 def test_simulate_json_is_json_alone(plan_file: str, tmp_path) -> None:
@@ -59,7 +65,10 @@ def test_report_as_text_and_as_a_page(plan_file: str, tmp_path) -> None:
     [
         (["simulate", "none.json"], "error: cannot read the plan none.json"),
         (["report", "none.json"], "error: cannot read the plan none.json"),
-        (["simulate", "{plan}", "--schedule", "zb"], "error: schedule 'zb' is unknown; use one of"),
+        (
+            ["simulate", "{plan}", "--schedule", "zb"],
+            "error: toy runs no schedule 'zb'; use one of",
+        ),
     ],
 )
 def test_errors_are_one_message(plan_file: str, arguments: list[str], message: str) -> None:

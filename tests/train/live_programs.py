@@ -467,3 +467,26 @@ def tuple_of_outputs(base):
             return (loss, (loss, *out)) if return_outputs else loss
 
     return Mine
+
+
+@program(overlap=False)
+def gradients_of_the_microbatches_before(base):
+    def rest(self, out, labels):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        collected(self, sum(float(g.norm()) for g in gradients))
+        return cross_entropy(self, out, labels)
+
+    return with_loss(base, rest)
+
+
+@program(overlap=False)
+def what_a_hook_keeps(base):
+    kept = []
+
+    class Mine(with_loss(base, lambda self, o, y: cross_entropy(self, o, y) * (1 + kept[-1]))):
+        def __init__(self, model, *args, **kwargs):
+            super().__init__(model, *args, **kwargs)
+            layer = model.bert.encoder.layer[0].output
+            layer.register_forward_hook(lambda m, i, o: kept.append(o.detach().abs().mean()))
+
+    return Mine

@@ -352,3 +352,20 @@ def test_hooks_around_the_model_run_once(tmp_path, monkeypatch) -> None:
     theirs, ours = (trained(plain, base, tmp_path) for base in (Trainer, PipelineTrainer))
     assert_equal(theirs, ours)
     assert len(ours.model.calls) == len(theirs.model.calls)
+
+
+def test_tensors_that_the_model_does_not_return_are_refused(tmp_path) -> None:
+    def make(base: type) -> type:
+        kept = []
+
+        class Mine(with_loss(base, lambda self, o, y: cross_entropy(self, o, y) + kept[-1].mean())):
+            def __init__(self, model, *args, **kwargs):
+                super().__init__(model, *args, **kwargs)
+                layer = model.bert.encoder.layer[0].output
+                layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+
+        return Mine
+
+    message = r"uses \(mean\) a \(2, 6, 16\) tensor that the model computed and did not return"
+    with pytest.raises(CaptureError, match=message):
+        trained(make, PipelineTrainer, tmp_path)

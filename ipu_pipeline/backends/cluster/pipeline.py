@@ -199,14 +199,9 @@ def can_split_backward(module: StageModule, received: Sequence[Tensor]) -> bool:
     parameters = [p for p in module.parameters() if p.requires_grad]
     earlier = [p.grad for p in parameters]
     try:
-        with preserved_state(module):
-            whole = _gradients(
-                module,
-                received,
-                parameters,
-                lambda out, seeds, *_: torch.autograd.backward(out, seeds),
-            )
-            parts = _gradients(module, received, parameters, _in_two)
+        whole, parts = (
+            _gradients(module, received, parameters, backward) for backward in (_at_once, _in_two)
+        )
     except RuntimeError:
         return False
     finally:
@@ -225,13 +220,17 @@ def _gradients(
     generator = torch.Generator().manual_seed(0)
     leaves = [_filled(described, generator) for described in received]
     position = torch.zeros(1, dtype=torch.int64)
-    outputs = [value for value in module(*leaves, microbatch=position) if value.requires_grad]
-    seeds = [torch.ones_like(value) for value in outputs]
-    inputs = [leaf for leaf in leaves if leaf.requires_grad]
-    for parameter in parameters:
-        parameter.grad = None
-    backward(outputs, seeds, inputs, parameters)
-    return [None if p.grad is None else p.grad.clone() for p in (*inputs, *parameters)]
+    changing = [t for program in module.stage.programs for t in program.changing.values()]
+    with preserved_state(module, changing):
+        outputs = [value for value in module(*leaves, microbatch=position) if value.requires_grad]
+        seeds = [torch.ones_like(value) for value in outputs]
+        inputs = [leaf for leaf in leaves if leaf.requires_grad]
+        backward(outputs, seeds, inputs, parameters)
+        return [None if p.grad is None else p.grad.clone() for p in (*inputs, *parameters)]
+
+
+def _at_once(outputs: list[Tensor], seeds: list[Tensor], *_: Any) -> None:
+    torch.autograd.backward(outputs, seeds)
 
 
 def _in_two(

@@ -188,6 +188,14 @@ def share_updated(parameters: Sequence[nn.Parameter], ownership: Ownership, grou
         exchange(tensors, lambda m, of=(group, source): groups.broadcast(m, *of))  # type: ignore[misc]
 
 
+@torch.no_grad()
+def share_buffers(buffers: Sequence[Tensor], groups: Groups) -> None:
+    """Give every replica the first one's buffers, as ``DistributedDataParallel`` does."""
+    if groups.layout.num_replicas > 1:
+        wires = [b.view(torch.uint8) if b.dtype == torch.bool else b for b in buffers]
+        exchange(wires, lambda message: groups.broadcast(message, groups.replicas, 0))
+
+
 # ---- gradients and the update -------------------------------------------------------------------
 
 

@@ -17,29 +17,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """One way to run a block. Times and bytes are for ONE microbatch.
+    """One way to run a block, for ONE microbatch, on a device of speed 1.
 
     Attributes:
         forward_s: Seconds of the forward pass.
         backward_s: Seconds of the backward pass, including a recomputed forward.
         stash_bytes: Bytes kept for each microbatch in flight, besides the tensors that enter the
             block's stage (those are counted once for the stage).
-        workspace_bytes: Bytes needed only while the block runs.
+        workspace_bytes: Bytes needed only while the block runs; a stage needs the largest.
         recompute: Whether the forward pass is run again in the backward pass.
         serialize_factor: In how many slices its table lookup or projection runs; 1 is whole.
+        fixed_bytes: Bytes held all the time because of this choice.
     """
 
     forward_s: float
-    backward_s: float
-    stash_bytes: int = 0
-    workspace_bytes: int = 0
+    backward_s: float = 0.0
+    stash_bytes: float = 0
+    workspace_bytes: float = 0
     recompute: bool = False
     serialize_factor: int = 1
+    fixed_bytes: float = 0
 
     @property
     def total_s(self) -> float:
         """Seconds of forward and backward together."""
         return self.forward_s + self.backward_s
+
+    def held_bytes(self, in_flight: int) -> float:
+        """Bytes held with ``in_flight`` microbatches, without the workspace."""
+        return in_flight * self.stash_bytes + self.fixed_bytes
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
-"""The analytic cost model: a roofline over counted operations, for any machine description.
+"""The cost model: a roofline over counted operations for any machine, or measured seconds.
 
-The profiled cost model: measured seconds where a block ran on this machine.
-
-Measuring needs torch and lives in ``profiling/blocks.py``; here measured numbers become prices.
+Measuring needs torch and lives in ``backends/local/measure``; here the numbers become prices.
 
 A described device (no measured rates) is taken to have a kernel for every attention. A measured
 one runs fused what it has a rate for; the rest (a CPU's attention with a learned bias) runs as the
@@ -11,7 +9,7 @@ operations of :mod:`ipu_pipeline.ir.attention`, which keep L x S tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ipu_pipeline.ir.attention import is_attention, unfused, unfused_saved_bytes, weights_bytes
@@ -28,48 +26,48 @@ from ipu_pipeline.planner.options.roofline import Roofline
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CostModel:
-    """What both models offer.
+class CostModel:
+    """Prices blocks from counted operations and bytes, or from measurements.
 
     Attributes:
+        measured_s: Measured forward and backward seconds of one microbatch, without
+            recomputation, by block; empty: they are computed.
         factors: More numbers of slices to offer, by block; what slicing adds is always computed
             from the machine's peaks (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
     """
 
+    measured_s: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
     factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
-    unfused: tuple[str, ...] = ()
+    unfused: Collection[str] = ()
     loss_in_flight: int | None = None
 
-    def _costs(
-        self,
-        graph: BlockGraph,
-        machine: Machine,
-        seconds: Mapping[str, tuple[float, float]],
-        source: str,
-    ) -> GraphCosts:
-        """Menus and weights of blocks that take ``seconds`` plain."""
-        roofline = Roofline(machine.devices[0])
+    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
+        """Return the price of every block on the machine's first device.
+
+        Raises:
+            ValueError: Some blocks were measured and this one was not.
+        """
+        seconds, missing = self.measured_s, []
+        if seconds:
+            missing = [block.name for block in graph.blocks if block.name not in seconds]
+        if missing:
+            raise ValueError(
+                f"no measurement for {', '.join(missing)}; profile the model again on this machine"
+            )
+        graph, roofline = as_run_on(graph, machine.devices[0]), Roofline(machine.devices[0])
+        seconds = seconds or {
+            block.name: _seconds(graph, block, roofline) for block in graph.blocks
+        }
         menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
         menus, together = menu.all(seconds)
         blocks = {
             block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
             for block in graph.blocks
         }
+        source = "profiled" if self.measured_s else "analytic"
         return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
-
-
-@dataclass(frozen=True)
-class AnalyticCostModel(_CostModel):
-    """Prices blocks from FLOPs and bytes moved."""
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block on the machine's first device."""
-        graph = as_run_on(graph, machine.devices[0])
-        roofline = Roofline(machine.devices[0])
-        seconds = {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
-        return self._costs(graph, machine, seconds, "analytic")
 
 
 def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:
@@ -84,45 +82,6 @@ def device_speeds(machine: Machine) -> tuple[float, ...]:
     """Return every device's speed relative to the first, by its float32 peak."""
     first = machine.devices[0].peak_flops_per_s("float32")
     return tuple(device.peak_flops_per_s("float32") / first for device in machine.devices)
-
-
-@dataclass(frozen=True)
-class MeasuredTimes:
-    """Seconds of one microbatch of a block, lower quartile of several runs.
-
-    Attributes:
-        forward_s: Forward pass.
-        backward_s: Backward pass, without recomputation.
-    """
-
-    forward_s: float
-    backward_s: float
-
-
-@dataclass(frozen=True)
-class ProfiledCostModel(_CostModel):
-    """Prices blocks from measurements.
-
-    Attributes:
-        times: Measured seconds by block name.
-    """
-
-    times: Mapping[str, MeasuredTimes]
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block of ``graph``.
-
-        Raises:
-            ValueError: A block was not measured.
-        """
-        missing = [block.name for block in graph.blocks if block.name not in self.times]
-        if missing:
-            raise ValueError(
-                f"no measurement for {', '.join(missing)}; profile the model again on this machine"
-            )
-        seconds = {name: (time.forward_s, time.backward_s) for name, time in self.times.items()}
-        graph = as_run_on(graph, machine.devices[0])
-        return self._costs(graph, machine, seconds, "profiled")
 
 
 # Alive at one time in the backward pass besides what is saved: gradients of the weights behind

@@ -10,6 +10,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.text import describe_blocks
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import Window, windows
+from ipu_pipeline.planner.report.text import device_names
 from ipu_pipeline.planner.schedules.timeline import (
     KINDS,
     Event,
@@ -60,15 +61,6 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
         "yaxis": {"automargin": True, "gridcolor": "#eceff2", "zerolinecolor": "#c9d1d9"},
         **more,
     }  # fmt: skip
-
-
-def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
-    """Return a label per device: its name and its stages."""
-    names = {}
-    for device in timeline.devices:
-        held = [str(i) for i, stage in enumerate(plan.stages) if stage.device == device]
-        names[device] = f"{plan.machine.devices[device].name} · stage {', '.join(held)}"
-    return names
 
 
 def timeline_figure(plan: Plan, timeline: Timeline) -> Any:

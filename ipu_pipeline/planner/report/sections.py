@@ -10,7 +10,7 @@ from ipu_pipeline.ir.text import describe_blocks, megabytes, milliseconds
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import Variant
-from ipu_pipeline.planner.report.text import relative
+from ipu_pipeline.planner.report.text import overflows, problems, rate, sensitivity_table
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline, pace
 
@@ -22,29 +22,32 @@ def _figure(name: str, caption: str) -> str:
     )
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], summary: str) -> str:
+def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]], name: str = "") -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return (
-        f'<details><summary>{escape(summary)}</summary><div class="scroll"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+        f'<div class="scroll"><table{name and f" id={name}"}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], summary: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{_grid(columns, rows)}</details>"
 
 
 def head(plan: Plan, timeline: Timeline) -> str:
     """Title, key numbers and warnings."""
     samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
     where, peak, limit = _fullest(plan, timeline)
-    rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
     bound = "no bound is known"
     if plan.lower_bound_s:
         bound = f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
     tiles = (
         (f"{milliseconds(timeline.step_s)} ms", "optimizer step",
          f"{plan.num_microbatches} microbatches"),
-        (f"{rate:,.1f}", "samples per second",
+        (f"{rate(plan, timeline):,.1f}", "samples per second",
          f"{samples} samples per step"),
         (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
         (f"{peak / limit:.1%}", "of the fullest memory",
@@ -80,9 +83,7 @@ def _warnings(plan: Plan, timeline: Timeline) -> str:
     found = []
     if plan.edited:
         found.append("The plan was edited by hand; all numbers are those of the edited plan.")
-    for device, num_bytes in timeline.overflow_bytes.items():
-        where = "the shared memory" if timeline.shared_memory else plan.machine.devices[device].name
-        found.append(f"Does not fit: {where} is {megabytes(num_bytes)} MB over its limit.")
+    found += [f"Does not fit: {text}." for text in overflows(plan, timeline)]
     return "".join(f'<p class="warn">{escape(text)}</p>' for text in found)
 
 
@@ -195,34 +196,13 @@ def block_section(plan: Plan, costs: GraphCosts) -> str:
 
 def sensitivity_section(variants: Sequence[Variant]) -> str:
     """What other settings would give."""
-    if not variants:
-        return ""
-    best = max((variant.samples_per_s or 0.0 for variant in variants), default=0.0)
-    rows = "".join(_variant(variant, variants[0].samples_per_s, best) for variant in variants)
-    columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change", "peak MB")
-    head = "".join(f"<th>{column}</th>" for column in columns)
+    reasons = "".join(f"<li>{escape(text)}</li>" for text in problems(variants))
     return (
         "<h2>Sensitivity</h2><p class='soft'>The first row is the plan. Every other one is "
         "split again by the exact solver and priced the same way, without constraints that a plan "
         "does not store.</p>"
-        f'<div class="scroll"><table id="sensitivity"><thead><tr>{head}'
-        f'<th class="left">how</th></tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-
-
-def _variant(variant: Variant, base: float | None, best: float) -> str:
-    name = f"<td>{escape(variant.name)}</td><td>{variant.num_devices}</td>"
-    name += f"<td>{variant.num_microbatches}</td>"
-    row_class = ' class="base"' if variant.name == "as planned" else ""
-    if variant.samples_per_s is None or variant.step_s is None or variant.peak_bytes is None:
-        cells = f'<td colspan="4">cannot run</td><td class="text">{escape(variant.problem)}</td>'
-        return f"<tr{row_class}>{name}{cells}</tr>"
-    width = round(90 * variant.samples_per_s / best) if best else 0
-    return (
-        f"<tr{row_class}>{name}<td>{milliseconds(variant.step_s)}</td>"
-        f'<td><i class="bar" style="width:{width}px"></i>{variant.samples_per_s:,.1f}</td>'
-        f"<td>{relative(variant, base)}</td><td>{megabytes(variant.peak_bytes)}</td>"
-        f'<td class="text">{escape(variant.derivation)}</td></tr>'
+        + _grid(*sensitivity_table(variants), name="sensitivity")
+        + (f'<ul class="reasons">{reasons}</ul>' if reasons else "")
     )
 
 

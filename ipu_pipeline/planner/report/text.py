@@ -20,7 +20,8 @@ def text_report(plan: Plan) -> str:
     """Return the plan, its simulated step and its sensitivity as text."""
     timeline = simulate(plan)
     parts = [explain_plan(plan), simulation_text(plan, timeline), drawn(plan, timeline)]
-    parts.append(sensitivity_table(sensitivity(plan)))
+    variants = sensitivity(plan)
+    parts.append("\n".join([render_table(*sensitivity_table(variants)), *problems(variants)]))
     return "\n\n".join(parts)
 
 
@@ -47,21 +48,40 @@ def simulation_text(plan: Plan, timeline: Timeline) -> str:
     return "\n".join([*totals(plan, timeline), render_table(columns, rows)])
 
 
+def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
+    """Return a label per device: its name and its stages."""
+    names = {}
+    for device in timeline.devices:
+        held = [str(i) for i, stage in enumerate(plan.stages) if stage.device == device]
+        names[device] = f"{plan.machine.devices[device].name} · stage {', '.join(held)}"
+    return names
+
+
 def totals(plan: Plan, timeline: Timeline) -> list[str]:
     """Return the step's own figures, one line each."""
-    samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
-    rate = samples / timeline.step_s if timeline.step_s > 0 else 0.0
     lines = [
         f"simulated step {milliseconds(timeline.step_s)} ms ({timeline.schedule}, "
-        f"{timeline.num_microbatches} microbatches): {rate:,.1f} samples/s, bubble "
+        f"{timeline.num_microbatches} microbatches): {rate(plan, timeline):,.1f} samples/s, bubble "
         f"{timeline.bubble_fraction:.1%}, peak {megabytes(timeline.peak_memory_bytes)} MB",
     ]
     if timeline.update_s > 0:
         lines.append(f"{milliseconds(timeline.update_s)} ms of it: update and all-reduce")
+    return lines + [f"DOES NOT FIT: {text}" for text in overflows(plan, timeline)]
+
+
+def rate(plan: Plan, timeline: Timeline) -> float:
+    """Return the samples per second of all replicas."""
+    samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
+    return samples / timeline.step_s if timeline.step_s > 0 else 0.0
+
+
+def overflows(plan: Plan, timeline: Timeline) -> list[str]:
+    """Say which memories are too small, and by how much."""
+    found = []
     for device, num_bytes in timeline.overflow_bytes.items():
         where = "the shared memory" if timeline.shared_memory else plan.machine.devices[device].name
-        lines.append(f"DOES NOT FIT: {where} is {megabytes(num_bytes)} MB over its limit")
-    return lines
+        found.append(f"{where} is {megabytes(num_bytes)} MB over its limit")
+    return found
 
 
 def drawn(plan: Plan, timeline: Timeline, width: int = WIDTH) -> str:
@@ -95,28 +115,31 @@ def _letter(cell: dict[str, float]) -> str:
     return _LETTERS[kind] if cell[kind] > 1 - sum(cell.values()) else " "
 
 
-def sensitivity_table(variants: Sequence[Variant]) -> str:
-    """Return one row per variant, relative to the first."""
+def sensitivity_table(variants: Sequence[Variant]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Return the columns, and one row per variant, relative to the first."""
     base = variants[0].samples_per_s
-    rows = [
+    rows: list[Sequence[str]] = [
         (
             f"{variant.name} ({variant.derivation})",
             str(variant.num_devices),
             str(variant.num_microbatches),
             "-" if variant.step_s is None else milliseconds(variant.step_s),
             "-" if variant.samples_per_s is None else f"{variant.samples_per_s:,.1f}",
-            relative(variant, base),
+            _relative(variant, base),
             "-" if variant.peak_bytes is None else megabytes(variant.peak_bytes),
         )
         for variant in variants
     ]
     columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change", "peak MB")
-    problems = [f"{variant.name}: {variant.problem}" for variant in variants if variant.problem]
-    return "\n".join([render_table(columns, rows), *problems])
+    return columns, rows
 
 
-def relative(variant: Variant, base: float | None) -> str:
-    """Return the change of the throughput against ``base``."""
+def problems(variants: Sequence[Variant]) -> list[str]:
+    """Say why some variants cannot run."""
+    return [f"{variant.name}: {variant.problem}" for variant in variants if variant.problem]
+
+
+def _relative(variant: Variant, base: float | None) -> str:
     if variant.samples_per_s is None:
         return "cannot run"
     return f"{variant.samples_per_s / base - 1:+.1%}" if base else "-"

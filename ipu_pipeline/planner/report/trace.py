@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.report.text import device_names
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Event, Timeline
 
@@ -54,9 +55,7 @@ def trace(plan: Plan, timeline: Timeline) -> dict[str, Any]:
 def _names(plan: Plan, timeline: Timeline) -> Iterator[dict[str, Any]]:
     title = f"{plan.model.model_class} on {plan.machine.name} ({timeline.schedule})"
     yield {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title}}
-    for device in timeline.devices:
-        held = [str(i) for i, stage in enumerate(plan.stages) if stage.device == device]
-        name = f"{plan.machine.devices[device].name}: stage {', '.join(held)}"
+    for device, name in device_names(plan, timeline).items():
         common = {"ph": "M", "pid": 0, "tid": device}
         yield {**common, "name": "thread_name", "args": {"name": name}}
         yield {**common, "name": "thread_sort_index", "args": {"sort_index": device}}

@@ -10,7 +10,6 @@
     kind.place(num_stages, num_devices)   # device of every stage, None where it does not fit
     step_seconds(kind, shape, times)      # THE step price: the exact replay, one StageTimes each
     critical_paths(kind, shape)           # linear forms that no replay can be below
-    bound_seconds(kind, shape, times)     # the longest of them
 
 A schedule from outside is one :class:`ScheduleKind` object, named by an entry point of group
 ``ipu_pipeline.schedules``; a name of ours is not looked for there. No torch here.
@@ -27,7 +26,6 @@ from pkgutil import iter_modules
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
 from ipu_pipeline.planner.schedules.replay import (
     StageTimes,
-    bound_seconds,
     critical_paths,
     step_seconds,
 )
@@ -36,7 +34,6 @@ __all__ = [
     "PipelineShape",
     "ScheduleKind",
     "StageTimes",
-    "bound_seconds",
     "critical_paths",
     "schedule_kind",
     "schedule_names",

@@ -137,7 +137,7 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
     least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
     while True:
         short = kind.shortened(shape, least)
-        made = program(kind.rows(short))
+        made = _program_of(kind, short)
         starts, end_s = start_times(made, seconds)
         left = shape.num_microbatches - short.num_microbatches
         if left == 0:
@@ -147,6 +147,12 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
         if pace_s is not None:
             return end_s + pace_s * (left // period)
         least *= 4
+
+
+@lru_cache(maxsize=64)
+def _program_of(kind: ScheduleKind, shape: PipelineShape) -> ReplayProgram:
+    """Find the program again without a look at every action of the rows."""
+    return program(kind.rows(shape))
 
 
 @lru_cache(maxsize=64)
@@ -171,14 +177,6 @@ def critical_paths(kind: ScheduleKind, shape: PipelineShape) -> tuple[Path, ...]
     if kind.make_paths is not None and shape.training:
         found.extend(kind.make_paths(shape))
     return tuple(found)
-
-
-def bound_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
-    """Return a lower bound of :func:`step_seconds` for any stages on these devices."""
-    prices = [stage.price for stage in times]
-    if kind.lock_stepped:
-        return kind.objective(shape).seconds(shape.devices, prices)
-    return max(path.seconds(prices) for path in critical_paths(kind, shape))
 
 
 def _steady_pace(

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
-from ipu_pipeline.planner.price import price, usable_bytes
+from ipu_pipeline.planner.price import price, schedule_problem, usable_bytes
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
 from ipu_pipeline.planner.schedules.replay import KINDS, program, start_times
@@ -40,7 +40,8 @@ def simulate(
             priced; ``exchanged``: on both at the same time.
 
     Raises:
-        ValueError: The schedule is unknown, is for another number of stages, or cannot run.
+        ValueError: The plan's machine runs no schedule of that name; the schedule is for another
+            number of stages, or cannot run.
         VerifyError: The schedule deadlocks.
     """
     if copies not in ("charged", "exchanged"):
@@ -85,12 +86,16 @@ def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
         schedule: Another schedule, or its name; ``None``: the plan's.
 
     Raises:
-        ValueError: Unknown, for another number of stages, or it cannot run the plan.
+        ValueError: The plan's machine runs no schedule of that name; it is for another number of
+            stages, or it cannot run the plan.
     """
     devices = [stage.device for stage in plan.stages]
     training = plan.graph.training
     if not isinstance(schedule, Schedule):
         shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
+        wrong = schedule_problem(plan.machine, schedule) if schedule else ""
+        if wrong:
+            raise ValueError(wrong)
         return schedule_kind(schedule or plan.schedule).rows(shape)
     if schedule.num_stages != plan.num_stages:
         raise ValueError(

@@ -8,8 +8,6 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.replay import StageTimes
 from ipu_pipeline.planner.search.from_graph import link_of
 
-_ROUNDING = 1e-9
-
 
 @dataclass(frozen=True)
 class Copies:
@@ -36,14 +34,6 @@ class Copies:
     def backward_s(self) -> float:
         """Seconds during the backward pass."""
         return self.gradient_in_s + self.gradient_out_s
-
-    def scaled_to(self, total_s: float) -> Copies:
-        """Return the same shares of another total."""
-        own = self.forward_s + self.backward_s
-        if own <= 0 or abs(own - total_s) <= _ROUNDING * own:
-            return self
-        factor = total_s / own
-        return Copies(*(value * factor for value in vars(self).values()))
 
 
 @dataclass(frozen=True)

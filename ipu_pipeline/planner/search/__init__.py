@@ -7,13 +7,14 @@ Read the files in this order:
 
 1. ``constraints.py``, ``result.py``: what goes in and what comes out.
 2. ``problem.py``: the problem on integers (blocks are bits); ``from_graph.py`` makes it.
-3. ``objective.py``: the closed forms of the schedules that the search minimises.
+3. ``schedules/objective.py``: the closed forms of the schedules that the search minimises.
 4. ``stage_price.py``: one stage: transfers and memory; ``knapsack.py``: the exact choice of
    recomputation and serialization per block.
 5. ``ideals.py``: the boundaries that a pipeline may have (order ideals of the blocks).
 6. ``bottleneck.py`` over ``stage_costs.py``: the fast exact search, a dynamic program over ideals.
 7. ``label_setting.py``: the exact search for shared devices and memories and other schedules;
-   ``priced.py`` drives it over pipelines whose stages a backend prices itself.
+   ``priced.py`` drives it over pipelines whose stages a backend prices itself; ``looped.py``: a
+   local search where the schedule itself puts several stages on every device.
 8. ``parallel.py``, ``pipeline_search.py``: what to try, with which search.
 9. ``step_bound.py``: the proven bound of the schedule's exact replay.
 10. ``infeasible.py`` with ``least_bytes.py``: what would help where nothing fits.
@@ -33,14 +34,13 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.infeasible import Change, InfeasibleError, explain
 from ipu_pipeline.planner.search.pipeline_search import search
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.planner.search.result import Partition
 
 __all__ = [
     "Change",
     "Constraints",
     "InfeasibleError",
     "Partition",
-    "StageAssignment",
     "solve",
 ]
 
@@ -79,7 +79,7 @@ def solve(
     if not found.partitions and costs.planning is not None:
         raise costs.planning.explain(machine, constraints)
     if not found.partitions:
-        raise explain(graph, costs, machine, constraints)
+        raise explain(graph, costs, machine, constraints, ruled_out=found.lower_bound == inf)
     if step is None:
         return found.partitions[0]
     priced = [replace(item, objective=step(item)) for item in found.partitions]

@@ -16,7 +16,7 @@ from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.select import select
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
-from ipu_pipeline.planner.search.objective import check_schedule_name
+from ipu_pipeline.planner.schedules import schedule_kind
 
 TiedPolicy = Literal["same_device", "exchange", "free"]
 _TIED: tuple[TiedPolicy, ...] = ("same_device", "exchange", "free")
@@ -29,8 +29,7 @@ class Constraints:
     Attributes:
         num_stages: Pipeline depth; ``None`` finds the best depth up to the devices there are.
         num_microbatches: Microbatches per optimizer step of one pipeline (one replica).
-        schedule: ``1f1b``, ``gpipe``, ``popart``, or ``maxload`` (seconds per microbatch in
-            steady state, one microbatch held).
+        schedule: Name of a schedule, such as ``1f1b``.
         execution_order: Only split the order in which the model executes (poptorch needs it).
         stage_devices: Device of every stage, when given; stages may share a device.
         tied: Blocks that share a parameter: on the ``same_device``; anywhere, with a gradient
@@ -122,7 +121,7 @@ class Constraints:
         return {**given, "update_s": dict(self.update_s)} if self.update_s else given
 
     def _check_names(self) -> None:
-        check_schedule_name(self.schedule)
+        schedule_kind(self.schedule)
         if self.tied not in _TIED:
             raise ValueError(f"unknown tied policy {self.tied!r}; use one of {_TIED}")
         named = isinstance(self.recompute, tuple)

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import stages_in_flight
 from ipu_pipeline.planner.search.problem import (
     Exchange,
-    Option,
     Problem,
     Shared,
     Slot,
     Value,
+    joined_groups,
     mask_of,
 )
-
-
-@dataclass(frozen=True)
-class FormulatedProblem:
-    """The integer problem with the way back to the caller's names.
-
-    Attributes:
-        problem: The problem.
-        choices: The caller's choice behind every option of every block.
-        frees_in_order: As in the prices.
-    """
-
-    problem: Problem
-    choices: tuple[tuple[BlockChoice, ...], ...]
-    frees_in_order: bool = False
 
 
 def build_problem(
@@ -44,7 +28,7 @@ def build_problem(
     machine: Machine,
     constraints: Constraints,
     replicas: int = 1,
-) -> FormulatedProblem:
+) -> Problem:
     """Translate names into positions.
 
     Raises:
@@ -53,33 +37,25 @@ def build_problem(
     """
     index = graph.block_index
     _check_names(graph, costs, constraints)
-    choices = _menus(graph, costs, constraints)
-    ways = tuple(
-        tuple(Option(c.forward_s, c.backward_s, c.stash_bytes, c.workspace_bytes) for c in menu)
-        for menu in choices
-    )
     private, shared = _weights(graph, costs)
     tied = graph.tied_groups if constraints.tied == "same_device" else ()
-    return FormulatedProblem(
-        Problem(
-            names=tuple(index),
-            preds=_predecessors(graph, constraints),
-            options=ways,
-            values=tuple(_values(graph, machine)),
-            weight_bytes=private,
-            shared_weights=shared,
-            inputs=tuple(
-                Shared(spec.num_bytes, _mask(graph, spec.consumers))
-                for spec in graph.inputs
-                if spec.consumers
-            ),
-            outer_s=_outer_seconds(graph, machine, constraints, replicas),
-            exchanges=_exchanges(graph, machine, constraints),
-            together=_together(graph, costs, constraints),
-            same_device=device_groups(graph, (*constraints.same_device, *tied)),
+    return Problem(
+        names=tuple(index),
+        preds=_predecessors(graph, constraints),
+        options=_menus(graph, costs, constraints),
+        values=tuple(_values(graph, machine)),
+        weight_bytes=private,
+        shared_weights=shared,
+        inputs=tuple(
+            Shared(spec.num_bytes, _mask(graph, spec.consumers))
+            for spec in graph.inputs
+            if spec.consumers
         ),
-        choices,
-        costs.frees_in_order,
+        outer_s=_outer_seconds(graph, machine, constraints, replicas),
+        exchanges=_exchanges(graph, machine, constraints),
+        together=_together(graph, costs, constraints),
+        same_device=device_groups(graph, (*constraints.same_device, *tied)),
+        frees_in_order=costs.frees_in_order,
     )
 
 
@@ -94,9 +70,10 @@ def build_slots(
     """Describe every stage position of a pipeline over ``stage_devices``."""
     usable = [device.memory_bytes - device.reserved_bytes for device in machine.devices]
     last = len(stage_devices) - 1
-    kept = stages_in_flight(
-        constraints.schedule, stage_devices, num_microbatches, training=graph.training
+    shape = PipelineShape.of(
+        len(stage_devices), num_microbatches, stage_devices, training=graph.training
     )
+    kept = schedule_kind(constraints.schedule).in_flight(shape)
     slots = []
     for stage, device in enumerate(stage_devices):
         pooled = machine.shared_memory
@@ -195,11 +172,15 @@ def _in_slices(
     if factor is not None:
         exact = tuple(way for way in menu if way.serialize_factor == factor)
         if not exact:
-            offered = ", ".join(str(f) for f in sorted({way.serialize_factor for way in menu}))
+            offered = sorted({way.serialize_factor for way in menu})
             raise PartitionError(
-                f"serialize asks for block {name!r} in {factor} slices, which has prices for "
-                f"{offered}; give the number to the cost model's factors (a block without a table "
-                "has no slices)"
+                f"serialize asks for block {name!r} in {factor} slices: "
+                + (
+                    f"it runs in {', '.join(map(str, offered))}; ask for one of these"
+                    if len(offered) > 1
+                    else "only a lookup table or an output projection runs in slices, and it has "
+                    "none; take it out of serialize"
+                )
             )
         return exact
     if not constraints.allow_serialize:
@@ -208,14 +189,15 @@ def _in_slices(
 
 
 def _together(graph: BlockGraph, costs: GraphCosts, constraints: Constraints) -> tuple[int, ...]:
-    """Blocks that stay in one stage: not to be cut, or priced as one."""
+    """Blocks that stay in one stage: not to be cut, priced as one, or sharing state."""
     index = graph.block_index
     uncut = (
         (1 << index[name]) | (1 << (index[name] - 1))
         for name in constraints.forbidden_cuts
         if index[name] > 0
     )
-    return (*uncut, *(_mask(graph, group) for group in costs.together))
+    groups = (*costs.together, *(item.blocks for item in graph.state))
+    return (*uncut, *(_mask(graph, group) for group in groups))
 
 
 def _mask(graph: BlockGraph, names: Sequence[str]) -> int:
@@ -269,15 +251,7 @@ def _weights(graph: BlockGraph, costs: GraphCosts) -> tuple[tuple[float, ...], t
 
 def device_groups(graph: BlockGraph, groups: Iterable[Sequence[str]]) -> tuple[int, ...]:
     """Return masks of blocks that must share a device; groups with a common block are one."""
-    merged: list[int] = []
-    for group in (_mask(graph, names) for names in groups):
-        joined = group
-        apart = [other for other in merged if not other & group]
-        for other in merged:
-            if other & group:
-                joined |= other
-        merged = [*apart, joined]
-    return tuple(group for group in merged if group.bit_count() > 1)
+    return joined_groups(_mask(graph, names) for names in groups)
 
 
 def _outer_seconds(

@@ -53,7 +53,7 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
     built = build_problem(graph, costs, plan.machine, limits, plan.replicas)
     slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
     slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
-    pricer, done, prices, boundaries = OptionPricer(built.problem), 0, [], []
+    pricer, done, prices, boundaries = OptionPricer(built), 0, [], []
     for stage, slot in zip(plan.stages, slots, strict=True):
         mask = mask_of(graph.block_index[name] for name in stage.blocks)
         best = pricer.best(done, mask, slot)

@@ -16,14 +16,15 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import FormulatedProblem, build_problem
+from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit, names_of_stage
-from ipu_pipeline.planner.search.parallel import parallel_configurations
-from ipu_pipeline.planner.search.pipeline_search import (
+from ipu_pipeline.planner.search.parallel import (
     CandidatePipeline,
     candidate,
-    search,
+    parallel_configurations,
 )
+from ipu_pipeline.planner.search.pipeline_search import search
+from ipu_pipeline.planner.search.problem import Problem
 
 MOST_DEVICES = 256
 TRIAL_S = 3.0
@@ -74,17 +75,31 @@ def explain(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
+    *,
+    ruled_out: bool = True,
 ) -> InfeasibleError:
-    """Return the error that says why nothing fits and what would."""
-    return _Explanation(graph, Change("", costs, machine, constraints)).error()
+    """Return the error that says why nothing fits (was found, if not ``ruled_out``) and what would.
+
+    After a search that its own time limit ended, no time is spent on what would.
+    """
+    if ruled_out:
+        return _Explanation(graph, Change("", costs, machine, constraints)).error()
+    text = (
+        f"no split was found, and none was ruled out, within time_limit_s="
+        f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}"
+    )
+    if constraints.time_limit_s is not None:
+        return InfeasibleError(f"{text}; raise them")
+    return _Explanation(graph, Change("", costs, machine, constraints), text).error()
 
 
 @dataclass
 class _Explanation:
     graph: BlockGraph
     start: Change
+    outcome: str = "no split fits"
     deadline: float = field(default_factory=lambda: monotonic() + EXPLAIN_S)
-    _known: list[tuple[GraphCosts, Constraints, int, tuple[FormulatedProblem, LeastBytes]]] = field(
+    _known: list[tuple[GraphCosts, Constraints, int, tuple[Problem, LeastBytes]]] = field(
         default_factory=list
     )
 
@@ -93,9 +108,9 @@ class _Explanation:
             return self._placement_error()
         reason, changes = self._worst_stage(), tuple(self._changes())
         if not changes:
-            return InfeasibleError(f"no split fits: {reason}; no single change tried makes it fit")
+            return InfeasibleError(f"{self.outcome}: {reason}; no single change tried makes it fit")
         options = "; or ".join(change.text for change in changes)
-        return InfeasibleError(f"no split fits: {reason}; it fits if you {options}", changes)
+        return InfeasibleError(f"{self.outcome}: {reason}; it fits if you {options}", changes)
 
     def _changes(self) -> Iterator[Change]:
         """Yield the changes of options that fit (the least that works), then of the machine."""
@@ -115,16 +130,15 @@ class _Explanation:
     def _fits(self, change: Change) -> bool:
         """Whether a split exists after ``change``."""
         found = self._least(change)
-        if any(_proves(item) and split is not None and split.fits(item.slots)
+        if any(item.apart and split is not None and split.fits(item.slots)
                for item, split, _ in found):  # fmt: skip
             return True
-        if found and all(_proves(item) and only for item, _, only in found):
+        if found and all(item.apart and only for item, _, only in found):
             return False
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
         try:
-            trials = search(self.graph, change.costs, change.machine, trial)
-            return bool(trials.partitions)
+            return bool(search(self.graph, change.costs, change.machine, trial).partitions)
         except PartitionError:
             return False
 
@@ -151,13 +165,13 @@ class _Explanation:
                 item = candidate(
                     self.graph, change.costs, change.machine, constraints, shape, built
                 )
-                own = built.problem.same_device if shape.own_devices else ()
-                groups = built.problem.together + own
+                own = built.same_device if shape.own_devices else ()
+                groups = built.together + own
                 split = least.split(item.slots, item.rule, groups)
                 found.append((item, split, least.is_least_of_all))
         return found
 
-    def _least_bytes(self, change: Change, replicas: int) -> tuple[FormulatedProblem, LeastBytes]:
+    def _least_bytes(self, change: Change, replicas: int) -> tuple[Problem, LeastBytes]:
         """Formulate the problem; more or larger devices of the same kind leave it as it is."""
         limits = replace(change.constraints, num_stages=None)
         for costs, known, copies, answer in self._known:
@@ -166,7 +180,7 @@ class _Explanation:
         built = build_problem(
             self.graph, change.costs, change.machine, change.constraints, replicas
         )
-        self._known.append((change.costs, limits, replicas, (built, LeastBytes(built.problem))))
+        self._known.append((change.costs, limits, replicas, (built, LeastBytes(built))))
         return self._known[-1][-1]
 
     def _with_memory(self, memory_bytes: int) -> Change:
@@ -204,7 +218,7 @@ class _Explanation:
         if change.constraints.replicas is None:
             return True
         return any(
-            not (_proves(item) and only) or (split is not None and split.fits(item.slots))
+            not (item.apart and only) or (split is not None and split.fits(item.slots))
             for item, split, only in self._least(change, deepest=True)
         )
 
@@ -233,6 +247,14 @@ class _Explanation:
             change = replace(start, text=f"drop {name}", constraints=relaxed)
             if self._fits(change):
                 blamed.append(change)
+        if not blamed and self.graph.state:
+            free = replace(self, graph=replace(self.graph, state=()), _known=[])
+            if free._fits(start):
+                shared = "; ".join(dict.fromkeys(map(str, self.graph.state)))
+                return InfeasibleError(
+                    f"no split keeps in one stage what shares state: {shared}; use fewer stages, "
+                    "or change it outside the model, after the step"
+                )
         if not blamed and start.costs.together:
             apart = replace(start, costs=replace(start.costs, together=()))
             if self._fits(apart):
@@ -271,7 +293,7 @@ class _Explanation:
             return "memory and the constraints on where blocks go leave no split together"
         problem = build_problem(
             self.graph, self.start.costs, machine, self.start.constraints, item.shape.replicas
-        ).problem
+        )
         held = [
             f"stage {index} ({names_of_stage(problem, mask)})"
             for index, ((mask, _), slot) in enumerate(zip(split.stages, item.slots, strict=True))
@@ -283,11 +305,6 @@ class _Explanation:
             f"{used[worst] / 1e6:.4g} MB, {'its' if one else 'their'} device has "
             f"{room[worst] / 1e6:.4g} MB"
         )
-
-
-def _proves(item: CandidatePipeline) -> bool:
-    """Whether stages have their own devices and memories, so that each may be looked at alone."""
-    return item.shape.own_devices and len({slot.pool for slot in item.slots}) == len(item.slots)
 
 
 def _option_changes(start: Change) -> Iterator[Change]:

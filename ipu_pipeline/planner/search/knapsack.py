@@ -15,7 +15,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.search.problem import Option
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 
 Floats = NDArray[np.float64]
 # Seconds forward and backward, bytes held, largest workspace, picks.
@@ -47,7 +47,9 @@ class Selection:
     picks: tuple[int, ...]
 
 
-def summarize(ways: Sequence[Sequence[Option]], picks: Sequence[int], in_flight: int) -> Selection:
+def summarize(
+    ways: Sequence[Sequence[BlockChoice]], picks: Sequence[int], in_flight: int
+) -> Selection:
     """Add up the options ``picks`` of the blocks ``ways``."""
     chosen = [options[pick] for options, pick in zip(ways, picks, strict=True)]
     return Selection(
@@ -59,7 +61,7 @@ def summarize(ways: Sequence[Sequence[Option]], picks: Sequence[int], in_flight:
     )
 
 
-def fastest_picks(ways: Sequence[Sequence[Option]], in_flight: int) -> list[int]:
+def fastest_picks(ways: Sequence[Sequence[BlockChoice]], in_flight: int) -> list[int]:
     """Position of the quickest option of each block; the smaller one of equals."""
     return [
         min(range(len(o)), key=lambda p: (o[p].total_s, o[p].held_bytes(in_flight))) for o in ways
@@ -67,7 +69,7 @@ def fastest_picks(ways: Sequence[Sequence[Option]], in_flight: int) -> list[int]
 
 
 def least_time(
-    ways: Sequence[Sequence[Option]], in_flight: int, budget_bytes: float
+    ways: Sequence[Sequence[BlockChoice]], in_flight: int, budget_bytes: float
 ) -> Selection | None:
     """Return the quickest selection within ``budget_bytes``; ``None`` when nothing fits."""
     quick = summarize(ways, fastest_picks(ways, in_flight), in_flight)
@@ -84,7 +86,7 @@ def least_time(
 
 
 def grown(
-    points: Sequence[Point], options: Sequence[Option], in_flight: int, budget_bytes: float
+    points: Sequence[Point], options: Sequence[BlockChoice], in_flight: int, budget_bytes: float
 ) -> list[Point]:
     """Add one block to the undominated selections of others."""
     return _undominated(
@@ -149,7 +151,7 @@ def _undominated_of_many(points: Sequence[Point]) -> list[Point]:
 
 
 def _knapsack(
-    ways: Sequence[Sequence[Option]],
+    ways: Sequence[Sequence[BlockChoice]],
     in_flight: int,
     budget_bytes: float,
     limit: float,

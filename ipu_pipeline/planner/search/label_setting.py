@@ -17,9 +17,8 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.schedules.objective import StagePrice
+from ipu_pipeline.planner.schedules.objective import Objective, StagePrice
 from ipu_pipeline.planner.search.ideals import Lattice
-from ipu_pipeline.planner.search.objective import Objective
 from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_price import (
     MOST_CANDIDATES,

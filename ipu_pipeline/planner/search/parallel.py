@@ -1,16 +1,20 @@
-"""Which pipelines to try: replicas, microbatches of each, and the device of every stage."""
+"""Which pipelines to try: replicas, microbatches of each, device and position of every stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.planner.schedules import PipelineShape
-from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.objective import search_kind
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
+from ipu_pipeline.planner.search.from_graph import ample_memory, build_slots
+from ipu_pipeline.planner.search.problem import Problem, Slot
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,52 @@ class ParallelConfiguration:
         return len(set(self.stage_devices)) == len(self.stage_devices)
 
 
+@dataclass(frozen=True)
+class CandidatePipeline:
+    """One pipeline to try, with its positions.
+
+    Attributes:
+        shape: Replicas, microbatches, devices.
+        slots: Stage positions.
+        rule: Given layers per device, if any.
+    """
+
+    shape: ParallelConfiguration
+    slots: tuple[Slot, ...]
+    rule: LayerRule | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether every stage has its own device and memory, so that it can be looked at alone."""
+        return self.shape.own_devices and len({slot.pool for slot in self.slots}) == len(self.slots)
+
+    def set_apart(self, **changes: Any) -> CandidatePipeline:
+        """Give every stage its own device and memory, and its slot other ``changes``."""
+        slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(self.slots))
+        shape = replace(self.shape, stage_devices=tuple(range(len(slots))))
+        return replace(self, slots=slots, shape=shape)
+
+
+def candidate(
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    shape: ParallelConfiguration,
+    problem: Problem,
+) -> CandidatePipeline:
+    """Describe the positions of one pipeline."""
+    slots = build_slots(
+        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
+    )
+    if machine.shared_memory and ample_memory(problem, slots):
+        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
+    rule = None
+    if constraints.layers_per_ipu is not None:
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
+    return CandidatePipeline(shape, slots, rule)
+
+
 def parallel_configurations(
     graph: BlockGraph, machine: Machine, constraints: Constraints
 ) -> list[ParallelConfiguration]:
@@ -48,7 +98,7 @@ def parallel_configurations(
         microbatches = constraints.microbatches_of(replicas)
         for devices in _pipelines(graph, constraints, available // replicas):
             shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)
-            wrong = search_kind(constraints.schedule).problem(shape)
+            wrong = schedule_kind(constraints.schedule).problem(shape)
             problem = wrong or problem
             if not wrong and len(devices) <= len(graph.blocks):
                 found.append(ParallelConfiguration(replicas, microbatches, devices))
@@ -88,7 +138,7 @@ def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) ->
 
 def _least_devices(constraints: Constraints, depth: int) -> int:
     """Return the fewest devices that the schedule can put ``depth`` stages on."""
-    kind = search_kind(constraints.schedule)
+    kind = schedule_kind(constraints.schedule)
     if kind.any_devices or constraints.num_stages is None:
         return depth
     counts = [count for count in range(1, depth + 1) if kind.place(depth, count) is not None]
@@ -120,7 +170,7 @@ def _pipelines(
             yield constraints.stage_devices
         return
     wanted = constraints.num_stages
-    kind = search_kind(constraints.schedule)
+    kind = schedule_kind(constraints.schedule)
     if not kind.any_devices:
         for count in range(1, per_pipeline + 1):
             for depth in [wanted] if wanted else [count * n for n in kind.stages_per_device]:

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from itertools import chain as joined
 from math import inf
 from time import monotonic
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
@@ -30,21 +26,21 @@ from ipu_pipeline.planner.schedules import (
     PipelineShape,
     ScheduleKind,
     critical_paths,
+    schedule_kind,
 )
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
-from ipu_pipeline.planner.search.constraints import Constraints, LayerRule, layer_rule
-from ipu_pipeline.planner.search.from_graph import (
-    FormulatedProblem,
-    ample_memory,
-    build_problem,
-    build_slots,
-)
+from ipu_pipeline.planner.search.constraints import Constraints
+from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
-from ipu_pipeline.planner.search.objective import MAXLOAD, make_objective, search_kind
-from ipu_pipeline.planner.search.parallel import ParallelConfiguration, parallel_configurations
-from ipu_pipeline.planner.search.problem import Slot
+from ipu_pipeline.planner.search.looped import LoopedSearch
+from ipu_pipeline.planner.search.parallel import (
+    CandidatePipeline,
+    candidate,
+    parallel_configurations,
+)
+from ipu_pipeline.planner.search.problem import Problem
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -56,23 +52,9 @@ from ipu_pipeline.planner.search.stage_price import (
 from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
 
 LABEL_LIMIT = 4000
-# Without a time limit, the label-setting searches of one problem prove for so many seconds.
+# Without a time limit, the label-setting searches of one problem prove for so many seconds, and so
+# long are other pipelines with several stages per device tried once there is a split.
 PROOF_S = 10.0
-
-
-@dataclass(frozen=True)
-class CandidatePipeline:
-    """One pipeline to try, with its positions.
-
-    Attributes:
-        shape: Replicas, microbatches, devices.
-        slots: Stage positions.
-        rule: Given layers per device, if any.
-    """
-
-    shape: ParallelConfiguration
-    slots: tuple[Slot, ...]
-    rule: LayerRule | None = None
 
 
 class Engine:
@@ -80,7 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        built: FormulatedProblem,
+        built: Problem,
         constraints: Constraints,
         *,
         training: bool,
@@ -94,41 +76,56 @@ class Engine:
             training: Whether there are backward passes.
             deadline: ``time.monotonic()`` at which to stop.
         """
-        self.problem = built.problem
+        self.problem = built
         self._constraints, self._training, self._deadline = constraints, training, deadline
-        self._options = {
-            split: OptionPricer(built.problem, split_passes=split) for split in (False, True)
-        }
-        self._least_bytes = LeastBytes(built.problem)
+        self._kind = schedule_kind(constraints.schedule)
+        self._options = {split: OptionPricer(built, split_passes=split) for split in (False, True)}
+        self._least_bytes = LeastBytes(built)
         self._proof_s = inf if constraints.time_limit_s else PROOF_S
         self._lattices: dict[tuple[tuple[int, ...], bool], Lattice | None] = {}
         self._rows: dict[int, StageCostTable] = {}
 
     def is_fast(self, candidate: CandidatePipeline) -> bool:
         """Whether the sweep solves this candidate exactly."""
-        single = self._constraints.schedule in ("1f1b", MAXLOAD)
+        single = self._constraints.schedule == "1f1b"
         steps = self.problem.exchanges or any(self.problem.outer)
-        return single and _has_own(candidate) and not steps
+        return single and candidate.apart and not steps
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
         if not self._least_bytes.is_least_of_all:
             return True
         groups = self.problem.together + self.problem.same_device
-        split = self._least_bytes.split(candidate.slots, candidate.rule, groups)
-        return split is not None and split.fits(candidate.slots)
+        slots = candidate.slots
+        if candidate.shape.own_devices:
+            split = self._least_bytes.split(slots, candidate.rule, groups)
+            return split is not None and split.fits(slots)
+        # The least sum over all devices, as if they had one memory.
+        pooled = [replace(slot, pool=0) for slot in slots]
+        split = self._least_bytes.split(pooled, candidate.rule, self.problem.together)
+        room = sum({slot.pool: slot.capacity for slot in slots}.values())
+        return split is not None and sum(split.device_bytes.values()) <= room
 
     def run_fast(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
     ) -> SearchResult:
         """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
-        microbatches = candidates[0].shape.num_microbatches
-        pace, spread = (1, 0) if self._constraints.schedule == MAXLOAD else (microbatches - 1, 1)
-        return self._sweep(candidates, pace, spread, upper, uniform=uniform)
+        pace = candidates[0].shape.num_microbatches - 1
+        return self._sweep(candidates, pace, 1, upper, uniform=uniform)
 
     def at_once(self, candidate: CandidatePipeline) -> float:
-        """Bound over all splits of this depth that needs no search."""
+        """Bound over all splits of this depth that needs no search.
+
+        Where stages visit the devices several times it is one of the replay: one device has its
+        share of all microbatches' work, and no dependency path is longer than the step.
+        """
         depth = len(candidate.slots)
+        if self.has_loops(candidate):
+            work = sum(option.total_s for option in self.problem.fastest)
+            speed, shape = max(slot.speed for slot in candidate.slots), self._shape(candidate)
+            share = shape.num_microbatches * work / speed / shape.num_devices
+            paths = critical_paths(self._kind, shape)
+            return max(share, least_path_s(self.problem, paths, speed))
         pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
         layout = StagePositions(candidate.slots)
@@ -147,15 +144,13 @@ class Engine:
             upper: Seconds of a step that is known.
             uniform: As for :meth:`run_fast`.
         """
-        kind = search_kind(self._constraints.schedule)
+        kind = self._kind
         if kind.lock_stepped or self._exact_apart(candidates[0], kind):
             return None
         paths, least = {}, {}
         for item in candidates:
             depth, devices = len(item.slots), item.shape.stage_devices
-            shape = PipelineShape.of(
-                depth, item.shape.num_microbatches, devices, training=self._training
-            )
+            shape = self._shape(item)
             speed = max(slot.speed for slot in item.slots)
             once_s = sum(self.problem.outer) / speed / len(set(devices))
             paths[depth] = critical_paths(kind, shape)
@@ -166,7 +161,7 @@ class Engine:
             return lower
         at_once = min(least[depth] for depth in open_paths)
         deepest = max((c for c in candidates if len(c.slots) in open_paths), key=_depth)
-        apart = _has_own(deepest) and all(map(is_even, joined(*open_paths.values())))
+        apart = deepest.apart and all(map(is_even, joined(*open_paths.values())))
         lattice = self._lattice(deepest, chain=False) if apart else None
         if lattice is None:
             return min(lower, at_once)
@@ -177,6 +172,12 @@ class Engine:
             self._rows_of(lattice), layout, open_paths, max(0.0, upper - once_s), self._deadline
         )
         return min(lower, max(at_once, found + once_s))
+
+    def _shape(self, candidate: CandidatePipeline) -> PipelineShape:
+        shape = candidate.shape
+        return PipelineShape(
+            len(candidate.slots), shape.num_microbatches, shape.stage_devices, self._training
+        )
 
     def _exact_apart(self, candidate: CandidatePipeline, kind: ScheduleKind) -> bool:
         """Whether the closed form is the replay: stages have own devices and only pass on."""
@@ -209,63 +210,55 @@ class Engine:
 
     def has_loops(self, candidate: CandidatePipeline) -> bool:
         """Whether the schedule itself puts several stages on every device."""
-        kind = search_kind(self._constraints.schedule)
-        return not candidate.shape.own_devices and not kind.any_devices
+        return not candidate.shape.own_devices and not self._kind.any_devices
 
-    def run_loops(self, candidate: CandidatePipeline) -> SearchResult:
-        """Good splits of a pipeline whose stages visit the devices several times.
-
-        Starts at stages that are as equal as can be and searches, with a beam, all splits whose
-        boundaries are a block or two away, until none is better. The bound is one of the replay:
-        a device computes all its stages' microbatches, and one has its share of all.
-        """
-        work = sum(option.total_s for option in self.problem.fastest)
-        fastest = max(slot.speed for slot in candidate.slots)
-        devices, count = len(set(candidate.shape.stage_devices)), candidate.shape.num_microbatches
-        bound = count * work / fastest / devices
-        chain = self._lattice(candidate, chain=True)
-        if chain is None:
+    def run_loops(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
+        """Good splits of a pipeline whose stages visit the devices several times."""
+        bound, chain = self.at_once(candidate), self._lattice(candidate, chain=True)
+        if not self.may_fit(candidate):
+            return SearchResult(inf)
+        if bound >= upper or chain is None or (self._proof_s <= 0 and upper < inf):
             return SearchResult(bound)
-        best, around = SearchResult(bound), self._equal_stages(candidate)
-        while around:
-            near = self._label_search(candidate, chain, inf, around).run_narrow()
-            if near.objective >= best.objective:
-                break
-            best, around = near, near.pipelines[0].boundaries
-        if not best.pipelines:
-            best = self._label_search(candidate, chain, inf).run_narrow()
-        if not best.pipelines:
-            best = self._label_search(candidate, chain, inf).run()
-            whole = self._lattice(candidate, chain=False)
-            ruled_out = whole is not None and len(whole) == len(chain)
-            bound = best.lower_bound if ruled_out else bound
-        return replace(best, lower_bound=min(bound, best.objective))
+        begin = monotonic()
+        search = LoopedSearch(
+            chain,
+            self._options[False],
+            candidate.slots,
+            self._kind,
+            self._shape(candidate),
+            boundaries(chain, candidate.slots, candidate.rule),
+            self._least_bytes,
+            self._deadline,
+        )
+        found = search.run(self._first_splits(candidate, chain))
+        self._proof_s -= monotonic() - begin
+        return SearchResult.of(bound, found)
 
-    def _equal_stages(self, candidate: CandidatePipeline) -> tuple[int, ...]:
-        """Boundaries of the split whose largest stage is smallest, memory aside."""
-        found = self._sweep([_apart(candidate)], 1, 0, inf, uniform=False, grouped=False).pipelines
-        return found[0].boundaries if found else ()
+    def _first_splits(
+        self, candidate: CandidatePipeline, chain: Lattice
+    ) -> Iterator[tuple[int, ...]]:
+        """The split whose largest stage is smallest, memory aside, and the least demanding one."""
+        layout = _layout(chain, candidate.set_apart(), uniform=False)
+        tables = [(self._rows_of(chain), layout)]
+        found = search_tables(tables, [len(candidate.slots)], (1, 0)).pipelines
+        yield from (item.boundaries for item in found[:1])
+        least = self._least_bytes.split(candidate.slots, candidate.rule, self.problem.together)
+        if least is not None:
+            yield tuple(accumulate(mask for mask, _ in least.stages))
 
     def _label_search(
         self,
         candidate: CandidatePipeline,
         lattice: Lattice,
         upper: float,
-        around: Sequence[int] = (),
     ) -> LabelSettingSearch:
-        objective = make_objective(
-            self._constraints.schedule,
-            len(candidate.slots),
-            candidate.shape.num_microbatches,
-            candidate.shape.stage_devices,
-            training=self._training,
-        )
+        objective = self._kind.objective(self._shape(candidate))
         return LabelSettingSearch(
             lattice,
             self._options[objective.splits_passes],
             candidate.slots,
             objective,
-            _near(lattice, boundaries(lattice, candidate.slots, candidate.rule), around),
+            boundaries(lattice, candidate.slots, candidate.rule),
             self._deadline,
             self._load_limit_s(candidate, upper),
             self._proof_s,
@@ -283,22 +276,16 @@ class Engine:
     def relaxed_bound(self, candidate: CandidatePipeline, upper: float) -> float:
         """Bound from the fast search: every stage with its own device and memory."""
         pace, spread = self._relaxed_weights(candidate)
-        relaxed = _apart(candidate, forbidden=0)
+        relaxed = candidate.set_apart(forbidden=0)
         return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
-        schedule, devices = self._constraints.schedule, candidate.shape.stage_devices
+        schedule = self._constraints.schedule
         depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        if schedule == MAXLOAD:
-            return 1, 0
         if schedule == "popart" and self._training and depth > 1:
             return max(0, microbatches - (2 * depth - 1)), 2
-        if search_kind(schedule).any_devices:
-            return microbatches - 1, 1
-        form = make_objective(schedule, depth, microbatches, devices, training=self._training)
-        weight = max(row.weight for row in form.rows)
-        return 0, form.sum_weight + weight / len(set(devices))
+        return microbatches - 1, 1
 
     def _sweep(
         self,
@@ -351,19 +338,6 @@ class Engine:
             return None
 
 
-def _near(
-    lattice: Lattice, allowed: list[NDArray[np.bool_]], around: Sequence[int]
-) -> list[NDArray[np.bool_]]:
-    """Keep boundaries that are at most two positions away from those of ``around``, if any."""
-    for done, mask in enumerate(around[:-1], 1):
-        if mask not in lattice.masks:
-            continue
-        position = lattice.masks.index(mask)
-        allowed[done][: max(0, position - 2)] = False
-        allowed[done][position + 3 :] = False
-    return allowed
-
-
 def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
     return lambda mask: all(mask & group in (0, group) for group in groups)
 
@@ -384,7 +358,7 @@ class Exploration:
     Attributes:
         partitions: The best distinct splits, best first.
         searched: Every engine with the pipelines that were searched together by it.
-        lower_bound: No split is quicker in the closed form.
+        lower_bound: No split is quicker in the closed form; infinite where none is possible.
     """
 
     partitions: tuple[Partition, ...]
@@ -409,7 +383,7 @@ def search(
     """Search all pipelines; the arguments are those of ``solve``.
 
     Raises:
-        PartitionError: A constraint is wrong, or the time limit ended before any split was found.
+        PartitionError: A constraint is wrong.
     """
     if costs.planning is not None:
         best = costs.planning.search(machine, constraints)
@@ -418,10 +392,15 @@ def search(
     partitions: list[Partition] = []
     searched = []
     upper = lower = inf
-    for replicas, group in _by_replicas(parallel_configurations(graph, machine, constraints)):
+    shapes = parallel_configurations(graph, machine, constraints)
+    for replicas in dict.fromkeys(shape.replicas for shape in shapes):
         built = build_problem(graph, costs, machine, constraints, replicas)
         engine = Engine(built, constraints, training=graph.training, deadline=deadline)
-        candidates = [candidate(graph, costs, machine, constraints, s, built) for s in group]
+        candidates = [
+            candidate(graph, costs, machine, constraints, shape, built)
+            for shape in shapes
+            if shape.replicas == replicas
+        ]
         for members, together in _batches(engine, candidates, constraints):
             found = _search(engine, members, upper, together=together)
             lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
@@ -431,34 +410,9 @@ def search(
                 partitions.append(
                     to_partition(item, built, winner.slots, machine, constraints, winner.shape)
                 )
-    if not partitions and lower < inf:
-        raise PartitionError(
-            f"no split was found, and none was ruled out, within time_limit_s="
-            f"{constraints.time_limit_s} and max_ideals={constraints.max_ideals}; raise them"
-        )
     partitions.sort(key=lambda item: item.objective)
     best_ones = tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
     return Exploration(best_ones, tuple(searched), lower)
-
-
-def candidate(
-    graph: BlockGraph,
-    costs: GraphCosts,
-    machine: Machine,
-    constraints: Constraints,
-    shape: ParallelConfiguration,
-    built: FormulatedProblem,
-) -> CandidatePipeline:
-    """Describe the positions of one pipeline."""
-    slots = build_slots(
-        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
-    )
-    if machine.shared_memory and ample_memory(built.problem, slots):
-        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
-    rule = None
-    if constraints.layers_per_ipu is not None:
-        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
-    return CandidatePipeline(shape, slots, rule)
 
 
 def _batches(
@@ -480,8 +434,7 @@ def _search(
     engine: Engine, members: Sequence[CandidatePipeline], upper: float, *, together: bool
 ) -> SearchResult:
     if engine.has_loops(members[0]):
-        fits = bool(engine.problem.same_device) or engine.may_fit(members[0])
-        return engine.run_loops(members[0]) if fits else SearchResult(inf)
+        return engine.run_loops(members[0], upper)
     if engine.is_fast(members[0]):
         return engine.run_fast(members, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
@@ -499,29 +452,9 @@ def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> boo
     return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
 
 
-def _apart(candidate: CandidatePipeline, **changes: Any) -> CandidatePipeline:
-    """Give every stage its own device and memory."""
-    slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(candidate.slots))
-    shape = replace(candidate.shape, stage_devices=tuple(range(len(slots))))
-    return replace(candidate, slots=slots, shape=shape)
-
-
 def _depth(candidate: CandidatePipeline) -> int:
     return len(candidate.slots)
 
 
-def _has_own(candidate: CandidatePipeline) -> bool:
-    """Whether every stage has its own device and memory."""
-    pools = {slot.pool for slot in candidate.slots}
-    return candidate.shape.own_devices and len(pools) == len(candidate.slots)
-
-
 def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
     return next(item for item in members if len(item.slots) == len(found.prices))
-
-
-def _by_replicas(
-    found: Sequence[ParallelConfiguration],
-) -> Iterator[tuple[int, list[ParallelConfiguration]]]:
-    for replicas in dict.fromkeys(shape.replicas for shape in found):
-        yield replicas, [shape for shape in found if shape.replicas == replicas]

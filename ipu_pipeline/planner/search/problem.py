@@ -11,34 +11,7 @@ from functools import cached_property
 from math import inf
 
 from ipu_pipeline.ir.machine import Link
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to run a block, for one microbatch on a device of speed 1.
-
-    Attributes:
-        forward_s: Seconds of the forward pass.
-        backward_s: Seconds of the backward pass, a recomputed forward included.
-        stash_bytes: Bytes for each microbatch in flight.
-        workspace_bytes: Bytes needed only while the block runs; a stage needs the largest.
-        fixed_bytes: Bytes held all the time because of this option.
-    """
-
-    forward_s: float
-    backward_s: float = 0.0
-    stash_bytes: float = 0
-    workspace_bytes: float = 0
-    fixed_bytes: float = 0
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of forward and backward together."""
-        return self.forward_s + self.backward_s
-
-    def held_bytes(self, in_flight: int) -> float:
-        """Bytes held with ``in_flight`` microbatches, without the workspace."""
-        return in_flight * self.stash_bytes + self.fixed_bytes
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 
 
 @dataclass(frozen=True)
@@ -104,7 +77,7 @@ class Problem:
 
     names: tuple[str, ...]
     preds: tuple[int, ...]
-    options: tuple[tuple[Option, ...], ...]
+    options: tuple[tuple[BlockChoice, ...], ...]
     values: tuple[Value, ...] = ()
     weight_bytes: tuple[float, ...] = ()
     shared_weights: tuple[Shared, ...] = ()
@@ -113,6 +86,7 @@ class Problem:
     exchanges: tuple[Exchange, ...] = ()
     together: tuple[int, ...] = ()
     same_device: tuple[int, ...] = ()
+    frees_in_order: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -134,7 +108,7 @@ class Problem:
         return tuple(result)
 
     @cached_property
-    def fastest(self) -> tuple[Option, ...]:
+    def fastest(self) -> tuple[BlockChoice, ...]:
         """The quickest option of every block (the smaller one of equals)."""
         return tuple(
             min(ways, key=lambda way: (way.total_s, way.stash_bytes + way.fixed_bytes))
@@ -205,3 +179,15 @@ def closure(preds: Sequence[int]) -> list[int]:
             mask |= found[pred]
         found.append(mask)
     return found
+
+
+def joined_groups(groups: Iterable[int]) -> tuple[int, ...]:
+    """Unite the masks that have a block in common; single blocks are no group."""
+    merged: list[int] = []
+    for group in groups:
+        apart = [other for other in merged if not other & group]
+        for other in merged:
+            if other & group:
+                group |= other
+        merged = [*apart, group]
+    return tuple(group for group in merged if group.bit_count() > 1)

@@ -8,67 +8,13 @@ from itertools import accumulate
 from typing import Any
 
 from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.plan import PlannedStage
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.from_graph import FormulatedProblem
 from ipu_pipeline.planner.search.parallel import ParallelConfiguration
-from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.problem import Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_price import PricedPipeline
-
-
-@dataclass(frozen=True)
-class StageAssignment:
-    """One stage of a split. Seconds are for one microbatch on the stage's device.
-
-    Attributes:
-        index: Position in the pipeline.
-        device: Position of its device in the machine.
-        blocks: Its blocks, in execution order.
-        choices: How each block runs, in the order of ``blocks``.
-        forward_s: Compute of the forward pass.
-        backward_s: Compute of the backward pass, recomputation included.
-        transfer_s: Transfers over both boundaries, forward and backward.
-        memory_bytes: Bytes it holds; parameters that another stage of the same memory also
-            uses are counted in each, but once in the check of that memory.
-        in_flight: Microbatches whose activations it holds at the same time.
-        weight_bytes: The part of ``memory_bytes`` that never changes.
-        stash_bytes: The part that it holds for each microbatch in flight; what is left of
-            ``memory_bytes`` is needed only while a block runs.
-    """
-
-    index: int
-    device: int
-    blocks: tuple[str, ...]
-    choices: tuple[BlockChoice, ...]
-    forward_s: float
-    backward_s: float
-    transfer_s: float
-    memory_bytes: int
-    in_flight: int
-    weight_bytes: int = 0
-    stash_bytes: int = 0
-
-    @property
-    def load_s(self) -> float:
-        """Seconds that one microbatch occupies the device."""
-        return self.forward_s + self.backward_s + self.transfer_s
-
-    @property
-    def recomputed(self) -> tuple[str, ...]:
-        """Blocks whose forward pass is run again in the backward pass."""
-        return tuple(
-            name for name, way in zip(self.blocks, self.choices, strict=True) if way.recompute
-        )
-
-    @property
-    def serialized(self) -> dict[str, int]:
-        """Blocks that run in slices, with the number of slices."""
-        return {
-            name: way.serialize_factor
-            for name, way in zip(self.blocks, self.choices, strict=True)
-            if way.serialize_factor > 1
-        }
 
 
 @dataclass(frozen=True)
@@ -76,7 +22,8 @@ class Partition:
     """A split with its price and the proof of its quality.
 
     Attributes:
-        stages: In pipeline order.
+        stages: In pipeline order, with the predictions of the search; parameters that another
+            stage of the same memory also uses count in each.
         objective: Seconds per optimizer step.
         lower_bound: No allowed split is quicker than this, in seconds per optimizer step.
         binding: What limits it: the stage that paces the pipeline, and a memory that forced
@@ -87,7 +34,7 @@ class Partition:
         settings: The backend's own settings that the split was priced under, as JSON data.
     """
 
-    stages: tuple[StageAssignment, ...]
+    stages: tuple[PlannedStage, ...]
     objective: float
     lower_bound: float
     binding: str
@@ -120,7 +67,7 @@ class Partition:
 
 def to_partition(
     found: PricedPipeline,
-    built: FormulatedProblem,
+    built: Problem,
     slots: Sequence[Slot],
     machine: Machine,
     constraints: Constraints,
@@ -128,21 +75,23 @@ def to_partition(
 ) -> Partition:
     """Name the stages of ``found``; its bound is not known here."""
     stages, done = [], 0
-    for index, (boundary, price, slot) in enumerate(
-        zip(found.boundaries, found.prices, slots, strict=True)
-    ):
-        blocks = list(bits(boundary & ~done))
-        picks = zip(blocks, price.picks, strict=True)
-        choices = tuple(built.choices[block][pick] for block, pick in picks)
+    for boundary, price, slot in zip(found.boundaries, found.prices, slots, strict=True):
+        picks = zip(bits(boundary & ~done), price.picks, strict=True)
+        ways = {built.names[block]: built.options[block][pick] for block, pick in picks}
+        choices = tuple(ways.values())
         held = price.memory_bytes + _tied_bytes(built, boundary & ~done, slot, slots)
         weights = _weights(built, boundary & ~done)
         space = max((choice.workspace_bytes for choice in choices), default=0)
         stages.append(
-            StageAssignment(
-                index=index,
+            PlannedStage(
                 device=slot.device,
-                blocks=tuple(built.problem.names[block] for block in blocks),
-                choices=choices,
+                blocks=tuple(ways),
+                recompute=tuple(name for name, way in ways.items() if way.recompute),
+                serialize={
+                    name: way.serialize_factor
+                    for name, way in ways.items()
+                    if way.serialize_factor > 1
+                },
                 forward_s=price.forward_s,
                 backward_s=price.backward_s,
                 transfer_s=price.send_forward_s + price.send_backward_s,
@@ -164,14 +113,13 @@ def to_partition(
     )
 
 
-def _weights(built: FormulatedProblem, stage: int) -> float:
+def _weights(built: Problem, stage: int) -> float:
     """Bytes of all parameters that the stage uses, each once."""
-    problem = built.problem
-    shared = sum(item.num_bytes for item in problem.shared_weights if item.users & stage)
-    return shared + sum(problem.held[block] for block in bits(stage))
+    shared = sum(item.num_bytes for item in built.shared_weights if item.users & stage)
+    return shared + sum(built.held[block] for block in bits(stage))
 
 
-def _never_at_once(choices: Sequence[BlockChoice]) -> int:
+def _never_at_once(choices: Sequence[BlockChoice]) -> float:
     """Bytes by which the largest workspace plus the whole stash exceeds the stage's real peak.
 
     While a block runs, forward or backward, of its microbatch only its own stash and that of the
@@ -184,40 +132,41 @@ def _never_at_once(choices: Sequence[BlockChoice]) -> int:
     return stashed[-1] + max(choice.workspace_bytes for choice in choices) - peak
 
 
-def _tied_bytes(built: FormulatedProblem, stage: int, slot: Slot, slots: Sequence[Slot]) -> float:
+def _tied_bytes(built: Problem, stage: int, slot: Slot, slots: Sequence[Slot]) -> float:
     """Shared parameters, where the search priced the memory they are in as a whole."""
     if [other.pool for other in slots].count(slot.pool) == 1:
         return 0.0
-    return sum(item.num_bytes for item in built.problem.shared_weights if item.users & stage)
+    return sum(item.num_bytes for item in built.shared_weights if item.users & stage)
 
 
 def _binding(
-    stages: Sequence[StageAssignment],
-    built: FormulatedProblem,
+    stages: Sequence[PlannedStage],
+    built: Problem,
     slots: Sequence[Slot],
     prices: Sequence[StagePrice],
     machine: Machine,
 ) -> str:
     loads: dict[int, float] = {}
     for stage in stages:
-        loads[stage.device] = loads.get(stage.device, 0.0) + stage.load_s
+        load_s = stage.forward_s + stage.backward_s + stage.transfer_s
+        loads[stage.device] = loads.get(stage.device, 0.0) + load_s
     busiest = max(loads, key=lambda device: loads[device])
-    indices = [str(stage.index) for stage in stages if stage.device == busiest]
+    indices = [str(index) for index, stage in enumerate(stages) if stage.device == busiest]
     text = (
         f"time: stage {'+'.join(indices)} on {machine.devices[busiest].name} paces the pipeline "
         f"with {loads[busiest] * 1e3:.4g} ms per microbatch"
     )
     slowed = [
-        stage.index
-        for stage, slot, price in zip(stages, slots, prices, strict=True)
+        index
+        for index, (stage, slot, price) in enumerate(zip(stages, slots, prices, strict=True))
         if _slower_than_fastest(stage, built, slot, price)
     ]
     if slowed:
-        fullest = max((stages[index] for index in slowed), key=lambda stage: stage.memory_bytes)
-        limit = machine.devices[fullest.device]
+        fullest = max(slowed, key=lambda index: stages[index].memory_bytes)
+        limit = machine.devices[stages[fullest].device]
         text += (
             f"; memory: stage {_ranges(slowed)} recompute or serialize to fit (fullest: stage "
-            f"{fullest.index} with {fullest.memory_bytes / 1e6:.4g} of "
+            f"{fullest} with {stages[fullest].memory_bytes / 1e6:.4g} of "
             f"{(limit.memory_bytes - limit.reserved_bytes) / 1e6:.4g} MB)"
         )
     return text
@@ -235,8 +184,8 @@ def _ranges(indices: Sequence[int]) -> str:
 
 
 def _slower_than_fastest(
-    stage: StageAssignment, built: FormulatedProblem, slot: Slot, price: StagePrice
+    stage: PlannedStage, built: Problem, slot: Slot, price: StagePrice
 ) -> bool:
-    names = {name: index for index, name in enumerate(built.problem.names)}
-    least = sum(built.problem.fastest[names[name]].total_s for name in stage.blocks) / slot.speed
+    names = {name: index for index, name in enumerate(built.names)}
+    least = sum(built.fastest[names[name]].total_s for name in stage.blocks) / slot.speed
     return price.forward_s + price.backward_s > least * (1 + 1e-9)

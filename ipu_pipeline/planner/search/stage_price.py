@@ -8,6 +8,7 @@ from math import inf
 from typing import Protocol
 
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.knapsack import (
     EXACT_BLOCKS,
@@ -21,7 +22,7 @@ from ipu_pipeline.planner.search.knapsack import (
     thinned,
     within,
 )
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot, Value, bits
+from ipu_pipeline.planner.search.problem import Problem, Slot, Value, bits
 
 MOST_CANDIDATES = 8
 
@@ -104,7 +105,7 @@ class OptionPricer:
         self._frontiers: dict[tuple[int, float], dict[tuple[int, ...], list[Point]]] = {}
         # Whether some stage has more undominated ways than were kept: its optimum is not proven.
         self.thinned = False
-        numbers: dict[tuple[Option, ...], int] = {}
+        numbers: dict[tuple[BlockChoice, ...], int] = {}
         self._menu = [numbers.setdefault(ways, len(numbers)) for ways in problem.options]
         self._alive: dict[int, list[Value]] = {}
         self._by_producer: list[list[Value]] = [[] for _ in problem.names]
@@ -123,20 +124,22 @@ class OptionPricer:
         selections = self._selections(stage, slot, budget, shared_pool=shared_pool)
         if not selections:
             return []
+        return [self.stage_price(done, stage, slot, item, base + shared) for item in selections]
+
+    def stage_price(
+        self, done: int, stage: int, slot: Slot, chosen: Selection, base: float
+    ) -> StagePrice:
+        """Return the price of a stage that holds ``base`` bytes besides those of its options."""
         send_forward, send_backward = self.transfers(done, stage, slot)
-        outer = self.outer_s(stage) / slot.speed
-        return [
-            StagePrice(
-                item.forward_s / slot.speed,
-                item.backward_s / slot.speed,
-                send_forward,
-                send_backward,
-                outer,
-                base + shared + item.held_bytes,
-                item.picks,
-            )
-            for item in selections
-        ]
+        return StagePrice(
+            chosen.forward_s / slot.speed,
+            chosen.backward_s / slot.speed,
+            send_forward,
+            send_backward,
+            self.outer_s(stage) / slot.speed,
+            base + chosen.held_bytes,
+            chosen.picks,
+        )
 
     def best(self, done: int, stage: int, slot: Slot) -> StagePrice | None:
         """Return the quickest way that fits the slot's own memory, or ``None``."""
@@ -207,7 +210,7 @@ class OptionPricer:
         ]
 
     def _frontier(
-        self, menus: tuple[int, ...], ways: Sequence[Sequence[Option]], slot: Slot
+        self, menus: tuple[int, ...], ways: Sequence[Sequence[BlockChoice]], slot: Slot
     ) -> list[Point]:
         """Undominated selections, grown block by block from the longest known beginning."""
         known = self._frontiers.setdefault((slot.in_flight, slot.capacity), {(): [NOTHING]})
@@ -229,5 +232,5 @@ def message_s(link: Link, num_bytes: float) -> float:
     return link.latency_s + num_bytes / link.bytes_per_s if num_bytes else 0.0
 
 
-def _forward_varies(ways: Sequence[Sequence[Option]]) -> bool:
+def _forward_varies(ways: Sequence[Sequence[BlockChoice]]) -> bool:
     return any(len({option.forward_s for option in options}) > 1 for options in ways)

@@ -29,7 +29,7 @@ def test_the_trace_holds_every_event_in_microseconds(tmp_path) -> None:
     )
     assert {span["cat"] for span in spans} == {"forward", "backward", "copy", "sync", "update"}
     names = {e["tid"]: e["args"]["name"] for e in raw["traceEvents"] if e["name"] == "thread_name"}
-    assert names == {0: "d0: stage 0", 1: "d1: stage 1"}
+    assert names == {0: "d0 · stage 0", 1: "d1 · stage 1"}
 
 
 def test_spans_of_a_thread_do_not_overlap() -> None:

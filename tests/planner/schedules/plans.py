@@ -8,8 +8,8 @@ from dataclasses import replace
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.schedules.objective import StagePrice
-from ipu_pipeline.planner.search.objective import make_objective, stages_in_flight
 
 STASH, WEIGHTS, WORKSPACE = 1000, 50_000, 300
 LINK = Link(bytes_per_s=1e6, latency_s=1e-4)
@@ -75,7 +75,9 @@ def make_plan(
         prices.append(
             StagePrice(forward_s[i], backward_s[i], each, each if training else 0.0, outer_s, 0, ())
         )
-    kept = stages_in_flight(schedule, devices, num_microbatches, training=training)
+    kind = schedule_kind(schedule)
+    shape = PipelineShape.of(depth, num_microbatches, devices, training=training)
+    kept = kind.in_flight(shape)
     stages = []
     for i, price in enumerate(prices):
         depth_here = kept[i]
@@ -91,7 +93,7 @@ def make_plan(
                 in_flight=depth_here,
             )
         )
-    form = make_objective(schedule, depth, num_microbatches, devices, training=training)
+    form = kind.objective(shape)
     made = Plan(
         model=ModelIdentity("Toy", {}),
         machine=machine(max(devices) + 1, shared_memory=not copies),

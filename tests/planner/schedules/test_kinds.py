@@ -22,7 +22,6 @@ from ipu_pipeline.planner.schedules import (
 )
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.schedules.rows import forward_only
-from ipu_pipeline.planner.search.objective import make_objective
 from tests.planner.schedules.torch_oracle import shape_for, torch_rows
 
 TORCH = [name for name in schedule_names() if schedule_kind(name).torch_class]
@@ -210,8 +209,3 @@ def test_stages_on_shared_devices_become_one_row_each() -> None:
     rows = schedule_kind("1f1b").rows(PipelineShape.of(3, 4, (0, 1, 0))).rows
     assert [{action.stage for action in row} for row in rows] == [{0, 2}, {1}]
     assert rows[0][0] == Action(0, "F", 0)
-
-
-def test_maxload_is_an_objective_and_no_schedule() -> None:
-    assert "maxload" not in schedule_names()
-    assert make_objective("maxload", 3, 9).sum_weight == 0

@@ -12,7 +12,6 @@ from ipu_pipeline.ir.schedule import requirements
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
     StageTimes,
-    bound_seconds,
     critical_paths,
     replay,
     schedule_kind,
@@ -23,6 +22,14 @@ from tests.planner.schedules.torch_oracle import shape_for
 
 REPLAYED = [name for name in schedule_names() if not schedule_kind(name).lock_stepped]
 seconds = st.floats(0.001, 1.0)
+
+
+def bound_seconds(kind, shape, times):
+    """Return the longest critical path; of lock-stepped schedules the objective."""
+    prices = [stage.price for stage in times]
+    if kind.lock_stepped:
+        return kind.objective(shape).seconds(shape.devices, prices)
+    return max(path.seconds(prices) for path in critical_paths(kind, shape))
 
 
 @st.composite

@@ -153,8 +153,6 @@ def step_seconds(schedule, num_microbatches, devices, forward, backward, *, trai
             for device in set(devices)
         )
 
-    if schedule == "maxload":
-        return busiest(total)
     if schedule == "1f1b":
         return (num_microbatches - 1) * busiest(total) + sum(total)
     if schedule == "gpipe":
@@ -182,7 +180,7 @@ def kept_microbatches(schedule, stage, depth, num_microbatches, *, training, dev
     if schedule == "popart" and devices is not None:
         number = sum(a != b for a, b in pairwise(devices[: stage + 1]))
         depth, stage = 1 + sum(a != b for a, b in pairwise(devices)), number
-    if not training or schedule == "maxload":
+    if not training:
         return 1
     count = {
         "1f1b": depth - stage,

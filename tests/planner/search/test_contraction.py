@@ -20,8 +20,9 @@ from benchmarks.max_load import (
     least_bottleneck,
 )
 from ipu_pipeline.ir.machine import Link
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.ideals import Lattice
-from ipu_pipeline.planner.search.problem import Option, Slot, Value, bits
+from ipu_pipeline.planner.search.problem import Slot, Value, bits
 
 
 def random_problem(seed):
@@ -41,7 +42,7 @@ def random_problem(seed):
     return MaxLoadProblem(
         names=tuple(map(str, range(count))),
         preds=tuple(preds),
-        options=tuple((Option(seconds),) for seconds in work),
+        options=tuple((BlockChoice(seconds),) for seconds in work),
         values=tuple(values),
         weight_bytes=tuple(float(rng.randint(0, 3)) for _ in range(count)),
         host_s=tuple(10 * seconds for seconds in work) if rng.random() < 0.5 else None,
@@ -71,7 +72,7 @@ def test_a_chain_of_work_keeps_only_its_work():
     chain = MaxLoadProblem(
         names=("a", "b", "c", "d"),
         preds=(0, 1, 2, 4),
-        options=tuple((Option(seconds),) for seconds in work),
+        options=tuple((BlockChoice(seconds),) for seconds in work),
         values=tuple(Value(i, 1 << i + 1, 1.0) for i in range(3)),
     )
     small = Contraction.of(chain, inf)

@@ -7,14 +7,15 @@ import random
 import numpy as np
 import pytest
 
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals
-from ipu_pipeline.planner.search.problem import Option, Problem, bits
+from ipu_pipeline.planner.search.problem import Problem, bits
 
 
 def random_problem(seed, count):
     rng = random.Random(seed)
     preds = tuple(sum(1 << p for p in range(b) if rng.random() < 0.3) for b in range(count))
-    options = tuple((Option(rng.choice([0, 1, 2.5])),) for _ in range(count))
+    options = tuple((BlockChoice(rng.choice([0, 1, 2.5])),) for _ in range(count))
     return Problem(tuple(map(str, range(count))), preds, options)
 
 
@@ -47,6 +48,6 @@ def test_of_masks_equals_the_filtered_lattice():
 
 
 def test_too_many_sets_are_refused():
-    problem = Problem(tuple(map(str, range(12))), (0,) * 12, ((Option(1.0),),) * 12)
+    problem = Problem(tuple(map(str, range(12))), (0,) * 12, ((BlockChoice(1.0),),) * 12)
     with pytest.raises(TooManyIdeals, match="more than 1000 downward-closed sets"):
         Lattice(problem, limit=1000)

@@ -7,15 +7,15 @@ import random
 
 import pytest
 
+from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.knapsack import NOTHING, grown, least_time, summarize, within
-from ipu_pipeline.planner.search.problem import Option
 
 
 def random_menus(seed, num_blocks, *, spaces=True):
     rng = random.Random(seed)
     return [
         tuple(
-            Option(rng.randint(0, 5), rng.randint(0, 9), rng.randint(0, 20),
+            BlockChoice(rng.randint(0, 5), rng.randint(0, 9), rng.randint(0, 20),
                    rng.choice([0, 5, 9]) if spaces else 0, rng.randint(0, 5))
             for _ in range(rng.randint(1, 3))
         )
@@ -76,7 +76,9 @@ def test_many_different_blocks_are_still_exact():
     menus = []
     for _ in range(60):
         forward, stash = rng.uniform(1, 2), rng.uniform(50, 100)
-        menus.append((Option(forward, 2 * forward, stash), Option(forward, 3 * forward, stash / 9)))
+        menus.append(
+            (BlockChoice(forward, 2 * forward, stash), BlockChoice(forward, 3 * forward, stash / 9))
+        )
     total = sum(menu[0].stash_bytes for menu in menus)
     found = least_time(menus, 1, 0.6 * total)
     assert found is not None

@@ -131,4 +131,4 @@ def test_optimum_equals_the_integer_program(num_blocks, num_stages, streams, see
     found = solve(graph, costs, machine, constraints)
     assert found.objective == pytest.approx(expected, rel=1e-6)
     assert found.gap == 0.0
-    assert any(stage.recomputed for stage in found.stages)  # memory matters in every case
+    assert any(stage.recompute for stage in found.stages)  # memory matters in every case

@@ -47,7 +47,7 @@ def test_wrong_constraints(options, message):
         ({"update_s": {"x": 1.0}}, "update_s names x"),
         ({"recompute": ("b1", "b9")}, "recompute names b9, which the graph does not have; its b"),
         ({"serialize": {"x.*": 2}}, r"serialize names x\.\*, which the graph does not have"),
-        ({"serialize": {"b1": 3}}, "block 'b1' in 3 slices, which has prices for 1; give the"),
+        ({"serialize": {"b1": 3}}, "block 'b1' in 3 slices: only a lookup table or an output proj"),
         ({"num_stages": 6}, "6 stages need at least as many blocks, the graph has 5"),
         ({"num_stages": 3}, "3 stages x 1 replicas need 3 devices, the machine offers 2"),
         ({"replicas": 3}, "1 stages x 3 replicas need 3 devices, the machine offers 2"),

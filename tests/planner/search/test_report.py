@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.plan import PlannedStage
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.search import Constraints, solve
-from ipu_pipeline.planner.search.result import StageAssignment
 
 
 def chain(num_blocks: int) -> BlockGraph:
@@ -50,7 +50,7 @@ def test_memory_names_the_stages_and_the_fullest() -> None:
     assert bound_by(250).endswith(expected)
 
 
-def one_stage(*, frees_in_order: bool) -> StageAssignment:
+def one_stage(*, frees_in_order: bool) -> PlannedStage:
     graph = chain(3)
     ways = (BlockChoice(1.0, 2.0, 100, 500), BlockChoice(1.0, 2.0, 100, 30), BlockChoice(1, 2, 100))
     costs = GraphCosts(

@@ -30,13 +30,14 @@ from ipu_pipeline.backends.ipu.prices.timing import (
     optimizer_s_per_element,
     streaming_s_per_element,
 )
-from ipu_pipeline.planner.schedules.objective import StagePrice
+from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.schedules.objective import Objective, PacedTerm, StagePrice
 from ipu_pipeline.planner.search.constraints import LayerRule
 from ipu_pipeline.planner.search.ideals import Lattice, boundaries
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch, Part
-from ipu_pipeline.planner.search.objective import Objective, PacedTerm, make_objective
 from ipu_pipeline.planner.search.priced import Quickest
-from ipu_pipeline.planner.search.problem import Option, Problem, Slot
+from ipu_pipeline.planner.search.problem import Problem, Slot
 
 _EQUAL = 1e-12
 
@@ -74,7 +75,8 @@ class IPUPipeline:
     def objective(self) -> Objective:
         """Seconds of a step as rows (module docstring)."""
         run, chain, count = self.settings, self.chain, len(self.slots)
-        base = make_objective("popart", count, run.num_microbatches, training=run.training)
+        shape = PipelineShape.of(count, run.num_microbatches, training=run.training)
+        base = schedule_kind("popart").objective(shape)
         none = (0,) * count
         rows = list(base.rows)
         fixed_s = run.num_microbatches * input_time(chain.graph, run, chain.chip)
@@ -168,7 +170,7 @@ class IPUPipeline:
         """Blocks with their least seconds, in the order of execution."""
         names, times = self.chain.names, self._fastest
         options = tuple(
-            (Option(times.forward_s[i + 1] - times.forward_s[i],
+            (BlockChoice(times.forward_s[i + 1] - times.forward_s[i],
                     times.backward_s[i + 1] - times.backward_s[i]),)
             for i in range(len(names))
         )  # fmt: skip

@@ -26,10 +26,10 @@ from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.tables import table_of
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search.constraints import Constraints, layer_rule
 from ipu_pipeline.planner.search.from_graph import build_slots, device_groups
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
-from ipu_pipeline.planner.search.objective import least_microbatches
 from ipu_pipeline.planner.search.priced import quickest
 from ipu_pipeline.planner.search.result import Partition
 
@@ -165,7 +165,8 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints, *, powers: bool
     ) -> Iterator[IPUPipeline]:
         graph = self.graph
-        every = self.starts(constraints)
+        state = [sum(1 << graph.block_index[n] for n in item.blocks) for item in graph.state]
+        every = _uncut(self.starts(constraints), state)
         groups = _device_groups(graph, constraints)
         costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
         for replicas, devices in self._layouts(machine, constraints):
@@ -174,7 +175,7 @@ class IPUPlanning:
             if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
                 starts = _uncut(every, groups)
             count = constraints.microbatches_of(replicas)
-            least = least_microbatches("popart", len(devices), training=graph.training)
+            least = _least_microbatches(len(devices), graph)
             if count < least or len(devices) > len(starts) - 1:
                 continue
             if powers and num_ipus & (num_ipus - 1):
@@ -296,7 +297,7 @@ class IPUPlanning:
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1
         count = constraints.microbatches_of(constraints.replicas or 1)
-        least = least_microbatches("popart", depth, training=self.graph.training)
+        least = _least_microbatches(depth, self.graph)
         if count < least:
             return (
                 f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
@@ -379,6 +380,11 @@ def _uncut(starts: tuple[int, ...], groups: Sequence[int]) -> tuple[int, ...]:
     """Leave out the starts between blocks of one group."""
     spans = [((mask & -mask).bit_length() - 1, mask.bit_length() - 1) for mask in groups]
     return tuple(s for s in starts if not any(first < s <= last for first, last in spans))
+
+
+def _least_microbatches(num_stages: int, graph: BlockGraph) -> int:
+    shape = PipelineShape.of(num_stages, 1, training=graph.training)
+    return schedule_kind("popart").least_microbatches(shape)
 
 
 def _device_groups(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...]:

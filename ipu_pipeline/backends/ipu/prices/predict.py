@@ -26,10 +26,9 @@ from ipu_pipeline.backends.ipu.prices.timing import StageTime, StepTime, step_ti
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.options.block_cost import BlockChoice
+from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
-from ipu_pipeline.planner.search.result import Partition, StageAssignment
+from ipu_pipeline.planner.search.result import Partition
 
 WHOLE_STAGES = "PopART recomputes every stage but the last, or none"
 # Fields of a plan's settings that say what was asked for, not what the program does.
@@ -248,16 +247,15 @@ def partition_of(prediction: Prediction, bound_s: float) -> Partition:
     stages = []
     for index, (stage, load) in enumerate(zip(layout.stages, loads, strict=True)):
         again = prediction.recomputes and index < len(loads) - 1
-        factors = [serialization_factor(graph, graph[name], settings) for name in stage.blocks]
+        factors = {
+            name: serialization_factor(graph, graph[name], settings) for name in stage.blocks
+        }
         stages.append(
-            StageAssignment(
-                index=index,
+            PlannedStage(
                 device=stage.ipu,
                 blocks=stage.blocks,
-                choices=tuple(
-                    BlockChoice(0.0, 0.0, recompute=again, serialize_factor=factor)
-                    for factor in factors
-                ),
+                recompute=stage.blocks if again else (),
+                serialize={name: factor for name, factor in factors.items() if factor > 1},
                 forward_s=load.forward_s,
                 backward_s=load.backward_s,
                 transfer_s=load.copies.forward_s,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from statistics import quantiles
 from typing import Any
 
@@ -22,7 +22,6 @@ from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.ops.threads import threads_per_stage
-from ipu_pipeline.planner.options.cost_models import MeasuredTimes
 
 # All blocks are visited so often: what slows the machine for a second then falls on one visit.
 VISITS = 3
@@ -36,7 +35,7 @@ Runs = tuple[list[float], list[float]]
 
 def profile_blocks(
     captured: CapturedModel, batch: Mapping[str, Tensor], *, num_devices: int
-) -> dict[str, MeasuredTimes]:
+) -> dict[str, tuple[float, float]]:
     """Measure the blocks; equal blocks are measured once, known ones are read from disk.
 
     Args:
@@ -46,7 +45,7 @@ def profile_blocks(
             together, each with its share of the cores.
 
     Returns:
-        Seconds of one microbatch by block name.
+        Forward and backward seconds of one microbatch by block name.
 
     Raises:
         CaptureError: The model lives on the meta device: there is nothing to run.
@@ -58,12 +57,12 @@ def profile_blocks(
         )
     name = f"blocks-{num_devices}x{threads_per_stage(num_devices)}"
     kept = load_measurements(name, dict[str, tuple[float, float]]) or {}
-    known = {key: MeasuredTimes(*times) for key, times in kept.items() if min(times) >= 0}
+    known = {key: times for key, times in kept.items() if min(times) >= 0}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
-        with preserved_state(captured.model):
+        with preserved_state(captured.model, captured._trace.changing.values()):
             _measure_missing(captured, batch, num_devices, signatures, known)
-        store_measurements(name, {key: astuple(times) for key, times in known.items()})
+        store_measurements(name, known)
     return {block: known[signature] for block, signature in signatures.items()}
 
 
@@ -72,7 +71,7 @@ def _measure_missing(
     batch: Mapping[str, Tensor],
     num_devices: int,
     signatures: Mapping[str, str],
-    known: dict[str, MeasuredTimes],
+    known: dict[str, tuple[float, float]],
 ) -> None:
     values: dict[str, Any] = {name: batch[name] for name in captured.inputs}
     with torch.no_grad():
@@ -89,9 +88,10 @@ def _measure_missing(
         for signature, program in missing.items():
             found[signature] += _measure(program, values, num_devices, captured)
     for signature, visits in found.items():
-        known[signature] = MeasuredTimes(
-            *(_undisturbed([s for runs in visits for s in runs[which]]) for which in (0, 1))
+        forward_s, backward_s = (
+            _undisturbed([s for runs in visits for s in runs[which]]) for which in (0, 1)
         )
+        known[signature] = (forward_s, backward_s)
 
 
 def _measure(
