@@ -144,7 +144,10 @@ class Tracer(TorchFunctionMode):
             result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
         call.collected = {
-            key: [self.recorder.stand_in(tensor) for tensor in tensors[collected.get(key, 0) :]]
+            key: [
+                t if t is None else self.recorder.stand_in(t)
+                for t in tensors[collected.get(key, 0) :]
+            ]
             for key, tensors in collected_outputs().items()
             if len(tensors) > collected.get(key, 0)
         }

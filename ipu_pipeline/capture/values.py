@@ -62,7 +62,8 @@ def storage_key(tensor: Tensor) -> int:
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
     """Return the memory of a tensor, of a sparse gradient that of its values."""
-    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
+    with torch._C.DisableTorchFunctionSubclass():  # also of what stands for a tensor
+        return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
 
 
 @dataclass(frozen=True)
