@@ -46,7 +46,16 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
+from ipu_pipeline.capture.glue import (
+    Call,
+    Glue,
+    GlueRecorder,
+    Path,
+    StandIn,
+    apart,
+    placed,
+    value_at,
+)
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
@@ -410,6 +419,8 @@ class Tracer(TorchFunctionMode):
             CaptureError: Another shape or dtype; or a block does so itself and others read it.
         """
         for fqn, was, now in self.use.replaced():
+            if type(was) is StandIn:  # which a replay left, and nobody has read
+                continue
             if self.values.known(now) is None:
                 self._check_not_shared(fqn)
                 continue
