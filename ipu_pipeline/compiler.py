@@ -13,7 +13,9 @@ from torch import nn
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
+from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -42,6 +44,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     config: IPUConfig | None = None,
     constraints: Constraints | None = None,
     passes: str = "",
+    batch_axes: Mapping[str, int | None] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -65,6 +68,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         constraints: Further limits; the arguments above replace its fields of the same meaning.
         passes: Passes over the solved plan, such as ``serialize_projection{factor=16},
             recompute{blocks=all}``; the predictions are those of the annotated plan.
+        batch_axes: Axis of samples by input (``{"position_ids": 1, "class_weights": None}``;
+            ``None``: every microbatch gets it whole), kept in the plan. Of other inputs it is
+            found before the first batch is cut, by running the model on two samples.
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -74,6 +80,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         ValueError: An argument is out of range.
     """
     manager = PassManager.parse(passes)
+    model, example_batch = original_model(model), ready_batch(example_batch)
     captured = capture(model, example_batch, granularity=granularity)
     keep_for_reuse(captured)
     depth = depth_of(num_stages, config)
@@ -97,6 +104,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     if split is None:
         split = _searched(work, limits, _layers(captured.graph, config, depth))
     made = make_plan(model_identity(captured.model), work, split, captured.granularity)
+    made = replace(made, batch_axes=dict(batch_axes or {}))
     return _after_passes(_fitting(made), manager)
 
 
@@ -141,6 +149,7 @@ def compile(
     *,
     target: str = "local",
     optimizer: torch.optim.Optimizer | None = None,
+    batch_axes: Mapping[str, int | None] | None = None,
     **options: Any,
 ) -> Executable:
     """Turn a plan into an executable for ``target``.
@@ -150,6 +159,7 @@ def compile(
         plan: From :func:`plan` or ``Plan.load``.
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.
+        batch_axes: As for :func:`plan`; they replace those of the plan.
         **options: Fields of :class:`~ipu_pipeline.stages.executable.ExecutionOptions`:
             ``precision``, ``loss_scaling``, ``max_grad_norm``, ``seed``, ``schedule``, ...;
             ``training=False`` for inference: no optimizer, ``eval_step`` only, and the plan may
@@ -161,6 +171,8 @@ def compile(
         ValueError: An option is unknown or out of range, or there is an optimizer and nothing to
             train.
     """
+    model = original_model(model)
+    plan = replace(plan, batch_axes={**plan.batch_axes, **(batch_axes or {})})
     verify_plan(plan)
     plan.check_model(model_identity(model))
     unknown = sorted(set(options) - set(ExecutionOptions.__dataclass_fields__))

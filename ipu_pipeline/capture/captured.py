@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.glue import Glue, Path
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import countable, preserved_state, tracing_patches
+from ipu_pipeline.capture.patches import countable, not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.state import without_stand_ins
@@ -213,7 +213,8 @@ def capture(
         return captured
     from ipu_pipeline.capture.check import check_capture
 
-    found = check_capture(captured, batch)
+    with not_compiled(model):
+        found = check_capture(captured, batch)
     return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)
 
 
@@ -266,11 +267,7 @@ def take_kept(
 
 def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Return what a capture depends on of a batch: shapes and types, and what is no tensor."""
-    return tuple(
-        (name, (tuple(value.shape), value.dtype, value.requires_grad, value.device))
-        if isinstance(value, Tensor) else (name, value)
-        for name, value in batch.items()
-    )  # fmt: skip
+    return tuple((name, inputs.described(value)) for name, value in batch.items())
 
 
 def model_identity(model: nn.Module) -> ModelIdentity:
@@ -300,7 +297,7 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
             except _BackwardInsideError:
                 return trace(model, batch, leaves)
     except RuntimeError as error:
-        if on_meta and "meta" in str(error):
+        if on_meta and "meta" in str(error).lower():
             raise CaptureError(
                 f"{type(model).__name__} reads tensor values in Python between its blocks, which "
                 f"a model on the meta device does not have ({error}); capture it with real "
@@ -320,18 +317,8 @@ def _refuse_checkpointing(model: nn.Module) -> None:
 
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:
     """Return copies: one tensor under two names (labels that are the input ids) must become two."""
-    if not batch:
-        raise CaptureError("the example batch is empty; pass the model's keyword arguments")
-    for name, value in batch.items():
-        members = [] if isinstance(value, Tensor) else tree_leaves(value)
-        if any(isinstance(member, Tensor) for member in members):
-            raise CaptureError(
-                f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages "
-                "take tensors by name only: pass them one by one, or wrap the model in a module "
-                "that builds the structure"
-            )
-    own = dict(batch)
-    for name, value in batch.items():
+    own = inputs.ready_batch(batch)
+    for name, value in own.items():
         if isinstance(value, Tensor):
             copy = value.detach().to("meta") if meta else value.detach().clone()
             own[name] = copy.requires_grad_(value.requires_grad)

@@ -165,6 +165,7 @@ class _Run:
     def _take(self, name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        gradient = gradient.to_dense()
         if self.compared_with is None:
             self.outcome[name] = gradient
         else:

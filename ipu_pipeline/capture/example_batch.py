@@ -69,7 +69,7 @@ class _Draft:
 
     @property
     def text_config(self) -> Any:
-        return self.config.get_text_config(decoder=self.config.is_encoder_decoder)
+        return self.config.get_text_config(decoder=self.config.is_encoder_decoder or None)
 
     def accepts(self, name: str) -> bool:
         return name in inspect.signature(self.model.forward).parameters
@@ -110,6 +110,13 @@ def example_batch(
     if task not in _BUILDERS:
         raise CaptureError(f"no example batch for task {task!r}; known: {', '.join(_BUILDERS)}")
     draft = _Draft(model, size, torch.Generator().manual_seed(seed))
+    shifts = hasattr(model, "_shift_right") or draft.config.model_type == "encoder-decoder"
+    if shifts and draft.accepts("decoder_input_ids") and _start_id(draft) is None:
+        raise CaptureError(
+            f"the config of this {draft.config.model_type} model has no decoder_start_token_id, "
+            "with which the decoder's input begins; set config.decoder_start_token_id (of T5 it is "
+            "pad_token_id, 0)"
+        )
     batch = _BUILDERS[task](draft)
     return {name: value.to(device) for name, value in batch.items()}
 
@@ -236,12 +243,13 @@ def _pretraining(draft: _Draft) -> dict[str, Tensor]:
     if label is None:
         raise CaptureError(
             f"{type(draft.model).__name__} learns nothing about pairs of sentences (its forward "
-            f"has none of {', '.join(PAIR_LABELS)}); use masked-lm, or another task that it has"
+            f"has none of {', '.join(PAIR_LABELS)}); use another task that it has, or plan it in "
+            "Python with a batch of your own"
         )
     return {**_masked_lm(draft), label: draft.integers(0, 2, (draft.size.batch_size,))}
 
 
-def pair_label(model: nn.Module) -> str | None:
+def pair_label(model: nn.Module | type[nn.Module]) -> str | None:
     """Return what ``model`` calls its label of a pair of sentences; ``None`` if it has none."""
     accepted = inspect.signature(model.forward).parameters
     return next((name for name in PAIR_LABELS if name in accepted), None)
@@ -261,13 +269,18 @@ def _seq2seq_lm(draft: _Draft) -> dict[str, Tensor]:
     inputs = _text_inputs(draft)
     target = _token_ids(draft, inputs["attention_mask"])
     batch = {**inputs, "labels": _token_labels(target, inputs["attention_mask"])}
-    start = getattr(draft.text_config, "decoder_start_token_id", None)
-    start = getattr(draft.config, "decoder_start_token_id", None) if start is None else start
-    if isinstance(start, int):
-        batch["decoder_input_ids"] = torch.cat(
-            [torch.full_like(target[:, :1], start), target[:, :-1]], dim=1
-        )
+    start = _start_id(draft)
+    if start is not None:
+        first = torch.full_like(target[:, :1], start)
+        batch["decoder_input_ids"] = torch.cat([first, target[:, :-1]], dim=1)
     return batch
+
+
+def _start_id(draft: _Draft) -> int | None:
+    """Return the id with which the input of a decoder begins, if the config says one."""
+    configs = (draft.text_config, draft.config)
+    ids = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    return next((one for one in ids if isinstance(one, int)), None)
 
 
 def _classification(

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from ipu_pipeline.capture.example_batch import BatchSize, example_batch
+from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
 from ipu_pipeline.errors import CaptureError
 
 # The transformers auto class that finds the model class of each task. The class that a config names
@@ -133,22 +133,34 @@ def infer_task(config: PretrainedConfig) -> str:
             return task
     raise CaptureError(
         f"cannot tell the task of this {config.model_type} config (it names "
-        f"{', '.join(sorted(named)) or 'no architecture'}); say which: "
-        f"{', '.join(_possible_tasks(config)) or 'none is known for it'}"
+        f"{', '.join(sorted(named)) or 'no architecture'}); {_remedy(config)}"
     )
 
 
+def _remedy(config: PretrainedConfig) -> str:
+    own = "plan it in Python with a batch of your own, ipu_pipeline.plan(model, batch)"
+    possible = ", ".join(_possible_tasks(config))
+    return f"say which: {possible}; or {own}" if possible else f"no task is known for it: {own}"
+
+
 def _possible_tasks(config: PretrainedConfig) -> list[str]:
-    return [task for task in TASKS if _class_names(config, task)]
+    return [
+        task
+        for task in TASKS
+        if _classes(config, task)
+        and (task != "pretraining" or any(map(pair_label, _classes(config, task))))
+    ]
 
 
 def _class_names(config: PretrainedConfig, task: str) -> set[str]:
     """Names of the model classes of ``task`` for this config; empty when there is none."""
+    return {item.__name__ for item in _classes(config, task)}
+
+
+def _classes(config: PretrainedConfig, task: str) -> tuple[type[nn.Module], ...]:
     mapping = _auto_class(config, task)._model_mapping
-    if type(config) not in mapping:
-        return set()
-    found = mapping[type(config)]
-    return {item.__name__ for item in (found if isinstance(found, tuple) else (found,))}
+    found = mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _auto_class(config: PretrainedConfig, task: str) -> Any:

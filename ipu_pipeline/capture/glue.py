@@ -312,12 +312,3 @@ def value_at(described: Described, path: Path) -> Any:
     for index in path:
         described = described[2][index]
     return described[1]
-
-
-def has_tensor(described: Described) -> bool:
-    """Whether a tensor or object is among described values."""
-    if isinstance(described, tuple) and len(described) == 2 and described[0] in ATOMS:
-        return False
-    if not isinstance(described, tuple):
-        return isinstance(described, int)
-    return any(has_tensor(part) for part in described)

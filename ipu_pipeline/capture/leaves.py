@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from ipu_pipeline.capture.patches import original_model
+
 Granularity = Literal["layer", "sublayer", "op"]
 # An element is expanded into its own repeated list only when the list is nearly all of it (a Swin
 # stage of two blocks and a patch merging: 3 of 4 parameters).
@@ -93,8 +95,9 @@ def _is_repeated(container: nn.Module, *, uniform: bool = False) -> bool:
     children = list(container.children())
     if not children or not all(has_parameters(child) for child in children):
         return False
-    own_classes = not type(children[0]).__module__.startswith("torch.")
-    one_class = len({type(child) for child in children}) == 1
+    kinds = [type(original_model(child)) for child in children]
+    own_classes = not kinds[0].__module__.startswith("torch.")
+    one_class = len(set(kinds)) == 1
     if isinstance(container, nn.ModuleList):
         return own_classes and (one_class or not uniform)
     return isinstance(container, nn.Sequential) and own_classes and one_class and len(children) > 1

@@ -29,7 +29,7 @@ from ipu_pipeline.capture.patches import countable
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.state import values_of
-from ipu_pipeline.capture.values import TensorMeta, storage_key
+from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 
@@ -56,7 +56,7 @@ class LiveBytes:
     def note(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of ``tensors`` that are new."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = storage_of(tensor)
             key = int(storage._cdata)
             if key not in self._apart and key not in self._alive:
                 self._add(key, storage)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,9 @@ from torch.nn import functional
 
 from ipu_pipeline.capture.python_state import PythonState
 
+# Methods of transformers' models that compute tensors from inputs alone, reading values in Python:
+# positions of text and images, from where the padding and the images are.
+WHOLE_METHODS = ("get_rope_index",)
 SDPA = functional.scaled_dot_product_attention
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
@@ -37,7 +41,7 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
     being traced, so that it does not choose its masks by looking at the example's values.
     """
-    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, not_compiled(model), contextlib.ExitStack() as stack:
         for config in configs_of(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
@@ -45,6 +49,24 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
         for module in _modules_that_ask(len(sys.modules)):
             stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
+
+
+def original_model(model: nn.Module) -> nn.Module:
+    """Return the model that ``torch.compile`` wrapped, or ``model`` itself."""
+    found = getattr(model, "_orig_mod", model)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def not_compiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Return a region in which compiled parts of ``model`` run as they were written."""
+    if not any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    ):
+        return contextlib.nullcontext()
+    region: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return region
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,6 +109,29 @@ def patched_calls(
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.object(apis, "vmap_impl", vmapped),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def patched_methods(
+    model: nn.Module,
+    called: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Route calls of :data:`WHOLE_METHODS` of ``model``'s modules through ``called``.
+
+    It gets the method, bound to its module, and the arguments.
+    """
+    classes = {type(module) for module in model.modules()}
+    with contextlib.ExitStack() as stack:
+        for kind, name in itertools.product(classes, WHOLE_METHODS):
+            method = getattr(kind, name, None)
+            if method is None:
+                continue
+
+            def call(self: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:
+                return called(method.__get__(self), args, kwargs)
+
+            stack.enter_context(mock.patch.object(kind, name, call))
         yield
 
 

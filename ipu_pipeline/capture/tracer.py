@@ -49,7 +49,7 @@ from ipu_pipeline.capture.calls import (
 from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import collected_outputs, patched_calls
+from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
 from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
     StorageHistory,
@@ -250,7 +250,7 @@ class Tracer(TorchFunctionMode):
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one ``autograd.Function.apply``; in the glue it is one node."""
+        """Run one ``autograd.Function.apply`` or whole method; in the glue it is one node."""
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         with self._untraced():
@@ -261,7 +261,9 @@ class Tracer(TorchFunctionMode):
         call = self._described(original, (args, kwargs))
         result = original(*args, **kwargs)
         holder = RegionCall(original, Region.current(), self.ambient)
-        node = self._held_call(holder, args, kwargs, original.__self__.__name__)
+        owner = original.__self__  # a class, or the module of a method
+        name = getattr(owner, "__name__", type(owner).__name__)
+        node = self._held_call(holder, args, kwargs, name)
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         call.node = node
@@ -505,7 +507,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.recorder.input(name, batch[name])
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
-        with patched_calls(*hooks), tracer:
+        with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
             output = model(**batch)
         tracer.record_replaced()
         results = dict(named_tensors(output))

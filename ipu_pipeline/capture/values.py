@@ -57,7 +57,12 @@ class StorageHistory:
 
 def storage_key(tensor: Tensor) -> int:
     """Return a key that tensors share when they share memory (works without data, too)."""
-    return int(tensor.untyped_storage()._cdata)
+    return int(storage_of(tensor)._cdata)
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage:
+    """Return the memory of a tensor, of a sparse gradient that of its values."""
+    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
     |-- config.json, ...        what save_pretrained adds (transformers models)
     |-- optimizer.safetensors   state tensors, "exp_avg/encoder.layer.0.weight"; the same
     |-- optimizer.json          groups by parameter name, with their settings
-    `-- checkpoint.json         versions, model fingerprint, step, random state, checksums, extra
+    `-- checkpoint.json         versions, model fingerprint, step, random state, checksums, extra,
+                                what modules' get_extra_state returns
 
 The folder appears whole or not at all, and nothing is loaded before everything was checked.
 Parameters go by their names in the unsplit model, so any split, target and grouping of the
@@ -99,6 +100,7 @@ def read_checkpoint(
         state = None
         if optimizer is not None:
             state = read_optimizer(optimizer, model, path, manifest["files"])
+        own = dict(manifest.get("extra_state", {}))
         set_rng_state = parsed_rng_state(manifest["rng"])
         found = CheckpointInfo(operator.index(manifest["global_step"]), dict(manifest["extra"]))
         warn_of_other_settings(model, path)
@@ -106,7 +108,7 @@ def read_checkpoint(
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     if optimizer is not None and state is not None:
         load_optimizer(optimizer, state, path)
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict({**tensors, **own}, strict=False)
     set_rng_state()
     return found
 

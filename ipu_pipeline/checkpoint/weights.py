@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ipu_pipeline.checkpoint.manifest import files_of
 from ipu_pipeline.errors import CheckpointError
 
+_EXTRA_STATE = "_extra_state"
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model"
@@ -33,7 +35,7 @@ def weights_to_save(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str
     """
     targets: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     ignored = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    state = model.state_dict(keep_vars=True)
+    state = tensors_of(model)
     kept: dict[str, Tensor] = {}
     left_out: dict[str, Tensor] = {}
     for names in tied_names(model):
@@ -63,13 +65,13 @@ def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> 
     tensors: dict[str, Tensor] = {}
     for name in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
         tensors |= load_file(folder / name)
-    state = model.state_dict()
+    state = tensors_of(model)
     missing = [names[0] for names in tied_names(model) if not tensors.keys() & set(names)]
     unknown = [name for name in tensors if name not in state]
     shapes = [
         f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(state[name].shape)} here"
         for name, tensor in tensors.items()
-        if name in state and tensor.shape != state[name].shape
+        if name in state and tensor.shape != state[name].shape and not name.endswith(_EXTRA_STATE)
     ]
     problems = [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in unknown] + shapes
     if problems:
@@ -135,6 +137,35 @@ def warn_of_other_settings(model: torch.nn.Module, folder: Path) -> None:
 def tied_names(model: torch.nn.Module) -> list[list[str]]:
     """Return the names of the state dict, those of one and the same tensor together."""
     groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in tensors_of(model).items():
         groups.setdefault(id(tensor), []).append(name)
     return list(groups.values())
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the model's state dict, parameters as they are."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def extra_state(model: torch.nn.Module) -> dict[str, Any]:
+    """Return what modules' ``get_extra_state`` adds to the state dict and is no tensor.
+
+    Raises:
+        CheckpointError: It is not JSON data, and nothing is pickled.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    for name, value in found.items():
+        problem = "not the same after it was written and read"
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError) as error:
+            same, problem = False, str(error)
+        if not same:
+            raise CheckpointError(
+                f"{name} of {type(model).__name__} cannot be kept in a checkpoint ({problem}); "
+                "let get_extra_state return a tensor, or lists, texts, numbers and dicts with "
+                "texts as keys"
+            )
+    return found

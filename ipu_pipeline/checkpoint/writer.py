@@ -42,6 +42,7 @@ from ipu_pipeline.checkpoint.optimizer_state import (
 from ipu_pipeline.checkpoint.weights import (
     LEFT_OUT,
     WEIGHTS,
+    extra_state,
     fingerprint,
     save_settings,
     weights_to_save,
@@ -144,12 +145,14 @@ class CheckpointWriter:
         extra: Mapping[str, Any] | None = None,
         attach: Attach | None = None,
     ) -> None:
+        own = extra_state(model)
         self._content = as_json_data(
             {
                 "model": fingerprint(model),
                 "global_step": global_step,
                 "rng": rng_state(),
                 "extra": dict(extra or {}),
+                **({"extra_state": own} if own else {}),
             },
             "extra must be JSON data ({}); convert tensors and arrays to numbers or lists",
         )

@@ -106,6 +106,8 @@ class Plan:
         cost_source: Where the prices of the blocks come from: ``analytic``, ``profiled``, ``ipu``.
         measured_s: Measured forward and backward seconds by block, where they are profiled.
         settings: The backend's own settings, as JSON data.
+        batch_axes: Axis of samples by input, where the user has said it; ``None``: every
+            microbatch gets that input whole.
         objective_s: Predicted seconds of one optimizer step.
         lower_bound_s: Proven: no split within the constraints is predicted faster; 0: not known.
         binding: What limits the plan, readable.
@@ -125,6 +127,7 @@ class Plan:
     cost_source: str = "analytic"
     measured_s: Mapping[str, tuple[Amount, Amount]] = field(default_factory=dict, hash=False)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    batch_axes: Mapping[str, int | None] = field(default_factory=dict, hash=False)
     objective_s: Amount = 0.0
     lower_bound_s: Amount = 0.0
     binding: str = ""

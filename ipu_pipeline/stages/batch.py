@@ -1,15 +1,33 @@
-"""Cut a batch into microbatches."""
+"""Cut a batch into microbatches, so that what they compute is what the batch computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, isclose
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ipu_pipeline.capture.batch_axes import (
+    Axes,
+    BatchAxes,
+    find_axes,
+    part_of,
+    size_of,
+    sized,
+    sized_like_samples,
+)
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.inputs import ready_batch
+from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.training import in_evaluation
+
+LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,8 +37,9 @@ class Microbatch:
     Attributes:
         index: Position in the batch; random numbers are keyed by it.
         inputs: Model inputs by name.
-        num_samples: Size of axis 0.
-        share: Weight of its loss: its part of the batch's samples, or what the caller says.
+        num_samples: Its samples.
+        share: Weight of its loss: its part of the batch's samples or labels, or what the caller
+            says.
     """
 
     index: int
@@ -29,44 +48,66 @@ class Microbatch:
     share: float
 
 
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the common size of axis 0.
+def with_plain_axes(batch: Mapping[str, Any], given: Axes) -> dict[str, int | None]:
+    """Return axis 0 for every tensor, unless ``given`` says more."""
+    return {
+        name: given.get(name, 0) for name, value in batch.items()
+        if name in given or (isinstance(value, Tensor) and value.ndim > 0)
+    }  # fmt: skip
+
+
+def batch_size(batch: Mapping[str, Any], axes: Axes | None = None) -> int:
+    """Return the number of samples: the common size of the axes.
 
     Raises:
-        LoweringError: No tensor has an axis 0, or the sizes differ.
+        LoweringError: No tensor has an axis of samples, an axis is not there, or sizes differ.
     """
-    sizes = {n: v.shape[0] for n, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0}
+    axes = with_plain_axes(batch, {}) if axes is None else axes
+    sizes = {n: _size(n, v, axes[n]) for n, v in batch.items() if axes.get(n) is not None}
     if not sizes:
         raise LoweringError("the batch holds no tensor with a batch axis; pass input tensors")
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {shown}")
-    size = next(iter(sizes.values()))
+    several = {name: size for name, size in sizes.items() if size != 1}
+    if len(set(several.values())) > 1:
+        shown = ", ".join(f"{n} {size} (axis {axes[n]})" for n, size in several.items())
+        raise LoweringError(
+            f"the inputs of the batch hold different numbers of samples: {shown}; say which axis "
+            "of an input holds the samples, or None for an input without: plan(batch_axes="
+            "{'position_ids': 1, 'class_weights': None})"
+        )
+    size = next(iter(several.values()), 1)
     if size == 0:
-        raise LoweringError("the batch is empty: axis 0 has size 0")
+        raise LoweringError(f"the batch is empty: axis {axes[next(iter(sizes))]} has size 0")
     return size
 
 
+def _size(name: str, value: Any, axis: int | None) -> int:
+    if not sized(value) or axis is None or (isinstance(value, Tensor) and axis >= value.ndim):
+        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise LoweringError(
+            f"batch_axes says that axis {axis} of {name!r} holds the samples, but the input is "
+            f"{shown}; use None for an input that every microbatch gets whole"
+        )
+    return size_of(value, axis)
+
+
 def split_batch(
-    batch: Mapping[str, Any], num_microbatches: int, micro_batch_size: int = 1
+    batch: Mapping[str, Any],
+    num_microbatches: int,
+    micro_batch_size: int = 1,
+    axes: Axes | None = None,
 ) -> list[Microbatch]:
-    """Cut axis 0 into at most ``num_microbatches`` parts.
+    """Cut a batch into at most ``num_microbatches`` parts along its axes of samples.
 
     A short batch gives fewer microbatches of ``micro_batch_size``, the last perhaps shorter: a
-    new shape costs a new capture. Tensors without axes and other values are passed whole to
-    every microbatch. The loss of the batch is the mean over its microbatches, weighted by their
-    sizes.
+    new shape costs a new capture. Inputs without an axis of samples are passed whole to every
+    microbatch.
     """
-    size = batch_size(batch)
+    axes = with_plain_axes(batch, {}) if axes is None else axes
+    size = batch_size(batch, axes)
     step = max(ceil(size / num_microbatches), min(micro_batch_size, size))
     parts = []
     for index, start in enumerate(range(0, size, step)):
-        inputs = {
-            name: value[start : start + step]
-            if isinstance(value, Tensor) and value.ndim > 0
-            else value
-            for name, value in batch.items()
-        }
+        inputs = dict(batch) if step >= size else part_of(batch, axes, start, start + step)
         samples = min(step, size - start)
         parts.append(Microbatch(index, inputs, samples, samples / size))
     return parts
@@ -88,7 +129,211 @@ def cut_batches(
             "one microbatch, and one weight for each"
         )
     cut = []
-    for index, (part, weight) in enumerate(zip(parts, weights, strict=True), start=first):
+    ready = map(ready_batch, parts)
+    for index, (part, weight) in enumerate(zip(ready, weights, strict=True), start=first):
         sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
         cut.append(Microbatch(index, part, next(sizes, 1), weight))
     return cut
+
+
+class BatchCutter:
+    """Cuts the batches of one executable.
+
+    Args:
+        model: Run on two samples to see which axes hold samples, once for every set of inputs.
+        given: Axes that the user knows.
+        loss_weights: As in :class:`~ipu_pipeline.stages.executable.ExecutionOptions`.
+    """
+
+    def __init__(self, model: nn.Module, given: Axes, loss_weights: LossWeights) -> None:
+        self._model = model
+        self._given = dict(given)
+        self._loss_weights = loss_weights
+        self._found: dict[object, BatchAxes] = {}
+        self._said: set[str] = set()
+        self._adds_up = False
+        self._mixed: tuple[str, ...] = ()
+
+    def training(
+        self, batch: Mapping[str, Any], num_microbatches: int, micro_batch_size: int
+    ) -> list[Microbatch]:
+        """Return the microbatches of a training batch, weighted by samples.
+
+        Raises:
+            LoweringError: The batch cannot be cut.
+        """
+        ready = ready_batch(batch)
+        plain = self._plain(ready)
+        if plain is not None:
+            cut = split_batch(ready, num_microbatches, micro_batch_size, plain)
+            if len(cut) == 1:
+                return cut
+        found = self._axes(ready)
+        if found.problem:
+            raise LoweringError(
+                f"the batch cannot be cut into microbatches: {found.problem}; plan with "
+                "microbatches=1, say with plan(batch_axes=...) which axis of an input holds the "
+                "samples, or cut it yourself (forward_backward_parts, PipelineTrainer)"
+            )
+        return split_batch(ready, num_microbatches, micro_batch_size, found.axes)
+
+    def evaluation(
+        self, batch: Mapping[str, Any], num_microbatches: int
+    ) -> tuple[list[Microbatch], Axes]:
+        """Return the microbatches of an evaluation batch, and the axes that join their outputs.
+
+        What mixes samples (a contrastive loss, a load-balancing loss) is not cut.
+        """
+        ready = ready_batch(batch)
+        plain = self._plain(ready)
+        if plain is not None and batch_size(ready, plain) == 1:
+            return split_batch(ready, 1, 1, plain), {}
+        found = self._axes(ready)
+        asked = self._loss_weights is not None and found.mixed == (LOSS,)
+        if found.problem or (found.mixed and not asked):
+            self._say(
+                "evaluation batches of %s run in one microbatch: %s",
+                type(self._model).__name__,
+                found.problem or f"{', '.join(found.mixed)} of a batch is not that of its samples",
+            )
+            return [Microbatch(0, ready, _rows(ready), 1.0)], found.outputs
+        return split_batch(ready, num_microbatches, 1, found.axes), found.outputs
+
+    def weighted(
+        self, parts: Sequence[Microbatch], terms: Sequence[LossTerms], *, training: bool
+    ) -> list[Microbatch]:
+        """Return the microbatches with the weights that make their losses that of the batch.
+
+        Args:
+            parts: Weighted by samples.
+            terms: What the loss of each of them is made of.
+            training: A list of weights is for training steps.
+
+        Raises:
+            LoweringError: There is no such weight, or not one for each microbatch.
+        """
+        if len(parts) == 1 and self._loss_weights is None:
+            return list(parts)
+        shares = self._given_shares(parts, training=training)
+        if shares is None:
+            columns = self._columns(parts, terms)
+            if len(columns) > 1 and terms[0].factored:
+                return _with_factors(parts, columns)
+            shares = self._shares(parts, terms, columns)
+        return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
+
+    def _given_shares(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
+        wish = self._loss_weights
+        if callable(wish):
+            return _parts_of_one([float(wish(part.inputs)) for part in parts])
+        if wish == "samples":
+            return [part.share for part in parts]
+        if wish is None or not training:
+            return None
+        weights = [float(weight) for weight in wish]
+        if len(weights) != len(parts):
+            raise LoweringError(
+                f"loss_weights has {len(weights)} weights, the batch {len(parts)} microbatches; "
+                "pass one for each, or a function that returns the weight of a microbatch's inputs"
+            )
+        return weights
+
+    def _columns(
+        self, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> list[list[float]]:
+        """Return the weights of the microbatches, for each term with labels or a divisor."""
+        divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
+        constant = not any(self._is_cut(name, parts) for name in terms[0].inputs)
+        by_samples = [part.share for part in parts]
+        columns = [
+            [1.0] * len(parts) if constant else _parts_of_one(column) or by_samples
+            for column in zip(*divisors, strict=True)
+        ]
+        same = all(_equal(columns[0], other) for other in columns[1:])
+        return columns[:1] if same else columns
+
+    def _shares(
+        self,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        columns: Sequence[list[float]],
+    ) -> list[float]:
+        if self._mixed:
+            self._say(
+                "the %s of a batch of %s is not a mean over its samples or labels: it is trained "
+                "microbatch by microbatch, and depends on their size",
+                ", ".join(self._mixed),
+                type(self._model).__name__,
+            )
+        kinds = {term.kind for one in terms for term in one.terms}
+        if len(columns) > 1:
+            raise LoweringError(
+                f"the loss of {type(self._model).__name__} is a sum of means over different "
+                "numbers of labels, so that no weights of the microbatches' losses give the "
+                "loss of the batch; plan with microbatches=1, or choose weights: compile("
+                "loss_weights='samples'), or a function of a microbatch's inputs"
+            )
+        if columns:
+            return columns[0]
+        if "sum" in kinds or ("number" in kinds and self._adds_up):
+            return [1.0] * len(parts)
+        return [part.share for part in parts]
+
+    def _is_cut(self, name: str, parts: Sequence[Microbatch]) -> bool:
+        value = parts[0].inputs[name]
+        return sized(value) and any(part.inputs[name] is not value for part in parts[1:])
+
+    def _plain(self, batch: Mapping[str, Any]) -> Axes | None:
+        """Return axis 0 of every tensor, if the sizes are equal."""
+        axes = with_plain_axes(batch, self._given)
+        for name in self._given.keys() & batch.keys():
+            if axes[name] is not None:
+                _size(name, batch[name], axes[name])
+        try:
+            batch_size(batch, axes)
+        except LoweringError:
+            return None
+        return axes
+
+    def _axes(self, batch: Mapping[str, Any]) -> BatchAxes:
+        key = sized_like_samples(batch)
+        if key not in self._found:
+            with in_evaluation(self._model):
+                self._found[key] = find_axes(self._model, batch, self._given)
+        found = self._found[key]
+        self._adds_up, self._mixed = found.adds_up, found.mixed
+        return found
+
+    def _say(self, text: str, *values: Any) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text, *values)
+
+
+def _with_factors(
+    parts: Sequence[Microbatch], columns: Sequence[Sequence[float]]
+) -> list[Microbatch]:
+    """Give every term of the loss its own weight, beside that of the samples."""
+    ready = []
+    for part, weights in zip(parts, zip(*columns, strict=True), strict=True):
+        factors = {
+            factor_name(index): torch.tensor(weight / part.share)
+            for index, weight in enumerate(weights)
+        }
+        ready.append(replace(part, inputs={**part.inputs, **factors}))
+    return ready
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    """Return the size of axis 0 of the first tensor, 1 without tensors."""
+    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def _parts_of_one(counts: Sequence[float]) -> list[float]:
+    """Return each count's part of their sum; nothing if that is 0."""
+    total = sum(counts)
+    return [count / total for count in counts] if total else []
+
+
+def _equal(a: Iterable[float], b: Iterable[float]) -> bool:
+    return all(isclose(x, y, rel_tol=1e-9) for x, y in zip(a, b, strict=True))

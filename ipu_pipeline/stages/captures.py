@@ -14,6 +14,7 @@ from torch import nn
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue import Path
+from ipu_pipeline.capture.loss_terms import factored
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
@@ -245,6 +246,8 @@ class StageCache:
         return self._variant(captured, uses)
 
     def _variant(self, captured: CapturedModel, uses: TableUses) -> _Variant:
+        if not serialized(self.plan):  # whose loss is taken apart
+            captured = factored(captured)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         return _Variant(captured, uses, self._built(captured, uses))

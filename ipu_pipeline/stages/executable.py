@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ipu_pipeline.capture.batch_axes import Axes
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.batch import LossWeights, Microbatch
 
 T = TypeVar("T")
 
@@ -25,7 +26,8 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: Mean over the microbatches of each microbatch's loss.
+        loss: That of the batch: the microbatches' losses, each weighted by its part of what the
+            loss is a mean over (samples, labels that count), or as ``loss_weights`` says.
         grad_norm: Norm over the gradients of ALL stages before clipping; ``None`` if not computed.
         skipped: An overflow was found (fp16 loss scaling): no weight was changed.
         num_samples: Samples in the batch.
@@ -44,8 +46,8 @@ class EvalResult:
     """What one evaluation step computed.
 
     Attributes:
-        loss: Mean loss, ``None`` when the batch holds no labels.
-        outputs: The model's tensor outputs by name, microbatches joined on axis 0.
+        loss: That of the batch, as in :class:`StepResult`; ``None`` when there are no labels.
+        outputs: The model's tensor outputs by name, microbatches joined on their axis of samples.
     """
 
     loss: float | None
@@ -53,19 +55,23 @@ class EvalResult:
 
 
 def mean_loss(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> float:
-    """Return the mean of the microbatches' losses, weighted by their samples."""
+    """Return the sum of the microbatches' weighted losses; one of weight 0 may have none (NaN)."""
     pairs = zip(microbatches, results, strict=True)
-    return sum(float(result["loss"]) * part.share for part, result in pairs)
+    return sum(float(result["loss"]) * part.share for part, result in pairs if part.share)
 
 
-def join(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> EvalResult:
-    """Put the microbatches' outputs together on axis 0; average the loss over samples."""
+def join(
+    microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]], axes: Axes
+) -> EvalResult:
+    """Put the microbatches' outputs together, on axis 0 unless ``axes`` says more."""
     loss = mean_loss(microbatches, results) if "loss" in results[0] else None
     outputs = {}
     for name in results[0]:
         values = [result[name] for result in results]
         if name != "loss":
-            outputs[name] = torch.cat(values) if values[0].ndim else torch.stack(values)
+            axis = axes.get(name, 0 if values[0].ndim else None)
+            one = axis is None or len(values) == 1
+            outputs[name] = values[0] if one else torch.cat(values, axis or 0)
     return EvalResult(loss, outputs)
 
 
@@ -92,6 +98,10 @@ class ExecutionOptions:
             one, the ``local`` target refuses it.
         training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
             plan may have been made without labels.
+        loss_weights: Weights of the microbatches' losses in the loss of the batch. ``None``: as
+            the loss means it (labels that count, samples, or a sum); ``samples``; a function of a
+            microbatch's inputs that returns how much it counts (tokens, say); or the factors of
+            the microbatches of every training step themselves.
     """
 
     precision: str = "float32"
@@ -106,6 +116,7 @@ class ExecutionOptions:
     self_check: bool = True
     ipu_config: Any = None  # an IPUConfig, of the one backend that has it
     training: bool = True
+    loss_weights: LossWeights = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):
@@ -116,6 +127,11 @@ class ExecutionOptions:
             raise ValueError(
                 f"recompute {self.recompute!r} is unknown; use 'all', 'none', None, or a list of "
                 "names of blocks"
+            )
+        if isinstance(self.loss_weights, str) and self.loss_weights != "samples":
+            raise ValueError(
+                f"loss_weights {self.loss_weights!r} is unknown; use 'samples', a list of factors, "
+                "or a function of a microbatch's inputs"
             )
         if self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import LoweringError
@@ -55,6 +56,7 @@ class Stage:
         fused: Its serialized projections whose logits only its loss reads.
         row_shards: Rows that it holds of tables that several stages hold.
         specs: Descriptions of the tensors that it sends, by name.
+        loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
     """
 
@@ -70,6 +72,7 @@ class Stage:
     fused: frozenset[str] = frozenset()
     row_shards: tuple[RowShard, ...] = ()
     specs: Mapping[str, TensorMeta] = field(default_factory=dict)
+    loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class Stage:
         Arguments are those of :meth:`forward`. Returns every value by name, and what ran the
         serialized blocks.
         """
-        values: dict[str, Any] = {name: inputs[name] for name in self.prelude.inputs}
+        values: dict[str, Any] = {name: _input(inputs, name) for name in self.prelude.inputs}
         self.block = "prelude"
         self.prelude.run(values)
         values.update(received)
@@ -238,6 +241,12 @@ class Stage:
         return shared
 
 
+def _input(inputs: Mapping[str, Any], name: str) -> Any:
+    if name not in inputs and name.startswith(factor_name("")):
+        return torch.ones(())  # terms of the loss are what they are, unless a batch says more
+    return inputs[name]
+
+
 def build_stages(
     captured: CapturedModel,
     blocks: Sequence[Sequence[str]],
@@ -253,6 +262,7 @@ def build_stages(
         tuple(p for p in captured.programs if stage_of[p.name] == index)
         for index in range(len(blocks))
     ]
+    terms = loss_terms(captured)
     parameters = [_parameters(own, row_shards.get(i, ())) for i, own in enumerate(programs)]
     users = Counter(parameter for found in parameters for parameter in found)
     stages = []
@@ -283,6 +293,7 @@ def build_stages(
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
                 row_shards=held,
                 specs=_specs(captured, (*sends, *results.values()), held),
+                loss_terms=terms,
                 fused=fused_projections(own, captured.programs, captured.results.values(), tables),
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def apply_update(
         The norm before clipping, and whether the step was skipped.
     """
     with_grad = [p for p in dict.fromkeys(parameters) if p.grad is not None]
-    gradients = [p.grad for p in with_grad if p.grad is not None]
+    gradients = [dense_part(p) for p in with_grad]
     if loss_scaling != 1.0 and gradients:
         with torch.no_grad():
             torch._foreach_div_(gradients, loss_scaling)
@@ -60,12 +61,29 @@ def apply_update(
     skipped = not bool(torch.isfinite(norm))
     if not skipped:
         if max_grad_norm is not None:
-            clip_grads_with_norm_(with_grad, max_grad_norm, norm)
-        optimizer.step()
+            clip_grads_with_norm_(list(map(_Gradient, gradients)), max_grad_norm, norm)  # type: ignore[arg-type]
+        _step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     for parameter in with_grad:
         parameter.grad = None
     return UpdateResult(grad_norm=float(norm), skipped=skipped)
+
+
+@dataclass
+class _Gradient:
+    """What torch's clipping reads of a parameter."""
+
+    grad: torch.Tensor
+
+
+def dense_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the gradient, of a sparse one the values of its rows, each row once."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_sparse:
+        return gradient
+    parameter.grad = gradient.coalesce()
+    return parameter.grad._values()
 
 
 @contextlib.contextmanager
@@ -93,7 +111,7 @@ def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model without weights, and an optimizer of other parameters.
+    """Refuse a model without weights, and an optimizer that cannot step it.
 
     Raises:
         LoweringError: Either is the case.
@@ -105,6 +123,7 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
             "device); load the weights before compiling"
         )
     if optimizer is not None:
+        _refuse_closures(optimizer)
         own = {id(parameter) for parameter in model.parameters()}
         groups = optimizer.param_groups
         if any(id(p) not in own for group in groups for p in group["params"]):
@@ -112,3 +131,26 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
                 "the optimizer holds parameters that are not the model's; make it from "
                 "model.parameters() of the model that is compiled"
             )
+
+
+def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if step is not None and step.default is inspect.Parameter.empty:
+        raise _needs_closure(optimizer)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if "closure" in str(error):  # one that looks for it itself (sharpness-aware ones)
+            raise _needs_closure(optimizer) from error
+        raise
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> LoweringError:
+    return LoweringError(
+        f"{type(optimizer).__name__}.step needs a closure that computes the loss again; a "
+        "pipeline computes it once per step: use an optimizer without (AdamW, SGD), or call "
+        "forward_backward in a closure of your own"
+    )

@@ -298,3 +298,35 @@ def test_visual_model_of_unknown_input_is_refused() -> None:
     model = build_model(TINY["gpt2-lm"].config(), "causal-lm")
     with pytest.raises(CaptureError, match="takes neither visual_feats nor pixel_values"):
         example_batch(model, "visual-question-answering", BatchSize(1, 8))
+
+
+def test_a_composite_config_has_its_text_models_vocabulary():
+    text = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+            "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 32}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, image_token_index=30, architectures=["Gemma3ForConditionalGeneration"]
+    )
+    model, batch = from_config(config, infer_task(config), seq_length=8)
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    assert batch["input_ids"].shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.SiglipConfig(), "siglip config .* say which: image-classification; or plan"),
+        (transformers.LlavaConfig(), "llava config .* no task is known for it: plan it in Python"),
+        (transformers.Qwen2_5_VLConfig(), "qwen2_5_vl config .* no task is known for it: plan it"),
+    ],
+)
+def test_the_remedy_names_tasks_that_exist(config, message):
+    with pytest.raises(CaptureError, match=message):
+        infer_task(config)
+
+
+def test_a_config_without_the_decoders_first_token_is_refused():
+    config = transformers.T5Config(
+        vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2
+    )
+    with pytest.raises(CaptureError, match="this t5 model has no decoder_start_token_id, with wh"):
+        from_config(config, "seq2seq-lm", seq_length=8)

@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 
-from ipu_pipeline.stages.training import apply_update
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.training import apply_update, check_model
 
 
 def model_with_gradients(scale: float = 1.0) -> torch.nn.Module:
@@ -87,3 +88,44 @@ def test_no_gradient_at_all():
     result = apply_update(torch.optim.SGD([weight], lr=1.0), [weight], max_grad_norm=1.0)
     assert result.grad_norm == 0.0
     assert not result.skipped
+
+
+def test_sparse_gradients_are_scaled_and_clipped_as_dense_ones_are():
+    ids = torch.tensor([1, 3, 1])
+    updated = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Embedding(5, 3, sparse=sparse)
+        (model(ids) * torch.arange(9.0).view(3, 3) * 4).sum().backward()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        result = apply_update(optimizer, model.parameters(), loss_scaling=4.0, max_grad_norm=0.5)
+        updated.append((result, model.weight.detach()))
+    (sparse_result, sparse_weight), (result, weight) = updated
+    assert sparse_result.grad_norm == pytest.approx(result.grad_norm)
+    torch.testing.assert_close(sparse_weight, weight)
+
+
+def test_optimizers_that_need_a_closure_are_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(LoweringError, match=r"LBFGS\.step needs a closure that computes the loss"):
+        check_model(model, torch.optim.LBFGS(model.parameters()))
+
+    class SharpnessAware(torch.optim.SGD):
+        def step(self, closure=None):
+            assert closure is not None, "needs a closure"
+
+    optimizer = SharpnessAware(model.parameters(), lr=0.1)
+    check_model(model, optimizer)
+    with pytest.raises(LoweringError, match=r"SharpnessAware\.step needs a closure"):
+        apply_update(optimizer, model.parameters())
+
+
+def test_other_errors_of_an_optimizer_stay_what_they_are():
+    model = torch.nn.Linear(2, 2)
+
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        apply_update(Broken(model.parameters(), lr=0.1), model.parameters())

@@ -1,7 +1,7 @@
 """Batches of every size: which microbatches a replica runs, in which runs of torch's schedule.
 
 A batch is cut as the local target cuts it: full microbatches, and perhaps a short last one. Torch
-fixes the shapes of a run, so the short one is a run of its own. Losses are weighted by samples,
+fixes the shapes of a run, so the short one is a run of its own. Losses are weighted alike,
 random numbers are keyed by the position in the batch: both targets compute the same thing.
 """
 
@@ -22,6 +22,7 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
+from ipu_pipeline.capture.batch_axes import Axes
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.captures import LRUCache
 from ipu_pipeline.stages.executable import EvalResult, join
@@ -122,7 +123,9 @@ class Pipelines:
 # ---- evaluation ------------------------------------------------------------------------
 
 
-def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups) -> EvalResult:
+def evaluate(
+    stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups, axes: Axes
+) -> EvalResult:
     """Run every microbatch forward through the pipeline; every rank gets the result.
 
     Torch's schedules want microbatches of one shape and a loss; an evaluation batch has neither
@@ -130,7 +133,7 @@ def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Grou
     messages between two ranks are sent and received in the same order.
 
     ``stages`` are ``[microbatch][stage]``, ``inputs`` have the whole batch, which every replica
-    evaluates.
+    evaluates, ``axes`` those that outputs are joined on.
     """
     microbatches, layout = inputs.microbatches, groups.layout
     passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -156,7 +159,7 @@ def evaluate(stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Grou
                 sends.append((work, value))
     for work, _ in sends:
         groups.waiter.run(work.wait)
-    return _shared(microbatches, results, groups)
+    return _shared(microbatches, results, groups, axes)
 
 
 def _receive(module: StageModule, crossing: Crossings, groups: Groups) -> tuple[Tensor, ...]:
@@ -177,10 +180,13 @@ def _wire(value: Tensor) -> Tensor:
 
 
 def _shared(
-    microbatches: Sequence[Microbatch], results: Sequence[dict[str, Tensor]], groups: Groups
+    microbatches: Sequence[Microbatch],
+    results: Sequence[dict[str, Tensor]],
+    groups: Groups,
+    axes: Axes,
 ) -> EvalResult:
-    """Join the microbatches on axis 0 and give every rank of the pipeline all results."""
-    here = join(microbatches, results)
+    """Join the microbatches and give every rank of the pipeline all results."""
+    here = join(microbatches, results, axes)
     joined = dict(here.outputs)
     if here.loss is not None:
         joined["loss"] = torch.tensor(here.loss, dtype=torch.float64, device=groups.device)

@@ -31,6 +31,7 @@ from ipu_pipeline.checkpoint import (
     restore_previous,
 )
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.weights import extra_state
 from ipu_pipeline.checkpoint.writer import (
     CheckpointWriter,
     Shard,
@@ -38,6 +39,7 @@ from ipu_pipeline.checkpoint.writer import (
     take_shard,
     write_shard,
 )
+from ipu_pipeline.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,7 @@ class ShardedCheckpoints:
                 before. Earlier checkpoints are untouched.
         """
         self.wait()
+        _refuse_extra_state(self._model)
         new: CheckpointWriter | None = None
         with ExitStack() as undo:
 
@@ -229,6 +232,15 @@ class ShardedCheckpoints:
             files = {name: entry for own, _ in found for name, entry in own.items()}
             values = {name: entry for _, own in found for name, entry in own.items()}
             together(self._writers, lambda: None if new is None else new.finish(files, values))
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    names = list(extra_state(model))
+    if names:  # of the stages of other ranks, this one has the first state only
+        raise CheckpointError(
+            f"{names[0]} (get_extra_state) is no tensor, and each process has that of its own "
+            "stages only; make it a buffer, or train with target='local'"
+        )
 
 
 def _appears(folder: Path) -> bool:

@@ -91,7 +91,10 @@ def description(
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,
-        **{f"option {name}": repr(value) for name, value in settings.items()},
+        **{
+            f"option {name}": getattr(value, "__qualname__", repr(value))
+            for name, value in settings.items()
+        },
         **{f"version of {name}": version for name, version in library_versions().items()},
     }
 

@@ -36,7 +36,7 @@ from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import Microbatch, batch_size, split_batch
+from ipu_pipeline.stages.batch import BatchCutter, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
@@ -93,6 +93,7 @@ class DistributedExecutable(Executable):
             self_check=options.self_check,
             on_drop=self._pipelines.drop,
         )
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
         self._batch_check = BatchCheck(self.groups)
         self._closed = False
 
@@ -130,6 +131,7 @@ class DistributedExecutable(Executable):
         """Return why this process cannot start, or nothing."""
         try:
             check(self.plan, self.options, device)
+            refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
             schedule = self.options.schedule or self.plan.schedule
             make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
@@ -150,12 +152,14 @@ class DistributedExecutable(Executable):
         optimizer = self.trained_optimizer()
         with self._running("a training step"):
             scaling = self.options.loss_scaling
-            loss, ownership = self._accumulate(batch, scaling, for_update=True)
+            parts = self._training_parts(batch)
+            loss, ownership = self._accumulate(parts, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(optimizer, own, ownership, self.groups, self.options)
         self.global_step += 1
-        return StepResult(loss, done.grad_norm, done.skipped, batch_size(batch))
+        num_samples = sum(part.num_samples for part in parts)
+        return StepResult(loss, done.grad_norm, done.skipped, num_samples)
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.
@@ -165,7 +169,7 @@ class DistributedExecutable(Executable):
         """
         self.options.require_training()
         with self._running("a forward and backward pass"):
-            return self._accumulate(batch, 1.0, for_update=False)[0]
+            return self._accumulate(self._training_parts(batch), 1.0, for_update=False)[0]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -176,8 +180,11 @@ class DistributedExecutable(Executable):
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
             share_buffers(self._changing, self.groups)
-            stages, parts = self._prepared(split_batch(batch, 2 * self.plan.num_stages))
-            return evaluate(stages, self._inputs(parts), self.groups)
+            parts, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+            stages, parts = self._prepared(parts)
+            terms = [own[-1].loss_terms for own in stages]
+            parts = self._cutter.weighted(parts, terms, training=False)
+            return evaluate(stages, self._inputs(parts), self.groups, axes)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -259,14 +266,19 @@ class DistributedExecutable(Executable):
         with self._watchdog.guarding(what, self.global_step):
             yield
 
-    def _accumulate(
-        self, batch: Mapping[str, Any], loss_scaling: float, *, for_update: bool
-    ) -> tuple[float, Ownership]:
+    def _training_parts(self, batch: Mapping[str, Any]) -> list[Microbatch]:
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
-        parts = split_batch(batch, plan.num_microbatches * plan.replicas, plan.micro_batch_size)
+        number = plan.num_microbatches * plan.replicas
+        return self._cutter.training(batch, number, plan.micro_batch_size)
+
+    def _accumulate(
+        self, parts: Sequence[Microbatch], loss_scaling: float, *, for_update: bool
+    ) -> tuple[float, Ownership]:
         with torch.enable_grad(), casts_of_one_step():
             stages, parts = self._prepared(parts)
+            terms = [own[-1].loss_terms for own in stages]
+            parts = self._cutter.weighted(parts, terms, training=True)
             ownership = self._settle_ownership(stages[0])
             share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
@@ -328,6 +340,20 @@ def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
             f"precision {options.precision!r} is for CPUs only in this version (the model is on "
             f"{device}); use float32"
         )
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients, which are not summed over processes.
+
+    Raises:
+        LoweringError: The model has one.
+    """
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise LoweringError(
+                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
+                "the distributed target sums dense gradients only; set its sparse to False"
+            )
 
 
 def _own_store(name: str) -> Store:

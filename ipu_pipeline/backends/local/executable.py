@@ -20,7 +20,7 @@ from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
-from ipu_pipeline.stages.batch import Microbatch, batch_size, cut_batches, split_batch
+from ipu_pipeline.stages.batch import BatchCutter, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
@@ -158,6 +158,7 @@ class LocalExecutable(Executable):
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
         )
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -179,7 +180,7 @@ class LocalExecutable(Executable):
         """
         self.options.require_training()
         optimizer = self.trained_optimizer()
-        step = self._accumulate(self._split(batch), self.options.loss_scaling)
+        step = self._accumulate(self._split(batch), self.options.loss_scaling, weigh=True)
         update = apply_update(
             optimizer,
             self.model.parameters(),
@@ -191,7 +192,7 @@ class LocalExecutable(Executable):
             mean_loss(step.microbatches, step.results),
             update.grad_norm,
             update.skipped,
-            batch_size(batch),
+            sum(part.num_samples for part in step.microbatches),
             tuple(step.busy_s),
         )
 
@@ -201,7 +202,7 @@ class LocalExecutable(Executable):
         Raises:
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(self._split(batch), 1.0)
+        step = self._accumulate(self._split(batch), 1.0, weigh=True)
         return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
@@ -230,8 +231,9 @@ class LocalExecutable(Executable):
         Raises:
             StageError: A stage failed.
         """
-        microbatches = split_batch(batch, 2 * self.plan.num_stages)
-        return join(microbatches, self._evaluate(microbatches))
+        microbatches, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+        step = self._evaluate(microbatches, weigh=True)
+        return join(step.microbatches, step.results, axes)
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -241,8 +243,8 @@ class LocalExecutable(Executable):
             StageError: A stage failed.
         """
         microbatches = cut_batches(parts, [1.0] * len(parts))
-        found = zip(microbatches, self._evaluate(microbatches), strict=True)
-        return [join([part], [results]) for part, results in found]
+        found = zip(microbatches, self._evaluate(microbatches).results, strict=True)
+        return [join([part], [results], {}) for part, results in found]
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
@@ -255,22 +257,31 @@ class LocalExecutable(Executable):
     # ---- running ------------------------------------------------------------------------
 
     def _split(self, batch: Mapping[str, Any]) -> list[Microbatch]:
-        return split_batch(batch, self.plan.num_microbatches, self.plan.micro_batch_size)
+        plan = self.plan
+        return self._cutter.training(batch, plan.num_microbatches, plan.micro_batch_size)
 
-    def _evaluate(self, microbatches: Sequence[Microbatch]) -> list[dict[str, Tensor]]:
-        """Return what each microbatch computed, by name."""
+    def _evaluate(self, microbatches: Sequence[Microbatch], *, weigh: bool = False) -> Step:
+        """Return the step with what each microbatch computed; ``weigh``: as the loss means it."""
         with in_evaluation(self.model), torch.no_grad():
             stages, microbatches = self._cache.prepare(microbatches)
+            if weigh:
+                terms = [own[-1].loss_terms for own in stages]
+                microbatches = self._cutter.weighted(microbatches, terms, training=False)
             schedule = forward_only(self.plan.num_stages, len(microbatches))
             step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
             self._run(step)
-        return step.results
+        return step
 
-    def _accumulate(self, microbatches: Sequence[Microbatch], loss_scaling: float) -> Step:
+    def _accumulate(
+        self, microbatches: Sequence[Microbatch], loss_scaling: float, *, weigh: bool = False
+    ) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
         with torch.enable_grad(), casts_of_one_step():
             stages, microbatches = self._cache.prepare(microbatches)
+            if weigh:
+                terms = [own[-1].loss_terms for own in stages]
+                microbatches = self._cutter.weighted(microbatches, terms, training=True)
             schedule = self._rows(len(microbatches))
             step = Step(
                 stages, microbatches, self.options, self.global_step, loss_scaling, schedule

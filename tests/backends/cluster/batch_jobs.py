@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ipu_pipeline as ipp
 from tests.backends.cluster.jobs import built
+from tests.backends.local import test_batch_losses as losses
 from tests.tiny_models import TINY
 
 
@@ -39,10 +40,10 @@ def trained(
 ) -> dict[str, Any]:
     """Run batches of ``sizes`` for their gradients, then train on them in the same order."""
     made, batch = made_for(name, target=target, planned=planned, **options)
-    losses, gradients = [], []
+    found_losses, gradients = [], []
     with made, Messages() as messages:
         for size in sizes:
-            losses.append(made.forward_backward(first(batch, size)))
+            found_losses.append(made.forward_backward(first(batch, size)))
             parameters = dict(made.model.named_parameters())
             found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
             gradients.append({n: g.numpy().copy() for n, g in found.items()})
@@ -51,7 +52,7 @@ def trained(
         steps = [made.train_step(first(batch, size)) for size in sizes]
         state = {n: t.numpy().copy() for n, t in made.state_dict().items()}
         return {
-            "losses": losses + [step.loss for step in steps],
+            "losses": found_losses + [step.loss for step in steps],
             "norms": [step.grad_norm for step in steps],
             "samples": [step.num_samples for step in steps],
             "gradients": gradients,
@@ -91,14 +92,14 @@ def lengths(
     made, _ = made_for(name, target=target, planned=planned, **options)
     if limit is not None:
         made._cache._shapes.limit = limit
-    losses, kept = [], []
+    found_losses, kept = [], []
     with made, Messages() as messages:
         for samples, seq_length in calls:
             _, batch = TINY[name].build(batch_size=samples, seq_length=seq_length, seed=samples)
-            losses += [made.train_step(batch).loss, made.eval_step(batch).loss]
+            found_losses += [made.train_step(batch).loss, made.eval_step(batch).loss]
             kept.append((len(made._cache._shapes), len(getattr(made, "_pipelines", ()))))
         total = sum(t.double().sum().item() for t in made.state_dict().values())
-    return {"losses": losses, "sum": total, "kept": kept, "messages": messages.found}
+    return {"losses": found_losses, "sum": total, "kept": kept, "messages": messages.found}
 
 
 def odd_batch(
@@ -145,3 +146,19 @@ def uncapturable(planned: dict[str, Any]) -> list[Any]:
 
 
 torch.set_num_threads(1)
+
+
+def uneven(loss: str, microbatches: int, target: str = "distributed") -> list[float]:
+    """Losses of a batch with uneven labels and an input of which axis 1 holds the samples."""
+    model = losses.Model(getattr(losses, loss))
+    batch: dict[str, Any] = losses.uneven_batch()
+    size = losses.SAMPLES // microbatches
+    micro = {name: value[:size] for name, value in batch.items()}
+    if loss == "with_positions":
+        generator = torch.Generator().manual_seed(2)
+        shape = (losses.SAMPLES, losses.SAMPLES, 3)
+        batch["extra"] = torch.randn(shape, generator=generator)
+        micro["extra"] = batch["extra"][:, :size]
+    plan = ipp.plan(model.train(), micro, num_stages=2, microbatches=microbatches)
+    with ipp.compile(model, plan, target=target) as made:
+        return [made.forward_backward(batch), made.eval_step(batch).loss]

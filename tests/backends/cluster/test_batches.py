@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ipu_pipeline.backends.cluster.batches import dealt
 from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
     position_of_stages,
@@ -16,6 +18,7 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
+from ipu_pipeline.errors import LoweringError
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
 
@@ -107,6 +110,27 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     scale = max(np.abs(value).max() for value in expected.values())
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("loss", ["shifted", "own_mask", "summed", "with_positions"])
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_uneven_labels_give_the_loss_of_the_whole_batch(
+    two: Processes, loss: str, microbatches: int
+) -> None:
+    expected = batch_jobs.uneven(loss, 1, target="local")
+    assert expected[0] == pytest.approx(expected[1], rel=1e-5)
+    if loss == "with_positions":  # no mean: it depends on the size of the microbatches
+        expected = batch_jobs.uneven(loss, microbatches, target="local")
+    for found in two.run("batch_jobs.uneven", loss=loss, microbatches=microbatches):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_embeddings_with_sparse_gradients_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 2, sparse=True))
+    with pytest.raises(
+        LoweringError, match=r"the gradient of .0. is sparse .*set its sparse to Fa"
+    ):
+        refuse_sparse_gradients(model)
 
 
 @pytest.mark.parametrize("limit", [None, 3])

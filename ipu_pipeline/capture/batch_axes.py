@@ -1,0 +1,290 @@
+"""Which axis of every input holds the samples: the model is run on two samples, and one by one.
+
+Sizes alone do not tell: 8 shared negatives in a batch of 8, (3, batch, length) position ids in a
+batch of 3, a table of 4 class weights in a batch of 4. What counts is that the results of two
+samples are those of each; where no choice of axes gives that, the results mix samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
+from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.errors import first_line
+
+Axes = Mapping[str, int | None]
+
+# Choices of axes that are tried before the first that runs at all is taken.
+MAX_CHOICES = 24
+# transformers' own inputs of which the axis of samples is known.
+_BATCH_FIRST = frozenset({"input_ids", "attention_mask", "token_type_ids"})
+
+
+@dataclass(frozen=True)
+class BatchAxes:
+    """How the inputs and results of a model hold samples.
+
+    Attributes:
+        axes: Axis by input; ``None``: every microbatch gets the input whole.
+        outputs: Axis by output, on which microbatches are joined; ``None``: it is the same for
+            every microbatch.
+        mixed: Results of two samples that are not those of each one.
+        adds_up: The loss of two samples is the sum, not a mean, of each one's.
+        has_loss: Whether there is a loss among the results.
+        problem: Why the batch cannot be cut; empty if it can.
+    """
+
+    axes: Axes
+    outputs: Axes = field(default_factory=dict)
+    mixed: tuple[str, ...] = ()
+    adds_up: bool = False
+    has_loss: bool = False
+    problem: str = ""
+
+
+def sized(value: Any) -> bool:
+    """Whether ``value`` may have one entry per sample."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def size_of(value: Any, axis: int) -> int:
+    """Return the size of ``axis``, of a list or tuple its length."""
+    return value.shape[axis] if isinstance(value, Tensor) else len(value)
+
+
+def taken(value: Any, axis: int | None, start: int, stop: int) -> Any:
+    """Return samples ``start`` to ``stop``; the whole value without axis, or with one of size 1.
+
+    Torch broadcasts an axis of size 1 over the samples, and a list of one entry is none for each.
+    """
+    if axis is None or size_of(value, axis) == 1:
+        return value
+    if isinstance(value, Tensor):
+        return value.narrow(axis, start, min(stop, value.shape[axis]) - start)
+    return value[start:stop]
+
+
+def part_of(batch: Mapping[str, Any], axes: Axes, start: int, stop: int) -> dict[str, Any]:
+    """Return some samples of a batch."""
+    return {name: taken(value, axes.get(name), start, stop) for name, value in batch.items()}
+
+
+def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchAxes:
+    """Find the axes of samples of a batch of at least two.
+
+    The model runs in the mode that it is in, without gradients; its state is put back.
+
+    Args:
+        model: The whole model.
+        batch: Its keyword arguments.
+        given: Axes that the user knows.
+    """
+    found: BatchAxes | None = None
+    problem = ""
+    if next(_choices(batch, given), None) is None:
+        return BatchAxes(
+            {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
+        )
+    with preserved_state(model), torch.no_grad():
+        for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
+            try:
+                tried = _tried(model, batch, axes)
+            except Exception as error:  # whatever a model does with samples that do not fit
+                problem = problem or f"{type(error).__name__}: {first_line(error)}"
+                continue
+            first, found = found is None and not problem, found or tried
+            # Axes that are less plain have to explain the loss; without one, the plain ones do.
+            if not tried.mixed and (first or tried.has_loss or problem):
+                return tried
+            if first and (not tried.has_loss or (tried.outputs and tried.mixed == (LOSS,))):
+                return tried
+    return found or _undecided(batch, given, problem)
+
+
+def sized_like_samples(batch: Mapping[str, Any]) -> object:
+    """Return, hashable, which axes of a batch are as long as most first axes."""
+    shapes = {name: _shape(value) for name, value in batch.items()}
+    votes = Counter(v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+    size = votes.most_common(1)[0][0] if votes else 0
+    return tuple((name, tuple(n == size for n in shape)) for name, shape in shapes.items())
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return (len(value),) if sized(value) else ()
+
+
+def _undecided(batch: Mapping[str, Any], given: Axes, problem: str) -> BatchAxes:
+    """Take the plain choice of a model that no choice runs, where every input has such an axis."""
+    axes = next(_choices(batch, given))
+    whole = [n for n, v in batch.items() if sized(v) and axes.get(n) is None and n not in given]
+    if not whole or not problem:
+        return BatchAxes(axes, mixed=(LOSS,))
+    name = next((n for n in whole if isinstance(batch[n], Tensor)), whole[0])
+    shape = tuple(batch[name].shape) if isinstance(batch[name], Tensor) else len(batch[name])
+    return BatchAxes(axes, problem=f"input {name!r} of size {shape}, given whole with two of the "
+                     f"samples, makes the model fail ({problem})")  # fmt: skip
+
+
+def _choices(batch: Mapping[str, Any], given: Axes) -> Iterator[dict[str, int | None]]:
+    """Yield possible axes, those that differ least from axis 0 of every input first."""
+    entries = {name: value for name, value in batch.items() if sized(value)}
+    votes = Counter(
+        size_of(value, given.get(name) or 0)
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and given.get(name, 0) is not None
+    )
+    votes.pop(1, None)
+    most = max(votes.values(), default=0)
+    for size in [size for size, count in votes.items() if count == most]:
+        options = [_options(name, value, size, given) for name, value in entries.items()]
+        ranks = itertools.product(*(range(len(option)) for option in options))
+        for rank in sorted(itertools.islice(ranks, 4096), key=sum):
+            chosen = [option[r] for option, r in zip(options, rank, strict=True)]
+            axes = dict(zip(entries, chosen, strict=True))
+            if any(axis is not None and isinstance(batch[n], Tensor) for n, axis in axes.items()):
+                yield axes
+
+
+def _options(name: str, value: Any, size: int, given: Axes) -> Sequence[int | None]:
+    if name in given:
+        return [given[name]]
+    if not isinstance(value, Tensor):  # as plain Python values are, if the model lets them
+        return [None, 0] if len(value) == size else [None]
+    fitting = [axis for axis, length in enumerate(value.shape) if length == size]
+    if name in _BATCH_FIRST and 0 in fitting:
+        return [0]
+    return [*fitting, None]
+
+
+def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
+    """Compare the results of two samples with those of each."""
+    parts = [part_of(batch, axes, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
+    try:
+        uneven = [_uneven(part, axes, row) for part, row in zip(parts, (1, None, 0), strict=True)]
+        results = [_results(model, part) for part in uneven]
+    except Exception:  # other values may be none that the model takes
+        results = [_results(model, part) for part in parts]
+    (both, _), *each = results
+    outputs: dict[str, int | None] = {}
+    weights = _weights(results) if LOSS in both else (0.5, 0.5)
+    mixed = [] if weights else [LOSS]
+    for name, value in both.items():
+        if name == LOSS:
+            continue
+        axis = _joining_axis(value, [one.get(name) for one, _ in each])
+        if axis is False:
+            mixed.append(name)
+        else:
+            outputs[name] = axis
+    adds_up = weights == (1.0, 1.0)
+    return BatchAxes(dict(axes), outputs, tuple(mixed), adds_up, has_loss=LOSS in both)
+
+
+def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, Any]:
+    """Return other data: ``row`` has fewer labels and a shorter mask than the other sample."""
+    changed = dict(part)
+    for name, value in part.items():
+        axis = axes.get(name)
+        if row is None or axis != 0 or not isinstance(value, Tensor) or value.ndim != 2:
+            continue
+        if value.device.type != "cpu":  # a label that a kernel does not know ends the process
+            continue
+        fewer = max(1, value.shape[1] // 2)
+        if "label" in name and value.dtype == torch.long and value.shape[1] > 2:
+            changed[name] = value.clone()
+            changed[name][row, :fewer] = IGNORED
+        elif name.endswith("mask") and value.shape[1] >= 4:
+            changed[name] = value.clone()
+            changed[name][row, -(value.shape[1] // 4) :] = 0
+    return changed
+
+
+Results = tuple[dict[str, Tensor], list[float]]
+
+
+def _results(model: nn.Module, part: Mapping[str, Any]) -> Results:
+    """Return the results by name, and what each mean over labels divided by."""
+    torch.manual_seed(SEED)
+    counting = _Counting()
+    own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
+    with counting:
+        output = model(**own)
+    return {name: value.detach() for name, value in named_tensors(output)}, counting.counts
+
+
+def _joining_axis(both: Tensor, each: Sequence[Tensor | None]) -> Any:
+    """Return the axis on which ``each`` joined are ``both``; ``False`` if there is none."""
+    first, second = each
+    if first is None or second is None:
+        return False
+    if _close(both, first) and _close(both, second):
+        return None
+    axes = range(both.ndim if both.ndim == first.ndim == second.ndim else 0)
+    fitting = (axis for axis in axes if _fit(axis, both, first, second))
+    joined = (axis for axis in fitting if _close(both, torch.cat([first, second], axis)))
+    return next(joined, False)
+
+
+def _fit(axis: int, both: Tensor, first: Tensor, second: Tensor) -> bool:
+    shapes = [list(tensor.shape) for tensor in (both, first, second)]
+    sizes = [shape.pop(axis) for shape in shapes]
+    return shapes[0] == shapes[1] == shapes[2] and sizes[0] == sizes[1] + sizes[2]
+
+
+def _weights(results: Sequence[Results]) -> tuple[float, float] | None:
+    """Return the weights with which two losses are that of both samples, if there are any."""
+    (both, both_counts), *each = results
+    losses = [one.get(LOSS) for one, _ in each]
+    counts = [found for _, found in each]
+    rules = [(0.5, 0.5), (1.0, 1.0)]
+    if all(len(found) == len(both_counts) for found in counts):
+        pairs = zip(*counts, strict=True)
+        rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
+    for weights in rules:
+        parts = [w * x for w, x in zip(weights, losses, strict=True) if w and x is not None]
+        if len(parts) > 0 and _close(both[LOSS], torch.stack(parts).sum(0)):
+            return weights
+    return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    allowed = TOLERANCE.get(a.dtype, DEFAULT_TOLERANCE)
+    scale = float(a.detach().float().nan_to_num().abs().max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, 1e-3), equal_nan=True)
+
+
+class _Counting(TorchFunctionMode):
+    """Notes what every mean over labels divides by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[float] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = label_arguments(func, args, kwargs)
+        if found is not None and not found[0].is_floating_point():
+            self.counts.append(float(labels_counted(*found)))
+        return func(*args, **kwargs)

@@ -1,0 +1,320 @@
+"""The loss of a batch does not depend on stages or microbatches: it is plain torch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ipu_pipeline as ipp
+from ipu_pipeline.errors import LoweringError
+
+WORDS, WIDTH, SAMPLES, LENGTH, IGNORED = 12, 8, 8, 6, -100
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class Model(nn.Module):
+    """Embedding, layers, head; the loss is given as a function of logits and inputs."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(WORDS, WIDTH)
+        self.layers = nn.ModuleList([Body() for _ in range(3)])
+        self.head = nn.Linear(WIDTH, WORDS)
+        self.register_buffer("weights", torch.arange(1.0, WORDS + 1))
+        self.loss = loss
+
+    def forward(self, ids: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x) * 3
+        return {"loss": self.loss(self, logits, labels, **more), "logits": logits}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), **options)
+
+
+def token_mean(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels)
+
+
+def shifted(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.CrossEntropyLoss()(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def class_weights(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, weight=model.weights, label_smoothing=0.1)
+
+
+def negative_log_likelihood(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.nll_loss(logits.log_softmax(-1).flatten(0, 1), labels.flatten())
+
+
+def other_ignored(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels.masked_fill(labels == IGNORED, 0), ignore_index=0)
+
+
+def own_mask(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    mask = (labels != IGNORED).float()
+    each = cross_entropy(logits, labels.clamp(0), reduction="none").view_as(mask)
+    return (each * mask).sum() / mask.sum().clamp(min=1)
+
+
+def summed(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="sum")
+
+
+def sum_over_samples(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="sum") / len(labels)
+
+
+def sum_over_constant(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, reduction="sum") / 7
+
+
+def two_equal_terms(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return (cross_entropy(logits, labels) + cross_entropy(2 * logits, labels)) / 2
+
+
+def sample_mean(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.mean(1), labels.abs()[:, 0].clamp(max=5))
+
+
+def selected(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    mask = labels != IGNORED
+    return functional.mse_loss(logits[mask].tanh(), functional.one_hot(labels[mask], WORDS).float())
+
+
+def selected_by_hand(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    each = cross_entropy(logits, labels, reduction="none").view_as(labels)
+    return each[labels != IGNORED].mean()
+
+
+LOSSES = [
+    selected, selected_by_hand,
+    token_mean, shifted, class_weights, negative_log_likelihood, other_ignored, own_mask, summed,
+    sum_over_samples, sum_over_constant, two_equal_terms, sample_mean,
+]  # fmt: skip
+
+
+def uneven_batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, WORDS, (SAMPLES, LENGTH), generator=generator)
+    labels = ids.clone()
+    for row in range(SAMPLES):
+        labels[row, : (row * 3) % (LENGTH - 1)] = IGNORED
+    return {"ids": ids, "labels": labels}
+
+
+def truth(model: nn.Module, batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    model = copy.deepcopy(model)
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return float(loss.detach()), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def check(model: nn.Module, batch: dict[str, Any], executable: Any) -> None:
+    loss, gradients = truth(model, batch)
+    model.zero_grad()
+    assert executable.forward_backward(batch) == pytest.approx(loss, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert executable.eval_step(batch).loss == pytest.approx(loss, rel=1e-5)
+
+
+def planned(model: nn.Module, batch: dict[str, Any], microbatches: int, **options: Any) -> Any:
+    size = SAMPLES // microbatches
+    micro = {n: v[:size] if getattr(v, "ndim", 0) else v for n, v in batch.items()}
+    options = {"num_stages": 2, **options}
+    return ipp.plan(model.train(), micro, microbatches=microbatches, **options)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_that_of_the_whole_batch(loss: Callable[..., Tensor]):
+    model, batch = Model(loss), uneven_batch()
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 8), (2, 2), (3, 1), (3, 8)])
+def test_stages_and_microbatches_change_nothing(stages: int, microbatches: int):
+    model, batch = Model(token_mean), uneven_batch()
+    plan = planned(model, batch, microbatches, num_stages=stages)
+    with ipp.compile(model, plan) as executable:
+        check(model, batch, executable)
+
+
+@pytest.mark.parametrize("number", [int, torch.tensor])
+def test_the_number_of_items_in_the_batch_divides_the_sum_once(number: Callable[[int], Any]):
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        return summed(model, logits, labels) / num_items_in_batch
+
+    model, batch = Model(loss), uneven_batch()
+    batch = {**batch, "num_items_in_batch": number(int((batch["labels"] != IGNORED).sum()))}
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+        assert len(executable._cache._shapes) == 2  # one capture for training, one for evaluation
+
+
+def test_a_causal_language_model_of_transformers():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+    batch = uneven_batch()
+    batch = {"input_ids": batch["ids"], "labels": batch["labels"]}
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+
+
+@pytest.mark.parametrize("loss", [token_mean, selected_by_hand])
+def test_a_microbatch_without_labels_counts_nothing(loss: Callable[..., Tensor]):
+    model, batch = Model(loss), uneven_batch()
+    batch["labels"][:2] = IGNORED
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+
+
+def test_means_over_different_labels_have_weights_of_their_own():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        first = token_mean(model, logits[:, :3], labels[:, :3])
+        return 0.3 * first + sample_mean(model, logits, labels) + shifted(model, logits, labels)
+
+    model, batch = Model(loss), uneven_batch()
+    batch["labels"][:2, :3] = IGNORED  # a mean over nothing in the first microbatch
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+        labels = batch["labels"].clamp(min=0)
+        check(model, {**batch, "labels": labels}, executable)
+
+
+def test_means_over_labels_and_a_mask_are_refused_in_training():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        first = own_mask(model, logits[:, :3], labels[:, :3])
+        return first + token_mean(model, logits, labels)
+
+    model, batch = Model(loss), uneven_batch()
+    plan = planned(model, batch, 4)
+    with ipp.compile(model, plan) as executable:
+        with pytest.raises(LoweringError, match="a sum of means over different numbers of labels"):
+            executable.forward_backward(batch)
+        expected = model.eval()(**batch)["loss"].item()
+        assert executable.eval_step(batch).loss == pytest.approx(expected, rel=1e-6)
+    model.train()
+    with ipp.compile(model, plan, loss_weights="samples") as executable:
+        parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in range(0, SAMPLES, 2)]
+        expected = sum(model(**part)["loss"].item() for part in parts) / 4
+        assert executable.forward_backward(batch) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], lambda part: part["ids"][:, 0].sum()])
+def test_weights_of_the_users_own(weights: Any):
+    model, batch = Model(token_mean), uneven_batch()
+    parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in range(0, SAMPLES, 2)]
+    shares = weights if isinstance(weights, list) else [float(weights(part)) for part in parts]
+    losses = [model(**part)["loss"].item() for part in parts]
+    expected = sum(w * x for w, x in zip(shares, losses, strict=True)) / sum(shares)
+    with ipp.compile(model, planned(model, batch, 4), loss_weights=weights) as executable:
+        assert executable.forward_backward(batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_wrong_number_of_weights_and_an_unknown_word_are_refused():
+    model, batch = Model(token_mean), uneven_batch()
+    plan = planned(model, batch, 4)
+    message = "loss_weights has 2 weights, the batch 4 microbatches"
+    with (
+        ipp.compile(model, plan, loss_weights=[0.5, 0.5]) as executable,
+        pytest.raises(LoweringError, match=message),
+    ):
+        executable.forward_backward(batch)
+    with pytest.raises(ValueError, match="loss_weights 'tokens' is unknown; use 'samples', a list"):
+        ipp.compile(model, plan, loss_weights="tokens")
+
+
+def test_a_loss_that_mixes_samples_is_evaluated_whole_and_said(caplog: pytest.LogCaptureFixture):
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        pooled = functional.normalize(logits.mean(1), dim=-1)
+        return functional.cross_entropy(4 * pooled @ pooled.T, torch.arange(len(labels)))
+
+    model, batch = Model(loss), uneven_batch()
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        model.eval()
+        expected = model(**batch)
+        found = executable.eval_step(batch)
+        assert found.loss == pytest.approx(expected["loss"].item(), rel=1e-6)
+        assert torch.allclose(found.outputs["logits"], expected["logits"])
+        executable.forward_backward(batch)
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        "evaluation batches of Model run in one microbatch: loss of a batch" in t for t in said
+    )
+    assert any("is not a mean over its samples or labels: it is trained microb" in t for t in said)
+
+
+# ---- axes ----------------------------------------------------------------------------------
+
+
+def with_positions(model: nn.Module, logits: Tensor, labels: Tensor, extra: Tensor) -> Tensor:
+    assert extra.shape[1] == len(labels)
+    return (logits.mean((1, 2)) * extra.sum((0, 2))).square().mean()
+
+
+@pytest.mark.parametrize("given", [None, {"extra": 1}])
+def test_an_axis_is_found_or_taken_from_the_plan(given: Any, tmp_path: Any):
+    model, batch = Model(with_positions), uneven_batch()
+    batch["extra"] = torch.randn(SAMPLES, SAMPLES, 3)
+    micro = {"ids": batch["ids"][:2], "labels": batch["labels"][:2], "extra": batch["extra"][:, :2]}
+    plan = ipp.plan(model.train(), micro, num_stages=2, microbatches=4, batch_axes=given)
+    plan.save(tmp_path / "plan.json")
+    plan = type(plan).load(tmp_path / "plan.json")
+    assert plan.batch_axes == (given or {})
+    with ipp.compile(model, plan) as executable:
+        check(model, batch, executable)
+
+
+def test_axes_given_to_compile_replace_those_of_the_plan():
+    model, batch = Model(token_mean), uneven_batch()
+    plan = planned(model, batch, 4, batch_axes={"labels": None})
+    with ipp.compile(model, plan, batch_axes={"labels": 0}) as executable:
+        check(model, batch, executable)
+
+
+def test_an_axis_that_is_not_there_is_refused():
+    model, batch = Model(token_mean), uneven_batch()
+    plan = planned(model, batch, 4, batch_axes={"labels": 2})
+    message = "axis 2 of 'labels' holds the samples, but the input is"
+    with ipp.compile(model, plan) as executable, pytest.raises(LoweringError, match=message):
+        executable.forward_backward(batch)
+
+
+def test_different_numbers_of_samples_are_named():
+    model, batch = Model(token_mean), uneven_batch()
+    plan = planned(model, batch, 4, batch_axes={"ids": 0, "labels": 0})
+    batch["labels"] = batch["labels"][:6]
+    with (
+        ipp.compile(model, plan) as executable,
+        pytest.raises(LoweringError, match=r"ids 8 \(axis 0\), labels 6 \(axis 0\); say which"),
+    ):
+        executable.forward_backward(batch)
