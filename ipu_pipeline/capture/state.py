@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.glue import StandIn
@@ -111,6 +112,21 @@ class StateUse:
         for name in set(names) - self._saved.keys():
             tensor = self.tensors[name]
             self._saved[name] = (tensor, tensor.data, tensor.detach().clone())
+
+
+class PutBack(TorchFunctionMode):
+    """Puts back the parameters and plain tensors of a model that runs within it have changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._use = StateUse(model)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._use.call(func, args, kwargs or {})
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._use.put_back()
 
 
 class WriteBack(nn.Module):
