@@ -7,14 +7,18 @@ or draws meanwhile is put back.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import random
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 _MODULE = vars(nn.Module())
@@ -53,10 +57,12 @@ class PythonState:
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[nn.Module] = ()) -> None:
         self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
+        self._generators: list[tuple[Callable[[Any], object], Any]] = []
         self._seen: set[int] = set()
         for module in modules:
             attributes = vars(module)
             kept = {k: v for k, v in attributes.items() if k not in _INTERNAL}
+            kept |= {k: copy(v) for k, v in kept.items() if type(v) is itertools.count}
             self._copies.append((attributes, kept))
             self._copies.extend((attributes[n], dict(attributes[n])) for n in _HOOKS)
             for value in kept.values():
@@ -65,7 +71,9 @@ class PythonState:
                 self._note(function, _DEPTH)
 
     def restore(self) -> None:
-        """Put everything back; objects stay the same objects."""
+        """Put everything back; objects stay the same objects (but for ``itertools.count``)."""
+        for put_back, state in self._generators:
+            put_back(state)
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])  # noqa: NPY002
         for live, copied in self._copies:
@@ -87,7 +95,10 @@ class PythonState:
         if isinstance(value, _UNSEEN) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if not depth:
+        generator = _generator(value)
+        if generator is not None:
+            self._generators.append(generator)
+        if generator is not None or not depth:
             return
         inner: Iterator[Any]
         if isinstance(value, dict):
@@ -129,6 +140,20 @@ class PythonState:
         for value in kept.values():
             if type(value) in (list, dict, set, deque, types.SimpleNamespace, types.FunctionType):
                 self._note(value, _DEPTH)
+
+
+def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
+    """Return how the state of a generator of random numbers is put back, and the state."""
+    if isinstance(value, random.Random):
+        return value.setstate, value.getstate()
+    if isinstance(value, np.random.RandomState):
+        return value.set_state, value.get_state()
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return partial(setattr, bits, "state"), bits.state
+    if isinstance(value, torch.Generator):
+        return value.set_state, value.get_state()
+    return None
 
 
 class _Some(dict[str, Any]):

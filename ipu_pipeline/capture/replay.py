@@ -28,12 +28,12 @@ from ipu_pipeline.capture.glue import (
     Path,
     apart,
     become,
-    has_tensor,
     substituted,
     value_at,
 )
-from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
+from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.errors import GuardError
 
 _CONTAINERS = (tuple, list, dict, set, slice)
 # Numbers in these are values, never sizes or axes: whole numbers too.
@@ -52,6 +52,7 @@ _SIZED = frozenset(
 )  # fmt: skip
 
 
+_SET_GRAD = torch._C._set_grad_enabled
 # What a stand-in knows itself.
 _DESCRIPTIONS = SHAPE_READS | frozenset(
     {Tensor.dim, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
@@ -139,7 +140,7 @@ class Replay(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self.comparing:
+        if self.comparing or func is _SET_GRAD:  # also while an error leaves a region
             return func(*args, **(kwargs or {}))
         if func is Tensor.__iter__:
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
@@ -177,10 +178,6 @@ class Replay(TorchFunctionMode):
         if isinstance(target, nn.Module):
             return self._called(target, arguments)
         given = self._describe(arguments)
-        if target is torch._C._set_grad_enabled or not has_tensor(given):
-            known = (target, given) in self.glue.reads
-            if known or target is torch._C._set_grad_enabled:
-                return target(*arguments[0], **arguments[1])
         read = self.glue.reads.get((target, given))
         if read is not None:
             times = self._times[target, given] = self._times.get((target, given), -1) + 1
@@ -210,9 +207,11 @@ class Replay(TorchFunctionMode):
             self._compare(number, call, given)
         for place, contents in call.after.items():
             become(objects[place], contents)
-        if call.collected:
-            for key, tensors in call.collected.items():
-                collected_outputs()[key].extend(tensors)
+        if call.repeated is not None:
+            try:
+                call.repeated.apply()
+            except GuardError as error:
+                self._differs(str(error))
         result = call.result
         return result if isinstance(result, Tensor) else substituted(result, _same)
 

@@ -41,7 +41,10 @@ _MOVING = (
 _COMPARED = 16
 _COMPARED_BYTES = 1 << 16
 _RANDOM = "random numbers of "
-_SET_FOR_CAPTURES = frozenset(f"model.{name}" for name in ("forward", "_modules", *HOOKS))
+# What is set for captures, and what models of transformers set in their first call.
+_NO_CHANGE = frozenset(f"model.{name}" for name in ("forward", "_modules", *HOOKS)) | {
+    "config.problem_type"
+}
 State = dict[str, Any]
 
 
@@ -72,7 +75,7 @@ class WatchedRun(LossRun):
     def resume(self, outputs: Any) -> Any:
         """Run the rest."""
         before = self._watch.state()
-        self.changed_meanwhile = _changes(self._suspended, before) - _SET_FOR_CAPTURES
+        self.changed_meanwhile = _changes(self._suspended, before) - _NO_CHANGE
         self._suspended = {}
         result = super().resume(outputs)
         self.changed_after = _changes(before, self._watch.state())
