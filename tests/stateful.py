@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,6 +105,23 @@ def _clipped(self: Any, x: Tensor) -> Tensor:
     return x + torch.tanh(self.linear(x))
 
 
+def _counting(self: Any, x: Tensor) -> Tensor:
+    """In a tensor that is no buffer, and in an object."""
+    self.counted += 1
+    self.counter.calls += 1
+    return x + torch.tanh(self.linear(x)) / self.counted.clone() * self.counter.calls
+
+
+class Counting(Layer):
+    forward = _counting
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = torch.zeros(())
+        self.counter = SimpleNamespace(calls=0)
+
+
+PROGRAMS["Counting"] = type("Counting", (Net,), {"layer": Counting})
 layers(_scaled, "Scaled")
 layers(_replacing, "Replacing")
 layers(_seldom, "Seldom")
@@ -226,7 +244,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {n: t.detach().clone() for n, t in model.named_parameters()}
     found |= {n: t.detach().clone() for n, t in model.named_buffers()}
     for fqn, module in model.named_modules():
-        for name in ("calls", "attribute"):
+        for name in ("calls", "attribute", "counted"):
             if name in vars(module):
                 value = vars(module)[name]
                 found[f"{fqn}.{name}"] = torch.as_tensor(value).clone()

@@ -222,6 +222,24 @@ class RegionCall(nn.Module):
         return f"{owner} {name}, grad={self.grad}, autocast={self.autocast}"
 
 
+class GradientHook(nn.Module):
+    """Lets ``hook`` see, and perhaps change, the gradient of a tensor between two blocks."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Register the hook; the tensor is returned so that its later readers come later."""
+        if tensor.requires_grad:
+            tensor.register_hook(self.hook)
+        return tensor
+
+    def extra_repr(self) -> str:
+        """Return what tells this hook from others."""
+        return repr(self.hook)
+
+
 class ModeCall(nn.Module):
     """Calls a leaf in the training or evaluation modes that its modules had in this call.
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Glue, Path
-from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.patches import countable, not_compiled, preserved_state, tracing_patches
+from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
+from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
+from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.state import without_stand_ins
@@ -195,6 +197,7 @@ def capture(
     training = model.training if training is None else training
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     leaves = choose_leaves(model, granularity)
+    _refuse_backward_hooks(model, leaves)
     with (
         torch.inference_mode(mode=False),
         tracing_patches(model),
@@ -203,6 +206,8 @@ def capture(
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
+        recording = recording_models(model)
+    reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
         raise CaptureError(
             f"{type(model).__name__} returned no loss for the batch ({', '.join(batch)}); add the "
@@ -290,7 +295,7 @@ def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_m
         raise _BackwardInsideError
 
     try:
-        with countable(model) if on_meta else contextlib.nullcontext():
+        with grouped_without_values() if on_meta else contextlib.nullcontext():
             try:
                 with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
                     return trace(model, batch, leaves)
@@ -313,6 +318,17 @@ def _refuse_checkpointing(model: nn.Module) -> None:
             "call model.activation_checkpointing_disable() (in older transformers "
             "model.gradient_checkpointing_disable())"
         )
+
+
+def _refuse_backward_hooks(model: nn.Module, leaves: Leaves) -> None:
+    for fqn, module in model.named_modules():
+        hooks = module._backward_hooks or module._backward_pre_hooks
+        if model.training and hooks and not leaves.is_leaf(module) and id(module) in leaves.names:
+            raise CaptureError(
+                f"{fqn or type(model).__name__!r} has a hook on its backward pass "
+                "(register_full_backward_hook), and its blocks are in several stages, none of "
+                "which runs that backward pass; register the hook on its blocks, or on tensors"
+            )
 
 
 def _own_batch(batch: Mapping[str, Any], *, meta: bool) -> dict[str, Any]:

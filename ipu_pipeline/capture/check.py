@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves
-from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
 from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
@@ -115,6 +115,7 @@ class _Run:
         changing = captured._trace.changing
         with (
             preserved_state(model, changing.values()),
+            without_gradient_hooks(model),
             _same_masks(self.leaves),
             casts_of_one_step(),
             torch.set_grad_enabled(captured.training),

@@ -4,7 +4,7 @@
   that needs it computes it again.
 - A leaf that starts a block opens one; every other node joins the latest block that it depends
   on, by value or by the order of in-place writes.
-- Nodes that nothing needs are dropped; guards and writes to buffers are always kept.
+- Nodes that nothing needs are dropped; guards, writes to buffers and hooks on gradients are kept.
 - Loss functions and what follows them in the last block form the block ``loss``.
 """
 
@@ -97,7 +97,8 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
 def _live(
     trace: Trace, results: Iterable[fx.Node], after: Iterable[fx.Node]
 ) -> dict[fx.Node, None]:
-    effects = (n for n in trace.graph.nodes if n.meta.get("guard") or n.meta.get("state"))
+    kept = ("guard", "state", "effect")
+    effects = (n for n in trace.graph.nodes if any(n.meta.get(key) for key in kept))
     pending = [*results, *after, *effects]
     live: dict[fx.Node, None] = {}
     while pending:
@@ -126,7 +127,7 @@ def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
 
 def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
     """Whether computing ``node`` again on another stage would be wrong or wasteful."""
-    if any(node.meta.get(key) for key in ("random", "guard", "state", "starts")):
+    if any(node.meta.get(key) for key in ("random", "guard", "state", "effect", "starts")):
         return True
     if not trace.changing.keys().isdisjoint(node.meta.get("reads", ())):
         return True  # another stage would read it at another time

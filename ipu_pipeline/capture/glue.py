@@ -12,7 +12,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import members
 from ipu_pipeline.capture.values import PLAIN, named_tensors, tensors_in
 from ipu_pipeline.errors import CaptureError
+
+if TYPE_CHECKING:
+    from ipu_pipeline.capture.side_outputs import RepeatedChanges
 
 Path = tuple[int, ...]
 # A described value: the id of a tensor or object, (type, value), or (type, keys, members).
@@ -61,7 +64,7 @@ class Call:
         node: Its node, where it has one whose arguments are those of the call.
         where: Whose code called it.
         after: Contents of the objects that it was given, by place, afterwards.
-        collected: What transformers' hooks collected meanwhile.
+        repeated: What it left in lists and attributes that the glue reads.
         lifted: Names of the host values by path.
         reads_values: It gives Python values of tensors.
     """
@@ -75,7 +78,7 @@ class Call:
     node: fx.Node | None = None
     where: str = ""
     after: Mapping[Any, Any] = field(default_factory=dict)
-    collected: Mapping[str, list[Any]] = field(default_factory=dict)
+    repeated: RepeatedChanges | None = None
     lifted: dict[Path, str] = field(default_factory=dict)
     reads_values: bool = False
 

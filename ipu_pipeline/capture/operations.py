@@ -25,19 +25,18 @@ from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
 from ipu_pipeline.capture.calls import unguarded
-from ipu_pipeline.capture.patches import countable
+from ipu_pipeline.capture.experts import grouped_without_values
+from ipu_pipeline.capture.patches import without_gradient_hooks
+from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature
-from ipu_pipeline.capture.state import PlainState
+from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Return the FLOPs of one ATen call (a multiply-add is 2); 0 where no formula is known."""
-    name = str(operation).rsplit(".", 1)[-1]
-    if name == "_grouped_mm":  # every row of the first operand meets one matrix of the second
-        rows, inner = args[0].shape[-2:]
-        return int(2 * rows * inner * args[1].shape[-1])
     formula = flop_registry.get(operation)
     return int(formula(*args, **kwargs, out_val=result)) if formula else 0
 
@@ -65,6 +64,10 @@ class LiveBytes:
         """Return the peak and start again from what is alive now."""
         peak, self.peak = self.peak, self.now
         return peak
+
+    def keys(self) -> Iterable[int]:
+        """Return the keys of the storages that are counted."""
+        return self._alive.keys()
 
     def is_apart(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is, or is a view of, one that is counted elsewhere."""
@@ -137,25 +140,30 @@ class OperationCounter:
         """Return the operations of ``program``."""
         signature = program_signature(program, self.specs)
         if signature not in self._known:
-            self._known[signature] = self._run(program)
+            with restored_places(program.module), without_gradient_hooks(program.module):
+                self._known[signature] = self._run(program)
         return self._known[signature]
 
     def _run(self, program: Program) -> Operations:
-        plain = PlainState(program.module.modules())
+        python, changing = PythonState(program.module.modules()), program.changing.values()
+        try:
+            with values_of(changing, [tensor.detach().clone() for tensor in changing]):
+                return self._counted(program)
+        finally:
+            python.restore()
+
+    def _counted(self, program: Program) -> Operations:
         try:
             return self._count_on(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
             device = "meta" if self.on_meta else "cpu"
             return self._count_on(program, contextlib.nullcontext(), device)
-        finally:
-            plain.put_back()
 
     def _count_on(self, program: Program, mode: Any, device: str) -> Operations:
         module = program.module
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
         with (
-            countable(module),
             unguarded(module),
             mock.patch.object(quiet, "disabled", new=True),
             mode,
@@ -202,20 +210,25 @@ def _measure(
         else value
         for value in inputs
     )
-    saved: dict[int, int] = {}
+    saved = LiveBytes([])
     saved_inputs: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
         if live.is_apart(tensor):
             saved_inputs.add(storage_key(tensor))
         else:
-            saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            saved.note([tensor])
         return tensor
 
-    with attending, recorder, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with (
+        attending,
+        grouped_without_values(recorder),
+        recorder,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         outputs = torch.func.functional_call(module, dict(state), entered)
-    forward, peak = recorder.take(), live.take_peak()
-    output_bytes = tuple(_added(outputs, live, saved))
+    forward, peak, saved_bytes = recorder.take(), live.take_peak(), saved.now
+    output_bytes = tuple(_added(outputs, live, saved.keys()))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
         with recorder:
@@ -231,7 +244,7 @@ def _measure(
     return Operations(
         forward,
         recorder.take(),
-        sum(saved.values()),
+        saved_bytes,
         peak,
         output_bytes,
         tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),

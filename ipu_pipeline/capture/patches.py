@@ -11,6 +11,7 @@ import functools
 import itertools
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -20,12 +21,14 @@ from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
 
+from ipu_pipeline.capture.places import Places
 from ipu_pipeline.capture.python_state import PythonState
 
 # Methods of transformers' models that compute tensors from inputs alone, reading values in Python:
 # positions of text and images, from where the padding and the images are.
 WHOLE_METHODS = ("get_rope_index",)
 SDPA = functional.scaled_dot_product_attention
+GROUPED = functional.grouped_mm
 # nn.Module and transformers are patched for all threads: one capture at a time.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -39,13 +42,19 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
     """Make ``model`` traceable for the duration of the block.
 
     Key-value caches are switched off in every (sub)config, and transformers is told that it is
-    being traced, so that it does not choose its masks by looking at the example's values.
+    being traced, so that it does not choose its masks by looking at the example's values. Rows
+    are taken for packed ones (their position ids start over) where the model itself does that:
+    only without a cache, so not where a cache was switched off here.
     """
     with _ONE_AT_A_TIME, not_compiled(model), contextlib.ExitStack() as stack:
         for config in configs_of(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = False
+                vars(config)["use_cache"] = _NoCache()  # assigned, it would have to be a bool
+        masking = sys.modules.get("transformers.masking_utils")
+        if masking is not None:
+            find = functools.partial(_packed_unless_cached, masking.find_packed_sequence_indices)
+            stack.enter_context(mock.patch.object(masking, "find_packed_sequence_indices", find))
         for module in _modules_that_ask(len(sys.modules)):
             stack.enter_context(mock.patch.object(module, "is_tracing", _always_tracing))
         yield
@@ -143,12 +152,21 @@ def patched_attention(attend: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def patched_grouped(grouped: Callable[..., Any]) -> Iterator[None]:
+    """Route calls of ``grouped_mm``, the product of a mixture of experts."""
+    with mock.patch.object(functional, "grouped_mm", grouped):
+        yield
+
+
+@contextlib.contextmanager
 def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """Put back what running ``model`` changes, and what Python keeps.
 
-    Buffers (running statistics), gradients, random states, attributes of the modules, and the
-    tensors ``changed``: parameters that a forward pass writes to.
+    Buffers (running statistics), gradients, random states, attributes of the modules, what hooks
+    hold, configs, and the tensors ``changed``: parameters that a forward pass writes to.
     """
+    places = Places(model, with_values=True)
+    configs = [(config, dict(vars(config))) for config in configs_of(model)]
     tensors = [(t, t.data, t.detach().clone()) for t in [*model.buffers(), *changed]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
@@ -165,35 +183,46 @@ def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> I
             for tensor, memory, value in tensors:
                 tensor.data = memory
                 tensor.copy_(value)
-
-
-def collected_outputs() -> dict[str, list[Any]]:
-    """Return what transformers' hooks collect in the running forward pass; nothing: empty."""
-    collecting = sys.modules.get("transformers.utils.output_capturing")
-    found = None if collecting is None else collecting._active_collector.get()
-    return {} if found is None else {k: v for k, v in found.items() if isinstance(v, list)}
+        places.restore()
+        for config, attributes in configs:
+            if vars(config) != attributes:
+                vars(config).clear()
+                vars(config).update(attributes)
 
 
 @contextlib.contextmanager
-def countable(module: nn.Module) -> Iterator[None]:
-    """Let mixture-of-experts modules run on tensors without values.
-
-    Their grouped matrix multiplication accepts bfloat16 only there; the batched form does the
-    same arithmetic for every token and its chosen experts.
-    """
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}
-    changed = [
-        config
-        for config in configs.values()
-        if getattr(config, "_experts_implementation_internal", None) == "grouped_mm"
+def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take away what the user's code does in backward passes (steps of optimizers, logs)."""
+    places = [
+        *((p, ("_backward_hooks", "_post_accumulate_grad_hooks")) for p in model.parameters()),
+        *((m, ("_backward_hooks", "_backward_pre_hooks")) for m in model.modules()),
     ]
-    for config in changed:
-        config._experts_implementation_internal = "batched_mm"
+    found = [getattr(owner, name, None) for owner, names in places for name in names]
+    kept = [(hooks, dict(hooks)) for hooks in found if hooks]
+    for hooks, _ in kept:
+        hooks.clear()
     try:
         yield
     finally:
-        for config in changed:
-            config._experts_implementation_internal = "grouped_mm"
+        for hooks, own in kept:
+            hooks.update(own)
+
+
+class _NoCache(int):
+    """False, instead of a cache that the model would have made."""
+
+    def __repr__(self) -> str:
+        return "False"
+
+
+def _packed_unless_cached(find: Callable[[Any], Any], position_ids: Any) -> Any:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        use_cache = frame.f_locals.get("use_cache")
+        if use_cache is not None:
+            return None if isinstance(use_cache, _NoCache) else find(position_ids)
+        frame = frame.f_back
+    return find(position_ids)
 
 
 def _always_tracing(tensor: Any = None) -> bool:  # noqa: ARG001 - transformers' signature

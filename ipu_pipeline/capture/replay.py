@@ -31,8 +31,9 @@ from ipu_pipeline.capture.glue import (
     substituted,
     value_at,
 )
-from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
+from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.errors import GuardError
 
 _CONTAINERS = (tuple, list, dict, set, slice)
 # Numbers in these are values, never sizes or axes: whole numbers too.
@@ -206,9 +207,11 @@ class Replay(TorchFunctionMode):
             self._compare(number, call, given)
         for place, contents in call.after.items():
             become(objects[place], contents)
-        if call.collected:
-            for key, tensors in call.collected.items():
-                collected_outputs()[key].extend(tensors)
+        if call.repeated is not None:
+            try:
+                call.repeated.apply()
+            except GuardError as error:
+                self._differs(str(error))
         result = call.result
         return result if isinstance(result, Tensor) else substituted(result, _same)
 

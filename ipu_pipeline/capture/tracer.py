@@ -8,6 +8,7 @@ every torch function in the glue becomes one node. Nodes carry in ``node.meta``:
 - ``writes``: keys of the storages that it changes;  ``storage``: key of its result's storage;
 - ``random``: it draws random numbers;  ``starts``: name of the block it starts;
 - ``guard``: it checks a value that Python read;  ``scope``: fqn of the innermost module;
+- ``effect``: it is kept although nothing reads its result;
 - ``reads``, ``state``: names of the model's own tensors that it reads, and that it changes;
 - ``value_shape``: its shape depends on values.
 """
@@ -31,6 +32,7 @@ from ipu_pipeline.capture.calls import (
     SHAPE_READS,
     VALUE_READS,
     FreeTensors,
+    GradientHook,
     LiftedCall,
     ModeCall,
     Region,
@@ -49,7 +51,9 @@ from ipu_pipeline.capture.calls import (
 from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import collected_outputs, patched_calls, patched_methods
+from ipu_pipeline.capture.patches import patched_calls, patched_methods
+from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
     StorageHistory,
@@ -81,6 +85,7 @@ class Tracer(TorchFunctionMode):
         self.attributes: dict[str, Any] = {}
         self.values = Values(self)
         self.storages = StorageHistory()
+        self.side_outputs = SideOutputs(self)
         self.calls: Counter[str] = Counter()
         self.scope: list[str] = [""]
         self.in_leaf = 0
@@ -104,6 +109,7 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.in_leaf:
             self.leaf_draws = self.leaf_draws or is_random(func, args, kwargs)
+            self.side_outputs.use((args, kwargs), reads_values=func in VALUE_READS)
             return self.use.call(func, args, kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
@@ -134,20 +140,17 @@ class Tracer(TorchFunctionMode):
             return self._leaf_call(original, module, args, kwargs)
 
     def _leaf_call(self, original: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        collected = {key: len(tensors) for key, tensors in collected_outputs().items()}
         objects = objects_among(args, kwargs, self.kept)
+        places = Places(module)
         if objects:
             result, call = self._object_call(original, module, args, kwargs, objects)
         else:
             versions = self._versions(module, args, kwargs)
             call = self._described(module, (args, kwargs))
-            result = original(module, *args, **kwargs)
+            with self.side_outputs.noting():
+                result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
-        call.collected = {
-            key: [self.recorder.stand_in(tensor) for tensor in tensors[collected.get(key, 0) :]]
-            for key, tensors in collected_outputs().items()
-            if len(tensors) > collected.get(key, 0)
-        }
+        self.side_outputs.note(call, module, places)
         self.recorder.add(call, result)
         return result
 
@@ -188,7 +191,7 @@ class Tracer(TorchFunctionMode):
         versions = self._versions(module, args, kwargs, before.tensors)
         call = self._described(module, apart((args, kwargs), objects)[0])
         contents = self.recorder.describe.objects(objects)
-        with used_tensors:
+        with used_tensors, self.side_outputs.noting():
             result = original(module, *args, **kwargs)
         after = self._snapshot(objects)
         if not needs_objects(objects, before, after):
@@ -289,6 +292,11 @@ class Tracer(TorchFunctionMode):
         if func in VALUE_READS:
             self._guard(func, args, kwargs, result)
             return None
+        if func is Tensor.register_hook:
+            node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
+            node.meta["effect"] = True
+            self._finish(node, args[:1], {}, args[0], versions)
+            return node
         written = self.storages.written(versions)
         if is_assignment(func) and not self._may_assign(func, args[0]):
             raise CaptureError(
@@ -406,7 +414,10 @@ class Tracer(TorchFunctionMode):
         Raises:
             CaptureError: Another shape or dtype; or a block does so itself and others read it.
         """
+        read = {name for node in self.graph.nodes for name in node.meta.get("reads", ())}
         for fqn, was, now in self.use.replaced():
+            if id(was) not in self.fqns and fqn not in read:
+                continue  # an attribute that every pass makes anew
             if self.values.known(now) is None:
                 self._check_not_shared(fqn)
                 continue
@@ -431,6 +442,22 @@ class Tracer(TorchFunctionMode):
                     f"a block of {type(self.model).__name__} replaces {fqn!r} by another tensor, "
                     f"and {node.meta['scope'] or 'the model itself'!r} reads it, too; write into "
                     f"it instead: {fqn}.copy_(value)"
+                )
+
+    def check_reads(self, changed: set[str]) -> None:
+        """Refuse numbers that Python reads from what the run has changed: the next ones differ.
+
+        Raises:
+            CaptureError: There is one.
+        """
+        for node in self.graph.nodes:
+            read = sorted(changed.intersection(node.meta.get("reads", ())))
+            if node.meta.get("guard") and read:
+                guard = self.attributes[str(node.target)]
+                raise CaptureError(
+                    f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
+                    "model changes it in every forward pass; compute with the tensor itself (index "
+                    "with (position + torch.arange(n)) % size), or keep that code inside a block"
                 )
 
     def _constant(self, tensor: Tensor) -> str:
@@ -497,11 +524,13 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
+        tracer.side_outputs.finish()
         glue = tracer.recorder.finish(output)
     finally:
         tracer.values.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
+    tracer.check_reads(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)

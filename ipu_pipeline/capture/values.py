@@ -95,25 +95,60 @@ def own_values(module: nn.Module) -> list[Any]:
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
-    """Return the direct tensor members of a model's output, by field name or position.
+    """Return the tensors of a model's output by field name or position: ``hidden_states[2]``.
 
     Raises:
         CaptureError: The output is neither a tensor nor a tuple, list or mapping.
     """
     if isinstance(output, Tensor):
         return [("loss" if output.ndim == 0 else "output", output)]
+    members: Iterable[tuple[str, Any]]
     if isinstance(output, Mapping):
-        return [(str(key), value) for key, value in output.items() if isinstance(value, Tensor)]
-    if isinstance(output, tuple | list):
-        names = [
-            "loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}"
+        members = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, tuple | list):
+        members = [
+            ("loss" if i == 0 and getattr(v, "ndim", 1) == 0 else f"output_{i}", v)
             for i, v in enumerate(output)
         ]
-        return [(n, v) for n, v in zip(names, output, strict=True) if isinstance(v, Tensor)]
-    raise CaptureError(
-        f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
-        "mapping of tensors"
-    )
+    else:
+        raise CaptureError(
+            f"the model returns a {type(output).__name__}; it must return a tensor, a tuple or a "
+            "mapping of tensors"
+        )
+    return [item for name, value in members for item in _named_members(name, value)]
+
+
+def _named_members(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named_members(f"{name}[{key}]", item)
+    elif isinstance(value, tuple | list):
+        for number, item in enumerate(value):
+            yield from _named_members(f"{name}[{number}]", item)
+
+
+def nested_by_name(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put tensors under names as those of :func:`named_tensors` into tuples and dicts again."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        first, bracket, rest = name.partition("[")
+        if bracket and name.endswith("]"):
+            inner, _, after = rest.partition("]")
+            groups.setdefault(first, {})[inner + after] = tensor
+        else:
+            groups[name] = tensor
+    return {name: _member(found) for name, found in groups.items()}
+
+
+def _member(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return found
+    inner = nested_by_name(found)
+    if not all(key.isdecimal() for key in inner):
+        return inner
+    return tuple(inner.get(str(n)) for n in range(max(map(int, inner)) + 1))
 
 
 PLAIN = (
@@ -122,28 +157,70 @@ PLAIN = (
 )  # fmt: skip
 
 
+class SideFloat(float):
+    """A number that a block read from a tensor and left on the side, or one made of such."""
+
+
+class SideInt(int):
+    """The same, a whole one."""
+
+
+def _kept_apart(operator: str) -> Any:
+    def operate(self: Any, *others: Any) -> Any:
+        own = float if isinstance(self, float) else int
+        result = getattr(own, operator)(own(self), *others)
+        kind = {float: SideFloat, int: SideInt}.get(type(result))
+        return result if kind is None else kind(result)
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        for _kind in (SideFloat, SideInt):
+            setattr(_kind, _operator, _kept_apart(_operator))
+for _operator in ("__neg__", "__abs__"):
+    for _kind in (SideFloat, SideInt):
+        setattr(_kind, _operator, _kept_apart(_operator))
+
+
 class Values:
     """Maps live tensors to nodes; keeps the tensors alive so that their ids stay theirs."""
 
     def __init__(self, source: Tracer) -> None:
         self._source = source
         self._nodes: dict[int, fx.Node] = {}
+        self._originals: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
 
     def release(self) -> None:
         """Drop all tensors: the trace is over, and they may be large."""
         self._nodes.clear()
+        self._originals.clear()
         self._alive.clear()
 
     def known(self, tensor: Tensor) -> fx.Node | None:
         """Return the node of ``tensor`` if it has one."""
         return self._nodes.get(id(tensor))
 
+    def by_id(self, number: int) -> fx.Node | None:
+        """Return the node of the tensor with this id if it has one."""
+        return self._nodes.get(number)
+
     def bind(self, tensor: Tensor, node: fx.Node) -> None:
         """Say that ``node`` computes ``tensor``."""
         self._nodes[id(tensor)] = node
         node.meta["storage"] = storage_key(tensor)
         self._alive.append(tensor)
+
+    def bind_alias(self, tensor: Tensor, node: fx.Node) -> None:
+        """Say that ``tensor`` is another object for the value of ``node``."""
+        self._originals[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def original(self, tensor: Tensor) -> fx.Node | None:
+        """Return the node of the value that ``tensor`` is another object for."""
+        return self._originals.get(id(tensor))
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node of ``tensor``; a parameter, buffer or constant gets one."""
@@ -155,7 +232,7 @@ class Values:
         """Bind every tensor of a call's result to ``node`` or to a member access of it."""
         self._alive.append(result)
         members: dict[tuple[Any, ...], fx.Node] = {(): node}
-        for path, tensor in _walk(result, ()):
+        for path, tensor in tensor_paths(result):
             for end in range(1, len(path) + 1):
                 if path[:end] not in members:
                     access, key = path[end - 1]
@@ -175,6 +252,12 @@ class Values:
             return self.node_of(value)
         if isinstance(value, np.integer | np.floating | np.bool_):
             return value.item()  # before PLAIN: np.float64 is a float that code cannot name
+        if isinstance(value, SideFloat | SideInt):
+            raise CaptureError(
+                f"{self._source.where()} uses a number ({value}) that a block read from a tensor "
+                "in Python and left in a list or an attribute; the next batch has another one: let "
+                "the block leave the tensor there, without .item() or float()"
+            )
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, torch.Size):
@@ -212,23 +295,23 @@ Path = tuple[tuple[Any, Any], ...]
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield every tensor inside ``value``."""
-    for _, tensor in _walk(value, ()):
+    for _, tensor in tensor_paths(value):
         yield tensor
 
 
-def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+def tensor_paths(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Yield ``(path, tensor)``; a path step is the access function and its key."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _walk(item, (*path, (operator.getitem, key)))
+            yield from tensor_paths(item, (*path, (operator.getitem, key)))
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
-            yield from _walk(item, (*path, (operator.getitem, index)))
+            yield from tensor_paths(item, (*path, (operator.getitem, index)))
     elif isinstance(value, slice):
         for name in ("start", "stop", "step"):
-            yield from _walk(getattr(value, name), (*path, (getattr, name)))
+            yield from tensor_paths(getattr(value, name), (*path, (getattr, name)))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _walk(getattr(value, field.name), (*path, (getattr, field.name)))
+            yield from tensor_paths(getattr(value, field.name), (*path, (getattr, field.name)))

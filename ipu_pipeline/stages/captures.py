@@ -24,7 +24,7 @@ from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
-from ipu_pipeline.stages.training import autocast_region
+from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -145,7 +145,8 @@ class StageCache:
 
         Raises:
             CaptureError: The model cannot be captured with these inputs.
-            LoweringError: A block that the plan serializes has no table for so many slices.
+            LoweringError: A block that the plan serializes has no table for so many slices; or
+                in training, a hook on a gradient cannot run as in plain torch.
             PlanError: In training mode, its blocks are not those of the plan; or stages share what
                 a forward pass changes.
         """
@@ -164,6 +165,9 @@ class StageCache:
                     hosts.update(self._host_values(variant, followed))
                 found.append(variant.stages)
                 prepared.append(replace(part, inputs={**part.inputs, **hosts}))
+        if torch.is_grad_enabled():
+            stages = {id(stage): stage for own in found for stage in own}
+            refuse_gradient_hooks(self.model, [p for s in stages.values() for p in s.shared])
         return found, prepared
 
     def _followed(

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ipu_pipeline.capture.batch_axes import Axes
+from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -47,11 +48,16 @@ class EvalResult:
 
     Attributes:
         loss: That of the batch, as in :class:`StepResult`; ``None`` when there are no labels.
-        outputs: The model's tensor outputs by name, microbatches joined on their axis of samples.
+        outputs: The model's outputs by name, microbatches joined on their axis of samples:
+            tensors, and tuples and dicts of them.
     """
 
     loss: float | None
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def nested(self) -> EvalResult:
+        """Return the same, tensors named as members of tuples and dicts (``x[2]``) in them."""
+        return EvalResult(self.loss, nested_by_name(self.outputs))
 
 
 def mean_loss(microbatches: Sequence[Microbatch], results: Sequence[Mapping[str, Tensor]]) -> float:

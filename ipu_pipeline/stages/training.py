@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,57 @@ def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> No
                 "the optimizer holds parameters that are not the model's; make it from "
                 "model.parameters() of the model that is compiled"
             )
+
+
+def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse hooks that would see other gradients, or at another time, than in plain torch.
+
+    Raises:
+        LoweringError: A parameter has a hook that runs when its gradient is added up or one that
+            reaches an optimizer (which steps in the backward pass), or one on its gradient while
+            several stages use it.
+    """
+    several = {id(parameter) for parameter in shared}
+    for fqn, parameter in model.named_parameters():
+        hooks = [*(parameter._backward_hooks or {}).values()]
+        late = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if late or any(map(_reaches_optimizer, hooks)):
+            raise LoweringError(
+                f"{fqn!r} has a hook that runs "
+                f"{'as soon as its gradient is added up' if late else 'on its gradient'} "
+                f"({'register_post_accumulate_grad_hook' if late else 'register_hook'}, as for "
+                "optimizer steps in the backward pass); other microbatches are in flight then "
+                "that need the weights as they are: remove the hook and pass "
+                "compile(optimizer=...) or step after the whole batch"
+            )
+        if id(parameter) in several and hooks:
+            raise LoweringError(
+                f"{fqn!r} has a hook on its gradient (register_hook) and is used by several "
+                "stages, each of which has a part of that gradient only; change the sum in .grad "
+                "after forward_backward() instead, or plan its blocks into one stage"
+            )
+
+
+def _reaches_optimizer(value: Any, depth: int = 3) -> bool:
+    """Whether a hook, or what it holds, is an optimizer."""
+    if isinstance(value, torch.optim.Optimizer):
+        return True
+    if not depth or isinstance(value, nn.Module | torch.Tensor | str | type):
+        return False
+    if isinstance(value, functools.partial):
+        held: Iterable[Any] = (value.func, *value.args, *value.keywords.values())
+    elif inspect.isfunction(value):
+        found = inspect.getclosurevars(value)
+        held = (*found.nonlocals.values(), *found.globals.values())
+    elif inspect.ismethod(value):
+        held = (value.__func__, value.__self__)
+    elif isinstance(value, Mapping):
+        held = value.values()
+    elif isinstance(value, list | tuple):
+        held = value
+    else:
+        held = getattr(value, "__dict__", {}).values()
+    return any(_reaches_optimizer(item, depth - 1) for item in list(held)[:1000])
 
 
 def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:

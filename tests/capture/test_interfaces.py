@@ -20,7 +20,8 @@ def test_tuple_and_tensor_outputs() -> None:
 
     model = toy(as_tuple)
     assert list(capture(model, batch()).results) == ["loss"]
-    assert list(capture(model.eval(), batch()).results) == ["loss", "output_1"]
+    named = ["loss", "output_1", "output_2[0]", "output_2[1]"]
+    assert list(capture(model.eval(), batch()).results) == named
     tensor = toy(lambda self, x: self.layers[1](self.layers[0](x))).eval()
     assert list(capture(tensor, batch()).results) == ["output"]
     with pytest.raises(CaptureError, match="returned no loss for the batch"):

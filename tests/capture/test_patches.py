@@ -92,10 +92,18 @@ PATCHES = (
         ("tensor",),
     ),
     Patch(
-        "transformers.PretrainedConfig._experts_implementation",
-        "grouped products of experts accept bfloat16 only on tensors without data",
+        "transformers.masking_utils.find_packed_sequence_indices",
+        "a model with a cache does not look for packed rows; the cache is off in a capture",
         "transformers 5.23",
-        lambda: vars(import_module("transformers").PretrainedConfig)["_experts_implementation"],
+        lambda: import_module("transformers.masking_utils").find_packed_sequence_indices,
+        ("position_ids",),
+    ),
+    Patch(
+        "torch.nn.functional.grouped_mm",
+        "the product of experts takes only bfloat16 on tensors without data",
+        "torch 2.13",
+        lambda: functional.grouped_mm,
+        ("mat_a", "mat_b"),
     ),
 )
 

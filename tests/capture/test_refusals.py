@@ -13,8 +13,8 @@ from ipu_pipeline.capture import capture
 from ipu_pipeline.capture import check as check_module
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.values import named_tensors
-from ipu_pipeline.errors import CaptureError
-from tests.capture.toys import Layer, batch, toy
+from ipu_pipeline.errors import CaptureError, GuardError
+from tests.capture.toys import Layer, assert_replays, batch, toy
 from tests.tiny_models import TINY, VOCAB
 
 
@@ -32,8 +32,12 @@ def test_tensor_stored_on_the_side_by_a_block(dtype: torch.dtype) -> None:
     def body(self, x):
         return {"loss": (self.layers[1](self.layers[0](x)) * self.layers[0].side).sum()}
 
-    with pytest.raises(CaptureError, match=r"uses a \(2, 4\) torch.* return it from its module"):
-        capture(toy(body, Secret), batch(), self_check=False)
+    model = toy(body, Secret)
+    captured = capture(model, batch())
+    assert_replays(model, captured, batch(1))
+    model.layers[0].forward = model.layers[0].linear.forward
+    with pytest.raises(GuardError, match=r"Secret put a tensor in an attribute .* and none for"):
+        captured.run(batch(1))
 
 
 def test_constants_of_the_model_are_fine_as_long_as_they_stay_what_they_are() -> None:

@@ -202,4 +202,4 @@ def _shared(
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)
-    return EvalResult(None if loss is None else float(loss), outputs)
+    return EvalResult(None if loss is None else float(loss), outputs).nested()

@@ -137,7 +137,7 @@ class PopTorchExecutable(Executable):
         ]
         if whole < size:
             parts.append((size - whole, self._on_host(rows(batch, whole, size))))
-        return join(parts)
+        return join(parts).nested()
 
     def data_loader(self, dataset: Any, **options: Any) -> Any:
         """Return a ``poptorch.DataLoader`` whose batches are what :meth:`train_step` takes.

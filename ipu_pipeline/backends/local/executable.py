@@ -233,7 +233,7 @@ class LocalExecutable(Executable):
         """
         microbatches, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
         step = self._evaluate(microbatches, weigh=True)
-        return join(step.microbatches, step.results, axes)
+        return join(step.microbatches, step.results, axes).nested()
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -244,7 +244,7 @@ class LocalExecutable(Executable):
         """
         microbatches = cut_batches(parts, [1.0] * len(parts))
         found = zip(microbatches, self._evaluate(microbatches).results, strict=True)
-        return [join([part], [results], {}) for part, results in found]
+        return [join([part], [results], {}).nested() for part, results in found]
 
     def close(self) -> None:
         """Stop the stage threads; calling it again does nothing."""
