@@ -444,6 +444,22 @@ class Tracer(TorchFunctionMode):
                     f"it instead: {fqn}.copy_(value)"
                 )
 
+    def check_reads(self, changed: set[str]) -> None:
+        """Refuse numbers that Python reads from what the run has changed: the next ones differ.
+
+        Raises:
+            CaptureError: There is one.
+        """
+        for node in self.graph.nodes:
+            read = sorted(changed.intersection(node.meta.get("reads", ())))
+            if node.meta.get("guard") and read:
+                guard = self.attributes[str(node.target)]
+                raise CaptureError(
+                    f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
+                    "model changes it in every forward pass; compute with the tensor itself (index "
+                    "with (position + torch.arange(n)) % size), or keep that code inside a block"
+                )
+
     def _constant(self, tensor: Tensor) -> str:
         if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
@@ -515,6 +531,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.side_outputs.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
+    tracer.check_reads(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
