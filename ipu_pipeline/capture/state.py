@@ -47,7 +47,7 @@ class StateUse:
             (f"{fqn}.{name}".lstrip("."), module, name, value)
             for fqn, module in model.named_modules()
             for name, value in [*module._buffers.items(), *vars(module).items()]
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and not getattr(type(value), "has_no_values", False)
         ]
         # In lists and maps, too.
         own = (tensor for module in model.modules() for tensor in own_tensors(module))

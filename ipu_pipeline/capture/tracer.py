@@ -536,6 +536,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         glue = tracer.recorder.finish(output)
     finally:
         tracer.values.release()
+        tracer.side_outputs.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
     tracer.check_reads(changed)

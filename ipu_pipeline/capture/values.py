@@ -84,7 +84,8 @@ class TensorMeta:
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
-    return [value for value in own_values(module) if isinstance(value, Tensor)]
+    tensors = [value for value in own_values(module) if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if not getattr(type(tensor), "has_no_values", False)]
 
 
 def own_values(module: nn.Module) -> list[Any]:
