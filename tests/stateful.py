@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def average(kept: Tensor, value: Tensor) -> None:
 def _scaled(self: Any, x: Tensor) -> Tensor:
     """Written, then read by an operation that saves it for the backward pass."""
     y = self.linear(x)
-    average(self.kept, y.std(0))
+    average(self.kept, y.abs().mean(0))
     return x + torch.tanh(y) / self.kept
 
 
@@ -85,7 +86,7 @@ def _replacing(self: Any, x: Tensor) -> Tensor:
     y = self.linear(x)
     self.calls += 1
     self.seen.append(1)
-    self.kept = self.kept * 0.9 + 0.1 * y.detach().std(0)
+    self.kept = self.kept * 0.9 + 0.1 * y.detach().abs().mean(0)
     return x + torch.tanh(y) / self.kept / self.calls * len(self.seen)
 
 
@@ -104,6 +105,23 @@ def _clipped(self: Any, x: Tensor) -> Tensor:
     return x + torch.tanh(self.linear(x))
 
 
+def _counting(self: Any, x: Tensor) -> Tensor:
+    """In a tensor that is no buffer, and in an object."""
+    self.counted += 1
+    self.counter.calls += 1
+    return x + torch.tanh(self.linear(x)) / self.counted.clone() * self.counter.calls
+
+
+class Counting(Layer):
+    forward = _counting
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = torch.zeros(())
+        self.counter = SimpleNamespace(calls=0)
+
+
+PROGRAMS["Counting"] = type("Counting", (Net,), {"layer": Counting})
 layers(_scaled, "Scaled")
 layers(_replacing, "Replacing")
 layers(_seldom, "Seldom")
@@ -226,7 +244,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {n: t.detach().clone() for n, t in model.named_parameters()}
     found |= {n: t.detach().clone() for n, t in model.named_buffers()}
     for fqn, module in model.named_modules():
-        for name in ("calls", "attribute"):
+        for name in ("calls", "attribute", "counted"):
             if name in vars(module):
                 value = vars(module)[name]
                 found[f"{fqn}.{name}"] = torch.as_tensor(value).clone()

@@ -21,6 +21,7 @@ from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
 
@@ -99,7 +100,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
         )
-    with preserved_state(model), torch.no_grad():
+    with preserved_state(model), PutBack(model), torch.no_grad():
         for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
             try:
                 tried = _tried(model, batch, axes)

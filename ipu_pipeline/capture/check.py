@@ -22,6 +22,7 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves
 from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
@@ -121,7 +122,7 @@ class _Run:
             torch.set_grad_enabled(captured.training),
         ):
             torch.manual_seed(SEED)
-            plain = PlainState(model.modules())
+            plain, python = PlainState(model.modules()), PythonState(model.modules())
             outcome = run()
             for name, value in outcome.items():
                 if self.compared_with is not None:
@@ -133,6 +134,7 @@ class _Run:
             if self.kept or again:
                 self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
                                     for n, t in changing.items())  # fmt: skip
+                python.restore(tensors=False)
                 plain.put_back(tensors=False)
                 self.outcome.update((f"{n} of the next batch", t.detach())
                                     for n, t in run().items())  # fmt: skip

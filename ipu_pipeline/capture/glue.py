@@ -35,6 +35,8 @@ Described = Any
 class StandIn(Tensor):
     """Stands for a tensor while the glue is replayed; has its shape and dtype, and no values."""
 
+    has_no_values = True
+
     @classmethod
     def of(cls, tensor: Tensor) -> StandIn:
         """Make one."""

@@ -29,7 +29,8 @@ from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature
-from ipu_pipeline.capture.state import PlainState
+from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.ir.graph import OpKind, OpRecord
 
@@ -144,14 +145,19 @@ class OperationCounter:
         return self._known[signature]
 
     def _run(self, program: Program) -> Operations:
-        plain = PlainState(program.module.modules())
+        python, changing = PythonState(program.module.modules()), program.changing.values()
+        try:
+            with values_of(changing, [tensor.detach().clone() for tensor in changing]):
+                return self._counted(program)
+        finally:
+            python.restore()
+
+    def _counted(self, program: Program) -> Operations:
         try:
             return self._count_on(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
             device = "meta" if self.on_meta else "cpu"
             return self._count_on(program, contextlib.nullcontext(), device)
-        finally:
-            plain.put_back()
 
     def _count_on(self, program: Program, mode: Any, device: str) -> Operations:
         module = program.module

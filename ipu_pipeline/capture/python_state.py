@@ -58,25 +58,32 @@ class PythonState:
         self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
         self._generators: list[tuple[Callable[[Any], object], Any]] = []
+        self._attributes = {id(live) for live, _ in self._copies}
         self._seen: set[int] = set()
         for module in modules:
             attributes = vars(module)
             kept = {k: v for k, v in attributes.items() if k not in _INTERNAL}
             kept |= {k: copy(v) for k, v in kept.items() if type(v) is itertools.count}
             self._copies.append((attributes, kept))
+            self._attributes.add(id(attributes))
             self._copies.extend((attributes[n], dict(attributes[n])) for n in _HOOKS)
             for value in kept.values():
                 self._note(value, _DEPTH)
             for function in vars(type(module)).values():
                 self._note(function, _DEPTH)
 
-    def restore(self) -> None:
-        """Put everything back; objects stay the same objects (but for ``itertools.count``)."""
+    def restore(self, *, tensors: bool = True) -> None:
+        """Put everything back; objects stay the same objects (but for ``itertools.count``).
+
+        Without ``tensors``, attributes of modules and what holds tensors stay as they are.
+        """
         for put_back, state in self._generators:
             put_back(state)
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])  # noqa: NPY002
         for live, copied in self._copies:
+            if not tensors and (id(live) in self._attributes or _holds_tensor(live, copied)):
+                continue
             if isinstance(live, types.CellType):
                 live.cell_contents = copied
             elif isinstance(live, list | deque):
@@ -154,6 +161,19 @@ def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
     return None
+
+
+def _holds_tensor(*values: Any) -> bool:
+    """Whether a cell, a container, or what it held, is or has a tensor."""
+    for value in values:
+        content = getattr(value, "cell_contents", value)
+        items = content.values() if isinstance(content, dict) else content
+        if isinstance(content, Tensor) or (
+            isinstance(content, dict | list | set | deque)
+            and any(isinstance(item, Tensor) for item in items)
+        ):
+            return True
+    return False
 
 
 class _Some(dict[str, Any]):

@@ -306,6 +306,11 @@ class SideOutputs:
         finally:
             self._noting = False
 
+    def release(self) -> None:
+        """Drop all tensors: the trace is over."""
+        self._used.clear()
+        self._noted.clear()
+
     def use(self, given: Any, *, reads_values: bool) -> None:
         """Note what a function inside a leaf is given, and whether it reads values of it."""
         if not self._noting:

@@ -8,6 +8,7 @@ the writes to a tensor, except those of normalisations to their running statisti
 from __future__ import annotations
 
 import operator
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ipu_pipeline.capture.glue import StandIn
@@ -45,7 +47,7 @@ class StateUse:
             (f"{fqn}.{name}".lstrip("."), module, name, value)
             for fqn, module in model.named_modules()
             for name, value in [*module._buffers.items(), *vars(module).items()]
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and not getattr(type(value), "has_no_values", False)
         ]
         # In lists and maps, too.
         own = (tensor for module in model.modules() for tensor in own_tensors(module))
@@ -112,6 +114,21 @@ class StateUse:
             self._saved[name] = (tensor, tensor.data, tensor.detach().clone())
 
 
+class PutBack(TorchFunctionMode):
+    """Puts back the parameters and plain tensors of a model that runs within it have changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._use = StateUse(model)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._use.call(func, args, kwargs or {})
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._use.put_back()
+
+
 class WriteBack(nn.Module):
     """Writes a value into the tensor that a module would have replaced by it."""
 
@@ -151,12 +168,17 @@ class PlainState:
             (module, _plain(module), dict(module._buffers), dict(module._parameters))
             for module in modules
         ]
-        self._contents = [
-            (value, value.copy())
-            for _, plain, _, _ in self._before
-            for value in plain.values()
-            if type(value) in _CONTAINERS
+        values = [value for _, plain, _, _ in self._before for value in plain.values()]
+        containers = [value for value in values if type(value) in _CONTAINERS]
+        objects = [
+            v for v in values if type(v).__module__ not in _ATOMIC and hasattr(v, "__dict__")
         ]
+        containers += [
+            vars(v)
+            for v in objects
+            if not isinstance(v, Tensor | nn.Module | type | types.FunctionType)
+        ]
+        self._contents = [(container, container.copy()) for container in containers]
 
     def new_tensors(self) -> list[str]:
         """Return the attributes that hold other tensors than before."""
@@ -199,6 +221,8 @@ def _put_back(now: Any, before: Any) -> None:
         now.update(before)
 
 
+# Most attributes are of these types, which have none of their own.
+_ATOMIC = frozenset({"builtins", "torch"})
 _CONTAINERS = (list, dict, set, deque)
 
 

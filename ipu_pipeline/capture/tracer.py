@@ -48,7 +48,15 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.glue import Call, Glue, GlueRecorder, Path, apart, placed, value_at
+from ipu_pipeline.capture.glue import (
+    Call,
+    Glue,
+    GlueRecorder,
+    Path,
+    apart,
+    placed,
+    value_at,
+)
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
@@ -444,6 +452,22 @@ class Tracer(TorchFunctionMode):
                     f"it instead: {fqn}.copy_(value)"
                 )
 
+    def check_reads(self, changed: set[str]) -> None:
+        """Refuse numbers that Python reads from what the run has changed: the next ones differ.
+
+        Raises:
+            CaptureError: There is one.
+        """
+        for node in self.graph.nodes:
+            read = sorted(changed.intersection(node.meta.get("reads", ())))
+            if node.meta.get("guard") and read:
+                guard = self.attributes[str(node.target)]
+                raise CaptureError(
+                    f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
+                    "model changes it in every forward pass; compute with the tensor itself (index "
+                    "with (position + torch.arange(n)) % size), or keep that code inside a block"
+                )
+
     def _constant(self, tensor: Tensor) -> str:
         if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
@@ -512,8 +536,10 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         glue = tracer.recorder.finish(output)
     finally:
         tracer.values.release()
+        tracer.side_outputs.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
+    tracer.check_reads(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)

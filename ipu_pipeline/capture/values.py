@@ -62,7 +62,8 @@ def storage_key(tensor: Tensor) -> int:
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
     """Return the memory of a tensor, of a sparse gradient that of its values."""
-    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
+    with torch._C.DisableTorchFunctionSubclass():  # also of what stands for a tensor
+        return (tensor._values() if tensor.is_sparse else tensor).untyped_storage()
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class TensorMeta:
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """Return the tensors that ``module`` keeps as plain attributes, also in lists and maps."""
-    return [value for value in own_values(module) if isinstance(value, Tensor)]
+    tensors = [value for value in own_values(module) if isinstance(value, Tensor)]
+    return [tensor for tensor in tensors if not getattr(type(tensor), "has_no_values", False)]
 
 
 def own_values(module: nn.Module) -> list[Any]:

@@ -163,7 +163,7 @@ def refuse_gradient_hooks(model: nn.Module, shared: Iterable[nn.Parameter] = ())
             )
 
 
-def _reaches_optimizer(value: Any, depth: int = 3) -> bool:
+def _reaches_optimizer(value: Any, depth: int = 5) -> bool:
     """Whether a hook, or what it holds, is an optimizer."""
     if isinstance(value, torch.optim.Optimizer):
         return True

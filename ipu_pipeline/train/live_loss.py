@@ -99,13 +99,13 @@ class _Forward:
 
 
 class _Hooks(OrderedDict[int, Any]):
-    """Hooks around the model's forward, which run around compute_loss's call and no capture's."""
+    """Hooks around the model's forward: they run around calls by the user's code and no others."""
 
     def __bool__(self) -> bool:
-        return len(self) > 0 and not capturing()
+        return len(self) > 0 and LossRun.current() is not None
 
     def items(self) -> Any:
-        return () if capturing() else super().items()
+        return () if LossRun.current() is None else super().items()
 
 
 class _AbandonedError(BaseException):

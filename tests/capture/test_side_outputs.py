@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from ipu_pipeline.capture import capture
+from ipu_pipeline.capture.glue import StandIn
 from ipu_pipeline.errors import CaptureError, GuardError
 from tests.capture.toys import (
     WIDTH,
@@ -349,7 +350,7 @@ def test_changes_are_repeated_without_the_block() -> None:
     model.kept.clear()
     for call in calls:
         call.repeated.apply()
-    assert [tuple(t.shape) for t in model.kept] == [(2, WIDTH)] * 2
+    assert [type(tensor) for tensor in model.kept] == [StandIn] * 2
     with pytest.raises(GuardError, match=r"Inner finds something else in act.0.model.kept than"):
         calls[0].repeated.apply()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -103,6 +104,14 @@ def test_training(body: Any, advance: Any) -> None:
     for name in buffers:
         if name.endswith("num_batches_tracked"):
             assert torch.equal(buffers[name], dict(expected.named_buffers())[name])
+
+
+def test_draws_beside_running_statistics() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x) * random.random()
+        return {"loss": self.layers[1](h).square().mean()}
+
+    assert_alike(lambda: toy(body, Noisy))
 
 
 def test_evaluation_puts_every_module_back() -> None:
