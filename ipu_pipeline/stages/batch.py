@@ -275,7 +275,7 @@ class BatchCutter:
             )
         if columns:
             return columns[0]
-        if "sum" in kinds or ("number" in kinds and self._adds_up):
+        if self._adds_up and kinds & {"sum", "number"}:
             return [1.0] * len(parts)
         return [part.share for part in parts]
 
