@@ -207,13 +207,32 @@ class _Walk:
         if function in MEANS_OVER_LABELS or name.endswith("_loss"):
             yield self._of_loss_function(node, function, divided=divided)
         elif name == "sum" and not node.meta["spec"].shape:
-            yield Term("number" if divided else "sum")
+            stacked = self._stacked(node.all_input_nodes[0])
+            if stacked is None:
+                yield Term("number" if divided else "sum")
+            for source in stacked or ():  # a sum over terms, not over samples
+                yield from self.terms(source, divided=divided)
         elif function is scaled_term:
             yield from self.terms(node.args[0], divided=divided)
         elif name in _LINEAR:
             yield from self._of_linear(node, name, divided=divided)
         else:
             yield self._mean(node)
+
+    def _stacked(self, node: fx.Node) -> list[fx.Node] | None:
+        """Return the numbers that ``node`` holds; nothing of what depends on no input at all."""
+        if self._called(node)[0] in ("stack", "hstack", "cat"):
+            sources = node.all_input_nodes
+            if all("spec" in one.meta and not one.meta["spec"].shape for one in sources):
+                return sources
+        pending, seen = [node], {node}
+        while pending:
+            one = pending.pop()
+            if one.op == "placeholder":
+                return None
+            pending += [source for source in one.all_input_nodes if source not in seen]
+            seen.update(one.all_input_nodes)
+        return []
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""

@@ -277,6 +277,15 @@ class BatchCutter:
             return columns[0]
         if self._adds_up and kinds & {"sum", "number"}:
             return [1.0] * len(parts)
+        if "sum" in kinds and LOSS in self._mixed:  # the samples alone do not tell: random numbers
+            if kinds == {"sum"}:
+                return [1.0] * len(parts)
+            raise LoweringError(
+                f"the loss of {type(self._model).__name__} adds a sum over samples and means, so "
+                "that no weights of the microbatches' losses give the loss of the batch; plan with "
+                "microbatches=1, or choose weights: compile(loss_weights='samples'), a list, or a "
+                "function of a microbatch's inputs"
+            )
         return [part.share for part in parts]
 
     def _is_cut(self, name: str, parts: Sequence[Microbatch]) -> bool:

@@ -39,8 +39,8 @@ def test_packed_and_other_rows(family: str, use_cache: Any) -> None:
     captured = capture(model, {**row(PACKED[0]), **more})
     for positions in rows:
         inputs = {**row(positions), **more}
-        expected = float(model(**inputs).loss)
-        assert float(captured.run(inputs)["loss"]) == pytest.approx(expected, rel=1e-5)
+        expected = model(**inputs).loss.item()
+        assert captured.run(inputs)["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert model.config.use_cache is (use_cache is not False)
 
 

@@ -77,15 +77,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def eager(model: nn.Module, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of plain gradient accumulation over the same microbatches."""
-    total = 0.0
-    for index in range(MICROBATCHES):
-        part = {key: value[2 * index : 2 * index + 2] for key, value in batch.items()}
-        output = model(**part)
-        loss = output["loss"] / MICROBATCHES
-        loss.backward()
-        total += loss.item()
-    return total, gradients(model)
+    """Loss and gradients of plain torch for the whole batch."""
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return loss.item(), gradients(model)
 
 
 def assert_equal_gradients(
