@@ -30,7 +30,9 @@ from ipu_pipeline.ir.graph import BlockGraph, SharedState
 from ipu_pipeline.ir.plan import ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
-_KEPT: weakref.WeakKeyDictionary[nn.Module, CapturedModel] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[
+    nn.Module, tuple[list[tuple[bool, torch.dtype]], CapturedModel]
+] = weakref.WeakKeyDictionary()
 
 
 _CAPTURING: ContextVar[bool] = ContextVar("capturing", default=False)
@@ -253,21 +255,27 @@ def keep_for_reuse(captured: CapturedModel) -> None:
     """
     model = captured.model
     if not any(parameter.is_meta for parameter in model.parameters()):
-        _KEPT[model] = replace(captured, model=nn.Identity())
+        _KEPT[model] = _trained_parts(model), replace(captured, model=nn.Identity())
 
 
 def take_kept(
     model: nn.Module, batch: Mapping[str, Any], granularity: str, *, training: bool
 ) -> CapturedModel | None:
     """Return the kept capture of ``model``, once, if it is one of such a batch."""
-    captured = _KEPT.pop(model, None)
+    parts, captured = _KEPT.pop(model, (None, None))
     if (
         captured is None
+        or parts != _trained_parts(model)
         or (captured.granularity, captured.training) != (granularity, training)
         or described(captured._batch) != described(batch)
     ):
         return None
     return replace(captured, model=model)
+
+
+def _trained_parts(model: nn.Module) -> list[tuple[bool, torch.dtype]]:
+    """Return what a capture depends on of the parameters' objects; replays see the rest."""
+    return [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
 
 
 def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

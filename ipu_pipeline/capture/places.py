@@ -41,7 +41,7 @@ RECORDERS: Path = (("recorders", None),)
 
 
 @dataclass(frozen=True)
-class Change:
+class PlaceChange:
     """What a call did to one entry of a place.
 
     Attributes:
@@ -84,9 +84,9 @@ class Places:
         lists = (recorders or {}).items()
         self.recorded = {key: len(value) for key, value in lists if isinstance(value, list)}
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[PlaceChange]:
         """Return the entries that are new or others, of places that got a tensor."""
-        found: dict[Any, Change] = {}
+        found: dict[Any, PlaceChange] = {}
         for path, place, before in self._found.values():
             own = list(changed(path, place, before))
             tensors = any(True for change in own for _ in tensors_in(change.value))
@@ -107,7 +107,7 @@ class Places:
             if value is tensor
         ]
 
-    def new_numbers(self) -> list[Change]:
+    def new_numbers(self) -> list[PlaceChange]:
         """Return the entries that are new or other numbers."""
         return [
             change
@@ -126,7 +126,7 @@ class Places:
             if isinstance(now, _FLAGS) and now != value
         ]
 
-    def put(self, change: Change, value: Any) -> None:
+    def put(self, change: PlaceChange, value: Any) -> None:
         """Put another value where ``change`` put one."""
         place, before = next(
             (place, before) for path, place, before in self._found.values() if path == change.path
@@ -261,23 +261,23 @@ def _own_forward(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
 
-def changed(path: Path, place: Any, before: Any) -> Iterator[Change]:
+def changed(path: Path, place: Any, before: Any) -> Iterator[PlaceChange]:
     """Yield the entries of ``place`` that are others than ``before``."""
     after = entries_of(place)
     if not isinstance(place, LISTS):
         for key, value in (after or {}).items():
             if before.get(key, after) is not value:
-                yield Change(path, key, value, _sink(place, key), id(before.get(key)))
+                yield PlaceChange(path, key, value, _sink(place, key), id(before.get(key)))
         return
     same = len(after or ()) >= len(before) and all(
         a is b for a, b in zip(before, after, strict=False)
     )
     for n, value in enumerate(after or ()):
         if n >= len(before) or not (same or before[n] is value):
-            yield Change(path, n - len(before), value, id(place))
+            yield PlaceChange(path, n - len(before), value, id(place))
 
 
-def _changed_numbers(path: Path, place: Any, before: Any) -> Iterator[Change]:
+def _changed_numbers(path: Path, place: Any, before: Any) -> Iterator[PlaceChange]:
     return (c for c in changed(path, place, before) if type(c.value) in (int, float))
 
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 from ipu_pipeline.capture.places import (
     LISTS,
     RECORDERS,
-    Change,
     Path,
+    PlaceChange,
     Places,
     changed,
     entries_of,
@@ -214,7 +214,7 @@ class RepeatedChanges:
     """
 
     leaf: nn.Module
-    changes: tuple[Change, ...]
+    changes: tuple[PlaceChange, ...]
     starts: Mapping[Path, Start]
 
     def apply(self) -> None:
@@ -272,11 +272,11 @@ class _Noted:
     call: Call
     leaf: nn.Module
     places: Places
-    changes: tuple[Change, ...]
+    changes: tuple[PlaceChange, ...]
     sides: tuple[_Side, ...]
     given: tuple[tuple[Path, Any, int], ...]
     sinks: frozenset[Any]
-    carried: list[Change]
+    carried: list[PlaceChange]
 
 
 class SideOutputs:
@@ -351,7 +351,7 @@ class SideOutputs:
         )
         self._noted.append(noted)
 
-    def _is_of_an_earlier_pass(self, change: Change) -> bool:
+    def _is_of_an_earlier_pass(self, change: PlaceChange) -> bool:
         known = self._tracer.values.by_id(change.was)
         return change.was in self._used_ids and known is None
 
@@ -430,7 +430,7 @@ class SideOutputs:
         values.bind_alias(alias, node)
         return alias
 
-    def _side(self, call: fx.Node, change: Change, inner: Any, tensor: Tensor) -> _Side | None:
+    def _side(self, call: fx.Node, change: PlaceChange, inner: Any, tensor: Tensor) -> _Side | None:
         values = self._tracer.values
         original = values.original(tensor)
         if values.known(tensor) is not None and original is None:

@@ -57,7 +57,7 @@ def test_a_schedule_from_outside(tmp_path) -> None:
     with one_by_one(tmp_path) as name:
         assert name in BACKEND.schedules
         check(name)
-    with pytest.raises(ValueError, match="schedule 'one_by_one' is unknown; use one of 1f1b"):
+    with pytest.raises(ValueError, match="runs no schedule 'one_by_one'; use one of 1f1b"):
         gradients("one_by_one", 2)
 
 
