@@ -41,7 +41,7 @@ def lower(
         LoweringError: poptorch is not installed, or it cannot run the plan.
     """
     poptorch = _poptorch()
-    _check_options(options)
+    _check_options(options, plan)
     device_optimizer = None
     if optimizer is not None:
         device_optimizer = optimizer_settings(
@@ -81,7 +81,7 @@ def _is_half(model: nn.Module) -> bool:
     return torch.float16 in kinds
 
 
-def _check_options(options: ExecutionOptions) -> None:
+def _check_options(options: ExecutionOptions, plan: Plan) -> None:
     if options.precision == "bf16":
         raise LoweringError("IPUs have no bfloat16; use model.half(), or float32")
     if options.precision == "fp16":
@@ -92,6 +92,11 @@ def _check_options(options: ExecutionOptions) -> None:
     if options.schedule not in (None, "popart"):
         raise LoweringError(
             f"IPUs run PopART's schedule, not {options.schedule!r}; leave schedule out"
+        )
+    if options.loss_weights not in (None, "samples") or plan.batch_axes:
+        raise LoweringError(
+            "IPUs cut every input on axis 0 and take the mean of the microbatches' means; leave "
+            "loss_weights and batch_axes out, or use target='local' or 'distributed'"
         )
     if options.sequential:
         raise LoweringError("sequential is the local target's; leave it out for poptorch")

@@ -136,6 +136,8 @@ class Case:
         copies = self.plan.num_microbatches * self.plan.replicas
         plan = ipp.plan(model, self.example, num_stages=1, microbatches=copies)
         optimizer = make(model) if make else None
+        # The device takes the mean of its microbatches' means.
+        options = {"loss_weights": "samples", **options}
         return ipp.compile(model, plan, optimizer=optimizer, self_check=False, **options)
 
 

@@ -28,6 +28,8 @@ def test_without_poptorch() -> None:
         ({"precision": "bf16"}, r"IPUs have no bfloat16; use model\.half\(\), or float32"),
         ({"precision": "fp16"}, r"precision='fp16' is autocast, which the device has not"),
         ({"schedule": "1f1b"}, r"IPUs run PopART's schedule, not '1f1b'; leave schedule out"),
+        ({"loss_weights": [1.0]}, r"IPUs cut every input on axis 0 and take the mean"),
+        ({"batch_axes": {"labels": 0}}, r"IPUs cut every input on axis 0 and take the mean"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
         (
             {"replicated_tensor_sharding": True},
