@@ -245,10 +245,14 @@ class BatchCutter:
         divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
         constant = not any(self._is_cut(name, parts) for name in terms[0].inputs)
         by_samples = [part.share for part in parts]
+        # A divisor that every microbatch gets whole is that of the batch; labels that the model
+        # makes itself (a contrastive loss) are counted for each microbatch.
+        whole = [1.0] * len(parts)
         columns = [
-            [1.0] * len(parts) if constant else _parts_of_one(column) or by_samples
-            for column in zip(*divisors, strict=True)
-        ]
+            (whole if term.kind == "quotient" else by_samples) if constant
+            else _parts_of_one(column) or by_samples
+            for term, column in zip(terms[0].counted, zip(*divisors, strict=True), strict=True)
+        ]  # fmt: skip
         same = all(_equal(columns[0], other) for other in columns[1:])
         return columns[:1] if same else columns
 
