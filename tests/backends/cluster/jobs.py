@@ -70,18 +70,23 @@ class StochasticAdamW(StochasticRoundingAdamW):
 
 
 def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Compare this rank's gradients with those of plain torch over the whole batch.
+    """Compare this rank's gradients with those of plain accumulation of the microbatches' means.
 
     ``error`` is over the largest gradient of the model, ``own_error`` over that of each parameter.
     """
+    options = {"loss_weights": "samples", **options}
     made, batch = compiled(name, planned=planned, learning_rate=None, **options)
     with made:
         loss = made.forward_backward(batch)
         found = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
     made.model.zero_grad()
-    whole = made.model(**batch).loss
-    whole.backward()
-    expected_loss = whole.item()
+    parts = len(next(iter(batch.values()))) // 2
+    expected_loss = 0.0
+    for index in range(parts):
+        part = {key: value[2 * index : 2 * index + 2] for key, value in batch.items()}
+        own = made.model(**part).loss
+        (own / parts).backward()
+        expected_loss += own.item() / parts
     expected = {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
     largest = {n: gradient.abs().max().item() for n, gradient in expected.items()}
     scale = max(largest.values())
