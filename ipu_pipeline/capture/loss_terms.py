@@ -213,7 +213,7 @@ class _Walk:
             for source in stacked or ():  # a sum over terms, not over samples
                 yield from self.terms(source, divided=divided)
         elif function is scaled_term:
-            yield from self.terms(node.args[0], divided=divided)
+            yield from self.terms(node.all_input_nodes[0], divided=divided)
         elif name in _LINEAR:
             yield from self._of_linear(node, name, divided=divided)
         else:

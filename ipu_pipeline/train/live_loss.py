@@ -45,7 +45,7 @@ Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # A thread that runs is left behind: some stage waits for it.
 _JOIN_S = 2.0
-_GRAD: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
+_GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 _current = threading.local()
 
 

@@ -99,10 +99,8 @@ def test_a_contest_and_its_memory(suite) -> None:
     assert used["bytes"][0] > 50e6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "precision", ["float32", pytest.param("bf16", marks=pytest.mark.acceptance)]
-)
+@pytest.mark.acceptance
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_contest_over_processes(suite, precision) -> None:
     names = [name for name, each in suite.contestants.items() if each.kind != "compiled"]
     wanted = [*names[:1], *names[2:]]

@@ -59,6 +59,7 @@ def test_fifty_steps_with_dropout_and_tied_weights_after_a_hundred(two: Processe
     compare_curves(two, "gpt2-lm", 2)
 
 
+@pytest.mark.acceptance
 def test_fifty_steps_over_four_stages(four: Processes) -> None:
     compare_curves(four, "bert-mlm", 4)
 
