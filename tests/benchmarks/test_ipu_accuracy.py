@@ -21,10 +21,17 @@ from ipu_pipeline.backends.ipu.prices.timing import step_time
 
 pytestmark = pytest.mark.timeout(400)  # the models of all published rows are captured once
 
-needs_files = pytest.mark.skipif(
+_is_here = pytest.mark.skipif(
     not (SHARED / "throughput.json").exists(),
     reason="the shared IPU files (../shared/data/ipu) are not here",
 )
+
+
+def needs_files(test: Any) -> Any:
+    """Mark a test that judges all published rows: minutes on a slow machine."""
+    return pytest.mark.acceptance(_is_here(test))
+
+
 MODELS = {
     "BERT-base": "bert", "RoBERTa-large": "roberta", "DeBERTa-base": "deberta", "mT5-small": "mt5",
     "DistilBERT-base": "distilbert", "gpt2-medium": "gpt2", "GPT-J 6B": "gptj", "T5-base": "t5",

@@ -19,7 +19,7 @@ def assert_equal(found: list[dict[str, Any]]) -> None:
     assert problem(found) == ""
 
 
-@pytest.mark.parametrize("recompute", ["all", "none"])
+@pytest.mark.parametrize("recompute", ["all", pytest.param("none", marks=pytest.mark.acceptance)])
 @pytest.mark.parametrize("name", NAMES)
 def test_curves_with_dropout_equal_the_local_targets(
     two: Processes, name: str, recompute: str

@@ -30,7 +30,14 @@ def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedul
     assert_equals_eager(model, plan, large_batch(name))
 
 
-@pytest.mark.parametrize("name", TINY)
+# The other models' curves are tried by make test-acceptance.
+QUICK = ("bert-qa", "gpt2-lm", "t5", "lxmert-qa", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.acceptance) for n in TINY],
+)
 def test_loss_curves_with_dropout_do_not_depend_on_the_split(name: str) -> None:
     batch = large_batch(name)
 
