@@ -87,7 +87,7 @@ def test_a_worker_that_fails_says_what_it_said() -> None:
         team.ask("step", "nobody")
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 def test_a_contest_and_its_memory(suite) -> None:
     found = contest(suite, TINY, "float32", rounds=2)
     assert [len(seconds) for seconds in found.seconds.values()] == [2, 2]
