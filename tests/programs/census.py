@@ -12,7 +12,6 @@ import random
 import sys
 import warnings
 from collections import Counter
-from dataclasses import fields, replace
 
 from ipu_pipeline.errors import PipelineError
 from tests.programs.program import FEATURES, Program, eager, pipelined
@@ -77,12 +76,7 @@ def main() -> int:
 
 def constructs(program: Program) -> list[str]:
     """Return what is special about a program."""
-    plain = replace(Program())
-    return [
-        f"{item.name}: {getattr(program, item.name)}"
-        for item in fields(program)
-        if item.name in FEATURES and getattr(program, item.name) != getattr(plain, item.name)
-    ]
+    return [f"{name}: {value}" for name, value in program.special().items() if name in FEATURES]
 
 
 if __name__ == "__main__":

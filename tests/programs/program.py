@@ -39,8 +39,22 @@ RECOMPUTES = (None, "all", "first layer")
 GLOBAL = SimpleNamespace(scale=1.0)
 
 
+class Features:
+    """What a program or a script has; the default of every field is the plain choice."""
+
+    def __str__(self) -> str:
+        said = [f"{name}={value!r}" for name, value in self.special().items()]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+    def special(self) -> dict[str, Any]:
+        """Return the fields that are not plain."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        plain = type(self)()
+        return {name: value for name, value in found.items() if value != getattr(plain, name)}
+
+
 @dataclass(frozen=True)
-class Program:
+class Program(Features):
     """The features of one program; every field's first value is the plain one."""
 
     read: str = ""
@@ -59,15 +73,6 @@ class Program:
     microbatches: int = 2
     stages: int = 2
     schedule: str = "1f1b"
-
-    def __str__(self) -> str:
-        plain = Program()
-        said = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(plain, f.name)
-        ]
-        return f"Program({', '.join(said)})"
 
 
 # Every field that has choices, the plain one first.
@@ -351,13 +356,12 @@ class Outcome:
     state: dict[str, Tensor]
     history: list[float]
     calls: int
-    averages: Tensor
 
     @classmethod
     def of(cls, model: Net, losses: list[float]) -> Outcome:
         state = {name: value.clone() for name, value in model.state_dict().items()}
         history = [float(value) for value in model.history]
-        return cls(losses, state, history, model.calls, model.average.clone())
+        return cls(losses, state, history, model.calls)
 
     def difference(self, other: Outcome) -> str:
         """Return the first thing that differs, an empty text where nothing does."""

@@ -7,7 +7,7 @@ what both collect, log and train must be equal.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ipu_pipeline.train import PipelineTrainer
+from tests.programs.program import Features
 
 WORDS, LENGTH, CLASSES = 30, 6, 3
 
@@ -36,7 +37,7 @@ CLASS_WEIGHT = torch.tensor([1.0, 2.0, 0.5])
 
 
 @dataclass(frozen=True)
-class Script:
+class Script(Features):
     """The features of one training script; every field's first value is the plain one."""
 
     weight: str = ""
@@ -47,14 +48,6 @@ class Script:
     microbatches: int = 2
     stages: int = 2
     evaluates: bool = False
-
-    def __str__(self) -> str:
-        said = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"Script({', '.join(said)})"
 
 
 def model_of(layers: int = 3, seed: int = 3) -> nn.Module:

@@ -63,18 +63,9 @@ def start(
     os.environ.update({STORE_VARIABLE: where, SECRET_VARIABLE: secrets.token_hex(32)})
     folder = log_folder or Path(tempfile.mkdtemp(prefix="ipu-pipeline-launch-"))
     meeting = Path(tempfile.mkdtemp(prefix="ipu-pipeline-meeting-"))
-    others = range(1, spec.num_processes)
-    tee = {**({0: 3} if log_folder is not None else {}), **dict.fromkeys(others, 2)}
-    arguments = [
-        *("--local-addr", "localhost", "--role", "rank", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", str(meeting / "point"), "--rdzv-conf", "store_type=file"),
-        *("--nproc-per-node", str(spec.num_processes)),
-        *("--max-restarts", str(spec.max_restarts), "--log-dir", str(folder)),
-        *_streams("--tee", tee),
-        *_streams("--redirects", dict.fromkeys(others, 1)),
-    ]
+    first = {} if log_folder is None else {0: 3}
     try:
-        run(parse_args([*arguments, *spec.program]))
+        run(parse_args([*_arguments(spec, meeting, folder, first), *spec.program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
@@ -93,6 +84,21 @@ def start(
     if log_folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def _arguments(
+    spec: LaunchSpec, meeting: Path, folder: Path, first: Mapping[int, int]
+) -> list[str]:
+    """Return torchrun's own arguments; ``first``: the streams of rank 0 that are kept, too."""
+    others = range(1, spec.num_processes)
+    return [
+        *("--local-addr", "localhost", "--role", "rank", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", str(meeting / "point"), "--rdzv-conf", "store_type=file"),
+        *("--nproc-per-node", str(spec.num_processes)),
+        *("--max-restarts", str(spec.max_restarts), "--log-dir", str(folder)),
+        *_streams("--tee", {**first, **dict.fromkeys(others, 2)}),
+        *_streams("--redirects", dict.fromkeys(others, 1)),
+    ]
 
 
 def _loopback_store() -> tuple[Any, str]:
