@@ -18,7 +18,7 @@ from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Granularity, choose_leaves
-from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, factored, loss_terms
+from ipu_pipeline.capture.loss_terms import LossTerms, Term, factor_name, factored, loss_terms
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.state import PutBack
 
@@ -45,20 +45,22 @@ def term_rules(
     if any([term.node for term in terms.varying] != list(names) for terms, _, _ in found):
         return None
     rows = [list(zip(values, counts, strict=True)) for _, values, counts in found]
-    return tuple(_rule(*row) for row in zip(*rows, strict=True))
+    terms = found[0][0].varying
+    return tuple(_rule(term, *row) for term, *row in zip(terms, *rows, strict=True))
 
 
 _Row = tuple[Tensor, float | None]
 
 
-def _rule(both: _Row, first: _Row, second: _Row) -> Rule:
-    tried: list[tuple[Rule, float, float]] = [("mean", 0.5, 0.5), ("sum", 1.0, 1.0)]
+def _rule(term: Term, both: _Row, first: _Row, second: _Row) -> Rule:
+    tried: dict[Rule, Sequence[float]] = {"mean": (0.5, 0.5), "sum": (1.0, 1.0)}
     a, b = first[1], second[1]
     if a is not None and b is not None:
-        if a + b == 0:  # these samples do not tell
+        counted = term.weights([a, b])
+        if not counted:  # these samples do not tell
             return "counted"
-        tried.insert(0, ("counted", a / (a + b), b / (a + b)))
-    for rule, *weights in tried:
+        tried = {"counted": counted, **tried}
+    for rule, weights in tried.items():
         pairs = zip(weights, (first[0], second[0]), strict=True)
         kept = [weight * value for weight, value in pairs if weight]
         if close_enough(both[0], torch.stack(kept).sum(0)):

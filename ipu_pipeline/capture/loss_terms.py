@@ -56,6 +56,8 @@ class Term:
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count.
         node: Name of the term.
+        least: The least that a divisor is raised to, where the quotient has such a bound.
+        added: A number that is added to the divisor.
     """
 
     kind: TermKind
@@ -63,6 +65,14 @@ class Term:
     weight: str = ""
     ignored: int = IGNORED
     node: str = ""
+    least: float = 0.0
+    added: float = 0.0
+
+    def weights(self, counts: Sequence[float]) -> list[float]:
+        """Return what values with these counts weigh in that of all; nothing if none counts."""
+        whole = max(sum(counts), self.least) + self.added
+        own = [max(count, self.least) + self.added for count in counts]
+        return [count / whole for count in own] if whole else []
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,25 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(node.meta["spec"].shape) if "spec" in node.meta else None
 
 
+def _raised(divisor: fx.Node) -> Term:
+    """Return a quotient with a divisor, that of ``count.clamp(min=1) + 1e-8`` being the count."""
+    added = least = 0.0
+    node, name = divisor, _name(divisor.target)
+    if name in ("add", "radd") and isinstance(node.args[-1], int | float):
+        added, node = float(node.args[-1]), node.all_input_nodes[0]
+        name = _name(node.target)
+    bounds = [*node.args[1:], *node.kwargs.values()]
+    raised = name in ("clamp", "clamp_min", "clip") and len(bounds) == 1
+    if raised and "max" not in node.kwargs and isinstance(bounds[0], int | float):
+        least, node = float(bounds[0]), node.all_input_nodes[0]
+    return Term("quotient", node.name, least=least, added=added)
+
+
+def _name(function: Any) -> str:
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    return name.strip("_")
+
+
 def _is_mask(node: fx.Node) -> bool:
     return "spec" in node.meta and node.meta["spec"].dtype == "bool"
 
@@ -249,8 +278,10 @@ class _Walk:
             divided = divided or name in _QUOTIENTS
             terms = [t for one in inner for t in self.terms(one, divided=divided)]
             divisor = self._divisor(node, name)
-            if divisor and all(term.kind in ("sum", "number", "opaque") for term in terms):
-                yield Term("quotient", divisor, node=node.name)
+            if divisor is not None and all(
+                term.kind in ("sum", "number", "opaque") for term in terms
+            ):
+                yield replace(_raised(divisor), node=node.name)
             else:
                 yield from terms
         elif name == "sum":
@@ -293,11 +324,11 @@ class _Walk:
         sources = node.all_input_nodes
         return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
 
-    def _divisor(self, node: fx.Node, name: str) -> str:
-        """Return the name of the divisor, if it is a tensor that the inputs alone give."""
+    def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
+        """Return the divisor, if it is a tensor that the inputs alone give."""
         divisor = node.args[1] if name in _QUOTIENTS and len(node.args) > 1 else None
         known = isinstance(divisor, fx.Node) and divisor in self.prelude and _shape(divisor) == ()
-        return divisor.name if known else ""
+        return divisor if known else None  # type: ignore[return-value]
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""
@@ -340,5 +371,4 @@ class _Walk:
         if node.op == "call_module":
             holder = self.attributes[str(node.target)]
             function = holder.function if isinstance(holder, RegionCall) else None
-        name = function if isinstance(function, str) else getattr(function, "__name__", "")
-        return name.strip("_"), function
+        return _name(function), function

@@ -265,12 +265,14 @@ class BatchCutter:
         # A divisor that every microbatch gets whole is that of the batch; labels that the model
         # makes itself (a contrastive loss) are counted for each microbatch.
         whole = [1.0] * len(parts)
-        return [
-            None if column[0] is None
-            else (whole if term.kind == "quotient" else by_samples) if constant
-            else _parts_of_one(column) or by_samples
-            for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True)
-        ]  # fmt: skip
+        columns: list[list[float] | None] = []
+        for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
+            counts = [count for count in column if count is not None]
+            found = term.weights(counts) or by_samples
+            if constant:
+                found = whole if term.kind == "quotient" else by_samples
+            columns.append(found if counts else None)
+        return columns
 
     def _rules(self, terms: LossTerms) -> tuple[Rule, ...] | None:
         """Return how each term adds up over samples, measured once."""

@@ -238,7 +238,7 @@ def test_a_causal_language_model_of_transformers():
         check(model, batch, executable)
 
 
-@pytest.mark.parametrize("loss", [token_mean, selected_by_hand])
+@pytest.mark.parametrize("loss", [token_mean, selected_by_hand, own_mask, sum_and_means])
 def test_a_microbatch_without_labels_counts_nothing(loss: Callable[..., Tensor]):
     model, batch = Model(loss), uneven_batch()
     batch["labels"][:2] = IGNORED
