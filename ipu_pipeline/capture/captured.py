@@ -305,7 +305,8 @@ def _loss_modules(recorded: Trace) -> frozenset[int]:
         specs = [one.meta["spec"] for one in results if "spec" in one.meta]
         if any(spec.shape == () and "float" in spec.dtype for spec in specs):
             module = recorded.attributes[str(node.target)]
-            if id(module) in recorded.glue.leaves.names and not has_parameters(module):
+            live = getattr(module, "runs_live", False) or has_parameters(module)
+            if id(module) in recorded.glue.leaves.names and not live:
                 found.update(id(inner) for inner in module.modules())
     return frozenset(found)
 
