@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
-from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.errors import CaptureError, first_line
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -96,12 +96,18 @@ def build_model(
     """Build the model class of ``task`` in training mode; the global generator is untouched.
 
     Raises:
-        CaptureError: Unknown task, or no model class for it.
+        CaptureError: Unknown task, no model class for it, or one that cannot be built.
     """
     build = model_builder(config, task)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        return build(config).train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            return build(config).train()
+    except Exception as error:  # whatever a model class finds wrong with its numbers
+        raise CaptureError(
+            f"transformers cannot build the {config.model_type} model for {task} from this config "
+            f"({type(error).__name__}: {first_line(error)}); change the config"
+        ) from error
 
 
 def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedConfig], nn.Module]:
