@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -81,7 +82,8 @@ def unknown_field(names: Iterable[str], known: Iterable[str]) -> str:
     """Say that there are no fields ``names``, with the closest ones that there are."""
     names, known = list(names)[:MOST_NAMES], list(known)
     close = [match for name in names for match in get_close_matches(str(name), known, n=2)]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {', '.join(known)}"
+    fields_known = shorten(", ".join(known), 300, placeholder=" ...")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {fields_known}"
     return f"unknown field {', '.join(map(shown, names))}; {hint}"
 
 

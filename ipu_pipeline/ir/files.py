@@ -28,7 +28,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
 }
 _REMEDIES = {
-    errno.ENOENT: "check the path; folders are not made for a file",
+    errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file; choose another path",
     errno.EACCES: "change the permissions, or choose another path",
     errno.ENAMETOOLONG: "choose a shorter one",
@@ -215,6 +215,8 @@ def _output(what: str) -> Iterator[None]:
     """Turn what the system says about an output into an error of ours."""
     try:
         yield
+    except FileNotFoundError as problem:
+        raise OutputError(f"{what}: there is no such folder; make it first") from problem
     except (OSError, ValueError) as problem:
         raise OutputError(f"{what}: {_reason(problem)}") from problem
 

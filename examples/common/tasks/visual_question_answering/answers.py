@@ -54,7 +54,7 @@ def read_label(value: Any, where: str) -> GivenLabel:
 
 
 def _read(value: Any, where: str) -> GivenLabel:
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = _plain(value)
     if isinstance(value, int | str) and not isinstance(value, bool):
         return GivenLabel({value: 1.0}, soft=False)
     if isinstance(value, Mapping):
@@ -72,6 +72,11 @@ def _read(value: Any, where: str) -> GivenLabel:
     )
 
 
+def _plain(value: Any) -> Any:
+    """Return arrays as lists, and all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _dense(value: Sequence[float]) -> dict[Answer, float]:
     return {number: float(weight) for number, weight in enumerate(value) if weight}
 
@@ -84,8 +89,8 @@ def _mapping(value: Mapping[str, Any], where: str) -> dict[Answer, float]:
             for answer, weight in value.items()
             if weight is not None
         }
-    ids, weights = value["ids"], value["weights"]
-    if not isinstance(ids, list) or not isinstance(weights, list):
+    ids, weights = (_plain(value[name]) for name in ("ids", "weights"))
+    if not isinstance(ids, list | tuple) or not isinstance(weights, list | tuple):
         raise DatasetError(f"{where}: 'ids' and 'weights' of a label are lists, got {shown(value)}")
     if len(ids) != len(weights):
         raise DatasetError(f"{where}: {len(ids)} 'ids' but {len(weights)} 'weights' in the label")
@@ -130,7 +135,7 @@ class AnswerSet:
         sizes = [label.size for label in labels]
         numbers = [answer for answer in named if isinstance(answer, int)]
         size = max([*sizes, *(number + 1 for number in numbers)], default=0)
-        if not 0 < size <= MOST_ANSWERS:
+        if size > MOST_ANSWERS:
             raise DatasetError(
                 f"the labels name answers up to number {size - 1}; number them from 0 to "
                 f"{MOST_ANSWERS - 1} at most"
