@@ -42,10 +42,15 @@ def read_label(value: Any, where: str) -> GivenLabel:
     """Read one label in any of the forms that the top of this file lists.
 
     Raises:
-        DatasetError: It has none of these forms, or a weight outside [0, 1].
+        DatasetError: It has none of these forms, a number beyond any set, or a weight outside [0, 1].
     """
     given = _read(value, where)
     for answer, weight in given.weights.items():
+        if isinstance(answer, int) and answer >= MOST_ANSWERS:
+            raise DatasetError(
+                f"{where}: answer {answer} is out of range; number answers from 0 to "
+                f"{MOST_ANSWERS - 1} at most"
+            )
         if not 0 <= weight <= 1:
             raise DatasetError(
                 f"{where}: answer {shown(answer)} has weight {weight}; weights are between 0 and 1"
@@ -134,13 +139,7 @@ class AnswerSet:
             return cls(tuple(sorted(texts)))
         sizes = [label.size for label in labels]
         numbers = [answer for answer in named if isinstance(answer, int)]
-        size = max([*sizes, *(number + 1 for number in numbers)], default=0)
-        if size > MOST_ANSWERS:
-            raise DatasetError(
-                f"the labels name answers up to number {size - 1}; number them from 0 to "
-                f"{MOST_ANSWERS - 1} at most"
-            )
-        return cls.numbered(size)
+        return cls.numbered(max([*sizes, *(number + 1 for number in numbers)], default=0))
 
     def number(self, answer: Answer, where: str) -> int:
         """Return an answer's number.
