@@ -25,8 +25,8 @@ T = TypeVar("T")
 # Fields of the dataclasses that this module reads: a size or count, and seconds or a rate.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-# Digits of the longest whole number, and levels of lists and objects.
-MAX_DIGITS = 19
+# Characters of the longest whole number, and levels of lists and objects.
+MAX_DIGITS = 20
 MAX_DEPTH = 100
 MOST_NAMES = 5  # of unknown fields in a message
 _TOO_DEEP = f"it has more than {MAX_DEPTH} levels of lists and objects; make it flatter"
@@ -158,7 +158,8 @@ def _refuse_half_characters(found: Any) -> None:
 
 
 def _whole(text: str) -> int:
-    return int(text) if len(text) <= MAX_DIGITS else _refuse_number(text)
+    found = int(text) if len(text) <= MAX_DIGITS else 2**63
+    return found if -(2**63) <= found < 2**63 else _refuse_number(text)
 
 
 def _finite(text: str) -> float:

@@ -42,7 +42,7 @@ def read_label(value: Any, where: str) -> GivenLabel:
     """Read one label in any of the forms that the top of this file lists.
 
     Raises:
-        DatasetError: It has none of these forms, a number beyond any set, or a weight outside [0, 1].
+        DatasetError: It has none of these forms, too large a number, or a weight outside [0, 1].
     """
     given = _read(value, where)
     for answer, weight in given.weights.items():
