@@ -300,8 +300,8 @@ def plan_from_json(raw: Any, source: str) -> Plan:
     found = fields.pop("schema_version")
     if found != PLAN_SCHEMA_VERSION:
         raise PlanError(
-            f"{source}: plan schema version {shown(found)}, this library reads {PLAN_SCHEMA_VERSION}; "
-            "make the plan again"
+            f"{source}: plan schema version {shown(found)}, this library reads "
+            f"{PLAN_SCHEMA_VERSION}; make the plan again"
         )
     if "graph" in fields:
         fields["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")
