@@ -40,7 +40,6 @@ def test_a_file_that_may_not_be_written_is_refused_first(tmp_path: Path, name: s
         tmp_path / "none" / "a": "there is no such folder; make it first",
         tmp_path / "file" / "a": "a part of the path is a file",
         tmp_path / ("x" * 300): "choose a shorter one",
-        Path("a\0b"): "null byte",
         Path("/proc/a"): "/proc/a",
     }.items():
         text = said(*command, str(bad))
@@ -58,7 +57,6 @@ def test_a_folder_that_may_not_be_written_is_refused_first(tmp_path: Path, name:
         tmp_path / "file": "it is a file; give a folder",
         tmp_path / "file" / "a": "a part of the path is a file",
         tmp_path / ("x" * 300): "choose a shorter one",
-        Path("a\0b"): "null byte",
         Path("/proc/a"): "/proc/a",
     }.items():
         assert why in said(*command, str(bad))
