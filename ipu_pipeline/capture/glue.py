@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor, fx, nn
 from ipu_pipeline.capture.calls import Region, name_of
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import members
+from ipu_pipeline.capture.reads import Session
 from ipu_pipeline.capture.values import PLAIN, named_tensors, tensors_in
 from ipu_pipeline.errors import CaptureError
 
@@ -69,6 +72,7 @@ class Call:
         repeated: What it left in lists and attributes that the glue reads.
         lifted: Names of the host values by path.
         reads_values: It gives Python values of tensors.
+        is_late: Those are values that only the stages compute.
     """
 
     target: Any
@@ -83,6 +87,7 @@ class Call:
     repeated: RepeatedChanges | None = None
     lifted: dict[Path, str] = field(default_factory=dict)
     reads_values: bool = False
+    is_late: bool = False
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -108,6 +113,12 @@ class Glue:
         inputs: Stand-ins of the batch's tensors.
         results: Ids of what stands for the results, by name.
         hosts: Host values as they were in the recorded run.
+        session: What the nodes of its reads, host values and kept tensors share.
+        nodes: The node of what a stand-in stands for, by the stand-in's id.
+        kept: Keys in ``nodes`` of what stages hand over, because this code keeps it.
+        written_back: Names of the buffers that it replaces: stages write into the ones there are.
+        unsteady: Why its reads cannot be checked against the recorded ones, if they cannot.
+        stand_ins: All of them.
     """
 
     ambient: Region
@@ -117,7 +128,28 @@ class Glue:
     inputs: dict[str, StandIn] = field(default_factory=dict)
     results: dict[str, int] = field(default_factory=dict)
     hosts: dict[str, Any] = field(default_factory=dict)
+    session: Session = field(default_factory=Session)
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
+    written_back: set[str] = field(default_factory=set)
+    unsteady: str = ""
+    stand_ins: list[Tensor] = field(default_factory=list)
     _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
+
+    @cached_property
+    def references(self) -> list[int]:
+        """How often each stand-in is referred to while nobody keeps one."""
+        return [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
+
+    def referenced(self) -> list[Tensor]:
+        """Return the stand-ins that somebody keeps."""
+        found = [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
+        pairs = zip(self.stand_ins, found, self.references, strict=True)
+        return [stand_in for stand_in, now, before in pairs if now > before]
+
+    def forget_references(self) -> None:
+        """Take those that there are now for those of nobody who matters."""
+        self.references[:] = [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
 
 
 class GlueRecorder:
@@ -154,11 +186,29 @@ class GlueRecorder:
         memo: dict[int, Any] = {id(t): self.stand_in(t) for t in members(objects)[0]}
         return copy.deepcopy(dict(objects), memo)
 
-    def finish(self, output: Any) -> Glue:
-        """Return what was recorded of a run with this output."""
+    def finish(
+        self,
+        output: Any,
+        node_of: Callable[[int], fx.Node | None],
+        replaced: Mapping[fx.Node, fx.Node],
+    ) -> Glue:
+        """Return what was recorded of a run with this output.
+
+        Args:
+            output: Of the model.
+            node_of: Returns the node of a tensor by the tensor's id.
+            replaced: Nodes that others stand for now.
+        """
         self.glue.results = {
             name: id(self.stand_in(tensor)) for name, tensor in named_tensors(output)
         }
+        for key, stand_in in self._stand_ins.items():
+            node = node_of(key)
+            while node in replaced:
+                node = replaced[node]
+            if node is not None and not node._erased:
+                self.glue.nodes[id(stand_in)] = node
+        self.glue.stand_ins = list(self._stand_ins.values())
         self._stand_ins.clear()
         return self.glue
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS, coarsen
+from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
 from ipu_pipeline.capture.programs import Program, block_programs
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -181,7 +181,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
     wanted = captured.results.keys()
-    coarse = coarsen(trace, trace.glue.leaves, lambda name: name in wanted)
+    coarse = coarsen_reads(trace, lambda name: name in wanted)
     return replace(
         captured,
         programs=block_programs(coarse, trace.attributes),

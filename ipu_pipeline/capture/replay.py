@@ -9,8 +9,9 @@ from then on is a *host value*, an input of the graph; or it is another capture.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,29 +89,52 @@ class Followed:
     said: str = ""
     values: tuple[Any, ...] = ()
 
+    def named(self, glue: Glue) -> dict[str, Any]:
+        """Return the values of ``changed`` by the names that they have got in ``glue``."""
+        names = [glue.calls[number].lifted[path] for number, path in self.changed]
+        return dict(zip(names, self.values, strict=True))
+
 
 class Replay(TorchFunctionMode):
     """Follows one run of the glue; see the module.
 
     Args:
         glue: What was recorded.
+        read: Returns the value of a call that gives Python one of a tensor.
         integers: Places where whole numbers may become host values too.
+
+    Attributes:
+        hosts: Host values up to where it is, by name.
+        changed: Numbers that differ and are no host values yet.
     """
 
-    def __init__(self, glue: Glue, integers: frozenset[tuple[int, Path]] = frozenset()) -> None:
+    def __init__(
+        self,
+        glue: Glue,
+        read: Callable[[Call], Any],
+        integers: frozenset[tuple[int, Path]] = frozenset(),
+    ) -> None:
         super().__init__()
         self.glue = glue
         self.integers = integers
         self.position = 0
         self.hosts: dict[str, Any] = {}
+        self._read = read
         self._times: dict[tuple[Any, Described], int] = {}
         self.changed: dict[tuple[int, Path], Any] = {}
         self.said = ""
         self.comparing = False
         self.failure: Differs | None = None
-        self._thread = threading.get_ident()
-        self._depth = Region.current().autocast_depth - glue.ambient.autocast_depth
+        self._thread = 0
+        self._depth = 0
         self._describe = Description({})
+
+    @contextlib.contextmanager
+    def patches(self, model: nn.Module) -> Iterator[None]:
+        """Within it, the calls of ``model``'s code in the thread of :meth:`run` are followed."""
+        hooks = self._module_call, self._function_apply, self._vmapped_call
+        with patched_calls(*hooks), patched_methods(model, self._function_apply):
+            yield
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Followed:
         """Run the glue of ``model(**batch)``; ``batch`` may hold tensors of the recorded shapes.
@@ -118,10 +142,11 @@ class Replay(TorchFunctionMode):
         Raises:
             Differs: It does something else than recorded.
         """
+        self._thread = threading.get_ident()
+        self._depth = Region.current().autocast_depth - self.glue.ambient.autocast_depth
         given = {**batch, **self.glue.inputs}
-        hooks = self._module_call, self._function_apply, self._vmapped_call
         try:
-            with patched_calls(*hooks), patched_methods(model, self._function_apply), self:
+            with self:
                 output = model(**given)
         except Exception as error:
             raise self.failure or Differs(f"{type(error).__name__}: {error}") from error
@@ -149,17 +174,18 @@ class Replay(TorchFunctionMode):
     def _module_call(
         self, original: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if threading.get_ident() != self._thread or not self.glue.leaves.is_leaf(module):
+        own = threading.get_ident() == self._thread and not self.comparing
+        if not own or not self.glue.leaves.is_leaf(module):
             return original(module, *args, **kwargs)
         return self._follow(module, (args, kwargs))
 
     def _function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self.comparing:
             return original(*args, **kwargs)
         return self._follow(original, (args, kwargs))
 
     def _vmapped_call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self.comparing:
             return original(*args, **kwargs)
         return self._follow("vmap", (original, args, kwargs))
 
@@ -212,6 +238,8 @@ class Replay(TorchFunctionMode):
                 call.repeated.apply()
             except GuardError as error:
                 self._differs(str(error))
+        if call.reads_values:
+            return self._read(call)
         result = call.result
         return result if isinstance(result, Tensor) else substituted(result, _same)
 
@@ -252,7 +280,9 @@ class Replay(TorchFunctionMode):
         if call.node is None or not _is_number(new, of=old):
             return False
         name = getattr(call.target, "__name__", "")
-        if name in COMPARISONS or name in _SIZED or _reaches_guard(call.node):
+        if name in COMPARISONS or name in _SIZED:
+            return False
+        if not self.glue.session.live and _reaches_guard(call.node):
             return False
         whole = new[0] is not float and name not in _ARITHMETIC
         return not whole or (number, path) in self.integers

@@ -292,6 +292,7 @@ class SideOutputs:
         self._used: dict[int, tuple[Tensor, fx.Node]] = {}
         self._used_ids: set[int] = set()
         self._noting = False
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self.numbers_read = False
 
     @contextlib.contextmanager
@@ -385,8 +386,11 @@ class SideOutputs:
             call.meta["after"] += tracer.storages.record(call, read, [])
         return given, frozenset(sinks)
 
-    def finish(self) -> None:
+    def finish(self) -> dict[fx.Node, fx.Node]:
         """Let the calls return what the glue has used, now that all of it has run.
+
+        Returns:
+            Nodes that others stand for now.
 
         Raises:
             CaptureError: It used what a leaf makes of a tensor that an earlier pass left there.
@@ -406,6 +410,7 @@ class SideOutputs:
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
+                self._replaced[side.node] = side.original
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
@@ -419,6 +424,7 @@ class SideOutputs:
                 one.call.repeated = RepeatedChanges(one.leaf, tuple(again), starts)
         for side in reversed(sides):
             self._tracer.graph.erase_node(side.node)
+        return self._replaced
 
     def _alias(self, tensor: Tensor) -> Tensor:
         values = self._tracer.values
@@ -463,11 +469,13 @@ class SideOutputs:
         call.meta.pop("spec", None)
         for user in users:
             user.replace_input_with(call, result)
+        self._replaced[call] = result
         for number, side in enumerate(taken):
             with graph.inserting_after(sides):
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
+            self._replaced[side.node] = item
 
 
 def _from_the_end(value: Any, inner: Any) -> Any:

@@ -37,7 +37,6 @@ from ipu_pipeline.capture.calls import (
     ModeCall,
     Region,
     RegionCall,
-    ValueGuard,
     attribute_name,
     callable_form,
     decided_by_chance,
@@ -61,6 +60,7 @@ from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.reads import HostValue, KeptTensor, Session, ValueGuard
 from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
@@ -298,8 +298,7 @@ class Tracer(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any
     ) -> fx.Node | None:
         if func in VALUE_READS:
-            self._guard(func, args, kwargs, result)
-            return None
+            return self._guard(func, args, kwargs, result, self.recorder.glue.session)
         if func is Tensor.register_hook:
             node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
             node.meta["effect"] = True
@@ -349,8 +348,12 @@ class Tracer(TorchFunctionMode):
         self.attributes[target] = holder
         return self.new_node("call_module", target, *arguments)
 
-    def _guard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        node = self._held_call(ValueGuard(func, result, self.where()), args, kwargs, "guard")
+    def _guard(
+        self, func: Any, args: Any, kwargs: Any, result: Any, session: Session | None = None
+    ) -> fx.Node:
+        number = len(self.recorder.glue.calls)
+        guard = ValueGuard(func, result, self.where(), session, number)
+        node = self._held_call(guard, args, kwargs, "guard")
         node.meta["guard"] = True
         read = list(tensors_in((args, kwargs)))
         node.meta["reads"] = frozenset(self.use.named(read))
@@ -360,6 +363,7 @@ class Tracer(TorchFunctionMode):
                 f"{self.where()} draws a random number and decides by it, in Python, what runs "
                 "next; a captured graph would always decide the same: switch that off (layerdrop=0)"
             )
+        return node
 
     def _guard_shape(self, func: Any, args: Any, result: Any) -> None:
         """Guard a shape that depends on values: it may be another one for another batch."""
@@ -435,6 +439,7 @@ class Tracer(TorchFunctionMode):
                     f" by a {tuple(now.shape)} {now.dtype} tensor between its blocks; keep the "
                     "shape, or replace it inside a block"
                 )
+            self.recorder.glue.written_back.add(fqn)
             node = self._held_call(WriteBack(), (was, now), {}, "replaced")
             self.use.start()
             self.use.writes.add(fqn)
@@ -452,21 +457,19 @@ class Tracer(TorchFunctionMode):
                     f"it instead: {fqn}.copy_(value)"
                 )
 
-    def check_reads(self, changed: set[str]) -> None:
-        """Refuse numbers that Python reads from what the run has changed: the next ones differ.
-
-        Raises:
-            CaptureError: There is one.
-        """
+    def unsteady_read(self, changed: set[str]) -> str:
+        """Say which number Python reads from what the run has changed: the next one differs."""
         for node in self.graph.nodes:
             read = sorted(changed.intersection(node.meta.get("reads", ())))
             if node.meta.get("guard") and read:
                 guard = self.attributes[str(node.target)]
-                raise CaptureError(
+                return (
                     f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
-                    "model changes it in every forward pass; compute with the tensor itself (index "
-                    "with (position + torch.arange(n)) % size), or keep that code inside a block"
+                    "model changes it in every forward pass; run it with target='local', compute "
+                    "with the tensor itself (index with (position + torch.arange(n)) % size), or "
+                    "keep that code inside a block"
                 )
+        return ""
 
     def _constant(self, tensor: Tensor) -> str:
         if id(tensor) not in self.owned or tensor.requires_grad:
@@ -500,7 +503,7 @@ class Trace:
     """
 
     graph: fx.Graph
-    attributes: Mapping[str, Any]
+    attributes: dict[str, Any]
     inputs: tuple[str, ...]
     changing: Mapping[str, Tensor]
     glue: Glue
@@ -532,34 +535,64 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
-        tracer.side_outputs.finish()
-        glue = tracer.recorder.finish(output)
+        replaced = tracer.side_outputs.finish()
+        glue = tracer.recorder.finish(output, tracer.values.by_id, replaced)
     finally:
         tracer.values.release()
         tracer.side_outputs.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
-    tracer.check_reads(changed)
+    glue.unsteady = tracer.unsteady_read(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
 
 
 def lift(trace: Trace, number: int, path: Path) -> None:
-    """Make the plain argument at ``path`` of a recorded call an input of the graph."""
+    """Make the plain argument at ``path`` of a recorded call an input of the graph.
+
+    In a live session, one behind a value that Python reads in the run is a node instead.
+    """
     call, glue = trace.glue.calls[number], trace.glue
     if path in call.lifted:
         return
     assert call.node is not None
-    with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
-        host = trace.graph.placeholder(f"host_{len(glue.hosts)}")
-    call.lifted[path] = host.name
-    glue.hosts[host.name] = value_at(call.arguments, path)
+    name, value = f"host_{len(glue.hosts)}", value_at(call.arguments, path)
+    reads = [c.node for c in glue.calls[:number] if c.is_late and c.node is not None]
+    if glue.session.live and reads:
+        target = f"_held.{name}"
+        trace.attributes[target] = HostValue(glue.session, name, value)
+        host = _held_node(trace, call.node, target, name)
+        host.meta.update(after=(reads[-1],), host=True)
+    else:
+        with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
+            host = trace.graph.placeholder(name)
+    call.lifted[path] = name
+    glue.hosts[name] = value
     kind, inside = path[0], path[1:]
     if kind == 0:
         call.node.args = placed(call.node.args, inside, host)
     else:
         call.node.kwargs = placed(call.node.kwargs, inside, host)
+
+
+def keep(trace: Trace, key: int) -> None:
+    """Let the stage that computes what stands under ``key`` in the glue hand it over."""
+    node, glue = trace.glue.nodes[key], trace.glue
+    target = f"_held.kept_{len(glue.kept)}"
+    trace.attributes[target] = KeptTensor(glue.session, key)
+    kept = _held_node(trace, node.next, target, target.rpartition(".")[2], (node,))
+    kept.meta.update(after=(), effect=True)
+    glue.kept.add(key)
+
+
+def _held_node(
+    trace: Trace, before: fx.Node, target: str, name: str, args: tuple[fx.Node, ...] = ()
+) -> fx.Node:
+    with trace.graph.inserting_before(before):
+        node = trace.graph.create_node("call_module", target, args, name=name)
+    node.meta["scope"] = before.meta.get("scope", "")
+    return node
 
 
 def settle_modes(glue: Glue, attributes: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.calls import ValueGuard, unguarded
 from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.reads import ValueGuard, unguarded
 from ipu_pipeline.errors import CaptureError, GuardError
 from tests.capture.toys import assert_replays, batch, toy
 
