@@ -23,7 +23,7 @@ from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.tracer import Trace, keep, lift, trace
+from ipu_pipeline.capture.tracer import Trace, keep, lift, settle_hosts, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
@@ -168,16 +168,18 @@ class CapturedModel:
         return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
 
     def with_hosts(
-        self, places: Iterable[tuple[int, Path]], kept: Iterable[int] = ()
+        self, changed: Mapping[tuple[int, Path], Any], kept: Iterable[int] = ()
     ) -> CapturedModel:
-        """Return the capture with numbers at these places of its glue as inputs.
+        """Return the capture with values, by their places in its glue, as inputs.
 
         Its stages hand over the tensors ``kept``.
         """
-        for number, path in places:
-            lift(self._trace, number, path)
+        for (number, path), value in changed.items():
+            lift(self._trace, number, path, value)
         for key in kept:
             keep(self._trace, key)
+        if self.glue.session.live:
+            settle_hosts(self._trace)
         return replace(
             _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
             notes=self.notes,

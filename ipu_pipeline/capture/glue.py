@@ -11,7 +11,7 @@ import math
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,9 @@ class Glue:
         kept: Keys in ``nodes`` of what stages hand over, because this code keeps it.
         written_back: Names of the buffers that it replaces: stages write into the ones there are.
         unsteady: Why its reads cannot be checked against the recorded ones, if they cannot.
+        frozen: What a program would repeat that is compiled once, if there is something.
         stand_ins: All of them.
+        changing: Ids of those of the model's own tensors that the run changed.
     """
 
     ambient: Region
@@ -133,13 +135,21 @@ class Glue:
     kept: set[int] = field(default_factory=set)
     written_back: set[str] = field(default_factory=set)
     unsteady: str = ""
+    frozen: str = ""
     stand_ins: list[Tensor] = field(default_factory=list)
+    changing: frozenset[int] = frozenset()
     _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
 
     @cached_property
     def references(self) -> list[int]:
         """How often each stand-in is referred to while nobody keeps one."""
         return [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
+
+    @cached_property
+    def constants(self) -> dict[int, Tensor]:
+        """Tensors that outlive a run and that calls were given and do not change, by id."""
+        found = {id(value): value for value in self._kept if type(value) is Tensor}
+        return {key: value for key, value in found.items() if key not in self.changing}
 
     def referenced(self) -> list[Tensor]:
         """Return the stand-ins that somebody keeps."""
@@ -362,8 +372,22 @@ def apart(arguments: tuple[Any, ...], places: Mapping[Any, Any]) -> tuple[Any, d
     return (rest, {n: None if n in places else value for n, value in kwargs.items()}), objects
 
 
-def value_at(described: Described, path: Path) -> Any:
-    """Return the plain value at ``path`` of described arguments."""
+def member_at(arguments: Any, path: Path) -> Any:
+    """Return what stands at ``path`` of arguments."""
     for index in path:
-        described = described[2][index]
-    return described[1]
+        if isinstance(arguments, slice):
+            arguments = (arguments.start, arguments.stop, arguments.step)
+        elif isinstance(arguments, Mapping):
+            arguments = list(arguments.values())
+        arguments = arguments[index]
+    return arguments
+
+
+def paths_of(arguments: Any, value: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield where the object ``value`` stands in arguments."""
+    if arguments is value:
+        yield path
+    elif isinstance(arguments, tuple | list | dict):
+        items = arguments.values() if isinstance(arguments, dict) else arguments
+        for index, item in enumerate(items):
+            yield from paths_of(item, value, (*path, index))

@@ -9,7 +9,6 @@ stages hand over the real ones.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +29,13 @@ class Unlifted(BaseException):
     """The graph lacks what the glue has shared with it. User code must not catch it by accident.
 
     Attributes:
-        changed: Numbers that are no host values yet: number of the call, and path.
+        changed: Values that are no host values yet, by number of the call, and path.
         kept: Keys of tensors that no stage hands over yet.
         said: What has changed, for the log.
     """
 
     def __init__(
-        self, changed: tuple[tuple[int, Path], ...], kept: frozenset[int], said: str
+        self, changed: Mapping[tuple[int, Path], Any], kept: frozenset[int], said: str
     ) -> None:
         super().__init__(said)
         self.changed = changed
@@ -207,7 +206,7 @@ class GlueRun:
     def _check(self) -> None:
         if self.followed is not None:
             self._find_places()
-        changed = tuple(self._replay.changed)
+        changed = self._replay.changed
         if changed or self.missing:
             raise Unlifted(changed, self.missing, self._replay.said)
         self._fill()

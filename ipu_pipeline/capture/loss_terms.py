@@ -165,7 +165,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
     terms = loss_terms(captured)
     divisors = {(term.value, term.weight, term.ignored) for term in terms.counted}
     quotients = any(term.kind == "quotient" for term in terms.counted)
-    if terms.factored or quotients or len(divisors) < 2:
+    if terms.factored or quotients or len(divisors) < 2 or _is_shared(captured, terms):
         return captured
     nodes = {node.name: node for node in captured._trace.graph.nodes}
     graph, names = captured._trace.graph, []
@@ -189,6 +189,19 @@ def factored(captured: CapturedModel) -> CapturedModel:
         _trace=trace,
         _coarse=coarse,
     )
+
+
+def _is_shared(captured: CapturedModel, terms: LossTerms) -> bool:
+    """Whether Python reads a value that is computed from a term: that must not be scaled."""
+    pending = [n for n in captured._trace.graph.nodes if n.name in {t.node for t in terms.counted}]
+    seen = set(pending)
+    while pending:
+        for user in pending.pop().users:
+            if user.meta.get("guard"):
+                return True
+            pending += [user] if user not in seen else []
+            seen.add(user)
+    return False
 
 
 @dataclass(frozen=True)

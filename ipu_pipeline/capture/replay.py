@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -29,8 +30,8 @@ from ipu_pipeline.capture.glue import (
     Path,
     apart,
     become,
+    member_at,
     substituted,
-    value_at,
 )
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.values import named_tensors
@@ -79,20 +80,19 @@ class Followed:
 
     Attributes:
         hosts: Host values of this run by name.
-        changed: Numbers that differ and are no host values yet: number of the call, and path.
+        changed: Values that differ and are no host values yet, by number of the call, and path.
         said: What has changed, for the log.
-        values: Values of ``changed``.
     """
 
     hosts: Mapping[str, Any]
-    changed: tuple[tuple[int, Path], ...] = ()
+    changed: Mapping[tuple[int, Path], Any] = field(default_factory=dict)
     said: str = ""
-    values: tuple[Any, ...] = ()
 
     def named(self, glue: Glue) -> dict[str, Any]:
         """Return the values of ``changed`` by the names that they have got in ``glue``."""
-        names = [glue.calls[number].lifted[path] for number, path in self.changed]
-        return dict(zip(names, self.values, strict=True))
+        return {
+            glue.calls[number].lifted[path]: value for (number, path), value in self.changed.items()
+        }
 
 
 class Replay(TorchFunctionMode):
@@ -158,7 +158,7 @@ class Replay(TorchFunctionMode):
             results = {name: id(tensor) for name, tensor in named_tensors(output)}
         if results != self.glue.results:
             self._differs("returns other results than when it was captured")
-        return Followed(self.hosts, tuple(self.changed), self.said, tuple(self.changed.values()))
+        return Followed(self.hosts, self.changed, self.said)
 
     # ---- entry points -------------------------------------------------------------------
 
@@ -204,6 +204,8 @@ class Replay(TorchFunctionMode):
         if isinstance(target, nn.Module):
             return self._called(target, arguments)
         given = self._describe(arguments)
+        if target in SHAPE_READS and self._is_read_next(target, given):
+            return self._called(target, arguments)
         read = self.glue.reads.get((target, given))
         if read is not None:
             times = self._times[target, given] = self._times.get((target, given), -1) + 1
@@ -212,6 +214,11 @@ class Replay(TorchFunctionMode):
             with torch._C.DisableTorchFunctionSubclass():
                 return target(*arguments[0], **arguments[1])
         return self._called(target, arguments)
+
+    def _is_read_next(self, target: Any, given: Described) -> bool:
+        """Whether a shape depends on values, so that its read is a call of its own."""
+        call = next(iter(self.glue.calls[self.position : self.position + 1]), None)
+        return call is not None and (call.target, call.arguments) == (target, given)
 
     def _called(self, target: Any, arguments: tuple[Any, ...]) -> Any:
         """Compare a call that does something with the one recorded next."""
@@ -230,7 +237,7 @@ class Replay(TorchFunctionMode):
         else:
             given = self._describe(arguments)
         if given != call.arguments or call.lifted:
-            self._compare(number, call, given)
+            self._compare(number, call, given, arguments)
         for place, contents in call.after.items():
             become(objects[place], contents)
         if call.repeated is not None:
@@ -258,33 +265,47 @@ class Replay(TorchFunctionMode):
                     f"{'evaluation' if mode else 'training'} mode"
                 )
 
-    def _compare(self, number: int, call: Call, given: Described) -> None:
+    def _compare(
+        self, number: int, call: Call, given: Described, arguments: tuple[Any, ...]
+    ) -> None:
         if call.after:
             if given != call.arguments:
                 self._differs(f"calls {call.name} with other contents of an object")
             return
         for path, old, new in differences(call.arguments, given):
-            if path in call.lifted and _is_number(new, of=old):
+            value = member_at(arguments, path)
+            alike = is_alike(new, of=old) or self._is_tensor_like(old, value)
+            if path in call.lifted and alike:
                 continue
             text = f"calls {call.name} with {_value(new)} instead of {_value(old)}"
-            if not self._may_be_host(number, call, path, old, new):
+            if not alike or not self._may_be_host(number, call, path, new):
                 self._differs(text, (number, path))
-            self.changed[number, path] = new[1]
+            self.changed[number, path] = _plain(value)
             self.said = self.said or f"{call.where} {text}"
         for path, name in call.lifted.items():
-            self.hosts[name] = value_at(given, path)
+            self.hosts[name] = _plain(member_at(arguments, path))
 
-    def _may_be_host(
-        self, number: int, call: Call, path: Path, old: Described, new: Described
-    ) -> bool:
-        if call.node is None or not _is_number(new, of=old):
+    def _is_tensor_like(self, old: Described, value: Any) -> bool:
+        """Whether a tensor that outlives a run can stand for the recorded one."""
+        if not isinstance(old, int) or not self.glue.session.live:
+            return False
+        recorded = self.glue.constants.get(old)
+        return (
+            recorded is not None
+            and type(value) is Tensor
+            and not value.requires_grad
+            and (value.shape, value.dtype) == (recorded.shape, recorded.dtype)
+        )
+
+    def _may_be_host(self, number: int, call: Call, path: Path, new: Described) -> bool:
+        if call.node is None:
             return False
         name = getattr(call.target, "__name__", "")
         if name in COMPARISONS or name in _SIZED:
             return False
         if not self.glue.session.live and _reaches_guard(call.node):
             return False
-        whole = new[0] is not float and name not in _ARITHMETIC
+        whole = isinstance(new, tuple) and new[0] is int and name not in _ARITHMETIC
         return not whole or (number, path) in self.integers
 
     def _differs(self, text: str, place: tuple[int, Path] | None = None) -> None:
@@ -315,13 +336,19 @@ def differences(
         yield from differences(one, other, (*path, index))
 
 
-def _is_number(new: Described, *, of: Described) -> bool:
-    return (
-        isinstance(new, tuple)
-        and isinstance(of, tuple)
-        and new[0] is of[0]
-        and new[0] in (int, float, complex)
-    )
+def is_alike(new: Described, *, of: Described) -> bool:
+    """Whether two described values that differ may be two values of one input of the graph."""
+    if not isinstance(new, tuple) or not isinstance(of, tuple) or new[0] is not of[0]:
+        return False
+    if new[0] is np.ndarray:
+        return bool(new[1][:2] == of[1][:2])
+    return new[0] in (int, float, complex)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _reaches_guard(node: fx.Node) -> bool:

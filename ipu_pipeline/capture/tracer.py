@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -53,8 +54,9 @@ from ipu_pipeline.capture.glue import (
     GlueRecorder,
     Path,
     apart,
+    member_at,
+    paths_of,
     placed,
-    value_at,
 )
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
@@ -98,6 +100,7 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
+        self._lifted: list[tuple[str, np.ndarray]] = []
         self.thread = threading.get_ident()
         self.ambient = Region.current()
         state = [*model.named_buffers(), *model.named_parameters()]
@@ -126,8 +129,10 @@ class Tracer(TorchFunctionMode):
             call = self._described(func, (args, kwargs))
             result = self.use.call(func, args, kwargs)
             call.node = self._record(func, args, kwargs, result, versions)
-            call.reads_values = func in VALUE_READS
-            self.recorder.add(call, result)
+            call.reads_values = func in VALUE_READS or (
+                func in SHAPE_READS and call.node is not None
+            )
+            self._add(call, (args, kwargs), result)
         return result
 
     def module_call(
@@ -159,7 +164,7 @@ class Tracer(TorchFunctionMode):
                 result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
         self.side_outputs.note(call, module, places)
-        self.recorder.add(call, result)
+        self._add(call, (args, kwargs), result)
         return result
 
     def _described(self, target: Any, arguments: Any) -> Call:
@@ -257,7 +262,7 @@ class Tracer(TorchFunctionMode):
         node = self._held_call(holder, arguments, {}, "vmap")
         node.meta["random"] = self.leaf_draws
         self._finish(node, arguments, {}, result, versions)
-        self.recorder.add(call, result)
+        self._add(call, (original, args, kwargs), result)
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -278,7 +283,7 @@ class Tracer(TorchFunctionMode):
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         call.node = node
-        self.recorder.add(call, result)
+        self._add(call, (args, kwargs), result)
         return result
 
     @contextlib.contextmanager
@@ -312,10 +317,11 @@ class Tracer(TorchFunctionMode):
             )
         result = returned_after_write(func, args, result)
         if not written and not any(True for _ in tensors_in(result)):
-            self._guard_shape(func, args, result)
+            if self._has_value_shape(func, args):
+                return self._guard(func, args, {}, result, self.recorder.glue.session)
             return None  # shapes, dtypes, flags: constant for a given batch shape
-        if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
-            self._guard_shape(SHAPE, args, args[0].shape)
+        if getattr(func, "__name__", "") in CUTS and self._has_value_shape(SHAPE, args):
+            self._guard(SHAPE, args, {}, args[0].shape)  # how many parts it gives is in the graph
         kind, target, arguments = callable_form(func, args)
         node = self._call(kind, target, arguments, kwargs)
         if has_value_shape(func, args):
@@ -365,12 +371,10 @@ class Tracer(TorchFunctionMode):
             )
         return node
 
-    def _guard_shape(self, func: Any, args: Any, result: Any) -> None:
-        """Guard a shape that depends on values: it may be another one for another batch."""
-        if func in SHAPE_READS:
-            node = self.values.known(args[0])
-            if node is not None and node.meta.get("value_shape"):
-                self._guard(func, args, {}, result)
+    def _has_value_shape(self, func: Any, args: Any) -> bool:
+        """Whether a call tells a shape that depends on values: another one for another batch."""
+        node = self.values.known(args[0]) if func in SHAPE_READS else None
+        return node is not None and bool(node.meta.get("value_shape"))
 
     def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
         use = self.use
@@ -403,6 +407,27 @@ class Tracer(TorchFunctionMode):
         if meta_of is not None:
             node.meta["spec"] = TensorMeta.of(meta_of)
         return node
+
+    def host_node(self, array: np.ndarray) -> fx.Node:
+        """Return an input of the graph for an array that Python gives in every run."""
+        hosts = self.recorder.glue.hosts
+        name = f"host_{len(hosts)}"
+        hosts[name] = array.copy()
+        self.recorder.glue.frozen = (
+            f"{self.where()} turns a numpy array of shape {array.shape} into a tensor; a program "
+            "that is compiled once would repeat this one array for every batch (SpecAugment draws "
+            "its masks so: set mask_time_prob=0 and mask_feature_prob=0, or "
+            "apply_spec_augment=False)"
+        )
+        self._lifted.append((name, array))
+        return placeholder(self.graph, name)
+
+    def _add(self, call: Call, arguments: Any, result: Any) -> None:
+        """Record a call, and where its arguments are host values."""
+        for name, array in self._lifted:
+            call.lifted.update((path, name) for path in paths_of(arguments, array))
+        self._lifted.clear()
+        self.recorder.add(call, result)
 
     def attribute_node(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor that is no result of the trace: a parameter or constant."""
@@ -544,46 +569,88 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
     glue.unsteady = tracer.unsteady_read(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
+    glue.changing = frozenset(map(id, changing.values()))
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
 
 
-def lift(trace: Trace, number: int, path: Path) -> None:
-    """Make the plain argument at ``path`` of a recorded call an input of the graph.
-
-    In a live session, one behind a value that Python reads in the run is a node instead.
-    """
+def lift(trace: Trace, number: int, path: Path, value: Any) -> None:
+    """Make the argument at ``path`` of a recorded call, now ``value``, an input of the graph."""
     call, glue = trace.glue.calls[number], trace.glue
     if path in call.lifted:
         return
     assert call.node is not None
-    name, value = f"host_{len(glue.hosts)}", value_at(call.arguments, path)
-    reads = [c.node for c in glue.calls[:number] if c.is_late and c.node is not None]
-    if glue.session.live and reads:
-        target = f"_held.{name}"
-        trace.attributes[target] = HostValue(glue.session, name, value)
-        host = _held_node(trace, call.node, target, name)
-        host.meta.update(after=(reads[-1],), host=True)
-    else:
-        with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
-            host = trace.graph.placeholder(name)
-    call.lifted[path] = name
-    glue.hosts[name] = value
+    name = call.lifted[path] = f"host_{len(glue.hosts)}"
+    host = placeholder(trace.graph, name)
     kind, inside = path[0], path[1:]
     if kind == 0:
+        glue.hosts[name] = _recorded(trace, member_at(call.node.args, inside))
         call.node.args = placed(call.node.args, inside, host)
     else:
+        glue.hosts[name] = _recorded(trace, member_at(call.node.kwargs, inside))
         call.node.kwargs = placed(call.node.kwargs, inside, host)
+    if isinstance(value, Tensor):
+        host.meta["spec"] = TensorMeta.of(value)
+
+
+def _recorded(trace: Trace, value: Any) -> Any:
+    return trace.attributes[str(value.target)] if isinstance(value, fx.Node) else value
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """Return a new input of a graph."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(name)
+    node.meta["scope"] = ""
+    return node
+
+
+def settle_hosts(trace: Trace) -> None:
+    """Let host values behind a value that Python reads in the run be nodes: they are known late."""
+    inputs = {node.name: node for node in trace.graph.nodes if node.op == "placeholder"}
+    read: fx.Node | None = None
+    for call in trace.glue.calls:
+        for name in dict.fromkeys(call.lifted.values()):
+            if read is None or name not in inputs or call.node is None:
+                continue
+            target, given = f"_held.{name}", inputs.pop(name)
+            recorded = trace.glue.hosts[name]
+            trace.attributes[target] = HostValue(trace.glue.session, name, recorded)
+            host = _held_node(trace, call.node, target, f"held_{name}")
+            host.meta.update(given.meta, after=(read,), host=True)
+            given.replace_all_uses_with(host)
+            trace.graph.erase_node(given)
+        read = call.node if call.is_late else read
 
 
 def keep(trace: Trace, key: int) -> None:
-    """Let the stage that computes what stands under ``key`` in the glue hand it over."""
+    """Let the stage that computes what stands under ``key`` in the glue hand it over.
+
+    Raises:
+        CaptureError: It is computed from a term of a loss that is scaled.
+    """
     node, glue = trace.glue.nodes[key], trace.glue
+    if any(getattr(one.target, "__name__", "") == "scaled_term" for one in _behind(node)):
+        raise CaptureError(
+            "the model's own code keeps a value that it computes from the loss, and that is a sum "
+            "of means over different numbers of labels, so that each microbatch has its terms "
+            "scaled; plan with microbatches=1, choose loss_weights, or keep the outputs instead"
+        )
     target = f"_held.kept_{len(glue.kept)}"
     trace.attributes[target] = KeptTensor(glue.session, key)
     kept = _held_node(trace, node.next, target, target.rpartition(".")[2], (node,))
     kept.meta.update(after=(), effect=True)
     glue.kept.add(key)
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield ``node`` and what it is computed from."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        yield one
+        pending += [n for n in one.all_input_nodes if n not in seen]
+        seen.update(one.all_input_nodes)
 
 
 def _held_node(

@@ -430,6 +430,8 @@ class StageCache:
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         captured.glue.session.live, captured.glue.session.replayed = self.live, True
+        if self.live and captured.glue.hosts:
+            captured = captured.with_hosts({})
         return _Variant(captured, uses, self._built(captured, uses))
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:

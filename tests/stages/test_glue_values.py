@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import PipelineError
 from tests.capture.toys import WIDTH, Layer, Toy, assert_same, toy
-from tests.stages.test_glue import SAMPLES, halves, inputs, machine_of
+from tests.stages.test_glue import halves, inputs, machine_of
 
 STEPS = 3
 Body = Callable[..., dict[str, Tensor]]
@@ -158,12 +157,18 @@ def built(body: Body) -> Toy:
 def observed(model: Toy) -> Any:
     """What a user can look at afterwards."""
     own = {name: getattr(model, name) for name in ("kept", "recent", "cache", "calls", "last")}
-    return values([own, LOG, [module.training for module in model.modules()], dict(model.named_buffers())])
+    return values(
+        [own, LOG, [module.training for module in model.modules()], dict(model.named_buffers())]
+    )
 
 
 def values(found: Any) -> Any:
     if isinstance(found, Tensor):
-        return "tensor", found.requires_grad, [round(v, 5) for v in found.detach().flatten().tolist()]
+        return (
+            "tensor",
+            found.requires_grad,
+            [round(v, 5) for v in found.detach().flatten().tolist()],
+        )
     if isinstance(found, dict):
         return {key: values(value) for key, value in found.items()}
     if isinstance(found, list | tuple | deque):

@@ -336,9 +336,7 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
-            step = Step(
-                stages, parts, self.options, self.global_step, loss_scaling, schedule, glue
-            )
+            step = Step(stages, parts, self.options, self.global_step, loss_scaling, schedule, glue)
             try:
                 self._run(step)
             except (Differs, Unlifted) as error:
