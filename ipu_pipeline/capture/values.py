@@ -254,8 +254,6 @@ class Values:
             return self.node_of(value)
         if isinstance(value, np.integer | np.floating | np.bool_):
             return value.item()  # before PLAIN: np.float64 is a float that code cannot name
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-            return self._source.host_node(value)
         if isinstance(value, SideFloat | SideInt):
             raise CaptureError(
                 f"{self._source.where()} uses a number ({value}) that a block read from a tensor "
@@ -272,6 +270,11 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
+        return self._object_node(value)
+
+    def _object_node(self, value: Any) -> fx.Node:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            return self._source.host_node(value)
         node = self._source.module_node(value) if isinstance(value, nn.Module) else None
         if node is None:
             raise CaptureError(self.refusal(value))
