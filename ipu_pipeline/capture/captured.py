@@ -18,12 +18,13 @@ from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
+from ipu_pipeline.capture.lift import keep, lift, settle_hosts
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.tracer import Trace, keep, lift, settle_hosts, trace
+from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState

@@ -224,8 +224,11 @@ class GlueRun:
         kept = {id(stand_in) for stand_in in self._glue.referenced()}
         if not kept:
             return
+        of_stages = {
+            entry for call in self._glue.calls if call.repeated for entry in call.repeated.entries()
+        }
         for container, key, value in PythonState(self._captured.model.modules()).entries():
-            if isinstance(value, StandIn | tuple):
+            if isinstance(value, StandIn | tuple) and (id(container), key) not in of_stages:
                 keys = kept.intersection(id(tensor) for tensor in tensors_in(value))
                 if keys:
                     self._places.append(_Place(container, key, value, frozenset(keys)))
