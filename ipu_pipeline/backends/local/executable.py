@@ -172,7 +172,7 @@ class LocalExecutable(Executable):
             self_check=options.self_check,
             live=True,
         )
-        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
