@@ -50,14 +50,14 @@ class Term:
             ``mean``.
         value: Name of the labels, of what is or does the selection, or of the divisor.
         weight: Name of the weights of the classes, if there are any.
-        ignored: Labels of this value do not count.
+        ignored: Labels of this value do not count; the name of a host value if it is one.
         node: Name of the term.
     """
 
     kind: TermKind
     value: str = ""
     weight: str = ""
-    ignored: int = IGNORED
+    ignored: int | str = IGNORED
     node: str = ""
 
 
@@ -100,7 +100,8 @@ def _divisor(term: Term, values: Mapping[str, Any]) -> float:
         return float(value)
     if term.kind == "selected":
         return float(value.sum() if value.dtype is torch.bool else value.numel())
-    return float(labels_counted(value, values.get(term.weight), term.ignored))
+    ignored = values[term.ignored] if isinstance(term.ignored, str) else term.ignored
+    return float(labels_counted(value, values.get(term.weight), ignored))
 
 
 def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
@@ -111,7 +112,7 @@ def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tenso
 
 def label_arguments(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, Any, int] | None:
+) -> tuple[Any, Any, Any] | None:
     """Return target, class weights and ignored index of a mean over labels, else ``None``."""
     if function not in MEANS_OVER_LABELS:
         return None
@@ -135,7 +136,8 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     prelude = frozenset(captured._coarse.prelude)
     walk = _Walk(captured._trace.attributes, prelude)
     terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
-    wanted = [name for term in terms for name in (term.value, term.weight) if name]
+    named = (name for term in terms for name in (term.value, term.weight, term.ignored))
+    wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     return LossTerms(terms, program, walk.constants, factored=scaled)
@@ -143,6 +145,11 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
 
 def _is_mask(node: fx.Node) -> bool:
     return "spec" in node.meta and node.meta["spec"].dtype == "bool"
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a number that Python gives, and that is an input of the graph: a host value."""
+    return node.op == "placeholder" and "spec" not in node.meta
 
 
 def factor_name(index: int | str) -> str:
@@ -228,7 +235,7 @@ class _Walk:
         pending, seen = [node], {node}
         while pending:
             one = pending.pop()
-            if one.op == "placeholder":
+            if one.op == "placeholder" and not _is_number(one):
                 return None
             pending += [source for source in one.all_input_nodes if source not in seen]
             seen.update(one.all_input_nodes)
@@ -252,7 +259,7 @@ class _Walk:
     def _of_linear(self, node: fx.Node, name: str, *, divided: bool) -> Iterator[Term]:
         quotient = name in _QUOTIENTS
         divisor = node.args[1] if quotient and len(node.args) > 1 else None
-        if isinstance(divisor, fx.Node):
+        if isinstance(divisor, fx.Node) and not _is_number(divisor):
             scalar = "spec" in divisor.meta and not divisor.meta["spec"].shape
             if divisor in self.prelude and scalar:
                 yield Term("quotient", divisor.name)
@@ -272,9 +279,8 @@ class _Walk:
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
             return Term("mean")
-        return Term(
-            "labels", target.name, "" if weight is None else weight.name, ignored, node.name
-        )
+        given = ignored.name if isinstance(ignored, fx.Node) else ignored
+        return Term("labels", target.name, "" if weight is None else weight.name, given, node.name)
 
     def _known(self, weight: fx.Node | None) -> bool:
         """Whether the weights of the classes are there before the model runs."""
