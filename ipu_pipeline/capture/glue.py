@@ -38,9 +38,9 @@ class StandIn(Tensor):
     has_no_values = True
 
     @classmethod
-    def of(cls, tensor: Tensor) -> StandIn:
-        """Make one."""
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> StandIn:
+        """Make one, perhaps of another dtype."""
+        empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         return Tensor._make_subclass(cls, empty)
 
     @classmethod

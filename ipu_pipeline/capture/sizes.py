@@ -164,7 +164,8 @@ class Resize(Replay):
         if type(tensor) is not StandIn or node is None:
             return tensor
         if id(tensor) not in self._stand_ins:
-            made = StandIn.of(self._values(node))
+            with torch._C.DisableTorchFunctionSubclass():
+                made = StandIn.of(self._values(node), tensor.dtype)
             self._stand_ins[id(tensor)] = made
             self._describe.recorded[id(made)] = id(tensor)
             self._made.nodes[id(made)] = node
@@ -235,9 +236,7 @@ class _ShapeRun:
         """Return what every value of the graph is: of the recorded dtype, in its shape here."""
         recorded = {n: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
         return {
-            node.name: spec
-            if node.op == "get_attr"
-            else replace(spec, shape=tuple(self(node).shape))
+            node.name: spec if node.op == "get_attr" else replace(spec, shape=tuple(self(node).shape))
             for node, spec in recorded.items()
         }
 
@@ -250,11 +249,10 @@ class _ShapeRun:
                 args = placed(args, tuple(inside), number)
             else:
                 kwargs = placed(kwargs, tuple(inside), number)
-        spec = node.meta.get("spec")
         with torch.no_grad(), _META:
             value = self._computed(node, fx.map_arg(args, self), fx.map_arg(kwargs, self))
-            if spec is not None and str(value.dtype) != f"torch.{spec.dtype}":  # autocast
-                value = value.to(getattr(torch, spec.dtype))
+            if torch.is_autocast_enabled("cpu"):  # which brings dtypes together, but not on meta
+                value = tree_map_only(Tensor, _in_float32, value)
         self._known[node] = value
 
     def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -316,6 +314,10 @@ class _ShapeRun:
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             self._twins[id(tensor)] = tensor, made
         return self._twins[id(tensor)][1]
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _alike(one: TensorMeta, other: TensorMeta) -> bool:
