@@ -236,7 +236,9 @@ class _ShapeRun:
         """Return what every value of the graph is: of the recorded dtype, in its shape here."""
         recorded = {n: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
         return {
-            node.name: spec if node.op == "get_attr" else replace(spec, shape=tuple(self(node).shape))
+            node.name: spec
+            if node.op == "get_attr"
+            else replace(spec, shape=tuple(self(node).shape))
             for node, spec in recorded.items()
         }
 

@@ -1,11 +1,15 @@
-"""A bounded number of shapes is remembered; a forgotten one is captured again."""
+"""A bounded number of shapes is remembered; a forgotten program is captured again."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
+from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.captures import MAX_SHAPES, StageCache
 from ipu_pipeline.stages.stage import Stage
@@ -13,6 +17,14 @@ from tests.backends.local.helpers import compiled
 from tests.tiny_models import TINY
 
 
+@pytest.fixture
+def sizes_are_programs() -> Iterator[None]:
+    """Every shape is a program of its own, as where shapes depend on values."""
+    with mock.patch.object(CapturedModel, "sized", side_effect=Differs("")):
+        yield
+
+
+@pytest.mark.usefixtures("sizes_are_programs")
 def test_the_oldest_shapes_are_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     executable, _ = compiled()
     dropped: list[tuple[Stage, ...]] = []
@@ -35,6 +47,18 @@ def test_the_oldest_shapes_are_forgotten(caplog: pytest.LogCaptureFixture) -> No
     assert len(caplog.records) == 1
 
 
+def test_a_program_lives_as_long_as_one_of_its_sizes(caplog: pytest.LogCaptureFixture) -> None:
+    executable, _ = compiled()
+    with executable, caplog.at_level(logging.WARNING, logger="ipu_pipeline"):
+        cache = executable._cache
+        cache._shapes.limit = 2
+        for length in (8, 12, 16, 8):
+            executable.train_step(TINY["bert-qa"].build(batch_size=8, seq_length=length)[1])
+        assert (len(cache._shapes), len(cache._programs()), cache.captures) == (2, 1, 1)
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("sizes_are_programs")
 def test_an_executable_keeps_so_many_shapes_and_says_when_it_forgets(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
