@@ -41,9 +41,9 @@ class StandIn(Tensor):
     has_no_values = True
 
     @classmethod
-    def of(cls, tensor: Tensor) -> StandIn:
-        """Make one."""
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> StandIn:
+        """Make one, perhaps of another dtype."""
+        empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         return Tensor._make_subclass(cls, empty)
 
     @classmethod
@@ -71,6 +71,7 @@ class Call:
         after: Contents of the objects that it was given, by place, afterwards.
         repeated: What it left in lists and attributes that the glue reads.
         lifted: Names of the host values by path.
+        sized: Those of ``lifted`` that are host values only because sizes differ.
         reads_values: It gives Python values of tensors.
         is_late: Those are values that only the stages compute.
     """
@@ -86,6 +87,7 @@ class Call:
     after: Mapping[Any, Any] = field(default_factory=dict)
     repeated: RepeatedChanges | None = None
     lifted: dict[Path, str] = field(default_factory=dict)
+    sized: set[Path] = field(default_factory=set)
     reads_values: bool = False
     is_late: bool = False
 
@@ -196,28 +198,13 @@ class GlueRecorder:
         memo: dict[int, Any] = {id(t): self.stand_in(t) for t in members(objects)[0]}
         return copy.deepcopy(dict(objects), memo)
 
-    def finish(
-        self,
-        output: Any,
-        node_of: Callable[[int], fx.Node | None],
-        replaced: Mapping[fx.Node, fx.Node],
-    ) -> Glue:
-        """Return what was recorded of a run with this output.
-
-        Args:
-            output: Of the model.
-            node_of: Returns the node of a tensor by the tensor's id.
-            replaced: Nodes that others stand for now.
-        """
+    def finish(self, output: Any, node_of: Callable[[int], fx.Node | None]) -> Glue:
+        """Return what was recorded of a run with this output; nodes are found by tensors' ids."""
         self.glue.results = {
             name: id(self.stand_in(tensor)) for name, tensor in named_tensors(output)
         }
-        for key, stand_in in self._stand_ins.items():
-            node = node_of(key)
-            while node in replaced:
-                node = replaced[node]
-            if node is not None and not node._erased:
-                self.glue.nodes[id(stand_in)] = node
+        found = ((id(stand_in), node_of(i)) for i, stand_in in self._stand_ins.items())
+        self.glue.nodes = {i: node for i, node in found if node is not None}
         self.glue.stand_ins = list(self._stand_ins.values())
         self._stand_ins.clear()
         return self.glue

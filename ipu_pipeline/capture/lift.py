@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from ipu_pipeline.capture.tracer import Trace
 
 
-def lift(trace: Trace, number: int, path: Path, value: Any) -> None:
+def lift(trace: Trace, number: int, path: Path, value: Any, *, size: bool) -> None:
     """Make the argument at ``path`` of a recorded call, now ``value``, an input of the graph."""
     call, glue = trace.glue.calls[number], trace.glue
     if path in call.lifted:
+        call.sized.discard(path)
         return
+    if size:
+        call.sized.add(path)
     assert call.node is not None
     name = call.lifted[path] = f"host_{len(glue.hosts)}"
     host = placeholder(trace.graph, name)

@@ -56,7 +56,7 @@ _SIZED = frozenset(
 
 _SET_GRAD = torch._C._set_grad_enabled
 # What a stand-in knows itself.
-_DESCRIPTIONS = SHAPE_READS | frozenset(
+DESCRIPTIONS = SHAPE_READS | frozenset(
     {Tensor.dim, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
      *(getattr(Tensor, name).__get__ for name in ("dtype", "ndim"))}
 )  # fmt: skip
@@ -155,7 +155,7 @@ class Replay(TorchFunctionMode):
         if self.position < len(self.glue.calls):
             self._differs("ends earlier than when it was captured")
         with torch._C.DisableTorchFunctionSubclass():  # what a stand-in is, without its refusals
-            results = {name: id(tensor) for name, tensor in named_tensors(output)}
+            results = {name: self._describe(tensor) for name, tensor in named_tensors(output)}
         if results != self.glue.results:
             self._differs("returns other results than when it was captured")
         return Followed(self.hosts, self.changed, self.said)
@@ -174,20 +174,22 @@ class Replay(TorchFunctionMode):
     def _module_call(
         self, original: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        own = threading.get_ident() == self._thread and not self.comparing
-        if not own or not self.glue.leaves.is_leaf(module):
+        if self._is_apart() or not self.glue.leaves.is_leaf(module):
             return original(module, *args, **kwargs)
         return self._follow(module, (args, kwargs))
 
     def _function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread or self.comparing:
+        if self._is_apart():
             return original(*args, **kwargs)
         return self._follow(original, (args, kwargs))
 
     def _vmapped_call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread or self.comparing:
+        if self._is_apart():
             return original(*args, **kwargs)
         return self._follow("vmap", (original, args, kwargs))
+
+    def _is_apart(self) -> bool:
+        return self.comparing or threading.get_ident() != self._thread
 
     # ---- comparing ----------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class Replay(TorchFunctionMode):
         if read is not None:
             times = self._times[target, given] = self._times.get((target, given), -1) + 1
             return substituted(read[min(times, len(read) - 1)], _same)
-        if target in _DESCRIPTIONS:
+        if target in DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return target(*arguments[0], **arguments[1])
         return self._called(target, arguments)
@@ -238,6 +240,7 @@ class Replay(TorchFunctionMode):
             given = self._describe(arguments)
         if given != call.arguments or call.lifted:
             self._compare(number, call, given, arguments)
+        call = self._settled(number, call, given)
         for place, contents in call.after.items():
             become(objects[place], contents)
         if call.repeated is not None:
@@ -274,11 +277,13 @@ class Replay(TorchFunctionMode):
             return
         for path, old, new in differences(call.arguments, given):
             value = member_at(arguments, path)
-            alike = is_alike(new, of=old) or self._is_tensor_like(old, value)
-            if path in call.lifted and alike:
+            if self._is_host(call, path, old, new) or (
+                path in call.lifted and self._is_tensor_like(old, value)
+            ):
                 continue
             text = f"calls {call.name} with {_value(new)} instead of {_value(old)}"
-            if not alike or not self._may_be_host(number, call, path, new):
+            other = isinstance(new, int) and not self._is_tensor_like(old, value)
+            if other or not self._may_be_host(number, call, path, old, new):
                 self._differs(text, (number, path))
             self.changed[number, path] = _plain(value)
             self.said = self.said or f"{call.where} {text}"
@@ -297,16 +302,27 @@ class Replay(TorchFunctionMode):
             and (value.shape, value.dtype) == (recorded.shape, recorded.dtype)
         )
 
-    def _may_be_host(self, number: int, call: Call, path: Path, new: Described) -> bool:
-        if call.node is None:
+    def _is_host(self, call: Call, path: Path, old: Described, new: Described) -> bool:
+        """Whether any number may be there."""
+        return path in call.lifted and path not in call.sized and is_alike(new, of=old)
+
+    def _may_be_host(
+        self, number: int, call: Call, path: Path, old: Described, new: Described
+    ) -> bool:
+        if call.node is None or not (is_alike(new, of=old) or isinstance(new, int)):
             return False
         name = getattr(call.target, "__name__", "")
         if name in COMPARISONS or name in _SIZED:
             return False
         if not self.glue.session.live and _reaches_guard(call.node):
             return False
-        whole = isinstance(new, tuple) and new[0] is int and name not in _ARITHMETIC
+        number_kind = new[0] if isinstance(new, tuple) else None
+        whole = number_kind in (int, complex) and name not in _ARITHMETIC
         return not whole or (number, path) in self.integers
+
+    def _settled(self, number: int, call: Call, given: Described) -> Call:  # noqa: ARG002
+        """Return what a compared call does in this run."""
+        return call
 
     def _differs(self, text: str, place: tuple[int, Path] | None = None) -> None:
         calls = self.glue.calls
@@ -336,13 +352,20 @@ def differences(
         yield from differences(one, other, (*path, index))
 
 
+def is_number(new: Described, *, of: Described) -> bool:
+    """Whether ``new`` describes a number of the same type as ``of``; truth values are none."""
+    return (
+        isinstance(new, tuple)
+        and isinstance(of, tuple)
+        and new[0] is of[0]
+        and new[0] in (int, float, complex)
+    )
+
+
 def is_alike(new: Described, *, of: Described) -> bool:
     """Whether two described values that differ may be two values of one input of the graph."""
-    if not isinstance(new, tuple) or not isinstance(of, tuple) or new[0] is not of[0]:
-        return False
-    if new[0] is np.ndarray:
-        return bool(new[1][:2] == of[1][:2])
-    return new[0] in (int, float, complex)
+    arrays = isinstance(new, tuple) and isinstance(of, tuple) and new[0] is of[0] is np.ndarray
+    return bool(new[1][:2] == of[1][:2]) if arrays else is_number(new, of=of)
 
 
 def _plain(value: Any) -> Any:

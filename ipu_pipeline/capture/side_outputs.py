@@ -300,7 +300,6 @@ class SideOutputs:
         self._used: dict[int, tuple[Tensor, fx.Node]] = {}
         self._used_ids: set[int] = set()
         self._noting = False
-        self._replaced: dict[fx.Node, fx.Node] = {}
         self.numbers_read = False
 
     @contextlib.contextmanager
@@ -394,11 +393,8 @@ class SideOutputs:
             call.meta["after"] += tracer.storages.record(call, read, [])
         return given, frozenset(sinks)
 
-    def finish(self) -> dict[fx.Node, fx.Node]:
+    def finish(self) -> None:
         """Let the calls return what the glue has used, now that all of it has run.
-
-        Returns:
-            Nodes that others stand for now.
 
         Raises:
             CaptureError: It used what a leaf makes of a tensor that an earlier pass left there.
@@ -418,7 +414,7 @@ class SideOutputs:
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
-                self._replaced[side.node] = side.original
+                self._tracer.values.replace(side.node, side.original)
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
@@ -432,7 +428,6 @@ class SideOutputs:
                 one.call.repeated = RepeatedChanges(one.leaf, tuple(again), starts)
         for side in reversed(sides):
             self._tracer.graph.erase_node(side.node)
-        return self._replaced
 
     def _alias(self, tensor: Tensor) -> Tensor:
         values = self._tracer.values
@@ -475,15 +470,15 @@ class SideOutputs:
         result.meta = {k: v for k, v in call.meta.items() if k in _OF_THE_RESULT}
         sides.meta["scope"] = call.meta["scope"]
         call.meta.pop("spec", None)
+        self._tracer.values.replace(call, result)
         for user in users:
             user.replace_input_with(call, result)
-        self._replaced[call] = result
         for number, side in enumerate(taken):
             with graph.inserting_after(sides):
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
-            self._replaced[side.node] = item
+            self._tracer.values.replace(side.node, item)
 
 
 def _from_the_end(value: Any, inner: Any) -> Any:

@@ -557,8 +557,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
-        replaced = tracer.side_outputs.finish()
-        glue = tracer.recorder.finish(output, tracer.values.by_id, replaced)
+        tracer.side_outputs.finish()
+        glue = tracer.recorder.finish(output, tracer.values.final)
     finally:
         tracer.values.release()
         tracer.side_outputs.release()

@@ -21,11 +21,12 @@ from ipu_pipeline.capture.loss_terms import LossTerms, factored
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
+from ipu_pipeline.capture.sizes import Sized
 from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, build_stages
+from ipu_pipeline.stages.stage import Stage, at_sizes, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
@@ -54,6 +55,10 @@ class LRUCache(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> Iterator[V]:
+        """Yield the values, the last used first."""
+        yield from reversed(self._values.values())
+
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of ``key``; it is made if it is not there, and then the last used."""
         if key not in self._values:
@@ -70,12 +75,35 @@ class LRUCache(Generic[K, V]):
 
 
 @dataclass(eq=False)
-class _Variant:
-    """One capture of a shape, and its stages."""
+class _Program:
+    """One capture, and its stages.
 
+    ``has_sizes``: Whether it is known to be a program of other sizes as well.
+    """
+
+    training: Signature
     captured: CapturedModel
     uses: TableUses
     stages: tuple[Stage, ...]
+    has_sizes: bool | None = None
+
+
+@dataclass(eq=False)
+class _Variant:
+    """A program for one shape; ``sized``: if that is another one than when it was captured."""
+
+    program: _Program
+    sized: Sized | None
+    captured: CapturedModel
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, program: _Program, sized: Sized | None = None) -> _Variant:
+        """Make one."""
+        if sized is None:
+            return cls(program, sized, program.captured, program.stages)
+        captured = program.captured.at(sized)
+        return cls(program, sized, captured, at_sizes(program.stages, captured))
 
 
 @dataclass(eq=False)
@@ -118,6 +146,7 @@ class _Attempt:
     tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     tried: list[_Variant] = field(default_factory=list)
     reason: Differs | None = None
+    is_sized: bool = False
     is_captured: bool = False
 
     @property
@@ -196,6 +225,7 @@ class StageCache:
         self._shapes = LRUCache[Signature, _Variants](self.max_shapes, self._dropped)
         self._warned: set[str] = set()
         self._modules: list[nn.Module] = []
+        self._training: Signature = ()
         self.captures = 0
 
     def prepare(
@@ -262,22 +292,23 @@ class StageCache:
 
     def loss_terms(self, part: Microbatch) -> LossTerms:
         """Return what the loss of a microbatch is made of, as far as its shape tells."""
-        variants = self._variants(part)
-        if not variants.found:
-            with self._replaying():
-                variants.found.append(self._captured(part.inputs))
+        with self._replaying():
+            variants = self._variants(part)
+            if not variants.found:
+                found = self._at_other_sizes(part.inputs, self._python_state())
+                variants.found.append(found or self._captured(part.inputs))
         return variants.found[0].stages[-1].loss_terms
 
     @contextlib.contextmanager
     def _replaying(self) -> Iterator[None]:
         self._modules = list(self.model.modules())
+        parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
+        self._training = torch.is_grad_enabled(), parameters
         with autocast_region(self.precision), tracing_patches(self.model):
             yield
 
     def _variants(self, part: Microbatch) -> _Variants:
-        parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
-        key = (torch.is_grad_enabled(), parameters), described(part.inputs)
-        return self._shapes.get(key, _Variants)
+        return self._shapes.get((self._training, described(part.inputs)), _Variants)
 
     def _followed(self, attempt: _Attempt) -> Prepared:
         """Run the glue of one microbatch in one piece."""
@@ -312,6 +343,10 @@ class StageCache:
                 if not run.is_live:
                     assert run.followed is not None
                     return self._ready(attempt, variant, run.followed)
+                if variant.sized is not None:  # what it keeps is known by its own sizes
+                    run.close()
+                    variant.program.has_sizes = False
+                    raise Differs("its own code reads or keeps tensors")
                 if run.followed is not None:  # it only keeps something
                     kept = Unlifted(run.followed.changed, run.missing, run.followed.said)
                     self._lift(variant, kept)
@@ -326,7 +361,7 @@ class StageCache:
         """Let the captures run that have not been tried, and then a new one."""
         variants, microbatch = attempt.variants, attempt.inputs
         if attempt.before is None:
-            attempt.before = self._python_state(variants)
+            attempt.before = self._python_state()
         if not variants.found:
             variants.found.extend(self._kept(microbatch))
         for variant in [v for v in variants.found if v not in attempt.tried]:
@@ -338,15 +373,22 @@ class StageCache:
                 attempt.reason = attempt.reason or error
         if attempt.is_captured:
             self._refuse(attempt.reason)
-        variant = self._captured(microbatch)
-        attempt.is_captured = True
+        sized = None if attempt.is_sized else self._at_other_sizes(microbatch, attempt.before)
+        attempt.is_sized = True
+        variant = sized or self._captured(microbatch)
+        attempt.is_captured = sized is None
         variants.note(variant, None if attempt.reason is None else attempt.reason.place)
         self._add(variants, variant, attempt.reason)
         attempt.tried.append(variant)
         try:
             return run(variant)
         except Differs as error:
-            self._refuse(error)
+            if sized is None:
+                self._refuse(error)
+            attempt.restore()
+            attempt.reason = attempt.reason or error
+            variants.found.remove(variant)
+            return self._tried(attempt, run)
 
     def _refuse(self, error: Differs | None) -> NoReturn:
         raise CaptureError(
@@ -370,18 +412,63 @@ class StageCache:
             for tensor in variant.captured.changing:
                 attempt.tensors.setdefault(id(tensor), (tensor, tensor.detach().clone()))
 
-    def _python_state(self, variants: _Variants) -> PythonState:
+    def _python_state(self) -> PythonState:
         """Return what the glue may change before it turns out to be another one."""
         glue = frozenset[int]()
-        if variants.found:
-            glue = variants.found[0].captured.glue.leaves.glue
+        for program in self._programs()[:1]:
+            glue = program.captured.glue.leaves.glue
         own = [m for m in self._modules if id(m) in glue]
         return PythonState(own, [m for m in self._modules if id(m) not in glue])
 
+    def _at_other_sizes(
+        self, microbatch: Mapping[str, Any], before: PythonState
+    ) -> _Variant | None:
+        """Return a known program that does what this microbatch does, with other numbers."""
+        for program in self._programs():
+            if program.training != self._training:
+                continue
+            if program.has_sizes is None:  # are its shapes found as they were?
+                own = self._sized(program, None, before)
+                program.has_sizes = own is not None and own.specs == program.captured.specs
+            sized = self._sized(program, microbatch, before) if program.has_sizes else None
+            if sized is None:
+                continue
+            if sized.changed:
+                self._rebuild(program, program.captured.with_hosts(sized.changed, sizes=True))
+            return _Variant.of(program, sized)
+        return None
+
+    def _sized(
+        self, program: _Program, microbatch: Mapping[str, Any] | None, before: PythonState
+    ) -> Sized | None:
+        try:
+            return program.captured.sized(microbatch)
+        except Differs as error:
+            logger.debug("another program, or its shapes depend on values: %s", error)
+            return None
+        finally:
+            before.restore()
+
+    def _programs(self) -> list[_Program]:
+        """Return the known programs, the last used first."""
+        found = (v.program for variants in self._shapes.values() for v in variants.found)
+        return list(dict.fromkeys(found))
+
+    def _rebuild(self, program: _Program, captured: CapturedModel) -> None:
+        """Let a program, at all its sizes, have other stages."""
+        program.captured = captured
+        program.stages = self._built(captured, program.uses)
+        for variants in self._shapes.values():
+            for variant in variants.found:
+                if variant.program is program:
+                    self.on_drop(variant.stages)
+                    made = _Variant.of(program, variant.sized)
+                    variant.captured, variant.stages = made.captured, made.stages
+
     def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
-        self.captures += 1
         variants.found.insert(0, variant)
-        if reason is not None:
+        self.captures += variant.sized is None
+        if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
             self.on_drop(variants.found.pop().stages)
@@ -400,9 +487,8 @@ class StageCache:
             return
         if values.changed:
             logger.info("an input of the graph from now on: %s", values.said)
-        self.on_drop(variant.stages)
-        variant.captured = variant.captured.with_hosts(values.changed, values.kept)
-        variant.stages = self._built(variant.captured, variant.uses)
+        program = variant.program
+        self._rebuild(program, program.captured.with_hosts(values.changed, values.kept))
 
     def _kept(self, microbatch: Mapping[str, Any]) -> list[_Variant]:
         """Return the capture that the plan was made from, if there is one of this shape."""
@@ -432,7 +518,8 @@ class StageCache:
         captured.glue.session.live, captured.glue.session.replayed = self.live, True
         if self.live and captured.glue.hosts:
             captured = captured.with_hosts({})
-        return _Variant(captured, uses, self._built(captured, uses))
+        program = _Program(self._training, captured, uses, self._built(captured, uses))
+        return _Variant.of(program)
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
@@ -448,14 +535,16 @@ class StageCache:
             logger.warning(message, *values)
 
     def _dropped(self, variants: _Variants) -> None:
+        for variant in variants.found:
+            self.on_drop(variant.stages)
+        if {variant.program for variant in variants.found}.issubset(self._programs()):
+            return
         self._warn_once(
             "microbatches have come in more than %d shapes; the least recently used ones are "
             "forgotten and captured again when they return, which takes longer than a step: "
             "pad to fewer lengths (pad_to_multiple_of)",
             self._shapes.limit,
         )
-        for variant in variants.found:
-            self.on_drop(variant.stages)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]
