@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.limits import check_count
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -97,8 +98,13 @@ def build_model(
 
     Raises:
         CaptureError: Unknown task, or no model class for it.
+        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith("_layers") and isinstance(value, int) and value > 0:
+                check_count(name, value, "num_layers")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         return build(config).train()

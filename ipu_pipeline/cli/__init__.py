@@ -29,6 +29,7 @@ from ipu_pipeline.cli.options import (
     PodType,
     SeqLength,
     TaskOption,
+    counted,
     read_ipu_config,
     save_plan,
 )
@@ -94,13 +95,13 @@ def plan_command(
         str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
     ] = "local",
     num_stages: Annotated[
-        int | None, typer.Option("--num-stages", min=1, help="Default: the config's, or the best.")
+        int | None, counted("--num-stages", "num_stages", "Default: the config's, or the best.")
     ] = None,
     micro_batch: MicroBatch = 1,
     microbatches: Annotated[
         int | None,
-        typer.Option(
-            "--microbatches", min=1, help="Per step; default: the config's, or at least 8."
+        counted(
+            "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
         ),
     ] = None,
     schedule: Annotated[
