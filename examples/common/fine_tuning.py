@@ -12,10 +12,10 @@ from typing import Any, cast
 from plan_report import TimedExecutable, describe, is_first, measured_against_predicted, say
 from script_options import CommonOptions
 from script_run import (
-    check_output_dir,
     follow_plan,
     make_plan,
     microbatch_size,
+    take_output_dir,
     write_results,
 )
 from torch import Tensor
@@ -62,7 +62,7 @@ def prepare(options: CommonOptions) -> None:
     """Check the output folder, seed everything, and let transformers say less.
 
     Raises:
-        PipelineError: The folder holds another run.
+        PipelineError: The folder holds another run, or another process trains into it.
     """
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -70,7 +70,7 @@ def prepare(options: CommonOptions) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading and saving files
     if not is_first():
         set_verbosity_error()  # type: ignore[no-untyped-call]  # the first process says the same
-    check_output_dir(options)
+    take_output_dir(options)
     set_seed(options.seed)  # the new head's weights
 
 

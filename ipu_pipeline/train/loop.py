@@ -62,7 +62,7 @@ def train(
     start_s, num_samples = time.time(), 0
     executable.model.train()  # as transformers' loop does; a step leaves modes as they are
     hidden = arguments.disable_tqdm or not arguments.should_save
-    with tqdm(total=state.max_steps, initial=first, disable=hidden) as bar, checkpoints:
+    with checkpoints, tqdm(total=state.max_steps, initial=first, disable=hidden) as bar:
         while state.global_step < state.max_steps:
             for batch in loader.batches(*divmod(state.global_step, len(loader))):
                 learning_rate = scheduler.get_last_lr()[0]
