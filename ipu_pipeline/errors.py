@@ -27,6 +27,10 @@ import re
 _LONG = re.compile(r"(\S{80})\S{320,}")
 
 
+# Exit code of a command that Ctrl-C has ended, as shells have it: 128 + SIGINT.
+INTERRUPTED = 130
+
+
 class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
 

@@ -6,16 +6,17 @@ A script loads its model and data, says how it is scored, and calls :func:`fine_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from plan_report import TimedExecutable, describe, is_first, measured_against_predicted, say
 from script_options import CommonOptions
 from script_run import (
+    check_output_dir,
     follow_plan,
     make_plan,
     microbatch_size,
-    take_output_dir,
     write_results,
 )
 from torch import Tensor
@@ -27,6 +28,7 @@ from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train import build_optimizer, train
 from ipu_pipeline.train.data import Collator
+from ipu_pipeline.train.output_folder import locked
 
 Scores = Mapping[str, Any]
 
@@ -62,7 +64,7 @@ def prepare(options: CommonOptions) -> None:
     """Check the output folder, seed everything, and let transformers say less.
 
     Raises:
-        PipelineError: The folder holds another run, or another process trains into it.
+        PipelineError: The folder holds another run.
     """
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -70,12 +72,21 @@ def prepare(options: CommonOptions) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading and saving files
     if not is_first():
         set_verbosity_error()  # type: ignore[no-untyped-call]  # the first process says the same
-    take_output_dir(options)
+    check_output_dir(options)
     set_seed(options.seed)  # the new head's weights
 
 
 def fine_tune(options: CommonOptions, job: Job) -> None:
-    """Plan, compile, train and evaluate as the options say; write results, model and plan."""
+    """Plan, compile, train and evaluate as the options say; write results, model and plan.
+
+    Raises:
+        CheckpointError: Another process writes into the output folder.
+    """
+    with locked(options.folder) if is_first() else nullcontext():
+        _fine_tune(options, job)
+
+
+def _fine_tune(options: CommonOptions, job: Job) -> None:
     columns = job.example(microbatch_size(options))
     plan = make_plan(options, job.model, columns, job.ipu_config, constraints=job.constraints)
     say(describe(plan))

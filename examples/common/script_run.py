@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from plan_report import is_first, local_note, say
@@ -16,21 +15,14 @@ from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
 from ipu_pipeline.errors import DatasetError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.search import Constraints
-from ipu_pipeline.train.output_folder import is_used, locked
+from ipu_pipeline.train.output_folder import is_used
 
 _Rows = TypeVar("_Rows")
-_TAKEN = ExitStack()
 
 
-def take_output_dir(options: CommonOptions) -> None:
-    """Have the folder for this process until its end; refuse one that holds another run.
-
-    Raises:
-        PipelineError: The folder is not empty, or another process trains into it.
-    """
+def check_output_dir(options: CommonOptions) -> None:
+    """Refuse to train into a folder that holds another run."""
     folder = options.folder
-    if is_first():
-        _TAKEN.enter_context(locked(folder))
     fresh = options.do_train and options.resume_from_checkpoint is None
     if fresh and not options.overwrite_output_dir and is_used(folder):
         raise PipelineError(
