@@ -49,6 +49,7 @@ def train(
         ValueError: Executable, data and arguments do not fit together.
         CheckpointError: The checkpoint to resume from cannot be used.
         OSError: A checkpoint cannot be written; earlier ones are untouched.
+        StageError: No step has changed a weight: all of them were skipped.
     """
     optimizer = _checked(executable, arguments)
     set_seed(arguments.seed)
@@ -84,6 +85,7 @@ def train(
         metrics = speed_metrics("train", start_s, num_samples=num_samples, num_steps=steps)
         metrics |= {"train_loss": losses.mean, "epoch": state.epoch}
         progress.log(metrics, bar)
+        progress.check_trained()
     return TrainResult(state.global_step, losses.mean, metrics, state, losses.skipped)
 
 

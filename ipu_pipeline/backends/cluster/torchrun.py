@@ -29,6 +29,8 @@ _ON_LOOPBACK = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "GLOO_SOCKET_IFNAME": next((n for _, n in socket.if_nameindex() if n.startswith("lo")), "lo"),
 }
+# How a rank says that another one is why it has stopped.
+_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank (?P<rank>\d+) .*)", re.DOTALL)
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -78,8 +80,13 @@ def start(
         how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
         # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
         said: Any = failure.message
-        why = f": {said['message']}" if isinstance(said, dict) else ""
-        tell(f"error: rank {rank} ended {how}{why}\nwhat the ranks wrote: {folder}")
+        why = str(said["message"]) if isinstance(said, dict) else ""
+        blamed = _BLAMED.match(why)
+        if blamed and int(blamed["rank"]) != rank:  # this one has only been the first to end
+            text = f"error: {blamed['text']}"
+        else:
+            text = f"error: rank {rank} ended {how}{why and ': ' + why}"
+        tell(f"{text}\nwhat the ranks wrote: {folder}")
         return code if code > 0 else _SIGNALLED - code
     except SignalException as stopped:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
