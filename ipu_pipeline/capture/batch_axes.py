@@ -43,6 +43,7 @@ class BatchAxes:
             every microbatch.
         mixed: Results of two samples that are not those of each one.
         adds_up: The loss of two samples is the sum, not a mean, of each one's.
+        counts: It is their mean, each by its labels that count.
         has_loss: Whether there is a loss among the results.
         problem: Why the batch cannot be cut; empty if it can.
     """
@@ -51,6 +52,7 @@ class BatchAxes:
     outputs: Axes = field(default_factory=dict)
     mixed: tuple[str, ...] = ()
     adds_up: bool = False
+    counts: bool = False
     has_loss: bool = False
     problem: str = ""
 
@@ -175,12 +177,10 @@ def _options(name: str, value: Any, size: int, given: Axes) -> Sequence[int | No
 
 def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     """Compare the results of two samples with those of each."""
-    parts = [part_of(batch, axes, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
     try:
-        uneven = [_uneven(part, axes, row) for part, row in zip(parts, (1, None, 0), strict=True)]
-        results = [_results(model, part) for part in uneven]
+        results = [_results(model, part) for part in two_samples(batch, axes, uneven=True)]
     except Exception:  # other values may be none that the model takes
-        results = [_results(model, part) for part in parts]
+        results = [_results(model, part) for part in two_samples(batch, axes, uneven=False)]
     (both, _), *each = results
     outputs: dict[str, int | None] = {}
     weights = _weights(results) if LOSS in both else (0.5, 0.5)
@@ -193,8 +193,21 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
             mixed.append(name)
         else:
             outputs[name] = axis
-    adds_up = weights == (1.0, 1.0)
-    return BatchAxes(dict(axes), outputs, tuple(mixed), adds_up, has_loss=LOSS in both)
+    return BatchAxes(
+        dict(axes),
+        outputs,
+        tuple(mixed),
+        adds_up=weights == (1.0, 1.0),
+        counts=weights not in (None, (1.0, 1.0), (0.5, 0.5)),
+        has_loss=LOSS in both,
+    )
+
+
+def two_samples(batch: Mapping[str, Any], axes: Axes, *, uneven: bool) -> list[dict[str, Any]]:
+    """Return two samples, the first and the second one; ``uneven``: one has fewer labels."""
+    parts = [part_of(batch, axes, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
+    rows = (1, None, 0) if uneven else (None, None, None)
+    return [_uneven(part, axes, row) for part, row in zip(parts, rows, strict=True)]
 
 
 def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, Any]:
@@ -234,11 +247,11 @@ def _joining_axis(both: Tensor, each: Sequence[Tensor | None]) -> Any:
     first, second = each
     if first is None or second is None:
         return False
-    if _close(both, first) and _close(both, second):
+    if close_enough(both, first) and close_enough(both, second):
         return None
     axes = range(both.ndim if both.ndim == first.ndim == second.ndim else 0)
     fitting = (axis for axis in axes if _fit(axis, both, first, second))
-    joined = (axis for axis in fitting if _close(both, torch.cat([first, second], axis)))
+    joined = (axis for axis in fitting if close_enough(both, torch.cat([first, second], axis)))
     return next(joined, False)
 
 
@@ -259,12 +272,13 @@ def _weights(results: Sequence[Results]) -> tuple[float, float] | None:
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
     for weights in rules:
         parts = [w * x for w, x in zip(weights, losses, strict=True) if w and x is not None]
-        if len(parts) > 0 and _close(both[LOSS], torch.stack(parts).sum(0)):
+        if len(parts) > 0 and close_enough(both[LOSS], torch.stack(parts).sum(0)):
             return weights
     return None
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close_enough(a: Tensor, b: Tensor) -> bool:
+    """Whether results are equal but for rounding."""
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():

@@ -17,7 +17,7 @@ from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Glue, Path
-from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves
+from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves, has_parameters
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
@@ -208,6 +208,11 @@ def capture(
     ):
         batch = _own_batch(example_batch, meta=on_meta)
         recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
+        losses = _loss_modules(recorded)
+        if losses:  # what they divide by is part of the glue, if it can be followed
+            with contextlib.suppress(CaptureError):
+                opened = replace(leaves, glue=leaves.glue | losses)
+                recorded = _trace_once(model, batch, opened, on_meta=on_meta)
         recording = recording_models(model)
     reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
@@ -290,6 +295,20 @@ def model_identity(model: nn.Module) -> ModelIdentity:
         for fqn, p in model.named_parameters()
     }
     return ModelIdentity(type(model).__name__, parameters)
+
+
+def _loss_modules(recorded: Trace) -> frozenset[int]:
+    """Return the ids of the model's modules without parameters that compute a loss or its parts."""
+    found = set()
+    for node in recorded.graph.nodes:
+        results = [node, *node.users] if node.op == "call_module" else []
+        specs = [one.meta["spec"] for one in results if "spec" in one.meta]
+        if any(spec.shape == () and "float" in spec.dtype for spec in specs):
+            module = recorded.attributes[str(node.target)]
+            live = getattr(module, "runs_live", False) or has_parameters(module)
+            if id(module) in recorded.glue.leaves.names and not live:
+                found.update(id(inner) for inner in module.modules())
+    return frozenset(found)
 
 
 class _BackwardInsideError(Exception):

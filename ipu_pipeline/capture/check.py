@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.leaves import Leaves, choose_leaves
+from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.state import PlainState
@@ -59,7 +59,7 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     Raises:
         CaptureError: The capture computes something else than the model.
     """
-    leaves = choose_leaves(captured.model, captured.granularity)
+    leaves = captured.glue.leaves
     compare = partial(_compare, captured, leaves)
     try:
         return Checked((), compare(altered(batch)))

@@ -1,14 +1,15 @@
 """What the loss of a batch divides by: labels that count, a number of items, or its samples.
 
-The loss is followed from its end through sums, numbers and changes of shape to the means that it
+The loss is followed from its end through sums, numbers and changes of shape to the terms that it
 is made of. A mean over labels, or a quotient with a divisor that is computed from the inputs
-alone, tells how much each microbatch counts in the loss of the whole batch.
+alone, tells how much each microbatch counts in the loss of the whole batch. Terms that count
+differently get factors of their own; ``loss_rules`` measures which.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,14 +31,17 @@ MEANS_OVER_LABELS = (functional.cross_entropy, functional.nll_loss)
 # Names of functions and methods that keep a sum of means what it is.
 _LINEAR = frozenset(
     {
-        "add", "iadd", "radd", "sub", "isub", "rsub", "neg", "mul", "imul", "rmul", "div", "idiv",
-        "truediv", "itruediv", "true_divide", "float", "double", "half", "bfloat16", "to", "type",
-        "view", "reshape", "squeeze", "unsqueeze", "clone", "contiguous", "stack", "getitem",
+        "add", "iadd", "radd", "sub", "isub", "rsub", "subtract", "neg", "negative", "positive",
+        "float", "double", "half", "bfloat16", "to", "type", "view", "reshape", "squeeze",
+        "unsqueeze", "clone", "contiguous", "stack", "getitem",
     }
 )  # fmt: skip
-_QUOTIENTS = frozenset({"div", "idiv", "truediv", "itruediv", "true_divide"})
+_QUOTIENTS = frozenset({"div", "idiv", "truediv", "itruediv", "true_divide", "divide"})
+_PRODUCTS = frozenset({"mul", "imul", "rmul", "multiply"})
+_DOT_PRODUCTS = frozenset({"dot", "matmul", "rmatmul", "mv", "inner", "vdot"})
+_OTHER_LOSSES = frozenset({"kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"})
 
-TermKind = Literal["labels", "selected", "quotient", "sum", "number", "mean"]
+TermKind = Literal["labels", "selected", "quotient", "sum", "number", "mean", "opaque", "constant"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,13 @@ class Term:
     Attributes:
         kind: A mean over ``labels`` or over ``selected`` elements; a ``quotient`` with a tensor; a
             ``sum``; a sum that is divided by a ``number``, perhaps that of the samples; any other
-            ``mean``.
+            ``mean``; what is none of them (``opaque``); what depends on no sample (``constant``).
         value: Name of the labels, of what is or does the selection, or of the divisor.
         weight: Name of the weights of the classes, if there are any.
         ignored: Labels of this value do not count.
         node: Name of the term.
+        least: The least that a divisor is raised to, where the quotient has such a bound.
+        added: A number that is added to the divisor.
     """
 
     kind: TermKind
@@ -59,6 +65,14 @@ class Term:
     weight: str = ""
     ignored: int = IGNORED
     node: str = ""
+    least: float = 0.0
+    added: float = 0.0
+
+    def weights(self, counts: Sequence[float]) -> list[float]:
+        """Return what values with these counts weigh in that of all; nothing if none counts."""
+        whole = max(sum(counts), self.least) + self.added
+        own = [max(count, self.least) + self.added for count in counts]
+        return [count / whole for count in own] if whole else []
 
 
 @dataclass(frozen=True)
@@ -66,32 +80,50 @@ class LossTerms:
     """The terms of a loss, and the program that computes what they divide by.
 
     ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
-    with labels is multiplied by an input of its own, called :func:`factor_name`.
+    but a constant is multiplied by an input of its own, called :func:`factor_name`; ``path``: the
+    nodes between the terms and the loss.
     """
 
     terms: tuple[Term, ...] = ()
     program: Program | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     factored: bool = False
+    path: frozenset[str] = frozenset()
 
-    def divisors(self, inputs: Mapping[str, Any]) -> list[float]:
-        """Return what each term with labels or a divisor divides by, for a microbatch's inputs."""
-        if self.program is None:
-            return []
-        values = {**self.constants, **{name: inputs[name] for name in self.program.inputs}}
-        with torch.no_grad():
-            self.program.run(values)
-            return [_divisor(term, values) for term in self.counted]
+    def divisors(self, inputs: Mapping[str, Any]) -> list[float | None]:
+        """Return what each varying term divides by, for a microbatch's inputs, if it is known."""
+        values: dict[str, Any] = {}
+        if self.program is not None:
+            values = {**self.constants, **{name: inputs[name] for name in self.program.inputs}}
+            with torch.no_grad():
+                self.program.run(values)
+        return [_divisor(term, values) if term.value else None for term in self.varying]
 
     @property
-    def counted(self) -> tuple[Term, ...]:
-        """Those whose divisor depends on values."""
-        return tuple(term for term in self.terms if term.value)
+    def varying(self) -> tuple[Term, ...]:
+        """Those that depend on samples."""
+        return tuple(term for term in self.terms if term.kind != "constant")
+
+    @property
+    def alike(self) -> bool:
+        """Whether one weight of a microbatch serves all terms, whatever the samples are."""
+        groups = {_group(term) for term in self.varying}
+        if len(self.varying) < len(self.terms) and not groups <= {"mean"}:
+            averaged = all(term.kind in ("labels", "selected", "mean") for term in self.varying)
+            return averaged and len(groups) == 1
+        return len(groups) < 2
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Inputs of the model that the divisors are computed from."""
         return () if self.program is None else self.program.inputs
+
+
+def _group(term: Term) -> Hashable:
+    """Return the same for terms of which microbatches are weighed alike."""
+    if term.kind in ("mean", "sum"):
+        return term.kind
+    return (term.value, term.weight, term.ignored) if term.value else term.node
 
 
 def _divisor(term: Term, values: Mapping[str, Any]) -> float:
@@ -133,12 +165,44 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     if loss is None:
         return LossTerms()
     prelude = frozenset(captured._coarse.prelude)
-    walk = _Walk(captured._trace.attributes, prelude)
+    walk = _Walk(captured._trace.attributes, prelude, _dependent(captured._trace.graph))
     terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
     wanted = [name for term in terms for name in (term.value, term.weight) if name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
-    return LossTerms(terms, program, walk.constants, factored=scaled)
+    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path))
+
+
+def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that depend on an input of the model."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    return tuple(node.meta["spec"].shape) if "spec" in node.meta else None
+
+
+def _raised(divisor: fx.Node) -> Term:
+    """Return a quotient with a divisor, that of ``count.clamp(min=1) + 1e-8`` being the count."""
+    added = least = 0.0
+    node, name = divisor, _name(divisor.target)
+    if name in ("add", "radd") and isinstance(node.args[-1], int | float):
+        added, node = float(node.args[-1]), node.all_input_nodes[0]
+        name = _name(node.target)
+    bounds = [*node.args[1:], *node.kwargs.values()]
+    raised = name in ("clamp", "clamp_min", "clip") and len(bounds) == 1
+    if raised and "max" not in node.kwargs and isinstance(bounds[0], int | float):
+        least, node = float(bounds[0]), node.all_input_nodes[0]
+    return Term("quotient", node.name, least=least, added=added)
+
+
+def _name(function: Any) -> str:
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    return name.strip("_")
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -146,7 +210,7 @@ def _is_mask(node: fx.Node) -> bool:
 
 
 def factor_name(index: int | str) -> str:
-    """Return the name of the input that multiplies the ``index``-th term with labels."""
+    """Return the name of the input that multiplies the ``index``-th varying term."""
     return f"loss_factor_{index}"
 
 
@@ -157,19 +221,18 @@ def scaled_term(term: Tensor, factor: Tensor) -> Tensor:
 
 
 def factored(captured: CapturedModel) -> CapturedModel:
-    """Multiply each mean over labels by an input, where one loss has means over different labels.
+    """Multiply each term by an input, where the terms of one loss count in different ways.
 
-    Tokens that are masked and pairs of sentences, say: no weight of a microbatch's whole loss gives
-    the loss of the batch then. The trace is changed; other losses stay as they are.
+    Tokens that are masked and pairs of sentences, say, or a sum beside a mean: no weight of a
+    microbatch's whole loss gives the loss of the batch then. The trace is changed; other losses
+    stay as they are.
     """
     terms = loss_terms(captured)
-    divisors = {(term.value, term.weight, term.ignored) for term in terms.counted}
-    quotients = any(term.kind == "quotient" for term in terms.counted)
-    if terms.factored or quotients or len(divisors) < 2:
+    if terms.factored or terms.alike:
         return captured
     nodes = {node.name: node for node in captured._trace.graph.nodes}
     graph, names = captured._trace.graph, []
-    for index, term in enumerate(terms.counted):
+    for index, term in enumerate(terms.varying):
         with graph.inserting_before(next(iter(graph.nodes))):
             factor = graph.placeholder(factor_name(index))
         factor.meta.update(scope="", spec=TensorMeta((), "float32", requires_grad=False))
@@ -177,7 +240,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         with graph.inserting_after(node):
             scaled = graph.call_function(scaled_term, (node, factor))
         scaled.meta.update(scope=node.meta["scope"], spec=node.meta["spec"])
-        node.replace_all_uses_with(scaled, delete_user_cb=lambda user, own=scaled: user is not own)
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user.name in terms.path)
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
     wanted = captured.results.keys()
@@ -197,42 +260,75 @@ class _Walk:
 
     attributes: Mapping[str, Any]
     prelude: frozenset[fx.Node]
+    dependent: frozenset[fx.Node]
     constants: dict[str, Tensor] = field(default_factory=dict)
+    path: set[str] = field(default_factory=set)
 
     def terms(self, node: fx.Node, *, divided: bool) -> Iterator[Term]:
         """Yield the terms of ``node``; ``divided``: by a number, on the way from the end."""
-        if node in self.prelude or node.op in ("get_attr", "placeholder"):
+        if node in self.prelude or node not in self.dependent:
+            yield Term("constant", node=node.name)
             return
         name, function = self._called(node)
-        if function in MEANS_OVER_LABELS or name.endswith("_loss"):
+        inner = self._linear_in(node, name)
+        if function in MEANS_OVER_LABELS or name.endswith("_loss") or name in _OTHER_LOSSES:
             yield self._of_loss_function(node, function, divided=divided)
-        elif name == "sum" and not node.meta["spec"].shape:
-            stacked = self._stacked(node.all_input_nodes[0])
-            if stacked is None:
-                yield Term("number" if divided else "sum")
-            for source in stacked or ():  # a sum over terms, not over samples
-                yield from self.terms(source, divided=divided)
-        elif function is scaled_term:
-            yield from self.terms(node.all_input_nodes[0], divided=divided)
-        elif name in _LINEAR:
-            yield from self._of_linear(node, name, divided=divided)
+        elif inner:
+            self.path.add(node.name)
+            divided = divided or name in _QUOTIENTS
+            terms = [t for one in inner for t in self.terms(one, divided=divided)]
+            divisor = self._divisor(node, name)
+            if divisor is not None and all(
+                term.kind in ("sum", "number", "opaque") for term in terms
+            ):
+                yield replace(_raised(divisor), node=node.name)
+            else:
+                yield from terms
+        elif name == "sum":
+            yield Term("number" if divided else "sum", node=node.name)
         else:
-            yield self._mean(node)
+            yield self._mean(node) if name == "mean" else Term("opaque", node=node.name)
 
-    def _stacked(self, node: fx.Node) -> list[fx.Node] | None:
-        """Return the numbers that ``node`` holds; nothing of what depends on no input at all."""
-        if self._called(node)[0] in ("stack", "hstack", "cat"):
-            sources = node.all_input_nodes
-            if all("spec" in one.meta and not one.meta["spec"].shape for one in sources):
-                return sources
-        pending, seen = [node], {node}
-        while pending:
-            one = pending.pop()
-            if one.op == "placeholder":
-                return None
-            pending += [source for source in one.all_input_nodes if source not in seen]
-            seen.update(one.all_input_nodes)
-        return []
+    def _linear_in(self, node: fx.Node, name: str) -> Sequence[fx.Node]:
+        """Return what ``node`` is a sum of, each times numbers or constants; nothing if it isn't.
+
+        A sum or mean over samples is none, one over terms is.
+        """
+        sources = node.all_input_nodes
+        if node.target is scaled_term:
+            return sources[:1]
+        operands = [o for o in (*node.args, *node.kwargs.values()) if isinstance(o, fx.Node)]
+        varying = [o for o in operands if o in self.dependent and o not in self.prelude]
+        if name in ("sum", "mean", *_DOT_PRODUCTS) and _shape(node) == ():
+            return self._stacked(varying[0]) if len(varying) == 1 else ()
+        if name in _PRODUCTS:
+            return varying if len(varying) == 1 else ()
+        if name in _QUOTIENTS:
+            return varying if varying == operands[:1] == list(node.args[:1]) else ()
+        if name == "lerp":
+            weight = node.kwargs.get("weight", node.args[-1])
+            return () if weight in varying else [o for o in operands if o is not weight]
+        linear = name in _LINEAR and all(_shape(source) is not None for source in sources)
+        return sources if linear else ()
+
+    def _stacked(self, node: fx.Node) -> Sequence[fx.Node]:
+        """Return the numbers that ``node`` is or holds."""
+        name = self._called(node)[0]
+        if _shape(node) == ():
+            return [node]
+        self.path.add(node.name)
+        if name in _PRODUCTS or name in _QUOTIENTS:
+            inner = self._linear_in(node, name)
+            return self._stacked(inner[0]) if inner else ()
+        stacks = ("stack", "hstack", "cat", "concat", "concatenate")
+        sources = node.all_input_nodes
+        return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
+
+    def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
+        """Return the divisor, if it is a tensor that the inputs alone give."""
+        divisor = node.args[1] if name in _QUOTIENTS and len(node.args) > 1 else None
+        known = isinstance(divisor, fx.Node) and divisor in self.prelude and _shape(divisor) == ()
+        return divisor if known else None  # type: ignore[return-value]
 
     def _mean(self, node: fx.Node) -> Term:
         """Return a mean, over what a mask among the inputs selects if it is one."""
@@ -247,31 +343,18 @@ class _Walk:
                 chosen = source if source in self.prelude else masks[0]
                 return Term("selected", chosen.name, node=node.name)
             pending.extend(source.all_input_nodes)
-        return Term("mean")
-
-    def _of_linear(self, node: fx.Node, name: str, *, divided: bool) -> Iterator[Term]:
-        quotient = name in _QUOTIENTS
-        divisor = node.args[1] if quotient and len(node.args) > 1 else None
-        if isinstance(divisor, fx.Node):
-            scalar = "spec" in divisor.meta and not divisor.meta["spec"].shape
-            if divisor in self.prelude and scalar:
-                yield Term("quotient", divisor.name)
-                return
-            if divisor.op != "get_attr":
-                yield Term("mean")
-                return
-        for source in node.all_input_nodes:
-            yield from self.terms(source, divided=divided or quotient)
+        return Term("mean", node=node.name)
 
     def _of_loss_function(self, node: fx.Node, function: Any, *, divided: bool) -> Term:
         found = label_arguments(function, node.args, node.kwargs)
         if found is None:
             summed = "sum" in (node.kwargs.get("reduction"), *node.args[2:])
-            return Term("number" if divided else "sum") if summed else self._mean(node)
+            kind: TermKind = "number" if divided else "sum"
+            return Term(kind, node=node.name) if summed else self._mean(node)
         target, weight, ignored = found
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
-            return Term("mean")
+            return Term("opaque", node=node.name)
         return Term(
             "labels", target.name, "" if weight is None else weight.name, ignored, node.name
         )
@@ -288,5 +371,4 @@ class _Walk:
         if node.op == "call_module":
             holder = self.attributes[str(node.target)]
             function = holder.function if isinstance(holder, RegionCall) else None
-        name = function if isinstance(function, str) else getattr(function, "__name__", "")
-        return name.strip("_"), function
+        return _name(function), function

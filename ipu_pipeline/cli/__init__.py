@@ -20,6 +20,7 @@ import typer
 from ipu_pipeline.cli.bundle import emit_command, run_command
 from ipu_pipeline.cli.launch import launch_command
 from ipu_pipeline.cli.options import (
+    Force,
     IPUConfigName,
     IPUConfigOverrides,
     MicroBatch,
@@ -125,11 +126,14 @@ def plan_command(
         typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
     ] = "",
     output: PlanOutput = None,
+    force: Force = False,
 ) -> None:
     """Split a model for a machine and say how close to the optimum the split is."""
     from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.compiler import plan
+    from ipu_pipeline.ir.files import check_outputs
 
+    check_outputs({"--output": output}, force=force)
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
     made = plan(
         *from_config(

@@ -24,6 +24,7 @@ MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples o
 PlanOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 PodOption = Annotated[
     str, typer.Option("--machine", help="pod4, pod16, bow-pod16, ..., or a machine file.")

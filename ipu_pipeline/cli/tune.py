@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ipu_pipeline.cli.options import (
+    Force,
     JsonOption,
     Model,
     PlanOutput,
@@ -61,16 +62,20 @@ def tune_command(
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
     output: PlanOutput = None,
-    ipu_config: Annotated[
-        Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
+    ipu_config_output: Annotated[
+        Path | None,
+        typer.Option("--ipu-config-output", help="Write the best ipu_config.json here."),
     ] = None,
+    force: Force = False,
     as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
     from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
+    from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
+    check_outputs({"--output": output, "--ipu-config-output": ipu_config_output}, force=force)
     run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
                           least_free=free)  # fmt: skip
@@ -86,7 +91,7 @@ def tune_command(
         typer.echo(result_text(result))
         if compare is not None and other is not None:
             typer.echo(f"\n{comparison_text(result, compare, other)}")
-    for said in _written(result, capture, output, ipu_config):
+    for said in _written(result, capture, output, ipu_config_output):
         typer.echo(said, err=as_json)
 
 
@@ -94,7 +99,7 @@ def _written(
     result: TuneResult,
     capture: Callable[[int], CapturedModel],
     output: Path | None,
-    ipu_config: Path | None,
+    ipu_config_output: Path | None,
 ) -> Iterator[str]:
     """Write the best point to the files that were asked for, and say so."""
     from ipu_pipeline.capture import model_identity
@@ -103,8 +108,8 @@ def _written(
     if output is not None:
         result.plan(model_identity(capture(size).model)).save(output)
         yield f"plan written to {output}"
-    if ipu_config is not None:
-        path = result.ipu_config().save(ipu_config)
+    if ipu_config_output is not None:
+        path = result.ipu_config().save(ipu_config_output)
         yield f"IPU configuration written to {path} (micro batch {size})"
 
 

@@ -222,7 +222,7 @@ class Plan:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, atomically."""
+        """Write the plan as JSON: whole, or not at all."""
         rest = to_json(replace(self, graph=replace(self.graph, blocks=())))
         del rest["graph"]
         graph = self.graph.to_json()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, isclose
+from math import ceil
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from ipu_pipeline.capture.batch_axes import (
     size_of,
     sized,
     sized_like_samples,
+    two_samples,
 )
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
+from ipu_pipeline.capture.leaves import Granularity
+from ipu_pipeline.capture.loss_rules import Rule, term_rules
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.training import in_evaluation
@@ -143,16 +147,25 @@ class BatchCutter:
         model: Run on two samples to see which axes hold samples, once for every set of inputs.
         given: Axes that the user knows.
         loss_weights: As in :class:`~ipu_pipeline.stages.executable.ExecutionOptions`.
+        granularity: Of the plan.
     """
 
-    def __init__(self, model: nn.Module, given: Axes, loss_weights: LossWeights) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Axes,
+        loss_weights: LossWeights,
+        granularity: Granularity = "layer",
+    ) -> None:
         self._model = model
+        self._granularity = granularity
         self._given = dict(given)
         self._loss_weights = loss_weights
         self._found: dict[object, BatchAxes] = {}
         self._said: set[str] = set()
-        self._adds_up = False
-        self._mixed: tuple[str, ...] = ()
+        self._measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = {}
+        self._batch: Mapping[str, Any] = {}
+        self._found_axes = BatchAxes({})
 
     def training(
         self, batch: Mapping[str, Any], num_microbatches: int, micro_batch_size: int
@@ -215,11 +228,15 @@ class BatchCutter:
         if len(parts) == 1 and self._loss_weights is None:
             return list(parts)
         shares = self._given_shares(parts, training=training)
+        if shares is None and self._found_axes.adds_up:
+            shares = [1.0] * len(parts)
         if shares is None:
             columns = self._columns(parts, terms)
-            if len(columns) > 1 and terms[0].factored:
-                return _with_factors(parts, columns)
-            shares = self._shares(parts, terms, columns)
+            if terms[0].factored:
+                rules = self._rules(terms[0])
+                if rules is not None:
+                    return _with_factors(parts, self._by_rule(parts, columns, rules))
+            shares = self._shares(parts, terms, [column for column in columns if column])
         return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
 
     def _given_shares(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
@@ -240,21 +257,52 @@ class BatchCutter:
 
     def _columns(
         self, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
-    ) -> list[list[float]]:
-        """Return the weights of the microbatches, for each term with labels or a divisor."""
+    ) -> list[list[float] | None]:
+        """Return the weights of the microbatches, for each varying term; ``None`` if unknown."""
         divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
         constant = not any(self._is_cut(name, parts) for name in terms[0].inputs)
         by_samples = [part.share for part in parts]
         # A divisor that every microbatch gets whole is that of the batch; labels that the model
         # makes itself (a contrastive loss) are counted for each microbatch.
         whole = [1.0] * len(parts)
-        columns = [
-            (whole if term.kind == "quotient" else by_samples) if constant
-            else _parts_of_one(column) or by_samples
-            for term, column in zip(terms[0].counted, zip(*divisors, strict=True), strict=True)
-        ]  # fmt: skip
-        same = all(_equal(columns[0], other) for other in columns[1:])
-        return columns[:1] if same else columns
+        columns: list[list[float] | None] = []
+        for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
+            counts = [count for count in column if count is not None]
+            found = term.weights(counts) or by_samples
+            if constant:
+                found = whole if term.kind == "quotient" else by_samples
+            columns.append(found if counts else None)
+        return columns
+
+    def _rules(self, terms: LossTerms) -> tuple[Rule, ...] | None:
+        """Return how each term adds up over samples, measured once."""
+        names = tuple(term.node for term in terms.varying)
+        if names not in self._measured:
+            self._measured[names] = self._measure(names)
+        return self._measured[names]
+
+    def _measure(self, names: tuple[str, ...]) -> tuple[Rule, ...] | None:
+        for uneven in (True, False):  # other values may be none that the model takes
+            with contextlib.suppress(Exception):
+                parts = two_samples(self._batch, self._found_axes.axes, uneven=uneven)
+                return term_rules(self._model, parts, names, self._granularity)
+        return None
+
+    def _by_rule(
+        self,
+        parts: Sequence[Microbatch],
+        columns: Sequence[list[float] | None],
+        rules: Sequence[Rule],
+    ) -> list[list[float]]:
+        """Return the weights of every term: by what it counts, or as measured."""
+        if "none" in rules:
+            self._say_mixed((LOSS,))
+        plain = {"sum": [1.0] * len(parts)}
+        by_samples = [part.share for part in parts]
+        return [
+            column if column and rule in ("counted", "none") else plain.get(rule, by_samples)
+            for column, rule in zip(columns, rules, strict=True)
+        ]
 
     def _shares(
         self,
@@ -262,35 +310,36 @@ class BatchCutter:
         terms: Sequence[LossTerms],
         columns: Sequence[list[float]],
     ) -> list[float]:
-        if self._mixed:
+        found = self._found_axes
+        alike = all(one.alike for one in terms)
+        if not alike and (LOSS in found.mixed or found.counts):
+            raise self._needs_weights("adds terms that count in different ways: sums, or means "
+                                      "over different numbers of labels")  # fmt: skip
+        if found.counts and not columns:
+            raise self._needs_weights("is a mean over labels that a block of its own counts")
+        if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
+            return [1.0] * len(parts)  # the samples alone do not tell: random numbers
+        self._say_mixed(found.mixed)
+        if alike and columns:
+            return list(columns[0])
+        return [part.share for part in parts]
+
+    def _needs_weights(self, what: str) -> LoweringError:
+        return LoweringError(
+            f"the loss of {type(self._model).__name__} {what}, so that no weights of the "
+            "microbatches' losses are known that give the loss of the batch; plan with "
+            "microbatches=1, compute the loss in forward itself, or choose weights: compile("
+            "loss_weights='samples'), a list, or a function of a microbatch's inputs"
+        )
+
+    def _say_mixed(self, mixed: Sequence[str]) -> None:
+        if mixed:
             self._say(
                 "the %s of a batch of %s is not a mean over its samples or labels: it is trained "
                 "microbatch by microbatch, and depends on their size",
-                ", ".join(self._mixed),
+                ", ".join(mixed),
                 type(self._model).__name__,
             )
-        kinds = {term.kind for one in terms for term in one.terms}
-        if len(columns) > 1:
-            raise LoweringError(
-                f"the loss of {type(self._model).__name__} is a sum of means over different "
-                "numbers of labels, so that no weights of the microbatches' losses give the "
-                "loss of the batch; plan with microbatches=1, or choose weights: compile("
-                "loss_weights='samples'), or a function of a microbatch's inputs"
-            )
-        if columns:
-            return columns[0]
-        if self._adds_up and kinds & {"sum", "number"}:
-            return [1.0] * len(parts)
-        if "sum" in kinds and LOSS in self._mixed:  # the samples alone do not tell: random numbers
-            if kinds == {"sum"}:
-                return [1.0] * len(parts)
-            raise LoweringError(
-                f"the loss of {type(self._model).__name__} adds a sum over samples and means, so "
-                "that no weights of the microbatches' losses give the loss of the batch; plan with "
-                "microbatches=1, or choose weights: compile(loss_weights='samples'), a list, or a "
-                "function of a microbatch's inputs"
-            )
-        return [part.share for part in parts]
 
     def _is_cut(self, name: str, parts: Sequence[Microbatch]) -> bool:
         value = parts[0].inputs[name]
@@ -313,9 +362,8 @@ class BatchCutter:
         if key not in self._found:
             with in_evaluation(self._model):
                 self._found[key] = find_axes(self._model, batch, self._given)
-        found = self._found[key]
-        self._adds_up, self._mixed = found.adds_up, found.mixed
-        return found
+        self._batch, self._found_axes = batch, self._found[key]
+        return self._found_axes
 
     def _say(self, text: str, *values: Any) -> None:
         if text not in self._said:
@@ -346,7 +394,3 @@ def _parts_of_one(counts: Sequence[float]) -> list[float]:
     """Return each count's part of their sum; nothing if that is 0."""
     total = sum(counts)
     return [count / total for count in counts] if total else []
-
-
-def _equal(a: Iterable[float], b: Iterable[float]) -> bool:
-    return all(isclose(x, y, rel_tol=1e-9) for x, y in zip(a, b, strict=True))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ipu_pipeline.checkpoint import MANIFEST, read_extra, remove_directory
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, PipelineError
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train.arguments import TrainingArguments
 from ipu_pipeline.train.data import EpochBatches
@@ -92,7 +92,7 @@ class Checkpoints:
         found, problem = "", ""
         try:
             found = (work() if self._arguments.should_save else None) or ""
-        except (CheckpointError, OSError) as error:
+        except (PipelineError, OSError) as error:
             problem = str(error)
         found, problem = self._executable.broadcast((found, problem))
         if problem:

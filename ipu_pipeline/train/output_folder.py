@@ -72,17 +72,21 @@ def locked(folder: Path) -> Iterator[None]:
     What killed runs have left there under hidden names is removed.
 
     Raises:
-        CheckpointError: Somebody else has it.
+        CheckpointError: Somebody else has it, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=_DYING_S)
     except Timeout:
         raise CheckpointError(
             f"{folder} is in use: {_holder(folder)} trains into it; wait until it ends, or choose "
             "another output_dir"
         ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot train into {folder}: {error.strerror or error}; choose another output_dir"
+        ) from error
     try:
         _remove_rests(folder)
         if type(lock) is FileLock:  # on a file system without locks filelock writes its own file
@@ -101,7 +105,7 @@ def is_used(folder: Path) -> bool:
 
 def _remove_rests(folder: Path) -> None:
     remove_abandoned(folder, f"{PREFIX_CHECKPOINT_DIR}-*")
-    for item in folder.glob(f".{RUN}.*"):
+    for item in folder.glob(f".{'[0-9a-f]' * 16}.partial"):  # of a JSON file
         item.unlink(missing_ok=True)
 
 

@@ -301,9 +301,14 @@ def test_one_run_at_a_time_has_a_folder(tmp_path, monkeypatch):
     run(settings(tmp_path, max_steps=1, save_strategy="no"))  # writes nothing there
     monkeypatch.undo()
     process.kill()
+    (tmp_path / ".0123456789abcdef.partial").touch()  # a killed process was writing
     run(settings(tmp_path, max_steps=1))  # at once
     process.join()
     os.close(said), os.close(saying)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".run.lock", "checkpoint-1", "run.json"]
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot train into .*file/out: Not a directory; cho"):
+        run(settings(tmp_path / "file" / "out"))
 
 
 def test_latest_passes_over_what_is_incomplete(tmp_path):

@@ -93,7 +93,7 @@ class DistributedExecutable(Executable):
             self_check=options.self_check,
             on_drop=self._pipelines.drop,
         )
-        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
         self._batch_check = BatchCheck(self.groups)
         self._closed = False
 

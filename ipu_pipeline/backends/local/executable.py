@@ -158,7 +158,7 @@ class LocalExecutable(Executable):
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
         )
-        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights)
+        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False

@@ -38,6 +38,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, WORDS)
         self.register_buffer("weights", torch.arange(1.0, WORDS + 1))
         self.loss = loss
+        self.own_loss = OwnLoss()
 
     def forward(self, ids: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
         x = self.embed(ids)
@@ -107,10 +108,58 @@ def selected_by_hand(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor
     return each[labels != IGNORED].mean()
 
 
+class OwnLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.CrossEntropyLoss(reduction="none")
+
+    def forward(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        labels = labels.flatten()
+        each = self.each(logits.flatten(0, 1), labels)
+        return {"words": each[labels != IGNORED].mean(), "size": logits.square().sum()}
+
+
+def modules_of_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    parts = model.own_loss(logits, labels)
+    return parts["words"] + 0.01 * parts["size"]
+
+
+def dot_product(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.dot(logits.flatten(), logits.flatten())
+
+
+def divergence(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.kl_div(logits.log_softmax(-1), logits.detach().sigmoid(), reduction="sum")
+
+
+def a_loss_per_row(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    rows = [token_mean(model, logits[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
+    return sum(rows) / len(labels)
+
+
+def sum_and_penalty(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return summed(model, logits, labels) + model.head.weight.square().sum()
+
+
+def sum_and_means(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    size = 0.1 * logits.square().sum()
+    parts = [token_mean(model, logits, labels), size, size.sqrt().detach() * 0]
+    return sum(parts) + own_mask(model, logits[:, :3], labels[:, :3])
+
+
+def sums_over_samples_and_numbers(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    parts = logits.square().sum() + summed(model, logits, labels)
+    divided = parts / len(labels) + logits.tanh().sum() * 0.01
+    weights = torch.tensor([0.3, 0.7])
+    return torch.stack([divided, token_mean(model, logits, labels)]) @ weights
+
+
 LOSSES = [
     selected, selected_by_hand,
     token_mean, shifted, class_weights, negative_log_likelihood, other_ignored, own_mask, summed,
     sum_over_samples, sum_over_constant, two_equal_terms, sample_mean,
+    modules_of_losses, dot_product, divergence, a_loss_per_row, sum_and_penalty, sum_and_means,
+    sums_over_samples_and_numbers,
 ]  # fmt: skip
 
 
@@ -189,7 +238,7 @@ def test_a_causal_language_model_of_transformers():
         check(model, batch, executable)
 
 
-@pytest.mark.parametrize("loss", [token_mean, selected_by_hand])
+@pytest.mark.parametrize("loss", [token_mean, selected_by_hand, own_mask, sum_and_means])
 def test_a_microbatch_without_labels_counts_nothing(loss: Callable[..., Tensor]):
     model, batch = Model(loss), uneven_batch()
     batch["labels"][:2] = IGNORED
@@ -210,15 +259,23 @@ def test_means_over_different_labels_have_weights_of_their_own():
         check(model, {**batch, "labels": labels}, executable)
 
 
-def test_means_over_labels_and_a_mask_are_refused_in_training():
+def test_means_are_divided_by_a_temperature_of_the_batch():
+    def loss(model: nn.Module, logits: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        return token_mean(model, logits, labels) / temperature
+
+    model, batch = Model(loss), {**uneven_batch(), "temperature": torch.tensor(2.0)}
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+
+
+def test_terms_that_depend_on_the_number_of_samples_are_refused_in_training():
     def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-        first = own_mask(model, logits[:, :3], labels[:, :3])
-        return first + token_mean(model, logits, labels)
+        return a_loss_per_row(model, logits, labels) + summed(model, logits, labels)
 
     model, batch = Model(loss), uneven_batch()
     plan = planned(model, batch, 4)
     with ipp.compile(model, plan) as executable:
-        with pytest.raises(LoweringError, match="a sum of means over different numbers of labels"):
+        with pytest.raises(LoweringError, match="adds terms that count in different ways: sums"):
             executable.forward_backward(batch)
         expected = model.eval()(**batch)["loss"].item()
         assert executable.eval_step(batch).loss == pytest.approx(expected, rel=1e-6)
@@ -227,6 +284,26 @@ def test_means_over_labels_and_a_mask_are_refused_in_training():
         parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in range(0, SAMPLES, 2)]
         expected = sum(model(**part)["loss"].item() for part in parts) / 4
         assert executable.forward_backward(batch) == pytest.approx(expected, rel=1e-6)
+
+
+def test_labels_that_a_block_counts_are_refused():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(self.scale * logits, labels)
+
+    model = Model(lambda model, logits, labels: model.scaled(logits, labels))
+    model.scaled = Scaled()
+    batch = uneven_batch()
+    message = "is a mean over labels that a block of its own counts, so that no weights"
+    with (
+        ipp.compile(model, planned(model, batch, 4)) as executable,
+        pytest.raises(LoweringError, match=message),
+    ):
+        executable.forward_backward(batch)
 
 
 @pytest.mark.parametrize("weights", [[0.1, 0.2, 0.3, 0.4], lambda part: part["ids"][:, 0].sum()])

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.codec import from_json, read_json, unknown_field
+from ipu_pipeline.ir.files import write_text
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
@@ -165,7 +166,7 @@ class IPUConfig:
         """Write ``ipu_config.json`` (into ``path`` if that is a folder) and return its path."""
         path = Path(path)
         path = path / CONFIG_FILE_NAME if path.is_dir() else path
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
     def apply_overrides(self, text: str) -> IPUConfig:

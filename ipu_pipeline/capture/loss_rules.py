@@ -1,0 +1,101 @@
+"""How the terms of a loss add up over samples, measured on two samples and on each one.
+
+Names do not tell: a sum that is divided by a number is a mean where that number is the size of the
+batch, a product of two vectors is a sum, and a load-balancing loss is neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.capture.batch_axes import close_enough
+from ipu_pipeline.capture.captured import capture
+from ipu_pipeline.capture.check import SEED
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.leaves import Granularity, choose_leaves
+from ipu_pipeline.capture.loss_terms import LossTerms, Term, factor_name, factored, loss_terms
+from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.state import PutBack
+
+# Over samples, a term is a mean over what it counts or over samples, a sum, or none of these.
+Rule = Literal["counted", "mean", "sum", "none"]
+
+
+def term_rules(
+    model: nn.Module,
+    parts: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    granularity: Granularity,
+) -> tuple[Rule, ...] | None:
+    """Return how each varying term adds up; ``None`` if the terms of two samples are others.
+
+    Args:
+        model: The whole model; parts without glue run in evaluation mode. Its state is put back.
+        parts: Inputs of two samples, of the first and of the second one.
+        names: Names of the terms.
+        granularity: That of the plan.
+    """
+    with preserved_state(model), PutBack(model), _leaves_in_evaluation(model, granularity):
+        found = [_measured(model, part, granularity) for part in parts]
+    if any([term.node for term in terms.varying] != list(names) for terms, _, _ in found):
+        return None
+    rows = [list(zip(values, counts, strict=True)) for _, values, counts in found]
+    terms = found[0][0].varying
+    return tuple(_rule(term, *row) for term, *row in zip(terms, *rows, strict=True))
+
+
+_Row = tuple[Tensor, float | None]
+
+
+def _rule(term: Term, both: _Row, first: _Row, second: _Row) -> Rule:
+    tried: dict[Rule, Sequence[float]] = {"mean": (0.5, 0.5), "sum": (1.0, 1.0)}
+    a, b = first[1], second[1]
+    if a is not None and b is not None:
+        counted = term.weights([a, b])
+        if not counted:  # these samples do not tell
+            return "counted"
+        tried = {"counted": counted, **tried}
+    for rule, weights in tried.items():
+        pairs = zip(weights, (first[0], second[0]), strict=True)
+        kept = [weight * value for weight, value in pairs if weight]
+        if close_enough(both[0], torch.stack(kept).sum(0)):
+            return rule
+    return "none"
+
+
+def _measured(
+    model: nn.Module, part: Mapping[str, Any], granularity: Granularity
+) -> tuple[LossTerms, list[Tensor], list[float | None]]:
+    """Capture one part; return its terms, their values, and what they divide by."""
+    with torch.enable_grad():
+        captured = factored(capture(model, part, granularity=granularity, self_check=False))
+    terms = loss_terms(captured)
+    # The loss is linear in the factors: its derivatives are what the terms give to it.
+    factors = {
+        factor_name(i): torch.ones((), requires_grad=True) for i in range(len(terms.varying))
+    }
+    torch.manual_seed(SEED)
+    with torch.enable_grad():
+        loss = captured.run({**part, **factors})[LOSS]
+        values = torch.autograd.grad(loss, list(factors.values()))
+    return terms, list(values), terms.divisors(part)
+
+
+@contextlib.contextmanager
+def _leaves_in_evaluation(model: nn.Module, granularity: Granularity) -> Iterator[None]:
+    """Switch off dropout inside blocks; what the glue does in training is still done."""
+    glue = choose_leaves(model, granularity).glue
+    leaves = [m for m in model.modules() if id(m) not in glue]
+    modes = [(module, module.training) for module in leaves]
+    for module in leaves:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
