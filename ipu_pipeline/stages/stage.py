@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -309,6 +309,17 @@ def build_stages(
             )
         )
     return tuple(stages)
+
+
+def at_sizes(stages: Sequence[Stage], captured: CapturedModel) -> tuple[Stage, ...]:
+    """Return the same stages for other sizes: those of ``captured``."""
+    return tuple(
+        replace(
+            stage,
+            specs=_specs(captured, (*stage.sends, *stage.results.values()), stage.row_shards),
+        )
+        for stage in stages
+    )
 
 
 def _runs_live(program: Program) -> bool:
