@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
+from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
 from ipu_pipeline.capture.tracer import Trace, lift, trace
 from ipu_pipeline.capture.values import TensorMeta
@@ -75,11 +76,14 @@ class CapturedModel:
     _trace: Trace
     _coarse: Coarse
     _changed_backward: tuple[str, ...] = ()
+    _sized: Mapping[str, TensorMeta] = field(default_factory=dict)
+    _kinds: dict[nn.Module, str] = field(default_factory=dict)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorMeta]:
         """Description of every tensor value by its name."""
-        return {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
+        found = {n.name: n.meta["spec"] for n in self._trace.graph.nodes if "spec" in n.meta}
+        return {**found, **self._sized}
 
     @cached_property
     def state(self) -> tuple[SharedState, ...]:
@@ -124,18 +128,42 @@ class CapturedModel:
         with without_stand_ins(self._glue_modules):
             return Replay(self.glue, integers).run(self.model, batch)
 
+    def sized(self, batch: Mapping[str, Any] | None = None) -> Sized:
+        """Return what it is at the sizes of ``batch`` or, again, of its own; nothing is computed.
+
+        Inside of ``tracing_patches``. The glue's code runs; the blocks stay as they are.
+
+        Raises:
+            Differs: It is another program then, or its shapes depend on values.
+        """
+        with _while_capturing(), without_stand_ins(self._glue_modules):
+            return Resize(self._trace, self._kinds).sized(
+                self.model, self._batch if batch is None else inputs.ready_batch(batch)
+            )
+
+    def at(self, sized: Sized) -> CapturedModel:
+        """Return the same programs with the glue and the shapes of other sizes."""
+        trace = replace(self._trace, glue=sized.glue)
+        return replace(self, _trace=trace, _sized=sized.specs)
+
     @cached_property
     def _glue_modules(self) -> list[nn.Module]:
         return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
 
-    def with_hosts(self, places: Iterable[tuple[int, Path]]) -> CapturedModel:
-        """Return the capture with numbers at these places of its glue as inputs."""
+    def with_hosts(
+        self, places: Iterable[tuple[int, Path]], *, sizes: bool = False
+    ) -> CapturedModel:
+        """Return the capture with numbers at these places of its glue as inputs.
+
+        ``sizes``: They differ where sizes do, and only there.
+        """
         for number, path in places:
-            lift(self._trace, number, path)
+            lift(self._trace, number, path, size=sizes)
         return replace(
             _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
             notes=self.notes,
             _changed_backward=self._changed_backward,
+            _kinds=self._kinds,
         )
 
     def prelude(self, programs: Iterable[Program], results: Iterable[str] = ()) -> Program:

@@ -38,9 +38,9 @@ class StandIn(Tensor):
     has_no_values = True
 
     @classmethod
-    def of(cls, tensor: Tensor) -> StandIn:
-        """Make one."""
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> StandIn:
+        """Make one, perhaps of another dtype."""
+        empty = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta")
         return Tensor._make_subclass(cls, empty)
 
     @classmethod
@@ -68,6 +68,7 @@ class Call:
         after: Contents of the objects that it was given, by place, afterwards.
         repeated: What it left in lists and attributes that the glue reads.
         lifted: Names of the host values by path.
+        sized: Those of ``lifted`` that are host values only because sizes differ.
         reads_values: It gives Python values of tensors.
     """
 
@@ -82,6 +83,7 @@ class Call:
     after: Mapping[Any, Any] = field(default_factory=dict)
     repeated: RepeatedChanges | None = None
     lifted: dict[Path, str] = field(default_factory=dict)
+    sized: set[Path] = field(default_factory=set)
     reads_values: bool = False
 
     @property
@@ -108,6 +110,7 @@ class Glue:
         inputs: Stand-ins of the batch's tensors.
         results: Ids of what stands for the results, by name.
         hosts: Host values as they were in the recorded run.
+        nodes: What computes the tensor that a stand-in stands for, by the stand-in's id.
     """
 
     ambient: Region
@@ -117,6 +120,7 @@ class Glue:
     inputs: dict[str, StandIn] = field(default_factory=dict)
     results: dict[str, int] = field(default_factory=dict)
     hosts: dict[str, Any] = field(default_factory=dict)
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
     _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
 
 
@@ -154,11 +158,13 @@ class GlueRecorder:
         memo: dict[int, Any] = {id(t): self.stand_in(t) for t in members(objects)[0]}
         return copy.deepcopy(dict(objects), memo)
 
-    def finish(self, output: Any) -> Glue:
-        """Return what was recorded of a run with this output."""
+    def finish(self, output: Any, node_of: Callable[[int], fx.Node | None]) -> Glue:
+        """Return what was recorded of a run with this output; nodes are found by tensors' ids."""
         self.glue.results = {
             name: id(self.stand_in(tensor)) for name, tensor in named_tensors(output)
         }
+        found = ((id(stand_in), node_of(i)) for i, stand_in in self._stand_ins.items())
+        self.glue.nodes = {i: node for i, node in found if node is not None}
         self._stand_ins.clear()
         return self.glue
 

@@ -54,7 +54,7 @@ class Term:
             ``mean``; what is none of them (``opaque``); what depends on no sample (``constant``).
         value: Name of the labels, of what is or does the selection, or of the divisor.
         weight: Name of the weights of the classes, if there are any.
-        ignored: Labels of this value do not count.
+        ignored: Labels of this value do not count; the name of a host value if it is one.
         node: Name of the term.
         least: The least that a divisor is raised to, where the quotient has such a bound.
         added: A number that is added to the divisor.
@@ -63,7 +63,7 @@ class Term:
     kind: TermKind
     value: str = ""
     weight: str = ""
-    ignored: int = IGNORED
+    ignored: int | str = IGNORED
     node: str = ""
     least: float = 0.0
     added: float = 0.0
@@ -132,7 +132,8 @@ def _divisor(term: Term, values: Mapping[str, Any]) -> float:
         return float(value)
     if term.kind == "selected":
         return float(value.sum() if value.dtype is torch.bool else value.numel())
-    return float(labels_counted(value, values.get(term.weight), term.ignored))
+    ignored = values[term.ignored] if isinstance(term.ignored, str) else term.ignored
+    return float(labels_counted(value, values.get(term.weight), ignored))
 
 
 def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
@@ -143,7 +144,7 @@ def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tenso
 
 def label_arguments(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, Any, int] | None:
+) -> tuple[Any, Any, Any] | None:
     """Return target, class weights and ignored index of a mean over labels, else ``None``."""
     if function not in MEANS_OVER_LABELS:
         return None
@@ -167,7 +168,8 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     prelude = frozenset(captured._coarse.prelude)
     walk = _Walk(captured._trace.attributes, prelude, _dependent(captured._trace.graph))
     terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
-    wanted = [name for term in terms for name in (term.value, term.weight) if name]
+    named = (name for term in terms for name in (term.value, term.weight, term.ignored))
+    wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path))
@@ -177,7 +179,8 @@ def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the nodes that depend on an input of the model."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+        given = node.op == "placeholder" and not _is_number(node)
+        if given or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return frozenset(found)
 
@@ -207,6 +210,11 @@ def _name(function: Any) -> str:
 
 def _is_mask(node: fx.Node) -> bool:
     return "spec" in node.meta and node.meta["spec"].dtype == "bool"
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a number that Python gives, and that is an input of the graph: a host value."""
+    return node.op == "placeholder" and "spec" not in node.meta
 
 
 def factor_name(index: int | str) -> str:
@@ -294,7 +302,7 @@ class _Walk:
 
         A sum or mean over samples is none, one over terms is.
         """
-        sources = node.all_input_nodes
+        sources = [source for source in node.all_input_nodes if not _is_number(source)]
         if node.target is scaled_term:
             return sources[:1]
         operands = [o for o in (*node.args, *node.kwargs.values()) if isinstance(o, fx.Node)]
@@ -321,7 +329,7 @@ class _Walk:
             inner = self._linear_in(node, name)
             return self._stacked(inner[0]) if inner else ()
         stacks = ("stack", "hstack", "cat", "concat", "concatenate")
-        sources = node.all_input_nodes
+        sources = [source for source in node.all_input_nodes if not _is_number(source)]
         return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
 
     def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
@@ -355,9 +363,8 @@ class _Walk:
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
             return Term("opaque", node=node.name)
-        return Term(
-            "labels", target.name, "" if weight is None else weight.name, ignored, node.name
-        )
+        given = ignored.name if isinstance(ignored, fx.Node) else ignored
+        return Term("labels", target.name, "" if weight is None else weight.name, given, node.name)
 
     def _known(self, weight: fx.Node | None) -> bool:
         """Whether the weights of the classes are there before the model runs."""

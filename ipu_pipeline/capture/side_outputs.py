@@ -406,6 +406,7 @@ class SideOutputs:
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
+                self._tracer.values.replace(side.node, side.original)
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
@@ -461,6 +462,7 @@ class SideOutputs:
         result.meta = {k: v for k, v in call.meta.items() if k in _OF_THE_RESULT}
         sides.meta["scope"] = call.meta["scope"]
         call.meta.pop("spec", None)
+        self._tracer.values.replace(call, result)
         for user in users:
             user.replace_input_with(call, result)
         for number, side in enumerate(taken):
@@ -468,6 +470,7 @@ class SideOutputs:
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
+            self._tracer.values.replace(side.node, item)
 
 
 def _from_the_end(value: Any, inner: Any) -> Any:

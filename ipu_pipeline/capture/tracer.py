@@ -533,7 +533,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])
         tracer.side_outputs.finish()
-        glue = tracer.recorder.finish(output)
+        glue = tracer.recorder.finish(output, tracer.values.final)
     finally:
         tracer.values.release()
         tracer.side_outputs.release()
@@ -545,11 +545,14 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
 
 
-def lift(trace: Trace, number: int, path: Path) -> None:
+def lift(trace: Trace, number: int, path: Path, *, size: bool) -> None:
     """Make the plain argument at ``path`` of a recorded call an input of the graph."""
     call, glue = trace.glue.calls[number], trace.glue
     if path in call.lifted:
+        call.sized.discard(path)
         return
+    if size:
+        call.sized.add(path)
     assert call.node is not None
     with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
         host = trace.graph.placeholder(f"host_{len(glue.hosts)}")

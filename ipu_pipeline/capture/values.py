@@ -193,6 +193,7 @@ class Values:
         self._source = source
         self._nodes: dict[int, fx.Node] = {}
         self._originals: dict[int, fx.Node] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._alive: list[Any] = []
 
     def release(self) -> None:
@@ -223,6 +224,17 @@ class Values:
     def original(self, tensor: Tensor) -> fx.Node | None:
         """Return the node of the value that ``tensor`` is another object for."""
         return self._originals.get(id(tensor))
+
+    def replace(self, node: fx.Node, other: fx.Node) -> None:
+        """Say that the value of ``node`` is that of ``other`` in the finished graph."""
+        self._replaced[node] = other
+
+    def final(self, number: int) -> fx.Node | None:
+        """Return the node of the tensor with this id in the finished graph, if there is one."""
+        node = self._nodes.get(number) or self._originals.get(number)
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node if node is not None and not node._erased else None
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node of ``tensor``; a parameter, buffer or constant gets one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -18,11 +18,12 @@ from ipu_pipeline.capture.loss_terms import factored
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
+from ipu_pipeline.capture.sizes import Sized
 from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, build_stages
+from ipu_pipeline.stages.stage import Stage, at_sizes, build_stages
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
@@ -51,6 +52,10 @@ class LRUCache(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def values(self) -> Iterator[V]:
+        """Yield the values, the last used first."""
+        yield from reversed(self._values.values())
+
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of ``key``; it is made if it is not there, and then the last used."""
         if key not in self._values:
@@ -67,12 +72,35 @@ class LRUCache(Generic[K, V]):
 
 
 @dataclass(eq=False)
-class _Variant:
-    """One capture of a shape, and its stages."""
+class _Program:
+    """One capture, and its stages.
 
+    ``has_sizes``: Whether it is known to be a program of other sizes as well.
+    """
+
+    training: Signature
     captured: CapturedModel
     uses: TableUses
     stages: tuple[Stage, ...]
+    has_sizes: bool | None = None
+
+
+@dataclass(eq=False)
+class _Variant:
+    """A program for one shape; ``sized``: if that is another one than when it was captured."""
+
+    program: _Program
+    sized: Sized | None
+    captured: CapturedModel
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, program: _Program, sized: Sized | None = None) -> _Variant:
+        """Make one."""
+        if sized is None:
+            return cls(program, sized, program.captured, program.stages)
+        captured = program.captured.at(sized)
+        return cls(program, sized, captured, at_sizes(program.stages, captured))
 
 
 @dataclass(eq=False)
@@ -129,6 +157,7 @@ class StageCache:
         self._shapes = LRUCache[Signature, _Variants](self.max_shapes, self._dropped)
         self._warned: set[str] = set()
         self._modules: list[nn.Module] = []
+        self._training: Signature = ()
         self.captures = 0
 
     def prepare(
@@ -152,11 +181,11 @@ class StageCache:
         """
         found, prepared = [], []
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
-        key = torch.is_grad_enabled(), parameters
+        self._training = torch.is_grad_enabled(), parameters
         self._modules = list(self.model.modules())
         with autocast_region(self.precision), tracing_patches(self.model):
             for part in microbatches:
-                variants = self._shapes.get((key, described(part.inputs)), _Variants)
+                variants = self._shapes.get((self._training, described(part.inputs)), _Variants)
                 variant, followed = self._followed(variants, part.inputs)
                 variants.found.remove(variant)
                 variants.found.insert(0, variant)
@@ -173,7 +202,7 @@ class StageCache:
     def _followed(
         self, variants: _Variants, microbatch: Mapping[str, Any]
     ) -> tuple[_Variant, Followed]:
-        before = self._python_state(variants)
+        before = self._python_state()
         reason: Differs | None = None
         if not variants.found:
             variants.found.extend(self._kept(microbatch))
@@ -183,7 +212,7 @@ class StageCache:
             except Differs as error:
                 before.restore()
                 reason = reason or error
-        variant = self._captured(microbatch)
+        variant = self._at_other_sizes(microbatch, before) or self._captured(microbatch)
         variants.note(variant, None if reason is None else reason.place)
         self._add(variants, variant, reason)
         try:
@@ -195,18 +224,63 @@ class StageCache:
                 "follow it; keep what changes inside a block"
             ) from error
 
-    def _python_state(self, variants: _Variants) -> PythonState:
+    def _python_state(self) -> PythonState:
         """Return what the glue may change before it turns out to be another one."""
         glue = frozenset[int]()
-        if variants.found:
-            glue = variants.found[0].captured.glue.leaves.glue
+        for program in self._programs()[:1]:
+            glue = program.captured.glue.leaves.glue
         own = [m for m in self._modules if id(m) in glue]
         return PythonState(own, [m for m in self._modules if id(m) not in glue])
 
+    def _at_other_sizes(
+        self, microbatch: Mapping[str, Any], before: PythonState
+    ) -> _Variant | None:
+        """Return a known program that does what this microbatch does, with other numbers."""
+        for program in self._programs():
+            if program.training != self._training:
+                continue
+            if program.has_sizes is None:  # are its shapes found as they were?
+                own = self._sized(program, None, before)
+                program.has_sizes = own is not None and own.specs == program.captured.specs
+            sized = self._sized(program, microbatch, before) if program.has_sizes else None
+            if sized is None:
+                continue
+            if sized.changed:
+                self._rebuild(program, program.captured.with_hosts(sized.changed, sizes=True))
+            return _Variant.of(program, sized)
+        return None
+
+    def _sized(
+        self, program: _Program, microbatch: Mapping[str, Any] | None, before: PythonState
+    ) -> Sized | None:
+        try:
+            return program.captured.sized(microbatch)
+        except Differs as error:
+            logger.debug("another program, or its shapes depend on values: %s", error)
+            return None
+        finally:
+            before.restore()
+
+    def _programs(self) -> list[_Program]:
+        """Return the known programs, the last used first."""
+        found = (v.program for variants in self._shapes.values() for v in variants.found)
+        return list(dict.fromkeys(found))
+
+    def _rebuild(self, program: _Program, captured: CapturedModel) -> None:
+        """Let a program, at all its sizes, have other stages."""
+        program.captured = captured
+        program.stages = self._built(captured, program.uses)
+        for variants in self._shapes.values():
+            for variant in variants.found:
+                if variant.program is program:
+                    self.on_drop(variant.stages)
+                    made = _Variant.of(program, variant.sized)
+                    variant.captured, variant.stages = made.captured, made.stages
+
     def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
-        self.captures += 1
         variants.found.insert(0, variant)
-        if reason is not None:
+        self.captures += variant.sized is None
+        if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
             self.on_drop(variants.found.pop().stages)
@@ -222,9 +296,7 @@ class StageCache:
     def _host_values(self, variant: _Variant, followed: Followed) -> list[tuple[str, Any]]:
         """Make inputs of the numbers that have changed; return them by name."""
         logger.info("an input of the graph from now on: %s", followed.said)
-        self.on_drop(variant.stages)
-        variant.captured = variant.captured.with_hosts(followed.changed)
-        variant.stages = self._built(variant.captured, variant.uses)
+        self._rebuild(variant.program, variant.program.captured.with_hosts(followed.changed))
         calls = variant.captured.glue.calls
         names = [calls[number].lifted[path] for number, path in followed.changed]
         return list(zip(names, followed.values, strict=True))
@@ -254,7 +326,8 @@ class StageCache:
             captured = factored(captured)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
-        return _Variant(captured, uses, self._built(captured, uses))
+        program = _Program(self._training, captured, uses, self._built(captured, uses))
+        return _Variant.of(program)
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
@@ -270,14 +343,16 @@ class StageCache:
             logger.warning(message, *values)
 
     def _dropped(self, variants: _Variants) -> None:
+        for variant in variants.found:
+            self.on_drop(variant.stages)
+        if {variant.program for variant in variants.found}.issubset(self._programs()):
+            return
         self._warn_once(
             "microbatches have come in more than %d shapes; the least recently used ones are "
             "forgotten and captured again when they return, which takes longer than a step: "
             "pad to fewer lengths (pad_to_multiple_of)",
             self._shapes.limit,
         )
-        for variant in variants.found:
-            self.on_drop(variant.stages)
 
     def _check_blocks(self, found: Sequence[str]) -> None:
         planned = [block.name for block in self.plan.blocks]
