@@ -29,6 +29,8 @@ from reprlib import Repr
 _LONG = re.compile(r"(\S{80})\S{320,}")
 
 
+# Exit code of a command that Ctrl-C has ended, as shells have it: 128 + SIGINT.
+INTERRUPTED = 130
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
