@@ -30,6 +30,8 @@ _LONG = re.compile(r"(\S{80})\S{320,}")
 _LONG_QUOTED = re.compile(r"('[^'\n]{80})[^'\n]{700,}(?=')")
 
 
+# Exit code of a command that Ctrl-C has ended, as shells have it: 128 + SIGINT.
+INTERRUPTED = 130
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 

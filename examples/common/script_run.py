@@ -18,6 +18,7 @@ from ipu_pipeline.ir.codec import from_json, read_json
 from ipu_pipeline.ir.files import make_folder, write_text
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.train.output_folder import is_used
 
 _Rows = TypeVar("_Rows")
 
@@ -26,7 +27,7 @@ def check_output_dir(options: CommonOptions) -> None:
     """Make the folder; refuse one that holds another run, or may not be written."""
     folder = options.folder
     fresh = options.do_train and options.resume_from_checkpoint is None
-    if fresh and not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+    if fresh and not options.overwrite_output_dir and is_used(folder):
         raise PipelineError(
             f"{folder} is not empty; resume with --resume_from_checkpoint latest, start over with "
             "--overwrite_output_dir, or choose another --output_dir"

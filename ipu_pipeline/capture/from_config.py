@@ -22,6 +22,7 @@ from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_la
 from ipu_pipeline.errors import CaptureError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
+from ipu_pipeline.ir.limits import check_count
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -128,8 +129,13 @@ def build_model(
 
     Raises:
         CaptureError: Unknown task, or no model class for it.
+        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith("_layers") and isinstance(value, int) and value > 0:
+                check_count(name, value, "num_layers")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         try:
