@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.settings import FrontEnd, IPUSettings
+from ipu_pipeline.errors import DatasetError
 from ipu_pipeline.ir.attention import is_attention
+from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.graph import Block, BlockGraph
 
 Raw = Mapping[str, Any]
@@ -53,7 +54,7 @@ class Row:
 
 def load_rows(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of rows: a list, or a map that holds one."""
-    raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    raw = read_json(path, "the configurations", DatasetError)
     if isinstance(raw, dict):
         raw = next((value for value in raw.values() if isinstance(value, list)), [])
     return [row for row in raw if isinstance(row, dict)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER, ResultsError, Row, read_csv
 from benchmarks.tables import Section, markdown, sections
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.files import read_text, write_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -47,9 +50,13 @@ def section(folder: Path = FOLDER) -> str:
     if not (folder / "latest.csv").is_file():
         return NOT_YET
     rows = read_csv(folder / "latest.csv")
-    machine = json.loads((folder / "latest.json").read_text(encoding="utf-8"))["machine_info"]
+    path = folder / "latest.json"
+    machine = read_json(path, "the results", ResultsError)
     tables = [_table(each) for each in sections(rows)]
-    return "\n".join([*tables, _below(rows, machine)])
+    try:
+        return "\n".join([*tables, _below(rows, machine["machine_info"])])
+    except (KeyError, TypeError) as error:
+        raise ResultsError(f"{path} has no machine_info as benchmarks.run writes it") from error
 
 
 def _table(found: Section) -> str:
@@ -89,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of latest.csv")
     given = parser.parse_args(argv)
-    text = given.readme.read_text(encoding="utf-8")
-    given.readme.write_text(replaced(text, section(given.results)), encoding="utf-8")
+    try:
+        text = read_text(given.readme, "the README", ResultsError)
+        write_text(given.readme, replaced(text, section(given.results)))
+    except PipelineError as error:
+        sys.exit(f"benchmarks: {error}")
 
 
 if __name__ == "__main__":

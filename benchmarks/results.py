@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.codec import Count, from_json
+from ipu_pipeline.ir.files import read_table, read_text, write_text
 
 FOLDER = Path(__file__).resolve().parent / "results"
-KINDS = ("measured", "simulated", "predicted")
 # Metrics of which more is better; of all others less is.
 MORE_IS_BETTER = ("samples_per_s", "ratio_to_eager", "ratio_to_torch")
 # Of a contestant that has one of these nothing else is compared: the speed of the machine is
@@ -19,8 +25,12 @@ RATIOS = ("ratio_to_eager", "ratio_to_torch")
 _TWICE = "samples_per_s"
 
 
-class ResultsError(ValueError):
+class ResultsError(PipelineError):
     """A results file cannot be read, or not be compared."""
+
+
+Kind = Literal["measured", "simulated", "predicted"]
+Number = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,11 @@ class Row:
     contestant: str
     metric: str
     unit: str
-    median: float
-    low: float
-    high: float
-    rounds: int
-    kind: str
+    median: Number
+    low: Number
+    high: Number
+    rounds: Count
+    kind: Kind
     commit: str
     date: str
 
@@ -59,6 +69,9 @@ class Row:
     def key(self) -> tuple[str, str, str, str]:
         """What the number is of."""
         return (self.group, self.workload, self.contestant, self.metric)
+
+
+NAMES = [field.name for field in fields(Row)]
 
 
 def flatten(results: Mapping[str, Any]) -> list[Row]:
@@ -83,13 +96,12 @@ def flatten(results: Mapping[str, Any]) -> list[Row]:
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
     """Write rows; numbers have 6 significant digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Row)])
-        for row in rows:
-            writer.writerow(
-                [f"{v:.6g}" if isinstance(v, float) else v for v in asdict(row).values()]
-            )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(NAMES)
+    for row in rows:
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in asdict(row).values()])
+    write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -98,24 +110,15 @@ def read_csv(path: Path) -> list[Row]:
     Raises:
         ResultsError: There is no such file, or it is not one of these.
     """
-    if not path.is_file():
-        raise ResultsError(f"there are no results at {path}; write some with benchmarks.run")
-    with path.open(newline="", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    names = [field.name for field in fields(Row)]
-    if any(list(row) != names for row in found):
-        raise ResultsError(f"{path} is no results file; its columns must be {', '.join(names)}")
-    try:
-        return [_row(row) for row in found]
-    except ValueError as error:
-        raise ResultsError(f"{path} is no results file: {error}") from None
-
-
-def _row(texts: Mapping[str, str]) -> Row:
-    values: dict[str, Any] = dict(texts)
-    for name in ("median", "low", "high"):
-        values[name] = float(texts[name])
-    return Row(**{**values, "rounds": int(texts["rounds"])})
+    text = read_text(path, "the results", ResultsError)
+    table = read_table(text, f"the results file {path}", ResultsError, NAMES)
+    rows = [
+        from_json(Row, row, f"{path}, line {line}", ResultsError, strict=False)
+        for line, row in enumerate(table, start=2)
+    ]
+    if not rows:
+        raise ResultsError(f"{path} holds no result; write some with benchmarks.run")
+    return rows
 
 
 def compare(

@@ -13,6 +13,9 @@ from rich.console import Console
 
 from benchmarks.results import FOLDER, ResultsError, Row, compare, flatten, read_csv, write_csv
 from benchmarks.tables import show
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.files import make_folder, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = ROOT / "benchmarks" / "suite"
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
         before = read_csv(options.compare) if options.compare else None
         rows = measure(options)
-    except ResultsError as error:
+    except PipelineError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     if options.update:
@@ -74,15 +77,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
     Raises:
         ResultsError: A benchmark failed; what the others found is written all the same.
     """
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / f"{name_of(options.only, quick=options.quick)}.json"
     path.unlink(missing_ok=True)
     code = pytest.main(command(path, options.only, quick=options.quick))
     if not path.is_file():
         raise ResultsError(f"nothing was measured (pytest ended with {code}); see above")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, "what pytest-benchmark wrote", ResultsError)
     rows = flatten(results)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results, indent=1) + "\n")
     write_csv(rows, path.with_suffix(".csv"))
     if code != pytest.ExitCode.OK:
         raise ResultsError(f"a benchmark failed, see above; what was measured is in {path}")
@@ -94,7 +96,9 @@ def check(options: argparse.Namespace) -> None:
 
     Raises:
         ResultsError: --update has nothing to update, or would with what is no whole group.
+        OutputError: The folder may not be written.
     """
+    make_folder("--output-dir", options.output_dir)
     if not options.update:
         return
     if not options.only or options.quick:

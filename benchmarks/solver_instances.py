@@ -16,7 +16,9 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
+from benchmarks.instance_files import MemoryFile, read_instance_file
 from benchmarks.max_load import HostedPositions, MaxLoadProblem, least_bottleneck
+from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.search.problem import Slot, Value
@@ -69,15 +71,12 @@ def read_instance(
         training: Take the training form of a max-load file for inference.
 
     Raises:
-        ValueError: The file is of neither format.
+        DatasetError: The file is of neither format, or a place in it is wrong.
     """
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    nodes = raw.get("nodes") or [{}]
-    if "TMPCs" in nodes[0]:
+    kind, raw = read_instance_file(path)
+    if kind is MemoryFile:
         memory = raw["maxMemoryPerDevice"] if memory_gib is None else memory_gib * GIB
         return _memory_instance(raw, num_devices or raw["maxDevices"], memory)
-    if "maxFPGAs" not in raw:
-        raise ValueError(f"{path} is neither a max-load file (maxFPGAs) nor one with TMPCs")
     memory = raw["maxSizePerFPGA"] if memory_gib is None else memory_gib * GIB
     raw = training_form(raw) if training else raw
     return _max_load_instance(raw, num_devices or raw["maxFPGAs"], memory)
@@ -233,9 +232,6 @@ def _memory_instance(raw: Mapping[str, Any], num_devices: int, memory: float) ->
     options = []
     for node in order:
         ways = by_id[node]["TMPCs"]["1"]
-        if any(cost for way in ways for key in ("syncTimeFw", "syncTimeBw")
-               for cost in way[key].values()):  # fmt: skip
-            raise ValueError(f"node {node} has sync times at degree 1, which this reader refuses")
         options.append(
             tuple(
                 BlockChoice(
@@ -308,7 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object per file")
     arguments = parser.parse_args(argv)
     for path in arguments.files:
-        result = answer(path, arguments)
+        try:
+            result = answer(path, arguments)
+        except PipelineError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         if arguments.json:
             print(json.dumps(result.__dict__), flush=True)
         else:

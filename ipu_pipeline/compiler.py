@@ -17,7 +17,7 @@ from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.python_state import same_random_numbers
-from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.errors import CaptureError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
@@ -26,6 +26,7 @@ from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, fi
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step_s
 from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search.parallel import check_depth
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 
@@ -80,16 +81,18 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         ValueError: An argument is out of range.
     """
     manager = PassManager.parse(passes)
+    depth = depth_of(num_stages, config)
+    asked = replace(constraints or Constraints(), num_stages=depth)
     model, example_batch = original_model(model), ready_batch(example_batch)
     captured = capture(model, example_batch, granularity=granularity)
     keep_for_reuse(captured)
-    depth = depth_of(num_stages, config)
+    check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
     backend_of(described).check_costs(costs)
-    limits = _limits(
-        replace(constraints or Constraints(), num_stages=depth),
-        captured.graph, described, config, microbatches, replicas, schedule,
-    )  # fmt: skip
+    frozen = captured.glue.unsteady or captured.glue.frozen
+    if frozen and not getattr(backend_of(described), "replays_glue", True):
+        raise CaptureError(frozen)
+    limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
         captured.graph,
         described,

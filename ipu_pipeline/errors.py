@@ -13,6 +13,7 @@
     |-- CheckpointError     a checkpoint is corrupt, incomplete or foreign
     |-- DatasetError        a data set cannot be read
     |-- ConfigError         an ipu_config.json or an override is wrong
+    |-- OutputError         a file cannot be written where it was asked for
     `-- VerifyError         an invariant of ours is broken: a bug here, not in the input
 
 Messages say what failed, the values involved and the remedy. Wrong argument *values*
@@ -22,22 +23,35 @@ are plain ``ValueError``.
 from __future__ import annotations
 
 import re
+from reprlib import Repr
 
-# A value out of a broken file, longer than any path: its beginning says enough.
+# Values out of a broken file, longer than any path or sentence: their beginnings say enough.
 _LONG = re.compile(r"(\S{80})\S{320,}")
+_LONG_QUOTED = re.compile(r"('[^'\n]{80})[^'\n]{700,}(?=')")
+
+
+# Exit code of a command that Ctrl-C has ended, as shells have it: 128 + SIGINT.
+INTERRUPTED = 130
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message; of a word without end only the beginning."""
-        return _LONG.sub(r"\1...", super().__str__())
+        """Return the message; of a word or a quoted text without end only the beginning."""
+        return _LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", super().__str__()))
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error of another library says, without a full stop."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def shown(value: object) -> str:
+    """Return a value out of a file for a message: short, however large the value is."""
+    return _REPR.repr(value)
 
 
 class CaptureError(PipelineError):
@@ -78,6 +92,10 @@ class DatasetError(PipelineError):
 
 class ConfigError(PipelineError):
     """An IPU configuration holds an unknown key, a wrong type or inconsistent lengths."""
+
+
+class OutputError(PipelineError):
+    """A file cannot be written where it was asked for: says which path, and why."""
 
 
 class VerifyError(PipelineError):

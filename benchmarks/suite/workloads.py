@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 import yaml
 
 from benchmarks.stage_models import MODELS
+from ipu_pipeline.errors import PipelineError, shown
+from ipu_pipeline.ir.codec import MAX_DEPTH, Amount, from_json
+from ipu_pipeline.ir.files import read_text
 
 FILE = Path(__file__).resolve().parent.parent / "workloads.yaml"
-KINDS = ("eager", "compiled", "local", "distributed", "ddp", "raw")
+Kind = Literal["eager", "compiled", "local", "distributed", "ddp", "raw"]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+MOST_VALUES = 10_000
 # Kinds that run in one process per core; the others use all cores from one.
 MANY_PROCESSES = ("distributed", "ddp", "raw")
 PRECISIONS = ("float32", "bf16")
 T = TypeVar("T")
 
 
-class WorkloadError(ValueError):
+class WorkloadError(PipelineError):
     """``workloads.yaml`` says what cannot be run."""
 
 
@@ -36,24 +42,14 @@ def _each_of(what: str, names: Sequence[str], known: Sequence[str] | Mapping[str
         _one_of(what, name, known)
 
 
-def _at_least_one(entry: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(entry, name)
-        if not isinstance(value, int) or value < 1:
-            raise WorkloadError(f"{name} is {value!r}; use a whole number, at least 1")
-
-
 @dataclass(frozen=True)
 class Contestant:
     """A way to train."""
 
-    kind: str
-    stages: int = 1
+    kind: Kind
+    stages: AtLeastOne = 1
     schedule: str | None = None
     quick: bool = True
-
-    def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
 
 
 @dataclass(frozen=True)
@@ -63,18 +59,17 @@ class Workload:
     model: str
     task: str
     config: Mapping[str, Any]
-    sequence: int
-    micro_batch: int
-    microbatches: int
-    check_microbatches: int
+    sequence: AtLeastOne
+    micro_batch: AtLeastOne
+    microbatches: AtLeastOne
+    check_microbatches: AtLeastOne
     precisions: Sequence[str]
-    rounds: int
-    limit_s: float
+    rounds: AtLeastOne
+    limit_s: Amount
     contestants: Sequence[str]
     quick: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "sequence", "micro_batch", "microbatches", "rounds")
         _each_of("precision", self.precisions, PRECISIONS)
         if not 1 <= self.check_microbatches <= self.microbatches:
             raise WorkloadError(
@@ -89,14 +84,13 @@ class Memory:
 
     workload: str
     precision: str
-    microbatches: int
-    steps: int
+    microbatches: AtLeastOne
+    steps: AtLeastOne
     contestants: Sequence[str]
     quick: bool = False
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
-        _at_least_one(self, "microbatches", "steps")
 
 
 @dataclass(frozen=True)
@@ -106,28 +100,22 @@ class Planning:
     model: str
     task: str
     config: Mapping[str, Any]
-    sequence: int
-    micro_batch: int
-    stages: int
-    microbatches: int
-    rounds: int
+    sequence: AtLeastOne
+    micro_batch: AtLeastOne
+    stages: AtLeastOne
+    microbatches: AtLeastOne
+    rounds: AtLeastOne
     quick: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "sequence", "micro_batch", "stages", "microbatches", "rounds")
 
 
 @dataclass(frozen=True)
 class Solving:
     """Chains for the solver."""
 
-    lengths: Sequence[int]
-    devices: int
+    lengths: Annotated[Sequence[AtLeastOne], msgspec.Meta(min_length=1)]
+    devices: AtLeastOne
     tight: bool = False
     quick: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "devices")
 
     @property
     def name(self) -> str:
@@ -141,11 +129,10 @@ class Stages:
     """Models whose stage times are predicted and measured."""
 
     models: Sequence[str]
-    steps: int
+    steps: AtLeastOne
     quick_models: Sequence[str]
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "steps")
         _each_of("model", self.models, MODELS)
         _each_of("model", self.quick_models, MODELS)
 
@@ -154,19 +141,16 @@ class Stages:
 class Kernels:
     """How often operations are timed."""
 
-    rounds: int
-    quick_rounds: int
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "rounds", "quick_rounds")
+    rounds: AtLeastOne
+    quick_rounds: AtLeastOne
 
 
 @dataclass(frozen=True)
 class Suite:
     """Everything that is measured."""
 
-    cores: int
-    quick_rounds: int
+    cores: AtLeastOne
+    quick_rounds: AtLeastOne
     contestants: Mapping[str, Contestant]
     workloads: Mapping[str, Workload]
     memory: Sequence[Memory]
@@ -176,7 +160,6 @@ class Suite:
     kernels: Kernels
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "cores", "quick_rounds")
         for workload in self.workloads.values():
             _each_of("contestant", workload.contestants, self.contestants)
         for memory in self.memory:
@@ -194,37 +177,71 @@ def load(path: Path = FILE) -> Suite:
     Raises:
         WorkloadError: A field is missing, unknown, or out of range; says where and what to write.
     """
-    given = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    given = from_json(dict[str, Any], _read_yaml(path), str(path), WorkloadError)
     for name, kind in (
         ("contestants", Contestant),
         ("workloads", Workload),
         ("planning", Planning),
     ):
-        entries = given.get(name, {}).items()
-        given[name] = {key: _make(kind, entry, f"{name}: {key}") for key, entry in entries}
+        entries = _entries(dict[str, Any], given, name, path)
+        given[name] = {
+            key: from_json(kind, entry, f"{path}: {name}: {key}", WorkloadError)
+            for key, entry in entries.items()
+        }
     for name, kind in {"memory": Memory, "solver": Solving}.items():
-        given[name] = [_make(kind, entry, name) for entry in given.get(name, ())]
-    for name, kind in {"stages": Stages, "kernels": Kernels}.items():
-        if name in given:
-            given[name] = _make(kind, given[name], name)
-    return _make(Suite, given, path.name)
+        entries = _entries(list[Any], given, name, path)
+        given[name] = [
+            from_json(kind, entry, f"{path}: {name}[{number}]", WorkloadError)
+            for number, entry in enumerate(entries)
+        ]
+    return from_json(Suite, given, str(path), WorkloadError)
 
 
-def _make(kind: type[T], given: Mapping[str, Any], where: str) -> T:
-    known = {each.name: each for each in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise WorkloadError(
-            f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(known)}"
-        )
-    missing = [
-        name
-        for name, each in known.items()
-        if name not in given and each.default is dataclasses.MISSING
-    ]
-    if missing:
-        raise WorkloadError(f"{where}: {', '.join(missing)} is missing")
+def _entries(kind: type[T], given: Mapping[str, Any], name: str, path: Path) -> T:
+    if name not in given:
+        raise WorkloadError(f"{path}: missing field {name!r}")
+    return from_json(kind, given[name], f"{path}: {name}", WorkloadError)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice in one place."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Refuse a key that is there already; YAML takes the last one without a word."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"it has the key {shown(twice[0])} twice in one place")
+        return node
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return what a file of YAML holds, which is what JSON can hold."""
+    text = read_text(path, "the workloads", WorkloadError)
     try:
-        return kind(**given)
-    except WorkloadError as error:
-        raise WorkloadError(f"{where}: {error}") from None
+        found = yaml.load(text, _Loader)  # a SafeLoader
+        _check_plain(found)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise WorkloadError(f"cannot read the workloads {path} as YAML: {said}") from error
+    return found
+
+
+def _check_plain(found: Any) -> None:
+    """Refuse what JSON does not have, and references that grow into more than a file can say."""
+    left, count = [(found, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > MOST_VALUES or depth > MAX_DEPTH:
+            raise ValueError(f"more than {MOST_VALUES} values or {MAX_DEPTH} levels")
+        if isinstance(value, dict):
+            left += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list):
+            left += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"it holds the number {value}, which is not finite")
+        elif not isinstance(value, str | int | float | None) or (
+            isinstance(value, int) and abs(value) >= 2**63
+        ):
+            raise ValueError(f"it holds {shown(value)}, which is no text, truth value or number")

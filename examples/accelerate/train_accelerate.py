@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import OutputError
+from ipu_pipeline.ir.files import make_folder
 
 MICRO_BATCH, MICROBATCHES, LENGTH, VOCAB = 4, 4, 16, 50
 
@@ -90,6 +92,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--num_stages", type=int, default=2)
     parser.add_argument("--resume_from")
     options = parser.parse_args(argv)
+    try:
+        make_folder("--output_dir", options.output_dir)
+    except OutputError as error:
+        parser.error(str(error))
     accelerator = Accelerator(cpu=True)
     set_seed(42)
     loader = DataLoader(rows(256, seed=1), batch_size=MICRO_BATCH * MICROBATCHES)

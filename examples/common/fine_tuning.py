@@ -6,6 +6,7 @@ A script loads its model and data, says how it is scored, and calls :func:`fine_
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train import build_optimizer, train
 from ipu_pipeline.train.data import Collator
+from ipu_pipeline.train.output_folder import locked
 
 Scores = Mapping[str, Any]
 
@@ -75,7 +77,16 @@ def prepare(options: CommonOptions) -> None:
 
 
 def fine_tune(options: CommonOptions, job: Job) -> None:
-    """Plan, compile, train and evaluate as the options say; write results, model and plan."""
+    """Plan, compile, train and evaluate as the options say; write results, model and plan.
+
+    Raises:
+        CheckpointError: Another process writes into the output folder.
+    """
+    with locked(options.folder) if is_first() else nullcontext():
+        _fine_tune(options, job)
+
+
+def _fine_tune(options: CommonOptions, job: Job) -> None:
     columns = job.example(microbatch_size(options))
     plan = make_plan(options, job.model, columns, job.ipu_config, constraints=job.constraints)
     say(describe(plan))

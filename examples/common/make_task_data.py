@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from random import Random
 from typing import Annotated, Any
 
 import typer
+
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.files import make_folder, write_text
 
 TEXT: Mapping[str, Any] = json.loads(
     Path(__file__).with_name("demo_text.json").read_text(encoding="utf-8")
@@ -195,14 +199,17 @@ def main(
     num_validation: Annotated[int, typer.Option("--num_validation", min=1, help="Samples.")] = 200,
 ) -> None:
     """Write the train and validation files of one task."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("--output_dir", output_dir)
     train_size = num_train or DEMOS[task].num_train if task in DEMOS else 1
     for split, size in (("train", train_size), ("validation", num_validation)):
         text = make_split(task, split, size, seed)
         path = output_dir / f"{split}.{DEMOS[task].suffix}"
-        path.write_text(text, encoding="utf-8", newline="\n")
+        write_text(path, text)
         typer.echo(f"{path}: {size} samples")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except (PipelineError, ValueError) as error:
+        sys.exit(f"error: {error}")

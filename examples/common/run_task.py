@@ -23,7 +23,7 @@ from ipu_pipeline.train.data import build_collator, keyed_randomness
 from tasks.evaluation import baseline_scores, evaluate_task
 from tasks.features import Setup
 from tasks.labels import choose_classes, label_config
-from tasks.samples import Rows, load_hub_rows, read_rows
+from tasks.samples import Rows, in_data, load_hub_rows, read_rows
 from tasks.table import TASKS, Task
 
 
@@ -59,7 +59,10 @@ def run(task: Task, options: CommonOptions) -> None:
     classes = find_classes(task, rows, options)
     model = load_model(name, task.auto_class, **label_config(classes))
     setup = Setup(tokenizer, options, classes, pair_label(model))
-    data = {split: task.encode(samples, setup) for split, samples in rows.items()}
+    data = {}
+    for split, samples in rows.items():
+        with in_data(name_of(split, options)):
+            data[split] = task.encode(samples, setup)
     collate = build_collator(model, options, task.collator(setup))
     any_data = next(iter(data.values()))
 
@@ -115,10 +118,18 @@ def find_classes(task: Task, rows: Mapping[str, Rows], options: CommonOptions) -
     labels_of = task.labels_of
     if labels_of is None:
         return ()
+    labels = {}
+    for split, samples in rows.items():
+        with in_data(name_of(split, options)):
+            labels[split] = list(labels_of(samples, options))
     config = load_config(source_of(options.model_name_or_path))
-    return choose_classes(
-        {split: labels_of(samples, options) for split, samples in rows.items()}, config.label2id
-    )
+    return choose_classes(labels, config.label2id)
+
+
+def name_of(split: str, options: CommonOptions) -> str:
+    """Return the file or data set of a split, for messages."""
+    path, _ = options.source(split)
+    return str(path) if path is not None else f"{options.dataset_name}[{split}]"
 
 
 def in_words(task: Task, scores: Scores) -> str:

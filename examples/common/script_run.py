@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from plan_report import is_first, local_note, say
@@ -13,21 +14,25 @@ from torch import Tensor
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.config import IPUConfig, find_config
 from ipu_pipeline.errors import DatasetError, PipelineError
+from ipu_pipeline.ir.codec import from_json, read_json
+from ipu_pipeline.ir.files import make_folder, write_text
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.train.output_folder import is_used
 
 _Rows = TypeVar("_Rows")
 
 
 def check_output_dir(options: CommonOptions) -> None:
-    """Refuse to train into a folder that holds another run."""
+    """Make the folder; refuse one that holds another run, or may not be written."""
     folder = options.folder
     fresh = options.do_train and options.resume_from_checkpoint is None
-    if fresh and not options.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+    if fresh and not options.overwrite_output_dir and is_used(folder):
         raise PipelineError(
             f"{folder} is not empty; resume with --resume_from_checkpoint latest, start over with "
             "--overwrite_output_dir, or choose another --output_dir"
         )
+    make_folder("--output_dir", folder)
 
 
 def split_of(
@@ -119,12 +124,21 @@ def write_results(options: CommonOptions, split: str, scores: Mapping[str, Any])
     """Let the first process write ``<split>_results.json``, and update ``all_results.json``."""
     if not is_first():
         return
-    options.folder.mkdir(parents=True, exist_ok=True)
     combined = options.folder / "all_results.json"
-    before = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
     for path, found in (
         (options.folder / f"{split}_results.json", scores),
-        (combined, {**before, **scores}),
+        (combined, {**_written_before(combined), **scores}),
     ):
-        text = json.dumps(dict(found), indent=4, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, json.dumps(dict(found), indent=4, sort_keys=True) + "\n")
+
+
+def _written_before(combined: Path) -> dict[str, Any]:
+    """Return the results that are in a file; none, with a line, if it is damaged."""
+    if not combined.exists():
+        return {}
+    try:
+        return from_json(dict[str, Any], read_json(combined, "earlier results", DatasetError),
+                         str(combined), DatasetError)  # fmt: skip
+    except DatasetError as error:
+        say(f"begun anew: {error}")
+        return {}

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import OutputError
+from ipu_pipeline.ir.files import make_folder
 from ipu_pipeline.ir.plan import Plan
 
 MICRO_BATCH, MICROBATCHES, LENGTH, VOCAB = 4, 4, 16, 50
@@ -92,6 +94,10 @@ def main(argv: list[str] | None = None) -> L.Trainer:
     parser.add_argument("--num_stages", type=int, default=2)
     parser.add_argument("--ckpt_path")
     options = parser.parse_args(argv)
+    try:
+        make_folder("--output_dir", options.output_dir)
+    except OutputError as error:
+        parser.error(str(error))
 
     L.seed_everything(42, verbose=False)
     model = small_model(options.dropout)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ import typer
 from demo_domains import Domain
 from demo_domains_more import DOMAINS, FILLER_SLOTS, FILLERS
 from demo_values import Split, Subject
+
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.files import make_folder, write_text
 
 MIN_SENTENCES, MAX_SENTENCES = 3, 7
 QUESTIONS_PER_PARAGRAPH = 4
@@ -223,14 +227,17 @@ def main(
     ] = 400,
 ) -> None:
     """Write train.json and validation.json of the demo data set."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("--output_dir", output_dir)
     sizes: tuple[tuple[Split, int], ...] = (("train", num_train), ("validation", num_validation))
     for split, size in sizes:
         path = output_dir / f"{split}.json"
         text = json.dumps(make_split(split, size, seed), indent=1, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        write_text(path, text + "\n")
         typer.echo(f"{path}: {size} questions")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except (PipelineError, ValueError) as error:
+        sys.exit(f"error: {error}")

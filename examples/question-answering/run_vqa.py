@@ -35,6 +35,7 @@ from vqa_options import Options
 from vqa_placement import in_execution_order, with_published_placement
 from vqa_unsplit import Unsplit, train_unsplit
 
+from ipu_pipeline.ir.files import write_text
 from ipu_pipeline.stages.executable import Executable
 from tasks.evaluation import evaluate_loop
 from tasks.visual_question_answering import (
@@ -123,9 +124,8 @@ def in_words(scores: Scores) -> str:
 def _write_predictions(folder: Path, dataset: Dataset, answers: Sequence[str]) -> None:
     """Write ``predictions.json`` in the format of VQA's results."""
     rows = [{"question_id": i, "answer": a} for i, a in zip(dataset.ids, answers, strict=True)]
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(rows, indent=1, default=int)
-    (folder / "predictions.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "predictions.json", text + "\n")
 
 
 def main() -> None:

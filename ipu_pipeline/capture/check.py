@@ -64,8 +64,9 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     try:
         return Checked((), compare(altered(batch)))
     except GuardError as error:
-        found = compare(batch)
-        return Checked((f"specialised to the example batch: {error}",), found)
+        found = compare(batch, once=True)
+        note = f"checked on the example batch only: {error}"
+        return Checked((note,), found)
     except _RefusedByModel as error:
         found = compare(batch)
         note = f"checked on the example batch only: the model refuses altered data ({error})"
@@ -101,10 +102,12 @@ class _Run:
         compared_with: The other run's: a gradient is compared, and freed, when it is there.
         kept: What is kept from batch to batch.
         changed_backward: Buffers that the backward pass changed.
+        once: No second batch follows: Python would read other values in it.
     """
 
     captured: CapturedModel
     leaves: Leaves
+    once: bool = False
     compared_with: Outcome | None = None
     outcome: Outcome = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
@@ -123,6 +126,8 @@ class _Run:
         ):
             torch.manual_seed(SEED)
             plain, python = PlainState(model.modules()), PythonState(model.modules())
+            glue = captured.glue.leaves.glue  # what it keeps, its replays keep
+            own = PlainState([m for m in model.modules() if id(m) in glue], buffers=False)
             outcome = run()
             for name, value in outcome.items():
                 if self.compared_with is not None:
@@ -134,8 +139,10 @@ class _Run:
             if self.kept or again:
                 self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
                                     for n, t in changing.items())  # fmt: skip
+            if (self.kept or again) and not self.once:
                 python.restore(tensors=False)
                 plain.put_back(tensors=False)
+                own.put_back(but=changing.values())
                 self.outcome.update((f"{n} of the next batch", t.detach())
                                     for n, t in run().items())  # fmt: skip
         return self
@@ -176,12 +183,14 @@ class _Run:
             _require_equal(self.captured.model, name, gradient, expected)
 
 
-def _compare(captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any]) -> tuple[str, ...]:
+def _compare(
+    captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any], *, once: bool = False
+) -> tuple[str, ...]:
     """Compare the capture with the model; return the buffers that a backward pass changes."""
     model = captured.model
     eager = partial(_eager, model, batch, captured.results)
-    expected = _Run(captured, leaves).of(eager, again=False)
-    ours = _Run(captured, leaves, expected.outcome)
+    expected = _Run(captured, leaves, once).of(eager, again=False)
+    ours = _Run(captured, leaves, once, expected.outcome)
     found = ours.of(lambda: captured.run(_copied(batch)), again=bool(expected.kept)).outcome
     for name in {**expected.outcome, **found}:
         _require_equal(model, name, found.get(name), expected.outcome.get(name), expected.kept)

@@ -6,8 +6,11 @@ On ``torch.device("meta")`` nothing is allocated, so a 70B model is built in a s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,7 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
-from ipu_pipeline.errors import CaptureError, first_line
+from ipu_pipeline.errors import CaptureError, shown
+from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.files import named
+from ipu_pipeline.ir.limits import check_count
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -37,6 +43,9 @@ TASKS: Mapping[str, str] = {
 }
 # transformers files these visual models under plain question answering.
 _VISUAL_QA_TYPES = ("lxmert",)
+# Fields of a config that say how many parts are built, and how many there may be.
+_COUNTS = re.compile(r"layers$|^n_layer$|experts$|^num_labels$")
+MOST_PARTS = 4096
 
 
 def from_config(
@@ -77,17 +86,40 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
     """Read a config by hub name, from a local folder, or from a ``config.json``.
 
     Raises:
-        CaptureError: There is none, or transformers does not know its model type.
+        CaptureError: There is none, transformers does not know its model type, or a field in it
+            has a wrong type or is far out of range.
     """
+    file = Path(name_or_path)
+    with suppress(OSError, ValueError):
+        file = file / "config.json" if file.is_dir() else file
+        if file.exists():
+            _check_counts(read_json(file, "the config", CaptureError), str(file))
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers checks fields in its own ways
         raise CaptureError(
-            f"no transformers config at {str(name_or_path)!r} ({reason}); pass a local folder, the "
-            "path of a config.json, or a hub name while online"
+            f"no transformers config at '{named(name_or_path)}' ({_reason(error)}); pass a local "
+            "folder, the path of a config.json, or a hub name while online"
         ) from error
+    classes = config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CaptureError(f"{file}: architectures is {shown(classes)}; give names of classes")
     return config
+
+
+def _check_counts(raw: Any, source: str) -> None:
+    """Refuse so many layers, experts or classes that building them would not return."""
+    if not isinstance(raw, dict):
+        raise CaptureError(f"{source} holds a {type(raw).__name__}; a config.json is an object")
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            _check_counts(value, f"{source}, {shown(name)}")
+        elif isinstance(value, int) and _COUNTS.search(name) and value > MOST_PARTS:
+            raise CaptureError(f"{source}: {name} is {value}; at most {MOST_PARTS} are built")
+
+
+def _reason(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()), 200, placeholder="...") or type(error).__name__
 
 
 def build_model(
@@ -96,18 +128,28 @@ def build_model(
     """Build the model class of ``task`` in training mode; the global generator is untouched.
 
     Raises:
-        CaptureError: Unknown task, no model class for it, or one that cannot be built.
+        CaptureError: Unknown task, or no model class for it.
+        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith("_layers") and isinstance(value, int) and value > 0:
+                check_count(name, value, "num_layers")
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        try:
             return build(config).train()
-    except Exception as error:  # whatever a model class finds wrong with its numbers
-        raise CaptureError(
-            f"transformers cannot build the {config.model_type} model for {task} from this config "
-            f"({type(error).__name__}: {first_line(error)}); change the config"
-        ) from error
+        except Exception as error:  # a config may hold anything
+            raise CaptureError(
+                f"transformers cannot build the model of {described(config)} "
+                f"({type(error).__name__}: {_reason(error)}); correct the config"
+            ) from error
+
+
+def described(config: PretrainedConfig) -> str:
+    """Return where a config is from, or its type."""
+    return named(config.name_or_path) if config.name_or_path else f"this {config.model_type} config"
 
 
 def model_builder(config: PretrainedConfig, task: str) -> Callable[[PretrainedConfig], nn.Module]:
@@ -138,8 +180,8 @@ def infer_task(config: PretrainedConfig) -> str:
         if named & _class_names(config, task):
             return task
     raise CaptureError(
-        f"cannot tell the task of this {config.model_type} config (it names "
-        f"{', '.join(sorted(named)) or 'no architecture'}); {_remedy(config)}"
+        f"cannot tell the task of {described(config)} (it names "
+        f"{shown(sorted(named)) if named else 'no architecture'}); {_remedy(config)}"
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS, coarsen
+from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
 from ipu_pipeline.capture.programs import Program, block_programs
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -54,7 +54,7 @@ class Term:
             ``mean``; what is none of them (``opaque``); what depends on no sample (``constant``).
         value: Name of the labels, of what is or does the selection, or of the divisor.
         weight: Name of the weights of the classes, if there are any.
-        ignored: Labels of this value do not count.
+        ignored: Labels of this value do not count; the name of a host value if it is one.
         node: Name of the term.
         least: The least that a divisor is raised to, where the quotient has such a bound.
         added: A number that is added to the divisor.
@@ -63,7 +63,7 @@ class Term:
     kind: TermKind
     value: str = ""
     weight: str = ""
-    ignored: int = IGNORED
+    ignored: int | str = IGNORED
     node: str = ""
     least: float = 0.0
     added: float = 0.0
@@ -132,7 +132,8 @@ def _divisor(term: Term, values: Mapping[str, Any]) -> float:
         return float(value)
     if term.kind == "selected":
         return float(value.sum() if value.dtype is torch.bool else value.numel())
-    return float(labels_counted(value, values.get(term.weight), term.ignored))
+    ignored = values[term.ignored] if isinstance(term.ignored, str) else term.ignored
+    return float(labels_counted(value, values.get(term.weight), ignored))
 
 
 def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tensor:
@@ -143,7 +144,7 @@ def labels_counted(target: Tensor, weight: Tensor | None, ignored: int) -> Tenso
 
 def label_arguments(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, Any, int] | None:
+) -> tuple[Any, Any, Any] | None:
     """Return target, class weights and ignored index of a mean over labels, else ``None``."""
     if function not in MEANS_OVER_LABELS:
         return None
@@ -167,7 +168,8 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     prelude = frozenset(captured._coarse.prelude)
     walk = _Walk(captured._trace.attributes, prelude, _dependent(captured._trace.graph))
     terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
-    wanted = [name for term in terms for name in (term.value, term.weight) if name]
+    named = (name for term in terms for name in (term.value, term.weight, term.ignored))
+    wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path))
@@ -177,7 +179,8 @@ def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the nodes that depend on an input of the model."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+        given = node.op == "placeholder" and not _is_number(node)
+        if given or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return frozenset(found)
 
@@ -209,6 +212,11 @@ def _is_mask(node: fx.Node) -> bool:
     return "spec" in node.meta and node.meta["spec"].dtype == "bool"
 
 
+def _is_number(node: fx.Node) -> bool:
+    """Whether it is a number that Python gives, and that is an input of the graph: a host value."""
+    return node.op == "placeholder" and "spec" not in node.meta
+
+
 def factor_name(index: int | str) -> str:
     """Return the name of the input that multiplies the ``index``-th varying term."""
     return f"loss_factor_{index}"
@@ -228,7 +236,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
     stay as they are.
     """
     terms = loss_terms(captured)
-    if terms.factored or terms.alike:
+    if terms.factored or terms.alike or not _kept_unscaled(captured, terms):
         return captured
     nodes = {node.name: node for node in captured._trace.graph.nodes}
     graph, names = captured._trace.graph, []
@@ -244,7 +252,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
     wanted = captured.results.keys()
-    coarse = coarsen(trace, trace.glue.leaves, lambda name: name in wanted)
+    coarse = coarsen_reads(trace, lambda name: name in wanted)
     return replace(
         captured,
         programs=block_programs(coarse, trace.attributes),
@@ -252,6 +260,38 @@ def factored(captured: CapturedModel) -> CapturedModel:
         _trace=trace,
         _coarse=coarse,
     )
+
+
+def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
+    """Let what is no part of the loss, such as values that Python reads, use copies of its path.
+
+    Returns whether it does: of nodes that write in place there is no copy.
+    """
+    graph, glue = captured._trace.graph, captured._trace.glue
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.name in terms.path]:
+        others = [n for n in node.users if n.name not in terms.path and n.op != "output"]
+        if node.meta.get("writes"):
+            if any(one.meta.get("guard") for one in _following(node)):
+                return False
+            continue
+        with graph.inserting_after(node):
+            copies[node] = graph.node_copy(node, lambda one: copies.get(one, one))
+        copies[node].meta = dict(node.meta)
+        for user in others:
+            user.replace_input_with(node, copies[node])
+    glue.nodes.update({k: copies[n] for k, n in glue.nodes.items() if n in copies})
+    return True
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield what is computed from ``node``."""
+    pending, seen = [node], {node}
+    while pending:
+        fresh = [user for user in pending.pop().users if user not in seen]
+        yield from fresh
+        seen.update(fresh)
+        pending += fresh
 
 
 @dataclass(frozen=True)
@@ -294,7 +334,7 @@ class _Walk:
 
         A sum or mean over samples is none, one over terms is.
         """
-        sources = node.all_input_nodes
+        sources = [source for source in node.all_input_nodes if not _is_number(source)]
         if node.target is scaled_term:
             return sources[:1]
         operands = [o for o in (*node.args, *node.kwargs.values()) if isinstance(o, fx.Node)]
@@ -321,7 +361,7 @@ class _Walk:
             inner = self._linear_in(node, name)
             return self._stacked(inner[0]) if inner else ()
         stacks = ("stack", "hstack", "cat", "concat", "concatenate")
-        sources = node.all_input_nodes
+        sources = [source for source in node.all_input_nodes if not _is_number(source)]
         return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
 
     def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
@@ -355,9 +395,8 @@ class _Walk:
         known = target in self.prelude and not target.meta["spec"].dtype.startswith("float")
         if not known or not self._known(weight):
             return Term("opaque", node=node.name)
-        return Term(
-            "labels", target.name, "" if weight is None else weight.name, ignored, node.name
-        )
+        given = ignored.name if isinstance(ignored, fx.Node) else ignored
+        return Term("labels", target.name, "" if weight is None else weight.name, given, node.name)
 
     def _known(self, weight: fx.Node | None) -> bool:
         """Whether the weights of the classes are there before the model runs."""

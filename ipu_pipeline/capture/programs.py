@@ -220,8 +220,17 @@ def _object(root: nn.Module, fqn: str) -> Any:
     value = getattr(root.get_submodule(owner), last)
     if not isinstance(value, nn.Module):
         return tuple(value.shape), str(value.dtype)
-    children = [(type(m).__qualname__, m.extra_repr(), _settings(m)) for m in value.modules()]
-    return children, [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in value.parameters()]
+    return _contents(value)
+
+
+def module_signature(module: nn.Module) -> str:
+    """Return a text that is equal for modules that do the same work on equal inputs."""
+    return repr(_contents(module))
+
+
+def _contents(module: nn.Module) -> Any:
+    children = [(type(m).__qualname__, m.extra_repr(), _settings(m)) for m in module.modules()]
+    return children, [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in module.parameters()]
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:

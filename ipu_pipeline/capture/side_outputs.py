@@ -11,6 +11,7 @@ import contextlib
 import copy
 import operator
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -232,6 +233,13 @@ class RepeatedChanges:
             else:
                 set_entry(place, change.key, value)
 
+    def entries(self) -> Iterator[tuple[int, Any]]:
+        """Yield the dicts, by id, and the keys in them in which stages leave the last tensors."""
+        for change in self.changes:
+            place = place_at(self.leaf, change.path)
+            if not isinstance(place, (*LISTS, types.FunctionType)):
+                yield id(place if isinstance(place, dict) else vars(place)), change.key
+
     def _check(self) -> None:
         for path, start in self.starts.items():
             place = place_at(self.leaf, path)
@@ -406,6 +414,7 @@ class SideOutputs:
         for side in reversed(sides):  # later ones may stand for earlier ones
             if side.original is not None:
                 side.node.replace_all_uses_with(side.original)
+                self._tracer.values.replace(side.node, side.original)
         for one in self._noted:
             taken = [side for side in one.sides if side.node.users]
             undone = [c for c in one.changes if c.sink in read and not c.is_recorded]
@@ -461,6 +470,7 @@ class SideOutputs:
         result.meta = {k: v for k, v in call.meta.items() if k in _OF_THE_RESULT}
         sides.meta["scope"] = call.meta["scope"]
         call.meta.pop("spec", None)
+        self._tracer.values.replace(call, result)
         for user in users:
             user.replace_input_with(call, result)
         for number, side in enumerate(taken):
@@ -468,6 +478,7 @@ class SideOutputs:
                 item = graph.call_function(operator.getitem, (sides, number))
             item.meta = dict(side.node.meta)
             side.node.replace_all_uses_with(item)
+            self._tracer.values.replace(side.node, item)
 
 
 def _from_the_end(value: Any, inner: Any) -> Any:

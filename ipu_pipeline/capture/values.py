@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 def own_values(module: nn.Module) -> list[Any]:
     """Return what ``module`` keeps as plain attributes, also in lists and maps."""
     values: list[Any] = list(vars(module).values())
-    for value in [v for v in values if isinstance(v, Mapping | list | tuple)]:
+    for value in [v for v in values if isinstance(v, Mapping | list | tuple | deque)]:
         values.extend(value.values() if isinstance(value, Mapping) else value)
     return values
 
@@ -193,6 +193,7 @@ class Values:
         self._source = source
         self._nodes: dict[int, fx.Node] = {}
         self._originals: dict[int, fx.Node] = {}
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._alive: list[Any] = []
 
     def release(self) -> None:
@@ -223,6 +224,17 @@ class Values:
     def original(self, tensor: Tensor) -> fx.Node | None:
         """Return the node of the value that ``tensor`` is another object for."""
         return self._originals.get(id(tensor))
+
+    def replace(self, node: fx.Node, other: fx.Node) -> None:
+        """Say that the value of ``node`` is that of ``other`` in the finished graph."""
+        self._replaced[node] = other
+
+    def final(self, number: int) -> fx.Node | None:
+        """Return the node of the tensor with this id in the finished graph, if there is one."""
+        node = self._nodes.get(number) or self._originals.get(number)
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node if node is not None and not node._erased else None
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """Return the node of ``tensor``; a parameter, buffer or constant gets one."""
@@ -270,6 +282,11 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
+        return self._object_node(value)
+
+    def _object_node(self, value: Any) -> fx.Node:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            return self._source.host_node(value)
         node = self._source.module_node(value) if isinstance(value, nn.Module) else None
         if node is None:
             raise CaptureError(self.refusal(value))
@@ -278,12 +295,6 @@ class Values:
     def refusal(self, value: Any) -> str:
         """Say why ``value`` cannot be replayed on a stage."""
         where = self._source.where()
-        if isinstance(value, np.ndarray):
-            return (
-                f"{where} turns a numpy array of shape {value.shape} into a tensor; a captured "
-                "graph would repeat this one array for every batch (SpecAugment draws its masks "
-                "so: set mask_time_prob=0 and mask_feature_prob=0, or apply_spec_augment=False)"
-            )
         kind = type(value).__name__
         remedy = " (switch caches off with use_cache=False)" if "cache" in kind.lower() else ""
         return (

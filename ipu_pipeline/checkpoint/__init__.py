@@ -25,7 +25,11 @@ from typing import Any
 
 import torch
 
-from ipu_pipeline.checkpoint.directory import remove_directory, restore_previous
+from ipu_pipeline.checkpoint.directory import (
+    remove_abandoned,
+    remove_directory,
+    restore_previous,
+)
 from ipu_pipeline.checkpoint.manifest import (
     MANIFEST,
     UNREADABLE,
@@ -50,6 +54,8 @@ __all__ = [
     "CheckpointInfo",
     "is_complete",
     "read_checkpoint",
+    "read_extra",
+    "remove_abandoned",
     "remove_directory",
     "restore_previous",
     "write_checkpoint",
@@ -115,9 +121,15 @@ def read_checkpoint(
 
 def is_complete(path: str | Path) -> bool:
     """Whether ``path`` is a checkpoint with every file in its full size (checksums not read)."""
+    return read_extra(path) is not None
+
+
+def read_extra(path: str | Path) -> dict[str, Any] | None:
+    """Return the JSON data that the writer of a complete checkpoint added; else ``None``."""
     path = Path(path)
     try:
-        check_files(path, read_manifest(path), checksums=False)
+        manifest = read_manifest(path)
+        check_files(path, manifest, checksums=False)
+        return dict(manifest["extra"])
     except (CheckpointError, *UNREADABLE):
-        return False
-    return True
+        return None

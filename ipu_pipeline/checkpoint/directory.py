@@ -100,6 +100,19 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(item, ignore_errors=True)
 
 
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Finish or undo what was cut off in ``folder``, of the directories that ``name`` matches.
+
+    The caller makes sure that no other process writes such ones there (by a lock): unlike
+    :func:`remove_stale` this asks no process id, which another one may have by now.
+    """
+    for item in folder.glob(f".{name}{_PREVIOUS}"):
+        restore_previous(item.with_name(item.name.removeprefix(".").removesuffix(_PREVIOUS)))
+    for item in folder.glob(f".{name}{_INCOMPLETE}*"):
+        if item.is_dir() and item.absolute() not in _in_use:
+            shutil.rmtree(item, ignore_errors=True)
+
+
 def _previous(path: Path) -> Path:
     return path.parent / f".{path.name}{_PREVIOUS}"
 

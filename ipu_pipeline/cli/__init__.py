@@ -20,6 +20,7 @@ import typer
 from ipu_pipeline.cli.bundle import emit_command, run_command
 from ipu_pipeline.cli.launch import launch_command
 from ipu_pipeline.cli.options import (
+    Force,
     IPUConfigName,
     IPUConfigOverrides,
     MicroBatch,
@@ -29,13 +30,14 @@ from ipu_pipeline.cli.options import (
     PodType,
     SeqLength,
     TaskOption,
+    counted,
     read_ipu_config,
     save_plan,
 )
 from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.report import report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import INTERRUPTED, PipelineError
 
 P = ParamSpec("P")
 TRACEBACK_VARIABLE = "IPU_PIPELINE_TRACEBACK"
@@ -70,7 +72,7 @@ GranularityOption = Annotated[Granularity, typer.Option("--granularity", help="S
 
 
 def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors that the user can act on into one message and exit code 1."""
+    """Turn errors that the user can act on, and Ctrl-C, into one message and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -81,6 +83,11 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
 
@@ -94,13 +101,13 @@ def plan_command(
         str, typer.Option("--machine", help="local, a known machine such as pod16, or a file.")
     ] = "local",
     num_stages: Annotated[
-        int | None, typer.Option("--num-stages", min=1, help="Default: the config's, or the best.")
+        int | None, counted("--num-stages", "num_stages", "Default: the config's, or the best.")
     ] = None,
     micro_batch: MicroBatch = 1,
     microbatches: Annotated[
         int | None,
-        typer.Option(
-            "--microbatches", min=1, help="Per step; default: the config's, or at least 8."
+        counted(
+            "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
         ),
     ] = None,
     schedule: Annotated[
@@ -120,11 +127,14 @@ def plan_command(
         typer.Option("--passes", help="Such as serialize_projection{factor=4},recompute."),
     ] = "",
     output: PlanOutput = None,
+    force: Force = False,
 ) -> None:
     """Split a model for a machine and say how close to the optimum the split is."""
     from ipu_pipeline.capture.from_config import from_config
     from ipu_pipeline.compiler import plan
+    from ipu_pipeline.ir.files import check_outputs
 
+    check_outputs({"--output": output}, force=force)
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
     made = plan(
         *from_config(

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from ipu_pipeline.cli.options import (
+    Force,
     IPUConfigName,
     IPUConfigOverrides,
     PlanFile,
     PodType,
+    counted,
     read_ipu_config,
 )
 
@@ -42,14 +44,17 @@ def emit_command(
     half: Annotated[
         bool, typer.Option("--half", help="Weights and activations in float16.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 42,
+    seed: Annotated[int, counted("--seed", "seed", "Of every random number.", 0)] = 42,
+    force: Force = False,
 ) -> None:
     """Write a plan as a folder that trains under poptorch, without this package."""
     from ipu_pipeline.backends.ipu.bundle import emit
     from ipu_pipeline.backends.ipu.check import notes
     from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
+    from ipu_pipeline.ir.files import make_folder
     from ipu_pipeline.ir.plan import Plan
 
+    make_folder("--output", output, force=force)
     plan = Plan.load(plan_file)
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
     settings = settings_for(
@@ -80,14 +85,19 @@ def emit_command(
 def _model_config(model: Path | None) -> str | None:
     """Return the text of ``config.json``, or of the one in a folder; ``None`` for none."""
     from ipu_pipeline.errors import LoweringError
+    from ipu_pipeline.ir.codec import parse_json
+    from ipu_pipeline.ir.files import read_text
 
     if model is None:
         return None
     path = model / "config.json" if model.is_dir() else model
+    text = read_text(path, "the model's configuration", LoweringError)
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise LoweringError(f"cannot read the model's configuration: {error}") from error
+        if not isinstance(parse_json(text), dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise LoweringError(f"cannot read the model's configuration {path}: {error}") from error
+    return text
 
 
 def run_command(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import JsonOption, PlanFile
+from ipu_pipeline.cli.options import Force, JsonOption, PlanFile
 
 
 def simulate_command(
@@ -22,13 +22,16 @@ def simulate_command(
         Path | None,
         typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Simulate one optimizer step: time, bubble, and memory of every device."""
+    from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.planner.report.text import drawn, simulation_text
     from ipu_pipeline.planner.report.trace import write_trace
     from ipu_pipeline.planner.schedules.simulate import simulate
 
+    check_outputs({"--trace": trace}, force=force)
     plan = Plan.load(plan_file)
     timeline = simulate(plan, schedule)
     if as_json:
@@ -46,11 +49,14 @@ def report_command(
         Path | None,
         typer.Option("--output", "-o", help="Write one HTML page; default: print text."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Report what a plan decides, costs, and how it would change with other settings."""
+    from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.plan import Plan
     from ipu_pipeline.planner.report import text_report, write_report
 
+    check_outputs({"--output": output}, force=force)
     plan = Plan.load(plan_file)
     if output is None:
         typer.echo(text_report(plan))

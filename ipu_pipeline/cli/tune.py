@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ipu_pipeline.cli.options import (
+    Force,
     JsonOption,
     Model,
     PlanOutput,
     PodOption,
     SeqLength,
     TaskOption,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 def tune_command(
     model: Model,
     global_batch: Annotated[
-        int, typer.Option("--global-batch", min=1, help="Samples of one optimizer step.")
+        int, counted("--global-batch", "global_batch", "Samples of one optimizer step.")
     ],
     task: TaskOption = None,
     machine: PodOption = "pod16",
@@ -42,16 +44,14 @@ def tune_command(
         str, typer.Option("--optimizer", help="sgd, or one with two moments.")
     ] = "adamw",
     micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", min=1, help="Default: searched.")
+        int | None, counted("--micro-batch", "micro_batch", "Default: searched.")
     ] = None,
     ipus_per_replica: Annotated[
-        int | None, typer.Option("--ipus-per-replica", min=1, help="Default: searched.")
+        int | None, counted("--ipus-per-replica", "num_stages", "Default: searched.")
     ] = None,
-    replicas: Annotated[
-        int | None, typer.Option("--replicas", min=1, help="Default: searched.")
-    ] = None,
+    replicas: Annotated[int | None, counted("--replicas", "replicas", "Default: searched.")] = None,
     device_iterations: Annotated[
-        int, typer.Option("--device-iterations", min=1, help="Steps per return to the host.")
+        int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
     ] = 4,
     free: Annotated[
         float, typer.Option("--free", help="Share of every tile that must stay free, 0 to 1.")
@@ -61,16 +61,20 @@ def tune_command(
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
     output: PlanOutput = None,
-    ipu_config: Annotated[
-        Path | None, typer.Option("--ipu-config", help="Write the best ipu_config.json here.")
+    ipu_config_output: Annotated[
+        Path | None,
+        typer.Option("--ipu-config-output", help="Write the best ipu_config.json here."),
     ] = None,
+    force: Force = False,
     as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
     from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
+    from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
+    check_outputs({"--output": output, "--ipu-config-output": ipu_config_output}, force=force)
     run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
                           least_free=free)  # fmt: skip
@@ -86,7 +90,7 @@ def tune_command(
         typer.echo(result_text(result))
         if compare is not None and other is not None:
             typer.echo(f"\n{comparison_text(result, compare, other)}")
-    for said in _written(result, capture, output, ipu_config):
+    for said in _written(result, capture, output, ipu_config_output):
         typer.echo(said, err=as_json)
 
 
@@ -94,7 +98,7 @@ def _written(
     result: TuneResult,
     capture: Callable[[int], CapturedModel],
     output: Path | None,
-    ipu_config: Path | None,
+    ipu_config_output: Path | None,
 ) -> Iterator[str]:
     """Write the best point to the files that were asked for, and say so."""
     from ipu_pipeline.capture import model_identity
@@ -103,8 +107,8 @@ def _written(
     if output is not None:
         result.plan(model_identity(capture(size).model)).save(output)
         yield f"plan written to {output}"
-    if ipu_config is not None:
-        path = result.ipu_config().save(ipu_config)
+    if ipu_config_output is not None:
+        path = result.ipu_config().save(ipu_config_output)
         yield f"IPU configuration written to {path} (micro batch {size})"
 
 

@@ -7,25 +7,30 @@ so that a misspelled one is not ignored in silence.
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import PipelineError, shown
+from ipu_pipeline.ir.files import named, read_text, write_text
 
 T = TypeVar("T")
 # Fields of the dataclasses that this module reads: a size or count, and seconds or a rate.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
-# Bytes of the largest file, and digits of the longest whole number.
-MAX_BYTES = 2**30
-MAX_DIGITS = 19
+# Characters of the longest whole number, and levels of lists and objects.
+MAX_DIGITS = 20
+MAX_DEPTH = 100
+MOST_NAMES = 5  # of unknown fields in a message
+_TOO_DEEP = f"it has more than {MAX_DEPTH} levels of lists and objects; make it flatter"
+_HALF = re.compile(r"\\u[dD]")  # the beginning of a half of a character that is escaped
 
 
 def to_json(value: Any) -> Any:
@@ -75,10 +80,11 @@ def from_json(
 
 def unknown_field(names: Iterable[str], known: Iterable[str]) -> str:
     """Say that there are no fields ``names``, with the closest ones that there are."""
-    names, known = list(names), list(known)
+    names, known = list(names)[:MOST_NAMES], list(known)
     close = [match for name in names for match in get_close_matches(str(name), known, n=2)]
-    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {', '.join(known)}"
-    return f"unknown field {', '.join(map(repr, names))}; {hint}"
+    fields_known = shorten(", ".join(known), 300, placeholder=" ...")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"fields: {fields_known}"
+    return f"unknown field {', '.join(map(shown, names))}; {hint}"
 
 
 def _is_required(item: Field[Any]) -> bool:
@@ -90,27 +96,70 @@ def _place(source: str, where: str) -> str:
 
 
 def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
-    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
+    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read."""
+    text = read_text(path, what, error)
+    try:
+        return parse_json(text)
+    except ValueError as problem:
+        raise error(f"cannot read {what} {named(path)}: {problem}") from problem
 
-    Numbers that JSON does not have (NaN, infinity), numbers beyond 64 bits, and files above
-    ``MAX_BYTES`` or nested too deeply are refused.
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON, or holds what has no one meaning: numbers that JSON does not
+            have (NaN, infinity) or beyond 64 bits, a key twice, half of a character, or more than
+            ``MAX_DEPTH`` levels.
     """
     try:
-        size = Path(path).stat().st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"it has {size} bytes, at most {MAX_BYTES} are read")
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(
-            text, parse_int=_whole, parse_float=_finite, parse_constant=_refuse_number
+        found = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_refuse_number,
+            object_pairs_hook=_object,
         )
-    except RecursionError as problem:
-        raise error(f"cannot read {what} {path}: it is nested too deeply") from problem
-    except (OSError, ValueError) as problem:  # of the encoding and of JSON, too
-        raise error(f"cannot read {what} {path}: {problem}") from problem
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"it is no JSON: {problem}") from problem
+    level = [[found]]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    if _HALF.search(text):
+        _refuse_half_characters(found)
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {shown(twice)} twice in one object; remove one of them")
+    return found
+
+
+def _refuse_half_characters(found: Any) -> None:
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:
+        raise ValueError(
+            f"it holds {shown(problem.object[problem.start])}, half of a character; write it whole"
+        ) from problem
 
 
 def _whole(text: str) -> int:
-    return int(text) if len(text) <= MAX_DIGITS else _refuse_number(text)
+    found = int(text) if len(text) <= MAX_DIGITS else 2**63
+    return found if -(2**63) <= found < 2**63 else _refuse_number(text)
 
 
 def _finite(text: str) -> float:
@@ -118,20 +167,16 @@ def _finite(text: str) -> float:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    shown = text if len(text) <= 40 else f"{text[:40]}..."
-    raise ValueError(f"it holds the number {shown}, which is not finite or beyond 64 bits")
+    raise ValueError(f"it holds the number {text[:40]}, which is not finite or beyond 64 bits")
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any], in_one_line: str = "") -> None:
-    """Write JSON, atomically: the file is whole at any time; nobody edits ``in_one_line``."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write JSON, whole or not at all; nobody edits ``in_one_line``."""
     texts = [
         f" {json.dumps(key)}: {json.dumps(value, indent=None if key == in_one_line else 1)}"
         for key, value in payload.items()
     ]
-    partial.write_text("{\n" + ",\n".join(texts) + "\n}\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "{\n" + ",\n".join(texts) + "\n}\n")
 
 
 def _excerpt(raw: Any, where: str) -> str:

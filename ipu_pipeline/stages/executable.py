@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,8 +164,35 @@ class ExecutionOptions:
             )
 
 
+def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a call in a forked copy of the process that made the executable: it would hang there.
+
+    The copy closes nothing either, as what there is to close is not its own.
+    """
+
+    @functools.wraps(method)
+    def checked(self: Executable, *args: Any, **kwargs: Any) -> Any:
+        if self._process == os.getpid():
+            return method(self, *args, **kwargs)
+        if method.__name__ in ("close", "__exit__"):
+            return None
+        raise LoweringError(
+            f"{method.__name__} was called in process {os.getpid()}, a forked copy of process "
+            f"{self._process} that compiled the model: the threads that run it are not copied; use "
+            "the executable where it was made, or compile in a process that is started with 'spawn'"
+        )
+
+    return checked
+
+
+def _check_processes(cls: type[Executable]) -> None:
+    for name, method in list(vars(cls).items()):
+        if inspect.isfunction(method) and (name == "__exit__" or not name.startswith("_")):
+            setattr(cls, name, _of_one_process(method))
+
+
 class Executable(ABC):
-    """A compiled model. One thread drives it; it is not reentrant.
+    """A compiled model. One thread drives it, of the process that made it; it is not reentrant.
 
     Args:
         model: The user's model; its parameters are trained in place.
@@ -186,6 +216,12 @@ class Executable(ABC):
         self.optimizer = optimizer
         self.global_step = 0
         self._background = Background()
+        self._process = os.getpid()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let every public method look first in which process it is called."""
+        super().__init_subclass__(**kwargs)
+        _check_processes(cls)
 
     @abstractmethod
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
@@ -276,3 +312,6 @@ class Executable(ABC):
         except Exception:
             if error is None:  # otherwise it was logged, and the caller's own error goes on
                 raise
+
+
+_check_processes(Executable)

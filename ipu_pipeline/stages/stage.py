@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,7 @@ class Stage:
         for program in self.programs:
             self.block = program.name
             self._run(program, values, key, blocks)
+            self._note_backward(program, values)
         self.block = ""
         return values, blocks
 
@@ -170,7 +171,6 @@ class Stage:
         state = self._in_flight.pop(microbatch)
         roots, seeds = _roots(state, gradients, loss_gradient)
         wanted = [leaf for leaf in state.received.values() if leaf.requires_grad]
-        self.block = "backward pass"
         if not roots:
             return {}, []
         shared: list[tuple[Tensor, Tensor]] = []
@@ -212,6 +212,17 @@ class Stage:
             with program.saving_copies():
                 outputs = call(*inputs)
         values.update(zip(program.outputs, outputs, strict=True))
+
+    def _note_backward(self, program: Program, values: Mapping[str, Any]) -> None:
+        """Let the stage say that a backward pass is in this block when it comes to it."""
+
+        def note(_: Tensor) -> None:
+            self.block = program.name
+
+        for name in program.outputs:
+            value = values[name]
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                value.register_hook(note)
 
     def _backward_apart(
         self,
@@ -301,6 +312,17 @@ def build_stages(
             )
         )
     return tuple(stages)
+
+
+def at_sizes(stages: Sequence[Stage], captured: CapturedModel) -> tuple[Stage, ...]:
+    """Return the same stages for other sizes: those of ``captured``."""
+    return tuple(
+        replace(
+            stage,
+            specs=_specs(captured, (*stage.sends, *stage.results.values()), stage.row_shards),
+        )
+        for stage in stages
+    )
 
 
 def _runs_live(program: Program) -> bool:

@@ -281,10 +281,13 @@ class _Lookups(TableCalls):
 def _find_lookup(captured: CapturedModel, program: Program, table: Table) -> dict[str, Any]:
     """Run ``program`` without data; return which of its inputs it looks up, and how."""
     seen = _Lookups(table.parameter)
-    inputs: list[Tensor] = []
+    inputs: list[Any] = []
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             for name in program.inputs:
+                if name in captured.glue.hosts:
+                    inputs.append(captured.glue.hosts[name])
+                    continue
                 spec = captured.specs[name]
                 inputs.append(torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
             with seen:

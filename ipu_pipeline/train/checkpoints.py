@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from tqdm import tqdm
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ipu_pipeline.checkpoint import MANIFEST, is_complete, remove_directory, restore_previous
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.checkpoint import MANIFEST, read_extra, remove_directory
+from ipu_pipeline.errors import CheckpointError, PipelineError
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train.arguments import TrainingArguments
 from ipu_pipeline.train.data import EpochBatches
+from ipu_pipeline.train.output_folder import (
+    begin_run,
+    checkpoints_in,
+    locked,
+    newest_checkpoint,
+    step_of,
+)
 from ipu_pipeline.train.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class Checkpoints:
@@ -44,6 +49,9 @@ class Checkpoints:
         self._scheduler = scheduler
         self._data = sampler.describe()
         self._tokenizer = tokenizer
+        self._saves = arguments.save_strategy != SaveStrategy.NO
+        self._run_id = ""
+        self._lock = contextlib.ExitStack()
         self._being_saved: Path | None = None
 
     def __enter__(self) -> Checkpoints:
@@ -51,18 +59,47 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         # The error that ended the run goes on; that of a save is logged by its writer.
-        with contextlib.suppress(*() if error is None else (Exception,)):
+        with self._lock, contextlib.suppress(*() if error is None else (Exception,)):
             self._settle()
 
     def resume(self, progress: Progress) -> None:
-        """Load the checkpoint that is asked for, if one is; every process calls this.
+        """Begin to train into the folder, from the checkpoint that is asked for, if one is.
+
+        Every process calls this. The first one has the folder for itself from here to the end of
+        the block, if anything is to be saved.
 
         Raises:
-            CheckpointError: It cannot be loaded, or the data, its batches or their seed differ.
+            CheckpointError: Another run trains into the folder; the checkpoint cannot be loaded;
+                or the data, its batches or their seed differ. Of all processes alike.
         """
-        path = agreed_resume_checkpoint(self._executable, self._arguments)
-        if path is None:
-            return
+        folder = self._arguments.folder
+        with contextlib.ExitStack() as lock:
+            if self._saves:
+                self._agreed(lambda: lock.enter_context(locked(folder)))
+            found = self._agreed(lambda: str(find_resume_checkpoint(self._arguments) or ""))
+            path = Path(found) if found else None
+            if path is not None:
+                self._load(path, progress)
+            if self._saves:
+                self._run_id = self._agreed(lambda: begin_run(folder, path, run_of))
+            self._lock = lock.pop_all()
+
+    def _agreed(self, work: Callable[[], str | None]) -> str:
+        """Return what ``work`` returns on the first process, or raise its error, on all of them.
+
+        Others may look at another disk, or a moment too early or too late.
+        """
+        found, problem = "", ""
+        try:
+            found = (work() if self._arguments.should_save else None) or ""
+        except (PipelineError, OSError) as error:
+            problem = str(error)
+        found, problem = self._executable.broadcast((found, problem))
+        if problem:
+            raise CheckpointError(problem)
+        return found
+
+    def _load(self, path: Path, progress: Progress) -> None:
         extra = self._executable.load_checkpoint(path)
         try:
             saved = extra["training"]
@@ -86,7 +123,8 @@ class Checkpoints:
                 "or load it with executable.load_checkpoint and train without "
                 "resume_from_checkpoint"
             )
-        logger.info("resuming from %s at step %d", path, progress.state.global_step)
+        if self._arguments.should_save and not self._arguments.disable_tqdm:
+            tqdm.write(f"resuming from {path} at step {progress.state.global_step}")
 
     def save(self, progress: Progress) -> None:
         """Write ``checkpoint-<step>``; then delete those beyond ``save_total_limit``.
@@ -96,7 +134,7 @@ class Checkpoints:
         self._settle()
         step = progress.state.global_step
         path = self._arguments.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        saved = {"data": self._data, "scheduler": self._scheduler.state_dict()}
+        saved = {"data": self._data, "scheduler": self._scheduler.state_dict(), "run": self._run_id}
 
         def add_files(folder: Path) -> None:  # for people and tools: resuming does not read them
             text = json.dumps(progress.to_json()["state"], indent=2, sort_keys=True) + "\n"
@@ -124,63 +162,50 @@ class Checkpoints:
             rotate_checkpoints(newest, self._arguments.save_total_limit)
 
 
+def run_of(path: Path) -> str | None:
+    """Return of which run a complete checkpoint is, ``""`` if it does not say; else ``None``."""
+    extra = read_extra(path)
+    training = None if extra is None else extra.get("training")
+    found = training.get("run", "") if isinstance(training, Mapping) else ""
+    return None if extra is None else str(found)
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the complete checkpoints in ``output_dir`` by step; others are passed over."""
-    folder = Path(output_dir)
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and is_complete(p)]
-    return sorted(found, key=_step)
+    return list(checkpoints_in(Path(output_dir), run_of))
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step, ``None`` if there is none."""
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1] if checkpoints else None
+    """Return the complete checkpoint with which the last run in ``output_dir`` goes on.
+
+    That is the one with the highest step of this run; ``None`` if there is none.
+
+    Raises:
+        CheckpointError: There are some of several runs, and nothing says which is the last.
+    """
+    return newest_checkpoint(Path(output_dir), run_of)
 
 
 def rotate_checkpoints(newest: Path, limit: int | None) -> None:
-    """Delete the oldest complete checkpoints beside ``newest``, which is complete and stays.
+    """Delete the oldest complete checkpoints of the run whose ``newest`` is complete and stays.
 
-    Age is the time of writing, not the step: folders of an earlier run go first.
+    Age is the time of writing.
     """
     if limit is None:
         return
-    others = [p for p in list_checkpoints(newest.parent) if p != newest]
-    by_age = sorted(others, key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, _step(p)))
+    found = checkpoints_in(newest.parent, run_of)
+    others = [p for p, run in found.items() if p != newest and run == found.get(newest)]
+    by_age = sorted(others, key=lambda p: ((p / MANIFEST).stat().st_mtime_ns, step_of(p)))
     for path in by_age[: max(0, len(by_age) + 1 - limit)]:
         logger.info("deleting %s: save_total_limit is %d", path, limit)
         remove_directory(path)
 
 
-def agreed_resume_checkpoint(executable: Executable, arguments: TrainingArguments) -> Path | None:
-    """Return what :func:`find_resume_checkpoint` does on the first process, on every process.
-
-    Others may look at another disk, or a moment too early or too late.
-
-    Raises:
-        CheckpointError: The newest one is asked for and the first process finds none.
-    """
-    found, problem = None, ""
-    try:
-        if arguments.should_save:  # finish or undo replacements that were cut off
-            for item in arguments.folder.glob(f".{PREFIX_CHECKPOINT_DIR}-*.previous"):
-                name = item.name.removeprefix(".").removesuffix(".previous")
-                restore_previous(item.with_name(name))
-        found = find_resume_checkpoint(arguments)
-    except (CheckpointError, OSError) as error:
-        problem = str(error)
-    agreed, problem = executable.broadcast((found and str(found), problem))
-    if problem:
-        raise CheckpointError(problem)
-    return None if agreed is None else Path(agreed)
-
-
 def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:
     """Return the checkpoint that ``resume_from_checkpoint`` asks for, ``None`` to start afresh.
 
-    A folder is itself; ``latest`` (or ``true``) the newest in ``output_dir``; ``auto`` the newest
-    if there is one.
+    A folder is itself; ``latest`` (or ``true``) the newest of the last run in ``output_dir``;
+    ``auto`` the newest if there is one.
 
     Raises:
         CheckpointError: The newest one is asked for and there is none.
@@ -194,11 +219,6 @@ def find_resume_checkpoint(arguments: TrainingArguments) -> Path | None:
     if latest is None and str(wanted).lower() != "auto":
         raise CheckpointError(
             f"resume_from_checkpoint is {wanted!r} and {arguments.output_dir} holds no complete "
-            "checkpoint; name one, or use 'auto' to start afresh when there is none"
+            "checkpoint of its last run; name one, or use 'auto' to start afresh when there is none"
         )
     return latest
-
-
-def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1

@@ -49,6 +49,7 @@ def train(
         ValueError: Executable, data and arguments do not fit together.
         CheckpointError: The checkpoint to resume from cannot be used.
         OSError: A checkpoint cannot be written; earlier ones are untouched.
+        StageError: No step has changed a weight: all of them were skipped.
     """
     optimizer = _checked(executable, arguments)
     set_seed(arguments.seed)
@@ -62,7 +63,7 @@ def train(
     start_s, num_samples = time.time(), 0
     executable.model.train()  # as transformers' loop does; a step leaves modes as they are
     hidden = arguments.disable_tqdm or not arguments.should_save
-    with tqdm(total=state.max_steps, initial=first, disable=hidden) as bar, checkpoints:
+    with checkpoints, tqdm(total=state.max_steps, initial=first, disable=hidden) as bar:
         while state.global_step < state.max_steps:
             for batch in loader.batches(*divmod(state.global_step, len(loader))):
                 learning_rate = scheduler.get_last_lr()[0]
@@ -84,6 +85,7 @@ def train(
         metrics = speed_metrics("train", start_s, num_samples=num_samples, num_steps=steps)
         metrics |= {"train_loss": losses.mean, "epoch": state.epoch}
         progress.log(metrics, bar)
+        progress.check_trained()
     return TrainResult(state.global_step, losses.mean, metrics, state, losses.skipped)
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
 
+from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages.executable import StepResult
 from ipu_pipeline.train.arguments import TrainingArguments
 
@@ -118,6 +119,21 @@ class Progress:
         if not bar.disable:
             bar.write(f"step {self.state.global_step}  {'  '.join(items)}")
             sys.stdout.flush()  # tqdm does not, and a run may end any time
+
+    def check_trained(self) -> None:
+        """Refuse to end well when nothing was learned; a few skipped steps are normal.
+
+        Raises:
+            StageError: Every step of the run was skipped.
+        """
+        steps = self.state.global_step
+        if steps and self.losses.skipped >= steps:
+            raise StageError(
+                f"none of the {steps} optimizer steps changed a weight: the gradients were not "
+                "finite (NaN or infinite) in any of them, so all were skipped; look for what is "
+                "not finite in the weights, the data and the loss, or with fp16 lower "
+                "loss_scaling or use bf16"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON data."""

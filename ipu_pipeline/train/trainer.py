@@ -10,6 +10,7 @@ runs live in the last stage (``live_loss.py``).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 from accelerate.utils.operations import convert_to_fp32  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from typing_extensions import Self
 
@@ -31,6 +33,13 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.training import autocast_region
 from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of, trainable
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
+from ipu_pipeline.train.output_folder import (
+    begin_run,
+    begin_trainer_checkpoint,
+    locked,
+    newest_checkpoint,
+    run_of_trainer_checkpoint,
+)
 from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
@@ -52,7 +61,7 @@ _NO_SUBSTEP = TrainerCallback.on_substep_end
 # What is no state of the user's code.
 _OWN_STATE = frozenset(
     {"_handed_in", "_ahead", "_live", "_executable", "_num_trained", "_watch", "plan", "_make_plan",
-     "_training_order", "_evaluation_order", "_given_plan"}
+     "_training_order", "_evaluation_order", "_given_plan", "_run_id"}
 )  # fmt: skip
 Prediction = tuple[Tensor | None, Any, Any]
 T = TypeVar("T")
@@ -118,6 +127,7 @@ class PipelineTrainer(Trainer):
         self._num_trained = 0
         self._training_order, self._evaluation_order = MicrobatchOrder(), MicrobatchOrder()
         self._watch: Watch | None = None
+        self._run_id = ""
         super().__init__(*args, **kwargs)
         plan = plan or getattr(self.args, "plan", None)
         self._given_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
@@ -131,6 +141,50 @@ class PipelineTrainer(Trainer):
             microbatches=self.args.gradient_accumulation_steps,
             costs=costs or str(getattr(self.args, "costs", "analytic")),
         )
+
+    # ---- the run and its folder ---------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 - the inherited signature
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Train as transformers' Trainer does, with ``output_dir`` for this process alone.
+
+        ``True`` resumes the newest checkpoint of the last run there, whatever older ones left.
+
+        Raises:
+            CheckpointError: Another process trains into the folder.
+            ValueError: There is no checkpoint to resume.
+        """
+        folder, path = Path(str(self.args.output_dir)), resume_from_checkpoint or None
+        self._run_id = ""
+        with contextlib.ExitStack() as block:
+            if saves := self.args.save_strategy != SaveStrategy.NO:
+                block.enter_context(locked(folder))
+            if path is True:
+                path = str(newest_checkpoint(folder, run_of_trainer_checkpoint) or "")
+                if not path:
+                    raise ValueError(
+                        f"there is no complete checkpoint of the last run in {folder}; name one, "
+                        "or start afresh without resume_from_checkpoint"
+                    )
+            if saves and (path is None or run_of_trainer_checkpoint(Path(path)) is not None):
+                self._run_id = begin_run(folder, path and Path(path), run_of_trainer_checkpoint)
+            return super().train(path, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as transformers does, and say in the checkpoint of which run it is."""
+        folder, before = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+        if not self._run_id:  # a callback has asked for it, without any save_strategy
+            self._run_id = begin_run(folder, None, run_of_trainer_checkpoint)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        begin_trainer_checkpoint(folder / name, self._run_id)
+        super()._save_checkpoint(model, trial)
+        best = self.state.best_model_checkpoint
+        if best != before and run_of_trainer_checkpoint(Path(str(best))) != self._run_id:
+            self.state.best_model_checkpoint = before  # an older run's, of the step of the best
 
     # ---- training -----------------------------------------------------------------------
 

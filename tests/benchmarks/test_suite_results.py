@@ -74,14 +74,16 @@ def test_csv_keeps_every_row(rows, tmp_path) -> None:
 
 
 def test_files_that_are_no_results_are_refused(tmp_path) -> None:
-    with pytest.raises(ResultsError, match=r"there are no results at .*none\.csv; write some"):
+    with pytest.raises(ResultsError, match=r"cannot read the results .*none\.csv: No such file"):
         read_csv(tmp_path / "none.csv")
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(ResultsError, match="is no results file; its columns must be group, workl"):
+    with pytest.raises(ResultsError, match="must have the columns group, workload"):
         read_csv(path)
     write_csv([replace(flatten(RESULTS)[0], median="fast")], path)  # type: ignore[arg-type]
-    with pytest.raises(ResultsError, match="is no results file: could not convert string"):
+    with pytest.raises(
+        ResultsError, match="line 2, median: Expected `float`, got `str`, the value is 'fast'"
+    ):
         read_csv(path)
 
 
@@ -193,7 +195,7 @@ def test_measured_groups_replace_those_of_the_whole(rows, monkeypatch, tmp_path)
     [
         (["--update"], "--update goes with --only"),
         (["--update", "--only", "ipu", "--quick"], "and not with --quick"),
-        (["--update", "--only", "ipu"], "there are no results at"),
+        (["--update", "--only", "ipu"], "cannot read the results"),
     ],
 )
 def test_an_update_of_nothing_is_refused(tmp_path, capsys, arguments, said) -> None:
@@ -217,7 +219,7 @@ def test_the_exit_code_of_a_comparison(rows, capsys) -> None:
 
 def test_a_missing_baseline_is_told_before_anything_is_measured(tmp_path, capsys) -> None:
     assert run.main(["--compare", str(tmp_path / "none.csv")]) == 1
-    assert "benchmarks: there are no results at" in capsys.readouterr().err
+    assert "benchmarks: cannot read the results" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("leave", [None, "results"])

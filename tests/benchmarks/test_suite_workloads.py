@@ -53,11 +53,11 @@ def test_every_part_has_something_quick(part) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("colour", 1, "workloads: bert-base-qa: unknown field colour; known are model"),
+        ("colour", 1, "workloads: bert-base-qa: unknown field 'colour'; fields: model"),
         ("precisions", ["fp8"], "unknown precision 'fp8'; use one of float32; bf16"),
         ("precisions", [], "no precision is listed; use some of float32; bf16"),
         ("contestants", ["jax"], "unknown contestant 'jax'; use one of eager; torch.compile"),
-        ("rounds", 0, "workloads: bert-base-qa: rounds is 0; use a whole number, at least 1"),
+        ("rounds", 0, "workloads: bert-base-qa, rounds: Expected `int` >= 1, the value is 0"),
         ("check_microbatches", 17, "check_microbatches is 17; use 1 to 16, the microbatches"),
     ],
 )
@@ -70,12 +70,14 @@ def test_workloads_are_checked(changed, name, value, message) -> None:
 
 
 def test_what_is_missing_is_named(changed) -> None:
-    with pytest.raises(WorkloadError, match="planning: llama 8B: stages, rounds is missing"):
+    with pytest.raises(WorkloadError, match="planning: llama 8B: missing field 'stages', 'rounds'"):
         changed(lambda given: [given["planning"]["llama 8B"].pop(n) for n in ("stages", "rounds")])
 
 
 def test_kinds_and_workloads_are_known(changed) -> None:
-    with pytest.raises(WorkloadError, match="contestants: DDP: unknown kind 'fsdp'; use one of"):
+    with pytest.raises(
+        WorkloadError, match="contestants: DDP, kind: Expected one of eager, compiled"
+    ):
         changed(lambda given: given["contestants"]["DDP"].update(kind="fsdp"))
     with pytest.raises(WorkloadError, match="unknown workload 'x'; use one of bert-base-qa"):
         changed(lambda given: given["memory"][0].update(workload="x"))

@@ -151,3 +151,12 @@ def test_predict_refuses_an_unknown_configuration(bert: str) -> None:
     result = invoke("predict", bert, "--ipu-config", "Graphcore/no-such-ipu")
     assert result.exit_code == 1
     assert "no packaged preset is called 'Graphcore/no-such-ipu'" in result.stderr
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, bert: str) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Plan, "load", interrupt)
+    result = invoke("explain", bert)
+    assert (result.exit_code, result.stderr, result.stdout) == (130, "interrupted\n", "")

@@ -148,3 +148,14 @@ CONTRADICTIONS = {
 def test_refuses_contradictions(module, message):
     with pytest.raises(ValueError, match=message):
         module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])
+
+
+def test_ctrl_c_is_one_line_and_130(module, common, monkeypatch, capsys):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["run_qa.py", *shlex.split(OWN)])
+    with pytest.raises(SystemExit) as ended:
+        common.run_command_line(interrupt, module.Options)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

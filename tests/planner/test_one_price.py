@@ -158,7 +158,9 @@ def test_a_tuned_plan_has_the_price_that_tune_prints(tmp_path: Path) -> None:
     made, written = tmp_path / "plan.json", tmp_path / "ipu_config.json"
     command = ["tune", str(tmp_path), "--task", "question-answering", "--machine", "pod4"]
     command += ["--global-batch", "64", "--micro-batch", "2", "--seq-length", "64", "--json"]
-    result = CliRunner().invoke(app, [*command, "-o", str(made), "--ipu-config", str(written)])
+    result = CliRunner().invoke(
+        app, [*command, "-o", str(made), "--ipu-config-output", str(written)]
+    )
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)["front"][0]["step_s"]
     plan = Plan.load(made)

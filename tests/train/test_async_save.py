@@ -7,7 +7,7 @@ import torch
 
 from ipu_pipeline import checkpoint
 from ipu_pipeline.train import latest_checkpoint, list_checkpoints
-from ipu_pipeline.train.checkpoints import agreed_resume_checkpoint
+from ipu_pipeline.train.output_folder import LOCK
 from tests.train.test_data import wordless_tokenizer
 from tests.train.test_resume import (
     KillAt,
@@ -43,7 +43,7 @@ def test_the_folder_has_everything_when_it_appears(tmp_path):
     run(arguments, tokenizer=wordless_tokenizer())
     names = {p.name for p in (tmp_path / "checkpoint-3").iterdir()}
     assert names >= {"trainer_state.json", "tokenizer_config.json", "model.safetensors"}
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK]
 
 
 def test_deletion_waits_until_the_new_one_is_complete(tmp_path, monkeypatch, caplog):
@@ -75,13 +75,13 @@ def test_an_error_in_the_background_ends_training_and_loses_nothing(tmp_path, mo
     with pytest.raises(OSError, match="No space left on device"):
         run(settings(tmp_path, async_save=True, save_total_limit=1))
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6"]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK]
 
 
-def test_a_replacement_that_was_cut_off_is_found(tmp_path, whole):
-    executable, _ = whole
-    arguments = settings(tmp_path)
-    executable.save_checkpoint(tmp_path / "checkpoint-3")
+def test_a_replacement_that_was_cut_off_is_found(tmp_path):
+    arguments = settings(tmp_path, max_steps=3)
+    run(arguments)
     (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.previous")
     assert latest_checkpoint(tmp_path) is None
-    assert agreed_resume_checkpoint(executable, arguments) == tmp_path / "checkpoint-3"
+    executable, _ = run(arguments)
+    assert executable.losses == []  # it resumes at the last step

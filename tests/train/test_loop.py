@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerState
 
+from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages.executable import Executable
 from ipu_pipeline.train import TrainingArguments, build_optimizer, list_checkpoints, loop, train
 from tests.train.eager_executable import EagerExecutable, Questions, tiny_bert
@@ -223,6 +224,28 @@ def test_an_overflow_is_skipped_and_the_schedule_waits(tmp_path):
     assert (result.skipped_steps, result.global_step) == (2, 4)
     assert len(runner.optimizer.state[model.qa_outputs.weight]) > 0
     assert runner.optimizer.state[model.qa_outputs.weight]["step"] == 2
+
+
+def test_a_run_that_has_skipped_every_step_does_not_end_well(tmp_path):
+    settings = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=2)
+
+    class Overflow(EagerExecutable):
+        finite_at = -1
+
+        def forward_backward(self, batch):
+            super().forward_backward(batch)
+            if self.global_step != self.finite_at:
+                self.model.qa_outputs.weight.grad[0, 0] = math.nan
+            return math.nan
+
+    model = tiny_bert()
+    runner = Overflow(model, build_optimizer(model, settings))
+    message = "none of the 3 optimizer steps changed a weight: the gradients were not finite"
+    with pytest.raises(StageError, match=message):
+        train(runner, Questions(8), settings)
+    settings.max_steps, settings.resume_from_checkpoint = 4, "auto"
+    runner.finite_at = 3  # of four steps one
+    assert train(runner, Questions(8), settings).skipped_steps == 3
 
 
 def test_a_loss_that_is_not_finite_shows(tmp_path):

@@ -1,6 +1,8 @@
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +18,13 @@ from ipu_pipeline.train import (
     build_optimizer,
     latest_checkpoint,
     list_checkpoints,
+    output_folder,
     train,
 )
 from ipu_pipeline.train.checkpoints import find_resume_checkpoint
+from ipu_pipeline.train.output_folder import RUN, locked
 from tests.train.eager_executable import EagerExecutable, Questions, tiny_bert
+from tests.train.kill_drill import DrillError
 from tests.train.test_data import wordless_tokenizer
 
 DATA = Questions(22)
@@ -142,7 +147,8 @@ def test_kill_9_while_training(tmp_path, whole, root):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    if process.wait() != -signal.SIGKILL:
+        raise DrillError("the training ended before the kill")
     executable, result = run(settings(tmp_path))
     assert 0 < len(executable.losses) < 18
     assert executable.losses == reference.losses[-len(executable.losses) :]
@@ -166,15 +172,17 @@ def test_kill_9_while_saving(tmp_path, whole, monkeypatch):
         finally:
             os._exit(1)
     _, status = os.waitpid(pid, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+        raise DrillError("the kill did not happen")
     left = [p.name for p in tmp_path.iterdir()]
-    assert len(left) == 3
-    assert any(name.startswith(".checkpoint-9.incomplete.") for name in left)
+    [hidden] = [name for name in left if name.startswith(".checkpoint-9.incomplete.")]
+    assert sorted(left) == sorted([".run.lock", "run.json", "checkpoint-3", "checkpoint-6", hidden])
+    (tmp_path / ".checkpoint-3.incomplete.pod7.13").mkdir()  # of another machine, or process id
     assert latest_checkpoint(tmp_path).name == "checkpoint-6"
     executable, result = run(settings(tmp_path))
     assert executable.losses == reference.losses[6:]
     assert without_times(result.log_history) == without_times(expected.log_history)
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
 
 
 # ---------------------------------------------------------------- which checkpoint
@@ -219,10 +227,88 @@ def test_rotation_deletes_only_after_the_new_one_is_complete(tmp_path):
     assert latest_checkpoint(tmp_path).name == "checkpoint-6"
 
 
-def test_checkpoints_of_an_earlier_run_are_older_whatever_their_step(tmp_path):
-    run(settings(tmp_path, max_steps=9))
-    run(settings(tmp_path, max_steps=4, save_total_limit=1, resume_from_checkpoint=None))
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+# ---------------------------------------------------------------- whose checkpoints
+
+
+def test_an_older_run_never_wins_a_resume(tmp_path, whole, caplog):
+    reference, expected = whole
+    run(settings(tmp_path, max_steps=9, learning_rate=0.5))
+    with pytest.raises(Killed):  # before it has a checkpoint of its own
+        run(settings(tmp_path, resume_from_checkpoint=None), KillAt(2))
+    assert "holds checkpoint-3, checkpoint-6, checkpoint-9 of another run" in caplog.text
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint of its last run"):
+        run(settings(tmp_path, resume_from_checkpoint="latest"))
+    with pytest.raises(Killed):
+        run(settings(tmp_path, save_total_limit=1), KillAt(7))
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+    # The older run's are not deleted in place of the own ones that are too many.
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9"]
+    resumed, result = run(settings(tmp_path))
+    assert resumed.losses == reference.losses[6:]
+    assert without_times(result.log_history) == without_times(expected.log_history)
+
+
+def test_a_run_that_goes_back_does_not_jump_forward_again(tmp_path, whole):
+    reference, _ = whole
+    with pytest.raises(Killed):
+        run(settings(tmp_path), KillAt(10))
+    for step in (4, 7):  # without and with a checkpoint of its own
+        back = "auto" if step > 4 else str(tmp_path / "checkpoint-3")
+        with pytest.raises(Killed):
+            run(settings(tmp_path, resume_from_checkpoint=back), KillAt(step))
+        kept = (step - 1) // 3 * 3
+        assert latest_checkpoint(tmp_path) == tmp_path / f"checkpoint-{kept}"
+    resumed, _ = run(settings(tmp_path))
+    assert resumed.losses == reference.losses[6:]
+    elsewhere = settings(
+        tmp_path / "other", resume_from_checkpoint=str(tmp_path / "checkpoint-6"), max_steps=8
+    )
+    with pytest.raises(Killed):
+        run(elsewhere, KillAt(7))
+    assert latest_checkpoint(tmp_path / "other") == tmp_path / "checkpoint-6"
+
+
+def test_a_folder_that_does_not_say_which_run_is_the_last(tmp_path):
+    for name in ("one", "other"):
+        run(settings(tmp_path / name, max_steps=3 if name == "one" else 6))
+    (tmp_path / "one" / "checkpoint-3").rename(tmp_path / "other" / "checkpoint-9")
+    (tmp_path / "other" / RUN).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-3, checkpoint-6, checkpoint-9 of several run"
+    ):
+        run(settings(tmp_path / "other"))
+    (tmp_path / "other" / RUN).write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read the run .*run.json: "):
+        run(settings(tmp_path / "other"))
+
+
+def hold(folder, said):
+    with locked(folder):
+        os.write(said, b"held")
+        time.sleep(100)
+
+
+def test_one_run_at_a_time_has_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "_DYING_S", 0.1)
+    said, saying = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, saying))
+    process.start()
+    assert os.read(said, 4) == b"held"
+    place = rf"{tmp_path} is in use: process {process.pid} on {socket.gethostname()} trains into it"
+    with pytest.raises(CheckpointError, match=f"{place}; wait until it ends, or choose another"):
+        run(settings(tmp_path))
+    run(settings(tmp_path, max_steps=1, save_strategy="no"))  # writes nothing there
+    monkeypatch.undo()
+    process.kill()
+    (tmp_path / ".0123456789abcdef.partial").touch()  # a killed process was writing
+    run(settings(tmp_path, max_steps=1))  # at once
+    process.join()
+    os.close(said), os.close(saying)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".run.lock", "checkpoint-1", "run.json"]
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot train into .*file/out: Not a directory"):
+        run(settings(tmp_path / "file" / "out"))
 
 
 def test_latest_passes_over_what_is_incomplete(tmp_path):
@@ -240,7 +326,9 @@ def test_which_checkpoint_is_resumed(tmp_path):
 
     assert find("auto") is None
     assert find(None) is find("false") is None
-    with pytest.raises(CheckpointError, match=r"is 'latest' and .* holds no complete checkpoint; "):
+    with pytest.raises(
+        CheckpointError, match=r"is 'latest' and .* holds no complete checkpoint of i"
+    ):
         find("latest")
     run(settings(tmp_path, max_steps=6))
     for value in ("auto", "latest", "true", True, str(tmp_path / "checkpoint-6")):

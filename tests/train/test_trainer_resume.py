@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from ipu_pipeline.train.output_folder import locked
 from tests.train.helpers import OURS, TWO_STAGES, load_script, losses, run_script
 
 STEPS = {"num_train_epochs": 2, "dropout": 0.1, "do_eval": False}
@@ -50,6 +55,33 @@ def test_best_model_early_stopping_and_a_limit_of_checkpoints(tmp_path) -> None:
     assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
     accuracies = losses(trainer, "eval_accuracy")
     assert len(set(accuracies)) == 1
+
+
+def test_an_older_run_never_wins_a_resume(tmp_path, caplog) -> None:
+    kept = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3}
+    run_script("qa", tmp_path, TWO_STAGES, max_steps=4, do_eval=False, **kept)
+    trainer = run_script("qa", tmp_path, TWO_STAGES, max_steps=2, do_eval=False, **kept)
+    assert "holds checkpoint-1, checkpoint-2, checkpoint-3 and 1 more of another" in caplog.text
+    own = losses(trainer)
+    for last in (3, 3):
+        trainer.args.max_steps = last
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == last
+        assert losses(trainer)[:2] == own
+        # A save that was cut off is passed over.
+        (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    trainer.add_callback(_Stop())
+    trainer.train()
+    with pytest.raises(ValueError, match="no complete checkpoint of the last run in "):
+        trainer.train(True)
+    with locked(tmp_path), ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(trainer.train).exception()
+    assert f"{tmp_path} is in use: process {os.getpid()} on " in str(refused)
+
+
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop, control.should_save = True, False
 
 
 def test_tensorboard_gets_the_logs(tmp_path) -> None:

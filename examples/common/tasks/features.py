@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,11 @@ class Setup:
         """Return the number of a class.
 
         Raises:
-            ValueError: There is no class of that name.
+            DatasetError: There is no class of that name.
         """
         if label not in self.labels:
-            raise ValueError(
-                f"{where} has label {label!r}, the classes are {', '.join(self.labels)}; train on "
+            raise DatasetError(
+                f"{where} has label {shown(label)}, the classes are {shown(self.labels)}; train on "
                 "data with this label, or remove the sample"
             )
         return self.labels.index(label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 
 
 def class_name(value: Any, where: str) -> str:
@@ -17,8 +17,8 @@ def class_name(value: Any, where: str) -> str:
     known = isinstance(value, (str, int)) and value != ""
     if not known or (isinstance(value, int) and value < 0):
         raise DatasetError(
-            f"{where} has label {value!r}; a class is a name or a number from 0 on (numbers to "
-            "predict, and samples without label, are not supported)"
+            f"{where} has label {shown(value)}; a class is a name or a number from 0 on (numbers "
+            "to predict, and samples without label, are not supported)"
         )
     return str(value)
 
@@ -27,7 +27,7 @@ def order_classes(names: Iterable[str]) -> tuple[str, ...]:
     """Return the different names in the order of their numbers: by value, else alphabetically."""
     different = set(names)
     if all(name.isdecimal() for name in different):
-        return tuple(sorted(different, key=int))
+        return tuple(sorted(different, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"))))
     return tuple(sorted(different))
 
 
@@ -76,4 +76,4 @@ def label_config(labels: tuple[str, ...]) -> dict[str, Any]:
 def _shown(names: Iterable[str], limit: int = 8) -> str:
     ordered = order_classes(names)
     more = ", ..." if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more or "none"
+    return ", ".join(f"{name:.40}" for name in ordered[:limit]) + more or "none"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.samples import Row, Rows, require
@@ -67,9 +67,10 @@ def _num_choices(rows: Rows) -> int:
 
 def _right(row: Row, column: str, choices: int, where: str) -> int:
     value = require(row, column, (int, str), where)
-    if not str(value).isdecimal() or int(value) >= choices:
+    text = str(value)
+    if not text.isdecimal() or len(text) > 9 or int(text) >= choices:
         raise DatasetError(
-            f"{where}: {column!r} is {value!r}; it has to be a number from 0 to {choices - 1}"
+            f"{where}: {column!r} is {shown(value)}; it has to be a number from 0 to {choices - 1}"
         )
     return int(value)
 

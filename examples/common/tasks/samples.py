@@ -1,25 +1,25 @@
 """Raw samples as rows: from json, jsonl, csv and txt files, or from a data set of the hub.
 
-Lines end with a line feed alone: text may hold U+2028 and the other separators of
-``str.splitlines``. ``datasets`` reads a row with too many fields as an index without a word, so
-files are read here.
+Lines end with a line feed, or with a carriage return and one: text may hold U+2028 and the other
+separators of ``str.splitlines``. ``datasets`` reads a row with too many fields as an index without
+a word, so files are read here.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ipu_pipeline.errors import DatasetError, first_line
+from ipu_pipeline.errors import DatasetError, first_line, shown
+from ipu_pipeline.ir.codec import parse_json
+from ipu_pipeline.ir.files import read_table, read_text
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 TEXT_COLUMN = "text"  # of txt files
+MAX_BYTES = 2**34  # of a file of samples
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -41,12 +41,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise DatasetError(
             f"{path} is of no known kind; pass a file that ends in {', '.join(_READERS)}"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path} does not exist; pass a file of samples") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    text = read_text(path, "the samples", DatasetError, most_bytes=MAX_BYTES)
     rows = _READERS[path.suffix](text, str(path))
     if not rows:
         raise DatasetError(f"{path} holds no sample; pass a file with at least one")
@@ -56,9 +51,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def _read_json(text: str, where: str) -> list[dict[str, Any]]:
     """Read a list of objects, or fall back on one object per line as ``datasets`` does."""
     try:
-        root = json.loads(text)
-    except json.JSONDecodeError:
-        return _read_lines(text, where)
+        root = parse_json(text)
+    except ValueError as error:
+        if text.lstrip().startswith("{"):
+            return _read_lines(text, where)
+        raise DatasetError(
+            f"{where} is no JSON that can be read: {error}; write [{{...}}, ...], or one object "
+            "per line"
+        ) from error
     if isinstance(root, dict):
         root = root["data"] if isinstance(root.get("data"), list) else [root]
     if not isinstance(root, list) or not all(isinstance(row, dict) for row in root):
@@ -75,11 +75,10 @@ def _read_lines(text: str, where: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DatasetError(
-                f"{where} is not JSON: {error.msg} in line {number}, column {error.colno}; write "
-                "one object per line"
+                f"{where}, line {number} cannot be read: {error}; write one object per line"
             ) from error
         if not isinstance(row, dict):
             raise DatasetError(
@@ -91,21 +90,13 @@ def _read_lines(text: str, where: str) -> list[dict[str, Any]]:
 
 def _read_csv(text: str, where: str) -> list[dict[str, Any]]:
     """Read a table whose first line names the columns."""
-    reader = csv.DictReader(io.StringIO(text))
-    rows: list[dict[str, Any]] = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise DatasetError(
-                f"{where}, line {reader.line_num} has not the {len(reader.fieldnames or ())} "
-                "columns of the first line; quote fields that hold a comma"
-            )
-        rows.append(dict(row))
-    return rows
+    return list(read_table(text, where, DatasetError))
 
 
 def _read_txt(text: str, _: str) -> list[dict[str, Any]]:
     """Read every line as a sample."""
-    return [{TEXT_COLUMN: line} for line in text.removesuffix("\n").split("\n") if text]
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [{TEXT_COLUMN: line.removesuffix("\r")} for line in lines]
 
 
 _READERS: Mapping[str, Callable[[str, str], list[dict[str, Any]]]] = {
@@ -146,15 +137,36 @@ def loading_data(dataset_name: str, instead: str) -> Iterator[None]:
         instead: What to pass without a network.
 
     Raises:
-        DatasetError: It cannot be loaded: offline and not cached, or unknown.
+        DatasetError: It cannot be loaded: offline and not cached, unknown, or damaged.
+    """
+    with by_datasets(f"data set {dataset_name!r}", f"without a network pass {instead}"):
+        yield
+
+
+@contextmanager
+def by_datasets(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever ``datasets`` and Arrow raise about what is loaded inside into one line.
+
+    Raises:
+        DatasetError: It cannot be loaded.
     """
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if isinstance(error, DatasetError):
+            raise
         raise DatasetError(
-            f"data set {dataset_name!r} cannot be loaded ({first_line(error)}); without a network "
-            f"pass {instead}"
+            f"{what} cannot be loaded ({first_line(error)[:200]}); {remedy}"
         ) from error
+
+
+@contextmanager
+def in_data(where: str) -> Iterator[None]:
+    """Begin what is wrong with samples with the name of their file or data set."""
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"{where}, {error}") from error
 
 
 def load_hub_rows(dataset_name: str, config_name: str | None = None) -> dict[str, Rows]:
@@ -193,7 +205,7 @@ def require(row: Row, column: str, kind: type | tuple[type, ...], where: str) ->
     """
     if column not in row:
         raise DatasetError(
-            f"{where} has no column {column!r} (it has: {', '.join(map(str, row)) or 'nothing'}); "
+            f"{where} has no column {column!r} (it has {shown(list(row))}); "
             "rename it, or say which columns to read"
         )
     value = row[column]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
@@ -70,7 +70,7 @@ def _text_columns(rows: Rows, options: SequenceClassificationOptions) -> list[st
     found = [name for name, v in rows[0].items() if isinstance(v, str) and name != label]
     if not found:
         raise DatasetError(
-            f"row 0 has no column with text (it has: {', '.join(rows[0])}); say which by "
+            f"row 0 has no column with text (it has {shown(list(rows[0]))}); say which by "
             "--text_column_names"
         )
     return found[:2]

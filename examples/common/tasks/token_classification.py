@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.capture.example_batch import IGNORED_LABEL
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 from ipu_pipeline.train.arguments import option
 from tasks.features import EncodedDataset, Setup, TextOptions
 from tasks.labels import class_name
@@ -73,7 +73,9 @@ def _words(rows: Rows, options: TokenClassificationOptions) -> Iterator[list[str
     for i, row in enumerate(rows):
         words = require(row, _column(row, options.text_column_name, 0), list, f"row {i}")
         if not words or not all(isinstance(word, str) for word in words):
-            raise DatasetError(f"row {i} is not a list of words, but {words!r}; remove or split it")
+            raise DatasetError(
+                f"row {i} is not a list of words, but {shown(words)}; remove or split it"
+            )
         yield words
 
 

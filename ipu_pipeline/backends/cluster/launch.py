@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import backend_of
@@ -120,6 +121,8 @@ def make_spec(  # noqa: PLR0913 - the choices of a user by name
     number = processes or choose_processes(plan, chosen, room)
     make_layout(plan, chosen, 0, number)
     split = (1, 0) if here else choose_nodes(number, nodes, gpus_per_node, machine)
+    check_count("processes on one machine", -(-number // split[0]), "workers",
+                error=LoweringError)  # fmt: skip
     return LaunchSpec(
         plan_path=plan_path,
         program=program,

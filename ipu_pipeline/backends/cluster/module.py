@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +64,6 @@ class StageModule(nn.Module):
         with autocast_region(self.inputs.precision):
             computed, blocks = self.stage.compute(part.inputs, values, key)
         self._lookups.extend(blocks.leaves.pairs())
-        _note_blocks(self.stage, computed)
         self.results[position] = {
             name: computed[value].detach() for name, value in self.stage.results.items()
         }
@@ -135,19 +132,6 @@ def crossings(stages: Sequence[Stage]) -> Crossings:
         for boundary in range(final)
     )
     return Crossings(names, specs)
-
-
-def _note_blocks(stage: Stage, computed: Mapping[str, Any]) -> None:
-    """Let the stage say which of its blocks a backward pass is in."""
-    for program in stage.programs:
-        for name in program.outputs:
-            value = computed.get(name)
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                value.register_hook(partial(_note, stage, program.name))
-
-
-def _note(stage: Stage, block: str, _: Tensor) -> None:
-    stage.block = block
 
 
 def _sendable(values: Sequence[Tensor], received: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE, STORE_VARIABLE, LaunchSpec
+from ipu_pipeline.errors import INTERRUPTED
 
 # Where torchrun's rendezvous listens unless it is told otherwise.
 PORT = 29400
@@ -26,6 +29,8 @@ _ON_LOOPBACK = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "GLOO_SOCKET_IFNAME": next((n for _, n in socket.if_nameindex() if n.startswith("lo")), "lo"),
 }
+# How a rank says that another one is why it has stopped.
+_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank (?P<rank>\d+) .*)", re.DOTALL)
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -51,6 +56,8 @@ def start(
         log_folder: Keep the files of all ranks here; ``None`` keeps those of the others, and only
             after a failure, in a temporary folder.
 
+    Ctrl-C ends the ranks by SIGTERM: they say nothing then.
+
     Returns:
         0; or that of the rank that failed first, 128 + N if signal N ended it or the launch.
     """
@@ -65,6 +72,7 @@ def start(
     meeting = Path(tempfile.mkdtemp(prefix="ipu-pipeline-meeting-"))
     first = {} if log_folder is None else {0: 3}
     try:
+        signal.signal(signal.SIGINT, _interrupt)
         run(parse_args([*_arguments(spec, meeting, folder, first), *spec.program]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -72,10 +80,18 @@ def start(
         how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
         # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
         said: Any = failure.message
-        why = f": {said['message']}" if isinstance(said, dict) else ""
-        tell(f"error: rank {rank} ended {how}{why}\nwhat the ranks wrote: {folder}")
+        why = str(said["message"]) if isinstance(said, dict) else ""
+        blamed = _BLAMED.match(why)
+        if blamed and int(blamed["rank"]) != rank:  # this one has only been the first to end
+            text = f"error: {blamed['text']}"
+        else:
+            text = f"error: rank {rank} ended {how}{why and ': ' + why}"
+        tell(f"{text}\nwhat the ranks wrote: {folder}")
         return code if code > 0 else _SIGNALLED - code
     except SignalException as stopped:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            tell(f"interrupted; what the ranks wrote: {folder}")
+            return INTERRUPTED
         tell(f"error: stopped by {stopped.sigval.name}; what the ranks wrote: {folder}")
         return _SIGNALLED + int(stopped.sigval)
     finally:
@@ -84,6 +100,15 @@ def start(
     if log_folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def _interrupt(*_: Any) -> None:
+    """Let torchrun's agent end the ranks, once, without its lines about each of them."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.ERROR)
+    raise SignalException("interrupted", signal.SIGTERM)
 
 
 def _arguments(
@@ -96,6 +121,7 @@ def _arguments(
         *("--rdzv-endpoint", str(meeting / "point"), "--rdzv-conf", "store_type=file"),
         *("--nproc-per-node", str(spec.num_processes)),
         *("--max-restarts", str(spec.max_restarts), "--log-dir", str(folder)),
+        *("--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT"),  # Ctrl-C is handled by _interrupt
         *_streams("--tee", {**first, **dict.fromkeys(others, 2)}),
         *_streams("--redirects", dict.fromkeys(others, 1)),
     ]

@@ -27,7 +27,7 @@ from pathlib import Path
 from ipu_pipeline.backends.ipu.annotations import Annotation, annotate
 from ipu_pipeline.backends.ipu.check import check
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.files import make_folder, write_text
 from ipu_pipeline.ir.plan import Plan
 
 RUNTIME = (
@@ -53,28 +53,27 @@ def emit(
         model_config: JSON text of the model's configuration, for runs with fresh weights.
 
     Raises:
-        LoweringError: poptorch cannot run the plan, or ``folder`` is a file.
+        LoweringError: poptorch cannot run the plan.
+        OutputError: ``folder`` is none, or may not be written.
     """
     check(plan, settings)
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise LoweringError(f"{folder} is a file; give a folder for the bundle")
-    (folder / "runtime").mkdir(parents=True, exist_ok=True)
+    folder = make_folder("the bundle's folder", folder)
+    make_folder("the bundle's folder", folder / "runtime")
     checkpoint = settings.config.recompute_checkpoint_every_layer
     annotations = annotate(plan, checkpoint_layers=checkpoint)
     written = settings.to_json()
     written["annotated_blocks"] = [a.block for a in annotations if a.begins]
     plan.save(folder / "plan.json")
     settings.config.save(folder / "ipu_config.json")
-    _write(folder / "settings.json", json.dumps(written, indent=2) + "\n")
-    _write(folder / "model_parallel.py", model_parallel_text(plan, annotations))
-    _write(folder / "requirements.txt", REQUIREMENTS)
+    write_text(folder / "settings.json", json.dumps(written, indent=2) + "\n")
+    write_text(folder / "model_parallel.py", model_parallel_text(plan, annotations))
+    write_text(folder / "requirements.txt", REQUIREMENTS)
     if model_config is not None:
-        _write(folder / "config.json", model_config)
+        write_text(folder / "config.json", model_config)
     source = files("ipu_pipeline.backends.ipu.runtime")
     for name in RUNTIME:
-        _write(folder / "runtime" / name, source.joinpath(name).read_text(encoding="utf-8"))
-    _write(folder / "run.py", source.joinpath("run.py").read_text(encoding="utf-8"))
+        write_text(folder / "runtime" / name, source.joinpath(name).read_text(encoding="utf-8"))
+    write_text(folder / "run.py", source.joinpath("run.py").read_text(encoding="utf-8"))
     shutil.rmtree(folder / "runtime" / "__pycache__", ignore_errors=True)
     return folder
 
@@ -141,7 +140,3 @@ def _stage_note(plan: Plan, index: int) -> str:
         f"IPU {stage.device}, {stage.forward_s * 1e3:.3f} ms forward, "
         f"{stage.backward_s * 1e3:.3f} ms backward, {stage.memory_bytes / 1e6:.0f} MB"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

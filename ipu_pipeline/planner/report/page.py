@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.files import write_text
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import backend_of
 from ipu_pipeline.planner.price import workload_of
@@ -33,7 +34,7 @@ def write_report(plan: Plan, path: str | Path) -> None:
     Raises:
         PipelineError: plotly is not installed.
     """
-    Path(path).write_text(page(plan), encoding="utf-8")
+    write_text(path, page(plan))
 
 
 def page(plan: Plan) -> str:

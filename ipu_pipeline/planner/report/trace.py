@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ipu_pipeline.ir.files import write_text
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.report.text import device_names
 from ipu_pipeline.planner.schedules.simulate import simulate
@@ -30,7 +31,7 @@ _US = 1e6
 def write_trace(plan: Plan, path: str | Path, timeline: Timeline | None = None) -> None:
     """Write the optimizer step as a trace; without ``timeline`` the plan is simulated."""
     timeline = simulate(plan) if timeline is None else timeline
-    Path(path).write_text(json.dumps(trace(plan, timeline)), encoding="utf-8")
+    write_text(path, json.dumps(trace(plan, timeline)))
 
 
 def trace(plan: Plan, timeline: Timeline) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def trace(plan: Plan, timeline: Timeline) -> dict[str, Any]:
             "schedule": timeline.schedule,
             "step_s": timeline.step_s,
             "bubble_fraction": timeline.bubble_fraction,
+            "microbatches_left_out": timeline.steady.num_microbatches if timeline.steady else 0,
         },
     }
 

@@ -28,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.backends.cluster import drill_worker
 from tests.backends.cluster.drill_worker import MICROBATCHES, SAVE_STEPS, STEPS, Kill
+from tests.train.kill_drill import DrillError
 
 PLACES = ("forward", "backward", "optimizer", "checkpoint")
 PROCESSES = 2
@@ -90,9 +91,15 @@ def points(reference: Outcome, count: int, seed: int, places: tuple[str, ...]) -
 
 
 def problems(outcome: Outcome, reference: Outcome, kill: Kill) -> list[str]:
-    """Return what is not as it must be."""
+    """Return what is not as it must be.
+
+    Raises:
+        DrillError: Nothing was killed.
+    """
     result, expected = outcome.result, reference.result
     found = []
+    if result["attempt"] == 0:
+        raise DrillError(f"the kill did not happen: {described(kill)}")
     if result["attempt"] != 1:
         found.append(f"restarted {result['attempt']} times")
     found += [
@@ -121,7 +128,11 @@ def drill(
     torchrun_every: int = 0,
     **options: Any,
 ) -> int:
-    """Run all points, print a line for each; return the number of those that failed."""
+    """Run all points, print a line for each; return the number of those that failed.
+
+    Raises:
+        DrillError: A kill did not happen, so that its point says nothing.
+    """
     (folder / "whole").mkdir()
     reference = run(None, folder / "whole", **options)
     loss = reference.result["loss"]

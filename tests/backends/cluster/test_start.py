@@ -154,26 +154,34 @@ time.sleep(100)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_signals_are_passed_on(tmp_path: Path, plan_file: Path) -> None:
-    script, told = tmp_path / "script.py", tmp_path / "told"
-    script.write_text(WAITS)
-    told.mkdir()
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 143, "error: stopped by SIGTERM; what the ranks wrote: "),
+        (signal.SIGINT, 130, "interrupted; what the ranks wrote: "),
+    ],
+)
+def test_signals_end_the_ranks(
+    tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
+    (tmp_path / "script.py").write_text(WAITS)
     process = subprocess.Popen(
-        [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--", script, told],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", START, "", "{}", "script.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, messages = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert {"0", "1"} < {path.name for path in told.iterdir()}
-    assert "error: stopped by SIGTERM" in messages
+    assert process.returncode == code
+    assert {"0", "1"} < {path.name for path in tmp_path.iterdir()}
+    assert said in messages
+    if number == signal.SIGINT:
+        assert len(messages.splitlines()) == 1  # nothing of the agent, no traceback of a rank
 
 
 TRAINS = """

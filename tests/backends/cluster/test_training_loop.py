@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ipu_pipeline.train.output_folder import LOCK, RUN
 from tests.backends.cluster import saving_jobs
 from tests.backends.cluster.processes import Processes
 
@@ -19,7 +20,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     folder = tmp_path / "ranks"
     cut = two.run("saving_jobs.loop", folder=str(folder), stop_at=5, async_save=async_save)
     assert cut == [None, None]
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    kept = ["checkpoint-2", "checkpoint-4"]
+    assert sorted(p.name for p in folder.iterdir()) == [LOCK, *kept, RUN]
     found = two.run("saving_jobs.loop", folder=str(folder), async_save=async_save)
     assert found[0] == found[1]
     logs, loss = found[0]
@@ -27,7 +29,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert loss == pytest.approx(expected[1], rel=1e-5)
     checkpoints = [p for p in folder.glob("*") if p.is_dir()]
     assert sorted(p.name for p in checkpoints) == ["checkpoint-6", "checkpoint-8"]
-    assert not list(folder.glob(".*"))
+    assert [path.name for path in folder.glob(".*")] == [LOCK]
     for path in checkpoints:
         state = json.loads((path / "trainer_state.json").read_text())
         assert path.name == f"checkpoint-{state['global_step']}"

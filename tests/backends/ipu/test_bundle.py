@@ -24,7 +24,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.cli.bundle import _run
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, OutputError
 from tests.backends.ipu.emulated import ALL, Case, case
 
 _PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -150,7 +150,7 @@ def test_json_files_say_everything(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("x")
-    with pytest.raises(LoweringError, match=r"is a file; give a folder for the bundle"):
+    with pytest.raises(OutputError, match=r"the bundle's folder .*: it is a file; give a folder"):
         _emit(case(), tmp_path / "b")
 
 

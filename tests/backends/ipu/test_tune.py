@@ -127,11 +127,12 @@ def invoke(*arguments: str):
 def test_command_writes_plan_and_configuration(model: str, tmp_path: Path) -> None:
     plan, config = tmp_path / "plan.json", tmp_path / "ipu_config.json"
     result = invoke(model, "--machine", "pod4", "--global-batch", "32", "--micro-batch", "2",
-                    "--seq-length", "64", "-o", str(plan), "--ipu-config", str(config),
+                    "--seq-length", "64", "-o", str(plan), "--ipu-config-output", str(config),
                     "--compare", str(config))  # fmt: skip
     assert result.exit_code == 1, "nothing to compare with yet"
     result = invoke(model, "--machine", "pod4", "--global-batch", "32", "--micro-batch", "2",
-                    "--seq-length", "64", "-o", str(plan), "--ipu-config", str(config))  # fmt: skip
+                    "--seq-length", "64", "-o", str(plan),
+                    "--ipu-config-output", str(config))  # fmt: skip
     assert result.exit_code == 0, result.output
     assert f"plan written to {plan}" in result.output
     assert f"IPU configuration written to {config} (micro batch 2)" in result.output

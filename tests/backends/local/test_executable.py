@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +215,55 @@ def test_threads_end_when_it_is_forgotten() -> None:
     del executable
     gc.collect()
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_forked_copy_is_refused_and_closes_nothing(tmp_path: Path) -> None:
+    executable, batch = compiled()
+    executable.train_step(batch)
+    pid = os.fork()
+    if pid == 0:
+        told = []
+        try:
+            with contextlib.suppress(KeyError), executable:
+                for name, arguments in {
+                    "train_step": (batch,), "forward_backward": (batch,), "eval_step": (batch,),
+                    "forward_backward_parts": ([batch], [1.0]), "eval_parts": ([batch],),
+                    "state_dict": (), "save_checkpoint": (tmp_path / "c",), "broadcast": (1,),
+                    "load_checkpoint": (tmp_path / "c",), "wait_for_checkpoint": (),
+                    "trained_optimizer": (),
+                }.items():  # fmt: skip
+                    with pytest.raises(LoweringError) as refused:
+                        getattr(executable, name)(*arguments)
+                    told.append(f"{refused.value}")
+                raise KeyError
+        finally:
+            (tmp_path / "told").write_text("\n".join(told))
+            os._exit(0)
+    assert os.waitpid(pid, 0) == (pid, 0)
+    told = (tmp_path / "told").read_text().splitlines()
+    assert len(told) == 11
+    assert told[0] == (
+        f"train_step was called in process {pid}, a forked copy of process {os.getpid()} that "
+        "compiled the model: the threads that run it are not copied; use the executable where it "
+        "was made, or compile in a process that is started with 'spawn'"
+    )
+    with executable:  # is not closed
+        executable.train_step(batch)
+        loader = torch.utils.data.DataLoader(Holds(executable), num_workers=1)
+        assert [int(item) for item in loader] == [0, 1]
+
+
+class Holds(torch.utils.data.Dataset[int]):
+    """A data set whose workers have an executable, without using it."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def test_a_step_without_optimizer_is_refused() -> None:

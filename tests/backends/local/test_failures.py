@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -44,16 +45,44 @@ def test_an_exception_in_a_block_names_stage_and_block(layer: int, sequential: b
     executable.close()
 
 
-def test_a_failure_in_the_backward_pass_is_named() -> None:
-    executable, batch = compiled()
+class Fails(torch.autograd.Function):
+    """Fails in its backward pass."""
 
-    def fail(_: torch.Tensor) -> None:
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         raise ValueError("bad gradient")
 
-    handle = executable.model.qa_outputs.weight.register_hook(fail)
-    with executable, pytest.raises(StageError, match=r"stage 1 failed .*backward pass"):
+
+@pytest.mark.parametrize(
+    ("fqn", "block", "recompute"),
+    [
+        ("bert.encoder.layer.3.attention", "bert.encoder.layer.3", "none"),
+        ("bert.encoder.layer.0", "bert.encoder.layer.0", "all"),
+        ("bert.embeddings.word_embeddings", "bert.embeddings", "none"),
+    ],
+)
+def test_a_failure_in_the_backward_pass_names_its_block(
+    fqn: str, block: str, recompute: str
+) -> None:
+    executable, batch = compiled(recompute=recompute)
+    executable.forward_backward(batch)  # captured, so that the fault is met by a stage
+    calls = []
+
+    def fail(_: object, __: object, output: Any) -> Any:
+        calls.append(1)
+        first, *others = output if isinstance(output, tuple) else (output,)
+        failing = Fails.apply(first) if len(calls) > 1 else first
+        return (failing, *others) if others else failing
+
+    executable.model.get_submodule(fqn).register_forward_hook(fail)
+    stage = executable.plan.stage_of[block]
+    message = rf"stage {stage} failed in block '{block}' \(backward pass of microbatch \d\): Valu"
+    with executable, pytest.raises(StageError, match=message):
         executable.forward_backward(batch)
-    handle.remove()
 
 
 def test_failed_steps_leave_the_weights_alone() -> None:

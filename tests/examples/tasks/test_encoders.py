@@ -65,7 +65,11 @@ def test_the_class_may_be_in_another_column():
 
 
 CLASSIFICATION = [
-    ([{"label": 1}], {}, r"row 0 has no column with text \(it has: label\); say which by --text"),
+    (
+        [{"label": 1}],
+        {},
+        r"row 0 has no column with text \(it has \['label'\]\); say which by --text",
+    ),
     ([{"text": "w1"}], {}, "row 0 has no column 'label'"),
     (
         [{"text": "w1", "label": 0}],
@@ -84,7 +88,7 @@ def test_classification_refuses(rows, options, message):
 
 def test_an_unknown_class_is_refused():
     rows = [{"text": "w1", "label": label} for label in "ac"]
-    with pytest.raises(ValueError, match="row 1 has label 'c', the classes are a, b; train on"):
+    with pytest.raises(DatasetError, match=r"row 1 has label 'c', the classes are \('a', 'b'\)"):
         encode("sequence-classification", rows, ("a", "b"))
 
 

@@ -69,7 +69,7 @@ def test_text_form() -> None:
         ("recompute{blocks}", "expected =, found '}'"),
         ("recompute{blocks=[a b]}", "expected ,, found 'b'"),
         ("recompute{blocks=a,blocks=b}", "recompute is given blocks twice"),
-        ("serialize_projection{factor=two}", "factor is 'two'"),
+        ("serialize_projection{factor=two}", "factor must be a whole number, got 'two'"),
     ],
 )
 def test_other_text_is_refused(text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import random
 import pytest
 
 from benchmarks.solver_instances import read_instance, solve_instance
+from ipu_pipeline.errors import DatasetError
 
 
 def write(tmp_path, raw):
@@ -142,7 +143,7 @@ def test_groups_in_a_cycle_become_one(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither a max-load file"):
+    with pytest.raises(DatasetError, match="neither a max-load file"):
         read_instance(write(tmp_path, {"nodes": []}))
 
 
@@ -151,5 +152,5 @@ def test_sync_times_are_refused(tmp_path):
            "syncTimeFw": {"1": 2.0}, "syncTimeBw": {}}  # fmt: skip
     raw = {"maxDevices": 1, "maxMemoryPerDevice": 9, "edges": [],
            "nodes": [{"id": 0, "TMPCs": {"1": [way]}}]}  # fmt: skip
-    with pytest.raises(ValueError, match="node 0 has sync times at degree 1"):
+    with pytest.raises(DatasetError, match="node 0 has sync times at degree 1"):
         read_instance(write(tmp_path, raw))

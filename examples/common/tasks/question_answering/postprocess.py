@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.files import make_folder, write_text
 from tasks.question_answering.features import Window
 from tasks.question_answering.squad import SquadExample
 
@@ -171,11 +172,11 @@ def write_predictions(
         The two paths.
     """
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", folder)
     best = {identifier: candidates[0].text for identifier, candidates in answers.items()}
     every = {identifier: [asdict(c) for c in found] for identifier, found in answers.items()}
     paths = folder / "predictions.json", folder / "nbest_predictions.json"
     for path, content in zip(paths, (best, every), strict=True):
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
     return paths

@@ -6,13 +6,13 @@ Comprehension of Text", EMNLP 2016: ``data[] > paragraphs[] > qas[] > answers[]`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
+from ipu_pipeline.ir.codec import read_json
 from tasks.samples import hub_splits
 
 SHOWN_CHARACTERS = 40
@@ -65,7 +65,7 @@ def read_squad(path: str | Path) -> list[SquadExample]:
             answer does not stand where it says; the message names the place in the file.
     """
     path = Path(path)
-    root = _load_json(path)
+    root = read_json(path, "the SQuAD v1.1 file", DatasetError)
     examples = list(_examples(root, str(path)))
     return _checked(examples, str(path))
 
@@ -112,21 +112,6 @@ def _hub_split(rows: Iterable[Mapping[str, Any]], where: str) -> list[SquadExamp
     return _checked(examples, where)
 
 
-def _load_json(path: Path) -> Any:
-    """Parse a JSON file or say why it cannot be."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path} does not exist; pass a SQuAD v1.1 JSON file") from error
-    except json.JSONDecodeError as error:
-        raise DatasetError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "pass a SQuAD v1.1 JSON file"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
 def _examples(root: Any, where: str) -> Iterator[SquadExample]:
     """Walk down ``data[] > paragraphs[] > qas[]``."""
     if not isinstance(root, dict):
@@ -151,8 +136,8 @@ def _example(qa: Any, context: str, title: str, where: str) -> SquadExample:
     gold = _get(qa, "answers", list, where)
     if qa.get("is_impossible") or not gold:
         raise DatasetError(
-            f"{where} (id {identifier!r}) has no answer, as in SQuAD v2; only v1.1 is supported: "
-            "remove unanswerable questions from the file"
+            f"{where} (id {shown(identifier)}) has no answer, as in SQuAD v2; only v1.1 is "
+            "supported: remove unanswerable questions from the file"
         )
     answers = tuple(_answer(a, context, f"{where}.answers[{i}]") for i, a in enumerate(gold))
     return SquadExample(identifier, question, context, answers, title)
@@ -179,10 +164,8 @@ def _answer(answer: Any, context: str, where: str) -> Answer:
 def _get(holder: Any, key: str, kind: type[_T], where: str) -> _T:
     """Return ``holder[key]`` if it has the expected type."""
     if not isinstance(holder, Mapping) or key not in holder:
-        has = ", ".join(map(str, holder)) if isinstance(holder, Mapping) else type(holder).__name__
-        raise DatasetError(
-            f"{where} has no {key!r} (it has: {has or 'nothing'}); SQuAD v1.1 needs it"
-        )
+        has = shown(list(holder)) if isinstance(holder, Mapping) else type(holder).__name__
+        raise DatasetError(f"{where} has no {key!r} (it has {has}); SQuAD v1.1 needs it")
     value = holder[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DatasetError(
@@ -199,7 +182,7 @@ def _checked(examples: list[SquadExample], where: str) -> list[SquadExample]:
     for example in examples:
         if example.id in seen:
             raise DatasetError(
-                f"{where}: id {example.id!r} occurs more than once; ids key the predictions, "
+                f"{where}: id {shown(example.id)} occurs more than once; ids key the predictions, "
                 "so make them unique"
             )
         seen.add(example.id)

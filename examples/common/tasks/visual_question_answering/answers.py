@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 from tasks.visual_question_answering.metrics import agreement
 
 Answer = int | str
+MOST_ANSWERS = 100_000
+_T = TypeVar("_T", int, float)
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,24 @@ def read_label(value: Any, where: str) -> GivenLabel:
     """Read one label in any of the forms that the top of this file lists.
 
     Raises:
-        DatasetError: It has none of these forms, or a weight outside [0, 1].
+        DatasetError: It has none of these forms, too large a number, or a weight outside [0, 1].
     """
     given = _read(value, where)
     for answer, weight in given.weights.items():
+        if isinstance(answer, int) and answer >= MOST_ANSWERS:
+            raise DatasetError(
+                f"{where}: answer {answer} is out of range; number answers from 0 to "
+                f"{MOST_ANSWERS - 1} at most"
+            )
         if not 0 <= weight <= 1:
             raise DatasetError(
-                f"{where}: answer {answer!r} has weight {weight}; weights are between 0 and 1"
+                f"{where}: answer {shown(answer)} has weight {weight}; weights are between 0 and 1"
             )
     return given
 
 
 def _read(value: Any, where: str) -> GivenLabel:
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = _plain(value)
     if isinstance(value, int | str) and not isinstance(value, bool):
         return GivenLabel({value: 1.0}, soft=False)
     if isinstance(value, Mapping):
@@ -64,10 +71,15 @@ def _read(value: Any, where: str) -> GivenLabel:
         if all(isinstance(entry, int | float) for entry in value):
             return GivenLabel(_dense(value), soft=True, size=len(value))
     raise DatasetError(
-        f"{where}: a label of {type(value).__name__} is not understood ({str(value)[:40]}); give "
+        f"{where}: a label of {type(value).__name__} is not understood ({shown(value)}); give "
         "the answer's number or text, {'ids': [...], 'weights': [...]}, {answer: weight}, one "
         "weight per answer, or a list of people's answers"
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays as lists, and all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _dense(value: Sequence[float]) -> dict[Answer, float]:
@@ -77,11 +89,26 @@ def _dense(value: Sequence[float]) -> dict[Answer, float]:
 def _mapping(value: Mapping[str, Any], where: str) -> dict[Answer, float]:
     if set(value) != {"ids", "weights"}:
         # A table of all rows has an entry for every answer: None where a row does not name it.
-        return {answer: float(weight) for answer, weight in value.items() if weight is not None}
-    ids, weights = list(value["ids"]), list(value["weights"])
+        return {
+            answer: _number(weight, float, where)
+            for answer, weight in value.items()
+            if weight is not None
+        }
+    ids, weights = (_plain(value[name]) for name in ("ids", "weights"))
+    if not isinstance(ids, list | tuple) or not isinstance(weights, list | tuple):
+        raise DatasetError(f"{where}: 'ids' and 'weights' of a label are lists, got {shown(value)}")
     if len(ids) != len(weights):
         raise DatasetError(f"{where}: {len(ids)} 'ids' but {len(weights)} 'weights' in the label")
-    return {int(number): float(weight) for number, weight in zip(ids, weights, strict=True)}
+    return {
+        _number(number, int, where): _number(weight, float, where)
+        for number, weight in zip(ids, weights, strict=True)
+    }
+
+
+def _number(value: Any, kind: type[_T], where: str) -> _T:
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise DatasetError(f"{where}: {shown(value)} in a label is no number; give one")
+    return kind(value)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -123,8 +150,8 @@ class AnswerSet:
         found = self._numbers.get(answer, -1) if isinstance(answer, str) else answer
         if not 0 <= found < len(self):
             raise DatasetError(
-                f"{where}: answer {answer!r} is out of range, the model chooses from {len(self)} "
-                f"answers ({', '.join(self.names[:3])}, ...); train with --replace_qa_head to "
+                f"{where}: answer {shown(answer)} is out of range, the model chooses from "
+                f"{len(self)} answers ({shown(list(self.names))}); train with --replace_qa_head to "
                 "give it the answers of the data"
             )
         return found

@@ -7,7 +7,7 @@ Features stay on disk (VQA v2 has 130 GB of them) and are read question by quest
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, shown
 from tasks import samples
-from tasks.samples import loading_data
+from tasks.samples import by_datasets, loading_data
 from tasks.visual_question_answering.answers import AnswerSet, read_label
 from tasks.visual_question_answering.dataset import Questions
 
@@ -39,16 +39,23 @@ class StoredRegions:
         rows: A ``datasets.Dataset`` that gives numpy arrays.
         features: Name of the column of features.
         boxes: Name of the column of boxes.
+        where: Names the data in messages.
     """
 
     rows: Any
     features: str
     boxes: str
+    where: str
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        """Return features and boxes of the image of question ``row``."""
-        found = self.rows[row]
-        return _tensor(found[self.features]), _tensor(found[self.boxes])
+        """Return features and boxes of the image of question ``row``.
+
+        Raises:
+            DatasetError: They are no finite numbers.
+        """
+        with by_datasets(f"{self.where} row {row}", "give regions of numbers, all of one length"):
+            found = self.rows[row]
+            return _tensor(found[self.features]), _tensor(found[self.boxes])
 
 
 def load_splits(name: str, config_name: str | None = None) -> dict[str, Any]:
@@ -86,16 +93,16 @@ def load_file(path: Path) -> Any:
     """
     import datasets
 
-    if not path.is_file():
-        raise DatasetError(f"{path} does not exist; pass a Parquet or JSON file")
     if path.suffix == ".parquet":
-        try:
+        if not path.is_file():
+            raise DatasetError(f"{path} does not exist; pass a Parquet or JSON file")
+        with by_datasets(f"{path} as Parquet", "write it with datasets or pyarrow"):
             return datasets.Dataset.from_parquet(str(path))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DatasetError(f"{path} cannot be read as Parquet ({error})") from error
     if path.suffix not in (".json", ".jsonl"):
         raise DatasetError(f"{path} is no .parquet, .json or .jsonl file; write one of these")
-    return datasets.Dataset.from_list(samples.read_rows(path))
+    rows = samples.read_rows(path)
+    with by_datasets(str(path), "give the rows columns of one kind"):
+        return datasets.Dataset.from_list(rows)
 
 
 def read_rows(rows: Any, where: str, limit: int | None = None) -> Questions:
@@ -113,17 +120,29 @@ def read_rows(rows: Any, where: str, limit: int | None = None) -> Questions:
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     if not len(rows):
         raise DatasetError(f"{where} holds no question; give at least one")
-    labels = [read_label(v, f"{where} row {i}") for i, v in enumerate(rows[names["label"]])]
+    with by_datasets(where, "write its rows anew"):
+        columns = {name: list(rows[names[name]]) for name in ("question", "label")}
+        ids = list(rows[_IDS]) if _IDS in rows.column_names else list(range(len(rows)))
+    labels = [read_label(v, f"{where} row {i}") for i, v in enumerate(columns["label"])]
+    _check_each(columns["question"], str, "question", where)
+    _check_each(ids, (int, str), _IDS, where)
     visual = [names["visual_feats"], names["visual_pos"]]
-    ids = list(rows[_IDS]) if _IDS in rows.column_names else list(range(len(rows)))
     return Questions(
         where,
-        list(rows[names["question"]]),
+        columns["question"],
         labels,
-        StoredRegions(rows.with_format("numpy", columns=visual), *visual),
+        StoredRegions(rows.with_format("numpy", columns=visual), *visual, where),
         ids,
         _named_answers(rows.features[names["label"]]),
     )
+
+
+def _check_each(
+    values: Sequence[Any], kind: type | tuple[type, ...], name: str, where: str
+) -> None:
+    for row, value in enumerate(values):
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DatasetError(f"{where} row {row} has the {name} {shown(value)}; give each one")
 
 
 def _column(rows: Any, meant: str, where: str) -> str:
@@ -132,7 +151,7 @@ def _column(rows: Any, meant: str, where: str) -> str:
             return name
     raise DatasetError(
         f"{where} has no column {' or '.join(map(repr, COLUMNS[meant]))}, only "
-        f"{', '.join(rows.column_names)}; rename or add it"
+        f"{shown(list(rows.column_names))}; rename or add it"
     )
 
 
@@ -147,4 +166,7 @@ def _named_answers(feature: Any) -> AnswerSet | None:
 
 
 def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(array, dtype=np.float32)))
+    numbers = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
+    if not np.isfinite(numbers).all():
+        raise ValueError("it holds numbers that are not finite")
+    return torch.from_numpy(numbers)

@@ -298,7 +298,9 @@ def slices_problem(graph: BlockGraph, name: str, factor: int) -> str:
     divisors = [str(n) for n in range(2, _LARGEST_DIVISOR + 1) if table.rows % n == 0]
     return asked + (
         f"its table has {table.rows} rows, which {factor} does not divide; divisors up to "
-        f"{_LARGEST_DIVISOR}: {', '.join(divisors) or 'none'}; choose one, or pad the table"
+        f"{_LARGEST_DIVISOR}: {', '.join(divisors) or 'none'}; choose one, or pad the table to "
+        f"{-(-table.rows // factor) * factor} rows (model.resize_token_embeddings, or vocab_size "
+        "of the config)"
     )
 
 

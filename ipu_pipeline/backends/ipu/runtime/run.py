@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,13 @@ from runtime.placement import (  # noqa: E402
 )
 from runtime.static_graph import DeviceForward  # noqa: E402
 
-USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, FileNotFoundError, ValueError)
+USER_ERRORS = (BundleError, ModuleNotFound, PlacementError, OSError, ValueError)
 
 
 def main() -> None:
     """Check, compile, train, save."""
     arguments = parse_arguments()
+    check_output(arguments)
     plan = read_json("plan.json")
     settings = read_json("settings.json")
     blocks = importlib.import_module("model_parallel").BLOCKS
@@ -135,6 +137,17 @@ def load_model(source: str, model_class: str) -> Any:
     return cls.from_pretrained(source).train()
 
 
+def check_output(arguments: argparse.Namespace) -> None:
+    """Make the folder for the weights, before any work; one that holds files needs --force."""
+    if arguments.output:
+        folder = Path(arguments.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not arguments.force:
+            raise BundleError(f"{folder} is not empty; choose another folder, or give --force")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 def read_json(name: str) -> Any:
     """Return the parsed file of this bundle."""
     return json.loads((HERE / name).read_text(encoding="utf-8"))
@@ -147,6 +160,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", help="torch.save'd dict of tensors: model inputs, rows first")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (default 10)")
     parser.add_argument("--output", help="folder for the trained weights")
+    parser.add_argument("--force", action="store_true", help="replace files in that folder")
     parser.add_argument("--shuffle", action="store_true", help="shuffle the rows")
     parser.add_argument("--check-only", action="store_true", help="check, do not compile")
     return parser.parse_args()

@@ -56,8 +56,7 @@ def profile_blocks(
             "costs='analytic'"
         )
     name = f"blocks-{num_devices}x{threads_per_stage(num_devices)}"
-    kept = load_measurements(name, dict[str, tuple[float, float]]) or {}
-    known = {key: times for key, times in kept.items() if min(times) >= 0}
+    known = load_measurements(name, dict[str, tuple[float, float]]) or {}
     signatures = {p.name: program_signature(p, captured.specs) for p in captured.programs}
     if any(signature not in known for signature in signatures.values()):
         with preserved_state(captured.model, captured._trace.changing.values()):

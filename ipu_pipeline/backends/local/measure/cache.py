@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -13,12 +15,22 @@ import msgspec
 import torch
 from filelock import FileLock
 
-from ipu_pipeline.ir.codec import to_json, write_json
+from ipu_pipeline.errors import ConfigError, OutputError, first_line
+from ipu_pipeline.ir.files import named, read_text, write_bytes
 from ipu_pipeline.ops import extension, linear
 
 T = TypeVar("T")
 METHOD = 4  # of measuring: what an older one has found is measured again
 CACHE_VARIABLE = "IPU_PIPELINE_CACHE"
+logger = logging.getLogger(__name__)
+
+
+class _Entry(msgspec.Struct):
+    """A file of the cache: whose measurements, what they are, and the checksum of both."""
+
+    machine: str
+    values: msgspec.Raw
+    sha256: str
 
 
 def cache_folder() -> Path:
@@ -42,22 +54,36 @@ def machine_key() -> str:
 
 
 def load_measurements(name: str, kind: type[T]) -> T | None:
-    """Return what is kept under ``name``, checked to be of a ``kind``; None if it is not usable."""
+    """Return what is kept under ``name``; None if there is nothing, or of another machine.
+
+    A damaged entry is dropped with a log line: its checksum tells.
+    """
+    path = _file(name)
     try:
-        content = msgspec.json.decode(_file(name).read_bytes(), type=dict[str, msgspec.Raw])
-        if msgspec.json.decode(content["machine"]) != machine_key():
+        if not path.exists():
             return None
-        return msgspec.json.decode(content["values"], type=kind)
-    except (OSError, msgspec.MsgspecError, KeyError):
+        entry = msgspec.json.decode(read_text(path, "the measurements", ConfigError), type=_Entry)
+        if entry.sha256 != _checksum(entry.machine, entry.values):
+            raise ConfigError("its checksum is another one")
+        if entry.machine != machine_key():
+            return None
+        return msgspec.json.decode(entry.values, type=kind)
+    except (ConfigError, msgspec.MsgspecError, RecursionError, OSError) as error:
+        logger.warning("%s is damaged, so it is measured again: %s", named(path), first_line(error))
         return None
 
 
 def store_measurements(name: str, values: Any) -> None:
     """Keep measurements under ``name``; a folder that cannot be written is no error."""
-    path = _file(name)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"machine": machine_key(), "values": to_json(values)}, "values")
+    kept = msgspec.Raw(msgspec.json.encode(values))
+    entry = _Entry(machine_key(), kept, _checksum(machine_key(), kept))
+    with contextlib.suppress(OSError, OutputError):
+        _make_folder()
+        write_bytes(_file(name), msgspec.json.encode(entry) + b"\n")
+
+
+def _checksum(machine: str, values: msgspec.Raw) -> str:
+    return hashlib.sha256(machine.encode() + b"\n" + bytes(values)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -65,7 +91,7 @@ def one_process(name: str) -> Iterator[None]:
     """Let one process at a time measure ``name``: ranks that plan at once must find the same."""
     lock = FileLock(cache_folder() / f".{name}.lock")
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        _make_folder()
         lock.acquire()
     except OSError:  # nothing can be kept there either
         yield
@@ -74,6 +100,11 @@ def one_process(name: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _make_folder() -> None:
+    """Make the folder; what is measured on this machine is its user's."""
+    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _file(name: str) -> Path:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +16,13 @@ from ipu_pipeline.backends.local.measure import local_machine as exported
 from ipu_pipeline.backends.local.measure.cache import (
     cache_folder,
     load_measurements,
-    machine_key,
     store_measurements,
 )
 from ipu_pipeline.backends.local.measure.machine import on_threads
 from ipu_pipeline.capture import capture
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.attention import ATTENTION
-from ipu_pipeline.ir.machine import Machine
+from ipu_pipeline.ir.machine import Device, Machine
 from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
@@ -60,34 +62,40 @@ def test_machine_description(quick: None, cache: Path) -> None:
 
 def test_measured_once(quick: None, cache: Path) -> None:
     first = local_machine(2).devices[0].flops_per_s
-    stored = json.loads((cache / "device-2x1.json").read_text())
-    stored["values"]["flops_per_s"]["float32"] = 123.0
-    (cache / "device-2x1.json").write_text(json.dumps(stored))
+    kept = load_measurements("device-2x1", Device)
+    assert kept is not None
+    store_measurements("device-2x1", replace(kept, flops_per_s={"float32": 123.0}))
     assert local_machine(2).devices[0].flops_per_s["float32"] == 123.0
     assert local_machine(1).devices[0].flops_per_s["float32"] != 123.0
     assert first["float32"] != 123.0
 
 
-DEVICE = (
-    '{"name": "cpu", "memory_bytes": 1, "flops_per_s": {"float32": %s}, "memory_bytes_per_s": 1.0}'
-)
-
-
 @pytest.mark.parametrize(
     "damage",
-    ["", "{", "[]", '{"machine": 1}', '{"machine": "KEY", "values": {"name": "cpu"}}',
-     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % "-1.0"),
-     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % "NaN"),
-     '{"machine": "KEY", "values": DEVICE}'.replace("DEVICE", DEVICE % '"x"'),
-     '{"machine": "KEY", "values": 3}',
-     '{"machine": "another processor", "values": DEVICE}'.replace("DEVICE", DEVICE % "5.0")],
+    ["", "{", "[]", '{"machine": 1}', "TEXT", "[" * 5000, '{"sha256": ""}',
+     lambda text: text.replace("1.0", "-1.0"), lambda text: text.replace("1.0", "1e9"),
+     lambda text: text[:-9]],
 )  # fmt: skip
-def test_damaged_or_foreign_cache_is_measured_again(quick, cache: Path, damage: str) -> None:
-    cache.mkdir()
-    text = damage.replace("KEY", machine_key())
-    (cache / "device-1x1.json").write_text(text)
-    assert local_machine(1).devices[0].flops_per_s["float32"] > 1e6
-    assert (cache / "device-1x1.json").read_text() != text
+def test_a_damaged_entry_is_dropped_with_a_log_line(
+    cache: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
+    store_measurements("x", {"a": 1.0})
+    file = cache / "x.json"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    file.write_text(damage if isinstance(damage, str) else damage(file.read_text()))
+    assert load_measurements("x", dict[str, float]) is None
+    assert f"{file} is damaged, so it is measured again" in caplog.text
+    store_measurements("x", {"a": 2.0})
+    assert load_measurements("x", dict[str, float]) == {"a": 2.0}
+
+
+def test_a_folder_in_the_place_of_an_entry_is_dropped(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache / "x.json").mkdir(parents=True)
+    assert load_measurements("x", dict[str, float]) is None
+    assert "it is a folder" in caplog.text
+    store_measurements("x", {"a": 2.0})
 
 
 def test_what_was_measured_in_another_way_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_an_answer_out_of_range_is_refused(answer):
     given = [GivenLabel({0: 1.0}, soft=False), GivenLabel({answer: 1.0}, soft=False)]
     message = (
         rf"data row 1: answer {answer!r} is out of range, the model chooses from 3 answers "
-        r"\(red, green, blue, \.\.\.\); train with --replace_qa_head"
+        r"\(\['red', 'green', 'blue'\]\); train with --replace_qa_head"
     )
     with pytest.raises(DatasetError, match=message):
         Labels.of(given, COLOURS, "data")
