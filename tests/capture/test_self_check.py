@@ -11,8 +11,8 @@ from ipu_pipeline.errors import CaptureError
 from tests.capture.toys import WIDTH, Layer, Toy, batch, last, toy
 
 
-class Sum(torch.autograd.Function):
-    """The identity; once its gradient is another one."""
+class ThirdIsAnother(torch.autograd.Function):
+    """The identity; its gradient is another one in its third call, of the second run."""
 
     calls = 0
     wrong = 2.0
@@ -25,13 +25,13 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         del ctx
-        Sum.calls += 1
-        return gradient * (Sum.wrong if Sum.calls == 2 else 1.0)
+        ThirdIsAnother.calls += 1
+        return gradient * (ThirdIsAnother.wrong if ThirdIsAnother.calls == 3 else 1.0)
 
 
 class Summed(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        return Sum.apply(self.linear(x))
+        return ThirdIsAnother.apply(self.linear(x))
 
 
 def runs_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[check._Run]:
@@ -44,7 +44,7 @@ def runs_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[check._Ru
         return of(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(check._Run, "of", noted)
-    monkeypatch.setattr(Sum, "calls", 0)
+    monkeypatch.setattr(ThirdIsAnother, "calls", 0)
     capture(model, batch())
     return found
 
@@ -62,7 +62,7 @@ def test_two_runs_and_no_gradient_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_other_bits_are_compared_in_one_more_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sum, "wrong", 1 + 1e-6)
+    monkeypatch.setattr(ThirdIsAnother, "wrong", 1 + 1e-6)
     *_, second, third = runs_of(made(Summed), monkeypatch)
     assert second.unlike
     assert third.ours == {}
