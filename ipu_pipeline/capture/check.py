@@ -66,8 +66,9 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     try:
         return Checked((), compare(altered(batch)))
     except GuardError as error:
-        found = compare(batch)
-        return Checked((f"specialised to the example batch: {error}",), found)
+        found = compare(batch, once=True)
+        note = f"checked on the example batch only: {error}"
+        return Checked((note,), found)
     except _RefusedByModel as error:
         found = compare(batch)
         note = f"checked on the example batch only: the model refuses altered data ({error})"
@@ -106,10 +107,12 @@ class _Run:
         unlike: Gradients with another hash than those of the first.
         kept: What is kept from batch to batch.
         changed_backward: Buffers that the backward pass changed.
+        once: No second batch follows: Python would read other values in it.
     """
 
     captured: CapturedModel
     leaves: Leaves
+    once: bool = False
     first: _Run | None = None
     ours: dict[str, Tensor | None] | None = None
     hashes: dict[str, bytes] = field(default_factory=dict)
@@ -131,6 +134,8 @@ class _Run:
         ):
             torch.manual_seed(SEED)
             plain, python = PlainState(model.modules()), PythonState(model.modules())
+            glue = captured.glue.leaves.glue  # what it keeps, its replays keep
+            own = PlainState([m for m in model.modules() if id(m) in glue], buffers=False)
             outcome = run()
             for name, value in outcome.items():
                 if self.first is not None:
@@ -142,8 +147,10 @@ class _Run:
             if self.kept or again:
                 self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
                                     for n, t in changing.items())  # fmt: skip
+            if (self.kept or again) and not self.once:
                 python.restore(tensors=False)
                 plain.put_back(tensors=False)
+                own.put_back(but=changing.values())
                 self.outcome.update((f"{n} of the next batch", t.detach())
                                     for n, t in run().items())  # fmt: skip
         return self
@@ -186,16 +193,18 @@ class _Run:
             self.unlike[name] = gradient
 
 
-def _compare(captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any]) -> tuple[str, ...]:
+def _compare(
+    captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any], *, once: bool = False
+) -> tuple[str, ...]:
     """Compare the capture with the model; return the buffers that a backward pass changes."""
     model = captured.model
     eager = partial(_eager, model, batch, captured.results)
-    expected = _Run(captured, leaves).of(eager, again=False)
-    ours = _Run(captured, leaves, expected)
+    expected = _Run(captured, leaves, once).of(eager, again=False)
+    ours = _Run(captured, leaves, once, expected)
     found = ours.of(lambda: captured.run(_copied(batch)), again=bool(expected.kept)).outcome
     differing = {**dict.fromkeys(expected.hashes), **ours.unlike}
     if differing:
-        _Run(captured, leaves, ours=differing).of(eager, again=False)
+        _Run(captured, leaves, once=True, ours=differing).of(eager, again=False)
         for name, gradient in differing.items():  # the model has none
             if gradient is not None:
                 _require_equal(model, name, gradient, None)
