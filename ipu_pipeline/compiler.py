@@ -19,7 +19,7 @@ from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.python_state import same_random_numbers
-from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.errors import CaptureError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
@@ -98,6 +98,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
     backend_of(described).check_costs(costs)
+    frozen = captured.glue.unsteady or captured.glue.frozen
+    if frozen and not getattr(backend_of(described), "replays_glue", True):
+        raise CaptureError(frozen)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
         captured.graph,

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
-from ipu_pipeline.capture.calls import unguarded
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.reads import unguarded
 from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.ir.graph import OpKind, OpRecord

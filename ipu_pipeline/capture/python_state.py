@@ -31,6 +31,7 @@ _UNSEEN = (
 )  # fmt: skip
 # Their functions keep nothing between calls that matters.
 _LIBRARIES = ("torch", "transformers", "numpy", "ipu_pipeline")
+_PLAIN = (bool, int, float, str, type(None), Tensor)
 # A container inside a container inside an attribute: deeper ones belong to somebody else.
 _DEPTH = 3
 
@@ -96,6 +97,17 @@ class PythonState:
             else:
                 _restore_dict(live, copied)
 
+    def entries(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield container, key and value of everything that it has a copy of."""
+        for live, copied in self._copies:
+            if isinstance(copied, dict):
+                yield from ((live, key, value) for key, value in copied.items())
+            elif isinstance(copied, list):
+                keys = copied if isinstance(live, set) else range(len(copied))
+                yield from zip(itertools.repeat(live), keys, copied, strict=False)
+            else:
+                yield live, None, copied
+
     def _note(self, value: Any, depth: int) -> None:
         if isinstance(value, types.FunctionType | types.MethodType):
             self._note_function(value)
@@ -141,7 +153,7 @@ class PythonState:
             self._note(content, _DEPTH)
         names = [n for n in function.__code__.co_names if n in function.__globals__]
         kept = {name: function.__globals__[name] for name in names}
-        plain = {n: v for n, v in kept.items() if isinstance(v, bool | int | float | str)}
+        plain = {n: v for n, v in kept.items() if isinstance(v, _PLAIN)}
         if plain:
             self._copies.append((function.__globals__, _Some(plain)))
         for value in kept.values():
@@ -176,6 +188,17 @@ def _holds_tensor(*values: Any) -> bool:
     return False
 
 
+def put_entry(container: Any, key: Any, value: Any) -> None:
+    """Put ``value`` into an entry that :meth:`PythonState.entries` has found."""
+    if isinstance(container, types.CellType):
+        container.cell_contents = value
+    elif isinstance(container, set):
+        container.discard(key)
+        container.add(value)
+    else:
+        container[key] = value
+
+
 class _Some(dict[str, Any]):
     """Some of the members of a dict: the others are left alone."""
 
@@ -186,4 +209,4 @@ def _restore_dict(live: dict[str, Any], copied: dict[str, Any]) -> None:
             del live[name]
     for name, value in copied.items():
         if live.get(name, live) is not value:
-            live[name] = value
+            live[name] = copy(value) if type(value) is itertools.count else value

@@ -49,12 +49,12 @@ class Sized:
     Attributes:
         glue: Its glue, over the same nodes.
         specs: Description of every tensor value by name.
-        changed: Numbers that differ and are no host values yet: number of the call, and path.
+        changed: Numbers that differ and are no host values yet, by number of the call, and path.
     """
 
     glue: Glue
     specs: Mapping[str, TensorMeta]
-    changed: tuple[tuple[int, Path], ...]
+    changed: Mapping[tuple[int, Path], Any]
 
 
 class Resize(Replay):
@@ -67,10 +67,12 @@ class Resize(Replay):
 
     def __init__(self, trace: Trace, kinds: dict[nn.Module, str]) -> None:
         glue = trace.glue
-        super().__init__(glue)
+        super().__init__(glue, lambda call: call.result)
         self._trace = trace
         self._kinds = kinds
-        self._made = Glue(glue.ambient, glue.leaves, hosts=glue.hosts, nodes={})
+        self._made = replace(
+            glue, calls=[], reads={}, inputs={}, results={}, nodes={}, stand_ins=[], _kept=[]
+        )
         self._describe = _AsRecorded(self._made._kept.append)
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the recorded one
 
@@ -83,8 +85,8 @@ class Resize(Replay):
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         nodes = {node.name: node for node in self._trace.graph.nodes}
         recorded = self.glue.inputs
-        if any(node.meta.get("guard") for node in nodes.values()):
-            raise Differs("the model reads values in Python between its blocks")
+        if self.glue.kept or any(node.meta.get("guard") for node in nodes.values()):
+            raise Differs("the model reads or keeps values in Python between its blocks")
         for name in {**tensors, **recorded}:
             spec = TensorMeta.of(tensors[name]) if name in tensors else None
             if spec is None or name not in recorded or not _alike(spec, nodes[name].meta["spec"]):
@@ -94,12 +96,14 @@ class Resize(Replay):
             for name, old in recorded.items():
                 self._made.inputs[name] = self._now(old)  # type: ignore[assignment]
             self.glue = replace(self.glue, inputs=self._made.inputs)
-            self.run(model, batch)
+            with self.patches(model):
+                self.run(model, batch)
             specs = self._values.specs()
         except Exception as error:  # whatever code does that is given tensors without values
             raise Differs(f"{type(error).__name__}: {error}") from error
         self._made.results = {name: self._id_now(i) for name, i in self.glue.results.items()}
-        return Sized(self._made, specs, tuple(self.changed))
+        self._made.stand_ins = list(self._stand_ins.values())
+        return Sized(self._made, specs, self.changed)
 
     def _next(self, target: Any, arguments: tuple[Any, ...]) -> Any:
         if isinstance(target, nn.Module):
