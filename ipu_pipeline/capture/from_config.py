@@ -98,7 +98,7 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
     except Exception as error:  # transformers checks fields in its own ways
         raise CaptureError(
-            f"no transformers config at {named(name_or_path)!r} ({_reason(error)}); pass a local "
+            f"no transformers config at '{named(name_or_path)}' ({_reason(error)}); pass a local "
             "folder, the path of a config.json, or a hub name while online"
         ) from error
     classes = config.architectures or []
