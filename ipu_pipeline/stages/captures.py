@@ -468,6 +468,7 @@ class StageCache:
     def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
         variants.found.insert(0, variant)
         self.captures += variant.sized is None
+        logger.info("capture %d: %d stages", self.captures, len(variant.stages))
         if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
