@@ -11,7 +11,7 @@ from math import inf
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.ir.plan import Granularity, ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
@@ -128,7 +128,7 @@ def make_plan(
     model: ModelIdentity,
     work: Workload,
     stages: Sequence[PlannedStage] | Partition,
-    granularity: str = "layer",
+    granularity: Granularity = "layer",
 ) -> Plan:
     """Write down stages that were chosen, with their price; a searched split brings its bound."""
     if isinstance(stages, Partition):
@@ -147,7 +147,7 @@ def _unpriced(
     model: ModelIdentity,
     work: Workload,
     stages: Sequence[PlannedStage] | Partition,
-    granularity: str,
+    granularity: Granularity,
 ) -> Plan:
     run, settings = (work.num_microbatches, work.replicas), work.settings
     if isinstance(stages, Partition):
