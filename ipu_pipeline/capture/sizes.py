@@ -74,7 +74,7 @@ class Resize(Replay):
         self._made = replace(
             glue, calls=[], reads={}, inputs={}, results={}, nodes={}, stand_ins=[], _kept=[]
         )
-        self._describe = _AsRecorded(self._made._kept.append)
+        self._describe: _AsRecorded = _AsRecorded(self._made._kept.append)
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the recorded one
 
     def sized(self, model: nn.Module, batch: Mapping[str, Any]) -> Sized:
@@ -315,7 +315,8 @@ class _ShapeRun:
         """Put tensors without values in place of those of ``module`` and its parts."""
         before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for part in module.modules():
-            for own in (part._parameters, part._buffers, vars(part)):
+            every: list[Any] = [part._parameters, part._buffers, vars(part)]
+            for own in every:
                 found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
                 before.append((own, found))
                 own.update({name: self._twin(value) for name, value in found.items()})

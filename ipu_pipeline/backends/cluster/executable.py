@@ -157,9 +157,8 @@ class DistributedExecutable(Executable):
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(optimizer, own, ownership, self.groups, self.options)
-        self.global_step += 1
         num_samples = sum(part.num_samples for part in parts)
-        return StepResult(loss, done.grad_norm, done.skipped, num_samples)
+        return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.

@@ -201,13 +201,14 @@ class LocalExecutable(Executable):
             loss_scaling=self.options.loss_scaling,
             max_grad_norm=self.options.max_grad_norm,
         )
-        self.global_step += 1
-        return StepResult(
-            mean_loss(step.microbatches, step.results),
-            update.grad_norm,
-            update.skipped,
-            sum(part.num_samples for part in step.microbatches),
-            tuple(step.busy_s),
+        return self.stepped(
+            StepResult(
+                mean_loss(step.microbatches, step.results),
+                update.grad_norm,
+                update.skipped,
+                sum(part.num_samples for part in step.microbatches),
+                tuple(step.busy_s),
+            )
         )
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
