@@ -139,7 +139,7 @@ def make_plan(
 
 def step_s(work: Workload, split: Partition) -> float:
     """Return the seconds of a step of a split by its price, infinite where it does not fit."""
-    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, ""))
+    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, "layer"))
     return inf if found.misfits else found.step_s
 
 
