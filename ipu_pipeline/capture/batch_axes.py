@@ -105,7 +105,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
         )
-    with same_random_numbers(), preserved_state(model), PutBack(model), torch.no_grad():
+    with same_random_numbers(), torch.no_grad():
         for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
             try:
                 tried = _tried(model, batch, axes)
@@ -240,9 +240,9 @@ def _results(model: nn.Module, part: Mapping[str, Any]) -> Results:
     torch.manual_seed(SEED)
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002
-    counting = _Counting()
+    counting = _Counting()  # every run starts from the same state
     own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
-    with counting:
+    with preserved_state(model), PutBack(model), counting:
         output = model(**own)
     return {name: value.detach() for name, value in named_tensors(output)}, counting.counts
 
