@@ -32,6 +32,8 @@ Axes = Mapping[str, int | None]
 
 # Choices of axes that are tried before the first that runs at all is taken.
 MAX_CHOICES = 24
+# A loss is one number: its rounding errors are small, and so may be what mixes samples.
+LOSS_TOLERANCE = 2e-5
 # transformers' own inputs of which the axis of samples is known.
 _BATCH_FIRST = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
@@ -277,18 +279,18 @@ def _weights(results: Sequence[Results]) -> tuple[float, float] | None:
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
     for weights in rules:
         parts = [w * x for w, x in zip(weights, losses, strict=True) if w and x is not None]
-        if len(parts) > 0 and close_enough(both[LOSS], torch.stack(parts).sum(0)):
+        if len(parts) > 0 and close_enough(both[LOSS], torch.stack(parts).sum(0), LOSS_TOLERANCE):
             return weights
     return None
 
 
-def close_enough(a: Tensor, b: Tensor) -> bool:
+def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> bool:
     """Whether results are equal but for rounding."""
     if a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    allowed = TOLERANCE.get(a.dtype, DEFAULT_TOLERANCE)
+    allowed = TOLERANCE.get(a.dtype, tolerance)
     scale = float(a.detach().float().nan_to_num().abs().max()) if a.numel() else 0.0
     return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, 1e-3), equal_nan=True)
 

@@ -268,9 +268,13 @@ class BatchCutter:
         columns: list[list[float] | None] = []
         for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
             counts = [count for count in column if count is not None]
+            if term.averaged:
+                pairs = zip(counts, by_samples, strict=bool(counts))
+                counts = [count * share for count, share in pairs]
             found = term.weights(counts) or by_samples
             if constant:
-                found = whole if term.kind == "quotient" else by_samples
+                summed = term.kind == "quotient" and not term.averaged
+                found = whole if summed else by_samples
             columns.append(found if counts else None)
         return columns
 
