@@ -26,6 +26,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ipu_pipeline.checkpoint.writer import Shard, on_host, write_shard
+from ipu_pipeline.errors import OutputError
+from ipu_pipeline.ir.files import make_folder
 
 PIECES = 8
 
@@ -119,6 +121,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=29_721)
     options = parser.parse_args()
+    try:
+        make_folder("folder", options.folder, force=False)  # it is removed in the end
+    except OutputError as error:
+        parser.error(str(error))
     context = multiprocessing.get_context("spawn")
     for number in range(options.rounds * len(WAYS)):
         way = list(WAYS)[number % len(WAYS)]

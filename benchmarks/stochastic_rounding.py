@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "co
 from demo_model import load_model_and_tokenizer
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.files import check_outputs, write_text
 from ipu_pipeline.train import TrainingArguments, build_optimizer, train
 from tasks.question_answering import (
     QuestionAnsweringDataset,
@@ -158,10 +160,15 @@ def main(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "1,2,3",
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file for all losses.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace that file.")] = False,  # noqa: FBT002 - an option
 ) -> None:
     """Compare the three ways for several seeds."""
     from transformers.utils.logging import disable_progress_bar
 
+    try:
+        check_outputs({"--output": output}, force=force)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(threads)
     setup = Setup(str(train_file), steps, learning_rate, smooth)
@@ -170,7 +177,7 @@ def main(
         results[seed] = compare(setup, seed)
         if output is not None:
             content = {"setup": asdict(setup), "seeds": results}
-            output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_text(output, json.dumps(content, indent=1))
     for name in VARIANTS:
         typer.echo(
             f"all seeds: {name:22} final loss "

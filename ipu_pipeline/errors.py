@@ -25,8 +25,9 @@ from __future__ import annotations
 import re
 from reprlib import Repr
 
-# A value out of a broken file, longer than any path: its beginning says enough.
+# Values out of a broken file, longer than any path or sentence: their beginnings say enough.
 _LONG = re.compile(r"(\S{80})\S{320,}")
+_LONG_QUOTED = re.compile(r"('[^'\n]{80})[^'\n]{700,}(?=')")
 
 
 # Exit code of a command that Ctrl-C has ended, as shells have it: 128 + SIGINT.
@@ -39,8 +40,8 @@ class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message; of a word without end only the beginning."""
-        return _LONG.sub(r"\1...", super().__str__())
+        """Return the message; of a word or a quoted text without end only the beginning."""
+        return _LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", super().__str__()))
 
 
 def first_line(error: BaseException) -> str:

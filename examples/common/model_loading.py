@@ -20,9 +20,11 @@ def loading(name_or_path: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except PipelineError:
+        raise
+    except Exception as error:  # of transformers, tokenizers and safetensors, about damaged files
         raise PipelineError(
-            f"model {name_or_path!r} cannot be loaded ({first_line(error)}); {remedy}"
+            f"model {name_or_path!r} cannot be loaded ({first_line(error)[:300]}); {remedy}"
         ) from error
 
 

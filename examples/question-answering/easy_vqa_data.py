@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import zipfile
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from ipu_pipeline.backends.local.measure.cache import cache_folder
-from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.errors import DatasetError, OutputError, first_line
+from ipu_pipeline.ir.files import make_folder, write_bytes
 from tasks.visual_question_answering import (
     AnswerSet,
     Questions,
@@ -30,6 +31,7 @@ from tasks.visual_question_answering import (
 )
 from tasks.visual_question_answering import features as extractor
 
+logger = logging.getLogger(__name__)
 _IMAGES_PER_CALL = 500
 _Floats = npt.NDArray[np.float32]
 
@@ -80,9 +82,12 @@ def read_easy_vqa(split: str, limit: int | None, cells: int) -> Questions:
 def _regions(paths: Sequence[Path], cells: int) -> tuple[_Floats, _Floats]:
     """Return the regions of image files, from the cache if they were computed before."""
     kept = cache_folder() / f"regions-{_fingerprint(paths, cells)}.npz"
-    unusable = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-    with contextlib.suppress(*unusable), np.load(kept) as found:
-        return found["features"], found["boxes"]
+    if kept.is_file():
+        try:
+            with np.load(kept) as found:
+                return found["features"], found["boxes"]
+        except Exception as error:  # numpy and zipfile raise what they like of a damaged file
+            logger.warning("%s is damaged, so it is made again: %s", kept, first_line(error))
     parts = []
     for first in range(0, len(paths), _IMAGES_PER_CALL):
         pixels = np.stack([_pixels(path) for path in paths[first : first + _IMAGES_PER_CALL]])
@@ -103,12 +108,10 @@ def _fingerprint(paths: Sequence[Path], cells: int) -> str:
 
 def _store(path: Path, **arrays: Any) -> None:
     """Write arrays whole or not at all; a folder that cannot be written is no error."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    with contextlib.suppress(OutputError):
+        write_bytes(make_folder("the cache", path.parent) / path.name, data.getvalue())
 
 
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:

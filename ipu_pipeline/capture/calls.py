@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.values import tensors_in
-from ipu_pipeline.errors import GuardError
 
 # Functions of which the result's shape depends on the values of their arguments.
 _VALUE_SHAPED = frozenset(
@@ -51,6 +50,8 @@ VALUE_READS = frozenset(
         Tensor.__complex__,
         Tensor.__array__,
         Tensor.__contains__,
+        Tensor.__repr__,
+        Tensor.__format__,
         Tensor.equal,
         Tensor.allclose,
         Tensor.is_nonzero,
@@ -59,7 +60,6 @@ VALUE_READS = frozenset(
         torch.is_nonzero,
     }
 )
-_LONGEST_SHOWN = 60
 # Functions that give a Python sequence of parts.
 CUTS = frozenset({"unbind", "split", "chunk", "tensor_split", "split_with_sizes"})
 COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "lt", "le", "gt", "ge")
@@ -275,65 +275,12 @@ def set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
             module.training = mode
 
 
-class ValueGuard(nn.Module):
-    """Repeats a value ``read`` and refuses a batch for which it does not give ``expected``."""
-
-    def __init__(self, read: Any, expected: Any, origin: str) -> None:
-        super().__init__()
-        self.read = read
-        self.expected = expected
-        self.origin = origin
-        self.enabled = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Check the value.
-
-        Raises:
-            GuardError: It differs from the captured one.
-        """
-        if not self.enabled:
-            return
-        found = self.read(*args, **kwargs)
-        if not _same(found, self.expected):
-            raise GuardError(
-                f"{self.origin} reads a tensor in Python ({name_of(self.read)}): it was "
-                f"{_short(self.expected)} when the model was captured and is {_short(found)} for "
-                "this batch, so that the model might take another branch; capture it again with "
-                "this batch, or keep the module that reads the value inside a block"
-            )
-
-
-@contextlib.contextmanager
-def unguarded(module: nn.Module) -> Iterator[None]:
-    """Switch the guards in ``module`` off: it runs on tensors that have no meaningful values."""
-    guards = [child for child in module.modules() if isinstance(child, ValueGuard)]
-    for guard in guards:
-        guard.enabled = False
-    try:
-        yield
-    finally:
-        for guard in guards:
-            guard.enabled = True
-
-
 def name_of(function: Any) -> str:
     """Return a readable name of a torch function."""
     if getattr(function, "__name__", "") == "__get__":
         return f"Tensor.{attribute_name(function)}"
     name = getattr(function, "__qualname__", None) or repr(function)
     return str(name).replace("TensorBase.", "Tensor.")
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if hasattr(expected, "shape"):  # numpy arrays
-        return bool(found.shape == expected.shape and (found == expected).all())
-    both_nan = found != found and expected != expected
-    return bool(found == expected or both_nan)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 class FreeTensors(TorchFunctionMode):

@@ -11,24 +11,25 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture import inputs
-from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen
+from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.experts import grouped_without_values
-from ipu_pipeline.capture.glue import Glue, Path
-from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves, has_parameters
+from ipu_pipeline.capture.glue import Call, Glue, Path
+from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
+from ipu_pipeline.capture.lift import keep, lift, settle_hosts
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.tracer import Trace, lift, trace
+from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
-from ipu_pipeline.ir.plan import ModelIdentity
+from ipu_pipeline.ir.plan import Granularity, ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
 _KEPT: weakref.WeakKeyDictionary[
@@ -102,6 +103,14 @@ class CapturedModel:
         return tuple(dict.fromkeys(found))
 
     @property
+    def in_order(self) -> bool:
+        """Whether a microbatch has to end before the next one begins.
+
+        Blocks draw from generators of Python, or the backward pass changes what they read.
+        """
+        return bool(self._changed_backward) or any(program.draws for program in self.programs)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch's tensors."""
         return self._trace.inputs
@@ -110,6 +119,11 @@ class CapturedModel:
     def glue(self) -> Glue:
         """The calls between its blocks."""
         return self._trace.glue
+
+    @property
+    def changing(self) -> tuple[Tensor, ...]:
+        """Those of the model's own tensors that a forward pass changes."""
+        return tuple(self._trace.changing.values())
 
     def follow(
         self, batch: Mapping[str, Any], integers: frozenset[tuple[int, Path]] = frozenset()
@@ -125,8 +139,42 @@ class CapturedModel:
         Raises:
             Differs: It does something else than when it was captured.
         """
-        with without_stand_ins(self._glue_modules):
-            return Replay(self.glue, integers).run(self.model, batch)
+
+        def read(call: Call) -> Any:
+            if call.is_late:
+                return call.result  # the run compares it
+            return self.read_early(call, {**batch, **replay.hosts})
+
+        replay = Replay(self.glue, read, integers)
+        with without_stand_ins(self._glue_modules), replay.patches(self.model):
+            return replay.run(self.model, batch)
+
+    def read_early(self, call: Call, values: Mapping[str, Any]) -> Any:
+        """Return a value that Python reads from what is computed from inputs alone.
+
+        Args:
+            call: The read.
+            values: The batch, and the host values so far.
+        """
+        assert call.node is not None
+        if call.node not in self._early:
+            wanted = [node.name for node in call.node.all_input_nodes]
+            self._early[call.node] = prelude_program(self._coarse, self._trace.attributes, wanted)
+        program = self._early[call.node]
+        found = {name: values[name] for name in program.inputs}
+        program.run(found)
+
+        def value(node: fx.Node) -> Any:
+            return self._trace.attributes[str(node.target)] if node.op == "get_attr" else (
+                found[node.name]
+            )  # fmt: skip
+
+        args, kwargs = fx.map_arg((call.node.args, call.node.kwargs), value)
+        return call.target(*args, **kwargs)
+
+    @cached_property
+    def _early(self) -> dict[fx.Node, Program]:
+        return {}
 
     def sized(self, batch: Mapping[str, Any] | None = None) -> Sized:
         """Return what it is at the sizes of ``batch`` or, again, of its own; nothing is computed.
@@ -151,14 +199,23 @@ class CapturedModel:
         return [m for m in self.model.modules() if id(m) in self.glue.leaves.glue]
 
     def with_hosts(
-        self, places: Iterable[tuple[int, Path]], *, sizes: bool = False
+        self,
+        changed: Mapping[tuple[int, Path], Any],
+        kept: Iterable[int] = (),
+        *,
+        sizes: bool = False,
     ) -> CapturedModel:
-        """Return the capture with numbers at these places of its glue as inputs.
+        """Return the capture with values, by their places in its glue, as inputs.
 
-        ``sizes``: They differ where sizes do, and only there.
+        Its stages hand over the tensors ``kept``. ``sizes``: The values differ where sizes do, and
+        only there.
         """
-        for number, path in places:
-            lift(self._trace, number, path, size=sizes)
+        for (number, path), value in changed.items():
+            lift(self._trace, number, path, value, size=sizes)
+        for key in kept:
+            keep(self._trace, key)
+        if self.glue.session.live:
+            settle_hosts(self._trace)
         return replace(
             _built(self.model, self._trace, self._batch, self.granularity, training=self.training),
             notes=self.notes,
@@ -266,8 +323,7 @@ def _built(
     *,
     training: bool,
 ) -> CapturedModel:
-    leaves = recorded.glue.leaves
-    coarse = coarsen(recorded, leaves, lambda name: name == LOSS or not training)
+    coarse = coarsen_reads(recorded, lambda name: name == LOSS or not training)
     return CapturedModel(
         model=model,
         programs=block_programs(coarse, recorded.attributes),
@@ -327,7 +383,7 @@ def model_identity(model: nn.Module) -> ModelIdentity:
 
 def _loss_modules(recorded: Trace) -> frozenset[int]:
     """Return the ids of the model's modules without parameters that compute a loss or its parts."""
-    found = set()
+    found = set[int]()
     for node in recorded.graph.nodes:
         results = [node, *node.users] if node.op == "call_module" else []
         specs = [one.meta["spec"] for one in results if "spec" in one.meta]

@@ -1,12 +1,14 @@
 """The self-check: a capture is compared with the model on other data before it is trusted.
 
-First the model runs, then the capture, with the same dropout masks; only the gradients and
-results of the first are kept, and each gradient of the second is freed when it is compared. Where
-something is kept from batch to batch, both run on, for one more forward pass.
+First the model runs, then the capture, with the same dropout masks. Of the gradients of the first
+only hashes are kept, so that a check needs no more memory than a step: those of the second are
+almost always the same bits. Where some are not, the model runs once more, and they are compared.
+Where something is kept from batch to batch, both run on, for one more forward pass.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -64,8 +66,9 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
     try:
         return Checked((), compare(altered(batch)))
     except GuardError as error:
-        found = compare(batch)
-        return Checked((f"specialised to the example batch: {error}",), found)
+        found = compare(batch, once=True)
+        note = f"checked on the example batch only: {error}"
+        return Checked((note,), found)
     except _RefusedByModel as error:
         found = compare(batch)
         note = f"checked on the example batch only: the model refuses altered data ({error})"
@@ -98,14 +101,22 @@ class _Run:
 
     Attributes:
         outcome: Tensors by what they are.
-        compared_with: The other run's: a gradient is compared, and freed, when it is there.
+        first: The model's, which the capture's is compared with.
+        ours: Gradients of the capture that differ, in the model's second run.
+        hashes: Of its gradients by name, if it is the first.
+        unlike: Gradients with another hash than those of the first.
         kept: What is kept from batch to batch.
         changed_backward: Buffers that the backward pass changed.
+        once: No second batch follows: Python would read other values in it.
     """
 
     captured: CapturedModel
     leaves: Leaves
-    compared_with: Outcome | None = None
+    once: bool = False
+    first: _Run | None = None
+    ours: dict[str, Tensor | None] | None = None
+    hashes: dict[str, bytes] = field(default_factory=dict)
+    unlike: Outcome = field(default_factory=dict)
     outcome: Outcome = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     changed_backward: tuple[str, ...] = ()
@@ -123,10 +134,12 @@ class _Run:
         ):
             torch.manual_seed(SEED)
             plain, python = PlainState(model.modules()), PythonState(model.modules())
+            glue = captured.glue.leaves.glue  # what it keeps, its replays keep
+            own = PlainState([m for m in model.modules() if id(m) in glue], buffers=False)
             outcome = run()
             for name, value in outcome.items():
-                if self.compared_with is not None:
-                    _require_equal(model, name, value.detach(), self.compared_with.get(name))
+                if self.first is not None:
+                    _require_equal(model, name, value.detach(), self.first.outcome.get(name))
             if captured.training and outcome[LOSS].requires_grad:
                 outcome = {LOSS: self._backward(outcome[LOSS])}
             self.outcome.update(outcome)
@@ -134,8 +147,10 @@ class _Run:
             if self.kept or again:
                 self.outcome.update((f"{n} afterwards", _now(model, n, t).detach().clone())
                                     for n, t in changing.items())  # fmt: skip
+            if (self.kept or again) and not self.once:
                 python.restore(tensors=False)
                 plain.put_back(tensors=False)
+                own.put_back(but=changing.values())
                 self.outcome.update((f"{n} of the next batch", t.detach())
                                     for n, t in run().items())  # fmt: skip
         return self
@@ -150,7 +165,7 @@ class _Run:
         try:
             loss.backward()
         except RuntimeError as error:
-            if self.compared_with is not None:
+            if self.first is not None:
                 raise
             raise CaptureError(
                 f"{type(model).__name__} itself fails in its backward pass: {error}"
@@ -169,20 +184,30 @@ class _Run:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         gradient = gradient.to_dense()
-        if self.compared_with is None:
-            self.outcome[name] = gradient
-        else:
-            expected = self.compared_with.pop(name, None)
-            _require_equal(self.captured.model, name, gradient, expected)
+        if self.ours is not None:
+            if name in self.ours:
+                _require_equal(self.captured.model, name, self.ours.pop(name), gradient)
+        elif self.first is None:
+            self.hashes[name] = _hash(gradient)
+        elif self.first.hashes.pop(name, None) != _hash(gradient):
+            self.unlike[name] = gradient
 
 
-def _compare(captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any]) -> tuple[str, ...]:
+def _compare(
+    captured: CapturedModel, leaves: Leaves, batch: Mapping[str, Any], *, once: bool = False
+) -> tuple[str, ...]:
     """Compare the capture with the model; return the buffers that a backward pass changes."""
     model = captured.model
     eager = partial(_eager, model, batch, captured.results)
-    expected = _Run(captured, leaves).of(eager, again=False)
-    ours = _Run(captured, leaves, expected.outcome)
+    expected = _Run(captured, leaves, once).of(eager, again=False)
+    ours = _Run(captured, leaves, once, expected)
     found = ours.of(lambda: captured.run(_copied(batch)), again=bool(expected.kept)).outcome
+    differing = {**dict.fromkeys(expected.hashes), **ours.unlike}
+    if differing:
+        _Run(captured, leaves, once=True, ours=differing).of(eager, again=False)
+        for name, gradient in differing.items():  # the model has none
+            if gradient is not None:
+                _require_equal(model, name, gradient, None)
     for name in {**expected.outcome, **found}:
         _require_equal(model, name, found.get(name), expected.outcome.get(name), expected.kept)
     return expected.changed_backward
@@ -215,6 +240,11 @@ def _require_equal(
         f"the captured {type(model).__name__} differs from the model on other data: {name} by "
         f"{difference:.3g} of its scale (allowed {allowed:g}); {why}"
     )
+
+
+def _hash(gradient: Tensor) -> bytes:
+    values = gradient.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(values, digest_size=16).digest() + str(gradient.shape).encode()
 
 
 def _eager(model: nn.Module, batch: Mapping[str, Any], results: Mapping[str, str]) -> Outcome:

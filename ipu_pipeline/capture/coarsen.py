@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -84,6 +85,9 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
     if not names:
         raise CaptureError("the model calls no module with parameters; there is nothing to place")
     _split_off_loss(trace, assigned, names)
+    for node in assigned:
+        if node.meta.get("host"):  # numbers do not cross from stage to stage
+            assigned[node] = assigned[next(iter(node.users))]
     kinds = _kinds(assigned, names, leaves)
     blocks = []
     for name, opener in names.items():
@@ -92,6 +96,30 @@ def coarsen(trace: Trace, leaves: Leaves, wanted: Callable[[str], bool]) -> Coar
         blocks.append(BlockNodes(name, kinds[name], module, nodes))
     first = tuple(n for n in trace.graph.nodes if n in prelude)
     return Coarse(tuple(blocks), first, results, trace.changing)
+
+
+def coarsen_reads(trace: Trace, wanted: Callable[[str], bool]) -> Coarse:
+    """Assign nodes to blocks as :func:`coarsen` does, values that Python reads in their order.
+
+    A value that is computed from inputs alone can be read before the blocks run.
+    """
+    leaves = trace.glue.leaves
+    coarse = coarsen(trace, leaves, wanted)
+    early = set(coarse.prelude)
+    late: list[fx.Node] = []
+    for call in trace.glue.calls:
+        if not call.reads_values or call.node is None:
+            continue
+        node = call.node
+        call.is_late = not trace.changing.keys().isdisjoint(node.meta["reads"]) or any(
+            _holds_parameters(n, trace) if is_attribute(n) else n not in early
+            for n in node.all_input_nodes
+        )
+        trace.attributes[str(node.target)].early = not call.is_late
+        late += [node] if call.is_late else []
+    for before, node in pairwise(late):
+        node.meta["after"] = tuple(dict.fromkeys((*node.meta["after"], before)))
+    return coarsen(trace, leaves, wanted) if len(late) > 1 else coarse
 
 
 def _live(
@@ -127,7 +155,7 @@ def _prelude(trace: Trace, live: dict[fx.Node, None]) -> dict[fx.Node, None]:
 
 def _must_be_placed(node: fx.Node, trace: Trace) -> bool:
     """Whether computing ``node`` again on another stage would be wrong or wasteful."""
-    if any(node.meta.get(key) for key in ("random", "guard", "state", "effect", "starts")):
+    if any(node.meta.get(key) for key in ("random", "guard", "state", "effect", "starts", "host")):
         return True
     if not trace.changing.keys().isdisjoint(node.meta.get("reads", ())):
         return True  # another stage would read it at another time

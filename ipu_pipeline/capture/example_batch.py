@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ir.limits import check_count, check_elements
 
 IGNORED_LABEL = -100
 MASKED_SHARE = 0.15  # Devlin et al., BERT, NAACL 2019, section 3.1
@@ -41,18 +42,16 @@ class BatchSize:
     """Samples and tokens of a batch.
 
     Raises:
-        ValueError: A size is below 1 sample or 4 tokens.
+        ValueError: A size is below 1 sample or 4 tokens, or above the limits.
     """
 
     batch_size: int = 1
     seq_length: int = 128
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.seq_length < 4:
-            raise ValueError(
-                f"a batch needs at least 1 sample and 4 tokens, got batch_size={self.batch_size} "
-                f"and seq_length={self.seq_length}"
-            )
+        check_count("batch_size", self.batch_size, "micro_batch")
+        check_count("seq_length", self.seq_length, least=4)
+        check_elements(self.batch_size, self.seq_length)
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,15 @@ class _Draft:
         return name in inspect.signature(self.model.forward).parameters
 
     def integers(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+        check_elements(*shape)
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator)
 
     def normal(self, *shape: int) -> Tensor:
+        check_elements(*shape)
         return torch.randn(shape, generator=self.generator)
 
     def uniform(self, *shape: int) -> Tensor:
+        check_elements(*shape)
         return torch.rand(shape, generator=self.generator)
 
     def mask(self) -> Tensor:

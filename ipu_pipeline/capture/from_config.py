@@ -22,6 +22,7 @@ from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_la
 from ipu_pipeline.errors import CaptureError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
+from ipu_pipeline.ir.limits import check_count
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -97,7 +98,7 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
     except Exception as error:  # transformers checks fields in its own ways
         raise CaptureError(
-            f"no transformers config at {named(name_or_path)!r} ({_reason(error)}); pass a local "
+            f"no transformers config at '{named(name_or_path)}' ({_reason(error)}); pass a local "
             "folder, the path of a config.json, or a hub name while online"
         ) from error
     classes = config.architectures or []
@@ -128,8 +129,13 @@ def build_model(
 
     Raises:
         CaptureError: Unknown task, or no model class for it.
+        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if name.endswith("_layers") and isinstance(value, int) and value > 0:
+                check_count(name, value, "num_layers")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         try:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor, fx, nn
 from ipu_pipeline.capture.calls import Region, name_of
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import members
+from ipu_pipeline.capture.reads import Session
 from ipu_pipeline.capture.values import PLAIN, named_tensors, tensors_in
 from ipu_pipeline.errors import CaptureError
 
@@ -70,6 +73,7 @@ class Call:
         lifted: Names of the host values by path.
         sized: Those of ``lifted`` that are host values only because sizes differ.
         reads_values: It gives Python values of tensors.
+        is_late: Those are values that only the stages compute.
     """
 
     target: Any
@@ -85,6 +89,7 @@ class Call:
     lifted: dict[Path, str] = field(default_factory=dict)
     sized: set[Path] = field(default_factory=set)
     reads_values: bool = False
+    is_late: bool = False
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -110,7 +115,14 @@ class Glue:
         inputs: Stand-ins of the batch's tensors.
         results: Ids of what stands for the results, by name.
         hosts: Host values as they were in the recorded run.
-        nodes: What computes the tensor that a stand-in stands for, by the stand-in's id.
+        session: What the nodes of its reads, host values and kept tensors share.
+        nodes: The node of what a stand-in stands for, by the stand-in's id.
+        kept: Keys in ``nodes`` of what stages hand over, because this code keeps it.
+        written_back: Names of the buffers that it replaces: stages write into the ones there are.
+        unsteady: Why its reads cannot be checked against the recorded ones, if they cannot.
+        frozen: What a program would repeat that is compiled once, if there is something.
+        stand_ins: All of them.
+        changing: Ids of those of the model's own tensors that the run changed.
     """
 
     ambient: Region
@@ -120,8 +132,36 @@ class Glue:
     inputs: dict[str, StandIn] = field(default_factory=dict)
     results: dict[str, int] = field(default_factory=dict)
     hosts: dict[str, Any] = field(default_factory=dict)
+    session: Session = field(default_factory=Session)
     nodes: dict[int, fx.Node] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
+    written_back: set[str] = field(default_factory=set)
+    unsteady: str = ""
+    frozen: str = ""
+    stand_ins: list[Tensor] = field(default_factory=list)
+    changing: frozenset[int] = frozenset()
     _kept: list[Any] = field(default_factory=list)  # ids in descriptions stay theirs
+
+    @cached_property
+    def references(self) -> list[int]:
+        """How often each stand-in is referred to while nobody keeps one."""
+        return [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
+
+    @cached_property
+    def constants(self) -> dict[int, Tensor]:
+        """Tensors that outlive a run and that calls were given and do not change, by id."""
+        found = {id(value): value for value in self._kept if type(value) is Tensor}
+        return {key: value for key, value in found.items() if key not in self.changing}
+
+    def referenced(self) -> list[Tensor]:
+        """Return the stand-ins that somebody keeps."""
+        found = [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
+        pairs = zip(self.stand_ins, found, self.references, strict=True)
+        return [stand_in for stand_in, now, before in pairs if now > before]
+
+    def forget_references(self) -> None:
+        """Take those that there are now for those of nobody who matters."""
+        self.references[:] = [sys.getrefcount(stand_in) for stand_in in self.stand_ins]
 
 
 class GlueRecorder:
@@ -165,6 +205,7 @@ class GlueRecorder:
         }
         found = ((id(stand_in), node_of(i)) for i, stand_in in self._stand_ins.items())
         self.glue.nodes = {i: node for i, node in found if node is not None}
+        self.glue.stand_ins = list(self._stand_ins.values())
         self._stand_ins.clear()
         return self.glue
 
@@ -318,8 +359,22 @@ def apart(arguments: tuple[Any, ...], places: Mapping[Any, Any]) -> tuple[Any, d
     return (rest, {n: None if n in places else value for n, value in kwargs.items()}), objects
 
 
-def value_at(described: Described, path: Path) -> Any:
-    """Return the plain value at ``path`` of described arguments."""
+def member_at(arguments: Any, path: Path) -> Any:
+    """Return what stands at ``path`` of arguments."""
     for index in path:
-        described = described[2][index]
-    return described[1]
+        if isinstance(arguments, slice):
+            arguments = (arguments.start, arguments.stop, arguments.step)
+        elif isinstance(arguments, Mapping):
+            arguments = list(arguments.values())
+        arguments = arguments[index]
+    return arguments
+
+
+def paths_of(arguments: Any, value: Any, path: Path = ()) -> Iterator[Path]:
+    """Yield where the object ``value`` stands in arguments."""
+    if arguments is value:
+        yield path
+    elif isinstance(arguments, tuple | list | dict):
+        items = arguments.values() if isinstance(arguments, dict) else arguments
+        for index, item in enumerate(items):
+            yield from paths_of(item, value, (*path, index))

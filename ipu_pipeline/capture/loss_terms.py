@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
-from ipu_pipeline.capture.coarsen import LOSS, coarsen
+from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
 from ipu_pipeline.capture.programs import Program, block_programs
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -236,7 +236,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
     stay as they are.
     """
     terms = loss_terms(captured)
-    if terms.factored or terms.alike:
+    if terms.factored or terms.alike or not _kept_unscaled(captured, terms):
         return captured
     nodes = {node.name: node for node in captured._trace.graph.nodes}
     graph, names = captured._trace.graph, []
@@ -252,7 +252,7 @@ def factored(captured: CapturedModel) -> CapturedModel:
         names.append(factor.name)
     trace = replace(captured._trace, inputs=(*captured._trace.inputs, *names))
     wanted = captured.results.keys()
-    coarse = coarsen(trace, trace.glue.leaves, lambda name: name in wanted)
+    coarse = coarsen_reads(trace, lambda name: name in wanted)
     return replace(
         captured,
         programs=block_programs(coarse, trace.attributes),
@@ -260,6 +260,38 @@ def factored(captured: CapturedModel) -> CapturedModel:
         _trace=trace,
         _coarse=coarse,
     )
+
+
+def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
+    """Let what is no part of the loss, such as values that Python reads, use copies of its path.
+
+    Returns whether it does: of nodes that write in place there is no copy.
+    """
+    graph, glue = captured._trace.graph, captured._trace.glue
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in [node for node in graph.nodes if node.name in terms.path]:
+        others = [n for n in node.users if n.name not in terms.path and n.op != "output"]
+        if node.meta.get("writes"):
+            if any(one.meta.get("guard") for one in _following(node)):
+                return False
+            continue
+        with graph.inserting_after(node):
+            copies[node] = graph.node_copy(node, lambda one: copies.get(one, one))
+        copies[node].meta = dict(node.meta)
+        for user in others:
+            user.replace_input_with(node, copies[node])
+    glue.nodes.update({k: copies[n] for k, n in glue.nodes.items() if n in copies})
+    return True
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield what is computed from ``node``."""
+    pending, seen = [node], {node}
+    while pending:
+        fresh = [user for user in pending.pop().users if user not in seen]
+        yield from fresh
+        seen.update(fresh)
+        pending += fresh
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention
-from ipu_pipeline.capture.calls import unguarded
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
 from ipu_pipeline.capture.programs import Program, program_signature
 from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.reads import unguarded
 from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.ir.graph import OpKind, OpRecord
@@ -146,11 +146,15 @@ class OperationCounter:
 
     def _run(self, program: Program) -> Operations:
         python, changing = PythonState(program.module.modules()), program.changing.values()
+        # What runs again inside a backward pass (reentrant checkpoints) uses the parameters.
+        gradients = [(parameter, parameter.grad) for parameter in program.module.parameters()]
         try:
             with values_of(changing, [tensor.detach().clone() for tensor in changing]):
                 return self._counted(program)
         finally:
             python.restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def _counted(self, program: Program) -> Operations:
         try:

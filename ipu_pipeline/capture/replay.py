@@ -9,11 +9,13 @@ from then on is a *host value*, an input of the graph; or it is another capture.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -28,8 +30,8 @@ from ipu_pipeline.capture.glue import (
     Path,
     apart,
     become,
+    member_at,
     substituted,
-    value_at,
 )
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.values import named_tensors
@@ -78,15 +80,19 @@ class Followed:
 
     Attributes:
         hosts: Host values of this run by name.
-        changed: Numbers that differ and are no host values yet: number of the call, and path.
+        changed: Values that differ and are no host values yet, by number of the call, and path.
         said: What has changed, for the log.
-        values: Values of ``changed``.
     """
 
     hosts: Mapping[str, Any]
-    changed: tuple[tuple[int, Path], ...] = ()
+    changed: Mapping[tuple[int, Path], Any] = field(default_factory=dict)
     said: str = ""
-    values: tuple[Any, ...] = ()
+
+    def named(self, glue: Glue) -> dict[str, Any]:
+        """Return the values of ``changed`` by the names that they have got in ``glue``."""
+        return {
+            glue.calls[number].lifted[path]: value for (number, path), value in self.changed.items()
+        }
 
 
 class Replay(TorchFunctionMode):
@@ -94,23 +100,41 @@ class Replay(TorchFunctionMode):
 
     Args:
         glue: What was recorded.
+        read: Returns the value of a call that gives Python one of a tensor.
         integers: Places where whole numbers may become host values too.
+
+    Attributes:
+        hosts: Host values up to where it is, by name.
+        changed: Numbers that differ and are no host values yet.
     """
 
-    def __init__(self, glue: Glue, integers: frozenset[tuple[int, Path]] = frozenset()) -> None:
+    def __init__(
+        self,
+        glue: Glue,
+        read: Callable[[Call], Any],
+        integers: frozenset[tuple[int, Path]] = frozenset(),
+    ) -> None:
         super().__init__()
         self.glue = glue
         self.integers = integers
         self.position = 0
         self.hosts: dict[str, Any] = {}
+        self._read = read
         self._times: dict[tuple[Any, Described], int] = {}
         self.changed: dict[tuple[int, Path], Any] = {}
         self.said = ""
         self.comparing = False
         self.failure: Differs | None = None
-        self._thread = threading.get_ident()
-        self._depth = Region.current().autocast_depth - glue.ambient.autocast_depth
+        self._thread = 0
+        self._depth = 0
         self._describe = Description({})
+
+    @contextlib.contextmanager
+    def patches(self, model: nn.Module) -> Iterator[None]:
+        """Within it, the calls of ``model``'s code in the thread of :meth:`run` are followed."""
+        hooks = self._module_call, self._function_apply, self._vmapped_call
+        with patched_calls(*hooks), patched_methods(model, self._function_apply):
+            yield
 
     def run(self, model: nn.Module, batch: Mapping[str, Any]) -> Followed:
         """Run the glue of ``model(**batch)``; ``batch`` may hold tensors of the recorded shapes.
@@ -118,10 +142,11 @@ class Replay(TorchFunctionMode):
         Raises:
             Differs: It does something else than recorded.
         """
+        self._thread = threading.get_ident()
+        self._depth = Region.current().autocast_depth - self.glue.ambient.autocast_depth
         given = {**batch, **self.glue.inputs}
-        hooks = self._module_call, self._function_apply, self._vmapped_call
         try:
-            with patched_calls(*hooks), patched_methods(model, self._function_apply), self:
+            with self:
                 output = model(**given)
         except Exception as error:
             raise self.failure or Differs(f"{type(error).__name__}: {error}") from error
@@ -133,7 +158,7 @@ class Replay(TorchFunctionMode):
             results = {name: self._describe(tensor) for name, tensor in named_tensors(output)}
         if results != self.glue.results:
             self._differs("returns other results than when it was captured")
-        return Followed(self.hosts, tuple(self.changed), self.said, tuple(self.changed.values()))
+        return Followed(self.hosts, self.changed, self.said)
 
     # ---- entry points -------------------------------------------------------------------
 
@@ -181,6 +206,8 @@ class Replay(TorchFunctionMode):
         if isinstance(target, nn.Module):
             return self._called(target, arguments)
         given = self._describe(arguments)
+        if target in SHAPE_READS and self._is_read_next(target, given):
+            return self._called(target, arguments)
         read = self.glue.reads.get((target, given))
         if read is not None:
             times = self._times[target, given] = self._times.get((target, given), -1) + 1
@@ -189,6 +216,11 @@ class Replay(TorchFunctionMode):
             with torch._C.DisableTorchFunctionSubclass():
                 return target(*arguments[0], **arguments[1])
         return self._called(target, arguments)
+
+    def _is_read_next(self, target: Any, given: Described) -> bool:
+        """Whether a shape depends on values, so that its read is a call of its own."""
+        call = next(iter(self.glue.calls[self.position : self.position + 1]), None)
+        return call is not None and (call.target, call.arguments) == (target, given)
 
     def _called(self, target: Any, arguments: tuple[Any, ...]) -> Any:
         """Compare a call that does something with the one recorded next."""
@@ -207,7 +239,7 @@ class Replay(TorchFunctionMode):
         else:
             given = self._describe(arguments)
         if given != call.arguments or call.lifted:
-            self._compare(number, call, given)
+            self._compare(number, call, given, arguments)
         call = self._settled(number, call, given)
         for place, contents in call.after.items():
             become(objects[place], contents)
@@ -216,6 +248,8 @@ class Replay(TorchFunctionMode):
                 call.repeated.apply()
             except GuardError as error:
                 self._differs(str(error))
+        if call.reads_values:
+            return self._read(call)
         result = call.result
         return result if isinstance(result, Tensor) else substituted(result, _same)
 
@@ -234,35 +268,56 @@ class Replay(TorchFunctionMode):
                     f"{'evaluation' if mode else 'training'} mode"
                 )
 
-    def _compare(self, number: int, call: Call, given: Described) -> None:
+    def _compare(
+        self, number: int, call: Call, given: Described, arguments: tuple[Any, ...]
+    ) -> None:
         if call.after:
             if given != call.arguments:
                 self._differs(f"calls {call.name} with other contents of an object")
             return
         for path, old, new in differences(call.arguments, given):
-            if self._is_host(call, path, old, new):
+            value = member_at(arguments, path)
+            if self._is_host(call, path, old, new) or (
+                path in call.lifted and self._is_tensor_like(old, value)
+            ):
                 continue
             text = f"calls {call.name} with {_value(new)} instead of {_value(old)}"
-            if not self._may_be_host(number, call, path, old, new):
+            other = isinstance(new, int) and not self._is_tensor_like(old, value)
+            if other or not self._may_be_host(number, call, path, old, new):
                 self._differs(text, (number, path))
-            self.changed[number, path] = new[1]
+            self.changed[number, path] = _plain(value)
             self.said = self.said or f"{call.where} {text}"
         for path, name in call.lifted.items():
-            self.hosts[name] = value_at(given, path)
+            self.hosts[name] = _plain(member_at(arguments, path))
+
+    def _is_tensor_like(self, old: Described, value: Any) -> bool:
+        """Whether a tensor that outlives a run can stand for the recorded one."""
+        if not isinstance(old, int) or not self.glue.session.live:
+            return False
+        recorded = self.glue.constants.get(old)
+        return (
+            recorded is not None
+            and type(value) is Tensor
+            and not value.requires_grad
+            and (value.shape, value.dtype) == (recorded.shape, recorded.dtype)
+        )
 
     def _is_host(self, call: Call, path: Path, old: Described, new: Described) -> bool:
         """Whether any number may be there."""
-        return path in call.lifted and path not in call.sized and is_number(new, of=old)
+        return path in call.lifted and path not in call.sized and is_alike(new, of=old)
 
     def _may_be_host(
         self, number: int, call: Call, path: Path, old: Described, new: Described
     ) -> bool:
-        if call.node is None or not is_number(new, of=old):
+        if call.node is None or not (is_alike(new, of=old) or isinstance(new, int)):
             return False
         name = getattr(call.target, "__name__", "")
-        if name in COMPARISONS or name in _SIZED or _reaches_guard(call.node):
+        if name in COMPARISONS or name in _SIZED:
             return False
-        whole = new[0] is not float and name not in _ARITHMETIC
+        if not self.glue.session.live and _reaches_guard(call.node):
+            return False
+        number_kind = new[0] if isinstance(new, tuple) else None
+        whole = number_kind in (int, complex) and name not in _ARITHMETIC
         return not whole or (number, path) in self.integers
 
     def _settled(self, number: int, call: Call, given: Described) -> Call:  # noqa: ARG002
@@ -305,6 +360,18 @@ def is_number(new: Described, *, of: Described) -> bool:
         and new[0] is of[0]
         and new[0] in (int, float, complex)
     )
+
+
+def is_alike(new: Described, *, of: Described) -> bool:
+    """Whether two described values that differ may be two values of one input of the graph."""
+    arrays = isinstance(new, tuple) and isinstance(of, tuple) and new[0] is of[0] is np.ndarray
+    return bool(new[1][:2] == of[1][:2]) if arrays else is_number(new, of=of)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _reaches_guard(node: fx.Node) -> bool:

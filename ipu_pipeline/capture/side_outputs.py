@@ -11,6 +11,7 @@ import contextlib
 import copy
 import operator
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -231,6 +232,13 @@ class RepeatedChanges:
                 place.append(value)
             else:
                 set_entry(place, change.key, value)
+
+    def entries(self) -> Iterator[tuple[int, Any]]:
+        """Yield the dicts, by id, and the keys in them in which stages leave the last tensors."""
+        for change in self.changes:
+            place = place_at(self.leaf, change.path)
+            if not isinstance(place, (*LISTS, types.FunctionType)):
+                yield id(place if isinstance(place, dict) else vars(place)), change.key
 
     def _check(self) -> None:
         for path, start in self.starts.items():

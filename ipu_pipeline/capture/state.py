@@ -160,10 +160,12 @@ def _first_flag(args: Any, kwargs: Mapping[str, Any]) -> bool:
 class PlainState:
     """Attributes of modules that are no modules, and which tensors their buffers are.
 
-    Containers are remembered with what is in them; values of tensors are not.
+    Containers are remembered with what is in them; values of tensors are not. Without ``buffers``,
+    those are not put back.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, buffers: bool = True) -> None:
+        self._buffers = buffers
         self._before = [
             (module, _plain(module), dict(module._buffers), dict(module._parameters))
             for module in modules
@@ -190,19 +192,23 @@ class PlainState:
             if id(value) in grown or (_holds(value) and plain.get(name) is not value)
         ]
 
-    def put_back(self, *, tensors: bool = True) -> None:
-        """Make the attributes what they were; without ``tensors`` those of them stay."""
+    def put_back(self, *, tensors: bool = True, but: Iterable[Tensor] = ()) -> None:
+        """Make the attributes what they were; without ``tensors`` those of them stay.
+
+        Those that were one of the tensors ``but`` stay, too.
+        """
+        kept = set(map(id, but))
         for module, plain, buffers, parameters in self._before:
             own = vars(module)
             for name in {*own, *plain} - _COMMON:
                 now, before = own.get(name, _ABSENT), plain.get(name, _ABSENT)
-                if now is before or (_holds(now) and not tensors):
+                if now is before or (_holds(now) and not tensors) or id(before) in kept:
                     continue
                 if before is _ABSENT:
                     del own[name]
                 else:
                     own[name] = before
-            if tensors:
+            if tensors and self._buffers:
                 _put_back(module._buffers, buffers)
                 _put_back(module._parameters, parameters)
         for container, contents in self._contents:

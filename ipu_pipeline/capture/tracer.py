@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -34,10 +35,8 @@ from ipu_pipeline.capture.calls import (
     FreeTensors,
     GradientHook,
     LiftedCall,
-    ModeCall,
     Region,
     RegionCall,
-    ValueGuard,
     attribute_name,
     callable_form,
     decided_by_chance,
@@ -52,15 +51,16 @@ from ipu_pipeline.capture.glue import (
     Call,
     Glue,
     GlueRecorder,
-    Path,
     apart,
-    placed,
-    value_at,
+    paths_of,
 )
 from ipu_pipeline.capture.leaves import Leaves
+from ipu_pipeline.capture.lift import placeholder, settle_modes
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.python_state import Draws
+from ipu_pipeline.capture.reads import Session, ValueGuard
 from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
@@ -98,6 +98,7 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
+        self._lifted: list[tuple[str, np.ndarray]] = []
         self.thread = threading.get_ident()
         self.ambient = Region.current()
         state = [*model.named_buffers(), *model.named_parameters()]
@@ -107,6 +108,7 @@ class Tracer(TorchFunctionMode):
         self.use = StateUse(model)
         owned_values = [value for module in model.modules() for value in own_values(module)]
         self.kept = frozenset(map(id, [*kept, *owned_values]))
+        self.draws = Draws(model)
         self.recorder = GlueRecorder(self.ambient, leaves, (*self.fqns, *self.owned))
 
     # ---- entry points -------------------------------------------------------------------
@@ -126,8 +128,10 @@ class Tracer(TorchFunctionMode):
             call = self._described(func, (args, kwargs))
             result = self.use.call(func, args, kwargs)
             call.node = self._record(func, args, kwargs, result, versions)
-            call.reads_values = func in VALUE_READS
-            self.recorder.add(call, result)
+            call.reads_values = func in VALUE_READS or (
+                func in SHAPE_READS and call.node is not None
+            )
+            self._add(call, (args, kwargs), result)
         return result
 
     def module_call(
@@ -144,6 +148,7 @@ class Tracer(TorchFunctionMode):
             finally:
                 self.scope.pop()
         self.attributes[fqn] = module
+        self.draws.note()
         with self._untraced():
             return self._leaf_call(original, module, args, kwargs)
 
@@ -158,8 +163,9 @@ class Tracer(TorchFunctionMode):
             with self.side_outputs.noting():
                 result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
+        call.node.meta["draws"] = self.draws.note(self.leaves.names[id(module)])
         self.side_outputs.note(call, module, places)
-        self.recorder.add(call, result)
+        self._add(call, (args, kwargs), result)
         return result
 
     def _described(self, target: Any, arguments: Any) -> Call:
@@ -257,7 +263,7 @@ class Tracer(TorchFunctionMode):
         node = self._held_call(holder, arguments, {}, "vmap")
         node.meta["random"] = self.leaf_draws
         self._finish(node, arguments, {}, result, versions)
-        self.recorder.add(call, result)
+        self._add(call, (original, args, kwargs), result)
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -278,7 +284,7 @@ class Tracer(TorchFunctionMode):
         node.meta["random"] = self.leaf_draws
         self._finish(node, args, kwargs, result, versions)
         call.node = node
-        self.recorder.add(call, result)
+        self._add(call, (args, kwargs), result)
         return result
 
     @contextlib.contextmanager
@@ -298,8 +304,7 @@ class Tracer(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, result: Any, versions: Any
     ) -> fx.Node | None:
         if func in VALUE_READS:
-            self._guard(func, args, kwargs, result)
-            return None
+            return self._guard(func, args, kwargs, result, self.recorder.glue.session)
         if func is Tensor.register_hook:
             node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
             node.meta["effect"] = True
@@ -313,10 +318,11 @@ class Tracer(TorchFunctionMode):
             )
         result = returned_after_write(func, args, result)
         if not written and not any(True for _ in tensors_in(result)):
-            self._guard_shape(func, args, result)
+            if self._has_value_shape(func, args):
+                return self._guard(func, args, {}, result, self.recorder.glue.session)
             return None  # shapes, dtypes, flags: constant for a given batch shape
-        if getattr(func, "__name__", "") in CUTS:  # how many parts it gives is in the graph
-            self._guard_shape(SHAPE, args, args[0].shape)
+        if getattr(func, "__name__", "") in CUTS and self._has_value_shape(SHAPE, args):
+            self._guard(SHAPE, args, {}, args[0].shape)  # how many parts it gives is in the graph
         kind, target, arguments = callable_form(func, args)
         node = self._call(kind, target, arguments, kwargs)
         if has_value_shape(func, args):
@@ -349,8 +355,12 @@ class Tracer(TorchFunctionMode):
         self.attributes[target] = holder
         return self.new_node("call_module", target, *arguments)
 
-    def _guard(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        node = self._held_call(ValueGuard(func, result, self.where()), args, kwargs, "guard")
+    def _guard(
+        self, func: Any, args: Any, kwargs: Any, result: Any, session: Session | None = None
+    ) -> fx.Node:
+        number = len(self.recorder.glue.calls)
+        guard = ValueGuard(func, result, self.where(), session, number)
+        node = self._held_call(guard, args, kwargs, "guard")
         node.meta["guard"] = True
         read = list(tensors_in((args, kwargs)))
         node.meta["reads"] = frozenset(self.use.named(read))
@@ -360,13 +370,12 @@ class Tracer(TorchFunctionMode):
                 f"{self.where()} draws a random number and decides by it, in Python, what runs "
                 "next; a captured graph would always decide the same: switch that off (layerdrop=0)"
             )
+        return node
 
-    def _guard_shape(self, func: Any, args: Any, result: Any) -> None:
-        """Guard a shape that depends on values: it may be another one for another batch."""
-        if func in SHAPE_READS:
-            node = self.values.known(args[0])
-            if node is not None and node.meta.get("value_shape"):
-                self._guard(func, args, {}, result)
+    def _has_value_shape(self, func: Any, args: Any) -> bool:
+        """Whether a call tells a shape that depends on values: another one for another batch."""
+        node = self.values.known(args[0]) if func in SHAPE_READS else None
+        return node is not None and bool(node.meta.get("value_shape"))
 
     def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
         use = self.use
@@ -399,6 +408,27 @@ class Tracer(TorchFunctionMode):
         if meta_of is not None:
             node.meta["spec"] = TensorMeta.of(meta_of)
         return node
+
+    def host_node(self, array: np.ndarray) -> fx.Node:
+        """Return an input of the graph for an array that Python gives in every run."""
+        hosts = self.recorder.glue.hosts
+        name = f"host_{len(hosts)}"
+        hosts[name] = array.copy()
+        self.recorder.glue.frozen = (
+            f"{self.where()} turns a numpy array of shape {array.shape} into a tensor; a program "
+            "that is compiled once would repeat this one array for every batch (SpecAugment draws "
+            "its masks so: set mask_time_prob=0 and mask_feature_prob=0, or "
+            "apply_spec_augment=False)"
+        )
+        self._lifted.append((name, array))
+        return placeholder(self.graph, name)
+
+    def _add(self, call: Call, arguments: Any, result: Any) -> None:
+        """Record a call, and where its arguments are host values."""
+        for name, array in self._lifted:
+            call.lifted.update((path, name) for path in paths_of(arguments, array))
+        self._lifted.clear()
+        self.recorder.add(call, result)
 
     def attribute_node(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor that is no result of the trace: a parameter or constant."""
@@ -435,6 +465,7 @@ class Tracer(TorchFunctionMode):
                     f" by a {tuple(now.shape)} {now.dtype} tensor between its blocks; keep the "
                     "shape, or replace it inside a block"
                 )
+            self.recorder.glue.written_back.add(fqn)
             node = self._held_call(WriteBack(), (was, now), {}, "replaced")
             self.use.start()
             self.use.writes.add(fqn)
@@ -452,21 +483,19 @@ class Tracer(TorchFunctionMode):
                     f"it instead: {fqn}.copy_(value)"
                 )
 
-    def check_reads(self, changed: set[str]) -> None:
-        """Refuse numbers that Python reads from what the run has changed: the next ones differ.
-
-        Raises:
-            CaptureError: There is one.
-        """
+    def unsteady_read(self, changed: set[str]) -> str:
+        """Say which number Python reads from what the run has changed: the next one differs."""
         for node in self.graph.nodes:
             read = sorted(changed.intersection(node.meta.get("reads", ())))
             if node.meta.get("guard") and read:
                 guard = self.attributes[str(node.target)]
-                raise CaptureError(
+                return (
                     f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
-                    "model changes it in every forward pass; compute with the tensor itself (index "
-                    "with (position + torch.arange(n)) % size), or keep that code inside a block"
+                    "model changes it in every forward pass; run it with target='local', compute "
+                    "with the tensor itself (index with (position + torch.arange(n)) % size), or "
+                    "keep that code inside a block"
                 )
+        return ""
 
     def _constant(self, tensor: Tensor) -> str:
         if id(tensor) not in self.owned or tensor.requires_grad:
@@ -500,7 +529,7 @@ class Trace:
     """
 
     graph: fx.Graph
-    attributes: Mapping[str, Any]
+    attributes: dict[str, Any]
     inputs: tuple[str, ...]
     changing: Mapping[str, Tensor]
     glue: Glue
@@ -528,6 +557,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
         with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
             output = model(**batch)
+        tracer.draws.finish()
         tracer.record_replaced()
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
@@ -539,46 +569,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.side_outputs.release()
         tracer.use.put_back()
     changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
-    tracer.check_reads(changed)
+    glue.unsteady = tracer.unsteady_read(changed)
     changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
+    glue.changing = frozenset(map(id, changing.values()))
     settle_modes(glue, tracer.attributes)
     return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)
-
-
-def lift(trace: Trace, number: int, path: Path, *, size: bool) -> None:
-    """Make the plain argument at ``path`` of a recorded call an input of the graph."""
-    call, glue = trace.glue.calls[number], trace.glue
-    if path in call.lifted:
-        call.sized.discard(path)
-        return
-    if size:
-        call.sized.add(path)
-    assert call.node is not None
-    with trace.graph.inserting_before(next(iter(trace.graph.nodes))):
-        host = trace.graph.placeholder(f"host_{len(glue.hosts)}")
-    call.lifted[path] = host.name
-    glue.hosts[host.name] = value_at(call.arguments, path)
-    kind, inside = path[0], path[1:]
-    if kind == 0:
-        call.node.args = placed(call.node.args, inside, host)
-    else:
-        call.node.kwargs = placed(call.node.kwargs, inside, host)
-
-
-def settle_modes(glue: Glue, attributes: dict[str, Any]) -> None:
-    """Note the modes of every leaf's call; where one leaf has several, let the call set them."""
-    calls = [call for call in glue.calls if call.parts and call.node is not None]
-    seen: dict[nn.Module, bool] = {}
-    switched = set()
-    for call in calls:
-        for part, mode in zip(call.parts, call.modes, strict=True):
-            if seen.setdefault(part, mode) is not mode:
-                switched.add(part)
-    for call in calls:
-        assert call.node is not None
-        call.node.meta["modes"] = tuple(zip(call.parts, call.modes, strict=True))
-        if not switched.isdisjoint(call.parts):
-            target = f"_held.modes_{len(attributes)}"
-            function = attributes[str(call.node.target)]
-            attributes[target] = ModeCall(function, call.parts, call.modes)
-            call.node.target = target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 def own_values(module: nn.Module) -> list[Any]:
     """Return what ``module`` keeps as plain attributes, also in lists and maps."""
     values: list[Any] = list(vars(module).values())
-    for value in [v for v in values if isinstance(v, Mapping | list | tuple)]:
+    for value in [v for v in values if isinstance(v, Mapping | list | tuple | deque)]:
         values.extend(value.values() if isinstance(value, Mapping) else value)
     return values
 
@@ -282,6 +282,11 @@ class Values:
             return type(value)(self.to_nodes(item) for item in value)
         if type(value) is dict:
             return {key: self.to_nodes(item) for key, item in value.items()}
+        return self._object_node(value)
+
+    def _object_node(self, value: Any) -> fx.Node:
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            return self._source.host_node(value)
         node = self._source.module_node(value) if isinstance(value, nn.Module) else None
         if node is None:
             raise CaptureError(self.refusal(value))
@@ -290,12 +295,6 @@ class Values:
     def refusal(self, value: Any) -> str:
         """Say why ``value`` cannot be replayed on a stage."""
         where = self._source.where()
-        if isinstance(value, np.ndarray):
-            return (
-                f"{where} turns a numpy array of shape {value.shape} into a tensor; a captured "
-                "graph would repeat this one array for every batch (SpecAugment draws its masks "
-                "so: set mask_time_prob=0 and mask_feature_prob=0, or apply_spec_augment=False)"
-            )
         kind = type(value).__name__
         remedy = " (switch caches off with use_cache=False)" if "cache" in kind.lower() else ""
         return (

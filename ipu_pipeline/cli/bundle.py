@@ -15,6 +15,7 @@ from ipu_pipeline.cli.options import (
     IPUConfigOverrides,
     PlanFile,
     PodType,
+    counted,
     read_ipu_config,
 )
 
@@ -43,7 +44,7 @@ def emit_command(
     half: Annotated[
         bool, typer.Option("--half", help="Weights and activations in float16.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 42,
+    seed: Annotated[int, counted("--seed", "seed", "Of every random number.", 0)] = 42,
     force: Force = False,
 ) -> None:
     """Write a plan as a folder that trains under poptorch, without this package."""

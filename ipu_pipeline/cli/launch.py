@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ipu_pipeline.cli.options import Force, PlanFile
+from ipu_pipeline.cli.options import Force, PlanFile, counted
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch import LaunchSpec
@@ -24,7 +24,7 @@ Program = Annotated[
 ]
 Processes = Annotated[
     int | None,
-    typer.Option("--processes", min=1, help="Default: what the plan and its schedule ask for."),
+    counted("--processes", "num_devices", "Default: what the plan and its schedule ask for."),
 ]
 Schedule = Annotated[
     str | None,
@@ -32,17 +32,15 @@ Schedule = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", min=1, help="Of a process; default: its share of the cores."),
+    counted("--threads", "threads", "Of a process; default: its share of the cores."),
 ]
 MaxRestarts = Annotated[
-    int, typer.Option("--max-restarts", min=0, help="Start all again after a failure.")
+    int, counted("--max-restarts", "max_restarts", "Start all again after a failure.", 0)
 ]
 LogDir = Annotated[Path | None, typer.Option("--log-dir", help="Keep what every rank writes.")]
-Nodes = Annotated[
-    int | None, typer.Option("--nodes", min=1, help="Machines, for --print or --slurm.")
-]
+Nodes = Annotated[int | None, counted("--nodes", "nodes", "Machines, for --print or --slurm.")]
 GpusPerNode = Annotated[
-    int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of each of them.")
+    int | None, counted("--gpus-per-node", "gpus_per_node", "GPUs of each of them.")
 ]
 OnMachine = Annotated[
     str | None, typer.Option("--machine", help="All of them together, such as a100-80g-x16.")
@@ -91,7 +89,7 @@ def launch_command(
         make_folder("--log-dir", log_dir)
     here = not print_only and slurm is None
     plan = Plan.load(plan_file)
-    started = check_program(program, Path.cwd())
+    started = check_program(program, Path.cwd(), here=here)
     cores, gpus = _room() if here else (0, 0)
     spec = make_spec(
         plan,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ipu_pipeline.ir.limits import LIMITS
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
     from ipu_pipeline.ir.plan import Plan
+
+
+def counted(flag: str, limit: str, text: str, least: int = 1) -> Any:
+    """Return an option for a whole number from ``least`` to one of the limits."""
+    return typer.Option(flag, min=least, max=LIMITS[limit], help=text)
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub name, local folder, or config.json.")
@@ -19,8 +27,8 @@ TaskOption = Annotated[
     str | None,
     typer.Option("--task", help="Such as question-answering; default: what the config names."),
 ]
-SeqLength = Annotated[int, typer.Option("--seq-length", min=4, help="Tokens of a sequence.")]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", min=1, help="Samples of a microbatch.")]
+SeqLength = Annotated[int, counted("--seq-length", "seq_length", "Tokens of a sequence.", 4)]
+MicroBatch = Annotated[int, counted("--micro-batch", "micro_batch", "Samples of a microbatch.")]
 PlanOutput = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the plan to this file.")
 ]

@@ -21,6 +21,7 @@ from ipu_pipeline.cli.options import (
     PodOption,
     SeqLength,
     TaskOption,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def tune_command(
     model: Model,
     global_batch: Annotated[
-        int, typer.Option("--global-batch", min=1, help="Samples of one optimizer step.")
+        int, counted("--global-batch", "global_batch", "Samples of one optimizer step.")
     ],
     task: TaskOption = None,
     machine: PodOption = "pod16",
@@ -43,16 +44,14 @@ def tune_command(
         str, typer.Option("--optimizer", help="sgd, or one with two moments.")
     ] = "adamw",
     micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", min=1, help="Default: searched.")
+        int | None, counted("--micro-batch", "micro_batch", "Default: searched.")
     ] = None,
     ipus_per_replica: Annotated[
-        int | None, typer.Option("--ipus-per-replica", min=1, help="Default: searched.")
+        int | None, counted("--ipus-per-replica", "num_stages", "Default: searched.")
     ] = None,
-    replicas: Annotated[
-        int | None, typer.Option("--replicas", min=1, help="Default: searched.")
-    ] = None,
+    replicas: Annotated[int | None, counted("--replicas", "replicas", "Default: searched.")] = None,
     device_iterations: Annotated[
-        int, typer.Option("--device-iterations", min=1, help="Steps per return to the host.")
+        int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
     ] = 4,
     free: Annotated[
         float, typer.Option("--free", help="Share of every tile that must stay free, 0 to 1.")
@@ -70,12 +69,15 @@ def tune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
+    from ipu_pipeline.backends.ipu.settings import OPTIMIZERS
     from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output, "--ipu-config-output": ipu_config_output}, force=force)
+    if optimizer.lower() not in map(str.lower, OPTIMIZERS):
+        raise ValueError(f"optimizer {optimizer!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
     run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
                           least_free=free)  # fmt: skip

@@ -7,15 +7,14 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import log
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
-
-# Devices of the largest machine: more than any cluster that trains one model has.
-MAX_DEVICES = 65_536
+from ipu_pipeline.ir.limits import LIMITS
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,10 @@ class Machine:
     backend: str = ""
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.devices) <= MAX_DEVICES:
+        if not 1 <= len(self.devices) <= LIMITS["num_devices"]:
             raise ValueError(
-                f"machine {self.name!r} has {len(self.devices)} devices; 1 to {MAX_DEVICES} are "
-                "possible"
+                f"machine {self.name!r} has {len(self.devices)} devices; 1 to "
+                f"{LIMITS['num_devices']} are possible"
             )
 
     def link_between(self, first: int, second: int) -> Link:
@@ -161,6 +160,10 @@ class Machine:
 
     def fingerprint(self) -> str:
         """Hex digest of every number in the description."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         text = json.dumps(to_json(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import read_json
-from ipu_pipeline.ir.machine import MAX_DEVICES, Device, Link, Machine
+from ipu_pipeline.ir.limits import LIMITS
+from ipu_pipeline.ir.machine import Device, Link, Machine
 
 GROUP = "ipu_pipeline.machines"
 VARIABLE = "IPU_PIPELINE_MACHINES"
@@ -38,8 +39,11 @@ def machine_by_name(name: str) -> Machine:
     for family in _facts().values():
         match = re.fullmatch(family["name"].replace("{count}", r"(\d+)"), name)
         count = 0 if match is None else int(match[1][:9])
-        if count > MAX_DEVICES:
-            raise PlanError(f"machine {name!r}: at most {MAX_DEVICES} devices are possible")
+        if count > LIMITS["num_devices"]:
+            shown = name if len(name) <= 60 else f"{name[:60]}..."
+            raise PlanError(
+                f"machine {shown!r}: at most {LIMITS['num_devices']} devices are possible"
+            )
         if count > 0:
             return _build(name, family, count)
     described = {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.json"))}
@@ -50,8 +54,8 @@ def machine_by_name(name: str) -> Machine:
     known = [family["name"] for family in _facts().values()]
     families = [name.replace("{count}", str(count)) for name in known for count in (4, 16)]
     raise PlanError(
-        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}), nor "
-        "'local', nor a machine file"
+        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}) nor a "
+        "machine file; this machine, 'local', is for plan only"
     )
 
 

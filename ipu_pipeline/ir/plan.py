@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.codec import Amount, Count, from_json, read_json, to_json, write_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
+
+Granularity = Literal["layer", "sublayer", "op"]
 
 PLAN_SCHEMA_VERSION = 2
 # The block list comes from these two: a plan made under other versions is refused.
@@ -123,7 +125,7 @@ class Plan:
     num_microbatches: int
     replicas: int = 1
     schedule: str = "1f1b"
-    granularity: str = "layer"
+    granularity: Granularity = "layer"
     cost_source: str = "analytic"
     measured_s: Mapping[str, tuple[Amount, Amount]] = field(default_factory=dict, hash=False)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -277,7 +279,7 @@ def check_versions(made_with: Mapping[str, str], source: str) -> None:
     """
     installed = library_versions()
     lines = [
-        f"{name}: plan {made_with.get(name, 'unknown')}, installed {installed[name]}"
+        f"{name}: plan {made_with.get(name, 'unknown'):.40}, installed {installed[name]}"
         for name in BINDING_LIBRARIES
         if made_with.get(name) != installed[name]
     ]
@@ -300,8 +302,8 @@ def plan_from_json(raw: Any, source: str) -> Plan:
     found = fields.pop("schema_version")
     if found != PLAN_SCHEMA_VERSION:
         raise PlanError(
-            f"{source}: plan schema version {found!r}, this library reads {PLAN_SCHEMA_VERSION}; "
-            "make the plan again"
+            f"{source}: plan schema version {shown(found)}, this library reads "
+            f"{PLAN_SCHEMA_VERSION}; make the plan again"
         )
     if "graph" in fields:
         fields["graph"] = BlockGraph.from_json(fields["graph"], f"{source}, graph")

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import SharedState
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
 
 # Characters of the longest name.
 MAX_NAME = 500
-# Microbatches x stages of the largest step: one of them is simulated in seconds.
-MAX_ACTIONS = 2**19
-MAX_REPLICAS = 65_536
 
 
 def verify_plan(plan: Plan) -> None:
@@ -74,16 +72,9 @@ def _shown(name: str) -> str:
 def _verify_numbers(plan: Plan) -> None:
     if not plan.stages:
         raise PlanError("the plan has no stage; give it at least one")
+    check_count("num_stages", len(plan.stages), error=PlanError)
     for name in ("num_microbatches", "replicas"):
-        value = getattr(plan, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PlanError(f"the plan's {name} is {value!r}; it must be a whole number from 1 on")
-    if plan.num_microbatches * len(plan.stages) > MAX_ACTIONS or plan.replicas > MAX_REPLICAS:
-        raise PlanError(
-            f"the plan has {plan.num_microbatches} microbatches, {len(plan.stages)} stages and "
-            f"{plan.replicas} replicas; microbatches x stages may be {MAX_ACTIONS} at most, and "
-            f"replicas {MAX_REPLICAS}: use larger microbatches"
-        )
+        check_count(name, getattr(plan, name), error=PlanError)
     num_devices = len(plan.machine.devices)
     for index, stage in enumerate(plan.stages):
         if not isinstance(stage.device, int) or not 0 <= stage.device < num_devices:
@@ -146,10 +137,7 @@ def _verify_annotations(plan: Plan) -> None:
                 f"stage {index} annotates blocks it does not hold: {', '.join(foreign)}"
             )
         for name, factor in stage.serialize.items():
-            if not isinstance(factor, int) or factor < 1:
-                raise PlanError(
-                    f"block {name!r} has serialize factor {factor!r}; use a whole number from 1 on"
-                )
+            check_count(f"slices of block {name!r}", factor, "slices", error=PlanError)
     _verify_slices(plan)
 
 

@@ -67,10 +67,12 @@ class Backend(Protocol):
         name: Name of its folder or entry point.
         target: What users give to ``compile(target=...)``.
         schedules: Names of the schedules it runs; the first is the default.
+        replays_glue: It runs the model's own code between the blocks for every batch.
     """
 
     name: str
     target: str
+    replays_glue: bool = True
 
     @property
     def schedules(self) -> tuple[str, ...]:

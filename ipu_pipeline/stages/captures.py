@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue import Path
-from ipu_pipeline.capture.loss_terms import factored
+from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
+from ipu_pipeline.capture.loss_terms import LossTerms, factored
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
@@ -130,6 +133,69 @@ class _Variants:
 
 
 @dataclass(eq=False)
+class _Attempt:
+    """The captures that are tried for one microbatch, and what there was before.
+
+    ``is_deep``: what its blocks change is put back as well.
+    """
+
+    microbatch: Microbatch
+    variants: _Variants
+    before: PythonState | None = None
+    is_deep: bool = False
+    tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tried: list[_Variant] = field(default_factory=list)
+    reason: Differs | None = None
+    is_sized: bool = False
+    is_captured: bool = False
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The inputs of the model."""
+        return self.microbatch.inputs
+
+    def restore(self) -> None:
+        """Put back what has changed since it began."""
+        assert self.before is not None
+        self.before.restore()
+        with torch.no_grad():
+            for tensor, values in self.tensors.values():
+                tensor.copy_(values)
+
+    def prepared(
+        self, variant: _Variant, hosts: Mapping[str, Any], run: GlueRun | None = None
+    ) -> Prepared:
+        """Return the microbatch with the stages of ``variant``, which is now the last used."""
+        self.variants.found.remove(variant)
+        self.variants.found.insert(0, variant)
+        ready = replace(self.microbatch, inputs={**self.inputs, **hosts})
+        return Prepared(variant.stages, ready, self, run)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A microbatch that can run.
+
+    Attributes:
+        stages: Those that do what its glue does.
+        microbatch: With host values among its inputs.
+        attempt: How they were found.
+        run: Its glue, where that waits for values of the stages or keeps some of them.
+    """
+
+    stages: tuple[Stage, ...]
+    microbatch: Microbatch
+    attempt: _Attempt
+    run: GlueRun | None = None
+
+
+def _refuse_hooks(model: nn.Module, found: Iterable[Prepared]) -> None:
+    if torch.is_grad_enabled():
+        stages = {id(stage): stage for one in found for stage in one.stages}
+        refuse_gradient_hooks(model, [p for s in stages.values() for p in s.shared])
+
+
+@dataclass(eq=False)
 class StageCache:
     """Builds the stages of a plan for the shape of a microbatch, and remembers the last few.
 
@@ -142,6 +208,7 @@ class StageCache:
         max_shapes: So many shapes are remembered, those of training and evaluation together, and
             of each as many captures.
         on_drop: Called with stages that are forgotten.
+        live: Microbatches come from :meth:`groups`, and stages may share values with the glue.
     """
 
     model: nn.Module
@@ -152,6 +219,7 @@ class StageCache:
     self_check: bool
     max_shapes: int = MAX_SHAPES
     on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
+    live: bool = False
 
     def __post_init__(self) -> None:
         self._shapes = LRUCache[Signature, _Variants](self.max_shapes, self._dropped)
@@ -179,50 +247,170 @@ class StageCache:
             PlanError: In training mode, its blocks are not those of the plan; or stages share what
                 a forward pass changes.
         """
-        found, prepared = [], []
+        found = []
+        with self._replaying():
+            for part in microbatches:
+                found.append(self._followed(_Attempt(part, self._variants(part))))
+        _refuse_hooks(self.model, found)
+        return [one.stages for one in found], [one.microbatch for one in found]
+
+    def groups(self, microbatches: Sequence[Microbatch]) -> Iterator[list[Prepared]]:
+        """Yield as :meth:`prepare` what may run at the same time, in order.
+
+        A microbatch whose stages share values with its glue is alone; it must have run when the
+        next group is asked for.
+
+        Raises:
+            CaptureError: As :meth:`prepare`, also the other errors.
+        """
+        left = list(microbatches)
+        while left:
+            plain: list[Prepared] = []
+            with self._replaying():
+                while left and (not plain or plain[-1].run is None):
+                    part = left.pop(0)
+                    plain.append(self._begun(_Attempt(part, self._variants(part))))
+            _refuse_hooks(self.model, plain)
+            alone = [plain.pop()] if plain[-1].run is not None else []
+            yield from (group for group in (plain, alone) if group)
+
+    def again(self, prepared: Prepared, error: Differs | Unlifted) -> Prepared:
+        """Begin a microbatch anew, after its glue has done something else than recorded."""
+        assert prepared.run is not None
+        prepared.run.close()
+        attempt = prepared.attempt
+        attempt.restore()
+        with self._replaying():
+            if isinstance(error, Unlifted):
+                self._lift(attempt.tried[-1], error)
+                attempt.tried.pop()
+            else:
+                attempt.reason = attempt.reason or error
+            found = self._begun(attempt)
+        _refuse_hooks(self.model, [found])
+        return found
+
+    def loss_terms(self, part: Microbatch) -> LossTerms:
+        """Return what the loss of a microbatch is made of, as far as its shape tells."""
+        with self._replaying():
+            variants = self._variants(part)
+            if not variants.found:
+                found = self._at_other_sizes(part.inputs, self._python_state())
+                variants.found.append(found or self._captured(part.inputs))
+        return variants.found[0].stages[-1].loss_terms
+
+    @contextlib.contextmanager
+    def _replaying(self) -> Iterator[None]:
+        self._modules = list(self.model.modules())
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
         self._training = torch.is_grad_enabled(), parameters
-        self._modules = list(self.model.modules())
         with autocast_region(self.precision), tracing_patches(self.model):
-            for part in microbatches:
-                variants = self._shapes.get((self._training, described(part.inputs)), _Variants)
-                variant, followed = self._followed(variants, part.inputs)
-                variants.found.remove(variant)
-                variants.found.insert(0, variant)
-                hosts = dict(followed.hosts)
-                if followed.changed:
-                    hosts.update(self._host_values(variant, followed))
-                found.append(variant.stages)
-                prepared.append(replace(part, inputs={**part.inputs, **hosts}))
-        if torch.is_grad_enabled():
-            stages = {id(stage): stage for own in found for stage in own}
-            refuse_gradient_hooks(self.model, [p for s in stages.values() for p in s.shared])
-        return found, prepared
+            yield
 
-    def _followed(
-        self, variants: _Variants, microbatch: Mapping[str, Any]
-    ) -> tuple[_Variant, Followed]:
-        before = self._python_state()
-        reason: Differs | None = None
+    def _variants(self, part: Microbatch) -> _Variants:
+        return self._shapes.get((self._training, described(part.inputs)), _Variants)
+
+    def _followed(self, attempt: _Attempt) -> Prepared:
+        """Run the glue of one microbatch in one piece."""
+
+        def follow(variant: _Variant) -> Prepared:
+            if variant.captured.glue.unsteady:
+                raise CaptureError(variant.captured.glue.unsteady)
+            followed = variant.captured.follow(attempt.inputs, attempt.variants.integers)
+            return self._ready(attempt, variant, followed)
+
+        return self._tried(attempt, follow)
+
+    def _begun(self, attempt: _Attempt) -> Prepared:
+        """Run the glue of one microbatch up to the first value that its stages compute."""
+
+        def begin(variant: _Variant) -> Prepared:
+            while True:
+                self._remember(attempt, variant)
+                region = partial(autocast_region, self.precision)
+                integers = attempt.variants.integers
+                run = GlueRun(variant.captured, attempt.inputs, integers, region)
+                try:
+                    run.start()
+                except Unlifted as error:
+                    run.close()
+                    attempt.restore()
+                    self._lift(variant, error)
+                    continue
+                except BaseException:
+                    run.close()
+                    raise
+                if not run.is_live:
+                    assert run.followed is not None
+                    return self._ready(attempt, variant, run.followed)
+                if variant.sized is not None:  # what it keeps is known by its own sizes
+                    run.close()
+                    variant.program.has_sizes = False
+                    raise Differs("its own code reads or keeps tensors")
+                if run.followed is not None:  # it only keeps something
+                    kept = Unlifted(run.followed.changed, run.missing, run.followed.said)
+                    self._lift(variant, kept)
+                self._warn_once("microbatches run one after another: %s", run.reason)
+                run.begin()
+                changed = run.followed.named(variant.captured.glue) if run.followed else {}
+                return attempt.prepared(variant, {**run.hosts, **changed}, run)
+
+        return self._tried(attempt, begin)
+
+    def _tried(self, attempt: _Attempt, run: Callable[[_Variant], Prepared]) -> Prepared:
+        """Let the captures run that have not been tried, and then a new one."""
+        variants, microbatch = attempt.variants, attempt.inputs
+        if attempt.before is None:
+            attempt.before = self._python_state()
         if not variants.found:
             variants.found.extend(self._kept(microbatch))
-        for variant in variants.found:
+        for variant in [v for v in variants.found if v not in attempt.tried]:
+            attempt.tried.append(variant)
             try:
-                return variant, variant.captured.follow(microbatch, variants.integers)
+                return run(variant)
             except Differs as error:
-                before.restore()
-                reason = reason or error
-        variant = self._at_other_sizes(microbatch, before) or self._captured(microbatch)
-        variants.note(variant, None if reason is None else reason.place)
-        self._add(variants, variant, reason)
+                attempt.restore()
+                attempt.reason = attempt.reason or error
+        if attempt.is_captured:
+            self._refuse(attempt.reason)
+        sized = None if attempt.is_sized else self._at_other_sizes(microbatch, attempt.before)
+        attempt.is_sized = True
+        variant = sized or self._captured(microbatch)
+        attempt.is_captured = sized is None
+        variants.note(variant, None if attempt.reason is None else attempt.reason.place)
+        self._add(variants, variant, attempt.reason)
+        attempt.tried.append(variant)
         try:
-            return variant, variant.captured.follow(microbatch)
+            return run(variant)
         except Differs as error:
-            raise CaptureError(
-                f"{error}: the code between the blocks of {type(self.model).__name__} does "
-                "something else in every run, and not because of a number, so that no capture can "
-                "follow it; keep what changes inside a block"
-            ) from error
+            if sized is None:
+                self._refuse(error)
+            attempt.restore()
+            attempt.reason = attempt.reason or error
+            variants.found.remove(variant)
+            return self._tried(attempt, run)
+
+    def _refuse(self, error: Differs | None) -> NoReturn:
+        raise CaptureError(
+            f"{error}: the code between the blocks of {type(self.model).__name__} does "
+            "something else in every run, and not because of a number, so that no capture can "
+            "follow it; keep what changes inside a block"
+        ) from error
+
+    def _ready(self, attempt: _Attempt, variant: _Variant, followed: Followed) -> Prepared:
+        hosts = dict(followed.hosts)
+        if followed.changed:
+            self._lift(variant, Unlifted(followed.changed, frozenset(), followed.said))
+            hosts.update(followed.named(variant.captured.glue))
+        return attempt.prepared(variant, hosts)
+
+    def _remember(self, attempt: _Attempt, variant: _Variant) -> None:
+        """Keep what its blocks change, too, if they may have to run again."""
+        if any(call.is_late for call in variant.captured.glue.calls):
+            if not attempt.is_deep:
+                attempt.before, attempt.is_deep = PythonState(self._modules), True
+            for tensor in variant.captured.changing:
+                attempt.tensors.setdefault(id(tensor), (tensor, tensor.detach().clone()))
 
     def _python_state(self) -> PythonState:
         """Return what the glue may change before it turns out to be another one."""
@@ -280,6 +468,7 @@ class StageCache:
     def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
         variants.found.insert(0, variant)
         self.captures += variant.sized is None
+        logger.info("capture %d: %d stages", self.captures, len(variant.stages))
         if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
@@ -293,13 +482,14 @@ class StageCache:
                 reason,
             )
 
-    def _host_values(self, variant: _Variant, followed: Followed) -> list[tuple[str, Any]]:
-        """Make inputs of the numbers that have changed; return them by name."""
-        logger.info("an input of the graph from now on: %s", followed.said)
-        self._rebuild(variant.program, variant.program.captured.with_hosts(followed.changed))
-        calls = variant.captured.glue.calls
-        names = [calls[number].lifted[path] for number, path in followed.changed]
-        return list(zip(names, followed.values, strict=True))
+    def _lift(self, variant: _Variant, values: Unlifted) -> None:
+        """Let the graph share numbers that have changed, and tensors that are kept."""
+        if not values.changed and not values.kept:
+            return
+        if values.changed:
+            logger.info("an input of the graph from now on: %s", values.said)
+        program = variant.program
+        self._rebuild(program, program.captured.with_hosts(values.changed, values.kept))
 
     def _kept(self, microbatch: Mapping[str, Any]) -> list[_Variant]:
         """Return the capture that the plan was made from, if there is one of this shape."""
@@ -315,7 +505,7 @@ class StageCache:
             captured = capture(
                 self.model,
                 microbatch,
-                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                granularity=self.plan.granularity,
                 self_check=self.self_check,
                 training=torch.is_grad_enabled(),
             )
@@ -326,6 +516,9 @@ class StageCache:
             captured = factored(captured)
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
+        captured.glue.session.live, captured.glue.session.replayed = self.live, True
+        if self.live and captured.glue.hosts:
+            captured = captured.with_hosts({})
         program = _Program(self._training, captured, uses, self._built(captured, uses))
         return _Variant.of(program)
 

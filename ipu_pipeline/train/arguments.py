@@ -19,6 +19,7 @@ import torch.distributed
 import transformers
 from transformers.hf_argparser import HfArg
 
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 logger = logging.getLogger(__name__)
@@ -80,11 +81,17 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "replicas",
-                     "gradient_accumulation_steps"):  # fmt: skip
+        limits = {
+            "per_device_train_batch_size": "micro_batch",
+            "per_device_eval_batch_size": "micro_batch",
+            "replicas": "replicas",
+            "gradient_accumulation_steps": "num_microbatches",
+            "num_stages": "num_stages",
+        }
+        for name, limit in limits.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                check_count(name, value, limit)
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(
                 f"save_total_limit must be at least 1, got {self.save_total_limit}; "

@@ -16,10 +16,8 @@ captured, priced and compared with a loss of about the same cost that stands in 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import inspect
-import queue
 import threading
 import types
 from collections import OrderedDict
@@ -33,6 +31,7 @@ from torch.nn.modules.loss import _Loss
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
+from ipu_pipeline.capture.coroutine import Coroutine
 from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
@@ -43,8 +42,6 @@ from ipu_pipeline.stages.stage import nodes_behind
 RUN = "loss_run"
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# A thread that runs is left behind: some stage waits for it.
-_JOIN_S = 2.0
 _GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 _current = threading.local()
 
@@ -108,22 +105,15 @@ class _Hooks(OrderedDict[int, Any]):
         return () if LossRun.current() is None else super().items()
 
 
-class _AbandonedError(BaseException):
-    """Ends the thread of a run that nobody resumes; no ``except Exception`` may catch it."""
-
-
-class LossRun:
+class LossRun(Coroutine):
     """One run of code that calls the model, suspended in its first call.
 
     Args:
-        body: The code; it runs in a thread of its own with the caller's context and grad mode.
+        body: The code.
 
     Attributes:
         inputs: What the model was called with, once it was; tensors that need gradients are cut
             off from what the code computed them with.
-        result: What the code returned.
-        error: What it raised.
-        finished: Whether it has returned or raised.
         further_calls: How often it has called the model besides.
         at_resume: Called before it is resumed.
         modes: The training flags of the model's modules when it began.
@@ -131,24 +121,14 @@ class LossRun:
     """
 
     def __init__(self, body: Callable[[], Any]) -> None:
+        super().__init__(self._guarded(body), "compute-loss")
         self.inputs: dict[str, Any] | None = None
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.finished = False
         self.further_calls = 0
         self.at_resume: Callable[[], object] = lambda: None
         self.modes: list[bool] = []
         self.reads_gradients_of: list[nn.Parameter] = []
-        self._body = body
         self._cut: list[tuple[Tensor, Tensor]] = []
-        self._to_run = queue.SimpleQueue[tuple[Any, int] | None]()
-        self._to_caller = queue.SimpleQueue[None]()
         self._guard = _Guard(self)
-        self._grad = torch.is_grad_enabled()
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(
-            target=context.run, args=(self._main,), name="compute-loss", daemon=True
-        )
 
     @staticmethod
     def current() -> LossRun | None:
@@ -163,11 +143,6 @@ class LossRun:
             and not torch.is_autocast_enabled("cpu")
             and len(_get_current_function_mode_stack()) == 1  # our own
         )
-
-    def start(self) -> None:
-        """Run up to the call of the model, or to the end; raise what the code raises."""
-        self._thread.start()
-        self._wait()
 
     def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Suspend the run in this call of the model; return what it is resumed with."""
@@ -188,11 +163,7 @@ class LossRun:
                 inputs[name] = value.detach().requires_grad_()
                 self._cut.append((value, inputs[name]))
         self.inputs = inputs
-        self._to_caller.put(None)
-        received = self._to_run.get()
-        if received is None:
-            raise _AbandonedError
-        outputs, num_threads = received
+        outputs, num_threads = self.suspend()
         self._guard.begin(outputs)
         if num_threads != torch.get_num_threads():
             take_threads(num_threads)
@@ -200,9 +171,7 @@ class LossRun:
 
     def resume(self, outputs: Any) -> Any:
         """Let the call of the model return ``outputs``; return or raise what the code does."""
-        self._to_run.put((outputs, torch.get_num_threads()))
-        self._wait()
-        return self.result
+        return super().resume((outputs, torch.get_num_threads()))
 
     def backward_into_inputs(self) -> None:
         """Hand the inputs' gradients on to what the code before the call computed them with."""
@@ -211,29 +180,13 @@ class LossRun:
             torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
         self._cut = []
 
-    def abandon(self) -> None:
-        """End it if it is suspended."""
-        if not self.finished and self._thread.is_alive():
-            self._to_run.put(None)
-            self._thread.join(_JOIN_S)
+    def _guarded(self, body: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            _current.run = self
+            with self._guard:
+                return body()
 
-    def _wait(self) -> None:
-        self._to_caller.get()
-        if self.error is not None:
-            raise self.error
-
-    def _main(self) -> None:
-        _current.run = self
-        try:
-            with torch.set_grad_enabled(self._grad), self._guard:
-                self.result = self._body()
-        except _AbandonedError:
-            pass
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.finished = True
-            self._to_caller.put(None)
+        return run
 
 
 class _Guard(TorchFunctionMode):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.calls import ValueGuard, unguarded
 from ipu_pipeline.capture.captured import CapturedModel
+from ipu_pipeline.capture.reads import ValueGuard, unguarded
 from ipu_pipeline.errors import CaptureError, GuardError
 from tests.capture.toys import assert_replays, batch, toy
 
@@ -82,13 +82,13 @@ def test_ordinary_shapes_are_not_guarded() -> None:
     assert not any(isinstance(m, ValueGuard) for p in captured.programs for m in p.module.modules())
 
 
-def test_specialised_value_becomes_a_note() -> None:
+def test_a_value_that_differs_on_other_data_becomes_a_note() -> None:
     def body(self, x):
         return {"loss": hidden(self, x).sum() * float(x.sum())}
 
     captured = capture(toy(body), batch())
     assert len(captured.notes) == 1
-    assert captured.notes[0].startswith("specialised to the example batch: the code of 'Toy' reads")
+    assert captured.notes[0].startswith("checked on the example batch only: the code of 'Toy' read")
     assert captured.graph.notes == captured.notes
 
 
@@ -156,18 +156,21 @@ def test_reading_a_value_behind_dropout_is_no_decision_by_chance() -> None:
     assert capture(toy(body), batch()).notes == ()
 
 
-def test_numpy_array_in_the_glue_is_refused() -> None:
+def test_numpy_arrays_in_the_glue_are_inputs() -> None:
     def body(self, x):
         mask = torch.tensor(np.ones((2, 4), dtype=np.int64))
-        return {"loss": (hidden(self, x) * mask).sum()}
+        return {"loss": (hidden(self, x) * mask * torch.from_numpy(np.full(4, 2.0))).sum()}
 
-    with pytest.raises(CaptureError, match=r"turns a numpy array of shape \(2, 4\)"):
-        capture(toy(body), batch())
+    captured = capture(toy(body), batch())
+    assert [value.shape for value in captured.glue.hosts.values()] == [(2, 4), (4,)]
+    assert "turns a numpy array of shape (4,) into a tensor; a program" in captured.glue.frozen
 
 
-def test_tensor_made_outside_torchs_functions_is_refused() -> None:
+def test_a_tensor_from_nowhere_is_refused() -> None:
+    from_numpy = torch.from_numpy
+
     def body(self, x):
-        mask = torch.from_numpy(np.random.randint(0, 2, (2, 4)))
+        mask = from_numpy(np.random.randint(0, 2, (2, 4)))
         return {"loss": (hidden(self, x) * mask).sum()}
 
     with pytest.raises(CaptureError, match=r"uses a \(2, 4\) torch.int64 tensor .* every batch"):

@@ -19,15 +19,6 @@ from tests.stateful import PROGRAMS, planned, state_of
 from tests.stateful import batch as samples
 
 REFUSALS = {
-    "none at first": (
-        lambda self, x: remember(self, self.layers[0](x)),
-        r"differs from the model on other data: loss of the next batch .*Toy.memory\) is not kept",
-    ),
-    "a position read in Python": (
-        lambda self, x: write_rows(self, self.layers[0](x)),
-        r"'Toy' reads 'place' in Python \(Tensor.__int__\), and the model changes it in every "
-        r"forward pass; compute with the tensor itself",
-    ),
     "another shape": (
         lambda self, x: replace_table(self, self.layers[0](x), torch.ones(1, WIDTH)),
         r"Toy replaces 'table' \(\(4,\) torch.float32\) by a \(1, 4\) torch.float32 tensor",
@@ -41,20 +32,6 @@ REFUSALS = {
         r"a block of Toy replaces 'layers.0.seen' by another tensor, and 'the model itself' reads",
     ),
 }
-
-
-def remember(self: Any, h: Tensor) -> dict[str, Tensor]:
-    if self.memory is not None:
-        h = h + self.memory
-    self.memory = h.detach()
-    return last(self, h)
-
-
-def write_rows(self: Any, h: Tensor) -> dict[str, Tensor]:
-    place = int(self.place)
-    self.table[place] = h.detach().mean()
-    self.place[0] = (place + 1) % WIDTH
-    return last(self, h)
 
 
 def replace_table(self: Any, h: Tensor, more: Tensor) -> dict[str, Tensor]:
@@ -83,8 +60,7 @@ class Replacing(Layer):
 def test_refusals(name: str) -> None:
     body, message = REFUSALS[name]
     model = toy(body, Replacing if "block" in name else Layer)
-    model.memory, model.table = None, torch.ones(WIDTH)
-    model.register_buffer("place", torch.zeros(1, dtype=torch.long))
+    model.table = torch.ones(WIDTH)
     with pytest.raises(CaptureError, match=message):
         capture(model, batch())
 

@@ -59,8 +59,7 @@ def test_spec_augment_of_wav2vec2() -> None:
     )  # fmt: skip
     model = transformers.Wav2Vec2ForCTC(config).train()
     inputs = {"input_values": torch.randn(2, 800), "labels": torch.randint(1, 9, (2, 4))}
-    with pytest.raises(CaptureError, match=r"turns a numpy array of shape .* mask_time_prob=0"):
-        capture(model, inputs)
+    assert "mask_time_prob=0" in capture(model, inputs).glue.frozen  # drawn anew in every run
     model.config.mask_time_prob = 0.0
     assert any(p.name.endswith("layers.1") for p in capture(model, inputs).programs)
     model.config.layerdrop = 0.1

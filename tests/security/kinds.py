@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from torch import nn
 
+import ipu_pipeline as ipp
 from benchmarks.results import read_csv
 from benchmarks.solver_instances import read_instance, solve_instance
 from benchmarks.suite.workloads import FILE, load
@@ -25,7 +28,8 @@ from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.backends.local.measure.cache import load_measurements, store_measurements
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.compiler import plan
+from ipu_pipeline.errors import LoweringError, PipelineError, PlanError
 from ipu_pipeline.ir.machine import Device, Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
@@ -38,7 +42,7 @@ from tasks.visual_question_answering import AnswerSet, load_file
 from tasks.visual_question_answering import read_rows as read_questions
 from tasks.visual_question_answering.answers import Labels
 from tests.examples.vqa_tables import records
-from tests.ir.plan_example import example_plan
+from tests.ir.plan_example import example_machine, example_plan
 from tests.tiny_models import TINY
 
 
@@ -86,8 +90,6 @@ def report_plan(path: Path) -> None:
 @cache
 def ipu_plan() -> Plan:
     """Return a plan of a tiny model for IPUs."""
-    from ipu_pipeline.compiler import plan
-
     model, batch = TINY["bert-qa"].build(batch_size=1, device="meta")
     return plan(model, batch, machine="pod4", num_stages=4, microbatches=8)
 
@@ -96,6 +98,26 @@ def use_ipu_plan(path: Path) -> None:
     """Read a plan for IPUs and write its bundle."""
     plan = Plan.load(path)
     emit(plan, settings_for(plan, None), path.parent / "bundle")
+
+
+@cache
+def trained_plan() -> tuple[nn.Module, Plan]:
+    """Return a tiny model, and its plan for this machine."""
+    model, batch = TINY["bert-qa"].build(batch_size=1, seq_length=8)
+    return model, plan(model, batch, machine=example_machine(), num_stages=2, microbatches=2)
+
+
+def compile_plan(path: Path) -> None:
+    """Compile the model by a plan, and compute by what is accepted."""
+    model, good = trained_plan()
+    found = Plan.load(path)
+    try:
+        with ipp.compile(copy.deepcopy(model), found, target="local") as executable:
+            if found.total_batch_size == good.total_batch_size:
+                _, batch = TINY["bert-qa"].build(batch_size=good.total_batch_size, seq_length=8)
+                assert math.isfinite(executable.forward_backward(batch))
+    except PipelineError as error:  # of the plan, whose file compile does not know
+        raise PlanError(f"{path}: {error}") from error
 
 
 def use_machine(path: Path) -> None:
@@ -291,8 +313,9 @@ def use_workloads(path: Path) -> None:
 
 KINDS: dict[str, Kind] = {
     "plan.json": Kind(lambda path: example_plan().save(path), use_plan, 95),
-    "report/plan.json": Kind(lambda path: example_plan().save(path), report_plan, 10),
+    "report/plan.json": Kind(lambda path: example_plan().save(path), report_plan, 7),
     "ipu/plan.json": Kind(lambda path: ipu_plan().save(path), use_ipu_plan, 30),
+    "compile/plan.json": Kind(lambda path: trained_plan()[1].save(path), compile_plan, 3),
     "machine.json": Kind(write_machine, use_machine, 100),
     "ipu_config.json": Kind(
         lambda path: IPUConfig(layers_per_ipu=(1, 2, 3), gradient_accumulation_steps=16).save(path),

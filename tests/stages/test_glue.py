@@ -312,18 +312,6 @@ def test_code_that_never_does_the_same_is_refused() -> None:
         executable.forward_backward(inputs(0))
 
 
-def test_a_tensor_kept_by_the_glue_says_so_when_it_is_used() -> None:
-    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
-        self.last = self.layers[0](x)
-        return {"loss": self.layers[1](self.last).square().mean()}
-
-    model = toy(body).train()
-    step = pipelined(model)
-    step(inputs(0))
-    with pytest.raises(CaptureError, match=r"kept from an earlier forward pass; .* in a buffer"):
-        model.last.sum()
-
-
 def test_more_different_things_than_are_remembered(caplog: pytest.LogCaptureFixture) -> None:
     model = reading(lambda self: int(self.weight), lambda h, n: h.repeat(1, n)[:, :WIDTH])()
     model.train()

@@ -40,18 +40,25 @@ def coverage_command(
     ] = 60.0,
 ) -> None:
     """Capture, plan and train one step of every model class of transformers; compare with eager."""
+    from ipu_pipeline.ir.files import check_outputs, make_folder
     from tools.coverage.classes import model_classes
     from tools.coverage.classes import sample as spread
     from tools.coverage.session import check_all
 
     try:
+        if output is not None:
+            make_folder("--output", output.parent)
+            page = output.with_suffix(".md")
+            check_outputs({"--output": output, "the page beside it": page}, force=True)
         chosen = model_classes(classes)
+        if sample is not None:
+            chosen = spread(chosen, sample)
+        records = check_all(
+            chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit
+        )
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    if sample is not None:
-        chosen = spread(chosen, sample)
-    records = check_all(chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit)
     for record in records:
         if record.counted and record.result != "pass":
             typer.echo(f"{record.name}: {record.result}: {record.reason}")

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.ir.codec import from_json
+
 Result = Literal[
     "pass",
     "eager-fails",
@@ -71,9 +74,12 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Read what :meth:`to_json` wrote."""
-        tuples = {name: tuple(data[name]) for name in ("stages", "inputs")}
-        return cls(**{**data, **tuples})
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            DatasetError: It is something else.
+        """
+        return from_json(cls, data, "a record of a class", DatasetError)
 
 
 def one_line(error: BaseException, longest: int = 200) -> str:

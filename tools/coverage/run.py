@@ -21,6 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from ipu_pipeline.errors import DatasetError
+from ipu_pipeline.ir.codec import parse_json
+from ipu_pipeline.ir.files import read_text
 from tools.coverage.classes import ModelClass
 from tools.coverage.record import Record, Result
 
@@ -81,10 +84,15 @@ def remembered(path: Path, header: dict[str, Any]) -> list[Record]:
     """Return the records of an earlier run with the same versions; none when there is none."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in _whole_lines(path)]
-    if not lines or lines[0] != header:
-        return []
-    return [Record.from_json(line) for line in lines[1:]]
+    try:
+        lines = [parse_json(line) for line in _whole_lines(path)]
+        if not lines or lines[0] != header:
+            return []
+        return [Record.from_json(line) for line in lines[1:]]
+    except (DatasetError, ValueError) as error:
+        raise DatasetError(
+            f"{path} cannot be resumed ({error}); delete it, or leave out --resume"
+        ) from error
 
 
 class Journal:
@@ -110,8 +118,8 @@ class Journal:
 
 def _whole_lines(path: Path) -> list[str]:
     """Return the lines of a file; a last one that was cut short is left out."""
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+    text = read_text(path, "the journal", DatasetError)
+    return text[: text.rfind("\n") + 1].split("\n")[:-1]
 
 
 def _start(context: Any, item: ModelClass, check: Check | None) -> _Job:

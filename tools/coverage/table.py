@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ipu_pipeline.ir.files import make_folder, write_text
 from tools.coverage.record import MEANING, Record
 
 _INTRODUCTION = """\
@@ -108,5 +109,4 @@ def _cell(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(make_folder("--output", path.parent) / path.name, text)

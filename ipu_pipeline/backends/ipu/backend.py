@@ -38,6 +38,7 @@ class IPUBackend:
     name: str = "ipu"
     target: str = "poptorch"
     schedules: tuple[str, ...] = ("popart",)
+    replays_glue: bool = False
 
     def own_machine(self, num_devices: int | None) -> Machine | None:
         """A pod is described by its name or file."""

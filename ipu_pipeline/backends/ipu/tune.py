@@ -37,6 +37,7 @@ from ipu_pipeline.backends.ipu.prices.planning import PROPORTIONS
 from ipu_pipeline.backends.ipu.prices.predict import partition_of
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.priced import quickest
@@ -81,11 +82,11 @@ class TuneRequest:
     least_free: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "micro_batch", "ipus_per_replica", "replicas",
-                     "max_micro_batch"):  # fmt: skip
+        limits = {"ipus_per_replica": "num_stages", "max_micro_batch": "micro_batch"}
+        for name in ("global_batch", "micro_batch", "replicas", *limits):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None:
+                check_count(name, value, limits.get(name, ""))
         if not 0 <= self.least_free < 1:
             raise ValueError(f"least_free must be at least 0 and below 1, got {self.least_free}")
         empty = [name for name, values in vars(self.choices).items() if not values]

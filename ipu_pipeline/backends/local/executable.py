@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
+from ipu_pipeline.capture.loss_terms import LossTerms
+from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
@@ -21,7 +24,7 @@ from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import BatchCutter, Microbatch, cut_batches
-from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.captures import Prepared, StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
     Executable,
@@ -49,6 +52,7 @@ class Step:
     Attributes:
         stages: ``[microbatch][stage]``.
         loss_scaling: Factor of the loss before the backward pass.
+        glue: That of its only microbatch, if that goes on while the stages run.
         results: What each microbatch computed, by name, in the order of the microbatches.
         busy_s: Seconds that each stage was busy.
     """
@@ -59,6 +63,7 @@ class Step:
     global_step: int
     loss_scaling: float
     schedule: Schedule
+    glue: GlueRun | None = None
 
     def __post_init__(self) -> None:
         own = self.stages[0]
@@ -99,6 +104,8 @@ class Step:
         with self._lock:
             self._values.update({(microbatch, name): value for name, value in sent.items()})
             self.results[microbatch].update(results)
+        if self.glue is not None and stage.index == len(self.busy_s) - 1:
+            self.glue.finish()
 
     def _backward(self, stage: Stage, microbatch: int) -> None:
         gradients = {}
@@ -121,6 +128,12 @@ class Step:
         parameters = dict.fromkeys(p for sums in self._shared for p in sums)
         for parameter in parameters:
             add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))
+
+    def join(self, later: Step) -> None:
+        """Add what a later part of the same step has computed, but not its gradients."""
+        self.microbatches = [*self.microbatches, *later.microbatches]
+        self.results += later.results
+        self.busy_s = [a + b for a, b in zip(self.busy_s, later.busy_s, strict=True)]
 
     def clear(self) -> None:
         """Forget all microbatches in flight."""
@@ -157,6 +170,7 @@ class LocalExecutable(Executable):
             options.precision,
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
+            live=True,
         )
         self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
         self._threads: StageThreads | None = None
@@ -187,13 +201,14 @@ class LocalExecutable(Executable):
             loss_scaling=self.options.loss_scaling,
             max_grad_norm=self.options.max_grad_norm,
         )
-        self.global_step += 1
-        return StepResult(
-            mean_loss(step.microbatches, step.results),
-            update.grad_norm,
-            update.skipped,
-            sum(part.num_samples for part in step.microbatches),
-            tuple(step.busy_s),
+        return self.stepped(
+            StepResult(
+                mean_loss(step.microbatches, step.results),
+                update.grad_norm,
+                update.skipped,
+                sum(part.num_samples for part in step.microbatches),
+                tuple(step.busy_s),
+            )
         )
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
@@ -263,14 +278,7 @@ class LocalExecutable(Executable):
     def _evaluate(self, microbatches: Sequence[Microbatch], *, weigh: bool = False) -> Step:
         """Return the step with what each microbatch computed; ``weigh``: as the loss means it."""
         with in_evaluation(self.model), torch.no_grad():
-            stages, microbatches = self._cache.prepare(microbatches)
-            if weigh:
-                terms = [own[-1].loss_terms for own in stages]
-                microbatches = self._cutter.weighted(microbatches, terms, training=False)
-            schedule = forward_only(self.plan.num_stages, len(microbatches))
-            step = Step(stages, microbatches, self.options, self.global_step, 0.0, schedule)
-            self._run(step)
-        return step
+            return self._in_groups(microbatches, 0.0, weigh=weigh, training=False)
 
     def _accumulate(
         self, microbatches: Sequence[Microbatch], loss_scaling: float, *, weigh: bool = False
@@ -278,17 +286,73 @@ class LocalExecutable(Executable):
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
         with torch.enable_grad(), casts_of_one_step():
-            stages, microbatches = self._cache.prepare(microbatches)
+            return self._in_groups(microbatches, loss_scaling, weigh=weigh, training=True)
+
+    def _in_groups(
+        self,
+        microbatches: Sequence[Microbatch],
+        loss_scaling: float,
+        *,
+        weigh: bool,
+        training: bool,
+    ) -> Step:
+        """Run microbatches, all at once if their stages may run ahead of the model's own code."""
+        done: Step | None = None
+        ready: list[Microbatch] = []
+        terms: list[LossTerms] = []
+        for group in self._cache.groups(microbatches):
+            first = len(ready)
+            ready += [one.microbatch for one in group]
+            terms += [one.stages[-1].loss_terms for one in group]
             if weigh:
-                terms = [own[-1].loss_terms for own in stages]
-                microbatches = self._cutter.weighted(microbatches, terms, training=True)
-            schedule = self._rows(len(microbatches))
-            step = Step(
-                stages, microbatches, self.options, self.global_step, loss_scaling, schedule
+                rest = microbatches[len(ready) :]
+                expected = [self._cache.loss_terms(part) for part in rest]
+                parts, every = [*ready, *rest], [*terms, *expected]
+                weighted = self._cutter.weighted(parts, every, training=training)
+            else:
+                weighted = ready
+            step = self._run_group(
+                group, weighted[first : len(ready)], loss_scaling, training=training
             )
-            self._run(step)
+            if done is None:
+                done = step
+            else:
+                done.join(step)
+        assert done is not None
+        return done
+
+    def _run_group(
+        self,
+        group: Sequence[Prepared],
+        parts: Sequence[Microbatch],
+        loss_scaling: float,
+        *,
+        training: bool,
+    ) -> Step:
+        """Run microbatches; one whose glue does something else than recorded as often as it takes.
+
+        Their gradients are added up.
+        """
+        number = len(parts)
+        schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
+        while True:
+            stages, glue = [one.stages for one in group], group[0].run
+            step = Step(stages, parts, self.options, self.global_step, loss_scaling, schedule, glue)
+            try:
+                self._run(step)
+            except (Differs, Unlifted) as error:
+                again = self._cache.again(group[0], error)
+                inputs = {**parts[0].inputs, **again.microbatch.inputs}
+                group, parts = [again], [replace(parts[0], inputs=inputs)]
+                continue
+            except BaseException:
+                if glue is not None:
+                    glue.close()
+                raise
+            if glue is not None:
+                glue.close(done=True)
             step.add_shared_gradients()
-        return step
+            return step
 
     def _rows(self, num_microbatches: int) -> Schedule:
         """Return the schedule's rows; 1F1B's where it cannot run so few (the sums are equal)."""
@@ -300,11 +364,12 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
-        alone = self.options.sequential or self.plan.num_stages == 1
+        alone = self.options.sequential or self.plan.num_stages == 1 or step.glue is not None
+        in_order = any(stage.in_order for own in step.stages for stage in own)
         try:
             with kept_modes(self.model):
-                if alone or contested(step.stages):
-                    run_sequentially(step.schedule, step)
+                if alone or in_order or contested(step.stages):
+                    run_sequentially(step.schedule, step, in_order=in_order)
                 else:
                     if self._threads is None:
                         timeout_s = self.options.stall_timeout_s
@@ -314,6 +379,9 @@ class LocalExecutable(Executable):
             step.clear()
             if type(error) is not StageError:  # stalled threads cannot be used again
                 self._broken = error
+            raise
+        except (Differs, Unlifted):
+            step.clear()
             raise
         except BaseException:
             step.clear()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.tables import table_of
@@ -87,9 +88,8 @@ def with_slices(plan: Plan, factors: Mapping[str, int]) -> Plan:
 
 
 def check_factor(factor: object, who: str) -> None:
-    """Raise a ``ValueError`` for anything but a whole number from 1 on."""
-    if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
-        raise ValueError(f"{who}: factor is {factor!r}; give a whole number of slices from 1 on")
+    """Raise a ``ValueError`` for anything but a whole number of slices that may be."""
+    check_count(f"{who}: factor", factor, "slices")
 
 
 def check_patterns(patterns: object, who: str) -> None:

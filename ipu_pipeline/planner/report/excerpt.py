@@ -46,11 +46,13 @@ def left_out(timeline: Timeline, shown: Sequence[Window]) -> str:
     """Say what lies between two windows; empty for one."""
     if len(shown) < 2:
         return ""
+    where = "the trace (ipu-pipeline simulate PLAN --trace FILE) holds all of it"
+    if timeline.steady is not None:
+        where = f"so are {timeline.steady.num_microbatches:,} microbatches of it in the trace"
     gap_s = shown[1].start_s - shown[0].end_s
     return (
         f"{gap_s / timeline.step_s:.0%} of the step, between {shown[0].end_s * 1e3:.4g} and "
-        f"{shown[1].start_s * 1e3:.4g} ms, is steady state and left out here; the trace "
-        "(ipu-pipeline simulate PLAN --trace FILE) holds all of it."
+        f"{shown[1].start_s * 1e3:.4g} ms, is steady state and left out here; {where}."
     )
 
 

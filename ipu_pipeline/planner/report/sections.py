@@ -212,5 +212,5 @@ def foot(plan: Plan, timeline: Timeline) -> str:
     return (
         f"<footer>Model fingerprint {escape(plan.model.fingerprint)}; plan made with "
         f"{escape(versions)}. Times are predictions of the {escape(plan.cost_source)} cost model, "
-        f"simulated with {len(timeline.events):,} events. MB are 10<sup>6</sup> bytes.</footer>"
+        f"simulated with {timeline.num_events:,} events. MB are 10<sup>6</sup> bytes.</footer>"
     )

@@ -49,6 +49,7 @@ def trace(plan: Plan, timeline: Timeline) -> dict[str, Any]:
             "schedule": timeline.schedule,
             "step_s": timeline.step_s,
             "bubble_fraction": timeline.bubble_fraction,
+            "microbatches_left_out": timeline.steady.num_microbatches if timeline.steady else 0,
         },
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ipu_pipeline.ir.limits import LIMITS, check_count
 from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.planner.schedules.objective import Objective, Path
 from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
@@ -43,8 +44,7 @@ class PipelineShape:
         """
         counts = {"num_stages": num_stages, "num_microbatches": num_microbatches}
         for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_count(name, value)
         given = tuple(range(num_stages)) if devices is None else tuple(devices)
         if len(given) != num_stages:
             raise ValueError(
@@ -171,9 +171,17 @@ class ScheduleKind:
         """Return what every device does, one row each; only forward passes in inference.
 
         Raises:
-            ValueError: The schedule cannot run so (:meth:`problem`).
+            ValueError: The schedule cannot run so (:meth:`problem`), or has more passes than can
+                be listed.
         """
         self._accept(shape)
+        passes = (3 if self.splits_backward else 2) if shape.training else 1
+        if passes * shape.num_stages * shape.num_microbatches > LIMITS["actions"]:
+            raise ValueError(
+                f"{shape.num_microbatches} microbatches x {shape.num_stages} stages are too many "
+                f"for schedule {self.name}: {LIMITS['actions']} passes are possible, a microbatch "
+                f"has {passes} in every stage; use fewer and larger microbatches"
+            )
         return _rows(self, shape)
 
     def objective(self, shape: PipelineShape) -> Objective:

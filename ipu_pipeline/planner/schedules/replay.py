@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -125,6 +125,26 @@ def start_times(
     return starts, max(free)
 
 
+class Replay(NamedTuple):
+    """A step, action by action, without the microbatches in its middle that only repeat.
+
+    Attributes:
+        shape: What was replayed.
+        made: Its actions.
+        starts: When each of them starts.
+        end_s: When the last one ends.
+        left: Microbatches that are left out.
+        left_s: Seconds that they add.
+    """
+
+    shape: PipelineShape
+    made: ReplayProgram
+    starts: list[float]
+    end_s: float
+    left: int = 0
+    left_s: float = 0.0
+
+
 def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
     """Return the seconds of all passes of one optimizer step.
 
@@ -133,19 +153,47 @@ def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[Stage
     """
     if kind.lock_stepped:
         return kind.objective(shape).seconds(shape.devices, [t.price for t in times])
-    seconds = [value for stage in times for value in stage.by_kind]
+    found = replay(kind, shape, [value for stage in times for value in stage.by_kind])
+    return found.end_s + found.left_s
+
+
+def replay(
+    kind: ScheduleKind,
+    shape: PipelineShape,
+    seconds: Sequence[float],
+    overlap_s: Sequence[float] | None = None,
+) -> Replay:
+    """Replay a step; of very many microbatches only as many as show how the others repeat.
+
+    Args:
+        kind: The schedule, not a lock-stepped one.
+        shape: What runs.
+        seconds: As for :func:`start_times`.
+        overlap_s: As for :func:`start_times`.
+
+    Raises:
+        ValueError: The schedule cannot run so, or nothing repeats in more actions than the limit.
+    """
     least = max(4 * shape.num_stages + 8, _MOST_ACTIONS // (3 * shape.num_stages))
     while True:
         short = kind.shortened(shape, least)
         made = _program_of(kind, short)
-        starts, end_s = start_times(made, seconds)
+        starts, end_s = start_times(made, seconds, overlap_s)
         left = shape.num_microbatches - short.num_microbatches
         if left == 0:
-            return end_s
+            return Replay(short, made, starts, end_s)
         period = kind.period(short) if kind.period is not None else 0
-        pace_s = _steady_pace(made, starts, short, period, end_s)
-        if pace_s is not None:
-            return end_s + pace_s * (left // period)
+        # Waits that go around through several stages repeat after as many microbatches as those
+        # stages hold.
+        for span in range(period, (shape.num_stages + 1) * period, period):
+            pace_s = _steady_pace(made, starts, short, span, end_s)
+            if pace_s is not None and (rest := left % span):
+                short = replace(short, num_microbatches=short.num_microbatches + rest)
+                made = _program_of(kind, short)
+                starts, end_s = start_times(made, seconds, overlap_s)
+            if pace_s is not None:
+                repeats = left // span
+                return Replay(short, made, starts, end_s, repeats * span, repeats * pace_s)
         least *= 4
 
 

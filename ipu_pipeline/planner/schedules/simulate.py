@@ -8,22 +8,32 @@ slowest before one common exchange, steps may get longer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Literal
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.planner.price import price, schedule_problem, usable_bytes
-from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.kinds.popart import cycles
-from ipu_pipeline.planner.schedules.replay import KINDS, program, start_times
+from ipu_pipeline.planner.schedules.replay import (
+    KINDS,
+    ReplayProgram,
+    program,
+    replay,
+    start_times,
+)
 from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_device
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
-from ipu_pipeline.planner.schedules.timeline import Event, Timeline
+from ipu_pipeline.planner.schedules.timeline import Event, EventKind, SteadyState, Timeline
 
 CopyModel = Literal["charged", "exchanged"]
+# Microbatches x stages of the largest lock-stepped step whose events are all listed.
+_LISTED = 2**14
 _make = Event._make
 
 
@@ -46,19 +56,28 @@ def simulate(
     """
     if copies not in ("charged", "exchanged"):
         raise ValueError(f"copies must be 'charged' or 'exchanged', got {copies!r}")
-    rows, found = plan_rows(plan, schedule), price(plan)
-    loads = found.stages
-    exchanged = copies == "exchanged"
+    found = price(plan)
+    loads, exchanged = found.stages, copies == "exchanged"
     passes = Passes.of(loads, exchanged=exchanged)
-    if rows.name == "popart":
-        common = (found.exchange_s, found.input_s) if found.exchange_s or found.input_s else None
-        events, passes_s = lock_stepped(rows, passes, exchanged=exchanged, common_s=common)
+    common = (found.exchange_s, found.input_s) if found.exchange_s or found.input_s else None
+    cycle = partial(lock_stepped, passes=passes, exchanged=exchanged, common_s=common)
+    steady: SteadyState | None = None
+    if isinstance(schedule, Schedule):
+        rows = plan_rows(plan, schedule)
+        name, count = rows.name, rows.num_microbatches
+        events, passes_s = cycle(rows) if name == "popart" else asynchronous(rows, passes)
     else:
-        events, passes_s = asynchronous(rows, passes)
+        kind, shape = plan_shape(plan, schedule)
+        name, count = kind.name, shape.num_microbatches
+        events, passes_s, steady = (
+            _lock_stepped_shape(kind, shape, cycle)
+            if kind.lock_stepped
+            else _asynchronous_shape(kind, shape, passes)
+        )
     devices = tuple(dict.fromkeys(load.device for load in loads))
     update_s = sum(found.once_s.values())
     step_s = passes_s + update_s
-    own = (rows.name, rows.num_microbatches) == (plan.schedule, plan.num_microbatches)
+    own = (name, count) == (plan.schedule, plan.num_microbatches)
     if own and not exchanged and not isinstance(schedule, Schedule):
         step_s = found.step_s  # the same up to the order in which seconds are added
     by_device = {row[0].device: row for row in events if row}
@@ -66,8 +85,8 @@ def simulate(
         if update_s > 0:
             row.append(Event(device, "update", None, None, passes_s, step_s))
     return Timeline(
-        schedule=rows.name,
-        num_microbatches=rows.num_microbatches,
+        schedule=name,
+        num_microbatches=count,
         devices=devices,
         events=tuple(chain.from_iterable(by_device[device] for device in devices)),
         step_s=step_s,
@@ -75,6 +94,7 @@ def simulate(
         loads=loads,
         limit_bytes=tuple(usable_bytes(plan.machine, device) for device in devices),
         shared_memory=plan.machine.shared_memory,
+        steady=steady,
     )
 
 
@@ -89,19 +109,31 @@ def plan_rows(plan: Plan, schedule: Schedule | str | None = None) -> Schedule:
         ValueError: The plan's machine runs no schedule of that name; it is for another number of
             stages, or it cannot run the plan.
     """
-    devices = [stage.device for stage in plan.stages]
-    training = plan.graph.training
     if not isinstance(schedule, Schedule):
-        shape = PipelineShape.of(plan.num_stages, plan.num_microbatches, devices, training=training)
-        wrong = schedule_problem(plan.machine, schedule) if schedule else ""
-        if wrong:
-            raise ValueError(wrong)
-        return schedule_kind(schedule or plan.schedule).rows(shape)
+        kind, shape = plan_shape(plan, schedule)
+        return kind.rows(shape)
+    devices, training = [stage.device for stage in plan.stages], plan.graph.training
     if schedule.num_stages != plan.num_stages:
         raise ValueError(
             f"the schedule is for {schedule.num_stages} stages, the plan has {plan.num_stages}"
         )
     return one_row_per_device(schedule if training else forward_passes(schedule), devices)
+
+
+def plan_shape(plan: Plan, schedule: str | None = None) -> tuple[ScheduleKind, PipelineShape]:
+    """Return a plan's schedule, or another one by its name, and what it is asked to run.
+
+    Raises:
+        ValueError: The plan's machine runs no schedule of that name.
+    """
+    devices = [stage.device for stage in plan.stages]
+    shape = PipelineShape.of(
+        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training
+    )
+    wrong = schedule_problem(plan.machine, schedule) if schedule else ""
+    if wrong:
+        raise ValueError(wrong)
+    return schedule_kind(schedule or plan.schedule), shape
 
 
 @dataclass(frozen=True)
@@ -121,6 +153,11 @@ class Passes:
     compute_s: tuple[float, ...]
     after_s: tuple[float, ...]
     overlap_s: tuple[float, ...] | None
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every pass with its copies."""
+        return list(map(sum, zip(self.before_s, self.compute_s, self.after_s, strict=True)))
 
     @classmethod
     def of(cls, loads: Sequence[StageLoad], *, exchanged: bool) -> Passes:
@@ -150,14 +187,72 @@ def asynchronous(schedule: Schedule, passes: Passes) -> tuple[list[list[Event]],
         VerifyError: Some row never gets its input.
     """
     made = program(schedule)
-    parts = zip(passes.before_s, passes.compute_s, passes.after_s, strict=True)
-    starts, end_s = start_times(made, [sum(part) for part in parts], passes.overlap_s)
-    found: list[list[Event]] = [[] for _ in schedule.rows]
+    starts, end_s = start_times(made, passes.seconds, passes.overlap_s)
+    return _events(made, passes, starts), end_s
+
+
+def _asynchronous_shape(
+    kind: ScheduleKind, shape: PipelineShape, passes: Passes
+) -> tuple[list[list[Event]], float, SteadyState | None]:
+    """As :func:`asynchronous`; of very many microbatches the events of the first and last ones."""
+    found = replay(kind, shape, passes.seconds, passes.overlap_s)
+    rows = _events(found.made, passes, found.starts)
+    if not found.left:
+        return rows, found.end_s, None
+    period = kind.period(shape) if kind.period is not None else 1
+    middle = found.shape.num_microbatches // 2
+    alike, repeats = range(middle, middle + period), found.left // period
+    once = [event for event in chain.from_iterable(rows) if event.microbatch in alike]
+    seconds: Counter[tuple[int, EventKind]] = Counter()
+    for event in once:
+        seconds[event.device, event.kind] += repeats * event.duration_s  # type: ignore[assignment]
+    start_s, num_events = _middle(rows, found.shape), repeats * len(once)
+    steady = SteadyState(found.left, start_s, found.left_s, seconds, num_events)
+    return _continued(rows, steady), found.end_s + found.left_s, steady
+
+
+def _lock_stepped_shape(
+    kind: ScheduleKind,
+    shape: PipelineShape,
+    cycle: Callable[[Schedule], tuple[list[list[Event]], float]],
+) -> tuple[list[list[Event]], float, SteadyState | None]:
+    """As :func:`lock_stepped`; a microbatch more is a full cycle more, all of which are alike."""
+    least = max(128, 4 * kind.least_microbatches(shape) + 8)
+    if shape.num_microbatches * shape.num_stages <= _LISTED or shape.num_microbatches <= least:
+        return *cycle(kind.rows(shape)), None
+    short = replace(shape, num_microbatches=least)
+    rows, end_s = cycle(kind.rows(short))
+    longer, longer_s = cycle(kind.rows(replace(shape, num_microbatches=least + 1)))
+    left, more = shape.num_microbatches - least, Counter[tuple[int, EventKind]]()
+    for sign, events in ((1, longer), (-1, rows)):
+        for event in chain.from_iterable(events):
+            more[event.device, event.kind] += sign * event.duration_s  # type: ignore[assignment]
+    num_events = left * (sum(map(len, longer)) - sum(map(len, rows)))
+    seconds = {key: left * value for key, value in more.items()}
+    left_s = left * (longer_s - end_s)
+    steady = SteadyState(left, _middle(rows, short), left_s, seconds, num_events)
+    return _continued(rows, steady), end_s + left_s, steady
+
+
+def _middle(rows: Sequence[Sequence[Event]], shape: PipelineShape) -> float:
+    """Return when the middle microbatch enters the first stage."""
+    wanted = ("forward", 0, shape.num_microbatches // 2)
+    found = (e.start_s for row in rows for e in row if (e.kind, e.stage, e.microbatch) == wanted)
+    return next(found)
+
+
+def _continued(rows: Sequence[Sequence[Event]], steady: SteadyState) -> list[list[Event]]:
+    return [[steady.behind(event) for event in row] for row in rows]
+
+
+def _events(made: ReplayProgram, passes: Passes, starts: Sequence[float]) -> list[list[Event]]:
+    """Return the events of every row."""
+    found: list[list[Event]] = [[] for _ in range(max(made.rows) + 1)]
     for action, row, number, start in zip(
         made.actions, made.rows, made.numbers, starts, strict=True
     ):
         _append(found[row], passes, number, action, start)
-    return found, end_s
+    return found
 
 
 def _append(

@@ -76,6 +76,47 @@ class MemoryCurve:
 
 
 @dataclass(frozen=True)
+class SteadyState:
+    """Microbatches in the middle of a long step that only repeat: counted, their events not listed.
+
+    Attributes:
+        num_microbatches: How many; later ones have numbers behind theirs.
+        start_s: Where they are left out.
+        duration_s: How long they take.
+        seconds: What :attr:`Timeline.seconds` counts for them.
+        num_events: Events that they have.
+    """
+
+    num_microbatches: int
+    start_s: float
+    duration_s: float
+    seconds: Mapping[tuple[int, EventKind], float]
+    num_events: int
+
+    def behind(self, event: Event) -> Event:
+        """Return ``event``, of the step without these microbatches, at its place in the whole."""
+        if event.start_s < self.start_s:
+            return event
+        return self._moved(event, self.num_microbatches, self.duration_s)
+
+    def number(self, event: Event) -> int | None:
+        """Return the microbatch of a listed event in the step without these."""
+        later = event.start_s >= self.start_s + self.duration_s
+        return (
+            self._moved(event, -self.num_microbatches, 0.0).microbatch
+            if later
+            else (event.microbatch)
+        )
+
+    @staticmethod
+    def _moved(event: Event, microbatches: int, seconds: float) -> Event:
+        number = None if event.microbatch is None else event.microbatch + microbatches
+        return event._replace(
+            microbatch=number, start_s=event.start_s + seconds, end_s=event.end_s + seconds
+        )
+
+
+@dataclass(frozen=True)
 class Timeline:
     """One simulated optimizer step of one pipeline.
 
@@ -89,6 +130,7 @@ class Timeline:
         loads: What a microbatch asks of every stage.
         limit_bytes: What each of ``devices`` can hold.
         shared_memory: The devices share one memory, and each limit is all of it.
+        steady: Microbatches whose events are not listed; ``None``: all are.
     """
 
     schedule: str
@@ -100,6 +142,12 @@ class Timeline:
     loads: tuple[StageLoad, ...]
     limit_bytes: tuple[int, ...]
     shared_memory: bool = False
+    steady: SteadyState | None = None
+
+    @property
+    def num_events(self) -> int:
+        """Events of the whole step."""
+        return len(self.events) + (self.steady.num_events if self.steady else 0)
 
     @cached_property
     def seconds(self) -> Mapping[tuple[int, EventKind], float]:
@@ -107,6 +155,8 @@ class Timeline:
         total = {device: dict.fromkeys(KINDS, 0.0) for device in self.devices}
         for device, kind, _, _, start_s, end_s in self.events:
             total[device][kind] += end_s - start_s
+        for (device, kind), seconds in (self.steady.seconds if self.steady else {}).items():
+            total[device][kind] += seconds
         return {(device, kind): own[kind] for device, own in total.items() for kind in KINDS}
 
     def share(self, device: int, *kinds: EventKind) -> float:
@@ -133,7 +183,8 @@ class Timeline:
         events: dict[int, list[Event]] = {device: [] for device in self.devices}
         for event in self.events:
             if event.kind in ("forward", "backward"):
-                events[event.device].append(event)
+                number = self.steady.number(event) if self.steady else event.microbatch
+                events[event.device].append(event._replace(microbatch=number))
         return tuple(
             _curve(device, events[device], self.loads, limit)
             for device, limit in zip(self.devices, self.limit_bytes, strict=True)
@@ -181,7 +232,7 @@ class Timeline:
             "step_s": self.step_s,
             "update_s": self.update_s,
             "bubble_fraction": self.bubble_fraction,
-            "num_events": len(self.events),
+            "num_events": self.num_events,
             "devices": [
                 {
                     "device": device,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.select import select
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 from ipu_pipeline.planner.schedules import schedule_kind
@@ -133,21 +134,21 @@ class Constraints:
 
     def _check_counts(self) -> None:
         counts = {
-            "num_stages": self.num_stages,
-            "num_microbatches": self.num_microbatches,
-            "replicas": self.replicas,
-            "total_microbatches": self.total_microbatches,
-            "max_stages": self.max_stages,
-            "max_ideals": self.max_ideals,
+            "num_stages": "num_stages",
+            "num_microbatches": "num_microbatches",
+            "replicas": "replicas",
+            "total_microbatches": "global_batch",
+            "max_stages": "num_devices",
+            "max_ideals": "max_ideals",
         }
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, limit in counts.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_count(name, value, limit)
         for pattern, factor in self.serialize.items():
-            if factor < 0:
-                raise ValueError(
-                    f"serialize asks for {factor} slices of {pattern}; use 0 or 1 for whole"
-                )
+            check_count(f"serialize: slices of {pattern}", factor, "slices", least=0)
+        for entry in self.layers_per_ipu or ():
+            check_count("layers_per_ipu", entry, "num_layers", least=WILDCARD)
         if self.time_limit_s is not None and self.time_limit_s <= 0:
             raise ValueError(f"time_limit_s must be above 0, got {self.time_limit_s}")
 

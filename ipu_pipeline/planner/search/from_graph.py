@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.ir.machine import Link, Machine
+from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
@@ -68,7 +68,8 @@ def build_slots(
     num_microbatches: int,
 ) -> tuple[Slot, ...]:
     """Describe every stage position of a pipeline over ``stage_devices``."""
-    usable = [device.memory_bytes - device.reserved_bytes for device in machine.devices]
+    pooled = machine.shared_memory
+    shared = sum(map(_usable_bytes, machine.devices)) if pooled else 0
     last = len(stage_devices) - 1
     shape = PipelineShape.of(
         len(stage_devices), num_microbatches, stage_devices, training=graph.training
@@ -76,12 +77,11 @@ def build_slots(
     kept = schedule_kind(constraints.schedule).in_flight(shape)
     slots = []
     for stage, device in enumerate(stage_devices):
-        pooled = machine.shared_memory
         slots.append(
             Slot(
                 device=device,
                 pool=-1 if pooled else device,
-                capacity=float(sum(usable) if pooled else usable[device]),
+                capacity=float(shared if pooled else _usable_bytes(machine.devices[device])),
                 speed=costs.speed(device),
                 in_flight=kept[stage],
                 link_in=link_of(machine, stage_devices, stage - 1, stage) if stage else None,
@@ -94,6 +94,10 @@ def build_slots(
             )
         )
     return tuple(slots)
+
+
+def _usable_bytes(device: Device) -> int:
+    return device.memory_bytes - device.reserved_bytes
 
 
 def link_of(machine: Machine, devices: Sequence[int], first: int, second: int) -> Link | None:

@@ -92,11 +92,14 @@ def parallel_configurations(
         PartitionError: The numbers of stages, devices, blocks and microbatches leave none.
     """
     available = len(machine.devices)
-    _check_depth(graph, constraints, available)
+    _check_devices(graph, constraints, available)
     found, problem = [], ""
     for replicas in _replica_counts(constraints, available):
         microbatches = constraints.microbatches_of(replicas)
-        for devices in _pipelines(graph, constraints, available // replicas):
+        devices_of_each = available // replicas
+        if constraints.layers_per_ipu is None:  # otherwise every device is named
+            devices_of_each = min(devices_of_each, len(graph.blocks))
+        for devices in _pipelines(graph, constraints, devices_of_each):
             shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)
             wrong = schedule_kind(constraints.schedule).problem(shape)
             problem = wrong or problem
@@ -113,19 +116,28 @@ def parallel_configurations(
     return found
 
 
-def _check_depth(graph: BlockGraph, constraints: Constraints, available: int) -> None:
+def check_depth(graph: BlockGraph, num_stages: int) -> None:
+    """Refuse more stages than there are blocks.
+
+    Raises:
+        PartitionError: There are not blocks enough.
+    """
     if not graph.blocks:
         raise PartitionError("the graph has no block to place")
+    if num_stages > len(graph.blocks):
+        raise PartitionError(
+            f"{num_stages} stages need at least as many blocks, the graph has {len(graph.blocks)}"
+        )
+
+
+def _check_devices(graph: BlockGraph, constraints: Constraints, available: int) -> None:
     devices = constraints.stage_devices
     if devices is not None and (not devices or min(devices) < 0 or max(devices) >= available):
         raise PartitionError(
             f"stage_devices {list(devices)} must name devices 0 to {available - 1}"
         )
     depth = constraints.num_stages or (len(devices) if devices else 1)
-    if depth > len(graph.blocks):
-        raise PartitionError(
-            f"{depth} stages need at least as many blocks, the graph has {len(graph.blocks)}"
-        )
+    check_depth(graph, depth)
     needed = len(set(devices)) if devices else _least_devices(constraints, depth)
     if constraints.num_stages is not None and _may_return(graph, constraints):
         needed -= 1

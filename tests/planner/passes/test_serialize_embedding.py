@@ -65,8 +65,8 @@ def test_no_large_lookup_is_no_silent_success() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 0}, "factor is 0; give a whole number of slices from 1 on"),
-        ({"factor": "x"}, "factor is 'x'; give a whole number"),
+        ({"factor": 0}, "factor must be at least 1, got 0"),
+        ({"factor": "x"}, "factor must be a whole number, got 'x'"),
         ({"factor": 4, "splits": (2, 1)}, r"splits \[2, 1\] are 3 slices together, factor is 4"),
         ({"factor": 4, "splits": (4, 0)}, r"splits is \(4, 0\); give the slices of each stage"),
         ({"factor": 4, "splits": 4}, "splits is 4; give the slices of each stage"),

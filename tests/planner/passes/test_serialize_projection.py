@@ -37,7 +37,7 @@ def test_what_is_no_projection_is_refused() -> None:
 
 
 def test_wrong_options_are_refused() -> None:
-    with pytest.raises(ValueError, match="serialize_projection: factor is -1"):
+    with pytest.raises(ValueError, match="serialize_projection: factor must be at least 1, got -1"):
         SerializeProjection(-1)
     with pytest.raises(ValueError, match=r"serialize_projection: blocks is \(1,\); give a list"):
         SerializeProjection(2, (1,))  # type: ignore[arg-type]

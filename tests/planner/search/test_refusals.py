@@ -23,7 +23,7 @@ HALVES = [["b0", "b1"], ["b2", "b3", "b4"]]
         ({"schedule": "zigzag"}, "schedule 'zigzag' is unknown; use one of 1f1b, gpipe"),
         ({"tied": "twice"}, "unknown tied policy 'twice'"),
         ({"recompute": "maybe"}, "or a tuple of block names, got 'maybe'"),
-        ({"serialize": {"b0": -1}}, "serialize asks for -1 slices of b0; use 0 or 1"),
+        ({"serialize": {"b0": -1}}, "slices of b0 must be at least 0, got -1"),
         ({"num_stages": 0}, "num_stages must be at least 1, got 0"),
         ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
         ({"replicas": 0}, "replicas must be at least 1"),

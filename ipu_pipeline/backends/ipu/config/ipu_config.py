@@ -16,6 +16,7 @@ from msgspec import Meta
 from ipu_pipeline.errors import ConfigError
 from ipu_pipeline.ir.codec import from_json, read_json, unknown_field
 from ipu_pipeline.ir.files import write_text
+from ipu_pipeline.ir.limits import LIMITS
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
@@ -32,13 +33,19 @@ LEGACY_FIELDS = (
 
 
 # What fields hold: kinds and ranges, for JSON data and for override text.
-Positive = Annotated[int, Meta(ge=1)]
-Factor = Annotated[int, Meta(ge=0)]
+IPUs = Annotated[int, Meta(ge=1, le=LIMITS["num_stages"])]
+Steps = Annotated[int, Meta(ge=1, le=LIMITS["num_microbatches"])]
+Copies = Annotated[int, Meta(ge=1, le=LIMITS["replicas"])]
+Seed = Annotated[int, Meta(ge=0, le=LIMITS["seed"])]
+Factor = Annotated[int, Meta(ge=0, le=LIMITS["slices"])]
 Share = Annotated[float, Meta(ge=0, le=1)]  # of an IPU's memory
-Layers = Annotated[tuple[Annotated[int, Meta(ge=WILDCARD)], ...], Meta(min_length=1)]
+Layers = Annotated[
+    tuple[Annotated[int, Meta(ge=WILDCARD, le=LIMITS["num_layers"])], ...],
+    Meta(min_length=1, max_length=LIMITS["num_stages"]),
+]
 Splits = Annotated[tuple[Factor, ...], Meta(min_length=1)]
 Shares = Share | Annotated[tuple[Share, ...], Meta(min_length=1)]
-Replicas = Positive | Annotated[Mapping[str, Positive], Meta(min_length=1)]
+Replicas = Copies | Annotated[Mapping[str, Copies], Meta(min_length=1)]
 OutputMode = Literal["all", "sum", "final", "default"]
 # A comma separates two settings unless it stands inside brackets.
 _SEPARATOR = re.compile(r",(?![^\[]*\])")
@@ -85,13 +92,13 @@ class IPUConfig:
 
     layers_per_ipu: Layers = (WILDCARD,)
     inference_layers_per_ipu: Layers | None = None
-    ipus_per_replica: Positive | None = None
-    inference_ipus_per_replica: Positive | None = None
+    ipus_per_replica: IPUs | None = None
+    inference_ipus_per_replica: IPUs | None = None
     replication_factor: Replicas = field(default=1, hash=False)
     inference_replication_factor: Replicas = field(default=1, hash=False)
-    gradient_accumulation_steps: Positive = 1
-    device_iterations: Positive = 1
-    inference_device_iterations: Positive = 1
+    gradient_accumulation_steps: Steps = 1
+    device_iterations: Steps = 1
+    inference_device_iterations: Steps = 1
     matmul_proportion: Shares = DEFAULT_MATMUL_PROPORTION
     inference_matmul_proportion: Shares | None = None
     embedding_serialization_factor: Factor | None = None
@@ -111,7 +118,7 @@ class IPUConfig:
     auto_loss_scaling: bool = False
     explicit_ir_inference: bool = False
     output_mode: OutputMode = "final"
-    seed: Factor | None = None
+    seed: Seed | None = None
     executable_cache_dir: str = ""
     parallelize_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     inference_parallelize_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)

@@ -175,8 +175,7 @@ class IPUPlanning:
             if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
                 starts = _uncut(every, groups)
             count = constraints.microbatches_of(replicas)
-            least = _least_microbatches(len(devices), graph)
-            if count < least or len(devices) > len(starts) - 1:
+            if len(devices) > len(starts) - 1 or count < _least_microbatches(len(devices), graph):
                 continue
             if powers and num_ipus & (num_ipus - 1):
                 continue
@@ -272,7 +271,8 @@ class IPUPlanning:
                 if (max(constraints.stage_devices) + 1) * replicas <= available:
                     yield replicas, constraints.stage_devices
                 continue
-            for ipus in range(1, available // replicas + 1):
+            most = min(available // replicas, len(self.graph.blocks))
+            for ipus in range(1, most + 1):
                 if wanted in (None, ipus):
                     yield replicas, tuple(range(ipus))
                 if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):

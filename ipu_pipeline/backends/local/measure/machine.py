@@ -28,6 +28,7 @@ from ipu_pipeline.backends.local.measure.cache import (
     store_measurements,
 )
 from ipu_pipeline.ir.attention import attention_name
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.machine import Curve, Device, Link, Machine
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
@@ -64,10 +65,9 @@ def local_machine(num_devices: int) -> Machine:
         num_devices: Stages that run at the same time, at least 1.
 
     Raises:
-        ValueError: ``num_devices`` is below 1.
+        ValueError: ``num_devices`` is below 1, or more than one machine runs.
     """
-    if num_devices < 1:
-        raise ValueError(f"num_devices must be at least 1, got {num_devices}")
+    check_count("num_stages on this machine", num_devices, "workers")
     device = _measured(num_devices)
     memory = int(_available_memory() * USABLE_MEMORY / num_devices)
     devices = tuple(

@@ -78,7 +78,8 @@ def test_published_files_survive_reading_and_writing(tmp_path, raw) -> None:
 
 def test_every_field_survives_a_round_trip() -> None:
     samples = {
-        bool: True, str: "all", config.OutputMode: "all", config.Positive: 3, config.Factor: 3,
+        bool: True, str: "all", config.OutputMode: "all", config.IPUs: 2, config.Steps: 3,
+        config.Factor: 3, config.Seed: 3,
         config.Layers: [2, 1], config.Splits: [2, 1], config.Shares: [0.5, 0.25],
         config.Replicas: {"pod16": 4, "default": 2}, Mapping[str, int]: {"a": 1},
         Mapping[str, Any]: {"a": [1]},

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.backends.ipu.config.ipu_config import Layers, Positive, Shares, field_types
+from ipu_pipeline.backends.ipu.config.ipu_config import Layers, Shares, Steps, field_types
 from ipu_pipeline.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def test_wrong_overrides_are_named(text: str, message: str) -> None:
 
 _VALUES = {
     bool: st.booleans(),
-    Positive: st.integers(1, 9),
+    Steps: st.integers(1, 9),
     Layers: st.lists(st.integers(0, 9), min_size=2, max_size=2),
     Shares: st.floats(0, 1, allow_nan=False),
 }

@@ -1,0 +1,150 @@
+"""Counts beyond every limit are refused at once, with the limit, wherever a user can give them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertConfig
+from typer.testing import CliRunner
+
+from ipu_pipeline.backends.cluster.launch import make_spec
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.tune import TuneRequest
+from ipu_pipeline.backends.local.measure import local_machine
+from ipu_pipeline.capture.example_batch import BatchSize
+from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.cli import app
+from ipu_pipeline.errors import LoweringError, PartitionError, PipelineError
+from ipu_pipeline.ir.limits import LIMITS, check_count, check_elements
+from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.passes.manager import PassManager
+from ipu_pipeline.planner.schedules import PipelineShape
+from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.planner.search.parallel import check_depth
+from ipu_pipeline.train import TrainingArguments
+from tests.ir.plan_example import example_plan
+
+HUGE = 10**15
+
+
+def loaded(tmp_path: Path, **changes: Any) -> Plan:
+    path = tmp_path / "plan.json"
+    example_plan().save(path)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(raw | changes), encoding="utf-8")
+    return Plan.load(path)
+
+
+def started(tmp_path: Path, replicas: int, **choices: Any) -> None:
+    machine = machine_by_name("a100-80g-x65536")
+    plan = replace(example_plan(), replicas=replicas, machine=machine)
+    make_spec(plan, tmp_path, ("train.py",), **choices)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "microbatches of a plan": (
+        lambda folder: loaded(folder, num_microbatches=HUGE), "num_microbatches may be 1000000000"
+    ),
+    "replicas of a plan": (lambda folder: loaded(folder, replicas=10**6), "replicas may be 65536"),
+    "stages": (lambda _: Constraints(num_stages=HUGE), "num_stages may be 4096 at most, got 10000"),
+    "microbatches": (lambda _: Constraints(num_microbatches=HUGE), "num_microbatches may be"),
+    "all microbatches": (lambda _: Constraints(total_microbatches=HUGE), "total_microbatches may"),
+    "replicas": (lambda _: Constraints(replicas=HUGE), "replicas may be 65536 at most"),
+    "depth": (lambda _: Constraints(max_stages=HUGE), "max_stages may be 65536 at most"),
+    "orders": (lambda _: Constraints(max_ideals=HUGE), "max_ideals may be 10000000 at most"),
+    "slices": (lambda _: Constraints(serialize={"a": HUGE}), "slices of a may be 65536 at most"),
+    "layers": (lambda _: Constraints(layers_per_ipu=(HUGE,)), "layers_per_ipu may be 10000"),
+    "a shape": (lambda _: PipelineShape.of(HUGE, 1), "num_stages may be 4096 at most"),
+    "more stages than blocks": (
+        lambda _: check_depth(example_plan().graph, 4000), "4000 stages need at least as many bloc"
+    ),
+    "a pass": (
+        lambda _: PassManager.parse(f"serialize_embedding{{factor={HUGE}}}"), "factor may be 65536"
+    ),
+    "a pod": (lambda _: machine_by_name("pod100000"), "at most 65536 devices are possible"),
+    "a long name of a pod": (lambda _: machine_by_name(f"pod{'9' * 5000}"), r"pod9+\.\.\.': at mo"),
+    "this machine": (lambda _: local_machine(HUGE), "num_stages on this machine may be 256"),
+    "a batch": (lambda _: BatchSize(HUGE), "batch_size may be 65536 at most"),
+    "a sequence": (lambda _: BatchSize(1, HUGE), "seq_length may be 1048576 at most"),
+    "both": (lambda _: BatchSize(2**16, 2**20), "lower the micro batch or the sequence length"),
+    "images": (lambda _: check_elements(2**16, 3, 224, 224), "65536 x 3 x 224 x 224 elements"),
+    "layers of a config": (
+        lambda _: from_config(BertConfig(num_hidden_layers=10**9), "masked-lm"),
+        "num_hidden_layers may be 10000 at most",
+    ),
+    "IPUs": (lambda _: IPUConfig(ipus_per_replica=HUGE), "ipus_per_replica: Expected .* <= 4096"),
+    "accumulation": (lambda _: IPUConfig(gradient_accumulation_steps=HUGE), "<= 1000000000"),
+    "iterations": (lambda _: IPUConfig(device_iterations=HUGE), "<= 1000000000"),
+    "copies": (lambda _: IPUConfig(replication_factor={"default": HUGE}), "<= 65536"),
+    "layers of an IPU": (lambda _: IPUConfig(layers_per_ipu=(HUGE,)), "<= 10000"),
+    "factor": (lambda _: IPUConfig(embedding_serialization_factor=HUGE), "<= 65536"),
+    "global batch": (lambda _: TuneRequest(HUGE), "global_batch may be 1000000000000 at most"),
+    "IPUs to tune": (lambda _: TuneRequest(1, ipus_per_replica=HUGE), "ipus_per_replica may be"),
+    "samples": (
+        lambda folder: TrainingArguments(folder, per_device_train_batch_size=HUGE),
+        "per_device_train_batch_size may be 65536",
+    ),
+    "accumulation of a script": (
+        lambda folder: TrainingArguments(folder, gradient_accumulation_steps=HUGE),
+        "gradient_accumulation_steps may be",
+    ),
+    "stages of a script": (lambda folder: TrainingArguments(folder, num_stages=HUGE), "num_stages"),
+    "processes here": (lambda folder: started(folder, 40_000), "processes on one machine may be 2"),
+    "processes of one node": (
+        lambda folder: started(folder, 30_000, here=False, nodes=1),
+        "processes on one machine may be 256",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_huge_count_is_refused_with_its_limit(tmp_path: Path, name: str) -> None:
+    use, message = REFUSED[name]
+    with pytest.raises((PipelineError, ValueError), match=message):
+        use(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "x", "--num-stages"),
+        ("plan", "x", "--micro-batch"),
+        ("plan", "x", "--microbatches"),
+        ("plan", "x", "--seq-length"),
+        ("blocks", "x", "--micro-batch"),
+        ("predict", "x", "--ipu-config", "y", "--seq-length"),
+        ("tune", "x", "--global-batch"),
+        ("tune", "x", "--global-batch", "1", "--micro-batch"),
+        ("tune", "x", "--global-batch", "1", "--ipus-per-replica"),
+        ("tune", "x", "--global-batch", "1", "--replicas"),
+        ("tune", "x", "--global-batch", "1", "--device-iterations"),
+        ("launch", "x", "y", "--processes"),
+        ("launch", "x", "y", "--threads"),
+        ("launch", "x", "y", "--max-restarts"),
+        ("launch", "x", "y", "--nodes"),
+        ("launch", "x", "y", "--gpus-per-node"),
+        ("emit", "x", "-o", "y", "--seed"),
+    ],
+)
+def test_every_count_of_a_command_has_a_limit(arguments: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, [*arguments, "1" + "0" * 30])
+    assert done.exit_code == 2
+    assert "less than or equal to" in done.output
+
+
+def test_what_is_no_count_is_refused() -> None:
+    for wrong in (1.5, True, "3", None):
+        with pytest.raises(ValueError, match="replicas must be a whole number, got"):
+            check_count("replicas", wrong)
+    with pytest.raises(LoweringError, match="nodes must be at least 1, got 0"):
+        check_count("nodes", 0, error=LoweringError)
+    with pytest.raises(PartitionError, match="got more"):
+        check_count("nodes", 10**4000, error=PartitionError)
+    for name, most in LIMITS.items():
+        check_count(name, most)
