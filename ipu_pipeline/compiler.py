@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,13 +16,12 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.inputs import ready_batch
-from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.capture.patches import original_model
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
 from ipu_pipeline.planner.passes.manager import PassManager
@@ -28,6 +29,8 @@ from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step
 from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.planner.search.parallel import check_depth
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
+
+logger = logging.getLogger(__name__)
 
 
 @same_random_numbers()
@@ -84,8 +87,13 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     depth = depth_of(num_stages, config)
     asked = replace(constraints or Constraints(), num_stages=depth)
     model, example_batch = original_model(model), ready_batch(example_batch)
+    begin = time.monotonic()
+    logger.info("capturing %s", type(model).__name__)
     captured = capture(model, example_batch, granularity=granularity)
     keep_for_reuse(captured)
+    logger.info("%d blocks captured in %.2f s; looking at machine %s",
+                len(captured.graph.blocks), time.monotonic() - begin,
+                machine if isinstance(machine, str) else machine.name)  # fmt: skip
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
     backend_of(described).check_costs(costs)
@@ -108,7 +116,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         split = _searched(work, limits, _layers(captured.graph, config, depth))
     made = make_plan(model_identity(captured.model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
-    return _after_passes(_fitting(made), manager)
+    made = _after_passes(_fitting(made), manager)
+    logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
+                time.monotonic() - begin, made.num_stages, made.machine.name, made.schedule,
+                made.num_microbatches, made.objective_s, 100 * made.gap)  # fmt: skip
+    return made
 
 
 def _limits(
@@ -139,6 +151,9 @@ def _limits(
 
 def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
     backend = backend_of(work.machine)
+    logger.info("searching the best of %s over %d devices (%s)",
+                f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
+                work.schedule)  # fmt: skip
     limits = backend.rules(work.graph, work.machine, limits)
     limits = replace(limits, layers_per_ipu=layers)
     costs = backend.costs(work)
@@ -185,7 +200,11 @@ def compile(
     execution = ExecutionOptions(**options)
     if optimizer is not None and not execution.training:
         raise ValueError("training=False leaves nothing to an optimizer; pass one of the two only")
-    return backend_named(target).lower(model, plan, optimizer, execution)
+    begin = time.monotonic()
+    made = backend_named(target).lower(model, plan, optimizer, execution)
+    logger.info("compiled %s for %s in %.2f s", type(model).__name__, target,
+                time.monotonic() - begin)  # fmt: skip
+    return made
 
 
 def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:

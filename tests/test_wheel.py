@@ -175,3 +175,18 @@ def test_compiler_error_is_quoted(copy: Path) -> None:
     assert note is not None
     assert note.startswith("not built: building with cmake failed: ")
     assert "bad.cpp:1:2: error: #error planted" in note
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(copy: Path, root: Path) -> None:
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, copy / name)
+    (copy / "ipu_pipeline" / "ops").mkdir(parents=True)
+    for name in ("__init__.py", "py.typed", "ops/__init__.py"):
+        (copy / "ipu_pipeline" / name).touch()
+    code = "from setuptools import build_meta; build_meta.build_editable('dist')"
+    made = python(copy, "-c", code, IPU_PIPELINE_KERNELS="off")
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (copy / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".pth"))
+        assert archive.read(name).decode().strip() == str(copy)

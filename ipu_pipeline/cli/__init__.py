@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import logging
 import os
 from collections.abc import Callable
 from enum import Enum
@@ -35,6 +36,7 @@ from ipu_pipeline.cli.options import (
     save_plan,
 )
 from ipu_pipeline.cli.predict import predict_command
+from ipu_pipeline.cli.progress import LOGGER, progress_line
 from ipu_pipeline.cli.report import report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
 from ipu_pipeline.errors import INTERRUPTED, PipelineError
@@ -47,7 +49,6 @@ app = typer.Typer(
     help="Find the fastest pipeline split of a Transformers model that fits a machine.",
     context_settings=CONTEXT,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -90,6 +91,29 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
+
+
+def _version(*, wanted: bool) -> None:
+    if wanted:
+        from ipu_pipeline import __version__
+
+        typer.echo(f"ipu-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[  # noqa: ARG001 - its callback has acted
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which, exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on stderr what is done, and how long.")
+    ] = False,
+) -> None:
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        LOGGER.setLevel(logging.INFO)
 
 
 @app.command("plan")
@@ -136,23 +160,24 @@ def plan_command(
 
     check_outputs({"--output": output}, force=force)
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
-    made = plan(
-        *from_config(
-            model,
-            task,
-            batch_size=micro_batch,
-            seq_length=seq_length,
-            device="cpu" if costs is Costs.profiled else "meta",
-        ),
-        machine=machine,
-        num_stages=num_stages,
-        microbatches=microbatches,
-        schedule=schedule,
-        costs=costs.value,
-        granularity=granularity.value,
-        config=config,
-        passes=passes,
-    )
+    with progress_line():
+        made = plan(
+            *from_config(
+                model,
+                task,
+                batch_size=micro_batch,
+                seq_length=seq_length,
+                device="cpu" if costs is Costs.profiled else "meta",
+            ),
+            machine=machine,
+            num_stages=num_stages,
+            microbatches=microbatches,
+            schedule=schedule,
+            costs=costs.value,
+            granularity=granularity.value,
+            config=config,
+            passes=passes,
+        )
     typer.echo(made.explain())
     save_plan(made, output)
 

@@ -89,7 +89,7 @@ def launch_command(
         make_folder("--log-dir", log_dir)
     here = not print_only and slurm is None
     plan = Plan.load(plan_file)
-    started = check_program(program, Path.cwd())
+    started = check_program(program, Path.cwd(), here=here)
     cores, gpus = _room() if here else (0, 0)
     spec = make_spec(
         plan,

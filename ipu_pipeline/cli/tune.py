@@ -69,12 +69,15 @@ def tune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
+    from ipu_pipeline.backends.ipu.settings import OPTIMIZERS
     from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
     from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output, "--ipu-config-output": ipu_config_output}, force=force)
+    if optimizer.lower() not in map(str.lower, OPTIMIZERS):
+        raise ValueError(f"optimizer {optimizer!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
     run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
                           least_free=free)  # fmt: skip

@@ -197,6 +197,10 @@ def named(path: str | Path) -> str:
 def _target(path: str | Path) -> tuple[Path, os.stat_result | None]:
     """Return where links lead to, and what is there."""
     target = Path(os.path.realpath(path))
+    with suppress(OSError):
+        state = Path(path).stat()
+        if not stat.S_ISREG(state.st_mode):  # what a pipe's link says, as /dev/stdout, is no path
+            return Path(path), state
     try:
         return target, target.stat()
     except FileNotFoundError:

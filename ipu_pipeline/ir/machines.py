@@ -54,8 +54,8 @@ def machine_by_name(name: str) -> Machine:
     known = [family["name"] for family in _facts().values()]
     families = [name.replace("{count}", str(count)) for name in known for count in (4, 16)]
     raise PlanError(
-        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}), nor "
-        "'local', nor a machine file"
+        f"machine {name!r} is neither known ({', '.join([*families, '...', *described])}) nor a "
+        "machine file; this machine, 'local', is for plan only"
     )
 
 

@@ -468,6 +468,7 @@ class StageCache:
     def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
         variants.found.insert(0, variant)
         self.captures += variant.sized is None
+        logger.info("capture %d: %d stages", self.captures, len(variant.stages))
         if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
@@ -504,7 +505,7 @@ class StageCache:
             captured = capture(
                 self.model,
                 microbatch,
-                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                granularity=self.plan.granularity,
                 self_check=self.self_check,
                 training=torch.is_grad_enabled(),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.batch import LossWeights, Microbatch
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -185,7 +187,7 @@ def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _check_processes(cls: type[Executable]) -> None:
+def _check_processes(cls: type[Any]) -> None:
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and (name == "__exit__" or not name.startswith("_")):
             setattr(cls, name, _of_one_process(method))
@@ -244,6 +246,14 @@ class Executable(ABC):
         if self.optimizer is None:
             raise LoweringError("train_step needs an optimizer; pass one to compile(optimizer=...)")
         return self.optimizer
+
+    def stepped(self, result: StepResult, steps: int = 1) -> StepResult:
+        """Count optimizer steps that were tried, log the last one, and return ``result``."""
+        self.global_step += steps
+        skipped = ", skipped: a gradient is not finite" if result.skipped else ""
+        logger.debug("step %d: loss %.6g, norm of gradients %s, %d samples%s", self.global_step,
+                     result.loss, result.grad_norm, result.num_samples, skipped)  # fmt: skip
+        return result
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the unsplit model's own state dict."""

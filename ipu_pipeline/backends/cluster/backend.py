@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
+from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
@@ -38,11 +39,20 @@ class ClusterBackend(Backend):
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
         """In training some of torch's schedules need as many microbatches as stages.
 
+        Raises:
+            PartitionError: There are less.
+
         Source: torch.distributed.pipelining.schedules, ``Schedule1F1B._step_microbatches``.
         """
         kind = schedule_kind(limits.schedule)
         if not kind.torch_needs_depth or limits.total_microbatches or not graph.training:
             return limits
+        if (limits.num_stages or 1) > limits.num_microbatches:
+            raise PartitionError(
+                f"schedule {kind.name} needs at least as many microbatches as stages, got "
+                f"{limits.num_microbatches} microbatches and {limits.num_stages} stages; use more "
+                "microbatches, or gpipe"
+            )
         most = min(limits.max_stages or limits.num_microbatches, limits.num_microbatches)
         return replace(limits, max_stages=most)
 

@@ -208,12 +208,13 @@ def choose_nodes(
     return num_nodes, gpus
 
 
-def check_program(program: Sequence[str], folder: Path) -> tuple[str, ...]:
+def check_program(program: Sequence[str], folder: Path, *, here: bool = True) -> tuple[str, ...]:
     """Return the program as it is started, its script with an absolute path.
 
     Args:
         program: Script or ``-m module``, and arguments.
         folder: Where the processes start.
+        here: Whether they start on this machine; others may have what this one has not.
 
     Raises:
         ValueError: There is no such script or module.
@@ -221,6 +222,8 @@ def check_program(program: Sequence[str], folder: Path) -> tuple[str, ...]:
     if not program or list(program) == ["-m"]:
         raise ValueError("nothing to start: give a script, or -m and a module, after --")
     if program[0] == "-m":
+        if not here:
+            return tuple(program)
         name = program[1].split(".")[0]
         if PathFinder.find_spec(name, [str(folder), *sys.path]) is None:
             raise ValueError(
@@ -229,7 +232,7 @@ def check_program(program: Sequence[str], folder: Path) -> tuple[str, ...]:
             )
         return tuple(program)
     script = folder / program[0]
-    if not script.is_file():
+    if here and not script.is_file():
         raise ValueError(
             f"there is no script {script}; give launch's own options before --, then the script "
             "and its arguments: ipu-pipeline launch plan.json -- script.py --its-option"

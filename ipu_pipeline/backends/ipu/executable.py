@@ -97,10 +97,10 @@ class PopTorchExecutable(Executable):
         optimizer = self.trained_optimizer()
         size = self._check_size(batch)
         loss = mean_loss(self._sessions.train(batch), self._flat)
-        self.global_step += self._flat["device_iterations"]
         # The device stepped; torch's schedulers look for this mark before they warn.
         optimizer._opt_called = True  # type: ignore[attr-defined]
-        return StepResult(loss, None, num_samples=size)
+        result = StepResult(loss, None, num_samples=size)
+        return self.stepped(result, self._flat["device_iterations"])
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:  # noqa: ARG002
         """Refuse: gradients stay on the device.

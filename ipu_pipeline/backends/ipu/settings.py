@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -60,6 +61,10 @@ class OptimizerSettings:
                 f"optimizer {self.optimizer!r} does not exist in poptorch; use one of "
                 f"{', '.join(OPTIMIZERS)}"
             )
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isfinite(n) and n >= 0 for n in numbers if isinstance(n, float)):
+                raise LoweringError(f"{name} must be 0 or more and finite, got {value}")
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,14 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
         raise ValueError(
             f"pass {name} has no option {', '.join(unknown)}; its options: {', '.join(known)}"
         )
-    try:
-        made: Pass = kind(**options)
-    except TypeError as error:
-        raise ValueError(f"pass {name} misses an option: {error}") from error
+    missing = [
+        item.name
+        for item in fields(kind)
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in options
+    ]
+    if missing:
+        raise ValueError(f"pass {name} misses the option {', '.join(missing)}: {name}{{...=...}}")
+    made: Pass = kind(**options)
     return made
 
 
