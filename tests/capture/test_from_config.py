@@ -330,3 +330,31 @@ def test_a_config_without_the_decoders_first_token_is_refused():
     )
     with pytest.raises(CaptureError, match="this t5 model has no decoder_start_token_id, with wh"):
         from_config(config, "seq2seq-lm", seq_length=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; at most 4096 are built"),
+        ({"part": {"num_labels": 10**9}}, "'part': num_labels is 1000000000; at most"),
+        ({"architectures": [3]}, r"config.json: architectures is \[3\]; give names of classes"),
+        ({"hidden_size": 7}, "transformers cannot build the model of .*config.json"),
+        ({"hidden_size": "x"}, "(cannot build the model of|no transformers config at) .*config"),
+        ({"max_position_embeddings": 1}, "config.json: seq_length 8 is longer than the 1 posit"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_name(tmp_path, change, message) -> None:
+    config = transformers.BertConfig(**ENCODER, architectures=["BertForQuestionAnswering"])
+    given = config.to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
+    with pytest.raises((CaptureError, ValueError), match=message):
+        from_config(tmp_path / "config.json", seq_length=8)
+
+
+def test_a_config_is_an_object(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"config.json holds a list; a config.json is an object"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{" * 5000, encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"cannot read the config .*config.json"):
+        load_config(tmp_path)

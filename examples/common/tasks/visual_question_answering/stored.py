@@ -166,7 +166,8 @@ def _named_answers(feature: Any) -> AnswerSet | None:
 
 
 def _tensor(array: Any) -> Tensor:
-    numbers = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
+    with np.errstate(over="ignore"):
+        numbers = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
     if not np.isfinite(numbers).all():
         raise ValueError("it holds numbers that are not finite")
     return torch.from_numpy(numbers)
