@@ -22,7 +22,7 @@ from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_la
 from ipu_pipeline.errors import CaptureError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import LIMITS
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -43,9 +43,8 @@ TASKS: Mapping[str, str] = {
 }
 # transformers files these visual models under plain question answering.
 _VISUAL_QA_TYPES = ("lxmert",)
-# Fields of a config that say how many parts are built, and how many there may be.
+# Fields of a config that say how many parts are built.
 _COUNTS = re.compile(r"layers$|^n_layer$|experts$|^num_labels$")
-MOST_PARTS = 4096
 
 
 def from_config(
@@ -95,7 +94,10 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         if file.exists():
             _check_counts(read_json(file, "the config", CaptureError), str(file))
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(name_or_path),
+            trust_remote_code=False,  # nor is the user asked to
+        )
     except Exception as error:  # transformers checks fields in its own ways
         raise CaptureError(
             f"no transformers config at '{named(name_or_path)}' ({_reason(error)}); pass a local "
@@ -114,8 +116,8 @@ def _check_counts(raw: Any, source: str) -> None:
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_counts(value, f"{source}, {shown(name)}")
-        elif isinstance(value, int) and _COUNTS.search(name) and value > MOST_PARTS:
-            raise CaptureError(f"{source}: {name} is {value}; at most {MOST_PARTS} are built")
+        elif isinstance(value, int) and _COUNTS.search(name) and value > LIMITS["parts"]:
+            raise CaptureError(f"{source}: {name} is {value}; at most {LIMITS['parts']} are built")
 
 
 def _reason(error: Exception) -> str:
@@ -129,13 +131,9 @@ def build_model(
 
     Raises:
         CaptureError: Unknown task, or no model class for it.
-        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if name.endswith("_layers") and isinstance(value, int) and value > 0:
-                check_count(name, value, "num_layers")
+    _check_counts(config.to_dict(), "the config")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         try:
