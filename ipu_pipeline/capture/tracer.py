@@ -97,7 +97,7 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
-        self._lifted: list[tuple[str, np.ndarray]] = []
+        self._lifted: list[tuple[str, np.ndarray[Any, Any]]] = []
         self.thread = threading.get_ident()
         self.ambient = Region.current()
         state = [*model.named_buffers(), *model.named_parameters()]
@@ -405,7 +405,7 @@ class Tracer(TorchFunctionMode):
             node.meta["spec"] = TensorMeta.of(meta_of)
         return node
 
-    def host_node(self, array: np.ndarray) -> fx.Node:
+    def host_node(self, array: np.ndarray[Any, Any]) -> fx.Node:
         """Return an input of the graph for an array that Python gives in every run."""
         hosts = self.recorder.glue.hosts
         name = f"host_{len(hosts)}"
