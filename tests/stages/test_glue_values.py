@@ -214,6 +214,17 @@ def test_a_loss_that_is_kept_and_changed_in_place_has_no_scaled_terms() -> None:
         executable.forward_backward(two_kinds_of_labels()[0])
 
 
+def test_a_write_that_torch_does_not_see_is_refused() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        copied = h.detach().clone()
+        copied.numpy()[0] = 0.5
+        return rest(self, h + copied)
+
+    with pytest.raises(CaptureError, match=r"'Toy' writes into the memory of a tensor .*copy"):
+        planned(built(body))
+
+
 def two_kinds_of_labels() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     labels = {"labels": torch.tensor([0, 1, 2, 3]), "few": torch.tensor([0, -100, 1, 2])}
     batch = {**inputs(0), **labels}
