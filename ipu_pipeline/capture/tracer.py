@@ -59,6 +59,7 @@ from ipu_pipeline.capture.lift import placeholder, settle_modes
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.places import Places
+from ipu_pipeline.capture.python_state import Draws
 from ipu_pipeline.capture.reads import Session, ValueGuard, same_value
 from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.state import StateUse, WriteBack
@@ -108,6 +109,7 @@ class Tracer(TorchFunctionMode):
         self.use = StateUse(model)
         owned_values = [value for module in model.modules() for value in own_values(module)]
         self.kept = frozenset(map(id, [*kept, *owned_values]))
+        self.draws = Draws(model)
         self.recorder = GlueRecorder(self.ambient, leaves, (*self.fqns, *self.owned))
 
     # ---- entry points -------------------------------------------------------------------
@@ -149,6 +151,7 @@ class Tracer(TorchFunctionMode):
             finally:
                 self.scope.pop()
         self.attributes[fqn] = module
+        self.draws.note()
         with self._untraced():
             return self._leaf_call(original, module, args, kwargs)
 
@@ -163,6 +166,7 @@ class Tracer(TorchFunctionMode):
             with self.side_outputs.noting():
                 result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
+        call.node.meta["draws"] = self.draws.note(self.leaves.names[id(module)])
         self.side_outputs.note(call, module, places)
         self._add(call, (args, kwargs), result)
         return result
@@ -574,6 +578,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
         with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
             output = model(**batch)
+        tracer.draws.finish()
         tracer.record_replaced()
         tracer.check_arrays()
         results = dict(named_tensors(output))
