@@ -103,6 +103,14 @@ class CapturedModel:
         return tuple(dict.fromkeys(found))
 
     @property
+    def in_order(self) -> bool:
+        """Whether a microbatch has to end before the next one begins.
+
+        Blocks draw from generators of Python, or the backward pass changes what they read.
+        """
+        return bool(self._changed_backward) or any(program.draws for program in self.programs)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the batch's tensors."""
         return self._trace.inputs
