@@ -8,11 +8,13 @@ samples are those of each; where no choice of axes gives that, the results mix s
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -21,6 +23,7 @@ from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
@@ -102,7 +105,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
         )
-    with preserved_state(model), PutBack(model), torch.no_grad():
+    with same_random_numbers(), preserved_state(model), PutBack(model), torch.no_grad():
         for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
             try:
                 tried = _tried(model, batch, axes)
@@ -235,6 +238,8 @@ Results = tuple[dict[str, Tensor], list[float]]
 def _results(model: nn.Module, part: Mapping[str, Any]) -> Results:
     """Return the results by name, and what each mean over labels divided by."""
     torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
     counting = _Counting()
     own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
     with counting:

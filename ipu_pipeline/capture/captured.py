@@ -17,7 +17,7 @@ from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Call, Glue, Path
-from ipu_pipeline.capture.leaves import Granularity, Leaves, choose_leaves, has_parameters
+from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
 from ipu_pipeline.capture.lift import keep, lift, settle_hosts
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
@@ -29,7 +29,7 @@ from ipu_pipeline.capture.tracer import Trace, trace
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
-from ipu_pipeline.ir.plan import ModelIdentity
+from ipu_pipeline.ir.plan import Granularity, ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
 _KEPT: weakref.WeakKeyDictionary[
@@ -101,6 +101,14 @@ class CapturedModel:
                 )
                 found.append(SharedState(fqn, *used, backward=backward))
         return tuple(dict.fromkeys(found))
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a microbatch has to end before the next one begins.
+
+        Blocks draw from generators of Python, or the backward pass changes what they read.
+        """
+        return bool(self._changed_backward) or any(program.draws for program in self.programs)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -375,7 +383,7 @@ def model_identity(model: nn.Module) -> ModelIdentity:
 
 def _loss_modules(recorded: Trace) -> frozenset[int]:
     """Return the ids of the model's modules without parameters that compute a loss or its parts."""
-    found = set()
+    found = set[int]()
     for node in recorded.graph.nodes:
         results = [node, *node.users] if node.op == "call_module" else []
         specs = [one.meta["spec"] for one in results if "spec" in one.meta]

@@ -77,8 +77,11 @@ def from_config(
     resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
     task = task or infer_task(resolved)
     model = build_model(resolved, task, device=device, seed=seed)
-    size = BatchSize(batch_size, seq_length)
-    return model, example_batch(model, task, size, device=device, seed=seed)
+    try:
+        size = BatchSize(batch_size, seq_length)
+        return model, example_batch(model, task, size, device=device, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"{described(resolved)}: {error}") from error
 
 
 def load_config(name_or_path: str | Path) -> PretrainedConfig:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import nn
 
 from ipu_pipeline.capture.patches import original_model
+from ipu_pipeline.ir.plan import Granularity
 
-Granularity = Literal["layer", "sublayer", "op"]
 # An element is expanded into its own repeated list only when the list is nearly all of it (a Swin
 # stage of two blocks and a patch merging: 3 of 4 parameters).
 EXPANDED_SHARE = 0.7

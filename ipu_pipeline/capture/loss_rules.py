@@ -17,10 +17,12 @@ from ipu_pipeline.capture.batch_axes import close_enough
 from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.leaves import Granularity, choose_leaves
+from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.loss_terms import LossTerms, Term, factor_name, factored, loss_terms
 from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.capture.state import PutBack
+from ipu_pipeline.ir.plan import Granularity
 
 # Over samples, a term is a mean over what it counts or over samples, a sum, or none of these.
 Rule = Literal["counted", "mean", "sum", "none"]
@@ -40,7 +42,12 @@ def term_rules(
         names: Names of the terms.
         granularity: That of the plan.
     """
-    with preserved_state(model), PutBack(model), _leaves_in_evaluation(model, granularity):
+    with (
+        same_random_numbers(),
+        preserved_state(model),
+        PutBack(model),
+        _leaves_in_evaluation(model, granularity),
+    ):
         found = [_measured(model, part, granularity) for part in parts]
     if any([term.node for term in terms.varying] != list(names) for terms, _, _ in found):
         return None

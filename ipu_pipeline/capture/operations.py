@@ -146,11 +146,15 @@ class OperationCounter:
 
     def _run(self, program: Program) -> Operations:
         python, changing = PythonState(program.module.modules()), program.changing.values()
+        # What runs again inside a backward pass (reentrant checkpoints) uses the parameters.
+        gradients = [(parameter, parameter.grad) for parameter in program.module.parameters()]
         try:
             with values_of(changing, [tensor.detach().clone() for tensor in changing]):
                 return self._counted(program)
         finally:
             python.restore()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def _counted(self, program: Program) -> Operations:
         try:

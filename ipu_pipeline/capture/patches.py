@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from torch._functorch import apis
 from torch.nn import functional
+from torch.utils.checkpoint import CheckpointFunction
 
 from ipu_pipeline.capture.places import Places
 from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.errors import CaptureError
 
 # Methods of transformers' models that compute tensors from inputs alone, reading values in Python:
 # positions of text and images, from where the padding and the images are.
@@ -98,6 +100,9 @@ def patched_calls(
     """Route module calls, ``autograd.Function.apply`` and calls of ``vmap(f)`` through hooks.
 
     Each gets the original, bound to its class or to what ``vmap`` was given, and the arguments.
+
+    Raises:
+        CaptureError: Within it, a reentrant checkpoint is called.
     """
     original_call = nn.Module.__call__
     original_vmap = vars(apis)["vmap_impl"]
@@ -107,6 +112,12 @@ def patched_calls(
         return module_call(original_call, module, args, kwargs)
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction and torch.is_grad_enabled():
+            raise CaptureError(
+                "the model calls torch.utils.checkpoint with use_reentrant=True, whose second "
+                "forward pass would draw other numbers than the first one; call it with "
+                "use_reentrant=False, or leave recomputation to the plan"
+            )
         return function_apply(original_apply.__get__(None, cls), args, kwargs)
 
     def vmapped(*settings_and_args: Any, **kwargs: Any) -> Any:

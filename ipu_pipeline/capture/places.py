@@ -258,7 +258,9 @@ def _hooks_of_all() -> list[Any]:
 
 
 def _own_forward(module: nn.Module) -> Any:
-    return inspect.unwrap(type(module).forward)
+    # TorchScript's classes have none, and keep nothing in Python.
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return None if scripted else inspect.unwrap(type(module).forward)
 
 
 def changed(path: Path, place: Any, before: Any) -> Iterator[PlaceChange]:

@@ -35,6 +35,7 @@ class Program:
         writes: Names of those that it changes.
         changing: Both, by name.
         modes: The training flag that every module in it had when it was called.
+        draws: Whether it draws from generators of Python or numpy, or from one that a module keeps.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Program:
     writes: frozenset[str] = frozenset()
     changing: Mapping[str, Tensor] = field(default_factory=dict)
     modes: tuple[tuple[nn.Module, bool], ...] = ()
+    draws: bool = False
 
     def __call__(self, *inputs: Any) -> Any:
         """Return the outputs; every module is put into its mode before."""
@@ -178,6 +180,7 @@ def _build(
         tuple(node.name for node in inputs),
         tuple(node.name for node in outputs),
         module,
+        draws=any(node.meta.get("draws", False) for node in body),
         modes=tuple({part: mode for n in body for part, mode in n.meta.get("modes", ())}.items()),
     )
 

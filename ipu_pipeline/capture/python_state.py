@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import pickle
 import random
 import types
 from collections import deque
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ipu_pipeline.errors import CaptureError
 
 _MODULE = vars(nn.Module())
 _INTERNAL = frozenset(_MODULE) - {"training", "_buffers", "_parameters", "_modules"}
@@ -161,17 +164,91 @@ class PythonState:
                 self._note(value, _DEPTH)
 
 
+class Generators:
+    """Python's and numpy's generators of random numbers, and those that modules keep.
+
+    Args:
+        modules: Modules whose attributes may be generators.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        kept = {id(value): value for module in modules for value in vars(module).values()}
+        own = (_state_of(value) for value in kept.values())
+        self._states = [
+            (random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),
+            *(found for found in own if found is not None),
+        ]
+
+    def states(self) -> list[Any]:
+        """Return the state of each one."""
+        return [get() for get, _ in self._states]
+
+    def put_back(self, states: Iterable[Any]) -> None:
+        """Give each one the state that it had."""
+        for (_, put_back), state in zip(self._states, states, strict=True):
+            put_back(state)
+
+    def drawn(self, before: Iterable[Any], after: Iterable[Any]) -> set[int]:
+        """Return which of them have given numbers between two times."""
+        pairs = enumerate(zip(before, after, strict=True))
+        return {n for n, (old, new) in pairs if pickle.dumps(old) != pickle.dumps(new)}
+
+
+class Draws:
+    """Notes who draws from generators of Python while ``model`` runs: blocks, or the glue."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._generators = Generators(model.modules())
+        self._states = self._generators.states()
+        self._in_glue: set[int] = set()
+        self._in_leaves: dict[int, str] = {}
+
+    def note(self, leaf: str | None = None) -> bool:
+        """Note what was drawn since the last time by ``leaf``, else by the glue; say if it was."""
+        before, self._states = self._states, self._generators.states()
+        drawn = self._generators.drawn(before, self._states)
+        if leaf is None:
+            self._in_glue |= drawn
+        else:
+            self._in_leaves.update(dict.fromkeys(drawn, leaf))
+        return bool(drawn)
+
+    def finish(self) -> None:
+        """Refuse blocks and glue that draw from one generator.
+
+        Raises:
+            CaptureError: They do.
+        """
+        self.note()
+        for number in sorted(self._in_glue & self._in_leaves.keys()):
+            raise CaptureError(
+                f"block {self._in_leaves[number]!r} and the code between the blocks of "
+                f"{type(self._model).__name__} draw from one generator of Python or numpy; that "
+                "code runs before the blocks of all microbatches, so that the numbers would come "
+                "in another order than in plain torch: give one of them a generator of its own "
+                "(random.Random(seed)), or draw with torch"
+            )
+
+
 def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
     """Return how the state of a generator of random numbers is put back, and the state."""
+    found = _state_of(value)
+    return None if found is None else (found[1], found[0]())
+
+
+def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+    """Return how the state of a generator of random numbers is read, and how it is set."""
     if isinstance(value, random.Random):
-        return value.setstate, value.getstate()
+        return value.getstate, value.setstate
     if isinstance(value, np.random.RandomState):
-        return value.set_state, value.get_state()
+        return value.get_state, value.set_state
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return partial(setattr, bits, "state"), bits.state
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
     if isinstance(value, torch.Generator):
-        return value.set_state, value.get_state()
+        return value.get_state, value.set_state
     return None
 
 

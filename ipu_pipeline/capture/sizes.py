@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from ipu_pipeline.capture.calls import name_of
+from ipu_pipeline.capture.calls import ModeCall, RegionCall, name_of
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import (
     Call,
@@ -32,12 +32,13 @@ from ipu_pipeline.capture.glue import (
     placed,
     substituted,
 )
-from ipu_pipeline.capture.objects import members
+from ipu_pipeline.capture.objects import ObjectCall, members
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.programs import module_signature
 from ipu_pipeline.capture.replay import DESCRIPTIONS, Differs, Replay, is_number
+from ipu_pipeline.capture.side_outputs import SideOutputCall
 from ipu_pipeline.capture.tracer import Trace
-from ipu_pipeline.capture.values import TensorMeta, tensors_in
+from ipu_pipeline.capture.values import PLAIN, TensorMeta, tensors_in
 
 _META = torch.device("meta")
 
@@ -73,7 +74,7 @@ class Resize(Replay):
         self._made = replace(
             glue, calls=[], reads={}, inputs={}, results={}, nodes={}, stand_ins=[], _kept=[]
         )
-        self._describe = _AsRecorded(self._made._kept.append)
+        self._describe: _AsRecorded = _AsRecorded(self._made._kept.append)
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the recorded one
 
     def sized(self, model: nn.Module, batch: Mapping[str, Any]) -> Sized:
@@ -141,7 +142,9 @@ class Resize(Replay):
         """Return the call at these sizes."""
         if call.node is not None:
             numbers = {path: value for (n, path), value in self.changed.items() if n == number}
-            self._values.compute(call.node, numbers)
+            found = self._values.compute(call.node, numbers)
+            if not _is_like(call.result, found):
+                self._differs(f"is given something else by {call.name}")
         elif call.parts or any(True for _ in tensors_in(call.result)):
             self._differs(f"calls {call.name}, whose results are not in the graph")
         memo: dict[int, Any] = {id(t): self._now(t) for t in members(dict(call.after))[0]}
@@ -246,8 +249,12 @@ class _ShapeRun:
             for node, spec in recorded.items()
         }
 
-    def compute(self, node: fx.Node, numbers: Mapping[Path, Any]) -> None:
-        """Compute the value of ``node`` with other ``numbers`` at these paths of its arguments."""
+    def compute(self, node: fx.Node, numbers: Mapping[Path, Any]) -> Any:
+        """Compute the value of ``node`` with other ``numbers`` at these paths of its arguments.
+
+        Returns:
+            What the call of the glue returns: the value without what a block leaves elsewhere.
+        """
         args: Any = node.args
         kwargs: Any = node.kwargs
         for (kind, *inside), number in numbers.items():
@@ -260,6 +267,11 @@ class _ShapeRun:
             if torch.is_autocast_enabled("cpu"):  # which brings dtypes together, but not on meta
                 value = tree_map_only(Tensor, _in_float32, value)
         self._known[node] = value
+        held = self._trace.attributes.get(str(node.target))
+        while isinstance(held, SideOutputCall | ObjectCall | RegionCall | ModeCall):
+            value = value[0] if isinstance(held, SideOutputCall | ObjectCall) else value
+            held = held.module if isinstance(held, ObjectCall) else held.function
+        return value
 
     def _computed(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "placeholder":
@@ -303,7 +315,8 @@ class _ShapeRun:
         """Put tensors without values in place of those of ``module`` and its parts."""
         before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for part in module.modules():
-            for own in (part._parameters, part._buffers, vars(part)):
+            every: list[Any] = [part._parameters, part._buffers, vars(part)]
+            for own in every:
                 found = {name: value for name, value in own.items() if isinstance(value, Tensor)}
                 before.append((own, found))
                 own.update({name: self._twin(value) for name, value in found.items()})
@@ -320,6 +333,25 @@ class _ShapeRun:
                 made = nn.Parameter(made, requires_grad=tensor.requires_grad)
             self._twins[id(tensor)] = tensor, made
         return self._twins[id(tensor)][1]
+
+
+def _is_like(recorded: Any, value: Any) -> bool:
+    """Whether a result has the parts of the recorded one, and the same plain values."""
+    if isinstance(recorded, Tensor):
+        return isinstance(value, Tensor)
+    if isinstance(recorded, PLAIN):  # an assignment has no result
+        return recorded is None or (type(recorded) is type(value) and recorded == value)
+    if isinstance(recorded, Mapping):
+        same = isinstance(value, Mapping) and list(recorded) == list(value)
+        return same and all(_is_like(item, value[key]) for key, item in recorded.items())
+    if isinstance(recorded, Sequence):
+        same = isinstance(value, Sequence) and len(recorded) == len(value)
+        return same and all(map(_is_like, recorded, value))
+    if is_dataclass(recorded):
+        parts = [f.name for f in fields(recorded) if hasattr(value, f.name)]
+        same = len(parts) == len(fields(recorded))
+        return same and all(_is_like(getattr(recorded, n), getattr(value, n)) for n in parts)
+    return not any(True for _ in tensors_in(recorded))  # the handle of a hook
 
 
 def _in_float32(tensor: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as problem:
         raise ValueError(f"it is no JSON: {problem}") from problem
-    level = [[found]]
+    level: list[Any] = [[found]]
     for _ in range(MAX_DEPTH + 1):
         level = [
             inner

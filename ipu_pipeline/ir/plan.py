@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.codec import Amount, Count, from_json, read_json, to_json, write_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
+
+Granularity = Literal["layer", "sublayer", "op"]
 
 PLAN_SCHEMA_VERSION = 2
 # The block list comes from these two: a plan made under other versions is refused.
@@ -123,7 +125,7 @@ class Plan:
     num_microbatches: int
     replicas: int = 1
     schedule: str = "1f1b"
-    granularity: str = "layer"
+    granularity: Granularity = "layer"
     cost_source: str = "analytic"
     measured_s: Mapping[str, tuple[Amount, Amount]] = field(default_factory=dict, hash=False)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)

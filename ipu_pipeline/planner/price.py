@@ -11,7 +11,7 @@ from math import inf
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.machine import Machine
-from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.ir.plan import Granularity, ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
@@ -128,7 +128,7 @@ def make_plan(
     model: ModelIdentity,
     work: Workload,
     stages: Sequence[PlannedStage] | Partition,
-    granularity: str = "layer",
+    granularity: Granularity = "layer",
 ) -> Plan:
     """Write down stages that were chosen, with their price; a searched split brings its bound."""
     if isinstance(stages, Partition):
@@ -139,7 +139,7 @@ def make_plan(
 
 def step_s(work: Workload, split: Partition) -> float:
     """Return the seconds of a step of a split by its price, infinite where it does not fit."""
-    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, ""))
+    found = price(_unpriced(ModelIdentity(work.graph.model_class, {}), work, split, "layer"))
     return inf if found.misfits else found.step_s
 
 
@@ -147,7 +147,7 @@ def _unpriced(
     model: ModelIdentity,
     work: Workload,
     stages: Sequence[PlannedStage] | Partition,
-    granularity: str,
+    granularity: Granularity,
 ) -> Plan:
     run, settings = (work.num_microbatches, work.replicas), work.settings
     if isinstance(stages, Partition):

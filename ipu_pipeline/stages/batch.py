@@ -24,10 +24,10 @@ from ipu_pipeline.capture.batch_axes import (
 )
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
-from ipu_pipeline.capture.leaves import Granularity
 from ipu_pipeline.capture.loss_rules import Rule, term_rules
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.plan import Granularity
 from ipu_pipeline.stages.training import in_evaluation
 
 LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None

@@ -505,7 +505,7 @@ class StageCache:
             captured = capture(
                 self.model,
                 microbatch,
-                granularity=self.plan.granularity,  # type: ignore[arg-type]
+                granularity=self.plan.granularity,
                 self_check=self.self_check,
                 training=torch.is_grad_enabled(),
             )

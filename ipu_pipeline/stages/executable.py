@@ -187,7 +187,7 @@ def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _check_processes(cls: type[Executable]) -> None:
+def _check_processes(cls: type[Any]) -> None:
     for name, method in list(vars(cls).items()):
         if inspect.isfunction(method) and (name == "__exit__" or not name.startswith("_")):
             setattr(cls, name, _of_one_process(method))

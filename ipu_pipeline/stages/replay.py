@@ -1,8 +1,9 @@
 """Recomputation that changes nothing twice.
 
 The second forward pass of a block starts from what its first one started from: values of the
-buffers that it changes (running statistics, the vectors of a spectral norm, queues) and plain
-attributes of its modules (counters). Afterwards they are again what they were before it.
+buffers that it changes (running statistics, the vectors of a spectral norm, queues), plain
+attributes of its modules (counters), and the generators of Python that it draws from. Afterwards
+they are again what they were before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ipu_pipeline.capture.calls import OtherTensors
 from ipu_pipeline.capture.programs import Program
+from ipu_pipeline.capture.python_state import Generators
 from ipu_pipeline.capture.state import PlainState, key_of, values_of
 
 
@@ -36,6 +38,7 @@ class ReplayedBlock:
 
     def __post_init__(self) -> None:
         self.modules = list(self.program.module.modules())
+        self._generators = Generators(self.modules) if self.program.draws else None
         changing = list(self.program.changing.values())
         for module in self.modules:  # torch does not count these writes
             if isinstance(module, _NormBase) and module.track_running_stats:
@@ -53,10 +56,11 @@ class ReplayedBlock:
                 with start[0]():
                     return call(*inputs)
             plain = PlainState(self.modules)
+            random = self._generators.states() if self._generators else []
             before = [(tensor, tensor.detach().clone()) for tensor in self._changing.values()]
             self._copy_others()
             result = call(*inputs)
-            start.append(partial(self._as_before, plain, [*before, *self._surprises()]))
+            start.append(partial(self._as_before, plain, random, [*before, *self._surprises()]))
             return result
 
         return run
@@ -70,9 +74,14 @@ class ReplayedBlock:
         )
 
     @contextmanager
-    def _as_before(self, plain: PlainState, values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def _as_before(
+        self, plain: PlainState, random: list[Any], values: list[tuple[Tensor, Tensor]]
+    ) -> Iterator[None]:
         newest = PlainState(self.modules)
+        drawn = self._generators.states() if self._generators else []
         plain.put_back()
+        if self._generators:
+            self._generators.put_back(random)
         # Passes that were before the first change of a tensor all saw what it was before that.
         values = list({**self._first_copies, **{id(t): (t, v) for t, v in values}}.values())
         try:
@@ -83,6 +92,8 @@ class ReplayedBlock:
                     yield
         finally:
             newest.put_back()
+            if self._generators:
+                self._generators.put_back(drawn)
 
     def _surprises(self) -> list[tuple[Tensor, Tensor]]:
         """Return tensors that were changed for the first time, with their values before."""

@@ -58,6 +58,7 @@ class Stage:
         specs: Descriptions of the tensors that it sends, by name.
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
+        in_order: Whether a microbatch has to end before the next one begins, on every stage.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Stage:
     specs: Mapping[str, TensorMeta] = field(default_factory=dict)
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
+    in_order: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
     _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)
@@ -299,6 +301,7 @@ def build_stages(
                 sends=tuple(dict.fromkeys([*sends, *shards])),
                 recompute=frozenset(recompute) - live,
                 live=bool(live),
+                in_order=captured.in_order,
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
                 tables={p.name: tables[p.name] for p in own if p.name in tables},

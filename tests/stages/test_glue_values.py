@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
+import random
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,139 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.captures import StageCache
 from tests.capture.toys import WIDTH, Layer, Toy, assert_same, toy
+from tests.stages.glue_programs import FIRST, LOG, PROGRAMS, Body, everything, rest
 from tests.stages.test_glue import halves, inputs, machine_of
 
 STEPS = 3
-Body = Callable[..., dict[str, Tensor]]
-LOG: list[str] = []
-
-
-def rest(self: Toy, h: Tensor) -> dict[str, Tensor]:
-    return {"loss": self.layers[1](h).square().mean(), "hidden": h}
-
-
-def logs_a_part(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    part = 0.1 * h.abs().mean()
-    self.kept.append(part.item())
-    out = rest(self, h)
-    out["loss"] = out["loss"] + part
-    self.kept.append({"total": float(out["loss"].detach()), "size": h.shape[0]})
-    return out
-
-
-def keeps_detached_losses(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    out = rest(self, self.layers[0](x))
-    self.kept.append(out["loss"].detach())
-    self.recent.append((out["loss"].detach(), "loss"))
-    return out
-
-
-def scales_by_the_largest(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    h = h / float(h.detach().abs().max())
-    return rest(self, h * math.sqrt(h.detach().norm()) + torch.full((WIDTH,), h.sum().item()))
-
-
-def branches(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    if h.mean() > 0:
-        self.kept.append("above")
-        h = h.relu() * 2
-    else:
-        self.calls += 1
-        h = h.tanh()
-    return rest(self, h)
-
-
-def counts(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    chosen = int((x > 0).sum())
-    found = int((self.layers[0](x) > 0).sum())
-    self.calls += chosen + found
-    h = self.layers[0](x) * chosen / (1 + found)
-    return rest(self, h)
-
-
-def asserts(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    assert torch.isfinite(h).all()
-    assert not torch.equal(h, x)
-    return rest(self, h)
-
-
-def prints(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    out = rest(self, self.layers[0](x))
-    LOG.append(f"{out['loss']:.4f}")
-    LOG.append(repr(out["loss"].detach()))
-    self.kept.append(out["loss"].tolist())
-    return out
-
-
-def keeps_a_hidden_state(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    self.last = self.layers[0](x)
-    self.cache["given"] = x
-    self.cache["both"] = [self.last.detach(), self.last.detach().mean()]
-    return rest(self, self.last)
-
-
-def uses_what_it_kept(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    if self.last is not None:
-        h = h + 0.1 * self.last
-    self.last = h.detach()
-    return rest(self, h)
-
-
-def goes_through_numpy(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    array = h.detach().numpy()
-    self.kept.append(float(np.median(array)))
-    mask = torch.from_numpy((array > np.median(array)).astype(np.float32))
-    return rest(self, h * mask + torch.tensor(array.max(0)))
-
-
-def every_third(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    out = rest(self, self.layers[0](x))
-    self.calls += 1
-    if self.calls % 3 == 0:
-        self.kept.append(out["loss"].item())
-    return out
-
-
-def reads_out_of_order(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    a = self.layers[0](x)
-    out = rest(self, a)
-    self.kept.append(out["loss"].item())
-    scale = a.abs().max().item()
-    self.kept.append(scale)
-    out["loss"] = out["loss"] * scale
-    return out
-
-
-def moves_a_position(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    place = int(self.place)
-    self.queue[place] = h.detach().mean()
-    self.place[0] = (place + 1) % WIDTH
-    return rest(self, h * self.queue)
-
-
-def switches_modes(self: Toy, x: Tensor) -> dict[str, Tensor]:
-    h = self.layers[0](x)
-    self.layers[0].train(bool(h.mean() > 0))
-    return rest(self, h)
-
-
-PROGRAMS: dict[str, Body] = {
-    name: value
-    for name, value in list(globals().items())
-    if callable(value) and getattr(value, "__annotations__", {}).get("x") == "Tensor"
-}
 
 
 def built(body: Body) -> Toy:
     LOG.clear()
+    random.seed(0)
+    np.random.seed(0)
     model = toy(body, Layer)
     model.kept, model.recent, model.cache = [], deque(maxlen=2), {}
     model.calls, model.last = 0, None
@@ -196,22 +77,185 @@ def eager(body: Body) -> tuple[Toy, list[float], Any]:
     return model, losses, observed(model)
 
 
-def assert_as_eager(body: Body, stages: int = 2, **options: Any) -> Toy:
+def planned(model: Toy, stages: int = 2) -> Any:
+    part = halves(inputs(0))[0]
+    machine = machine_of(stages)
+    return ipp.plan(model, part, machine=machine, num_stages=stages, microbatches=2)
+
+
+def assert_as_eager(
+    body: Body, stages: int = 2, captures: int | None = None, **options: Any
+) -> None:
     expected, losses, seen = eager(body)
     model, found = built(body), []
-    plan = ipp.plan(
-        model, halves(inputs(0))[0], machine=machine_of(stages), num_stages=stages, microbatches=2
-    )
-    with ipp.compile(model, plan, **options) as executable:
+    with ipp.compile(model, planned(model, stages), **options) as executable:
         for step in range(STEPS):
             found.append(executable.forward_backward(inputs(step)))
             update(model)
+        assert captures is None or executable._cache.captures == captures
     assert found == pytest.approx(losses, rel=1e-5)
     assert_same(dict(model.named_parameters()), dict(expected.named_parameters()))
     assert observed(model) == seen
-    return model
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", FIRST)
 def test_values_and_tensors(name: str) -> None:
     assert_as_eager(PROGRAMS[name])
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_all_values_and_tensors(name: str, recompute: str) -> None:
+    assert_as_eager(PROGRAMS[name], recompute=recompute)
+
+
+@pytest.mark.parametrize(
+    ("stages", "options"),
+    [(1, {}), (2, {"schedule": "gpipe", "recompute": "all"}), (2, {"self_check": False})],
+)
+def test_in_other_ways_of_running(stages: int, options: dict[str, Any]) -> None:
+    assert_as_eager(everything, stages, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "captures"), [("scales_by_the_largest", 0), ("uses_what_it_kept", 1)]
+)
+def test_values_are_inputs_and_no_captures(name: str, captures: int) -> None:
+    assert_as_eager(PROGRAMS[name], captures=captures)
+
+
+def test_evaluation() -> None:
+    expected, model = built(everything).eval(), built(everything)
+    with ipp.compile(model, planned(model)) as executable, torch.no_grad():
+        for step in range(STEPS):
+            theirs, ours = expected(**inputs(step)), executable.eval_step(inputs(step))
+            torch.testing.assert_close(ours.outputs["hidden"], theirs["hidden"])
+            assert ours.loss == pytest.approx(theirs["loss"].item(), rel=1e-5)
+    assert observed(model.eval()) == observed(expected)
+
+
+def test_the_log_says_why_microbatches_wait(caplog: pytest.LogCaptureFixture) -> None:
+    model = built(PROGRAMS["logs_a_part"])
+    plan = planned(model)
+    with caplog.at_level(logging.WARNING), ipp.compile(model, plan) as executable:
+        executable.forward_backward(inputs(0))
+        executable.forward_backward(inputs(1))
+    said = [r.getMessage() for r in caplog.records if "one after another" in r.getMessage()]
+    assert said == [
+        "microbatches run one after another: the code of 'Toy' reads values of a tensor in Python "
+        "(Tensor.item)"
+    ]
+
+
+def test_an_error_of_the_users_code_comes_out_as_it_is() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        self.calls += 1
+        value = h.detach().sum().item()
+        if self.calls == 3:
+            raise KeyError("the user's own")
+        return rest(self, h * value)
+
+    model = built(body)
+    with ipp.compile(model, planned(model)) as executable:
+        executable.forward_backward(inputs(0))
+        with pytest.raises(KeyError, match="the user's own"):
+            executable.forward_backward(inputs(1))
+        model.calls = 5
+        expected = sum(model(**part)["loss"].item() for part in halves(inputs(2))) / 2
+        assert executable.forward_backward(inputs(2)) == pytest.approx(expected, rel=1e-5)
+
+
+class Slots:
+    """No attribute or container of the model leads to what is in it."""
+
+    __slots__ = ("tensor",)
+
+
+def test_a_tensor_that_is_kept_out_of_reach_says_so_when_it_is_used() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        self.cache["slots"].tensor = h.detach()
+        return rest(self, h)
+
+    model = built(body)
+    model.cache["slots"] = Slots()
+    with ipp.compile(model, planned(model)) as executable:
+        executable.forward_backward(inputs(0))
+    with pytest.raises(CaptureError, match=r"kept from an earlier forward pass; .* in a buffer"):
+        model.cache["slots"].tensor.sum()
+
+
+def test_a_target_without_live_values_refuses_reads_of_what_changes() -> None:
+    model = built(PROGRAMS["moves_a_position"])
+    plan = planned(model)
+    cache = StageCache(model, plan, "float32", recompute=frozenset(), self_check=True)
+    part = Microbatch(0, halves(inputs(0))[0], 2, 1.0)
+    message = r"'Toy' reads 'place' in Python \(Tensor.__int__\), .* run it with target='local'"
+    with pytest.raises(CaptureError, match=message):
+        cache.prepare([part])
+
+
+def test_a_loss_that_is_kept_and_changed_in_place_has_no_scaled_terms() -> None:
+    def body(self: Toy, x: Tensor, labels: Tensor, few: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        loss = nn.functional.cross_entropy(h, labels).clone()
+        loss += nn.functional.cross_entropy(self.layers[1](h), few)
+        self.last = loss.detach()
+        return {"loss": loss}
+
+    model, (_, parts) = built(body), two_kinds_of_labels()
+    plan = ipp.plan(model, parts[0], machine=machine_of(2), num_stages=2, microbatches=2)
+    with (
+        ipp.compile(model, plan) as executable,
+        pytest.raises(CaptureError, match=r"keeps a value that it computes from the loss, .* plan"),
+    ):
+        executable.forward_backward(two_kinds_of_labels()[0])
+
+
+def test_a_write_that_torch_does_not_see_is_refused() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        copied = h.detach().clone()
+        copied.numpy()[0] = 0.5
+        return rest(self, h + copied)
+
+    with pytest.raises(CaptureError, match=r"'Toy' writes into the memory of a tensor .*copy"):
+        planned(built(body))
+
+
+def two_kinds_of_labels() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    labels = {"labels": torch.tensor([0, 1, 2, 3]), "few": torch.tensor([0, -100, 1, 2])}
+    batch = {**inputs(0), **labels}
+    return batch, [{n: v[i : i + 2] for n, v in batch.items()} for i in (0, 2)]
+
+
+def test_a_kept_part_of_a_loss_with_scaled_terms() -> None:
+    """Values that Python reads and tensors that it keeps are those of the loss itself."""
+
+    def body(self: Toy, x: Tensor, labels: Tensor, few: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        first = nn.functional.cross_entropy(h, labels)
+        second = nn.functional.cross_entropy(self.layers[1](h), few)
+        loss = first + 0.5 * second
+        self.kept.append(loss.item())
+        self.last = loss.detach()
+        self.recent.append(second.detach())
+        return {"loss": loss}
+
+    batch = {
+        **inputs(0),
+        "labels": torch.tensor([0, 1, 2, 3]),
+        "few": torch.tensor([0, -100, 1, 2]),
+    }
+    parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in (0, 2)]
+    expected = built(body)
+    for part in parts:
+        expected(**part)
+    model = built(body)
+    plan = ipp.plan(model, parts[0], machine=machine_of(2), num_stages=2, microbatches=2)
+    with ipp.compile(model, plan) as executable:
+        whole = built(body)(**batch)["loss"].item()
+        assert executable.forward_backward(batch) == pytest.approx(whole, rel=1e-5)
+    assert observed(model) == observed(expected)

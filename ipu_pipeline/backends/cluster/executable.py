@@ -295,8 +295,22 @@ class DistributedExecutable(Executable):
         refused by all of them, so that nobody waits for the one that does.
         """
         stages, prepared = self._cache.prepare(parts)
+        if any(stage.in_order for own in stages for stage in own):
+            self._refuse_other_order(len(prepared))
         self._batch_check.check_glue(self.global_step, parts, prepared)
         return stages, prepared
+
+    def _refuse_other_order(self, num_microbatches: int) -> None:
+        one = self.plan.num_stages == self.plan.replicas == 1
+        if not one or (
+            (self.options.schedule or self.plan.schedule) != "1f1b" and num_microbatches > 1
+        ):
+            raise LoweringError(
+                f"blocks of {type(self.model).__name__} draw from generators of Python or numpy, "
+                "or read what the backward pass changes, so that a microbatch must end before the "
+                "next one begins; processes run several at a time: draw with torch, whose numbers "
+                "do not depend on the split, use target='local', or one stage and schedule='1f1b'"
+            )
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
         return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)

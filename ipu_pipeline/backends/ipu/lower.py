@@ -42,6 +42,7 @@ def lower(
     """
     poptorch = _poptorch()
     _check_options(options, plan)
+    _refuse_hooks(model)
     device_optimizer = None
     if optimizer is not None:
         device_optimizer = optimizer_settings(
@@ -79,6 +80,23 @@ def _is_half(model: nn.Module) -> bool:
             "float32 and float16: call model.float() or model.half()"
         )
     return torch.float16 in kinds
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    parameters = (
+        (fqn, p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+        for fqn, p in model.named_parameters()
+    )
+    modules = (
+        (fqn, m._backward_hooks or m._backward_pre_hooks) for fqn, m in model.named_modules()
+    )
+    hooked = [fqn for fqn, hooks in (*parameters, *modules) if hooks]
+    if hooked:
+        raise LoweringError(
+            f"{hooked[0] or type(model).__name__!r} has a hook on its gradients or its backward "
+            "pass, which is Python code that no IPU runs; remove the hook (max_grad_norm clips on "
+            "the device), or use target='local'"
+        )
 
 
 def _check_options(options: ExecutionOptions, plan: Plan) -> None:

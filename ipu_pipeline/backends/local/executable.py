@@ -365,10 +365,11 @@ class LocalExecutable(Executable):
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
         alone = self.options.sequential or self.plan.num_stages == 1 or step.glue is not None
+        in_order = any(stage.in_order for own in step.stages for stage in own)
         try:
             with kept_modes(self.model):
-                if alone or contested(step.stages):
-                    run_sequentially(step.schedule, step)
+                if alone or in_order or contested(step.stages):
+                    run_sequentially(step.schedule, step, in_order=in_order)
                 else:
                     if self._threads is None:
                         timeout_s = self.options.stall_timeout_s

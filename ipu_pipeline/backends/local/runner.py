@@ -157,14 +157,19 @@ def _stop(queues: Sequence[Jobs], threads: Sequence[threading.Thread]) -> None:
             thread.join(timeout=JOIN_S)
 
 
-def run_sequentially(schedule: Schedule, work: Work) -> None:
+def run_sequentially(schedule: Schedule, work: Work, *, in_order: bool = False) -> None:
     """Run all actions in the calling thread, in an order that respects every dependency.
+
+    ``in_order``: one microbatch after the other, each forward and backward.
 
     Raises:
         StageError: A stage raised; its exception is the cause.
     """
     progress = RunProgress(schedule.num_stages)
-    _run_row(0, schedule.total_order(), work, progress, threading.Event())
+    order: Sequence[Action] = schedule.total_order()
+    if in_order:
+        order = sorted(order, key=lambda action: action.microbatch)
+    _run_row(0, order, work, progress, threading.Event())
     raise_failure(progress)
 
 

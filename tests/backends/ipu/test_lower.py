@@ -51,6 +51,21 @@ def test_parameters_that_the_device_has_not() -> None:
         made.compile()
 
 
+@pytest.mark.usefixtures("poptorch")
+def test_hooks_on_gradients_are_refused() -> None:
+    register = [
+        lambda model: model.qa_outputs.weight.register_hook(lambda gradient: gradient * 0),
+        lambda model: model.qa_outputs.weight.register_post_accumulate_grad_hook(print),
+        lambda model: model.qa_outputs.register_full_backward_hook(print),
+    ]
+    made = case()
+    for one in register:
+        handle = one(made.model)
+        with pytest.raises(LoweringError, match=r"'qa_outputs.* has a hook on its gradients or i"):
+            made.compile()
+        handle.remove()
+
+
 def ipp_identity(model: torch.nn.Module) -> Any:
     """Return who the model is, for a plan."""
     from ipu_pipeline.capture import model_identity
