@@ -53,7 +53,8 @@ class StoredRegions:
         Raises:
             DatasetError: They are no finite numbers.
         """
-        with by_datasets(f"{self.where} row {row}", "give regions of numbers, all of one length"):
+        remedy = "give regions of numbers, all of one length"
+        with by_datasets(f"{self.where} row {row}", remedy), np.errstate(over="ignore"):
             found = self.rows[row]
             return _tensor(found[self.features]), _tensor(found[self.boxes])
 
@@ -166,8 +167,7 @@ def _named_answers(feature: Any) -> AnswerSet | None:
 
 
 def _tensor(array: Any) -> Tensor:
-    with np.errstate(over="ignore"):
-        numbers = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
+    numbers = np.ascontiguousarray(np.asarray(array, dtype=np.float32))
     if not np.isfinite(numbers).all():
         raise ValueError("it holds numbers that are not finite")
     return torch.from_numpy(numbers)

@@ -62,12 +62,15 @@ def load_measurements(name: str, kind: type[T]) -> T | None:
     try:
         if not path.exists():
             return None
+        _make_folder()
         entry = msgspec.json.decode(read_text(path, "the measurements", ConfigError), type=_Entry)
         if entry.sha256 != _checksum(entry.machine, entry.values):
             raise ConfigError("its checksum is another one")
         if entry.machine != machine_key():
             return None
         return msgspec.json.decode(entry.values, type=kind)
+    except PermissionError:
+        return None
     except (ConfigError, msgspec.MsgspecError, RecursionError, OSError) as error:
         logger.warning("%s is damaged, so it is measured again: %s", named(path), first_line(error))
         return None
@@ -103,8 +106,21 @@ def one_process(name: str) -> Iterator[None]:
 
 
 def _make_folder() -> None:
-    """Make the folder; what is measured on this machine is its user's."""
-    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make the folder; what is measured on this machine is its user's.
+
+    Raises:
+        PermissionError: It is another user's, or others can write there: what it holds, or where
+            its links lead to, is not to be trusted.
+    """
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        logger.warning(
+            "measurements are not kept: others can write to %s; make it private (chmod 700), or "
+            "name another folder in %s", named(folder), CACHE_VARIABLE,
+        )  # fmt: skip
+        raise PermissionError(f"{folder} is not private")
 
 
 def _file(name: str) -> Path:
