@@ -119,7 +119,7 @@ def _check_counts(raw: Any, source: str) -> None:
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_counts(value, f"{source}, {shown(name)}")
-        elif (found := _COUNTS.search(name)) and type(value) is int and value > 0:
+        elif type(value) is int and value > 0 and (found := _COUNTS.search(str(name))):
             check_count(f"{source}: {name}", value, f"num_{found[1]}s", error=CaptureError)
 
 
