@@ -22,7 +22,7 @@ from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_la
 from ipu_pipeline.errors import CaptureError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
-from ipu_pipeline.ir.limits import LIMITS
+from ipu_pipeline.ir.limits import check_count
 
 # The transformers auto class that finds the model class of each task. The class that a config names
 # decides its task, the last one that fits: pretraining is first, as it is another task's for most.
@@ -43,8 +43,8 @@ TASKS: Mapping[str, str] = {
 }
 # transformers files these visual models under plain question answering.
 _VISUAL_QA_TYPES = ("lxmert",)
-# Fields of a config that say how many parts are built.
-_COUNTS = re.compile(r"layers$|^n_layer$|experts$|^num_labels$")
+# Fields of a config that say how many parts transformers makes, some while it reads the config.
+_COUNTS = re.compile(r"(layer|expert|label)s?$")
 
 
 def from_config(
@@ -76,8 +76,8 @@ def from_config(
     """
     resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
     task = task or infer_task(resolved)
-    model = build_model(resolved, task, device=device, seed=seed)
     try:
+        model = build_model(resolved, task, device=device, seed=seed)
         size = BatchSize(batch_size, seq_length)
         return model, example_batch(model, task, size, device=device, seed=seed)
     except ValueError as error:
@@ -119,8 +119,8 @@ def _check_counts(raw: Any, source: str) -> None:
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_counts(value, f"{source}, {shown(name)}")
-        elif isinstance(value, int) and _COUNTS.search(name) and value > LIMITS["parts"]:
-            raise CaptureError(f"{source}: {name} is {value}; at most {LIMITS['parts']} are built")
+        elif type(value) is int and value > 0 and (found := _COUNTS.search(str(name))):
+            check_count(f"{source}: {name}", value, f"num_{found[1]}s", error=CaptureError)
 
 
 def _reason(error: Exception) -> str:
@@ -136,7 +136,7 @@ def build_model(
         CaptureError: Unknown task, or no model class for it.
     """
     build = model_builder(config, task)
-    _check_counts(config.to_dict(), "the config")
+    _check_counts(config.to_dict(), described(config))
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         try:
