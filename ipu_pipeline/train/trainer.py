@@ -158,7 +158,8 @@ class PipelineTrainer(Trainer):
             CheckpointError: Another process trains into the folder.
             ValueError: There is no checkpoint to resume.
         """
-        folder, path = Path(str(self.args.output_dir)), None
+        folder = Path(str(self.args.output_dir))
+        path: Path | None = None
         self._run_id = ""
         with contextlib.ExitStack() as block:
             if saves := self.args.save_strategy != SaveStrategy.NO:
