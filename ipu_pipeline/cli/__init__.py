@@ -8,6 +8,7 @@ environment it is raised instead.
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import gc
 import logging
@@ -83,6 +84,11 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
             typer.echo(f"error: {printable(str(error))}", err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE or os.environ.get(TRACEBACK_VARIABLE):
+                raise  # whoever read the output has enough
+            typer.echo(f"error: {printable(str(error))}; make room, or write elsewhere", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             if os.environ.get(TRACEBACK_VARIABLE):

@@ -42,3 +42,15 @@ def test_a_folder_of_others_is_neither_read_nor_written(
             pass
     assert "make it private (chmod 700)" in caplog.text
     assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_nobody_needs_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(cache.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    cache.store_measurements("speed", 3.5)
+    with cache.one_process("speed"):
+        assert cache.load_measurements("speed", float) is None

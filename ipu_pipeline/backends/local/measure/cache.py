@@ -34,11 +34,18 @@ class _Entry(msgspec.Struct):
 
 
 def cache_folder() -> Path:
-    """Return the folder for measurements: ``$IPU_PIPELINE_CACHE``, or one in the user's cache."""
+    """Return the folder for measurements: ``$IPU_PIPELINE_CACHE``, or one in the user's cache.
+
+    Raises:
+        PermissionError: The user has no home folder.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # of a user whom the system does not know
+        raise PermissionError(str(error)) from error
     return Path(base) / "ipu_pipeline"
 
 
@@ -58,8 +65,8 @@ def load_measurements(name: str, kind: type[T]) -> T | None:
 
     A damaged entry is dropped with a log line: its checksum tells.
     """
-    path = _file(name)
     try:
+        path = _file(name)
         if not path.exists():
             return None
         _make_folder()
@@ -92,8 +99,8 @@ def _checksum(machine: str, values: msgspec.Raw) -> str:
 @contextlib.contextmanager
 def one_process(name: str) -> Iterator[None]:
     """Let one process at a time measure ``name``: ranks that plan at once must find the same."""
-    lock = FileLock(cache_folder() / f".{name}.lock")
     try:
+        lock = FileLock(cache_folder() / f".{name}.lock")
         _make_folder()
         lock.acquire()
     except OSError:  # nothing can be kept there either
