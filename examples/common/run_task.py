@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model, load_tokenizer, source_of
 from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import say

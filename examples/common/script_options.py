@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ipu_pipeline.errors import INTERRUPTED, PipelineError
+from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.arguments import option, unread_by_the_loop
 
@@ -144,11 +144,8 @@ def parse(kind: type[_Options], arguments: list[str] | None = None) -> _Options:
 
 
 def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> None:
-    """Run the command line; an error that the user can act on is one line, and so is Ctrl-C."""
+    """Run the command line; an error that the user can act on is one line."""
     try:
         run(parse(kind))
     except (PipelineError, ValueError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)

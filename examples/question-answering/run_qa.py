@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
+import ctrl_c  # noqa: F401 - from here on
 from demo_model import load_model_and_tokenizer
 from fine_tuning import Job, Scores, fine_tune, prepare
 from plan_report import is_first

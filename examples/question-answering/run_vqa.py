@@ -17,6 +17,7 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
+import ctrl_c  # noqa: F401 - from here on
 from fine_tuning import (
     Job,
     Scores,

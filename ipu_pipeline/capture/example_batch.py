@@ -148,9 +148,11 @@ def _token_ids(draft: _Draft, mask: Tensor) -> Tensor:
     """Draw ordinary ids; pad where the mask is 0; end rows of encoder-decoders with eos."""
     vocab = draft.text_config.vocab_size
     held = [getattr(draft.config, name, None) for name in _SPECIAL_IDS]
-    special = {index for one in held for index in (one if isinstance(one, list) else [one])}
-    ordinary = torch.tensor([index for index in range(vocab) if index not in special] or [0])
-    tokens = ordinary[draft.integers(0, len(ordinary), tuple(mask.shape))]
+    named = {index for one in held for index in (one if isinstance(one, list) else [one])}
+    special = sorted(int(one) for one in named if isinstance(one, int) and 0 <= one < vocab)
+    tokens = draft.integers(0, max(vocab - len(special), 1), tuple(mask.shape))
+    for index in special if len(special) < vocab else ():  # the n-th of the ordinary ones
+        tokens = tokens + (tokens >= index)
     eos = getattr(draft.config, "eos_token_id", None)
     if draft.config.is_encoder_decoder and isinstance(eos, int) and 0 <= eos < vocab:
         tokens[torch.arange(len(mask)), mask.sum(dim=-1) - 1] = eos
@@ -172,7 +174,7 @@ def _check_length(draft: _Draft) -> None:
     speech = getattr(draft.text_config, "max_target_positions", None)
     limit = getattr(draft.text_config, "max_position_embeddings", speech)
     offset = _position_offset(draft.model)
-    if isinstance(limit, int) and limit > 0 and draft.size.seq_length > limit - offset:
+    if isinstance(limit, int) and limit >= 0 and draft.size.seq_length > limit - offset:
         raise ValueError(
             f"seq_length {draft.size.seq_length} is longer than the {limit - offset} positions of "
             f"this {draft.config.model_type} model; use at most {limit - offset}"

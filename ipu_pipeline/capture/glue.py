@@ -50,8 +50,9 @@ class StandIn(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise CaptureError(
             f"{name_of(func)} is called with a tensor that the model's own code kept from an "
-            "earlier forward pass; between its blocks that code runs without values: keep the "
-            "tensor in a buffer, or return it from forward"
+            "earlier forward pass; between its blocks that code runs without values, and only "
+            "target='local' puts real ones in their place, in attributes, lists, dicts and "
+            "closures of the model: keep the tensor in a buffer, or return it from forward"
         )
 
 

@@ -169,6 +169,8 @@ class Replay(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is Tensor.__iter__:
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
+        if func is Tensor.__deepcopy__:
+            return self.__torch_function__(torch.clone, types, args[:1])
         return self._follow(func, (args, kwargs or {}))
 
     def _module_call(

@@ -60,7 +60,7 @@ from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, ob
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.places import Places
 from ipu_pipeline.capture.python_state import Draws
-from ipu_pipeline.capture.reads import Session, ValueGuard
+from ipu_pipeline.capture.reads import Session, ValueGuard, same_value
 from ipu_pipeline.capture.side_outputs import SideOutputs
 from ipu_pipeline.capture.state import StateUse, WriteBack
 from ipu_pipeline.capture.values import (
@@ -98,7 +98,8 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
-        self._lifted: list[tuple[str, np.ndarray]] = []
+        self._arrays: list[tuple[ValueGuard, np.ndarray[Any, Any], Tensor, int]] = []
+        self._lifted: list[tuple[str, np.ndarray[Any, Any]]] = []
         self.thread = threading.get_ident()
         self.ambient = Region.current()
         state = [*model.named_buffers(), *model.named_parameters()]
@@ -123,6 +124,8 @@ class Tracer(TorchFunctionMode):
             return self.use.call(func, args, kwargs)
         if func is Tensor.__iter__:  # an iterator would hide what it yields
             return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
+        if func is Tensor.__deepcopy__:  # whose memo holds memory
+            return self.__torch_function__(torch.clone, types, args[:1])
         with self._untraced():
             versions = self.storages.versions((args, kwargs))
             call = self._described(func, (args, kwargs))
@@ -360,6 +363,9 @@ class Tracer(TorchFunctionMode):
     ) -> fx.Node:
         number = len(self.recorder.glue.calls)
         guard = ValueGuard(func, result, self.where(), session, number)
+        if isinstance(result, np.ndarray):  # it may share the tensor's memory
+            guard.expected = result.copy()
+            self._arrays.append((guard, result, args[0], args[0]._version))
         node = self._held_call(guard, args, kwargs, "guard")
         node.meta["guard"] = True
         read = list(tensors_in((args, kwargs)))
@@ -409,7 +415,7 @@ class Tracer(TorchFunctionMode):
             node.meta["spec"] = TensorMeta.of(meta_of)
         return node
 
-    def host_node(self, array: np.ndarray) -> fx.Node:
+    def host_node(self, array: np.ndarray[Any, Any]) -> fx.Node:
         """Return an input of the graph for an array that Python gives in every run."""
         hosts = self.recorder.glue.hosts
         name = f"host_{len(hosts)}"
@@ -497,6 +503,21 @@ class Tracer(TorchFunctionMode):
                 )
         return ""
 
+    def check_arrays(self) -> None:
+        """Refuse writes to tensors that torch does not see.
+
+        Raises:
+            CaptureError: There is one.
+        """
+        for guard, array, tensor, version in self._arrays:
+            if tensor._version == version and not same_value(array, guard.expected):
+                raise CaptureError(
+                    f"{guard.origin} writes into the memory of a tensor through a numpy array "
+                    f"({name_of(guard.read)}); write into the tensor itself, or into a copy of the "
+                    "array (.numpy().copy())"
+                )
+        self._arrays.clear()
+
     def _constant(self, tensor: Tensor) -> str:
         if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
@@ -559,6 +580,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
             output = model(**batch)
         tracer.draws.finish()
         tracer.record_replaced()
+        tracer.check_arrays()
         results = dict(named_tensors(output))
         end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
         end.meta["after"] = tracer.storages.record(end, results.values(), [])

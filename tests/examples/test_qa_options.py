@@ -1,6 +1,9 @@
 """The command line of run_qa.py: every published flag is accepted, contradictions are refused."""
 
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -150,12 +153,16 @@ def test_refuses_contradictions(module, message):
         module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])
 
 
-def test_ctrl_c_is_one_line_and_130(module, common, monkeypatch, capsys):
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sys.argv", ["run_qa.py", *shlex.split(OWN)])
-    with pytest.raises(SystemExit) as ended:
-        common.run_command_line(interrupt, module.Options)
-    assert ended.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+def test_ctrl_c_is_one_line_and_130(root):
+    script = root / "examples" / "question-answering" / "run_qa.py"
+    source = script.read_text().replace(
+        "from fine_tuning", "raise KeyboardInterrupt\nfrom fine_tuning"
+    )
+    code = f"__file__ = {str(script)!r}\nexec(compile({source!r}, 'run_qa.py', 'exec'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")

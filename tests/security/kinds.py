@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +71,9 @@ def finite(*numbers: float) -> None:
 # ---------------------------------------------------------------- plans, machines, configurations
 
 
+BUNDLED = ("runtime", "model_parallel")
+
+
 def use_plan(path: Path) -> None:
     """Read a plan and do what explain, simulate and launch do with it."""
     plan = Plan.load(path)
@@ -92,6 +97,27 @@ def ipu_plan() -> Plan:
     """Return a plan of a tiny model for IPUs."""
     model, batch = TINY["bert-qa"].build(batch_size=1, device="meta")
     return plan(model, batch, machine="pod4", num_stages=4, microbatches=8)
+
+
+def bundle(path: Path) -> None:
+    """Write a bundle around ``path``."""
+    emit(ipu_plan(), settings_for(ipu_plan(), None), path.parent)
+
+
+def use_bundle(path: Path) -> None:
+    """Read the files of a bundle as its run.py does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))
+        for name in [name for name in sys.modules if name.split(".")[0] in BUNDLED]:
+            patch.delitem(sys.modules, name)
+        files = importlib.import_module("runtime.files")
+        try:
+            plan, settings, blocks = files.read_files(path.parent)
+        except files.BundleError as error:  # names files by what they are called in the bundle
+            raise PlanError(str(error).replace(path.name, str(path))) from error
+        assert plan["graph"]["blocks"]
+        assert len(blocks) > 0
+        assert settings["micro_batch_size"] >= 1
 
 
 def use_ipu_plan(path: Path) -> None:
@@ -316,7 +342,9 @@ KINDS: dict[str, Kind] = {
     "report/plan.json": Kind(lambda path: example_plan().save(path), report_plan, 7),
     "ipu/plan.json": Kind(lambda path: ipu_plan().save(path), use_ipu_plan, 30),
     "compile/plan.json": Kind(lambda path: trained_plan()[1].save(path), compile_plan, 3),
-    "machine.json": Kind(write_machine, use_machine, 100),
+    "bundle/settings.json": Kind(bundle, use_bundle, 10),
+    "bundle/plan.json": Kind(bundle, use_bundle, 5),
+    "machine.json": Kind(write_machine, use_machine, 85),
     "ipu_config.json": Kind(
         lambda path: IPUConfig(layers_per_ipu=(1, 2, 3), gradient_accumulation_steps=16).save(path),
         lambda path: IPUConfig.load(path),

@@ -50,7 +50,9 @@ def problem(kind: Kind, path: Path) -> str:
     """Return what is wrong with how a file is used or refused; nothing where that is right."""
     try:
         kind.use(path)
-    except PipelineError as error:
+    except (PipelineError, ValueError) as error:  # wrong argument values are plain ValueError
+        if not isinstance(error, PipelineError) and type(error) is not ValueError:
+            return f"{type(error).__name__}: {error!s:.500}"
         text = str(error)
         if len(text) - text.count(str(path)) * len(str(path)) > LONGEST:
             return f"a message of {len(text)} characters: {text}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -220,7 +221,7 @@ def keeps_deep_inside(self: Toy, x: Tensor) -> dict[str, Tensor]:
     self.cache.setdefault("a", {}).setdefault("b", []).append(h.detach().mean())
     holder = SimpleNamespace(first=h.detach(), second=(h.detach().sum(), 1))
     self.kept.append(holder.second)
-    self.cache[self.calls] = h.mean()
+    self.cache[self.calls] = copy.deepcopy(h.detach())
     self.calls += 1
     return rest(self, h)
 

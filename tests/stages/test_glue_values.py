@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.captures import StageCache
 from tests.capture.toys import WIDTH, Layer, Toy, assert_same, toy
 from tests.stages.glue_programs import FIRST, LOG, PROGRAMS, Body, everything, rest
 from tests.stages.test_glue import halves, inputs, machine_of
@@ -162,6 +165,70 @@ def test_an_error_of_the_users_code_comes_out_as_it_is() -> None:
         model.calls = 5
         expected = sum(model(**part)["loss"].item() for part in halves(inputs(2))) / 2
         assert executable.forward_backward(inputs(2)) == pytest.approx(expected, rel=1e-5)
+
+
+class Slots:
+    """No attribute or container of the model leads to what is in it."""
+
+    __slots__ = ("tensor",)
+
+
+def test_a_tensor_that_is_kept_out_of_reach_says_so_when_it_is_used() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        self.cache["slots"].tensor = h.detach()
+        return rest(self, h)
+
+    model = built(body)
+    model.cache["slots"] = Slots()
+    with ipp.compile(model, planned(model)) as executable:
+        executable.forward_backward(inputs(0))
+    with pytest.raises(CaptureError, match=r"kept from an earlier forward pass; .* in a buffer"):
+        model.cache["slots"].tensor.sum()
+
+
+def test_a_target_without_live_values_refuses_reads_of_what_changes() -> None:
+    model = built(PROGRAMS["moves_a_position"])
+    plan = planned(model)
+    cache = StageCache(model, plan, "float32", recompute=frozenset(), self_check=True)
+    part = Microbatch(0, halves(inputs(0))[0], 2, 1.0)
+    message = r"'Toy' reads 'place' in Python \(Tensor.__int__\), .* run it with target='local'"
+    with pytest.raises(CaptureError, match=message):
+        cache.prepare([part])
+
+
+def test_a_loss_that_is_kept_and_changed_in_place_has_no_scaled_terms() -> None:
+    def body(self: Toy, x: Tensor, labels: Tensor, few: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        loss = nn.functional.cross_entropy(h, labels).clone()
+        loss += nn.functional.cross_entropy(self.layers[1](h), few)
+        self.last = loss.detach()
+        return {"loss": loss}
+
+    model, (_, parts) = built(body), two_kinds_of_labels()
+    plan = ipp.plan(model, parts[0], machine=machine_of(2), num_stages=2, microbatches=2)
+    with (
+        ipp.compile(model, plan) as executable,
+        pytest.raises(CaptureError, match=r"keeps a value that it computes from the loss, .* plan"),
+    ):
+        executable.forward_backward(two_kinds_of_labels()[0])
+
+
+def test_a_write_that_torch_does_not_see_is_refused() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        copied = h.detach().clone()
+        copied.numpy()[0] = 0.5
+        return rest(self, h + copied)
+
+    with pytest.raises(CaptureError, match=r"'Toy' writes into the memory of a tensor .*copy"):
+        planned(built(body))
+
+
+def two_kinds_of_labels() -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    labels = {"labels": torch.tensor([0, 1, 2, 3]), "few": torch.tensor([0, -100, 1, 2])}
+    batch = {**inputs(0), **labels}
+    return batch, [{n: v[i : i + 2] for n, v in batch.items()} for i in (0, 2)]
 
 
 def test_a_kept_part_of_a_loss_with_scaled_terms() -> None:

@@ -121,6 +121,31 @@ def test_a_size_that_decides_makes_another_program(counts: Counts) -> None:
     assert counts == Counts(captures=1, checks=2)
 
 
+def test_another_number_of_parts_is_another_program(counts: Counts) -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        parts = self.layers[0](x).split(3, 1)
+        return last(self, torch.cat([part.mean(1, keepdim=True) for part in parts], 1))
+
+    assert_alike(lambda: toy(body), [batch(size) for size in ((2, 6), (2, 8), (2, 5), (3, 9))])
+    assert counts == Counts(captures=1, checks=2)  # two parts and three
+
+
+class Lengths(Layer):
+    """Returns a size beside its tensor."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return self.linear(x), x.shape[1]
+
+
+def test_a_size_that_a_block_returns(counts: Counts) -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h, length = self.layers[0](x)
+        return {"loss": self.layers[1](h * length)[0].square().mean()}
+
+    assert_alike(lambda: toy(body, Lengths), [batch(size) for size in SIZES[:2]])
+    assert counts == Counts(captures=1, checks=2)
+
+
 def test_a_number_that_sizes_and_something_else_decide(counts: Counts) -> None:
     def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
         h = self.layers[0](x)[:, : x.shape[1] - self.dropped]

@@ -170,7 +170,7 @@ class Heartbeats:
         lost: Why the store cannot be used any more.
         rounds: How often beats were exchanged so far.
         seen: Last beat of other ranks.
-        quiet: Number of rounds since it changed.
+        quiet: Number of rounds since it changed, and when that was, by ``time.monotonic``.
     """
 
     def __init__(self, store: Store, rank: int, watched: Iterable[int], activity: Activity) -> None:
@@ -179,7 +179,7 @@ class Heartbeats:
         self.lost = ""
         self.rounds = 0
         self.seen: dict[int, Beat] = {}
-        self.quiet: dict[int, int] = {}
+        self.quiet: dict[int, tuple[int, float]] = {}
         self._store = store
         self._rank = rank
         self._watched = tuple(watched)
@@ -230,7 +230,8 @@ class Heartbeats:
         for other in self._watched:
             beat = self._read(other)
             changed = beat is not None and beat != self.seen.get(other)
-            self.quiet[other] = 0 if changed else self.quiet.get(other, 0) + 1
+            rounds, since = self.quiet.get(other, (0, 0.0))
+            self.quiet[other] = (0, time.monotonic()) if changed else (rounds + 1, since)
             if beat is not None:
                 self.seen[other] = beat
         self.rounds += 1

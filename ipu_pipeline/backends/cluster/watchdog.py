@@ -183,11 +183,15 @@ class Watchdog:
         return None
 
     def _problem_of_others(self) -> Failure | None:
-        for other, rounds in list(self._beats.quiet.items()):
+        for other, (rounds, since) in list(self._beats.quiet.items()):
             beat = self._beats.seen.get(other)
-            if beat is not None and not beat.closed and rounds * BEAT_S > SILENT_S:
+            if beat is None or beat.closed:
+                continue
+            # Rounds, as this process itself may have been stopped; seconds, as they are said.
+            silent_s = time.monotonic() - since
+            if min(rounds * BEAT_S, silent_s) > SILENT_S:
                 return Failure(
-                    f"rank {other} showed no sign of life for {SILENT_S:.0f} s: its process has "
+                    f"rank {other} showed no sign of life for {silent_s:.0f} s: its process has "
                     f"ended or cannot run{self._last_of(other)}"
                 )
         return None

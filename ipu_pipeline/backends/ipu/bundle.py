@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,6 +35,7 @@ RUNTIME = (
     "__init__.py",
     "checks.py",
     "device.py",
+    "files.py",
     "placement.py",
     "static_graph.py",
 )
@@ -64,6 +66,7 @@ def emit(
     written = settings.to_json()
     written["annotated_blocks"] = [a.block for a in annotations if a.begins]
     plan.save(folder / "plan.json")
+    written["plan_sha256"] = sha256((folder / "plan.json").read_bytes()).hexdigest()
     settings.config.save(folder / "ipu_config.json")
     write_text(folder / "settings.json", json.dumps(written, indent=2) + "\n")
     write_text(folder / "model_parallel.py", model_parallel_text(plan, annotations))

@@ -32,6 +32,12 @@ if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in sys
         @record
         def fail(): raise ValueError("mine")
         fail()
+    if sys.argv[1] == "blame":
+        from torch.distributed.elastic.multiprocessing.errors import record
+        class StageError(Exception): pass
+        @record
+        def fail(): raise StageError("rank 0 failed (a step): ValueError: its own; rank 1 stopped")
+        fail()
     sys.exit(int(sys.argv[1]))
 time.sleep(60 * (sys.argv[2] != "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"))
 """
@@ -113,6 +119,7 @@ def test_a_folder_keeps_what_every_rank_writes(launched: Launched) -> None:
         ("3", 3, "error: rank 1 ended with exit code 3\n"),
         ("raise", 1, "[rank1]:ValueError: mine\n"),
         ("record", 1, "error: rank 1 ended with exit code 1: ValueError: mine\n"),
+        ("blame", 1, "error: rank 0 failed (a step): ValueError: its own; rank 1 stopped\n"),
         ("kill", 137, "error: rank 1 ended by SIGKILL\n"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +385,51 @@ def test_a_model_class_that_transformers_has_not(
     tmp_path: Path, poptorch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = _emit(case(), tmp_path / "b")
+    before = sha256((folder / "plan.json").read_bytes()).hexdigest()
     _edit(folder, '"BertForQuestionAnswering"', '"BertForNothing"', "plan.json")
     with pytest.raises(typer.Exit):
         _run_here(folder)
+    assert "plan.json is not the plan that this bundle was written" in capsys.readouterr().err
+    after = sha256((folder / "plan.json").read_bytes()).hexdigest()
+    _edit(folder, before, after, "settings.json")
+    with pytest.raises(typer.Exit):
+        _run_here(folder)
     assert re.search(r"transformers .* has no BertForNothing", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "file", "message"),
+    [
+        ('"half": false', '"half": 0', "settings.json", "half is 0, must be true or false"),
+        ('"seed"', '"sed"', "settings.json", "settings.json: missing or unknown: sed, seed"),
+        ("{", "[", "settings.json", "settings.json cannot be read: "),
+        ("BLOCKS", "BLCKS", "model_parallel.py", "model_parallel.py cannot be read: Attribute"),
+        ("stage=0", "stage=0.5", "model_parallel.py", "is 0.5; give a whole number from 0 on"),
+        ("{", "[", "config.json", "no model can be made of"),
+    ],
+)
+def test_damaged_files_of_a_bundle_are_named(
+    tmp_path: Path,
+    poptorch: Any,
+    capsys: pytest.CaptureFixture[str],
+    before: str,
+    after: str,
+    file: str,
+    message: str,
+) -> None:
+    folder = _emit(case(), tmp_path / "b")
+    _edit(folder, before, after, file)
+    with pytest.raises(typer.Exit):
+        _run_here(folder)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_for_weights_is_checked_first(
+    tmp_path: Path, poptorch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _emit(case(), tmp_path / "b")
+    (folder / "plan.json").write_text("damaged")
+    for output, message in (("b", "is not empty; choose another"), ("b/run.py", "File exists")):
+        with pytest.raises(typer.Exit):
+            _run_here(folder, "--output", str(tmp_path / output))
+        assert message in capsys.readouterr().err

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -29,6 +29,7 @@ from runtime.device import (  # noqa: E402
     read_data,
     synthetic_data,
 )
+from runtime.files import read_files  # noqa: E402
 from runtime.placement import (  # noqa: E402
     ModuleNotFound,
     Placement,
@@ -44,9 +45,7 @@ def main() -> None:
     """Check, compile, train, save."""
     arguments = parse_arguments()
     check_output(arguments)
-    plan = read_json("plan.json")
-    settings = read_json("settings.json")
-    blocks = importlib.import_module("model_parallel").BLOCKS
+    plan, settings, blocks = read_files(HERE)
     planned = {block["name"] for block in plan["graph"]["blocks"]}
     check_blocks(
         blocks, [name for name in settings["annotated_blocks"] if name in planned], settings
@@ -133,8 +132,16 @@ def load_model(source: str, model_class: str) -> Any:
     has_weights = (path.is_dir() and any(path.glob("*.safetensors"))) or any(path.glob("*.bin"))
     if config.is_file() and not has_weights:
         torch.manual_seed(0)
-        return cls(cls.config_class.from_json_file(str(config))).train()
-    return cls.from_pretrained(source).train()
+        return _made(lambda: cls(cls.config_class.from_json_file(str(config))), str(config))
+    return _made(lambda: cls.from_pretrained(source), source)
+
+
+def _made(make: Callable[[], Any], source: str) -> Any:
+    try:
+        return make().train()
+    except Exception as error:  # of transformers, about files that may hold anything
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(f"no model can be made of {source}: {said}") from error
 
 
 def check_output(arguments: argparse.Namespace) -> None:
@@ -146,11 +153,6 @@ def check_output(arguments: argparse.Namespace) -> None:
             raise BundleError(f"{folder} is not empty; choose another folder, or give --force")
         with tempfile.TemporaryFile(dir=folder):
             pass
-
-
-def read_json(name: str) -> Any:
-    """Return the parsed file of this bundle."""
-    return json.loads((HERE / name).read_text(encoding="utf-8"))
 
 
 def parse_arguments() -> argparse.Namespace:
