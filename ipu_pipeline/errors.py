@@ -40,8 +40,15 @@ class PipelineError(Exception):
     """Base class of every error that this library raises on purpose."""
 
     def __str__(self) -> str:
-        """Return the message; of a word or a quoted text without end only the beginning."""
-        return _LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", super().__str__()))
+        """Return the message, printable; of a word or quoted text without end the beginning."""
+        return printable(_LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", super().__str__())))
+
+
+def printable(text: str) -> str:
+    """Return ``text`` as a terminal may show it: what would act there, lines apart, is escaped."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

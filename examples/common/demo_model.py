@@ -69,7 +69,9 @@ def load_tokenizer(name_or_path: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     with loading(name_or_path, REMEDY):
-        return AutoTokenizer.from_pretrained(source_of(name_or_path), **options)
+        return AutoTokenizer.from_pretrained(
+            source_of(name_or_path), trust_remote_code=False, **options
+        )
 
 
 def load_model(name_or_path: str, auto_class: str, **config: Any) -> Any:

@@ -43,6 +43,7 @@ def load_weights(auto_class: Any, source: str, name_or_path: str, **config: Any)
         model, info = auto_class.from_pretrained(
             source,
             dtype=torch.float32,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=bool(config),
             **config,

@@ -47,7 +47,7 @@ def load_lxmert(options: Options, splits: Splits) -> Loaded:
     name = options.model_name_or_path
     source = str(SMALL_FOLDER) if name == SMALL_ALIAS else name
     with loading(name, f"without a network pass a local folder, or '{SMALL_ALIAS}'"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type != "lxmert":
         raise PipelineError(
             f"model {name!r} is a {config.model_type}, run_vqa.py trains lxmert; pass such a "
@@ -94,7 +94,7 @@ def _trained(options: Options, splits: Splits, source: str) -> Loaded:
 
     name = options.model_name_or_path
     with loading(name, f"without a network pass a local folder, or '{SMALL_ALIAS}'"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = load_weights(LxmertForQuestionAnswering, source, name)
     if options.replace_qa_head:
         answers = splits.answers()
@@ -131,7 +131,7 @@ def _tokenizer(source: str, questions: Sequence[str], config: Any) -> Any:
     from transformers import AutoTokenizer
 
     if Path(source, "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return build_tokenizer(questions, config.max_position_embeddings)
 
 

@@ -43,9 +43,8 @@ TASKS: Mapping[str, str] = {
 }
 # transformers files these visual models under plain question answering.
 _VISUAL_QA_TYPES = ("lxmert",)
-# Fields of a config that say how many parts are built, and how many there may be.
-_COUNTS = re.compile(r"layers$|^n_layer$|experts$|^num_labels$")
-MOST_PARTS = 4096
+# Fields of a config that say how many parts transformers makes, some while it reads the config.
+_COUNTS = re.compile(r"(layer|expert|label)s?$")
 
 
 def from_config(
@@ -77,8 +76,8 @@ def from_config(
     """
     resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
     task = task or infer_task(resolved)
-    model = build_model(resolved, task, device=device, seed=seed)
     try:
+        model = build_model(resolved, task, device=device, seed=seed)
         size = BatchSize(batch_size, seq_length)
         return model, example_batch(model, task, size, device=device, seed=seed)
     except ValueError as error:
@@ -98,7 +97,10 @@ def load_config(name_or_path: str | Path) -> PretrainedConfig:
         if file.exists():
             _check_counts(read_json(file, "the config", CaptureError), str(file))
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path))
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(name_or_path),
+            trust_remote_code=False,  # nor is the user asked to
+        )
     except Exception as error:  # transformers checks fields in its own ways
         raise CaptureError(
             f"no transformers config at '{named(name_or_path)}' ({_reason(error)}); pass a local "
@@ -117,8 +119,8 @@ def _check_counts(raw: Any, source: str) -> None:
     for name, value in raw.items():
         if isinstance(value, dict):
             _check_counts(value, f"{source}, {shown(name)}")
-        elif isinstance(value, int) and _COUNTS.search(name) and value > MOST_PARTS:
-            raise CaptureError(f"{source}: {name} is {value}; at most {MOST_PARTS} are built")
+        elif type(value) is int and value > 0 and (found := _COUNTS.search(str(name))):
+            check_count(f"{source}: {name}", value, f"num_{found[1]}s", error=CaptureError)
 
 
 def _reason(error: Exception) -> str:
@@ -132,13 +134,9 @@ def build_model(
 
     Raises:
         CaptureError: Unknown task, or no model class for it.
-        ValueError: More layers than the limit.
     """
     build = model_builder(config, task)
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            if name.endswith("_layers") and isinstance(value, int) and value > 0:
-                check_count(name, value, "num_layers")
+    _check_counts(config.to_dict(), described(config))
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         try:

@@ -8,6 +8,7 @@ environment it is raised instead.
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import gc
 import logging
@@ -39,7 +40,7 @@ from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.progress import LOGGER, progress_line
 from ipu_pipeline.cli.report import report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
-from ipu_pipeline.errors import INTERRUPTED, PipelineError
+from ipu_pipeline.errors import INTERRUPTED, PipelineError, printable
 
 P = ParamSpec("P")
 TRACEBACK_VARIABLE = "IPU_PIPELINE_TRACEBACK"
@@ -82,7 +83,12 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         except (PipelineError, ValueError) as error:
             if os.environ.get(TRACEBACK_VARIABLE):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE or os.environ.get(TRACEBACK_VARIABLE):
+                raise  # whoever read the output has enough
+            typer.echo(f"error: {printable(str(error))}; make room, or write elsewhere", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             if os.environ.get(TRACEBACK_VARIABLE):

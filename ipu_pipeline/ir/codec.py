@@ -95,13 +95,36 @@ def _place(source: str, where: str) -> str:
     return f"{source}, {where[1:]}" if where.startswith(".") else f"{source}{where}"
 
 
-def read_json(path: str | Path, what: str, error: type[PipelineError]) -> Any:
-    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read."""
+def read_json(
+    path: str | Path, what: str, error: type[PipelineError], *, shown_texts: bool = False
+) -> Any:
+    """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
+
+    With ``shown_texts`` all its texts are for terminals and pages: each must be printable.
+    """
     text = read_text(path, what, error)
     try:
-        return parse_json(text)
+        found = parse_json(text)
+        if shown_texts:
+            _refuse_what_does_not_print(found)
+        return found
     except ValueError as problem:
         raise error(f"cannot read {what} {named(path)}: {problem}") from problem
+
+
+def _refuse_what_does_not_print(found: Any) -> None:
+    left = [found]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and not value.isprintable():
+            raise ValueError(
+                f"it holds the text {shown(value)}, which is not of printable characters; rename "
+                "what it stands for"
+            )
 
 
 def parse_json(text: str) -> Any:

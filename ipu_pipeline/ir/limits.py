@@ -33,6 +33,8 @@ LIMITS: Mapping[str, int] = {
     "elements": 2**27,
     # ---- a model
     "num_layers": 10_000,
+    "num_labels": 10**6,
+    "num_experts": 65_536,
     "slices": 65_536,
     "seed": 2**63 - 1,
     # ---- a search

@@ -188,4 +188,6 @@ class Machine:
         Raises:
             PlanError: The file is missing or is no machine description.
         """
-        return cls.from_json(read_json(path, "the machine file", PlanError), str(path))
+        return cls.from_json(
+            read_json(path, "the machine file", PlanError, shown_texts=True), str(path)
+        )

@@ -244,7 +244,7 @@ class Plan:
         """
         from ipu_pipeline.ir.verify import verify_plan
 
-        plan = plan_from_json(read_json(path, "the plan", PlanError), str(path))
+        plan = plan_from_json(read_json(path, "the plan", PlanError, shown_texts=True), str(path))
         if not any_version:
             check_versions(plan.versions, str(path))
         try:

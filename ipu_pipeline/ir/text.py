@@ -20,7 +20,9 @@ def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=StringIO(), width=160, color_system=None, highlight=False)
+    console = Console(
+        file=StringIO(), width=160, color_system=None, highlight=False, markup=False, emoji=False
+    )
     console.print(table)
     output = console.file
     assert isinstance(output, StringIO)

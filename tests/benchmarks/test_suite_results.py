@@ -235,3 +235,9 @@ def test_failing_benchmarks_are_errors(monkeypatch, tmp_path, capsys, leave) -> 
     wanted = "a benchmark failed, see above; what was" if leave else "nothing was measured (pytest"
     assert wanted in capsys.readouterr().err
     assert (tmp_path / "latest.csv").is_file() == bool(leave)
+
+
+def test_results_without_rows_are_refused(tmp_path) -> None:
+    write_csv([], tmp_path / "r.csv")
+    with pytest.raises(ResultsError, match=r"r\.csv holds no result; write some"):
+        read_csv(tmp_path / "r.csv")

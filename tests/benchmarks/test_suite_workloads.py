@@ -81,3 +81,22 @@ def test_kinds_and_workloads_are_known(changed) -> None:
         changed(lambda given: given["contestants"]["DDP"].update(kind="fsdp"))
     with pytest.raises(WorkloadError, match="unknown workload 'x'; use one of bert-base-qa"):
         changed(lambda given: given["memory"][0].update(workload="x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "as YAML: it has the key 'a' twice in one place"),
+        ("a: .nan\n", "it holds the number nan, which is not finite"),
+        ("a: 2026-01-01\n", r"it holds datetime.date\(2026, 1, 1\), which is no text"),
+        ("a: &a [*a]\n", "more than 10000 values or 100 levels"),
+        ("[" * 3000, "cannot read the workloads"),
+        ("- 1\n", "Expected `object`, got `array`"),
+        ("a: 1\n", "missing field 'contestants'"),
+        ("", "Expected `object`, got `null`"),
+    ],
+)
+def test_yaml_that_has_no_one_meaning_is_refused(tmp_path, text, message) -> None:
+    (tmp_path / "workloads.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(WorkloadError, match=rf"workloads\.yaml.*{message}|{message}"):
+        load(tmp_path / "workloads.yaml")

@@ -277,7 +277,7 @@ def test_too_long_a_transcript_names_the_limit() -> None:
 
 @pytest.mark.parametrize(("rows", "tokens"), [(0, 16), (1, 3)])
 def test_sizes_that_make_no_batch(rows: int, tokens: int) -> None:
-    with pytest.raises(ValueError, match=f"got batch_size={rows} and seq_length={tokens}"):
+    with pytest.raises(ValueError, match=r"must be at least [14], got [03]"):
         BatchSize(rows, tokens)
 
 
@@ -330,3 +330,31 @@ def test_a_config_without_the_decoders_first_token_is_refused():
     )
     with pytest.raises(CaptureError, match="this t5 model has no decoder_start_token_id, with wh"):
         from_config(config, "seq2seq-lm", seq_length=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**6}, "config.json: num_hidden_layers may be 10000 at most"),
+        ({"part": {"num_labels": 10**9}}, "'part': num_labels may be 1000000 at most"),
+        ({"architectures": [3]}, r"config.json: architectures is \[3\]; give names of classes"),
+        ({"hidden_size": 7}, "transformers cannot build the model of .*config.json"),
+        ({"hidden_size": "x"}, "(cannot build the model of|no transformers config at) .*config"),
+        ({"max_position_embeddings": 1}, "config.json: seq_length 8 is longer than the 1 posit"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_by_name(tmp_path, change, message) -> None:
+    config = transformers.BertConfig(**ENCODER, architectures=["BertForQuestionAnswering"])
+    given = config.to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
+    with pytest.raises((CaptureError, ValueError), match=message):
+        from_config(tmp_path / "config.json", seq_length=8)
+
+
+def test_a_config_is_an_object(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"config.json holds a list; a config.json is an object"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{" * 5000, encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"cannot read the config .*config.json"):
+        load_config(tmp_path)

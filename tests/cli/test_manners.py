@@ -110,3 +110,14 @@ def test_wrong_choices_are_one_line(arguments: tuple[str, ...], message: str) ->
     assert done.exit_code == 1
     assert message in done.output
     assert done.output.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")
+def test_an_output_that_is_full_is_one_line(tmp_path: Path) -> None:
+    example_plan().save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "ipu_pipeline", "explain", str(tmp_path / "plan.json")]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: [Errno 28] No space left on device; make room")
+    assert done.stderr.count("\n") == 1

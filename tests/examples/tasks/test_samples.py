@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ipu_pipeline.errors import DatasetError
-from tasks.samples import load_hub_rows, read_rows, require
+from tasks.samples import in_data, load_hub_rows, read_rows, require
 
 ROWS = [{"text": "a, b", "label": 1}, {"text": "c", "label": 0}]
 FILES = {
@@ -123,3 +123,16 @@ def test_a_data_set_that_is_not_there(monkeypatch):
 def test_a_column_has_to_be_there_and_of_its_kind(row, message):
     with pytest.raises(DatasetError, match=message):
         require(row, "a", (str, list), "row 3")
+
+
+def test_one_column_and_long_fields(tmp_path):
+    long = "y" * 200_000
+    (tmp_path / "t.csv").write_bytes(f"text\r\na\u2028b\x85c\r\n{long}\r\n".encode())
+    assert read_rows(tmp_path / "t.csv") == [{"text": "a\u2028b\x85c"}, {"text": long}]
+    (tmp_path / "t.txt").write_bytes(b"a\x0cb\r\nc\r\n")
+    assert read_rows(tmp_path / "t.txt") == [{"text": "a\x0cb"}, {"text": "c"}]
+
+
+def test_what_is_wrong_with_samples_names_their_file():
+    with pytest.raises(DatasetError, match=r"t\.csv, row 0 has no column 'a'"), in_data("t.csv"):
+        require({"b": 1}, "a", str, "row 0")

@@ -154,3 +154,34 @@ def test_sync_times_are_refused(tmp_path):
            "nodes": [{"id": 0, "TMPCs": {"1": [way]}}]}  # fmt: skip
     with pytest.raises(DatasetError, match="node 0 has sync times at degree 1"):
         read_instance(write(tmp_path, raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(maxFPGAs=10**9), r"Expected `int` <= 1024 - at `\$.maxFPGAs`"),
+        (lambda raw: raw["nodes"][0].update(id=1), "has 2 nodes of 1 ids; make ids unique"),
+        (lambda raw: raw["edges"][0].update(destId=7), r"edges\[0\]: destId 7 is no node's id"),
+    ],
+)
+def test_max_load_files_are_checked(tmp_path, change, message):
+    raw = {
+        "maxSizePerFPGA": 9, "maxFPGAs": 2, "maxCPUs": 0, "nodes": [node(0, 1), node(1, 1)],
+        "edges": [{"sourceId": 0, "destId": 1, "cost": 0}],
+    }  # fmt: skip
+    change(raw)
+    with pytest.raises(DatasetError, match=rf"instance\.json.*{message}"):
+        read_instance(write(tmp_path, raw))
+
+
+def test_layers_are_checked(tmp_path):
+    way = {"timePerSample": 1, "memoryUsageA": 1, "memoryUsageB": 1, "syncTimeFw": {},
+           "syncTimeBw": {}}  # fmt: skip
+    edges = [{"sourceId": a, "destId": b, "communicationCost": 1} for a, b in ((0, 1), (1, 0))]
+    raw = {"maxDevices": 1, "maxMemoryPerDevice": 9, "edges": edges,
+           "nodes": [{"id": i, "TMPCs": {"1": [way]}} for i in range(2)]}  # fmt: skip
+    with pytest.raises(DatasetError, match=r"has edges in a circle: nodes \["):
+        read_instance(write(tmp_path, raw))
+    raw["nodes"][0]["TMPCs"] = {"2": [way]}
+    with pytest.raises(DatasetError, match="node 0 has no TMPCs of degree 1, which is read"):
+        read_instance(write(tmp_path, raw))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ipu_pipeline.errors import DatasetError
 from tests.tools.coverage.fates import fate
 from tools.coverage.classes import ModelClass
 from tools.coverage.record import Record
@@ -53,6 +54,14 @@ def test_an_interrupted_run_is_remembered(tmp_path: Path) -> None:
     assert remembered(path, header) == [first]
     Journal(path, header, [first]).add(Record("B", "b", "ctc", "timeout"))
     assert [record.name for record in remembered(path, header)] == ["A", "B"]
+
+
+@pytest.mark.parametrize("line", ["{}", "[1", '{"name": 3}'])
+def test_a_damaged_journal_is_not_resumed(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text(f'{{"versions": {{}}}}\n{line}\n')
+    with pytest.raises(DatasetError, match=r"run\.jsonl cannot be resumed .*delete it, or leave"):
+        remembered(path, {"versions": {}})
 
 
 @pytest.mark.parametrize("text", ["", '{"versions": {"torch": "2"}}\n'])

@@ -53,7 +53,8 @@ class StoredRegions:
         Raises:
             DatasetError: They are no finite numbers.
         """
-        with by_datasets(f"{self.where} row {row}", "give regions of numbers, all of one length"):
+        remedy = "give regions of numbers, all of one length"
+        with by_datasets(f"{self.where} row {row}", remedy), np.errstate(over="ignore"):
             found = self.rows[row]
             return _tensor(found[self.features]), _tensor(found[self.boxes])
 

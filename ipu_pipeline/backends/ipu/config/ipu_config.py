@@ -158,7 +158,9 @@ class IPUConfig:
         """
         path = Path(path)
         path = path / CONFIG_FILE_NAME if path.is_dir() else path
-        return cls.from_dict(read_json(path, "the IPU configuration", ConfigError), str(path))
+        return cls.from_dict(
+            read_json(path, "the IPU configuration", ConfigError, shown_texts=True), str(path)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data with every field that has a value, sorted by name."""

@@ -34,11 +34,18 @@ class _Entry(msgspec.Struct):
 
 
 def cache_folder() -> Path:
-    """Return the folder for measurements: ``$IPU_PIPELINE_CACHE``, or one in the user's cache."""
+    """Return the folder for measurements: ``$IPU_PIPELINE_CACHE``, or one in the user's cache.
+
+    Raises:
+        PermissionError: The user has no home folder.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # of a user whom the system does not know
+        raise PermissionError(str(error)) from error
     return Path(base) / "ipu_pipeline"
 
 
@@ -58,16 +65,19 @@ def load_measurements(name: str, kind: type[T]) -> T | None:
 
     A damaged entry is dropped with a log line: its checksum tells.
     """
-    path = _file(name)
     try:
+        path = _file(name)
         if not path.exists():
             return None
+        _make_folder()
         entry = msgspec.json.decode(read_text(path, "the measurements", ConfigError), type=_Entry)
         if entry.sha256 != _checksum(entry.machine, entry.values):
             raise ConfigError("its checksum is another one")
         if entry.machine != machine_key():
             return None
         return msgspec.json.decode(entry.values, type=kind)
+    except PermissionError:
+        return None
     except (ConfigError, msgspec.MsgspecError, RecursionError, OSError) as error:
         logger.warning("%s is damaged, so it is measured again: %s", named(path), first_line(error))
         return None
@@ -89,8 +99,8 @@ def _checksum(machine: str, values: msgspec.Raw) -> str:
 @contextlib.contextmanager
 def one_process(name: str) -> Iterator[None]:
     """Let one process at a time measure ``name``: ranks that plan at once must find the same."""
-    lock = FileLock(cache_folder() / f".{name}.lock")
     try:
+        lock = FileLock(cache_folder() / f".{name}.lock")
         _make_folder()
         lock.acquire()
     except OSError:  # nothing can be kept there either
@@ -103,8 +113,21 @@ def one_process(name: str) -> Iterator[None]:
 
 
 def _make_folder() -> None:
-    """Make the folder; what is measured on this machine is its user's."""
-    cache_folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make the folder; what is measured on this machine is its user's.
+
+    Raises:
+        PermissionError: It is another user's, or others can write there: what it holds, or where
+            its links lead to, is not to be trusted.
+    """
+    folder = cache_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o022:
+        logger.warning(
+            "measurements are not kept: others can write to %s; make it private (chmod 700), or "
+            "name another folder in %s", named(folder), CACHE_VARIABLE,
+        )  # fmt: skip
+        raise PermissionError(f"{folder} is not private")
 
 
 def _file(name: str) -> Path:

@@ -90,3 +90,17 @@ def test_mixed_labels_are_refused():
     given = [read_label(0, "r"), read_label([0.5, 1.0, 0.0], "r")]
     with pytest.raises(DatasetError, match="data mixes hard and soft labels; write all of them"):
         Labels.of(given, COLOURS, "data")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (10**9, "r: answer 1000000000 is out of range; number answers from 0 to 99999"),
+        ({"ids": 3, "weights": [1.0]}, "r: 'ids' and 'weights' of a label are lists, got"),
+        ({"ids": ["x"], "weights": [1.0]}, "r: 'x' in a label is no number; give one"),
+        ({"yes": True}, "r: True in a label is no number; give one"),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused(value, message):
+    with pytest.raises(DatasetError, match=message):
+        read_label(value, "r")

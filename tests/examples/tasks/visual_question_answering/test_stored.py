@@ -139,3 +139,31 @@ def test_refuses_a_missing_column(table):
 def test_refuses_no_rows(table):
     with pytest.raises(DatasetError, match="mine holds no question; give at least one"):
         read_rows(table(), "mine", limit=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, r"a\.json row 0 has the question None; give each one"),
+        ({"question_id": None}, r"a\.json row 0 has the question_id None; give each one"),
+        ({"visual_feats": [["x"]]}, r"a\.json cannot be loaded .*; give the rows columns of one"),
+        ({"label": {"a": [[1]]}}, r"a\.json"),
+    ],
+)
+def test_rows_of_other_kinds_are_refused(rows, tmp_path, change, message):
+    listed = [row | {"question_id": i} for i, row in enumerate(records(rows()))]
+    listed[0] |= change
+    (tmp_path / "a.json").write_text(json.dumps(listed))
+    with pytest.raises(DatasetError, match=message):
+        read_rows(load_file(tmp_path / "a.json"), str(tmp_path / "a.json"))
+
+
+def test_regions_are_finite_numbers(rows, tmp_path):
+    listed = records(rows())
+    listed[0]["visual_feats"][0][0] = 1e300
+    (tmp_path / "a.json").write_text(json.dumps(listed))
+    split = read_rows(load_file(tmp_path / "a.json"), "a.json")
+    with pytest.raises(
+        DatasetError, match=r"a\.json row 0 cannot be loaded .*not finite.*give reg"
+    ):
+        split.regions[0]
