@@ -161,11 +161,14 @@ def begin_run(folder: Path, path: Path | None, run_of: RunOf) -> str:
     write_json(folder / RUN, to_json(run))
     others = [p.name for p, r in found.items() if r != run.id]
     if others:
+        # transformers' own rule, which the thin loop does not have.
+        all_count = run_of is run_of_trainer_checkpoint
         logger.warning(
-            "%s holds %s of another run: this run neither resumes nor deletes them, and replaces "
-            "those of its own steps",
+            "%s holds %s of another run: this one does not resume them, and replaces those of its "
+            "own steps%s",
             folder,
             _names(others),
+            "; save_total_limit counts them" if all_count else "",
         )
     return run.id
 

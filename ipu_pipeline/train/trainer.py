@@ -158,21 +158,24 @@ class PipelineTrainer(Trainer):
             CheckpointError: Another process trains into the folder.
             ValueError: There is no checkpoint to resume.
         """
-        folder, path = Path(str(self.args.output_dir)), resume_from_checkpoint or None
+        folder = Path(str(self.args.output_dir))
+        path: Path | None = None
         self._run_id = ""
         with contextlib.ExitStack() as block:
             if saves := self.args.save_strategy != SaveStrategy.NO:
                 block.enter_context(locked(folder))
-            if path is True:
-                path = str(newest_checkpoint(folder, run_of_trainer_checkpoint) or "")
-                if not path:
+            if resume_from_checkpoint is True:
+                path = newest_checkpoint(folder, run_of_trainer_checkpoint)
+                if path is None:
                     raise ValueError(
                         f"there is no complete checkpoint of the last run in {folder}; name one, "
                         "or start afresh without resume_from_checkpoint"
                     )
-            if saves and (path is None or run_of_trainer_checkpoint(Path(path)) is not None):
-                self._run_id = begin_run(folder, path and Path(path), run_of_trainer_checkpoint)
-            return super().train(path, *args, **kwargs)
+            elif resume_from_checkpoint:
+                path = Path(str(resume_from_checkpoint))
+            if saves and (path is None or run_of_trainer_checkpoint(path) is not None):
+                self._run_id = begin_run(folder, path, run_of_trainer_checkpoint)
+            return super().train(None if path is None else str(path), *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as transformers does, and say in the checkpoint of which run it is."""

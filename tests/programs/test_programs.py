@@ -19,7 +19,7 @@ from tests.programs.program import FEATURES, Program
 
 FEW = 500
 NUMBER = int(os.environ.get("IPU_PIPELINE_PROGRAMS", FEW))
-SHARDS = 4
+SHARDS = 20
 
 
 @st.composite

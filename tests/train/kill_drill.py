@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def drill(points: int, seed: int, folder: Path, **options: Any) -> int:
         DrillError: A kill did not happen.
     """
     answer, older = folder / "answer.json", folder / "older"
-    forked(lambda: training(older, learning_rate=0.1), answer)
+    forked(partial(training, older, learning_rate=0.1), answer)
     latest = latest_checkpoint(older)
     assert latest is not None
 
@@ -118,7 +119,7 @@ def drill(points: int, seed: int, folder: Path, **options: Any) -> int:
         shutil.copytree(latest, folder / name / OLDER)
         return folder / name
 
-    _, whole = forked(lambda: training(prepared("whole"), **options), answer)
+    _, whole = forked(partial(training, prepared("whole"), **options), answer)
     draw, failed = random.Random(seed), 0
     number = len(whole["events"])
     if options.get("async_save"):  # the last ones come in another number from time to time
@@ -127,14 +128,14 @@ def drill(points: int, seed: int, folder: Path, **options: Any) -> int:
     print(f"{len(whole['events'])} moments; uninterrupted: loss {whole['loss']:.6f}", flush=True)
     for index, moment in enumerate(moments):
         place = prepared(str(index))
-        killed, _ = forked(lambda at=moment, to=place: training(to, at, **options), answer)
+        killed, _ = forked(partial(training, place, moment, **options), answer)
         if killed != signal.SIGKILL:
             raise DrillError(
                 f"the kill at moment {moment} did not happen: {whole['events'][moment]}"
             )
         found = latest_checkpoint(place)
         resumed = {**options, "resume_from_checkpoint": "auto"}
-        _, again = forked(lambda to=place, how=resumed: training(to, **how), answer)
+        _, again = forked(partial(training, place, **resumed), answer)
         wrong = [key for key in ("loss", "weights", "left") if again[key] != whole[key]]
         failed += bool(wrong)
         print(
