@@ -174,7 +174,7 @@ def _check_length(draft: _Draft) -> None:
     speech = getattr(draft.text_config, "max_target_positions", None)
     limit = getattr(draft.text_config, "max_position_embeddings", speech)
     offset = _position_offset(draft.model)
-    if isinstance(limit, int) and limit > 0 and draft.size.seq_length > limit - offset:
+    if isinstance(limit, int) and limit >= 0 and draft.size.seq_length > limit - offset:
         raise ValueError(
             f"seq_length {draft.size.seq_length} is longer than the {limit - offset} positions of "
             f"this {draft.config.model_type} model; use at most {limit - offset}"

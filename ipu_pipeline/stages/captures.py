@@ -26,7 +26,7 @@ from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, at_sizes, build_stages
+from ipu_pipeline.stages.stage import Stage, at_sizes, build_stages, place_blocks
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 
@@ -564,23 +564,6 @@ class StageCache:
             raise PlanError(
                 "the model's blocks for this batch are not those of the plan: "
                 f"missing {', '.join(missing) or 'none'}; new {', '.join(extra) or 'none'}; make "
-                "the plan with an example batch that has the same inputs as the training batches"
+                "the plan with an example batch that has the same inputs as the training batches, "
+                "and let a block itself decide, not the code around it, whether it does something"
             )
-
-
-def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
-    """Return the block names of every stage.
-
-    Blocks that the plan does not name (evaluation without labels has other glue) go to the
-    latest stage that computes something for them.
-    """
-    stage_of: dict[str, int] = {}
-    producer = {value: p.name for p in captured.programs for value in p.outputs}
-    for program in captured.programs:
-        sources = [stage_of[producer[name]] for name in program.inputs if name in producer]
-        earliest = max(sources, default=0)
-        stage_of[program.name] = plan.stage_of.get(program.name, earliest)
-    return [
-        [name for name, stage in stage_of.items() if stage == index]
-        for index in range(plan.num_stages)
-    ]

@@ -212,11 +212,13 @@ class DistributedExecutable(Executable):
 
     def wait_for_checkpoint(self) -> None:
         """Wait until every checkpoint is written."""
+        self._raise_error_of_last_save()
         with self._running("waiting for a checkpoint"):
             self._checkpoints.wait()
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
+        self._raise_error_of_last_save()
         with self._running("loading a checkpoint"):
             self.global_step, extra = self._checkpoints.load(path, self._ownership)
         return extra
@@ -247,6 +249,12 @@ class DistributedExecutable(Executable):
             self._error_of_last_save()  # logged; the caller's own error goes on
             self._watchdog.leave_with(error)
         self.close()
+
+    def _raise_error_of_last_save(self) -> None:
+        """Raise it before the watchdog may: the others have left with the same error."""
+        error = self._error_of_last_save()
+        if error is not None:
+            raise error
 
     def _error_of_last_save(self) -> Exception | None:
         """Wait for the last checkpoint; return the error that all ranks have with it."""
