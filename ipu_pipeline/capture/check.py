@@ -231,6 +231,17 @@ def _require_equal(
         "something between the blocks is not replayed faithfully: try another granularity, and "
         "please report the model class"
     )
+    iterators = [
+        f"{fqn}.{attribute}".lstrip(".")
+        for fqn, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, Iterator)
+    ]
+    if iterators:
+        why = (
+            f"it keeps an iterator ({iterators[0]}), which cannot be put back after the model was "
+            "tried: keep a number instead, and count"
+        )
     if name.endswith(("afterwards", "of the next batch")):
         why = (
             f"what it keeps from batch to batch ({', '.join(kept or ())}) is not kept as without "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.batch_axes import close_enough
+from ipu_pipeline.capture.batch_axes import LOSS_TOLERANCE, close_enough
 from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
@@ -70,7 +70,7 @@ def _rule(term: Term, both: _Row, first: _Row, second: _Row) -> Rule:
     for rule, weights in tried.items():
         pairs = zip(weights, (first[0], second[0]), strict=True)
         kept = [weight * value for weight, value in pairs if weight]
-        if close_enough(both[0], torch.stack(kept).sum(0)):
+        if close_enough(both[0], torch.stack(kept).sum(0), LOSS_TOLERANCE):
             return rule
     return "none"
 

@@ -58,6 +58,7 @@ class Term:
         node: Name of the term.
         least: The least that a divisor is raised to, where the quotient has such a bound.
         added: A number that is added to the divisor.
+        averaged: Whether a mean is divided by a mean.
     """
 
     kind: TermKind
@@ -67,6 +68,7 @@ class Term:
     node: str = ""
     least: float = 0.0
     added: float = 0.0
+    averaged: bool = False
 
     def weights(self, counts: Sequence[float]) -> list[float]:
         """Return what values with these counts weigh in that of all; nothing if none counts."""
@@ -200,7 +202,8 @@ def _raised(divisor: fx.Node) -> Term:
     raised = name in ("clamp", "clamp_min", "clip") and len(bounds) == 1
     if raised and "max" not in node.kwargs and isinstance(bounds[0], int | float):
         least, node = float(bounds[0]), node.all_input_nodes[0]
-    return Term("quotient", node.name, least=least, added=added)
+    averaged = _name(node.target) == "mean"
+    return Term("quotient", node.name, least=least, added=added, averaged=averaged)
 
 
 def _name(function: Any) -> str:
@@ -318,10 +321,10 @@ class _Walk:
             divided = divided or name in _QUOTIENTS
             terms = [t for one in inner for t in self.terms(one, divided=divided)]
             divisor = self._divisor(node, name)
-            if divisor is not None and all(
-                term.kind in ("sum", "number", "opaque") for term in terms
-            ):
-                yield replace(_raised(divisor), node=node.name)
+            quotient = None if divisor is None else _raised(divisor)
+            kinds = {"mean"} if quotient and quotient.averaged else {"sum", "number", "opaque"}
+            if quotient and all(term.kind in kinds for term in terms):
+                yield replace(quotient, node=node.name)
             else:
                 yield from terms
         elif name == "sum":

@@ -32,6 +32,7 @@ from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.reads import unguarded
 from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
+from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import OpKind, OpRecord
 
 
@@ -161,7 +162,16 @@ class OperationCounter:
             return self._count_on(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
             device = "meta" if self.on_meta else "cpu"
+        try:
             return self._count_on(program, contextlib.nullcontext(), device)
+        except RuntimeError as error:
+            if torch.autograd.grad not in {node.target for node in program.module.graph.nodes}:
+                raise
+            raise CaptureError(
+                f"the code between the blocks takes a gradient (torch.autograd.grad in block "
+                f"{program.name!r}) through other blocks, which may be in other stages; take it in "
+                "a block that calls these layers itself"
+            ) from error
 
     def _count_on(self, program: Program, mode: Any, device: str) -> Operations:
         module = program.module

@@ -268,9 +268,13 @@ class BatchCutter:
         columns: list[list[float] | None] = []
         for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
             counts = [count for count in column if count is not None]
+            if term.averaged:
+                pairs = zip(counts, by_samples, strict=bool(counts))
+                counts = [count * share for count, share in pairs]
             found = term.weights(counts) or by_samples
             if constant:
-                found = whole if term.kind == "quotient" else by_samples
+                summed = term.kind == "quotient" and not term.averaged
+                found = whole if summed else by_samples
             columns.append(found if counts else None)
         return columns
 
@@ -296,7 +300,7 @@ class BatchCutter:
     ) -> list[list[float]]:
         """Return the weights of every term: by what it counts, or as measured."""
         if "none" in rules:
-            self._say_mixed((LOSS,))
+            self._say_mixed()
         plain = {"sum": [1.0] * len(parts)}
         by_samples = [part.share for part in parts]
         return [
@@ -319,7 +323,8 @@ class BatchCutter:
             raise self._needs_weights("is a mean over labels that a block of its own counts")
         if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
             return [1.0] * len(parts)  # the samples alone do not tell: random numbers
-        self._say_mixed(found.mixed)
+        if LOSS in found.mixed:
+            self._say_mixed()
         if alike and columns:
             return list(columns[0])
         return [part.share for part in parts]
@@ -332,14 +337,12 @@ class BatchCutter:
             "loss_weights='samples'), a list, or a function of a microbatch's inputs"
         )
 
-    def _say_mixed(self, mixed: Sequence[str]) -> None:
-        if mixed:
-            self._say(
-                "the %s of a batch of %s is not a mean over its samples or labels: it is trained "
-                "microbatch by microbatch, and depends on their size",
-                ", ".join(mixed),
-                type(self._model).__name__,
-            )
+    def _say_mixed(self) -> None:
+        self._say(
+            "the loss of a batch of %s is not a mean over its samples or labels: it is trained "
+            "microbatch by microbatch, and depends on their size",
+            type(self._model).__name__,
+        )
 
     def _is_cut(self, name: str, parts: Sequence[Microbatch]) -> bool:
         value = parts[0].inputs[name]

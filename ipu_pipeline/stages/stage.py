@@ -16,7 +16,7 @@ from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
@@ -258,6 +258,35 @@ def _input(inputs: Mapping[str, Any], name: str) -> Any:
     if name not in inputs and name.startswith(factor_name("")):
         return torch.ones(())  # terms of the loss are what they are, unless a batch says more
     return inputs[name]
+
+
+def place_blocks(captured: CapturedModel, plan: Plan) -> list[list[str]]:
+    """Return the block names of every stage.
+
+    Blocks that the plan does not name (evaluation without labels has other glue) go to the
+    latest stage that computes something for them.
+
+    Raises:
+        PlanError: A block needs what a later stage computes.
+    """
+    stage_of: dict[str, int] = {}
+    producer = {value: p.name for p in captured.programs for value in p.outputs}
+    for program in captured.programs:
+        names = [producer[name] for name in program.inputs if name in producer]
+        earliest = max((stage_of[name] for name in names), default=0)
+        stage_of[program.name] = plan.stage_of.get(program.name, earliest)
+        if stage_of[program.name] < earliest:
+            later = next(name for name in names if stage_of[name] == earliest)
+            raise PlanError(
+                f"block {program.name!r} of stage {stage_of[program.name]} needs what block "
+                f"{later!r} of stage {earliest} computes: the code between the blocks of "
+                f"{type(captured.model).__name__} calls them in another order than when the plan "
+                "was made; keep one order, or plan one stage"
+            )
+    return [
+        [name for name, stage in stage_of.items() if stage == index]
+        for index in range(plan.num_stages)
+    ]
 
 
 def build_stages(

@@ -63,6 +63,16 @@ def variants(plan: Plan, devices: int) -> Iterator[Variant]:
 
 
 def _solved(plan: Plan, variant: Variant) -> Variant:
+    try:
+        variant, made = _split_again(plan, variant)
+    except (ConfigError, PartitionError, ValueError) as error:  # also of a count above its limit
+        return replace(variant, problem=str(error))
+    if made.misfits:
+        return replace(variant, problem="; ".join(made.misfits))
+    return _filled(variant, made)
+
+
+def _split_again(plan: Plan, variant: Variant) -> tuple[Variant, Plan]:
     machine, grown = _machine(plan, variant.num_devices)
     backend = backend_of(machine)
     if grown:
@@ -78,22 +88,10 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
         tied=plan.settings.get("tied", "free"),
         update_s=plan.settings.get("update_s", {}),
     )
-    try:
-        limits = backend.rules(plan.graph, machine, limits)
-        work = replace(workload_of(changed), factors={}, apart=())
-        found = solve(
-            plan.graph,
-            backend.costs(work),
-            machine,
-            limits,
-            step=partial(step_s, work),
-        )
-        made = make_plan(plan.model, work, found, plan.granularity)
-    except (ConfigError, PartitionError) as error:
-        return replace(variant, problem=str(error))
-    if made.misfits:
-        return replace(variant, problem="; ".join(made.misfits))
-    return _filled(variant, made)
+    limits = backend.rules(plan.graph, machine, limits)
+    work = replace(workload_of(changed), factors={}, apart=())
+    found = solve(plan.graph, backend.costs(work), machine, limits, step=partial(step_s, work))
+    return variant, make_plan(plan.model, work, found, plan.granularity)
 
 
 def _filled(variant: Variant, plan: Plan) -> Variant:

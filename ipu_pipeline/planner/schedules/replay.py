@@ -125,7 +125,7 @@ def start_times(
     return starts, max(free)
 
 
-class Replay(NamedTuple):
+class StepReplay(NamedTuple):
     """A step, action by action, without the microbatches in its middle that only repeat.
 
     Attributes:
@@ -162,7 +162,7 @@ def replay(
     shape: PipelineShape,
     seconds: Sequence[float],
     overlap_s: Sequence[float] | None = None,
-) -> Replay:
+) -> StepReplay:
     """Replay a step; of very many microbatches only as many as show how the others repeat.
 
     Args:
@@ -181,7 +181,7 @@ def replay(
         starts, end_s = start_times(made, seconds, overlap_s)
         left = shape.num_microbatches - short.num_microbatches
         if left == 0:
-            return Replay(short, made, starts, end_s)
+            return StepReplay(short, made, starts, end_s)
         period = kind.period(short) if kind.period is not None else 0
         # Waits that go around through several stages repeat after as many microbatches as those
         # stages hold.
@@ -193,7 +193,7 @@ def replay(
                 starts, end_s = start_times(made, seconds, overlap_s)
             if pace_s is not None:
                 repeats = left // span
-                return Replay(short, made, starts, end_s, repeats * span, repeats * pace_s)
+                return StepReplay(short, made, starts, end_s, repeats * span, repeats * pace_s)
         least *= 4
 
 

@@ -97,7 +97,7 @@ def parallel_configurations(
     for replicas in _replica_counts(constraints, available):
         microbatches = constraints.microbatches_of(replicas)
         devices_of_each = available // replicas
-        if constraints.layers_per_ipu is None:  # otherwise every device is named
+        if constraints.layers_per_ipu is None and constraints.stage_devices is None:
             devices_of_each = min(devices_of_each, len(graph.blocks))
         for devices in _pipelines(graph, constraints, devices_of_each):
             shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)

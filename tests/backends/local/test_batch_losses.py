@@ -154,7 +154,14 @@ def sums_over_samples_and_numbers(model: nn.Module, logits: Tensor, labels: Tens
     return torch.stack([divided, token_mean(model, logits, labels)]) @ weights
 
 
+def mean_of_a_mean(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    mask = (labels != IGNORED).float()
+    each = cross_entropy(logits, labels, reduction="none").view_as(mask)
+    return (each * mask).mean() / mask.mean()
+
+
 LOSSES = [
+    mean_of_a_mean,
     selected, selected_by_hand,
     token_mean, shifted, class_weights, negative_log_likelihood, other_ignored, own_mask, summed,
     sum_over_samples, sum_over_constant, two_equal_terms, sample_mean,

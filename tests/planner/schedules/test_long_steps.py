@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from ipu_pipeline.ir.limits import LIMITS
 from ipu_pipeline.planner.report.excerpt import left_out, windows
+from ipu_pipeline.planner.report.sensitivity import sensitivity
 from ipu_pipeline.planner.report.trace import trace
 from ipu_pipeline.planner.schedules import PipelineShape, replay, schedule_kind, simulate
 from ipu_pipeline.planner.schedules.simulate import CopyModel
@@ -74,3 +76,9 @@ def test_more_passes_than_can_be_listed_are_refused() -> None:
     kind = schedule_kind("gpipe")
     with pytest.raises(ValueError, match="1000000 microbatches x 2 stages are too many for sched"):
         kind.rows(PipelineShape.of(2, 10**6))
+
+
+def test_a_variant_above_a_limit_is_no_variant() -> None:
+    plan = make_plan([1, 2], [2, 3], LIMITS["num_microbatches"], "1f1b")
+    twice = next(v for v in sensitivity(plan) if v.name.startswith("twice"))
+    assert "num_microbatches may be 1000000000 at most" in twice.problem

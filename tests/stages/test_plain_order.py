@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
-from ipu_pipeline.errors import CaptureError, LoweringError
+from ipu_pipeline.errors import CaptureError, LoweringError, PlanError
 
 WIDTH, SAMPLES, MICROBATCHES = 4, 8, 4
 SHARED = np.random.default_rng(0)
@@ -169,3 +169,46 @@ def test_parts_in_torchscript_are_run_as_they_are() -> None:
     batch, plan = planned(model, 2)
     with ipp.compile(model, plan) as executable:
         assert executable.forward_backward(batch) == pytest.approx(model(**batch)["loss"].item())
+
+
+class Shuffled(Model):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in reversed(self.layers) if self.draws else self.layers:
+            x = layer(x)
+        return {"loss": x.square().mean()}
+
+
+def test_another_order_of_blocks_than_that_of_the_plan_is_refused() -> None:
+    model = Shuffled(Layer)
+    batch, plan = planned(model, 2)
+    model.draws = True
+    message = "needs what block 'layers.* computes: the code between the blocks of Shuffled calls"
+    with ipp.compile(model, plan) as executable, pytest.raises(PlanError, match=message):
+        executable.forward_backward(batch)
+
+
+class Iterating(Model):
+    def __init__(self) -> None:
+        super().__init__(Layer)
+        self.weights = iter([0.5, 1.0, 2.0] * 20)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": super().forward(x)["loss"] * next(self.weights)}
+
+
+def test_an_iterator_that_cannot_be_put_back_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"it keeps an iterator \(weights\), which cannot be"):
+        planned(Iterating(), 2)
+
+
+class Penalised(Model):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        start = x.detach().requires_grad_()
+        loss = super().forward(start)["loss"]
+        (gradient,) = torch.autograd.grad(loss, start, create_graph=True)
+        return {"loss": loss + gradient.square().mean()}
+
+
+def test_a_gradient_through_blocks_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"takes a gradient \(torch\.autograd\.grad in block "):
+        planned(Penalised(Layer), 2)
