@@ -226,6 +226,8 @@ class StageCache:
         self._warned: set[str] = set()
         self._modules: list[nn.Module] = []
         self._training: Signature = ()
+        self._replaced: list[tuple[Stage, ...]] = []
+        self._spare: list[_Program] = []  # of no remembered shape, but perhaps of one to come
         self.captures = 0
 
     def prepare(
@@ -301,6 +303,8 @@ class StageCache:
 
     @contextlib.contextmanager
     def _replaying(self) -> Iterator[None]:
+        while self._replaced:
+            self.on_drop(self._replaced.pop())
         self._modules = list(self.model.modules())
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
         self._training = torch.is_grad_enabled(), parameters
@@ -452,7 +456,7 @@ class StageCache:
     def _programs(self) -> list[_Program]:
         """Return the known programs, the last used first."""
         found = (v.program for variants in self._shapes.values() for v in variants.found)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys([*found, *self._spare]))
 
     def _rebuild(self, program: _Program, captured: CapturedModel) -> None:
         """Let a program, at all its sizes, have other stages."""
@@ -461,7 +465,7 @@ class StageCache:
         for variants in self._shapes.values():
             for variant in variants.found:
                 if variant.program is program:
-                    self.on_drop(variant.stages)
+                    self._replaced.append(variant.stages)  # this step may still run them
                     made = _Variant.of(program, variant.sized)
                     variant.captured, variant.stages = made.captured, made.stages
 
@@ -538,7 +542,11 @@ class StageCache:
     def _dropped(self, variants: _Variants) -> None:
         for variant in variants.found:
             self.on_drop(variant.stages)
-        if {variant.program for variant in variants.found}.issubset(self._programs()):
+        alive = {v.program for others in self._shapes.values() for v in others.found}
+        lost = {v.program: None for v in variants.found if v.program not in alive}
+        kept = [p for p in [*lost, *self._spare] if p not in alive and p.has_sizes is not False]
+        self._spare = kept[: self.max_shapes]
+        if kept == self._spare and lost.keys() <= set(kept):
             return
         self._warn_once(
             "microbatches have come in more than %d shapes; the least recently used ones are "

@@ -59,6 +59,10 @@ def test_a_program_lives_as_long_as_one_of_its_sizes(caplog: pytest.LogCaptureFi
         for length in (8, 12, 16, 8):
             executable.train_step(TINY["bert-qa"].build(batch_size=8, seq_length=length)[1])
         assert (len(cache._shapes), len(cache._programs()), cache.captures) == (2, 1, 1)
+        for length in (8, 12):
+            executable.eval_step(TINY["bert-qa"].build(batch_size=8, seq_length=length)[1])
+        executable.train_step(TINY["bert-qa"].build(batch_size=8, seq_length=20)[1])
+        assert (len(cache._shapes), len(cache._programs()), cache.captures) == (2, 2, 2)
     assert not said(caplog)
 
 
