@@ -42,13 +42,15 @@ def term_rules(
         names: Names of the terms.
         granularity: That of the plan.
     """
-    with (
-        same_random_numbers(),
-        preserved_state(model),
-        PutBack(model),
-        _leaves_in_evaluation(model, granularity),
-    ):
-        found = [_measured(model, part, granularity) for part in parts]
+    found = []
+    for part in parts:  # each from the same state: a pass may change buffers
+        with (
+            same_random_numbers(),
+            preserved_state(model),
+            PutBack(model),
+            _leaves_in_evaluation(model, granularity),
+        ):
+            found.append(_measured(model, part, granularity))
     if any([term.node for term in terms.varying] != list(names) for terms, _, _ in found):
         return None
     rows = [list(zip(values, counts, strict=True)) for _, values, counts in found]

@@ -206,9 +206,12 @@ class Net(nn.Module):
         x = self.buffered(x)
         logits = self.head(x)
         loss = self.scaled(self.criterion(logits, labels, extra), "loss")
-        loss = loss + 0.1 * self.side_terms(terms, hidden)
+        return {"loss": self.total(loss, self.side_terms(terms, hidden)), "logits": logits}
+
+    def total(self, loss: Tensor, side: Any) -> Tensor:
+        loss = loss + 0.1 * side
         self.logged(loss)
-        return {"loss": loss, "logits": logits}
+        return loss
 
     def with_entry(self, x: Tensor, extra: Any) -> Tensor:
         entry = self.program.entry
@@ -282,13 +285,27 @@ class Net(nn.Module):
 # ---- data and truth -----------------------------------------------------------------------
 
 
-def build(program: Program) -> Net:
+class PlainNet(Net):
+    """Weighs the terms of a microbatch's loss as they count in the loss of the whole batch.
+
+    Attributes:
+        shares: Weight of the criterion, and of the terms beside it, which are means.
+    """
+
+    shares = 1.0, 1.0
+
+    def total(self, loss: Tensor, side: Any) -> Tensor:
+        super().total(loss, side)
+        return loss * self.shares[0] + 0.1 * side * self.shares[1]
+
+
+def build(program: Program, kind: type[Net] = Net) -> Net:
     """Return the model in its first state, everything drawn anew."""
     torch.manual_seed(0)
     random.seed(1)
     np.random.seed(2)
     GLOBAL.scale = 1.0
-    return Net(program).train()
+    return kind(program).train()
 
 
 def batch_of(program: Program, step: int) -> dict[str, Any]:
@@ -334,7 +351,7 @@ def part_of(program: Program, batch: dict[str, Any], index: int) -> dict[str, An
 
 
 def share_of(program: Program, batch: dict[str, Any], part: dict[str, Any]) -> float:
-    """Return the weight of a microbatch's loss in the loss of the batch."""
+    """Return the weight of a microbatch's criterion in that of the batch."""
     if program.loss == "sum":
         return 1.0
     if program.loss == "token mean":
@@ -383,7 +400,7 @@ class Outcome:
 
 def eager(program: Program) -> Outcome:
     """Train with plain torch: the microbatches one after another, then the update."""
-    model = build(program)
+    model = build(program, PlainNet)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate_of(program))
     losses = []
     for step in range(STEPS):
@@ -392,10 +409,10 @@ def eager(program: Program) -> Outcome:
         optimizer.zero_grad()
         for index in range(program.microbatches):
             part = part_of(program, batch, index)
-            share = share_of(program, batch, part)
+            model.shares = share_of(program, batch, part), 1.0 / program.microbatches
             loss = model(**part)["loss"]
-            (loss * share).backward()
-            total += float(loss.detach()) * share
+            loss.backward()
+            total += float(loss.detach())
         if program.clipped:
             nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
         optimizer.step()
