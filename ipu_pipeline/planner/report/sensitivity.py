@@ -64,7 +64,10 @@ def variants(plan: Plan, devices: int) -> Iterator[Variant]:
 
 def _solved(plan: Plan, variant: Variant) -> Variant:
     try:
-        variant, made = _split_again(plan, variant)
+        machine, grown = _machine(plan, variant.num_devices)
+        if grown:
+            variant = replace(variant, derivation="split again; with one more device like the last")
+        made = _split_again(plan, machine, variant)
     except (ConfigError, PartitionError, ValueError) as error:  # also of a count above its limit
         return replace(variant, problem=str(error))
     if made.misfits:
@@ -72,11 +75,8 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
     return _filled(variant, made)
 
 
-def _split_again(plan: Plan, variant: Variant) -> tuple[Variant, Plan]:
-    machine, grown = _machine(plan, variant.num_devices)
+def _split_again(plan: Plan, machine: Machine, variant: Variant) -> Plan:
     backend = backend_of(machine)
-    if grown:
-        variant = replace(variant, derivation="split again; with one more device like the last")
     changed = replace(plan, machine=machine, num_microbatches=variant.num_microbatches)
     limits = Constraints(
         num_stages=variant.num_devices,
@@ -91,7 +91,7 @@ def _split_again(plan: Plan, variant: Variant) -> tuple[Variant, Plan]:
     limits = backend.rules(plan.graph, machine, limits)
     work = replace(workload_of(changed), factors={}, apart=())
     found = solve(plan.graph, backend.costs(work), machine, limits, step=partial(step_s, work))
-    return variant, make_plan(plan.model, work, found, plan.granularity)
+    return make_plan(plan.model, work, found, plan.granularity)
 
 
 def _filled(variant: Variant, plan: Plan) -> Variant:
