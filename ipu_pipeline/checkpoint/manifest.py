@@ -181,7 +181,10 @@ def parsed_rng_state(state: Mapping[str, Any]) -> Callable[[], None]:
     """
     data = np.frombuffer(base64.b64decode(state["torch"], validate=True), dtype=np.uint8)
     of_torch = torch.from_numpy(data.copy())
-    torch.Generator().set_state(of_torch)
+    try:
+        torch.Generator().set_state(of_torch)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     name, keys, position, has_gauss, cached = state["numpy"]
     of_numpy = (name, np.array(keys, np.uint32), position, has_gauss, cached)
     np.random.RandomState().set_state(of_numpy)

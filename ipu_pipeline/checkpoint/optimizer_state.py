@@ -142,8 +142,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
     for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         expected = {}
         for ndim in {parameter.ndim for parameter in own["params"]}:
-            expected[ndim] = _state_after_a_step(optimizer, own, ndim)
-            if expected[ndim] and not _state_after_a_step(optimizer, saved, ndim):
+            # With its own settings, which it has again once they are loaded.
+            expected[ndim] = _state_after_a_step(optimizer, saved, ndim)
+            if not expected[ndim] and _state_after_a_step(optimizer, own, ndim):
                 raise damaged(folder, f"{type(optimizer).__name__} does not run with its settings")
         for number, parameter in zip(saved["params"], own["params"], strict=True):
             kept = state["state"].get(number)
