@@ -255,7 +255,7 @@ def _require_equal(
 
 def _hash(gradient: Tensor) -> bytes:
     values = gradient.detach().reshape(-1).contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(values, digest_size=16).digest() + str(gradient.shape).encode()
+    return hashlib.blake2b(values.data, digest_size=16).digest() + str(gradient.shape).encode()
 
 
 def _eager(model: nn.Module, batch: Mapping[str, Any], results: Mapping[str, str]) -> Outcome:

@@ -174,7 +174,7 @@ class Generators:
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         kept = {id(value): value for module in modules for value in vars(module).values()}
         own = (_state_of(value) for value in kept.values())
-        self._states = [
+        self._states: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
             (random.getstate, random.setstate),
             (np.random.get_state, np.random.set_state),
             *(found for found in own if found is not None),

@@ -166,6 +166,7 @@ class Tracer(TorchFunctionMode):
             with self.side_outputs.noting():
                 result = original(module, *args, **kwargs)
             call.node = self._plain_call(module, args, kwargs, result, versions)
+        assert call.node is not None
         call.node.meta["draws"] = self.draws.note(self.leaves.names[id(module)])
         self.side_outputs.note(call, module, places)
         self._add(call, (args, kwargs), result)

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
-from runtime.checks import BundleError
+from .checks import BundleError
 
 Test = Callable[[Any], bool]
 _DTYPES = ("float16", "float32")
