@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import preserved_state
-from ipu_pipeline.capture.python_state import same_random_numbers
+from ipu_pipeline.capture.python_state import Generators, PythonState, same_random_numbers
 from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
@@ -51,6 +51,7 @@ class BatchAxes:
         counts: It is their mean, each by its labels that count.
         has_loss: Whether there is a loss among the results.
         problem: Why the batch cannot be cut; empty if it can.
+        leaves_traces: Whether a run changes what the model keeps, or draws random numbers.
     """
 
     axes: Axes
@@ -60,6 +61,7 @@ class BatchAxes:
     counts: bool = False
     has_loss: bool = False
     problem: str = ""
+    leaves_traces: bool = False
 
 
 def sized(value: Any) -> bool:
@@ -186,14 +188,14 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
         results = [_results(model, part) for part in two_samples(batch, axes, uneven=True)]
     except Exception:  # other values may be none that the model takes
         results = [_results(model, part) for part in two_samples(batch, axes, uneven=False)]
-    (both, _), *each = results
+    both, *each = (one.tensors for one in results)
     outputs: dict[str, int | None] = {}
     weights = _weights(results) if LOSS in both else (0.5, 0.5)
     mixed = [] if weights else [LOSS]
     for name, value in both.items():
         if name == LOSS:
             continue
-        axis = _joining_axis(value, [one.get(name) for one, _ in each])
+        axis = _joining_axis(value, [one.get(name) for one in each])
         if axis is False:
             mixed.append(name)
         else:
@@ -205,6 +207,7 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
         adds_up=weights == (1.0, 1.0),
         counts=weights not in (None, (1.0, 1.0), (0.5, 0.5)),
         has_loss=LOSS in both,
+        leaves_traces=results[0].leaves_traces,
     )
 
 
@@ -234,19 +237,49 @@ def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, A
     return changed
 
 
-Results = tuple[dict[str, Tensor], list[float]]
+class _Results(NamedTuple):
+    """What a run gives: its results by name, what each mean over labels divided by, its traces."""
+
+    tensors: dict[str, Tensor]
+    counts: list[float]
+    leaves_traces: bool
 
 
-def _results(model: nn.Module, part: Mapping[str, Any]) -> Results:
-    """Return the results by name, and what each mean over labels divided by."""
+def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
     torch.manual_seed(SEED)
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002
     counting = _Counting()  # every run starts from the same state
     own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
-    with preserved_state(model), PutBack(model), counting:
-        output = model(**own)
-    return {name: value.detach() for name, value in named_tensors(output)}, counting.counts
+    with preserved_state(model), PutBack(model):
+        is_changed = _watched(model)
+        with counting:
+            output = model(**own)
+        traces = is_changed()
+        if traces:  # what is set once, on the first run, is none
+            is_changed = _watched(model)
+            model(**part)
+            traces = is_changed()
+    tensors = {name: value.detach() for name, value in named_tensors(output)}
+    return _Results(tensors, counting.counts, traces)
+
+
+def _watched(model: nn.Module) -> Callable[[], bool]:
+    """Return a function that says whether buffers, generators or Python's values changed since."""
+    python, generators = PythonState(model.modules()), Generators(model.modules())
+    drawn, seed = generators.states(), torch.get_rng_state()
+    buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
+
+    def is_changed() -> bool:
+        now = dict(model.named_buffers())
+        return (
+            any(now.get(n) is not b or b._version != version for n, b, version in buffers)
+            or not torch.equal(seed, torch.get_rng_state())
+            or bool(generators.drawn(drawn, generators.states()))
+            or python.changed()
+        )
+
+    return is_changed
 
 
 def _joining_axis(both: Tensor, each: Sequence[Tensor | None]) -> Any:
@@ -268,11 +301,11 @@ def _fit(axis: int, both: Tensor, first: Tensor, second: Tensor) -> bool:
     return shapes[0] == shapes[1] == shapes[2] and sizes[0] == sizes[1] + sizes[2]
 
 
-def _weights(results: Sequence[Results]) -> tuple[float, float] | None:
+def _weights(results: Sequence[_Results]) -> tuple[float, float] | None:
     """Return the weights with which two losses are that of both samples, if there are any."""
-    (both, both_counts), *each = results
-    losses = [one.get(LOSS) for one, _ in each]
-    counts = [found for _, found in each]
+    (both, both_counts, _), *each = results
+    losses = [one.tensors.get(LOSS) for one in each]
+    counts = [one.counts for one in each]
     rules = [(0.5, 0.5), (1.0, 1.0)]
     if all(len(found) == len(both_counts) for found in counts):
         pairs = zip(*counts, strict=True)

@@ -100,6 +100,10 @@ class PythonState:
             else:
                 _restore_dict(live, copied)
 
+    def changed(self) -> bool:
+        """Whether anything that it has a copy of is not as it was; generators aside."""
+        return any(_is_changed(live, copied) for live, copied in self._copies)
+
     def entries(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yield container, key and value of everything that it has a copy of."""
         for live, copied in self._copies:
@@ -278,6 +282,29 @@ def put_entry(container: Any, key: Any, value: Any) -> None:
 
 class _Some(dict[str, Any]):
     """Some of the members of a dict: the others are left alone."""
+
+
+def _is_changed(live: Any, copied: Any) -> bool:
+    if isinstance(live, types.CellType):
+        return not _same(live.cell_contents, copied)
+    if isinstance(live, list | deque):
+        return len(live) != len(copied) or not all(map(_same, live, copied))
+    if isinstance(live, set):
+        return live != set(copied)
+    now = live if isinstance(copied, _Some) else {n for n in live if n not in _INTERNAL}
+    if not isinstance(copied, _Some) and now != {n for n in copied if n not in _INTERNAL}:
+        return True
+    return not all(_same(live.get(name), value) for name, value in copied.items())
+
+
+def _same(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, itertools.count):
+        return repr(now) == repr(before)
+    return isinstance(now, bool | int | float | str) and now == before
 
 
 def _restore_dict(live: dict[str, Any], copied: dict[str, Any]) -> None:

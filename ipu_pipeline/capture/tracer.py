@@ -520,6 +520,12 @@ class Tracer(TorchFunctionMode):
         self._arrays.clear()
 
     def _constant(self, tensor: Tensor) -> str:
+        if tensor.is_nested:
+            raise CaptureError(
+                f"{self.where()} passes a nested tensor from one block to the next; stages "
+                "exchange plain tensors: pad it (torch.nn.utils.rnn.pad_sequence) with a mask, or "
+                "keep that code inside a block"
+            )
         if id(tensor) not in self.owned or tensor.requires_grad:
             raise CaptureError(
                 f"{self.where()} uses a {tuple(tensor.shape)} {tensor.dtype} tensor that is "

@@ -30,8 +30,18 @@ class StorageHistory:
         self._readers: dict[int, list[fx.Node]] = defaultdict(list)
 
     def versions(self, arguments: Any) -> Versions:
-        """Return the version counters of all tensors in ``arguments`` before a call."""
-        return [(t, t._version) for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        """Return the version counters of all tensors in ``arguments`` before a call.
+
+        Raises:
+            CaptureError: One of them has none.
+        """
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        if any(tensor.is_inference() for tensor in tensors):
+            raise CaptureError(
+                "a tensor made under torch.inference_mode goes from one block to the next, and "
+                "torch does not say when such a tensor is written; use torch.no_grad() there"
+            )
+        return [(tensor, tensor._version) for tensor in tensors]
 
     def written(self, before: Versions) -> list[Tensor]:
         """Return the tensors whose storage the call changed."""
@@ -296,7 +306,11 @@ class Values:
         """Say why ``value`` cannot be replayed on a stage."""
         where = self._source.where()
         kind = type(value).__name__
-        remedy = " (switch caches off with use_cache=False)" if "cache" in kind.lower() else ""
+        remedy = ": keep what makes and what uses it inside one block"
+        if isinstance(value, torch.Generator):
+            remedy = ": draw from torch's own generator, or draw inside a block"
+        if "cache" in kind.lower():
+            remedy = " (switch caches off with use_cache=False)"
         return (
             f"{where} passes a {kind} object from one block to the next; stages exchange tensors "
             f"and plain values only{remedy}"

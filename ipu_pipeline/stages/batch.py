@@ -140,6 +140,11 @@ def cut_batches(
     return cut
 
 
+# Why the code of a model is to run once for an evaluation batch, as in plain torch.
+KEEPS = "its code keeps something, or draws random numbers, whenever it runs"
+READS = "the code between its blocks reads values of tensors in Python"
+
+
 class BatchCutter:
     """Cuts the batches of one executable.
 
@@ -203,14 +208,20 @@ class BatchCutter:
             return split_batch(ready, 1, 1, plain), {}
         found = self._axes(ready)
         asked = self._loss_weights is not None and found.mixed == (LOSS,)
-        if found.problem or (found.mixed and not asked):
-            self._say(
-                "evaluation batches of %s run in one microbatch: %s",
-                type(self._model).__name__,
-                found.problem or f"{', '.join(found.mixed)} of a batch is not that of its samples",
-            )
-            return [Microbatch(0, ready, _rows(ready), 1.0)], found.outputs
+        reason = found.problem
+        if found.mixed and not asked:
+            reason = reason or f"{', '.join(found.mixed)} of a batch is not that of its samples"
+        if reason or found.leaves_traces:
+            return self.whole(ready, reason or KEEPS), found.outputs
         return split_batch(ready, num_microbatches, 1, found.axes), found.outputs
+
+    def whole(self, batch: Mapping[str, Any], reason: str) -> list[Microbatch]:
+        """Return an evaluation batch as one microbatch, and say why."""
+        self._say(
+            "evaluation batches of %s run in one microbatch: %s", type(self._model).__name__, reason
+        )
+        ready = ready_batch(batch)
+        return [Microbatch(0, ready, _rows(ready), 1.0)]
 
     def weighted(
         self, parts: Sequence[Microbatch], terms: Sequence[LossTerms], *, training: bool

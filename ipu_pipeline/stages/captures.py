@@ -301,6 +301,13 @@ class StageCache:
                 variants.found.append(found or self._captured(part.inputs))
         return variants.found[0].stages[-1].loss_terms
 
+    def reads_values(self, part: Microbatch) -> bool:
+        """Whether the glue reads values of tensors that stages compute for such a microbatch."""
+        self.loss_terms(part)
+        with self._replaying():
+            found = self._variants(part).found
+        return any(call.is_late for variant in found for call in variant.captured.glue.calls)
+
     @contextlib.contextmanager
     def _replaying(self) -> Iterator[None]:
         while self._replaced:

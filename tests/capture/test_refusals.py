@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,39 @@ def test_constants_of_the_model_are_fine_as_long_as_they_stay_what_they_are() ->
     model.table = torch.arange(4.0, requires_grad=True)
     with pytest.raises(CaptureError, match="neither a parameter, a buffer, an input"):
         capture(model, batch())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda h: torch.nested.nested_tensor(list(h)), "passes a nested tensor .*: pad it"),
+        (torch.Generator, "passes a Generator object .*: draw from torch's own generator"),
+        (lambda h: torch.nn.utils.rnn.pack_sequence(list(h)), "a PackedSequence object .*: keep w"),
+    ],
+)
+def test_what_stages_do_not_exchange(make: Any, message: str) -> None:
+    class Taking(Layer):
+        def forward(self, x: Tensor, shared: object = None) -> Tensor:
+            return self.linear(x)
+
+    def body(self, x):
+        h = self.layers[0](x)
+        shared = make() if make is torch.Generator else make(h.detach())
+        return {"loss": self.layers[1](h, shared).square().mean()}
+
+    with pytest.raises(CaptureError, match=message):
+        capture(toy(body, Taking), batch())
+
+
+def test_inference_mode_between_blocks() -> None:
+    def body(self, x):
+        with torch.inference_mode():
+            target = self.layers[1](x)
+        return {"loss": (self.layers[0](x) - target.clone()).square().mean()}
+
+    with pytest.raises(CaptureError, match=r"made under torch.inference_mode .* torch.no_grad"):
+        capture(toy(body), batch())
 
 
 def test_spec_augment_of_wav2vec2() -> None:

@@ -259,3 +259,25 @@ def test_a_kept_part_of_a_loss_with_scaled_terms() -> None:
         whole = built(body)(**batch)["loss"].item()
         assert executable.forward_backward(batch) == pytest.approx(whole, rel=1e-5)
     assert observed(model) == observed(expected)
+
+
+def test_what_was_kept_is_used_by_a_shorter_microbatch() -> None:
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[0](x)
+        mean = h.detach().mean(0)
+        if self.kept:
+            h = h + torch.stack(self.kept).mean(0)
+        self.kept = [*self.kept[-1:], mean]
+        return rest(self, h)
+
+    expected, model = built(body), built(body)
+    with ipp.compile(model, planned(model)) as executable:
+        for step in range(2):
+            x = inputs(step)["x"]
+            size = len(halves(inputs(0))[0]["x"])
+            parts = [x[:size], x[size : size + 1]]
+            total = sum(
+                float(expected(x=part)["loss"].detach()) * len(part) / (size + 1) for part in parts
+            )
+            assert executable.forward_backward({"x": x[: size + 1]}) == pytest.approx(total)
+    assert observed(model) == observed(expected)

@@ -23,7 +23,7 @@ from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
-from ipu_pipeline.stages.batch import BatchCutter, Microbatch, cut_batches
+from ipu_pipeline.stages.batch import READS, BatchCutter, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import Prepared, StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
@@ -247,6 +247,8 @@ class LocalExecutable(Executable):
             StageError: A stage failed.
         """
         microbatches, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+        if len(microbatches) > 1 and self._reads_values(microbatches[0]):
+            microbatches = self._cutter.whole(batch, READS)
         step = self._evaluate(microbatches, weigh=True)
         return join(step.microbatches, step.results, axes).nested()
 
@@ -275,6 +277,10 @@ class LocalExecutable(Executable):
         plan = self.plan
         return self._cutter.training(batch, plan.num_microbatches, plan.micro_batch_size)
 
+    def _reads_values(self, part: Microbatch) -> bool:
+        with in_evaluation(self.model), torch.no_grad():
+            return self._cache.reads_values(part)
+
     def _evaluate(self, microbatches: Sequence[Microbatch], *, weigh: bool = False) -> Step:
         """Return the step with what each microbatch computed; ``weigh``: as the loss means it."""
         with in_evaluation(self.model), torch.no_grad():
@@ -300,14 +306,15 @@ class LocalExecutable(Executable):
         done: Step | None = None
         ready: list[Microbatch] = []
         terms: list[LossTerms] = []
+        # Before any glue runs: what it keeps has no values until its stages have run.
+        expected = [self._cache.loss_terms(part) for part in microbatches[1:]] if weigh else []
         for group in self._cache.groups(microbatches):
             first = len(ready)
             ready += [one.microbatch for one in group]
             terms += [one.stages[-1].loss_terms for one in group]
             if weigh:
                 rest = microbatches[len(ready) :]
-                expected = [self._cache.loss_terms(part) for part in rest]
-                parts, every = [*ready, *rest], [*terms, *expected]
+                parts, every = [*ready, *rest], [*terms, *expected[len(ready) - 1 :]]
                 weighted = self._cutter.weighted(parts, every, training=training)
             else:
                 weighted = ready

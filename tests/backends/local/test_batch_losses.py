@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -355,6 +356,51 @@ def test_a_loss_that_mixes_samples_is_evaluated_whole_and_said(caplog: pytest.Lo
         "evaluation batches of Model run in one microbatch: loss of a batch" in t for t in said
     )
     assert any("is not a mean over its samples or labels: it is trained microb" in t for t in said)
+
+
+class Tracing(Model):
+    """Counts its runs, keeps statistics, draws and reads values in evaluation."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(token_mean)
+        self.what, self.runs = what, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, ids: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        result = super().forward(ids, labels, **more)
+        if self.training:
+            return result
+        factor: float | Tensor = 1.0
+        if self.what == "counts":
+            self.runs += 1
+        elif self.what == "statistics":
+            self.seen.add_(result["loss"].detach())
+        elif self.what == "draws":
+            factor = random.random()
+        elif self.what == "reads":
+            factor = 2.0 if result["logits"].max().item() < 100 else 1.0
+        return {"loss": result["loss"] * factor, "logits": result["logits"] * factor}
+
+
+@pytest.mark.parametrize("what", ["counts", "statistics", "draws", "reads"])
+def test_what_evaluation_leaves_or_draws_is_that_of_one_run(
+    what: str, caplog: pytest.LogCaptureFixture
+):
+    model, batch = Tracing(what), uneven_batch()
+    plain = copy.deepcopy(model).eval()
+    random.seed(1)
+    expected = [plain(**batch) for _ in range(2)]
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        random.seed(1)
+        for result in expected:
+            found = executable.eval_step(batch)
+            assert found.loss == pytest.approx(result["loss"].item(), rel=1e-5)
+            assert torch.allclose(found.outputs["logits"], result["logits"], atol=1e-5)
+    assert model.runs == plain.runs
+    assert torch.allclose(model.seen, plain.seen)
+    reason = "code between its blocks reads values" if what == "reads" else "its code keeps somet"
+    said = [record.getMessage() for record in caplog.records]
+    assert any(f"run in one microbatch: {reason}" in t or reason in t for t in said)
 
 
 # ---- axes ----------------------------------------------------------------------------------
