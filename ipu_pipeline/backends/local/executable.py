@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.replay import Differs
@@ -306,15 +307,19 @@ class LocalExecutable(Executable):
         done: Step | None = None
         ready: list[Microbatch] = []
         terms: list[LossTerms] = []
-        # Before any glue runs: what it keeps has no values until its stages have run.
-        expected = [self._cache.loss_terms(part) for part in microbatches[1:]] if weigh else []
+        shapes = described(microbatches[0].inputs)
+        for part in microbatches[1:]:
+            if weigh and described(part.inputs) != shapes:
+                # Before any glue runs: what it keeps has no values until its stages have run.
+                self._cache.loss_terms(part)
         for group in self._cache.groups(microbatches):
             first = len(ready)
             ready += [one.microbatch for one in group]
             terms += [one.stages[-1].loss_terms for one in group]
             if weigh:
                 rest = microbatches[len(ready) :]
-                parts, every = [*ready, *rest], [*terms, *expected[len(ready) - 1 :]]
+                expected = [self._cache.loss_terms(part) for part in rest]
+                parts, every = [*ready, *rest], [*terms, *expected]
                 weighted = self._cutter.weighted(parts, every, training=training)
             else:
                 weighted = ready
