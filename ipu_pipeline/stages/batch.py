@@ -323,9 +323,12 @@ class BatchCutter:
             raise self._needs_weights("is a mean over labels that a block of its own counts")
         if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
             return [1.0] * len(parts)  # the samples alone do not tell: random numbers
-        if LOSS in found.mixed:
+        counted = alike and len(columns) > 0
+        if LOSS in found.mixed and not (
+            counted and set(self._rules(terms[0]) or ()) == {"counted"}
+        ):
             self._say_mixed()
-        if alike and columns:
+        if counted:
             return list(columns[0])
         return [part.share for part in parts]
 

@@ -24,7 +24,7 @@ from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import BatchCutter, Microbatch, cut_batches
-from ipu_pipeline.stages.captures import Prepared, StageCache
+from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
     Executable,
@@ -43,6 +43,7 @@ from ipu_pipeline.stages.training import (
     in_evaluation,
     kept_modes,
 )
+from ipu_pipeline.stages.variants import Prepared
 
 
 @dataclass(eq=False)

@@ -205,10 +205,14 @@ def planned(model: nn.Module, batch: dict[str, Any], microbatches: int, **option
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_is_that_of_the_whole_batch(loss: Callable[..., Tensor]):
+def test_every_loss_is_that_of_the_whole_batch(
+    loss: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+):
     model, batch = Model(loss), uneven_batch()
     with ipp.compile(model, planned(model, batch, 4)) as executable:
         check(model, batch, executable)
+    said = [record.getMessage() for record in caplog.records]
+    assert not any("is not a mean" in text and "it is trained" in text for text in said)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 8), (2, 2), (3, 1), (3, 8)])
