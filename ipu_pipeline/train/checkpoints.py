@@ -81,8 +81,16 @@ class Checkpoints:
             if path is not None:
                 self._load(path, progress)
             if self._saves:
-                self._run_id = self._agreed(lambda: begin_run(folder, path, run_of))
+                self._run_id = self._agreed(lambda: self._begin(path))
             self._lock = lock.pop_all()
+
+    def _begin(self, path: Path | None) -> str:
+        """Begin a run as :func:`begin_run` does; what a kill has left of a rotation is deleted."""
+        folder = self._arguments.folder
+        run_id = begin_run(folder, path, run_of)
+        if path and path.absolute().parent == folder.absolute() and run_of(path) == run_id:
+            rotate_checkpoints(path, self._arguments.save_total_limit)
+        return run_id
 
     def _agreed(self, work: Callable[[], str | None]) -> str:
         """Return what ``work`` returns on the first process, or raise its error, on all of them.

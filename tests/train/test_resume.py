@@ -1,6 +1,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -210,6 +211,22 @@ def test_rotation_keeps_the_newest(tmp_path, caplog):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-18"]
     assert "deleting" in caplog.text
     assert "save_total_limit is 2" in caplog.text
+
+
+def test_a_resume_finishes_the_rotation_that_a_kill_has_cut_short(tmp_path, caplog):
+    run(settings(tmp_path / "old"))
+    run(settings(tmp_path, resume_from_checkpoint=None))
+    shutil.copytree(tmp_path / "old" / "checkpoint-18", tmp_path / "checkpoint-24")
+    run(settings(tmp_path, save_total_limit=2))  # nothing is left to train
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-15", "checkpoint-18", "checkpoint-24"]
+    # A run that goes back, or on from elsewhere, deletes nothing before it has saved.
+    run(settings(tmp_path, save_total_limit=1, resume_from_checkpoint=str(tmp_path / names[0]),
+                 max_steps=15, save_strategy="steps"))  # fmt: skip
+    outside = shutil.copytree(tmp_path / names[1], tmp_path / "kept" / names[1])
+    run(settings(tmp_path, save_total_limit=1, resume_from_checkpoint=str(outside)))
+    assert [p.name for p in list_checkpoints(tmp_path)] == names
+    assert outside.is_dir()
 
 
 def test_rotation_deletes_only_after_the_new_one_is_complete(tmp_path):
