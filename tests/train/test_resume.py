@@ -1,3 +1,4 @@
+import copy
 import logging
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import reduce
 
 import pytest
 import torch
@@ -388,3 +390,45 @@ def test_a_checkpoint_that_train_did_not_write(tmp_path):
     path = executable.save_checkpoint(tmp_path / "checkpoint-1")
     with pytest.raises(CheckpointError, match=r"was not written by train\(\) of this version"):
         run(settings(tmp_path, resume_from_checkpoint=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("state.global_step", -5, "Expected `int` >= 0"),
+        ("state.global_step", float("nan"), "Expected `int`, got `float`"),
+        ("state.epoch", "x", "Expected `float "),
+        ("state.log_history", {}, "Expected `array`"),
+        ("losses.steps", 10**30, "Expected `int` <= "),
+        ("losses.total", None, "Expected `float`"),
+        ("data", 3, "'int' object is not a mapping"),
+        ("scheduler", "x", "scheduler is 'x'"),
+        ("scheduler.base_lrs", [], r"scheduler.base_lrs is \[\]"),
+        ("scheduler.last_epoch", -1, "scheduler.last_epoch is -1"),
+        ("scheduler._last_lr", [float("nan")] * 2, r"scheduler._last_lr\[0\] is nan"),
+        ("scheduler._is_initial", None, "scheduler._is_initial is None"),
+    ],
+)
+def test_a_position_that_makes_no_sense_is_refused_before_anything_is_loaded(
+    written, place, value, message
+):
+    folder, training = written
+    *outer, last = place.split(".")
+    changed = copy.deepcopy(training)
+    reduce(dict.__getitem__, outer, changed)[last] = value
+    model = tiny_bert(seed=5)
+    executable = EagerExecutable(model, build_optimizer(model, settings(folder)), microbatches=2)
+    path = executable.save_checkpoint(folder / "checkpoint-1", {"training": changed})
+    executable.model.load_state_dict(tiny_bert(seed=6).state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"was not written by train.*{message}"):
+        train(executable, DATA, settings(folder, resume_from_checkpoint=str(path)))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return a folder, and the position in a checkpoint of it."""
+    folder = tmp_path_factory.mktemp("written")
+    run(settings(folder, max_steps=3))
+    return folder, checkpoint.read_extra(folder / "checkpoint-3")["training"]
