@@ -190,6 +190,7 @@ def compile(
             train.
     """
     model = original_model(model)
+    _check_is_plan(plan)
     plan = replace(plan, batch_axes={**plan.batch_axes, **(batch_axes or {})})
     verify_plan(plan)
     plan.check_model(model_identity(model))
@@ -205,6 +206,14 @@ def compile(
     logger.info("compiled %s for %s in %.2f s", type(model).__name__, target,
                 time.monotonic() - begin)  # fmt: skip
     return made
+
+
+def _check_is_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"the plan is a {type(plan).__name__}; give one of ipu_pipeline.plan(model, batch), or "
+            "of a file: ipu_pipeline.Plan.load(path)"
+        )
 
 
 def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:

@@ -112,6 +112,8 @@ def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
         PlanError, match=r"intermediate.dense.weight: plan 64x32 float32, model 128"
     ):
         ipp.compile(other, plan)
+    with pytest.raises(ValueError, match=r"the plan is a str; give one of .*Plan\.load\(path\)"):
+        ipp.compile(model, "plan.json")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

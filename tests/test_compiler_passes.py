@@ -185,7 +185,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert "serialized: lm_head in 2 slices" in result.output
     plan = Plan.load(output)
     assert plan.stages[plan.stage_of["lm_head"]].serialize == {"lm_head": 2}
-    wrong = runner.invoke(app, [*command, "serialize_projection{factor"])
+    wrong = runner.invoke(app, [*command, "serialize_projection{factor", "--force"])
     assert wrong.exit_code == 1
     assert "expected =, found 'the end'" in wrong.output
 

@@ -310,11 +310,16 @@ def _weights(results: Sequence[_Results]) -> tuple[float, float] | None:
     if all(len(found) == len(both_counts) for found in counts):
         pairs = zip(*counts, strict=True)
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
-    for weights in rules:
-        parts = [w * x for w, x in zip(weights, losses, strict=True) if w and x is not None]
-        if len(parts) > 0 and close_enough(both[LOSS], torch.stack(parts).sum(0), LOSS_TOLERANCE):
-            return weights
-    return None
+    return next((w for w in rules if is_weighted_sum(both[LOSS], w, losses)), None)
+
+
+def is_weighted_sum(
+    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None]
+) -> bool:
+    """Whether ``whole``, a loss, is the sum of its parts with these weights."""
+    pairs = zip(weights, parts, strict=True)
+    kept = [weight * part for weight, part in pairs if weight and part is not None]
+    return bool(kept) and close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE)
 
 
 def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> bool:

@@ -32,6 +32,10 @@ _VALUE_SHAPED = frozenset(
         torch.repeat_interleave, Tensor.repeat_interleave, functional.one_hot,
     }
 )  # fmt: skip
+# Each starts a block of the finest plans.
+MATRIX_FUNCTIONS = frozenset(
+    {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
+)
 SHAPE: Any = Tensor.shape.__get__  # type: ignore[attr-defined]
 # Calls that turn a tensor's shape into Python values.
 SHAPE_READS = frozenset(

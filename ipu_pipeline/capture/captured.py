@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 from ipu_pipeline.capture import inputs
 from ipu_pipeline.capture.coarsen import LOSS, Coarse, coarsen_reads
-from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Call, Glue, Path
 from ipu_pipeline.capture.leaves import Leaves, choose_leaves, has_parameters
 from ipu_pipeline.capture.lift import keep, lift, settle_hosts
@@ -25,7 +24,7 @@ from ipu_pipeline.capture.programs import Program, block_programs, prelude_progr
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
-from ipu_pipeline.capture.tracer import Trace, trace
+from ipu_pipeline.capture.trace import Trace, trace_once
 from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockGraph, SharedState
@@ -292,12 +291,12 @@ def capture(
         torch.set_grad_enabled(training),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
-        recorded = _trace_once(model, batch, leaves, on_meta=on_meta)
+        recorded = trace_once(model, batch, leaves, on_meta=on_meta)
         losses = _loss_modules(recorded)
         if losses:  # what they divide by is part of the glue, if it can be followed
             with contextlib.suppress(CaptureError):
                 opened = replace(leaves, glue=leaves.glue | losses)
-                recorded = _trace_once(model, batch, opened, on_meta=on_meta)
+                recorded = trace_once(model, batch, opened, on_meta=on_meta)
         recording = recording_models(model)
     reinstall_recorders(recording)
     if training and LOSS not in recorded.results:
@@ -393,33 +392,6 @@ def _loss_modules(recorded: Trace) -> frozenset[int]:
             if id(module) in recorded.glue.leaves.names and not live:
                 found.update(id(inner) for inner in module.modules())
     return frozenset(found)
-
-
-class _BackwardInsideError(Exception):
-    """The model itself runs a backward pass inside its forward pass."""
-
-
-def _trace_once(model: nn.Module, batch: Mapping[str, Any], leaves: Any, *, on_meta: bool) -> Trace:
-    """Trace without keeping anything for a backward pass, unless the model runs one itself."""
-
-    def refuse(_: None) -> Tensor:
-        raise _BackwardInsideError
-
-    try:
-        with grouped_without_values() if on_meta else contextlib.nullcontext():
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
-                    return trace(model, batch, leaves)
-            except _BackwardInsideError:
-                return trace(model, batch, leaves)
-    except RuntimeError as error:
-        if on_meta and "meta" in str(error).lower():
-            raise CaptureError(
-                f"{type(model).__name__} reads tensor values in Python between its blocks, which "
-                f"a model on the meta device does not have ({error}); capture it with real "
-                "weights and a real batch"
-            ) from error
-        raise
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

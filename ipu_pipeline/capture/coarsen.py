@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.nn.modules.loss import _Loss
 
 from ipu_pipeline.capture.leaves import Leaves, has_parameters
-from ipu_pipeline.capture.tracer import Trace
+from ipu_pipeline.capture.trace import Trace
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import BlockKind
 

@@ -7,10 +7,11 @@ On ``torch.device("meta")`` nothing is allocated, so a 70B model is built in a s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch, pair_label
-from ipu_pipeline.errors import CaptureError, shown
+from ipu_pipeline.errors import CaptureError, PipelineError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
 from ipu_pipeline.ir.limits import check_count
@@ -82,6 +83,31 @@ def from_config(
         return model, example_batch(model, task, size, device=device, seed=seed)
     except ValueError as error:
         raise ValueError(f"{described(resolved)}: {error}") from error
+
+
+@contextmanager
+def config_named(config: str | Path) -> Iterator[None]:
+    """Name the config where the model that was built from it cannot be captured.
+
+    Raises:
+        CaptureError: As capture does, or in place of what the model's own forward raised.
+    """
+    try:
+        yield
+    except CaptureError as error:
+        if named(config) in str(error):
+            raise
+        raise type(error)(f"{named(config)}: {error}") from error
+    except PipelineError:
+        raise
+    except Exception as error:
+        called = {frame.f_code for frame, _ in walk_tb(error.__traceback__)}
+        if nn.Module._call_impl.__code__ not in called:  # not the model's
+            raise
+        raise CaptureError(
+            f"the model of {named(config)} fails in its forward ({type(error).__name__}: "
+            f"{_reason(error)}); correct the config"
+        ) from error
 
 
 def load_config(name_or_path: str | Path) -> PretrainedConfig:

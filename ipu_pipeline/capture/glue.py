@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from ipu_pipeline.capture.calls import Region, name_of
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.objects import members
 from ipu_pipeline.capture.reads import Session
+from ipu_pipeline.capture.side_output_call import RepeatedChanges
 from ipu_pipeline.capture.values import PLAIN, named_tensors, tensors_in
 from ipu_pipeline.errors import CaptureError
-
-if TYPE_CHECKING:
-    from ipu_pipeline.capture.side_outputs import RepeatedChanges
 
 Path = tuple[int, ...]
 # A described value: the id of a tensor or object, (type, value), or (type, keys, members).

@@ -20,7 +20,8 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coroutine import Coroutine
 from ipu_pipeline.capture.glue import Call, Path, StandIn, substituted
 from ipu_pipeline.capture.patches import tracing_patches
-from ipu_pipeline.capture.python_state import PythonState, put_entry
+from ipu_pipeline.capture.places import set_entry
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.values import tensors_in
 
@@ -242,5 +243,5 @@ class GlueRun:
             return
         for place in [p for p in self._places if p.keys <= self._tensors.keys()]:
             made = substituted(place.value, lambda tensor: self._tensors.get(id(tensor), tensor))
-            put_entry(place.container, place.key, made)
+            set_entry(place.container, place.key, made)
             self._places.remove(place)

@@ -18,7 +18,7 @@ from ipu_pipeline.capture.values import TensorMeta
 from ipu_pipeline.errors import CaptureError
 
 if TYPE_CHECKING:
-    from ipu_pipeline.capture.tracer import Trace
+    from ipu_pipeline.capture.trace import Trace
 
 
 def lift(trace: Trace, number: int, path: Path, value: Any, *, size: bool) -> None:

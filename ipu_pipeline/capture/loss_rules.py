@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.batch_axes import LOSS_TOLERANCE, close_enough
+from ipu_pipeline.capture.batch_axes import is_weighted_sum
 from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
@@ -70,9 +70,7 @@ def _rule(term: Term, both: _Row, first: _Row, second: _Row) -> Rule:
             return "counted"
         tried = {"counted": counted, **tried}
     for rule, weights in tried.items():
-        pairs = zip(weights, (first[0], second[0]), strict=True)
-        kept = [weight * value for weight, value in pairs if weight]
-        if close_enough(both[0], torch.stack(kept).sum(0), LOSS_TOLERANCE):
+        if is_weighted_sum(both[0], weights, (first[0], second[0])):
             return rule
     return "none"
 
@@ -84,15 +82,18 @@ def _measured(
     with torch.enable_grad():
         captured = factored(capture(model, part, granularity=granularity, self_check=False))
     terms = loss_terms(captured)
+    torch.manual_seed(SEED)
+    if not terms.factored:  # one weight serves them all
+        values = [captured.run(part)[LOSS].detach()] * len(terms.varying)
+        return terms, values, terms.divisors(part)
     # The loss is linear in the factors: its derivatives are what the terms give to it.
     factors = {
         factor_name(i): torch.ones((), requires_grad=True) for i in range(len(terms.varying))
     }
-    torch.manual_seed(SEED)
     with torch.enable_grad():
         loss = captured.run({**part, **factors})[LOSS]
-        values = torch.autograd.grad(loss, list(factors.values()))
-    return terms, list(values), terms.divisors(part)
+        values = list(torch.autograd.grad(loss, list(factors.values())))
+    return terms, values, terms.divisors(part)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ipu_pipeline.capture.captured import CapturedModel
 
 IGNORED = -100
+# Kinds of terms that are means.
+AVERAGED = frozenset({"labels", "selected", "mean"})
 MEANS_OVER_LABELS = (functional.cross_entropy, functional.nll_loss)
 # Names of functions and methods that keep a sum of means what it is.
 _LINEAR = frozenset(
@@ -111,7 +113,7 @@ class LossTerms:
         """Whether one weight of a microbatch serves all terms, whatever the samples are."""
         groups = {_group(term) for term in self.varying}
         if len(self.varying) < len(self.terms) and not groups <= {"mean"}:
-            averaged = all(term.kind in ("labels", "selected", "mean") for term in self.varying)
+            averaged = all(term.kind in AVERAGED for term in self.varying)
             return averaged and len(groups) == 1
         return len(groups) < 2
 

@@ -297,8 +297,13 @@ def _key_now(before: Any, key: Any) -> Any:
 
 
 def set_entry(place: Any, key: Any, value: Any) -> None:
-    """Put ``value`` into ``place``."""
-    if isinstance(place, (*LISTS, dict)):
+    """Put ``value`` into ``place``, or into the variable that it is."""
+    if isinstance(place, types.CellType):
+        place.cell_contents = value
+    elif isinstance(place, set):
+        place.discard(key)
+        place.add(value)
+    elif isinstance(place, (*LISTS, dict)):
         place[key] = value
     elif isinstance(place, types.FunctionType):
         names = place.__code__.co_freevars

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
 import pickle
 import random
 import types
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ipu_pipeline.capture.places import refill
 from ipu_pipeline.errors import CaptureError
 
 _MODULE = vars(nn.Module())
@@ -39,15 +39,55 @@ _PLAIN = (bool, int, float, str, type(None), Tensor)
 _DEPTH = 3
 
 
+_State = tuple[Callable[[], Any], Callable[[Any], object]]
+
+
+class Generators:
+    """Python's and numpy's generators of random numbers, and those that modules keep.
+
+    Args:
+        modules: Modules whose attributes may be generators.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        kept = {id(value): value for module in modules for value in vars(module).values()}
+        self._states: list[_State] = [
+            (random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),
+        ]
+        for value in kept.values():
+            self.add(value)
+
+    def add(self, value: Any) -> bool:
+        """Let ``value`` be one of them if it is a generator; say whether it is."""
+        found = _state_of(value)
+        self._states += [] if found is None else [found]
+        return found is not None
+
+    def states(self) -> list[Any]:
+        """Return the state of each one."""
+        return [get() for get, _ in self._states]
+
+    def put_back(self, states: Iterable[Any]) -> None:
+        """Give each one the state that it had."""
+        for (_, put_back), state in zip(self._states, states, strict=True):
+            put_back(state)
+
+    def drawn(self, before: Iterable[Any], after: Iterable[Any]) -> set[int]:
+        """Return which of them have given numbers between two times."""
+        pairs = enumerate(zip(before, after, strict=True))
+        return {n for n, (old, new) in pairs if pickle.dumps(old) != pickle.dumps(new)}
+
+
 @contextlib.contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Put back Python's and numpy's generators: some libraries draw while they are imported."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = Generators()
+    states = generators.states()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        generators.put_back(states)
 
 
 class PythonState:
@@ -59,9 +99,8 @@ class PythonState:
     """
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[nn.Module] = ()) -> None:
-        self._random = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._generators = Generators()
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
-        self._generators: list[tuple[Callable[[Any], object], Any]] = []
         self._attributes = {id(live) for live, _ in self._copies}
         self._seen: set[int] = set()
         for module in modules:
@@ -75,25 +114,21 @@ class PythonState:
                 self._note(value, _DEPTH)
             for function in vars(type(module)).values():
                 self._note(function, _DEPTH)
+        self._random = self._generators.states()
 
     def restore(self, *, tensors: bool = True) -> None:
         """Put everything back; objects stay the same objects (but for ``itertools.count``).
 
         Without ``tensors``, attributes of modules and what holds tensors stay as they are.
         """
-        for put_back, state in self._generators:
-            put_back(state)
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])  # noqa: NPY002
+        self._generators.put_back(self._random)
         for live, copied in self._copies:
             if not tensors and (id(live) in self._attributes or _holds_tensor(live, copied)):
                 continue
             if isinstance(live, types.CellType):
                 live.cell_contents = copied
             elif isinstance(live, list | deque):
-                if len(live) != len(copied) or any(map(operator.is_not, live, copied)):
-                    live.clear()
-                    live.extend(copied)
+                refill(live, copied)
             elif isinstance(live, set):
                 live.clear()
                 live.update(copied)
@@ -121,10 +156,7 @@ class PythonState:
         if isinstance(value, _UNSEEN) or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        generator = _generator(value)
-        if generator is not None:
-            self._generators.append(generator)
-        if generator is not None or not depth:
+        if self._generators.add(value) or not depth:
             return
         inner: Iterator[Any]
         if isinstance(value, dict):
@@ -168,37 +200,6 @@ class PythonState:
                 self._note(value, _DEPTH)
 
 
-class Generators:
-    """Python's and numpy's generators of random numbers, and those that modules keep.
-
-    Args:
-        modules: Modules whose attributes may be generators.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
-        kept = {id(value): value for module in modules for value in vars(module).values()}
-        own = (_state_of(value) for value in kept.values())
-        self._states: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
-            (random.getstate, random.setstate),
-            (np.random.get_state, np.random.set_state),
-            *(found for found in own if found is not None),
-        ]
-
-    def states(self) -> list[Any]:
-        """Return the state of each one."""
-        return [get() for get, _ in self._states]
-
-    def put_back(self, states: Iterable[Any]) -> None:
-        """Give each one the state that it had."""
-        for (_, put_back), state in zip(self._states, states, strict=True):
-            put_back(state)
-
-    def drawn(self, before: Iterable[Any], after: Iterable[Any]) -> set[int]:
-        """Return which of them have given numbers between two times."""
-        pairs = enumerate(zip(before, after, strict=True))
-        return {n for n, (old, new) in pairs if pickle.dumps(old) != pickle.dumps(new)}
-
-
 class Draws:
     """Notes who draws from generators of Python while ``model`` runs: blocks, or the glue."""
 
@@ -236,13 +237,7 @@ class Draws:
             )
 
 
-def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
-    """Return how the state of a generator of random numbers is put back, and the state."""
-    found = _state_of(value)
-    return None if found is None else (found[1], found[0]())
-
-
-def _state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], object]] | None:
+def _state_of(value: Any) -> _State | None:
     """Return how the state of a generator of random numbers is read, and how it is set."""
     if isinstance(value, random.Random):
         return value.getstate, value.setstate
@@ -267,17 +262,6 @@ def _holds_tensor(*values: Any) -> bool:
         ):
             return True
     return False
-
-
-def put_entry(container: Any, key: Any, value: Any) -> None:
-    """Put ``value`` into an entry that :meth:`PythonState.entries` has found."""
-    if isinstance(container, types.CellType):
-        container.cell_contents = value
-    elif isinstance(container, set):
-        container.discard(key)
-        container.add(value)
-    else:
-        container[key] = value
 
 
 class _Some(dict[str, Any]):

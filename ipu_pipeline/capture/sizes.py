@@ -36,8 +36,8 @@ from ipu_pipeline.capture.objects import ObjectCall, members
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.programs import module_signature
 from ipu_pipeline.capture.replay import DESCRIPTIONS, Differs, Replay, is_number
-from ipu_pipeline.capture.side_outputs import SideOutputCall
-from ipu_pipeline.capture.tracer import Trace
+from ipu_pipeline.capture.side_output_call import SideOutputCall
+from ipu_pipeline.capture.trace import Trace
 from ipu_pipeline.capture.values import PLAIN, TensorMeta, tensors_in
 
 _META = torch.device("meta")

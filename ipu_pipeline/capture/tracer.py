@@ -19,7 +19,6 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.calls import (
     CUTS,
+    MATRIX_FUNCTIONS,
     SHAPE,
     SHAPE_READS,
     VALUE_READS,
@@ -47,28 +47,20 @@ from ipu_pipeline.capture.calls import (
     name_of,
     returned_after_write,
 )
-from ipu_pipeline.capture.glue import (
-    Call,
-    Glue,
-    GlueRecorder,
-    apart,
-    paths_of,
-)
+from ipu_pipeline.capture.glue import Call, GlueRecorder, apart, paths_of
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.lift import placeholder, settle_modes
+from ipu_pipeline.capture.lift import placeholder
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
-from ipu_pipeline.capture.patches import patched_calls, patched_methods
 from ipu_pipeline.capture.places import Places
 from ipu_pipeline.capture.python_state import Draws
-from ipu_pipeline.capture.reads import Session, ValueGuard, same_value
+from ipu_pipeline.capture.reads import Session, ValueGuard
 from ipu_pipeline.capture.side_outputs import SideOutputs
-from ipu_pipeline.capture.state import StateUse, WriteBack
+from ipu_pipeline.capture.state import StateUse
 from ipu_pipeline.capture.values import (
     StorageHistory,
     TensorMeta,
     Values,
     Versions,
-    named_tensors,
     own_tensors,
     own_values,
     storage_key,
@@ -76,10 +68,6 @@ from ipu_pipeline.capture.values import (
 )
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ops.random import is_random
-
-MATRIX_FUNCTIONS = frozenset(
-    {"scaled_dot_product_attention", "matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
-)
 
 
 class Tracer(TorchFunctionMode):
@@ -98,7 +86,7 @@ class Tracer(TorchFunctionMode):
         self.scope: list[str] = [""]
         self.in_leaf = 0
         self.leaf_draws = False
-        self._arrays: list[tuple[ValueGuard, np.ndarray[Any, Any], Tensor, int]] = []
+        self.arrays: list[tuple[ValueGuard, np.ndarray[Any, Any], Tensor, int]] = []
         self._lifted: list[tuple[str, np.ndarray[Any, Any]]] = []
         self.thread = threading.get_ident()
         self.ambient = Region.current()
@@ -187,7 +175,7 @@ class Tracer(TorchFunctionMode):
         """Record a call of a leaf that was given tensors and plain values only."""
         node = self._call("call_module", self.leaves.names[id(module)], args, kwargs)
         self._open_block(node, module)
-        self._finish(node, args, kwargs, result, versions)
+        self.finish(node, args, kwargs, result, versions)
         return node
 
     def _versions(self, module: nn.Module, *given: Any) -> Versions:
@@ -231,10 +219,10 @@ class Tracer(TorchFunctionMode):
         )
         given = tuple(before.tensors[n] for n in used)
         rest, named = apart((args, kwargs), objects)[0]
-        node = self._held_call(holder, (given, rest, named), {}, type(module).__name__)
+        node = self.held_call(holder, (given, rest, named), {}, type(module).__name__)
         self._open_block(node, module)
         results = (result, tuple(after.tensors[n] for n in fresh))
-        self._finish(node, (given, rest, named), {}, results, versions)
+        self.finish(node, (given, rest, named), {}, results, versions)
         call.node = node
         return result, call
 
@@ -252,22 +240,19 @@ class Tracer(TorchFunctionMode):
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         with self._untraced():
-            return self._vmapped(original, args, kwargs)
-
-    def _vmapped(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        used_tensors = FreeTensors()
-        modes = modes_above(self)
-        versions = self.storages.versions((args, kwargs))
-        call = self._described("vmap", (original, args, kwargs))
-        with used_tensors:
-            result = original(*args, **kwargs)
-        inner = LiftedCall(original, used_tensors.free, modes)
-        holder = RegionCall(inner, Region.current(), self.ambient)
-        arguments = (inner.free, args, kwargs)
-        node = self._held_call(holder, arguments, {}, "vmap")
-        node.meta["random"] = self.leaf_draws
-        self._finish(node, arguments, {}, result, versions)
-        self._add(call, (original, args, kwargs), result)
+            used_tensors = FreeTensors()
+            modes = modes_above(self)
+            versions = self.storages.versions((args, kwargs))
+            call = self._described("vmap", (original, args, kwargs))
+            with used_tensors:
+                result = original(*args, **kwargs)
+            inner = LiftedCall(original, used_tensors.free, modes)
+            holder = RegionCall(inner, Region.current(), self.ambient)
+            arguments = (inner.free, args, kwargs)
+            node = self.held_call(holder, arguments, {}, "vmap")
+            node.meta["random"] = self.leaf_draws
+            self.finish(node, arguments, {}, result, versions)
+            self._add(call, (original, args, kwargs), result)
         return result
 
     def function_apply(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -275,20 +260,17 @@ class Tracer(TorchFunctionMode):
         if self.in_leaf or threading.get_ident() != self.thread:
             return original(*args, **kwargs)
         with self._untraced():
-            return self._applied(original, args, kwargs)
-
-    def _applied(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        versions = self.storages.versions((args, kwargs))
-        call = self._described(original, (args, kwargs))
-        result = original(*args, **kwargs)
-        holder = RegionCall(original, Region.current(), self.ambient)
-        owner = original.__self__  # a class, or the module of a method
-        name = getattr(owner, "__name__", type(owner).__name__)
-        node = self._held_call(holder, args, kwargs, name)
-        node.meta["random"] = self.leaf_draws
-        self._finish(node, args, kwargs, result, versions)
-        call.node = node
-        self._add(call, (args, kwargs), result)
+            versions = self.storages.versions((args, kwargs))
+            call = self._described(original, (args, kwargs))
+            result = original(*args, **kwargs)
+            holder = RegionCall(original, Region.current(), self.ambient)
+            owner = original.__self__  # a class, or the module of a method
+            name = getattr(owner, "__name__", type(owner).__name__)
+            node = self.held_call(holder, args, kwargs, name)
+            node.meta["random"] = self.leaf_draws
+            self.finish(node, args, kwargs, result, versions)
+            call.node = node
+            self._add(call, (args, kwargs), result)
         return result
 
     @contextlib.contextmanager
@@ -310,9 +292,9 @@ class Tracer(TorchFunctionMode):
         if func in VALUE_READS:
             return self._guard(func, args, kwargs, result, self.recorder.glue.session)
         if func is Tensor.register_hook:
-            node = self._held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
+            node = self.held_call(GradientHook(args[1]), args[:1], {}, "gradient_hook")
             node.meta["effect"] = True
-            self._finish(node, args[:1], {}, args[0], versions)
+            self.finish(node, args[:1], {}, args[0], versions)
             return node
         written = self.storages.written(versions)
         if is_assignment(func) and not self._may_assign(func, args[0]):
@@ -322,10 +304,10 @@ class Tracer(TorchFunctionMode):
             )
         result = returned_after_write(func, args, result)
         if not written and not any(True for _ in tensors_in(result)):
-            if self._has_value_shape(func, args):
+            if self._tells_value_shape(func, args):
                 return self._guard(func, args, {}, result, self.recorder.glue.session)
             return None  # shapes, dtypes, flags: constant for a given batch shape
-        if getattr(func, "__name__", "") in CUTS and self._has_value_shape(SHAPE, args):
+        if getattr(func, "__name__", "") in CUTS and self._tells_value_shape(SHAPE, args):
             self._guard(SHAPE, args, {}, args[0].shape)  # how many parts it gives is in the graph
         kind, target, arguments = callable_form(func, args)
         node = self._call(kind, target, arguments, kwargs)
@@ -334,7 +316,7 @@ class Tracer(TorchFunctionMode):
         if self.leaves.granularity == "op" and name_of(func).split(".")[-1] in MATRIX_FUNCTIONS:
             node.meta["starts"] = self._count(f"{self.scope[-1]}.{func.__name__}".lstrip("."))
         node.meta["random"] = is_random(func, args, kwargs)
-        self._finish(node, args, kwargs, result, versions)
+        self.finish(node, args, kwargs, result, versions)
         return node
 
     def _may_assign(self, func: Any, tensor: Tensor) -> bool:
@@ -348,11 +330,11 @@ class Tracer(TorchFunctionMode):
             held = self.attributes[target] if kind == "call_module" else target
             held = getattr(Tensor, target) if kind == "call_method" else held
             name = getattr(held, "__name__", type(held).__name__)
-            return self._held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
+            return self.held_call(RegionCall(held, region, self.ambient), args, kwargs, name)
         arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
         return self.new_node(kind, target, *arguments)
 
-    def _held_call(self, holder: nn.Module, args: Any, kwargs: Any, name: str) -> fx.Node:
+    def held_call(self, holder: nn.Module, args: Any, kwargs: Any, name: str) -> fx.Node:
         """Record a call of an object that generated code cannot name."""
         arguments = self.values.to_nodes(args), self.values.to_nodes(kwargs)
         target = f"_held.{name.strip('_')}_{len(self.attributes)}"
@@ -366,8 +348,8 @@ class Tracer(TorchFunctionMode):
         guard = ValueGuard(func, result, self.where(), session, number)
         if isinstance(result, np.ndarray):  # it may share the tensor's memory
             guard.expected = result.copy()
-            self._arrays.append((guard, result, args[0], args[0]._version))
-        node = self._held_call(guard, args, kwargs, "guard")
+            self.arrays.append((guard, result, args[0], args[0]._version))
+        node = self.held_call(guard, args, kwargs, "guard")
         node.meta["guard"] = True
         read = list(tensors_in((args, kwargs)))
         node.meta["reads"] = frozenset(self.use.named(read))
@@ -379,12 +361,13 @@ class Tracer(TorchFunctionMode):
             )
         return node
 
-    def _has_value_shape(self, func: Any, args: Any) -> bool:
+    def _tells_value_shape(self, func: Any, args: Any) -> bool:
         """Whether a call tells a shape that depends on values: another one for another batch."""
         node = self.values.known(args[0]) if func in SHAPE_READS else None
         return node is not None and bool(node.meta.get("value_shape"))
 
-    def _finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
+    def finish(self, node: fx.Node, args: Any, kwargs: Any, result: Any, versions: Any) -> None:
+        """Note what the call of ``node`` has read and changed, and what its result is."""
         use = self.use
         changed = [use.tensors[name] for name in use.writes]
         written = [*self.storages.written(versions), *changed]
@@ -453,72 +436,6 @@ class Tracer(TorchFunctionMode):
         self.attributes[fqn] = module
         return self.new_node("get_attr", fqn)
 
-    def record_replaced(self) -> None:
-        """Record ``self.buffer = value`` in the glue as a write into the buffer that there was.
-
-        Raises:
-            CaptureError: Another shape or dtype; or a block does so itself and others read it.
-        """
-        read = {name for node in self.graph.nodes for name in node.meta.get("reads", ())}
-        for fqn, was, now in self.use.replaced():
-            if id(was) not in self.fqns and fqn not in read:
-                continue  # an attribute that every pass makes anew
-            if self.values.known(now) is None:
-                self._check_not_shared(fqn)
-                continue
-            if (now.shape, now.dtype) != (was.shape, was.dtype):
-                raise CaptureError(
-                    f"{type(self.model).__name__} replaces {fqn!r} ({tuple(was.shape)} {was.dtype})"
-                    f" by a {tuple(now.shape)} {now.dtype} tensor between its blocks; keep the "
-                    "shape, or replace it inside a block"
-                )
-            self.recorder.glue.written_back.add(fqn)
-            node = self._held_call(WriteBack(), (was, now), {}, "replaced")
-            self.use.start()
-            self.use.writes.add(fqn)
-            self._finish(node, (was, now), {}, None, [])
-
-    def _check_not_shared(self, fqn: str) -> None:
-        owner = self.model.get_submodule(fqn.rpartition(".")[0])
-        for node in self.graph.nodes:
-            held = self.attributes.get(str(node.target))
-            inside = isinstance(held, nn.Module) and any(m is owner for m in held.modules())
-            if fqn in node.meta.get("reads", ()) and not inside:
-                raise CaptureError(
-                    f"a block of {type(self.model).__name__} replaces {fqn!r} by another tensor, "
-                    f"and {node.meta['scope'] or 'the model itself'!r} reads it, too; write into "
-                    f"it instead: {fqn}.copy_(value)"
-                )
-
-    def unsteady_read(self, changed: set[str]) -> str:
-        """Say which number Python reads from what the run has changed: the next one differs."""
-        for node in self.graph.nodes:
-            read = sorted(changed.intersection(node.meta.get("reads", ())))
-            if node.meta.get("guard") and read:
-                guard = self.attributes[str(node.target)]
-                return (
-                    f"{guard.origin} reads {read[0]!r} in Python ({name_of(guard.read)}), and the "
-                    "model changes it in every forward pass; run it with target='local', compute "
-                    "with the tensor itself (index with (position + torch.arange(n)) % size), or "
-                    "keep that code inside a block"
-                )
-        return ""
-
-    def check_arrays(self) -> None:
-        """Refuse writes to tensors that torch does not see.
-
-        Raises:
-            CaptureError: There is one.
-        """
-        for guard, array, tensor, version in self._arrays:
-            if tensor._version == version and not same_value(array, guard.expected):
-                raise CaptureError(
-                    f"{guard.origin} writes into the memory of a tensor through a numpy array "
-                    f"({name_of(guard.read)}); write into the tensor itself, or into a copy of the "
-                    "array (.numpy().copy())"
-                )
-        self._arrays.clear()
-
     def _constant(self, tensor: Tensor) -> str:
         if tensor.is_nested:
             raise CaptureError(
@@ -542,64 +459,3 @@ class Tracer(TorchFunctionMode):
     def where(self) -> str:
         """Say whose code is running."""
         return f"the code of {self.scope[-1] or type(self.model).__name__!r}"
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A recorded run.
-
-    Attributes:
-        graph: The nodes in execution order; its output is a dict of the model's results.
-        attributes: What ``call_module`` and ``get_attr`` targets stand for.
-        inputs: Names of the batch's tensors, one placeholder each.
-        changing: Those of the model's own tensors that the run changed, by name.
-        glue: The calls of the glue, for its replay.
-    """
-
-    graph: fx.Graph
-    attributes: dict[str, Any]
-    inputs: tuple[str, ...]
-    changing: Mapping[str, Tensor]
-    glue: Glue
-
-    @property
-    def results(self) -> Mapping[str, fx.Node]:
-        """The model's results by name."""
-        named = self.graph.output_node().args[0]
-        assert isinstance(named, Mapping)
-        return named  # type: ignore[return-value]
-
-
-def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
-    """Run ``model(**batch)`` once and record its glue.
-
-    Raises:
-        CaptureError: Something happens in the glue that cannot be replayed faithfully.
-    """
-    tracer = Tracer(model, leaves, kept=batch.values())
-    inputs = [name for name, value in batch.items() if isinstance(value, Tensor)]
-    for name in inputs:
-        tracer.values.bind(batch[name], tracer.new_node("placeholder", name, meta_of=batch[name]))
-        tracer.recorder.input(name, batch[name])
-    try:
-        hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
-        with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
-            output = model(**batch)
-        tracer.draws.finish()
-        tracer.record_replaced()
-        tracer.check_arrays()
-        results = dict(named_tensors(output))
-        end = tracer.graph.output({name: tracer.values.node_of(t) for name, t in results.items()})
-        end.meta["after"] = tracer.storages.record(end, results.values(), [])
-        tracer.side_outputs.finish()
-        glue = tracer.recorder.finish(output, tracer.values.final)
-    finally:
-        tracer.values.release()
-        tracer.side_outputs.release()
-        tracer.use.put_back()
-    changed = {name for node in tracer.graph.nodes for name in node.meta.get("state", ())}
-    glue.unsteady = tracer.unsteady_read(changed)
-    changing = {name: tracer.use.tensors[name] for name in sorted(changed)}
-    glue.changing = frozenset(map(id, changing.values()))
-    settle_modes(glue, tracer.attributes)
-    return Trace(tracer.graph, tracer.attributes, tuple(inputs), changing, glue)

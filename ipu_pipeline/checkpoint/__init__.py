@@ -45,7 +45,7 @@ from ipu_pipeline.checkpoint.weights import (
     warn_of_other_settings,
 )
 from ipu_pipeline.checkpoint.writer import Attach, Background, write_checkpoint
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, shown
 
 __all__ = [
     "MANIFEST",
@@ -109,6 +109,8 @@ def read_checkpoint(
         own = dict(manifest.get("extra_state", {}))
         set_rng_state = parsed_rng_state(manifest["rng"])
         found = CheckpointInfo(operator.index(manifest["global_step"]), dict(manifest["extra"]))
+        if not 0 <= found.global_step < 2**62:
+            raise ValueError(f"global_step is {shown(found.global_step)}")
         warn_of_other_settings(model, path)
     except UNREADABLE as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error

@@ -160,13 +160,13 @@ def plan_command(
     force: Force = False,
 ) -> None:
     """Split a model for a machine and say how close to the optimum the split is."""
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_named, from_config
     from ipu_pipeline.compiler import plan
     from ipu_pipeline.ir.files import check_outputs
 
     check_outputs({"--output": output}, force=force)
     config = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
-    with progress_line():
+    with progress_line(), config_named(model):
         made = plan(
             *from_config(
                 model,
@@ -223,11 +223,13 @@ def blocks(
 ) -> None:
     """List the blocks that a model is cut into, with their sizes."""
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_named, from_config
     from ipu_pipeline.ir.text import graph_table
 
     built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
-    typer.echo(graph_table(capture(built, batch, granularity=granularity.value).graph))
+    with config_named(model):
+        graph = capture(built, batch, granularity=granularity.value).graph
+    typer.echo(graph_table(graph))
 
 
 @app.command("doctor")

@@ -85,9 +85,17 @@ def launch_command(
     from ipu_pipeline.ir.plan import Plan
 
     check_outputs({"--slurm": slurm}, force=force)
+    here = not print_only and slurm is None
+    if log_dir is not None and not here:
+        raise ValueError(
+            "--log-dir is for processes that start here; give --print or --slurm alone"
+        )
+    if endpoint is not None and not print_only:
+        raise ValueError(
+            "--rdzv-endpoint is for --print: here, and under Slurm, the processes find each other"
+        )
     if log_dir is not None:
         make_folder("--log-dir", log_dir)
-    here = not print_only and slurm is None
     plan = Plan.load(plan_file)
     started = check_program(program, Path.cwd(), here=here)
     cores, gpus = _room() if here else (0, 0)

@@ -39,7 +39,7 @@ def predict_command(
     from ipu_pipeline.backends.ipu.config import find_config
     from ipu_pipeline.backends.ipu.prices.predict import predict, prediction_of
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_named, from_config
     from ipu_pipeline.compiler import plan
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
@@ -48,9 +48,10 @@ def predict_command(
     pod = machine_by_name(machine)
     built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
     prediction = None
-    if settings.leaves_layers_open:
-        with suppress(PartitionError):
-            planned = plan(built, batch, machine=pod, config=settings)
-            prediction = prediction_of(planned)
-    prediction = prediction or predict(capture(built, batch).graph, settings, pod)
+    with config_named(model):
+        if settings.leaves_layers_open:
+            with suppress(PartitionError):
+                planned = plan(built, batch, machine=pod, config=settings)
+                prediction = prediction_of(planned)
+        prediction = prediction or predict(capture(built, batch).graph, settings, pod)
     typer.echo(prediction.text())

@@ -117,12 +117,13 @@ def _written(
 
 def _capturer(model: str, task: str | None, seq_length: int) -> Callable[[int], CapturedModel]:
     from ipu_pipeline.capture import capture
-    from ipu_pipeline.capture.from_config import from_config
+    from ipu_pipeline.capture.from_config import config_named, from_config
 
     @cache
     def captured(micro_batch: int) -> CapturedModel:
         built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
-        return capture(built, batch)
+        with config_named(model):
+            return capture(built, batch)
 
     return captured
 

@@ -120,6 +120,12 @@ def _verify_order(plan: Plan) -> None:
         if tensor.producer is None:
             continue
         for consumer in tensor.consumers:
+            if position[tensor.producer] >= position[consumer]:
+                raise PlanError(
+                    f"tensor {tensor.name!r} goes from block {tensor.producer!r} to "
+                    f"{consumer!r}, which does not run later; list the graph's blocks in execution "
+                    "order"
+                )
             source, sink = plan.stage_of[tensor.producer], plan.stage_of[consumer]
             if source > sink:
                 raise PlanError(

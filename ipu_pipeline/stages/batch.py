@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, isclose
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ipu_pipeline.capture.batch_axes import (
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.loss_rules import Rule, term_rules
-from ipu_pipeline.capture.loss_terms import LossTerms, factor_name
+from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Granularity
 from ipu_pipeline.stages.training import in_evaluation
@@ -239,7 +239,8 @@ class BatchCutter:
         if len(parts) == 1 and self._loss_weights is None:
             return list(parts)
         shares = self._given_shares(parts, training=training)
-        if shares is None and self._found_axes.adds_up:
+        single = not terms[0].factored or len(terms[0].varying) < 2
+        if shares is None and single and self._found_axes.adds_up:
             shares = [1.0] * len(parts)
         if shares is None:
             columns = self._columns(parts, terms)
@@ -326,19 +327,27 @@ class BatchCutter:
         columns: Sequence[list[float]],
     ) -> list[float]:
         found = self._found_axes
+        by_samples = [part.share for part in parts]
         alike = all(one.alike for one in terms)
-        if not alike and (LOSS in found.mixed or found.counts):
+        # Means over other labels weigh alike while the microbatches have as many of each.
+        even = all(term.kind in AVERAGED for term in terms[0].varying) and all(
+            all(map(isclose, column, by_samples)) for column in columns
+        )
+        if not (alike or even) and (LOSS in found.mixed or found.counts):
             raise self._needs_weights("adds terms that count in different ways: sums, or means "
                                       "over different numbers of labels")  # fmt: skip
         if found.counts and not columns:
             raise self._needs_weights("is a mean over labels that a block of its own counts")
         if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
             return [1.0] * len(parts)  # the samples alone do not tell: random numbers
-        if LOSS in found.mixed:
+        counted = alike and len(columns) > 0
+        if LOSS in found.mixed and not (
+            counted and set(self._rules(terms[0]) or ()) == {"counted"}
+        ):
             self._say_mixed()
-        if alike and columns:
+        if counted:
             return list(columns[0])
-        return [part.share for part in parts]
+        return by_samples
 
     def _needs_weights(self, what: str) -> LoweringError:
         return LoweringError(

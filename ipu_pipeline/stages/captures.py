@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms, factored
 from ipu_pipeline.capture.patches import tracing_patches
@@ -26,167 +24,22 @@ from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.stage import Stage, at_sizes, build_stages, place_blocks
+from ipu_pipeline.stages.lru_cache import LRUCache
+from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
 from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-Signature = tuple[Any, ...]
+from ipu_pipeline.stages.variants import (
+    Attempt,
+    Prepared,
+    ShapeVariant,
+    ShapeVariants,
+    Signature,
+    StagedProgram,
+)
 
 # A step needs two shapes (full and short microbatches), training and evaluation alternate.
 MAX_SHAPES = 16
-# A whole number becomes an input of the graph after so many captures for its sake.
-INTEGER_CAPTURES = 3
 logger = logging.getLogger(__name__)
-
-
-class LRUCache(Generic[K, V]):
-    """Makes values on demand and keeps the ``limit`` that were used last, at least 1.
-
-    ``on_drop`` is called with every value that is dropped.
-    """
-
-    def __init__(self, limit: int, on_drop: Callable[[V], None] = lambda _: None) -> None:
-        self.limit = limit
-        self._on_drop = on_drop
-        self._values: OrderedDict[K, V] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def values(self) -> Iterator[V]:
-        """Yield the values, the last used first."""
-        yield from reversed(self._values.values())
-
-    def get(self, key: K, make: Callable[[], V]) -> V:
-        """Return the value of ``key``; it is made if it is not there, and then the last used."""
-        if key not in self._values:
-            self._values[key] = make()
-            if len(self._values) > self.limit:
-                self._on_drop(self._values.popitem(last=False)[1])
-        self._values.move_to_end(key)
-        return self._values[key]
-
-    def drop_where(self, condition: Callable[[K], bool]) -> None:
-        """Drop every value whose key meets ``condition``."""
-        for key in [key for key in self._values if condition(key)]:
-            self._on_drop(self._values.pop(key))
-
-
-@dataclass(eq=False)
-class _Program:
-    """One capture, and its stages.
-
-    ``has_sizes``: Whether it is known to be a program of other sizes as well.
-    """
-
-    training: Signature
-    captured: CapturedModel
-    uses: TableUses
-    stages: tuple[Stage, ...]
-    has_sizes: bool | None = None
-
-
-@dataclass(eq=False)
-class _Variant:
-    """A program for one shape; ``sized``: if that is another one than when it was captured."""
-
-    program: _Program
-    sized: Sized | None
-    captured: CapturedModel
-    stages: tuple[Stage, ...]
-
-    @classmethod
-    def of(cls, program: _Program, sized: Sized | None = None) -> _Variant:
-        """Make one."""
-        if sized is None:
-            return cls(program, sized, program.captured, program.stages)
-        captured = program.captured.at(sized)
-        return cls(program, sized, captured, at_sizes(program.stages, captured))
-
-
-@dataclass(eq=False)
-class _Variants:
-    """The captures of one shape, the last used first.
-
-    ``shapes`` are those of the results of a call, of every capture that an argument of it caused.
-    """
-
-    found: list[_Variant] = field(default_factory=list)
-    shapes: dict[tuple[int, Path], list[Any]] = field(default_factory=dict)
-
-    @property
-    def integers(self) -> frozenset[tuple[int, Path]]:
-        """Where whole numbers have caused captures enough, and are no sizes."""
-        return frozenset(
-            place
-            for place, shapes in self.shapes.items()
-            if len(shapes) >= INTEGER_CAPTURES and all(s == shapes[0] for s in shapes)
-        )
-
-    def note(self, variant: _Variant, place: tuple[int, Path] | None) -> None:
-        """Note a new capture that is due to the argument at ``place``."""
-        if place is not None and place[0] < len(variant.captured.glue.calls):
-            call = variant.captured.glue.calls[place[0]]
-            self.shapes.setdefault(place, []).append(call.shapes)
-
-
-@dataclass(eq=False)
-class _Attempt:
-    """The captures that are tried for one microbatch, and what there was before.
-
-    ``is_deep``: what its blocks change is put back as well.
-    """
-
-    microbatch: Microbatch
-    variants: _Variants
-    before: PythonState | None = None
-    is_deep: bool = False
-    tensors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tried: list[_Variant] = field(default_factory=list)
-    reason: Differs | None = None
-    is_sized: bool = False
-    is_captured: bool = False
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """The inputs of the model."""
-        return self.microbatch.inputs
-
-    def restore(self) -> None:
-        """Put back what has changed since it began."""
-        assert self.before is not None
-        self.before.restore()
-        with torch.no_grad():
-            for tensor, values in self.tensors.values():
-                tensor.copy_(values)
-
-    def prepared(
-        self, variant: _Variant, hosts: Mapping[str, Any], run: GlueRun | None = None
-    ) -> Prepared:
-        """Return the microbatch with the stages of ``variant``, which is now the last used."""
-        self.variants.found.remove(variant)
-        self.variants.found.insert(0, variant)
-        ready = replace(self.microbatch, inputs={**self.inputs, **hosts})
-        return Prepared(variant.stages, ready, self, run)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A microbatch that can run.
-
-    Attributes:
-        stages: Those that do what its glue does.
-        microbatch: With host values among its inputs.
-        attempt: How they were found.
-        run: Its glue, where that waits for values of the stages or keeps some of them.
-    """
-
-    stages: tuple[Stage, ...]
-    microbatch: Microbatch
-    attempt: _Attempt
-    run: GlueRun | None = None
 
 
 def _refuse_hooks(model: nn.Module, found: Iterable[Prepared]) -> None:
@@ -222,12 +75,12 @@ class StageCache:
     live: bool = False
 
     def __post_init__(self) -> None:
-        self._shapes = LRUCache[Signature, _Variants](self.max_shapes, self._dropped)
+        self._shapes = LRUCache[Signature, ShapeVariants](self.max_shapes, self._dropped)
         self._warned: set[str] = set()
         self._modules: list[nn.Module] = []
         self._training: Signature = ()
         self._replaced: list[tuple[Stage, ...]] = []
-        self._spare: list[_Program] = []  # of no remembered shape, but perhaps of one to come
+        self._spare: list[StagedProgram] = []  # of no remembered shape, but perhaps of one to come
         self.captures = 0
 
     def prepare(
@@ -252,7 +105,7 @@ class StageCache:
         found = []
         with self._replaying():
             for part in microbatches:
-                found.append(self._followed(_Attempt(part, self._variants(part))))
+                found.append(self._followed(Attempt(part, self._variants(part))))
         _refuse_hooks(self.model, found)
         return [one.stages for one in found], [one.microbatch for one in found]
 
@@ -271,7 +124,7 @@ class StageCache:
             with self._replaying():
                 while left and (not plain or plain[-1].run is None):
                     part = left.pop(0)
-                    plain.append(self._begun(_Attempt(part, self._variants(part))))
+                    plain.append(self._begun(Attempt(part, self._variants(part))))
             _refuse_hooks(self.model, plain)
             alone = [plain.pop()] if plain[-1].run is not None else []
             yield from (group for group in (plain, alone) if group)
@@ -318,13 +171,13 @@ class StageCache:
         with autocast_region(self.precision), tracing_patches(self.model):
             yield
 
-    def _variants(self, part: Microbatch) -> _Variants:
-        return self._shapes.get((self._training, described(part.inputs)), _Variants)
+    def _variants(self, part: Microbatch) -> ShapeVariants:
+        return self._shapes.get((self._training, described(part.inputs)), ShapeVariants)
 
-    def _followed(self, attempt: _Attempt) -> Prepared:
+    def _followed(self, attempt: Attempt) -> Prepared:
         """Run the glue of one microbatch in one piece."""
 
-        def follow(variant: _Variant) -> Prepared:
+        def follow(variant: ShapeVariant) -> Prepared:
             if variant.captured.glue.unsteady:
                 raise CaptureError(variant.captured.glue.unsteady)
             followed = variant.captured.follow(attempt.inputs, attempt.variants.integers)
@@ -332,10 +185,10 @@ class StageCache:
 
         return self._tried(attempt, follow)
 
-    def _begun(self, attempt: _Attempt) -> Prepared:
+    def _begun(self, attempt: Attempt) -> Prepared:
         """Run the glue of one microbatch up to the first value that its stages compute."""
 
-        def begin(variant: _Variant) -> Prepared:
+        def begin(variant: ShapeVariant) -> Prepared:
             while True:
                 self._remember(attempt, variant)
                 region = partial(autocast_region, self.precision)
@@ -368,7 +221,7 @@ class StageCache:
 
         return self._tried(attempt, begin)
 
-    def _tried(self, attempt: _Attempt, run: Callable[[_Variant], Prepared]) -> Prepared:
+    def _tried(self, attempt: Attempt, run: Callable[[ShapeVariant], Prepared]) -> Prepared:
         """Let the captures run that have not been tried, and then a new one."""
         variants, microbatch = attempt.variants, attempt.inputs
         if attempt.before is None:
@@ -408,14 +261,14 @@ class StageCache:
             "follow it; keep what changes inside a block"
         ) from error
 
-    def _ready(self, attempt: _Attempt, variant: _Variant, followed: Followed) -> Prepared:
+    def _ready(self, attempt: Attempt, variant: ShapeVariant, followed: Followed) -> Prepared:
         hosts = dict(followed.hosts)
         if followed.changed:
             self._lift(variant, Unlifted(followed.changed, frozenset(), followed.said))
             hosts.update(followed.named(variant.captured.glue))
         return attempt.prepared(variant, hosts)
 
-    def _remember(self, attempt: _Attempt, variant: _Variant) -> None:
+    def _remember(self, attempt: Attempt, variant: ShapeVariant) -> None:
         """Keep what its blocks change, too, if they may have to run again."""
         if any(call.is_late for call in variant.captured.glue.calls):
             if not attempt.is_deep:
@@ -433,7 +286,7 @@ class StageCache:
 
     def _at_other_sizes(
         self, microbatch: Mapping[str, Any], before: PythonState
-    ) -> _Variant | None:
+    ) -> ShapeVariant | None:
         """Return a known program that does what this microbatch does, with other numbers."""
         for program in self._programs():
             if program.training != self._training:
@@ -446,11 +299,11 @@ class StageCache:
                 continue
             if sized.changed:
                 self._rebuild(program, program.captured.with_hosts(sized.changed, sizes=True))
-            return _Variant.of(program, sized)
+            return ShapeVariant.of(program, sized)
         return None
 
     def _sized(
-        self, program: _Program, microbatch: Mapping[str, Any] | None, before: PythonState
+        self, program: StagedProgram, microbatch: Mapping[str, Any] | None, before: PythonState
     ) -> Sized | None:
         try:
             return program.captured.sized(microbatch)
@@ -460,12 +313,12 @@ class StageCache:
         finally:
             before.restore()
 
-    def _programs(self) -> list[_Program]:
+    def _programs(self) -> list[StagedProgram]:
         """Return the known programs, the last used first."""
         found = (v.program for variants in self._shapes.values() for v in variants.found)
         return list(dict.fromkeys([*found, *self._spare]))
 
-    def _rebuild(self, program: _Program, captured: CapturedModel) -> None:
+    def _rebuild(self, program: StagedProgram, captured: CapturedModel) -> None:
         """Let a program, at all its sizes, have other stages."""
         program.captured = captured
         program.stages = self._built(captured, program.uses)
@@ -473,10 +326,10 @@ class StageCache:
             for variant in variants.found:
                 if variant.program is program:
                     self._replaced.append(variant.stages)  # this step may still run them
-                    made = _Variant.of(program, variant.sized)
+                    made = ShapeVariant.of(program, variant.sized)
                     variant.captured, variant.stages = made.captured, made.stages
 
-    def _add(self, variants: _Variants, variant: _Variant, reason: Differs | None) -> None:
+    def _add(self, variants: ShapeVariants, variant: ShapeVariant, reason: Differs | None) -> None:
         variants.found.insert(0, variant)
         self.captures += variant.sized is None
         logger.info("capture %d: %d stages", self.captures, len(variant.stages))
@@ -493,7 +346,7 @@ class StageCache:
                 reason,
             )
 
-    def _lift(self, variant: _Variant, values: Unlifted) -> None:
+    def _lift(self, variant: ShapeVariant, values: Unlifted) -> None:
         """Let the graph share numbers that have changed, and tensors that are kept."""
         if not values.changed and not values.kept:
             return
@@ -502,7 +355,7 @@ class StageCache:
         program = variant.program
         self._rebuild(program, program.captured.with_hosts(values.changed, values.kept))
 
-    def _kept(self, microbatch: Mapping[str, Any]) -> list[_Variant]:
+    def _kept(self, microbatch: Mapping[str, Any]) -> list[ShapeVariant]:
         """Return the capture that the plan was made from, if there is one of this shape."""
         if serialized(self.plan):  # serialized tables are found while a capture runs
             return []
@@ -510,7 +363,7 @@ class StageCache:
         known = take_kept(self.model, microbatch, granularity, training=training)
         return [] if known is None else [self._variant(known, TableUses())]
 
-    def _captured(self, microbatch: Mapping[str, Any]) -> _Variant:
+    def _captured(self, microbatch: Mapping[str, Any]) -> ShapeVariant:
         uses = TableUses()
         with uses:
             captured = capture(
@@ -522,7 +375,7 @@ class StageCache:
             )
         return self._variant(captured, uses)
 
-    def _variant(self, captured: CapturedModel, uses: TableUses) -> _Variant:
+    def _variant(self, captured: CapturedModel, uses: TableUses) -> ShapeVariant:
         if not serialized(self.plan):  # whose loss is taken apart
             captured = factored(captured)
         if captured.training:
@@ -530,8 +383,8 @@ class StageCache:
         captured.glue.session.live, captured.glue.session.replayed = self.live, True
         if self.live and captured.glue.hosts:
             captured = captured.with_hosts({})
-        program = _Program(self._training, captured, uses, self._built(captured, uses))
-        return _Variant.of(program)
+        program = StagedProgram(self._training, captured, uses, self._built(captured, uses))
+        return ShapeVariant.of(program)
 
     def _built(self, captured: CapturedModel, uses: TableUses) -> tuple[Stage, ...]:
         blocks = place_blocks(captured, self.plan)
@@ -546,7 +399,7 @@ class StageCache:
             self._warned.add(message)
             logger.warning(message, *values)
 
-    def _dropped(self, variants: _Variants) -> None:
+    def _dropped(self, variants: ShapeVariants) -> None:
         for variant in variants.found:
             self.on_drop(variant.stages)
         alive = {v.program for others in self._shapes.values() for v in others.found}

@@ -221,7 +221,8 @@ class Stage:
 
         for name in program.outputs:
             value = values[name]
-            if isinstance(value, Tensor) and value.grad_fn is not None:
+            # Deferred logits have no node: to look for one would compute them.
+            if type(value) is Tensor and value.grad_fn is not None:
                 value.register_hook(note)
 
     def _backward_apart(

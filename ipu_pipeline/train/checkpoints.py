@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from ipu_pipeline.train.output_folder import (
     newest_checkpoint,
     step_of,
 )
-from ipu_pipeline.train.progress import Progress
+from ipu_pipeline.train.progress import Progress, check_like
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,16 @@ class Checkpoints:
             if path is not None:
                 self._load(path, progress)
             if self._saves:
-                self._run_id = self._agreed(lambda: begin_run(folder, path, run_of))
+                self._run_id = self._agreed(lambda: self._begin(path))
             self._lock = lock.pop_all()
+
+    def _begin(self, path: Path | None) -> str:
+        """Begin a run as :func:`begin_run` does; what a kill has left of a rotation is deleted."""
+        folder = self._arguments.folder
+        run_id = begin_run(folder, path, run_of)
+        if path and path.absolute().parent == folder.absolute() and run_of(path) == run_id:
+            rotate_checkpoints(path, self._arguments.save_total_limit)
+        return run_id
 
     def _agreed(self, work: Callable[[], str | None]) -> str:
         """Return what ``work`` returns on the first process, or raise its error, on all of them.
@@ -100,17 +109,27 @@ class Checkpoints:
         return found
 
     def _load(self, path: Path, progress: Progress) -> None:
-        extra = self._executable.load_checkpoint(path)
+        early = read_extra(path)  # a checkpoint that cannot be read says so when it is loaded
+        if early is not None:
+            self._checked(path, early, progress)  # before anything is loaded
+        saved = self._checked(path, self._executable.load_checkpoint(path), progress)
+        progress.restore(saved)
+        self._scheduler.load_state_dict(dict(saved["scheduler"]))
+        if self._arguments.should_save and not self._arguments.disable_tqdm:
+            tqdm.write(f"resuming from {path} at step {progress.state.global_step}")
+
+    def _checked(self, path: Path, extra: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Return what :meth:`save` has added to a checkpoint, if training can go on from it."""
         try:
-            saved = extra["training"]
-            progress.restore(saved)
-            before: Mapping[str, Any] = saved["data"]
-            self._scheduler.load_state_dict(dict(saved["scheduler"]))
-        except (KeyError, TypeError) as error:
+            saved: dict[str, Any] = extra["training"]
+            copy.copy(progress).restore(saved)
+            before: dict[str, Any] = {**saved["data"]}
+            check_like(saved["scheduler"], self._scheduler.state_dict(), "scheduler")
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{path} was not written by train() of this version ({error!r}), so there is no "
-                "data position to resume from; load it with executable.load_checkpoint and train "
-                "without resume_from_checkpoint"
+                f"{path} was not written by train() of this version ({error!r:.300}), so there is "
+                "no data position to resume from; load it with executable.load_checkpoint and "
+                "train without resume_from_checkpoint"
             ) from error
         changed = [
             f"{name} was {before.get(name)} and is {value}"
@@ -123,8 +142,7 @@ class Checkpoints:
                 "or load it with executable.load_checkpoint and train without "
                 "resume_from_checkpoint"
             )
-        if self._arguments.should_save and not self._arguments.disable_tqdm:
-            tqdm.write(f"resuming from {path} at step {progress.state.global_step}")
+        return saved
 
     def save(self, progress: Progress) -> None:
         """Write ``checkpoint-<step>``; then delete those beyond ``save_total_limit``.

@@ -22,6 +22,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.captured import capturing
 from ipu_pipeline.capture.coroutine import Coroutine
+from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
@@ -187,6 +189,29 @@ class LossRun(Coroutine):
                 return body()
 
         return run
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """A microbatch: the model's inputs, and the run of the code that computes its loss."""
+
+    inputs: dict[str, Any]
+    run: LossRun | None = None
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any], run: LossRun | None = None) -> HandedIn:
+        """Make one, with a count of items as a tensor, so that another is no other capture."""
+        count = inputs.get(NUM_ITEMS)
+        counted = {} if count is None else {NUM_ITEMS: torch.as_tensor(count)}
+        return cls(inputs | counted, run)
+
+
+def abandon(parts: list[HandedIn]) -> None:
+    """End the runs of microbatches that are no longer wanted, and forget these."""
+    for part in parts:
+        if part.run is not None:
+            part.run.abandon()
+    parts.clear()
 
 
 class _Guard(TorchFunctionMode):

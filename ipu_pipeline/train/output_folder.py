@@ -173,6 +173,36 @@ def begin_run(folder: Path, path: Path | None, run_of: RunOf) -> str:
     return run.id
 
 
+@contextlib.contextmanager
+def trainer_run(
+    folder: Path, *, resume_from_checkpoint: str | bool | None, saves: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Have ``folder`` for one call of ``train`` of transformers' trainer, if that saves there.
+
+    Yields:
+        The checkpoint that it goes on from, and its identity; "" while nothing is saved.
+
+    Raises:
+        CheckpointError: Another process trains into the folder.
+        ValueError: There is no checkpoint to resume.
+    """
+    path: Path | None = None
+    run_id = ""
+    with locked(folder) if saves else contextlib.nullcontext():
+        if resume_from_checkpoint is True:
+            path = newest_checkpoint(folder, run_of_trainer_checkpoint)
+            if path is None:
+                raise ValueError(
+                    f"there is no complete checkpoint of the last run in {folder}; name one, "
+                    "or start afresh without resume_from_checkpoint"
+                )
+        elif resume_from_checkpoint:
+            path = Path(str(resume_from_checkpoint))
+        if saves and (path is None or run_of_trainer_checkpoint(path) is not None):
+            run_id = begin_run(folder, path, run_of_trainer_checkpoint)
+        yield None if path is None else str(path), run_id
+
+
 def begin_trainer_checkpoint(path: Path, run_id: str) -> None:
     """Say of which run a checkpoint of transformers' trainer is that is written from now on."""
     path.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,13 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
 
-from ipu_pipeline.errors import StageError
+from ipu_pipeline.errors import StageError, shown
+from ipu_pipeline.ir.codec import Count
 from ipu_pipeline.stages.executable import StepResult
 from ipu_pipeline.train.arguments import TrainingArguments
 
@@ -40,6 +42,40 @@ class TrainResult:
         return list(self.state.log_history)
 
 
+def check_like(saved: object, own: object, name: str) -> None:
+    """Refuse data of a checkpoint that are not made as one's own, which they shall replace.
+
+    Args:
+        saved: JSON data.
+        own: The same keys, lengths and types; a number stands for any that is finite, a whole
+            one for a count.
+        name: Of the data, for the message.
+
+    Raises:
+        ValueError: They are not; says where.
+    """
+    if isinstance(own, dict) and isinstance(saved, dict) and own.keys() == saved.keys():
+        for key, value in own.items():
+            check_like(saved[key], value, f"{name}.{key}")
+    elif isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        for index, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+            check_like(theirs, mine, f"{name}[{index}]")
+    else:
+        number = isinstance(saved, int | float) and abs(saved) <= sys.float_info.max
+        count = type(saved) is int and 0 <= saved < 2**62
+        fits: dict[type, bool] = {dict: False, list: False, float: number, int: count}
+        if not fits.get(type(own), type(saved) is type(own)):
+            raise ValueError(f"{name} is {shown(saved)}")
+
+
+class _Position(msgspec.Struct):
+    """What of transformers' state training goes on from; the rest is that of now, or unused."""
+
+    global_step: Count
+    epoch: float | None
+    log_history: list[dict[str, Any]]
+
+
 @dataclass
 class LossMeter:
     """Losses since the start and since the last log; its fields are kept in checkpoints.
@@ -48,11 +84,11 @@ class LossMeter:
     """
 
     total: float = 0.0
-    steps: int = 0
-    skipped: int = 0
+    steps: Count = 0
+    skipped: Count = 0
     window_total: float = 0.0
-    window_steps: int = 0
-    window_skipped: int = 0
+    window_steps: Count = 0
+    window_skipped: Count = 0
     window_grad_norm: float | None = None
 
     def add(self, result: StepResult) -> None:
@@ -140,9 +176,15 @@ class Progress:
         return {"state": asdict(self.state), "losses": asdict(self.losses)}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take over what :meth:`to_json` gave; how long and how often are those of now."""
-        self.state = TrainerState(**saved["state"])
-        self.losses = LossMeter(**saved["losses"])
+        """Take over what :meth:`to_json` gave; how long and how often are those of now.
+
+        Raises:
+            ValueError, TypeError, KeyError: It did not give that; nothing is changed.
+        """
+        state = TrainerState(**saved["state"])
+        msgspec.convert(saved["state"], _Position)
+        losses = msgspec.convert(saved["losses"], LossMeter)
+        self.state, self.losses = state, losses
         self._describe_length()
 
     def _describe_length(self) -> None:

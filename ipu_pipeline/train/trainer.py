@@ -10,9 +10,7 @@ runs live in the last stage (``live_loss.py``).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,18 +25,26 @@ from typing_extensions import Self
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.local.executable import LocalExecutable
+from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.training import autocast_region
-from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of, trainable
+from ipu_pipeline.train.live_loss import (
+    RUN,
+    HandedIn,
+    LiveLoss,
+    LossRun,
+    abandon,
+    calls_of,
+    trainable,
+)
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
 from ipu_pipeline.train.output_folder import (
     begin_run,
     begin_trainer_checkpoint,
-    locked,
-    newest_checkpoint,
     run_of_trainer_checkpoint,
+    trainer_run,
 )
 from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.trainer_checks import (
@@ -52,7 +58,6 @@ from ipu_pipeline.train.trainer_checks import (
 )
 
 logger = logging.get_logger(__name__)
-NUM_ITEMS = "num_items_in_batch"
 # Enough for every stage to be busy most of the time, as in eval_step.
 _AHEAD_PER_STAGE = 2
 
@@ -65,14 +70,6 @@ _OWN_STATE = frozenset(
 )  # fmt: skip
 Prediction = tuple[Tensor | None, Any, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class HandedIn:
-    """A microbatch: the model's inputs, and the run of the code that computes its loss."""
-
-    inputs: dict[str, Any]
-    run: LossRun | None = None
 
 
 class PipelineTrainer(Trainer):
@@ -159,23 +156,11 @@ class PipelineTrainer(Trainer):
             ValueError: There is no checkpoint to resume.
         """
         folder = Path(str(self.args.output_dir))
-        path: Path | None = None
+        saves = self.args.save_strategy != SaveStrategy.NO
         self._run_id = ""
-        with contextlib.ExitStack() as block:
-            if saves := self.args.save_strategy != SaveStrategy.NO:
-                block.enter_context(locked(folder))
-            if resume_from_checkpoint is True:
-                path = newest_checkpoint(folder, run_of_trainer_checkpoint)
-                if path is None:
-                    raise ValueError(
-                        f"there is no complete checkpoint of the last run in {folder}; name one, "
-                        "or start afresh without resume_from_checkpoint"
-                    )
-            elif resume_from_checkpoint:
-                path = Path(str(resume_from_checkpoint))
-            if saves and (path is None or run_of_trainer_checkpoint(path) is not None):
-                self._run_id = begin_run(folder, path, run_of_trainer_checkpoint)
-            return super().train(None if path is None else str(path), *args, **kwargs)
+        run = trainer_run(folder, resume_from_checkpoint=resume_from_checkpoint, saves=saves)
+        with run as (path, self._run_id):
+            return super().train(path, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as transformers does, and say in the checkpoint of which run it is."""
@@ -193,7 +178,7 @@ class PipelineTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Read the batches of the next optimizer step; nothing is left of an abandoned one."""
-        _abandon(self._handed_in)
+        abandon(self._handed_in)
         self._num_trained = 0
         return super().get_batch_samples(*args, **kwargs)
 
@@ -233,7 +218,7 @@ class PipelineTrainer(Trainer):
             part = dict(prepared)
             if num_items is not None and self.model_accepts_loss_kwargs:
                 part[NUM_ITEMS] = num_items
-            return HandedIn(_counted(part))
+            return HandedIn.of(part)
 
         def body() -> Tensor:
             with self.compute_loss_context_manager():
@@ -296,8 +281,11 @@ class PipelineTrainer(Trainer):
 
     def _loss_is_the_models(self) -> bool:
         """Whether nothing is computed behind the model, so that the stages compute it all."""
+        return self._loss_is_inherited() and self.label_smoother is None
+
+    def _loss_is_inherited(self) -> bool:
         inherited = getattr(self.compute_loss, "__func__", None) is _COMPUTE_LOSS
-        return inherited and self.compute_loss_func is None and self.label_smoother is None
+        return inherited and self.compute_loss_func is None
 
     def _loss_is_whole(self, num_items: Tensor | int | None) -> bool:
         """Whether the microbatches' losses add up, instead of having a mean."""
@@ -394,8 +382,7 @@ class PipelineTrainer(Trainer):
         self, body: Callable[[], Any], order: MicrobatchOrder, pending: list[HandedIn]
     ) -> HandedIn:
         """Run the user's code up to its call of the model: what it passes are the inputs."""
-        inherited = getattr(self.compute_loss, "__func__", None) is _COMPUTE_LOSS
-        if inherited and self.compute_loss_func is None:
+        if self._loss_is_inherited():
             run = LossRun(body)
         else:
             self._watch = self._watch or Watch(self, _OWN_STATE)
@@ -408,9 +395,9 @@ class PipelineTrainer(Trainer):
                 order.settle(run, alone=not pending)
         except BaseException:
             run.abandon()
-            _abandon(pending)
+            abandon(pending)
             raise
-        return HandedIn(_counted(run.inputs or {}), run)
+        return HandedIn.of(run.inputs or {}, run)
 
     def _settle(self, parts: list[HandedIn], order: MicrobatchOrder) -> None:
         for part in parts:
@@ -527,16 +514,3 @@ class PipelineTrainer(Trainer):
 
 _PREDICTION_STEP = PipelineTrainer.prediction_step
 _TRAINING_STEP = PipelineTrainer.training_step
-
-
-def _abandon(parts: list[HandedIn]) -> None:
-    for part in parts:
-        if part.run is not None:
-            part.run.abandon()
-    parts.clear()
-
-
-def _counted(part: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs with their count as a tensor, so that another is no other capture."""
-    count = part.get(NUM_ITEMS)
-    return part if count is None else part | {NUM_ITEMS: torch.as_tensor(count)}

@@ -7,15 +7,17 @@ import pytest
 import torch
 import transformers
 
+from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.example_batch import BatchSize, example_batch
 from ipu_pipeline.capture.from_config import (
     TASKS,
     build_model,
+    config_named,
     from_config,
     infer_task,
     load_config,
 )
-from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.errors import CaptureError, PlanError
 from tests.tiny_models import TINY
 
 ENCODER = {
@@ -349,6 +351,42 @@ def test_a_config_that_makes_no_sense_is_refused_by_name(tmp_path, change, messa
     (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
     with pytest.raises((CaptureError, ValueError), match=message):
         from_config(tmp_path / "config.json", seq_length=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"chunk_size_feed_forward": 3},
+            "ValueError: The dimension to be chunked 8 has to be a mu",
+        ),
+        ({"chunk_size_feed_forward": "x"}, "TypeError: '>' not supported between"),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "ValueError: too many values to unpack"),
+    ],
+)
+def test_a_config_whose_model_fails_is_refused_by_name(tmp_path, change, message) -> None:
+    config = transformers.BertConfig(**ENCODER, architectures=["BertForQuestionAnswering"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict() | change), encoding="utf-8")
+    built = from_config(path, seq_length=8)
+    with (
+        pytest.raises(
+            CaptureError, match=rf"config.json fails in its forward \({message}.*\); correct the c"
+        ),
+        config_named(path),
+    ):
+        capture(*built)
+
+
+def test_what_is_not_the_models_stays_as_it_is() -> None:
+    for error, message in (
+        (ValueError("num_stages is 9"), "^num_stages is 9$"),
+        (PlanError("no plan"), "^no plan$"),
+        (CaptureError("no loss"), "^a.json: no loss$"),
+        (CaptureError("a.json has no loss"), "^a.json has no loss$"),
+    ):
+        with pytest.raises(type(error), match=message), config_named("a.json"):
+            raise error
 
 
 def test_a_config_is_an_object(tmp_path) -> None:

@@ -232,6 +232,9 @@ REFUSED: list[tuple[Plan, str]] = [
     (replace(example_plan(), graph=replace(example_graph(), blocks=example_graph().blocks[:3]),
              stages=with_stages(("embed", "layer.0", "layer.1")).stages),
      "tensors name blocks .* has not: head"),
+    (replace(with_stages(("embed", "layer.1", "layer.0", "head")), graph=replace(
+        example_graph(), blocks=tuple(example_graph().blocks[i] for i in (0, 2, 1, 3)))),
+     r"'h0' goes from block 'layer\.0' to 'layer\.1', which does not run later; list the graph's"),
 ]  # fmt: skip
 
 

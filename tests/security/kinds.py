@@ -29,7 +29,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.backends.local.measure.cache import load_measurements, store_measurements
 from ipu_pipeline.capture import capture
-from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.capture.from_config import config_named, from_config
 from ipu_pipeline.compiler import plan
 from ipu_pipeline.errors import LoweringError, PipelineError, PlanError
 from ipu_pipeline.ir.machine import Device, Machine
@@ -183,7 +183,8 @@ def write_config(path: Path) -> None:
 
 def use_config(path: Path) -> None:
     """Build the model and capture it, as plan does."""
-    capture(*from_config(path, batch_size=1, seq_length=8), self_check=False)
+    with config_named(path):
+        capture(*from_config(path, batch_size=1, seq_length=8), self_check=False)
 
 
 # ---------------------------------------------------------------- samples

@@ -140,3 +140,11 @@ def test_a_file_outside_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
     sign(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is no file in it"):
         read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("step", [-5, 10**30])
+def test_a_step_is_a_count(tmp_path: Path, step: int) -> None:
+    model, optimizer = trained()
+    write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=step)
+    with pytest.raises(CheckpointError, match=rf"is damaged: ValueError: global_step is {step};"):
+        read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)

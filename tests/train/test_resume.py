@@ -1,11 +1,14 @@
+import copy
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import reduce
 
 import pytest
 import torch
@@ -212,6 +215,22 @@ def test_rotation_keeps_the_newest(tmp_path, caplog):
     assert "save_total_limit is 2" in caplog.text
 
 
+def test_a_resume_finishes_the_rotation_that_a_kill_has_cut_short(tmp_path, caplog):
+    run(settings(tmp_path / "old"))
+    run(settings(tmp_path, resume_from_checkpoint=None))
+    shutil.copytree(tmp_path / "old" / "checkpoint-18", tmp_path / "checkpoint-24")
+    run(settings(tmp_path, save_total_limit=2))  # nothing is left to train
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-15", "checkpoint-18", "checkpoint-24"]
+    # A run that goes back, or on from elsewhere, deletes nothing before it has saved.
+    run(settings(tmp_path, save_total_limit=1, resume_from_checkpoint=str(tmp_path / names[0]),
+                 max_steps=15, save_strategy="steps"))  # fmt: skip
+    outside = shutil.copytree(tmp_path / names[1], tmp_path / "kept" / names[1])
+    run(settings(tmp_path, save_total_limit=1, resume_from_checkpoint=str(outside)))
+    assert [p.name for p in list_checkpoints(tmp_path)] == names
+    assert outside.is_dir()
+
+
 def test_rotation_deletes_only_after_the_new_one_is_complete(tmp_path):
     arguments = settings(tmp_path, save_total_limit=1)
 
@@ -371,3 +390,45 @@ def test_a_checkpoint_that_train_did_not_write(tmp_path):
     path = executable.save_checkpoint(tmp_path / "checkpoint-1")
     with pytest.raises(CheckpointError, match=r"was not written by train\(\) of this version"):
         run(settings(tmp_path, resume_from_checkpoint=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("state.global_step", -5, "Expected `int` >= 0"),
+        ("state.global_step", float("nan"), "Expected `int`, got `float`"),
+        ("state.epoch", "x", "Expected `float "),
+        ("state.log_history", {}, "Expected `array`"),
+        ("losses.steps", 10**30, "Expected `int` <= "),
+        ("losses.total", None, "Expected `float`"),
+        ("data", 3, "'int' object is not a mapping"),
+        ("scheduler", "x", "scheduler is 'x'"),
+        ("scheduler.base_lrs", [], r"scheduler.base_lrs is \[\]"),
+        ("scheduler.last_epoch", -1, "scheduler.last_epoch is -1"),
+        ("scheduler._last_lr", [float("nan")] * 2, r"scheduler._last_lr\[0\] is nan"),
+        ("scheduler._is_initial", None, "scheduler._is_initial is None"),
+    ],
+)
+def test_a_position_that_makes_no_sense_is_refused_before_anything_is_loaded(
+    written, place, value, message
+):
+    folder, training = written
+    *outer, last = place.split(".")
+    changed = copy.deepcopy(training)
+    reduce(dict.__getitem__, outer, changed)[last] = value
+    model = tiny_bert(seed=5)
+    executable = EagerExecutable(model, build_optimizer(model, settings(folder)), microbatches=2)
+    path = executable.save_checkpoint(folder / "checkpoint-1", {"training": changed})
+    executable.model.load_state_dict(tiny_bert(seed=6).state_dict())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"was not written by train.*{message}"):
+        train(executable, DATA, settings(folder, resume_from_checkpoint=str(path)))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Return a folder, and the position in a checkpoint of it."""
+    folder = tmp_path_factory.mktemp("written")
+    run(settings(folder, max_steps=3))
+    return folder, checkpoint.read_extra(folder / "checkpoint-3")["training"]

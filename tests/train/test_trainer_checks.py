@@ -156,7 +156,8 @@ REFUSED = {"training_step", "compute_loss_context_manager", "autocast_smart_cont
 def test_methods_of_another_base_are_called_or_refused(tmp_path, name) -> None:
     called: list[str] = []
     both_bases = type("Both", (PipelineTrainer, overridden(name, called)), {})
-    made = {"args": arguments(tmp_path), "train_dataset": marked(), "eval_dataset": marked(3)}
+    args = arguments(tmp_path, save_strategy="epoch" if "checkpoint" in name else "no")
+    made = {"args": args, "train_dataset": marked(), "eval_dataset": marked(3)}
     if name in REFUSED:
         with pytest.raises(ValueError, match=f"{name} of Other does not go with PipelineTrainer"):
             both_bases(model=bert_qa(), num_stages=2, **made)

@@ -24,8 +24,8 @@ from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInp
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
 from ipu_pipeline.capture.batch_axes import Axes
 from ipu_pipeline.stages.batch import Microbatch
-from ipu_pipeline.stages.captures import LRUCache
 from ipu_pipeline.stages.executable import EvalResult, join
+from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.

@@ -22,6 +22,8 @@ from ipu_pipeline.errors import INTERRUPTED
 PORT = 29400
 # Physical cores of a node, in a shell: two threads of one core count once.
 _CORES = "$(lscpu --parse=CORE,SOCKET | grep -v '#' | sort -u | wc -l)"
+# A random text, drawn by a shell.
+_SECRET = "$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
 # Between the lines of a command.
 _BREAK = " \\\n    "
 # Neither torchrun's agent nor gloo listens on another interface; a user's own setting wins.
@@ -171,9 +173,10 @@ def node_command(spec: LaunchSpec, *, python: str, folder: Path, run_id: str, en
     if spec.num_threads is None:
         threads = [f"cores={_CORES} &&", f"env OMP_NUM_THREADS={_share(spec)}"]
     lines = [f"cd {_quoted(str(folder))} &&", *threads, *_settings(spec)]
-    if spec.num_nodes > 1:  # it signs what the processes tell each other, and is not shown here
-        said = "set it to one random text on every node"
-        lines.append(f'{SECRET_VARIABLE}="${{{SECRET_VARIABLE}:?{said}}}"')
+    secret = _SECRET  # it signs what the processes tell each other, and is not shown here
+    if spec.num_nodes > 1:
+        secret = f'"${{{SECRET_VARIABLE}:?set it to one random text on every node}}"'
+    lines.append(f"{SECRET_VARIABLE}={secret}")
     ends = [
         _torchrun(spec, python, _quoted(run_id), _quoted(f"{host}:{port or PORT}"), str(count))
         for count in (number, number - 1)
@@ -233,7 +236,7 @@ def slurm_file(spec: LaunchSpec, *, python: str, folder: Path, name: str) -> str
         "",
         *(f"export {setting}" for setting in _settings(spec)),
         "# It signs what the processes tell each other.",
-        f"export {SECRET_VARIABLE}=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')",
+        f"export {SECRET_VARIABLE}={_SECRET}",
         *threads,
         "",
         "# The processes meet on the first node; the port differs from job to job.",

@@ -25,7 +25,7 @@ from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, Microbatch, cut_batches
-from ipu_pipeline.stages.captures import Prepared, StageCache
+from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
     Executable,
@@ -44,6 +44,7 @@ from ipu_pipeline.stages.training import (
     in_evaluation,
     kept_modes,
 )
+from ipu_pipeline.stages.variants import Prepared
 
 
 @dataclass(eq=False)

@@ -98,6 +98,15 @@ def test_too_many_processes_are_noted(folder: Path, started, monkeypatch) -> Non
             ["plan.json", "--nodes", "3", "--print", "a.py"],
             "2 processes leave some of 3 nodes without",
         ),
+        (
+            ["plan.json", "--log-dir", "logs", "--print", "a.py"],
+            "error: --log-dir is for processes that start here; give --print or --slurm alone",
+        ),
+        (
+            ["plan.json", "--rdzv-endpoint", "n1", "--slurm", "job", "a.py"],
+            "error: --rdzv-endpoint is for --print: here, and under Slurm, the processes find",
+        ),
+        (["plan.json", "--rdzv-endpoint", "n1", "a.py"], "error: --rdzv-endpoint is for --print"),
     ],
 )
 def test_errors_are_one_message(folder: Path, started, arguments: list[str], message: str) -> None:

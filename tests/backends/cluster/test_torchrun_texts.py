@@ -97,6 +97,12 @@ def test_the_command_runs_in_a_shell(tmp_path: Path) -> None:
     assert int(threads) >= 1
     assert words[-3:] == list(SPEC.program)
     assert folder == str(tmp_path)
+    fake.write_text('#!/bin/sh\necho "${#IPU_PIPELINE_JOB_SECRET}"\n')
+    alone = node_command(
+        replace(SPEC, num_nodes=1), python=str(fake), folder=tmp_path, run_id="i", endpoint="n"
+    )
+    done = subprocess.run(["bash", "-c", alone], capture_output=True, text=True, check=True)
+    assert done.stdout == "64\n"
     fixed = command(replace(SPEC, num_threads=5))
     assert "env OMP_NUM_THREADS=5 " in fixed
 

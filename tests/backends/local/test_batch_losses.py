@@ -206,10 +206,14 @@ def planned(model: nn.Module, batch: dict[str, Any], microbatches: int, **option
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_loss_is_that_of_the_whole_batch(loss: Callable[..., Tensor]):
+def test_every_loss_is_that_of_the_whole_batch(
+    loss: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+):
     model, batch = Model(loss), uneven_batch()
     with ipp.compile(model, planned(model, batch, 4)) as executable:
         check(model, batch, executable)
+    said = [record.getMessage() for record in caplog.records]
+    assert not any("is not a mean" in text and "it is trained" in text for text in said)
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 8), (2, 2), (3, 1), (3, 8)])
@@ -338,10 +342,17 @@ def test_a_wrong_number_of_weights_and_an_unknown_word_are_refused():
         ipp.compile(model, plan, loss_weights="tokens")
 
 
-def test_a_loss_that_mixes_samples_is_evaluated_whole_and_said(caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_that_mixes_samples_is_evaluated_whole_and_said(
+    masked: bool, caplog: pytest.LogCaptureFixture
+):
     def loss(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         pooled = functional.normalize(logits.mean(1), dim=-1)
-        return functional.cross_entropy(4 * pooled @ pooled.T, torch.arange(len(labels)))
+        scores, own = 4 * pooled @ pooled.T, torch.arange(len(labels))
+        if not masked:
+            return functional.cross_entropy(scores, own)
+        mask = (labels > 2).float().mean(1)
+        return (functional.cross_entropy(scores, own, reduction="none") * mask).sum() / mask.sum()
 
     model, batch = Model(loss), uneven_batch()
     with ipp.compile(model, planned(model, batch, 4)) as executable:

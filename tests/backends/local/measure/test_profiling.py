@@ -109,7 +109,7 @@ def test_what_was_measured_in_another_way_is_not_used(monkeypatch: pytest.Monkey
 
 
 def test_no_devices_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_devices must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_stages on this machine must be at least 1, got 0"):
         local_machine(0)
 
 
