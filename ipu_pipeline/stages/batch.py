@@ -360,7 +360,8 @@ class BatchCutter:
     def _say_mixed(self) -> None:
         self._say(
             "the loss of a batch of %s is not a mean over its samples or labels: it is trained "
-            "microbatch by microbatch, and depends on their size",
+            "microbatch by microbatch, and depends on their size; if it is a mean over something "
+            "that Python counts, pass compile(loss_weights=) a function that counts it",
             type(self._model).__name__,
         )
 

@@ -331,8 +331,6 @@ class StageCache:
 
     def _add(self, variants: ShapeVariants, variant: ShapeVariant, reason: Differs | None) -> None:
         variants.found.insert(0, variant)
-        self.captures += variant.sized is None
-        logger.info("capture %d: %d stages", self.captures, len(variant.stages))
         if reason is not None and variant.sized is None:
             logger.warning("captured again, as capture %d: %s", self.captures, reason)
         if len(variants.found) > self.max_shapes:
@@ -373,7 +371,10 @@ class StageCache:
                 self_check=self.self_check,
                 training=torch.is_grad_enabled(),
             )
-        return self._variant(captured, uses)
+        variant = self._variant(captured, uses)
+        self.captures += 1
+        logger.info("capture %d: %d stages", self.captures, len(variant.stages))
+        return variant
 
     def _variant(self, captured: CapturedModel, uses: TableUses) -> ShapeVariant:
         if not serialized(self.plan):  # whose loss is taken apart
