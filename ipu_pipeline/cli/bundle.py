@@ -160,5 +160,5 @@ def _run(arguments: list[str]) -> None:
     finally:
         sys.argv, sys.path[:] = before, path
         for name in set(sys.modules) - loaded:
-            if name == "model_parallel" or name.split(".")[0] == "runtime":
+            if name.split(".")[0] == "runtime":
                 del sys.modules[name]

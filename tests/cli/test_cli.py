@@ -80,7 +80,10 @@ def test_profiled_costs_are_measured(bert: str, tmp_path, monkeypatch) -> None:
         (["plan", "no/such-model"], "error: no transformers config at 'no/such-model'"),
         (["explain", "none.json"], "error: cannot read the plan none.json"),
         (["blocks", "{bert}", "--task", "qa"], "error: unknown task 'qa'"),
-        (["plan", "{bert}", "--seq-length", "65"], "error: seq_length 65 is longer than the 64"),
+        (
+            ["plan", "{bert}", "--seq-length", "65"],
+            "config.json: seq_length 65 is longer than the 64",
+        ),
         (["plan", "{bert}", "--ipu-config", "x"], "error: no file or folder 'x'"),
         (["plan", "{bert}", "--pod-type", "x"], "error: pod type 'x' is unknown"),
         (

@@ -181,7 +181,7 @@ def test_only_the_first_process_prints_and_writes(script, options, eager, capsys
 
 MISTAKES = [
     (["--do_train"], r"error: --do_train needs --train_file \(SQuAD v1.1 JSON\)"),
-    (["--do_eval", "--validation_file", "none.json"], r"error: none\.json does not exist"),
+    (["--do_eval", "--validation_file", "none.json"], r"none\.json: No such file"),
     (["--do_eval", "--dataset_name", "squad"], "error: data set 'squad' cannot be loaded "),
 ]
 
@@ -199,7 +199,8 @@ def test_a_mistake_is_one_line(script, tiny_model, tmp_path, monkeypatch, argume
     with pytest.raises(SystemExit, match=message) as caught:
         script.main()
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    left = [path.name for path in (tmp_path / "out").glob("*")]
+    assert left in ([], [".run.lock"])  # the folder is tried before data are loaded
 
 
 def test_runs_as_a_script(tiny_model, tmp_path):

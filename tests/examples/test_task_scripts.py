@@ -140,7 +140,9 @@ def test_is_a_short_script_that_says_what_is_wrong(name, encoder, tmp_path, monk
     given = ["--do_eval", "--validation_file", "none.csv", "--model_name_or_path", str(encoder)]
     monkeypatch.setattr(sys, "argv", [path.name, *given, "--output_dir", str(tmp_path / "out")])
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds to it
-    with pytest.raises(SystemExit, match=r"^error: none\.csv does not exist; pass a file"):
+    with pytest.raises(
+        SystemExit, match=r"^error: cannot read the samples none\.csv: No such file"
+    ):
         runpy.run_path(str(path), run_name="__main__")
 
 
@@ -153,7 +155,9 @@ def test_runs_as_a_script(encoder, tmp_path):
         check=False, capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: none.txt does not exist")
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: cannot read the samples none.txt")
+    )
     assert "Traceback" not in done.stderr
 
 

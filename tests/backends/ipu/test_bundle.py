@@ -403,7 +403,7 @@ def test_a_model_class_that_transformers_has_not(
         ('"half": false', '"half": 0', "settings.json", "half is 0, must be true or false"),
         ('"seed"', '"sed"', "settings.json", "settings.json: missing or unknown: sed, seed"),
         ("{", "[", "settings.json", "settings.json cannot be read: "),
-        ("BLOCKS", "BLCKS", "model_parallel.py", "model_parallel.py cannot be read: Attribute"),
+        ("BLOCKS", "BLCKS", "model_parallel.py", "model_parallel.py cannot be read: KeyError"),
         ("stage=0", "stage=0.5", "model_parallel.py", "is 0.5; give a whole number from 0 on"),
         ("{", "[", "config.json", "no model can be made of"),
     ],

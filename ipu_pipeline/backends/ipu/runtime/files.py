@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -93,7 +93,7 @@ def read_files(folder: Path) -> tuple[Any, Mapping[str, Any], Any]:
             "plan.json is not the plan that this bundle was written from (plan_sha256 in "
             f"settings.json); move blocks in model_parallel.py, or {_REMEDY}"
         )
-    return plan, settings, _blocks()
+    return plan, settings, _blocks(folder)
 
 
 _REMEDY = "write the bundle anew with ipu-pipeline emit"
@@ -106,9 +106,9 @@ def _json(path: Path) -> Any:
         raise BundleError(f"{path.name} cannot be read: {error}; {_REMEDY}") from error
 
 
-def _blocks() -> Any:
+def _blocks(folder: Path) -> Any:
     try:
-        blocks = importlib.import_module("model_parallel").BLOCKS
+        blocks = runpy.run_path(str(folder / "model_parallel.py"))["BLOCKS"]
     except Exception as error:  # it is Python that somebody edits
         raise BundleError(
             f"model_parallel.py cannot be read: {type(error).__name__}: {error}"
