@@ -13,6 +13,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
+from tests.later import every_second
 from tests.stages.models import (
     MICROBATCHES,
     assert_equal_gradients,
@@ -49,7 +50,7 @@ def compiled(model: nn.Module, plan: ipp.Plan, **options: Any) -> LocalExecutabl
     return LocalExecutable(model, plan, None, ExecutionOptions(self_check=False, **options))
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("sequential", every_second([True, False]))
 @pytest.mark.parametrize("splits", [[1, 1], [4, 2, 1], [2, 5]])
 @pytest.mark.parametrize(
     "name", ["gpt2 (tied)", "bert-mlm (tied)", "t5 (tied)", "mt5 (untied)", "llama (untied)"]

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from ipu_pipeline.train import PipelineTrainer
 from tests.capture.test_experts import FAMILIES, SIZES
+from tests.later import every_second
 from tests.train.test_trainer_losses import both
 
 LENGTH = 8
@@ -44,7 +45,7 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every_second(FAMILIES))
 def test_three_steps_and_an_evaluation(family: str, tmp_path: Path) -> None:
     theirs, ours = both(
         (Trainer, PipelineTrainer), lambda: model(family), tmp_path, rows(), {"max_steps": 3}

