@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForQuestionAnswering
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster.heartbeat import Activity
+from ipu_pipeline.backends.cluster.heartbeat import BEAT_S, Activity, Failure, Heartbeats
 from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.backends.cluster.waiting import Waiter
@@ -81,6 +81,21 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch: pytest.MonkeyPatch)
     store.set("1/1", store.get("1/0"))
     with pytest.raises(LoweringError, match="is not this job's"):
         StoreGather(store, 0, 2, waiter).gather("hello")
+
+
+@pytest.mark.parametrize("secret", ["", "of this job"])
+def test_a_stranger_ends_no_job_by_a_failure_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    store = dist.HashStore()
+    beats = Heartbeats(store, 0, [1], Activity())
+    store.set("failed", json.dumps({"text": "rank 1 died", "stalled": False, "hung": -1}))
+    believed = beats.known.wait(3 * BEAT_S)
+    assert believed is not bool(secret)
+    told = beats.tell(Failure("rank 0 raised"))
+    assert told.text == ("rank 0 raised" if secret else "rank 1 died")
+    beats.close()
 
 
 def test_ranks_tell_each_other_plain_data_only() -> None:

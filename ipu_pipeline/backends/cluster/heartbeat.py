@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch.distributed.distributed_c10d import Store
 
+from ipu_pipeline.backends.cluster.signature import Signature
 from ipu_pipeline.stages.stage import Stage
 
 BEAT_S = 0.5
@@ -181,6 +182,7 @@ class Heartbeats:
         self.seen: dict[int, Beat] = {}
         self.quiet: dict[int, tuple[int, float]] = {}
         self._store = store
+        self._signature = Signature()
         self._rank = rank
         self._watched = tuple(watched)
         self._activity = activity
@@ -220,8 +222,10 @@ class Heartbeats:
     def _exchange(self) -> None:
         if self.failure is None:
             if self._told is not None:
-                text = json.dumps(asdict(self._told))
-                self._found(self._store.compare_set(_FAILED, "", text) or text.encode())
+                text = self._signature.signed(_FAILED, json.dumps(asdict(self._told)).encode())
+                if not self._found(self._store.compare_set(_FAILED, "", text.decode()) or text):
+                    self._store.set(_FAILED, text.decode())  # in place of a stranger's
+                    self._found(text)
             elif self._store.check([_FAILED]):
                 self._found(self._store.get(_FAILED))
         activity = self._activity
@@ -236,13 +240,23 @@ class Heartbeats:
                 self.seen[other] = beat
         self.rounds += 1
 
-    def _found(self, text: bytes) -> None:
+    def _found(self, message: bytes) -> bool:
+        """Take a failure as the first one, if a rank of this job has told it."""
+        text = self._signature.opened(_FAILED, message)
+        if text is None:
+            return False
         self.failure = Failure(**json.loads(text))
         self.known.set()
+        return True
 
     def _write(self, beat: Beat) -> None:
-        self._store.set(f"alive/{self._rank}", json.dumps(asdict(beat)))
+        key = f"alive/{self._rank}"
+        message = self._signature.signed(key, json.dumps(asdict(beat)).encode())
+        self._store.set(key, message.decode())
 
     def _read(self, other: int) -> Beat | None:
         key = f"alive/{other}"
-        return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+        if not self._store.check([key]):
+            return None
+        text = self._signature.opened(key, self._store.get(key))
+        return None if text is None else Beat(**json.loads(text))

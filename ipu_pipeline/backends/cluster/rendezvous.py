@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import contextlib
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE, STORE_VARIABLE
+from ipu_pipeline.backends.cluster.signature import Signature
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 
@@ -117,7 +117,7 @@ class StoreGather:
         self.waiter = waiter
         self._store = store
         self._world_size = world_size
-        self._secret = os.environ.get(SECRET_VARIABLE, "").encode()
+        self._signature = Signature()
         self._count = 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -135,7 +135,7 @@ class StoreGather:
         self._count += 1
         body = msgspec.msgpack.encode(value, enc_hook=_path_as_text)
         key = f"{self._count}/{self.rank}"
-        self._store.set(key, self._signature(key, body) + body)  # type: ignore[arg-type]
+        self._store.set(key, self._signature.signed(key, body))  # type: ignore[arg-type]
         found = []
         with self.waiter.activity.waits():
             for rank in range(self._world_size):
@@ -147,20 +147,11 @@ class StoreGather:
         self._store.delete_key(f"{self._count - 1}/{self.rank}")
         return found
 
-    def _signature(self, key: str, body: bytes) -> bytes:
-        """Return the signature of a message under its place; nothing where there is no secret."""
-        signed = f"{key}\0".encode() + body
-        return hmac.digest(self._secret, signed, hashlib.sha256) if self._secret else b""
-
     def _opened(self, key: str, rank: int) -> Any:
-        message = self._store.get(key)
-        size = hashlib.sha256().digest_size if self._secret else 0
-        signature, body = message[:size], message[size:]
-        try:
-            if hmac.compare_digest(signature, self._signature(key, body)):
+        body = self._signature.opened(key, self._store.get(key))
+        with contextlib.suppress(msgspec.DecodeError):
+            if body is not None:
                 return msgspec.msgpack.decode(body)
-        except msgspec.DecodeError:
-            pass
         raise LoweringError(
             f"the message of rank {rank} in the job's store is not this job's: another program "
             f"writes there, or the ranks have different {SECRET_VARIABLE}; start the job again, "
