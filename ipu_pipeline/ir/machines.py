@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.ir.limits import LIMITS
 from ipu_pipeline.ir.machine import Device, Link, Machine
 
@@ -80,7 +80,7 @@ def _facts() -> dict[str, Any]:
 def _folders() -> Iterator[Path]:
     """Yield the folders with descriptions: from the environment, then from installed packages."""
     yield from (Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part)
-    for point in entry_points(group=GROUP):
+    for point in installed(GROUP):
         spec = find_spec(point.value)
         yield from map(Path, (spec and spec.submodule_search_locations) or ())
 

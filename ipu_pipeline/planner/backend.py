@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ipu_pipeline.errors import LoweringError, PlanError
+from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
@@ -161,7 +161,7 @@ class Backend(Protocol):
 def backend_names() -> tuple[str, ...]:
     """Return the names of all backends, without importing one."""
     folders = [path.parent.name for path in sorted(_FOLDER.glob("*/backend.py"))]
-    return (*folders, *(found.name for found in entry_points(group=GROUP)))
+    return (*folders, *(found.name for found in installed(GROUP)))
 
 
 def backend_named(name: str) -> Backend:
@@ -223,6 +223,6 @@ def _load(name: str) -> Backend:
     if (_FOLDER / name / "backend.py").is_file():
         found: Backend = import_module(f"ipu_pipeline.backends.{name}.backend").BACKEND
         return found
-    (point,) = entry_points(group=GROUP, name=name)
+    (point,) = (found for found in installed(GROUP) if found.name == name)
     backend: Backend = point.load()
     return backend

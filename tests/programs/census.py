@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import Counter
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import PipelineError, StageError
 from tests.programs.program import FEATURES, Program, eager, pipelined
 
 # Of four programs one has a given feature.
@@ -41,6 +41,8 @@ def outcome(program: Program) -> str:
     try:
         found = pipelined(program)
     except PipelineError as error:
+        if isinstance(error, StageError) and not isinstance(error.__cause__, PipelineError):
+            return f"failed in a stage: {error}"
         return "refused" if len(str(error)) > 40 else f"refused without a reason: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

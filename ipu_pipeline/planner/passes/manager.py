@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError, VerifyError
+from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_plan
 from ipu_pipeline.planner.passes.base import Pass
@@ -85,7 +85,7 @@ def available_passes() -> tuple[str, ...]:
     """Return the names of all passes, without importing one."""
     files = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
     own = [name for name in files if name not in _OWN]
-    return tuple(dict.fromkeys([*own, *(point.name for point in entry_points(group=GROUP))]))
+    return tuple(dict.fromkeys([*own, *(point.name for point in installed(GROUP))]))
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -96,11 +96,11 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     """
     if name not in available_passes():
         raise ValueError(f"unknown pass {name!r}; passes: {', '.join(available_passes())}")
-    points = entry_points(group=GROUP, name=name)
+    points = (point for point in installed(GROUP) if point.name == name)
     if (Path(__file__).parent / f"{name}.py").is_file():
         kind = import_module(f"{__package__}.{name}").PASS
     else:
-        kind = next(iter(points)).load()
+        kind = next(points).load()
     known = [item.name for item in fields(kind)]
     unknown = [key for key in options if key not in known]
     if unknown:

@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
+from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
 from ipu_pipeline.planner.schedules.replay import (
     StageTimes,
@@ -74,7 +74,7 @@ def _built_in() -> dict[str, ScheduleKind]:
 
 
 def _installed() -> Iterator[ScheduleKind]:
-    for point in entry_points(group=GROUP):
+    for point in installed(GROUP):
         kind = point.load()
         if not isinstance(kind, ScheduleKind):
             raise ValueError(
