@@ -55,7 +55,7 @@ def assert_wheel(wheel: Path) -> None:
     assert {file.split("/")[0] for file in names} == {"ipu_pipeline", info}
 
 
-@pytest.mark.slow
+@pytest.mark.acceptance
 @pytest.mark.timeout(600)
 @needs_library
 def test_wheel_has_the_kernels_and_runs_them(root: Path, tmp_path: Path) -> None:
