@@ -81,3 +81,11 @@ def check_elements(*shape: int) -> None:
             f"a batch of this size has a tensor of {sizes} elements, {LIMITS['elements']} are "
             "possible; lower the micro batch or the sequence length"
         )
+
+
+def check_counts(owner: object, limits: Mapping[str, str]) -> None:
+    """Check the attributes of ``owner`` that are given, by the names of their limits."""
+    for name, limit in limits.items():
+        value = getattr(owner, name)
+        if value is not None:
+            check_count(name, value, limit)

@@ -239,6 +239,7 @@ class BatchCutter:
         if len(parts) == 1 and self._loss_weights is None:
             return list(parts)
         shares = self._given_shares(parts, training=training)
+        # A small mean beside a large sum is not seen in their total: terms are measured apart.
         single = not terms[0].factored or len(terms[0].varying) < 2
         if shares is None and single and self._found_axes.adds_up:
             shares = [1.0] * len(parts)

@@ -19,7 +19,7 @@ import torch.distributed
 import transformers
 from transformers.hf_argparser import HfArg
 
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_counts
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "gradient_accumulation_steps": "num_microbatches",
             "num_stages": "num_stages",
         }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, limit)
+        check_counts(self, limits)
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(
                 f"save_total_limit must be at least 1, got {self.save_total_limit}; "

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
-from ipu_pipeline.ir.limits import check_count
+from ipu_pipeline.ir.limits import check_count, check_counts
 from ipu_pipeline.ir.select import select
 from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 from ipu_pipeline.planner.schedules import schedule_kind
@@ -141,10 +141,7 @@ class Constraints:
             "max_stages": "num_devices",
             "max_ideals": "max_ideals",
         }
-        for name, limit in counts.items():
-            value = getattr(self, name)
-            if value is not None:
-                check_count(name, value, limit)
+        check_counts(self, counts)
         for pattern, factor in self.serialize.items():
             check_count(f"serialize: slices of {pattern}", factor, "slices", least=0)
         for entry in self.layers_per_ipu or ():
