@@ -8,11 +8,12 @@ samples are those of each; where no choice of axes gives that, the results mix s
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
 
 Axes = Mapping[str, int | None]
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Choices of axes that are tried before the first that runs at all is taken.
 MAX_CHOICES = 24
@@ -184,10 +187,7 @@ def _options(name: str, value: Any, size: int, given: Axes) -> Sequence[int | No
 
 def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     """Compare the results of two samples with those of each."""
-    try:
-        results = [_results(model, part) for part in two_samples(batch, axes, uneven=True)]
-    except Exception:  # other values may be none that the model takes
-        results = [_results(model, part) for part in two_samples(batch, axes, uneven=False)]
+    results = two_parts(batch, axes, 1, lambda parts: [_results(model, part) for part in parts])
     both, *each = (one.tensors for one in results)
     outputs: dict[str, int | None] = {}
     weights = _weights(results) if LOSS in both else (0.5, 0.5)
@@ -211,11 +211,27 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     )
 
 
-def two_samples(batch: Mapping[str, Any], axes: Axes, *, uneven: bool) -> list[dict[str, Any]]:
-    """Return two samples, the first and the second one; ``uneven``: one has fewer labels."""
-    parts = [part_of(batch, axes, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
-    rows = (1, None, 0) if uneven else (None, None, None)
-    return [_uneven(part, axes, row) for part, row in zip(parts, rows, strict=True)]
+def two_parts(
+    batch: Mapping[str, Any], axes: Axes, size: int, measure: Callable[[list[dict[str, Any]]], T]
+) -> T:
+    """Measure the first two parts of a batch together, and each one.
+
+    The second one has fewer labels and a shorter mask, if the model takes such values.
+
+    Args:
+        batch: Keyword arguments of the model.
+        axes: Axes of samples.
+        size: Samples of a part.
+        measure: Given the inputs of both parts, of the first and of the second one.
+    """
+    ends = ((0, 2 * size), (0, size), (size, 2 * size))
+    parts = [part_of(batch, axes, *each) for each in ends]
+    uneven = [_uneven(p, axes, row) for p, row in zip(parts, (size, None, 0), strict=True)]
+    try:
+        return measure(uneven)
+    except Exception as error:
+        logger.debug("measured with its own labels and masks: %s", error)
+        return measure(parts)
 
 
 def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, Any]:
@@ -246,15 +262,11 @@ class _Results(NamedTuple):
 
 
 def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
-    torch.manual_seed(SEED)
-    random.seed(SEED)
-    np.random.seed(SEED)  # noqa: NPY002
-    counting = _Counting()  # every run starts from the same state
-    own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
+    counting = _Counting()
     with preserved_state(model), PutBack(model):
         is_changed = _watched(model)
         with counting:
-            output = model(**own)
+            output = _seeded_run(model, part)
         traces = is_changed()
         if traces:  # what is set once, on the first run, is none
             is_changed = _watched(model)
@@ -262,6 +274,36 @@ def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
             traces = is_changed()
     tensors = {name: value.detach() for name, value in named_tensors(output)}
     return _Results(tensors, counting.counts, traces)
+
+
+def run_alone(model: nn.Module, part: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
+    """Run the model without gradients; return its results and whether it draws random numbers.
+
+    Every run begins in the same state and with the same random numbers; both are put back.
+    """
+    with same_random_numbers(), torch.no_grad(), preserved_state(model), PutBack(model):
+        generators = Generators(model.modules())
+        states: list[Any] = []
+
+        def note() -> None:
+            states.append((torch.get_rng_state(), generators.states()))
+
+        output = _seeded_run(model, part, note)
+        note()
+    (seed, drawn), (now, later) = states
+    draws = not torch.equal(seed, now) or bool(generators.drawn(drawn, later))
+    return {name: value.detach() for name, value in named_tensors(output)}, draws
+
+
+def _seeded_run(
+    model: nn.Module, part: Mapping[str, Any], seeded: Callable[[], None] = lambda: None
+) -> Any:
+    """Run the model on copies of its inputs; every run starts from the same state."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002
+    seeded()
+    return model(**{n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()})
 
 
 def _watched(model: nn.Module) -> Callable[[], bool]:
@@ -314,15 +356,28 @@ def _weights(results: Sequence[_Results]) -> tuple[float, float] | None:
 
 
 def is_weighted_sum(
-    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None]
+    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None], floor: float = 1e-3
 ) -> bool:
-    """Whether ``whole``, a loss, is the sum of its parts with these weights."""
+    """Whether ``whole``, a loss, is the sum of its parts with these weights.
+
+    Rounding errors are those of numbers of the size ``floor`` at least.
+    """
     pairs = zip(weights, parts, strict=True)
     kept = [weight * part for weight, part in pairs if weight and part is not None]
-    return bool(kept) and close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE)
+    if not kept:
+        return False
+    return close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE, floor)
 
 
-def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> bool:
+def as_exact_as(model: nn.Module, loss: Tensor) -> Tensor:
+    """Return a loss in the lowest precision of a model's parameters, in which it is compared."""
+    lowest = next((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), loss.dtype)
+    return loss.to(lowest)
+
+
+def close_enough(
+    a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE, floor: float = 1e-3
+) -> bool:
     """Whether results are equal but for rounding."""
     if a.shape != b.shape:
         return False
@@ -330,7 +385,7 @@ def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> 
         return torch.equal(a, b)
     allowed = TOLERANCE.get(a.dtype, tolerance)
     scale = float(a.detach().float().nan_to_num().abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, 1e-3), equal_nan=True)
+    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, floor), equal_nan=True)
 
 
 class _Counting(TorchFunctionMode):

@@ -85,7 +85,7 @@ class LossTerms:
 
     ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
     but a constant is multiplied by an input of its own, called :func:`factor_name`; ``path``: the
-    nodes between the terms and the loss.
+    nodes between the terms and the loss; ``functions``: those that compute it, by name.
     """
 
     terms: tuple[Term, ...] = ()
@@ -93,6 +93,7 @@ class LossTerms:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     factored: bool = False
     path: frozenset[str] = frozenset()
+    functions: tuple[str, ...] = ()
 
     def divisors(self, inputs: Mapping[str, Any]) -> list[float | None]:
         """Return what each varying term divides by, for a microbatch's inputs, if it is known."""
@@ -176,7 +177,11 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
-    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path))
+    own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
+    functions = dict.fromkeys(walk.called(node)[0] for node in own)
+    return LossTerms(
+        terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions)
+    )
 
 
 def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -314,7 +319,7 @@ class _Walk:
         if node in self.prelude or node not in self.dependent:
             yield Term("constant", node=node.name)
             return
-        name, function = self._called(node)
+        name, function = self.called(node)
         inner = self._linear_in(node, name)
         if function in MEANS_OVER_LABELS or name.endswith("_loss") or name in _OTHER_LOSSES:
             yield self._of_loss_function(node, function, divided=divided)
@@ -358,7 +363,7 @@ class _Walk:
 
     def _stacked(self, node: fx.Node) -> Sequence[fx.Node]:
         """Return the numbers that ``node`` is or holds."""
-        name = self._called(node)[0]
+        name = self.called(node)[0]
         if _shape(node) == ():
             return [node]
         self.path.add(node.name)
@@ -410,7 +415,8 @@ class _Walk:
             return True
         return weight is None or weight in self.prelude
 
-    def _called(self, node: fx.Node) -> tuple[str, Any]:
+    def called(self, node: fx.Node) -> tuple[str, Any]:
+        """Return name and object of the function that a node calls."""
         function: Any = node.target
         if node.op == "call_module":
             holder = self.attributes[str(node.target)]

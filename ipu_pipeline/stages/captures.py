@@ -150,6 +150,8 @@ class StageCache:
         with self._replaying():
             variants = self._variants(part)
             if not variants.found:
+                variants.found.extend(self._kept(part.inputs))
+            if not variants.found:
                 found = self._at_other_sizes(part.inputs, self._python_state())
                 variants.found.append(found or self._captured(part.inputs))
         return variants.found[0].stages[-1].loss_terms

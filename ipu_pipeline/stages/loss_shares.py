@@ -1,0 +1,305 @@
+"""What the losses of microbatches weigh in the loss of their batch, so that it is plain torch's.
+
+Weights come from what the loss divides by (``capture/loss_terms.py``), or from a measurement of
+its terms (``capture/loss_rules.py``). Whatever they come from, they are checked once for every
+shape: the weighted sum of the first microbatches' losses has to be the loss of all their samples.
+Where no weights give that, the batch is refused, unless the caller says what they weigh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import isclose
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.capture.batch_axes import (
+    BatchAxes,
+    as_exact_as,
+    is_weighted_sum,
+    part_of,
+    run_alone,
+    sized,
+    two_parts,
+)
+from ipu_pipeline.capture.captured import described
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation, term_rules
+from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
+from ipu_pipeline.errors import CaptureError, LoweringError
+from ipu_pipeline.ir.plan import Granularity
+from ipu_pipeline.stages.batch import CutBatch, Microbatch
+from ipu_pipeline.stages.training import in_evaluation
+
+LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
+# The check runs microbatches at once whose results take so many bytes, but two at least.
+CHECKED_BYTES = 1 << 28
+# A loss of numbers of about 1 may be as small as its rounding errors.
+ROUNDED = 0.02
+logger = logging.getLogger(__name__)
+
+
+class MixedSamplesError(LoweringError):
+    """No weights of the microbatches' losses give the loss of the batch."""
+
+
+@dataclass(eq=False)
+class LossShares:
+    """Weighs the microbatches of one executable.
+
+    Args:
+        model: The whole model; its state is put back.
+        wish: As in :class:`~ipu_pipeline.stages.executable.ExecutionOptions`.
+        granularity: Of the plan.
+    """
+
+    model: nn.Module
+    wish: LossWeights
+    granularity: Granularity = "layer"
+    _measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = field(default_factory=dict)
+    _checked: set[object] = field(default_factory=set)
+
+    def is_checked(self, cut: CutBatch, *, training: bool) -> bool:
+        """Whether the weights of such a batch need no check."""
+        given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
+        return bool(given) or len(cut.parts) == 1 or self._key(cut, training) in self._checked
+
+    def check(self, cut: CutBatch, terms: Sequence[LossTerms], *, training: bool) -> None:
+        """Compare the loss of the first microbatches with that of all their samples.
+
+        Args:
+            cut: The batch.
+            terms: What the losses of its microbatches are made of.
+            training: Whether this is a step of training.
+
+        Raises:
+            MixedSamplesError: They differ.
+            LoweringError: There are no weights.
+        """
+        if self.is_checked(cut, training=training):
+            return
+        weighted = self.weighted(cut, cut.parts, terms, training=training)
+        # Terms with factors of their own are measured one by one.
+        if terms[0].terms and factor_name(0) not in weighted[0].inputs:
+            self._compare(cut, terms)
+        self._checked.add(self._key(cut, training))
+
+    def weighted(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> list[Microbatch]:
+        """Return microbatches with the weights that make their losses that of all of them.
+
+        Args:
+            cut: The batch.
+            parts: Its microbatches, perhaps with more inputs.
+            terms: What the loss of each of them is made of.
+            training: A list of weights is for training steps.
+
+        Raises:
+            MixedSamplesError: There is no such weight.
+            LoweringError: There are not as many weights as microbatches.
+        """
+        if len(parts) == 1 and self.wish is None:
+            return list(parts)
+        shares = self._given(parts, training=training)
+        # A small mean beside a large sum is not seen in their total: terms are measured apart.
+        single = not terms[0].factored or len(terms[0].varying) < 2
+        if shares is None and single and cut.found.adds_up:
+            shares = [1.0] * len(parts)
+        if shares is None:
+            columns = _columns(parts, terms)
+            rules = self._rules(cut, terms[0]) if terms[0].factored else None
+            if rules is not None:
+                return _with_factors(parts, _by_rule(parts, columns, rules))
+            shares = self._shares(cut.found, parts, terms, [one for one in columns if one])
+        return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
+
+    def _key(self, cut: CutBatch, training: bool) -> object:  # noqa: FBT001
+        return training, described(cut.parts[0].inputs)
+
+    def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
+        wish = self.wish
+        if callable(wish):
+            return _parts_of_one([float(wish(part.inputs)) for part in parts])
+        if wish == "samples":
+            return [part.share for part in parts]
+        if wish is None or not training:
+            return None
+        weights = [float(weight) for weight in wish]
+        if len(weights) != len(parts):
+            raise LoweringError(
+                f"loss_weights has {len(weights)} weights, the batch {len(parts)} microbatches; "
+                "pass one for each, or a function that returns the weight of a microbatch's inputs"
+            )
+        return weights
+
+    def _rules(self, cut: CutBatch, terms: LossTerms) -> tuple[Rule, ...] | None:
+        """Return how each term adds up over samples, measured once on two microbatches."""
+        names = tuple(term.node for term in terms.varying)
+        if names not in self._measured:
+            self._measured[names] = self._measure(cut, names)
+        rules = self._measured[names]
+        if rules is not None and "none" in rules:
+            mixing = names[rules.index("none")]
+            raise self._mixed(f"its term {mixing!r} of two microbatches is not a sum or mean of "
+                              "what it is for each one", terms)  # fmt: skip
+        return rules
+
+    def _measure(self, cut: CutBatch, names: tuple[str, ...]) -> tuple[Rule, ...] | None:
+        first, second = (part.num_samples for part in cut.parts[:2])
+        shares = first / (first + second), second / (first + second)
+
+        def measure(parts: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...] | None:
+            return term_rules(self.model, parts, names, self.granularity, shares)
+
+        try:
+            return two_parts(cut.batch, cut.found.axes, first, measure)
+        except CaptureError as error:
+            logger.debug("the terms of the loss cannot be measured apart: %s", error)
+            return None
+
+    def _shares(
+        self,
+        found: BatchAxes,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        columns: Sequence[list[float]],
+    ) -> list[float]:
+        by_samples = [part.share for part in parts]
+        alike = all(one.alike for one in terms)
+        # Means over other labels weigh alike while the microbatches have as many of each.
+        even = all(term.kind in AVERAGED for term in terms[0].varying) and all(
+            all(map(isclose, column, by_samples)) for column in columns
+        )
+        if not (alike or even) and (LOSS in found.mixed or found.counts):
+            raise self._mixed("it adds terms that count in different ways: sums, or means over "
+                              "different numbers of labels", terms[0])  # fmt: skip
+        if found.counts and not columns:
+            raise self._mixed("it is a mean over labels that a block of its own counts", terms[0])
+        if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
+            return [1.0] * len(parts)  # the samples alone do not tell: random numbers
+        return list(columns[0]) if alike and columns else by_samples
+
+    # ---- the check ------------------------------------------------------------------------
+
+    def _compare(self, cut: CutBatch, terms: Sequence[LossTerms]) -> None:
+        for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
+            with mode:
+                first, draws = run_alone(self.model, cut.parts[0].inputs)
+                if LOSS not in first:
+                    return
+                if not draws:
+                    return self._compare_losses(cut, terms, first)
+        if LOSS in cut.found.mixed and any(term.kind == "opaque" for term in terms[0].varying):
+            raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
+                              "compared", terms[0])  # fmt: skip
+        return None
+
+    def _compare_losses(
+        self, cut: CutBatch, terms: Sequence[LossTerms], first: Mapping[str, Tensor]
+    ) -> None:
+        results = sum(value.nbytes for value in first.values())
+        number = max(2, CHECKED_BYTES // max(results, 1))
+        parts = cut.parts[:number]
+        samples = sum(part.num_samples for part in parts)
+        parts = [replace(part, share=part.num_samples / samples) for part in parts]
+        losses = [first[LOSS], *(run_alone(self.model, p.inputs)[0][LOSS] for p in parts[1:])]
+        weighted = self.weighted(cut, parts, terms[: len(parts)], training=False)
+        try:
+            together = part_of(cut.batch, cut.found.axes, 0, samples)
+            whole = run_alone(self.model, together)[0][LOSS]
+        except Exception as error:
+            logger.info("plain torch cannot run %d samples at once: %s", samples, error)
+            return
+        shares = [part.share for part in weighted]
+        exact = partial(as_exact_as, self.model)
+        if is_weighted_sum(exact(whole), shares, list(map(exact, losses)), ROUNDED):
+            return
+        pairs = zip(shares, losses, strict=True)
+        summed = sum(share * float(loss) for share, loss in pairs if share)
+        raise self._mixed(
+            f"of {samples} samples at once it is {float(whole):.6g}, and {summed:.6g} as the "
+            f"weighted sum of the losses of {len(parts)} microbatches",
+            terms[0],
+        )
+
+    def _mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
+        return MixedSamplesError(
+            f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
+            f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
+            "that give the loss of the batch; plan with microbatches=1, or choose weights: "
+            "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
+            "gradient accumulation does, and a function of a microbatch's inputs says how much it "
+            "counts (of labels, say, that Python counts)"
+        )
+
+
+def _columns(
+    parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+) -> list[list[float] | None]:
+    """Return the weights of the microbatches, for each varying term; ``None`` if unknown."""
+    divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
+    constant = not any(_is_cut(name, parts) for name in terms[0].inputs)
+    by_samples = [part.share for part in parts]
+    # A divisor that every microbatch gets whole is that of the batch; labels that the model
+    # makes itself (a contrastive loss) are counted for each microbatch.
+    whole = [1.0] * len(parts)
+    columns: list[list[float] | None] = []
+    for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
+        counts = [count for count in column if count is not None]
+        if term.averaged:
+            pairs = zip(counts, by_samples, strict=bool(counts))
+            counts = [count * share for count, share in pairs]
+        found = term.weights(counts) or by_samples
+        if constant:
+            summed = term.kind == "quotient" and not term.averaged
+            found = whole if summed else by_samples
+        columns.append(found if counts else None)
+    return columns
+
+
+def _is_cut(name: str, parts: Sequence[Microbatch]) -> bool:
+    value = parts[0].inputs[name]
+    return sized(value) and any(part.inputs[name] is not value for part in parts[1:])
+
+
+def _by_rule(
+    parts: Sequence[Microbatch], columns: Sequence[list[float] | None], rules: Sequence[Rule]
+) -> list[list[float]]:
+    """Return the weights of every term: by what it counts, or as measured."""
+    by_samples = [part.share for part in parts]
+    plain = {"sum": [1.0] * len(parts)}
+    return [
+        column if column and rule == "counted" else plain.get(rule, by_samples)
+        for column, rule in zip(columns, rules, strict=True)
+    ]
+
+
+def _with_factors(
+    parts: Sequence[Microbatch], columns: Sequence[Sequence[float]]
+) -> list[Microbatch]:
+    """Give every term of the loss its own weight, beside that of the samples."""
+    ready = []
+    for part, weights in zip(parts, zip(*columns, strict=True), strict=True):
+        factors = {
+            factor_name(index): torch.tensor(weight / part.share)
+            for index, weight in enumerate(weights)
+        }
+        ready.append(replace(part, inputs={**part.inputs, **factors}))
+    return ready
+
+
+def _parts_of_one(counts: Sequence[float]) -> list[float]:
+    """Return each count's part of their sum; nothing if that is 0."""
+    total = sum(counts)
+    return [count / total for count in counts] if total else []
