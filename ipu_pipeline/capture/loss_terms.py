@@ -178,10 +178,8 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
-    functions = dict.fromkeys(walk.called(node)[0] for node in own)
-    return LossTerms(
-        terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions)
-    )
+    functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
+    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions))
 
 
 def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -270,6 +268,25 @@ def factored(captured: CapturedModel) -> CapturedModel:
         _trace=trace,
         _coarse=coarse,
     )
+
+
+def with_counted(captured: CapturedModel) -> CapturedModel:
+    """Make inputs of the numbers that a loss is divided by, where Python may have counted them.
+
+    Microbatches are weighed by them, also if all those of the first batch are equal.
+    """
+    calls = captured.glue.calls
+    if not any(call.reads_values and not call.is_late for call in calls):
+        return captured
+    path = loss_terms(captured).path
+    divisions = {
+        (number, (0, 1)): call.node.args[1]
+        for number, call in enumerate(calls)
+        if call.node is not None and call.node.name in path and len(call.node.args) > 1
+        if _name(call.node.target) in _QUOTIENTS
+    }
+    counted = {k: v for k, v in divisions.items() if isinstance(v, int | float)}
+    return captured.with_hosts(counted) if counted else captured
 
 
 def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
@@ -375,9 +392,11 @@ class _Walk:
         return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
 
     def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
-        """Return the divisor, if it is a tensor that the inputs alone give."""
+        """Return the divisor, if it is a host value or a tensor that the inputs alone give."""
         divisor = node.args[1] if name in _QUOTIENTS and len(node.args) > 1 else None
-        known = isinstance(divisor, fx.Node) and divisor in self.prelude and _shape(divisor) == ()
+        known = isinstance(divisor, fx.Node) and (
+            _is_number(divisor) or (divisor in self.prelude and _shape(divisor) == ())
+        )
         return divisor if known else None  # type: ignore[return-value]
 
     def _mean(self, node: fx.Node) -> Term:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (

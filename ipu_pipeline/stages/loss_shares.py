@@ -15,11 +15,11 @@ from functools import partial
 from math import isclose
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (
-    BatchAxes,
     as_exact_as,
     is_weighted_sum,
     part_of,
@@ -62,32 +62,45 @@ class LossShares:
     wish: LossWeights
     granularity: Granularity = "layer"
     _measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = field(default_factory=dict)
+    _fitting: dict[tuple[str, ...], Rule] = field(default_factory=dict)
     _checked: set[object] = field(default_factory=set)
 
-    def is_checked(self, cut: CutBatch, *, training: bool) -> bool:
-        """Whether the weights of such a batch need no check."""
-        given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
-        return bool(given) or len(cut.parts) == 1 or self._key(cut, training) in self._checked
-
-    def check(self, cut: CutBatch, terms: Sequence[LossTerms], *, training: bool) -> None:
+    def check(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> None:
         """Compare the loss of the first microbatches with that of all their samples.
+
+        Once for all batches of the same shapes in which the same host values vary, and once where
+        microbatches have different programs.
 
         Args:
             cut: The batch.
+            parts: Its microbatches, with host values if those are known.
             terms: What the losses of its microbatches are made of.
             training: Whether this is a step of training.
 
         Raises:
             MixedSamplesError: They differ.
-            LoweringError: There are no weights.
         """
-        if self.is_checked(cut, training=training):
+        given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
+        pairs = zip(parts, terms, strict=True)
+        known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
+        if given or len(parts) == 1 or not known or not terms[0].terms:
             return
-        weighted = self.weighted(cut, cut.parts, terms, training=training)
+        programs = len(set(map(id, terms)))
+        key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
+        if key in self._checked:
+            return
+        weighted = self.weighted(cut, parts, terms, training=False)
         # Terms with factors of their own are measured one by one.
-        if terms[0].terms and factor_name(0) not in weighted[0].inputs:
-            self._compare(cut, terms)
-        self._checked.add(self._key(cut, training))
+        if factor_name(0) not in weighted[0].inputs:
+            self._compare(cut, parts, terms)
+        self._checked.add(key)
 
     def weighted(
         self,
@@ -101,7 +114,7 @@ class LossShares:
 
         Args:
             cut: The batch.
-            parts: Its microbatches, perhaps with more inputs.
+            parts: Its microbatches, perhaps with host values.
             terms: What the loss of each of them is made of.
             training: A list of weights is for training steps.
 
@@ -112,20 +125,14 @@ class LossShares:
         if len(parts) == 1 and self.wish is None:
             return list(parts)
         shares = self._given(parts, training=training)
-        # A small mean beside a large sum is not seen in their total: terms are measured apart.
-        single = not terms[0].factored or len(terms[0].varying) < 2
-        if shares is None and single and cut.found.adds_up:
-            shares = [1.0] * len(parts)
         if shares is None:
-            columns = _columns(parts, terms)
             rules = self._rules(cut, terms[0]) if terms[0].factored else None
             if rules is not None:
-                return _with_factors(parts, _by_rule(parts, columns, rules))
-            shares = self._shares(cut.found, parts, terms, [one for one in columns if one])
+                return _with_factors(parts, _by_rule(parts, _columns(cut, parts, terms), rules))
+            fitting = self._fitting.get(_names(terms))
+            found = self._candidates(cut, parts, terms)
+            shares = next(s for rule, s in found.items() if fitting in (None, rule))
         return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
-
-    def _key(self, cut: CutBatch, training: bool) -> object:  # noqa: FBT001
-        return training, described(cut.parts[0].inputs)
 
     def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
         wish = self.wish
@@ -168,14 +175,13 @@ class LossShares:
             logger.debug("the terms of the loss cannot be measured apart: %s", error)
             return None
 
-    def _shares(
-        self,
-        found: BatchAxes,
-        parts: Sequence[Microbatch],
-        terms: Sequence[LossTerms],
-        columns: Sequence[list[float]],
-    ) -> list[float]:
+    def _candidates(
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> dict[Rule, list[float]]:
+        """Return weights of the microbatches that may fit, the likeliest first."""
+        found = cut.found
         by_samples = [part.share for part in parts]
+        columns = [column for column in _columns(cut, parts, terms) if column]
         alike = all(one.alike for one in terms)
         # Means over other labels weigh alike while the microbatches have as many of each.
         even = all(term.kind in AVERAGED for term in terms[0].varying) and all(
@@ -186,52 +192,79 @@ class LossShares:
                               "different numbers of labels", terms[0])  # fmt: skip
         if found.counts and not columns:
             raise self._mixed("it is a mean over labels that a block of its own counts", terms[0])
-        if alike and LOSS in found.mixed and {t.kind for t in terms[0].varying} == {"sum"}:
-            return [1.0] * len(parts)  # the samples alone do not tell: random numbers
-        return list(columns[0]) if alike and columns else by_samples
+        ordered: dict[Rule, list[float]] = {"mean": by_samples, "sum": [1.0] * len(parts)}
+        # A small mean beside a large sum is not seen in their total: terms are measured apart.
+        single = not terms[0].factored or len(terms[0].varying) < 2
+        if single and found.adds_up:
+            return {"sum": ordered["sum"]}
+        if {term.kind for term in terms[0].varying} == {"sum"}:
+            ordered = {"sum": ordered["sum"], **ordered}
+        return {"counted": list(columns[0]), **ordered} if alike and columns else ordered
 
     # ---- the check ------------------------------------------------------------------------
 
-    def _compare(self, cut: CutBatch, terms: Sequence[LossTerms]) -> None:
+    def _compare(
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> None:
         for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
             with mode:
                 first, draws = run_alone(self.model, cut.parts[0].inputs)
                 if LOSS not in first:
                     return
                 if not draws:
-                    return self._compare_losses(cut, terms, first)
+                    self._compare_losses(cut, parts, terms, first)
+                    return
         if LOSS in cut.found.mixed and any(term.kind == "opaque" for term in terms[0].varying):
             raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
                               "compared", terms[0])  # fmt: skip
-        return None
 
     def _compare_losses(
-        self, cut: CutBatch, terms: Sequence[LossTerms], first: Mapping[str, Tensor]
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        first: Mapping[str, Tensor],
     ) -> None:
-        results = sum(value.nbytes for value in first.values())
-        number = max(2, CHECKED_BYTES // max(results, 1))
-        parts = cut.parts[:number]
-        samples = sum(part.num_samples for part in parts)
-        parts = [replace(part, share=part.num_samples / samples) for part in parts]
-        losses = [first[LOSS], *(run_alone(self.model, p.inputs)[0][LOSS] for p in parts[1:])]
-        weighted = self.weighted(cut, parts, terms[: len(parts)], training=False)
+        """Find the weights that fit; ``first`` are the results of the first microbatch."""
+        number = max(2, CHECKED_BYTES // max(1, sum(value.nbytes for value in first.values())))
+        own = cut.parts[:number]
+        samples = sum(part.num_samples for part in own)
+        parts = [replace(part, share=part.num_samples / samples) for part in parts[:number]]
+        exact = partial(as_exact_as, self.model)
+        losses = [first[LOSS], *(run_alone(self.model, p.inputs)[0][LOSS] for p in own[1:])]
         try:
             together = part_of(cut.batch, cut.found.axes, 0, samples)
             whole = run_alone(self.model, together)[0][LOSS]
-        except Exception as error:
+        except Exception as error:  # whatever a model does with more samples
             logger.info("plain torch cannot run %d samples at once: %s", samples, error)
             return
-        shares = [part.share for part in weighted]
-        exact = partial(as_exact_as, self.model)
-        if is_weighted_sum(exact(whole), shares, list(map(exact, losses)), ROUNDED):
+        tried = self._candidates(cut, parts, terms[:number])
+        for rule, shares in tried.items():
+            if not is_weighted_sum(exact(whole), shares, list(map(exact, losses)), ROUNDED):
+                continue
+            if rule != "counted" and LOSS in cut.found.mixed and not self._fits(cut, rule):
+                raise self._mixed("it is where they have as many labels each, and not where one "
+                                  "has fewer", terms[0])  # fmt: skip
+            self._fitting[_names(terms)] = rule
             return
-        pairs = zip(shares, losses, strict=True)
+        pairs = zip(next(iter(tried.values())), losses, strict=True)
         summed = sum(share * float(loss) for share, loss in pairs if share)
         raise self._mixed(
             f"of {samples} samples at once it is {float(whole):.6g}, and {summed:.6g} as the "
             f"weighted sum of the losses of {len(parts)} microbatches",
             terms[0],
         )
+
+    def _fits(self, cut: CutBatch, rule: Rule) -> bool:
+        """Whether a rule also fits two microbatches of which one has fewer labels."""
+        first, second = (part.num_samples for part in cut.parts[:2])
+        shares = [1.0, 1.0] if rule == "sum" else [n / (first + second) for n in (first, second)]
+
+        def fits(parts: Sequence[Mapping[str, Any]]) -> bool:
+            found = [as_exact_as(self.model, run_alone(self.model, p)[0][LOSS]) for p in parts]
+            return is_weighted_sum(found[0], shares, found[1:], ROUNDED)
+
+        return two_parts(cut.batch, cut.found.axes, first, fits)
 
     def _mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
         return MixedSamplesError(
@@ -244,12 +277,28 @@ class LossShares:
         )
 
 
+def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
+    return tuple(term.node for term in terms[0].varying)
+
+
+def _varying(cut: CutBatch, parts: Sequence[Microbatch]) -> frozenset[str]:
+    """Return the names of the host values that are not the same in all microbatches."""
+    names = {name for part in parts for name in part.inputs.keys() - cut.batch.keys()}
+    values = {name: [part.inputs.get(name) for part in parts] for name in names}
+    return frozenset(n for n, found in values.items() if not all(_same(v, found[0]) for v in found))
+
+
+def _same(value: Any, other: Any) -> bool:
+    same = type(value) is type(other) and np.shape(value) == np.shape(other)
+    return same and bool(np.all(value == other))
+
+
 def _columns(
-    parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
 ) -> list[list[float] | None]:
     """Return the weights of the microbatches, for each varying term; ``None`` if unknown."""
     divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
-    constant = not any(_is_cut(name, parts) for name in terms[0].inputs)
+    constant = not any(_is_cut(name, cut, parts) for name in terms[0].inputs)
     by_samples = [part.share for part in parts]
     # A divisor that every microbatch gets whole is that of the batch; labels that the model
     # makes itself (a contrastive loss) are counted for each microbatch.
@@ -268,7 +317,9 @@ def _columns(
     return columns
 
 
-def _is_cut(name: str, parts: Sequence[Microbatch]) -> bool:
+def _is_cut(name: str, cut: CutBatch, parts: Sequence[Microbatch]) -> bool:
+    if name not in cut.batch:
+        return True  # a number that Python may have counted in each microbatch
     value = parts[0].inputs[name]
     return sized(value) and any(part.inputs[name] is not value for part in parts[1:])
 

@@ -310,7 +310,7 @@ class DistributedExecutable(Executable):
             self._refuse_other_order(len(prepared))
         self._batch_check.check_glue(self.global_step, cut.parts, prepared)
         terms = [own[-1].loss_terms for own in stages]
-        self._shares.check(cut, terms, training=training)
+        self._shares.check(cut, prepared, terms, training=training)
         return stages, self._shares.weighted(cut, prepared, terms, training=training)
 
     def _refuse_other_order(self, num_microbatches: int) -> None:

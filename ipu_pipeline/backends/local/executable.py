@@ -178,6 +178,7 @@ class LocalExecutable(Executable):
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
         self._shares = LossShares(model, wish, plan.granularity)
+        self._known: set[object] = set()
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -320,9 +321,7 @@ class LocalExecutable(Executable):
             terms += [one.stages[-1].loss_terms for one in group]
             weighted = ready
             if cut is not None:
-                rest = microbatches[len(ready) :]
-                every = [*terms, *map(self._cache.loss_terms, rest)]
-                weighted = self._shares.weighted(cut, [*ready, *rest], every, training=training)
+                weighted = self._weighted(cut, group, ready, terms, training=training)
             step = self._run_group(
                 group, weighted[first : len(ready)], loss_scaling, training=training
             )
@@ -334,18 +333,36 @@ class LocalExecutable(Executable):
         return done
 
     def _check_shares(self, cut: CutBatch, *, training: bool) -> None:
-        """Refuse a loss that microbatches cannot give, before any glue runs: it counts its runs.
+        """Refuse a loss that microbatches cannot give, if it is known before any glue runs.
 
         What glue keeps has no values until the stages of its microbatch have run, so that other
         shapes are captured here, too.
         """
-        shapes = described(cut.parts[0].inputs)
-        others = [p for p in cut.parts[1:] if described(p.inputs) != shapes]
-        if not self._shares.is_checked(cut, training=training):
+        shapes = training, *(described(part.inputs) for part in cut.parts)
+        if shapes not in self._known:
             terms = list(map(self._cache.loss_terms, cut.parts))
-            self._shares.check(cut, terms, training=training)
-        for part in others:
-            self._cache.loss_terms(part)
+            self._shares.check(cut, cut.parts, terms, training=training)
+            self._known.add(shapes)
+
+    def _weighted(
+        self,
+        cut: CutBatch,
+        group: Sequence[Prepared],
+        ready: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> list[Microbatch]:
+        """Weigh all microbatches of a batch, of which some are ready, the last ones in a group."""
+        rest = cut.parts[len(ready) :]
+        parts, every = [*ready, *rest], [*terms, *map(self._cache.loss_terms, rest)]
+        try:
+            self._shares.check(cut, parts, every, training=training)
+            return self._shares.weighted(cut, parts, every, training=training)
+        except LoweringError:
+            for run in (one.run for one in group if one.run is not None):
+                run.close()
+            raise
 
     def _run_group(
         self,
