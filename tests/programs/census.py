@@ -41,18 +41,20 @@ def drawn(draw: random.Random) -> Program:
 RIGHT = ("equal", "refused", "equal when asked")
 
 
-def outcome(program: Program, *, asked: bool = False) -> str:
+def outcome(program: Program, *, asked: bool = False, target: str = "local") -> str:
     """Return one of :data:`RIGHT`, or what is wrong."""
     truth = eager(program, asked=asked)
     try:
-        found = pipelined(program, asked=asked)
+        found = pipelined(program, asked=asked, target=target)
     except MixedSamplesError as error:
         if not program.mixes or asked:
             return f"refused falsely: {error}"
-        found_then = outcome(program, asked=True)
+        found_then = outcome(program, asked=True, target=target)
         return "equal when asked" if found_then == "equal" else found_then
     except PipelineError as error:
-        if isinstance(error, StageError) and not isinstance(error.__cause__, PipelineError):
+        # Of another process there is only the text.
+        ours = isinstance(error.__cause__, PipelineError) or "GuardError: " in str(error)
+        if isinstance(error, StageError) and not ours:
             return f"failed in a stage: {error}"
         return "refused" if len(str(error)) > 40 else f"refused without a reason: {error}"
     except Exception as error:

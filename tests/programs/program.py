@@ -8,6 +8,7 @@ losses, parameters, buffers, what was logged, and what the model counted.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
@@ -380,8 +381,11 @@ class Outcome:
     calls: int
 
     @classmethod
-    def of(cls, model: Net, losses: list[float]) -> Outcome:
-        state = {name: value.clone() for name, value in model.state_dict().items()}
+    def of(
+        cls, model: Net, losses: list[float], state: Mapping[str, Tensor] | None = None
+    ) -> Outcome:
+        found = model.state_dict() if state is None else state
+        state = {name: value.clone() for name, value in found.items()}
         history = [float(value) for value in model.history]
         return cls(losses, state, history, model.calls)
 
@@ -437,7 +441,7 @@ def weights_of(program: Program) -> Any:
     return (lambda inputs: (inputs["labels"] != IGNORED).sum()) if counts else "samples"
 
 
-def pipelined(program: Program, *, asked: bool = False) -> Outcome:
+def pipelined(program: Program, *, asked: bool = False, target: str = "local") -> Outcome:
     """Train through a plan of ours; ``asked``: with weights of the microbatches' losses.
 
     Raises:
@@ -459,16 +463,17 @@ def pipelined(program: Program, *, asked: bool = False) -> Outcome:
         **options,
     )
     losses = []
-    largest = LARGEST_NORM if program.clipped else None
     with ipp.compile(
         model,
         plan,
+        target=target,
         optimizer=optimizer,
         recompute=recompute,
-        max_grad_norm=largest,
+        max_grad_norm=LARGEST_NORM if program.clipped else None,
         loss_weights=weights_of(program) if asked else None,
     ) as executable:
         for step in range(STEPS):
             model.advance(step)
             losses.append(executable.train_step(batch_of(program, step)).loss)
-    return Outcome.of(model, losses)
+        state = executable.state_dict()
+    return Outcome.of(model, losses, state)
