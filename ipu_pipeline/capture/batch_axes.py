@@ -7,6 +7,7 @@ samples are those of each; where no choice of axes gives that, the results mix s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import random
@@ -112,7 +113,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
         )
-    with same_random_numbers(), torch.no_grad():
+    with torch.no_grad():
         for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
             try:
                 tried = _tried(model, batch, axes)
@@ -187,7 +188,10 @@ def _options(name: str, value: Any, size: int, given: Axes) -> Sequence[int | No
 
 def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     """Compare the results of two samples with those of each."""
-    results = two_parts(batch, axes, 1, lambda parts: [_results(model, part) for part in parts])
+    with plain_runs(model) as run:
+        results = two_parts(
+            batch, axes, 1, lambda parts: [run(p, watched=n == 0) for n, p in enumerate(parts)]
+        )
     both, *each = (one.tensors for one in results)
     outputs: dict[str, int | None] = {}
     weights = _weights(results) if LOSS in both else (0.5, 0.5)
@@ -253,57 +257,62 @@ def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, A
     return changed
 
 
-class _Results(NamedTuple):
-    """What a run gives: its results by name, what each mean over labels divided by, its traces."""
+class PlainRun(NamedTuple):
+    """What one run of the model gives.
+
+    Attributes:
+        tensors: Its results by name.
+        counts: What each mean over labels divided by.
+        draws: Whether it draws random numbers.
+        leaves_traces: Whether it changes what the model keeps, or draws; if that was asked for.
+    """
 
     tensors: dict[str, Tensor]
     counts: list[float]
-    leaves_traces: bool
+    draws: bool
+    leaves_traces: bool = False
 
 
-def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
-    counting = _Counting()
-    with preserved_state(model), PutBack(model):
-        is_changed = _watched(model)
-        with counting:
-            output = _seeded_run(model, part)
-        traces = is_changed()
-        if traces:  # what is set once, on the first run, is none
-            is_changed = _watched(model)
-            model(**part)
-            traces = is_changed()
-    tensors = {name: value.detach() for name, value in named_tensors(output)}
-    return _Results(tensors, counting.counts, traces)
-
-
-def run_alone(model: nn.Module, part: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
-    """Run the model without gradients; return its results and whether it draws random numbers.
+@contextlib.contextmanager
+def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
+    """Return a function that runs the model without gradients on some inputs.
 
     Every run begins in the same state and with the same random numbers; both are put back.
+    ``run(part, watched=True)`` says what it leaves behind as well.
     """
-    with same_random_numbers(), torch.no_grad(), preserved_state(model), PutBack(model):
-        generators = Generators(model.modules())
-        states: list[Any] = []
+    generators = Generators(model.modules())
+    with (
+        same_random_numbers(),
+        torch.no_grad(),
+        preserved_state(model) as restore,
+        PutBack(model) as changed,
+    ):
 
-        def note() -> None:
-            states.append((torch.get_rng_state(), generators.states()))
+        def run(part: Mapping[str, Any], *, watched: bool = False) -> PlainRun:
+            torch.manual_seed(SEED)
+            random.seed(SEED)
+            np.random.seed(SEED)  # noqa: NPY002
+            counting, traces = _Counting(), False
+            is_changed = _watched(model) if watched else None
+            seed, states = torch.get_rng_state(), generators.states()
+            own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
+            try:
+                with counting:
+                    output = model(**own)
+                draws = not torch.equal(seed, torch.get_rng_state()) or bool(
+                    generators.drawn(states, generators.states())
+                )
+                if is_changed is not None and is_changed():
+                    is_changed = _watched(model)  # what is set once, on the first run, is none
+                    model(**part)
+                    traces = is_changed()
+            finally:
+                changed.put_back()
+                restore()
+            tensors = {name: value.detach() for name, value in named_tensors(output)}
+            return PlainRun(tensors, counting.counts, draws, traces)
 
-        output = _seeded_run(model, part, note)
-        note()
-    (seed, drawn), (now, later) = states
-    draws = not torch.equal(seed, now) or bool(generators.drawn(drawn, later))
-    return {name: value.detach() for name, value in named_tensors(output)}, draws
-
-
-def _seeded_run(
-    model: nn.Module, part: Mapping[str, Any], seeded: Callable[[], None] = lambda: None
-) -> Any:
-    """Run the model on copies of its inputs; every run starts from the same state."""
-    torch.manual_seed(SEED)
-    random.seed(SEED)
-    np.random.seed(SEED)  # noqa: NPY002
-    seeded()
-    return model(**{n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()})
+        yield run
 
 
 def _watched(model: nn.Module) -> Callable[[], bool]:
@@ -343,16 +352,16 @@ def _fit(axis: int, both: Tensor, first: Tensor, second: Tensor) -> bool:
     return shapes[0] == shapes[1] == shapes[2] and sizes[0] == sizes[1] + sizes[2]
 
 
-def _weights(results: Sequence[_Results]) -> tuple[float, float] | None:
+def _weights(results: Sequence[PlainRun]) -> tuple[float, float] | None:
     """Return the weights with which two losses are that of both samples, if there are any."""
-    (both, both_counts, _), *each = results
+    both, *each = results
     losses = [one.tensors.get(LOSS) for one in each]
     counts = [one.counts for one in each]
     rules = [(0.5, 0.5), (1.0, 1.0)]
-    if all(len(found) == len(both_counts) for found in counts):
+    if all(len(found) == len(both.counts) for found in counts):
         pairs = zip(*counts, strict=True)
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
-    return next((w for w in rules if is_weighted_sum(both[LOSS], w, losses)), None)
+    return next((w for w in rules if is_weighted_sum(both.tensors[LOSS], w, losses)), None)
 
 
 def is_weighted_sum(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import isclose
 from typing import Any
 
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (
+    PlainRun,
     as_exact_as,
     is_weighted_sum,
     part_of,
-    run_alone,
+    plain_runs,
     sized,
     two_parts,
 )
@@ -41,6 +41,12 @@ LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
 CHECKED_BYTES = 1 << 28
 # A loss of numbers of about 1 may be as small as its rounding errors.
 ROUNDED = 0.02
+# What most losses use that mix samples; asked only where runs cannot be compared.
+MIXING = frozenset(
+    {"sort", "argsort", "topk", "median", "kthvalue", "quantile", "std", "var", "max", "min",
+     "amax", "amin", "logsumexp", "norm", "corrcoef", "cov", "cdist", "matmul", "mm", "rmatmul",
+     "einsum"}
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -207,14 +213,15 @@ class LossShares:
         self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
     ) -> None:
         for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
-            with mode:
-                first, draws = run_alone(self.model, cut.parts[0].inputs)
-                if LOSS not in first:
+            with mode, plain_runs(self.model) as run:
+                first = run(cut.parts[0].inputs)
+                if LOSS not in first.tensors:
                     return
-                if not draws:
-                    self._compare_losses(cut, parts, terms, first)
+                if not first.draws:
+                    self._compare_losses(cut, parts, terms, first, run)
                     return
-        if LOSS in cut.found.mixed and any(term.kind == "opaque" for term in terms[0].varying):
+        known = all(term.kind != "opaque" for term in terms[0].varying)
+        if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
             raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
                               "compared", terms[0])  # fmt: skip
 
@@ -223,26 +230,29 @@ class LossShares:
         cut: CutBatch,
         parts: Sequence[Microbatch],
         terms: Sequence[LossTerms],
-        first: Mapping[str, Tensor],
+        first: PlainRun,
+        run: Callable[..., PlainRun],
     ) -> None:
-        """Find the weights that fit; ``first`` are the results of the first microbatch."""
-        number = max(2, CHECKED_BYTES // max(1, sum(value.nbytes for value in first.values())))
+        """Find the weights that fit; ``first`` is a run of the first microbatch."""
+        number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
         own = cut.parts[:number]
         samples = sum(part.num_samples for part in own)
         parts = [replace(part, share=part.num_samples / samples) for part in parts[:number]]
-        exact = partial(as_exact_as, self.model)
-        losses = [first[LOSS], *(run_alone(self.model, p.inputs)[0][LOSS] for p in own[1:])]
+
+        def loss(inputs: Mapping[str, Any]) -> Tensor:
+            return as_exact_as(self.model, run(inputs).tensors[LOSS])
+
+        losses = [loss(part.inputs) for part in own]
         try:
-            together = part_of(cut.batch, cut.found.axes, 0, samples)
-            whole = run_alone(self.model, together)[0][LOSS]
+            whole = loss(part_of(cut.batch, cut.found.axes, 0, samples))
         except Exception as error:  # whatever a model does with more samples
             logger.info("plain torch cannot run %d samples at once: %s", samples, error)
             return
         tried = self._candidates(cut, parts, terms[:number])
         for rule, shares in tried.items():
-            if not is_weighted_sum(exact(whole), shares, list(map(exact, losses)), ROUNDED):
+            if not is_weighted_sum(whole, shares, losses, ROUNDED):
                 continue
-            if rule != "counted" and LOSS in cut.found.mixed and not self._fits(cut, rule):
+            if rule != "counted" and LOSS in cut.found.mixed and not _fits(cut, rule, loss):
                 raise self._mixed("it is where they have as many labels each, and not where one "
                                   "has fewer", terms[0])  # fmt: skip
             self._fitting[_names(terms)] = rule
@@ -255,17 +265,6 @@ class LossShares:
             terms[0],
         )
 
-    def _fits(self, cut: CutBatch, rule: Rule) -> bool:
-        """Whether a rule also fits two microbatches of which one has fewer labels."""
-        first, second = (part.num_samples for part in cut.parts[:2])
-        shares = [1.0, 1.0] if rule == "sum" else [n / (first + second) for n in (first, second)]
-
-        def fits(parts: Sequence[Mapping[str, Any]]) -> bool:
-            found = [as_exact_as(self.model, run_alone(self.model, p)[0][LOSS]) for p in parts]
-            return is_weighted_sum(found[0], shares, found[1:], ROUNDED)
-
-        return two_parts(cut.batch, cut.found.axes, first, fits)
-
     def _mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
         return MixedSamplesError(
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
@@ -275,6 +274,18 @@ class LossShares:
             "gradient accumulation does, and a function of a microbatch's inputs says how much it "
             "counts (of labels, say, that Python counts)"
         )
+
+
+def _fits(cut: CutBatch, rule: Rule, loss: Callable[[Mapping[str, Any]], Tensor]) -> bool:
+    """Whether a rule also fits two microbatches of which one has fewer labels."""
+    first, second = (part.num_samples for part in cut.parts[:2])
+    shares = [1.0, 1.0] if rule == "sum" else [n / (first + second) for n in (first, second)]
+
+    def fits(parts: Sequence[Mapping[str, Any]]) -> bool:
+        whole, *each = map(loss, parts)
+        return is_weighted_sum(whole, shares, each, ROUNDED)
+
+    return two_parts(cut.batch, cut.found.axes, first, fits)
 
 
 def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
