@@ -60,25 +60,19 @@ class Placement:
             raise
 
     def strategy(self, *, pipelined: bool = True) -> Any:
-        """Return the execution strategy: one stage per stage of the plan, on its IPU."""
-        stages: dict[int, list[Mapping[str, Any]]] = {}
-        for annotation in self.begun:
-            stages.setdefault(annotation["stage"], []).append(annotation)
+        """Return the execution strategy: one stage per stage of the plan, on its IPU.
+
+        All blocks of a stage begin under one name, and names become stages in the order in which
+        they first begin. Stages that are listed by hand cannot be pickled into an executable.
+        """
         kind = self.poptorch.PipelinedExecution if pipelined else self.poptorch.ShardedExecution
-        return kind(
-            *[
-                self.poptorch.Stage(*[a["block"] for a in stages[index]]).ipu(
-                    stages[index][0]["ipu"]
-                )
-                for index in sorted(stages)
-            ]
-        )
+        return kind(self.poptorch.AutoStage.AutoIncrement)
 
     def undo(self) -> None:
         """Leave the model as it was: blocks, hooks and serialized modules are gone."""
-        self.poptorch.removeBlocks(self.model)
-        for handle in self._handles:
+        for handle in self._handles:  # first: removeBlocks puts other dicts in place of theirs
             handle.remove()
+        self.poptorch.removeBlocks(self.model)
         for table in self._tables:
             restore(table)
         self._handles, self._tables = [], []
@@ -119,7 +113,7 @@ class Placement:
         # Before the block begins: the hook then still runs in the block before this one.
         self._handles.extend(shared.watch(module))
         if len(annotations) == 1:
-            self.poptorch.BeginBlock(module, user_id=first["block"], ipu_id=first["ipu"])
+            self.poptorch.BeginBlock(module, user_id=_stage_name(first), ipu_id=first["ipu"])
         else:
             turns = _Turns(annotations, self.poptorch)
             self._handles.append(module.register_forward_pre_hook(turns.begin))
@@ -127,6 +121,10 @@ class Placement:
         if any(annotation["checkpoint"] for annotation in annotations):
             keep = functools.partial(_checkpoint, self.poptorch)
             self._handles.append(module.register_forward_hook(keep))
+
+
+def _stage_name(annotation: Mapping[str, Any]) -> str:
+    return "stage{}".format(annotation["stage"])
 
 
 class _Turns:
@@ -143,7 +141,7 @@ class _Turns:
     def begin(self, _module: nn.Module, _args: Any) -> None:
         annotation = self._annotations[min(self._calls, len(self._annotations) - 1)]
         self._calls += 1
-        self._poptorch.Block.start(user_id=annotation["block"], ipu_id=annotation["ipu"])
+        self._poptorch.Block.start(user_id=_stage_name(annotation), ipu_id=annotation["ipu"])
 
 
 class _SharedParameters:
