@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
+# Of the plans that the processes of a test run share; processes inherit the name of the folder.
+PLANS = "IPU_PIPELINE_TEST_PLANS"
+if PLANS not in os.environ:
+    _plans = tempfile.TemporaryDirectory(prefix="ipu-pipeline-plans-")
+    os.environ[PLANS] = _plans.name
 ANSWER_S = 60.0
 
 
@@ -31,6 +37,7 @@ class Processes:
 
     def __init__(self, world_size: int, *, joined: bool = True, answer_s: float = ANSWER_S) -> None:
         self.answer_s = answer_s
+        self.muted: set[int] = set()
         os.environ["PYTHONPATH"] = str(ROOT)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.backends.cluster.jobs"])
@@ -61,6 +68,7 @@ class Processes:
 
         Ranks that are ``mute`` cannot answer and are not waited for.
         """
+        self.muted |= set(mute)
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found = []
@@ -78,8 +86,9 @@ class Processes:
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()
-        for process in self.processes:
-            process.join(timeout=5)
+        for rank, process in enumerate(self.processes):
+            if rank not in self.muted:
+                process.join(timeout=5)
             process.kill()
 
 

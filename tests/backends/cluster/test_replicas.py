@@ -21,7 +21,7 @@ def test_gradients_of_two_replicas(four: Processes, name: str, schedule: str) ->
 
 @pytest.mark.parametrize("name", ["bert-qa", "gpt2-lm"])
 def test_two_by_two_equals_one_process_at_the_same_batch(four: Processes, name: str) -> None:
-    steps = 20
+    steps = 6
     found = four.run("curve", name=name, planned=TWO_BY_TWO, steps=steps, max_grad_norm=0.5)
     made, batch = jobs.compiled(
         name, target="local", planned={"dropout": True, **ONE}, max_grad_norm=0.5
