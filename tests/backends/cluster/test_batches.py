@@ -157,7 +157,7 @@ def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
 @pytest.mark.parametrize(
     ("odd", "call", "size", "seq_length"),
     [
-        (0, "train_step", 8, 12),
+        pytest.param(0, "train_step", 8, 12, marks=pytest.mark.acceptance),
         (1, "train_step", 7, 16),
         (0, "forward_backward", 8, 20),
         (1, "eval_step", 3, 8),

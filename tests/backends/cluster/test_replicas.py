@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from tests.backends.cluster import jobs, matrix
 from tests.backends.cluster.processes import Processes
+from tests.later import every_second
 
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
 ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
 
 
-@pytest.mark.parametrize("name", ["gpt2-lm", "lxmert-qa"])
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    every_second(product(("gpt2-lm", "lxmert-qa"), ("gpipe", "interleaved", "zbv"))),
+)
 def test_gradients_of_two_replicas(four: Processes, name: str, schedule: str) -> None:
     case = matrix.case(schedule, 2)
     case["planned"] |= {"replicas": 2, "microbatches": 8}

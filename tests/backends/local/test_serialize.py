@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -47,8 +48,13 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(extension.state().detail)
 
 
-@pytest.mark.parametrize(("num_stages", "schedule"), [(1, "gpipe"), (2, "1f1b"), (4, "1f1b")])
-@pytest.mark.parametrize("name", MODELS)
+RUNS = ((1, "gpipe"), (2, "1f1b"), (4, "1f1b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "schedule"),
+    every_second((name, *how) for name, how in product(MODELS, RUNS)),
+)
 def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedule: str) -> None:
     model, batch, plan = plan_for(name, num_stages, schedule=schedule)
     expected_loss, expected = eager(model, batch)
@@ -90,8 +96,10 @@ def test_gradients_accumulate_over_calls_and_optimizers_step() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
-@pytest.mark.parametrize("name", ["gpt2 (tied)", "bert-mlm (tied)", "mt5 (untied)"])
+@pytest.mark.parametrize(
+    ("num_stages", "name"),
+    every_second(product((1, 2), ("gpt2 (tied)", "bert-mlm (tied)", "mt5 (untied)"))),
+)
 def test_evaluation_gives_the_model_s_logits(name: str, num_stages: int) -> None:
     model, batch, plan = plan_for(name, num_stages)
     model.eval()
