@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ipu_pipeline.backends.ipu.prices.layout import layout_of
+from ipu_pipeline.backends.ipu.prices.memory import segments
+from ipu_pipeline.backends.ipu.prices.predict import program_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.graph import Block
 from ipu_pipeline.ir.plan import Plan
@@ -59,18 +62,18 @@ class Annotation:
         return asdict(self)
 
 
-def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation, ...]:
+def annotate(plan: Plan) -> tuple[Annotation, ...]:
     """Return the annotations of ``plan``.
 
     Args:
         plan: A plan for IPUs.
-        checkpoint_layers: Keep the outputs of every layer (``recompute_checkpoint_every_layer``).
 
     Raises:
         LoweringError: A stage begins with code that belongs to no module, or the calls of one
             module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
     """
     costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
+    kept = _checkpoints(plan)
     found: list[Annotation] = []
     homes: dict[str, int] = {}
     for block in plan.blocks:
@@ -92,7 +95,7 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
                 stage=stage,
                 ipu=plan.stages[stage].device,
                 again=again,
-                checkpoint=checkpoint_layers and block.kind == "layer",
+                checkpoint=block.name in kept,
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
@@ -106,6 +109,22 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
 def module_of(block: Block) -> str:
     """Return the path of the module that begins ``block``; empty for the loss."""
     return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
+
+
+def _checkpoints(plan: Plan) -> frozenset[str]:
+    """Return the blocks whose outputs are kept: what the price says layers are recomputed from.
+
+    None is in the last stage, of which PopART would recompute what is before a checkpoint.
+    """
+    program = program_of(plan)
+    if not (program.recompute and program.checkpoint_layers):
+        return frozenset()
+    layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
+    return frozenset(
+        segment[-1]
+        for stage in layout.stages[:-1]
+        for segment in segments(plan.graph, stage.blocks, program)
+    )
 
 
 def _check_stage_openers(annotations: list[Annotation]) -> None:

@@ -61,8 +61,7 @@ def emit(
     check(plan, settings)
     folder = make_folder("the bundle's folder", folder)
     make_folder("the bundle's folder", folder / "runtime")
-    checkpoint = settings.config.recompute_checkpoint_every_layer
-    annotations = annotate(plan, checkpoint_layers=checkpoint)
+    annotations = annotate(plan)
     written = settings.to_json()
     written["annotated_blocks"] = [a.block for a in annotations if a.begins]
     plan.save(folder / "plan.json")

@@ -23,6 +23,15 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
+# Fields of a configuration that the price of a plan reads, and that have a plain default.
+_PRICED = (
+    "device_iterations",
+    "matmul_proportion",
+    "optimizer_state_offchip",
+    "replicated_tensor_sharding",
+    "recompute_checkpoint_every_layer",
+    "enable_half_partials",
+)
 
 
 @dataclass(frozen=True)
@@ -155,8 +164,7 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     """Return the ``ipu_config.json`` of a plan: what both can say, and the rest from ``base``.
 
     Raises:
-        LoweringError: ``base`` says something else than the plan about layers, replicas,
-            accumulation or slices.
+        LoweringError: ``base`` says something else than the plan, whose price would be another's.
     """
     program = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
@@ -174,11 +182,15 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         "recompute": program.recompute,
         "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
     }
+    sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts)).ipu_config()
     if base is None:
-        sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts))
-        return replace(sized.ipu_config(), **said)
-    _check_agreement(base, said)
-    return replace(base, **said)
+        return replace(sized, **said)
+    own = {name: getattr(sized, name) for name in _PRICED if plan.graph.training}
+    if not program.recompute:  # then nothing is recomputed from what is kept
+        own.pop("recompute_checkpoint_every_layer", None)
+    _check_agreement(base, said, own)
+    chosen = {n: v for n, v in own.items() if _value(base, n) != v}
+    return replace(base, **said, **chosen)
 
 
 def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
@@ -206,18 +218,37 @@ def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     }
 
 
-def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
-    layers = sum(said["layers_per_ipu"])
+def _value(config: IPUConfig, name: str) -> Any:
+    """Return a field in the form in which a plan says it."""
+    if name == "matmul_proportion":
+        return config.memory_proportions()
+    value = getattr(config, name)
+    return value and config.replicas() > 1 if name == "replicated_tensor_sharding" else value
+
+
+def _check_agreement(base: IPUConfig, said: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a configuration that says something else than the plan.
+
+    Args:
+        base: The configuration.
+        said: What the plan always says.
+        own: What its program does, where a configuration that leaves the default agrees.
+    """
+    layers, plain = sum(said["layers_per_ipu"]), IPUConfig()
     theirs: dict[str, Any] = {
         "gradient_accumulation_steps": base.gradient_accumulation_steps,
         "replication_factor": base.replicas(),
     }
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
+    if base.recompute is not None and base.num_ipus() > 1:
+        theirs["recompute"] = base.recompute
+    changed = [name for name in own if getattr(base, name) != getattr(plain, name)]
+    theirs |= {name: _value(base, name) for name in changed}
     different = [
-        f"{name}: plan {said[name]}, configuration {value}"
+        f"{name}: plan {planned}, configuration {value}"
         for name, value in theirs.items()
-        if said[name] != value
+        if (planned := {**said, **own}[name]) != value
     ]
     if different:
         raise LoweringError(

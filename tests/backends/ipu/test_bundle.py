@@ -48,8 +48,7 @@ def test_model_parallel_is_pinned(name: str, golden: Callable[[str, str], None])
     model, batch = from_config(tiny.config(**changes), tiny.task, batch_size=2, seq_length=16)
     config = IPUConfig(gradient_accumulation_steps=16, **GOLDEN[name])
     plan = ipp.plan(model, batch, machine="pod16", config=config)
-    every = config.recompute_checkpoint_every_layer
-    text = model_parallel_text(plan, annotate(plan, checkpoint_layers=every))
+    text = model_parallel_text(plan, annotate(plan))
     golden(f"model_parallel_{name}.py.txt", text)
 
 
