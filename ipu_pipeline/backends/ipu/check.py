@@ -37,7 +37,7 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
 def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
     """Return what poptorch will do otherwise than one may expect, one line each."""
     config = settings.config
-    found = []
+    found = [*config.legacy_notes()]
     per_replica = config.num_ipus()
     total = per_replica * plan.replicas
     if not is_power_of_two(total):

@@ -150,11 +150,14 @@ def settings_for(
     Raises:
         LoweringError: The configuration contradicts the plan.
     """
+    found, told = ipu_config_of_plan(plan, config), optimizer or OptimizerSettings()
+    if found.enable_half_first_order_momentum:
+        told = replace(told, first_order_momentum_dtype="float16")
     return PopTorchSettings(
-        config=ipu_config_of_plan(plan, config),
+        config=found,
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
-        optimizer=optimizer or OptimizerSettings(),
+        optimizer=told,
         half=half,
         seed=seed,
     )

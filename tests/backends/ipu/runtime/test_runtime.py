@@ -82,6 +82,35 @@ def test_options_of_evaluation(poptorch: Any) -> None:
     assert options.toDict()["enableStochasticRounding"] is False
 
 
+def test_what_the_published_runtime_tells_popart(poptorch: Any) -> None:
+    def told(*, clipped: bool = False, inference: bool = False, **config: Any) -> dict[str, Any]:
+        flat = {**_flat(**config), "max_grad_norm": 1.0 if clipped else None}
+        options = make_options(flat, poptorch, inference=inference)
+        options.toDict()
+        return dict(options._Popart.options)
+
+    found = told(recompute=False)
+    assert found["autoRecomputation"] == 0
+    assert told(explicit_ir_inference=True)["autoRecomputation"] == 3
+    assert found["accumulateOuterFragmentSettings.schedule"] == 3
+    assert found["accumulateOuterFragmentSettings.excludedVirtualGraphs"] == ["0"]
+    # PopART orders clipping itself
+    assert "accumulateOuterFragmentSettings.schedule" not in told(clipped=True)
+    assert found["engineOptions"]["target.syncReplicasIndependently"] == "true"
+    assert told(explicit_ir_inference=True, inference=True)["enableExplicitIR"] is True
+    assert "enableExplicitIR" not in told(inference=True)
+    assert (
+        "cachePath" not in make_options(_flat(executable_cache_dir="disabled"), poptorch).toDict()
+    )
+
+
+def test_a_first_moment_in_float16_is_priced_and_emitted() -> None:
+    plain, half = (case(enable_half_first_order_momentum=chosen).plan for chosen in (False, True))
+    assert half.stages[0].weight_bytes < plain.stages[0].weight_bytes
+    dtypes = [settings_for(p).optimizer.first_order_momentum_dtype for p in (plain, half)]
+    assert dtypes == ["float32", "float16"]
+
+
 def test_sharding_needs_replicas(poptorch: Any) -> None:
     options = make_options(_flat(replicated_tensor_sharding=True), poptorch)
     assert options.toDict()["location_optimizer"]["useReplicatedTensorSharding"] == 0
