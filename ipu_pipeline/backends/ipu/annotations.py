@@ -6,6 +6,7 @@ in-process lowering applies it to the user's model, the bundle writes it down as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ class Annotation:
         again: It is a further call of a module that an earlier annotation names.
         checkpoint: Its outputs are kept for the backward pass (a recomputation checkpoint).
         serialize: Slices of its table lookup or output projection; 1 is whole.
+        inference: Stage, IPU and slices in evaluation; ``None``: as in training.
         forward_ms: Predicted milliseconds of one microbatch's forward pass.
         backward_ms: Predicted milliseconds of its backward pass, without recomputation.
         weight_mb: Predicted megabytes (10^6 bytes) of weights, gradients and optimizer state.
@@ -48,6 +50,7 @@ class Annotation:
     again: bool = False
     checkpoint: bool = False
     serialize: int = 1
+    inference: tuple[int, int, int] | None = None
     forward_ms: float = 0.0
     backward_ms: float = 0.0
     weight_mb: float = 0.0
@@ -62,11 +65,14 @@ class Annotation:
         return asdict(self)
 
 
-def annotate(plan: Plan) -> tuple[Annotation, ...]:
+def annotate(
+    plan: Plan, inference: Mapping[str, tuple[int, int, int]] | None = None
+) -> tuple[Annotation, ...]:
     """Return the annotations of ``plan``.
 
     Args:
         plan: A plan for IPUs.
+        inference: Stage, IPU and slices of every block in evaluation; ``None``: as planned.
 
     Raises:
         LoweringError: A stage begins with code that belongs to no module, or the calls of one
@@ -75,18 +81,20 @@ def annotate(plan: Plan) -> tuple[Annotation, ...]:
     costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
     kept = _checkpoints(plan)
     found: list[Annotation] = []
-    homes: dict[str, int] = {}
+    homes: dict[str, tuple[int, int]] = {}
     for block in plan.blocks:
-        stage = plan.stage_of[block.name]
+        stage, other = plan.stage_of[block.name], inference and inference[block.name]
         module = module_of(block)
         again = module in homes
-        if again and homes[module] != stage:
-            raise LoweringError(
-                f"module {module!r} is called in stages {homes[module]} and {stage}; BeginBlock "
-                "gives every call of a module one stage: put its blocks into one stage"
-            )
+        places = (stage, other[0] if other else stage)
+        for home, here in zip(homes.get(module, places), places, strict=True):
+            if home != here:
+                raise LoweringError(
+                    f"module {module!r} is called in stages {home} and {here}; BeginBlock "
+                    "gives every call of a module one stage: put its blocks into one stage"
+                )
         if module:
-            homes[module] = stage
+            homes[module] = places
         found.append(
             Annotation(
                 block=block.name,
@@ -97,6 +105,7 @@ def annotate(plan: Plan) -> tuple[Annotation, ...]:
                 again=again,
                 checkpoint=block.name in kept,
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
+                inference=other or None,
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
                 weight_mb=sum(costs[block.name].weight_bytes.values()) / 1e6,
@@ -128,11 +137,15 @@ def _checkpoints(plan: Plan) -> frozenset[str]:
 
 
 def _check_stage_openers(annotations: list[Annotation]) -> None:
-    first: dict[int, Annotation] = {}
-    for annotation in annotations:
-        opener = first.setdefault(annotation.stage, annotation)
-        if opener is annotation and not annotation.module and annotation.stage > 0:
-            raise LoweringError(
-                f"stage {annotation.stage} begins with {annotation.block!r}, which is no module's "
-                "call; BeginBlock needs one: put it into the stage of the block before it"
-            )
+    for places in (
+        [(a.stage, a) for a in annotations],
+        [(a.inference[0], a) for a in annotations if a.inference],
+    ):
+        first: dict[int, Annotation] = {}
+        for stage, annotation in places:
+            opener = first.setdefault(stage, annotation)
+            if opener is annotation and not annotation.module and stage > 0:
+                raise LoweringError(
+                    f"stage {stage} begins with {annotation.block!r}, which is no module's "
+                    "call; BeginBlock needs one: put it into the stage of the block before it"
+                )

@@ -12,12 +12,16 @@ from math import isfinite
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.layout import (
     convolutional_layers,
     layout_of,
+    make_layout,
     placement_of,
 )
-from ipu_pipeline.backends.ipu.prices.predict import program_of
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
+from ipu_pipeline.backends.ipu.prices.predict import Prediction, program_of
+from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
@@ -87,6 +91,7 @@ class PopTorchSettings:
         optimizer: The optimizer.
         half: Weights and activations in float16.
         seed: Seed of the device and of torch; ``None`` leaves it.
+        inference: What evaluation does where its placement is another one; ``None``: the same.
     """
 
     config: IPUConfig
@@ -95,6 +100,18 @@ class PopTorchSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     half: bool = False
     seed: int | None = None
+    inference: Prediction | None = None
+
+    def inference_places(self) -> Mapping[str, tuple[int, int, int]] | None:
+        """Return stage, IPU and slices of every block in evaluation; ``None``: as in training."""
+        if self.inference is None:
+            return None
+        graph, settings = self.inference.graph, self.inference.settings
+        return {
+            name: (index, stage.ipu, serialization_factor(graph, graph[name], settings))
+            for index, stage in enumerate(self.inference.layout.stages)
+            for name in stage.blocks
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat object that ``settings.json`` holds; every value explicit."""
@@ -103,6 +120,10 @@ class PopTorchSettings:
             "inference_device_iterations": config.inference_device_iterations,
             "inference_replication_factor": config.replicas(inference=True),
             "inference_memory_proportions": list(config.memory_proportions(inference=True)),
+            "inference_num_stages": (
+                len(self.inference.layout.stages) if self.inference else self.num_stages
+            ),
+            "inference_ipus_per_replica": config.num_ipus(inference=True),
         }
         return {
             "micro_batch_size": self.micro_batch_size,
@@ -158,9 +179,31 @@ def settings_for(
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
         optimizer=told,
+        inference=_inference_of(plan, found),
         half=half,
         seed=seed,
     )
+
+
+def _inference_of(plan: Plan, config: IPUConfig) -> Prediction | None:
+    """Return what evaluation does, where the configuration places it in another way.
+
+    Raises:
+        ConfigError: The configuration's numbers do not fit the model.
+    """
+    others = (
+        "layers_per_ipu", "ipus_per_replica", "embedding_serialization_factor",
+        "projection_serialization_factor", "serialized_embedding_splits_per_ipu",
+        "serialized_projection_splits_per_ipu",
+    )  # fmt: skip
+    given = {name: getattr(config, f"inference_{name}") for name in others}
+    if all(value in (None, getattr(config, name)) for name, value in given.items()):
+        return None
+    settings = IPUSettings.from_config(config, training=False)
+    if config.inference_layers_per_ipu is None and settings.num_ipus == config.num_ipus():
+        settings = replace(settings, stage_starts=tuple((config.stage_starts or {}).items()))
+    layout = make_layout(plan.graph, settings)
+    return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
 
 
 def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:

@@ -296,12 +296,18 @@ class IPUConfig:
         """Return one line for every field that is set but has no effect any more."""
         kept = "has no effect; it is kept for the file only"
         legacy = ((name, getattr(self, name), kept) for name in LEGACY_FIELDS)
+        generation = (
+            (name, getattr(self, name), "has no effect here: its arguments are of generation")
+            for name in ("parallelize_kwargs", "inference_parallelize_kwargs")
+        )
         foreign = (
             (name, value, f"has no effect here: {FOREIGN_KEYS[name]}")
             for name, value in (self.foreign or {}).items()
         )
         return tuple(
-            f"{name}={value!r} {text}" for name, value, text in (*legacy, *foreign) if value
+            f"{name}={value!r} {text}"
+            for name, value, text in (*legacy, *generation, *foreign)
+            if value
         )
 
 
