@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
 
 from ipu_pipeline.errors import StageError, shown
-from ipu_pipeline.ir.codec import Count
+from ipu_pipeline.ir.codec import Amount, Count
 from ipu_pipeline.stages.executable import StepResult
 from ipu_pipeline.train.arguments import TrainingArguments
 
@@ -68,12 +68,19 @@ def check_like(saved: object, own: object, name: str) -> None:
             raise ValueError(f"{name} is {shown(saved)}")
 
 
-class _Position(msgspec.Struct):
-    """What of transformers' state training goes on from; the rest is that of now, or unused."""
+@dataclass
+class _Kept:
+    """What of transformers' state a resumed training takes over; the rest is that of now."""
 
     global_step: Count
-    epoch: float | None
     log_history: list[dict[str, Any]]
+    num_input_tokens_seen: Count
+    total_flos: Amount
+    best_metric: float | None
+    best_global_step: Count | None
+    best_model_checkpoint: str | None
+    trial_name: str | None
+    trial_params: dict[str, str | float | int | bool] | None
 
 
 @dataclass
@@ -181,10 +188,12 @@ class Progress:
         Raises:
             ValueError, TypeError, KeyError: It did not give that; nothing is changed.
         """
-        state = TrainerState(**saved["state"])
-        msgspec.convert(saved["state"], _Position)
+        kept = msgspec.convert(saved["state"], _Kept)
         losses = msgspec.convert(saved["losses"], LossMeter)
-        self.state, self.losses = state, losses
+        if max(losses.steps, losses.skipped) > kept.global_step:
+            raise ValueError(f"losses of {losses.steps} steps, {losses.skipped} of them skipped")
+        self.state, self.losses = replace(self.state, **vars(kept)), losses
+        self.state.epoch = kept.global_step / self._steps_per_epoch
         self._describe_length()
 
     def _describe_length(self) -> None:
