@@ -58,7 +58,7 @@ def emit(
         LoweringError: poptorch cannot run the plan.
         OutputError: ``folder`` is none, or may not be written.
     """
-    check(plan, settings)
+    check(plan, settings, several_processes=True)
     folder = make_folder("the bundle's folder", folder)
     make_folder("the bundle's folder", folder / "runtime")
     annotations = annotate(plan, settings.inference_places())
