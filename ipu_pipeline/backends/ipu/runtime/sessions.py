@@ -219,7 +219,7 @@ class Sessions:
         self._evaluated = names
         if self.inference is None:
             options = make_options(self._settings, self._poptorch, inference=True)
-            deep = self._settings["num_stages"]
+            deep = self._settings["inference_num_stages"]
             pipelined = self._settings["inference_device_iterations"] >= deep
             options.setExecutionStrategy(self.placement.strategy(pipelined=pipelined))
             self._model.eval()
