@@ -255,7 +255,7 @@ def front_end(stand_in: str) -> Iterator[Any]:
             ) from error
         yield poptorch
         return
-    name = "ipu_pipeline_emulator"
+    name = Path(stand_in).name
     spec = importlib.util.spec_from_file_location(
         name, Path(stand_in) / "__init__.py", submodule_search_locations=[stand_in]
     )
