@@ -25,7 +25,12 @@ from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import preserved_state
-from ipu_pipeline.capture.python_state import Generators, PythonState, same_random_numbers
+from ipu_pipeline.capture.python_state import (
+    Generators,
+    PythonState,
+    same_random_numbers,
+    seed_torch,
+)
 from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
@@ -289,7 +294,7 @@ def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
     ):
 
         def run(part: Mapping[str, Any], *, watched: bool = False) -> PlainRun:
-            torch.manual_seed(SEED)
+            seed_torch(SEED)
             random.seed(SEED)
             np.random.seed(SEED)  # noqa: NPY002
             counting, traces = _Counting(), False

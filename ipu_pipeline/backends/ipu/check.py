@@ -20,13 +20,19 @@ MOST_IPUS = 64  # per process
 Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
 
 
-def check(plan: Plan, settings: PopTorchSettings) -> None:
+def check(plan: Plan, settings: PopTorchSettings, *, several_processes: bool = False) -> None:
     """Refuse what poptorch would refuse.
+
+    Args:
+        plan: A plan for IPUs.
+        settings: Of the plan.
+        several_processes: Whether poprun may start more than one.
 
     Raises:
         LoweringError: All broken rules, one line each.
     """
-    found = [message for rule in RULES for message in rule(plan, settings)]
+    rules = [rule for rule in RULES if rule != _processes or not several_processes]
+    found = [message for rule in rules for message in rule(plan, settings)]
     if len(found) == 1:
         raise LoweringError(found[0])
     if found:
@@ -37,7 +43,7 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
 def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
     """Return what poptorch will do otherwise than one may expect, one line each."""
     config = settings.config
-    found = []
+    found = [*config.legacy_notes()]
     per_replica = config.num_ipus()
     total = per_replica * plan.replicas
     if not is_power_of_two(total):
@@ -50,10 +56,6 @@ def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
         found.append(
             f"output_mode {config.output_mode!r} gives back the loss of the last of "
             f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
-        )
-    if config.layers(inference=True) != config.layers():
-        found.append(
-            "inference_layers_per_ipu is not used: evaluation runs under the placement of training"
         )
     return tuple(found)
 
@@ -87,14 +89,21 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     per_replica = max(stage.device for stage in plan.stages) + 1
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
         yield (
             f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
-            f"{MOST_IPUS}; lower the replicas, or run several processes (PopDist)"
+            f"{MOST_IPUS}; lower the replicas, or emit a bundle and start several processes "
+            "(ipu-pipeline launch --print)"
         )
+
+
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    per_replica = max(stage.device for stage in plan.stages) + 1
+    if per_replica > MOST_IPUS:
+        yield f"a replica has {per_replica} IPUs, at most {MOST_IPUS} work together; use fewer"
     used = {stage.device for stage in plan.stages}
     unused = sorted(set(range(per_replica)) - used)
     if unused:
@@ -102,6 +111,35 @@ def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             f"IPU {unused[0]} has no stage although IPU {per_replica - 1} has one; number the "
             "IPUs of a replica from 0 without a gap"
         )
+
+
+def _evaluation(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    """What PopART would refuse of another placement for evaluation."""
+    found = settings.inference
+    if found is None:
+        return
+    total = found.settings.num_ipus * found.settings.replicas
+    if total > MOST_IPUS:
+        yield (
+            f"inference: {found.settings.replicas} replicas of {found.settings.num_ipus} IPUs are "
+            f"{total}, one process has at most {MOST_IPUS}; lower inference_replication_factor"
+        )
+    empty = set(range(found.settings.num_ipus)) - {stage.ipu for stage in found.layout.stages}
+    if empty:
+        yield (
+            f"inference: IPU {min(empty)} has no block; lower inference_ipus_per_replica, or give "
+            "it layers in inference_layers_per_ipu"
+        )
+    for name, (_, _, factor) in (settings.inference_places() or {}).items():
+        problem = slices_problem(found.graph, name, factor)
+        if problem:
+            yield f"inference: {problem}"
+    for ipu, memory in enumerate(found.memory):
+        if not memory.fits(found.chip):
+            yield (
+                f"inference: {found.tile_text(ipu)}; move layers to other IPUs in "
+                "inference_layers_per_ipu"
+            )
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -200,7 +238,9 @@ RULES: tuple[Rule, ...] = (
     _machine,
     _batch,
     _accumulation,
+    _processes,
     _ipus,
+    _evaluation,
     _tied,
     _order,
     _slices,
