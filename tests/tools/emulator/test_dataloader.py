@@ -67,7 +67,7 @@ def test_asynchronous_modes_give_the_same_batches(poptorch, mode) -> None:
         options_for(poptorch), dataset(), mode=chosen, async_options={"buffer_size": 2}
     )
     for _ in range(2):
-        pairs = zip(plain, loader, strict=True)
+        pairs = zip(plain, loader)
         assert all(torch.equal(a[0], b[0]) for a, b in pairs)
     loader.terminate()
     with pytest.raises(AssertionError, match="AsynchronousDataAccessor was terminated"):

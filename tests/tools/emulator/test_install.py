@@ -76,11 +76,9 @@ def real(monkeypatch) -> types.ModuleType:
 
 
 def test_the_real_one_is_not_hidden(real) -> None:
-    with (
-        pytest.raises(standin.StandInError, match="real poptorch can be imported here"),
-        standin.install(),
-    ):
-        pass
+    with pytest.raises(standin.StandInError, match="real poptorch can be imported here"):
+        with standin.install():
+            pass
 
 
 def test_force_hides_the_real_one_and_puts_it_back(real) -> None:

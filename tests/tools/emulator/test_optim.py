@@ -135,7 +135,7 @@ def test_a_schedule_needs_set_optimizer(poptorch) -> None:
     executor.setOptimizer(optimizer)
     after = [p.detach().clone() for p in model.parameters()]
     executor(*batch(2))
-    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters()))
 
 
 def test_torch_schedulers_drive_it(poptorch) -> None:

@@ -63,7 +63,9 @@ class PoplarExecutor(DeviceModel):
             self._model, self._options, weights, inputs, flags, training=self._training
         )
         self._weights = weights
-        self._device = DeviceProgram(self._model, self._options, weights, flags, optimizer)
+        self._device = DeviceProgram(
+            self._program.graph, self._program.trained, self._options, weights, optimizer
+        )
         self._device.seed_hook = self._seed_hook
         self._signature = signature_of(inputs)
         self._examples = saving.examples_of(inputs)
