@@ -20,7 +20,7 @@ from .optim import Optimizer
 from .optim_base import changed_constant, popart_type
 from .options_base import require
 from .rules import check_options
-from .structure import Counts, check_inputs, same_signature, signature_of
+from .structure import Counts, check_inputs, in_order_of, same_signature, signature_of
 from .training import GRADIENT, DeviceProgram
 
 _LOG = logging.getLogger("poptorch")
@@ -128,6 +128,7 @@ class PoplarExecutor(DeviceModel):
         if self._program is None:
             self._compile(inputs)
         self._check_call(inputs)
+        inputs = in_order_of(self._signature, inputs)
         assert self._device is not None
         if not self._attached:
             self.attachToDevice()

@@ -171,7 +171,7 @@ class Recorder:
         calling, self._calling = self._calling, name
         self._depth += known
         try:
-            result = self._in_device_types(func(*args, **kwargs))
+            result = self._in_device_types(self._called(func, args, kwargs))
         finally:
             self._depth -= known
             self._calling = calling
@@ -180,6 +180,22 @@ class Recorder:
         if name in _LOSS_FUNCTIONS.split() and isinstance(result, Tensor):
             self.note_loss(result, name)
         return result
+
+    def _called(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call; once more with indices of 64 bits where torch itself wants them."""
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            with self.paused():
+                wide = replaced((args, kwargs), _widened)
+                same = all(a is b for a, b in zip(flat(wide), flat((args, kwargs))))
+            if same:
+                raise
+            result = func(*wide[0], **wide[1])
+            changes = getattr(func, "__name__", "").split(".")[0].endswith("_")
+            return args[0] if changes else result
 
     def operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Infer the types of one ``aten`` operation; refuse what the front end refuses."""
@@ -258,7 +274,7 @@ class Recorder:
     # ------------------------------------------------------------------ types
     def _infer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         try:
-            return func(*args, **kwargs)
+            return self._called(func, args, kwargs)
         except NotImplementedError as error:
             if name.split("::")[-1] not in _TYPES_BY_HAND.split():
                 raise self.refusal(
@@ -267,13 +283,6 @@ class Recorder:
                 ) from error
             zeros = replaced((args, kwargs), _zeros)
             return replaced(func(*zeros[0], **zeros[1]), _to_meta)
-        except (RuntimeError, IndexError):
-            # Index tensors have 32 bits on the device, torch's kernels want 64.
-            wide = replaced((args, kwargs), _widened)
-            if all(a is b for a, b in zip(flat(wide), flat((args, kwargs)))):
-                raise
-            result = func(*wide[0], **wide[1])
-            return args[0] if name.endswith("_") else result
 
     def _in_device_types(self, result: Any) -> Any:
         def narrowed(value: Any) -> Any:

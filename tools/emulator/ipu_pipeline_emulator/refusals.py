@@ -11,7 +11,7 @@ import torch
 from .graph import tensors_of
 
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-_HOST_READS = ("tolist", "numpy", "__array__", "equal")
+_HOST_READS = ("tolist", "numpy", "__array__", "equal", "allclose")
 # Operations whose result has a shape that depends on values.
 _DYNAMIC = (
     "nonzero nonzero_numpy masked_select _unique _unique2 unique_dim unique_consecutive "
@@ -23,7 +23,8 @@ def refused_call(name: str, args: Any, kwargs: Any) -> str:
     """Look at a call of the model before it is made."""
     if not any(value.is_meta for value in tensors_of((args, kwargs))):
         return ""
-    if name in _HOST_READS:
+    copies_values = name in ("tensor", "as_tensor") and isinstance(args[0], (list, tuple))
+    if name in _HOST_READS or copies_values:
         return _host_read(name)
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         return _dynamic_shape("aten::repeat_interleave without output_size")
