@@ -52,7 +52,7 @@ REFUSED = {
         "math.sqrt(x[0, 0])",
         "torch.tensor([x[0, 0], 1.0])",
         "torch.arange(i[0])",
-        "torch.zeros(i[0])",
+        "torch.zeros(int(i[0]))",
         "0.0 in x",
         "x.tolist()",
         "x.numpy()",

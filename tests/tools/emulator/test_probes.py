@@ -124,7 +124,7 @@ def test_a_refusal_names_operation_and_line(poptorch) -> None:
             return x[x > 0]
 
     executor = poptorch.inferenceModel(Net())
-    with pytest.raises(poptorch.Error, match=r"aten::index: .*__getitem__\(\), .*test_probes.py:"):
+    with pytest.raises(poptorch.Error, match=r"aten::index: .*test_probes.py:"):
         executor(torch.ones(2))
     line = Net.forward.__code__.co_firstlineno + 1
     with pytest.raises(poptorch.Error, match=f"test_probes.py:{line}\\)"):
