@@ -24,7 +24,7 @@ MARGINS = {
 def arguments_for(folder, **changes):
     given = {
         "output_dir": str(folder),
-        "max_steps": 120,
+        "max_steps": 80,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 16,
         "gradient_accumulation_steps": MICROBATCHES,
