@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.backends.ipu.emulated import adamw, assert_same_weights, case, sgd
+from tests.backends.ipu.emulated import adamw, assert_same_weights, case, sessions_of, sgd
 from tests.later import every_second
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -85,7 +85,7 @@ def test_recomputation_and_serialization_change_nothing() -> None:
     device = sliced.compile()
     for seed in range(STEPS):
         device.train_step(sliced.batch(seed))
-    program = device._sessions.training.program
+    program = sessions_of(device).training.program
     assert any(block.serialized for block in program.blocks)
     assert sum(block.checkpoints for block in program.blocks) == 5
     device.close()
