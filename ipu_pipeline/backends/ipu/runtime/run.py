@@ -84,6 +84,7 @@ def train(
         options, Rows(data), batch_size=settings["micro_batch_size"], shuffle=arguments.shuffle
     )
     forward = DeviceForward(model, poptorch)
+    copies = (loader.combinedBatchSize or 0) // settings["micro_batch_size"]
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     losses = []
     samples = 0
@@ -91,7 +92,7 @@ def train(
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = mean_loss(executor(**batch), settings)
+        loss = mean_loss(executor(**forward.inputs(batch, copies, training=True)), settings)
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)
