@@ -164,6 +164,7 @@ def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
             "samples_per_s": other.samples_per_s,
             "samples_per_step": other.samples_per_step,
             "micro_batch": other.micro_batch,
+            "recomputation": other.settings.recomputation,
             "fits": other.fits,
             "free": other.free,
         }
@@ -177,5 +178,6 @@ def _point_json(result: TuneResult, point: TunePoint) -> dict[str, Any]:
         "bound_s": point.bound_s,
         "free": point.free,
         "micro_batch": point.prediction.micro_batch,
+        "recomputation": point.prediction.settings.recomputation,
         "ipu_config": result.ipu_config(point).to_dict(),
     }

@@ -96,15 +96,21 @@ def _place(source: str, where: str) -> str:
 
 
 def read_json(
-    path: str | Path, what: str, error: type[PipelineError], *, shown_texts: bool = False
+    path: str | Path,
+    what: str,
+    error: type[PipelineError],
+    *,
+    shown_texts: bool = False,
+    last_counts: bool = False,
 ) -> Any:
     """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
 
-    With ``shown_texts`` all its texts are for terminals and pages: each must be printable.
+    With ``shown_texts`` all its texts are for terminals and pages: each must be printable. With
+    ``last_counts`` a key may be there twice.
     """
     text = read_text(path, what, error)
     try:
-        found = parse_json(text)
+        found = parse_json(text, last_counts=last_counts)
         if shown_texts:
             _refuse_what_does_not_print(found)
         return found
@@ -127,8 +133,12 @@ def _refuse_what_does_not_print(found: Any) -> None:
             )
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, last_counts: bool = False) -> Any:
     """Return what a JSON text holds.
+
+    Args:
+        text: The JSON.
+        last_counts: Of a key that is there twice, the last value counts; else it is refused.
 
     Raises:
         ValueError: It is no JSON, or holds what has no one meaning: numbers that JSON does not
@@ -141,7 +151,7 @@ def parse_json(text: str) -> Any:
             parse_int=_whole,
             parse_float=_finite,
             parse_constant=_refuse_number,
-            object_pairs_hook=_object,
+            object_pairs_hook=dict if last_counts else _object,
         )
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None

@@ -66,8 +66,7 @@ def emit(
     check(plan, settings)
     folder = make_folder("the bundle's folder", folder)
     make_folder("the bundle's folder", folder / "runtime")
-    checkpoint = settings.config.recompute_checkpoint_every_layer
-    annotations = annotate(plan, checkpoint_layers=checkpoint)
+    annotations = annotate(plan, settings.inference_places())
     written = settings.to_json()
     written["annotated_blocks"] = [a.block for a in annotations if a.begins]
     plan.save(folder / "plan.json")
@@ -107,8 +106,11 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         '"""\n'
     )
     helper = (
-        "\n\ndef block(module, stage, ipu, serialize=1, checkpoint=False, name=None):\n"
-        '    """Describe one block: the module whose call begins it, and where it runs."""\n'
+        "\n\ndef block(\n"
+        "    module, stage, ipu, serialize=1, checkpoint=False, inference=None, name=None\n):\n"
+        '    """Describe one block: the module whose call begins it, and where it runs.\n\n'
+        "    In evaluation it runs there, too, or where inference=(stage, ipu, serialize) says.\n"
+        '    """\n'
         "    return {\n"
         '        "block": name or module,\n'
         '        "module": module,\n'
@@ -116,6 +118,7 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         '        "ipu": ipu,\n'
         '        "serialize": serialize,\n'
         '        "checkpoint": checkpoint,\n'
+        '        "inference": inference,\n'
         '        "again": False,\n'
         "    }\n\n\n"
     )
@@ -130,6 +133,8 @@ def _call(annotation: Annotation) -> str:
         parts.append(f"serialize={annotation.serialize}")
     if annotation.checkpoint:
         parts.append("checkpoint=True")
+    if annotation.inference:
+        parts.append(f"inference={annotation.inference}")
     if annotation.block != annotation.module:
         parts.append(f"name={json.dumps(annotation.block)}")
     return f"block({', '.join(parts)}),"

@@ -37,7 +37,7 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
 def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
     """Return what poptorch will do otherwise than one may expect, one line each."""
     config = settings.config
-    found = []
+    found = [*config.legacy_notes()]
     per_replica = config.num_ipus()
     total = per_replica * plan.replicas
     if not is_power_of_two(total):
@@ -50,10 +50,6 @@ def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
         found.append(
             f"output_mode {config.output_mode!r} gives back the loss of the last of "
             f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
-        )
-    if config.layers(inference=True) != config.layers():
-        found.append(
-            "inference_layers_per_ipu is not used: evaluation runs under the placement of training"
         )
     return tuple(found)
 
@@ -102,6 +98,35 @@ def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             f"IPU {unused[0]} has no stage although IPU {per_replica - 1} has one; number the "
             "IPUs of a replica from 0 without a gap"
         )
+
+
+def _evaluation(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    """What PopART would refuse of another placement for evaluation."""
+    found = settings.inference
+    if found is None:
+        return
+    total = found.settings.num_ipus * found.settings.replicas
+    if total > MOST_IPUS:
+        yield (
+            f"inference: {found.settings.replicas} replicas of {found.settings.num_ipus} IPUs are "
+            f"{total}, one process has at most {MOST_IPUS}; lower inference_replication_factor"
+        )
+    empty = set(range(found.settings.num_ipus)) - {stage.ipu for stage in found.layout.stages}
+    if empty:
+        yield (
+            f"inference: IPU {min(empty)} has no block; lower inference_ipus_per_replica, or give "
+            "it layers in inference_layers_per_ipu"
+        )
+    for name, (_, _, factor) in (settings.inference_places() or {}).items():
+        problem = slices_problem(found.graph, name, factor)
+        if problem:
+            yield f"inference: {problem}"
+    for ipu, memory in enumerate(found.memory):
+        if not memory.fits(found.chip):
+            yield (
+                f"inference: {found.tile_text(ipu)}; move layers to other IPUs in "
+                "inference_layers_per_ipu"
+            )
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -201,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _accumulation,
     _ipus,
+    _evaluation,
     _tied,
     _order,
     _slices,

@@ -58,7 +58,7 @@ def lower(
     check(plan, settings)
     for note in notes(plan, settings):
         logger.warning("%s", note)
-    annotations = annotate(plan, checkpoint_layers=settings.config.recompute_checkpoint_every_layer)
+    annotations = annotate(plan, settings.inference_places())
     return PopTorchExecutable(model, plan, optimizer, annotations, settings, poptorch)
 
 

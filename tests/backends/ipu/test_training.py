@@ -81,7 +81,7 @@ def test_recomputation_and_serialization_change_nothing() -> None:
         device.train_step(sliced.batch(seed))
     program = device._sessions.training.program
     assert any(block.serialized for block in program.blocks)
-    assert sum(block.checkpoints for block in program.blocks) == 4
+    assert sum(block.checkpoints for block in program.blocks) == 5
     device.close()
     assert_same_weights(plain.model, sliced.model)
 

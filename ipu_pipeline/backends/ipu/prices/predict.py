@@ -139,7 +139,14 @@ class Prediction(PlacedProgram):
 
     def text(self) -> str:
         """Return a report for a terminal."""
-        parts = [_headline(self), "", *_memory_table(self), "", *_stage_table(self)]
+        parts = [
+            _headline(self),
+            self.settings.program_text(),
+            "",
+            *_memory_table(self),
+            "",
+            *_stage_table(self),
+        ]
         parts += ["", *_step_table(self)]
         if self.notes:
             parts += ["", *(f"! {note}" for note in self.notes)]

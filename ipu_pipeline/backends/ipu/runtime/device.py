@@ -7,6 +7,7 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+_OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,7 +30,7 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
     options.setAvailableMemoryProportion(
         {f"IPU{ipu}": share for ipu, share in enumerate(proportions)}
     )
-    if settings["executable_cache_dir"]:
+    if settings["executable_cache_dir"] not in ("", "disabled"):
         options.enableExecutableCaching(settings["executable_cache_dir"])
     mode = "all" if inference else settings["output_mode"]
     options.outputMode(getattr(poptorch.OutputMode, mode.capitalize()))
@@ -61,16 +62,24 @@ def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
 
 def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
     """Settings that published runs on IPUs use; they change speed and memory, not results."""
-    if not inference:
+    popart = options._Popart
+    if inference:
+        if settings["explicit_ir_inference"]:
+            popart.set("enableExplicitIR", True)
+    else:
         # poptorch itself would take Pipeline (3) wherever there are several IPUs.
-        options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
+        popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
         patterns = ("TiedGather", "TiedGatherAccumulate", "UpdateInplacePrioritiesForIpu")
-        options._Popart.setPatterns(dict.fromkeys(patterns, True))
-    options._Popart.set("disableGradAccumulationTensorStreams", True)
-    options._Popart.set("outlineThreshold", 10.0)
-    options._Popart.set("subgraphCopyingStrategy", 1)
-    options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
-    options._Popart.set("engineOptions", {"opt.useAutoloader": "true"})
+        popart.setPatterns(dict.fromkeys(patterns, True))
+        if settings["max_grad_norm"] is None:  # clipping has an order of its own
+            popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
+            popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
+    popart.set("disableGradAccumulationTensorStreams", True)
+    popart.set("outlineThreshold", 10.0)
+    popart.set("subgraphCopyingStrategy", 1)
+    popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
+    engine = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
+    popart.set("engineOptions", engine)
 
 
 def make_optimizer(
