@@ -123,15 +123,16 @@ class HostDraws:
     ) -> bool:
         """Answer that the layer is kept; the layer that is called next drops itself."""
         kept = compare(1.0, 0.0)
-        if not 0.0 < bound or recipe.needed:
+        if bound <= 0.0 or recipe.needed:
             return kept
         self._settled()
         recipe.make = lambda _values, _part: [float(compare(source(), bound) != kept)]
         dropped = self._take(recipe, _zero())
-        self._dropping = dropped, refuse(
-            "compares a number drawn on the host, and no layer that can be dropped is called then",
+        error = refuse(
+            "compares a number drawn on the host, and calls no layer next that can be dropped",
             "draw with torch, and use torch.where",
         )
+        self._dropping = dropped, error
         return kept
 
     def _take(self, recipe: _Recipe, example: Tensor) -> Tensor:

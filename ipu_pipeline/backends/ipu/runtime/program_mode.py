@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Callable, FrozenSet, Iterator, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,56 +24,65 @@ from .host_draws import HostDraws
 from .host_values import HostValues, map_leaves, node, on_host, tensors_of
 from .static_errors import refuse
 
-FACTORIES = frozenset(
+
+def _names(text: str) -> FrozenSet[str]:
+    return frozenset(text.split())
+
+
+FACTORIES = _names(
     "arange empty full linspace logspace ones range tensor zeros eye tril_indices triu_indices "
-    "as_tensor scalar_tensor hann_window hamming_window empty_strided asarray".split()
+    "as_tensor scalar_tensor hann_window hamming_window empty_strided asarray"
 )
 """Make constants."""
-LIKE = frozenset(
-    "zeros_like ones_like full_like new_zeros new_ones new_full new_tensor new_empty "
-    "empty_like".split()
+LIKE = _names(
+    "zeros_like ones_like full_like new_zeros new_ones new_full new_tensor new_empty empty_like"
 )
 """Make constants of the shape or type of another tensor."""
 RANDOM_FACTORIES = frozenset(["rand", "randint", "randn", "randperm"])
 _RANDOM_WORDS = (
     "rand", "dropout", "bernoulli", "multinomial", "normal", "uniform_", "exponential_", "gumbel"
 )  # fmt: skip
-_IN_PLACE = frozenset(
+_IN_PLACE = _names(
     "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __iand__ __ior__ __ixor__ "
-    "__ipow__ __imod__ __ilshift__ __irshift__".split()
+    "__ipow__ __imod__ __ilshift__ __irshift__"
 )
-_SHAPES = frozenset(
+_SHAPES = _names(
     "__getitem__ __setitem__ view reshape expand repeat narrow split chunk unfold roll permute "
-    "split_with_sizes select tile unflatten broadcast_to as_strided".split()
+    "split_with_sizes select tile unflatten broadcast_to as_strided"
 )
 """Take sizes and positions: 0-d constants among their arguments are numbers."""
 NUMBERS = ("alpha", "beta", "fill_value", "dim", "num_classes", "diagonal", "output_size")
 """Keywords whose values are numbers."""
 _SHAPES_KNOWN_THERE: Mapping[str, Callable[[Tensor], Any]] = {
     "ctc_loss": lambda _: (),
-    "_weight_norm": lambda weight: weight.shape,
 }
 ACCEPTED = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point")
 
 
 @contextlib.contextmanager
 def indexing_seen() -> Iterator[None]:
-    """While it lasts, modes see ``x[index]``, which those of torch 2.0 do not."""
-    own: Any = torch._C._TensorBase.__getitem__  # type: ignore[attr-defined]
-    if "__getitem__" in vars(Tensor) or _modes_see_indexing():
+    """While it lasts, modes see ``x[index]`` and ``x[index] = y``; those of torch 2.0 see few."""
+    names = ("__getitem__", "__setitem__")
+    if any(name in vars(Tensor) for name in names) or _modes_see_indexing():
         yield
         return
-
-    def seen(x: Tensor, index: Any) -> Any:
-        if not torch._C._is_torch_function_mode_enabled():  # type: ignore[attr-defined]
-            return own(x, index)
-        return handle_torch_function(own, (x,), x, index)
-
-    Tensor.__getitem__ = seen  # type: ignore[method-assign,assignment]
+    for name in names:
+        setattr(Tensor, name, _seen(getattr(Tensor, name)))
     try:
         yield
     finally:
-        del Tensor.__getitem__
+        for name in names:
+            delattr(Tensor, name)
+
+
+def _seen(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def method(x: Tensor, *args: Any) -> Any:
+        if not torch._C._is_torch_function_mode_enabled():  # type: ignore[attr-defined]
+            return own(x, *args)
+        return handle_torch_function(own, (x,), x, *args)
+
+    return method
 
 
 @functools.lru_cache(maxsize=None)
@@ -87,10 +96,11 @@ def _modes_see_indexing() -> bool:
             found.append(getattr(func, "__name__", ""))
             return func(*args, **(kwargs or {}))
 
-    vector = on_host(torch.zeros, (1,), {"device": "cpu"})
+    vector, number = (on_host(torch.zeros, (size,), {"device": "cpu"}) for size in ((1,), ()))
     with Probe():
         vector[0]
-    return "__getitem__" in found
+        vector[0] = number
+    return found == ["__getitem__", "__setitem__"]
 
 
 class _Facts:
@@ -159,7 +169,7 @@ class ProgramMode(TorchFunctionMode):
         if isinstance(tensor, nn.Parameter):
             return True
         if not self._emulated:
-            return tensor.device.type == self.device.type
+            return tensor.device.type != "cpu"
         return self.facts(tensor).program
 
     def number(self, tensor: Tensor) -> Optional[int]:
@@ -353,8 +363,7 @@ class ProgramMode(TorchFunctionMode):
             return value
         held = self._moved.get(id(value))
         if held is None or held[1] != value._version:
-            with torch._C.DisableTorchFunction():
-                held = (value, value._version, _move(value, self.device))
+            held = (value, value._version, _move(value, self.device))
             self._moved[id(value)] = held
         return held[2]
 

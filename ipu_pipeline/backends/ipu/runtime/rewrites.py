@@ -66,8 +66,7 @@ class _Pending:
         self._source = source
         self._left = left
         self.error = refuse(
-            f"asks {what} in Python, and does something else than {' or '.join(followers)} "
-            "if so",
+            f"asks {what} in Python, and does something else than {' or '.join(followers)} if so",
             "write it with torch.where, which needs no question",
         )
 
@@ -86,8 +85,11 @@ class _Pending:
 
 
 class _Overflow:
-    """Whether values are not finite; a program always clamps, which changes no finite value
-    but those between the clamp's bound and the largest float16."""
+    """Whether values are not finite.
+
+    A program always clamps. That changes no value but those between the clamp's bound and the
+    largest number of the type (float16: 64504 to 65504).
+    """
 
     def __init__(self, source: Tensor, *, when: bool) -> None:
         self.source = source
@@ -211,10 +213,10 @@ def _repeat_interleave(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> 
         return mode.call(func, args, kwargs)
     given = {**dict(zip(("input", "repeats", "dim"), args)), **kwargs}
     x, repeats, dim = (given.pop(name, None) for name in ("input", "repeats", "dim"))
-    if given.get("output_size") is not None and isinstance(repeats, Tensor):
-        if mode.is_program(repeats):
-            return mode.call(func, args, kwargs)
-    if repeats is None or (isinstance(repeats, Tensor) and mode.is_program(repeats)):
+    counted_there = isinstance(repeats, Tensor) and mode.is_program(repeats)
+    if counted_there and given.get("output_size") is not None:
+        return mode.call(func, args, kwargs)
+    if repeats is None or counted_there:
         raise refuse(
             "repeat_interleave with counts that the device computes has no fixed shape",
             "give counts as Python numbers, or output_size",
@@ -230,7 +232,9 @@ def _repeat_interleave(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> 
     shape = list(x.shape)
     wide = mode.call(Tensor.unsqueeze, (x, dim + 1), {})
     wide = mode.call(Tensor.expand, (wide, *shape[: dim + 1], count, *shape[dim + 1 :]), {})
-    return mode.call(Tensor.reshape, (wide, *shape[:dim], shape[dim] * count, *shape[dim + 1 :]), {})
+    return mode.call(
+        Tensor.reshape, (wide, *shape[:dim], shape[dim] * count, *shape[dim + 1 :]), {}
+    )
 
 
 # ---- masks ----------------------------------------------------------------------------------
@@ -350,7 +354,9 @@ def _compact(mode: ProgramMode, values: Tensor, mask: Tensor) -> Tensor:
     order = mode.call(torch.cumsum, (mode.call(Tensor.long, (mask,), {}), 1), {})
     order = mode.call(torch.clamp, (mode.call(torch.sub, (order, 1), {}),), {"min": 0})
     zeros = mode.mark(values * 0)
-    return mode.call(torch.scatter_add, (zeros, 1, order, mode.call(torch.mul, (values, chosen), {})), {})
+    return mode.call(
+        torch.scatter_add, (zeros, 1, order, mode.call(torch.mul, (values, chosen), {})), {}
+    )
 
 
 @_rule("ctc_loss")
@@ -382,6 +388,13 @@ def _compared(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
     return mode.call(func, args, kwargs)
 
 
+@_rule("_weight_norm")
+def _weight_norm(mode: ProgramMode, _func: Any, args: Any, _kwargs: Any) -> Any:
+    weight, scale, *dim = args
+    norm = mode.call(torch.norm_except_dim, (weight, 2, *dim), {})
+    return mode.call(torch.mul, (weight, mode.call(torch.div, (scale, norm), {})), {})
+
+
 @_rule("where")
 def _where(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
     if len(args) + len(kwargs) == 1 and any(map(mode.is_program, tensors_of((args, kwargs)))):
@@ -403,7 +416,9 @@ def _one_hot(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and value.dim() > 0
+    return (
+        isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and value.dim() > 0
+    )
 
 
 def _positions(mode: ProgramMode, part: Any) -> tuple[Any, ...]:
