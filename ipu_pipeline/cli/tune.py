@@ -22,6 +22,7 @@ from ipu_pipeline.cli.options import (
     SeqLength,
     TaskOption,
     counted,
+    measured,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def tune_command(
         int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
     ] = 4,
     free: Annotated[
-        float, typer.Option("--free", help="Share of every tile that must stay free, 0 to 1.")
+        float, measured("--free", "Share of every tile that must stay free.", most=0.99)
     ] = 0.0,
     compare: Annotated[
         str | None,

@@ -24,7 +24,7 @@ LIMITS: Mapping[str, int] = {
     # ---- a step
     "num_microbatches": 10**9,
     "device_iterations": 10**9,
-    "global_batch": 10**12,
+    "global_batch": 10**9,
     # Passes that are listed one by one, where no steady state repeats.
     "actions": 2**18,
     # ---- a microbatch that is made here
