@@ -181,7 +181,8 @@ class HostDraws:
 
     def _scalar(self, function: Any) -> Any:
         def changed(*args: Any, **kwargs: Any) -> Any:
-            if "size" in kwargs or len(args) > 2:
+            bounds = 2 if function.__name__ == "uniform" else 0  # of others: sizes of an array
+            if "size" in kwargs or len(args) > bounds:
                 return function(*args, **kwargs)
             return self.draw(functools.partial(function, *args, **kwargs))
 

@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from .host_values import tensors_of
+from .host_values import on_host, tensors_of
 from .program_mode import ProgramMode
 from .static_errors import refuse
 
@@ -252,7 +252,37 @@ def _getitem(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
         )
     if masks and any(map(mode.is_program, tensors_of((x, *parts)))):
         index = tuple(found for part in parts for found in _positions(mode, part))
+    elif not masks and mode.is_program(x) and any(isinstance(part, slice) for part in parts):
+        index = mode.numbers(index)
+        empty = _empty_slice(mode, x, index)
+        if empty is not None:
+            return empty
     return mode.call(func, (x, index), kwargs)
+
+
+def _empty_slice(mode: ProgramMode, x: Tensor, index: Any) -> Optional[Tensor]:
+    """Return a slice without elements as a constant: the device has no such tensors."""
+    if any(isinstance(value, Tensor) for value in tensors_of((index,))):
+        return None
+    like = on_host(torch.zeros, ((),), {"device": "cpu"})
+    like = on_host(Tensor.expand, (like, x.shape), {})
+    shape = on_host(Tensor.__getitem__, (like, index), {}).shape
+    if 0 not in shape:
+        return None
+    found: Tensor = mode.call(torch.zeros, (shape,), {"dtype": x.dtype})
+    return found
+
+
+@_rule("cat concat concatenate")
+def _cat(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Leave out parts without elements."""
+    parts = args[0] if args else kwargs.get("tensors")
+    if isinstance(parts, (list, tuple)):
+        kept = [part for part in parts if part.numel()] or list(parts)
+        if args:
+            return mode.call(func, (kept, *args[1:]), kwargs)
+        return mode.call(func, (), {**kwargs, "tensors": kept})
+    return mode.call(func, args, kwargs)
 
 
 @_rule("__setitem__")
