@@ -23,7 +23,12 @@ from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
 from ipu_pipeline.capture.patches import preserved_state
-from ipu_pipeline.capture.python_state import Generators, PythonState, same_random_numbers
+from ipu_pipeline.capture.python_state import (
+    Generators,
+    PythonState,
+    same_random_numbers,
+    seed_torch,
+)
 from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
@@ -246,7 +251,7 @@ class _Results(NamedTuple):
 
 
 def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
-    torch.manual_seed(SEED)
+    seed_torch(SEED)
     random.seed(SEED)
     np.random.seed(SEED)  # noqa: NPY002
     counting = _Counting()  # every run starts from the same state

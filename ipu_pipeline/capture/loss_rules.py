@@ -20,7 +20,7 @@ from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.loss_terms import LossTerms, Term, factor_name, factored, loss_terms
 from ipu_pipeline.capture.patches import preserved_state
-from ipu_pipeline.capture.python_state import same_random_numbers
+from ipu_pipeline.capture.python_state import same_random_numbers, seed_torch
 from ipu_pipeline.capture.state import PutBack
 from ipu_pipeline.ir.plan import Granularity
 
@@ -82,7 +82,7 @@ def _measured(
     with torch.enable_grad():
         captured = factored(capture(model, part, granularity=granularity, self_check=False))
     terms = loss_terms(captured)
-    torch.manual_seed(SEED)
+    seed_torch(SEED)
     if not terms.factored:  # one weight serves them all
         values = [captured.run(part)[LOSS].detach()] * len(terms.varying)
         return terms, values, terms.divisors(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
@@ -136,16 +135,16 @@ class IPUBackend:
         )
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
-        """Return an executable over poptorch."""
+        """Return an executable whose worker runs poptorch."""
         from ipu_pipeline.backends.ipu.lower import lower
 
         return lower(model, plan, optimizer, options)
 
     def doctor(self) -> tuple[str, str]:
-        """Say whether poptorch is here."""
-        if find_spec("poptorch") is None:
-            return "unavailable", "poptorch comes with Graphcore's SDK, which is not installed here"
-        return "ready", "poptorch is installed"
+        """Say which Python of an SDK is named, and what is there."""
+        from ipu_pipeline.backends.ipu.sdk_python import doctor
+
+        return doctor()
 
 
 BACKEND = IPUBackend()

@@ -20,13 +20,19 @@ MOST_IPUS = 64  # per process
 Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
 
 
-def check(plan: Plan, settings: PopTorchSettings) -> None:
+def check(plan: Plan, settings: PopTorchSettings, *, several_processes: bool = False) -> None:
     """Refuse what poptorch would refuse.
+
+    Args:
+        plan: A plan for IPUs.
+        settings: Of the plan.
+        several_processes: Whether poprun may start more than one.
 
     Raises:
         LoweringError: All broken rules, one line each.
     """
-    found = [message for rule in RULES for message in rule(plan, settings)]
+    rules = [rule for rule in RULES if rule != _processes or not several_processes]
+    found = [message for rule in rules for message in rule(plan, settings)]
     if len(found) == 1:
         raise LoweringError(found[0])
     if found:
@@ -83,14 +89,21 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     per_replica = max(stage.device for stage in plan.stages) + 1
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
         yield (
             f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
-            f"{MOST_IPUS}; lower the replicas, or run several processes (PopDist)"
+            f"{MOST_IPUS}; lower the replicas, or emit a bundle and start several processes "
+            "(ipu-pipeline launch --print)"
         )
+
+
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    per_replica = max(stage.device for stage in plan.stages) + 1
+    if per_replica > MOST_IPUS:
+        yield f"a replica has {per_replica} IPUs, at most {MOST_IPUS} work together; use fewer"
     used = {stage.device for stage in plan.stages}
     unused = sorted(set(range(per_replica)) - used)
     if unused:
@@ -225,6 +238,7 @@ RULES: tuple[Rule, ...] = (
     _machine,
     _batch,
     _accumulation,
+    _processes,
     _ipus,
     _evaluation,
     _tied,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.backends.cluster.processes import Processes
+from tests.later import every_second
 
 TWO = {"num_stages": 2}
 
@@ -77,7 +78,12 @@ def test_a_rank_that_dies_is_named_by_the_others(fresh: Processes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "where"), [("sleeps", "forward"), ("spins", "backward"), ("sleeps", "optimizer")]
+    ("how", "where"),
+    [
+        ("sleeps", "forward"),
+        ("spins", "backward"),
+        pytest.param("sleeps", "optimizer", marks=pytest.mark.acceptance),
+    ],
 )
 def test_a_rank_that_hangs_is_named_by_the_others_and_ends(
     fresh: Processes, how: str, where: str
@@ -91,7 +97,8 @@ def test_a_rank_that_hangs_is_named_by_the_others_and_ends(
     assert fresh.processes[1].exitcode == 1
 
 
-@pytest.mark.parametrize("how", ["freezes", "is stopped"])
+# The others see the same of both: no sign of life.
+@pytest.mark.parametrize("how", every_second(["freezes", "is stopped"]))
 def test_a_process_that_cannot_run_is_named_by_the_others(fresh: Processes, how: str) -> None:
     first, _ = fresh.answers("fault_jobs.failure", mute=(1,), how=how, where="forward", planned=TWO)
     message = r"StageError: rank 1 showed no sign of life for [45] s: its process has ended or can"
