@@ -160,7 +160,8 @@ def _step(
         optimizer = poptorch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         executor = poptorch.trainingModel(model, options, optimizer)
         try:
-            losses = executor(**forward.inputs(batch, copies, training=True))
+            given = forward.inputs(batch, ROWS, training=True, build=True)
+            losses = executor(**given)
             executor.copyWeightsToHostIfNeeded()
         finally:
             executor.destroy()

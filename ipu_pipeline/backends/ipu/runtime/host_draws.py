@@ -278,6 +278,22 @@ class _Draw(float):
     __truediv__ = __rtruediv__ = __int__ = __round__ = __neg__ = _refused
 
 
+def seed_host(seed: Optional[int], instance: int = 0) -> None:
+    """Seed the generators that the host draws from; without a seed they stay as they are.
+
+    Args:
+        seed: Of the run. torch's generator gets it as it is: all processes shuffle alike.
+        instance: Number of this process.
+    """
+    if seed is None:
+        return
+    torch.manual_seed(seed)
+    random.seed(seed + instance)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed + instance)
+
+
 def _zero() -> Tensor:
     with torch._C.DisableTorchFunction():
         return torch.zeros(1, device="cpu")

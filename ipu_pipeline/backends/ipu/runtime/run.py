@@ -31,6 +31,7 @@ from runtime.device import (  # noqa: E402
     synthetic_data,
 )
 from runtime.files import read_files  # noqa: E402
+from runtime.host_draws import seed_host  # noqa: E402
 from runtime.placement import (  # noqa: E402
     ModuleNotFound,
     Placement,
@@ -102,15 +103,17 @@ def train(
         options, Rows(data), batch_size=settings["micro_batch_size"], shuffle=arguments.shuffle
     )
     forward = DeviceForward(model, poptorch)
-    copies = (loader.combinedBatchSize or 0) // settings["micro_batch_size"]
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     losses = []
     samples = 0
+    seed_host(settings["seed"], settings["instance"])
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = mean_loss(executor(**forward.inputs(batch, copies, training=True)), settings)
+        size = settings["micro_batch_size"]
+        given = forward.inputs(batch, size, training=True, build=step == 0)
+        loss = mean_loss(executor(**given), settings)
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)

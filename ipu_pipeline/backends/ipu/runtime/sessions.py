@@ -7,6 +7,7 @@ from typing import Any, Mapping, Sequence
 from torch import Tensor, nn
 
 from .device import make_optimizer, make_options, mean_loss
+from .host_draws import seed_host
 from .placement import Placement
 from .static_graph import DeviceForward
 
@@ -53,6 +54,7 @@ class Sessions:
         self._settings = settings
         self._poptorch = poptorch
         self._parameters = dict(model.named_parameters())
+        seed_host(settings["seed"])
         # poptorch puts other classes in the place of these.
         things = (model, *model.parameters(), *model.buffers())
         self._own = [(thing, type(thing)) for thing in things]
@@ -136,7 +138,8 @@ class Sessions:
             )
         executor = self.attach_training(groups, ipu_version=ipu_version)
         try:
-            executor.compileAndExport(path, export_model=False, **batch)
+            given = self._inputs(executor, batch)
+            executor.compileAndExport(path, export_model=False, **given)
         except self._poptorch.Error as error:
             self.release()
             raise CompileError(f"poptorch cannot compile the model: {error}") from error
@@ -199,11 +202,19 @@ class Sessions:
         self._forward.restore()
         self.placement.undo()
 
+    def _inputs(self, executor: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self._forward.inputs(
+            batch,
+            self._settings["micro_batch_size"],
+            training=executor is self.training,
+            build=not executor.isCompiled(),
+        )
+
     def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
         if executor.isCompiled():
-            return executor(**batch)
+            return executor(**self._inputs(executor, batch))
         try:
-            return executor(**batch)
+            return executor(**self._inputs(executor, batch))
         except self._poptorch.Error as error:
             self.release()
             raise CompileError(f"poptorch cannot compile the model: {error}") from error

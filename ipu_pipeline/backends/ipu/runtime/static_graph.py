@@ -60,11 +60,6 @@ class StaticProgram:
         self._sample: Optional[Dict[str, Any]] = None
         self._attributes: Dict[str, Any] = {}
 
-    @property
-    def is_rehearsed(self) -> bool:
-        """Tell whether :meth:`rehearse` was called."""
-        return self._sample is not None
-
     def rehearse(self, sample: Mapping[str, Any]) -> None:
         """Run the model without values, as the front end does; learn what it reads and draws.
 
@@ -269,25 +264,28 @@ class DeviceForward:
         self._changed = forward
         model.forward = forward
 
-    def inputs(self, batch: Mapping[str, Any], copies: int, *, training: bool) -> Dict[str, Any]:
+    def inputs(
+        self, batch: Mapping[str, Any], micro_batch_size: int, *, training: bool, build: bool
+    ) -> Dict[str, Any]:
         """Return what a call of the executor takes for a batch: the batch, and what the host draws.
 
-        The first batch is also the one that the program is built with.
-
         Args:
-            batch: ``copies`` microbatches along axis 0.
-            copies: Microbatches in it.
-            training: For the executor that trains; the model's mode at the first call.
+            batch: Microbatches along axis 0.
+            micro_batch_size: Rows of one.
+            training: For the executor that trains; to build it, the model is in this mode.
+            build: The executor is compiled with this batch.
 
         Raises:
             StaticGraphError: No program can do what the model does; or it was built for other
                 batches, or for another value of a module's attribute.
         """
-        program = self._programs[training]
-        if not program.is_rehearsed:
+        rows = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()]
+        copies = rows[0] // micro_batch_size if rows else 1
+        if build:
+            self._programs[training] = StaticProgram(self._model)
             with self.restored():
-                program.rehearse(_part(batch, 0, copies))
-        return program.inputs(batch, copies)
+                self._programs[training].rehearse(_part(batch, 0, copies))
+        return self._programs[training].inputs(batch, copies)
 
     def restore(self) -> None:
         """Give the model its own ``forward`` back."""

@@ -53,7 +53,7 @@ def test_the_device_gets_tensors_only(poptorch: Any) -> None:
     assert forward.names == ["loss", "logits"]
     with forward.restored():
         assert not is_changed(model)
-    assert forward.inputs({"x": x}, 1, training=False) == {"x": x}
+    assert forward.inputs({"x": x}, 1, training=False, build=True) == {"x": x}
     forward.restore()
     assert not is_changed(model)
     assert "forward" not in model.__dict__
