@@ -1,6 +1,8 @@
 """One model class for IPUs: what is planned is emitted, and trains a step on the stand-in.
 
-It is planned for 2, 4 and 8 stages; the plan for 2 stages runs.
+It is planned for 2, 4 and 8 stages. Every bundle is checked as its ``run.py`` does before it
+compiles: every module is found, and the model, run once on the host, comes to the stages in their
+order. The first of the plans runs.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from torch import Tensor, nn
 from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.backend import BACKEND
 from ipu_pipeline.backends.ipu.bundle import emit
-from ipu_pipeline.backends.ipu.runtime.checks import BundleError
+from ipu_pipeline.backends.ipu.runtime.checks import BundleError, check_blocks, check_order
 from ipu_pipeline.backends.ipu.runtime.device import make_options
-from ipu_pipeline.backends.ipu.runtime.placement import Placement
+from ipu_pipeline.backends.ipu.runtime.files import read_files
+from ipu_pipeline.backends.ipu.runtime.placement import Placement, find_modules
 from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
@@ -88,7 +92,7 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     frozen = captured.glue.unsteady or captured.glue.frozen
     if frozen:  # as compiler.plan says it for a backend that does not replay the model's code
         return "capture-refused", frozen
-    refused = ""
+    refused, first = "", None
     for depth in STAGES:
         try:
             plan = _planned(captured, depth)
@@ -97,18 +101,25 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                emit(plan, settings_for(plan), folder)
+                _checked(Path(folder), plan, model, part)
         except Exception as error:
             return "emit-refused", f"{depth} stages: {one_line(error)}"
         facts["stages"] = (*facts["stages"], depth)
-        if depth == STAGES[0]:
-            say("step-fails")
-            found, reason = _ran(model, plan, part)
-            if found != "pass":
-                return found, f"{depth} stages: {reason}"
-            refused = reason
-            say("crash")
-    return ("pass" if facts["stages"] else "plan-refused"), refused
+        first = first or plan
+    if first is None:
+        return "plan-refused", refused
+    say("step-fails")
+    found, reason = _ran(model, first, part)
+    return found, "; ".join(filter(None, (reason, refused)))
+
+
+def _checked(folder: Path, plan: Plan, model: nn.Module, part: Batch) -> None:
+    """Emit a plan, and check the bundle as its run.py does before it compiles."""
+    emit(plan, settings_for(plan), folder)
+    _, settings, blocks = read_files(folder)
+    check_blocks(blocks, settings["annotated_blocks"], settings)
+    modules = find_modules(model, [b["module"] for b in blocks], plan.model.parameters)
+    check_order(model, blocks, modules, own_values(part))
 
 
 def _planned(captured: CapturedModel, depth: int) -> Plan:

@@ -146,7 +146,7 @@ class ProgramMode(TorchFunctionMode):
         self._run = object()
         self._rules = rules
         self._buffers = dict(buffers)
-        self._buffer_storages = {_storage(host) for _, host in buffers.values()}
+        self._buffer_storages = {_storage(host) for _, host in buffers.values()} - {0}
         self._moved: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._promoted: dict[int, tuple[Tensor, Tensor]] = {}
         self._stale: set[int] = set()
@@ -204,7 +204,7 @@ class ProgramMode(TorchFunctionMode):
         found = self._promoted.get(id(value))
         if found is not None:
             return found[1]
-        if not self.is_program(value) and _storage(value) in self._stale:
+        if self._stale and not self.is_program(value) and _storage(value) in self._stale:
             raise refuse(
                 "uses a view of a constant that was written with a value of the device",
                 "write into the tensor itself, or use torch.where",
@@ -313,7 +313,7 @@ class ProgramMode(TorchFunctionMode):
         elif target is not None:
             number = self.number(target)
             if number is not None:
-                self._overwritten.add(_storage(self.values.value(number)))
+                self._overwritten.update({_storage(self.values.value(number))} - {0})
         return result
 
     def _run_program(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -351,8 +351,7 @@ class ProgramMode(TorchFunctionMode):
         self.mark(moved)
         self.facts(moved).number = self.values.constant(constant)
         self._promoted[id(constant)] = (constant, moved)
-        if constant.numel():
-            self._stale.add(_storage(constant))
+        self._stale.update({_storage(constant)} - {0})
         return moved
 
     def _program_form(self, value: Any) -> Any:
@@ -461,8 +460,12 @@ def _target(name: str, args: Any, kwargs: Any) -> Optional[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
+    """Return the address of a host tensor's memory; 0 when it has none of its own."""
     with torch._C.DisableTorchFunction():
-        return tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" else 0
+        try:
+            return tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" else 0
+        except NotImplementedError:  # inside of vmap
+            return 0
 
 
 def _move(value: Tensor, device: torch.device) -> Tensor:
