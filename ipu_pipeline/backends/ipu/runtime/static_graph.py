@@ -23,22 +23,37 @@ from .rewrites import RULES
 from .static_errors import StaticGraphError
 
 
+# Name in a config, what it may say, and what it says in a program: no cache, and experts whose
+# shapes do not depend on which tokens come to them.
+_CHOICES = (
+    ("use_cache", True, False),
+    ("_experts_implementation", "grouped_mm", "batched_mm"),
+)
+
+
 @contextlib.contextmanager
 def static_graph(model: nn.Module) -> Iterator[None]:
-    """While it lasts, ``torch.jit.is_tracing()`` says yes and ``model`` uses no cache."""
+    """While it lasts, ``torch.jit.is_tracing()`` says yes and configs choose what is static."""
     jit: Any = torch.jit
     own = jit.is_tracing
     owned: Any = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(c): c for c in owned if getattr(c, "use_cache", False) is True}.values()
+    configs = {id(config): config for config in owned if config is not None}.values()
+    changed = [
+        (config, name, dynamic)
+        for config in configs
+        for name, dynamic, static in _CHOICES
+        if getattr(config, name, None) == dynamic
+    ]
+    statics = {name: static for name, _, static in _CHOICES}
     jit.is_tracing = lambda: True
-    for config in configs:
-        config.use_cache = False
+    for config, name, _ in changed:
+        setattr(config, name, statics[name])
     try:
         yield
     finally:
         jit.is_tracing = own
-        for config in configs:
-            config.use_cache = True
+        for config, name, dynamic in changed:
+            setattr(config, name, dynamic)
 
 
 class StaticProgram:
