@@ -22,7 +22,6 @@ from .program_mode import ProgramMode, indexing_seen
 from .rewrites import RULES
 from .static_errors import StaticGraphError
 
-
 # Name in a config, what it may say, and what it says in a program: no cache, and experts whose
 # shapes do not depend on which tokens come to them.
 _CHOICES = (
