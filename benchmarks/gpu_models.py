@@ -1,4 +1,4 @@
-"""Models of published GPU runs: transformers configs from public facts, captured with few layers."""
+"""Models of published GPU runs: configs from public facts, captured with few layers."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 _FIRST_DENSE = "first_k_dense_replace"
 _MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
-# Padded vocabularies of Megatron where the row gives none: GPT-2's and BERT's.
-_VOCABULARY = {"gpt": 50304, "bert": 30592}
+# Vocabularies where the row gives none: GPT-2's and BERT's as Megatron pads them; the zero bubble
+# fork of Megatron-LM trains with a SentencePiece tokenizer of 32,000.
+_VOCABULARY = {"gpt": 50304, "bert": 30592, "zero bubble": 32000}
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def captured_layers(row: GpuRow) -> CapturedLayers:
         "moonshotai/Kimi-K2-Base"
     )
     extra = int(predicted and "w/o mtp" not in note)
-    graph = _capture(tuple(sorted(facts.items())), row.sizes.micro_batch, int(row.raw["seq"]))
+    adapters = "peft" in note or "lora" in note
+    graph = _capture(
+        tuple(sorted(facts.items())), row.sizes.micro_batch, int(row.raw["seq"]), frozen=adapters
+    )
     return CapturedLayers(graph, facts["num_hidden_layers"], dense, extra)
 
 
@@ -131,7 +135,7 @@ def _facts(row: GpuRow) -> dict[str, Any]:
             f"model {raw.get('model')!r} ({raw.get('hf_id')}) is not known here and the row gives "
             "no sizes"
         )
-    return _given_sizes(raw, name)
+    return _given_sizes(raw, f"{name} {raw['source']}".lower())
 
 
 def _given_sizes(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def _given_sizes(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
         "num_hidden_layers": int(raw["layers"]),
         "num_attention_heads": heads,
         "intermediate_size": int(raw.get("ffn") or 4 * hidden),
-        "vocab_size": int(raw.get("vocab") or _VOCABULARY["bert" if "bert" in name else "gpt"]),
+        "vocab_size": int(raw.get("vocab") or _vocabulary(name)),
     }
     kv_heads = int(raw.get("kv_heads") or heads)
     if "bert" in name:
@@ -155,8 +159,15 @@ def _given_sizes(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _vocabulary(name: str) -> int:
+    found = [size for part, size in _VOCABULARY.items() if part != "gpt" and part in name]
+    return found[0] if found else _VOCABULARY["gpt"]
+
+
 @cache
-def _capture(facts: tuple[tuple[str, Any], ...], micro_batch: int, seq: int) -> BlockGraph:
+def _capture(
+    facts: tuple[tuple[str, Any], ...], micro_batch: int, seq: int, *, frozen: bool
+) -> BlockGraph:
     given = dict(facts)
     dense = min(1, given.get(_FIRST_DENSE, 0))
     if _FIRST_DENSE in given:
@@ -170,4 +181,7 @@ def _capture(facts: tuple[tuple[str, Any], ...], micro_batch: int, seq: int) -> 
             name: torch.zeros(micro_batch, seq, dtype=torch.long)
             for name in ("input_ids", "labels")
         }
+    if frozen:  # adapters are small: only the gradients of activations are left
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
     return capture(model.train(), batch, self_check=False).graph

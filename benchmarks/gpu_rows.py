@@ -36,7 +36,7 @@ class GpuRow:
         sizes: Parallel sizes.
         microbatches: Of one step of one pipeline.
         precision: ``bfloat16``, ``float8`` or ``float4``.
-        schedule: Name of ours, or ``zb-2p``.
+        schedule: Name of ours, or ``zero_bubble_2p``.
         assumptions: What the row does not say and was taken.
     """
 
@@ -116,22 +116,22 @@ def _sizes(raw: Raw, assumptions: list[str]) -> tuple[ParallelSizes, int]:
     ranks = one["tp"] * one["pp"] * one["cp"]
     gpus = raw.get("gpus")
     if gpus is None:
-        gpus = ranks * ceil(8 / ranks) if ranks < 8 else ranks
-        while (gpus // ranks) * one["cp"] * one["tp"] % one["ep"]:
-            gpus += ranks
-        assumptions.append(f"the number of GPUs is not stated: {gpus}")
+        raise UnjudgedRowError("the number of GPUs is not stated")
     if int(gpus) % ranks:
         raise UnjudgedRowError(f"tp x pp x cp = {ranks} does not divide {gpus} GPUs")
     micro = raw.get("micro_batch")
     if micro is None:
         assumptions.append("the micro batch is not stated: 1")
-    found = ParallelSizes(
-        **one,
-        dp=int(gpus) // ranks,
-        zero_stage=1,
-        micro_batch=int(micro or 1),
-        recompute=_recompute(raw.get("recompute")),
-    )
+    try:
+        found = ParallelSizes(
+            **one,
+            dp=int(gpus) // ranks,
+            zero_stage=1,
+            micro_batch=int(micro or 1),
+            recompute=_recompute(raw.get("recompute")),
+        )
+    except ValueError as error:
+        raise UnjudgedRowError(str(error)) from error
     return found, int(gpus)
 
 
@@ -155,7 +155,7 @@ def _precision(text: str) -> str:
 def _schedule(raw: Raw, sizes: ParallelSizes) -> str:
     text = str(raw.get("schedule") or "").lower()
     if "zb-2p" in text:
-        return "zb-2p"
+        return "zero_bubble_2p"
     if "zb-1p" in text:
         return "interleaved_zero_bubble"
     if "gpipe" in text:
@@ -299,12 +299,15 @@ def _even(num_layers: int, depth: int) -> list[int]:
 
 
 def _balanced(num_layers: int, depth: int, head_layers: float) -> list[int]:
-    """Whole layers so that the busiest stage has least to do; the last one has the head."""
+    """Whole layers so that the busiest stage has least to do; the last one has the head.
+
+    Later stages take what is left over: they keep fewer microbatches.
+    """
     best, found = inf, [0] * depth
     for last in range(num_layers + 1):
         others, more = divmod(num_layers - last, depth - 1)
         most = max(others + (more > 0), last + head_layers)
         if most < best:
             best = most
-            found = [others + (i < more) for i in range(depth - 1)] + [last]
+            found = [others + (i >= depth - 1 - more) for i in range(depth - 1)] + [last]
     return found

@@ -64,6 +64,7 @@ class KernelRates:
     """Shares of its peaks that a generation of GPUs reaches, the same for every model.
 
     Attributes:
+        name: Of the generation, such as ``hopper``.
         product_share: Of the peak of a dtype, by a large matrix product; ``bfloat16`` is required
             and stands for the dtypes that are not listed.
         half_size: A product whose side has so many elements takes twice as long as its FLOPs say:
@@ -74,6 +75,7 @@ class KernelRates:
         link_share: Of a link's bandwidth, by collectives and copies.
     """
 
+    name: str
     product_share: Mapping[str, float] = field(hash=False)
     half_size: float
     attention_share: tuple[float, float]
@@ -116,6 +118,8 @@ class Device:
         kind: Family that a specific cost model knows (``ipu-gc200``, ``ipu-bow``), else
             ``generic``.
         op_overhead_s: Seconds that every operation takes besides its work.
+        host_sync_s: Seconds for which it has nothing to do when its host must read a result first
+            (how many tokens every expert got).
         product_curve: Measured float32 FLOP/s of one matrix product by its FLOPs, rising; small
             products do not reach the peak. Empty: all reach it.
         bytes_curve: Measured bytes per second of an operation that makes a new tensor, by the
@@ -137,6 +141,7 @@ class Device:
     bytes_curve: Curve = field(default=(), hash=False)
     op_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     kernels: KernelRates | None = None
+    host_sync_s: float = 0.0
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops_per_s:
@@ -150,9 +155,10 @@ class Device:
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
         points = [*self.product_curve, *self.bytes_curve]
         rates = [*(rate for _, rate in points), *self.op_rates.values()]
-        if self.op_overhead_s < 0 or any(rate <= 0 for rate in rates):
+        if min(self.op_overhead_s, self.host_sync_s) < 0 or any(rate <= 0 for rate in rates):
             raise ValueError(
-                f"device {self.name!r} needs op_overhead_s of at least 0 and measured rates above 0"
+                f"device {self.name!r} needs op_overhead_s and host_sync_s of at least 0, and "
+                "measured rates above 0"
             )
         for curve in (self.product_curve, self.bytes_curve):
             sizes = [size for size, _ in curve]

@@ -1,8 +1,8 @@
 """Machines by name: Graphcore PODs and GPU nodes, from published facts, and described ones.
 
-``data/machines.json`` holds families (``pod{count}``) with their sources, ``data/gpus.json`` those of
-GPUs and the rates that each generation's kernels reach. A machine of your own is
-one JSON file, read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
+``data/machines.json`` holds families (``pod{count}``) with their sources, ``data/gpus.json`` those
+of GPUs and the rates that each generation's kernels reach. A machine of your own is one JSON file,
+read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
 that the environment variable ``IPU_PIPELINE_MACHINES`` lists or in a package that a distribution
 announces under the entry point group ``ipu_pipeline.machines``.
 """
@@ -95,7 +95,8 @@ def kernel_rates(generation: str) -> KernelRates:
         raise PlanError(
             f"no kernel rates for {generation!r}; known generations: {', '.join(known)}"
         )
-    return from_json(KernelRates, known[generation], f"kernel rates of {generation}", PlanError)
+    raw = {"name": generation, **known[generation]}
+    return from_json(KernelRates, raw, f"kernel rates of {generation}", PlanError)
 
 
 def _folders() -> Iterator[Path]:
@@ -113,8 +114,7 @@ def _build(name: str, family: dict[str, Any], num_devices: int) -> Machine:
     return Machine(
         name=name,
         devices=tuple(
-            Device(name=f"{family['device_name']}{index}", **facts)
-            for index in range(num_devices)
+            Device(name=f"{family['device_name']}{index}", **facts) for index in range(num_devices)
         ),
         link=Link(**family["link"]),
         board_link=Link(**family["board_link"]),

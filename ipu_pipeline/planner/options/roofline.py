@@ -18,6 +18,8 @@ from ipu_pipeline.ir.machine import Device, KernelRates, on_curve
 
 # They only name memory: nothing is read or written.
 _FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"})
+# The loss of a token picks one logit; its gradient is written, not read.
+_PICKED = {"nll_loss_forward": 0.0, "nll_loss_backward": 0.5}
 _INDEX_BYTES = 8
 # Adding a gradient to the accumulated one reads both and writes one.
 _ACCUMULATING = 3
@@ -45,7 +47,9 @@ class Roofline:
     def bytes_per_s(self) -> float:
         """Memory bandwidth that large operations reach."""
         kernels = self.device.kernels
-        return self.device.memory_bytes_per_s * (1.0 if kernels is None else kernels.bandwidth_share)
+        return self.device.memory_bytes_per_s * (
+            1.0 if kernels is None else kernels.bandwidth_share
+        )
 
     def _one(self, op: OpRecord, more_bytes: int) -> float:
         short = op.name.split(".")[-1]
@@ -54,7 +58,8 @@ class Roofline:
         moved = moved_bytes(op) + more_bytes
         if self.device.kernels is not None:
             work_s = self._kernel_s(op, self.device.kernels) if op.flops else 0.0
-            return self.device.op_overhead_s + max(work_s, moved / self.bytes_per_s)
+            share = _PICKED.get(short, 1.0)  # of the logits
+            return self.device.op_overhead_s + max(work_s, share * moved / self.bytes_per_s)
         moving_s = moved / self._bandwidth(moved, in_place=short.endswith("_"))
         work_s = self._work_s(op, short)
         if work_s and not op.flops and self.device.bytes_curve:
