@@ -10,7 +10,7 @@
     |-- plan.json           what it was made from
     |-- config.json         the model's configuration, where the command was given one
     |-- requirements.txt
-    `-- runtime/            what run.py uses; the same files as in this package
+    `-- runtime/            what run.py and the worker use; the same files as in this package
 
 The same plan gives the same bytes. Nothing but the standard library, torch, transformers and
 poptorch is imported there; Python 3.8 is enough.
@@ -36,7 +36,11 @@ RUNTIME = (
     "checks.py",
     "device.py",
     "files.py",
+    "messages.py",
     "placement.py",
+    "sdk_model.py",
+    "serve.py",
+    "sessions.py",
     "static_graph.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.
@@ -58,7 +62,7 @@ def emit(
         LoweringError: poptorch cannot run the plan.
         OutputError: ``folder`` is none, or may not be written.
     """
-    check(plan, settings)
+    check(plan, settings, several_processes=True)
     folder = make_folder("the bundle's folder", folder)
     make_folder("the bundle's folder", folder / "runtime")
     annotations = annotate(plan, settings.inference_places())

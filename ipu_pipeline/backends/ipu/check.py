@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
 from ipu_pipeline.backends.ipu.prices.operations import slices_problem
+from ipu_pipeline.backends.ipu.prices.predict import table_problems
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -20,13 +22,19 @@ MOST_IPUS = 64  # per process
 Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
 
 
-def check(plan: Plan, settings: PopTorchSettings) -> None:
+def check(plan: Plan, settings: PopTorchSettings, *, several_processes: bool = False) -> None:
     """Refuse what poptorch would refuse.
+
+    Args:
+        plan: A plan for IPUs.
+        settings: Of the plan.
+        several_processes: Whether poprun may start more than one.
 
     Raises:
         LoweringError: All broken rules, one line each.
     """
-    found = [message for rule in RULES for message in rule(plan, settings)]
+    rules = [rule for rule in RULES if rule != _processes or not several_processes]
+    found = [message for rule in rules for message in rule(plan, settings)]
     if len(found) == 1:
         raise LoweringError(found[0])
     if found:
@@ -83,14 +91,21 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     per_replica = max(stage.device for stage in plan.stages) + 1
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
         yield (
             f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
-            f"{MOST_IPUS}; lower the replicas, or run several processes (PopDist)"
+            f"{MOST_IPUS}; lower the replicas, or emit a bundle and start several processes "
+            "(ipu-pipeline launch --print)"
         )
+
+
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    per_replica = max(stage.device for stage in plan.stages) + 1
+    if per_replica > MOST_IPUS:
+        yield f"a replica has {per_replica} IPUs, at most {MOST_IPUS} work together; use fewer"
     used = {stage.device for stage in plan.stages}
     unused = sorted(set(range(per_replica)) - used)
     if unused:
@@ -143,28 +158,8 @@ def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             )
 
 
-def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    for stage in plan.stages:
-        problems = (slices_problem(plan.graph, *item) for item in stage.serialize.items())
-        yield from filter(None, problems)
-
-
-def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    for index, stage in enumerate(plan.stages):
-        for name, (first, last) in stage.table_slices.items():
-            yield (
-                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
-                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
-                "alone cuts the table on its IPU)"
-            )
-    for what in ("embedding", "projection"):
-        splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
-        if splits is not None:
-            yield (
-                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
-                f"which this target does not do; set it to null and {what}_serialization_factor="
-                f"{sum(splits)} (slices on one IPU) instead"
-            )
+def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    yield from table_problems(plan)
 
 
 def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -182,14 +177,32 @@ def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             last, before = position[name], name
 
 
-def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    config = settings.config
+def config_problems(config: IPUConfig) -> Iterator[str]:
+    """Yield what no plan can be made with: it would not be emitted."""
+    for what in ("embedding", "projection"):
+        splits = getattr(config, f"serialized_{what}_splits_per_ipu")
+        if splits is not None:
+            yield (
+                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
+                f"which this target does not do; set it to null and {what}_serialization_factor="
+                f"{sum(splits)} (slices on one IPU) instead"
+            )
     if config.device_iterations > 1 and config.output_mode == "default":
         yield (
             f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
             "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
         )
-    if config.auto_loss_scaling and not settings.half:
+    outside = [p for p in config.memory_proportions() if not 0 < p <= 1]
+    if outside:
+        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
+
+
+def _configuration(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    yield from config_problems(settings.config)
+
+
+def _scaling(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    if settings.config.auto_loss_scaling and not settings.half:
         yield (
             "auto_loss_scaling works on float16 gradients, but the model is in float32; leave it "
             "out, or put the model into float16"
@@ -201,12 +214,6 @@ def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
-    if outside:
-        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
-
-
 def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     optimizer = settings.optimizer
     if optimizer.max_grad_norm is not None and optimizer.optimizer in ("LAMB", "RMSprop"):
@@ -216,22 +223,25 @@ def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
+NO_BATCH = "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+
+
 def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if plan.micro_batch_size < 1:
-        yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+        yield NO_BATCH
 
 
 RULES: tuple[Rule, ...] = (
     _machine,
     _batch,
     _accumulation,
+    _processes,
     _ipus,
     _evaluation,
     _tied,
     _order,
-    _slices,
-    _splits,
-    _iterations,
-    _proportions,
+    _tables,
+    _configuration,
+    _scaling,
     _clipping,
 )

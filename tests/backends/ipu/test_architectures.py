@@ -6,7 +6,7 @@ import pytest
 
 from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.errors import CaptureError
-from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case
+from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case, sessions_of
 from tests.later import every_second
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -21,7 +21,7 @@ def test_trains_where_the_plan_says(name: str) -> None:
         batches = [made.batch(seed) for seed in range(2)]
         losses = [device.train_step(batch).loss for batch in batches]
         expected = [local.train_step(batch).loss for batch in batches]
-        program = device._sessions.training.program
+        program = sessions_of(device).training.program
         device.close()
         assert losses == pytest.approx(expected, rel=1e-6)
         assert_same_weights(made.model, local.model)

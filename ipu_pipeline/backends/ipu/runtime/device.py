@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -19,9 +21,13 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         poptorch: The front end.
         inference: For evaluation instead of training.
     """
-    options = poptorch.Options()
     prefix = "inference_" if inference else ""
-    options.replicationFactor(settings[prefix + "replication_factor"])
+    popdist = started_by_poprun()
+    if popdist is None:
+        options = poptorch.Options()
+        options.replicationFactor(settings[prefix + "replication_factor"])
+    else:  # it knows this process, its replicas and its IPUs
+        options = popdist.poptorch.Options(ipus_per_replica=settings[prefix + "ipus_per_replica"])
     options.deviceIterations(settings[prefix + "device_iterations"])
     options.autoRoundNumIPUs(True)
     if settings["seed"] is not None:
@@ -44,6 +50,17 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         options.Precision.setPartialsType(partials)
     _popart(options, settings, inference=inference)
     return options
+
+
+def started_by_poprun() -> Any:
+    """Return ``popdist`` where poprun started this process, one of several; else ``None``."""
+    if importlib.util.find_spec("popdist") is None:
+        return None
+    popdist = importlib.import_module("popdist")
+    if not popdist.isPopdistEnvSet():
+        return None
+    importlib.import_module("popdist.poptorch")
+    return popdist
 
 
 def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
