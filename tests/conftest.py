@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before transformers, datasets and torch are imported by any test module.
@@ -32,10 +33,17 @@ def pytest_configure() -> None:
     # A slow machine must not fail an example for its time.
     settings.register_profile("tests", deadline=None)
     settings.load_profile("tests")
+    gc.set_threshold(200_000, 20, 100)  # as the command line does
     # Two workers share two cores; threads of their own would only fight.
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays; collections do not look through it again and again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

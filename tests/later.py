@@ -1,7 +1,8 @@
-"""Long tables of tests: ``make test`` tries every second row, acceptance tests the others."""
+"""Long tables of tests: ``make test`` tries some of the rows, acceptance tests the others."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,25 @@ import pytest
 
 def every_second(rows: Iterable[Any]) -> list[Any]:
     """Return the rows, every second one marked as an acceptance test."""
-    return [
-        pytest.param(row, marks=pytest.mark.acceptance) if index % 2 else row
-        for index, row in enumerate(rows)
-    ]
+    return [_later(row) if index % 2 else row for index, row in enumerate(rows)]
+
+
+def _later(row: Any) -> Any:
+    values = row if isinstance(row, tuple) else (row,)
+    return pytest.param(*values, marks=pytest.mark.acceptance)
+
+
+def pairs_first(*values: Iterable[Any]) -> list[Any]:
+    """Return every combination; those that no pair of two values needs are acceptance tests.
+
+    ``make test`` tries every pair of values of two parameters at least once.
+    """
+    rows = list(itertools.product(*values))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing = set().union(*pairs.values())
+    now = set()
+    while missing:
+        best = max(rows, key=lambda row: len(pairs[row] & missing))
+        now.add(best)
+        missing -= pairs[best]
+    return [row if row in now else _later(row) for row in rows]

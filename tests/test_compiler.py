@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,10 +15,12 @@ from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
 
-@pytest.fixture(autouse=True)
-def _own_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IPU_PIPELINE_CACHE", str(tmp_path / "cache"))
-    make_quick(monkeypatch)
+@pytest.fixture(scope="module", autouse=True)
+def _own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("IPU_PIPELINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        make_quick(patched)
+        yield
 
 
 def two_devices(memory_bytes: int = 10**9) -> Machine:

@@ -24,7 +24,7 @@ from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
-from ipu_pipeline.capture.python_state import PythonState
+from ipu_pipeline.capture.python_state import PythonState, seed_torch
 from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
@@ -132,7 +132,7 @@ class _Run:
             casts_of_one_step(),
             torch.set_grad_enabled(captured.training),
         ):
-            torch.manual_seed(SEED)
+            seed_torch(SEED)
             plain, python = PlainState(model.modules()), PythonState(model.modules())
             glue = captured.glue.leaves.glue  # what it keeps, its replays keep
             own = PlainState([m for m in model.modules() if id(m) in glue], buffers=False)

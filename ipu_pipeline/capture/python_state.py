@@ -90,6 +90,17 @@ def same_random_numbers() -> Iterator[None]:
         generators.put_back(states)
 
 
+def seed_torch(seed: int) -> None:
+    """Seed the CPU's generator, and those of GPUs where they are used.
+
+    For a device that is not used, ``torch.manual_seed`` would note each seed with a stack trace,
+    and the last one would be that of the user's numbers.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 class PythonState:
     """A copy of what modules keep in Python, to be put back by :meth:`restore`.
 

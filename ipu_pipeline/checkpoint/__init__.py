@@ -34,9 +34,9 @@ from ipu_pipeline.checkpoint.manifest import (
     MANIFEST,
     UNREADABLE,
     check_files,
-    damaged,
     parsed_rng_state,
     read_manifest,
+    readable,
 )
 from ipu_pipeline.checkpoint.optimizer_state import load_optimizer, read_optimizer
 from ipu_pipeline.checkpoint.weights import (
@@ -96,9 +96,9 @@ def read_checkpoint(
         CheckpointError: The checkpoint is damaged, incomplete, newer, or of another model.
     """
     path = Path(path)
-    if repair:
-        restore_previous(path)
-    try:
+    with readable(path):
+        if repair:
+            restore_previous(path)
         manifest = read_manifest(path)
         check_fingerprint(manifest["model"], model, path)
         check_files(path, manifest)
@@ -112,8 +112,6 @@ def read_checkpoint(
         if not 0 <= found.global_step < 2**62:
             raise ValueError(f"global_step is {shown(found.global_step)}")
         warn_of_other_settings(model, path)
-    except UNREADABLE as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from error
     if optimizer is not None and state is not None:
         load_optimizer(optimizer, state, path)
     model.load_state_dict({**tensors, **own}, strict=False)
@@ -127,11 +125,16 @@ def is_complete(path: str | Path) -> bool:
 
 
 def read_extra(path: str | Path) -> dict[str, Any] | None:
-    """Return the JSON data that the writer of a complete checkpoint added; else ``None``."""
+    """Return the JSON data that the writer of a complete checkpoint added; else ``None``.
+
+    Raises:
+        CheckpointError: What is there cannot be read, so that it may well be complete.
+    """
     path = Path(path)
-    try:
-        manifest = read_manifest(path)
-        check_files(path, manifest, checksums=False)
-        return dict(manifest["extra"])
-    except (CheckpointError, *UNREADABLE):
-        return None
+    with readable(path):
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest, checksums=False)
+            return dict(manifest["extra"])
+        except (CheckpointError, FileNotFoundError, *UNREADABLE):
+            return None

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import socket
-import time
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 _INCOMPLETE = ".incomplete."
 _PREVIOUS = ".previous"
-# A writer on another machine cannot be asked whether it lives; after this long it does not.
-_FOREIGN_STALE_S = 24 * 3600.0
-
-
-# Of this process, in whatever thread: not stale.
-_in_use: set[Path] = set()
+_LOCK = ".lock"
+# Whoever looks whether a writer lives has its lock for a moment only.
+_LOOKED_AT_S = 10.0
 
 
 class AtomicDirectory:
     """A hidden sibling of ``path`` to fill; it appears as ``path`` whole or not at all.
 
-    If the process is killed, it stays under its hidden name, and the next save into the same
-    parent removes it.
+    Its name cannot be guessed. A lock beside it is held until then, and released by the end of
+    the process, whatever ends it: the next save into the same parent removes what is not locked.
 
     Args:
         path: Where the directory is to appear; parents are made. What is there stays until then.
@@ -41,9 +39,15 @@ class AtomicDirectory:
         parent.mkdir(parents=True, exist_ok=True)
         remove_stale(parent)
         restore_previous(self.path)
-        self.folder = parent / f".{path.name}{_INCOMPLETE}{socket.gethostname()}.{os.getpid()}"
-        self.folder.mkdir()
-        _in_use.add(self.folder)
+        self.folder = _hidden(self.path)
+        # A thread may begin what another one finishes.
+        self._lock = FileLock(f"{self.folder}{_LOCK}", thread_local=False)
+        self._lock.acquire(timeout=_LOOKED_AT_S)
+        try:
+            self.folder.mkdir()
+        except BaseException:
+            self._unlock()
+            raise
 
     def publish(self) -> None:
         """Flush everything to the disk, then rename; a directory at ``path`` is replaced.
@@ -66,18 +70,22 @@ class AtomicDirectory:
             self.discard()
             restore_previous(self.path)
             raise
-        _in_use.discard(self.folder)
+        self._unlock()
 
     def discard(self) -> None:
         """Remove the directory; ``path`` is as before. Does nothing once it is published."""
-        if self.folder in _in_use:
+        if self._lock.is_locked:
             shutil.rmtree(self.folder, ignore_errors=True)
-            _in_use.discard(self.folder)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
 
 def remove_directory(path: Path) -> None:
     """Delete a directory so that no half-deleted one is ever found under its name."""
-    doomed = path.parent / f".{path.name}{_INCOMPLETE}{socket.gethostname()}.{os.getpid()}"
+    doomed = _hidden(path)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -93,43 +101,38 @@ def restore_previous(path: Path) -> None:
         previous.rename(path)
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary directories in ``folder`` whose writers are gone."""
-    for item in folder.glob(f".*{_INCOMPLETE}*"):
-        if item.is_dir() and item.absolute() not in _in_use and _is_stale(item):
-            shutil.rmtree(item, ignore_errors=True)
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Remove hidden directories in ``folder`` that nobody writes, of those that ``name`` matches.
+
+    Nobody writes where there is no lock, or one that is free.
+    """
+    for path in folder.glob(f".{name}{_INCOMPLETE}*{_LOCK}"):
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):  # its writer lives, or is another user's
+            continue
+        shutil.rmtree(str(path).removesuffix(_LOCK), ignore_errors=True)
+        path.unlink(missing_ok=True)
+        lock.release()
+    for path in folder.glob(f".{name}{_INCOMPLETE}*"):
+        if path.is_dir() and not Path(f"{path}{_LOCK}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path, name: str) -> None:
-    """Finish or undo what was cut off in ``folder``, of the directories that ``name`` matches.
-
-    The caller makes sure that no other process writes such ones there (by a lock): unlike
-    :func:`remove_stale` this asks no process id, which another one may have by now.
-    """
+    """Finish or undo what was cut off in ``folder``, of the directories that ``name`` matches."""
     for item in folder.glob(f".{name}{_PREVIOUS}"):
         restore_previous(item.with_name(item.name.removeprefix(".").removesuffix(_PREVIOUS)))
-    for item in folder.glob(f".{name}{_INCOMPLETE}*"):
-        if item.is_dir() and item.absolute() not in _in_use:
-            shutil.rmtree(item, ignore_errors=True)
+    remove_stale(folder, name)
 
 
 def _previous(path: Path) -> Path:
     return path.parent / f".{path.name}{_PREVIOUS}"
 
 
-def _is_stale(temporary: Path) -> bool:
-    host, _, pid = temporary.name.rpartition(_INCOMPLETE)[2].rpartition(".")
-    if host != socket.gethostname() or not pid.isdigit():
-        return time.time() - temporary.stat().st_mtime > _FOREIGN_STALE_S
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name}{_INCOMPLETE}{secrets.token_hex(8)}"
 
 
 def flush(path: Path) -> None:

@@ -7,15 +7,19 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, first_line
+from ipu_pipeline.ir.codec import parse_json
+from ipu_pipeline.ir.files import named, read_text
 from ipu_pipeline.ir.plan import library_versions
 
 MANIFEST = "checkpoint.json"
@@ -61,13 +65,29 @@ def as_json_data(content: Mapping[str, Any], refusal: str) -> dict[str, Any]:
     """Return a copy of ``content``, as it will be read.
 
     Raises:
-        CheckpointError: It is not JSON data: ``refusal``, with what is wrong in its braces.
+        CheckpointError: It is not JSON data that :func:`read_settings` takes: ``refusal``, with
+            what is wrong in its braces.
     """
     try:
-        copied: dict[str, Any] = json.loads(json.dumps(content))
-    except TypeError as error:
-        raise CheckpointError(refusal.format(error)) from error
+        copied: dict[str, Any] = parse_json(json.dumps(content), any_number=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(refusal.format(first_line(error))) from error
     return copied
+
+
+def read_settings(path: Path) -> Any:
+    """Return what a JSON file of a checkpoint holds; its numbers may be NaN and infinite.
+
+    Raises:
+        CheckpointError: It holds no such data.
+        OSError: It cannot be read.
+    """
+    try:
+        return parse_json(read_text(path, "the file", CheckpointError), any_number=True)
+    except (CheckpointError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -75,15 +95,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: There is none, it is damaged, or a newer library wrote it.
+        OSError: It cannot be read.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {MANIFEST} is not there; give the folder of "
             "a checkpoint that ipu_pipeline wrote"
         )
+    body = read_settings(path)
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
         digest = body.pop("sha256")
         schema = int(body["schema_version"])
     except UNREADABLE as error:
@@ -125,6 +146,20 @@ def damaged(folder: Path, what: str) -> CheckpointError:
     )
 
 
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn what comes of reading a checkpoint into an error of ours that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {named(error.filename or folder)}: {error.strerror or error}; change its "
+            "permissions, or copy the checkpoint again"
+        ) from error
+    except UNREADABLE as error:
+        raise damaged(folder, f"{type(error).__name__}: {error}") from error
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the SHA-256 of a file."""
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
@@ -155,11 +190,8 @@ def files_of(stem: str, files: Iterable[str]) -> list[str]:
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:
-    """Return the bytes of every tensor in a safetensors file, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name[:2] != "__"}
-    return {name: end - start for name, (start, end) in ranges.items()}
+    """Return the bytes of every tensor in a safetensors file; what it maps is not read."""
+    return {name: tensor.nbytes for name, tensor in load_file(path).items()}
 
 
 def rng_state() -> dict[str, Any]:

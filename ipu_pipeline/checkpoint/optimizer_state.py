@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ipu_pipeline.checkpoint.manifest import UNREADABLE, as_json_data, damaged, files_of
+from ipu_pipeline.checkpoint.manifest import (
+    UNREADABLE,
+    as_json_data,
+    damaged,
+    files_of,
+    read_settings,
+)
 from ipu_pipeline.errors import CheckpointError
 
 OPTIMIZER = "optimizer"
@@ -101,7 +107,7 @@ def read_optimizer(
             f"{folder} holds no optimizer state, it was written without an optimizer; load it "
             "with optimizer=None to start the optimizer afresh"
         )
-    content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    content = read_settings(folder / SETTINGS)
     if content["class"] != type(optimizer).__name__:
         raise CheckpointError(
             f"{folder} holds the state of {content['class']}, the optimizer is "
@@ -222,13 +228,13 @@ def _merged(group: dict[str, Any], saved: list[dict[str, Any]], folder: Path) ->
     own = {key: value for key, value in group.items() if key != "params"}
     for key in dict.fromkeys(key for settings in saved for key in settings):
         choices = [settings.get(key) for settings in saved]
+        own[key] = _like(own.get(key), choices[0])
         if any(choice != choices[0] for choice in choices):
             raise CheckpointError(
                 f"one group of the optimizer joins parameters that {folder} has under different "
                 f"{key} ({choices[0]} and {next(c for c in choices if c != choices[0])}); keep "
                 "parameters with different settings in different groups"
             )
-        own[key] = _like(own.get(key), choices[0])
     return own
 
 
@@ -236,13 +242,15 @@ def _like(own: Any, saved: Any) -> Any:
     """Return a saved setting in the type that the optimizer holds it in.
 
     Raises:
-        TypeError: It is a number here or there only, or there are more or fewer of them.
+        TypeError: It is a number here or there only, finite here only, or there are more or fewer
+            of them.
     """
     if isinstance(own, Tensor):
         return torch.full_like(own, saved)
     if isinstance(own, tuple) and isinstance(saved, list) and len(own) == len(saved):
         return tuple(_like(*pair) for pair in zip(own, saved, strict=True))
     numbers = isinstance(own, int | float), isinstance(saved, int | float)
-    if own is not None and saved is not None and (numbers[0] != numbers[1]):
+    strange = isinstance(saved, float) and not math.isfinite(saved) and own != saved
+    if own is not None and saved is not None and (numbers[0] != numbers[1] or strange):
         raise TypeError(f"a setting of the optimizer is {own!r} here and {saved!r} there")
     return saved

@@ -16,6 +16,7 @@ from ipu_pipeline.cli.options import (
     PlanFile,
     PodType,
     counted,
+    measured,
     read_ipu_config,
 )
 
@@ -35,11 +36,13 @@ def emit_command(
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="AdamW, Adam, LAMB, SGD or RMSprop.")
     ] = "AdamW",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0.0)] = 5e-5,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.0,
-    loss_scaling: Annotated[float, typer.Option("--loss-scaling", min=1e-6)] = 1.0,
+    learning_rate: Annotated[float, measured("--learning-rate", "At the start.")] = 5e-5,
+    weight_decay: Annotated[float, measured("--weight-decay", "Of all groups.")] = 0.0,
+    loss_scaling: Annotated[
+        float, measured("--loss-scaling", "Factor of the loss before its backward pass.", 1e-6)
+    ] = 1.0,
     max_grad_norm: Annotated[
-        float | None, typer.Option("--max-grad-norm", help="Clip gradients; default: do not.")
+        float | None, measured("--max-grad-norm", "Clip gradients; default: do not.", 1e-6)
     ] = None,
     half: Annotated[
         bool, typer.Option("--half", help="Weights and activations in float16.")

@@ -16,6 +16,7 @@ from ipu_pipeline.cli.options import Force, PlanFile, counted
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.launch import LaunchSpec
+    from ipu_pipeline.backends.ipu.poprun import PopRun
 
 
 Program = Annotated[
@@ -77,12 +78,15 @@ def launch_command(
 
     Such as: ipu-pipeline launch plan.json -- train.py --its-own option. It finds the plan in
     IPU_PIPELINE_PLAN, the target in IPU_PIPELINE_TARGET, and what --schedule says in
-    IPU_PIPELINE_SCHEDULE.
+    IPU_PIPELINE_SCHEDULE. A plan for IPUs is started by poprun: --print or --slurm, and the run.py
+    of its bundle as the script.
     """
     from ipu_pipeline.backends.cluster.launch import check_program, make_spec
+    from ipu_pipeline.backends.ipu.poprun import make_poprun
     from ipu_pipeline.ir.files import check_outputs, make_folder
     from ipu_pipeline.ir.machines import machine_by_name
     from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.backend import backend_of
 
     check_outputs({"--slurm": slurm}, force=force)
     here = not print_only and slurm is None
@@ -98,6 +102,14 @@ def launch_command(
         make_folder("--log-dir", log_dir)
     plan = Plan.load(plan_file)
     started = check_program(program, Path.cwd(), here=here)
+    if backend_of(plan.machine).target == "poptorch":
+        others = {"--schedule": schedule, "--threads": threads, "--max-restarts": max_restarts,
+                  "--gpus-per-node": gpus_per_node, "--machine": machine,
+                  "--rdzv-endpoint": endpoint}  # fmt: skip
+        _refuse_for_ipus([name for name, value in others.items() if value], here=here)
+        _print_poprun(make_poprun(plan, started, instances=processes, hosts=nodes), slurm,
+                      f"ipu-pipeline-{plan.model.model_class}", print_only=print_only)  # fmt: skip
+        return
     cores, gpus = _room() if here else (0, 0)
     spec = make_spec(
         plan,
@@ -119,6 +131,31 @@ def launch_command(
         _print(spec, f"ipu-pipeline-{plan.digest()}", endpoint or socket.gethostname())
     if slurm is not None:
         _write_slurm_file(spec, f"ipu-pipeline-{plan.model.model_class}", slurm)
+
+
+def _refuse_for_ipus(given: list[str], *, here: bool) -> None:
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} is not for a plan for IPUs; --processes and --nodes are"
+        )
+    if here:
+        raise ValueError(
+            "a plan for IPUs is started by poprun, which comes with Graphcore's SDK: give --print "
+            "or --slurm FILE, and the run.py of its bundle (ipu-pipeline emit) as the script"
+        )
+
+
+def _print_poprun(run: PopRun, slurm: Path | None, name: str, *, print_only: bool) -> None:
+    from ipu_pipeline.backends.ipu.poprun import command_text, slurm_text
+    from ipu_pipeline.ir.files import write_text
+
+    folder = Path.cwd()
+    if print_only:
+        typer.echo(command_text(run, python="python", folder=folder))
+    if slurm is not None:
+        write_text(slurm, slurm_text(run, python="python", folder=folder, name=name))
+        typer.echo(f"Slurm file written to {slurm}: {run.instances} processes on {run.num_hosts} "
+                   "node(s)")  # fmt: skip
 
 
 def _room() -> tuple[int, int]:

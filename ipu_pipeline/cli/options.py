@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
 def counted(flag: str, limit: str, text: str, least: int = 1) -> Any:
     """Return an option for a whole number from ``least`` to one of the limits."""
     return typer.Option(flag, min=least, max=LIMITS[limit], help=text)
+
+
+def measured(flag: str, text: str, least: float = 0.0, most: float = sys.float_info.max) -> Any:
+    """Return an option for a number from ``least`` to ``most``, which NaN is not."""
+    return typer.Option(flag, min=least, max=most, callback=_refuse_nan, help=text)
+
+
+def _refuse_nan(value: float | None) -> float | None:
+    if value is not None and isnan(value):
+        raise typer.BadParameter("NaN is no number.")
+    return value
 
 
 Model = Annotated[

@@ -22,6 +22,7 @@ from ipu_pipeline.cli.options import (
     SeqLength,
     TaskOption,
     counted,
+    measured,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def tune_command(
         int, counted("--device-iterations", "device_iterations", "Steps per return to the host.")
     ] = 4,
     free: Annotated[
-        float, typer.Option("--free", help="Share of every tile that must stay free, 0 to 1.")
+        float, measured("--free", "Share of every tile that must stay free.", most=0.99)
     ] = 0.0,
     compare: Annotated[
         str | None,
@@ -164,6 +165,7 @@ def _as_json(result: TuneResult, other: Prediction | None) -> dict[str, Any]:
             "samples_per_s": other.samples_per_s,
             "samples_per_step": other.samples_per_step,
             "micro_batch": other.micro_batch,
+            "recomputation": other.settings.recomputation,
             "fits": other.fits,
             "free": other.free,
         }
@@ -177,5 +179,6 @@ def _point_json(result: TuneResult, point: TunePoint) -> dict[str, Any]:
         "bound_s": point.bound_s,
         "free": point.free,
         "micro_batch": point.prediction.micro_batch,
+        "recomputation": point.prediction.settings.recomputation,
         "ipu_config": result.ipu_config(point).to_dict(),
     }

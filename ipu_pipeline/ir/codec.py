@@ -96,15 +96,21 @@ def _place(source: str, where: str) -> str:
 
 
 def read_json(
-    path: str | Path, what: str, error: type[PipelineError], *, shown_texts: bool = False
+    path: str | Path,
+    what: str,
+    error: type[PipelineError],
+    *,
+    shown_texts: bool = False,
+    last_counts: bool = False,
 ) -> Any:
     """Read a JSON file that is ``what`` (``the plan``); raise ``error`` if it cannot be read.
 
-    With ``shown_texts`` all its texts are for terminals and pages: each must be printable.
+    With ``shown_texts`` all its texts are for terminals and pages: each must be printable. With
+    ``last_counts`` a key may be there twice.
     """
     text = read_text(path, what, error)
     try:
-        found = parse_json(text)
+        found = parse_json(text, last_counts=last_counts)
         if shown_texts:
             _refuse_what_does_not_print(found)
         return found
@@ -127,22 +133,26 @@ def _refuse_what_does_not_print(found: Any) -> None:
             )
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, last_counts: bool = False, any_number: bool = False) -> Any:
     """Return what a JSON text holds.
+
+    Args:
+        text: The JSON.
+        last_counts: Of a key that is there twice, the last value counts; else it is refused.
+        any_number: Whether it may hold every number that ``json.dumps`` writes: a history of
+            losses has NaN, the state of a random generator 128 bits.
 
     Raises:
         ValueError: It is no JSON, or holds what has no one meaning: numbers that JSON does not
             have (NaN, infinity) or beyond 64 bits, a key twice, half of a character, or more than
             ``MAX_DEPTH`` levels.
     """
+    numbers: dict[str, Any] = {
+        "parse_int": _whole, "parse_float": _finite, "parse_constant": _refuse_number
+    }  # fmt: skip
+    pairs = dict if last_counts else _object
     try:
-        found = json.loads(
-            text,
-            parse_int=_whole,
-            parse_float=_finite,
-            parse_constant=_refuse_number,
-            object_pairs_hook=_object,
-        )
+        found = json.loads(text, object_pairs_hook=pairs, **({} if any_number else numbers))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except json.JSONDecodeError as problem:

@@ -39,7 +39,7 @@ def machine_by_name(name: str) -> Machine:
         PlanError: The name is unknown and no such file exists, or the file is wrong.
     """
     for family in _facts().values():
-        match = re.fullmatch(family["name"].replace("{count}", r"(\d+)"), name)
+        match = re.fullmatch(family["name"].replace("{count}", "([0-9]+)"), name)
         count = 0 if match is None else int(match[1][:9])
         if count > LIMITS["num_devices"]:
             shown = name if len(name) <= 60 else f"{name[:60]}..."

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -262,13 +262,15 @@ class Plan:
 
 def library_versions() -> dict[str, str]:
     """Return the installed versions of the libraries that a plan records."""
-    found = {}
-    for name in RECORDED_LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {name: _installed_version(name) for name in RECORDED_LIBRARIES}
+
+
+@cache
+def _installed_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def check_versions(made_with: Mapping[str, str], source: str) -> None:

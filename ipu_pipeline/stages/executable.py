@@ -21,7 +21,8 @@ from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.batch import LossWeights, Microbatch
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.loss_shares import LossWeights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,6 +108,9 @@ class ExecutionOptions:
         ipu_config: What the plan does not say about IPUs (memory proportions, device iterations,
             optimizer off chip, ...); the ``poptorch`` target needs it where the plan was made with
             one, the ``local`` target refuses it.
+        sdk_python: The Python of Graphcore's SDK, under which the ``poptorch`` target runs its
+            worker; ``None`` takes the variable IPU_PIPELINE_SDK_PYTHON. ``PYTHON --emulate`` puts
+            the stand-in in the place of poptorch.
         training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
             plan may have been made without labels.
         loss_weights: Weights of the microbatches' losses in the loss of the batch. ``None``: as
@@ -126,6 +130,7 @@ class ExecutionOptions:
     stall_timeout_s: float = 600.0
     self_check: bool = True
     ipu_config: Any = None  # an IPUConfig, of the one backend that has it
+    sdk_python: str | None = None
     training: bool = True
     loss_weights: LossWeights = None
 

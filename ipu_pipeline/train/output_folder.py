@@ -22,6 +22,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ipu_pipeline.checkpoint import remove_abandoned
+from ipu_pipeline.checkpoint.manifest import read_settings, readable
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json, write_json
 
@@ -211,11 +212,16 @@ def begin_trainer_checkpoint(path: Path, run_id: str) -> None:
 
 
 def run_of_trainer_checkpoint(path: Path) -> str | None:
-    """Return the identity in a checkpoint of transformers' trainer, as :data:`RunOf` says."""
-    try:
-        TrainerState.load_from_json(str(path / _TRAINER_STATE))
-    except (OSError, ValueError, TypeError):
-        return None
+    """Return the identity in a checkpoint of transformers' trainer, as :data:`RunOf` says.
+
+    Raises:
+        CheckpointError: What is there cannot be read, so that it may well be complete.
+    """
+    with readable(path):
+        try:
+            TrainerState(**read_settings(path / _TRAINER_STATE))
+        except (CheckpointError, FileNotFoundError, NotADirectoryError, TypeError):
+            return None
     run = Run.load(path)
     return "" if run is None else run.id
 

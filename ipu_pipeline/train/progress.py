@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import msgspec
+import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.utils import logging
 
 from ipu_pipeline.errors import StageError, shown
-from ipu_pipeline.ir.codec import Count
+from ipu_pipeline.ir.codec import Amount, Count
 from ipu_pipeline.stages.executable import StepResult
 from ipu_pipeline.train.arguments import TrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,19 @@ def check_like(saved: object, own: object, name: str) -> None:
             raise ValueError(f"{name} is {shown(saved)}")
 
 
-class _Position(msgspec.Struct):
-    """What of transformers' state training goes on from; the rest is that of now, or unused."""
+@dataclass
+class _Kept:
+    """What of transformers' state a resumed training takes over; the rest is that of now."""
 
     global_step: Count
-    epoch: float | None
     log_history: list[dict[str, Any]]
+    num_input_tokens_seen: Count
+    total_flos: Amount
+    best_metric: float | None
+    best_global_step: Count | None
+    best_model_checkpoint: str | None
+    trial_name: str | None
+    trial_params: dict[str, str | float | int | bool] | None
 
 
 @dataclass
@@ -121,6 +133,45 @@ class LossMeter:
         self.window_total, self.window_steps, self.window_skipped = 0.0, 0, 0
         self.window_grad_norm = None
         return logs
+
+
+@dataclass
+class FiniteLosses:
+    """Which steps of one call of transformers' training had a finite loss.
+
+    There a step with a gradient of NaN is made as any other, and nothing says so at the end.
+    """
+
+    first: int | None = None
+    last_finite: int | None = None
+    warned: bool = False
+
+    def add(self, step: int, loss: float) -> None:
+        """Count the loss of a step, or of a part of it."""
+        self.first = step if self.first is None else self.first
+        if math.isfinite(loss):
+            self.last_finite = step
+        elif not self.warned:
+            self.warned = True
+            logger.warning("the loss of step %d is %g", step + 1, loss)
+
+    def check_trained(self, model: nn.Module, steps: int) -> None:
+        """Refuse to end well when nothing was learned.
+
+        Raises:
+            StageError: No loss was finite; or that of the first step only, and weights are not.
+        """
+        if self.first is None or self.last_finite not in (None, self.first):
+            return
+        finite = "none" if self.last_finite is None else "only the first one"
+        broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if broken or self.last_finite is None:
+            where = f", and {broken[0]} is not finite now" if broken else ""
+            raise StageError(
+                f"{steps - self.first} optimizer steps have taught the model nothing: {finite} of "
+                f"them had a finite loss (neither NaN nor infinite){where}; look for what is not "
+                "finite in the weights, the data and the loss, or lower the learning rate"
+            )
 
 
 class Progress:
@@ -181,10 +232,12 @@ class Progress:
         Raises:
             ValueError, TypeError, KeyError: It did not give that; nothing is changed.
         """
-        state = TrainerState(**saved["state"])
-        msgspec.convert(saved["state"], _Position)
+        kept = msgspec.convert(saved["state"], _Kept)
         losses = msgspec.convert(saved["losses"], LossMeter)
-        self.state, self.losses = state, losses
+        if max(losses.steps, losses.skipped) > kept.global_step:
+            raise ValueError(f"losses of {losses.steps} steps, {losses.skipped} of them skipped")
+        self.state, self.losses = replace(self.state, **vars(kept)), losses
+        self.state.epoch = kept.global_step / self._steps_per_epoch
         self._describe_length()
 
     def _describe_length(self) -> None:

@@ -47,6 +47,7 @@ from ipu_pipeline.train.output_folder import (
     trainer_run,
 )
 from ipu_pipeline.train.prefetch import Prefetch
+from ipu_pipeline.train.progress import FiniteLosses
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_class,
@@ -66,7 +67,7 @@ _NO_SUBSTEP = TrainerCallback.on_substep_end
 # What is no state of the user's code.
 _OWN_STATE = frozenset(
     {"_handed_in", "_ahead", "_live", "_executable", "_num_trained", "_watch", "plan", "_make_plan",
-     "_training_order", "_evaluation_order", "_given_plan", "_run_id"}
+     "_training_order", "_evaluation_order", "_given_plan", "_run_id", "_finite"}
 )  # fmt: skip
 Prediction = tuple[Tensor | None, Any, Any]
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class PipelineTrainer(Trainer):
         self._num_trained = 0
         self._training_order, self._evaluation_order = MicrobatchOrder(), MicrobatchOrder()
         self._watch: Watch | None = None
-        self._run_id = ""
+        self._run_id, self._finite = "", FiniteLosses()
         super().__init__(*args, **kwargs)
         plan = plan or getattr(self.args, "plan", None)
         self._given_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
@@ -154,13 +155,17 @@ class PipelineTrainer(Trainer):
         Raises:
             CheckpointError: Another process trains into the folder.
             ValueError: There is no checkpoint to resume.
+            StageError: Losses or gradients were not finite from the first step on.
         """
         folder = Path(str(self.args.output_dir))
         saves = self.args.save_strategy != SaveStrategy.NO
-        self._run_id = ""
+        self._run_id, self._finite = "", FiniteLosses()
         run = trainer_run(folder, resume_from_checkpoint=resume_from_checkpoint, saves=saves)
         with run as (path, self._run_id):
-            return super().train(path, *args, **kwargs)
+            output = super().train(path, *args, **kwargs)
+        if self.hp_search_backend is None:  # a trial of a search may fail, the others go on
+            self._finite.check_trained(self._whole_model, self.state.global_step)
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as transformers does, and say in the checkpoint of which run it is."""
@@ -243,6 +248,7 @@ class PipelineTrainer(Trainer):
             if part.run is not None:
                 part.run.backward_into_inputs()
         self._settle(parts, self._training_order)
+        self._finite.add(self.state.global_step, sum(losses))
         return torch.tensor(sum(losses) * weight, device=self.args.device)
 
     def _trained_in_one_piece(self, run: LossRun, weight: float) -> Tensor:
@@ -254,6 +260,7 @@ class PipelineTrainer(Trainer):
         self._num_trained = done % self.current_gradient_accumulation_steps
         loss = cast(Tensor, run.result) * weight
         loss.backward()
+        self._finite.add(self.state.global_step, float(loss.detach()))
         return loss.detach()
 
     def _why_one_by_one(self) -> str:

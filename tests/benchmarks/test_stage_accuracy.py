@@ -32,6 +32,7 @@ def test_every_stage_of_every_way_is_compared(
 ) -> None:
     make_quick(monkeypatch)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(stage_accuracy, "PASSES", 2)
     monkeypatch.setattr(stage_accuracy, "MODELS", {"vit": TINY["vit"]})
     ways = (Way("alone", 1, 1), Way("concurrent", 2, 2), Way("in turns", 2, 1))
     rows = measure(["vit"], steps=1, ways=ways, clock=clock)

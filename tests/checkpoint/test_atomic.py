@@ -1,8 +1,10 @@
 import os
 import pathlib
+import re
 import resource
 import signal
-import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -65,10 +67,10 @@ def test_killed_while_saving(saved, trained, monkeypatch, point):
 
     killed_while(save)
     assert not new.exists()
-    left = [p.name for p in saved.parent.iterdir() if p != saved]
-    assert len(left) == 1
-    assert left[0].startswith(".new.incomplete.")
-    assert not is_complete(saved.parent / left[0])
+    [left, lock] = sorted(p for p in saved.parent.iterdir() if p != saved)
+    assert re.fullmatch(r"\.new\.incomplete\.[0-9a-f]{16}", left.name), "it cannot be guessed"
+    assert lock.name == f"{left.name}.lock"
+    assert not is_complete(left)
     write_checkpoint(new, model=model, optimizer=optimizer, global_step=8)
     assert sorted(p.name for p in saved.parent.iterdir()) == ["c", "new"]
 
@@ -103,26 +105,36 @@ def test_killed_after_both_renames_of_a_replacement(saved, trained):
 
 
 def test_a_live_writer_elsewhere_is_left_alone(tmp_path):
-    model = Tied()
-    host = socket.gethostname()
-    kept = [tmp_path / f".a.incomplete.{host}.{os.getppid()}", tmp_path / ".b.incomplete.pod7.12"]
-    old = tmp_path / ".d.incomplete.pod7.13"
-    for item in [*kept, old, tmp_path / f".e.incomplete.{host}.{os.getpid()}"]:
-        item.mkdir()
-    os.utime(old, (0, 0))
-    write_checkpoint(tmp_path / "c", model=model, optimizer=None, global_step=0)
-    assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "c"])
+    """It holds a lock; what has none, or one that nobody holds, is of writers that are gone."""
+    code = "import sys; from pathlib import Path; from ipu_pipeline.checkpoint import directory; "
+    code += (
+        "made = directory.AtomicDirectory(Path(sys.argv[1])); print('made', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"made\n"
+        kept = set(tmp_path.iterdir())
+        assert len(kept) == 2
+        (tmp_path / ".d.incomplete.0").mkdir()
+        (tmp_path / ".e.incomplete.1").mkdir()
+        (tmp_path / ".e.incomplete.1.lock").touch()
+        (tmp_path / ".f.incomplete.2.lock").touch()
+        write_checkpoint(tmp_path / "c", model=Tied(), optimizer=None, global_step=0)
+        assert set(tmp_path.iterdir()) == kept | {tmp_path / "c"}
+        writer.kill()
+    directory.remove_stale(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
 
 
-def test_a_writer_of_another_user_counts_as_alive(tmp_path, monkeypatch):
-    def refuse(pid, number):
+def test_a_lock_that_may_not_be_taken_counts_as_held(tmp_path, monkeypatch):
+    def refuse(*_, **__):
         raise PermissionError
 
-    monkeypatch.setattr(os, "kill", refuse)
-    item = tmp_path / f".a.incomplete.{socket.gethostname()}.1"
-    item.mkdir()
+    (tmp_path / ".a.incomplete.1").mkdir()
+    (tmp_path / ".a.incomplete.1.lock").touch()
+    monkeypatch.setattr(directory.FileLock, "acquire", refuse)
     directory.remove_stale(tmp_path)
-    assert item.exists()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_nothing_is_pickled(saved):

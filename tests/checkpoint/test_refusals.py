@@ -1,3 +1,6 @@
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,6 +36,33 @@ def test_truncated_altered_and_missing_files(saved, name):
 def test_a_manifest_that_cannot_be_read(saved, text):
     (saved / "checkpoint.json").write_text(text)
     assert_untouched(saved, "checkpoint.json cannot be read")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "optimizer.json", "model.safetensors"])
+def test_what_the_system_does_not_give_is_named(saved, name, monkeypatch):
+    def refusing(function):
+        def refuse(path, *args, **kwargs):
+            if path.name == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return refuse
+
+    for function in ("open", "read_bytes"):  # root may read everything
+        monkeypatch.setattr(Path, function, refusing(getattr(Path, function)))
+    message = rf"cannot read .*/{name}: Permission denied; change its permissions, or copy the"
+    assert_untouched(saved, message)
+    if name == "checkpoint.json":  # it may be complete, so it is not passed over
+        with pytest.raises(CheckpointError, match=message):
+            is_complete(saved)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "optimizer.json", "model.safetensors"])
+def test_what_is_no_file_is_damage(saved, name):
+    (saved / name).unlink()
+    (saved / name).mkdir()
+    assert not is_complete(saved)
+    assert_untouched(saved, rf"c is damaged: {name} (is missing|cannot be read .*it is a folder)")
 
 
 def test_an_altered_manifest(saved):
@@ -138,3 +168,39 @@ def test_settings_and_extra_that_json_cannot_hold(tmp_path):
             tmp_path / "c", model=model, optimizer=None, global_step=0, extra={"x": {1}}
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_that_has_no_one_meaning(tmp_path):
+    deep: list = []
+    for _ in range(200):
+        deep = [deep]
+    circle: dict = {}
+    circle["x"] = circle
+    for odd, why in (
+        (deep, "more than 100 levels"), ({1: 2, "1": 3}, "key '1' twice"), (circle, "Circular"),
+        ("\ud800", "half of a character"), (10**5000, "Exceeds the limit"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=rf"extra must be JSON data .*{why}"):
+            write_checkpoint(
+                tmp_path / "c", model=Tied(), optimizer=None, global_step=0, extra={"x": odd}
+            )
+
+
+def test_numbers_of_every_kind_come_back(tmp_path):
+    extra = {"losses": [math.nan, math.inf, -math.inf], "generator": {"state": 2**127 + 1}}
+    write_checkpoint(tmp_path / "c", model=Tied(), optimizer=None, global_step=0, extra=extra)
+    found = read_checkpoint(tmp_path / "c", model=Tied(), optimizer=None).extra
+    assert repr(found) == repr(extra)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf])
+def test_a_learning_rate_that_is_not_finite_is_damage(tmp_path, rate):
+    """SGD itself would take it."""
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate
+    write_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, global_step=0)
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    message = rf"a setting of the optimizer is 0\.1 here and {rate} there"
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "c", model=model, optimizer=own)

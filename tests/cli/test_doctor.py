@@ -36,7 +36,7 @@ def test_local_target_is_ready() -> None:
 def test_missing_sdk_says_where_it_comes_from() -> None:
     assert state("poptorch") == (
         "unavailable",
-        "poptorch comes with Graphcore's SDK, which is not installed here",
+        "set IPU_PIPELINE_SDK_PYTHON to the Python of Graphcore's SDK",
     )
 
 

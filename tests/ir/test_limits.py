@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 from transformers import BertConfig
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from ipu_pipeline.backends.cluster.launch import make_spec
@@ -84,7 +86,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "copies": (lambda _: IPUConfig(replication_factor={"default": HUGE}), "<= 65536"),
     "layers of an IPU": (lambda _: IPUConfig(layers_per_ipu=(HUGE,)), "<= 10000"),
     "factor": (lambda _: IPUConfig(embedding_serialization_factor=HUGE), "<= 65536"),
-    "global batch": (lambda _: TuneRequest(HUGE), "global_batch may be 1000000000000 at most"),
+    "global batch": (lambda _: TuneRequest(HUGE), "global_batch may be 1000000000 at most"),
     "IPUs to tune": (lambda _: TuneRequest(1, ipus_per_replica=HUGE), "ipus_per_replica may be"),
     "samples": (
         lambda folder: TrainingArguments(folder, per_device_train_batch_size=HUGE),
@@ -110,32 +112,64 @@ def test_a_huge_count_is_refused_with_its_limit(tmp_path: Path, name: str) -> No
         use(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("plan", "x", "--num-stages"),
-        ("plan", "x", "--micro-batch"),
-        ("plan", "x", "--microbatches"),
-        ("plan", "x", "--seq-length"),
-        ("blocks", "x", "--micro-batch"),
-        ("predict", "x", "--ipu-config", "y", "--seq-length"),
-        ("tune", "x", "--global-batch"),
-        ("tune", "x", "--global-batch", "1", "--micro-batch"),
-        ("tune", "x", "--global-batch", "1", "--ipus-per-replica"),
-        ("tune", "x", "--global-batch", "1", "--replicas"),
-        ("tune", "x", "--global-batch", "1", "--device-iterations"),
-        ("launch", "x", "y", "--processes"),
-        ("launch", "x", "y", "--threads"),
-        ("launch", "x", "y", "--max-restarts"),
-        ("launch", "x", "y", "--nodes"),
-        ("launch", "x", "y", "--gpus-per-node"),
-        ("emit", "x", "-o", "y", "--seed"),
-    ],
-)
-def test_every_count_of_a_command_has_a_limit(arguments: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(app, [*arguments, "1" + "0" * 30])
-    assert done.exit_code == 2
-    assert "less than or equal to" in done.output
+class Number(NamedTuple):
+    """An option of a command that takes a number."""
+
+    command: str
+    flag: str
+    whole: bool
+    most: float | None
+    others: tuple[str, ...]
+
+
+def numbers() -> Iterator[Number]:
+    """Find every option of every command that takes a number."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        parameters = inspect.signature(command.callback).parameters
+        needed, found = [], []
+        for parameter, hint in get_type_hints(command.callback, include_extras=True).items():
+            if get_origin(hint) is not Annotated:
+                continue
+            kind, info = get_args(hint)
+            kinds = set(get_args(kind) or (kind,))
+            is_option = isinstance(info, OptionInfo)
+            # In an annotation the first argument of typer.Option is the first name.
+            flag = str((info.default, *(info.param_decls or ()))[0])
+            if is_option and kinds & {int, float}:
+                found.append((flag, int in kinds, info.max))
+            if parameters[parameter].default is inspect.Parameter.empty:
+                value = "8" if int in kinds else "none"
+                needed += [[flag, value] if is_option else [value]]
+        for flag, whole, most in found:
+            others = [part for parts in needed if parts[0] != flag for part in parts]
+            yield Number(name, flag, whole, most, tuple(others))
+
+
+NUMBERS = {f"{number.command} {number.flag}": number for number in numbers()}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_of_a_command_has_a_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What is outside is refused at once, and by its name."""
+    monkeypatch.chdir(tmp_path)
+    command, flag, whole, most, others = NUMBERS[name]
+    assert most is not None
+    for value in ("1" + "0" * 400, "-1", "nan", "inf", "-inf", "x", "", *["1.5"] * whole):
+        done = CliRunner().invoke(app, [command, *others, flag, value])
+        assert done.exit_code == 2, value
+        assert f"Invalid value for '{flag}'" in done.output
+    done = CliRunner().invoke(app, [command, *others, flag, str(most)])
+    assert done.exit_code == 1, "the largest one is taken; something else is refused"
+    assert done.output.startswith("error: ")
+
+
+def test_the_numbers_of_the_commands_are_found() -> None:
+    assert {"tune --global-batch", "tune --free", "plan --num-stages"} <= NUMBERS.keys()
+    assert {"launch --threads", "emit --seed", "emit --learning-rate"} <= NUMBERS.keys()
 
 
 def test_what_is_no_count_is_refused() -> None:

@@ -69,7 +69,7 @@ def test_a_block_name_in_a_bundle_is_a_literal(
     """What ``run.py`` executes holds the name as data, and nothing runs."""
     monkeypatch.chdir(tmp_path)
     plan = Plan.load(with_name(tmp_path / "plan.json", "layer.0", QUOTES))
-    text = model_parallel_text(plan, annotate(plan, checkpoint_layers=False))
+    text = model_parallel_text(plan, annotate(plan))
     found: dict[str, Any] = {}
     exec(compile(text, "model_parallel.py", "exec"), found)
     assert QUOTES in [block["block"] for block in found["BLOCKS"]]

@@ -17,13 +17,15 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.trainer  # noqa: F401 - before forking: once instead of in every training
 
 import ipu_pipeline as ipp
+from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.train import TrainingArguments, build_optimizer, latest_checkpoint, train
 from tests.train.eager_executable import Questions, tiny_bert
 
@@ -54,6 +56,13 @@ def forked(work: Callable[[], Any], answer: Path) -> tuple[int, Any]:
     return number, json.loads(answer.read_text()) if not number else None
 
 
+@cache
+def two_stages() -> Plan:
+    """Return the plan of all trainings, made once before they are forked."""
+    example = {n: torch.tensor([v, v]) for n, v in Questions()[0].items()}
+    return ipp.plan(tiny_bert(), example, num_stages=2, microbatches=2)
+
+
 def training(output: Path, die_at: int = -1, **options: Any) -> dict[str, Any]:
     """Train in this process until event ``die_at``; return what it computed, and its events."""
     torch.set_num_threads(1)
@@ -71,8 +80,6 @@ def training(output: Path, die_at: int = -1, **options: Any) -> dict[str, Any]:
         disable_tqdm=True,
         **{"learning_rate": 1e-3, **options},
     )
-    example = {n: torch.tensor([v, v]) for n, v in Questions()[0].items()}
-    plan = ipp.plan(model, example, num_stages=2, microbatches=2)
     optimizer = build_optimizer(model, arguments)
     events: list[str] = []
 
@@ -90,7 +97,7 @@ def training(output: Path, die_at: int = -1, **options: Any) -> dict[str, Any]:
     optimizer.register_step_pre_hook(lambda *_: event("before an update"))
     optimizer.register_step_post_hook(lambda *_: event("after an update"))
     sys.addaudithook(changed)
-    with ipp.compile(model, plan, optimizer=optimizer, self_check=False) as made:
+    with ipp.compile(model, two_stages(), optimizer=optimizer, self_check=False) as made:
         result = train(made, Questions(), arguments, on_step=lambda *_: event("a step"))
         state = made.state_dict()
     return {
@@ -111,6 +118,7 @@ def drill(points: int, seed: int, folder: Path, **options: Any) -> int:
         DrillError: A kill did not happen.
     """
     answer, older = folder / "answer.json", folder / "older"
+    two_stages()
     forked(partial(training, older, learning_rate=0.1), answer)
     latest = latest_checkpoint(older)
     assert latest is not None

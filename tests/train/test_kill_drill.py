@@ -13,12 +13,12 @@ from tests.train.kill_drill import DrillError, drill
 
 
 @pytest.mark.acceptance
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("points", "async_save"), [(100, False), (25, True)])
 def test_a_killed_training_ends_as_if_nothing_had_happened(
-    tmp_path: Path, *, async_save: bool
+    tmp_path: Path, points: int, *, async_save: bool
 ) -> None:
-    assert drill(25, 1, tmp_path, async_save=async_save) == 0
+    assert drill(points, 1, tmp_path, async_save=async_save) == 0
 
 
 def test_a_kill_that_does_not_happen_is_an_error_of_the_drill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, Trainer, TrainingArguments
 
+from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages import captures
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.tiny_models import TINY
@@ -213,11 +215,10 @@ def test_noise_on_embeddings_is_drawn_in_the_stages(tmp_path) -> None:
     assert noisy == pytest.approx(quiet, rel=0.2)
 
 
-@pytest.mark.parametrize("length", [1, 7])
-def test_data_without_labels_and_nested_outputs(tmp_path, length) -> None:
+def test_data_without_labels_and_nested_outputs(tmp_path) -> None:
     rows = [
         {key: value for key, value in marked()[i].items() if "positions" not in key}
-        for i in range(length)
+        for i in range(7)
     ]
     found = []
     for kind, extra in ((Trainer, {}), (PipelineTrainer, {"num_stages": 2})):
@@ -225,8 +226,12 @@ def test_data_without_labels_and_nested_outputs(tmp_path, length) -> None:
         model.config.output_hidden_states = True
         trainer = kind(model=model, args=arguments(tmp_path), train_dataset=marked(), **extra)
         trainer.train()
-        found.append(trainer.predict(rows))
-    theirs, ours = found
+        found.append([trainer.predict(some) for some in (rows[:1], rows)])
+    for theirs, ours in zip(*found, strict=True):
+        assert_same_nesting(theirs, ours)
+
+
+def assert_same_nesting(theirs: Any, ours: Any) -> None:
     assert theirs.label_ids is ours.label_ids is None
     assert not any("loss" in key for key in ours.metrics)
     assert len(ours.predictions) == len(theirs.predictions) == 3
@@ -252,3 +257,33 @@ def test_models_that_return_tuples(tmp_path) -> None:
     for mine, reference in zip(ours.predictions, theirs.predictions, strict=True):
         assert mine == pytest.approx(reference, abs=1e-4)
     assert ours.metrics["test_loss"] == pytest.approx(theirs.metrics["test_loss"], rel=1e-5)
+
+
+def broken(tmp_path, weight: float, rate: float, **options: Any) -> PipelineTrainer:
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = weight
+    args = arguments(tmp_path, learning_rate=rate, max_steps=3, **options)
+    return PipelineTrainer(model=model, args=args, train_dataset=copies(), num_stages=2)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_run_without_a_finite_loss_does_not_end_well(tmp_path, caplog, *, in_order: bool) -> None:
+    trainer = broken(tmp_path, weight=math.nan, rate=0.1)
+    trainer.loss_in_order = in_order
+    with pytest.raises(
+        StageError, match="3 optimizer steps have taught the model nothing: none of"
+    ):
+        trainer.train()
+    assert caplog.text.count("the loss of step 1 is nan") == 1
+    assert trainer.state.global_step == 3, "as many as transformers makes"
+
+
+def test_a_first_step_that_breaks_the_weights_does_not_end_well(tmp_path) -> None:
+    trainer = broken(tmp_path, weight=1.0, rate=math.inf)
+    message = r"only the first one .* and transformer\.wte\.weight is not finite now"
+    with pytest.raises(StageError, match=message):
+        trainer.train()
+    one = broken(tmp_path, weight=1.0, rate=0.1)
+    one.args.max_steps = 1
+    one.train()

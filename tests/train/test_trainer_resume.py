@@ -11,23 +11,24 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ipu_pipeline.train.output_folder import locked
+from tests.later import every_second
 from tests.train.helpers import OURS, TWO_STAGES, load_script, losses, run_script
 
-STEPS = {"num_train_epochs": 2, "dropout": 0.1, "do_eval": False}
+STEPS = {"num_train_epochs": 2, "num_train": 48, "dropout": 0.1, "do_eval": False}
 
 
-@pytest.mark.parametrize("name", ["classification", "qa"])
+@pytest.mark.parametrize("name", every_second(["qa", "classification"]))
 def test_resuming_in_the_middle_of_an_epoch_gives_the_uninterrupted_run(tmp_path, name) -> None:
     whole = run_script(name, tmp_path / "whole", TWO_STAGES, **STEPS)
     first = run_script(
-        name, tmp_path / "cut", TWO_STAGES, **STEPS, save_strategy="steps", save_steps=3
+        name, tmp_path / "cut", TWO_STAGES, **STEPS, save_strategy="steps", save_steps=2
     )
     assert losses(first) == losses(whole)  # saving draws no random numbers
-    checkpoint = tmp_path / "cut" / "checkpoint-3"
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
     again = run_script(
         name, tmp_path / "again", TWO_STAGES, **STEPS, resume_from_checkpoint=checkpoint
     )
-    assert again.state.global_step == 8
+    assert again.state.global_step == 6
     assert losses(again) == losses(whole)
     for found, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(found, expected)

@@ -35,6 +35,10 @@ def coverage_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what an interrupted run has found.")
     ] = False,
+    ipus: Annotated[
+        bool,
+        typer.Option("--ipus", help="Plan for 2, 4 and 8 IPUs, and emit what is planned, instead."),
+    ] = False,
     time_limit: Annotated[
         float, typer.Option("--time-limit", min=1.0, help="Seconds for one class.")
     ] = 60.0,
@@ -43,6 +47,7 @@ def coverage_command(
     from ipu_pipeline.ir.files import check_outputs, make_folder
     from tools.coverage.classes import model_classes
     from tools.coverage.classes import sample as spread
+    from tools.coverage.emitted import check_emitted
     from tools.coverage.session import check_all
 
     try:
@@ -53,8 +58,9 @@ def coverage_command(
         chosen = model_classes(classes)
         if sample is not None:
             chosen = spread(chosen, sample)
+        check = check_emitted if ipus else None
         records = check_all(
-            chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit
+            chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit, check=check
         )
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)

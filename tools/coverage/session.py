@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tools.coverage.classes import ModelClass
 from tools.coverage.record import Record
-from tools.coverage.run import Journal, remembered, run
+from tools.coverage.run import Check, Journal, remembered, run
 from tools.coverage.table import write_json, write_markdown
 
 _LIBRARIES = ("torch", "transformers")
@@ -25,6 +25,7 @@ def check_all(
     output: Path | None = None,
     resume: bool = False,
     time_limit_s: float = 60.0,
+    check: Check | None = None,
 ) -> list[Record]:
     """Check ``items``; write ``output`` and the Markdown page beside it.
 
@@ -34,9 +35,10 @@ def check_all(
         output: The JSON file; its journal has the suffix ``.jsonl`` until the run is complete.
         resume: Take over what the journal of an interrupted run holds, if its versions are ours.
         time_limit_s: Of one class.
+        check: Another check than one step of training; its page says less.
     """
     versions = installed_versions()
-    header: dict[str, Any] = {"versions": versions}
+    header: dict[str, Any] = {"versions": versions, "check": check and check.__name__}
     path = None if output is None else output.with_suffix(".jsonl")
     known = remembered(path, header) if path is not None and resume else []
     found = {record.name: record for record in known}
@@ -50,11 +52,17 @@ def check_all(
                 journal.add(record)
             bar.add(record)
 
-        run(left, jobs=jobs or os.cpu_count() or 1, time_limit_s=time_limit_s, done=done)
+        run(
+            left,
+            jobs=jobs or os.cpu_count() or 1,
+            time_limit_s=time_limit_s,
+            done=done,
+            check=check,
+        )
     records = [found[item.name] for item in items]
     if output is not None and path is not None:
         write_json(output, records, versions)
-        write_markdown(output.with_suffix(".md"), records, versions)
+        write_markdown(output.with_suffix(".md"), records, versions, emitted=check is not None)
         path.unlink()
     return records
 

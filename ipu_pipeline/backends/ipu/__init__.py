@@ -1,1 +1,1 @@
-"""Plans for Graphcore IPUs: in process where poptorch is installed, or as a bundle."""
+"""Plans for Graphcore IPUs: run by a worker under the SDK's Python, or as a bundle."""

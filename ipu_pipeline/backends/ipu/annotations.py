@@ -6,9 +6,13 @@ in-process lowering applies it to the user's model, the bundle writes it down as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ipu_pipeline.backends.ipu.prices.layout import layout_of
+from ipu_pipeline.backends.ipu.prices.memory import segments
+from ipu_pipeline.backends.ipu.prices.predict import program_of
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.graph import Block
 from ipu_pipeline.ir.plan import Plan
@@ -32,6 +36,7 @@ class Annotation:
         again: It is a further call of a module that an earlier annotation names.
         checkpoint: Its outputs are kept for the backward pass (a recomputation checkpoint).
         serialize: Slices of its table lookup or output projection; 1 is whole.
+        inference: Stage, IPU and slices in evaluation; ``None``: as in training.
         forward_ms: Predicted milliseconds of one microbatch's forward pass.
         backward_ms: Predicted milliseconds of its backward pass, without recomputation.
         weight_mb: Predicted megabytes (10^6 bytes) of weights, gradients and optimizer state.
@@ -45,6 +50,7 @@ class Annotation:
     again: bool = False
     checkpoint: bool = False
     serialize: int = 1
+    inference: tuple[int, int, int] | None = None
     forward_ms: float = 0.0
     backward_ms: float = 0.0
     weight_mb: float = 0.0
@@ -59,31 +65,36 @@ class Annotation:
         return asdict(self)
 
 
-def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation, ...]:
+def annotate(
+    plan: Plan, inference: Mapping[str, tuple[int, int, int]] | None = None
+) -> tuple[Annotation, ...]:
     """Return the annotations of ``plan``.
 
     Args:
         plan: A plan for IPUs.
-        checkpoint_layers: Keep the outputs of every layer (``recompute_checkpoint_every_layer``).
+        inference: Stage, IPU and slices of every block in evaluation; ``None``: as planned.
 
     Raises:
         LoweringError: A stage begins with code that belongs to no module, or the calls of one
             module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
     """
     costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
+    kept = _checkpoints(plan)
     found: list[Annotation] = []
-    homes: dict[str, int] = {}
+    homes: dict[str, tuple[int, int]] = {}
     for block in plan.blocks:
-        stage = plan.stage_of[block.name]
+        stage, other = plan.stage_of[block.name], inference and inference[block.name]
         module = module_of(block)
         again = module in homes
-        if again and homes[module] != stage:
-            raise LoweringError(
-                f"module {module!r} is called in stages {homes[module]} and {stage}; BeginBlock "
-                "gives every call of a module one stage: put its blocks into one stage"
-            )
+        places = (stage, other[0] if other else stage)
+        for home, here in zip(homes.get(module, places), places, strict=True):
+            if home != here:
+                raise LoweringError(
+                    f"module {module!r} is called in stages {home} and {here}; BeginBlock "
+                    "gives every call of a module one stage: put its blocks into one stage"
+                )
         if module:
-            homes[module] = stage
+            homes[module] = places
         found.append(
             Annotation(
                 block=block.name,
@@ -92,8 +103,9 @@ def annotate(plan: Plan, *, checkpoint_layers: bool = False) -> tuple[Annotation
                 stage=stage,
                 ipu=plan.stages[stage].device,
                 again=again,
-                checkpoint=checkpoint_layers and block.kind == "layer",
+                checkpoint=block.name in kept,
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
+                inference=other or None,
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
                 weight_mb=sum(costs[block.name].weight_bytes.values()) / 1e6,
@@ -108,12 +120,32 @@ def module_of(block: Block) -> str:
     return "" if block.kind == "loss" else block.name.split(CALL_MARK)[0]
 
 
+def _checkpoints(plan: Plan) -> frozenset[str]:
+    """Return the blocks whose outputs are kept: what the price says layers are recomputed from.
+
+    None is in the last stage, of which PopART would recompute what is before a checkpoint.
+    """
+    program = program_of(plan)
+    if not (program.recompute and program.checkpoint_layers):
+        return frozenset()
+    layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
+    return frozenset(
+        segment[-1]
+        for stage in layout.stages[:-1]
+        for segment in segments(plan.graph, stage.blocks, program)
+    )
+
+
 def _check_stage_openers(annotations: list[Annotation]) -> None:
-    first: dict[int, Annotation] = {}
-    for annotation in annotations:
-        opener = first.setdefault(annotation.stage, annotation)
-        if opener is annotation and not annotation.module and annotation.stage > 0:
-            raise LoweringError(
-                f"stage {annotation.stage} begins with {annotation.block!r}, which is no module's "
-                "call; BeginBlock needs one: put it into the stage of the block before it"
-            )
+    for places in (
+        [(a.stage, a) for a in annotations],
+        [(a.inference[0], a) for a in annotations if a.inference],
+    ):
+        first: dict[int, Annotation] = {}
+        for stage, annotation in places:
+            opener = first.setdefault(stage, annotation)
+            if opener is annotation and not annotation.module and stage > 0:
+                raise LoweringError(
+                    f"stage {stage} begins with {annotation.block!r}, which is no module's "
+                    "call; BeginBlock needs one: put it into the stage of the block before it"
+                )

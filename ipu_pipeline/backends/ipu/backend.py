@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
+from ipu_pipeline.backends.ipu.check import NO_BATCH, config_problems
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import (
@@ -49,7 +49,16 @@ class IPUBackend:
         return is_ipu(machine)
 
     def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
-        """Return the program that the configuration describes, as the price reads it."""
+        """Return the program that the configuration describes, as the price reads it.
+
+        Raises:
+            PartitionError: No plan that is made so could be emitted.
+        """
+        problems = [*config_problems(config)] if config is not None else []
+        if graph.micro_batch_size < 1:
+            problems.append(NO_BATCH)
+        if problems:
+            raise PartitionError("; ".join(problems))
         if config is None:
             return {}
         found = replace(
@@ -136,16 +145,16 @@ class IPUBackend:
         )
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
-        """Return an executable over poptorch."""
+        """Return an executable whose worker runs poptorch."""
         from ipu_pipeline.backends.ipu.lower import lower
 
         return lower(model, plan, optimizer, options)
 
     def doctor(self) -> tuple[str, str]:
-        """Say whether poptorch is here."""
-        if find_spec("poptorch") is None:
-            return "unavailable", "poptorch comes with Graphcore's SDK, which is not installed here"
-        return "ready", "poptorch is installed"
+        """Say which Python of an SDK is named, and what is there."""
+        from ipu_pipeline.backends.ipu.sdk_python import doctor
+
+        return doctor()
 
 
 BACKEND = IPUBackend()

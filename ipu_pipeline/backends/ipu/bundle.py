@@ -10,7 +10,7 @@
     |-- plan.json           what it was made from
     |-- config.json         the model's configuration, where the command was given one
     |-- requirements.txt
-    `-- runtime/            what run.py uses; the same files as in this package
+    `-- runtime/            what run.py and the worker use; the same files as in this package
 
 The same plan gives the same bytes. Nothing but the standard library, torch, transformers and
 poptorch is imported there; Python 3.8 is enough.
@@ -36,7 +36,11 @@ RUNTIME = (
     "checks.py",
     "device.py",
     "files.py",
+    "messages.py",
     "placement.py",
+    "sdk_model.py",
+    "serve.py",
+    "sessions.py",
     "static_graph.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.
@@ -58,11 +62,10 @@ def emit(
         LoweringError: poptorch cannot run the plan.
         OutputError: ``folder`` is none, or may not be written.
     """
-    check(plan, settings)
+    check(plan, settings, several_processes=True)
     folder = make_folder("the bundle's folder", folder)
     make_folder("the bundle's folder", folder / "runtime")
-    checkpoint = settings.config.recompute_checkpoint_every_layer
-    annotations = annotate(plan, checkpoint_layers=checkpoint)
+    annotations = annotate(plan, settings.inference_places())
     written = settings.to_json()
     written["annotated_blocks"] = [a.block for a in annotations if a.begins]
     plan.save(folder / "plan.json")
@@ -102,8 +105,11 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         '"""\n'
     )
     helper = (
-        "\n\ndef block(module, stage, ipu, serialize=1, checkpoint=False, name=None):\n"
-        '    """Describe one block: the module whose call begins it, and where it runs."""\n'
+        "\n\ndef block(\n"
+        "    module, stage, ipu, serialize=1, checkpoint=False, inference=None, name=None\n):\n"
+        '    """Describe one block: the module whose call begins it, and where it runs.\n\n'
+        "    In evaluation it runs there, too, or where inference=(stage, ipu, serialize) says.\n"
+        '    """\n'
         "    return {\n"
         '        "block": name or module,\n'
         '        "module": module,\n'
@@ -111,6 +117,7 @@ def model_parallel_text(plan: Plan, annotations: Sequence[Annotation]) -> str:
         '        "ipu": ipu,\n'
         '        "serialize": serialize,\n'
         '        "checkpoint": checkpoint,\n'
+        '        "inference": inference,\n'
         '        "again": False,\n'
         "    }\n\n\n"
     )
@@ -125,6 +132,8 @@ def _call(annotation: Annotation) -> str:
         parts.append(f"serialize={annotation.serialize}")
     if annotation.checkpoint:
         parts.append("checkpoint=True")
+    if annotation.inference:
+        parts.append(f"inference={annotation.inference}")
     if annotation.block != annotation.module:
         parts.append(f"name={json.dumps(annotation.block)}")
     return f"block({', '.join(parts)}),"

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
 from ipu_pipeline.backends.ipu.prices.operations import slices_problem
+from ipu_pipeline.backends.ipu.prices.predict import table_problems
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -20,13 +22,19 @@ MOST_IPUS = 64  # per process
 Rule = Callable[[Plan, PopTorchSettings], Iterator[str]]
 
 
-def check(plan: Plan, settings: PopTorchSettings) -> None:
+def check(plan: Plan, settings: PopTorchSettings, *, several_processes: bool = False) -> None:
     """Refuse what poptorch would refuse.
+
+    Args:
+        plan: A plan for IPUs.
+        settings: Of the plan.
+        several_processes: Whether poprun may start more than one.
 
     Raises:
         LoweringError: All broken rules, one line each.
     """
-    found = [message for rule in RULES for message in rule(plan, settings)]
+    rules = [rule for rule in RULES if rule != _processes or not several_processes]
+    found = [message for rule in rules for message in rule(plan, settings)]
     if len(found) == 1:
         raise LoweringError(found[0])
     if found:
@@ -37,7 +45,7 @@ def check(plan: Plan, settings: PopTorchSettings) -> None:
 def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
     """Return what poptorch will do otherwise than one may expect, one line each."""
     config = settings.config
-    found = []
+    found = [*config.legacy_notes()]
     per_replica = config.num_ipus()
     total = per_replica * plan.replicas
     if not is_power_of_two(total):
@@ -50,10 +58,6 @@ def notes(plan: Plan, settings: PopTorchSettings) -> tuple[str, ...]:
         found.append(
             f"output_mode {config.output_mode!r} gives back the loss of the last of "
             f"{plan.num_microbatches} microbatches only; 'all' or 'sum' give their mean"
-        )
-    if config.layers(inference=True) != config.layers():
-        found.append(
-            "inference_layers_per_ipu is not used: evaluation runs under the placement of training"
         )
     return tuple(found)
 
@@ -87,14 +91,21 @@ def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     per_replica = max(stage.device for stage in plan.stages) + 1
     total = per_replica * plan.replicas
     if total > MOST_IPUS:
         yield (
             f"{plan.replicas} replicas of {per_replica} IPUs are {total}, one process has at most "
-            f"{MOST_IPUS}; lower the replicas, or run several processes (PopDist)"
+            f"{MOST_IPUS}; lower the replicas, or emit a bundle and start several processes "
+            "(ipu-pipeline launch --print)"
         )
+
+
+def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    per_replica = max(stage.device for stage in plan.stages) + 1
+    if per_replica > MOST_IPUS:
+        yield f"a replica has {per_replica} IPUs, at most {MOST_IPUS} work together; use fewer"
     used = {stage.device for stage in plan.stages}
     unused = sorted(set(range(per_replica)) - used)
     if unused:
@@ -102,6 +113,35 @@ def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             f"IPU {unused[0]} has no stage although IPU {per_replica - 1} has one; number the "
             "IPUs of a replica from 0 without a gap"
         )
+
+
+def _evaluation(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    """What PopART would refuse of another placement for evaluation."""
+    found = settings.inference
+    if found is None:
+        return
+    total = found.settings.num_ipus * found.settings.replicas
+    if total > MOST_IPUS:
+        yield (
+            f"inference: {found.settings.replicas} replicas of {found.settings.num_ipus} IPUs are "
+            f"{total}, one process has at most {MOST_IPUS}; lower inference_replication_factor"
+        )
+    empty = set(range(found.settings.num_ipus)) - {stage.ipu for stage in found.layout.stages}
+    if empty:
+        yield (
+            f"inference: IPU {min(empty)} has no block; lower inference_ipus_per_replica, or give "
+            "it layers in inference_layers_per_ipu"
+        )
+    for name, (_, _, factor) in (settings.inference_places() or {}).items():
+        problem = slices_problem(found.graph, name, factor)
+        if problem:
+            yield f"inference: {problem}"
+    for ipu, memory in enumerate(found.memory):
+        if not memory.fits(found.chip):
+            yield (
+                f"inference: {found.tile_text(ipu)}; move layers to other IPUs in "
+                "inference_layers_per_ipu"
+            )
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -118,28 +158,8 @@ def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             )
 
 
-def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    for stage in plan.stages:
-        problems = (slices_problem(plan.graph, *item) for item in stage.serialize.items())
-        yield from filter(None, problems)
-
-
-def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    for index, stage in enumerate(plan.stages):
-        for name, (first, last) in stage.table_slices.items():
-            yield (
-                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
-                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
-                "alone cuts the table on its IPU)"
-            )
-    for what in ("embedding", "projection"):
-        splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
-        if splits is not None:
-            yield (
-                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
-                f"which this target does not do; set it to null and {what}_serialization_factor="
-                f"{sum(splits)} (slices on one IPU) instead"
-            )
+def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    yield from table_problems(plan)
 
 
 def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -157,14 +177,32 @@ def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             last, before = position[name], name
 
 
-def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    config = settings.config
+def config_problems(config: IPUConfig) -> Iterator[str]:
+    """Yield what no plan can be made with: it would not be emitted."""
+    for what in ("embedding", "projection"):
+        splits = getattr(config, f"serialized_{what}_splits_per_ipu")
+        if splits is not None:
+            yield (
+                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
+                f"which this target does not do; set it to null and {what}_serialization_factor="
+                f"{sum(splits)} (slices on one IPU) instead"
+            )
     if config.device_iterations > 1 and config.output_mode == "default":
         yield (
             f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
             "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
         )
-    if config.auto_loss_scaling and not settings.half:
+    outside = [p for p in config.memory_proportions() if not 0 < p <= 1]
+    if outside:
+        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
+
+
+def _configuration(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    yield from config_problems(settings.config)
+
+
+def _scaling(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    if settings.config.auto_loss_scaling and not settings.half:
         yield (
             "auto_loss_scaling works on float16 gradients, but the model is in float32; leave it "
             "out, or put the model into float16"
@@ -176,12 +214,6 @@ def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
-    if outside:
-        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
-
-
 def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     optimizer = settings.optimizer
     if optimizer.max_grad_norm is not None and optimizer.optimizer in ("LAMB", "RMSprop"):
@@ -191,21 +223,25 @@ def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
+NO_BATCH = "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+
+
 def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if plan.micro_batch_size < 1:
-        yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+        yield NO_BATCH
 
 
 RULES: tuple[Rule, ...] = (
     _machine,
     _batch,
     _accumulation,
+    _processes,
     _ipus,
+    _evaluation,
     _tied,
     _order,
-    _slices,
-    _splits,
-    _iterations,
-    _proportions,
+    _tables,
+    _configuration,
+    _scaling,
     _clipping,
 )

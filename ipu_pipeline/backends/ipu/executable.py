@@ -1,4 +1,4 @@
-"""The executable behind a poptorch program: same door as the local target's.
+"""The executable behind a worker under the SDK's Python: same door as the local target's.
 
 The device holds weights and optimizer state while it trains; they come back for checkpoints,
 evaluation on the host and ``state_dict``. Gradients never come back.
@@ -7,43 +7,55 @@ evaluation on the host and ``state_dict``. Gradients never come back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.ipu.annotations import Annotation
+from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.check import is_power_of_two
-from ipu_pipeline.backends.ipu.optimizers import (
-    device_groups,
-    group_values,
-    read_state,
-    write_state,
+from ipu_pipeline.backends.ipu.mirror import (
+    HostWeights,
+    compare,
+    described,
+    host_outputs,
+    paged,
+    sample_of,
 )
-from ipu_pipeline.backends.ipu.runtime.device import make_optimizer, make_options, mean_loss
-from ipu_pipeline.backends.ipu.runtime.placement import Placement
-from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward, is_changed
+from ipu_pipeline.backends.ipu.optimizers import named_groups, read_state, write_state
+from ipu_pipeline.backends.ipu.sdk_python import SdkPython
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.backends.ipu.worker import Worker
+from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 
+logger = logging.getLogger(__name__)
+_open: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
 
 class PopTorchExecutable(Executable):
-    """Runs a plan on IPUs through poptorch; the first step compiles.
+    """Runs a plan on IPUs, in a worker process under the SDK's Python; the first step compiles.
+
+    The model here keeps the weights that were fetched last: by :meth:`state_dict`, a checkpoint,
+    evaluation of samples that fill no call of the device, or :meth:`close`.
 
     Args:
-        model: The user's model; annotated until :meth:`close`, then as it was.
+        model: The user's model; nothing of it is changed but its weights.
         plan: The split.
         optimizer: A torch optimizer over the model's parameters; needed to train.
-        annotations: Of the plan.
         settings: Of the plan.
-        poptorch: The front end.
+        python: What runs the worker.
+        self_check: Whether both sides compute a sample before anything is compiled.
 
     Raises:
-        LoweringError: Another executable of the model is open.
+        LoweringError: Another executable of the model is open, or the worker cannot run it.
+        StageError: The worker died.
     """
 
     def __init__(
@@ -51,29 +63,53 @@ class PopTorchExecutable(Executable):
         model: nn.Module,
         plan: Plan,
         optimizer: torch.optim.Optimizer | None,
-        annotations: tuple[Annotation, ...],
         settings: PopTorchSettings,
-        poptorch: Any,
+        python: SdkPython,
+        *,
+        self_check: bool = True,
     ) -> None:
-        if is_changed(model):
+        if model in _open:
             raise LoweringError(
                 "the model is compiled already; close() that executable before compiling it again"
             )
+        description = described(model)
         super().__init__(model, plan, optimizer)
         self.settings = settings
         self._flat = settings.to_json()
         self.batch_divisor = plan.total_batch_size * self._flat["device_iterations"]
-        self._poptorch = poptorch
-        self._class = type(model)
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._placement = Placement(
-            model, [item.to_json() for item in annotations], plan.model.parameters, poptorch
-        )
-        self._forward = DeviceForward(model, poptorch)
-        self._sessions = Sessions(
-            model, self._placement, self._forward, optimizer, self._flat, poptorch
-        )
+        self._weights = HostWeights(model)
+        self._sent: list[dict[str, Any]] | None = None
+        self._device_is_newer = False
+        self._has_program = False
         self._closed = False
+        self._folder = TemporaryDirectory(prefix="ipu-")
+        try:
+            emit(plan, settings, self._folder.name)
+            self._worker = Worker(python, Path(self._folder.name))
+            try:
+                self._build(description, self_check=self_check)
+            except BaseException:
+                self._worker.end()
+                raise
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        _open.add(model)
+
+    def _build(self, description: Mapping[str, Any], *, self_check: bool) -> None:
+        self._worker.call("build", **description)
+        for page in paged(self._weights.tensors()):
+            self._worker.call("write", tensors=page)
+        sample = sample_of(self.plan, self.model)
+        theirs = self._worker.call("check", sample=sample)["outputs"]
+        if self_check:
+            versions = self._worker.versions
+            compare(
+                host_outputs(self.model, sample),
+                theirs,
+                f"transformers {versions['transformers']} and torch {versions['torch']} there",
+            )
+        self._weights.same()
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -92,11 +128,16 @@ class PopTorchExecutable(Executable):
         Raises:
             LoweringError: There is no optimizer, axis 0 has another size, or poptorch refuses to
                 compile the model.
+            StageError: The step failed in the worker, or the worker died.
         """
         self._require_open()
         optimizer = self.trained_optimizer()
         size = self._check_size(batch)
-        loss = mean_loss(self._sessions.train(batch), self._flat)
+        self._send_weights()
+        groups = self._changed_groups()
+        loss = self._worker.call("train", batch=dict(batch), groups=groups)["loss"]
+        self._sent = groups or self._sent
+        self._device_is_newer = self._has_program = True
         # The device stepped; torch's schedulers look for this mark before they warn.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         result = StepResult(loss, None, num_samples=size)
@@ -122,6 +163,7 @@ class PopTorchExecutable(Executable):
 
         Raises:
             LoweringError: Axis 0 differs between tensors, or poptorch refuses to compile.
+            StageError: It failed in the worker, or the worker died.
         """
         self._require_open()
         sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
@@ -131,52 +173,43 @@ class PopTorchExecutable(Executable):
         copies = flat["inference_device_iterations"] * flat["inference_replication_factor"]
         call = self.plan.micro_batch_size * copies
         whole = size - size % call
-        parts = [
-            (call, self._sessions.evaluate(rows(batch, start, start + call)))
-            for start in range(0, whole, call)
-        ]
+        self._send_weights()
+        parts: list[tuple[int, Mapping[str, Tensor]]] = []
+        for start in range(0, whole, call):
+            part = rows(batch, start, start + call)
+            found = self._worker.call("evaluate", batch=part)["outputs"]
+            parts.append((call, {name: value.clone() for name, value in found.items()}))
         if whole < size:
-            parts.append((size - whole, self._on_host(rows(batch, whole, size))))
+            self._fetch()
+            parts.append((size - whole, host_outputs(self.model, rows(batch, whole, size))))
         return join(parts).nested()
-
-    def data_loader(self, dataset: Any, **options: Any) -> Any:
-        """Return a ``poptorch.DataLoader`` whose batches are what :meth:`train_step` takes.
-
-        Args:
-            dataset: Rows as dicts of tensors.
-            **options: Of ``poptorch.DataLoader`` (``shuffle``, ``num_workers``, ``mode``, ...).
-        """
-        return self._poptorch.DataLoader(
-            make_options(self._flat, self._poptorch),
-            dataset,
-            batch_size=self.plan.micro_batch_size,
-            **options,
-        )
 
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the model's own state dict, fetched from the device."""
-        self._sessions.fetch_weights()
+        if not self._closed:
+            self._fetch()
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write a checkpoint of what the device holds, as :class:`Executable` says."""
         self._require_open()
         self.wait_for_checkpoint()
-        self._sessions.fetch_weights()
-        if self.optimizer is not None:
-            read_state(self.optimizer, self._sessions.optimizer_state(), self.model)
-        with self._as_made():
-            return super().save_checkpoint(path, *args, **options)
+        self._fetch()
+        if self.optimizer is not None and self._has_program:
+            state = {name: v.clone() for name, v in self._worker.pages("read_optimizer")}
+            read_state(self.optimizer, state, self.model)
+        return super().save_checkpoint(path, *args, **options)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint written by any target; the program is compiled again."""
         self._require_open()
-        self.wait_for_checkpoint()
-        self._sessions.release()
-        with self._as_made():
-            return super().load_checkpoint(path)
+        extra = super().load_checkpoint(path)
+        self._worker.call("release")
+        self._device_is_newer = self._has_program = False
+        self._weights.forget()
+        return extra
 
     def save_executable(
         self, path: str | Path, batch: Mapping[str, Any], *, offline_ipu_version: int | None = None
@@ -201,14 +234,17 @@ class PopTorchExecutable(Executable):
             raise LoweringError(f"{Path(path).parent} is no folder; make it first")
         if offline_ipu_version is not None:
             self._check_offline()
-        executor = self._sessions.attach_training(offline_ipu_version=offline_ipu_version)
-        try:
-            executor.compileAndExport(str(path), export_model=False, **batch)
-        except BaseException:
-            self._sessions.release()
-            raise
-        if offline_ipu_version is not None:
-            self._sessions.release()
+        self._send_weights()
+        groups = self._changed_groups()
+        self._worker.call(
+            "save_executable",
+            path=str(Path(path).absolute()),
+            batch=dict(batch),
+            groups=groups,
+            ipu_version=offline_ipu_version,
+        )
+        if offline_ipu_version is None:
+            self._sent, self._has_program = groups or self._sent, True
         return Path(path)
 
     def load_executable(self, path: str | Path) -> None:
@@ -218,51 +254,76 @@ class PopTorchExecutable(Executable):
             LoweringError: It is compiled already, or the file is of another version of poptorch.
         """
         self._require_open()
-        executor = self._sessions.attach_training()
-        if executor.isCompiled():
-            raise LoweringError("the model is compiled already; load the executable before it runs")
-        try:
-            executor.loadExecutable(str(path))
-        except self._poptorch.Error as error:
-            self._sessions.release()
-            raise LoweringError(f"poptorch cannot load {path}: {error}") from error
+        self._send_weights()
+        groups = self._changed_groups()
+        self._worker.call("load_executable", path=str(Path(path).absolute()), groups=groups)
+        self._sent, self._has_program = groups or self._sent, True
 
     def close(self) -> None:
-        """Fetch the weights, free the IPUs, and leave the model as it was."""
+        """Fetch the weights, free the IPUs and end the worker; the model keeps its class.
+
+        Raises:
+            StageError: The worker died after the last fetch, which nobody was told yet.
+        """
         if self._closed:
             return
         self._closed = True
         try:
-            self._sessions.fetch_weights()
-        finally:  # also when the device is lost
-            self._sessions.release()
-            self._forward.restore()
-            self._placement.undo()
-            for module, mode in self._modes:
-                module.training = mode
+            self._leave()
+        finally:  # also when the worker or the device is lost
+            _open.discard(self.model)
+            self._worker.end()
+            self._folder.cleanup()
         self.wait_for_checkpoint()
 
-    @contextlib.contextmanager
-    def _as_made(self) -> Iterator[None]:
-        """While it lasts, the model has its own class and forward (poptorch wraps both)."""
-        wrapped = self.model.__class__
-        self.model.__class__ = self._class
-        try:
-            with self._forward.restored():
-                yield
-        finally:
-            self.model.__class__ = wrapped
+    def _leave(self) -> None:
+        """Fetch the weights and let the worker free the IPUs, unless it is known to be dead."""
+        if not self._worker.is_dead:
+            self._fetch()
+            with contextlib.suppress(StageError):  # nothing is lost any more
+                self._worker.call("close")
+        elif self._device_is_newer:
+            logger.warning("the worker is gone: the weights are those that were fetched last")
 
-    # ---- evaluation ---------------------------------------------------------------------
+    def _fetch(self) -> None:
+        """Bring the weights here up to date."""
+        if self._device_is_newer:
+            self._check_unchanged()
+            self._weights.take(self._worker.pages("read"))
+            self._device_is_newer = False
 
-    def _on_host(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        self._sessions.fetch_weights()
-        self.model.eval()
-        with torch.no_grad():
-            values = self.model(**batch)
-        return dict(zip(self._forward.names, values, strict=True))
+    def _send_weights(self) -> None:
+        """Give the worker what was changed here, and the optimizer's state before it trains."""
+        if changed := self._check_unchanged():
+            for page in paged(changed):
+                self._worker.call("write", tensors=page)
+            self._weights.same()
+
+    def _check_unchanged(self) -> dict[str, Tensor]:
+        changed = self._weights.changed()
+        if changed and self._device_is_newer:
+            raise LoweringError(
+                f"{next(iter(changed))!r} was changed here while the device has newer weights; "
+                "call state_dict() first, which fetches them, and change the weights then"
+            )
+        return changed
+
+    def _changed_groups(self) -> list[dict[str, Any]] | None:
+        """Return the optimizer's groups if the worker has others; hand over its state at first."""
+        optimizer = self._required_optimizer()
+        groups = named_groups(optimizer, self.model)
+        if not self._has_program:
+            for page in paged(write_state(optimizer, self.model)):
+                self._worker.call("write_optimizer", tensors=page)
+            return groups
+        return groups if groups != self._sent else None
 
     # ---- checks -------------------------------------------------------------------------
+
+    def _required_optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            raise LoweringError("training needs an optimizer; pass one to compile(optimizer=...)")
+        return self.optimizer
 
     def _check_size(self, batch: Mapping[str, Any]) -> int:
         flat, wanted = self._flat, self.plan.total_batch_size * self._flat["device_iterations"]
@@ -277,7 +338,7 @@ class PopTorchExecutable(Executable):
         return int(wanted)
 
     def _check_offline(self) -> None:
-        if self._sessions.training is not None:
+        if self._has_program:
             raise LoweringError(
                 "the training program is made already for IPUs that are here; save an executable "
                 "for others before the first step"
@@ -293,168 +354,6 @@ class PopTorchExecutable(Executable):
     def _require_open(self) -> None:
         if self._closed:
             raise LoweringError("this executable is closed; compile the model again")
-
-
-class Sessions:
-    """Makes the executors when they are needed, and has at most one on the IPUs.
-
-    Args:
-        model: The annotated model.
-        placement: Its annotations.
-        forward: What the model's forward is while it is on the device.
-        optimizer: The user's torch optimizer; ``None`` for evaluation only.
-        settings: The flat object of ``settings.json``.
-        poptorch: The front end.
-
-    Attributes:
-        training: The executor that trains, once there is one.
-        inference: The executor that evaluates, once there is one.
-        device_optimizer: What ``training`` was given.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        placement: Placement,
-        forward: DeviceForward,
-        optimizer: torch.optim.Optimizer | None,
-        settings: Mapping[str, Any],
-        poptorch: Any,
-    ) -> None:
-        self.training: Any = None
-        self.inference: Any = None
-        self.device_optimizer: Any = None
-        self._model = model
-        self._placement = placement
-        self._forward = forward
-        self._optimizer = optimizer
-        self._settings = settings
-        self._poptorch = poptorch
-        # poptorch puts other classes in the place of these.
-        things = (model, *model.parameters(), *model.buffers())
-        self._own = [(thing, type(thing)) for thing in things]
-        self._sent: list[dict[str, Any]] = []
-        self._evaluated: frozenset[str] = frozenset()
-        self._result_names: list[str] = []
-
-    def train(self, batch: Mapping[str, Any]) -> Any:
-        """Run one call of the training program on ``batch`` and return its losses.
-
-        Raises:
-            LoweringError: poptorch refuses to compile the model.
-        """
-        executor = self.attach_training()
-        values = group_values(self._required_optimizer())
-        if values != self._sent:
-            executor.setOptimizer(self._make_optimizer())
-            self._sent = values
-        return self._call(executor, batch)
-
-    def evaluate(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run one call of the evaluation program on ``batch`` and return its tensors by name.
-
-        Raises:
-            LoweringError: poptorch refuses to compile the model.
-        """
-        executor = self._attach_inference(frozenset(batch))
-        is_new = not executor.isCompiled()
-        values = self._call(executor, batch)
-        if is_new:  # a compiled program never calls forward again
-            self._result_names = list(self._forward.names)
-        return dict(zip(self._result_names, values, strict=True))
-
-    def attach_training(self, *, offline_ipu_version: int | None = None) -> Any:
-        """Return the executor that trains; if it is compiled, it is on the IPUs.
-
-        Args:
-            offline_ipu_version: Compile for these IPUs, which are not here.
-        """
-        self._detach(self.inference)
-        if self.training is None:
-            options = make_options(self._settings, self._poptorch)
-            options.setExecutionStrategy(self._placement.strategy())
-            if offline_ipu_version is not None:
-                options.useOfflineIpuTarget(offline_ipu_version)
-            self.device_optimizer = self._make_optimizer()
-            self._sent = group_values(self._required_optimizer())
-            self._hand_over_state()
-            self._model.train()
-            self.training = self._poptorch.trainingModel(
-                self._model, options, self.device_optimizer
-            )
-        elif self.training.isCompiled() and not self.training.isAttachedToDevice():
-            self.training.attachToDevice()
-        return self.training
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Return the device's optimizer state by its names; empty before the first step."""
-        if self.training is None or not self.training.isCompiled():
-            return {}
-        return self.device_optimizer.state_dict()["ipu_state"] or {}
-
-    def fetch_weights(self) -> None:
-        """Bring the host's weights up to date."""
-        if self.training is not None and self.training.isCompiled():
-            self.training.copyWeightsToHostIfNeeded()
-
-    def release(self) -> None:
-        """Free the IPUs; weights come back, the programs are gone, classes are the user's."""
-        for executor in (self.inference, self.training):
-            if executor is not None:
-                executor.destroy()
-        self.training = self.inference = self.device_optimizer = None
-        # An executor that was never compiled does not unwrap the model when it is destroyed.
-        for thing, kind in self._own:
-            thing.__class__ = kind
-
-    def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
-        if executor.isCompiled():
-            return executor(**batch)
-        try:
-            return executor(**batch)
-        except self._poptorch.Error as error:
-            self.release()
-            raise LoweringError(f"poptorch cannot compile the model: {error}") from error
-        except BaseException:
-            self.release()
-            raise
-
-    def _attach_inference(self, names: frozenset[str]) -> Any:
-        self._detach(self.training)
-        if self.inference is not None and names != self._evaluated:
-            self.inference.destroy()  # compiled for other inputs, such as labels
-            self.inference = None
-        self._evaluated = names
-        if self.inference is None:
-            options = make_options(self._settings, self._poptorch, inference=True)
-            deep = self._settings["num_stages"]
-            pipelined = self._settings["inference_device_iterations"] >= deep
-            options.setExecutionStrategy(self._placement.strategy(pipelined=pipelined))
-            self._model.eval()
-            self.inference = self._poptorch.inferenceModel(self._model, options)
-        elif self.inference.isCompiled() and not self.inference.isAttachedToDevice():
-            self.inference.attachToDevice()
-        return self.inference
-
-    def _detach(self, executor: Any) -> None:
-        if executor is not None and executor.isCompiled() and executor.isAttachedToDevice():
-            executor.detachFromDevice()
-
-    def _make_optimizer(self) -> Any:
-        groups = device_groups(self._required_optimizer())
-        return make_optimizer(self._settings, groups, self._poptorch)
-
-    def _hand_over_state(self) -> None:
-        state = write_state(self._required_optimizer(), self._model)
-        if state:
-            own = self.device_optimizer.state_dict()
-            scaling = {"lossScaling": self._settings["loss_scaling"]}
-            self.device_optimizer.load_state_dict({**own, "ipu_state": state, "ipu_param": scaling})
-
-    def _required_optimizer(self) -> torch.optim.Optimizer:
-        if self._optimizer is None:
-            raise LoweringError("training needs an optimizer; pass one to compile(optimizer=...)")
-        return self._optimizer
 
 
 def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
@@ -479,6 +378,6 @@ def join(parts: Sequence[tuple[int, Mapping[str, Tensor]]]) -> EvalResult:
     outputs = {
         name: torch.cat([values[name] for _, values in parts])
         for name in parts[0][1]
-        if name != "loss"
+        if name != "loss" and all(name in values for _, values in parts)
     }
     return EvalResult(loss, outputs)

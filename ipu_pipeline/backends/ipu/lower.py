@@ -1,4 +1,4 @@
-"""Check a plan for poptorch and turn it into an executable.
+"""Check a plan for poptorch and start a worker that runs it.
 
 Everything here was run against the stand-in (:mod:`ipu_pipeline_emulator`), which
 was written from the public sources of poptorch 3.4. Nothing of it has run on an IPU or with
@@ -8,19 +8,15 @@ Graphcore's own poptorch.
 from __future__ import annotations
 
 import logging
-import sys
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
 
-from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.check import check, notes
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
+from ipu_pipeline.backends.ipu.sdk_python import find_sdk_python
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -38,9 +34,10 @@ def lower(
     """Return an executable that runs ``plan`` on IPUs.
 
     Raises:
-        LoweringError: poptorch is not installed, or it cannot run the plan.
+        LoweringError: No SDK is named, or it cannot run the plan or the model.
+        StageError: The worker died.
     """
-    poptorch = _poptorch()
+    python = find_sdk_python(options.sdk_python)
     _check_options(options, plan)
     _refuse_hooks(model)
     device_optimizer = None
@@ -58,18 +55,9 @@ def lower(
     check(plan, settings)
     for note in notes(plan, settings):
         logger.warning("%s", note)
-    annotations = annotate(plan, checkpoint_layers=settings.config.recompute_checkpoint_every_layer)
-    return PopTorchExecutable(model, plan, optimizer, annotations, settings, poptorch)
-
-
-def _poptorch() -> Any:
-    if "poptorch" not in sys.modules and find_spec("poptorch") is None:
-        raise LoweringError(
-            "poptorch is not installed: it comes with Graphcore's SDK. Here you can write a bundle "
-            "for a machine that has it (ipu-pipeline emit PLAN -o bundle/), run that on the CPU "
-            "(ipu-pipeline run bundle/ --emulate), or use target='local'"
-        )
-    return import_module("poptorch")
+    return PopTorchExecutable(
+        model, plan, optimizer, settings, python, self_check=options.self_check
+    )
 
 
 def _is_half(model: nn.Module) -> bool:

@@ -68,20 +68,28 @@ def optimizer_settings(
     )
 
 
-def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the numbers of every group that the device must know."""
-    names = _VARYING[type(optimizer).__name__]
-    return [
-        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
-    ]
+def named_groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the groups for the device's optimizer, parameters by name, as plain data.
+
+    Raises:
+        LoweringError: A group holds something that is no parameter of the model.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    keys = _VARYING[type(optimizer).__name__]
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        if foreign := [p for p in group["params"] if id(p) not in names]:
+            raise LoweringError(
+                f"group {number} of the optimizer holds {len(foreign)} tensors that are no "
+                "parameters of the model; make the optimizer over model.parameters()"
+            )
+        numbers = {key: _plain(group[key]) for key in keys if key in group}
+        groups.append({"params": [names[id(p)] for p in group["params"]], **numbers})
+    return groups
 
 
-def device_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the groups, parameters included, for the device's optimizer."""
-    return [
-        {"params": list(group["params"]), **values}
-        for group, values in zip(optimizer.param_groups, group_values(optimizer), strict=True)
-    ]
+def _plain(value: Any) -> Any:
+    return [float(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
 
 
 def read_state(

@@ -12,17 +12,30 @@ from math import isfinite
 from typing import Any
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.layout import (
     convolutional_layers,
     layout_of,
+    make_layout,
     placement_of,
 )
-from ipu_pipeline.backends.ipu.prices.predict import program_of
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
+from ipu_pipeline.backends.ipu.prices.predict import Prediction, program_of
+from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
 OPTIMIZERS = ("AdamW", "Adam", "LAMB", "SGD", "RMSprop")
+# Fields of a configuration that the price of a plan reads, and that have a plain default.
+_PRICED = (
+    "device_iterations",
+    "matmul_proportion",
+    "optimizer_state_offchip",
+    "replicated_tensor_sharding",
+    "recompute_checkpoint_every_layer",
+    "enable_half_partials",
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class PopTorchSettings:
         optimizer: The optimizer.
         half: Weights and activations in float16.
         seed: Seed of the device and of torch; ``None`` leaves it.
+        inference: What evaluation does where its placement is another one; ``None``: the same.
     """
 
     config: IPUConfig
@@ -86,6 +100,18 @@ class PopTorchSettings:
     optimizer: OptimizerSettings = OptimizerSettings()
     half: bool = False
     seed: int | None = None
+    inference: Prediction | None = None
+
+    def inference_places(self) -> Mapping[str, tuple[int, int, int]] | None:
+        """Return stage, IPU and slices of every block in evaluation; ``None``: as in training."""
+        if self.inference is None:
+            return None
+        graph, settings = self.inference.graph, self.inference.settings
+        return {
+            name: (index, stage.ipu, serialization_factor(graph, graph[name], settings))
+            for index, stage in enumerate(self.inference.layout.stages)
+            for name in stage.blocks
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat object that ``settings.json`` holds; every value explicit."""
@@ -94,6 +120,10 @@ class PopTorchSettings:
             "inference_device_iterations": config.inference_device_iterations,
             "inference_replication_factor": config.replicas(inference=True),
             "inference_memory_proportions": list(config.memory_proportions(inference=True)),
+            "inference_num_stages": (
+                len(self.inference.layout.stages) if self.inference else self.num_stages
+            ),
+            "inference_ipus_per_replica": config.num_ipus(inference=True),
         }
         return {
             "micro_batch_size": self.micro_batch_size,
@@ -141,22 +171,46 @@ def settings_for(
     Raises:
         LoweringError: The configuration contradicts the plan.
     """
+    found, told = ipu_config_of_plan(plan, config), optimizer or OptimizerSettings()
+    if found.enable_half_first_order_momentum:
+        told = replace(told, first_order_momentum_dtype="float16")
     return PopTorchSettings(
-        config=ipu_config_of_plan(plan, config),
+        config=found,
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
-        optimizer=optimizer or OptimizerSettings(),
+        optimizer=told,
+        inference=_inference_of(plan, found),
         half=half,
         seed=seed,
     )
+
+
+def _inference_of(plan: Plan, config: IPUConfig) -> Prediction | None:
+    """Return what evaluation does, where the configuration places it in another way.
+
+    Raises:
+        ConfigError: The configuration's numbers do not fit the model.
+    """
+    others = (
+        "layers_per_ipu", "ipus_per_replica", "embedding_serialization_factor",
+        "projection_serialization_factor", "serialized_embedding_splits_per_ipu",
+        "serialized_projection_splits_per_ipu",
+    )  # fmt: skip
+    given = {name: getattr(config, f"inference_{name}") for name in others}
+    if all(value in (None, getattr(config, name)) for name, value in given.items()):
+        return None
+    settings = IPUSettings.from_config(config, training=False)
+    if config.inference_layers_per_ipu is None and settings.num_ipus == config.num_ipus():
+        settings = replace(settings, stage_starts=tuple((config.stage_starts or {}).items()))
+    layout = make_layout(plan.graph, settings)
+    return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
 
 
 def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     """Return the ``ipu_config.json`` of a plan: what both can say, and the rest from ``base``.
 
     Raises:
-        LoweringError: ``base`` says something else than the plan about layers, replicas,
-            accumulation or slices.
+        LoweringError: ``base`` says something else than the plan, whose price would be another's.
     """
     program = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], program.num_ipus)
@@ -174,11 +228,15 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         "recompute": program.recompute,
         "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
     }
+    sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts)).ipu_config()
     if base is None:
-        sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts))
-        return replace(sized.ipu_config(), **said)
-    _check_agreement(base, said)
-    return replace(base, **said)
+        return replace(sized, **said)
+    own = {name: getattr(sized, name) for name in _PRICED if plan.graph.training}
+    if not program.recompute:  # then nothing is recomputed from what is kept
+        own.pop("recompute_checkpoint_every_layer", None)
+    _check_agreement(base, said, own)
+    chosen = {n: v for n, v in own.items() if _value(base, n) != v}
+    return replace(base, **said, **chosen)
 
 
 def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
@@ -206,18 +264,37 @@ def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     }
 
 
-def _check_agreement(base: IPUConfig, said: Mapping[str, Any]) -> None:
-    layers = sum(said["layers_per_ipu"])
+def _value(config: IPUConfig, name: str) -> Any:
+    """Return a field in the form in which a plan says it."""
+    if name == "matmul_proportion":
+        return config.memory_proportions()
+    value = getattr(config, name)
+    return value and config.replicas() > 1 if name == "replicated_tensor_sharding" else value
+
+
+def _check_agreement(base: IPUConfig, said: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a configuration that says something else than the plan.
+
+    Args:
+        base: The configuration.
+        said: What the plan always says.
+        own: What its program does, where a configuration that leaves the default agrees.
+    """
+    layers, plain = sum(said["layers_per_ipu"]), IPUConfig()
     theirs: dict[str, Any] = {
         "gradient_accumulation_steps": base.gradient_accumulation_steps,
         "replication_factor": base.replicas(),
     }
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
+    if base.recompute is not None and base.num_ipus() > 1:
+        theirs["recompute"] = base.recompute
+    changed = [name for name in own if getattr(base, name) != getattr(plain, name)]
+    theirs |= {name: _value(base, name) for name in changed}
     different = [
-        f"{name}: plan {said[name]}, configuration {value}"
+        f"{name}: plan {planned}, configuration {value}"
         for name, value in theirs.items()
-        if said[name] != value
+        if (planned := {**said, **own}[name]) != value
     ]
     if different:
         raise LoweringError(

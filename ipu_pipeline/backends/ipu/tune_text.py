@@ -107,7 +107,8 @@ def why(result: TuneResult) -> str:
     text = (
         f"Why this one: {settings.replicas} replicas of {settings.num_ipus} IPUs with a micro "
         f"batch of {best.micro_batch} spend their step on {shares}. Memory: IPU "
-        f"{best.fullest[1]} is the fullest, {result.best.free:.1%} of its fullest tile is free."
+        f"{best.fullest[1]} is the fullest, {result.best.free:.1%} of its fullest tile is free. "
+        f"On the device, {settings.recomputation}."
     )
     return "\n".join([text, *_others(result)])
 
@@ -179,7 +180,7 @@ def _facts(prediction: Prediction) -> dict[str, Any]:
         "device iterations": settings.device_iterations,
         "layers per IPU": _short(layers_of(prediction.graph, prediction.layout)),
         "proportions": _short(settings.proportions),
-        "kept for the backward pass": _kept(settings),
+        "recomputation": settings.recomputation,
         "embedding slices": settings.embedding_factor,
         "projection slices": settings.projection_factor,
         "optimizer state": _placement(settings),

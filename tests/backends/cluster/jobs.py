@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,6 +22,7 @@ from ipu_pipeline.backends.cluster.executable import DistributedExecutable
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops import linear
 from ipu_pipeline.ops.adamw import StochasticRoundingAdamW
+from tests.backends.cluster.processes import PLANS
 from tests.tiny_models import TINY
 
 MICROBATCHES = 4
@@ -37,11 +43,22 @@ def built(
     """Return a model, its plan, and a batch for all replicas."""
     model, example = TINY[name].build(dropout=dropout)
     model.to(dtype)
-    planned = {"microbatches": MICROBATCHES, **planned}
+    planned = {"microbatches": MICROBATCHES, "num_stages": num_stages, **planned}
     size = 2 * planned["microbatches"] * replicas
     _, batch = TINY[name].build(batch_size=size, seed=3)
-    plan = ipp.plan(model, example, num_stages=num_stages, **planned)
-    return model, replace(plan, replicas=replicas), batch
+    with planned_once((name, dropout, dtype, *sorted(planned.items()))) as path:
+        if not path.exists():
+            ipp.plan(model, example, **planned).save(path)
+    return model, replace(Plan.load(path), replicas=replicas), batch
+
+
+@contextmanager
+def planned_once(key: tuple[Any, ...]) -> Iterator[Path]:
+    """Give the file of a plan, to one process at a time: the first one makes it for all."""
+    path = Path(os.environ[PLANS]) / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.json"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
 
 
 def compiled(
@@ -217,9 +234,10 @@ def save_into_a_file(planned: dict[str, Any], path: str) -> str:
 
 
 def mismatch(what: str, planned: dict[str, Any]) -> str:
-    """Start with something different on the last rank; return the refusal."""
+    """Plan on every rank, start with something different on the last one; return the refusal."""
     odd = dist.get_rank() == dist.get_world_size() - 1
-    model, plan, _ = built("bert-qa", **planned)
+    model, example = TINY["bert-qa"].build()
+    plan = ipp.plan(model, example, microbatches=MICROBATCHES, **planned)
     options: dict[str, Any] = {}
     if what == "plan" and odd:
         model, plan, _ = built("bert-qa", **{**planned, "microbatches": 2 * MICROBATCHES})

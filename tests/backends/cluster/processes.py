@@ -6,13 +6,21 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[3]
+# Of the plans that the processes of a test run share; processes inherit the name of the folder.
+PLANS = "IPU_PIPELINE_TEST_PLANS"
+if PLANS not in os.environ:
+    _plans = tempfile.TemporaryDirectory(prefix="ipu-pipeline-plans-")
+    os.environ[PLANS] = _plans.name
 ANSWER_S = 60.0
 
 
@@ -22,27 +30,31 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def forked(target: Callable[..., Any], *arguments: Any) -> Any:
+    """Start a process that is forked from a server that has imported everything once."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.backends.cluster.jobs"])
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 class Processes:
     """``world_size`` gloo processes with one thread each.
 
-    They are forked from a server that has imported everything once. An answer may take
-    ``answer_s`` seconds.
+    An answer may take ``answer_s`` seconds.
     """
 
     def __init__(self, world_size: int, *, joined: bool = True, answer_s: float = ANSWER_S) -> None:
         self.answer_s = answer_s
-        os.environ["PYTHONPATH"] = str(ROOT)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.backends.cluster.jobs"])
+        self.muted: set[int] = set()
         port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, port, theirs, joined), daemon=True
-            )
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = forked(_serve, rank, world_size, port, theirs, joined)
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -61,6 +73,7 @@ class Processes:
 
         Ranks that are ``mute`` cannot answer and are not waited for.
         """
+        self.muted |= set(mute)
         for pipe in self.pipes:
             pipe.send((job, arguments))
         found = []
@@ -78,8 +91,9 @@ class Processes:
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()
-        for process in self.processes:
-            process.join(timeout=5)
+        for rank, process in enumerate(self.processes):
+            if rank not in self.muted:
+                process.join(timeout=5)
             process.kill()
 
 
@@ -115,3 +129,20 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
         except Exception as error:
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
             pipe.send((False, text))
+
+
+def launch(folder: Path, logs: str, program: tuple[str, ...], changes: dict[str, int]) -> NoReturn:
+    """Start the program in two processes, in a process of its own; both streams are files."""
+    from ipu_pipeline.backends.cluster.launch import LaunchSpec
+    from ipu_pipeline.backends.cluster.torchrun import start
+
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    tempfile.tempdir = None
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), stream)
+    spec = LaunchSpec(
+        folder / "plan.json", program, described="", **{"num_processes": 2, **changes}
+    )
+    tell = partial(print, file=sys.stderr)
+    sys.exit(start(spec, spec.settings(), tell, Path(logs) if logs else None))

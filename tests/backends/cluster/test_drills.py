@@ -1,6 +1,7 @@
 """A rank is killed with signal 9; torchrun starts all again, and nothing is different.
 
-``python -m tests.backends.cluster.drill --points 10`` does this at 40 points.
+``make test-acceptance`` does this at 100 points: 25 each in the forward pass, the backward pass,
+the optimizer's step and the writing of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ from tests.backends.cluster.processes import ROOT
 
 
 @pytest.mark.acceptance
-@pytest.mark.timeout(600)  # most of it is starting processes
+@pytest.mark.timeout(7200)  # most of it is starting processes
 def test_a_killed_rank_changes_nothing() -> None:
-    command = [sys.executable, "-m", "tests.backends.cluster.drill", "--points", "1"]
-    command += ["--places", "forward", "checkpoint", "--torchrun-every", "2"]
+    command = [sys.executable, "-m", "tests.backends.cluster.drill", "--points", "25"]
+    command += ["--torchrun-every", "10"]
     done = subprocess.run(
         command,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=7100,
     )
-    assert "0 of 2 points failed" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count(": same") == 2
-    assert "forward of transformer.h.2.ln_1, microbatch 2 by torchrun: from checkpoint-" in (
-        done.stdout
-    )
+    print(done.stdout)
+    assert "\n0 of 100 points failed" in done.stdout, done.stderr[-3000:]
+    assert done.stdout.count(": same\n") == 100
+    assert " by torchrun: from checkpoint-" in done.stdout

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from tests.backends.cluster import jobs, matrix
 from tests.backends.cluster.processes import Processes
+from tests.later import every_second
 
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2}
 ONE = {"num_stages": 1, "microbatches": 2 * jobs.MICROBATCHES}
 
 
-@pytest.mark.parametrize("name", ["gpt2-lm", "lxmert-qa"])
-@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    every_second(product(("gpt2-lm", "lxmert-qa"), ("gpipe", "interleaved", "zbv"))),
+)
 def test_gradients_of_two_replicas(four: Processes, name: str, schedule: str) -> None:
     case = matrix.case(schedule, 2)
     case["planned"] |= {"replicas": 2, "microbatches": 8}
@@ -21,7 +26,7 @@ def test_gradients_of_two_replicas(four: Processes, name: str, schedule: str) ->
 
 @pytest.mark.parametrize("name", ["bert-qa", "gpt2-lm"])
 def test_two_by_two_equals_one_process_at_the_same_batch(four: Processes, name: str) -> None:
-    steps = 20
+    steps = 6
     found = four.run("curve", name=name, planned=TWO_BY_TWO, steps=steps, max_grad_norm=0.5)
     made, batch = jobs.compiled(
         name, target="local", planned={"dropout": True, **ONE}, max_grad_norm=0.5

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.backends.cluster.jobs import compiled
-from tests.backends.cluster.processes import ROOT
+from tests.backends.cluster.processes import ROOT, forked, launch
 
 # Waits for nobody: rank 0 is ended by the launcher when rank 1 fails.
 FAILS = """
@@ -43,19 +43,6 @@ time.sleep(60 * (sys.argv[2] != "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] 
 """
 
 
-START = """
-import json, sys
-from pathlib import Path
-from ipu_pipeline.backends.cluster.launch import LaunchSpec
-from ipu_pipeline.backends.cluster.torchrun import start
-logs, changes, *program = sys.argv[1:]
-changes = {"num_processes": 2, **json.loads(changes)}
-spec = LaunchSpec(Path("plan.json").absolute(), tuple(program), described="", **changes)
-tell = lambda line: print(line, file=sys.stderr)
-sys.exit(start(spec, spec.settings(), tell, Path(logs) if logs else None))
-"""
-
-
 @dataclass
 class Launched:
     """Starts a script in two processes, from a process of its own."""
@@ -66,14 +53,11 @@ class Launched:
         self, script: str, *arguments: str, logs: str = "", **changes: int
     ) -> subprocess.CompletedProcess[str]:
         (self.folder / "script.py").write_text(script)
-        return subprocess.run(
-            [sys.executable, "-c", START, logs, json.dumps(changes), "script.py", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        process = forked(launch, self.folder, logs, ("script.py", *arguments), changes)
+        process.join(100)
+        assert process.exitcode is not None
+        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess((), process.exitcode, out, err)
 
     def kept(self) -> list[Path]:
         """Return the temporary folders that are left."""
@@ -172,19 +156,15 @@ def test_signals_end_the_ranks(
     tmp_path: Path, number: signal.Signals, code: int, said: str
 ) -> None:
     (tmp_path / "script.py").write_text(WAITS)
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, "", "{}", "script.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=100)
-    assert process.returncode == code
+    process = forked(launch, tmp_path, "", ("script.py", str(tmp_path)), {})
+    out = tmp_path / "out"
+    while process.is_alive() and not (out.exists() and out.read_text()):
+        time.sleep(0.01)
+    assert out.read_text() == "up\n"
+    os.kill(process.pid, number)
+    process.join(100)
+    messages = (tmp_path / "err").read_text()
+    assert process.exitcode == code
     assert {"0", "1"} < {path.name for path in tmp_path.iterdir()}
     assert said in messages
     if number == signal.SIGINT:

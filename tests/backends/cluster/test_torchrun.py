@@ -29,7 +29,10 @@ with made:
 """
 
 
-@pytest.mark.parametrize("how", ["ends", "fails", "hangs"])
+# That one ends well is also seen by test_two_processes_train_as_one_does.
+@pytest.mark.parametrize(
+    "how", [pytest.param("ends", marks=pytest.mark.acceptance), "fails", "hangs"]
+)
 def test_a_script(tmp_path: Path, how: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

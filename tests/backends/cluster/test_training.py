@@ -12,6 +12,7 @@ from tests.backends.cluster.processes import Processes
 
 TWO = {"num_stages": 2}
 NAMES = ["bert-qa", "gpt2-lm", "t5", "lxmert-qa"]
+TIED = ("gpt2-lm", "t5")
 
 
 def assert_equal(found: list[dict[str, Any]]) -> None:
@@ -27,7 +28,7 @@ def assert_equal(found: list[dict[str, Any]]) -> None:
 def test_curves_with_dropout_equal_the_local_targets(
     two: Processes, name: str, recompute: str
 ) -> None:
-    steps = 10
+    steps = 6
     options = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
     found = two.run("curve", name=name, planned=TWO, steps=steps, recompute=recompute, **options)
     made, batch = jobs.compiled(name, target="local", planned={"dropout": True, **TWO}, **options)
@@ -38,12 +39,8 @@ def test_curves_with_dropout_equal_the_local_targets(
     assert found[0]["losses"] == pytest.approx([e.loss for e in expected], rel=1e-5)
     assert found[0]["norms"] == pytest.approx([e.grad_norm for e in expected], rel=1e-4)
     assert max(found[0]["norms"]) > 0.5  # clipping was on
-
-
-@pytest.mark.parametrize("name", ["gpt2-lm", "t5"])
-def test_tied_weights_stay_equal_to_the_bit(two: Processes, name: str) -> None:
-    found = two.run("curve", name=name, planned=TWO, steps=20)
-    both = set(found[0]["own"]) & set(found[1]["own"])
-    assert both
-    assert all(found[0]["own"][n] == found[1]["own"][n] for n in both)
+    own = [rank["own"] for rank in found]
+    both = own[0].keys() & own[1].keys()
+    assert bool(both) == (name in TIED)
+    assert all(own[0][n] == own[1][n] for n in both)  # to the bit
     assert found[0]["state"] == found[1]["state"]

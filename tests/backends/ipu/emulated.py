@@ -161,6 +161,11 @@ def _build(name: str, changes: dict[str, Any], count: int, seed: int) -> tuple[n
     )
 
 
+def sessions_of(device: PopTorchExecutable) -> Any:
+    """Return the programs of a worker that runs in a thread of this process."""
+    return device._worker._process.server.sessions  # type: ignore[attr-defined]
+
+
 def assert_same_weights(left: nn.Module, right: nn.Module, tolerance: float = 1e-6) -> None:
     """Compare state dicts entry by entry: absolutely, and relatively above 1."""
     ours, theirs = left.state_dict(), right.state_dict()

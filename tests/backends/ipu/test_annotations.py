@@ -38,9 +38,15 @@ def test_one_annotation_per_block_in_order() -> None:
     assert found[1].forward_ms > found[-1].forward_ms > 0
 
 
-def test_layers_are_kept_when_asked() -> None:
-    kept = [a.block for a in annotate(_plan(), checkpoint_layers=True) if a.checkpoint]
-    assert kept == [f"bert.encoder.layer.{i}" for i in range(4)]
+def test_what_is_recomputed_from_is_what_the_price_says() -> None:
+    every = {"recompute_checkpoint_every_layer": True}
+
+    def kept(**said: Any) -> list[str]:
+        return [a.block for a in annotate(_plan(**said)) if a.checkpoint]
+
+    # PopART would recompute the last stage up to a checkpoint in it; the price recomputes none.
+    assert kept(**every) == ["bert.embeddings", *(f"bert.encoder.layer.{i}" for i in range(2))]
+    assert kept() == kept(recompute=False, **every) == []
 
 
 def test_a_stage_that_begins_with_the_loss() -> None:
@@ -93,8 +99,7 @@ def test_a_plan_and_its_configuration_go_both_ways() -> None:
         matmul_proportion=(0.1, 0.2),
         device_iterations=2,
     )
-    plan = _plan(**{k: getattr(config, k) for k in ("layers_per_ipu", "replication_factor")},
-                 gradient_accumulation_steps=8)  # fmt: skip
+    plan = _plan(**config.to_dict())
     assert ipu_config_of_plan(plan, config) == replace(config, recompute=True)
     alone = ipu_config_of_plan(plan)
     assert alone.layers_per_ipu == (1, 3)
@@ -103,6 +108,13 @@ def test_a_plan_and_its_configuration_go_both_ways() -> None:
     again = ipp.plan(model, batch, machine="pod16", config=alone, replicas=alone.replicas())
     assert [s.blocks for s in again.stages] == [s.blocks for s in plan.stages]
     assert again.objective_s == plan.objective_s
+
+
+def test_what_a_configuration_leaves_open_is_the_plans() -> None:
+    plan = _plan(optimizer_state_offchip=True, matmul_proportion=(0.1, 0.3))
+    found = ipu_config_of_plan(plan, IPUConfig(gradient_accumulation_steps=16, seed=3))
+    assert (found.matmul_proportion, found.optimizer_state_offchip) == ((0.1, 0.3), True)
+    assert found.seed == 3
 
 
 def test_wildcards_become_numbers() -> None:
@@ -119,6 +131,11 @@ def test_wildcards_become_numbers() -> None:
         ({"layers_per_ipu": (3, 1)}, r"layers_per_ipu: plan \(2, 2\), configuration \(3, 1\)"),
         ({"gradient_accumulation_steps": 8}, r"gradient_accumulation_steps: plan 16, .* 8"),
         ({"replication_factor": 2}, r"replication_factor: plan 1, configuration 2"),
+        # all that the price reads: what was priced is what is emitted
+        ({"recompute": False}, r"recompute: plan True, configuration False"),
+        ({"recompute_checkpoint_every_layer": True}, r"every_layer: plan False, configuration Tr"),
+        ({"matmul_proportion": 0.3}, r"matmul_proportion: plan \(0.2, 0.2\), conf.* \(0.3, 0.3\)"),
+        ({"device_iterations": 2}, r"device_iterations: plan 1, configuration 2"),
     ],
 )
 def test_a_configuration_that_contradicts_the_plan(config: dict[str, Any], message: str) -> None:

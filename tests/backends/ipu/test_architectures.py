@@ -6,7 +6,7 @@ import pytest
 
 from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.errors import CaptureError
-from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case
+from tests.backends.ipu.emulated import ALL, adamw, assert_same_weights, case, sessions_of
 from tests.later import every_second
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -21,15 +21,26 @@ def test_trains_where_the_plan_says(name: str) -> None:
         batches = [made.batch(seed) for seed in range(2)]
         losses = [device.train_step(batch).loss for batch in batches]
         expected = [local.train_step(batch).loss for batch in batches]
-        program = device._sessions.training.program
+        program = sessions_of(device).training.program
         device.close()
         assert losses == pytest.approx(expected, rel=1e-6)
         assert_same_weights(made.model, local.model)
-    planned = {a.block: (a.stage, a.ipu) for a in annotate(made.plan) if a.begins}
-    assert {b.id: (b.stage, b.ipu) for b in program.blocks if b.id} == planned
-    for stage in made.plan.stages:
-        assert stage.device < 2
-    assert all(len(ipus) == 1 for ipus in program.ipus_of_variables().values())
+    names = {id(parameter): name for name, parameter in made.model.named_parameters()}
+    planned = {
+        names[id(parameter)]: [annotation.ipu]
+        for annotation in annotate(made.plan)
+        if annotation.begins
+        for parameter in made.model.get_submodule(annotation.module).parameters()
+    }
+    placed = program.ipus_of_variables()
+    assert {n: ipus for n, ipus in placed.items() if n in planned} == {
+        n: ipus for n, ipus in planned.items() if n in placed
+    }
+    assert len(planned.keys() & placed.keys()) > len(names) / 2
+    devices = [block.ipu for block in program.blocks if block.id]
+    assert [d for d, before in zip(devices, [None, *devices], strict=False) if d != before] == [
+        stage.device for stage in made.plan.stages
+    ]
 
 
 def test_spec_augment_draws_on_the_host_and_is_refused() -> None:

@@ -48,8 +48,7 @@ def test_model_parallel_is_pinned(name: str, golden: Callable[[str, str], None])
     model, batch = from_config(tiny.config(**changes), tiny.task, batch_size=2, seq_length=16)
     config = IPUConfig(gradient_accumulation_steps=16, **GOLDEN[name])
     plan = ipp.plan(model, batch, machine="pod16", config=config)
-    every = config.recompute_checkpoint_every_layer
-    text = model_parallel_text(plan, annotate(plan, checkpoint_layers=every))
+    text = model_parallel_text(plan, annotate(plan))
     golden(f"model_parallel_{name}.py.txt", text)
 
 
@@ -264,6 +263,10 @@ EDITS = {
         [("ipu=1", "ipu=0")] * 3,
         r"no block is on IPU 1; a replica has 2 IPUs: place a block there",
     ),
+    "evaluation": (
+        [('"qa_outputs", stage=1, ipu=1)', '"qa_outputs", stage=1, ipu=1, inference=(0, 0, 1))')],
+        r"inference: block 'qa_outputs' is in stage 0 after one in stage 1; stages must be 0, 1",
+    ),
     "slices": (
         [('stage=0, ipu=0)', "stage=0, ipu=0, serialize=2)")],
         r"serialization factor 2 of 'bert\.embeddings' does not divide its 99 rows; divisors up "
@@ -405,6 +408,12 @@ def test_a_model_class_that_transformers_has_not(
         ("{", "[", "settings.json", "settings.json cannot be read: "),
         ("BLOCKS", "BLCKS", "model_parallel.py", "model_parallel.py cannot be read: KeyError"),
         ("stage=0", "stage=0.5", "model_parallel.py", "is 0.5; give a whole number from 0 on"),
+        (
+            "stage=0,",
+            "stage=0, inference=(0, 1.5, 1),",
+            "model_parallel.py",
+            "inference of block 'bert.embeddings' is (0, 1.5, 1); give (stage, ipu, serialize)",
+        ),
         ("{", "[", "config.json", "no model can be made of"),
     ],
 )

@@ -17,6 +17,7 @@ from ipu_pipeline.backends.ipu.settings import (
     PopTorchSettings,
     settings_for,
 )
+from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from tests.tiny_models import TINY
@@ -82,6 +83,42 @@ def test_an_ipu_without_a_stage() -> None:
         r"IPU 1 has no stage although IPU 2 has one; number the IPUs of a replica from 0",
         _stages(_plan(), first, replace(second, device=2)),
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"inference_layers_per_ipu": (1, 1, 2), "inference_replication_factor": 22},
+            r"inference: 22 replicas of 3 IPUs are 66, .*; lower inference_replication_factor",
+        ),
+        (
+            {"inference_layers_per_ipu": (2, 0, 2)},
+            r"inference: IPU 1 has no block; lower inference_ipus_per_replica, or give",
+        ),
+        (
+            {"inference_layers_per_ipu": (4,), "inference_embedding_serialization_factor": 5},
+            r"inference: block 'bert.embeddings' is to run in 5 slices, but its table has 4098",
+        ),
+    ],
+)
+def test_another_placement_for_evaluation(config: dict[str, Any], message: str) -> None:
+    tiny = TINY["bert-qa"]
+    model, batch = from_config(tiny.config(vocab_size=4098), tiny.task, batch_size=2, seq_length=16)
+    said = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8, **config)
+    plan = ipp.plan(model, batch, machine="pod16", config=said)
+    _refused(message, plan, settings_for(plan, said))
+
+
+def test_a_placement_for_evaluation_that_does_not_fit() -> None:
+    settings = settings_for(_plan(), IPUConfig(
+        layers_per_ipu=(2, 2), gradient_accumulation_steps=8, inference_layers_per_ipu=(4,)
+    ))  # fmt: skip
+    assert settings.inference is not None
+    small = replace(settings.inference.chip, tile_memory_bytes=1000)
+    tight = replace(settings, inference=replace(settings.inference, chip=small))
+    message = r"inference: the fullest tile of IPU 0 needs .*; move layers to other IPUs in inf"
+    _refused(message, _plan(), tight)
 
 
 def test_a_tied_weight_on_two_ipus() -> None:
@@ -197,7 +234,6 @@ def test_several_reasons_are_all_said() -> None:
     [
         (lambda p: (replace(p, replicas=3), _with()), "6 IPUs (3 x 2) are no power of two"),
         (lambda p: (p, _with(output_mode="final")), "gives back the loss of the last of 8"),
-        (lambda p: (p, _with(inference_layers_per_ipu=(1, 3))), "inference_layers_per_ipu is not"),
     ],
 )
 def test_notes(change: Callable[[Plan], Any], message: str) -> None:

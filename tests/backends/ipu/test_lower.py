@@ -14,10 +14,8 @@ from ipu_pipeline.errors import LoweringError
 from tests.backends.ipu.emulated import case
 
 
-def test_without_poptorch() -> None:
-    with pytest.raises(
-        LoweringError, match=r"poptorch is not installed: .*ipu-pipeline run bundle/ --emulate"
-    ):
+def test_without_an_sdk() -> None:
+    with pytest.raises(LoweringError, match=r"and none is named: .*run bundle/ --emulate"):
         case().compile()
 
 
@@ -71,6 +69,18 @@ def ipp_identity(model: torch.nn.Module) -> Any:
     from ipu_pipeline.capture import model_identity
 
     return model_identity(model)
+
+
+@pytest.mark.usefixtures("poptorch")
+def test_an_optimizer_over_other_parameters() -> None:
+    made = case()
+    with (
+        made.compile(
+            lambda _: torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        ) as device,
+        pytest.raises(LoweringError, match=r"group 0 of the optimizer holds 1 tensors that are no"),
+    ):
+        device.train_step(made.batch())
 
 
 @pytest.mark.usefixtures("poptorch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +14,12 @@ from ipu_pipeline.backends.local.executable import LocalExecutable
 from tests.tiny_models import TINY
 
 
+@cache
+def planned(name: str, *, dropout: bool = False, **options: Any) -> ipp.Plan:
+    """Return a plan for a tiny model and one microbatch of two samples."""
+    return ipp.plan(*TINY[name].build(dropout=dropout), **options)
+
+
 def compiled(
     *,
     num_stages: int = 2,
@@ -22,9 +29,9 @@ def compiled(
     **options: Any,
 ) -> tuple[LocalExecutable, dict[str, Tensor]]:
     """Return an executable and a batch of ``2 * microbatches`` samples."""
-    model, example = TINY["bert-qa"].build(dropout=dropout)
+    model, _ = TINY["bert-qa"].build(dropout=dropout)
     _, batch = TINY["bert-qa"].build(batch_size=2 * microbatches, seed=3)
-    plan = ipp.plan(model, example, num_stages=num_stages, microbatches=microbatches)
+    plan = planned("bert-qa", dropout=dropout, num_stages=num_stages, microbatches=microbatches)
     optimizer = (
         None if learning_rate is None else torch.optim.AdamW(model.parameters(), lr=learning_rate)
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
+from tests.later import pairs_first
 from tests.stages.models import MICROBATCHES, built, gradients, serialized
 
 pytestmark = pytest.mark.filterwarnings("ignore:the C.. kernels are not used")
@@ -24,9 +25,10 @@ class Calls:
         self.count += 1
 
 
-@pytest.mark.parametrize("factor", [1, 5])
-@pytest.mark.parametrize("granularity", ["layer", "sublayer"])
-@pytest.mark.parametrize("name", ["gpt2 (tied)", "t5 (tied)", "bert-mlm (tied)"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "factor"),
+    pairs_first(("gpt2 (tied)", "t5 (tied)", "bert-mlm (tied)"), ("layer", "sublayer"), (1, 5)),
+)
 def test_losses_and_gradients_with_dropout_stay_the_same(
     name: str, granularity: Any, factor: int
 ) -> None:

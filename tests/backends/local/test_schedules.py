@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from tests.tiny_models import TINY
 MICROBATCHES = 8
 
 
+@cache
 def gradients(schedule: str, num_stages: int) -> tuple[ipp.Plan, float, dict[str, torch.Tensor]]:
     model, example = TINY["bert-qa"].build()
     _, batch = TINY["bert-qa"].build(batch_size=2 * MICROBATCHES, seed=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -47,8 +48,13 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(extension.state().detail)
 
 
-@pytest.mark.parametrize(("num_stages", "schedule"), [(1, "gpipe"), (2, "1f1b"), (4, "1f1b")])
-@pytest.mark.parametrize("name", MODELS)
+RUNS = ((1, "gpipe"), (2, "1f1b"), (4, "1f1b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "schedule"),
+    every_second((name, *how) for name, how in product(MODELS, RUNS)),
+)
 def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedule: str) -> None:
     model, batch, plan = plan_for(name, num_stages, schedule=schedule)
     expected_loss, expected = eager(model, batch)
@@ -90,8 +96,10 @@ def test_gradients_accumulate_over_calls_and_optimizers_step() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
-@pytest.mark.parametrize("name", ["gpt2 (tied)", "bert-mlm (tied)", "mt5 (untied)"])
+@pytest.mark.parametrize(
+    ("num_stages", "name"),
+    every_second(product((1, 2), ("gpt2 (tied)", "bert-mlm (tied)", "mt5 (untied)"))),
+)
 def test_evaluation_gives_the_model_s_logits(name: str, num_stages: int) -> None:
     model, batch, plan = plan_for(name, num_stages)
     model.eval()
@@ -147,12 +155,12 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("schedule", every_second(["1f1b", "gpipe"]))
 def test_full_logits_never_exist_in_training(name: str, schedule: str) -> None:
     """16 x 2 tokens and 990 classes: nothing else of these models is as large as the logits."""
+    model, example, batch, blocks = built(name, vocab_size=10 * VOCAB, **NARROW[name])
+    plan = ipp.plan(model, example, num_stages=1, microbatches=MICROBATCHES)
     sizes = []
     for factor in (1, FACTOR):
-        model, example, batch, blocks = built(name, vocab_size=10 * VOCAB, **NARROW[name])
-        plan = ipp.plan(model, example, num_stages=1, microbatches=MICROBATCHES)
-        plan = serialized(plan, dict.fromkeys(blocks, factor))
-        with ipp.compile(model, plan, schedule=schedule, self_check=False) as executable:
+        made = serialized(plan, dict.fromkeys(blocks, factor))
+        with ipp.compile(model, made, schedule=schedule, self_check=False) as executable:
             executable.forward_backward(batch)  # captures
             with LargestTensor() as largest:
                 executable.forward_backward(batch)
@@ -204,15 +212,19 @@ LOSSES = {
 }
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_way_from_logits_to_loss(loss: str, bias: bool) -> None:
+def test_every_way_from_logits_to_loss(
+    loss: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pair of loss, bias, recomputation and kernels is met."""
     model, example, batch = reader(LOSSES[loss], bias=bias)
     expected_loss, expected = eager(model, batch)
     plan = ipp.plan(model, example, num_stages=2, microbatches=MICROBATCHES)
     plan = serialized(plan, {"embed": 3, "head": 3})
-    for recompute in (None, "all"):
+    usable = extension.available()
+    for recompute, kernels in ((None, bias), ("all", not bias)):
+        monkeypatch.setattr(extension, "available", lambda on=kernels and usable: on)
         with ipp.compile(model, plan, self_check=False, recompute=recompute) as executable:
             found_loss = executable.forward_backward(batch)
         assert found_loss == pytest.approx(expected_loss, rel=1e-6)

@@ -21,15 +21,30 @@ from ipu_pipeline.planner.layers_per_ipu import WILDCARD, expand_layers
 
 CONFIG_FILE_NAME = "ipu_config.json"
 DEFAULT_MATMUL_PROPORTION = 0.2
-# Read, kept and written back; the library that published them ignores them today, and so do we.
+# Read, kept and written back; the last release that published them ignores them, and so do we.
 LEGACY_FIELDS = (
     "decompose_grad_sum",
-    "enable_half_first_order_momentum",
     "execute_encoder_on_cpu_for_generation",
     "profile_dir",
     "sharded_execution_for_inference",
     "use_popdist",
 )
+_TRAINING = "it is an argument of training, such as --learning_rate"
+_MODEL = "it belongs into the model's configuration"
+# Keys that early releases (0.1 to 0.5) kept without reading them, by where they have an effect.
+FOREIGN_KEYS = {
+    **dict.fromkeys(
+        ("async_dataloader", "dataloader_workers", "dataset", "learning_rate", "loss_scaling",
+         "lr_schedule", "lr_warmup", "mask_tokens", "optimizer", "weight_decay"),
+        _TRAINING,
+    ),
+    **dict.fromkeys(("attention_probs_dropout_prob", "layer_norm_eps"), _MODEL),
+    "random_seed": "write seed",
+    "synthetic_data": "a bundle's run.py makes random rows where it is given no --data",
+    "compile_only": "save_executable compiles for IPUs that are not here",
+    "_name_or_path": "it only says where the file was from",
+    "_commit_hash": "it only says where the file was from",
+}  # fmt: skip
 
 
 # What fields hold: kinds and ranges, for JSON data and for override text.
@@ -83,6 +98,7 @@ class IPUConfig:
         executable_cache_dir: Folder for compiled programs; empty for none.
         explicit_ir_inference: PopART's explicit representation, for inference.
         parallelize_kwargs: Model-specific arguments of the published library.
+        foreign: Settings of other things that early published files hold (``FOREIGN_KEYS``).
         optimum_version: Library version that wrote the file.
         transformers_version: transformers version that wrote the file.
 
@@ -130,6 +146,7 @@ class IPUConfig:
     profile_dir: str | None = None
     sharded_execution_for_inference: bool | None = None
     use_popdist: bool | None = None
+    foreign: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, kind in field_types().items():
@@ -147,27 +164,36 @@ class IPUConfig:
         Raises:
             ConfigError: An unknown key, or a value that :class:`IPUConfig` refuses.
         """
+        if isinstance(raw, Mapping):
+            foreign = {name: raw[name] for name in raw if name in FOREIGN_KEYS}
+            raw = {name: value for name, value in raw.items() if name not in foreign}
+            if "foreign" in raw:  # keys of a file are its own, not in an object of ours
+                raise ConfigError(f"{source}: {unknown_field(['foreign'], raw)}")
+            raw |= {"foreign": foreign} if foreign else {}
         return from_json(cls, raw, source, ConfigError)
 
     @classmethod
     def load(cls, path: str | Path) -> IPUConfig:
         """Read ``ipu_config.json``, or the file of that name in a folder.
 
+        Some published files hold a key twice: the last value counts, as for those who made them.
+
         Raises:
             ConfigError: Missing, not JSON, or wrong; the message starts with the path.
         """
         path = Path(path)
         path = path / CONFIG_FILE_NAME if path.is_dir() else path
-        return cls.from_dict(
-            read_json(path, "the IPU configuration", ConfigError, shown_texts=True), str(path)
-        )
+        what = "the IPU configuration"
+        raw = read_json(path, what, ConfigError, shown_texts=True, last_counts=True)
+        return cls.from_dict(raw, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON data with every field that has a value, sorted by name."""
-        found = {name: getattr(self, name) for name in sorted(field_types())}
+        found = {name: getattr(self, name) for name in field_types() if name != "foreign"}
+        found |= self.foreign or {}
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in found.items()
+            for name, value in sorted(found.items())
             if value is not None
         }
 
@@ -222,11 +248,13 @@ class IPUConfig:
         return expand_layers(self.layers(inference=inference), ipus, num_layers, name=name)
 
     def memory_proportions(self, *, inference: bool = False) -> tuple[float, ...]:
-        """Return the temporary memory share of every IPU."""
+        """Return the temporary memory share of every IPU; one in a list is every IPU's."""
         value: float | tuple[float, ...] = self.matmul_proportion
         num_ipus = self.num_ipus(inference=inference)
         if inference and self.inference_matmul_proportion is not None:
             value = self.inference_matmul_proportion
+        elif isinstance(value, tuple) and len(value) == 1:
+            value = value[0]
         elif inference and isinstance(value, tuple) and len(value) != num_ipus:
             value = DEFAULT_MATMUL_PROPORTION
         return value if isinstance(value, tuple) else (value,) * num_ipus
@@ -266,10 +294,20 @@ class IPUConfig:
 
     def legacy_notes(self) -> tuple[str, ...]:
         """Return one line for every field that is set but has no effect any more."""
+        kept = "has no effect; it is kept for the file only"
+        legacy = ((name, getattr(self, name), kept) for name in LEGACY_FIELDS)
+        generation = (
+            (name, getattr(self, name), "has no effect here: its arguments are of generation")
+            for name in ("parallelize_kwargs", "inference_parallelize_kwargs")
+        )
+        foreign = (
+            (name, value, f"has no effect here: {FOREIGN_KEYS[name]}")
+            for name, value in (self.foreign or {}).items()
+        )
         return tuple(
-            f"{name}={getattr(self, name)!r} has no effect; it is kept for the file only"
-            for name in LEGACY_FIELDS
-            if getattr(self, name)
+            f"{name}={value!r} {text}"
+            for name, value, text in (*legacy, *generation, *foreign)
+            if value
         )
 
 
@@ -320,7 +358,7 @@ def _check_consistency(config: IPUConfig, prefix: str) -> None:
     if config.layers(inference=inference) != (-1,):
         lengths[f"{prefix}layers_per_ipu"] = config.layers(inference=inference)
     proportion = getattr(config, f"{prefix}matmul_proportion")
-    if isinstance(proportion, tuple):
+    if isinstance(proportion, tuple) and (len(proportion) > 1 or inference):
         lengths[f"{prefix}matmul_proportion"] = proportion
     for layer in ("embedding", "projection"):
         factor_name = f"{prefix}{layer}_serialization_factor"
@@ -365,7 +403,7 @@ def _choose_replicas(name: str, value: int | Mapping[str, int], pod_type: str | 
 
 
 def _check_pod_size(pod_type: str | None, replicas: int, num_ipus: int) -> None:
-    match = re.fullmatch(r"pod(\d+)", pod_type or "")
+    match = re.fullmatch("pod([0-9]+)", pod_type or "")
     if pod_type is not None and match is None:
         raise ConfigError(f"pod type {pod_type!r} is unknown; write pod4, pod8, pod16, pod64, ...")
     if match is not None and replicas * num_ipus > int(match[1]):

@@ -251,8 +251,8 @@ def stage_bytes(
         in_flight: Microbatches it keeps (:func:`stash_depth`).
         first: Whether inputs from the host enter here.
     """
-    segments = _segments(graph, names, settings)
-    saved = [sum(saved_bytes(graph[name], settings) for name in segment) for segment in segments]
+    parts = segments(graph, names, settings)
+    saved = [sum(saved_bytes(graph[name], settings) for name in part) for part in parts]
     again = settings.recompute and settings.num_ipus > 1  # PopTorch's default on several IPUs
     stash, activations = 0, 0
     if settings.training and again:
@@ -260,7 +260,7 @@ def stage_bytes(
     elif settings.training and not (settings.pipelined and settings.num_ipus > 1):
         activations = sum(saved)
     if settings.training and settings.pipelined:
-        kept = _kept(graph, settings, segments, cuts[0], first=first) if again else sum(saved)
+        kept = _kept(graph, settings, parts, cuts[0], first=first) if again else sum(saved)
         stash = int(in_flight * kept)
     return StageBytes(stash, activations, _transfer_bytes(graph, settings, cuts, first=first))
 
@@ -268,7 +268,7 @@ def stage_bytes(
 def _kept(
     graph: BlockGraph,
     settings: IPUSettings,
-    segments: Sequence[Sequence[str]],
+    parts: Sequence[Sequence[str]],
     entering: Sequence[str],
     *,
     first: bool,
@@ -276,8 +276,8 @@ def _kept(
     """Bytes of one microbatch from which a stage is recomputed."""
     kept = set(entering)
     if settings.checkpoint_layers:
-        for segment in segments:
-            kept.update(graph[segment[0]].inputs)
+        for part in parts:
+            kept.update(graph[part[0]].inputs)
     size = sum(
         float_bytes(graph.tensor_by_name[name], settings.stashed_bytes) for name in sorted(kept)
     )
@@ -286,9 +286,7 @@ def _kept(
     return size
 
 
-def _segments(
-    graph: BlockGraph, names: Sequence[str], settings: IPUSettings
-) -> list[Sequence[str]]:
+def segments(graph: BlockGraph, names: Sequence[str], settings: IPUSettings) -> list[Sequence[str]]:
     """Blocks of a stage between checkpoints: each layer (all of its parts) is one segment."""
     if not settings.checkpoint_layers:
         return [names]

@@ -128,19 +128,22 @@ class IPUSettings:
         """Memory proportion of ``ipu``; PopART's default of 0.6 where none was given."""
         return self.proportions[ipu] if ipu < len(self.proportions) else 0.6
 
+    @property
+    def recomputation(self) -> str:
+        """What the device recomputes, which is what an emitted program tells it."""
+        if self.num_ipus == 1 or not self.training:
+            return "nothing is recomputed"
+        if not self.recompute:
+            return "recomputation is off"
+        kept = "layers'" if self.checkpoint_layers else "stages'"
+        return f"every stage but the last is recomputed from {kept} inputs"
+
     def program_text(self) -> str:
         """Say what the program does besides its placement."""
-        if self.num_ipus == 1 or not self.training:
-            again = "nothing is recomputed"
-        elif self.recompute:
-            kept = "layers'" if self.checkpoint_layers else "stages'"
-            again = f"every stage but the last is recomputed from {kept} inputs"
-        else:
-            again = "recomputation is off"
         place = "off chip" if self.optimizer_offchip else "on chip"
         given = ", ".join(f"{value:g}" for value in dict.fromkeys(self.proportions)) or "0.6"
         return (
-            f"program: {again}, {self.precision} arithmetic, optimizer state {place}"
+            f"program: {self.recomputation}, {self.precision} arithmetic, optimizer state {place}"
             f"{', sharded' if self.sharded else ''}, memory proportion {given}"
         )
 

@@ -7,6 +7,8 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import nn
 
+from .placement import place
+
 
 class BundleError(ValueError):
     """The bundle cannot run as it is."""
@@ -31,16 +33,17 @@ def check_blocks(
     """
     names = [block["block"] for block in blocks]
     _check_names(names, planned)
-    stages = [block["stage"] for block in blocks]
-    for before, after, name in zip(stages, stages[1:], names[1:]):
-        if after not in (before, before + 1):
-            raise BundleError(
-                f"model_parallel.py: block {name!r} is in stage {after} after one in stage "
-                f"{before}; stages must be 0, 1, 2, ... in the order of execution"
-            )
-    if stages[0] != 0:
-        raise BundleError(f"model_parallel.py: the first stage is {stages[0]}; begin with 0")
-    _check_ipus(blocks, settings)
+    _check_places(blocks, settings["ipus_per_replica"], "")
+    if any(block["inference"] for block in blocks):
+        there = [
+            {
+                **block,
+                "stage": place(block, training=False)[0],
+                "ipu": place(block, training=False)[1],
+            }
+            for block in blocks
+        ]
+        _check_places(there, settings["inference_ipus_per_replica"], "inference: ")
     ipus = [block["ipu"] for block in blocks]
     forward = 1 + sum(a != b for a, b in zip(ipus, ipus[1:]))
     least = 2 * forward - 1
@@ -94,12 +97,15 @@ def check_order(
                 f"model_parallel.py: {name!r} does not run in the model's forward pass, and no "
                 f"other block of stage {stage} does; correct its module, or join it to a stage"
             )
-    for before, after in zip(called, called[1:]):
-        if stage_of[after] < stage_of[before]:
-            raise BundleError(
-                f"model_parallel.py: {after!r} (stage {stage_of[after]}) runs after {before!r} "
-                f"(stage {stage_of[before]}); a later module cannot be in an earlier stage"
-            )
+    there = {block["block"]: place(block, training=False)[0] for block in blocks}
+    for mode, of_block in (("", stage_of), ("inference: ", there)):
+        for before, after in zip(called, called[1:]):
+            if of_block[after] < of_block[before]:
+                raise BundleError(
+                    f"model_parallel.py: {mode}{after!r} (stage {of_block[after]}) runs after "
+                    f"{before!r} (stage {of_block[before]}); a later module cannot be in an "
+                    "earlier stage"
+                )
     return [block for block in blocks if block["block"] in called]
 
 
@@ -119,24 +125,34 @@ def _check_names(names: Sequence[str], planned: Sequence[str]) -> None:
             )
 
 
-def _check_ipus(blocks: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+def _check_places(blocks: Sequence[Mapping[str, Any]], num_ipus: int, mode: str) -> None:
+    """Check the stages and IPUs of training, or of another placement for evaluation."""
+    where = "model_parallel.py: " + mode
+    stages = [block["stage"] for block in blocks]
+    for before, after, block in zip(stages, stages[1:], blocks[1:]):
+        if after not in (before, before + 1):
+            raise BundleError(
+                f"{where}block {block['block']!r} is in stage {after} after one in stage "
+                f"{before}; stages must be 0, 1, 2, ... in the order of execution"
+            )
+    if stages[0] != 0:
+        raise BundleError(f"{where}the first stage is {stages[0]}; begin with 0")
     of_stage: dict[int, int] = {}
     for block in blocks:
         home = of_stage.setdefault(block["stage"], block["ipu"])
         if home != block["ipu"]:
             raise BundleError(
-                f"model_parallel.py: block {block['block']!r} is on IPU {block['ipu']}, its stage "
+                f"{where}block {block['block']!r} is on IPU {block['ipu']}, its stage "
                 f"{block['stage']} on IPU {home}; a stage has one IPU"
             )
-    used = set(of_stage.values())
-    wanted = set(range(settings["ipus_per_replica"]))
+    used, wanted = set(of_stage.values()), set(range(num_ipus))
     if used - wanted:
         raise BundleError(
-            f"model_parallel.py: IPU {max(used)} is used, a replica has {len(wanted)} "
-            "(ipus_per_replica in settings.json)"
+            f"{where}IPU {max(used)} is used, a replica has {num_ipus} (ipus_per_replica in "
+            "settings.json)"
         )
     if wanted - used:
         raise BundleError(
-            f"model_parallel.py: no block is on IPU {min(wanted - used)}; a replica has "
-            f"{len(wanted)} IPUs: place a block there, or lower ipus_per_replica in settings.json"
+            f"{where}no block is on IPU {min(wanted - used)}; a replica has {num_ipus} IPUs: place "
+            "a block there, or lower ipus_per_replica in settings.json"
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+_OVERLAP_MEMORY_OPTIMIZED = 3  # popart.AccumulateOuterFragmentSchedule
 _TYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -18,9 +21,13 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         poptorch: The front end.
         inference: For evaluation instead of training.
     """
-    options = poptorch.Options()
     prefix = "inference_" if inference else ""
-    options.replicationFactor(settings[prefix + "replication_factor"])
+    popdist = started_by_poprun()
+    if popdist is None:
+        options = poptorch.Options()
+        options.replicationFactor(settings[prefix + "replication_factor"])
+    else:  # it knows this process, its replicas and its IPUs
+        options = popdist.poptorch.Options(ipus_per_replica=settings[prefix + "ipus_per_replica"])
     options.deviceIterations(settings[prefix + "device_iterations"])
     options.autoRoundNumIPUs(True)
     if settings["seed"] is not None:
@@ -29,7 +36,7 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
     options.setAvailableMemoryProportion(
         {f"IPU{ipu}": share for ipu, share in enumerate(proportions)}
     )
-    if settings["executable_cache_dir"]:
+    if settings["executable_cache_dir"] not in ("", "disabled"):
         options.enableExecutableCaching(settings["executable_cache_dir"])
     mode = "all" if inference else settings["output_mode"]
     options.outputMode(getattr(poptorch.OutputMode, mode.capitalize()))
@@ -43,6 +50,17 @@ def make_options(settings: Mapping[str, Any], poptorch: Any, *, inference: bool 
         options.Precision.setPartialsType(partials)
     _popart(options, settings, inference=inference)
     return options
+
+
+def started_by_poprun() -> Any:
+    """Return ``popdist`` where poprun started this process, one of several; else ``None``."""
+    if importlib.util.find_spec("popdist") is None:
+        return None
+    popdist = importlib.import_module("popdist")
+    if not popdist.isPopdistEnvSet():
+        return None
+    importlib.import_module("popdist.poptorch")
+    return popdist
 
 
 def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
@@ -61,16 +79,24 @@ def _training(options: Any, settings: Mapping[str, Any], poptorch: Any) -> None:
 
 def _popart(options: Any, settings: Mapping[str, Any], *, inference: bool) -> None:
     """Settings that published runs on IPUs use; they change speed and memory, not results."""
-    if not inference:
+    popart = options._Popart
+    if inference:
+        if settings["explicit_ir_inference"]:
+            popart.set("enableExplicitIR", True)
+    else:
         # poptorch itself would take Pipeline (3) wherever there are several IPUs.
-        options._Popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
+        popart.set("autoRecomputation", 3 if settings["recompute"] else 0)
         patterns = ("TiedGather", "TiedGatherAccumulate", "UpdateInplacePrioritiesForIpu")
-        options._Popart.setPatterns(dict.fromkeys(patterns, True))
-    options._Popart.set("disableGradAccumulationTensorStreams", True)
-    options._Popart.set("outlineThreshold", 10.0)
-    options._Popart.set("subgraphCopyingStrategy", 1)
-    options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
-    options._Popart.set("engineOptions", {"opt.useAutoloader": "true"})
+        popart.setPatterns(dict.fromkeys(patterns, True))
+        if settings["max_grad_norm"] is None:  # clipping has an order of its own
+            popart.set("accumulateOuterFragmentSettings.schedule", _OVERLAP_MEMORY_OPTIMIZED)
+            popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
+    popart.set("disableGradAccumulationTensorStreams", True)
+    popart.set("outlineThreshold", 10.0)
+    popart.set("subgraphCopyingStrategy", 1)
+    popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
+    engine = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
+    popart.set("engineOptions", engine)
 
 
 def make_optimizer(

@@ -47,7 +47,8 @@ def _one_of(*names: str) -> Test:
 # Names of fields by what they must be.
 _FIELDS: dict[str, tuple[Test, str]] = {
     "micro_batch_size num_stages ipus_per_replica replication_factor gradient_accumulation_steps "
-    "device_iterations inference_device_iterations inference_replication_factor": (
+    "device_iterations inference_device_iterations inference_replication_factor "
+    "inference_num_stages inference_ipus_per_replica": (
         _whole,
         "a whole number from 1 on",
     ),
@@ -120,4 +121,16 @@ def _blocks(folder: Path) -> Any:
                     f"model_parallel.py: {name} of block {block['block']!r} is "
                     f"{block[name]!r:.80}; give a whole number from 0 on"
                 )
+        other = block.get("inference")
+        numbers = other is None or (
+            isinstance(other, tuple)
+            and len(other) == 3
+            and all(isinstance(n, int) and n >= 0 for n in other)
+            and other[2] > 0
+        )
+        if not numbers:
+            raise BundleError(
+                f"model_parallel.py: inference of block {block['block']!r} is {other!r:.80}; give "
+                "(stage, ipu, serialize), whole numbers, or leave it out"
+            )
     return blocks

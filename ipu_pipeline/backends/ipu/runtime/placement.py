@@ -25,7 +25,8 @@ class Placement:
     Args:
         model: The user's model.
         annotations: One mapping per block, in execution order: ``block``, ``module``, ``stage``,
-            ``ipu``, ``again``, ``checkpoint``, ``serialize``.
+            ``ipu``, ``again``, ``checkpoint``, ``serialize``, ``inference``. The last one is the
+            stage, the IPU and the slices in evaluation; ``None``: as in training.
         planned_parameters: See :func:`find_modules`.
         poptorch: The front end.
 
@@ -60,42 +61,42 @@ class Placement:
             raise
 
     def strategy(self, *, pipelined: bool = True) -> Any:
-        """Return the execution strategy: one stage per stage of the plan, on its IPU."""
-        stages: dict[int, list[Mapping[str, Any]]] = {}
-        for annotation in self.begun:
-            stages.setdefault(annotation["stage"], []).append(annotation)
+        """Return the execution strategy: one stage per stage of the plan, on its IPU.
+
+        All blocks of a stage begin under one name, and names become stages in the order in which
+        they first begin. Stages that are listed by hand cannot be pickled into an executable.
+        """
         kind = self.poptorch.PipelinedExecution if pipelined else self.poptorch.ShardedExecution
-        return kind(
-            *[
-                self.poptorch.Stage(*[a["block"] for a in stages[index]]).ipu(
-                    stages[index][0]["ipu"]
-                )
-                for index in sorted(stages)
-            ]
-        )
+        return kind(self.poptorch.AutoStage.AutoIncrement)
 
     def undo(self) -> None:
         """Leave the model as it was: blocks, hooks and serialized modules are gone."""
-        self.poptorch.removeBlocks(self.model)
-        for handle in self._handles:
+        for handle in self._handles:  # first: removeBlocks puts other dicts in place of theirs
             handle.remove()
+        self.poptorch.removeBlocks(self.model)
         for table in self._tables:
             restore(table)
         self._handles, self._tables = [], []
 
     def _check_variables(self) -> None:
         """Refuse a parameter that modules on two IPUs hold: PopART copies no variables."""
-        homes: dict[int, Mapping[str, Any]] = {}
-        for annotation in self.annotations:
-            for name, parameter in self.modules[annotation["module"]].named_parameters():
-                home = homes.setdefault(id(parameter), annotation)
-                if home["ipu"] != annotation["ipu"]:
-                    raise PlacementError(
-                        "parameter {!r} of {!r} on IPU {} is also used by {!r} on IPU {}; put both "
-                        "on one IPU, or untie them".format(
-                            name, annotation["block"], annotation["ipu"], home["block"], home["ipu"]
-                        )
+        for training in (True, False):
+            homes: dict[int, Mapping[str, Any]] = {}
+            for annotation in self.annotations:
+                for name, parameter in self.modules[annotation["module"]].named_parameters():
+                    home = homes.setdefault(id(parameter), annotation)
+                    here, there = (
+                        place(annotation, training=training)[1],
+                        place(home, training=training)[1],
                     )
+                    if here != there:
+                        raise PlacementError(
+                            "parameter {!r} of {!r} on IPU {} is also used by {!r} on IPU {}{}; "
+                            "put both on one IPU, or untie them".format(
+                                name, annotation["block"], here, home["block"], there,
+                                "" if training else " in evaluation",
+                            )
+                        )  # fmt: skip
 
     def _apply(self) -> None:
         self._check_variables()
@@ -111,17 +112,20 @@ class Placement:
     ) -> None:
         """Put all annotations of one module on it."""
         first = annotations[0]
-        slices = max(annotation["serialize"] for annotation in annotations)
-        if slices > 1:
-            table = find_table(module, slices, first["block"])
-            serialize(table, slices)
+        slices = [
+            max(place(a, training=training)[2] for a in annotations) for training in (True, False)
+        ]
+        if max(slices) > 1:
+            for factor in slices:
+                table = find_table(module, factor, first["block"])
+            serialize(table, *slices)
             self._tables.append(table)
         # Before the block begins: the hook then still runs in the block before this one.
         self._handles.extend(shared.watch(module))
-        if len(annotations) == 1:
-            self.poptorch.BeginBlock(module, user_id=first["block"], ipu_id=first["ipu"])
+        if len(annotations) == 1 and place(first, training=False)[:2] == place(first)[:2]:
+            self.poptorch.BeginBlock(module, user_id=_stage_name(first), ipu_id=first["ipu"])
         else:
-            turns = _Turns(annotations, self.poptorch)
+            turns = _Turns(annotations, self.model, self.poptorch)
             self._handles.append(module.register_forward_pre_hook(turns.begin))
             self._handles.append(self.model.register_forward_pre_hook(turns.restart))
         if any(annotation["checkpoint"] for annotation in annotations):
@@ -129,11 +133,29 @@ class Placement:
             self._handles.append(module.register_forward_hook(keep))
 
 
-class _Turns:
-    """Begins one block after the other, a new one at every call of their common module."""
+def place(annotation: Mapping[str, Any], *, training: bool = True) -> tuple[int, int, int]:
+    """Return stage, IPU and slices of a block in training or in evaluation."""
+    if not training and annotation.get("inference") is not None:
+        stage, ipu, slices = annotation["inference"]
+        return stage, ipu, slices
+    return annotation["stage"], annotation["ipu"], annotation["serialize"]
 
-    def __init__(self, annotations: Sequence[Mapping[str, Any]], poptorch: Any) -> None:
+
+def _stage_name(annotation: Mapping[str, Any], *, training: bool = True) -> str:
+    return "stage{}".format(place(annotation, training=training)[0])
+
+
+class _Turns:
+    """Begins one block after the other, a new one at every call of their common module.
+
+    A program is traced with the model in the mode that it is for: that chooses the placement.
+    """
+
+    def __init__(
+        self, annotations: Sequence[Mapping[str, Any]], model: nn.Module, poptorch: Any
+    ) -> None:
         self._annotations = annotations
+        self._model = model
         self._poptorch = poptorch
         self._calls = 0
 
@@ -143,7 +165,9 @@ class _Turns:
     def begin(self, _module: nn.Module, _args: Any) -> None:
         annotation = self._annotations[min(self._calls, len(self._annotations) - 1)]
         self._calls += 1
-        self._poptorch.Block.start(user_id=annotation["block"], ipu_id=annotation["ipu"])
+        training = self._model.training
+        ipu = place(annotation, training=training)[1]
+        self._poptorch.Block.start(user_id=_stage_name(annotation, training=training), ipu_id=ipu)
 
 
 class _SharedParameters:
@@ -203,10 +227,11 @@ def _distinct(
     annotations: Sequence[Mapping[str, Any]], modules: Mapping[str, nn.Module]
 ) -> list[Mapping[str, Any]]:
     """Return the annotations without further ones of a module in the same stage."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int, int]] = set()
     begun = []
     for annotation in annotations:
-        key = (id(modules[annotation["module"]]), annotation["stage"])
+        stages = (place(annotation)[0], place(annotation, training=False)[0])
+        key = (id(modules[annotation["module"]]), *stages)
         if key not in seen:
             seen.add(key)
             begun.append(annotation)
@@ -310,15 +335,19 @@ class _SlicedLinear:
 
     weight: Tensor
     bias: Tensor | None
-    serialization_factor: int
+    training: bool
+    serialization_factors: tuple[int, int]
 
     def forward(self, x: Tensor) -> Tensor:
+        factor = self.serialization_factors[not self.training]
+        if factor == 1:
+            return functional.linear(x, self.weight, self.bias)
         poptorch = importlib.import_module("poptorch")
         y: Tensor = poptorch.serializedMatMul(
             x,
             self.weight.t(),
             poptorch.MatMulSerializationMode.OutputChannels,
-            self.serialization_factor,
+            factor,
         )
         return y if self.bias is None else y + self.bias
 
@@ -329,12 +358,16 @@ class _SlicedEmbedding:
     weight: Tensor
     num_embeddings: int
     padding_idx: int | None
-    serialization_factor: int
+    training: bool
+    serialization_factors: tuple[int, int]
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.num_embeddings // self.serialization_factor
+        factor = self.serialization_factors[not self.training]
+        if factor == 1:
+            return functional.embedding(ids, self.weight, self.padding_idx)
+        rows = self.num_embeddings // factor
         total: Tensor | None = None
-        for number in range(self.serialization_factor):
+        for number in range(factor):
             first = number * rows
             part = sliced_lookup(ids, self.weight[first : first + rows], first, self.padding_idx)
             total = part if total is None else total + part
@@ -373,24 +406,26 @@ def find_table(module: nn.Module, factor: int, name: str) -> nn.Embedding | nn.L
             f"serialization factor {factor} of {name!r} does not divide its {rows} rows; divisors "
             f"up to 64: {divisors or 'none'}; choose one, or pad the table"
         )
-    if isinstance(table, nn.Embedding) and (table.max_norm or table.sparse):
+    if isinstance(table, nn.Embedding) and (
+        table.max_norm or table.sparse or table.scale_grad_by_freq
+    ):
         raise ValueError(
-            f"the embedding of {name!r} has max_norm or sparse gradients, which slices cannot "
-            "keep; set its factor to 1"
+            f"the embedding of {name!r} has max_norm, sparse or scaled gradients, which slices "
+            "cannot keep; set its factor to 1"
         )
     return table
 
 
-def serialize(table: nn.Embedding | nn.Linear, factor: int) -> None:
-    """Make ``table`` compute in ``factor`` slices; :func:`restore` undoes it."""
+def serialize(table: nn.Embedding | nn.Linear, factor: int, inference_factor: int) -> None:
+    """Make ``table`` compute in slices, so many in each mode; :func:`restore` undoes it."""
     own = type(table)
     behaviour = _SlicedEmbedding if isinstance(table, nn.Embedding) else _SlicedLinear
     changed: Any = table
-    changed.serialization_factor = factor
+    changed.serialization_factors = (factor, inference_factor)
     changed.__class__ = type("Serialized" + own.__name__, (behaviour, own), {"original": own})
 
 
 def restore(table: Any) -> None:
     """Give ``table`` its own class back."""
     table.__class__ = type(table).original
-    del table.serialization_factor
+    del table.serialization_factors

@@ -27,6 +27,7 @@ from runtime.device import (  # noqa: E402
     make_options,
     mean_loss,
     read_data,
+    started_by_poprun,
     synthetic_data,
 )
 from runtime.files import read_files  # noqa: E402
@@ -50,9 +51,11 @@ def main() -> None:
     check_blocks(
         blocks, [name for name in settings["annotated_blocks"] if name in planned], settings
     )
+    planned_replicas = settings["replication_factor"]  # of all processes: they share the rows
+    settings = local_settings(settings)
     model = load_model(arguments.model, plan["model"]["model_class"])
     calls = settings["device_iterations"] * settings["gradient_accumulation_steps"]
-    call_size = settings["micro_batch_size"] * calls * settings["replication_factor"]
+    call_size = settings["micro_batch_size"] * calls * planned_replicas
     if arguments.data:
         data = read_data(arguments.data, call_size)
     else:
@@ -65,6 +68,21 @@ def main() -> None:
     print(f"checked: {len(running)} blocks, {settings['num_stages']} stages")
     if not arguments.check_only:
         train(model, running, plan, settings, data, arguments)
+
+
+def local_settings(settings: Any) -> Any:
+    """Return the settings of this process; poprun gives each one its part of the replicas."""
+    popdist = started_by_poprun()
+    if popdist is None:
+        return {**settings, "instance": 0}
+    total, planned = popdist.getNumTotalReplicas(), settings["replication_factor"]
+    if total != planned:
+        raise BundleError(
+            f"poprun was given --num-replicas {total}, the plan has {planned}; make them equal"
+        )
+    popdist.init()
+    local, index = popdist.getNumLocalReplicas(), popdist.getInstanceIndex()
+    return {**settings, "replication_factor": local, "instance": index}
 
 
 def train(
@@ -91,7 +109,10 @@ def train(
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = mean_loss(executor(**batch), settings)
+        try:
+            loss = mean_loss(executor(**batch), settings)
+        except poptorch.Error as error:
+            raise BundleError(f"poptorch cannot compile or run the model: {error}") from error
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)
@@ -100,7 +121,7 @@ def train(
     executor.destroy()
     forward.restore()
     placement.undo()
-    if arguments.output:
+    if arguments.output and settings["instance"] == 0:
         model.float().save_pretrained(arguments.output)
         (Path(arguments.output) / "losses.json").write_text(json.dumps(losses))
         print(f"saved: {arguments.output}")

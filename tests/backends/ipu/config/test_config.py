@@ -85,7 +85,8 @@ def test_every_field_survives_a_round_trip() -> None:
         Mapping[str, Any]: {"a": [1]},
     }  # fmt: skip
     samples |= {kind | None: sample for kind, sample in samples.items()}
-    raw = {name: samples[kind] for name, kind in config.field_types().items()}
+    raw = {name: samples[kind] for name, kind in config.field_types().items() if name != "foreign"}
+    raw |= {"dataset": "squad"}
     raw |= {"ipus_per_replica": 2, "inference_ipus_per_replica": 2}
     for layer in ("embedding", "projection"):  # splits and factor exclude each other
         for prefix in ("", "inference_"):
@@ -115,6 +116,7 @@ def test_config_cannot_be_changed() -> None:
     ("raw", "message"),
     [
         ({"layer_per_ipu": [1]}, "unknown field 'layer_per_ipu'; did you mean layers_per_ipu"),
+        ({"foreign": {"dataset": "x"}}, "the IPU configuration: unknown field 'foreign'"),
         ({"zzz": 1}, "the IPU configuration: unknown field 'zzz'; fields: layers_per_ipu, "),
         ({"seed": 1.5}, r"seed: Expected `int \| null`, got `float`, the value is 1.5"),
         ({"device_iterations": True}, "device_iterations: Expected `int`, got `bool`, .* True"),
@@ -191,7 +193,10 @@ def test_wrong_settings_are_named(raw, message: str) -> None:
         ("{", "cannot read the IPU configuration .*ipu_config.json"),
         ("[1]", "ipu_config.json: expected an object with fields, got list"),
         ('{"seed": "x"}', r"ipu_config.json, seed: Expected `int \| null`, got `str`"),
-        ('{"layers_per_ipu": [1, 1], "matmul_proportion": [1]}', "ipu_config.json: matmul_propor"),
+        (
+            '{"layers_per_ipu": [1, 1], "matmul_proportion": [1, 1, 1]}',
+            "ipu_config.json: matmul_propor",
+        ),
     ],
 )
 def test_wrong_files_are_named(tmp_path, text: str, message: str) -> None:
@@ -263,10 +268,51 @@ def test_wrong_pod_types() -> None:
 
 
 def test_settings_without_effect_are_said() -> None:
-    notes = IPUConfig.from_dict(GPT2_MEDIUM).legacy_notes()
-    assert notes == (
-        "enable_half_first_order_momentum=True has no effect; it is kept for the file only",
-    )
+    notes = IPUConfig(use_popdist=True, profile_dir="").legacy_notes()
+    assert notes == ("use_popdist=True has no effect; it is kept for the file only",)
+
+
+# Of optimum-graphcore: v0.1.0 examples/question-answering, v0.5.0 examples/language-modeling,
+# v0.6.1 tests/ipu_config_trainer_test.json.
+QUESTION_ANSWERING = """{"dataloader_workers": 64, "async_dataloader": true, "ipus_per_replica": 4,
+ "synthetic_data": false, "optimizer": "AdamW", "weight_decay": 0.0,
+ "embedding_serialization_factor": 1, "recompute_checkpoint_every_layer": true,
+ "replicated_tensor_sharding": false, "optimizer_state_offchip": true,
+ "enable_half_first_order_momentum": false, "enable_half_partials": true, "layer_norm_eps": 0.001,
+ "attention_probs_dropout_prob": 0.0, "mask_tokens": 20, "replication_factor": 4,
+ "gradient_accumulation_steps": 16, "device_iterations": 4, "executable_cache_dir": "./exe_cache",
+ "replicated_tensor_sharding": true, "dataset": "squad", "layers_per_ipu": [0, 4, 4, 4],
+ "matmul_proportion": [0.25], "attention_probs_dropout_prob": 0.1, "learning_rate": 6e-5,
+ "lr_schedule": "linear", "loss_scaling": 64.0, "weight_decay": 0.01, "lr_warmup": 0.1,
+ "optimizer": "AdamW"}"""
+LANGUAGE_MODELING = """{"embedding_serialization_factor": 1,
+ "recompute_checkpoint_every_layer": true, "optimizer_state_offchip": true,
+ "replicated_tensor_sharding": true, "enable_half_first_order_momentum": false,
+ "enable_half_partials": true, "replication_factor": 4, "gradient_accumulation_steps": 512,
+ "device_iterations": 1, "executable_cache_dir": "./exe_cache", "ipus_per_replica": 4,
+ "layers_per_ipu": [0, 4, 4, 4], "matmul_proportion": [0.25]}"""
+TRAINER_TEST = """{"dataloader_workers": 64, "async_dataloader": true, "ipus_per_replica": 4,
+ "weight_decay": 0.0, "embedding_serialization_factor": 1,
+ "recompute_checkpoint_every_layer": true, "replicated_tensor_sharding": false,
+ "optimizer_state_offchip": true, "layer_norm_eps": 0.001, "mask_tokens": 20,
+ "output_mode": "all", "executable_cache_dir": "disabled", "replicated_tensor_sharding": true}"""
+
+
+@pytest.mark.parametrize("text", [QUESTION_ANSWERING, LANGUAGE_MODELING, TRAINER_TEST])
+def test_files_of_early_releases_are_read_as_they_read_them(tmp_path, text: str) -> None:
+    """One proportion is every IPU's, the last of two equal keys counts, others' keys are kept."""
+    raw = json.loads(text)
+    (tmp_path / "ipu_config.json").write_text(text)
+    found = IPUConfig.load(tmp_path)
+    for inference in (False, True):
+        share = raw.get("matmul_proportion", [0.2])[0]
+        assert found.memory_proportions(inference=inference) == (share,) * 4
+    assert found.replicated_tensor_sharding
+    notes = found.legacy_notes()
+    for key in {"async_dataloader", "layer_norm_eps", "mask_tokens"} & raw.keys():
+        assert any(note.startswith(f"{key}={raw[key]!r} has no effect here: it ") for note in notes)
+    assert raw.items() <= json.loads(found.save(tmp_path).read_text()).items()
+    assert IPUConfig.load(tmp_path) == found
 
 
 @pytest.mark.parametrize(

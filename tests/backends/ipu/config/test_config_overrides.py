@@ -61,7 +61,10 @@ def test_nothing_to_change(text: str) -> None:
         ("parallelize_kwargs=x", "override parallelize_kwargs=x: Expected `object"),
         ("device_iterations=none", "override device_iterations=none: Expected `int`, got `str`"),
         ("device_iterations=0", "override device_iterations=0: Expected `int` >= 1"),
-        ("ipus_per_replica=3,matmul_proportion=[0.1]", "has 1 entries, but a replica has 3 IPUs"),
+        (
+            "ipus_per_replica=3,matmul_proportion=[0.1 0.2]",
+            "has 2 entries, but a replica has 3 IPUs",
+        ),
     ],
 )
 def test_wrong_overrides_are_named(text: str, message: str) -> None:

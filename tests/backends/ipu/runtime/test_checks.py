@@ -25,7 +25,7 @@ class _Model(nn.Module):
 
 def _blocks(**stages: int) -> list[dict[str, object]]:
     return [
-        {"block": name, "module": name.split("__")[0], "stage": stage, "ipu": stage}
+        {"block": name, "module": name.split("__")[0], "stage": stage, "ipu": stage, "serialize": 1}
         for name, stage in stages.items()
     ]
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ipu_pipeline.backends.ipu.annotations import annotate
+from ipu_pipeline.backends.ipu.check import check
 from ipu_pipeline.backends.ipu.runtime.device import (
     decayed_groups,
     make_optimizer,
@@ -82,6 +84,35 @@ def test_options_of_evaluation(poptorch: Any) -> None:
     assert options.toDict()["enableStochasticRounding"] is False
 
 
+def test_what_the_published_runtime_tells_popart(poptorch: Any) -> None:
+    def told(*, clipped: bool = False, inference: bool = False, **config: Any) -> dict[str, Any]:
+        flat = {**_flat(**config), "max_grad_norm": 1.0 if clipped else None}
+        options = make_options(flat, poptorch, inference=inference)
+        options.toDict()
+        return dict(options._Popart.options)
+
+    found = told(recompute=False)
+    assert found["autoRecomputation"] == 0
+    assert told(explicit_ir_inference=True)["autoRecomputation"] == 3
+    assert found["accumulateOuterFragmentSettings.schedule"] == 3
+    assert found["accumulateOuterFragmentSettings.excludedVirtualGraphs"] == ["0"]
+    # PopART orders clipping itself
+    assert "accumulateOuterFragmentSettings.schedule" not in told(clipped=True)
+    assert found["engineOptions"]["target.syncReplicasIndependently"] == "true"
+    assert told(explicit_ir_inference=True, inference=True)["enableExplicitIR"] is True
+    assert "enableExplicitIR" not in told(inference=True)
+    assert (
+        "cachePath" not in make_options(_flat(executable_cache_dir="disabled"), poptorch).toDict()
+    )
+
+
+def test_a_first_moment_in_float16_is_priced_and_emitted() -> None:
+    plain, half = (case(enable_half_first_order_momentum=chosen).plan for chosen in (False, True))
+    assert half.stages[0].weight_bytes < plain.stages[0].weight_bytes
+    dtypes = [settings_for(p).optimizer.first_order_momentum_dtype for p in (plain, half)]
+    assert dtypes == ["float32", "float16"]
+
+
 def test_sharding_needs_replicas(poptorch: Any) -> None:
     options = make_options(_flat(replicated_tensor_sharding=True), poptorch)
     assert options.toDict()["location_optimizer"]["useReplicatedTensorSharding"] == 0
@@ -134,7 +165,7 @@ def test_a_lookup_in_slices(padding: int | None) -> None:
     sliced = nn.Embedding(6, 4, padding_idx=padding)
     sliced.load_state_dict(plain.state_dict())
     keys, own = list(sliced.state_dict()), type(sliced)
-    serialize(sliced, 3)
+    serialize(sliced, 3, 3)
     ids = torch.tensor([[0, 5, 4], [1, 2, 4]])
     for table in (plain, sliced):
         (table(ids) ** 2).sum().backward()
@@ -143,7 +174,7 @@ def test_a_lookup_in_slices(padding: int | None) -> None:
     restore(sliced)
     assert type(sliced) is own
     assert list(sliced.state_dict()) == keys
-    assert "serialization_factor" not in sliced.__dict__
+    assert "serialization_factors" not in sliced.__dict__
 
 
 def test_ids_of_other_slices_give_zeros() -> None:
@@ -157,7 +188,9 @@ def test_a_projection_in_slices(bias: bool, poptorch: Any) -> None:
     linear = nn.Linear(4, 6, bias=bias)
     x = torch.randn(2, 3, 4)
     expected = linear(x)
-    serialize(linear, 2)
+    serialize(linear, 2, 1)
+    assert torch.equal(linear.eval()(x), expected)
+    linear.train()
     torch.testing.assert_close(linear(x), expected)
     restore(linear)
     assert type(linear) is nn.Linear
@@ -172,7 +205,7 @@ def test_what_cannot_be_sliced() -> None:
         find_table(nn.Linear(2, 6), 4, "x")
     with pytest.raises(ValueError, match=r"factor 2 of 'x' does not divide its 67 rows; .* none"):
         find_table(nn.Linear(2, 67), 2, "x")
-    with pytest.raises(ValueError, match=r"max_norm or sparse gradients, which slices cannot keep"):
+    with pytest.raises(ValueError, match=r"max_norm, sparse or scaled gradients, which slices can"):
         find_table(nn.Embedding(6, 2, max_norm=1.0), 2, "x")
 
 
@@ -275,6 +308,46 @@ def test_one_module_per_stage_of_both_strategies(poptorch: Any) -> None:
     placement = Placement(made.model, entries, made.plan.model.parameters, poptorch)
     assert isinstance(placement.strategy(), poptorch.PipelinedExecution)
     assert isinstance(placement.strategy(pipelined=False), poptorch.ShardedExecution)
+    placement.undo()
+
+
+def test_evaluation_has_its_own_placement(poptorch: Any) -> None:
+    made = case(
+        "bert-mlm",
+        changes={"vocab_size": 4098},
+        gradient_accumulation_steps=8,
+        inference_layers_per_ipu=(1, 1, 2),
+        inference_matmul_proportion=(0.1, 0.2, 0.3),
+        inference_embedding_serialization_factor=3,
+    )
+    settings = settings_for(made.plan, made.config)
+    check(made.plan, settings)
+    flat, entries = settings.to_json(), annotate(made.plan, settings.inference_places())
+    assert (flat["num_stages"], flat["inference_num_stages"]) == (3, 4)
+    expected = made.model.eval()(**made.example)
+    blocks = [entry.to_json() for entry in entries]
+    placement = Placement(made.model, blocks, made.plan.model.parameters, poptorch)
+    forward = DeviceForward(made.model, poptorch)
+    ipus: dict[bool, list[int]] = {}
+    for inference in (True, False, True):  # a program that was made in between changes nothing
+        options = make_options(flat, poptorch, inference=inference)
+        options.setExecutionStrategy(placement.strategy(pipelined=not inference))
+        made.model.train(not inference)
+        if inference:
+            executor = poptorch.inferenceModel(made.model, options)
+            logits = executor(**made.example)[-1]
+            torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-6)
+        else:
+            optimizer = make_optimizer(
+                {**flat, "learning_rate": 0.0}, [{"params": [*made.model.parameters()]}], poptorch
+            )
+            executor = poptorch.trainingModel(made.model, options, optimizer)
+            executor(**made.batch())
+        ipus[inference] = [block.ipu for block in executor.program.blocks]
+        sliced = any(block.serialized for block in executor.program.blocks)
+        executor.destroy()
+    print(ipus, sliced)
+    forward.restore()
     placement.undo()
 
 

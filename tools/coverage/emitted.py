@@ -1,0 +1,112 @@
+"""One model class for IPUs: whatever is planned for 2, 4 and 8 stages is emitted, too.
+
+The bundle is then checked as its ``run.py`` does before it compiles: every module is found, and the
+model, run once on the host, comes to the stages in their order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ipu_pipeline.backends.ipu.backend import BACKEND
+from ipu_pipeline.backends.ipu.bundle import emit
+from ipu_pipeline.backends.ipu.runtime.checks import check_blocks, check_order
+from ipu_pipeline.backends.ipu.runtime.files import read_files
+from ipu_pipeline.backends.ipu.runtime.placement import find_modules
+from ipu_pipeline.backends.ipu.settings import settings_for
+from ipu_pipeline.capture import CapturedModel, capture, model_identity
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.price import make_plan, step_s
+from ipu_pipeline.planner.search import Constraints, solve
+from tools.coverage.classes import ModelClass
+from tools.coverage.eager import Batch, EagerError, build_model, find_batches, own_values
+from tools.coverage.reasons import why_not_built
+from tools.coverage.record import Record, Result, one_line
+
+STAGES = (2, 4, 8)
+Say = Callable[[Result], None]
+
+
+def check_emitted(item: ModelClass, say: Say = lambda _: None) -> Record:
+    """Plan one class for a pod and emit every plan; nothing is raised.
+
+    Args:
+        item: The class.
+        say: Called with what the result is if the process does not come back from what follows.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    facts: dict[str, Any] = {"stages": ()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of models and configs
+        result, reason = _check(item, say, facts)
+    seconds = round(time.perf_counter() - start, 2)
+    return Record(item.name, item.architecture, item.task, result, reason, seconds=seconds, **facts)
+
+
+def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, str]:
+    """Fill in ``facts`` on the way; return the result and its reason."""
+    say("eager-fails")
+    try:
+        model = build_model(item)
+    except Exception as error:
+        return "eager-fails", why_not_built(item.load(), error)
+    try:
+        part = find_batches(model, item.task)[0]
+    except EagerError as error:
+        return "eager-fails", str(error)
+    facts["inputs"] = tuple(part)
+    say("crash")
+    try:
+        captured = capture(model, own_values(part), self_check=False)
+    except PipelineError as error:
+        return "capture-refused", one_line(error)
+    facts["blocks"] = len(captured.graph.blocks)
+    frozen = captured.glue.unsteady or captured.glue.frozen
+    if frozen:  # as compiler.plan says it for a backend that does not replay the model's code
+        return "capture-refused", frozen
+    refused = ""
+    for depth in STAGES:
+        try:
+            plan = _planned(captured, depth)
+        except PipelineError as error:
+            refused = refused or f"{depth} stages: {one_line(error)}"
+            continue
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                _checked(Path(folder), plan, model, part)
+        except Exception as error:
+            return "emit-refused", f"{depth} stages: {one_line(error)}"
+        facts["stages"] = (*facts["stages"], depth)
+    return ("pass" if facts["stages"] else "plan-refused"), refused
+
+
+def _checked(folder: Path, plan: Plan, model: nn.Module, part: Batch) -> None:
+    """Emit a plan, and check the bundle as its run.py does before it compiles."""
+    emit(plan, settings_for(plan), folder)
+    _, settings, blocks = read_files(folder)
+    check_blocks(blocks, settings["annotated_blocks"], settings)
+    modules = find_modules(model, [b["module"] for b in blocks], plan.model.parameters)
+    check_order(model, blocks, modules, own_values(part))
+
+
+def _planned(captured: CapturedModel, depth: int) -> Plan:
+    graph, pod = captured.graph, machine_by_name("pod16")
+    limits = Constraints(num_stages=depth, num_microbatches=4 * depth, schedule="popart")
+    limits = BACKEND.rules(graph, pod, limits)
+    settings = BACKEND.settings(graph, None, limits)
+    work = Workload(graph, pod, "popart", limits.num_microbatches, 1, settings)
+    split = solve(graph, BACKEND.costs(work), pod, limits, step=partial(step_s, work))
+    return make_plan(model_identity(captured.model), work, split)
