@@ -62,8 +62,11 @@ def test_evaluation_without_labels_and_without_an_optimizer() -> None:
             device.load_executable("nowhere")
 
 
-def test_evaluation_runs_where_the_configuration_places_it() -> None:
-    made = case(inference_layers_per_ipu=(1, 1, 2), inference_device_iterations=4)
+@pytest.mark.parametrize(("layers", "ipus"), [((1, 1, 2), [0, 1, 2]), ((-1,), [0])])
+def test_evaluation_runs_where_the_configuration_places_it(
+    layers: tuple[int, ...], ipus: list[int]
+) -> None:
+    made = case(inference_layers_per_ipu=layers, inference_device_iterations=4)
     with made.local() as local, made.compile() as device:
         batch = made.batch(copies=4)
         for _ in range(2):
@@ -72,7 +75,7 @@ def test_evaluation_runs_where_the_configuration_places_it() -> None:
             for executable in (device, local):
                 executable.train_step(made.batch())
         sessions = sessions_of(device)
-        for executor, wanted in ((sessions.training, [0, 1]), (sessions.inference, [0, 1, 2])):
+        for executor, wanted in ((sessions.training, [0, 1]), (sessions.inference, ipus)):
             assert executor.program.pipelined
             assert sorted({block.ipu for block in executor.program.blocks}) == wanted
 

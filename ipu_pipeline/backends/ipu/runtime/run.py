@@ -113,7 +113,10 @@ def train(
             break
         size = settings["micro_batch_size"]
         given = forward.inputs(batch, size, training=True, build=step == 0)
-        loss = mean_loss(executor(**given), settings)
+        try:
+            loss = mean_loss(executor(**given), settings)
+        except poptorch.Error as error:
+            raise BundleError(f"poptorch cannot compile or run the model: {error}") from error
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)
