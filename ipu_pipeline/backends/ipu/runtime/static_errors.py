@@ -10,7 +10,7 @@ from typing import Any, Optional
 from .checks import BundleError
 
 _HERE = str(Path(__file__).resolve().parent)
-_OTHERS = ("torch", "poptorch", "ipu_pipeline_emulator", "contextlib.py", "functools.py")
+_OTHERS = ("torch", "poptorch", "contextlib.py", "functools.py")
 
 
 class StaticGraphError(BundleError):
@@ -36,4 +36,6 @@ def place() -> str:
 
 def _is_machinery(path: str) -> bool:
     parts = Path(path).parts
-    return path.startswith((_HERE, "<")) or any(name in parts for name in _OTHERS)
+    if path.startswith((_HERE, "<")) or "emulator" in Path(path).parent.name:
+        return True
+    return any(name in parts for name in _OTHERS)
