@@ -189,6 +189,37 @@ def test_refusals() -> None:
             call()
 
 
+def test_state_and_weights_that_are_loaded_here_reach_the_device() -> None:
+    made = case()
+    start = {name: value.clone() for name, value in made.model.state_dict().items()}
+    with made.local(adamw) as local, made.compile(adamw) as device:
+        empty = device.optimizer.state_dict()
+        device.train_step(made.batch(7))
+        device.state_dict()
+        device.optimizer.load_state_dict(empty)
+        made.model.load_state_dict(start)
+        for seed in range(2):  # as if the first step had never been
+            loss = device.train_step(made.batch(seed)).loss
+            assert loss == pytest.approx(local.train_step(made.batch(seed)).loss, abs=1e-6)
+        device.close()
+        assert_same_weights(made.model, local.model)
+
+
+def test_a_change_of_weights_that_are_older_than_the_devices(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = case()
+    with made.compile() as device:
+        device.train_step(made.batch())
+        with torch.no_grad():
+            made.model.qa_outputs.bias.add_(1)
+        with pytest.raises(LoweringError, match=r"'qa_outputs.bias' was changed here while the"):
+            device.train_step(made.batch())
+        assert device.state_dict()["qa_outputs.bias"].max() < 0.5
+        assert "changed here in qa_outputs.bias gives way to the device's" in caplog.text
+        device.train_step(made.batch())
+
+
 def test_one_executable_at_a_time() -> None:
     made = case()
     with made.compile() as device:
@@ -199,5 +230,6 @@ def test_one_executable_at_a_time() -> None:
 
 
 def test_the_local_target_refuses_an_ipu_configuration() -> None:
-    with pytest.raises(LoweringError, match=r"runs on no IPU: leave ipu_config out"):
-        case().local(ipu_config=IPUConfig())
+    for option in ({"ipu_config": IPUConfig()}, {"sdk_python": "python"}):
+        with pytest.raises(LoweringError, match=r"runs on no IPU: leave ipu_config and sdk_python"):
+            case().local(**option)
