@@ -75,12 +75,18 @@ def test_evaluation_as_a_pipeline_with_replicas() -> None:
 @pytest.mark.parametrize("make", [sgd, adamw, lambda m: torch.optim.SGD(m.parameters(), 0.01, 0.9)])
 def test_checkpoints_go_from_the_device_to_local_and_back(make: Any, tmp_path: Path) -> None:
     reference, mixed = case(), case()
+
+    def step(executable: Any, seed: int) -> None:
+        for group in executable.optimizer.param_groups:  # as a scheduler does
+            group["lr"] = 0.01 / (seed + 1)
+        executable.train_step(mixed.batch(seed))
+
     with reference.compile(make) as device:
         for seed in range(6):
-            device.train_step(reference.batch(seed))
+            step(device, seed)
     with mixed.compile(make) as device:
         for seed in range(2):
-            device.train_step(mixed.batch(seed))
+            step(device, seed)
         assert device.broadcast(3) == 3
         device.save_checkpoint(tmp_path / "first", {"note": 1}, blocking=False)
         device.train_step(mixed.batch(98))  # not in the checkpoint
@@ -88,14 +94,14 @@ def test_checkpoints_go_from_the_device_to_local_and_back(make: Any, tmp_path: P
         assert local.load_checkpoint(tmp_path / "first") == {"note": 1}
         assert local.global_step == 2
         for seed in range(2, 4):
-            local.train_step(mixed.batch(seed))
+            step(local, seed)
         local.save_checkpoint(tmp_path / "second")
     with mixed.compile(make) as device:
         device.train_step(mixed.batch(99))  # forgotten by loading
         device.load_checkpoint(tmp_path / "second")
         assert device.global_step == 4
         for seed in range(4, 6):
-            device.train_step(mixed.batch(seed))
+            step(device, seed)
         fetched = device.state_dict()
     assert_same_weights(mixed.model, reference.model)
     assert all(torch.equal(value, fetched[n]) for n, value in mixed.model.state_dict().items())
