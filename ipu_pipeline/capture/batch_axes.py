@@ -7,12 +7,14 @@ samples are those of each; where no choice of axes gives that, the results mix s
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,8 @@ from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import first_line
 
 Axes = Mapping[str, int | None]
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Choices of axes that are tried before the first that runs at all is taken.
 MAX_CHOICES = 24
@@ -114,7 +118,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
         return BatchAxes(
             {name: given.get(name, 0) for name, value in batch.items() if sized(value)}
         )
-    with same_random_numbers(), torch.no_grad():
+    with torch.no_grad():
         for axes in itertools.islice(_choices(batch, given), MAX_CHOICES):
             try:
                 tried = _tried(model, batch, axes)
@@ -189,10 +193,10 @@ def _options(name: str, value: Any, size: int, given: Axes) -> Sequence[int | No
 
 def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     """Compare the results of two samples with those of each."""
-    try:
-        results = [_results(model, part) for part in two_samples(batch, axes, uneven=True)]
-    except Exception:  # other values may be none that the model takes
-        results = [_results(model, part) for part in two_samples(batch, axes, uneven=False)]
+    with plain_runs(model) as run:
+        results = two_parts(
+            batch, axes, 1, lambda parts: [run(p, watched=n == 0) for n, p in enumerate(parts)]
+        )
     both, *each = (one.tensors for one in results)
     outputs: dict[str, int | None] = {}
     weights = _weights(results) if LOSS in both else (0.5, 0.5)
@@ -216,11 +220,27 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
     )
 
 
-def two_samples(batch: Mapping[str, Any], axes: Axes, *, uneven: bool) -> list[dict[str, Any]]:
-    """Return two samples, the first and the second one; ``uneven``: one has fewer labels."""
-    parts = [part_of(batch, axes, *ends) for ends in ((0, 2), (0, 1), (1, 2))]
-    rows = (1, None, 0) if uneven else (None, None, None)
-    return [_uneven(part, axes, row) for part, row in zip(parts, rows, strict=True)]
+def two_parts(
+    batch: Mapping[str, Any], axes: Axes, size: int, measure: Callable[[list[dict[str, Any]]], T]
+) -> T:
+    """Measure the first two parts of a batch together, and each one.
+
+    The second one has fewer labels and a shorter mask, if the model takes such values.
+
+    Args:
+        batch: Keyword arguments of the model.
+        axes: Axes of samples.
+        size: Samples of a part.
+        measure: Given the inputs of both parts, of the first and of the second one.
+    """
+    ends = ((0, 2 * size), (0, size), (size, 2 * size))
+    parts = [part_of(batch, axes, *each) for each in ends]
+    uneven = [_uneven(p, axes, row) for p, row in zip(parts, (size, None, 0), strict=True)]
+    try:
+        return measure(uneven)
+    except Exception as error:
+        logger.debug("measured with its own labels and masks: %s", error)
+        return measure(parts)
 
 
 def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, Any]:
@@ -242,31 +262,62 @@ def _uneven(part: Mapping[str, Any], axes: Axes, row: int | None) -> dict[str, A
     return changed
 
 
-class _Results(NamedTuple):
-    """What a run gives: its results by name, what each mean over labels divided by, its traces."""
+class PlainRun(NamedTuple):
+    """What one run of the model gives.
+
+    Attributes:
+        tensors: Its results by name.
+        counts: What each mean over labels divided by.
+        draws: Whether it draws random numbers.
+        leaves_traces: Whether it changes what the model keeps, or draws; if that was asked for.
+    """
 
     tensors: dict[str, Tensor]
     counts: list[float]
-    leaves_traces: bool
+    draws: bool
+    leaves_traces: bool = False
 
 
-def _results(model: nn.Module, part: Mapping[str, Any]) -> _Results:
-    seed_torch(SEED)
-    random.seed(SEED)
-    np.random.seed(SEED)  # noqa: NPY002
-    counting = _Counting()  # every run starts from the same state
-    own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
-    with preserved_state(model), PutBack(model):
-        is_changed = _watched(model)
-        with counting:
-            output = model(**own)
-        traces = is_changed()
-        if traces:  # what is set once, on the first run, is none
-            is_changed = _watched(model)
-            model(**part)
-            traces = is_changed()
-    tensors = {name: value.detach() for name, value in named_tensors(output)}
-    return _Results(tensors, counting.counts, traces)
+@contextlib.contextmanager
+def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
+    """Return a function that runs the model without gradients on some inputs.
+
+    Every run begins in the same state and with the same random numbers; both are put back.
+    ``run(part, watched=True)`` says what it leaves behind as well.
+    """
+    generators = Generators(model.modules())
+    with (
+        same_random_numbers(),
+        torch.no_grad(),
+        preserved_state(model) as restore,
+        PutBack(model) as changed,
+    ):
+
+        def run(part: Mapping[str, Any], *, watched: bool = False) -> PlainRun:
+            seed_torch(SEED)
+            random.seed(SEED)
+            np.random.seed(SEED)  # noqa: NPY002
+            counting, traces = _Counting(), False
+            is_changed = _watched(model) if watched else None
+            seed, states = torch.get_rng_state(), generators.states()
+            own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
+            try:
+                with counting:
+                    output = model(**own)
+                draws = not torch.equal(seed, torch.get_rng_state()) or bool(
+                    generators.drawn(states, generators.states())
+                )
+                if is_changed is not None and is_changed():
+                    is_changed = _watched(model)  # what is set once, on the first run, is none
+                    model(**part)
+                    traces = is_changed()
+            finally:
+                changed.put_back()
+                restore()
+            tensors = {name: value.detach() for name, value in named_tensors(output)}
+            return PlainRun(tensors, counting.counts, draws, traces)
+
+        yield run
 
 
 def _watched(model: nn.Module) -> Callable[[], bool]:
@@ -306,28 +357,41 @@ def _fit(axis: int, both: Tensor, first: Tensor, second: Tensor) -> bool:
     return shapes[0] == shapes[1] == shapes[2] and sizes[0] == sizes[1] + sizes[2]
 
 
-def _weights(results: Sequence[_Results]) -> tuple[float, float] | None:
+def _weights(results: Sequence[PlainRun]) -> tuple[float, float] | None:
     """Return the weights with which two losses are that of both samples, if there are any."""
-    (both, both_counts, _), *each = results
+    both, *each = results
     losses = [one.tensors.get(LOSS) for one in each]
     counts = [one.counts for one in each]
     rules = [(0.5, 0.5), (1.0, 1.0)]
-    if all(len(found) == len(both_counts) for found in counts):
+    if all(len(found) == len(both.counts) for found in counts):
         pairs = zip(*counts, strict=True)
         rules += [(a / (a + b), b / (a + b)) for a, b in pairs if a + b]
-    return next((w for w in rules if is_weighted_sum(both[LOSS], w, losses)), None)
+    return next((w for w in rules if is_weighted_sum(both.tensors[LOSS], w, losses)), None)
 
 
 def is_weighted_sum(
-    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None]
+    whole: Tensor, weights: Sequence[float], parts: Sequence[Tensor | None], floor: float = 1e-3
 ) -> bool:
-    """Whether ``whole``, a loss, is the sum of its parts with these weights."""
+    """Whether ``whole``, a loss, is the sum of its parts with these weights.
+
+    Rounding errors are those of numbers of the size ``floor`` at least.
+    """
     pairs = zip(weights, parts, strict=True)
     kept = [weight * part for weight, part in pairs if weight and part is not None]
-    return bool(kept) and close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE)
+    if not kept:
+        return False
+    return close_enough(whole, torch.stack(kept).sum(0), LOSS_TOLERANCE, floor)
 
 
-def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> bool:
+def as_exact_as(model: nn.Module, loss: Tensor) -> Tensor:
+    """Return a loss in the lowest precision of a model's parameters, in which it is compared."""
+    lowest = next((p.dtype for p in model.parameters() if p.dtype in TOLERANCE), loss.dtype)
+    return loss.to(lowest)
+
+
+def close_enough(
+    a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE, floor: float = 1e-3
+) -> bool:
     """Whether results are equal but for rounding."""
     if a.shape != b.shape:
         return False
@@ -335,7 +399,7 @@ def close_enough(a: Tensor, b: Tensor, tolerance: float = DEFAULT_TOLERANCE) -> 
         return torch.equal(a, b)
     allowed = TOLERANCE.get(a.dtype, tolerance)
     scale = float(a.detach().float().nan_to_num().abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, 1e-3), equal_nan=True)
+    return torch.allclose(a, b, rtol=0.0, atol=allowed * max(scale, floor), equal_nan=True)
 
 
 class _Counting(TorchFunctionMode):

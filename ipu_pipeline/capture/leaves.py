@@ -6,13 +6,14 @@ the outermost modules that are not ancestors are leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 from torch import nn
 
 from ipu_pipeline.capture.patches import original_model
+from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.plan import Granularity
 
 # An element is expanded into its own repeated list only when the list is nearly all of it (a Swin
@@ -155,3 +156,26 @@ def _only_children(model: nn.Module) -> Iterator[nn.Module]:
         if not any(True for _ in model.children()):
             return
         yield model
+
+
+def refuse_other_parameters(module: nn.Module, fqn: str, known: Container[int]) -> None:
+    """Refuse a call of a leaf whose parameters have been replaced for the time of the call.
+
+    Args:
+        module: The leaf.
+        fqn: Its name.
+        known: Ids of the parameters that the model has.
+
+    Raises:
+        CaptureError: One has (``torch.func.functional_call``).
+    """
+    for inner, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and id(parameter) not in known:
+                place = ".".join(filter(None, (inner, name)))
+                raise CaptureError(
+                    f"{fqn!r} is called with another {place!r} than its own "
+                    "(torch.func.functional_call, fast weights), which a stage would not see: make "
+                    "that call in the forward of a module of its own, with this one inside, or "
+                    "compute with torch.nn.functional"
+                )

@@ -1,4 +1,4 @@
-"""How the terms of a loss add up over samples, measured on two samples and on each one.
+"""How the terms of a loss add up over samples, measured on two microbatches and on each one.
 
 Names do not tell: a sum that is divided by a number is a mean where that number is the size of the
 batch, a product of two vectors is a sum, and a load-balancing loss is neither.
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.batch_axes import is_weighted_sum
+from ipu_pipeline.capture.batch_axes import as_exact_as, is_weighted_sum
 from ipu_pipeline.capture.captured import capture
 from ipu_pipeline.capture.check import SEED
 from ipu_pipeline.capture.coarsen import LOSS
@@ -33,14 +33,16 @@ def term_rules(
     parts: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     granularity: Granularity,
+    by_samples: Sequence[float] = (0.5, 0.5),
 ) -> tuple[Rule, ...] | None:
-    """Return how each varying term adds up; ``None`` if the terms of two samples are others.
+    """Return how each varying term adds up; ``None`` if the terms of the parts are others.
 
     Args:
         model: The whole model; parts without glue run in evaluation mode. Its state is put back.
-        parts: Inputs of two samples, of the first and of the second one.
+        parts: Inputs of two microbatches, of the first and of the second one.
         names: Names of the terms.
         granularity: That of the plan.
+        by_samples: What each of the two is of their samples.
     """
     found = []
     for part in parts:  # each from the same state: a pass may change buffers
@@ -48,29 +50,41 @@ def term_rules(
             same_random_numbers(),
             preserved_state(model),
             PutBack(model),
-            _leaves_in_evaluation(model, granularity),
+            leaves_in_evaluation(model, granularity),
         ):
             found.append(_measured(model, part, granularity))
     if any([term.node for term in terms.varying] != list(names) for terms, _, _ in found):
         return None
-    rows = [list(zip(values, counts, strict=True)) for _, values, counts in found]
+    rows = [
+        [(as_exact_as(model, value), count) for value, count in zip(values, counts, strict=True)]
+        for _, values, counts in found
+    ]
+    size = sum(float(value.nan_to_num().abs()) for value in found[0][1])
     terms = found[0][0].varying
-    return tuple(_rule(term, *row) for term, *row in zip(terms, *rows, strict=True))
+    return tuple(
+        _rule(term, by_samples, LOSS_NOISE * size, *row)
+        for term, *row in zip(terms, *rows, strict=True)
+    )
 
 
 _Row = tuple[Tensor, float | None]
+# A term of a loss is at most as exact as the whole of it.
+LOSS_NOISE = 0.05
 
 
-def _rule(term: Term, both: _Row, first: _Row, second: _Row) -> Rule:
-    tried: dict[Rule, Sequence[float]] = {"mean": (0.5, 0.5), "sum": (1.0, 1.0)}
+def _rule(
+    term: Term, by_samples: Sequence[float], floor: float, both: _Row, first: _Row, second: _Row
+) -> Rule:
+    tried: dict[Rule, Sequence[float]] = {"mean": by_samples, "sum": (1.0, 1.0)}
     a, b = first[1], second[1]
     if a is not None and b is not None:
-        counted = term.weights([a, b])
+        counts = [a * by_samples[0], b * by_samples[1]] if term.averaged else [a, b]
+        counted = term.weights(counts)
         if not counted:  # these samples do not tell
             return "counted"
         tried = {"counted": counted, **tried}
     for rule, weights in tried.items():
-        if is_weighted_sum(both[0], weights, (first[0], second[0])):
+        if is_weighted_sum(both[0], weights, (first[0], second[0]), floor):
             return rule
     return "none"
 
@@ -97,7 +111,7 @@ def _measured(
 
 
 @contextlib.contextmanager
-def _leaves_in_evaluation(model: nn.Module, granularity: Granularity) -> Iterator[None]:
+def leaves_in_evaluation(model: nn.Module, granularity: Granularity) -> Iterator[None]:
     """Switch off dropout inside blocks; what the glue does in training is still done."""
     glue = choose_leaves(model, granularity).glue
     leaves = [m for m in model.modules() if id(m) not in glue]

@@ -85,7 +85,7 @@ class LossTerms:
 
     ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
     but a constant is multiplied by an input of its own, called :func:`factor_name`; ``path``: the
-    nodes between the terms and the loss.
+    nodes between the terms and the loss; ``functions``: those that compute it, by name.
     """
 
     terms: tuple[Term, ...] = ()
@@ -93,6 +93,7 @@ class LossTerms:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     factored: bool = False
     path: frozenset[str] = frozenset()
+    functions: tuple[str, ...] = ()
 
     def divisors(self, inputs: Mapping[str, Any]) -> list[float | None]:
         """Return what each varying term divides by, for a microbatch's inputs, if it is known."""
@@ -176,7 +177,9 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
-    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path))
+    own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
+    functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
+    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions))
 
 
 def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -267,6 +270,25 @@ def factored(captured: CapturedModel) -> CapturedModel:
     )
 
 
+def with_counted(captured: CapturedModel) -> CapturedModel:
+    """Make inputs of the numbers that a loss is divided by, where Python may have counted them.
+
+    Microbatches are weighed by them, also if all those of the first batch are equal.
+    """
+    calls = captured.glue.calls
+    if not any(call.reads_values and not call.is_late for call in calls):
+        return captured
+    path = loss_terms(captured).path
+    divisions = {
+        (number, (0, 1)): call.node.args[1]
+        for number, call in enumerate(calls)
+        if call.node is not None and call.node.name in path and len(call.node.args) > 1
+        if _name(call.node.target) in _QUOTIENTS
+    }
+    counted = {k: v for k, v in divisions.items() if isinstance(v, int | float)}
+    return captured.with_hosts(counted) if counted else captured
+
+
 def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
     """Let what is no part of the loss, such as values that Python reads, use copies of its path.
 
@@ -314,7 +336,7 @@ class _Walk:
         if node in self.prelude or node not in self.dependent:
             yield Term("constant", node=node.name)
             return
-        name, function = self._called(node)
+        name, function = self.called(node)
         inner = self._linear_in(node, name)
         if function in MEANS_OVER_LABELS or name.endswith("_loss") or name in _OTHER_LOSSES:
             yield self._of_loss_function(node, function, divided=divided)
@@ -358,7 +380,7 @@ class _Walk:
 
     def _stacked(self, node: fx.Node) -> Sequence[fx.Node]:
         """Return the numbers that ``node`` is or holds."""
-        name = self._called(node)[0]
+        name = self.called(node)[0]
         if _shape(node) == ():
             return [node]
         self.path.add(node.name)
@@ -370,9 +392,11 @@ class _Walk:
         return sources if name in stacks and all(_shape(one) == () for one in sources) else ()
 
     def _divisor(self, node: fx.Node, name: str) -> fx.Node | None:
-        """Return the divisor, if it is a tensor that the inputs alone give."""
+        """Return the divisor, if it is a host value or a tensor that the inputs alone give."""
         divisor = node.args[1] if name in _QUOTIENTS and len(node.args) > 1 else None
-        known = isinstance(divisor, fx.Node) and divisor in self.prelude and _shape(divisor) == ()
+        known = isinstance(divisor, fx.Node) and (
+            _is_number(divisor) or (divisor in self.prelude and _shape(divisor) == ())
+        )
         return divisor if known else None  # type: ignore[return-value]
 
     def _mean(self, node: fx.Node) -> Term:
@@ -410,7 +434,8 @@ class _Walk:
             return True
         return weight is None or weight in self.prelude
 
-    def _called(self, node: fx.Node) -> tuple[str, Any]:
+    def called(self, node: fx.Node) -> tuple[str, Any]:
+        """Return name and object of the function that a node calls."""
         function: Any = node.target
         if node.op == "call_module":
             holder = self.attributes[str(node.target)]

@@ -171,8 +171,10 @@ def patched_grouped(grouped: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """Put back what running ``model`` changes, and what Python keeps.
+def preserved_state(
+    model: nn.Module, changed: Iterable[torch.Tensor] = ()
+) -> Iterator[Callable[[], None]]:
+    """Put back what running ``model`` changes, and what Python keeps; yield what does it at once.
 
     Buffers (running statistics), gradients, random states, attributes of the modules, what hooks
     hold, configs, and the tensors ``changed``: parameters that a forward pass writes to.
@@ -184,9 +186,8 @@ def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> I
     for parameter, _ in gradients:
         parameter.grad = None
     state, python = torch.get_rng_state(), PythonState(model.modules())
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         torch.set_rng_state(state)
         python.restore()
         for parameter, gradient in gradients:
@@ -200,6 +201,11 @@ def preserved_state(model: nn.Module, changed: Iterable[torch.Tensor] = ()) -> I
             if vars(config) != attributes:
                 vars(config).clear()
                 vars(config).update(attributes)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 @contextlib.contextmanager

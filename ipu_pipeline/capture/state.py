@@ -124,9 +124,13 @@ class PutBack(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._use.call(func, args, kwargs or {})
 
+    def put_back(self) -> None:
+        """Put them back now."""
+        self._use.put_back()
+
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._use.put_back()
+        self.put_back()
 
 
 class WriteBack(nn.Module):

@@ -48,7 +48,7 @@ from ipu_pipeline.capture.calls import (
     returned_after_write,
 )
 from ipu_pipeline.capture.glue import Call, GlueRecorder, apart, paths_of
-from ipu_pipeline.capture.leaves import Leaves
+from ipu_pipeline.capture.leaves import Leaves, refuse_other_parameters
 from ipu_pipeline.capture.lift import placeholder
 from ipu_pipeline.capture.objects import ObjectCall, Snapshot, needs_objects, objects_among
 from ipu_pipeline.capture.places import Places
@@ -138,6 +138,7 @@ class Tracer(TorchFunctionMode):
                 return original(module, *args, **kwargs)
             finally:
                 self.scope.pop()
+        refuse_other_parameters(module, fqn, self.fqns)
         self.attributes[fqn] = module
         self.draws.note()
         with self._untraced():
@@ -357,7 +358,8 @@ class Tracer(TorchFunctionMode):
         if decided_by_chance(node):
             raise CaptureError(
                 f"{self.where()} draws a random number and decides by it, in Python, what runs "
-                "next; a captured graph would always decide the same: switch that off (layerdrop=0)"
+                "next; a captured graph would always decide the same: switch that off "
+                "(layerdrop=0), or let the block that may be left out decide in its own forward"
             )
         return node
 

@@ -15,7 +15,7 @@ from torch import nn
 from ipu_pipeline.capture.captured import CapturedModel, capture, described, take_kept
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
-from ipu_pipeline.capture.loss_terms import LossTerms, factored
+from ipu_pipeline.capture.loss_terms import LossTerms, factored, with_counted
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs, Followed
@@ -149,6 +149,8 @@ class StageCache:
         """Return what the loss of a microbatch is made of, as far as its shape tells."""
         with self._replaying():
             variants = self._variants(part)
+            if not variants.found:
+                variants.found.extend(self._kept(part.inputs))
             if not variants.found:
                 found = self._at_other_sizes(part.inputs, self._python_state())
                 variants.found.append(found or self._captured(part.inputs))
@@ -378,7 +380,7 @@ class StageCache:
 
     def _variant(self, captured: CapturedModel, uses: TableUses) -> ShapeVariant:
         if not serialized(self.plan):  # whose loss is taken apart
-            captured = factored(captured)
+            captured = factored(with_counted(captured))
         if captured.training:
             self._check_blocks([program.name for program in captured.programs])
         captured.glue.session.live, captured.glue.session.replayed = self.live, True

@@ -21,7 +21,8 @@ from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.stages.batch import LossWeights, Microbatch
+from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.loss_shares import LossWeights
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

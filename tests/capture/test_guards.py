@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.reads import ValueGuard, unguarded
 from ipu_pipeline.errors import CaptureError, GuardError
-from tests.capture.toys import assert_replays, batch, toy
+from tests.capture.toys import Layer, assert_replays, batch, last, toy
 
 
 def hidden(self, x):
@@ -144,6 +144,13 @@ def test_layer_drop_is_refused_unless_it_is_off() -> None:
     captured = capture(model, batch(p=0.0))
     for seed in range(5):
         assert_replays(model, captured, batch(seed=seed, p=0.0))
+
+    class Dropping(Layer):  # the other remedy
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.training and torch.rand([]) < 0.5 else self.linear(x)
+
+    model = toy(lambda self, x: last(self, self.layers[0](x)), Dropping)
+    capture(model, batch())
 
 
 def test_reading_a_value_behind_dropout_is_no_decision_by_chance() -> None:

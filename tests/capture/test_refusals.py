@@ -269,3 +269,31 @@ def test_dropout_is_off_during_the_check_only() -> None:
     first = captured.run(inputs)["loss"]
     assert not torch.equal(first, captured.run(inputs)["loss"])
     assert all(m.p == 0.1 for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+def with_fast_weights(self, layer: nn.Module, x: Tensor) -> Tensor:
+    weights = {n: p * self.scale for n, p in layer.named_parameters()}
+    return torch.func.functional_call(layer, weights, (x,))
+
+
+def test_a_block_that_is_called_with_other_parameters_is_refused() -> None:
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = Layer(), nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return with_fast_weights(self, self.inner, x)
+
+    def body(self, x):
+        return {"loss": with_fast_weights(self, self.layers[1], self.layers[0](x)).square().mean()}
+
+    model = toy(body)
+    model.scale = nn.Parameter(torch.tensor(1.5))
+    message = (
+        "'layers.1' is called with another 'linear.weight' than its own .* a module of its own"
+    )
+    with pytest.raises(CaptureError, match=message):
+        capture(model, batch())
+    model = toy(plain, Fast)  # the remedy
+    assert_replays(model, capture(model, batch()), batch(1))

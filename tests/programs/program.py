@@ -8,6 +8,7 @@ losses, parameters, buffers, what was logged, and what the model counted.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,11 @@ class Program(Features):
     microbatches: int = 2
     stages: int = 2
     schedule: str = "1f1b"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether what a sample gives to the loss may depend on the others of its microbatch."""
+        return self.read == "tensor" or self.buffer in ("written at the end", "replaced")
 
 
 # Every field that has choices, the plain one first.
@@ -375,8 +381,11 @@ class Outcome:
     calls: int
 
     @classmethod
-    def of(cls, model: Net, losses: list[float]) -> Outcome:
-        state = {name: value.clone() for name, value in model.state_dict().items()}
+    def of(
+        cls, model: Net, losses: list[float], state: Mapping[str, Tensor] | None = None
+    ) -> Outcome:
+        found = model.state_dict() if state is None else state
+        state = {name: value.clone() for name, value in found.items()}
         history = [float(value) for value in model.history]
         return cls(losses, state, history, model.calls)
 
@@ -398,8 +407,11 @@ class Outcome:
         return "" if self.calls == other.calls else f"{self.calls} and {other.calls} calls"
 
 
-def eager(program: Program) -> Outcome:
-    """Train with plain torch: the microbatches one after another, then the update."""
+def eager(program: Program, *, asked: bool = False) -> Outcome:
+    """Train with plain torch: the microbatches one after another, then the update.
+
+    ``asked``: Microbatches are weighed as a whole, by what their criterion counts.
+    """
     model = build(program, PlainNet)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate_of(program))
     losses = []
@@ -409,7 +421,8 @@ def eager(program: Program) -> Outcome:
         optimizer.zero_grad()
         for index in range(program.microbatches):
             part = part_of(program, batch, index)
-            model.shares = share_of(program, batch, part), 1.0 / program.microbatches
+            share = share_of(program, batch, part)
+            model.shares = share, share if asked else 1.0 / program.microbatches
             loss = model(**part)["loss"]
             loss.backward()
             total += float(loss.detach())
@@ -420,8 +433,16 @@ def eager(program: Program) -> Outcome:
     return Outcome.of(model, losses)
 
 
-def pipelined(program: Program) -> Outcome:
-    """Train through a plan of ours.
+def weights_of(program: Program) -> Any:
+    """Return the weights that the author of a program would ask for."""
+    if program.loss == "sum":
+        return [1.0] * program.microbatches
+    counts = program.loss == "token mean"
+    return (lambda inputs: (inputs["labels"] != IGNORED).sum()) if counts else "samples"
+
+
+def pipelined(program: Program, *, asked: bool = False, target: str = "local") -> Outcome:
+    """Train through a plan of ours; ``asked``: with weights of the microbatches' losses.
 
     Raises:
         PipelineError: The program is refused.
@@ -442,11 +463,17 @@ def pipelined(program: Program) -> Outcome:
         **options,
     )
     losses = []
-    largest = LARGEST_NORM if program.clipped else None
     with ipp.compile(
-        model, plan, optimizer=optimizer, recompute=recompute, max_grad_norm=largest
+        model,
+        plan,
+        target=target,
+        optimizer=optimizer,
+        recompute=recompute,
+        max_grad_norm=LARGEST_NORM if program.clipped else None,
+        loss_weights=weights_of(program) if asked else None,
     ) as executable:
         for step in range(STEPS):
             model.advance(step)
             losses.append(executable.train_step(batch_of(program, step)).loss)
-    return Outcome.of(model, losses)
+        state = executable.state_dict()
+    return Outcome.of(model, losses, state)

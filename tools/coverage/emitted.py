@@ -1,4 +1,8 @@
-"""One model class for IPUs: whatever is planned for 2, 4 and 8 stages is emitted, too."""
+"""One model class for IPUs: whatever is planned for 2, 4 and 8 stages is emitted, too.
+
+The bundle is then checked as its ``run.py`` does before it compiles: every module is found, and the
+model, run once on the host, comes to the stages in their order.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,17 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ipu_pipeline.backends.ipu.backend import BACKEND
 from ipu_pipeline.backends.ipu.bundle import emit
+from ipu_pipeline.backends.ipu.runtime.checks import check_blocks, check_order
+from ipu_pipeline.backends.ipu.runtime.files import read_files
+from ipu_pipeline.backends.ipu.runtime.placement import find_modules
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.errors import PipelineError
@@ -22,7 +31,7 @@ from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import make_plan, step_s
 from ipu_pipeline.planner.search import Constraints, solve
 from tools.coverage.classes import ModelClass
-from tools.coverage.eager import EagerError, build_model, find_batches, own_values
+from tools.coverage.eager import Batch, EagerError, build_model, find_batches, own_values
 from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
 
@@ -77,11 +86,20 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
             continue
         try:
             with tempfile.TemporaryDirectory() as folder:
-                emit(plan, settings_for(plan), folder)
+                _checked(Path(folder), plan, model, part)
         except Exception as error:
             return "emit-refused", f"{depth} stages: {one_line(error)}"
         facts["stages"] = (*facts["stages"], depth)
     return ("pass" if facts["stages"] else "plan-refused"), refused
+
+
+def _checked(folder: Path, plan: Plan, model: nn.Module, part: Batch) -> None:
+    """Emit a plan, and check the bundle as its run.py does before it compiles."""
+    emit(plan, settings_for(plan), folder)
+    _, settings, blocks = read_files(folder)
+    check_blocks(blocks, settings["annotated_blocks"], settings)
+    modules = find_modules(model, [b["module"] for b in blocks], plan.model.parameters)
+    check_order(model, blocks, modules, own_values(part))
 
 
 def _planned(captured: CapturedModel, depth: int) -> Plan:

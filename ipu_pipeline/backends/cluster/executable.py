@@ -36,9 +36,10 @@ from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import BatchCutter, Microbatch
+from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
+from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
@@ -93,7 +94,9 @@ class DistributedExecutable(Executable):
             self_check=options.self_check,
             on_drop=self._pipelines.drop,
         )
-        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
+        wish = options.loss_weights
+        self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
+        self._shares = LossShares(model, wish, plan.granularity)
         self._batch_check = BatchCheck(self.groups)
         self._closed = False
 
@@ -152,12 +155,12 @@ class DistributedExecutable(Executable):
         optimizer = self.trained_optimizer()
         with self._running("a training step"):
             scaling = self.options.loss_scaling
-            parts = self._training_parts(batch)
-            loss, ownership = self._accumulate(parts, scaling, for_update=True)
+            cut = self._training_parts(batch)
+            loss, ownership = self._accumulate(cut, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(optimizer, own, ownership, self.groups, self.options)
-        num_samples = sum(part.num_samples for part in parts)
+        num_samples = sum(part.num_samples for part in cut.parts)
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
@@ -179,11 +182,13 @@ class DistributedExecutable(Executable):
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, batch)
             share_buffers(self._changing, self.groups)
-            parts, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
-            stages, parts = self._prepared(parts)
-            terms = [own[-1].loss_terms for own in stages]
-            parts = self._cutter.weighted(parts, terms, training=False)
-            return evaluate(stages, self._inputs(parts), self.groups, axes)
+            cut = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+            try:
+                stages, parts = self._prepared(cut, training=False)
+            except MixedSamplesError as error:
+                cut = self._cutter.whole(cut.batch, cut.found, str(error))
+                stages, parts = self._prepared(cut, training=False)
+            return evaluate(stages, self._inputs(parts), self.groups, cut.found.outputs)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -273,19 +278,17 @@ class DistributedExecutable(Executable):
         with self._watchdog.guarding(what, self.global_step):
             yield
 
-    def _training_parts(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+    def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
         number = plan.num_microbatches * plan.replicas
         return self._cutter.training(batch, number, plan.micro_batch_size)
 
     def _accumulate(
-        self, parts: Sequence[Microbatch], loss_scaling: float, *, for_update: bool
+        self, cut: CutBatch, loss_scaling: float, *, for_update: bool
     ) -> tuple[float, Ownership]:
         with torch.enable_grad(), casts_of_one_step():
-            stages, parts = self._prepared(parts)
-            terms = [own[-1].loss_terms for own in stages]
-            parts = self._cutter.weighted(parts, terms, training=True)
+            stages, parts = self._prepared(cut, training=True)
             ownership = self._settle_ownership(stages[0])
             share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
@@ -295,18 +298,20 @@ class DistributedExecutable(Executable):
         return self.groups.sum_numbers(own_loss), ownership
 
     def _prepared(
-        self, parts: Sequence[Microbatch]
+        self, cut: CutBatch, *, training: bool
     ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
-        """Run the model's glue for all microbatches, also those of other replicas.
+        """Run the model's glue for all microbatches, also those of other replicas; weigh them.
 
         What Python counts and draws is then the same on all ranks; and what cannot be captured is
         refused by all of them, so that nobody waits for the one that does.
         """
-        stages, prepared = self._cache.prepare(parts)
+        stages, prepared = self._cache.prepare(cut.parts)
         if any(stage.in_order for own in stages for stage in own):
             self._refuse_other_order(len(prepared))
-        self._batch_check.check_glue(self.global_step, parts, prepared)
-        return stages, prepared
+        self._batch_check.check_glue(self.global_step, cut.parts, prepared)
+        terms = [own[-1].loss_terms for own in stages]
+        self._shares.check(cut, prepared, terms, training=training)
+        return stages, self._shares.weighted(cut, prepared, terms, training=training)
 
     def _refuse_other_order(self, num_microbatches: int) -> None:
         one = self.plan.num_stages == self.plan.replicas == 1

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ipu_pipeline.backends.ipu.check import NO_BATCH, config_problems
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import (
@@ -48,7 +49,16 @@ class IPUBackend:
         return is_ipu(machine)
 
     def settings(self, graph: BlockGraph, config: Any, limits: Constraints) -> Mapping[str, Any]:
-        """Return the program that the configuration describes, as the price reads it."""
+        """Return the program that the configuration describes, as the price reads it.
+
+        Raises:
+            PartitionError: No plan that is made so could be emitted.
+        """
+        problems = [*config_problems(config)] if config is not None else []
+        if graph.micro_batch_size < 1:
+            problems.append(NO_BATCH)
+        if problems:
+            raise PartitionError("; ".join(problems))
         if config is None:
             return {}
         found = replace(

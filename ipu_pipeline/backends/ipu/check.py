@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
 from ipu_pipeline.backends.ipu.prices.operations import slices_problem
+from ipu_pipeline.backends.ipu.prices.predict import table_problems
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -156,28 +158,8 @@ def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             )
 
 
-def _slices(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    for stage in plan.stages:
-        problems = (slices_problem(plan.graph, *item) for item in stage.serialize.items())
-        yield from filter(None, problems)
-
-
-def _splits(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    for index, stage in enumerate(plan.stages):
-        for name, (first, last) in stage.table_slices.items():
-            yield (
-                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
-                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
-                "alone cuts the table on its IPU)"
-            )
-    for what in ("embedding", "projection"):
-        splits = getattr(settings.config, f"serialized_{what}_splits_per_ipu")
-        if splits is not None:
-            yield (
-                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
-                f"which this target does not do; set it to null and {what}_serialization_factor="
-                f"{sum(splits)} (slices on one IPU) instead"
-            )
+def _tables(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
+    yield from table_problems(plan)
 
 
 def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -195,14 +177,32 @@ def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             last, before = position[name], name
 
 
-def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    config = settings.config
+def config_problems(config: IPUConfig) -> Iterator[str]:
+    """Yield what no plan can be made with: it would not be emitted."""
+    for what in ("embedding", "projection"):
+        splits = getattr(config, f"serialized_{what}_splits_per_ipu")
+        if splits is not None:
+            yield (
+                f"serialized_{what}_splits_per_ipu={list(splits)} spreads one table over IPUs, "
+                f"which this target does not do; set it to null and {what}_serialization_factor="
+                f"{sum(splits)} (slices on one IPU) instead"
+            )
     if config.device_iterations > 1 and config.output_mode == "default":
         yield (
             f"device_iterations {config.device_iterations} with output_mode 'default' gives back "
             "the last iteration's loss only; name the output mode ('all', 'sum' or 'final')"
         )
-    if config.auto_loss_scaling and not settings.half:
+    outside = [p for p in config.memory_proportions() if not 0 < p <= 1]
+    if outside:
+        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
+
+
+def _configuration(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    yield from config_problems(settings.config)
+
+
+def _scaling(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    if settings.config.auto_loss_scaling and not settings.half:
         yield (
             "auto_loss_scaling works on float16 gradients, but the model is in float32; leave it "
             "out, or put the model into float16"
@@ -214,12 +214,6 @@ def _iterations(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
-def _proportions(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    outside = [p for p in settings.config.memory_proportions() if not 0 < p <= 1]
-    if outside:
-        yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
-
-
 def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
     optimizer = settings.optimizer
     if optimizer.max_grad_norm is not None and optimizer.optimizer in ("LAMB", "RMSprop"):
@@ -229,9 +223,12 @@ def _clipping(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
         )
 
 
+NO_BATCH = "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+
+
 def _batch(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     if plan.micro_batch_size < 1:
-        yield "the plan's inputs have no batch axis; make the plan with an example batch of tensors"
+        yield NO_BATCH
 
 
 RULES: tuple[Rule, ...] = (
@@ -243,9 +240,8 @@ RULES: tuple[Rule, ...] = (
     _evaluation,
     _tied,
     _order,
-    _slices,
-    _splits,
-    _iterations,
-    _proportions,
+    _tables,
+    _configuration,
+    _scaling,
     _clipping,
 )

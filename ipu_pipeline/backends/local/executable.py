@@ -24,7 +24,7 @@ from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
-from ipu_pipeline.stages.batch import READS, BatchCutter, Microbatch, cut_batches
+from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import (
     EvalResult,
@@ -34,6 +34,7 @@ from ipu_pipeline.stages.executable import (
     join,
     mean_loss,
 )
+from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
@@ -174,7 +175,10 @@ class LocalExecutable(Executable):
             self_check=options.self_check,
             live=True,
         )
-        self._cutter = BatchCutter(model, plan.batch_axes, options.loss_weights, plan.granularity)
+        wish = options.loss_weights
+        self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
+        self._shares = LossShares(model, wish, plan.granularity)
+        self._known: set[object] = set()
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -196,7 +200,7 @@ class LocalExecutable(Executable):
         """
         self.options.require_training()
         optimizer = self.trained_optimizer()
-        step = self._accumulate(self._split(batch), self.options.loss_scaling, weigh=True)
+        step = self._accumulate(self._split(batch), self.options.loss_scaling)
         update = apply_update(
             optimizer,
             self.model.parameters(),
@@ -219,7 +223,7 @@ class LocalExecutable(Executable):
         Raises:
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(self._split(batch), 1.0, weigh=True)
+        step = self._accumulate(self._split(batch), 1.0)
         return mean_loss(step.microbatches, step.results)
 
     def forward_backward_parts(
@@ -248,11 +252,14 @@ class LocalExecutable(Executable):
         Raises:
             StageError: A stage failed.
         """
-        microbatches, axes = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
-        if len(microbatches) > 1 and self._reads_values(microbatches[0]):
-            microbatches = self._cutter.whole(batch, READS)
-        step = self._evaluate(microbatches, weigh=True)
-        return join(step.microbatches, step.results, axes).nested()
+        cut = self._cutter.evaluation(batch, 2 * self.plan.num_stages)
+        if len(cut.parts) > 1 and self._reads_values(cut.parts[0]):
+            cut = self._cutter.whole(cut.batch, cut.found, READS)
+        try:
+            step = self._evaluate(cut)
+        except MixedSamplesError as error:
+            step = self._evaluate(self._cutter.whole(cut.batch, cut.found, str(error)))
+        return join(step.microbatches, step.results, cut.found.outputs).nested()
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; nothing is joined.
@@ -275,7 +282,7 @@ class LocalExecutable(Executable):
 
     # ---- running ------------------------------------------------------------------------
 
-    def _split(self, batch: Mapping[str, Any]) -> list[Microbatch]:
+    def _split(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
         return self._cutter.training(batch, plan.num_microbatches, plan.micro_batch_size)
 
@@ -283,47 +290,38 @@ class LocalExecutable(Executable):
         with in_evaluation(self.model), torch.no_grad():
             return self._cache.reads_values(part)
 
-    def _evaluate(self, microbatches: Sequence[Microbatch], *, weigh: bool = False) -> Step:
-        """Return the step with what each microbatch computed; ``weigh``: as the loss means it."""
+    def _evaluate(self, batch: CutBatch | Sequence[Microbatch]) -> Step:
+        """Return the step with what each microbatch computed."""
         with in_evaluation(self.model), torch.no_grad():
-            return self._in_groups(microbatches, 0.0, weigh=weigh, training=False)
+            return self._in_groups(batch, 0.0, training=False)
 
-    def _accumulate(
-        self, microbatches: Sequence[Microbatch], loss_scaling: float, *, weigh: bool = False
-    ) -> Step:
+    def _accumulate(self, batch: CutBatch | Sequence[Microbatch], loss_scaling: float) -> Step:
         """Run a training step up to the gradients; return it with its results and times."""
         self.options.require_training()
         with torch.enable_grad(), casts_of_one_step():
-            return self._in_groups(microbatches, loss_scaling, weigh=weigh, training=True)
+            return self._in_groups(batch, loss_scaling, training=True)
 
     def _in_groups(
-        self,
-        microbatches: Sequence[Microbatch],
-        loss_scaling: float,
-        *,
-        weigh: bool,
-        training: bool,
+        self, batch: CutBatch | Sequence[Microbatch], loss_scaling: float, *, training: bool
     ) -> Step:
-        """Run microbatches, all at once if their stages may run ahead of the model's own code."""
+        """Run microbatches, all at once if their stages may run ahead of the model's own code.
+
+        Losses of a batch that was cut here are weighed as the loss of that batch means it.
+        """
+        cut = batch if isinstance(batch, CutBatch) else None
+        microbatches = batch.parts if isinstance(batch, CutBatch) else batch
+        if cut is not None:
+            self._check_shares(cut, training=training)
         done: Step | None = None
         ready: list[Microbatch] = []
         terms: list[LossTerms] = []
-        shapes = described(microbatches[0].inputs)
-        for part in microbatches[1:]:
-            if weigh and described(part.inputs) != shapes:
-                # Before any glue runs: what it keeps has no values until its stages have run.
-                self._cache.loss_terms(part)
         for group in self._cache.groups(microbatches):
             first = len(ready)
             ready += [one.microbatch for one in group]
             terms += [one.stages[-1].loss_terms for one in group]
-            if weigh:
-                rest = microbatches[len(ready) :]
-                expected = [self._cache.loss_terms(part) for part in rest]
-                parts, every = [*ready, *rest], [*terms, *expected]
-                weighted = self._cutter.weighted(parts, every, training=training)
-            else:
-                weighted = ready
+            weighted = ready
+            if cut is not None:
+                weighted = self._weighted(cut, group, ready, terms, training=training)
             step = self._run_group(
                 group, weighted[first : len(ready)], loss_scaling, training=training
             )
@@ -333,6 +331,38 @@ class LocalExecutable(Executable):
                 done.join(step)
         assert done is not None
         return done
+
+    def _check_shares(self, cut: CutBatch, *, training: bool) -> None:
+        """Refuse a loss that microbatches cannot give, if it is known before any glue runs.
+
+        What glue keeps has no values until the stages of its microbatch have run, so that other
+        shapes are captured here, too.
+        """
+        shapes = training, *(described(part.inputs) for part in cut.parts)
+        if shapes not in self._known:
+            terms = list(map(self._cache.loss_terms, cut.parts))
+            self._shares.check(cut, cut.parts, terms, training=training)
+            self._known.add(shapes)
+
+    def _weighted(
+        self,
+        cut: CutBatch,
+        group: Sequence[Prepared],
+        ready: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> list[Microbatch]:
+        """Weigh all microbatches of a batch, of which some are ready, the last ones in a group."""
+        rest = cut.parts[len(ready) :]
+        parts, every = [*ready, *rest], [*terms, *map(self._cache.loss_terms, rest)]
+        try:
+            self._shares.check(cut, parts, every, training=training)
+            return self._shares.weighted(cut, parts, every, training=training)
+        except LoweringError:
+            for run in (one.run for one in group if one.run is not None):
+                run.close()
+            raise
 
     def _run_group(
         self,

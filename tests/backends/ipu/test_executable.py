@@ -62,6 +62,24 @@ def test_evaluation_without_labels_and_without_an_optimizer() -> None:
             device.load_executable("nowhere")
 
 
+@pytest.mark.parametrize(("layers", "ipus"), [((1, 1, 2), [0, 1, 2]), ((-1,), [0])])
+def test_evaluation_runs_where_the_configuration_places_it(
+    layers: tuple[int, ...], ipus: list[int]
+) -> None:
+    made = case(inference_layers_per_ipu=layers, inference_device_iterations=4)
+    with made.local() as local, made.compile() as device:
+        batch = made.batch(copies=4)
+        for _ in range(2):
+            ours, theirs = device.eval_step(batch), local.eval_step(batch)
+            assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
+            for executable in (device, local):
+                executable.train_step(made.batch())
+        sessions = sessions_of(device)
+        for executor, wanted in ((sessions.training, [0, 1]), (sessions.inference, ipus)):
+            assert executor.program.pipelined
+            assert sorted({block.ipu for block in executor.program.blocks}) == wanted
+
+
 def test_evaluation_as_a_pipeline_with_replicas() -> None:
     made = case(inference_device_iterations=2, inference_replication_factor=2)
     batch = made.batch(copies=4)

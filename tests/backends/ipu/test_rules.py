@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from typer.testing import CliRunner
 
 import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.backend import BACKEND
 from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import predict
@@ -24,6 +26,7 @@ from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.search import Constraints
+from tests.later import every_second
 
 START = {"decoder_start_token_id": 0, "pad_token_id": 0}
 ENCODER_DECODER = {**START, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2}
@@ -59,8 +62,10 @@ CONFIGS = {
 POD = machine_by_name("pod4")
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("num_stages", "name"),
+    every_second(product((2, 4), CONFIGS)),  # seven models
+)
 def test_what_is_planned_is_emitted_and_priced_once(
     name: str, num_stages: int, tmp_path: Path
 ) -> None:
@@ -147,6 +152,48 @@ def test_single_blocks_are_not_recomputed(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(edited))
     with pytest.raises(PartitionError, match=message):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_what_would_not_be_emitted_is_not_planned() -> None:
+    """Tables on several IPUs, losses that nobody gets, stages that no module's call begins."""
+    config = transformers.BertConfig(
+        vocab_size=4098, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    model, batch = from_config(config, "masked-lm", batch_size=1, seq_length=16)
+
+    def refused(message: str, **said: object) -> None:
+        asked = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8, **said)
+        with pytest.raises(PartitionError, match=message):
+            ipp.plan(model, batch, machine=POD, config=asked)
+
+    splits = {"serialized_embedding_splits_per_ipu": (1, 2)}
+    refused(
+        r"splits_per_ipu=\[1, 2\] spreads one table .* embedding_serialization_factor=3", **splits
+    )
+    refused("device_iterations 2 with output_mode 'default'", device_iterations=2,
+            output_mode="default")  # fmt: skip
+    refused("matmul_proportion 0.0 must be above 0", matmul_proportion=0.0)
+    starts = {"bert.embeddings": 0, "bert.encoder.layer.2": 1, "loss": 0}
+    refused("begins stage 2 with 'loss', which is no module's call; move", stage_starts=starts)
+    config = transformers.AlbertConfig(
+        vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    albert = from_config(config, "question-answering", batch_size=1, seq_length=16)
+    asked = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8)
+    with pytest.raises(
+        PartitionError, match=r"calls module 'albert.* on IPUs 0 and 1, but its wei"
+    ):
+        ipp.plan(*albert, machine=POD, config=asked)
+    plan = ipp.plan(model, batch, machine=POD, num_stages=2, microbatches=8)
+    first, *rest = plan.stages
+    spread = replace(first, table_slices={"bert.embeddings": (0, 1)})
+    with pytest.raises(PartitionError, match="stage 0 holds the slices 0 to 0 of the table of 'b"):
+        prediction_of(replace(plan, stages=(spread, *rest)))
+    without = replace(plan.graph, inputs=())
+    with pytest.raises(PartitionError, match="the plan's inputs have no batch axis"):
+        BACKEND.settings(without, None, Constraints())
 
 
 def test_measured_prices_are_refused_before_anything_is_measured(

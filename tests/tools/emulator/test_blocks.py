@@ -59,7 +59,7 @@ def test_error_has_type_message_and_location(poptorch) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"user_id": 3}, "Unexpected type .* for user_id"),
+        ({"user_id": 1.5}, "Unexpected type .* for user_id"),
         ({"ipu_id": -1}, "ipu_id must be an int of at least 0"),
         ({"ipu_id": "0"}, "ipu_id must be an int of at least 0"),
     ],
@@ -176,18 +176,14 @@ def test_strategy_refusals(poptorch) -> None:
     pipelined = poptorch.PipelinedExecution
     with pytest.raises(AssertionError, match="Block 'a' is in two stages"):
         pipelined("a", ["b", "a"])
-    with pytest.raises(AssertionError, match="A Stage needs at least one block id"):
-        poptorch.Stage()
     with pytest.raises(AssertionError, match=r"Unexpected type .*a block id of Stage"):
-        poptorch.Stage(1)
+        poptorch.Stage(1.5)
     with pytest.raises(AssertionError, match=r"Unexpected type .*Stage.ipu"):
         poptorch.Stage("a").ipu("0")
     with pytest.raises(AssertionError, match="a stage of an execution strategy"):
-        pipelined(3)
+        pipelined(3.5)
     with pytest.raises(AssertionError, match="Nothing may follow an AutoStage"):
         pipelined(poptorch.AutoStage.SameAsIpu, "a")
-    with pytest.raises(AssertionError, match="Unknown block 'last': it is in no Stage"):
-        compiled(poptorch, two_ipus(poptorch, mlp()), strategy=pipelined("first"))
     model = mlp()
     poptorch.BeginBlock(model.first, "first")
     with pytest.raises(AssertionError, match="Block 'first' has no ipu_id"):
@@ -203,10 +199,8 @@ def test_phases(poptorch) -> None:
         poptorch.Phase()
     with pytest.raises(AssertionError, match="a stage of Phase"):
         poptorch.Phase(poptorch.Stage("a"), "b")
-    with pytest.raises(AssertionError, match="SerialPhasedExecution needs its phases"):
-        poptorch.SerialPhasedExecution()
     with pytest.raises(AssertionError, match="a phase of an execution strategy"):
-        poptorch.SerialPhasedExecution(3)
+        poptorch.SerialPhasedExecution(3.5)
     serial = poptorch.SerialPhasedExecution("first", ["last"])
     serial.setTensorsLiveness(poptorch.Liveness.AlwaysLive).useSeparateBackwardPhase()
     assert serial.phase(1).stage(0).blocks == ["last"]

@@ -217,7 +217,7 @@ def test_models_that_do_not_pickle(poptorch, tmp_path) -> None:
     model.note = lambda: None
     executor = trainer(poptorch, model)
     executor.compile(*batch(2))
-    with pytest.raises(poptorch.Error, match=r"cannot be saved .*use export_model=False"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         executor.save(str(tmp_path))
     executor.save(str(tmp_path), export_model=False, save_rng_state=False)
     trainer(poptorch, mlp()).loadExecutable(str(tmp_path))

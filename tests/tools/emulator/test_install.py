@@ -14,13 +14,15 @@ from tests.tools.emulator.toys import mlp
 
 PUBLIC = """
 AsynchronousDataAccessor Attribute AutoStage BeginBlock Block BlockFunction CPU CommGroupType
-ConfigFileError ConnectionType DataLoader DataLoaderMode Error Liveness MatMulSerializationMode
+ConfigFileError ConnectionType DataLoader DataLoaderMode Error ICustomArgParser Liveness
+MatMulSerializationMode
 MeanReductionStrategy MultiConv NameScope Options OutputMode OverlapMode ParallelPhasedExecution
 Phase PipelinedExecution PoplarExecutor RecoverableError ReductionType SerialPhasedExecution
 ShardedExecution SharingStrategy Stage SyncPattern TensorLocationSettings UnrecoverableError
 VariableRetrievalMode __version__ cond custom_op dynamic_slice dynamic_update enums for_loop
 identity_loss inferenceModel ipuHardwareIsAvailable ipuHardwareVersion ipu_print_tensor
-isRunningOnIpu load nop optim options recomputationCheckpoint removeBlocks serializedMatMul
+isRunningOnIpu load nop optim options recomputationCheckpoint registerCustomArgParser
+removeBlocks serializedMatMul
 setLogLevel set_available_memory set_overlap_for_input set_overlap_for_output trainingModel
 """
 
@@ -76,11 +78,9 @@ def real(monkeypatch) -> types.ModuleType:
 
 
 def test_the_real_one_is_not_hidden(real) -> None:
-    with (
-        pytest.raises(standin.StandInError, match="real poptorch can be imported here"),
-        standin.install(),
-    ):
-        pass
+    with pytest.raises(standin.StandInError, match="real poptorch can be imported here"):
+        with standin.install():
+            pass
 
 
 def test_force_hides_the_real_one_and_puts_it_back(real) -> None:

@@ -114,12 +114,9 @@ def test_hints_return_the_tensor(poptorch) -> None:
 
 def test_contexts(poptorch) -> None:
     def scoped(x, w):
-        with (
-            poptorch.NameScope("a"),
-            poptorch.MultiConv(),
-            poptorch.Attribute(__outline={"layer": "embedding"}),
-        ):
-            return x @ w
+        with poptorch.NameScope("a"), poptorch.MultiConv():
+            with poptorch.Attribute(__outline={"layer": "embedding"}):
+                return x @ w
 
     _, executor = run(poptorch, scoped)
     assert executor.program.blocks[0].attributes == [("__outline", "layer", "embedding")]

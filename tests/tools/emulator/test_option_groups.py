@@ -85,11 +85,12 @@ def test_the_stand_in_runs_one_process(poptorch) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("outlineThreshold", 10, "Unknown int option outlineThreshold"),
-        ("enablePipelining", 1, "Unknown int option enablePipelining"),
+        ("outlineThreshold", 10, "Unknown uint64 option outlineThreshold"),
         ("subgraphCopyingStrategy", True, "Unknown bool option subgraphCopyingStrategy"),
-        ("saveInitializersToFile", None, "Unknown NoneType option saveInitializersToFile"),
+        ("outline", 1.0, "Unknown double option outline"),
         ("engineOptions", "fast", "Unknown string option engineOptions"),
+        ("enablePipelining", [1], "Unknown container option enablePipelining"),
+        ("logDir", None, "Unknown NoneType option logDir"),
         ("engineOptions", {"a": 1.5}, "values of option engineOptions must be text or int"),
     ],
 )

@@ -129,11 +129,6 @@ def test_wrong_batch_dimension(poptorch) -> None:
         poptorch.inferenceModel(Echo(), options)(torch.ones(6))
 
 
-def test_inputs_must_not_require_gradients(poptorch) -> None:
-    with pytest.raises(poptorch.Error, match=r"Input 0 of shape .* requires gradients"):
-        poptorch.inferenceModel(Echo())(torch.ones(2, requires_grad=True))
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [

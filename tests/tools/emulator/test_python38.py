@@ -18,13 +18,17 @@ FILES = sorted(FOLDER.glob("*.py"))
 NEWER = {"removeprefix", "removesuffix", "pairwise", "bit_count"}
 STANDARD = [
     "__future__",
+    "abc",
+    "collections",
     "contextlib",
     "copy",
+    "copyreg",
     "dataclasses",
     "enum",
     "functools",
     "importlib",
     "inspect",
+    "itertools",
     "json",
     "logging",
     "os",

@@ -26,7 +26,7 @@ class Calls(nn.Module):
 
 def chain(poptorch, ipus, order=None):
     layers = [nn.Linear(6, 6) for _ in ipus]
-    for index, (layer, ipu) in enumerate(zip(layers, ipus, strict=True)):
+    for index, (layer, ipu) in enumerate(zip(layers, ipus)):
         poptorch.BeginBlock(layer, f"b{index}", ipu_id=ipu)
     return Calls(layers, order or range(len(ipus)))
 

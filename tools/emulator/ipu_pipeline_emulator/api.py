@@ -54,6 +54,7 @@ from .stages import (
     ShardedExecution,
     Stage,
 )
+from .structure import ICustomArgParser, registerCustomArgParser
 from .tensor_locations import TensorLocationSettings
 from .tracing import is_running as isRunningOnIpu
 from .version import __version__
@@ -108,6 +109,7 @@ __all__ = [
     "DataLoader",
     "DataLoaderMode",
     "Error",
+    "ICustomArgParser",
     "Liveness",
     "MatMulSerializationMode",
     "MeanReductionStrategy",
@@ -148,6 +150,7 @@ __all__ = [
     "optim",
     "options",
     "recomputationCheckpoint",
+    "registerCustomArgParser",
     "removeBlocks",
     "serializedMatMul",
     "setLogLevel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from typing import Any, Callable
 
 from torch import nn
@@ -55,7 +56,7 @@ def BeginBlock(layer_to_call: Any, user_id: str | None = None, ipu_id: int | Non
         raise createPoptorchError(
             f"BeginBlock needs a module or a callable, got {type(layer_to_call).__name__}"
         )
-    if _hook_keys(layer_to_call):
+    if any(map(_starts, layer_to_call._forward_pre_hooks.values())):
         raise createPoptorchError(
             "BeginBlock was called twice on the same module: "
             f"{type(layer_to_call).__name__} starts a block already; call removeBlocks first"
@@ -65,15 +66,19 @@ def BeginBlock(layer_to_call: Any, user_id: str | None = None, ipu_id: int | Non
 
 
 def removeBlocks(module: nn.Module) -> None:
-    """Remove the blocks of a module and of all modules in it."""
+    """Remove the blocks of a module and of all modules in it.
+
+    Every module gets a new table of hooks, as from the front end. A handle that was taken before
+    cannot remove its hook any more, only the mark that the hook takes keyword arguments.
+    """
+    require(isinstance(module, nn.Module), "removeBlocks needs a module")
     for found in module.modules():
-        for key in _hook_keys(found):
-            del found._forward_pre_hooks[key]
+        kept = [(k, hook) for k, hook in found._forward_pre_hooks.items() if not _starts(hook)]
+        found._forward_pre_hooks = OrderedDict(kept)
 
 
-def _hook_keys(module: nn.Module) -> list[int]:
-    hooks = module._forward_pre_hooks
-    return [key for key, hook in hooks.items() if isinstance(hook, _BlockStart)]
+def _starts(hook: Any) -> bool:
+    return isinstance(hook, _BlockStart)
 
 
 class Block:
@@ -129,7 +134,7 @@ def BlockFunction(
 
 def _check_ids(user_id: Any, ipu_id: Any) -> None:
     require(
-        user_id is None or isinstance(user_id, str),
+        user_id is None or isinstance(user_id, (str, int)),
         f"Unexpected type {type(user_id)} for user_id. Expected str",
     )
     require(

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device import Weights, find_loss, modes, run_model
+from . import tracing
+from .device import Weights, find_loss, modes
 from .enums import MeanReductionStrategy, OutputMode
-from .errors import createPoptorchError
+from .errors import backend_error, createPoptorchError
+from .graph import Slot
 from .optim_base import device_values
 from .options import Options
 from .program import Program
+from .recorder import Recorder
 from .rules import check_program
 from .stages import ShardedExecution
-from .structure import Counts, leaves, micro_batch, to_device
-from .tracing import Recorder
+from .structure import Counts, leaves, map_leaves, micro_batch, to_device
 from .training import GRADIENT
 
 _LOG = logging.getLogger("poptorch")
@@ -49,14 +51,22 @@ def record(
     if isinstance(strategy, ShardedExecution):
         strategy.forget_automatic()
     program = Program(training, strategy.is_pipelined, replication_factor=counts.replicas)
-    recorder = Recorder(program, strategy, weights.named_tensors())
+    recorder = Recorder(program, strategy)
     batch = micro_batch(to_device(inputs), 0, counts.divisor)
-    with torch.random.fork_rng(devices=[]), weights.buffers_kept(), modes(model, flags):
-        with weights.in_model(0):
-            outputs = run_model(model, batch, recorder)
+    with torch.random.fork_rng(devices=[]), modes(model, flags), weights.symbolic(recorder):
+        args, kwargs = map_leaves(lambda value: _symbol(value, recorder), batch)
+        with torch.set_grad_enabled(training), tracing.recording(recorder):
+            outputs = model(*args, **kwargs)
+        graph = program.graph
+        graph.structure = outputs
+        graph.outputs = [_output(value, recorder) for value in leaves(outputs)]
         if training:
+            recorder.mark_custom_functions()
             loss = find_loss(recorder.losses, leaves(outputs))
-            program.trained = _trained(loss, weights)
+            graph.loss = recorder.slot_of(loss)
+            program.trained = weights.trained(loss)
+        graph.finish()
+    program.recomputation = _recomputation(program, options)
     check_program(program, options)
     _check_anchors(program, options)
     for name, ipus in program.ipus_of_variables().items():
@@ -68,11 +78,31 @@ def record(
     return program
 
 
-def _trained(loss: Tensor, weights: Weights) -> list[str]:
-    """Return the names of the parameters that the loss depends on."""
-    leaves_ = [(n, t) for n, t in zip(weights.names, weights.parameters) if t.requires_grad]
-    gradients = torch.autograd.grad(loss, [t for _, t in leaves_], allow_unused=True)
-    return [name for (name, _), made in zip(leaves_, gradients) if made is not None]
+def _symbol(value: Any, recorder: Recorder) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    made, slot = recorder.symbol(value)
+    recorder.graph.inputs.append(slot)
+    return made
+
+
+def _output(value: Any, recorder: Recorder) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    slot = recorder.slot_of(value)
+    if slot is None:
+        raise backend_error(
+            f"Expected an IPU tensor but forward() returned a tensor of the host of shape "
+            f"{tuple(value.shape)}"
+        )
+    return Slot(slot)
+
+
+def _recomputation(program: Program, options: Options) -> int:
+    """Return PopART's type of recomputation; unset, it is Pipeline (3) with several IPUs."""
+    several = program.pipelined and len(program.used_ipus) > 1
+    default = 3 if several and program.training else 0
+    return int(options._Popart.options.get("autoRecomputation", default))
 
 
 def _check_anchors(program: Program, options: Options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Iterator
 
 import torch.utils.data
@@ -64,9 +65,18 @@ class DataLoader(torch.utils.data.DataLoader):  # type: ignore[type-arg]
             else persistent_workers,
         }
         if batch_sampler is not None:
-            if batch_size not in (None, 1) or shuffle:
-                raise createPoptorchError("batch_sampler excludes batch_size and shuffle")
-            super().__init__(dataset, batch_sampler=batch_sampler, **workers, **kwargs)
+            if batch_size != 1 or shuffle:
+                raise createPoptorchError(
+                    "batch_sampler is mutually exclusive with batch_size and shuffle"
+                )
+            if options.Distributed.numProcesses > 1 and auto_distributed_partitioning:
+                raise createPoptorchError(
+                    "batch_sampler is mutually exclusive with auto_distributed_partitioning=True"
+                )
+            if hasattr(batch_sampler, "batch_size"):
+                self._combined = batch_sampler.batch_size * counts.divisor
+            joined = _JoinedBatches(batch_sampler, counts.divisor, drop_last)
+            super().__init__(dataset, batch_sampler=joined, **workers, **kwargs)
         else:
             if batch_size is not None:
                 self._combined = batch_size * counts.divisor
@@ -121,6 +131,33 @@ class DataLoader(torch.utils.data.DataLoader):  # type: ignore[type-arg]
         if self._accessor is not None and not self._accessor.is_iterating:
             return iter(self._accessor)
         return super().__iter__()
+
+
+class _JoinedBatches:
+    """Joins the batches of a sampler to those of one call.
+
+    Args:
+        batches: A sampler of batches.
+        count: Batches in one call.
+        drop_last: Leave out an incomplete call.
+    """
+
+    def __init__(self, batches: Any, count: int, drop_last: bool) -> None:
+        self._batches = batches
+        self._count = count
+        self._drop_last = drop_last
+
+    def __len__(self) -> int:
+        extra = 0 if self._drop_last else self._count - 1
+        return (len(self._batches) + extra) // self._count
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = iter(self._batches)
+        while True:
+            joined = list(itertools.islice(batches, self._count))
+            if not joined or (self._drop_last and len(joined) < self._count):
+                return
+            yield [index for batch in joined for index in batch]
 
 
 class AsynchronousDataAccessor:

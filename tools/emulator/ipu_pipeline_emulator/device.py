@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import backend_error, createPoptorchError
-from .tracing import Watcher
+from .graph import ON_HOST, Graph, Values
+from .recorder import Recorder
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Modules that may replace a buffer while they are recorded."""
 
 
 class Weights:
@@ -31,69 +35,58 @@ class Weights:
         self.names = list(self._host)
         self.parameters = [_copy_parameter(tensor) for tensor in self._host.values()]
         self._buffers = [
-            [_plain(tensor).detach().clone() for tensor in self._host_buffers.values()]
+            [_device_copy(tensor) for tensor in self._host_buffers.values()]
             for _ in range(replicas)
         ]
-        self._slots = self._find_slots()
-
-    def _find_slots(self) -> list[tuple[dict[str, Any], str, bool, int]]:
-        """Return where the model's modules hold parameters and buffers (tied ones: often)."""
-        parameter_at = {id(tensor): i for i, tensor in enumerate(self._host.values())}
-        buffer_at = {id(tensor): i for i, tensor in enumerate(self._host_buffers.values())}
-        slots: list[tuple[dict[str, Any], str, bool, int]] = []
-        for module in self._model.modules():
-            for held, is_parameter, index_of in (
-                (module._parameters, True, parameter_at),
-                (module._buffers, False, buffer_at),
-            ):
-                for key, tensor in held.items():
-                    if tensor is not None:
-                        slots.append((held, key, is_parameter, index_of[id(tensor)]))
-        return slots
-
-    def named_tensors(self, replica: int = 0) -> dict[int, tuple[str, bool]]:
-        """Return ``id(tensor)`` to name and whether it is a parameter."""
-        found = {id(t): (name, True) for name, t in zip(self.names, self.parameters)}
-        for name, tensor in zip(self._host_buffers, self._buffers[replica]):
-            found[id(tensor)] = (name, False)
-        return found
 
     @contextlib.contextmanager
-    def in_model(self, replica: int) -> Iterator[None]:
-        """Put the device's tensors into the user's modules.
+    def symbolic(self, recorder: Recorder) -> Iterator[None]:
+        """Put tensors without values into the user's modules, and register them.
 
         Raises:
             Error: The model replaced a parameter or a buffer while it ran.
         """
-        before = [held[key] for held, key, _, _ in self._slots]
-        placed = [
-            self.parameters[i] if is_parameter else self._buffers[replica][i]
-            for _, _, is_parameter, i in self._slots
+        graph = recorder.graph
+        made: dict[int, Tensor] = {}
+        for found, values, slots in (
+            (self._host, self.parameters, graph.parameters),
+            (self._host_buffers, self._buffers[0], graph.buffers),
+        ):
+            for (name, host), value in zip(found.items(), values):
+                made[id(host)], slot = recorder.symbol(value, name)
+                slots.append(slot)
+        places = [
+            (module, held, key, tensor)
+            for module in self._model.modules()
+            for held in (module._parameters, module._buffers)
+            for key, tensor in held.items()
+            if tensor is not None
         ]
-        for (held, key, _, _), tensor in zip(self._slots, placed):
-            held[key] = tensor
+        for _, held, key, tensor in places:
+            held[key] = made[id(tensor)]
+        self._symbols = [made[id(host)] for host in self._host.values()]
         try:
             yield
-            for (held, key, _, _), tensor in zip(self._slots, placed):
-                if held.get(key) is not tensor:
+            for module, held, key, tensor in places:
+                moved = held.get(key) is not made[id(tensor)]
+                if moved and not isinstance(module, _BATCH_NORMS):
                     raise createPoptorchError(
                         f"The parameter or buffer {key!r} was reassigned inside forward(): only "
                         "in-place operations change it on the device"
                     )
         finally:
-            for (held, key, _, _), tensor in zip(self._slots, before):
+            for _, held, key, tensor in places:
                 held[key] = tensor
 
-    @contextlib.contextmanager
-    def buffers_kept(self) -> Iterator[None]:
-        """Undo what a recording run does to the buffers."""
-        saved = [[tensor.clone() for tensor in copies] for copies in self._buffers]
-        try:
-            yield
-        finally:
-            for copies, values in zip(self._buffers, saved):
-                for tensor, value in zip(copies, values):
-                    tensor.copy_(value)
+    def trained(self, loss: Tensor) -> list[str]:
+        """Return the names of the parameters that a loss depends on; while they are symbolic."""
+        reached = {id(node.variable) for node in ancestors(loss) if hasattr(node, "variable")}
+        return [name for name, value in zip(self.names, self._symbols) if id(value) in reached]
+
+    def values(self, graph: Graph, replica: int) -> Values:
+        """Return the values of all parameters and buffers by slot."""
+        found = dict(zip(graph.parameters, self.parameters))
+        return {**found, **dict(zip(graph.buffers, self._buffers[replica]))}
 
     def upload(self) -> None:
         """Copy the host's weights to the device."""
@@ -127,9 +120,13 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.data
 
 
+def _device_copy(tensor: Tensor) -> Tensor:
+    plain = _plain(tensor)
+    return plain.detach().clone().to(ON_HOST.get(plain.dtype, plain.dtype))
+
+
 def _copy_parameter(tensor: Tensor) -> nn.Parameter:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, requires_grad=bool(tensor.requires_grad))
+    return nn.Parameter(_device_copy(tensor), requires_grad=bool(tensor.requires_grad))
 
 
 def find_loss(losses: list[Tensor], outputs: list[Any]) -> Tensor:
@@ -141,11 +138,11 @@ def find_loss(losses: list[Tensor], outputs: list[Any]) -> Tensor:
     unique = [loss for loss in {id(loss): loss for loss in losses}.values() if loss.grad_fn]
     if not unique:
         raise backend_error("Couldn't find a loss in graph!")
-    ancestors = [(loss, _ancestors(loss)) for loss in unique]
+    below = [(loss, ancestors(loss)) for loss in unique]
     independent = [
         loss
         for loss in unique
-        if not any(loss is not other and loss.grad_fn in above for other, above in ancestors)
+        if not any(loss is not other and loss.grad_fn in nodes for other, nodes in below)
     ]
     if len(independent) > 1:
         raise backend_error(
@@ -171,11 +168,11 @@ def _depends(value: Any, loss: Tensor) -> bool:
     return (
         isinstance(value, Tensor)
         and value.grad_fn is not None
-        and (value.grad_fn is loss.grad_fn or loss.grad_fn in _ancestors(value))
+        and (value.grad_fn is loss.grad_fn or loss.grad_fn in ancestors(value))
     )
 
 
-def _ancestors(tensor: Tensor) -> set[Any]:
+def ancestors(tensor: Tensor) -> set[Any]:
     """Return all nodes of the autograd graph below a tensor, without its own."""
     found: set[Any] = set()
     waiting = [tensor.grad_fn]
@@ -186,15 +183,6 @@ def _ancestors(tensor: Tensor) -> set[Any]:
                 found.add(child)
                 waiting.append(child)
     return found
-
-
-def run_model(
-    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], watcher: Watcher
-) -> Any:
-    """Call the model while ``watcher`` looks on; with gradients when it is a training one."""
-    args, kwargs = inputs
-    with torch.set_grad_enabled(watcher.training), watcher:
-        return model(*args, **kwargs)
 
 
 @contextlib.contextmanager

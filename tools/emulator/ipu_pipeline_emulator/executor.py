@@ -20,7 +20,7 @@ from .optim import Optimizer
 from .optim_base import changed_constant, popart_type
 from .options_base import require
 from .rules import check_options
-from .structure import Counts, check_inputs, same_signature, signature_of
+from .structure import Counts, check_inputs, in_order_of, same_signature, signature_of
 from .training import GRADIENT, DeviceProgram
 
 _LOG = logging.getLogger("poptorch")
@@ -63,7 +63,9 @@ class PoplarExecutor(DeviceModel):
             self._model, self._options, weights, inputs, flags, training=self._training
         )
         self._weights = weights
-        self._device = DeviceProgram(self._model, self._options, weights, flags, optimizer)
+        self._device = DeviceProgram(
+            self._program.graph, self._program.trained, self._options, weights, optimizer
+        )
         self._device.seed_hook = self._seed_hook
         self._signature = signature_of(inputs)
         self._examples = saving.examples_of(inputs)
@@ -126,6 +128,7 @@ class PoplarExecutor(DeviceModel):
         if self._program is None:
             self._compile(inputs)
         self._check_call(inputs)
+        inputs = in_order_of(self._signature, inputs)
         assert self._device is not None
         if not self._attached:
             self.attachToDevice()

@@ -227,7 +227,7 @@ class CPU:
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the layer."""
-        return self._layer(*inputs)
+        return tracing.host_call(self._layer, inputs)
 
 
 class NameScope:

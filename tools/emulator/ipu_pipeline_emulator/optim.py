@@ -7,12 +7,14 @@ called. Omitted arguments (``None``) take the default and are compiled in as con
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any, Callable, ClassVar
 
 import torch
 
 from .optim_base import VariableAttributes, accum_type, clip_norm, collect
 
+_LOG = logging.getLogger("poptorch")
 # What every parameter group has its own value of.
 _OF_GROUPS: dict[str, Any] = {
     "lr": 1e-3,
@@ -48,8 +50,8 @@ class Optimizer(torch.optim.Optimizer):
     required: ClassVar[tuple[str, ...]] = ()
     own_defaults: ClassVar[dict[str, Any]] = {}
     variable_attrs: VariableAttributes
-    ipu_state: dict[str, Any]
-    ipu_param: dict[str, Any]
+    ipu_state: dict[str, Any] | None
+    ipu_param: dict[str, Any] | None
     _shared: dict[str, None]
     _read_device: Callable[[], None] | None
     _state_is_new: bool
@@ -66,11 +68,12 @@ class Optimizer(torch.optim.Optimizer):
         stored, omitted = collect(known)
         if "centered" in given:
             given["centered"] = bool(given["centered"])
-        given.pop("amsgrad", None)
+        if "amsgrad" in given:
+            given["amsgrad"] = bool(given["amsgrad"])
         self._shared = {}
         self._read_device = None
         self._state_is_new = False
-        self.ipu_state, self.ipu_param = {}, {}
+        self.ipu_state, self.ipu_param = None, None
         self.variable_attrs = VariableAttributes(omitted, list(stored))
         # torch keeps what is left, which the device ignores, in its groups, too.
         super().__init__(params, {**{k: v for k, v in stored.items() if k not in _SHARED}, **given})
@@ -100,8 +103,6 @@ class Optimizer(torch.optim.Optimizer):
             if name.endswith("accum_type"):
                 accum_type(name, value)
         clip_norm(given.get("max_grad_norm"))
-        if given.get("amsgrad"):
-            raise ValueError("Adam and AdamW with amsgrad=True are not supported")
         # SDK 2.5 to 3.4 correct AdamW's bias on the device even when it is switched off here.
         if given.get("bias_correction") is False:
             self.popart_type += "_NO_BIAS"
@@ -127,8 +128,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._read_device is not None:
             self._read_device()
         found = dict(super().state_dict())
-        found["ipu_state"] = dict(self.ipu_state)
-        found["ipu_param"] = dict(self.ipu_param)
+        found["ipu_state"] = None if self.ipu_state is None else dict(self.ipu_state)
+        found["ipu_param"] = None if self.ipu_param is None else dict(self.ipu_param)
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,9 +145,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         own = {key: state_dict[key] for key in ("state", "param_groups")}
         super().load_state_dict(own)
-        self.ipu_state = dict(state_dict["ipu_state"])
-        self.ipu_param = dict(state_dict["ipu_param"])
-        self._state_is_new = True
+        self.ipu_state, self.ipu_param = state_dict["ipu_state"], state_dict["ipu_param"]
+        self._state_is_new = self.ipu_state is not None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "step"}
@@ -165,13 +165,8 @@ class SGD(Optimizer):
 
     def _check(self, given: dict[str, Any]) -> None:
         super()._check(given)
-        if given["use_combined_accum"]:
-            if given["accum_type"] is not None or given["velocity_accum_type"] is not None:
-                raise ValueError(
-                    "accum_type and velocity_accum_type exclude use_combined_accum=True"
-                )
-        elif given["velocity_scaling"] is not None:
-            raise ValueError("velocity_scaling needs use_combined_accum=True")
+        if given["velocity_scaling"] is not None and not given["use_combined_accum"]:
+            _LOG.warning("velocity_scaling is ignored without use_combined_accum=True")
 
 
 class Adam(Optimizer):

@@ -201,7 +201,8 @@ def changed_constant(old: dict[str, Any], new: dict[str, Any]) -> str:
     pairs = [({"lossScaling": old["lossScaling"]}, {"lossScaling": new["lossScaling"]})]
     pairs += list(zip(old["groups"], new["groups"]))
     for before, after in pairs:
-        for name, (value, constant) in before.items():
+        for name in [name for name in before if name in after]:
+            value, constant = before[name]
             if constant and after[name][0] != value:
                 return f"the constant {name} from {value} to {after[name][0]}"
             if constant != after[name][1]:

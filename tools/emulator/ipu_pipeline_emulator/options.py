@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 import torch
 
+from . import enums
 from .enums import AutoStage, CommGroupType, OutputMode
 from .errors import ConfigFileError
 from .options_base import OptionsDict, merge, require, require_type, setter
@@ -156,7 +157,7 @@ class Options(SessionOptions):
         """Apply ``{"Training.gradientAccumulation": 4}``: setters by dotted name."""
         for name, value in json.loads(text).items():
             setter: Callable[..., Any] = self._setter(name)
-            setter(*value) if isinstance(value, list) else setter(value)
+            setter(*value) if isinstance(value, list) else setter(_enum_named(value))
         return self
 
     def _setter(self, dotted: str) -> Callable[..., Any]:
@@ -168,10 +169,7 @@ class Options(SessionOptions):
 
     def clone(self) -> Options:
         """Return an unfrozen copy."""
-        # Blocks listed in a strategy are plain strings, so a deep copy is cheap.
-        made = copy.deepcopy(self)
-        made._freeze(False)
-        return made
+        return copy.deepcopy(self)
 
     def toDict(self) -> dict[str, Any]:
         """Return everything as the back end gets it.
@@ -196,7 +194,15 @@ class Options(SessionOptions):
         memo[id(self)] = made
         for name, value in self.__dict__.items():
             object.__setattr__(made, name, copy.deepcopy(value, memo))
+        made._freeze(False)
         return made
+
+
+def _enum_named(value: Any) -> Any:
+    """Return the member that a text such as ``OutputMode.All`` names, or the value."""
+    first, _, second = value.partition(".") if isinstance(value, str) else ("", "", "")
+    found = getattr(enums, first, None) if second else None
+    return getattr(found, second) if found is not None else value
 
 
 def _check_output_mode(mode: OutputMode, period: int | None) -> None:

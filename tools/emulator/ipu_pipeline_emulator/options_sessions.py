@@ -102,7 +102,11 @@ class SessionOptions(OptionsDict):
     )
     logDir = setter("log_dir", "Set the folder of logs.")
     modelName = setter("model_name", "Set the name in profiles.")
-    maxRepeatLogs = setter("max_repeat_logs", "Show an identical message at most so often.")
+
+    def maxRepeatLogs(self, max_lines: int | None) -> SessionOptions:
+        """Show an identical message at most so often; ``None`` for always."""
+        self.set(max_repeat_logs=(1 << 64) - 1 if max_lines is None else max_lines)
+        return self
 
     def disableModuleNamescope(self) -> SessionOptions:
         """Leave module names out of operation names."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from .graph import Graph
+
 
 @dataclass
 class SerializedMatMul:
@@ -65,6 +67,8 @@ class Program:
         trained: Names of the parameters that get a gradient.
         replication_factor: Replicas of this process.
         num_ipus: IPUs reserved for all replicas; set by the checks.
+        recomputation: PopART's ``autoRecomputation``, with its default filled in.
+        graph: The operations.
     """
 
     training: bool
@@ -75,6 +79,17 @@ class Program:
     trained: list[str] = field(default_factory=list)
     replication_factor: int = 1
     num_ipus: int = 0
+    recomputation: int = 0
+    graph: Graph = field(default_factory=Graph, repr=False)
+
+    @property
+    def recomputed_stages(self) -> list[int]:
+        """Forward stages that run again before their backward pass.
+
+        With ``Pipeline`` (3) that is every stage but the last, checkpoints or not.
+        """
+        stages = sorted({block.stage for block in self.blocks if block.id or block.num_ops})
+        return stages[:-1] if self.recomputation == 3 else []
 
     @property
     def ipu_changes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .enums import OutputMode, ReductionType
 from .errors import backend_error
 from .options import Options
-from .options_groups import check_popart_kinds
+from .popart_keys import unknown_option
 from .program import BlockRecord, Program
 from .stages import ParallelPhasedExecution
 
@@ -41,7 +41,7 @@ def check_program(program: Program, options: Options) -> None:
 
 
 def _check_popart(options: Options) -> None:
-    wrong = check_popart_kinds(options._Popart.options)
+    wrong = unknown_option(options._Popart.options)
     if wrong:
         raise backend_error(wrong)
     if options.Training.meanAccumulationAndReplicationReductionStrategy.value > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,13 @@ def inputs_like(examples: Any) -> Any:
 def write(content: dict[str, Any], filename: str) -> None:
     """Write an executable to a file; a folder gets ``model.poptorch``.
 
-    Raises:
-        Error: The model cannot be pickled.
+    The options are always written, the model only on request: what cannot be pickled of them
+    raises what ``pickle`` raises.
     """
     target = Path(filename)
     if target.is_dir():
         target = target / "model.poptorch"
-    try:
-        torch.save({**content, "magic": _MAGIC, "version": __version__}, target)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise createPoptorchError(
-            f"The model cannot be saved to {target} ({error}); use export_model=False"
-        ) from error
+    torch.save({**content, "magic": _MAGIC, "version": __version__}, target)
 
 
 def read(filename: str) -> dict[str, Any]:

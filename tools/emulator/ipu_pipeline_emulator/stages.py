@@ -18,7 +18,7 @@ class Stage:
     def __init__(self, *block_ids: str) -> None:
         require(bool(block_ids), "A Stage needs at least one block id")
         for block_id in block_ids:
-            require_type(block_id, str, "a block id of Stage")
+            require_type(block_id, (str, int), "a block id of Stage")
         self._blocks = list(block_ids)
         self._ipu: int | None = None
         self._stage_id = -1
@@ -44,7 +44,7 @@ class Phase:
 
     def __init__(self, *stages: Stage | str) -> None:
         require(bool(stages), "A Phase needs at least one stage or block id")
-        if all(isinstance(stage, str) for stage in stages):
+        if all(isinstance(stage, (str, int)) for stage in stages):
             self.stages = [Stage(*stages)]  # type: ignore[arg-type]
         else:
             for stage in stages:
@@ -117,6 +117,11 @@ class ShardedExecution(ExecutionStrategy):
             require(len(args) == 1, "Nothing may follow an AutoStage")
             self._auto = args[0]
         else:
+
+            class ListedStages(dict):  # type: ignore[type-arg]
+                """Local as in the front end: options with named stages cannot be pickled."""
+
+            self._block_map = ListedStages()
             for index, item in enumerate(args):
                 self._add(_as_stage(item), index)
 
@@ -154,6 +159,11 @@ class _PhasedExecution(ExecutionStrategy):
     def __init__(self, *phases: Any) -> None:
         super().__init__()
         require(bool(phases), f"{type(self).__name__} needs its phases")
+
+        class ListedPhases(dict):  # type: ignore[type-arg]
+            """Local as in the front end: options with named phases cannot be pickled."""
+
+        self._block_map = ListedPhases()
         self._phases = [phase if isinstance(phase, Phase) else _as_phase(phase) for phase in phases]
         self._separate_backward = False
         for index, phase in enumerate(self._phases):
@@ -213,14 +223,14 @@ def _ipu_of(stage: Stage, ipu_id: int | None) -> int:
 def _as_stage(item: Any) -> Stage:
     if isinstance(item, Stage):
         return item
-    if isinstance(item, str):
+    if isinstance(item, (str, int)):
         return Stage(item)
     require_type(item, (list, tuple), "a stage of an execution strategy")
     return Stage(*item)
 
 
 def _as_phase(item: Any) -> Phase:
-    if isinstance(item, str):
+    if isinstance(item, (str, int, Stage)):
         return Phase(item)
     require_type(item, (list, tuple), "a phase of an execution strategy")
     return Phase(*item)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import logging
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -13,6 +15,37 @@ from .errors import createPoptorchError
 from .options import Options
 from .options_base import require
 
+_LOG = logging.getLogger("poptorch")
+
+
+class ICustomArgParser(abc.ABC):
+    """Finds the tensors in objects of a user's class, and makes such objects again."""
+
+    @abc.abstractmethod
+    def yieldTensors(self, struct: Any) -> Any:
+        """Yield every tensor in ``struct``, always in the same order."""
+
+    @abc.abstractmethod
+    def reconstruct(self, original_structure: Any, tensor_iterator: Any) -> Any:
+        """Return an object like the original one, with other tensors."""
+
+
+custom_arg_parsers: dict[type, ICustomArgParser] = {}
+
+
+def registerCustomArgParser(arg_data_type: type, arg_parser: ICustomArgParser | None) -> None:
+    """Read arguments of a class with a parser; ``None`` removes its parser.
+
+    Raises:
+        Error: The parser does not inherit from ICustomArgParser.
+    """
+    if arg_parser is None:
+        custom_arg_parsers.pop(arg_data_type, None)
+        return
+    if not isinstance(arg_parser, ICustomArgParser):
+        raise createPoptorchError("arg_parser must inherit from ICustomArgParser")
+    custom_arg_parsers[arg_data_type] = arg_parser
+
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """Return the structure with ``function`` applied to everything that is not a container."""
@@ -23,6 +56,12 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         return type(value)(*(map_leaves(function, item) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(map_leaves(function, item) for item in value)
+    parser = custom_arg_parsers.get(type(value))
+    if parser is not None:
+        made = [function(item) for item in parser.yieldTensors(value)]
+        if all(isinstance(item, Tensor) for item in made):
+            return parser.reconstruct(value, iter(made))
+        return tuple(made)
     return function(value)
 
 
@@ -86,13 +125,15 @@ def check_inputs(inputs: Any, counts: Counts) -> None:
 
     Raises:
         AssertionError: Dim 0 of a tensor is not a multiple of the micro-batches in a call.
-        Error: An input requires gradients or has no elements.
+        Error: An input has no elements.
     """
     for index, tensor in enumerate(v for v in leaves(inputs) if isinstance(v, Tensor)):
         if tensor.requires_grad:
-            raise createPoptorchError(
-                f"Input {index} of shape {tuple(tensor.shape)} requires gradients: inputs of a "
-                "model must not; call detach()"
+            _LOG.warning(
+                "Input %d of shape %s has requires_grad=True set: it is detached, because there "
+                "is no backward pass through inputs",
+                index,
+                tuple(tensor.shape),
             )
         if tensor.numel() == 0:
             raise createPoptorchError(
@@ -124,12 +165,23 @@ def same_signature(first: Any, second: Any) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, dict):
-        return list(first) == list(second) and all(
+        return set(first) == set(second) and all(
             same_signature(first[key], second[key]) for key in first
         )
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same_signature, first, second))
     return bool(first == second)
+
+
+def in_order_of(first: Any, value: Any) -> Any:
+    """Return inputs with the keys of every dict in the order of the first call's."""
+    if type(first) is not type(value):
+        return value
+    if type(first) is dict:
+        return {key: in_order_of(first[key], value[key]) for key in first}
+    if type(first) in (list, tuple):
+        return type(value)(map(in_order_of, first, value))
+    return value
 
 
 def to_device(inputs: Any) -> Any:

@@ -7,6 +7,7 @@ parameter by torch first fetches newer weights from the device, if there are any
 from __future__ import annotations
 
 import contextlib
+import copyreg
 from typing import Any, Callable, Iterator
 
 import torch
@@ -56,6 +57,7 @@ class Link:
         body = {
             "_poptorch_base": base,
             "destroy": lambda _model: self._destroy(),
+            "__reduce_ex__": _reduce_as_user_model,
         }
         self._model.__class__ = type(f"Poptorch{base.__name__}", (base,), body)
 
@@ -89,6 +91,13 @@ class Link:
         self.version += 1
 
 
+def _reduce_as_user_model(model: nn.Module, _protocol: int) -> Any:
+    """Pickle and copy a wrapped model as the user made it."""
+    base: Any = type(model)._poptorch_base
+    state = model.__getstate__() if hasattr(base, "__getstate__") else dict(model.__dict__)
+    return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]
+
+
 def link_of(model: nn.Module) -> Link | None:
     """Return the connection of a model whose parameters an executor trains."""
     for tensor in model.parameters():
@@ -109,6 +118,10 @@ def _fetch_for(values: Any) -> None:
 class PoptorchParameter(nn.Parameter):
     """A parameter whose newest value may be on the device."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _fetch_for(self)
+        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _fetch_for(args)
@@ -117,6 +130,10 @@ class PoptorchParameter(nn.Parameter):
 
 class PoptorchBuffer(Tensor):
     """A buffer whose newest value may be on the device."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _fetch_for(self)
+        return self.data.as_subclass(Tensor).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         # A copy belongs to no executor, so it is a plain tensor.

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .device import Weights, find_loss, modes, random_numbers, run_model
+from .device import Weights, random_numbers
 from .device_optimizer import DeviceOptimizer
 from .enums import MeanReductionStrategy, ReductionType
 from .errors import createPoptorchError
+from .graph import Graph, tensors_of
 from .options import Options
 from .structure import (
     Collector,
     Counts,
     leaves,
+    map_leaves,
     micro_batch,
     to_device,
     to_host,
 )
-from .tracing import Watcher
 
 GRADIENT = "Gradient___"
 """Prefix of a gradient's name on the device."""
@@ -32,10 +33,10 @@ class DeviceProgram:
     """A compiled model on the emulated device.
 
     Args:
-        model: The user's model; its modules run with the device's weights in them.
+        graph: The recorded operations.
+        trained: Names of the parameters that get a gradient.
         options: Effective options.
         weights: The device's copies.
-        flags: Training flag of every module, as compiled.
         optimizer: The device's optimizer; ``None`` for inference.
 
     Attributes:
@@ -45,16 +46,20 @@ class DeviceProgram:
 
     def __init__(
         self,
-        model: nn.Module,
+        graph: Graph,
+        trained: list[str],
         options: Options,
         weights: Weights,
-        flags: list[bool],
         optimizer: DeviceOptimizer | None,
     ) -> None:
-        self._model = model
+        self._graph = graph
         self._options = options
         self._weights = weights
-        self._flags = flags
+        self._trained = [
+            (GRADIENT + name, tensor)
+            for name, tensor in zip(weights.names, weights.parameters)
+            if name in trained
+        ]
         self.optimizer = optimizer
         self.iterations_done = 0
         self.seed_hook: SeedHook = None
@@ -71,10 +76,9 @@ class DeviceProgram:
             for name, mode, period in self._options.anchored_tensors.values()
         }
         inputs = to_device(inputs)
-        with modes(self._model, self._flags):
-            for iteration in range(self._counts.iterations):
-                self._iterate(iteration, inputs, collector)
-                self.iterations_done += 1
+        for iteration in range(self._counts.iterations):
+            self._iterate(iteration, inputs, collector)
+            self.iterations_done += 1
         return collector.result()
 
     def _iterate(self, iteration: int, inputs: Any, collector: Collector) -> None:
@@ -84,8 +88,8 @@ class DeviceProgram:
                 slot = self._counts.slot(iteration, step, replica)
                 batch = micro_batch(inputs, slot, self._counts.divisor)
                 seed = self._seed(step, replica)
-                with random_numbers(seed), self._weights.in_model(replica):
-                    outputs, gradients = self._micro_batch(batch)
+                with random_numbers(seed):
+                    outputs, gradients = self._micro_batch(batch, replica)
                 sums[replica].add(step, gradients)
                 for name, anchor in self._anchors.items():
                     anchor.add(iteration, replica, to_host(gradients[name]))
@@ -109,23 +113,19 @@ class DeviceProgram:
         kept: Tensor = self._anchors[name].result()
         return kept
 
-    def _micro_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+    def _micro_batch(self, batch: Any, replica: int) -> tuple[Any, dict[str, Tensor]]:
         """Return the outputs and, by their names on the device, the gradients."""
-        watcher = Watcher(training=self.optimizer is not None)
-        outputs = run_model(self._model, batch, watcher)
-        if self.optimizer is None:
+        values = self._weights.values(self._graph, replica)
+        values.update(zip(self._graph.inputs, tensors_of(leaves(batch))))
+        found, loss = self._graph.run(values, training=self.optimizer is not None)
+        made = iter(found)
+        outputs = map_leaves(lambda _value: next(made), self._graph.structure)
+        if self.optimizer is None or loss is None:
             return outputs, {}
-        loss = find_loss(watcher.losses, leaves(outputs))
-        trained = [
-            (name, tensor)
-            for name, tensor in zip(self._weights.names, self._weights.parameters)
-            if tensor.requires_grad
-        ]
         gradients = torch.autograd.grad(
-            loss * self.optimizer.loss_scaling, [t for _, t in trained], allow_unused=True
+            loss * self.optimizer.loss_scaling, [tensor for _, tensor in self._trained]
         )
-        named = zip((GRADIENT + name for name, _ in trained), gradients)
-        return outputs, {name: gradient for name, gradient in named if gradient is not None}
+        return outputs, {name: made for (name, _), made in zip(self._trained, gradients)}
 
     def _update(self, sums: list[_Accumulator]) -> None:
         """Reduce over the replicas and change the weights."""

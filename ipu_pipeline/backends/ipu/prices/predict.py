@@ -5,7 +5,7 @@ Then as the planner's split, with the program's settings, and from a plan back t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -324,9 +324,11 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
 
     Raises:
         ConfigError: They do not fit the model or the machine.
-        PartitionError: An IPU has not enough memory for what they put on it.
+        PartitionError: An IPU has not enough memory for what they put on it, or poptorch cannot
+            begin the stages so.
     """
     prediction = predict(graph, settings, machine)
+    _check_begins(prediction)
     if prediction.fits:
         return partition_of(prediction, prediction.time.total_s)
     ipu = prediction.fullest[1]
@@ -338,22 +340,52 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
     )
 
 
+def _check_begins(prediction: Prediction) -> None:
+    """Refuse stages that poptorch cannot begin: ``BeginBlock`` takes the calls of modules."""
+    homes: dict[str, int] = {}
+    for index, stage in enumerate(prediction.layout.stages):
+        blocks = [prediction.graph[name] for name in stage.blocks]
+        if index and (blocks[0].module is None or blocks[0].kind == "loss"):
+            raise PartitionError(
+                f"the IPU configuration begins stage {index} with {blocks[0].name!r}, which is no "
+                "module's call; move layers so that it is on the IPU of the block before it"
+            )
+        for block in blocks:
+            home = homes.setdefault(block.module or "", stage.ipu)
+            if block.module and block.parameters and home != stage.ipu:
+                raise PartitionError(
+                    f"the IPU configuration calls module {block.module!r} on IPUs {home} and "
+                    f"{stage.ipu}, but its weights are on one; put all its calls onto one IPU"
+                )
+
+
 def prediction_of(plan: Plan) -> Prediction:
     """Return what the IPU model says about a plan's own stages.
 
     Raises:
-        PartitionError: A block is to run in slices that do not divide its table, or has none; or
-            only some of the blocks that keep something are to be recomputed.
+        PartitionError: A block is to run in slices that do not divide its table, or has none; its
+            table is on several IPUs; or only some of the blocks that keep something are to be
+            recomputed.
     """
-    for stage in plan.stages:
-        for name, factor in stage.serialize.items():
-            problem = slices_problem(plan.graph, name, factor)
-            if problem:
-                raise PartitionError(problem)
+    for problem in table_problems(plan):
+        raise PartitionError(problem)
     settings = program_of(plan)
     layout = layout_of([(s.device, s.blocks) for s in plan.stages], settings.num_ipus)
     _check_recompute(plan, layout)
     return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
+
+
+def table_problems(plan: Plan) -> Iterator[str]:
+    """Yield why tables cannot be cut, or spread, as the stages of ``plan`` say."""
+    for index, stage in enumerate(plan.stages):
+        problems = (slices_problem(plan.graph, *item) for item in stage.serialize.items())
+        yield from filter(None, problems)
+        for name, (first, last) in stage.table_slices.items():
+            yield (
+                f"stage {index} holds the slices {first} to {last - 1} of the table of {name!r}, "
+                "but a variable is on one IPU; leave splits out of serialize_embedding (factor "
+                "alone cuts the table on its IPU)"
+            )
 
 
 def _check_recompute(plan: Plan, layout: StageLayout) -> None:

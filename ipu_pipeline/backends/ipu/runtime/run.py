@@ -109,7 +109,10 @@ def train(
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = mean_loss(executor(**batch), settings)
+        try:
+            loss = mean_loss(executor(**batch), settings)
+        except poptorch.Error as error:
+            raise BundleError(f"poptorch cannot compile or run the model: {error}") from error
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)

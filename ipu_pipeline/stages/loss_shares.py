@@ -1,0 +1,367 @@
+"""What the losses of microbatches weigh in the loss of their batch, so that it is plain torch's.
+
+Weights come from what the loss divides by (``capture/loss_terms.py``), or from a measurement of
+its terms (``capture/loss_rules.py``). Whatever they come from, they are checked once for every
+shape: the weighted sum of the first microbatches' losses has to be the loss of all their samples.
+Where no weights give that, the batch is refused, unless the caller says what they weigh.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isclose
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ipu_pipeline.capture.batch_axes import (
+    PlainRun,
+    as_exact_as,
+    is_weighted_sum,
+    part_of,
+    plain_runs,
+    sized,
+    two_parts,
+)
+from ipu_pipeline.capture.captured import described
+from ipu_pipeline.capture.coarsen import LOSS
+from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation, term_rules
+from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
+from ipu_pipeline.errors import CaptureError, LoweringError
+from ipu_pipeline.ir.plan import Granularity
+from ipu_pipeline.stages.batch import CutBatch, Microbatch
+from ipu_pipeline.stages.training import in_evaluation
+
+LossWeights = str | Sequence[float] | Callable[[Mapping[str, Any]], Any] | None
+# The check runs microbatches at once whose results take so many bytes, but two at least.
+CHECKED_BYTES = 1 << 28
+# A loss of numbers of about 1 may be as small as its rounding errors.
+ROUNDED = 0.02
+# What most losses use that mix samples; asked only where runs cannot be compared.
+MIXING = frozenset(
+    {"sort", "argsort", "topk", "median", "kthvalue", "quantile", "std", "var", "max", "min",
+     "amax", "amin", "logsumexp", "norm", "corrcoef", "cov", "cdist", "matmul", "mm", "rmatmul",
+     "einsum"}
+)  # fmt: skip
+logger = logging.getLogger(__name__)
+
+
+class MixedSamplesError(LoweringError):
+    """No weights of the microbatches' losses give the loss of the batch."""
+
+
+@dataclass(eq=False)
+class LossShares:
+    """Weighs the microbatches of one executable.
+
+    Args:
+        model: The whole model; its state is put back.
+        wish: As in :class:`~ipu_pipeline.stages.executable.ExecutionOptions`.
+        granularity: Of the plan.
+    """
+
+    model: nn.Module
+    wish: LossWeights
+    granularity: Granularity = "layer"
+    _measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = field(default_factory=dict)
+    _fitting: dict[tuple[str, ...], Rule] = field(default_factory=dict)
+    _checked: set[object] = field(default_factory=set)
+
+    def check(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> None:
+        """Compare the loss of the first microbatches with that of all their samples.
+
+        Once for all batches of the same shapes in which the same host values vary, and once where
+        microbatches have different programs.
+
+        Args:
+            cut: The batch.
+            parts: Its microbatches, with host values if those are known.
+            terms: What the losses of its microbatches are made of.
+            training: Whether this is a step of training.
+
+        Raises:
+            MixedSamplesError: They differ.
+        """
+        given = self.wish == "samples" or callable(self.wish) or (training and self.wish)
+        pairs = zip(parts, terms, strict=True)
+        known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
+        if given or len(parts) == 1 or not known or not terms[0].terms:
+            return
+        programs = len(set(map(id, terms)))
+        key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
+        if key in self._checked:
+            return
+        weighted = self.weighted(cut, parts, terms, training=False)
+        # Terms with factors of their own are measured one by one.
+        if factor_name(0) not in weighted[0].inputs:
+            self._compare(cut, parts, terms)
+        self._checked.add(key)
+
+    def weighted(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+    ) -> list[Microbatch]:
+        """Return microbatches with the weights that make their losses that of all of them.
+
+        Args:
+            cut: The batch.
+            parts: Its microbatches, perhaps with host values.
+            terms: What the loss of each of them is made of.
+            training: A list of weights is for training steps.
+
+        Raises:
+            MixedSamplesError: There is no such weight.
+            LoweringError: There are not as many weights as microbatches.
+        """
+        if len(parts) == 1 and self.wish is None:
+            return list(parts)
+        shares = self._given(parts, training=training)
+        if shares is None:
+            rules = self._rules(cut, terms[0]) if terms[0].factored else None
+            if rules is not None:
+                return _with_factors(parts, _by_rule(parts, _columns(cut, parts, terms), rules))
+            fitting = self._fitting.get(_names(terms))
+            found = self._candidates(cut, parts, terms)
+            shares = next(s for rule, s in found.items() if fitting in (None, rule))
+        return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
+
+    def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
+        wish = self.wish
+        if callable(wish):
+            return _parts_of_one([float(wish(part.inputs)) for part in parts])
+        if wish == "samples":
+            return [part.share for part in parts]
+        if wish is None or not training:
+            return None
+        weights = [float(weight) for weight in wish]
+        if len(weights) != len(parts):
+            raise LoweringError(
+                f"loss_weights has {len(weights)} weights, the batch {len(parts)} microbatches; "
+                "pass one for each, or a function that returns the weight of a microbatch's inputs"
+            )
+        return weights
+
+    def _rules(self, cut: CutBatch, terms: LossTerms) -> tuple[Rule, ...] | None:
+        """Return how each term adds up over samples, measured once on two microbatches."""
+        names = tuple(term.node for term in terms.varying)
+        if names not in self._measured:
+            self._measured[names] = self._measure(cut, names)
+        rules = self._measured[names]
+        if rules is not None and "none" in rules:
+            mixing = names[rules.index("none")]
+            raise self._mixed(f"its term {mixing!r} of two microbatches is not a sum or mean of "
+                              "what it is for each one", terms)  # fmt: skip
+        return rules
+
+    def _measure(self, cut: CutBatch, names: tuple[str, ...]) -> tuple[Rule, ...] | None:
+        first, second = (part.num_samples for part in cut.parts[:2])
+        shares = first / (first + second), second / (first + second)
+
+        def measure(parts: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...] | None:
+            return term_rules(self.model, parts, names, self.granularity, shares)
+
+        try:
+            return two_parts(cut.batch, cut.found.axes, first, measure)
+        except CaptureError as error:
+            logger.debug("the terms of the loss cannot be measured apart: %s", error)
+            return None
+
+    def _candidates(
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> dict[Rule, list[float]]:
+        """Return weights of the microbatches that may fit, the likeliest first."""
+        found = cut.found
+        by_samples = [part.share for part in parts]
+        columns = [column for column in _columns(cut, parts, terms) if column]
+        alike = all(one.alike for one in terms)
+        # Means over other labels weigh alike while the microbatches have as many of each.
+        even = all(term.kind in AVERAGED for term in terms[0].varying) and all(
+            all(map(isclose, column, by_samples)) for column in columns
+        )
+        if not (alike or even) and (LOSS in found.mixed or found.counts):
+            raise self._mixed("it adds terms that count in different ways: sums, or means over "
+                              "different numbers of labels", terms[0])  # fmt: skip
+        if found.counts and not columns:
+            raise self._mixed("it is a mean over labels that a block of its own counts", terms[0])
+        ordered: dict[Rule, list[float]] = {"mean": by_samples, "sum": [1.0] * len(parts)}
+        # A small mean beside a large sum is not seen in their total: terms are measured apart.
+        single = not terms[0].factored or len(terms[0].varying) < 2
+        if single and found.adds_up:
+            return {"sum": ordered["sum"]}
+        if {term.kind for term in terms[0].varying} == {"sum"}:
+            ordered = {"sum": ordered["sum"], **ordered}
+        return {"counted": list(columns[0]), **ordered} if alike and columns else ordered
+
+    # ---- the check ------------------------------------------------------------------------
+
+    def _compare(
+        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+    ) -> None:
+        for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
+            with mode, plain_runs(self.model) as run:
+                first = run(cut.parts[0].inputs)
+                if LOSS not in first.tensors:
+                    return
+                if not first.draws:
+                    self._compare_losses(cut, parts, terms, first, run)
+                    return
+        known = all(term.kind != "opaque" for term in terms[0].varying)
+        if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
+            raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
+                              "compared", terms[0])  # fmt: skip
+
+    def _compare_losses(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        first: PlainRun,
+        run: Callable[..., PlainRun],
+    ) -> None:
+        """Find the weights that fit; ``first`` is a run of the first microbatch."""
+        number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
+        own = cut.parts[:number]
+        samples = sum(part.num_samples for part in own)
+        parts = [replace(part, share=part.num_samples / samples) for part in parts[:number]]
+
+        def loss(inputs: Mapping[str, Any]) -> Tensor:
+            return as_exact_as(self.model, run(inputs).tensors[LOSS])
+
+        losses = [loss(part.inputs) for part in own]
+        try:
+            whole = loss(part_of(cut.batch, cut.found.axes, 0, samples))
+        except Exception as error:  # whatever a model does with more samples
+            logger.info("plain torch cannot run %d samples at once: %s", samples, error)
+            return
+        tried = self._candidates(cut, parts, terms[:number])
+        for rule, shares in tried.items():
+            if not is_weighted_sum(whole, shares, losses, ROUNDED):
+                continue
+            if rule != "counted" and LOSS in cut.found.mixed and not _fits(cut, rule, loss):
+                raise self._mixed("it is where they have as many labels each, and not where one "
+                                  "has fewer", terms[0])  # fmt: skip
+            self._fitting[_names(terms)] = rule
+            return
+        pairs = zip(next(iter(tried.values())), losses, strict=True)
+        summed = sum(share * float(loss) for share, loss in pairs if share)
+        raise self._mixed(
+            f"of {samples} samples at once it is {float(whole):.6g}, and {summed:.6g} as the "
+            f"weighted sum of the losses of {len(parts)} microbatches",
+            terms[0],
+        )
+
+    def _mixed(self, why: str, terms: LossTerms) -> MixedSamplesError:
+        return MixedSamplesError(
+            f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
+            f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
+            "that give the loss of the batch; plan with microbatches=1, or choose weights: "
+            "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
+            "gradient accumulation does, and a function of a microbatch's inputs says how much it "
+            "counts (of labels, say, that Python counts)"
+        )
+
+
+def _fits(cut: CutBatch, rule: Rule, loss: Callable[[Mapping[str, Any]], Tensor]) -> bool:
+    """Whether a rule also fits two microbatches of which one has fewer labels."""
+    first, second = (part.num_samples for part in cut.parts[:2])
+    shares = [1.0, 1.0] if rule == "sum" else [n / (first + second) for n in (first, second)]
+
+    def fits(parts: Sequence[Mapping[str, Any]]) -> bool:
+        whole, *each = map(loss, parts)
+        return is_weighted_sum(whole, shares, each, ROUNDED)
+
+    return two_parts(cut.batch, cut.found.axes, first, fits)
+
+
+def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
+    return tuple(term.node for term in terms[0].varying)
+
+
+def _varying(cut: CutBatch, parts: Sequence[Microbatch]) -> frozenset[str]:
+    """Return the names of the host values that are not the same in all microbatches."""
+    names = {name for part in parts for name in part.inputs.keys() - cut.batch.keys()}
+    values = {name: [part.inputs.get(name) for part in parts] for name in names}
+    return frozenset(n for n, found in values.items() if not all(_same(v, found[0]) for v in found))
+
+
+def _same(value: Any, other: Any) -> bool:
+    same = type(value) is type(other) and np.shape(value) == np.shape(other)
+    return same and bool(np.all(value == other))
+
+
+def _columns(
+    cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+) -> list[list[float] | None]:
+    """Return the weights of the microbatches, for each varying term; ``None`` if unknown."""
+    divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
+    constant = not any(_is_cut(name, cut, parts) for name in terms[0].inputs)
+    by_samples = [part.share for part in parts]
+    # A divisor that every microbatch gets whole is that of the batch; labels that the model
+    # makes itself (a contrastive loss) are counted for each microbatch.
+    whole = [1.0] * len(parts)
+    columns: list[list[float] | None] = []
+    for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
+        counts = [count for count in column if count is not None]
+        if term.averaged:
+            pairs = zip(counts, by_samples, strict=bool(counts))
+            counts = [count * share for count, share in pairs]
+        found = term.weights(counts) or by_samples
+        if constant:
+            summed = term.kind == "quotient" and not term.averaged
+            found = whole if summed else by_samples
+        columns.append(found if counts else None)
+    return columns
+
+
+def _is_cut(name: str, cut: CutBatch, parts: Sequence[Microbatch]) -> bool:
+    if name not in cut.batch:
+        return True  # a number that Python may have counted in each microbatch
+    value = parts[0].inputs[name]
+    return sized(value) and any(part.inputs[name] is not value for part in parts[1:])
+
+
+def _by_rule(
+    parts: Sequence[Microbatch], columns: Sequence[list[float] | None], rules: Sequence[Rule]
+) -> list[list[float]]:
+    """Return the weights of every term: by what it counts, or as measured."""
+    by_samples = [part.share for part in parts]
+    plain = {"sum": [1.0] * len(parts)}
+    return [
+        column if column and rule == "counted" else plain.get(rule, by_samples)
+        for column, rule in zip(columns, rules, strict=True)
+    ]
+
+
+def _with_factors(
+    parts: Sequence[Microbatch], columns: Sequence[Sequence[float]]
+) -> list[Microbatch]:
+    """Give every term of the loss its own weight, beside that of the samples."""
+    ready = []
+    for part, weights in zip(parts, zip(*columns, strict=True), strict=True):
+        factors = {
+            factor_name(index): torch.tensor(weight / part.share)
+            for index, weight in enumerate(weights)
+        }
+        ready.append(replace(part, inputs={**part.inputs, **factors}))
+    return ready
+
+
+def _parts_of_one(counts: Sequence[float]) -> list[float]:
+    """Return each count's part of their sum; nothing if that is 0."""
+    total = sum(counts)
+    return [count / total for count in counts] if total else []
