@@ -113,7 +113,7 @@ class Sessions:
         if self.training.isCompiled() and not self.training.isAttachedToDevice():
             self.training.attachToDevice()
         if wanted != self._groups:
-            self.training.setOptimizer(self._make_optimizer(wanted))
+            self._change_optimizer(wanted)
             self._groups = wanted
         return self.training
 
@@ -249,6 +249,21 @@ class Sessions:
             for group in named
         ]
         return make_optimizer(self._settings, groups, self._poptorch)
+
+    def _change_optimizer(self, wanted: Groups) -> None:
+        """Change the numbers in place: the state on the device is that of this very object."""
+        if [g["params"] for g in wanted] != [g["params"] for g in self._groups]:
+            raise CompileError(
+                "the optimizer's groups have other parameters than when the program was compiled; "
+                "close this executable and compile the model again"
+            )
+        for own, new in zip(self.device_optimizer.param_groups, wanted):
+            own.update(
+                (key, tuple(value) if isinstance(value, list) else value)
+                for key, value in new.items()
+                if key != "params"
+            )
+        self.training.setOptimizer(self.device_optimizer)
 
     def _hand_over_state(self) -> None:
         if self.next_state:

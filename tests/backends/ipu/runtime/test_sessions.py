@@ -167,6 +167,17 @@ def test_a_failed_evaluation_keeps_the_optimizers_state(
     assert losses[0] == losses[1]
 
 
+def test_the_optimizers_groups_keep_their_parameters(poptorch: Any) -> None:
+    made = case()
+    sessions = _sessions(made, poptorch)
+    groups = _groups(made)
+    sessions.train(made.batch(), groups)
+    fewer = [{**groups[0], "params": groups[0]["params"][1:]}]
+    with pytest.raises(CompileError, match=r"groups have other parameters than when the program"):
+        sessions.train(made.batch(), fewer)
+    sessions.close()
+
+
 def test_an_exception_while_annotating_leaves_the_model_clean(
     monkeypatch: pytest.MonkeyPatch, poptorch: Any
 ) -> None:
