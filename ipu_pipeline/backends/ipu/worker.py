@@ -130,14 +130,11 @@ class Worker:
             start_new_session=True,  # Ctrl-C is this process's to handle
         )
         self._name += f" (process {self._process.pid})"
-        self._reader = threading.Thread(target=self._relay, name="worker-output", daemon=True)
+        # Not a method: the thread must not keep a worker that everybody else has dropped.
+        self._reader = threading.Thread(
+            target=_relay, args=(self._process.stdout, self._lines), daemon=True
+        )
         self._reader.start()
-
-    def _relay(self) -> None:
-        for line in self._process.stdout or ():
-            if text := line.rstrip():
-                self._lines.append(text)
-                logger.info("worker: %s", text)
 
     def _answer(self, command: str) -> dict[str, Any]:
         try:
@@ -177,6 +174,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _relay(output: Any, lines: deque[str]) -> None:
+    for line in output:
+        if text := line.rstrip():
+            lines.append(text)
+            logger.info("worker: %s", text)
 
 
 def _how(code: int) -> str:
