@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import PipelineError, printable
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.arguments import option, unread_by_the_loop
 
@@ -74,6 +74,9 @@ class CommonOptions(TrainingArguments):
     def __post_init__(self) -> None:
         """Refuse combinations that leave nothing to do or contradict each other."""
         super().__post_init__()
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for wrong, message in self._mistakes():
             if wrong:
                 raise ValueError(message)
@@ -148,4 +151,6 @@ def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> N
     try:
         run(parse(kind))
     except (PipelineError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
+    except OSError as error:
+        sys.exit(f"error: {printable(str(error))}; make room, or write elsewhere")

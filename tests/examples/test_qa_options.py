@@ -153,6 +153,25 @@ def test_refuses_contradictions(module, message):
         module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])
 
 
+@pytest.mark.parametrize("name", ["max_train_samples", "max_eval_samples"])
+def test_the_first_samples_are_one_at_least(module, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got -1"):
+        module.Options(
+            model_name_or_path="m", output_dir="o", do_train=True, train_file="t", **{name: -1}
+        )
+
+
+def test_a_disk_that_is_full_is_one_line(module, monkeypatch):
+    import script_options
+
+    def full(_):
+        raise OSError(28, "No space left on device", "out/x")
+
+    monkeypatch.setattr(sys, "argv", ["run_qa.py", *OWN.split()])
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device: 'out/x'; make room"):
+        script_options.run_command_line(full, module.Options)
+
+
 def test_ctrl_c_is_one_line_and_130(root):
     script = root / "examples" / "question-answering" / "run_qa.py"
     source = script.read_text().replace(
