@@ -153,9 +153,12 @@ def test_refuses_contradictions(module, message):
         module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])
 
 
-@pytest.mark.parametrize("name", ["max_train_samples", "max_eval_samples"])
-def test_the_first_samples_are_one_at_least(module, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got -1"):
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("max_train_samples", 1), ("max_answer_length", 1), ("n_best_size", 1), ("doc_stride", 0)],
+)
+def test_counts_are_not_negative(module, name, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got -1"):
         module.Options(
             model_name_or_path="m", output_dir="o", do_train=True, train_file="t", **{name: -1}
         )
