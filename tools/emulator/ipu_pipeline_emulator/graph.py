@@ -152,6 +152,18 @@ def replaced(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
+def zeros_for(value: Any) -> Any:
+    """Return zeros of the host for a tensor without values, and the host for its device."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.zeros(value.shape, dtype=ON_HOST.get(value.dtype, value.dtype))
+    return torch.device("cpu") if value == torch.device("meta") else value
+
+
+def without_values(value: Any) -> Any:
+    """Return a tensor of the same shape and type that has no values."""
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def _fill(value: Any, values: Values) -> Any:
     return replaced(value, lambda v: values[v.index] if isinstance(v, Slot) else v)
 
