@@ -176,6 +176,16 @@ def test_what_would_not_be_emitted_is_not_planned() -> None:
     refused("matmul_proportion 0.0 must be above 0", matmul_proportion=0.0)
     starts = {"bert.embeddings": 0, "bert.encoder.layer.2": 1, "loss": 0}
     refused("begins stage 2 with 'loss', which is no module's call; move", stage_starts=starts)
+    config = transformers.AlbertConfig(
+        vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    albert = from_config(config, "question-answering", batch_size=1, seq_length=16)
+    asked = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8)
+    with pytest.raises(
+        PartitionError, match=r"calls module 'albert.* on IPUs 0 and 1, but its wei"
+    ):
+        ipp.plan(*albert, machine=POD, config=asked)
     plan = ipp.plan(model, batch, machine=POD, num_stages=2, microbatches=8)
     first, *rest = plan.stages
     spread = replace(first, table_slices={"bert.embeddings": (0, 1)})
