@@ -1,7 +1,7 @@
 """What a plan says about each module, in the words of poptorch: plain data, no torch.
 
 One :class:`Annotation` per block of the plan, in execution order. Both doors use it: the
-in-process lowering applies it to the user's model, the bundle writes it down as code.
+worker and a bundle by hand read it from the code that is written down.
 """
 
 from __future__ import annotations
