@@ -28,6 +28,8 @@ MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeli
 _BEFORE_FUSED_ATTENTION = ("2104.04473", "2401.10241")
 # Megatron-Bridge's performance recipes reduce gradients in bfloat16 (no grad_reduce_in_fp32).
 _HALF_GRADIENTS = ("performance-summary",)
+# Its recipes take the fused cross entropy of Transformer Engine.
+_FUSED_LOSS = ("Megatron-Bridge",)
 # Microbatches in flight with vocabulary layers on all stages, of arXiv 2411.05288, section 5.
 _MORE_IN_FLIGHT = {"vocab-1": 2, "vocab-2": 1}
 _INTERLACED = 1.5
@@ -59,6 +61,7 @@ class Run:
             MEGATRON,
             fused_attention=not any(name in source for name in _BEFORE_FUSED_ATTENTION),
             precision="" if self.row.precision == "bfloat16" else self.row.precision,
+            fused_loss=any(name in source for name in _FUSED_LOSS),
             gradient_bytes=2 if any(name in source for name in _HALF_GRADIENTS) else 4,
             dropout=bool(re.match(r"gpt [\d.]+b", str(raw.get("model")).lower())),
         )

@@ -21,7 +21,7 @@ from math import prod
 
 from ipu_pipeline.backends.cluster.parallel_sizes import RankEngine
 from ipu_pipeline.ir.attention import is_attention
-from ipu_pipeline.ir.graph import OpRecord
+from ipu_pipeline.ir.graph import Block, OpRecord
 from ipu_pipeline.planner.options.roofline import product_sides
 
 _NORMS = frozenset({"native_layer_norm", "rms_norm", "_fused_rms_norm", "mean"})
@@ -144,6 +144,31 @@ def _rows_read(op: OpRecord) -> float:
     """Elements of the activation that a product reads."""
     first, second = [shape for shape in op.shapes if len(shape) >= 2][-2:]
     return float(prod(second) if len(first) == 3 else prod(first))
+
+
+def fused_loss(block: Block, *, backward: bool) -> tuple[OpRecord, ...]:
+    """Return the operations of a head or a loss where one kernel takes the logits in 16 bits.
+
+    Forward it reads them twice (largest one and sum, then the gradient), backward it reads and
+    writes what became the gradient.
+    """
+    own = block.backward_ops if backward else block.forward_ops
+    if block.kind == "head":
+        return tuple(op for op in own if op.flops)
+    moved = 2 * _HALF_BYTES * logits(block)
+    return (OpRecord("fused.loss", "softmax", "bfloat16", (), 0, moved),) if own else ()
+
+
+def logits(block: Block) -> int:
+    """Number of logits that a head makes or a loss reads."""
+    if block.kind == "head":
+        return max((_written(op) for op in block.forward_ops if op.flops), default=0)
+    return max((prod(op.shapes[0]) for op in block.forward_ops if op.shapes), default=0)
+
+
+def _written(op: OpRecord) -> int:
+    first, second = [shape for shape in op.shapes if len(shape) >= 2][-2:]
+    return prod(first[:-1]) * second[-1]
 
 
 def core_attention(op: OpRecord) -> Iterator[OpRecord]:

@@ -60,6 +60,7 @@ class RankEngine:
     Attributes:
         fused: Operations between products run as one pass (``fused.py``).
         fused_attention: No L x S tensor is made.
+        fused_loss: Cross entropy is one kernel over the logits in 16 bits, in place.
         precision: dtype of the layers' products: that of the model, ``float8`` or ``float4``.
         gradient_bytes: Of one element of an accumulated gradient.
         dropout: Masks are kept, one byte an element, for each of two outputs of a layer.
@@ -70,6 +71,7 @@ class RankEngine:
 
     fused: bool = False
     fused_attention: bool = True
+    fused_loss: bool = False
     precision: str = ""
     gradient_bytes: int = 4
     dropout: bool = False

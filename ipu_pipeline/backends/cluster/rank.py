@@ -14,7 +14,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from ipu_pipeline.backends.cluster.fused import FusedLayer, as_run_by, is_grouped
+from ipu_pipeline.backends.cluster.fused import (
+    FusedLayer,
+    as_run_by,
+    fused_loss,
+    is_grouped,
+    logits,
+)
 from ipu_pipeline.backends.cluster.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
@@ -144,6 +150,9 @@ class RankPricer:
             block.workspace_bytes / self.shared,
             self.parameters(block),
         )
+        if self.engine.fused_loss and block.kind in ("head", "loss"):
+            held = 2 * _HALF_BYTES * logits(block) / self.shared
+            return replace(found, saved_bytes=0.0, workspace_bytes=held)
         if block.kind != "layer":
             return found
         exchanged_s = self._exchanged_s(block)
@@ -183,6 +192,8 @@ class RankPricer:
     def _operations(self, block: Block, *, backward: bool) -> Iterator[OpRecord]:
         """Yield this rank's part of the operations of one pass."""
         own = block.backward_ops if backward else block.forward_ops
+        if self.engine.fused_loss and block.kind in ("head", "loss"):
+            own = fused_loss(block, backward=backward)
         found = as_run_by(own, self.engine)
         fused = self.engine.fused and block.kind == "layer"
         experts = max((op.shapes[0][0] for op in found if is_grouped(op)), default=1)

@@ -55,7 +55,7 @@ class Worker:
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         ours, theirs = socket.socketpair()
         outgoing, incoming = (os.memfd_create(name) for name in ("to_worker", "from_worker"))
-        self._files = (outgoing, incoming)
+        self._files: tuple[int, ...] = (outgoing, incoming)
         self._channel = Channel(ours, SharedTensors(outgoing), SharedTensors(incoming))
         with theirs:
             self._start(python, folder, (theirs.fileno(), incoming, outgoing))

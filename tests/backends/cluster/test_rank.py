@@ -154,3 +154,13 @@ def test_a_step_replays_the_schedule_and_counts_what_is_in_flight(gpt: BlockGrap
     looped = RankStep(rank(gpt, pp=4, vpp=2), (half,) * 8, "interleaved", 8)
     assert looped.step_s() < step.step_s()
     assert looped.memory_bytes()[0] / 1e9 - 0.4 == pytest.approx(0.5 * (4 + 2 * 3 + 1))
+
+
+def test_a_fused_loss_holds_the_logits_and_their_gradient_in_16_bits(gpt: BlockGraph) -> None:
+    plain = rank(gpt, RankEngine(fused=True))
+    fused = rank(gpt, RankEngine(fused=True, fused_loss=True), tp=2)
+    for block in gpt.blocks:
+        if block.kind in ("head", "loss"):
+            found = fused.block(block)
+            assert (found.saved_bytes, found.workspace_bytes) == (0.0, 4 * TOKENS * 1000 / 2)
+            assert found.forward_s < plain.block(block).forward_s

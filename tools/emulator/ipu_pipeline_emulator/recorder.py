@@ -10,6 +10,7 @@ functions, ``vmap``). Types are inferred by torch's ``meta`` kernels, as in the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Callable, Iterator
 
 import torch
@@ -274,7 +275,8 @@ class Recorder:
     def mark_custom_functions(self) -> None:
         """Give the operations of a custom ``autograd.Function`` gradients.
 
-        The device differentiates its program, so it never sees a ``backward`` in Python.
+        The device differentiates its program, so it never sees a ``backward`` in Python. What
+        they write in place is written to a copy: torch keeps the value before for the gradient.
         """
         inside = False
         custom = {
@@ -285,6 +287,9 @@ class Recorder:
         for node in reversed(self.graph.nodes):
             inside = not node.has_gradient and (inside or bool(custom & set(node.outputs)))
             node.has_gradient = node.has_gradient or inside
+            name = getattr(node.function, "__name__", "")
+            if inside and name.endswith("_") and not name.endswith("__"):
+                node.function = functools.partial(_on_copy, node.function)
 
     # ------------------------------------------------------------------ types
     def _infer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -351,6 +356,10 @@ class _Factories(DeviceContext):
         if self._recorder.is_paused:
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _on_copy(function: Callable[..., Any], target: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return function(target.clone(), *args, **kwargs)
 
 
 def _alias_key(value: Tensor) -> Any:

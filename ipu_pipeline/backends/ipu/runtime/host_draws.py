@@ -142,7 +142,7 @@ class HostDraws:
             self.names.append(f"{PREFIX}{len(self.names)}")
             with torch._C.DisableTorchFunction():
                 made = example.float().to(self._mode.device)
-            return self._mode.mark(made)  # type: ignore[no-any-return]
+            return self._mode.mark(made)
         if self._used == len(self._given):
             raise refuse(
                 "draws random numbers on the host (LayerDrop, SpecAugment), and the program has no "
@@ -257,16 +257,16 @@ class _Draw(float):
         return made
 
     def __lt__(self, other: float) -> bool:
-        return self._compare(operator.lt, other)  # type: ignore[attr-defined,no-any-return]
+        return self._compare(operator.lt, other)  # type: ignore[attr-defined]
 
     def __le__(self, other: float) -> bool:
-        return self._compare(operator.le, other)  # type: ignore[attr-defined,no-any-return]
+        return self._compare(operator.le, other)  # type: ignore[attr-defined]
 
     def __gt__(self, other: float) -> bool:
-        return self._compare(operator.gt, other)  # type: ignore[attr-defined,no-any-return]
+        return self._compare(operator.gt, other)  # type: ignore[attr-defined]
 
     def __ge__(self, other: float) -> bool:
-        return self._compare(operator.ge, other)  # type: ignore[attr-defined,no-any-return]
+        return self._compare(operator.ge, other)  # type: ignore[attr-defined]
 
     def _refused(self, *_: Any) -> Any:
         raise refuse(

@@ -78,7 +78,7 @@ def indexing_seen() -> Iterator[None]:
 def _seen(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def method(x: Tensor, *args: Any) -> Any:
-        if not torch._C._is_torch_function_mode_enabled():  # type: ignore[attr-defined]
+        if not torch._C._is_torch_function_mode_enabled():
             return own(x, *args)
         return handle_torch_function(own, (x,), x, *args)
 
