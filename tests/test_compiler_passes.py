@@ -15,6 +15,7 @@ from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.tables import table_of
 from ipu_pipeline.planner.search import Constraints
+from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
 VOCAB = 8192
@@ -164,6 +165,7 @@ def test_ipu_plans_are_annotated_and_priced_by_the_ipu_model() -> None:
 
 def test_profiled_plans_are_annotated_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPU_PIPELINE_CACHE", str(tmp_path / "cache"))
+    make_quick(monkeypatch)
     model, batch = TINY["gpt2-lm"].build()
     plan = ipp.plan(
         model, batch, machine=devices(), num_stages=1, costs="profiled",

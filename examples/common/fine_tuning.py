@@ -91,12 +91,15 @@ def _fine_tune(options: CommonOptions, job: Job) -> None:
     plan = make_plan(options, job.model, columns, job.ipu_config, constraints=job.constraints)
     say(describe(plan))
     follow_plan(options, plan, job.ipu_config)
+    run_options = asdict(options.execution_options(schedule=options.schedule))
+    if options.target == "poptorch":  # what the plan does not say: output mode, cache, ...
+        run_options["ipu_config"] = job.ipu_config
     executable = ipp.compile(
         job.model,
         plan,
         target=options.target,
         optimizer=build_optimizer(job.model, options) if options.do_train else None,
-        **asdict(options.execution_options(schedule=options.schedule)),
+        **run_options,
     )
     try:
         evaluate_before(options, job, executable)

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ipu_pipeline.capture.calls import RegionCall
 from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
+from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.programs import Program, block_programs
 from ipu_pipeline.capture.values import TensorMeta
 
@@ -279,7 +280,7 @@ def with_counted(captured: CapturedModel) -> CapturedModel:
     if not any(call.reads_values and not call.is_late for call in calls):
         return captured
     path = loss_terms(captured).path
-    divisions = {
+    divisions: dict[tuple[int, Path], Any] = {
         (number, (0, 1)): call.node.args[1]
         for number, call in enumerate(calls)
         if call.node is not None and call.node.name in path and len(call.node.args) > 1

@@ -15,6 +15,7 @@ from ipu_pipeline.cli.options import (
     PodType,
     SeqLength,
     TaskOption,
+    read_ipu_config,
 )
 
 
@@ -36,7 +37,6 @@ def predict_command(
     Layers that the configuration leaves open ([-1]) are placed as plan places them, or evenly
     where nothing fits.
     """
-    from ipu_pipeline.backends.ipu.config import find_config
     from ipu_pipeline.backends.ipu.prices.predict import predict, prediction_of
     from ipu_pipeline.capture import capture
     from ipu_pipeline.capture.from_config import config_named, from_config
@@ -44,7 +44,8 @@ def predict_command(
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 
-    settings = find_config(ipu_config).apply_overrides(ipu_config_overrides).for_pod(pod_type)
+    settings = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    assert settings is not None
     pod = machine_by_name(machine)
     built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
     prediction = None

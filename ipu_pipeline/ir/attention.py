@@ -32,6 +32,12 @@ def is_attention(op: OpRecord) -> bool:
     return op.name.startswith(f"aten.{ATTENTION}")
 
 
+def is_causal(op: OpRecord) -> bool:
+    """Whether an attention's mask is one square for all samples: then half of it is masked."""
+    query, key, _, mask = _tensors(op)
+    return mask is not None and tuple(mask) == (query[-2], key[-2]) and query[-2] == key[-2]
+
+
 def unfused(operations: Iterable[OpRecord]) -> Iterator[OpRecord]:
     """Yield ``operations`` with every attention as the operations that it consists of."""
     for op in operations:

@@ -24,6 +24,7 @@ LIMITS: Mapping[str, int] = {
     # ---- a step
     "num_microbatches": 10**9,
     "device_iterations": 10**9,
+    "steps": 10**9,
     "global_batch": 10**9,
     # Passes that are listed one by one, where no steady state repeats.
     "actions": 2**18,
@@ -37,6 +38,8 @@ LIMITS: Mapping[str, int] = {
     "num_experts": 65_536,
     "slices": 65_536,
     "seed": 2**63 - 1,
+    # numpy's, which transformers seeds as well.
+    "training_seed": 2**32 - 1,
     # ---- a search
     "max_ideals": 10**7,
 }

@@ -6,7 +6,7 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import log
 from pathlib import Path
@@ -60,6 +60,52 @@ def on_curve(curve: Curve, size: float) -> float:
 
 
 @dataclass(frozen=True)
+class KernelRates:
+    """Shares of its peaks that a generation of GPUs reaches, the same for every model.
+
+    Attributes:
+        name: Of the generation, such as ``hopper``.
+        product_share: Of the peak of a dtype, by a large matrix product; ``bfloat16`` is required
+            and stands for the dtypes that are not listed.
+        half_size: A product whose side has so many elements takes twice as long as its FLOPs say:
+            every side ``d`` costs a factor ``d / (d + half_size)`` (edges of tiles and the
+            beginning and end of its loop over them).
+        attention_share: Of the bfloat16 peak, by fused attention, forward and backward.
+        bandwidth_share: Of the memory bandwidth, by operations that are bound by it.
+        link_share: Of a link's bandwidth, by collectives and copies.
+    """
+
+    name: str
+    product_share: Mapping[str, float] = field(hash=False)
+    half_size: float
+    attention_share: tuple[float, float]
+    bandwidth_share: float
+    link_share: float
+
+    def __post_init__(self) -> None:
+        shares = [
+            *self.product_share.values(),
+            *self.attention_share,
+            self.bandwidth_share,
+            self.link_share,
+        ]
+        if "bfloat16" not in self.product_share:
+            raise ValueError("kernels give no product_share for bfloat16")
+        if self.half_size < 0 or any(not 0 < share <= 1 for share in shares):
+            raise ValueError(
+                "kernels need shares above 0 and at most 1, and a half_size of at least 0, got "
+                f"{shares} and {self.half_size}"
+            )
+
+    def product_efficiency(self, dtype: str, sides: tuple[float, ...]) -> float:
+        """Return the share of the dtype's peak that a product with ``sides`` reaches."""
+        share = self.product_share.get(dtype, self.product_share["bfloat16"])
+        for side in sides:
+            share *= side / (side + self.half_size)
+        return share
+
+
+@dataclass(frozen=True)
 class Device:
     """One device that holds stages: an IPU, a GPU, or some cores of this machine.
 
@@ -72,6 +118,8 @@ class Device:
         kind: Family that a specific cost model knows (``ipu-gc200``, ``ipu-bow``), else
             ``generic``.
         op_overhead_s: Seconds that every operation takes besides its work.
+        host_sync_s: Seconds for which it has nothing to do when its host must read a result first
+            (how many tokens every expert got).
         product_curve: Measured float32 FLOP/s of one matrix product by its FLOPs, rising; small
             products do not reach the peak. Empty: all reach it.
         bytes_curve: Measured bytes per second of an operation that makes a new tensor, by the
@@ -79,6 +127,7 @@ class Device:
             large ones come new from the system. Empty: ``memory_bytes_per_s`` for all.
         op_rates: Measured work per second of operations by name (``gelu``): FLOP/s where FLOPs
             are counted, else elements.
+        kernels: Shares of the peaks that its kernels reach; ``None``: all reach them.
     """
 
     name: str
@@ -91,6 +140,8 @@ class Device:
     product_curve: Curve = field(default=(), hash=False)
     bytes_curve: Curve = field(default=(), hash=False)
     op_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    kernels: KernelRates | None = None
+    host_sync_s: float = 0.0
 
     def __post_init__(self) -> None:
         if "float32" not in self.flops_per_s:
@@ -104,9 +155,10 @@ class Device:
             raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
         points = [*self.product_curve, *self.bytes_curve]
         rates = [*(rate for _, rate in points), *self.op_rates.values()]
-        if self.op_overhead_s < 0 or any(rate <= 0 for rate in rates):
+        if min(self.op_overhead_s, self.host_sync_s) < 0 or any(rate <= 0 for rate in rates):
             raise ValueError(
-                f"device {self.name!r} needs op_overhead_s of at least 0 and measured rates above 0"
+                f"device {self.name!r} needs op_overhead_s and host_sync_s of at least 0, and "
+                "measured rates above 0"
             )
         for curve in (self.product_curve, self.bytes_curve):
             sizes = [size for size, _ in curve]
@@ -176,9 +228,15 @@ class Machine:
     def from_json(cls, raw: Any, source: str = "machine description") -> Machine:
         """Build a machine from plain JSON data.
 
+        Instead of ``devices`` there may be one ``device`` and a ``count``: so many of it, called
+        by its name and a number.
+
         Raises:
             PlanError: A field is missing, unknown or out of range.
         """
+        if isinstance(raw, Mapping) and "device" in raw:
+            raw = {**raw, "devices": _replicated(raw, source)}
+            del raw["device"], raw["count"]
         return from_json(cls, raw, source, PlanError)
 
     @classmethod
@@ -191,3 +249,18 @@ class Machine:
         return cls.from_json(
             read_json(path, "the machine file", PlanError, shown_texts=True), str(path)
         )
+
+
+def _replicated(raw: Mapping[str, Any], source: str) -> list[Device]:
+    """Return ``count`` devices of one description.
+
+    Raises:
+        PlanError: The count is missing or out of range, or there are ``devices`` besides.
+    """
+    count, most = raw.get("count"), LIMITS["num_devices"]
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
+        raise PlanError(f"{source}: one device needs a count of 1 to {most}, got {count!r}")
+    if "devices" in raw:
+        raise PlanError(f"{source}: it has device and devices; give one of them")
+    one = from_json(Device, raw["device"], f"{source}, device", PlanError)
+    return [replace(one, name=f"{one.name}{index}") for index in range(count)]

@@ -1,7 +1,8 @@
 """Machines by name: Graphcore PODs and GPU nodes, from published facts, and described ones.
 
-``data/machines.json`` holds families (``pod{count}``) with their sources. A machine of your own is
-one JSON file, read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
+``data/machines.json`` holds families (``pod{count}``) with their sources, ``data/gpus.json`` those
+of GPUs and the rates that each generation's kernels reach. A machine of your own is one JSON file,
+read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
 that the environment variable ``IPU_PIPELINE_MACHINES`` lists or in a package that a distribution
 announces under the entry point group ``ipu_pipeline.machines``.
 """
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.codec import from_json, read_json
 from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.ir.limits import LIMITS
-from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.machine import Device, KernelRates, Link, Machine
 
 GROUP = "ipu_pipeline.machines"
 VARIABLE = "IPU_PIPELINE_MACHINES"
 _FACTS = Path(__file__).parent / "data" / "machines.json"
+_GPUS = _FACTS.with_name("gpus.json")
 
 
 def machine_by_name(name: str) -> Machine:
@@ -37,7 +39,7 @@ def machine_by_name(name: str) -> Machine:
         PlanError: The name is unknown and no such file exists, or the file is wrong.
     """
     for family in _facts().values():
-        match = re.fullmatch(family["name"].replace("{count}", r"(\d+)"), name)
+        match = re.fullmatch(family["name"].replace("{count}", "([0-9]+)"), name)
         count = 0 if match is None else int(match[1][:9])
         if count > LIMITS["num_devices"]:
             shown = name if len(name) <= 60 else f"{name[:60]}..."
@@ -74,7 +76,27 @@ def ipu_facts(kind: str) -> dict[str, Any]:
 
 def _facts() -> dict[str, Any]:
     found: dict[str, Any] = read_json(_FACTS, "the published machines", PlanError)
+    return {**found, **_gpu_facts()["families"]}
+
+
+def _gpu_facts() -> dict[str, Any]:
+    found: dict[str, Any] = read_json(_GPUS, "the published GPUs", PlanError)
     return found
+
+
+def kernel_rates(generation: str) -> KernelRates:
+    """Return what the kernels of a GPU generation (``ampere``) reach of its peaks.
+
+    Raises:
+        PlanError: No such generation is described.
+    """
+    known = _gpu_facts()["generations"]
+    if generation not in known:
+        raise PlanError(
+            f"no kernel rates for {generation!r}; known generations: {', '.join(known)}"
+        )
+    raw = {"name": generation, **known[generation]}
+    return from_json(KernelRates, raw, f"kernel rates of {generation}", PlanError)
 
 
 def _folders() -> Iterator[Path]:
@@ -86,11 +108,13 @@ def _folders() -> Iterator[Path]:
 
 
 def _build(name: str, family: dict[str, Any], num_devices: int) -> Machine:
+    facts = dict(family["device"])
+    if "kernels" in facts:
+        facts["kernels"] = kernel_rates(facts["kernels"])
     return Machine(
         name=name,
         devices=tuple(
-            Device(name=f"{family['device_name']}{index}", **family["device"])
-            for index in range(num_devices)
+            Device(name=f"{family['device_name']}{index}", **facts) for index in range(num_devices)
         ),
         link=Link(**family["link"]),
         board_link=Link(**family["board_link"]),

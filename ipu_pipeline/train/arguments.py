@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import torch.distributed
 import transformers
 from transformers.hf_argparser import HfArg
 
-from ipu_pipeline.ir.limits import check_counts
+from ipu_pipeline.errors import shown
+from ipu_pipeline.ir.limits import LIMITS, check_count
 from ipu_pipeline.stages.executable import ExecutionOptions
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,24 @@ READ_BY_THE_LOOP = frozenset(
 _FOR_OTHERS = frozenset(
     ("do_train", "do_eval", "do_predict", "use_cpu", "dataloader_pin_memory", "local_rank")
 )
+# The limit and the smallest of every count.
+_COUNTS = {
+    "per_device_train_batch_size": ("micro_batch", 1),
+    "per_device_eval_batch_size": ("micro_batch", 1),
+    "replicas": ("replicas", 1),
+    "gradient_accumulation_steps": ("num_microbatches", 1),
+    "num_stages": ("num_stages", 1),
+    "max_steps": ("steps", -1),
+    "dataloader_num_workers": ("workers", 0),
+    "seed": ("training_seed", 0),
+    "data_seed": ("training_seed", 0),
+}
+# The largest of what may be a fraction.
+_AMOUNTS = {
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "warmup_steps"),
+                    LIMITS["steps"]),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), sys.float_info.max),
+}  # fmt: skip
 
 
 @dataclass
@@ -80,23 +100,20 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         super().__post_init__()
-        limits = {
-            "per_device_train_batch_size": "micro_batch",
-            "per_device_eval_batch_size": "micro_batch",
-            "replicas": "replicas",
-            "gradient_accumulation_steps": "num_microbatches",
-            "num_stages": "num_stages",
-        }
-        check_counts(self, limits)
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(
                 f"save_total_limit must be at least 1, got {self.save_total_limit}; "
                 "use None to keep every checkpoint"
             )
-        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
-        if not 0 < self.loss_scaling < math.inf:
+        if not isinstance(self.lr_scheduler_kwargs or {}, dict):
+            raise ValueError(
+                f"lr_scheduler_kwargs must be settings by name, got {self.lr_scheduler_kwargs!r}"
+            )
+        if self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
@@ -105,6 +122,22 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"warmup_ratio {self.warmup_ratio} and warmup_steps {self.warmup_steps} "
                 "contradict each other; set one of them"
             )
+
+    def _check_numbers(self) -> None:
+        for name, (limit, least) in _COUNTS.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_count(name, value, limit, least=least)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} must be finite, got {value}")
+        for name, most in _AMOUNTS.items():
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+            if value > most:
+                raise ValueError(f"{name} may be {most} at most, got {shown(value)}")
 
     @property
     def folder(self) -> Path:

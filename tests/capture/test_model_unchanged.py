@@ -37,6 +37,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "use_cache": getattr(getattr(model, "config", None), "use_cache", None),
         "random": (random.getstate(), np.random.get_state()[1].tolist()),
         "torch random": torch.get_rng_state().tolist(),
+        "seeds of GPUs that are not used yet": list(torch.cuda._lazy_seed_tracker.get_calls()),
         "grad mode": torch.is_grad_enabled(),
     }
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from ipu_pipeline.cli import app
 from ipu_pipeline.ir.plan import Plan
+from tests.quick_calibration import make_quick
 from tests.tiny_models import TINY
 
 RUNNER = CliRunner(env={"COLUMNS": "80"})
@@ -65,6 +66,7 @@ def test_layers_of_an_ipu_config_are_respected(bert: str, tmp_path) -> None:
 
 def test_profiled_costs_are_measured(bert: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make_quick(monkeypatch)
     file = tmp_path / "plan.json"
     result = invoke(
         *("plan", bert, "--costs", "profiled", "--num-stages", "2", "--seq-length", "16"),

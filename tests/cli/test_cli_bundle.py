@@ -126,6 +126,20 @@ def test_a_wrong_edit_ends_with_a_message(made: tuple[Path, Path], tmp_path: Pat
     assert "error: model_parallel.py: no block is on IPU 2" in result.output
 
 
+def test_what_poptorch_refuses_ends_with_a_message(made: tuple[Path, Path], tmp_path: Path) -> None:
+    file, config = made
+    folder = tmp_path / "bundle"
+    assert invoke("emit", str(file), "-o", str(folder), "--model", str(config)).exit_code == 0
+    path = folder / "settings.json"
+    settings = json.loads(path.read_text()) | {"replication_factor": 32}
+    path.write_text(json.dumps(settings))
+    result = invoke("run", str(folder), "--emulate", "--steps", "1")
+    assert result.exit_code == 1
+    assert "error: poptorch cannot compile or run the model: 'poptorch_cpp_error'" in result.output
+    assert "at most 64" in result.output
+    assert "Traceback" not in result.output
+
+
 def test_an_unknown_argument_of_the_script(made: tuple[Path, Path], tmp_path: Path) -> None:
     file, config = made
     folder = tmp_path / "bundle"

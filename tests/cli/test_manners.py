@@ -121,3 +121,15 @@ def test_an_output_that_is_full_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: [Errno 28] No space left on device; make room")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", ["m" * 100_000, "m " * 100_000])
+@pytest.mark.parametrize("option", ["--machine", "--passes", "--schedule", "--task"])
+def test_what_is_long_is_not_said_again(tmp_path: Path, option: str, wrong: str) -> None:
+    TINY["bert-qa"].config(architectures=["BertForQuestionAnswering"]).to_json_file(
+        tmp_path / "config.json"
+    )
+    done = RUNNER.invoke(app, ["plan", str(tmp_path / "config.json"), option, wrong])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert len(done.output) < 2000

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from ipu_pipeline.errors import DatasetError, PipelineError
 from tests.examples.conftest import FOLDER
 from tests.examples.vqa_tables import records, write_config, write_json
+from tests.quick_calibration import make_quick
 
 PLACED = {"ipu_config_name": "Graphcore/lxmert-base-ipu"}
 
@@ -151,6 +152,7 @@ def test_the_unsplit_run_stops_where_it_is_told_to(script, options, tmp_path, ca
 
 def test_real_images_are_answered(script, options, monkeypatch, tmp_path):
     monkeypatch.setenv("IPU_PIPELINE_CACHE", str(tmp_path / "cache"))
+    make_quick(monkeypatch)
     made = options(
         do_train=True, do_eval=True, dataset_name="easy-vqa", train_file=None, validation_file=None,
         max_train_samples=8, max_eval_samples=4, num_stages=2,

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.machine import Device, Link, Machine
-from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.ir.machines import kernel_rates, machine_by_name
 from tests.ir.plan_example import example_machine
 
 
@@ -15,7 +16,8 @@ from tests.ir.plan_example import example_machine
     ("name", "num_devices", "kind"),
     [
         ("pod4", 4, "ipu"), ("pod16", 16, "ipu"), ("pod64", 64, "ipu"), ("bow-pod16", 16, "ipu"),
-        ("a100-80g-x8", 8, "gpu"),
+        ("a100-80g-x8", 8, "gpu"), ("h100-x64", 64, "gpu"), ("gb200-nvl72", 72, "gpu"),
+        ("a100-40g-pcie-x4", 4, "gpu"), ("mi300x-x8", 8, "gpu"),
     ],
 )  # fmt: skip
 def test_presets(name: str, num_devices: int, kind: str) -> None:
@@ -134,7 +136,11 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("op_overhead_s", -1.0, "op_overhead_s of at least 0 and measured rates above 0"),
+        (
+            "op_overhead_s",
+            -1.0,
+            "op_overhead_s and host_sync_s of at least 0, and measured rates above 0",
+        ),
         ("op_rates", {"gelu": 0.0}, "measured rates above 0"),
         ("bytes_curve", ((1.0, 0.0),), "measured rates above 0"),
         ("product_curve", ((2.0, 1.0), (1.0, 1.0)), r"above 0 and rising: \[2.0, 1.0\]"),
@@ -144,3 +150,30 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_wrong_measurements_are_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Device("d", 1, {"float32": 1.0}, 1.0, **{field: value})  # type: ignore[arg-type]
+
+
+def test_a_file_may_say_so_many_of_one_device() -> None:
+    raw = machine_by_name("h100-x2").to_json()
+    one = {**raw.pop("devices")[0], "name": "gpu"}
+    found = Machine.from_json({**raw, "device": one, "count": 2})
+    assert found == machine_by_name("h100-x2")
+    with pytest.raises(PlanError, match="one device needs a count of 1 to 65536, got None"):
+        Machine.from_json({**raw, "device": one})
+    with pytest.raises(PlanError, match="it has device and devices; give one of them"):
+        Machine.from_json({**raw, "device": one, "count": 2, "devices": []})
+    with pytest.raises(PlanError, match="device: missing field"):
+        Machine.from_json({**raw, "device": {"name": "gpu"}, "count": 2})
+
+
+def test_kernel_rates_of_a_generation() -> None:
+    hopper = kernel_rates("hopper")
+    assert machine_by_name("h200-x8").devices[0].kernels == hopper
+    small, large = (hopper.product_efficiency("bfloat16", (n, n, n)) for n in (128, 16384))
+    assert small < large < hopper.product_share["bfloat16"]
+    assert hopper.product_efficiency("float16", ()) == hopper.product_share["bfloat16"]
+    with pytest.raises(PlanError, match="no kernel rates for 'volta'; known generations: ampere"):
+        kernel_rates("volta")
+    with pytest.raises(ValueError, match="kernels give no product_share for bfloat16"):
+        replace(hopper, product_share={"float8": 0.5})
+    with pytest.raises(ValueError, match="need shares above 0 and at most 1, and a half_size"):
+        replace(hopper, link_share=1.5)

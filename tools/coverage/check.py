@@ -184,10 +184,10 @@ def _trained(
                 parameter.copy_(weights[name])
     found = Outcome(loss, gradients, buffers)
     return max(
-        _loss_difference(found, expected),
+        loss_difference(loss, expected.loss),
         _difference("gradient of", found.gradients, expected.gradients),
         _difference("buffer", found.buffers, expected.buffers),
-        _step_difference(stepped, expected.gradients, weights),
+        step_difference(stepped, expected.gradients, weights),
     )
 
 
@@ -214,10 +214,9 @@ def _splittable(parts: Sequence[Batch]) -> bool:
     return all(value.ndim > 0 and len(value) == ROWS for value in tensors)
 
 
-def _loss_difference(found: Outcome, expected: Outcome) -> tuple[float, str]:
-    return abs(found.loss - expected.loss) / max(
-        abs(expected.loss), _SMALLEST_SCALE
-    ), "loss differs"
+def loss_difference(found: float, expected: float) -> tuple[float, str]:
+    """Return the difference of a loss as a part of it, and of what it is."""
+    return abs(found - expected) / max(abs(expected), _SMALLEST_SCALE), "loss differs"
 
 
 def _difference(
@@ -237,7 +236,7 @@ def _difference(
     return worst
 
 
-def _step_difference(
+def step_difference(
     stepped: Mapping[str, Tensor], gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> tuple[float, str]:
     """Compare the weights after the step with what SGD makes of the eager gradients."""

@@ -1,7 +1,8 @@
-"""One model class for IPUs: whatever is planned for 2, 4 and 8 stages is emitted, too.
+"""One model class for IPUs: what is planned is emitted, and trains a step on the stand-in.
 
-The bundle is then checked as its ``run.py`` does before it compiles: every module is found, and the
-model, run once on the host, comes to the stages in their order.
+It is planned for 2, 4 and 8 stages. Every bundle is checked as its ``run.py`` does before it
+compiles: every module is found, and the model, run once on the host, comes to the stages in their
+order. The first of the plans runs.
 """
 
 from __future__ import annotations
@@ -15,25 +16,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.backend import BACKEND
 from ipu_pipeline.backends.ipu.bundle import emit
-from ipu_pipeline.backends.ipu.runtime.checks import check_blocks, check_order
+from ipu_pipeline.backends.ipu.runtime.checks import BundleError, check_blocks, check_order
+from ipu_pipeline.backends.ipu.runtime.device import make_options
 from ipu_pipeline.backends.ipu.runtime.files import read_files
-from ipu_pipeline.backends.ipu.runtime.placement import find_modules
+from ipu_pipeline.backends.ipu.runtime.placement import Placement, find_modules
+from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import CapturedModel, capture, model_identity
+from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import make_plan, step_s
 from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline_emulator import install
+from tools.coverage.check import ALLOWED, LEARNING_RATE, loss_difference, step_difference
 from tools.coverage.classes import ModelClass
-from tools.coverage.eager import Batch, EagerError, build_model, find_batches, own_values
+from tools.coverage.eager import (
+    Batch,
+    EagerError,
+    build_model,
+    eager_step,
+    find_batches,
+    own_values,
+)
 from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
+from tools.coverage.tiny_draft import ROWS
 
 STAGES = (2, 4, 8)
 Say = Callable[[Result], None]
@@ -77,7 +92,7 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     frozen = captured.glue.unsteady or captured.glue.frozen
     if frozen:  # as compiler.plan says it for a backend that does not replay the model's code
         return "capture-refused", frozen
-    refused = ""
+    refused, first = "", None
     for depth in STAGES:
         try:
             plan = _planned(captured, depth)
@@ -90,7 +105,12 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
         except Exception as error:
             return "emit-refused", f"{depth} stages: {one_line(error)}"
         facts["stages"] = (*facts["stages"], depth)
-    return ("pass" if facts["stages"] else "plan-refused"), refused
+        first = first or plan
+    if first is None:
+        return "plan-refused", refused
+    say("step-fails")
+    found, reason = _ran(model, first, part)
+    return found, "; ".join(filter(None, (reason, refused)))
 
 
 def _checked(folder: Path, plan: Plan, model: nn.Module, part: Batch) -> None:
@@ -110,3 +130,54 @@ def _planned(captured: CapturedModel, depth: int) -> Plan:
     work = Workload(graph, pod, "popart", limits.num_microbatches, 1, settings)
     split = solve(graph, BACKEND.costs(work), pod, limits, step=partial(step_s, work))
     return make_plan(model_identity(captured.model), work, split)
+
+
+def _ran(model: nn.Module, plan: Plan, part: Batch) -> tuple[Result, str]:
+    """Train one step on the stand-in; compare it with the model alone."""
+    tensors = [value for value in part.values() if isinstance(value, Tensor)]
+    if any(value.ndim == 0 or len(value) != ROWS for value in tensors):
+        return "pass", "not run: axis 0 of its inputs is not the sample"
+    expected = eager_step(model, [part])
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    try:
+        with preserved_state(model), install(force=True) as poptorch:
+            loss, stepped = _step(model, plan, part, poptorch)
+    except BundleError as error:
+        return "program-refused", one_line(error)
+    except Exception as error:
+        return "step-fails", one_line(error)
+    worst = max(
+        loss_difference(loss, expected.loss),
+        step_difference(stepped, expected.gradients, weights),
+    )
+    if not worst[0] <= ALLOWED:
+        return "differs", f"{worst[1]} by {worst[0]:.2g} of its scale"
+    return "pass", ""
+
+
+def _step(
+    model: nn.Module, plan: Plan, part: Batch, poptorch: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss and the weights after a step in which all microbatches are the same."""
+    settings = {**settings_for(plan).to_json(), "output_mode": "all"}
+    places = [item.to_json() for item in annotate(plan)]
+    placement = Placement(model, places, plan.model.parameters, poptorch)
+    forward = DeviceForward(model, poptorch)
+    copies = settings["gradient_accumulation_steps"] * settings["replication_factor"]
+    batch = {n: torch.cat([v] * copies) if isinstance(v, Tensor) else v for n, v in part.items()}
+    try:
+        options = make_options(settings, poptorch)
+        options.setExecutionStrategy(placement.strategy())
+        optimizer = poptorch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        executor = poptorch.trainingModel(model, options, optimizer)
+        try:
+            given = forward.inputs(batch, ROWS, training=True, build=True)
+            losses = executor(**given)
+            executor.copyWeightsToHostIfNeeded()
+        finally:
+            executor.destroy()
+        stepped = {name: value.data.clone() for name, value in model.named_parameters()}
+        return float(losses.mean()), stepped
+    finally:
+        forward.restore()
+        placement.undo()

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
+from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
+from ipu_pipeline.backends.cluster.rank import RankPricer
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import Backend
-from ipu_pipeline.planner.price import PlanPrice, replayed_price, workload_of
+from ipu_pipeline.planner.backend import Backend, Workload
+from ipu_pipeline.planner.options.block_cost import GraphCosts
+from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
 from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search import Constraints
 
@@ -59,6 +62,15 @@ class ClusterBackend(Backend):
     def default_microbatches(self, machine: Machine, num_stages: int | None, replicas: int) -> int:
         """As many as stages, at least eight."""
         return max(8, num_stages or len(machine.devices) // replicas)
+
+    def costs(self, work: Workload) -> GraphCosts:
+        """Price blocks by counted operations; on GPUs each has its update besides."""
+        found = counted_costs(work)
+        if work.machine.devices[0].kernels is None or not work.graph.training:
+            return found
+        pricer = RankPricer(work.graph, work.machine, ParallelSizes(dp=work.replicas))
+        updates = {b.name: pricer.update_s(pricer.parameters(b)) for b in work.graph.blocks}
+        return replace(found, update_s=updates)
 
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""

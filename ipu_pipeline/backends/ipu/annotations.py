@@ -1,7 +1,7 @@
 """What a plan says about each module, in the words of poptorch: plain data, no torch.
 
 One :class:`Annotation` per block of the plan, in execution order. Both doors use it: the
-in-process lowering applies it to the user's model, the bundle writes it down as code.
+worker and a bundle by hand read it from the code that is written down.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Annotation:
         kind: ``embedding``, ``layer``, ``head``, ``loss`` or ``other``.
         stage: Pipeline stage.
         ipu: IPU within one replica.
-        again: It is a further call of a module that an earlier annotation names.
+        again: It is a further call of a module that an earlier annotation names, in its stage.
         checkpoint: Its outputs are kept for the backward pass (a recomputation checkpoint).
         serialize: Slices of its table lookup or output projection; 1 is whole.
         inference: Stage, IPU and slices in evaluation; ``None``: as in training.
@@ -75,37 +75,35 @@ def annotate(
         inference: Stage, IPU and slices of every block in evaluation; ``None``: as planned.
 
     Raises:
-        LoweringError: A stage begins with code that belongs to no module, or the calls of one
-            module are in several stages of different IPUs: ``BeginBlock`` cannot say it.
+        LoweringError: A stage begins with code that belongs to no module, or a module with weights
+            is called on several IPUs.
     """
     costs = backend_of(plan.machine).costs(workload_of(plan)).blocks
     kept = _checkpoints(plan)
+    places = {
+        block.name: (plan.stage_of[block.name], plan.stages[plan.stage_of[block.name]].device)
+        for block in plan.blocks
+    }
+    other = inference or {}
+    in_turns = _in_turns(plan, places) | _in_turns(plan, {n: at[:2] for n, at in other.items()})
     found: list[Annotation] = []
-    homes: dict[str, tuple[int, int]] = {}
+    seen: set[str] = set()
     for block in plan.blocks:
-        stage, other = plan.stage_of[block.name], inference and inference[block.name]
+        stage, ipu = places[block.name]
         module = module_of(block)
-        again = module in homes
-        places = (stage, other[0] if other else stage)
-        for home, here in zip(homes.get(module, places), places, strict=True):
-            if home != here:
-                raise LoweringError(
-                    f"module {module!r} is called in stages {home} and {here}; BeginBlock "
-                    "gives every call of a module one stage: put its blocks into one stage"
-                )
-        if module:
-            homes[module] = places
+        again = module in seen and module not in in_turns
+        seen |= {module} - {""}
         found.append(
             Annotation(
                 block=block.name,
                 module=module,
                 kind=block.kind,
                 stage=stage,
-                ipu=plan.stages[stage].device,
+                ipu=ipu,
                 again=again,
                 checkpoint=block.name in kept,
                 serialize=plan.stages[stage].serialize.get(block.name, 1),
-                inference=other or None,
+                inference=other.get(block.name),
                 forward_ms=costs[block.name].plain.forward_s * 1e3,
                 backward_ms=costs[block.name].plain.backward_s * 1e3,
                 weight_mb=sum(costs[block.name].weight_bytes.values()) / 1e6,
@@ -134,6 +132,33 @@ def _checkpoints(plan: Plan) -> frozenset[str]:
         for stage in layout.stages[:-1]
         for segment in segments(plan.graph, stage.blocks, program)
     )
+
+
+def _in_turns(plan: Plan, places: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+    """Return the modules whose calls are in several stages: every call begins a block of its own.
+
+    Args:
+        plan: The plan.
+        places: Stage and IPU by block; empty for no placement.
+
+    Raises:
+        LoweringError: Such a module has weights, and its calls are on several IPUs.
+    """
+    first: dict[str, tuple[int, int]] = {}
+    found = set()
+    for block in plan.blocks if places else ():
+        module, (stage, ipu) = module_of(block), places[block.name]
+        if not module:
+            continue
+        home = first.setdefault(module, (stage, ipu))
+        if home[0] != stage:
+            found.add(module)
+        if home[1] != ipu and block.parameters:
+            raise LoweringError(
+                f"module {module!r} is called on IPUs {home[1]} and {ipu}, but its weights are on "
+                "one; put its blocks onto one IPU"
+            )
+    return frozenset(found)
 
 
 def _check_stage_openers(annotations: list[Annotation]) -> None:

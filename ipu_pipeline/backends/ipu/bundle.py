@@ -36,11 +36,16 @@ RUNTIME = (
     "checks.py",
     "device.py",
     "files.py",
+    "host_draws.py",
+    "host_values.py",
     "messages.py",
     "placement.py",
+    "program_mode.py",
+    "rewrites.py",
     "sdk_model.py",
     "serve.py",
     "sessions.py",
+    "static_errors.py",
     "static_graph.py",
 )
 # SDK 3.4, the last one, supports these; poptorch itself comes with the SDK.

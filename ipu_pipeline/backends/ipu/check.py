@@ -132,8 +132,8 @@ def _evaluation(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
             f"inference: IPU {min(empty)} has no block; lower inference_ipus_per_replica, or give "
             "it layers in inference_layers_per_ipu"
         )
-    for name, (_, _, factor) in (settings.inference_places() or {}).items():
-        problem = slices_problem(found.graph, name, factor)
+    for name, place in (settings.inference_places() or {}).items():
+        problem = slices_problem(found.graph, name, place[2])
         if problem:
             yield f"inference: {problem}"
     for ipu, memory in enumerate(found.memory):

@@ -36,7 +36,9 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import EvalResult, Executable, StepResult
 
 logger = logging.getLogger(__name__)
-_open: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PopTorchExecutable]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class PopTorchExecutable(Executable):
@@ -68,7 +70,8 @@ class PopTorchExecutable(Executable):
         *,
         self_check: bool = True,
     ) -> None:
-        if model in _open:
+        other = _open.get(model)
+        if other is not None and other() is not None:
             raise LoweringError(
                 "the model is compiled already; close() that executable before compiling it again"
             )
@@ -81,6 +84,7 @@ class PopTorchExecutable(Executable):
         self._sent: list[dict[str, Any]] | None = None
         self._device_is_newer = False
         self._has_program = False
+        self._state_is_newer = False  # the optimizer's here: somebody has loaded one
         self._closed = False
         self._folder = TemporaryDirectory(prefix="ipu-")
         try:
@@ -94,7 +98,12 @@ class PopTorchExecutable(Executable):
         except BaseException:
             self._folder.cleanup()
             raise
-        _open.add(model)
+        me = _open[model] = weakref.ref(self)
+        self._handles = (
+            []
+            if optimizer is None
+            else [optimizer.register_load_state_dict_post_hook(lambda _: _state_loaded(me))]
+        )
 
     def _build(self, description: Mapping[str, Any], *, self_check: bool) -> None:
         self._worker.call("build", **description)
@@ -271,7 +280,9 @@ class PopTorchExecutable(Executable):
         try:
             self._leave()
         finally:  # also when the worker or the device is lost
-            _open.discard(self.model)
+            _open.pop(self.model, None)
+            for handle in self._handles:
+                handle.remove()
             self._worker.end()
             self._folder.cleanup()
         self.wait_for_checkpoint()
@@ -288,30 +299,34 @@ class PopTorchExecutable(Executable):
     def _fetch(self) -> None:
         """Bring the weights here up to date."""
         if self._device_is_newer:
-            self._check_unchanged()
+            if changed := self._weights.changed():
+                logger.warning("what was changed here in %s gives way to the device's",
+                               ", ".join(changed))  # fmt: skip
             self._weights.take(self._worker.pages("read"))
             self._device_is_newer = False
 
     def _send_weights(self) -> None:
         """Give the worker what was changed here, and the optimizer's state before it trains."""
-        if changed := self._check_unchanged():
-            for page in paged(changed):
-                self._worker.call("write", tensors=page)
-            self._weights.same()
-
-    def _check_unchanged(self) -> dict[str, Tensor]:
         changed = self._weights.changed()
         if changed and self._device_is_newer:
             raise LoweringError(
                 f"{next(iter(changed))!r} was changed here while the device has newer weights; "
-                "call state_dict() first, which fetches them, and change the weights then"
+                "call state_dict(), which fetches them, and change the weights then"
             )
-        return changed
+        if changed:
+            for page in paged(changed):
+                self._worker.call("write", tensors=page)
+            self._weights.same()
 
     def _changed_groups(self) -> list[dict[str, Any]] | None:
         """Return the optimizer's groups if the worker has others; hand over its state at first."""
         optimizer = self._required_optimizer()
         groups = named_groups(optimizer, self.model)
+        if self._state_is_newer and self._has_program:
+            self._fetch()
+            self._worker.call("release")
+            self._has_program = False
+        self._state_is_newer = False
         if not self._has_program:
             for page in paged(write_state(optimizer, self.model)):
                 self._worker.call("write_optimizer", tensors=page)
@@ -354,6 +369,11 @@ class PopTorchExecutable(Executable):
     def _require_open(self) -> None:
         if self._closed:
             raise LoweringError("this executable is closed; compile the model again")
+
+
+def _state_loaded(executable: weakref.ref[PopTorchExecutable]) -> None:
+    if (found := executable()) is not None:
+        found._state_is_newer = True
 
 
 def rows(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def described(model: nn.Module) -> dict[str, Any]:
                 "SDK's Python cannot import it; define it at the top of a module on PYTHONPATH"
             )
     _refuse_forward_hooks(model)
+    elsewhere = {str(p.device) for p in model.parameters()} - {"cpu"}
+    if elsewhere:
+        raise LoweringError(
+            f"the model has parameters on {', '.join(sorted(elsewhere))}; the worker is sent its "
+            "weights from memory: load them, and call model.cpu()"
+        )
     return {
         "model": {
             "class": kind.__qualname__,

@@ -55,7 +55,7 @@ class Worker:
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
         ours, theirs = socket.socketpair()
         outgoing, incoming = (os.memfd_create(name) for name in ("to_worker", "from_worker"))
-        self._files = (outgoing, incoming)
+        self._files: tuple[int, ...] = (outgoing, incoming)
         self._channel = Channel(ours, SharedTensors(outgoing), SharedTensors(incoming))
         with theirs:
             self._start(python, folder, (theirs.fileno(), incoming, outgoing))
@@ -130,14 +130,11 @@ class Worker:
             start_new_session=True,  # Ctrl-C is this process's to handle
         )
         self._name += f" (process {self._process.pid})"
-        self._reader = threading.Thread(target=self._relay, name="worker-output", daemon=True)
+        # Not a method: the thread must not keep a worker that everybody else has dropped.
+        self._reader = threading.Thread(
+            target=_relay, args=(self._process.stdout, self._lines), daemon=True
+        )
         self._reader.start()
-
-    def _relay(self) -> None:
-        for line in self._process.stdout or ():
-            if text := line.rstrip():
-                self._lines.append(text)
-                logger.info("worker: %s", text)
 
     def _answer(self, command: str) -> dict[str, Any]:
         try:
@@ -177,6 +174,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def _relay(output: Any, lines: deque[str]) -> None:
+    for line in output:
+        if text := line.rstrip():
+            lines.append(text)
+            logger.info("worker: %s", text)
 
 
 def _how(code: int) -> str:

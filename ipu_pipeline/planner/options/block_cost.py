@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -93,6 +93,7 @@ class GraphCosts:
             them, so they must be in one stage.
         frees_in_order: A block's stash goes as soon as it has run backward, so the workspace of
             an early block never meets the stash of later ones.
+        update_s: Seconds per optimizer step of every block's update; blocks left out have none.
         planning: Prices whole stages, where blocks do not add up to them; it then takes the place
             of the search over block options.
     """
@@ -102,6 +103,7 @@ class GraphCosts:
     device_speed: tuple[float, ...] = ()
     together: tuple[tuple[str, ...], ...] = ()
     frees_in_order: bool = False
+    update_s: Mapping[str, float] = field(default_factory=dict)
     planning: StagePlanning | None = None
 
     def speed(self, device: int) -> float:

@@ -2,7 +2,8 @@
 
 Source: Williams, Waterman, Patterson, Roofline, CACM 2009. A device that was measured in detail
 gives, besides its two peaks, the rates that small products and single operations reach, and the
-bandwidth by size (:class:`~ipu_pipeline.ir.machine.Device`).
+bandwidth by size (:class:`~ipu_pipeline.ir.machine.Device`). A GPU reaches a share of its peaks:
+of products by the lengths of their sides, of attention as one kernel that computes no masked half.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
+from ipu_pipeline.ir.attention import is_attention, is_causal
 from ipu_pipeline.ir.graph import DTYPE_BYTES, OpRecord
-from ipu_pipeline.ir.machine import Device, on_curve
+from ipu_pipeline.ir.machine import Device, KernelRates, on_curve
 
 # They only name memory: nothing is read or written.
 _FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"})
+# The loss of a token picks one logit; its gradient is written, not read.
+_PICKED = {"nll_loss_forward": 0.0, "nll_loss_backward": 0.5}
 _INDEX_BYTES = 8
 # Adding a gradient to the accumulated one reads both and writes one.
 _ACCUMULATING = 3
@@ -37,19 +41,38 @@ class Roofline:
 
     def accumulation_s(self, num_bytes: int) -> float:
         """Return the seconds of adding a gradient of ``num_bytes`` to the accumulated one."""
-        return _ACCUMULATING * num_bytes / self.device.memory_bytes_per_s
+        return _ACCUMULATING * num_bytes / self.bytes_per_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Memory bandwidth that large operations reach."""
+        kernels = self.device.kernels
+        return self.device.memory_bytes_per_s * (
+            1.0 if kernels is None else kernels.bandwidth_share
+        )
 
     def _one(self, op: OpRecord, more_bytes: int) -> float:
         short = op.name.split(".")[-1]
         if short in _FREE:
             return 0.0
         moved = moved_bytes(op) + more_bytes
+        if self.device.kernels is not None:
+            work_s = self._kernel_s(op, self.device.kernels) if op.flops else 0.0
+            share = _PICKED.get(short, 1.0)  # of the logits
+            return self.device.op_overhead_s + max(work_s, share * moved / self.bytes_per_s)
         moving_s = moved / self._bandwidth(moved, in_place=short.endswith("_"))
         work_s = self._work_s(op, short)
         if work_s and not op.flops and self.device.bytes_curve:
             # Its rate was measured in a cache: what is slower to reach comes on top.
             return self.device.op_overhead_s + self._missing_s(moved, moving_s, work_s)
         return self.device.op_overhead_s + max(work_s, moving_s)
+
+    def _kernel_s(self, op: OpRecord, kernels: KernelRates) -> float:
+        peak = self.device.peak_flops_per_s(op.dtype)
+        if is_attention(op):
+            share = kernels.attention_share[op.name.endswith("_backward")]
+            return op.flops * (0.5 if is_causal(op) else 1.0) / (peak * share)
+        return op.flops / (peak * kernels.product_efficiency(op.dtype, product_sides(op)))
 
     def _missing_s(self, moved: int, moving_s: float, work_s: float) -> float:
         near_s = moved / max(rate for _, rate in self.device.bytes_curve)
@@ -74,6 +97,24 @@ class Roofline:
             return plain
         found = on_curve(self.device.bytes_curve, num_bytes)
         return max(found, plain) if in_place else found  # its pages are there already
+
+
+def product_sides(op: OpRecord) -> tuple[float, ...]:
+    """Return the three sides of a matrix product; of a grouped one, those of one group's.
+
+    Other operations with FLOPs (a convolution) are taken as one large product: no sides.
+    """
+    matrices = [shape for shape in op.shapes if len(shape) >= 2]
+    if len(matrices) < 2:
+        return ()
+    first, second = matrices[-2:]
+    if "grouped" in op.name:
+        groups = first[0] if len(first) == 3 else 1
+        rows = second[-2] / groups
+        return (rows, *first[-2:]) if len(first) == 3 else (rows, first[-1], second[-1])
+    if first[-1] != second[-2]:
+        return ()
+    return (*first[-2:], second[-1])
 
 
 def moved_bytes(op: OpRecord) -> int:

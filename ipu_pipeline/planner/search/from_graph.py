@@ -51,7 +51,7 @@ def build_problem(
             for spec in graph.inputs
             if spec.consumers
         ),
-        outer_s=_outer_seconds(graph, machine, constraints, replicas),
+        outer_s=_outer_seconds(graph, costs, machine, constraints, replicas),
         exchanges=_exchanges(graph, machine, constraints),
         together=_together(graph, costs, constraints),
         same_device=device_groups(graph, (*constraints.same_device, *tied)),
@@ -259,7 +259,11 @@ def device_groups(graph: BlockGraph, groups: Iterable[Sequence[str]]) -> tuple[i
 
 
 def _outer_seconds(
-    graph: BlockGraph, machine: Machine, constraints: Constraints, replicas: int
+    graph: BlockGraph,
+    costs: GraphCosts,
+    machine: Machine,
+    constraints: Constraints,
+    replicas: int,
 ) -> tuple[float, ...]:
     """Seconds per optimizer step: the update, and a ring all-reduce over the replicas.
 
@@ -268,7 +272,8 @@ def _outer_seconds(
     """
     link = machine.board_link or machine.link
     share = 0.0 if machine.shared_memory else 2 * (replicas - 1) / replicas / link.bytes_per_s
-    seconds = [constraints.update_s.get(block.name, 0.0) for block in graph.blocks]
+    updates = {**costs.update_s, **constraints.update_s}
+    seconds = [updates.get(block.name, 0.0) for block in graph.blocks]
     for parameter in graph.parameters:
         if parameter.trainable and parameter.blocks and graph.training:
             seconds[graph.block_index[parameter.blocks[0]]] += share * parameter.num_bytes

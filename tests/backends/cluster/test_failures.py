@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -36,14 +38,6 @@ def test_misuse_is_refused_by_every_rank(two: Processes) -> None:
         assert "this executable was closed" in rank[2]
 
 
-def test_a_rank_that_leaves_is_named_by_the_others() -> None:
-    processes = Processes(2, joined=False)
-    answers = processes.answers("leaving", planned=TWO)
-    processes.close()
-    assert answers[0][1].startswith("rank 1 left after step 0: KeyError: 'mine'; rank 0 was ")
-    assert answers[1] == (True, "left")
-
-
 WHERE = {
     "forward": "stage 1, block 'bert.encoder.layer.3', forward pass of microbatch 1, step 1",
     "backward": "stage 1, block 'bert.encoder.layer.3', backward pass of microbatch 1, step 1",
@@ -51,78 +45,127 @@ WHERE = {
 }
 
 
-@pytest.fixture
-def fresh() -> Iterator[Processes]:
-    processes = Processes(2, joined=False)
-    started = time.monotonic()
-    yield processes
-    assert time.monotonic() - started < 60
-    processes.close()
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What a fresh pair of processes does; ``rank`` fails, and cannot answer if it is ``mute``."""
+
+    how: str = ""
+    where: str = "forward"
+    rank: int = 1
+    mute: bool = False
+    name: str = "fault_jobs.failure"
+    joined: bool = False
+
+    def run(self) -> list[tuple[bool, Any]]:
+        """Return the answers, with its exit code for a rank that died."""
+        processes = Processes(2, joined=self.joined)
+        given = {"how": self.how, "where": self.where, "rank": self.rank} if self.how else {}
+        mute = (self.rank,) if self.mute else ()
+        answers = processes.answers(self.name, mute=mute, planned=TWO, **given)
+        for rank, (_, said) in enumerate(answers):
+            if said == "died":
+                processes.processes[rank].join()
+                answers[rank] = False, processes.processes[rank].exitcode
+        processes.close()
+        return answers
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "optimizer"])
-def test_a_rank_that_raises_is_named_by_all(fresh: Processes, where: str) -> None:
-    first, second = fresh.answers("fault_jobs.failure", how="raises", where=where, planned=TWO)
-    message = f"StageError: rank 1 failed ({WHERE[where]}): ValueError: the disk is on fire"
+class Answers:
+    """The answers of jobs in their order; while one runs, which is to wait, so does the next."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self.pool = ThreadPoolExecutor(2)
+        self.found: dict[Job, Future[list[tuple[bool, Any]]]] = {}
+
+    def __getitem__(self, job: Job) -> list[tuple[bool, Any]]:
+        first = self.jobs.index(job)
+        for wanted in self.jobs[first : first + 2]:
+            if wanted not in self.found:
+                self.found[wanted] = self.pool.submit(wanted.run)
+        return self.found[job].result()
+
+
+@pytest.fixture(scope="module")
+def answers(request: pytest.FixtureRequest) -> Iterator[Answers]:
+    items = [item for item in request.session.items if item.path == request.path]
+    chosen = [getattr(item, "callspec", None) for item in items]
+    found = Answers([one.params["job"] for one in chosen if one and "job" in one.params])
+    yield found
+    found.pool.shutdown()
+
+
+@pytest.mark.parametrize("job", [Job(name="leaving")])
+def test_a_rank_that_leaves_is_named_by_the_others(answers: Answers, job: Job) -> None:
+    first, second = answers[job]
+    assert first[1].startswith("rank 1 left after step 0: KeyError: 'mine'; rank 0 was ")
+    assert second == (True, "left")
+
+
+@pytest.mark.parametrize("job", [Job("raises", where) for where in WHERE], ids=WHERE)
+def test_a_rank_that_raises_is_named_by_all(answers: Answers, job: Job) -> None:
+    first, second = answers[job]
+    message = f"StageError: rank 1 failed ({WHERE[job.where]}): ValueError: the disk is on fire"
     assert first[1].startswith(message)
     assert re.search(r"rank 0 was .*, step \d and stopped", first[1])
     assert second[1].startswith(message)
     assert "cannot run after a failure (rank 1 failed" in second[1]
 
 
-def test_a_rank_that_dies_is_named_by_the_others(fresh: Processes) -> None:
-    first, second = fresh.answers("fault_jobs.failure", how="dies", where="forward", planned=TWO)
+@pytest.mark.parametrize("job", [Job("dies")])
+def test_a_rank_that_dies_is_named_by_the_others(answers: Answers, job: Job) -> None:
+    first, second = answers[job]
     message = r"StageError: rank 1 showed no sign of life for [45] s: its process has ended or can"
     assert re.match(message, first[1])
-    assert second == (False, "died")
+    assert second == (False, 9)
 
 
 @pytest.mark.parametrize(
-    ("how", "where"),
+    "job",
     [
-        ("sleeps", "forward"),
-        ("spins", "backward"),
-        pytest.param("sleeps", "optimizer", marks=pytest.mark.acceptance),
+        Job("sleeps"),
+        Job("spins", "backward"),
+        pytest.param(Job("sleeps", "optimizer"), marks=pytest.mark.acceptance),
     ],
+    ids=lambda job: f"{job.how}-{job.where}",
 )
-def test_a_rank_that_hangs_is_named_by_the_others_and_ends(
-    fresh: Processes, how: str, where: str
-) -> None:
-    first, second = fresh.answers("fault_jobs.failure", how=how, where=where, planned=TWO)
+def test_a_rank_that_hangs_is_named_by_the_others_and_ends(answers: Answers, job: Job) -> None:
+    first, second = answers[job]
     place = r"at .*fault_jobs.py:\d+ "
-    message = rf"StallError: rank 1 hangs \({re.escape(WHERE[where])}\) since \d+ s, {place}"
+    message = rf"StallError: rank 1 hangs \({re.escape(WHERE[job.where])}\) since \d+ s, {place}"
     assert re.match(message, first[1])
-    assert second == (False, "died")
-    fresh.processes[1].join()
-    assert fresh.processes[1].exitcode == 1
+    assert second == (False, 1)
 
 
 # The others see the same of both: no sign of life.
-@pytest.mark.parametrize("how", every_second(["freezes", "is stopped"]))
-def test_a_process_that_cannot_run_is_named_by_the_others(fresh: Processes, how: str) -> None:
-    first, _ = fresh.answers("fault_jobs.failure", mute=(1,), how=how, where="forward", planned=TWO)
+@pytest.mark.parametrize(
+    "job",
+    every_second([Job("freezes", mute=True), Job("is stopped", mute=True)]),
+    ids=lambda job: job.how,
+)
+def test_a_process_that_cannot_run_is_named_by_the_others(answers: Answers, job: Job) -> None:
+    first, _ = answers[job]
     message = r"StageError: rank 1 showed no sign of life for [45] s: its process has ended or can"
     assert re.match(message, first[1])
 
 
-def test_the_process_that_holds_the_store_is_stopped(fresh: Processes) -> None:
-    _, second = fresh.answers(
-        "fault_jobs.failure", mute=(0,), how="is stopped", where="forward", planned=TWO, rank=0
-    )
+@pytest.mark.parametrize("job", [Job("is stopped", rank=0, mute=True)])
+def test_the_process_that_holds_the_store_is_stopped(answers: Answers, job: Job) -> None:
+    _, second = answers[job]
     message = "StageError: the store of the process group did not answer for 4 s: the process "
     assert second[1].startswith(message)
     assert "rank 0 was last seen in: " in second[1]
 
 
-def test_a_rank_that_never_comes_back_ends(fresh: Processes) -> None:
-    first, second = fresh.answers("fault_jobs.desertion", planned=TWO)
+@pytest.mark.parametrize("job", [Job(name="fault_jobs.desertion")])
+def test_a_rank_that_never_comes_back_ends(answers: Answers, job: Job) -> None:
+    first, second = answers[job]
     message = r"rank 0 \(.*step 2\) has waited \d+ s for others: rank 1 in the caller's own code"
     assert re.match(message, first[1])
-    assert second == (False, "died")
+    assert second == (False, 1)
 
 
-def test_a_rank_that_dies_before_it_starts_is_missed() -> None:
-    processes = Processes(2)
-    first, _ = processes.answers("fault_jobs.absent_at_the_start", planned=TWO)
-    processes.close()
+@pytest.mark.parametrize("job", [Job(name="fault_jobs.absent_at_the_start", joined=True)])
+def test_a_rank_that_dies_before_it_starts_is_missed(answers: Answers, job: Job) -> None:
+    first, _ = answers[job]
     assert "rank 1 has not started" in first[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,17 @@ _SPEECH_NO_DROPOUT = {
     "final_dropout": 0.0,
     "layerdrop": 0.0,
 }
+_ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * HIDDEN,
+    "max_position_embeddings": 64,
+}
+_GPT = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 4, "n_head": 4, "n_positions": 64}
+_BART = {**TINY["bart"].options, "max_position_embeddings": 64}
+_BART_NO_DROPOUT = TINY["bart"].no_dropout
 MORE = {
     "distilbert": TinyModel(
         transformers.DistilBertConfig,
@@ -64,8 +75,43 @@ MORE = {
     "wav2vec2": TinyModel(
         transformers.Wav2Vec2Config, "audio-classification", _SPEECH, _SPEECH_NO_DROPOUT
     ),
+    "wav2vec2-ctc": TinyModel(transformers.Wav2Vec2Config, "ctc", _SPEECH, _SPEECH_NO_DROPOUT),
+    "gptj": TinyModel(
+        transformers.GPTJConfig,
+        "causal-lm",
+        {**_GPT, "rotary_dim": 4},
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "gpt-neox": TinyModel(transformers.GPTNeoXConfig, "causal-lm", _ENCODER, {}),
+    "bloom": TinyModel(
+        transformers.BloomConfig,
+        "causal-lm",
+        {"vocab_size": VOCAB, "hidden_size": HIDDEN, "n_layer": 4, "n_head": 4},
+        {},
+    ),
+    "opt": TinyModel(
+        transformers.OPTConfig,
+        "causal-lm",
+        {
+            **{name: value for name, value in _ENCODER.items() if name != "intermediate_size"},
+            "ffn_dim": 2 * HIDDEN,
+            "word_embed_proj_dim": HIDDEN,
+        },
+        {"dropout": 0.0},
+    ),
+    "mpnet": TinyModel(
+        transformers.MPNetConfig,
+        "masked-lm",
+        _ENCODER,
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "mbart": TinyModel(transformers.MBartConfig, "seq2seq-lm", _BART, _BART_NO_DROPOUT),
+    "pegasus": TinyModel(transformers.PegasusConfig, "seq2seq-lm", _BART, _BART_NO_DROPOUT),
 }
-ALL = {**TINY, **MORE}
+# Without it, the loss looks for the labels that count by nonzero, which no device program has.
+_NAMED_PROBLEM = {"problem_type": "single_label_classification"}
+_DEBERTA = replace(TINY["deberta-v2"], options={**TINY["deberta-v2"].options, **_NAMED_PROBLEM})
+ALL = {**TINY, **MORE, "deberta-v2": _DEBERTA}
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

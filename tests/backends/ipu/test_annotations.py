@@ -63,7 +63,7 @@ def test_a_stage_that_begins_with_the_loss() -> None:
         annotate(replace(plan, stages=moved))
 
 
-def test_calls_of_one_module_share_a_stage() -> None:
+def test_calls_of_one_module() -> None:
     plan = _plan()
     again = replace(plan.blocks[-2], name="bert.embeddings#2")
     graph = replace(
@@ -77,7 +77,7 @@ def test_calls_of_one_module_share_a_stage() -> None:
     first, last = plan.stages
     names = tuple("bert.embeddings#2" if n == "qa_outputs" else n for n in last.blocks)
     with pytest.raises(
-        LoweringError, match=r"module 'bert.embeddings' is called in stages 0 and 1; BeginBlock"
+        LoweringError, match=r"module 'bert.embeddings' is called on IPUs 0 and 1, but its weigh"
     ):
         annotate(replace(plan, graph=graph, stages=(first, replace(last, blocks=names))))
     assert module_of(again) == "bert.embeddings"
@@ -85,6 +85,12 @@ def test_calls_of_one_module_share_a_stage() -> None:
     rest = replace(last, blocks=tuple(n for n in last.blocks if n != "qa_outputs"))
     one = annotate(replace(plan, graph=graph, stages=(together, rest)))
     assert [a.again for a in one if a.module == "bert.embeddings"] == [False, True]
+    # in several stages on one IPU, every call begins a block
+    back = PlannedStage(device=0, blocks=("bert.embeddings#2", "loss"))
+    before = replace(last, blocks=tuple(n for n in last.blocks if n not in ("qa_outputs", "loss")))
+    turns = annotate(replace(plan, graph=graph, stages=(first, before, back)))
+    begun = [(a.block, a.stage) for a in turns if a.module == "bert.embeddings" and a.begins]
+    assert begun == [("bert.embeddings", 0), ("bert.embeddings#2", 2)]
 
 
 # ---- settings -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, StageError
 from tests.backends.ipu.emulated import Case, adamw, assert_same_weights, case, sessions_of, sgd
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -62,8 +62,11 @@ def test_evaluation_without_labels_and_without_an_optimizer() -> None:
             device.load_executable("nowhere")
 
 
-def test_evaluation_runs_where_the_configuration_places_it() -> None:
-    made = case(inference_layers_per_ipu=(1, 1, 2), inference_device_iterations=4)
+@pytest.mark.parametrize(("layers", "ipus"), [((1, 1, 2), [0, 1, 2]), ((-1,), [0])])
+def test_evaluation_runs_where_the_configuration_places_it(
+    layers: tuple[int, ...], ipus: list[int]
+) -> None:
+    made = case(inference_layers_per_ipu=layers, inference_device_iterations=4)
     with made.local() as local, made.compile() as device:
         batch = made.batch(copies=4)
         for _ in range(2):
@@ -72,7 +75,7 @@ def test_evaluation_runs_where_the_configuration_places_it() -> None:
             for executable in (device, local):
                 executable.train_step(made.batch())
         sessions = sessions_of(device)
-        for executor, wanted in ((sessions.training, [0, 1]), (sessions.inference, [0, 1, 2])):
+        for executor, wanted in ((sessions.training, [0, 1]), (sessions.inference, ipus)):
             assert executor.program.pipelined
             assert sorted({block.ipu for block in executor.program.blocks}) == wanted
 
@@ -90,12 +93,18 @@ def test_evaluation_as_a_pipeline_with_replicas() -> None:
 @pytest.mark.parametrize("make", [sgd, adamw, lambda m: torch.optim.SGD(m.parameters(), 0.01, 0.9)])
 def test_checkpoints_go_from_the_device_to_local_and_back(make: Any, tmp_path: Path) -> None:
     reference, mixed = case(), case()
+
+    def step(executable: Any, seed: int) -> None:
+        for group in executable.optimizer.param_groups:  # as a scheduler does
+            group["lr"] = 0.01 / (seed + 1)
+        executable.train_step(mixed.batch(seed))
+
     with reference.compile(make) as device:
         for seed in range(6):
-            device.train_step(reference.batch(seed))
+            step(device, seed)
     with mixed.compile(make) as device:
         for seed in range(2):
-            device.train_step(mixed.batch(seed))
+            step(device, seed)
         assert device.broadcast(3) == 3
         device.save_checkpoint(tmp_path / "first", {"note": 1}, blocking=False)
         device.train_step(mixed.batch(98))  # not in the checkpoint
@@ -103,14 +112,14 @@ def test_checkpoints_go_from_the_device_to_local_and_back(make: Any, tmp_path: P
         assert local.load_checkpoint(tmp_path / "first") == {"note": 1}
         assert local.global_step == 2
         for seed in range(2, 4):
-            local.train_step(mixed.batch(seed))
+            step(local, seed)
         local.save_checkpoint(tmp_path / "second")
     with mixed.compile(make) as device:
         device.train_step(mixed.batch(99))  # forgotten by loading
         device.load_checkpoint(tmp_path / "second")
         assert device.global_step == 4
         for seed in range(4, 6):
-            device.train_step(mixed.batch(seed))
+            step(device, seed)
         fetched = device.state_dict()
     assert_same_weights(mixed.model, reference.model)
     assert all(torch.equal(value, fetched[n]) for n, value in mixed.model.state_dict().items())
@@ -204,6 +213,51 @@ def test_refusals() -> None:
             call()
 
 
+def test_state_and_weights_that_are_loaded_here_reach_the_device() -> None:
+    made = case()
+    start = {name: value.clone() for name, value in made.model.state_dict().items()}
+    with made.local(adamw) as local, made.compile(adamw) as device:
+        empty = device.optimizer.state_dict()
+        device.train_step(made.batch(7))
+        device.state_dict()
+        device.optimizer.load_state_dict(empty)
+        made.model.load_state_dict(start)
+        for seed in range(2):  # as if the first step had never been
+            loss = device.train_step(made.batch(seed)).loss
+            assert loss == pytest.approx(local.train_step(made.batch(seed)).loss, abs=1e-6)
+        device.close()
+        assert_same_weights(made.model, local.model)
+
+
+def test_a_change_of_weights_that_are_older_than_the_devices(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = case()
+    with made.compile() as device:
+        device.train_step(made.batch())
+        with torch.no_grad():
+            made.model.qa_outputs.bias.add_(1)
+        with pytest.raises(LoweringError, match=r"'qa_outputs.bias' was changed here while the"):
+            device.train_step(made.batch())
+        assert device.state_dict()["qa_outputs.bias"].max() < 0.5
+        assert "changed here in qa_outputs.bias gives way to the device's" in caplog.text
+        device.train_step(made.batch())
+
+
+def test_what_fails_in_the_worker_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case()
+    with made.compile() as device:
+        with pytest.raises(LoweringError, match=r"batch\.more is a set; give tensors, numbers"):
+            device.train_step({**made.batch(), "more": {1}})
+        with monkeypatch.context() as patched:
+            layer = type(made.model.bert.encoder.layer[1])
+            patched.setattr(layer, "forward", lambda *_, **__: 1 / 0)
+            message = r"'train' failed in the worker.*ZeroDivisionError: division(.|\n)*line \d+"
+            with pytest.raises(StageError, match=message):
+                device.train_step(made.batch())
+        assert device.train_step(made.batch()).loss > 0
+
+
 def test_one_executable_at_a_time() -> None:
     made = case()
     with made.compile() as device:
@@ -214,5 +268,6 @@ def test_one_executable_at_a_time() -> None:
 
 
 def test_the_local_target_refuses_an_ipu_configuration() -> None:
-    with pytest.raises(LoweringError, match=r"runs on no IPU: leave ipu_config out"):
-        case().local(ipu_config=IPUConfig())
+    for option in ({"ipu_config": IPUConfig()}, {"sdk_python": "python"}):
+        with pytest.raises(LoweringError, match=r"runs on no IPU: leave ipu_config and sdk_python"):
+            case().local(**option)

@@ -68,6 +68,7 @@ def _hooked(model: nn.Module) -> nn.Module:
     [
         (_without_config, r"Linear has no transformers configuration, from which the worker"),
         (_local_class, r"Local is defined in .*cannot import it; define it at the top of a"),
+        (lambda model: model.to("meta"), r"the model has parameters on meta; the worker is sent"),
         (_hooked, r"'bert' has a forward hook, which stays in this process"),
     ],
 )

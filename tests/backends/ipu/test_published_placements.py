@@ -17,6 +17,7 @@ from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.bundle import model_parallel_text
 from ipu_pipeline.backends.ipu.check import check
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.prices import predict
 from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.ir.plan import Plan
@@ -130,6 +131,9 @@ def test_the_emitted_placement_is_the_published_one(row: dict[str, Any]) -> None
         name: ipu for name, ipu in published.items() if name != "loss"
     }
     assert settings.config.layers_per_ipu == tuple(row["layers_per_ipu"])
+    # what is recomputed is said, and the price of what is emitted is the plan's
+    assert settings.to_json()["recompute"] is (len(row["layers_per_ipu"]) > 1)
+    assert predict(plan.graph, settings.config, plan.machine).time.total_s == plan.objective_s
 
 
 def test_the_comparison_covers_what_was_published() -> None:

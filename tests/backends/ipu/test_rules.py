@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.search import Constraints
+from tests.later import every_second
 
 START = {"decoder_start_token_id": 0, "pad_token_id": 0}
 ENCODER_DECODER = {**START, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2}
@@ -60,8 +62,10 @@ CONFIGS = {
 POD = machine_by_name("pod4")
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("num_stages", "name"),
+    every_second(product((2, 4), CONFIGS)),  # seven models
+)
 def test_what_is_planned_is_emitted_and_priced_once(
     name: str, num_stages: int, tmp_path: Path
 ) -> None:
@@ -172,6 +176,16 @@ def test_what_would_not_be_emitted_is_not_planned() -> None:
     refused("matmul_proportion 0.0 must be above 0", matmul_proportion=0.0)
     starts = {"bert.embeddings": 0, "bert.encoder.layer.2": 1, "loss": 0}
     refused("begins stage 2 with 'loss', which is no module's call; move", stage_starts=starts)
+    config = transformers.AlbertConfig(
+        vocab_size=99, embedding_size=16, hidden_size=32, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    albert = from_config(config, "question-answering", batch_size=1, seq_length=16)
+    asked = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8)
+    with pytest.raises(
+        PartitionError, match=r"calls module 'albert.* on IPUs 0 and 1, but its wei"
+    ):
+        ipp.plan(*albert, machine=POD, config=asked)
     plan = ipp.plan(model, batch, machine=POD, num_stages=2, microbatches=8)
     first, *rest = plan.stages
     spread = replace(first, table_slices={"bert.embeddings": (0, 1)})

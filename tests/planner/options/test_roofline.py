@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.ir.graph import OpRecord
-from ipu_pipeline.ir.machine import Device, on_curve
-from ipu_pipeline.planner.options.roofline import Roofline, moved_bytes
+from ipu_pipeline.ir.machine import Device, KernelRates, on_curve
+from ipu_pipeline.planner.options.roofline import Roofline, moved_bytes, product_sides
 
 PLAIN = Device("d", 1000, {"float32": 1e9, "bfloat16": 4e9}, 1e8)
 DETAILED = replace(
@@ -80,3 +80,45 @@ def test_curve_is_flat_beyond_its_ends() -> None:
     curve = ((10.0, 1.0), (1000.0, 3.0))
     assert [on_curve(curve, size) for size in (1, 10, 100, 1000, 10**6)] == [1, 1, 2, 3, 3]
     assert on_curve(((5.0, 7.0),), 1) == 7
+
+
+RATES = KernelRates("toy", {"bfloat16": 0.5}, 10.0, (0.4, 0.2), 0.8, 1.0)
+GPU = replace(PLAIN, kernels=RATES)
+
+
+def test_a_gpu_reaches_less_of_its_peak_with_thin_products() -> None:
+    op = OpRecord("aten.mm", "matmul", "float32", ((10, 30), (30, 90)), 10**6, 0)
+    share = 0.5 * (10 / 20) * (30 / 40) * (90 / 100)
+    assert seconds(op, GPU) == pytest.approx(10**6 / (1e9 * share))
+    convolution = OpRecord("aten.convolution", "matmul", "float32", ((4, 3, 8, 8),), 10**6, 0)
+    assert seconds(convolution, GPU) == pytest.approx(10**6 / (1e9 * 0.5))
+    assert seconds(vector("add", 800), GPU) == pytest.approx(800 / 0.8e8)
+    assert Roofline(GPU).accumulation_s(1000) == pytest.approx(3000 / 0.8e8)
+
+
+def test_sides_of_one_expert_in_a_grouped_product() -> None:
+    def sides(*shapes: tuple[int, ...], name: str = "_grouped_mm") -> tuple[float, ...]:
+        return product_sides(OpRecord(f"aten.{name}", "matmul", "float32", shapes, 1, 0))
+
+    assert sides((4, 64, 32), (100, 64)) == (25, 64, 32)
+    assert sides((100, 64), (100, 32)) == (100, 64, 32)
+    assert sides((7,), (10, 30), (30, 90), name="addmm") == (10, 30, 90)
+    assert sides((10, 30), (31, 90), name="einsum") == ()
+
+
+def test_attention_computes_no_masked_half() -> None:
+    heads = ((1, 2, 8, 4),) * 3
+    name = "aten.scaled_dot_product_attention"
+    whole = OpRecord(name, "matmul", "float32", heads, 1000, 0)
+    causal = replace(whole, shapes=(*heads, (8, 8)))
+    assert seconds(whole, GPU) == pytest.approx(1000 / 0.4e9)
+    assert seconds(causal, GPU) == pytest.approx(500 / 0.4e9)
+    per_sample = replace(whole, shapes=(*heads, (1, 1, 8, 8)))
+    assert seconds(per_sample, GPU) == pytest.approx(1000 / 0.4e9)
+    backward = replace(whole, name=f"{name}_backward", shapes=(heads[0], *heads, (8, 8)))
+    assert seconds(backward, GPU) == pytest.approx(500 / 0.2e9)
+
+
+def test_a_loss_reads_one_logit_of_each_token_on_a_gpu() -> None:
+    assert seconds(vector("nll_loss_forward", 1000), GPU) == 0.0
+    assert seconds(vector("nll_loss_backward", 1000), GPU) == pytest.approx(500 / 0.8e8)

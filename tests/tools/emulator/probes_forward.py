@@ -88,7 +88,13 @@ REFUSED = {
         "torch.repeat_interleave(x, i, dim=0)",
         "i.repeat_interleave(2)",
     ],
-    ("facts: type inference", SHAPE): ["i.bincount()", "functional.one_hot(i)"],
+    ("facts: type inference", SHAPE): [
+        "i.bincount()",
+        "functional.one_hot(i)",
+        "x @ x",
+        "x.view(5)",
+        "torch.cat([x, x[:, :2]])",
+    ],
     ("facts: host tensors, plain attributes", HOST): [
         "x + host",
         "x @ host.T",

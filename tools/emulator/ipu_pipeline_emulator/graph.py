@@ -19,6 +19,8 @@ ON_DEVICE = {torch.int64: torch.int32, torch.float64: torch.float32}
 ON_HOST = {torch.int32: torch.int64, torch.float64: torch.float32}
 """Types in which the host computes what the device computes."""
 
+_ONEDNN = not torch.__version__.startswith(("1.", "2.0."))
+
 
 class Slot:
     """The place of a tensor in the arguments of a recorded operation."""
@@ -110,7 +112,9 @@ class Graph:
         """
         values.update(self.constants)
         for node, unused in zip(self.nodes, self._unused_after):
-            with torch.set_grad_enabled(training and node.has_gradient):
+            gradients = torch.set_grad_enabled(training and node.has_gradient)
+            # Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
+            with gradients, torch.backends.mkldnn.flags(enabled=_ONEDNN):
                 result = node.run(values)
                 values.update(zip(node.outputs, map(_in_host_type, tensors_of(result))))
             for slot in unused:
@@ -146,6 +150,18 @@ def replaced(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: replaced(item, function) for key, item in value.items()}
     return function(value)
+
+
+def zeros_for(value: Any) -> Any:
+    """Return zeros of the host for a tensor without values, and the host for its device."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.zeros(value.shape, dtype=ON_HOST.get(value.dtype, value.dtype))
+    return torch.device("cpu") if value == torch.device("meta") else value
+
+
+def without_values(value: Any) -> Any:
+    """Return a tensor of the same shape and type that has no values."""
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _fill(value: Any, values: Values) -> Any:

@@ -10,6 +10,7 @@ functions, ``vmap``). Types are inferred by torch's ``meta`` kernels, as in the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Callable, Iterator
 
 import torch
@@ -19,15 +20,26 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import Error, backend_error
-from .graph import ON_DEVICE, ON_HOST, Graph, Node, Slot, flat, replaced, tensors_of
+from .graph import (
+    ON_DEVICE,
+    ON_HOST,
+    Graph,
+    Node,
+    Slot,
+    flat,
+    replaced,
+    tensors_of,
+    without_values,
+    zeros_for,
+)
 from .program import BlockRecord, Program
-from .refusals import place_in_model, refused_call, refused_operation
+from .refusals import called_by_torch, place_in_model, refused_call, refused_operation
 from .stages import ExecutionStrategy
 
 _META = torch.device("meta")
 _IPU = torch.device("ipu", 0)
 _IPU_NAMES = (_IPU, torch.device("ipu"), "ipu", "ipu:0")
-_GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_GET_DEVICE = torch.Tensor.device.__get__
 # Operations whose types the front end infers itself where torch 2.0 has no meta kernel.
 _TYPES_BY_HAND = (
     "bincount bucketize count_nonzero _ctc_loss median rrelu_with_noise nll_loss2d_forward "
@@ -164,7 +176,8 @@ class Recorder:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if func == _GET_DEVICE:
-            return _IPU if args[0].is_meta else func(*args)
+            on_ipu = args[0].is_meta and not called_by_torch()
+            return _IPU if on_ipu else func(*args)
         self._refuse(refused_call(name, args, kwargs))
         args, kwargs = replaced((args, kwargs), _on_meta)
         known = all(self.slot_of(value) is not None for value in tensors_of((args, kwargs)))
@@ -233,9 +246,9 @@ class Recorder:
         self.block.num_ops += 1
         for value in used:
             self._note_variable(self.slot_of(value))
-        taken = replaced((args, kwargs), self._recorded)
+        positional, named = replaced((args, kwargs), self._recorded)
         outputs = [self._register(value) for value in made]
-        self.graph.nodes.append(Node(func, *taken, outputs, torch.is_grad_enabled()))
+        self.graph.nodes.append(Node(func, positional, named, outputs, torch.is_grad_enabled()))
 
     def _note_variable(self, slot: int | None) -> None:
         if slot in self._names:
@@ -262,7 +275,8 @@ class Recorder:
     def mark_custom_functions(self) -> None:
         """Give the operations of a custom ``autograd.Function`` gradients.
 
-        The device differentiates its program, so it never sees a ``backward`` in Python.
+        The device differentiates its program, so it never sees a ``backward`` in Python. What
+        they write in place is written to a copy: torch keeps the value before for the gradient.
         """
         inside = False
         custom = {
@@ -273,6 +287,9 @@ class Recorder:
         for node in reversed(self.graph.nodes):
             inside = not node.has_gradient and (inside or bool(custom & set(node.outputs)))
             node.has_gradient = node.has_gradient or inside
+            name = getattr(node.function, "__name__", "")
+            if inside and name.endswith("_") and not name.endswith("__"):
+                node.function = functools.partial(_on_copy, node.function)
 
     # ------------------------------------------------------------------ types
     def _infer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -284,8 +301,10 @@ class Recorder:
                     f"Type inference failed for {name} because the operator doesn't have an "
                     "implementation for the Meta backend"
                 ) from error
-            zeros = replaced((args, kwargs), _zeros)
-            return replaced(func(*zeros[0], **zeros[1]), _to_meta)
+            zeros = replaced((args, kwargs), zeros_for)
+            return replaced(func(*zeros[0], **zeros[1]), without_values)
+        except (RuntimeError, IndexError) as error:
+            raise self.refusal(f"Type inference failed for {name}: {error}") from error
 
     def _in_device_types(self, result: Any) -> Any:
         def narrowed(value: Any) -> Any:
@@ -339,6 +358,10 @@ class _Factories(DeviceContext):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+def _on_copy(function: Callable[..., Any], target: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return function(target.clone(), *args, **kwargs)
+
+
 def _alias_key(value: Tensor) -> Any:
     """Return what is equal for two tensors over the same memory; ``None`` for a wrapper's."""
     try:
@@ -351,16 +374,6 @@ def _alias_key(value: Tensor) -> Any:
 def _on_meta(value: Any) -> Any:
     is_name = isinstance(value, (torch.device, str)) and value in _IPU_NAMES
     return _META if is_name else value
-
-
-def _zeros(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_meta:
-        return torch.zeros(value.shape, dtype=ON_HOST.get(value.dtype, value.dtype))
-    return torch.device("cpu") if value == _META else value
-
-
-def _to_meta(value: Any) -> Any:
-    return value.to(_META) if isinstance(value, Tensor) else value
 
 
 def _widened(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from .graph import tensors_of
 
 _NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_STANDARD = str(Path(copy.__file__).parent)
 _HOST_READS = ("tolist", "numpy", "__array__", "equal", "allclose")
 # Operations whose result has a shape that depends on values.
 _DYNAMIC = (
@@ -92,9 +94,22 @@ def _has_mask(indices: Any) -> bool:
     return any(value.dtype in (torch.bool, torch.uint8) for value in tensors_of(indices))
 
 
-def place_in_model() -> str:
-    """Return file and line of the innermost frame that is neither torch's nor ours."""
+def called_by_torch() -> bool:
+    """Tell whether Python code of torch itself, not the model's, asks for an attribute."""
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
+    while frame.f_code.co_filename.startswith(_NOT_THE_MODEL[1]):
+        frame = frame.f_back
+    return bool(frame.f_code.co_filename.startswith(_NOT_THE_MODEL[0]))
+
+
+def place_in_model() -> str:
+    """Return file and line of the innermost frame that is no library's of ours or Python's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not _is_the_model(frame.f_code.co_filename):
         frame = frame.f_back
     return "the model" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_the_model(path: str) -> bool:
+    standard = path.startswith(_STANDARD) and "site-packages" not in path
+    return not standard and not path.startswith(_NOT_THE_MODEL)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .enums import OverlapMode
 from .errors import createPoptorchError
-from .graph import ON_HOST, replaced
+from .graph import replaced, without_values, zeros_for
 from .program import SerializedMatMul
 from .recorder import Recorder
 
@@ -126,13 +126,7 @@ def host_call(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
             return layer(*values)
 
     with recorder.paused():
-        made = call(*replaced((state, *inputs), _zeros))
-        result = replaced(made, lambda v: v.to("meta") if isinstance(v, Tensor) else v)
+        made = call(*replaced((state, *inputs), zeros_for))
+        result = replaced(made, without_values)
     recorder.add(call, "CPU", (state, *inputs), {}, result)
     return result
-
-
-def _zeros(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_meta:
-        return torch.zeros(value.shape, dtype=ON_HOST.get(value.dtype, value.dtype))
-    return value

@@ -403,7 +403,7 @@ def _choose_replicas(name: str, value: int | Mapping[str, int], pod_type: str | 
 
 
 def _check_pod_size(pod_type: str | None, replicas: int, num_ipus: int) -> None:
-    match = re.fullmatch(r"pod(\d+)", pod_type or "")
+    match = re.fullmatch("pod([0-9]+)", pod_type or "")
     if pod_type is not None and match is None:
         raise ConfigError(f"pod type {pod_type!r} is unknown; write pod4, pod8, pod16, pod64, ...")
     if match is not None and replicas * num_ipus > int(match[1]):

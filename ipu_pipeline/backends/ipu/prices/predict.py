@@ -324,16 +324,11 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
 
     Raises:
         ConfigError: They do not fit the model or the machine.
-        PartitionError: An IPU has not enough memory for what they put on it.
+        PartitionError: An IPU has not enough memory for what they put on it, or poptorch cannot
+            begin the stages so.
     """
     prediction = predict(graph, settings, machine)
-    for index, stage in enumerate(prediction.layout.stages):
-        first = graph[stage.blocks[0]]
-        if index and (first.module is None or first.kind == "loss"):
-            raise PartitionError(
-                f"the IPU configuration begins stage {index} with {first.name!r}, which is no "
-                "module's call; move layers so that it is on the IPU of the block before it"
-            )
+    _check_begins(prediction)
     if prediction.fits:
         return partition_of(prediction, prediction.time.total_s)
     ipu = prediction.fullest[1]
@@ -343,6 +338,25 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
         "embedding, put the optimizer state off chip, or leave layers_per_ipu at [-1] and let the "
         "solver choose"
     )
+
+
+def _check_begins(prediction: Prediction) -> None:
+    """Refuse stages that poptorch cannot begin: ``BeginBlock`` takes the calls of modules."""
+    homes: dict[str, int] = {}
+    for index, stage in enumerate(prediction.layout.stages):
+        blocks = [prediction.graph[name] for name in stage.blocks]
+        if index and (blocks[0].module is None or blocks[0].kind == "loss"):
+            raise PartitionError(
+                f"the IPU configuration begins stage {index} with {blocks[0].name!r}, which is no "
+                "module's call; move layers so that it is on the IPU of the block before it"
+            )
+        for block in blocks:
+            home = homes.setdefault(block.module or "", stage.ipu)
+            if block.module and block.parameters and home != stage.ipu:
+                raise PartitionError(
+                    f"the IPU configuration calls module {block.module!r} on IPUs {home} and "
+                    f"{stage.ipu}, but its weights are on one; put all its calls onto one IPU"
+                )
 
 
 def prediction_of(plan: Plan) -> Prediction:

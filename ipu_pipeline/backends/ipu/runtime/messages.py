@@ -149,8 +149,9 @@ def unpack(value: Any, tensors: SharedTensors) -> Any:
         return tensors.get(value)
     if "dict" in value:
         return {key: unpack(item, tensors) for key, item in value["dict"]}
-    items = [unpack(item, tensors) for item in value.get("list", value.get("tuple", ()))]
-    return items if "list" in value else tuple(items)
+    kind = "list" if "list" in value else "tuple"
+    items = [unpack(item, tensors) for item in value[kind]]
+    return items if kind == "list" else tuple(items)
 
 
 class Channel:

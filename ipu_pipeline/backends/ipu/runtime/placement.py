@@ -226,13 +226,16 @@ def _register_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> Any:
 def _distinct(
     annotations: Sequence[Mapping[str, Any]], modules: Mapping[str, nn.Module]
 ) -> list[Mapping[str, Any]]:
-    """Return the annotations without further ones of a module in the same stage."""
-    seen: set[tuple[int, int, int]] = set()
+    """Return the annotations without further ones of a module all of whose calls share a stage."""
+    stages: dict[int, set[tuple[int, int]]] = {}
+    for annotation in annotations:
+        both = (place(annotation)[0], place(annotation, training=False)[0])
+        stages.setdefault(id(modules[annotation["module"]]), set()).add(both)
+    seen: set[int] = set()
     begun = []
     for annotation in annotations:
-        stages = (place(annotation)[0], place(annotation, training=False)[0])
-        key = (id(modules[annotation["module"]]), *stages)
-        if key not in seen:
+        key = id(modules[annotation["module"]])
+        if key not in seen or len(stages[key]) > 1:
             seen.add(key)
             begun.append(annotation)
     return begun

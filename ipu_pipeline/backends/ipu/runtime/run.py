@@ -31,6 +31,7 @@ from runtime.device import (  # noqa: E402
     synthetic_data,
 )
 from runtime.files import read_files  # noqa: E402
+from runtime.host_draws import seed_host  # noqa: E402
 from runtime.placement import (  # noqa: E402
     ModuleNotFound,
     Placement,
@@ -105,11 +106,17 @@ def train(
     executor = poptorch.trainingModel(model.train(), options, optimizer)
     losses = []
     samples = 0
+    seed_host(settings["seed"], settings["instance"])
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         if step == arguments.steps:
             break
-        loss = mean_loss(executor(**batch), settings)
+        size = settings["micro_batch_size"]
+        given = forward.inputs(batch, size, training=True, build=step == 0)
+        try:
+            loss = mean_loss(executor(**given), settings)
+        except poptorch.Error as error:
+            raise BundleError(f"poptorch cannot compile or run the model: {error}") from error
         losses.append(loss)
         samples += loader.combinedBatchSize or 0
         rate = samples / (time.perf_counter() - started)

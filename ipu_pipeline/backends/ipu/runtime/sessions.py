@@ -7,6 +7,7 @@ from typing import Any, Mapping, Sequence
 from torch import Tensor, nn
 
 from .device import make_optimizer, make_options, mean_loss
+from .host_draws import seed_host
 from .placement import Placement
 from .static_graph import DeviceForward
 
@@ -53,6 +54,7 @@ class Sessions:
         self._settings = settings
         self._poptorch = poptorch
         self._parameters = dict(model.named_parameters())
+        seed_host(settings["seed"])
         # poptorch puts other classes in the place of these.
         things = (model, *model.parameters(), *model.buffers())
         self._own = [(thing, type(thing)) for thing in things]
@@ -111,7 +113,7 @@ class Sessions:
         if self.training.isCompiled() and not self.training.isAttachedToDevice():
             self.training.attachToDevice()
         if wanted != self._groups:
-            self.training.setOptimizer(self._make_optimizer(wanted))
+            self._change_optimizer(wanted)
             self._groups = wanted
         return self.training
 
@@ -136,7 +138,8 @@ class Sessions:
             )
         executor = self.attach_training(groups, ipu_version=ipu_version)
         try:
-            executor.compileAndExport(path, export_model=False, **batch)
+            given = self._inputs(executor, batch)
+            executor.compileAndExport(path, export_model=False, **given)
         except self._poptorch.Error as error:
             self.release()
             raise CompileError(f"poptorch cannot compile the model: {error}") from error
@@ -199,11 +202,19 @@ class Sessions:
         self._forward.restore()
         self.placement.undo()
 
+    def _inputs(self, executor: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self._forward.inputs(
+            batch,
+            self._settings["micro_batch_size"],
+            training=executor is self.training,
+            build=not executor.isCompiled(),
+        )
+
     def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
         if executor.isCompiled():
-            return executor(**batch)
+            return executor(**self._inputs(executor, batch))
         try:
-            return executor(**batch)
+            return executor(**self._inputs(executor, batch))
         except self._poptorch.Error as error:
             self.release()
             raise CompileError(f"poptorch cannot compile the model: {error}") from error
@@ -238,6 +249,21 @@ class Sessions:
             for group in named
         ]
         return make_optimizer(self._settings, groups, self._poptorch)
+
+    def _change_optimizer(self, wanted: Groups) -> None:
+        """Change the numbers in place: the state on the device is that of this very object."""
+        if [g["params"] for g in wanted] != [g["params"] for g in self._groups]:
+            raise CompileError(
+                "the optimizer's groups have other parameters than when the program was compiled; "
+                "close this executable and compile the model again"
+            )
+        for own, new in zip(self.device_optimizer.param_groups, wanted):
+            own.update(
+                (key, tuple(value) if isinstance(value, list) else value)
+                for key, value in new.items()
+                if key != "params"
+            )
+        self.training.setOptimizer(self.device_optimizer)
 
     def _hand_over_state(self) -> None:
         if self.next_state:

@@ -114,6 +114,16 @@ def test_one_object_under_two_names_begins_once(poptorch) -> None:
     assert placement.modules["decoder.embed_tokens"] is model.shared
     assert [a["block"] for a in placement.begun] == ["encoder.embed_tokens", "encoder.block.0"]
     placement.undo()
+    # where a later call is in another stage, every call takes its turn
+    calls = [
+        _entry("shared", 0, 0),
+        {**_entry("shared", 0, 0), "block": "shared#2"},
+        _entry("encoder.block.0", 1, 1),
+        {**_entry("shared", 2, 0), "block": "shared#3"},
+    ]
+    placement = Placement(model, calls, planned, poptorch)
+    assert placement.begun == calls
+    placement.undo()
 
 
 def test_one_object_begins_a_block_per_call(poptorch) -> None:

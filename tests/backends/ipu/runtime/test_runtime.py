@@ -24,11 +24,7 @@ from ipu_pipeline.backends.ipu.runtime.placement import (
     serialize,
     sliced_lookup,
 )
-from ipu_pipeline.backends.ipu.runtime.static_graph import (
-    DeviceForward,
-    is_changed,
-    static_graph,
-)
+from ipu_pipeline.backends.ipu.runtime.static_graph import DeviceForward
 from ipu_pipeline.backends.ipu.settings import OptimizerSettings, settings_for
 from tests.backends.ipu.emulated import case
 
@@ -207,59 +203,6 @@ def test_what_cannot_be_sliced() -> None:
         find_table(nn.Linear(2, 67), 2, "x")
     with pytest.raises(ValueError, match=r"max_norm, sparse or scaled gradients, which slices can"):
         find_table(nn.Embedding(6, 2, max_norm=1.0), 2, "x")
-
-
-# ---- the model's forward --------------------------------------------------------------------
-
-
-class _Cached(nn.Module):
-    """Asks for a cache, and reads its mask when it is not traced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = type("Config", (), {"use_cache": True})()
-        self.inner = nn.Linear(2, 2)
-        self.inner.config = self.config
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        assert torch.jit.is_tracing()
-        assert not self.config.use_cache
-        return {"loss": self.inner(x).sum(), "logits": x, "rest": (x,)}
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_a_tensor_fills_a_tensor_without_being_read(dtype: torch.dtype | None) -> None:
-    options = {} if dtype is None else {"dtype": dtype}
-    with static_graph(nn.Linear(1, 1)):
-        found = torch.full((2, 3), torch.tensor(-1.5), **options)
-        plain = torch.full((2,), 7)
-    assert torch.equal(found, torch.full((2, 3), -1.5, **options))
-    assert found.dtype == (dtype or torch.float32)
-    assert torch.equal(plain, torch.tensor([7, 7]))
-
-
-def test_a_static_graph_is_undone_after_an_error() -> None:
-    model = _Cached()
-    wrong_shape = torch.ones(1, 3)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"), static_graph(model):
-        model(wrong_shape)
-    assert not torch.jit.is_tracing()
-    assert model.config.use_cache
-
-
-def test_the_device_gets_tensors_only(poptorch: Any) -> None:
-    model = _Cached()
-    forward = DeviceForward(model, poptorch)
-    assert is_changed(model)
-    x = torch.ones(1, 2)
-    assert isinstance(model.train()(x), Tensor)
-    assert len(model.eval()(x)) == 2
-    assert forward.names == ["loss", "logits"]
-    with forward.restored():
-        assert not is_changed(model)
-    forward.restore()
-    assert not is_changed(model)
-    assert "forward" not in model.__dict__
 
 
 # ---- placement ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.optimizers import named_groups
 from ipu_pipeline.backends.ipu.runtime.placement import Placement
 from ipu_pipeline.backends.ipu.runtime.sessions import CompileError, Sessions
+from ipu_pipeline.backends.ipu.runtime.static_errors import StaticGraphError
 from ipu_pipeline.backends.ipu.settings import settings_for
 from tests.backends.ipu.emulated import Case, case, sgd
 
@@ -111,21 +112,25 @@ def test_a_forward_of_the_users_own_comes_back(poptorch: Any) -> None:
     assert made.model.__dict__["forward"] is own
 
 
-@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("fault", ["read", "empty", "division"])
 def test_a_failed_compilation_leaves_the_model_clean(
-    reads: bool, poptorch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    fault: str, poptorch: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     made = case()
     kept = _Snapshot(made.model)
     layer = type(made.model.bert.encoder.layer[1])
 
     def fails(_self: nn.Module, hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return hidden.sum().item() if reads else 1 / 0
+        if fault == "empty":  # seen by the front end only
+            return hidden.narrow(1, 0, 0) if poptorch.isRunningOnIpu() else hidden
+        return hidden.sum().item() if fault == "read" else 1 / 0
 
     sessions = _sessions(made, poptorch)
-    expected: Any = (CompileError, r"cannot compile the model: .*aten::item") if reads else (
-        ZeroDivisionError, "division"
-    )  # fmt: skip
+    expected: Any = {
+        "read": (StaticGraphError, "reads the value of a tensor in Python"),
+        "empty": (CompileError, "cannot compile the model: .*zero-sized"),
+        "division": (ZeroDivisionError, "division"),
+    }[fault]
     with monkeypatch.context() as patched:
         patched.setattr(layer, "forward", fails)
         for call in (
@@ -160,6 +165,17 @@ def test_a_failed_evaluation_keeps_the_optimizers_state(
         losses.append([sessions.train(made.batch(seed), None) for seed in (1, 2)])
         sessions.close()
     assert losses[0] == losses[1]
+
+
+def test_the_optimizers_groups_keep_their_parameters(poptorch: Any) -> None:
+    made = case()
+    sessions = _sessions(made, poptorch)
+    groups = _groups(made)
+    sessions.train(made.batch(), groups)
+    fewer = [{**groups[0], "params": groups[0]["params"][1:]}]
+    with pytest.raises(CompileError, match=r"groups have other parameters than when the program"):
+        sessions.train(made.batch(), fewer)
+    sessions.close()
 
 
 def test_an_exception_while_annotating_leaves_the_model_clean(

@@ -1,0 +1,130 @@
+"""The benchmark of GPU prices: reading of rows and layouts, and a few runs from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_accuracy
+from benchmarks.gpu_fit import FITTED_ROWS, fit
+from benchmarks.gpu_rows import Chunk, UnjudgedRowError, measured_s, parse_layout, read_row
+from benchmarks.gpu_runs import read_run
+
+ROW: dict[str, Any] = {
+    "id": "toy", "source": "somewhere@1: table 1", "quality": "A", "model": "GPT 1B", "layers": 6,
+    "hidden": 1024, "heads": 8, "kv_heads": 8, "ffn": 4096, "vocab": 32000, "seq": 512,
+    "gpu": "A100-80GB", "gpus": 8, "tp": 2, "pp": 2, "dp": 2, "micro_batch": 1,
+    "global_batch": 16, "precision": "BF16", "schedule": "1F1B", "split": "even layers",
+    "recompute": "none", "tokens_per_s_per_gpu": 9000.0, "memory_gb": 4.0,
+    "memory_of": "largest GPU",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("Et*2|(t*2|)*34,t*3|(t*2|)*3,tL", [2] * 35 + [3] + [2] * 3 + [1]),
+        ("Et*4|(t*4|)*14tmL", [4] * 15 + [1]),
+        ("Et*16|t*16|t*16|t*13mL", [16, 16, 16, 13]),
+        ("Et|t||tttt|ttttmL", [1, 1, 0, 4, 4]),
+    ],
+)
+def test_layouts_of_megatron(text: str, layers: list[int]) -> None:
+    chunks = parse_layout(text)
+    assert [chunk.layers for chunk in chunks] == layers
+    assert chunks[0].embedding == chunks[-1].head == 1.0
+    assert chunks[-1].extra == text.count("m")
+
+
+def test_a_layout_with_brackets_that_do_not_match_is_not_judged() -> None:
+    with pytest.raises(UnjudgedRowError, match="does not end where it should"):
+        parse_layout("Et|t)L")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"quality": "C (batch not stated)"}, "not stated"),
+        ({"gpus": None}, "the number of GPUs is not stated"),
+        ({"gpus": 6}, "tp x pp x cp = 4 does not divide 6 GPUs"),
+        ({"gpu": "TPU v4"}, "GPU 'TPU v4' is not described"),
+        ({"global_batch": None}, "no global batch"),
+        ({"global_batch": 15}, "global batch 15 does not divide into dp 2 x micro batch 1"),
+        ({"ep": 3}, "ep 3 does not divide the 4 ranks"),
+        ({"seq": None}, "the sequence length is not stated"),
+        ({"layers": None}, "model 'GPT 1B' .* is not known here and the row gives no sizes"),
+        ({"tokens_per_s_per_gpu": None, "memory_gb": None}, "no speed was published"),
+    ],
+)
+def test_rows_that_say_too_little_are_listed_with_the_reason(
+    change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnjudgedRowError, match=reason):
+        read_run({**ROW, **change})
+
+
+def test_seconds_come_from_whatever_was_published() -> None:
+    row = read_row(ROW)
+    assert measured_s(row, 6) == pytest.approx(16 * 512 / (9000 * 8))
+    per_token = 6 * (24 * 1024**2 + 4 * 512 * 1024) + 2 * 1024 * 32000
+    flops = 3 * per_token * 16 * 512
+    silent = {**ROW, "tokens_per_s_per_gpu": None}
+    for change, seconds in (
+        ({"step_seconds": 0.5}, 0.5),
+        ({"tokens_per_s": 72000.0}, 16 * 512 / 72000),
+        ({"samples_per_s_per_gpu": 2.0}, 1.0),
+        ({"tflops_per_gpu": 100.0}, flops / 8e14),
+        ({"mfu_percent": 50.0}, flops / (8 * 0.5 * 312e12)),
+    ):
+        assert measured_s(read_row({**silent, **change}), 6) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("split", "layers", "ends"),
+    [
+        ("even layers", [3, 3], (1.0, 1.0)),
+        ("even layers, vocabulary layers spread over all stages", [3, 3], (0.5, 0.5)),
+        ("first and last stage have one layer fewer", [3, 3], (1.0, 1.0)),
+        ("layers moved by estimated compute", [4, 2], (1.0, 1.0)),
+        ("Et*4|t*2L", [4, 2], (1.0, 1.0)),
+    ],
+)
+def test_splits_as_they_are_described(
+    split: str, layers: list[int], ends: tuple[float, float]
+) -> None:
+    chunks = read_run({**ROW, "split": split}).chunks
+    assert [chunk.layers for chunk in chunks] == layers
+    assert (chunks[0].embedding, chunks[-1].head) == ends
+    assert isinstance(chunks[0], Chunk)
+
+
+def test_the_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ROW, {**ROW, "id": "other", "gpu": "H100", "tp": 1, "dp": 4, "precision": "FP8"},
+            {**ROW, "id": "silent", "quality": "C"}]  # fmt: skip
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"rows": rows}))
+    gpu_accuracy.main(["--rows", str(path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(gpu_accuracy.SUMMARY) <= set(found)
+    assert (found["judged"], found["refused_share"]) == (2, 0.0)
+    assert [row["id"] for row in found["not_judged"]] == ["silent"]
+    assert found["leave_one_source_out"]["somewhere"]["rows"] == 2
+    by_id = {row["id"]: row for row in found["rows"]}
+    assert by_id["other"]["predicted_s"] < by_id["toy"]["predicted_s"]
+    gpu_accuracy.main(["--rows", str(path), "--no-leave-out"])
+    assert "not judged: silent: batch, sequence or schedule" in capsys.readouterr().out
+    gpu_accuracy.main(["--rows", str(tmp_path / "none.json")])
+    assert "skipped: there is no file" in capsys.readouterr().out
+
+
+def test_few_rows_are_fitted_and_a_fit_finds_the_share() -> None:
+    assert len(FITTED_ROWS) <= 21
+    run = read_run(ROW)
+    kernels = run.machine.devices[0].kernels
+    assert kernels is not None
+    share = kernels.product_share["bfloat16"]
+    found = fit([read_run({**ROW, "tokens_per_s_per_gpu": None, "step_seconds": run.step_s()})])
+    assert found == {("ampere", "bfloat16"): pytest.approx(share, rel=1e-3)}
