@@ -24,7 +24,7 @@ PYTHON38 ?= $(shell for name in $(HOME)/.pyenv/versions/3.8.*/bin/python python3
   $$name -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 8), (3, 10)))' 2>/dev/null \
   && echo $$name && break; done)
 SDK_TESTS := $(filter-out %/test_bert.py,$(wildcard tests/tools/emulator/test_*.py)) \
-  tests/backends/ipu/runtime/test_checks.py tests/backends/ipu/runtime/test_messages.py
+  $(addprefix tests/backends/ipu/runtime/test_,checks.py messages.py rewrites.py host_draws.py)
 WORKERS ?= 2
 DEMO_DATA := out/demo_data
 DEMO_OUT := out/demo

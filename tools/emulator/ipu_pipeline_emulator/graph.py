@@ -19,6 +19,8 @@ ON_DEVICE = {torch.int64: torch.int32, torch.float64: torch.float32}
 ON_HOST = {torch.int32: torch.int64, torch.float64: torch.float32}
 """Types in which the host computes what the device computes."""
 
+_ONEDNN = not torch.__version__.startswith(("1.", "2.0."))
+
 
 class Slot:
     """The place of a tensor in the arguments of a recorded operation."""
@@ -110,7 +112,9 @@ class Graph:
         """
         values.update(self.constants)
         for node, unused in zip(self.nodes, self._unused_after):
-            with torch.set_grad_enabled(training and node.has_gradient):
+            gradients = torch.set_grad_enabled(training and node.has_gradient)
+            # Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
+            with gradients, torch.backends.mkldnn.flags(enabled=_ONEDNN):
                 result = node.run(values)
                 values.update(zip(node.outputs, map(_in_host_type, tensors_of(result))))
             for slot in unused:

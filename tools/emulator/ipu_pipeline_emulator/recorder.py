@@ -10,6 +10,7 @@ functions, ``vmap``). Types are inferred by torch's ``meta`` kernels, as in the 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Callable, Iterator
 
 import torch
@@ -38,7 +39,7 @@ from .stages import ExecutionStrategy
 _META = torch.device("meta")
 _IPU = torch.device("ipu", 0)
 _IPU_NAMES = (_IPU, torch.device("ipu"), "ipu", "ipu:0")
-_GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_GET_DEVICE = torch.Tensor.device.__get__
 # Operations whose types the front end infers itself where torch 2.0 has no meta kernel.
 _TYPES_BY_HAND = (
     "bincount bucketize count_nonzero _ctc_loss median rrelu_with_noise nll_loss2d_forward "
@@ -245,9 +246,9 @@ class Recorder:
         self.block.num_ops += 1
         for value in used:
             self._note_variable(self.slot_of(value))
-        taken = replaced((args, kwargs), self._recorded)
+        positional, named = replaced((args, kwargs), self._recorded)
         outputs = [self._register(value) for value in made]
-        self.graph.nodes.append(Node(func, *taken, outputs, torch.is_grad_enabled()))
+        self.graph.nodes.append(Node(func, positional, named, outputs, torch.is_grad_enabled()))
 
     def _note_variable(self, slot: int | None) -> None:
         if slot in self._names:
@@ -274,7 +275,8 @@ class Recorder:
     def mark_custom_functions(self) -> None:
         """Give the operations of a custom ``autograd.Function`` gradients.
 
-        The device differentiates its program, so it never sees a ``backward`` in Python.
+        The device differentiates its program, so it never sees a ``backward`` in Python. What
+        they write in place is written to a copy: torch keeps the value before for the gradient.
         """
         inside = False
         custom = {
@@ -285,6 +287,9 @@ class Recorder:
         for node in reversed(self.graph.nodes):
             inside = not node.has_gradient and (inside or bool(custom & set(node.outputs)))
             node.has_gradient = node.has_gradient or inside
+            name = getattr(node.function, "__name__", "")
+            if inside and name.endswith("_") and not name.endswith("__"):
+                node.function = functools.partial(_on_copy, node.function)
 
     # ------------------------------------------------------------------ types
     def _infer(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -351,6 +356,10 @@ class _Factories(DeviceContext):
         if self._recorder.is_paused:
             return func(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _on_copy(function: Callable[..., Any], target: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return function(target.clone(), *args, **kwargs)
 
 
 def _alias_key(value: Tensor) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.ipu.runtime.static_graph import StaticProgram
 
-Body = Callable[..., Any]
+if TYPE_CHECKING:
+    Body = Callable[..., Any]
+else:
+    Body = Any  # Python 3.8 subscripts no Callable of collections.abc
 
 
 class Toy(nn.Module):

@@ -193,6 +193,9 @@ def _guarded_anew(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.0"), reason="torch 2.0 clamps no float16 on the host"
+)
 @pytest.mark.parametrize("body", [_guarded, _guarded_anew])
 def test_a_guard_against_overflow_always_clamps(body: Body) -> None:
     model = Toy(body).half()
