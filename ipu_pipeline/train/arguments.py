@@ -109,6 +109,10 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if not isinstance(self.lr_scheduler_kwargs or {}, dict):
+            raise ValueError(
+                f"lr_scheduler_kwargs must be settings by name, got {self.lr_scheduler_kwargs!r}"
+            )
         if self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
         if not 0 <= self.warmup_ratio <= 1:
