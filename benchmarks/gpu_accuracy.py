@@ -70,6 +70,9 @@ def _judge(raw: Raw) -> tuple[dict[str, Any], Run | None]:
         found["predicted_s"] = run.step_s()
     except (UnjudgedRowError, PipelineError, ValueError) as error:
         return {"id": found["id"], "quality": found["quality"], "reason": str(error)}, None
+    except (KeyError, TypeError) as error:
+        reason = f"a field is missing or of a wrong type: {error}"
+        return {"id": found["id"], "quality": found["quality"], "reason": reason}, None
     found |= {"source": run.row.source, "assumptions": list(run.row.assumptions)}
     if run.published_s is not None:
         found["published_s"] = run.published_s

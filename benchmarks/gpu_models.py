@@ -140,6 +140,8 @@ def _facts(row: GpuRow) -> dict[str, Any]:
 
 def _given_sizes(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     heads, hidden = int(raw["heads"]), int(raw["hidden"])
+    if hidden % heads:
+        raise UnjudgedRowError(f"hidden {hidden} does not divide into {heads} heads")
     sizes = {
         "hidden_size": hidden,
         "num_hidden_layers": int(raw["layers"]),

@@ -263,8 +263,13 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
         num_layers: Decoder layers of the model.
         head_layers: FLOPs of the head in those of a layer.
         extra: Multi-token prediction layers of the model.
+
+    Raises:
+        UnjudgedRowError: The model has less layers than the run has stages.
     """
     split, depth = str(row.raw.get("split") or ""), row.sizes.pp * row.sizes.vpp
+    if num_layers + 2 < depth:
+        raise UnjudgedRowError(f"{num_layers} layers are less than its {depth} stages")
     if "|" in split:
         layout = parse_layout(split)
         if len(layout) == depth and sum(c.layers for c in layout) == num_layers:
@@ -303,7 +308,9 @@ def _balanced(num_layers: int, depth: int, head_layers: float) -> list[int]:
 
     Later stages take what is left over: they keep fewer microbatches.
     """
-    best, found = inf, [0] * depth
+    best, found = inf, [num_layers]
+    if depth == 1:
+        return found
     for last in range(num_layers + 1):
         others, more = divmod(num_layers - last, depth - 1)
         most = max(others + (more > 0), last + head_layers)
