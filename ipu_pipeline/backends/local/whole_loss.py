@@ -99,6 +99,8 @@ def whole_loss(
     if at_size is None:
         raise error
     captured, hosts = at_size
+    if captured.changing:  # once for the batch, or once for every microbatch?
+        raise error
     if any(one.glue.hosts.keys() != captured.glue.hosts.keys() for one in captures):
         raise error
     stages, last, axes = _apart(cache, captures, captured, error)
