@@ -6,6 +6,7 @@ integer is kept in 64 bits, as torch's own kernels want their indices.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator
 
@@ -20,6 +21,14 @@ ON_HOST = {torch.int32: torch.int64, torch.float64: torch.float32}
 """Types in which the host computes what the device computes."""
 
 _ONEDNN = not torch.__version__.startswith(("1.", "2.0."))
+
+
+def _right_products() -> Any:
+    """Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
+
+    Later versions warn of TF32 where its flags are set.
+    """
+    return contextlib.nullcontext() if _ONEDNN else torch.backends.mkldnn.flags(enabled=False)
 
 
 class Slot:
@@ -113,8 +122,7 @@ class Graph:
         values.update(self.constants)
         for node, unused in zip(self.nodes, self._unused_after):
             gradients = torch.set_grad_enabled(training and node.has_gradient)
-            # Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
-            with gradients, torch.backends.mkldnn.flags(enabled=_ONEDNN):
+            with gradients, _right_products():
                 result = node.run(values)
                 values.update(zip(node.outputs, map(_in_host_type, tensors_of(result))))
             for slot in unused:
