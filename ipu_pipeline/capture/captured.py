@@ -120,15 +120,6 @@ class CapturedModel:
         return self._trace.glue
 
     @property
-    def independent(self) -> frozenset[str]:
-        """Names of the values that no input of the model goes into."""
-        found: set[Any] = set()
-        for node in self._trace.graph.nodes:
-            if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-                found.add(node)
-        return frozenset(node.name for node in self._trace.graph.nodes if node not in found)
-
-    @property
     def changing(self) -> tuple[Tensor, ...]:
         """Those of the model's own tensors that a forward pass changes."""
         return tuple(self._trace.changing.values())

@@ -33,15 +33,14 @@ class WholeLoss:
     Attributes:
         stage: A stage of its own.
         inputs: The batch, with host values.
-        axes: On which axis values of the microbatches are joined, by name; ``None``: they are
-            the same for all.
+        axes: On which axis values of the microbatches are joined, by name.
         expected: What plain torch gives, if it is to be compared.
         error: Why microbatches cannot give it; raised if this cannot either.
     """
 
     stage: Stage
     inputs: Mapping[str, Any]
-    axes: Mapping[str, int | None]
+    axes: Mapping[str, int]
     expected: Tensor | None
     error: MixedSamplesError
 
@@ -63,11 +62,8 @@ class WholeLossStep(Step):
             values = [self._values[part, name] for part in parts]
             axis, needed = whole.axes[name], any(value.requires_grad for value in values)
             values = [value.detach() for value in values]
-            if axis is None:
-                received[name] = values[0]
-            else:
-                sizes[name] = [value.shape[axis] for value in values]
-                received[name] = torch.cat(values, axis)
+            sizes[name] = [value.shape[axis] for value in values]
+            received[name] = torch.cat(values, axis)
             received[name].requires_grad_(needed)
         key = (self.options.seed, self.global_step, 0)
         _, results = whole.stage.forward(0, whole.inputs, received, key, alone=True)
@@ -76,8 +72,7 @@ class WholeLossStep(Step):
             raise whole.error
         found, shared = whole.stage.backward(0, {}, self.loss_scaling)
         for name, gradient in found.items():
-            axis = whole.axes[name]
-            pieces = [gradient] if axis is None else gradient.split(sizes[name], axis)
+            pieces = gradient.split(sizes[name], whole.axes[name])
             for part, piece in enumerate(pieces):
                 self._gradients[part, name][index] = piece
         for parameter, gradient in shared:
@@ -143,7 +138,7 @@ def _apart(
     captures: Sequence[CapturedModel],
     captured: CapturedModel,
     error: MixedSamplesError,
-) -> tuple[list[tuple[Stage, ...]], Stage, dict[str, int | None]]:
+) -> tuple[list[tuple[Stage, ...]], Stage, dict[str, int]]:
     """Return the stages of every microbatch, that of the loss, and how values are joined for it.
 
     The loss takes the block before it along, whose last code may compute scores of pairs, and more
@@ -152,12 +147,11 @@ def _apart(
     most = cache.last_blocks(captured)
     for number in range(min(2, most) if captured.programs[-1].name == LOSS else 1, most + 1):
         last = cache.with_blocks_apart(captured, number)[-1]
-        constant = captured.independent
-        axes: dict[str, int | None] = {}
+        axes: dict[str, int] = {}
         for name in last.receives:
             shapes = [one.specs[name].shape for one in captures]
             whole = captured.specs[name].shape
-            axes[name] = None if name in constant else joining_axis(shapes, whole)
+            axes[name] = joining_axis(shapes, whole)
         if NO_AXIS not in axes.values():
             stages = [cache.with_blocks_apart(one, number)[:-1] for one in captures]
             return stages, last, axes
@@ -167,10 +161,8 @@ def _apart(
 def joining_axis(shapes: Sequence[tuple[int, ...]], whole: tuple[int, ...]) -> int:
     """Return the axis on which values of microbatches are as long as that of the batch.
 
-    ``None``: all are alike; :data:`NO_AXIS`: there is no such axis.
+    :data:`NO_AXIS`: there is none.
     """
-    if all(shape == whole for shape in shapes):
-        return None
     for axis, size in enumerate(whole):
         others = {(*shape[:axis], *shape[axis + 1 :]) for shape in (*shapes, whole)}
         if len(others) == 1 and size == sum(shape[axis] for shape in shapes):
