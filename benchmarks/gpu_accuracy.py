@@ -34,10 +34,11 @@ def accuracy(rows: Sequence[Raw], *, leave_out: bool = True) -> dict[str, Any]:
         rows: Published runs.
         leave_out: Whether to fit the constants again without each source.
     """
-    found, runs = [], []
+    found: list[dict[str, Any]] = []
+    runs: list[Run] = []
     for raw in rows:
-        judged, run = _judge(raw)
-        found.append(judged)
+        one, run = _judge(raw)
+        found.append(one)
         runs += [run] if run is not None else []
     judged = [row for row in found if "reason" not in row and row["quality"] == "A"]
     times = [row["time_error"] for row in judged if "time_error" in row]
@@ -70,6 +71,9 @@ def _judge(raw: Raw) -> tuple[dict[str, Any], Run | None]:
         found["predicted_s"] = run.step_s()
     except (UnjudgedRowError, PipelineError, ValueError) as error:
         return {"id": found["id"], "quality": found["quality"], "reason": str(error)}, None
+    except (KeyError, TypeError) as error:
+        reason = f"a field is missing or of a wrong type: {error}"
+        return {"id": found["id"], "quality": found["quality"], "reason": reason}, None
     found |= {"source": run.row.source, "assumptions": list(run.row.assumptions)}
     if run.published_s is not None:
         found["published_s"] = run.published_s

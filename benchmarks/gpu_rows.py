@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
-from ipu_pipeline.backends.cluster.rank import ParallelSizes
+from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
 
 Raw = Mapping[str, Any]
 GIBIBYTE = 2**30
@@ -263,8 +263,13 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
         num_layers: Decoder layers of the model.
         head_layers: FLOPs of the head in those of a layer.
         extra: Multi-token prediction layers of the model.
+
+    Raises:
+        UnjudgedRowError: The model has less layers than the run has stages.
     """
     split, depth = str(row.raw.get("split") or ""), row.sizes.pp * row.sizes.vpp
+    if num_layers + 2 < depth:
+        raise UnjudgedRowError(f"{num_layers} layers are less than its {depth} stages")
     if "|" in split:
         layout = parse_layout(split)
         if len(layout) == depth and sum(c.layers for c in layout) == num_layers:
@@ -292,7 +297,8 @@ def _even(num_layers: int, depth: int) -> list[int]:
     if (num_layers + 2) % depth == 0:  # embedding and head count as a layer each
         each = (num_layers + 2) // depth
         return [each - 1, *[each] * (depth - 2), each - 1]
-    each, counts = ceil(num_layers / depth), []
+    each = ceil(num_layers / depth)
+    counts: list[int] = []
     for _ in range(depth):
         counts.append(min(each, num_layers - sum(counts)))
     return counts
@@ -303,7 +309,9 @@ def _balanced(num_layers: int, depth: int, head_layers: float) -> list[int]:
 
     Later stages take what is left over: they keep fewer microbatches.
     """
-    best, found = inf, [0] * depth
+    best, found = inf, [num_layers]
+    if depth == 1:
+        return found
     for last in range(num_layers + 1):
         others, more = divmod(num_layers - last, depth - 1)
         most = max(others + (more > 0), last + head_layers)

@@ -14,6 +14,7 @@ from benchmarks.gpu_rows import (
     UnjudgedRowError,
     chunks_of,
     measured_s,
+    parse_layout,
     read_row,
 )
 from ipu_pipeline.backends.cluster.parallel_sizes import RankEngine
@@ -133,6 +134,10 @@ def read_run(raw: Raw) -> Run:
     layer = model.layer(model.num_layers).forward_flops
     head = sum(block.forward_flops for block in model.blocks("head"))
     chunks = chunks_of(row, model.num_layers, head / layer, model.extra_layers)
+    split = str(raw.get("split") or "")
+    if "|" in split and chunks != parse_layout(split):
+        taken = f"its layout is of another model or number of stages: {len(chunks)} even ones"
+        row = replace(row, assumptions=(*row.assumptions, taken))
     try:
         published = measured_s(row, model.num_layers)
     except UnjudgedRowError:

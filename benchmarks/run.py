@@ -95,9 +95,12 @@ def check(options: argparse.Namespace) -> None:
     """Refuse what would end badly, before anything is measured.
 
     Raises:
-        ResultsError: --update has nothing to update, or would with what is no whole group.
+        ResultsError: --update has nothing to update, or would with what is no whole group; or
+            --threshold is no share.
         OutputError: The folder may not be written.
     """
+    if not 0 <= options.threshold <= sys.float_info.max:
+        raise ResultsError(f"--threshold must be at least 0 and finite, got {options.threshold}")
     make_folder("--output-dir", options.output_dir)
     if not options.update:
         return

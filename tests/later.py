@@ -11,7 +11,12 @@ import pytest
 
 def every_second(rows: Iterable[Any]) -> list[Any]:
     """Return the rows, every second one marked as an acceptance test."""
-    return [_later(row) if index % 2 else row for index, row in enumerate(rows)]
+    return one_in(2, rows)
+
+
+def one_in(number: int, rows: Iterable[Any]) -> list[Any]:
+    """Return the rows, all but one in so many marked as acceptance tests."""
+    return [_later(row) if index % number else row for index, row in enumerate(rows)]
 
 
 def _later(row: Any) -> Any:

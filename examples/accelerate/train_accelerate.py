@@ -24,6 +24,7 @@ from transformers import BertConfig, BertForSequenceClassification, get_linear_s
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import OutputError
 from ipu_pipeline.ir.files import make_folder
+from ipu_pipeline.ir.limits import check_counts
 
 MICRO_BATCH, MICROBATCHES, LENGTH, VOCAB = 4, 4, 16, 50
 
@@ -93,8 +94,13 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--resume_from")
     options = parser.parse_args(argv)
     try:
+        check_counts(
+            options, {"max_steps": "steps", "save_steps": "steps", "num_stages": "num_stages"}
+        )
+        if not 0 <= options.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {options.dropout}")
         make_folder("--output_dir", options.output_dir)
-    except OutputError as error:
+    except (OutputError, ValueError) as error:
         parser.error(str(error))
     accelerator = Accelerator(cpu=True)
     set_seed(42)

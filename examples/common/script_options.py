@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.errors import PipelineError, printable
 from ipu_pipeline.train import TrainingArguments
 from ipu_pipeline.train.arguments import option, unread_by_the_loop
+
+_TRANSFORMERS = frozenset(item.name for item in fields(TrainingArguments))
 
 
 @dataclass(kw_only=True)
@@ -26,6 +28,7 @@ class CommonOptions(TrainingArguments):
     """What every script can be told: model, data, training, and where it runs."""
 
     file_format: ClassVar[str] = "a data file"
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"doc_stride"})
 
     model_name_or_path: str = option(help="Hub name or local folder.")
     output_dir: str = option(help="Where checkpoints, predictions and results go.")
@@ -74,6 +77,10 @@ class CommonOptions(TrainingArguments):
     def __post_init__(self) -> None:
         """Refuse combinations that leave nothing to do or contradict each other."""
         super().__post_init__()
+        for name in {item.name for item in fields(self)} - _TRANSFORMERS:
+            value, least = getattr(self, name), 0 if name in self.may_be_zero else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for wrong, message in self._mistakes():
             if wrong:
                 raise ValueError(message)
@@ -148,4 +155,6 @@ def run_command_line(run: Callable[[_Options], None], kind: type[_Options]) -> N
     try:
         run(parse(kind))
     except (PipelineError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
+    except OSError as error:
+        sys.exit(f"error: {printable(str(error))}; make room, or write elsewhere")

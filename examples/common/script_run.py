@@ -27,12 +27,12 @@ def check_output_dir(options: CommonOptions) -> None:
     """Make the folder; refuse one that holds another run, or may not be written."""
     folder = options.folder
     fresh = options.do_train and options.resume_from_checkpoint is None
+    make_folder("--output_dir", folder)
     if fresh and not options.overwrite_output_dir and is_used(folder):
         raise PipelineError(
             f"{folder} is not empty; resume with --resume_from_checkpoint latest, start over with "
             "--overwrite_output_dir, or choose another --output_dir"
         )
-    make_folder("--output_dir", folder)
 
 
 def split_of(

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from ipu_pipeline.capture.check import DEFAULT_TOLERANCE, SEED, TOLERANCE
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import IGNORED, label_arguments, labels_counted
-from ipu_pipeline.capture.patches import preserved_state
+from ipu_pipeline.capture.patches import not_compiled, preserved_state
 from ipu_pipeline.capture.python_state import (
     Generators,
     PythonState,
@@ -289,6 +289,7 @@ def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
     with (
         same_random_numbers(),
         torch.no_grad(),
+        not_compiled(model),
         preserved_state(model) as restore,
         PutBack(model) as changed,
     ):

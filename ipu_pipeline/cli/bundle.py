@@ -75,7 +75,8 @@ def emit_command(
         seed=seed,
     )
     folder = emit(plan, settings, output, model_config=_model_config(model))
-    for note in notes(plan, settings):
+    said = settings.config.legacy_notes()  # when the configuration was read
+    for note in (note for note in notes(plan, settings) if note not in said):
         typer.echo(f"note: {note}", err=True)
     samples = plan.total_batch_size * settings.config.device_iterations
     typer.echo(

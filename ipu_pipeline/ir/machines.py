@@ -4,7 +4,9 @@
 of GPUs and the rates that each generation's kernels reach. A machine of your own is one JSON file,
 read by its path, or found by its name (``mypod.json`` is ``mypod``) in a folder
 that the environment variable ``IPU_PIPELINE_MACHINES`` lists or in a package that a distribution
-announces under the entry point group ``ipu_pipeline.machines``.
+announces under the entry point group ``ipu_pipeline.machines``. Its fields are those of
+:class:`~ipu_pipeline.ir.machine.Machine`; equal devices may be written once, as ``device`` and
+``count``.
 """
 
 from __future__ import annotations

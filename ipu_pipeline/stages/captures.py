@@ -80,6 +80,7 @@ class StageCache:
         self._modules: list[nn.Module] = []
         self._training: Signature = ()
         self._replaced: list[tuple[Stage, ...]] = []
+        self._apart: dict[tuple[int, int], tuple[CapturedModel, tuple[Stage, ...]]] = {}
         self._spare: list[StagedProgram] = []  # of no remembered shape, but perhaps of one to come
         self.captures = 0
 
@@ -155,6 +156,46 @@ class StageCache:
                 found = self._at_other_sizes(part.inputs, self._python_state())
                 variants.found.append(found or self._captured(part.inputs))
         return variants.found[0].stages[-1].loss_terms
+
+    def at_size(self, part: Microbatch) -> tuple[CapturedModel, dict[str, Any]] | None:
+        """Return a known program at the sizes of ``part``, and its host values.
+
+        Nothing is captured for it, and what its glue does in Python is undone.
+        """
+        with self._replaying():
+            before, variants = self._python_state(), self._variants(part)
+            if not variants.found:
+                sized = self._at_other_sizes(part.inputs, before)
+                variants.found.extend([] if sized is None else [sized])
+            if not variants.found or any(c.is_late for c in variants.found[0].captured.glue.calls):
+                return None
+            variant = variants.found[0]
+            try:
+                followed = variant.captured.follow(part.inputs, variants.integers)
+            except Differs:
+                return None
+            finally:
+                before.restore()
+            ready = self._ready(Attempt(part, variants), variant, followed)
+            return variant.captured, {
+                n: v for n, v in ready.microbatch.inputs.items() if n not in part.inputs
+            }
+
+    def last_blocks(self, captured: CapturedModel) -> int:
+        """Return how many blocks the last stage has."""
+        return len(place_blocks(captured, self.plan)[-1])
+
+    def with_blocks_apart(self, captured: CapturedModel, number: int) -> tuple[Stage, ...]:
+        """Return the stages of a plan, the last ``number`` blocks in one more behind them."""
+        key = id(captured), number
+        if key not in self._apart:
+            blocks = place_blocks(captured, self.plan)
+            last = blocks.pop()
+            parted = [*blocks, last[:-number], last[-number:]]
+            if len(self._apart) >= self.max_shapes:
+                self._apart.clear()
+            self._apart[key] = captured, build_stages(captured, parted, self.recompute)
+        return self._apart[key][1]
 
     def reads_values(self, part: Microbatch) -> bool:
         """Whether the glue reads values of tensors that stages compute for such a microbatch."""

@@ -269,7 +269,8 @@ class LossShares:
         return MixedSamplesError(
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
             f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
-            "that give the loss of the batch; plan with microbatches=1, or choose weights: "
+            "that give the loss of the batch; plan with schedule='gpipe', with which the local "
+            "target computes it once for all of them, or with microbatches=1; or choose weights: "
             "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
             "gradient accumulation does, and a function of a microbatch's inputs says how much it "
             "counts (of labels, say, that Python counts)"

@@ -138,7 +138,8 @@ class Stage:
         """
         values: dict[str, Any] = {name: _input(inputs, name) for name in self.prelude.inputs}
         self.block = "prelude"
-        self.prelude.run(values)
+        if self.prelude.outputs:  # fx cannot call a module without arguments
+            self.prelude.run(values)
         values.update(received)
         again = self.recompute.intersection((*self.fused, LOSS))
         blocks = SerializedForward(

@@ -109,6 +109,10 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(f"num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if not isinstance(self.lr_scheduler_kwargs or {}, dict):
+            raise ValueError(
+                f"lr_scheduler_kwargs must be settings by name, got {self.lr_scheduler_kwargs!r}"
+            )
         if self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -122,6 +126,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def _check_numbers(self) -> None:
         for name, (limit, least) in _COUNTS.items():
             value = getattr(self, name)
+            if name == "max_steps" and isinstance(value, float) and value.is_integer():
+                value = int(value)  # 1e3, which transformers takes
             if value is not None:
                 check_count(name, value, limit, least=least)
         for item in fields(self):
@@ -130,6 +136,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError(f"{item.name} must be finite, got {value}")
         for name, most in _AMOUNTS.items():
             value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
             if value > most:

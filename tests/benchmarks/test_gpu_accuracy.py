@@ -55,6 +55,8 @@ def test_a_layout_with_brackets_that_do_not_match_is_not_judged() -> None:
         ({"global_batch": 15}, "global batch 15 does not divide into dp 2 x micro batch 1"),
         ({"ep": 3}, "ep 3 does not divide the 4 ranks"),
         ({"seq": None}, "the sequence length is not stated"),
+        ({"layers": 1, "pp": 4, "gpus": 8}, "1 layers are less than its 4 stages"),
+        ({"heads": 7}, "hidden 1024 does not divide into 7 heads"),
         ({"layers": None}, "model 'GPT 1B' .* is not known here and the row gives no sizes"),
         ({"tokens_per_s_per_gpu": None, "memory_gb": None}, "no speed was published"),
     ],
@@ -101,21 +103,31 @@ def test_splits_as_they_are_described(
     assert isinstance(chunks[0], Chunk)
 
 
+def test_a_layout_of_another_number_of_stages_is_an_assumption() -> None:
+    run = read_run({**ROW, "split": "Et*2|t*2|t*2L"})
+    assert [chunk.layers for chunk in run.chunks] == [3, 3]
+    assert "its layout is of another model or number of stages" in run.row.assumptions[0]
+    one = {**ROW, "pp": 1, "dp": 4, "split": "layers moved by estimated compute"}
+    assert [chunk.layers for chunk in read_run(one).chunks] == [6]
+
+
 def test_the_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [ROW, {**ROW, "id": "other", "gpu": "H100", "tp": 1, "dp": 4, "precision": "FP8"},
-            {**ROW, "id": "silent", "quality": "C"}]  # fmt: skip
+            {**ROW, "id": "silent", "quality": "C"}, {"id": "empty", "quality": "A"}]  # fmt: skip
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"rows": rows}))
     gpu_accuracy.main(["--rows", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(gpu_accuracy.SUMMARY) <= set(found)
     assert (found["judged"], found["refused_share"]) == (2, 0.0)
-    assert [row["id"] for row in found["not_judged"]] == ["silent"]
+    assert [row["id"] for row in found["not_judged"]] == ["silent", "empty"]
     assert found["leave_one_source_out"]["somewhere"]["rows"] == 2
     by_id = {row["id"]: row for row in found["rows"]}
     assert by_id["other"]["predicted_s"] < by_id["toy"]["predicted_s"]
     gpu_accuracy.main(["--rows", str(path), "--no-leave-out"])
-    assert "not judged: silent: batch, sequence or schedule" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not judged: silent: batch, sequence or schedule" in shown
+    assert "not judged: empty: the number of GPUs is not stated" in shown
     gpu_accuracy.main(["--rows", str(tmp_path / "none.json")])
     assert "skipped: there is no file" in capsys.readouterr().out
 

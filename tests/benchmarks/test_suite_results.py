@@ -193,6 +193,8 @@ def test_measured_groups_replace_those_of_the_whole(rows, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--threshold", "nan"], "--threshold must be at least 0 and finite, got nan"),
+        (["--threshold=-5"], "--threshold must be at least 0 and finite, got -5.0"),
         (["--update"], "--update goes with --only"),
         (["--update", "--only", "ipu", "--quick"], "and not with --quick"),
         (["--update", "--only", "ipu"], "cannot read the results"),

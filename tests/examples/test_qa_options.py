@@ -153,6 +153,28 @@ def test_refuses_contradictions(module, message):
         module.Options(model_name_or_path="m", output_dir=Path("o"), **CONTRADICTIONS[message])
 
 
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("max_train_samples", 1), ("max_answer_length", 1), ("n_best_size", 1), ("doc_stride", 0)],
+)
+def test_counts_are_not_negative(module, name, least):
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got -1"):
+        module.Options(
+            model_name_or_path="m", output_dir="o", do_train=True, train_file="t", **{name: -1}
+        )
+
+
+def test_a_disk_that_is_full_is_one_line(module, monkeypatch):
+    import script_options
+
+    def full(_):
+        raise OSError(28, "No space left on device", "out/x")
+
+    monkeypatch.setattr(sys, "argv", ["run_qa.py", *OWN.split()])
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device: 'out/x'; make room"):
+        script_options.run_command_line(full, module.Options)
+
+
 def test_ctrl_c_is_one_line_and_130(root):
     script = root / "examples" / "question-answering" / "run_qa.py"
     source = script.read_text().replace(

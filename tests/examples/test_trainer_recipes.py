@@ -41,6 +41,33 @@ def reference_losses(module: ModuleType, steps: int, schedule_of: int) -> list[f
     return losses
 
 
+@pytest.mark.parametrize("name", ["accelerate", "lightning"])
+@pytest.mark.parametrize(
+    ("option", "wrong", "message"),
+    [
+        ("--max_steps", "-5", "max_steps must be at least 1, got -5"),
+        ("--max_steps", "1" + "0" * 30, "max_steps may be 1000000000 at most, got more"),
+        ("--num_stages", "0", "num_stages must be at least 1, got 0"),
+        ("--dropout", "nan", "dropout must be at least 0 and below 1, got nan"),
+        ("--output_dir", "a" * 300, "choose a shorter one"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    option: str,
+    wrong: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        recipe(root, name).main([option, wrong])
+    assert message in capsys.readouterr().err
+
+
 # ---- accelerate ---------------------------------------------------------------------------
 
 

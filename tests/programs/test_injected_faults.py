@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.local import executable as local
 from ipu_pipeline.stages import captures
+from ipu_pipeline.stages.serialize import add_sums
 from tests.programs.program import Program, eager, pipelined
 
 Fault = Callable[[], contextlib.AbstractContextManager[object]]
@@ -64,7 +65,7 @@ def ties_copied() -> Iterator[None]:
     def faulty(step):
         for sums in step._shared[:1]:
             for parameter, own in sums.items():
-                local.add_sums(parameter, [own])
+                add_sums(parameter, [own])
 
     with mock.patch.object(local.Step, "add_shared_gradients", faulty):
         yield

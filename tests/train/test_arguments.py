@@ -46,6 +46,11 @@ def test_all_of_transformers_arguments_with_their_defaults():
         ({"adam_epsilon": math.inf}, "adam_epsilon must be finite, got inf"),
         ({"dataloader_num_workers": 10**9}, "dataloader_num_workers may be 256 at most"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, got -1"),
+        (
+            {"lr_scheduler_kwargs": "[1]"},
+            r"lr_scheduler_kwargs must be settings by name, got .\[1\]",
+        ),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4'"),
         ({"seed": 2**32}, "seed may be 4294967295 at most, got 4294967296"),
         ({"data_seed": -1}, "data_seed must be at least 0, got -1"),
         ({"warmup_ratio": 1.5}, r"warmup_ratio must be in \[0, 1\], got 1.5"),
@@ -67,6 +72,10 @@ def test_refusals(settings, message):
 )
 def test_warmup_steps_of_sixteen(settings, steps):
     assert TrainingArguments(**settings).get_warmup_steps(16) == steps
+
+
+def test_a_whole_number_of_steps_may_be_a_float():
+    assert TrainingArguments(max_steps=1e3).max_steps == 1000
 
 
 def test_batch_sizes():

@@ -49,7 +49,7 @@ class PopRun:
         ]
         if self.num_hosts > 1:
             words.append(f"--host={_HOSTS}")
-        return [*words, *(shlex.quote(word) for word in (python, *self.program))]
+        return [*words, shlex.join((python, *self.program))]
 
 
 def make_poprun(

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from threading import Lock
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ipu_pipeline.backends.local.runner import StageThreads, run_sequentially
+from ipu_pipeline.backends.local.step import Step
+from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
 from ipu_pipeline.capture.captured import described
-from ipu_pipeline.capture.glue_run import GlueRun, Unlifted
+from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.schedule import Action, Schedule
+from ipu_pipeline.ir.schedule import Schedule
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
@@ -35,114 +35,15 @@ from ipu_pipeline.stages.executable import (
     mean_loss,
 )
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
-from ipu_pipeline.stages.serialize import GradientSum, add_sums
-from ipu_pipeline.stages.stage import RandomKey, Stage, recomputed_blocks
-from ipu_pipeline.stages.tables import check_blocks
+from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
-    autocast_region,
     check_model,
     in_evaluation,
     kept_modes,
 )
 from ipu_pipeline.stages.variants import Prepared
-
-
-@dataclass(eq=False)
-class Step:
-    """The work of one step: called with an action, runs that stage on that microbatch.
-
-    Attributes:
-        stages: ``[microbatch][stage]``.
-        loss_scaling: Factor of the loss before the backward pass.
-        glue: That of its only microbatch, if that goes on while the stages run.
-        results: What each microbatch computed, by name, in the order of the microbatches.
-        busy_s: Seconds that each stage was busy.
-    """
-
-    stages: Sequence[Sequence[Stage]]
-    microbatches: Sequence[Microbatch]
-    options: ExecutionOptions
-    global_step: int
-    loss_scaling: float
-    schedule: Schedule
-    glue: GlueRun | None = None
-
-    def __post_init__(self) -> None:
-        own = self.stages[0]
-        self.results: list[dict[str, Tensor]] = [{} for _ in self.microbatches]
-        self.grad = torch.is_grad_enabled()
-        self.alone = [self.schedule.peak_in_flight(stage.index) == 1 for stage in own]
-        self.busy_s = [0.0] * len(own)
-        self._values: dict[tuple[int, str], Tensor] = {}
-        self._gradients: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
-        self._shared: list[defaultdict[Tensor, GradientSum]] = [
-            defaultdict(GradientSum) for _ in own
-        ]
-        self._lock = Lock()
-
-    def __call__(self, action: Action) -> None:
-        """Run one action; an exception carries the name of the block it came from."""
-        stage = self.stages[action.microbatch][action.stage]
-        started = time.perf_counter()
-        try:
-            with torch.set_grad_enabled(self.grad):
-                if action.kind == "F":
-                    self._forward(stage, action.microbatch)
-                elif action.kind != "W":  # I computes both gradients, nothing is left to W
-                    self._backward(stage, action.microbatch)
-        except Exception as error:
-            error.pipeline_block = stage.block  # type: ignore[attr-defined]
-            raise
-        self.busy_s[action.stage] += time.perf_counter() - started
-
-    def _forward(self, stage: Stage, microbatch: int) -> None:
-        part = self.microbatches[microbatch]
-        received = {name: self._values[microbatch, name] for name in stage.receives}
-        key: RandomKey = (self.options.seed, self.global_step, part.index)
-        with autocast_region(self.options.precision):
-            sent, results = stage.forward(
-                microbatch, part.inputs, received, key, alone=self.alone[stage.index]
-            )
-        with self._lock:
-            self._values.update({(microbatch, name): value for name, value in sent.items()})
-            self.results[microbatch].update(results)
-        if self.glue is not None and stage.index == len(self.busy_s) - 1:
-            self.glue.finish()
-
-    def _backward(self, stage: Stage, microbatch: int) -> None:
-        gradients = {}
-        for name in stage.sends:
-            parts = self._gradients.pop((microbatch, name), {})
-            self._values.pop((microbatch, name), None)
-            ordered = [parts[index] for index in sorted(parts)]  # one order, whatever the timing
-            if ordered:
-                gradients[name] = torch.stack(ordered).sum(0) if len(ordered) > 1 else ordered[0]
-        share = self.microbatches[microbatch].share
-        found, shared = stage.backward(microbatch, gradients, self.loss_scaling * share)
-        with self._lock:
-            for name, gradient in found.items():
-                self._gradients[microbatch, name][stage.index] = gradient
-        for parameter, gradient in shared:  # sums of this stage, which runs in one thread
-            self._shared[stage.index][parameter].add(gradient)
-
-    def add_shared_gradients(self) -> None:
-        """Add the gradients of parameters that several stages use, in the order of the stages."""
-        parameters = dict.fromkeys(p for sums in self._shared for p in sums)
-        for parameter in parameters:
-            add_sums(parameter, (sums[parameter] for sums in self._shared if parameter in sums))
-
-    def join(self, later: Step) -> None:
-        """Add what a later part of the same step has computed, but not its gradients."""
-        self.microbatches = [*self.microbatches, *later.microbatches]
-        self.results += later.results
-        self.busy_s = [a + b for a, b in zip(self.busy_s, later.busy_s, strict=True)]
-
-    def clear(self) -> None:
-        """Forget all microbatches in flight."""
-        for stages in self.stages:
-            for stage in stages:
-                stage.clear()
 
 
 class LocalExecutable(Executable):
@@ -178,7 +79,7 @@ class LocalExecutable(Executable):
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
         self._shares = LossShares(model, wish, plan.granularity)
-        self._known: set[object] = set()
+        self._known: dict[object, MixedSamplesError | None] = {}
         self._threads: StageThreads | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -311,7 +212,9 @@ class LocalExecutable(Executable):
         cut = batch if isinstance(batch, CutBatch) else None
         microbatches = batch.parts if isinstance(batch, CutBatch) else batch
         if cut is not None:
-            self._check_shares(cut, training=training)
+            error = self._mixing(cut, training=training)
+            if error is not None:
+                return self._with_whole_loss(cut, loss_scaling, error)
         done: Step | None = None
         ready: list[Microbatch] = []
         terms: list[LossTerms] = []
@@ -332,17 +235,31 @@ class LocalExecutable(Executable):
         assert done is not None
         return done
 
-    def _check_shares(self, cut: CutBatch, *, training: bool) -> None:
-        """Refuse a loss that microbatches cannot give, if it is known before any glue runs.
+    def _mixing(self, cut: CutBatch, *, training: bool) -> MixedSamplesError | None:
+        """Return why the loss is computed once for all microbatches; ``None`` if it is not.
 
-        What glue keeps has no values until the stages of its microbatch have run, so that other
-        shapes are captured here, too.
+        That is found before any glue runs. What glue keeps has no values until the stages of its
+        microbatch have run, so that other shapes are captured here, too.
+
+        Raises:
+            MixedSamplesError: Microbatches cannot give the loss, and it cannot be computed so.
         """
         shapes = training, *(described(part.inputs) for part in cut.parts)
         if shapes not in self._known:
+            for part in cut.parts:
+                self._cache.loss_terms(part)
+            found = [(part, self._cache.at_size(part)) for part in cut.parts]
+            ready = [replace(p, inputs={**p.inputs, **(at[1] if at else {})}) for p, at in found]
             terms = list(map(self._cache.loss_terms, cut.parts))
-            self._shares.check(cut, cut.parts, terms, training=training)
-            self._known.add(shapes)
+            self._known[shapes] = None
+            try:
+                self._shares.check(cut, ready, terms, training=training)
+            except MixedSamplesError as error:
+                del self._known[shapes]
+                if not (training and self._runs_forward_first(len(cut.parts))):
+                    raise
+                return error
+        return self._known[shapes]
 
     def _weighted(
         self,
@@ -396,6 +313,27 @@ class LocalExecutable(Executable):
                 glue.close(done=True)
             step.add_shared_gradients()
             return step
+
+    def _runs_forward_first(self, number: int) -> bool:
+        """Whether all forward passes come before the first backward pass, with the loss alone."""
+        simple = not serialized(self.plan) and number > 1
+        kinds = ["".join(action.kind for action in row) for row in self._rows(number).rows]
+        return simple and all("F" not in row.lstrip("F") for row in kinds)
+
+    def _with_whole_loss(
+        self, cut: CutBatch, loss_scaling: float, error: MixedSamplesError
+    ) -> Step:
+        """Run all microbatches, and compute the loss once on what they give."""
+        shapes = True, *(described(part.inputs) for part in cut.parts)
+        compared = shapes not in self._known
+        stages, parts, whole = whole_loss(self._cache, cut, error, compared=compared)
+        schedule = self._rows(len(parts))
+        step = WholeLossStep(stages, parts, self.options, self.global_step, loss_scaling, schedule)
+        step.whole = whole
+        self._run(step)
+        self._known[shapes] = error
+        step.add_shared_gradients()
+        return step
 
     def _rows(self, num_microbatches: int) -> Schedule:
         """Return the schedule's rows; 1F1B's where it cannot run so few (the sums are equal)."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, StageError
 from tests.backends.ipu.emulated import Case, adamw, assert_same_weights, case, sessions_of, sgd
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -242,6 +242,20 @@ def test_a_change_of_weights_that_are_older_than_the_devices(
         assert device.state_dict()["qa_outputs.bias"].max() < 0.5
         assert "changed here in qa_outputs.bias gives way to the device's" in caplog.text
         device.train_step(made.batch())
+
+
+def test_what_fails_in_the_worker_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = case()
+    with made.compile() as device:
+        with pytest.raises(LoweringError, match=r"batch\.more is a set; give tensors, numbers"):
+            device.train_step({**made.batch(), "more": {1}})
+        with monkeypatch.context() as patched:
+            layer = type(made.model.bert.encoder.layer[1])
+            patched.setattr(layer, "forward", lambda *_, **__: 1 / 0)
+            message = r"'train' failed in the worker.*ZeroDivisionError: division(.|\n)*line \d+"
+            with pytest.raises(StageError, match=message):
+                device.train_step(made.batch())
+        assert device.train_step(made.batch()).loss > 0
 
 
 def test_one_executable_at_a_time() -> None:

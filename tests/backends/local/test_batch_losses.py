@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.stages.loss_shares import MixedSamplesError
 
 WORDS, WIDTH, SAMPLES, LENGTH, IGNORED = 12, 8, 8, 6, -100
@@ -333,6 +333,33 @@ def test_a_loss_that_microbatches_do_not_give_is_refused_and_evaluated_whole(
         parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in range(0, SAMPLES, 2)]
         mean = sum(model(**part)["loss"].item() for part in parts) / 4
         assert executable.forward_backward(batch) == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [contrast, dice, load_balance, scaled_by_the_largest, hardest])
+def test_a_loss_that_mixes_samples_is_computed_once_where_all_forward_passes_come_first(
+    loss: Callable[..., Tensor],
+):
+    model, batch = Model(loss), uneven_batch()
+    model.head.weight = model.embed.weight  # of a stage, and of the loss apart
+    short = {name: value[:7] for name, value in batch.items()}
+    with ipp.compile(model, planned(model, batch, 4, schedule="gpipe")) as executable:
+        for part in (batch, batch, short):
+            check(model, part, executable)
+
+
+def test_what_mixes_samples_before_the_last_block_is_refused_with_gpipe_too():
+    class Centred(Model):
+        def forward(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            x = self.layers[0](self.embed(ids))
+            logits = self.head(self.layers[1](x - x.mean(0)))
+            return {"loss": self.loss(self, logits, labels), "logits": logits}
+
+    model, batch = Centred(sample_mean), uneven_batch()
+    with (
+        ipp.compile(model, planned(model, batch, 4, schedule="gpipe")) as executable,
+        pytest.raises(StageError, match="is not that of its microbatches: of 8 samples at"),
+    ):
+        executable.forward_backward(batch)
 
 
 def mean_without_nan(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

@@ -207,5 +207,5 @@ class PoplarExecutor(DeviceModel):
             return
         assert self._device is not None
         assert self._device.optimizer is not None
-        self._device.optimizer.load(optimizer.ipu_state)
+        self._device.optimizer.load(optimizer.ipu_state or {})
         optimizer._state_is_new = False

@@ -20,12 +20,15 @@ ON_DEVICE = {torch.int64: torch.int32, torch.float64: torch.float32}
 ON_HOST = {torch.int32: torch.int64, torch.float64: torch.float32}
 """Types in which the host computes what the device computes."""
 
-_OLD = torch.__version__.startswith(("1.", "2.0."))
+_ONEDNN = not torch.__version__.startswith(("1.", "2.0."))
 
 
-def _without_onednn() -> Any:
-    """Return a context without oneDNN in releases of torch where that is needed."""
-    return torch.backends.mkldnn.flags(enabled=False) if _OLD else contextlib.nullcontext()
+def _right_products() -> Any:
+    """Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
+
+    Later versions warn of TF32 where its flags are set.
+    """
+    return contextlib.nullcontext() if _ONEDNN else torch.backends.mkldnn.flags(enabled=False)
 
 
 class Slot:
@@ -119,8 +122,7 @@ class Graph:
         values.update(self.constants)
         for node, unused in zip(self.nodes, self._unused_after):
             gradients = torch.set_grad_enabled(training and node.has_gradient)
-            # Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
-            with gradients, _without_onednn():
+            with gradients, _right_products():
                 result = node.run(values)
                 values.update(zip(node.outputs, map(_in_host_type, tensors_of(result))))
             for slot in unused:

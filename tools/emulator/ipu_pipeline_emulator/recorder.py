@@ -39,7 +39,7 @@ from .stages import ExecutionStrategy
 _META = torch.device("meta")
 _IPU = torch.device("ipu", 0)
 _IPU_NAMES = (_IPU, torch.device("ipu"), "ipu", "ipu:0")
-_GET_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_GET_DEVICE = torch.Tensor.device.__get__
 # Operations whose types the front end infers itself where torch 2.0 has no meta kernel.
 _TYPES_BY_HAND = (
     "bincount bucketize count_nonzero _ctc_loss median rrelu_with_noise nll_loss2d_forward "
@@ -246,9 +246,9 @@ class Recorder:
         self.block.num_ops += 1
         for value in used:
             self._note_variable(self.slot_of(value))
-        taken = replaced((args, kwargs), self._recorded)
+        positional, named = replaced((args, kwargs), self._recorded)
         outputs = [self._register(value) for value in made]
-        self.graph.nodes.append(Node(func, *taken, outputs, torch.is_grad_enabled()))
+        self.graph.nodes.append(Node(func, positional, named, outputs, torch.is_grad_enabled()))
 
     def _note_variable(self, slot: int | None) -> None:
         if slot in self._names:

@@ -15,7 +15,7 @@ class Stage:
         block_ids: Ids of the blocks, at least one.
     """
 
-    def __init__(self, *block_ids: str) -> None:
+    def __init__(self, *block_ids: str | int) -> None:
         require(bool(block_ids), "A Stage needs at least one block id")
         for block_id in block_ids:
             require_type(block_id, (str, int), "a block id of Stage")
@@ -42,7 +42,7 @@ class Phase:
         stages: Stages, or block ids (each id a stage of its own).
     """
 
-    def __init__(self, *stages: Stage | str) -> None:
+    def __init__(self, *stages: Stage | str | int) -> None:
         require(bool(stages), "A Phase needs at least one stage or block id")
         if all(isinstance(stage, (str, int)) for stage in stages):
             self.stages = [Stage(*stages)]  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ class ExecutionStrategy:
             self._block_map[block_id] = stage
 
 
-StageItem = Union[Stage, str, "list[str]"]
+StageItem = Union[Stage, str, int, "list[str]"]
 
 
 class ShardedExecution(ExecutionStrategy):
