@@ -34,10 +34,11 @@ def accuracy(rows: Sequence[Raw], *, leave_out: bool = True) -> dict[str, Any]:
         rows: Published runs.
         leave_out: Whether to fit the constants again without each source.
     """
-    found, runs = [], []
+    found: list[dict[str, Any]] = []
+    runs: list[Run] = []
     for raw in rows:
-        judged, run = _judge(raw)
-        found.append(judged)
+        one, run = _judge(raw)
+        found.append(one)
         runs += [run] if run is not None else []
     judged = [row for row in found if "reason" not in row and row["quality"] == "A"]
     times = [row["time_error"] for row in judged if "time_error" in row]

@@ -178,7 +178,8 @@ def _capture(
     config = AutoConfig.for_model(given.pop("model_type"), **given)
     made = AutoModelForMaskedLM if config.model_type == "bert" else AutoModelForCausalLM
     with torch.device("meta"):
-        model = made.from_config(config, dtype=torch.bfloat16)
+        build: Any = made.from_config
+        model = build(config, dtype=torch.bfloat16)
         batch = {
             name: torch.zeros(micro_batch, seq, dtype=torch.long)
             for name in ("input_ids", "labels")

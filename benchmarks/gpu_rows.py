@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
-from ipu_pipeline.backends.cluster.rank import ParallelSizes
+from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
 
 Raw = Mapping[str, Any]
 GIBIBYTE = 2**30
@@ -297,7 +297,8 @@ def _even(num_layers: int, depth: int) -> list[int]:
     if (num_layers + 2) % depth == 0:  # embedding and head count as a layer each
         each = (num_layers + 2) // depth
         return [each - 1, *[each] * (depth - 2), each - 1]
-    each, counts = ceil(num_layers / depth), []
+    each = ceil(num_layers / depth)
+    counts: list[int] = []
     for _ in range(depth):
         counts.append(min(each, num_layers - sum(counts)))
     return counts

@@ -89,6 +89,10 @@ class StaticProgram:
         self._attributes = _plain_attributes(model)
         with torch.no_grad(), _on_meta(model), self._running(inputs, [], learn=True):
             model(**inputs)
+            after = _plain_attributes(model)
+        # What the forward pass itself writes is no setting of the user's.
+        kept = {n: v for n, v in self._attributes.items() if after.get(n, v) == v}
+        self._attributes = kept
 
     def inputs(self, batch: Mapping[str, Any], copies: int) -> Dict[str, Any]:
         """Return a batch with what the host draws for it.

@@ -104,6 +104,19 @@ def test_an_attribute_that_changes_after_the_program_was_built() -> None:
         program.inputs(batch(), 1)
 
 
+def test_an_attribute_that_the_forward_pass_writes_may_change() -> None:
+    def body(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
+        m.scale = float(x.shape[1])
+        return x * m.weight
+
+    model = Toy(body)
+    program = rehearsed(model, batch())
+    assert model.scale == 0.5
+    run(program, model, batch())
+    assert model.scale == 4.0
+    assert set(program.inputs(batch(), 1)) == set(batch())
+
+
 def test_a_rehearsal_leaves_the_model_as_it_was() -> None:
     def body(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
         m.kept = x * m.weight
