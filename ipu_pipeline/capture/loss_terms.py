@@ -62,6 +62,7 @@ class Term:
         least: The least that a divisor is raised to, where the quotient has such a bound.
         added: A number that is added to the divisor.
         averaged: Whether a mean is divided by a mean.
+        reads: Numbers of the blocks whose results it is computed from.
     """
 
     kind: TermKind
@@ -72,6 +73,7 @@ class Term:
     least: float = 0.0
     added: float = 0.0
     averaged: bool = False
+    reads: frozenset[int] = frozenset()
 
     def weights(self, counts: Sequence[float]) -> list[float]:
         """Return what values with these counts weigh in that of all; nothing if none counts."""
@@ -173,7 +175,9 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
         return LossTerms()
     prelude = frozenset(captured._coarse.prelude)
     walk = _Walk(captured._trace.attributes, prelude, _dependent(captured._trace.graph))
-    terms = tuple(dict.fromkeys(walk.terms(loss, divided=False)))
+    found = dict.fromkeys(walk.terms(loss, divided=False))
+    read = _blocks_read(captured)
+    terms = tuple(replace(term, reads=read.get(term.node, frozenset())) for term in found)
     named = (name for term in terms for name in (term.value, term.weight, term.ignored))
     wanted = [name for name in named if isinstance(name, str) and name]
     program = captured.prelude((), wanted) if wanted else None
@@ -181,6 +185,17 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
     functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
     return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions))
+
+
+def _blocks_read(captured: CapturedModel) -> dict[str, frozenset[int]]:
+    """Return the blocks whose results the nodes of the loss are, or are computed from, by name."""
+    blocks = captured._coarse.blocks
+    home = {node: number for number, block in enumerate(blocks) for node in block.nodes}
+    last = home.get(captured._coarse.results[LOSS])
+    read = {node: frozenset([number]) for node, number in home.items() if number != last}
+    for node in blocks[last].nodes if last is not None else ():
+        read[node] = frozenset[int]().union(*(read.get(n, ()) for n in node.all_input_nodes))
+    return {node.name: numbers for node, numbers in read.items()}
 
 
 def _dependent(graph: fx.Graph) -> frozenset[fx.Node]:

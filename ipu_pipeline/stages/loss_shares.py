@@ -160,13 +160,33 @@ class LossShares:
         """Return how each term adds up over samples, measured once on two microbatches."""
         names = tuple(term.node for term in terms.varying)
         if names not in self._measured:
-            self._measured[names] = self._measure(cut, names)
-        rules = self._measured[names]
-        if rules is not None and "none" in rules:
-            mixing = names[rules.index("none")]
-            raise self._mixed(f"its term {mixing!r} of two microbatches is not a sum or mean of "
-                              "what it is for each one", terms)  # fmt: skip
-        return rules
+            rules = self._measure(cut, names)
+            self._measured[names] = rules and self._of_microbatches(rules, terms)
+        return self._measured[names]
+
+    def _of_microbatches(self, rules: tuple[Rule, ...], terms: LossTerms) -> tuple[Rule, ...]:
+        """Return the rules with side losses that mix samples as means over microbatches.
+
+        A side loss is a term over results of other blocks than the terms that do not mix samples:
+        load balancing over the routers of all layers, say, which is trained so everywhere.
+
+        Raises:
+            MixedSamplesError: Another term is no sum or mean of its microbatches.
+        """
+        pairs = list(zip(terms.varying, rules, strict=True))
+        read = frozenset[int]().union(*(term.reads for term, rule in pairs if rule != "none"))
+        mixing = [term for term, rule in pairs if rule == "none"]
+        for term in mixing:
+            if len(mixing) == len(pairs) or term.reads <= read:
+                raise self._mixed(f"its term {term.node!r} of two microbatches is not a sum or "
+                                  "mean of what it is for each one", terms)  # fmt: skip
+        if mixing:
+            logger.warning(
+                "the side loss %s of %s mixes samples, as load balancing does: it is the mean over "
+                "the microbatches of a step, as under gradient accumulation",
+                ", ".join(term.node for term in mixing), type(self.model).__name__,
+            )  # fmt: skip
+        return tuple("mean" if rule == "none" else rule for rule in rules)
 
     def _measure(self, cut: CutBatch, names: tuple[str, ...]) -> tuple[Rule, ...] | None:
         first, second = (part.num_samples for part in cut.parts[:2])
