@@ -98,44 +98,6 @@ def test_files_are_python_38_and_import_nothing_else(tmp_path: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-_STUBS = """
-import sys, types
-from unittest.mock import MagicMock
-class Module: pass
-nn = types.ModuleType("torch.nn")
-nn.Module = nn.Parameter = nn.Embedding = nn.Linear = Module
-nn.functional = types.ModuleType("torch.nn.functional")
-torch = MagicMock(Tensor=Module, nn=nn)
-torch.utils.data.Dataset = object
-sys.modules.update({"torch": torch, "torch.nn": nn, "torch.nn.functional": nn.functional,
-                    "transformers": MagicMock()})
-"""
-_USE = """
-import json
-import run
-from model_parallel import BLOCKS
-settings = json.loads(open("settings.json").read())
-run.check_blocks(BLOCKS, settings["annotated_blocks"], settings)
-run.make_options(settings, MagicMock())
-run.make_optimizer(settings, [], MagicMock())
-print(len(BLOCKS))
-"""
-
-
-@pytest.mark.skipif(not PYTHON38.exists(), reason="no Python 3.8 here")
-def test_the_code_runs_under_python_38(tmp_path: Path) -> None:
-    folder = _emit(case(), tmp_path / "b")
-    done = subprocess.run(
-        [str(PYTHON38), "-c", _STUBS + _USE],
-        cwd=folder,
-        env={},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "6\n", done.stderr
-
-
 def test_json_files_say_everything(tmp_path: Path) -> None:
     made = case(replication_factor=2)
     folder = _emit(made, tmp_path / "b", learning_rate=0.5, loss_scaling=64.0)
