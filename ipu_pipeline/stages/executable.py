@@ -170,6 +170,18 @@ class ExecutionOptions:
                 "without that, from a plan that was made with labels"
             )
 
+    def refuse_ipus(self, target: str) -> None:
+        """Refuse options that only IPUs have, for another target.
+
+        Raises:
+            LoweringError: One is given.
+        """
+        if self.ipu_config is not None or self.sdk_python is not None:
+            raise LoweringError(
+                f"the {target} target runs on no IPU: leave ipu_config and sdk_python out, or use "
+                "target='poptorch'"
+            )
+
 
 def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse a call in a forked copy of the process that made the executable: it would hang there.

@@ -356,6 +356,7 @@ def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
     torch_schedule(options.schedule or plan.schedule)
     recomputed_blocks(options.recompute, plan)
     check_blocks(plan)
+    options.refuse_ipus("distributed")
     if options.sequential:
         raise LoweringError(
             "sequential runs all stages in one thread, the distributed target in several "

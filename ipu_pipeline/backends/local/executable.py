@@ -425,11 +425,7 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
             f"the plan has {plan.replicas} replicas; the local target runs one pipeline: make the "
             "plan with replicas=1, or more microbatches for the same total batch"
         )
-    if options.ipu_config is not None or options.sdk_python is not None:
-        raise LoweringError(
-            "the local target runs on no IPU: leave ipu_config and sdk_python out, or use "
-            "target='poptorch'"
-        )
+    options.refuse_ipus("local")
     if options.replicated_tensor_sharding:
         raise LoweringError(
             "replicated_tensor_sharding divides optimizer state among replicas, and the local "

@@ -10,6 +10,7 @@ import torch
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.errors import LoweringError, StageError
+from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.ipu.emulated import Case, adamw, assert_same_weights, case, sessions_of, sgd
 
 pytestmark = pytest.mark.usefixtures("poptorch")
@@ -267,7 +268,9 @@ def test_one_executable_at_a_time() -> None:
     made.compile().close()
 
 
-def test_the_local_target_refuses_an_ipu_configuration() -> None:
-    for option in ({"ipu_config": IPUConfig()}, {"sdk_python": "python"}):
-        with pytest.raises(LoweringError, match=r"runs on no IPU: leave ipu_config and sdk_python"):
-            case().local(**option)
+@pytest.mark.parametrize("option", [{"ipu_config": IPUConfig()}, {"sdk_python": "python"}])
+def test_other_targets_refuse_options_of_ipus(option: dict[str, Any]) -> None:
+    with pytest.raises(LoweringError, match="local target runs on no IPU: leave ipu_config and"):
+        case().local(**option)
+    with pytest.raises(LoweringError, match="distributed target runs on no IPU"):
+        ExecutionOptions(**option).refuse_ipus("distributed")
