@@ -326,11 +326,14 @@ def _watched(model: nn.Module) -> Callable[[], bool]:
     python, generators = PythonState(model.modules()), Generators(model.modules())
     drawn, seed = generators.states(), torch.get_rng_state()
     buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
+    attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    versions = [value._version for value in attributes]
 
     def is_changed() -> bool:
         now = dict(model.named_buffers())
         return (
             any(now.get(n) is not b or b._version != version for n, b, version in buffers)
+            or any(v._version != version for v, version in zip(attributes, versions, strict=True))
             or not torch.equal(seed, torch.get_rng_state())
             or bool(generators.drawn(drawn, generators.states()))
             or python.changed()

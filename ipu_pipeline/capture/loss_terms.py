@@ -88,7 +88,8 @@ class LossTerms:
 
     ``constants`` are weights of classes that the model holds, by name; ``factored``: every term
     but a constant is multiplied by an input of its own, called :func:`factor_name`; ``path``: the
-    nodes between the terms and the loss; ``functions``: those that compute it, by name.
+    nodes between the terms and the loss; ``functions``: those that compute it, by name;
+    ``reads_values``: Python reads values that blocks compute.
     """
 
     terms: tuple[Term, ...] = ()
@@ -97,6 +98,7 @@ class LossTerms:
     factored: bool = False
     path: frozenset[str] = frozenset()
     functions: tuple[str, ...] = ()
+    reads_values: bool = False
 
     def divisors(self, inputs: Mapping[str, Any]) -> list[float | None]:
         """Return what each varying term divides by, for a microbatch's inputs, if it is known."""
@@ -184,7 +186,9 @@ def loss_terms(captured: CapturedModel) -> LossTerms:
     scaled = any(node.target is scaled_term for node in captured._trace.graph.nodes)
     own = [node for block in captured._coarse.blocks if loss in block.nodes for node in block.nodes]
     functions = dict.fromkeys(name for node in own if (name := walk.called(node)[0]))
-    return LossTerms(terms, program, walk.constants, scaled, frozenset(walk.path), tuple(functions))
+    late = any(call.is_late for call in captured.glue.calls)
+    path = frozenset(walk.path)
+    return LossTerms(terms, program, walk.constants, scaled, path, tuple(functions), late)
 
 
 def _blocks_read(captured: CapturedModel) -> dict[str, frozenset[int]]:

@@ -70,6 +70,7 @@ class LossShares:
     _measured: dict[tuple[str, ...], tuple[Rule, ...] | None] = field(default_factory=dict)
     _fitting: dict[tuple[str, ...], Rule] = field(default_factory=dict)
     _checked: set[object] = field(default_factory=set)
+    _ordered: dict[object, bool] = field(default_factory=dict)
 
     def check(
         self,
@@ -100,13 +101,31 @@ class LossShares:
             return
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        if key in self._checked:
+        if key in self._checked or self._is_ordered(cut, terms[0]):
             return
         weighted = self.weighted(cut, parts, terms, training=False)
         # Terms with factors of their own are measured one by one.
         if factor_name(0) not in weighted[0].inputs:
             self._compare(cut, parts, terms)
         self._checked.add(key)
+
+    def _is_ordered(self, cut: CutBatch, terms: LossTerms) -> bool:
+        """Whether microbatches run one after another: the model keeps something or reads values.
+
+        Their loss is then that of plain torch for one microbatch after another.
+        """
+        key = described(cut.parts[0].inputs)
+        if key not in self._ordered and not terms.reads_values:
+            evaluation = leaves_in_evaluation(self.model, self.granularity)
+            try:
+                with evaluation, plain_runs(self.model) as run:
+                    once, twice = (run(cut.parts[0].inputs, watched=n == 0) for n in range(2))
+                same = all(torch.equal(v, twice.tensors[n]) for n, v in once.tensors.items())
+                self._ordered[key] = not once.draws and (once.leaves_traces or not same)
+            except Exception as error:  # such as a hook that wants gradients
+                logger.info("plain torch does not run without gradients: %s", error)
+                self._ordered[key] = True
+        return terms.reads_values or self._ordered[key]
 
     def weighted(
         self,
@@ -161,10 +180,12 @@ class LossShares:
         names = tuple(term.node for term in terms.varying)
         if names not in self._measured:
             rules = self._measure(cut, names)
-            self._measured[names] = rules and self._of_microbatches(rules, terms)
+            self._measured[names] = rules and self._of_microbatches(cut, rules, terms)
         return self._measured[names]
 
-    def _of_microbatches(self, rules: tuple[Rule, ...], terms: LossTerms) -> tuple[Rule, ...]:
+    def _of_microbatches(
+        self, cut: CutBatch, rules: tuple[Rule, ...], terms: LossTerms
+    ) -> tuple[Rule, ...]:
         """Return the rules with side losses that mix samples as means over microbatches.
 
         A side loss is a term over results of other blocks than the terms that do not mix samples:
@@ -177,7 +198,9 @@ class LossShares:
         read = frozenset[int]().union(*(term.reads for term, rule in pairs if rule != "none"))
         mixing = [term for term, rule in pairs if rule == "none"]
         for term in mixing:
-            if len(mixing) == len(pairs) or term.reads <= read:
+            if (len(mixing) == len(pairs) or term.reads <= read) and not self._is_ordered(
+                cut, terms
+            ):
                 raise self._mixed(f"its term {term.node!r} of two microbatches is not a sum or "
                                   "mean of what it is for each one", terms)  # fmt: skip
         if mixing:
@@ -321,6 +344,8 @@ def _varying(cut: CutBatch, parts: Sequence[Microbatch]) -> frozenset[str]:
 
 
 def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
     same = type(value) is type(other) and np.shape(value) == np.shape(other)
     return same and bool(np.all(value == other))
 

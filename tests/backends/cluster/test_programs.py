@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 
 from tests.backends.cluster.processes import Processes
+from tests.backends.local.test_batch_losses import SAMPLES, Model, uneven_batch
+from tests.backends.local.test_mixed_samples import contrast
 from tests.programs.census import RIGHT, drawn
 from tests.programs.program import Program
 
@@ -29,9 +31,12 @@ def test_programs_are_equal_over_two_processes(two: Processes) -> None:
 
 
 def test_a_loss_that_mixes_samples_is_refused_by_all_and_then_equal(two: Processes) -> None:
-    programs = [Program(buffer="written at the end", loss="token mean", schedule="gpipe")]
-    for rank in two.run("program_jobs.outcomes", programs=programs):
-        assert rank == ["equal when asked"]
+    model, batch = Model(contrast), uneven_batch()
+    parts = [{n: v[i : i + 2] for n, v in batch.items()} for i in range(0, SAMPLES, 2)]
+    mean = sum(model(**part)["loss"].item() for part in parts) / 4
+    for refusal, asked in two.run("program_jobs.mixed_samples"):
+        assert "the loss of Model (cross_entropy) is not that of its microbatches" in refusal
+        assert float(asked) == pytest.approx(mean, abs=1e-5)
 
 
 @pytest.mark.acceptance

@@ -48,7 +48,8 @@ def test_resume_checks_only_what_is_left(checked: list[str], tmp_path: Path) -> 
     done = checked.copy()
     versions = session.installed_versions()
     known = [Record(name, "wav2vec2", "ctc", "pass") for name in done[:-1]]
-    Journal(output.with_suffix(".jsonl"), {"versions": versions}, known)
+    header = {"versions": versions, "check": None}
+    Journal(output.with_suffix(".jsonl"), header, known)
     checked.clear()
     result = CliRunner().invoke(app, [*options, "--resume"])
     assert result.exit_code == 0, result.output
