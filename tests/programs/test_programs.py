@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.later import every_second
 from tests.programs.census import RARE, RIGHT, outcome
 from tests.programs.program import FEATURES, Program
 
@@ -40,7 +39,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 # Every second shard meets every value of every feature at least twice.
-@pytest.mark.parametrize("shard", every_second(range(SHARDS)))
+@pytest.mark.parametrize("shard", range(SHARDS))
 def test_a_program_is_equal_to_plain_torch_or_refused_by_name(shard: int) -> None:
     """The first program that is neither is shown, made as small as possible."""
     counts: Counter[str] = Counter()
