@@ -75,8 +75,13 @@ def test_ctrl_c_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return started[0]
 
     monkeypatch.setattr(worker_module.subprocess, "Popen", popen)
-    with pytest.raises(KeyboardInterrupt):
-        Worker(_script(tmp_path, "exec sleep 100"), tmp_path)
+    # A run in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Worker(_script(tmp_path, "exec sleep 100"), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started[0].returncode == -signal.SIGKILL
 
 
