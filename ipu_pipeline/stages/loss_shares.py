@@ -114,8 +114,10 @@ class LossShares:
 
         Their loss is then that of plain torch for one microbatch after another.
         """
+        if terms.reads_values:
+            return True
         key = described(cut.parts[0].inputs)
-        if key not in self._ordered and not terms.reads_values:
+        if key not in self._ordered:
             evaluation = leaves_in_evaluation(self.model, self.granularity)
             try:
                 with evaluation, plain_runs(self.model) as run:
@@ -125,7 +127,7 @@ class LossShares:
             except Exception as error:  # such as a hook that wants gradients
                 logger.info("plain torch does not run without gradients: %s", error)
                 self._ordered[key] = True
-        return terms.reads_values or self._ordered[key]
+        return self._ordered[key]
 
     def weighted(
         self,
@@ -177,7 +179,7 @@ class LossShares:
 
     def _rules(self, cut: CutBatch, terms: LossTerms) -> tuple[Rule, ...] | None:
         """Return how each term adds up over samples, measured once on two microbatches."""
-        names = tuple(term.node for term in terms.varying)
+        names = _names([terms])
         if names not in self._measured:
             rules = self._measure(cut, names)
             self._measured[names] = rules and self._of_microbatches(cut, rules, terms)

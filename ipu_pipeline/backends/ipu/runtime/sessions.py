@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+import contextlib
+from typing import Any, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -137,15 +138,9 @@ class Sessions:
                 "for others before the first step"
             )
         executor = self.attach_training(groups, ipu_version=ipu_version)
-        try:
+        with self._released_on_error("compile the model"):
             given = self._inputs(executor, batch)
             executor.compileAndExport(path, export_model=False, **given)
-        except self._poptorch.Error as error:
-            self.release()
-            raise CompileError(f"poptorch cannot compile the model: {error}") from error
-        except BaseException:
-            self.release()
-            raise
         if ipu_version is not None:
             self.release()
 
@@ -158,14 +153,8 @@ class Sessions:
         executor = self.attach_training(groups)
         if executor.isCompiled():
             raise CompileError("the model is compiled already; load the executable before it runs")
-        try:
+        with self._released_on_error(f"load {path}"):
             executor.loadExecutable(path)
-        except self._poptorch.Error as error:
-            self.release()
-            raise CompileError(f"poptorch cannot load {path}: {error}") from error
-        except BaseException:
-            self.release()
-            raise
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state by the device's names; before the first step, what waits."""
@@ -213,11 +202,17 @@ class Sessions:
     def _call(self, executor: Any, batch: Mapping[str, Any]) -> Any:
         if executor.isCompiled():
             return executor(**self._inputs(executor, batch))
-        try:
+        with self._released_on_error("compile the model"):
             return executor(**self._inputs(executor, batch))
+
+    @contextlib.contextmanager
+    def _released_on_error(self, what: str) -> Iterator[None]:
+        """Free the IPUs where a program does not come into being; say what poptorch cannot do."""
+        try:
+            yield
         except self._poptorch.Error as error:
             self.release()
-            raise CompileError(f"poptorch cannot compile the model: {error}") from error
+            raise CompileError(f"poptorch cannot {what}: {error}") from error
         except BaseException:
             self.release()
             raise
