@@ -111,16 +111,18 @@ def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
-def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model without weights, and an optimizer that cannot step it.
+def check_model(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, *, on_meta: bool = False
+) -> None:
+    """Refuse a model without weights (unless ``on_meta``), and an optimizer that cannot step it.
 
     Raises:
         LoweringError: Either is the case.
     """
-    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
-    if on_meta:
+    empty = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
+    if empty and not on_meta:
         raise LoweringError(
-            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
+            f"{len(empty)} parameters of the model have no data ({empty[0]} is on the meta "
             "device); load the weights before compiling"
         )
     if optimizer is not None:

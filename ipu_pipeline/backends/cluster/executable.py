@@ -17,7 +17,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
-from ipu_pipeline.backends.cluster.consistency import BatchCheck, check_alike, description
+from ipu_pipeline.backends.cluster.consistency import (
+    BatchCheck,
+    check_alike,
+    description,
+    together,
+)
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
@@ -40,6 +45,7 @@ from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
+from ipu_pipeline.stages.materialize import is_on_meta, materialize
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
@@ -54,7 +60,8 @@ _numbers = itertools.count(1)
 class DistributedExecutable(Executable):
     """Runs this process's stages of a plan. Every process calls every method, in one order.
 
-    A short microbatch is a run of its own and weighs less.
+    A short microbatch is a run of its own and weighs less. Of a model on ``meta``, this process
+    has the weights of its own stages only, and what is done with all of them is refused.
 
     ``optimizer`` is cut down to the parameters of this process; ``options`` say how to run.
 
@@ -74,6 +81,8 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer)
         self.options = options
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._holds_all = not is_on_meta(model)
+        device = device if self._holds_all else torch.device("cpu")
         self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
         try:
             background = self._meet_others(device)
@@ -82,7 +91,10 @@ class DistributedExecutable(Executable):
                 dist.destroy_process_group()
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._checkpoints = ShardedCheckpoints(model, self._own, self.groups, background)
+        held = self._materialized()
+        self._checkpoints = ShardedCheckpoints(
+            model, self._own, self.groups, background, None if self._holds_all else held.__contains__
+        )
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
@@ -91,7 +103,8 @@ class DistributedExecutable(Executable):
             plan,
             options.precision,
             recompute=recomputed_blocks(options.recompute, plan),
-            self_check=options.self_check,
+            # Stand-ins tell nothing about gradients.
+            self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
         )
         wish = options.loss_weights
@@ -130,12 +143,42 @@ class DistributedExecutable(Executable):
             )
         return background
 
+    def _materialized(self) -> frozenset[str]:
+        """Give a model on ``meta`` the weights of the own stages; return what is held, by name.
+
+        Raises:
+            LoweringError: On any rank: they cannot be read or initialised.
+        """
+        model, plan = self.model, self.plan
+        own = self.groups.layout.own_stages
+        elsewhere = {
+            fqn
+            for index, stage in enumerate(plan.stages)
+            for block in plan.graph.blocks
+            if index not in own and block.name in (*stage.blocks, *stage.table_slices)
+            for fqn in block.parameters
+        }
+        here = {
+            fqn
+            for index in own
+            for block in plan.graph.blocks
+            if block.name in (*plan.stages[index].blocks, *plan.stages[index].table_slices)
+            for fqn in block.parameters
+        }
+        # What no block has belongs to the code between the blocks, which all ranks run.
+        held = {n for n in model.state_dict(keep_vars=True) if n not in elsewhere} | here
+        options = self.options
+        together(
+            self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held)
+        )
+        return frozenset(held)
+
     def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
         try:
             check(self.plan, self.options, device)
             refuse_sparse_gradients(self.model)
-            check_model(self.model, self.optimizer)
+            check_model(self.model, self.optimizer, on_meta=True)
             schedule = self.options.schedule or self.plan.schedule
             make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
         except PipelineError as error:
@@ -193,7 +236,16 @@ class DistributedExecutable(Executable):
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the unsplit model's own state dict, whole on every process."""
+        """Return the unsplit model's own state dict, whole on every process.
+
+        Raises:
+            LoweringError: No process has the whole model, as it came from ``meta``.
+        """
+        if not self._holds_all:
+            raise LoweringError(
+                "each process has the weights of its own stages only; save_checkpoint(folder) "
+                "writes the whole model, which from_pretrained(folder) reads"
+            )
         if self._ownership is not None:
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
