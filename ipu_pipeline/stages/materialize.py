@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # As of most initialisations: losses of a capture are those of an untrained model.
 _STAND_IN_STD = 0.02
+_ALIGNED = 16  # elements: at least 16 bytes, which kernels ask of a matrix's address
 _SHOWN = 5
 
 
@@ -115,13 +116,18 @@ def _names_of(model: nn.Module) -> dict[int, set[str]]:
 
 
 def _stand_in(parameter: Tensor) -> Tensor:
-    """Return a tensor of the same shape whose memory does not grow with its product."""
+    """Return random numbers of the same shape that share memory: a matrix takes a row and a column.
+
+    Of more dimensions the last two are as usual, as products of many matrices want them.
+    """
     shape = parameter.shape
     if parameter.ndim < 2 or not parameter.dtype.is_floating_point:
         return torch.zeros(shape, dtype=parameter.dtype)
+    steps = (1, 1) if len(shape) == 2 else (*[_ALIGNED] * (len(shape) - 2), shape[-1], 1)
+    length = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
     generator = torch.Generator().manual_seed(parameter.numel())
-    numbers = torch.randn(sum(shape) - parameter.ndim + 1, generator=generator) * _STAND_IN_STD
-    return numbers.to(parameter.dtype).as_strided(shape, (1,) * parameter.ndim)
+    numbers = torch.randn(length, generator=generator) * _STAND_IN_STD
+    return numbers.to(parameter.dtype).as_strided(shape, steps)
 
 
 def _materialize_buffers(model: nn.Module, read: Mapping[str, Tensor]) -> dict[int, str]:
