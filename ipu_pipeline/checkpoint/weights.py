@@ -81,7 +81,9 @@ def read_weights(
     for file in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
         with safe_open(folder / file, framework="pt") as opened:
             present.update(opened.keys())
-            tensors |= {name: opened.get_tensor(name) for name in needed.intersection(opened.keys())}
+            tensors |= {
+                name: opened.get_tensor(name) for name in needed.intersection(opened.keys())
+            }
     missing = [names[0] for names in groups if not present & set(names)]
     unknown = [name for name in present if name not in state]
     shapes = [

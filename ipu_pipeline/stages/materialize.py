@@ -9,9 +9,10 @@ which the model can be captured and its losses can be looked at, as with any ran
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _STAND_IN_STD = 0.02
 _ALIGNED = 16  # elements: at least 16 bytes, which kernels ask of a matrix's address
 _SHOWN = 5
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -64,8 +66,8 @@ def materialize(
         held: Names of the parameters that this process needs, of tied ones any; ``None``: all.
 
     Raises:
-        LoweringError: ``weights`` are given for a model that has values; or the files cannot be read or do not fit, or a tensor has neither a value in
-            them nor code that initialises it.
+        LoweringError: ``weights`` are given for a model that has values, the files cannot be read
+            or do not fit, or a tensor has neither a value in them nor code that initialises it.
     """
     if not is_on_meta(model):
         if weights is not None:
@@ -81,25 +83,37 @@ def materialize(
         files = _Files(Path(weights))
         read = files.tensors_of(model, set().union(*(names[key] for key in wanted)))
     missing: set[int] = set()
-    stand_ins: set[int] = set()
     for parameter in list(model.parameters()):
         key = id(parameter)
         value = next((read[name] for name in names[key] if name in read), None)
         if key not in wanted:
-            stand_ins.add(key)
             value = _stand_in(parameter)
         elif value is None:
             missing.add(key)
             value = torch.empty(parameter.shape, dtype=parameter.dtype)
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
     buffers = _materialize_buffers(model, read)
-    _initialize(model, seed, missing, stand_ins, buffers)
+    _initialize(model, seed, missing, buffers)
     if weights is not None and missing:
         new = sorted(min(names[key]) for key in missing)
         logger.warning(
             "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
             ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
         )  # fmt: skip
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let the C library give the memory of freed tensors back to the system.
+
+    Products copy stand-ins one after another, and what it keeps of them can be as much as a model.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc's
+    set_option(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, 1 << 25)  # what it has itself after large tensors
 
 
 def _names_of(model: nn.Module) -> dict[int, set[str]]:
@@ -130,38 +144,36 @@ def _stand_in(parameter: Tensor) -> Tensor:
     return numbers.to(parameter.dtype).as_strided(shape, steps)
 
 
-def _materialize_buffers(model: nn.Module, read: Mapping[str, Tensor]) -> dict[int, str]:
-    """Give buffers memory; return the names of those without a value yet by their ids."""
-    empty: dict[int, str] = {}
+def _materialize_buffers(model: nn.Module, read: Mapping[str, Tensor]) -> set[int]:
+    """Give buffers memory; return the ids of those without a value yet."""
+    empty: set[int] = set()
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is None or not buffer.is_meta:
                 continue
-            fqn = f"{path}.{name}".lstrip(".")
-            value = read.get(fqn)
+            value = read.get(f"{path}.{name}".lstrip("."))
             swap_tensors(buffer, torch.empty_like(buffer, device="cpu") if value is None else value)
             if value is None:
-                empty[id(buffer)] = fqn
+                empty.add(id(buffer))
     return empty
 
 
-# ---- initialisation -------------------------------------------------------------------------------
+# ---- initialisation ------------------------------------------------------------------------------
 
 
 def _initialize(
     model: nn.Module,
     seed: int,
     missing: Collection[int],
-    stand_ins: Collection[int],
-    buffers: dict[int, str],
+    buffers: Collection[int],
 ) -> None:
     """Run the model's own initialisation for what has no value yet.
 
     Raises:
         LoweringError: It leaves something without one.
     """
-    tensors = {id(t): (name, t) for name, t in model.named_parameters()}
-    tensors |= {id(t): (name, t) for name, t in model.named_buffers()}
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {id(tensor): (name, tensor) for name, tensor in named}
     left = {key: tensors[key] for key in (*missing, *buffers) if key in tensors}
     fixed = {
         t.untyped_storage().data_ptr() for key, (_, t) in tensors.items()
@@ -207,8 +219,7 @@ class _KeyedByName(TorchFunctionMode):
         self._seed = seed
         self._fixed = fixed
         self._left = {
-            tensor.untyped_storage().data_ptr(): (key, name)
-            for key, (name, tensor) in left.items()
+            tensor.untyped_storage().data_ptr(): (key, name) for key, (name, tensor) in left.items()
         }
         empty = {key for key, (_, tensor) in left.items() if not tensor.numel()}
         self.written: set[int] = empty
@@ -230,7 +241,7 @@ class _KeyedByName(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# ---- files ----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 class _Files:
@@ -291,10 +302,10 @@ class _Files:
         return {name: tensor.to(state[name].dtype) for name, tensor in found.items()}
 
     def _converted(
-        self, model: PreTrainedModel, state: Mapping[str, Tensor], needed: set[str]
+        self, model: PreTrainedModel, state: dict[str, Tensor], needed: set[str]
     ) -> dict[str, Tensor]:
         """Read as ``from_pretrained`` does, with its names and conversions."""
-        mapping = get_model_conversion_mapping(model)
+        mapping: list[Any] = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         prefix = model.base_model_prefix

@@ -111,20 +111,12 @@ def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
-def check_model(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, *, on_meta: bool = False
-) -> None:
-    """Refuse a model without weights (unless ``on_meta``), and an optimizer that cannot step it.
+def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuse an optimizer that cannot step a model.
 
     Raises:
-        LoweringError: Either is the case.
+        LoweringError: It wants a closure, or holds parameters that are not the model's.
     """
-    empty = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
-    if empty and not on_meta:
-        raise LoweringError(
-            f"{len(empty)} parameters of the model have no data ({empty[0]} is on the meta "
-            "device); load the weights before compiling"
-        )
     if optimizer is not None:
         _refuse_closures(optimizer)
         own = {id(parameter) for parameter in model.parameters()}

@@ -45,7 +45,7 @@ from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
-from ipu_pipeline.stages.materialize import is_on_meta, materialize
+from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
@@ -93,7 +93,11 @@ class DistributedExecutable(Executable):
         self._own = None if optimizer is None else OwnParameters(optimizer)
         held = self._materialized()
         self._checkpoints = ShardedCheckpoints(
-            model, self._own, self.groups, background, None if self._holds_all else held.__contains__
+            model,
+            self._own,
+            self.groups,
+            background,
+            None if self._holds_all else held.__contains__,
         )
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
@@ -149,28 +153,15 @@ class DistributedExecutable(Executable):
         Raises:
             LoweringError: On any rank: they cannot be read or initialised.
         """
-        model, plan = self.model, self.plan
-        own = self.groups.layout.own_stages
-        elsewhere = {
-            fqn
-            for index, stage in enumerate(plan.stages)
-            for block in plan.graph.blocks
-            if index not in own and block.name in (*stage.blocks, *stage.table_slices)
-            for fqn in block.parameters
-        }
-        here = {
-            fqn
-            for index in own
-            for block in plan.graph.blocks
-            if block.name in (*plan.stages[index].blocks, *plan.stages[index].table_slices)
-            for fqn in block.parameters
-        }
-        # What no block has belongs to the code between the blocks, which all ranks run.
-        held = {n for n in model.state_dict(keep_vars=True) if n not in elsewhere} | here
-        options = self.options
-        together(
-            self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held)
-        )
+        model, graph, options = self.model, self.plan.graph, self.options
+        used = [
+            {n for b in (*stage.blocks, *stage.table_slices) for n in graph[b].parameters}
+            for stage in self.plan.stages
+        ]
+        own = set().union(*(used[index] for index in self.groups.layout.own_stages))
+        # What no block has is used between them, on all ranks.
+        held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
+        together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
         return frozenset(held)
 
     def _problem(self, device: torch.device) -> str:
@@ -178,7 +169,7 @@ class DistributedExecutable(Executable):
         try:
             check(self.plan, self.options, device)
             refuse_sparse_gradients(self.model)
-            check_model(self.model, self.optimizer, on_meta=True)
+            check_model(self.model, self.optimizer)
             schedule = self.options.schedule or self.plan.schedule
             make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
         except PipelineError as error:
@@ -330,11 +321,16 @@ class DistributedExecutable(Executable):
         with self._watchdog.guarding(what, self.global_step):
             yield
 
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        """Return the region in which the whole model may run: captures, losses, axes."""
+        return contextlib.nullcontext() if self._holds_all else freed_at_once()
+
     def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
         number = plan.num_microbatches * plan.replicas
-        return self._cutter.training(batch, number, plan.micro_batch_size)
+        with self._looking():
+            return self._cutter.training(batch, number, plan.micro_batch_size)
 
     def _accumulate(
         self, cut: CutBatch, loss_scaling: float, *, for_update: bool
@@ -357,13 +353,14 @@ class DistributedExecutable(Executable):
         What Python counts and draws is then the same on all ranks; and what cannot be captured is
         refused by all of them, so that nobody waits for the one that does.
         """
-        stages, prepared = self._cache.prepare(cut.parts)
-        if any(stage.in_order for own in stages for stage in own):
-            self._refuse_other_order(len(prepared))
-        self._batch_check.check_glue(self.global_step, cut.parts, prepared)
-        terms = [own[-1].loss_terms for own in stages]
-        self._shares.check(cut, prepared, terms, training=training)
-        return stages, self._shares.weighted(cut, prepared, terms, training=training)
+        with self._looking():
+            stages, prepared = self._cache.prepare(cut.parts)
+            if any(stage.in_order for own in stages for stage in own):
+                self._refuse_other_order(len(prepared))
+            self._batch_check.check_glue(self.global_step, cut.parts, prepared)
+            terms = [own[-1].loss_terms for own in stages]
+            self._shares.check(cut, prepared, terms, training=training)
+            return stages, self._shares.weighted(cut, prepared, terms, training=training)
 
     def _refuse_other_order(self, num_microbatches: int) -> None:
         one = self.plan.num_stages == self.plan.replicas == 1
