@@ -86,6 +86,9 @@ class RankEngine:
         weight_bytes: Of one element of a weight that products read.
         state_bytes: Of one element of the optimizer's state, a float32 copy of it included.
         whole_backward: Blocks that recompute or run in slices do not split their backward pass.
+        reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
+            what its allocator reserved is counted.
+        whole_graph: The step is one CUDA graph: no launch costs time, nothing waits for the host.
     """
 
     fused: bool = False
@@ -97,6 +100,8 @@ class RankEngine:
     tensor_overlap: float = 0.0
     expert_overlap: float = 0.0
     pipeline_overlap: float = 0.0
+    reserved_share: float = 1.0
+    whole_graph: bool = False
     pipeline_inner: bool = False
     weight_bytes: int = 2
     state_bytes: int = 12

@@ -30,13 +30,13 @@ class RankStep:
 
     Attributes:
         pricer: Model, machine, sizes, engine.
-        stages: In order.
+        stages: In order, on the ranks that the schedule places them on; else on rank ``s % pp``.
         schedule: Name of the schedule, or ``zero_bubble_2p``.
         num_microbatches: Of one step of one pipeline.
         more_in_flight: Microbatches that every stage keeps besides the schedule's, in units of
             one microbatch.
         in_flight_factor: How many times the schedule's microbatches every stage keeps.
-        ranks: Rank of every stage, from 0; empty: stage ``s`` is on rank ``s % pp``.
+        ranks: Rank of every stage, from 0; empty: where the schedule places them.
         given_copies: Seconds of the copies of every stage; empty: of the residual stream.
         given_outer_s: Seconds of the update of every stage; empty: of all its parameters.
         whole: Stages whose backward pass is not split.
@@ -56,8 +56,10 @@ class RankStep:
     @cached_property
     def rank_of(self) -> tuple[int, ...]:
         """Rank of every stage."""
-        depth = self.pricer.sizes.pp
-        return self.ranks or tuple(stage % depth for stage in range(len(self.stages)))
+        depth, pp, placed = len(self.stages), self.pricer.sizes.pp, None
+        if self.schedule != ZERO_BUBBLE_2P:
+            placed = schedule_kind(self.schedule).place(depth, pp)
+        return self.ranks or placed or tuple(stage % pp for stage in range(depth))
 
     @cached_property
     def shape(self) -> PipelineShape:
@@ -99,7 +101,8 @@ class RankStep:
         shown = 1.0 - (pricer.engine.pipeline_overlap if len(self.stages) > sizes.pp else 0.0)
         found = [0.0]
         for stage in range(len(self.stages) - 1):
-            here, there = (n % sizes.pp * apart // sizes.pp for n in (stage, stage + 1))
+            places = self.shape.devices[stage : stage + 2]
+            here, there = (place * apart // sizes.pp for place in places)
             link = machine.link_between(here, there)
             one_s = link.latency_s + num_bytes / (link.bytes_per_s * share)
             found.append(0.0 if here == there else shown * one_s)
@@ -128,13 +131,9 @@ class RankStep:
             own = [self.stages[number] for number in self.on_rank(rank)]
             held = sum((stage.parameters for stage in own), RankParameters())
             more = self.more_in_flight * own[-1].saved_bytes
-            found.append(
-                self.pricer.state_bytes(held)
-                + self.in_flight_factor * kept
-                + more
-                + max(stage.workspace_bytes for stage in own)
-                + BUFFER_BYTES
-            )
+            used = self.pricer.state_bytes(held) + self.in_flight_factor * kept + more
+            used += max(stage.workspace_bytes for stage in own) + BUFFER_BYTES
+            found.append(self.pricer.engine.reserved_share * used)
         return tuple(found)
 
     def kept_bytes(self) -> Sequence[float]:
