@@ -67,6 +67,9 @@ class RankEngine:
         tensor_overlap: Share of tensor parallel collectives that runs beside products.
         expert_overlap: The same of the experts' all-to-all.
         pipeline_overlap: The same of copies between stages, where a rank has several.
+        reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
+            what its allocator reserved is counted.
+        whole_graph: The step is one CUDA graph: no launch costs time, nothing waits for the host.
     """
 
     fused: bool = False
@@ -78,6 +81,8 @@ class RankEngine:
     tensor_overlap: float = 0.0
     expert_overlap: float = 0.0
     pipeline_overlap: float = 0.0
+    reserved_share: float = 1.0
+    whole_graph: bool = False
 
 
 EAGER = RankEngine()

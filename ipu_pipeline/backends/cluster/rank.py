@@ -24,7 +24,7 @@ from ipu_pipeline.backends.cluster.fused import (
 from ipu_pipeline.backends.cluster.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
-from ipu_pipeline.ir.machine import Link, Machine
+from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 
 _HALF_BYTES = 2
@@ -121,9 +121,17 @@ class RankPricer:
     engine: RankEngine = EAGER
 
     @property
+    def device(self) -> Device:
+        """The machine's first device, as the engine drives it."""
+        device = self.machine.devices[0]
+        if not self.engine.whole_graph:
+            return device
+        return replace(device, op_overhead_s=0.0, host_sync_s=0.0)
+
+    @property
     def roofline(self) -> Roofline:
-        """Prices of operations on the machine's first device."""
-        return Roofline(self.machine.devices[0])
+        """Prices of operations on that device."""
+        return Roofline(self.device)
 
     @property
     def tokens(self) -> int:
@@ -282,7 +290,7 @@ class RankPricer:
         if rows:
             sent = _HALF_BYTES * rows * self.hidden / self.shared
             sent *= self._distinct_nodes(rows / self.tokens)
-            found += self.machine.devices[0].host_sync_s
+            found += self.device.host_sync_s
             found += 2 * self.ring_s(sent, sizes.ep) * (1 - self.engine.expert_overlap)
         for op in layer.attentions if sizes.cp > 1 else ():
             moved = _HALF_BYTES * sum(map(prod, op.shapes[1:3])) / sizes.tp

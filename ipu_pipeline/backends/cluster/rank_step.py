@@ -28,7 +28,7 @@ class RankStep:
 
     Attributes:
         pricer: Model, machine, sizes, engine.
-        stages: In order; stage ``s`` is on rank ``s % pp``.
+        stages: In order, on the ranks that the schedule places them on; else on rank ``s % pp``.
         schedule: Name of the schedule, or ``zero_bubble_2p``.
         num_microbatches: Of one step of one pipeline.
         more_in_flight: Microbatches that every stage keeps besides the schedule's, in units of
@@ -46,8 +46,16 @@ class RankStep:
     @cached_property
     def shape(self) -> PipelineShape:
         """Stages and their ranks."""
-        devices = [stage % self.pricer.sizes.pp for stage in range(len(self.stages))]
-        return PipelineShape.of(len(self.stages), self.num_microbatches, devices)
+        depth, pp = len(self.stages), self.pricer.sizes.pp
+        placed = None
+        if self.schedule != ZERO_BUBBLE_2P:
+            placed = schedule_kind(self.schedule).place(depth, pp)
+        devices = placed or [stage % pp for stage in range(depth)]
+        return PipelineShape.of(depth, self.num_microbatches, devices)
+
+    def _of_rank(self, rank: int) -> list[RankBlock]:
+        places = zip(self.stages, self.shape.devices, strict=True)
+        return [stage for stage, place in places if place == rank]
 
     def step_s(self) -> float:
         """Return the seconds of one optimizer step."""
@@ -71,7 +79,8 @@ class RankStep:
         shown = 1.0 - (pricer.engine.pipeline_overlap if len(self.stages) > sizes.pp else 0.0)
         found = [0.0]
         for stage in range(len(self.stages) - 1):
-            here, there = (n % sizes.pp * apart // sizes.pp for n in (stage, stage + 1))
+            places = self.shape.devices[stage : stage + 2]
+            here, there = (place * apart // sizes.pp for place in places)
             link = machine.link_between(here, there)
             one_s = link.latency_s + num_bytes / (link.bytes_per_s * share)
             found.append(0.0 if here == there else shown * one_s)
@@ -82,7 +91,7 @@ class RankStep:
         """Return the seconds of update and reduction that the last backward passes do not hide."""
         worst = 0.0
         for rank in range(self.pricer.sizes.pp):
-            own = self.stages[rank :: self.pricer.sizes.pp]
+            own = self._of_rank(rank)
             held = sum((stage.parameters for stage in own), RankParameters())
             reduction_s = self.pricer.reduction_s(held)
             beside_s = sum(stage.backward_s for stage in own)
@@ -93,16 +102,12 @@ class RankStep:
         """Return the most bytes that every rank of the pipeline holds."""
         found = []
         for rank, kept in enumerate(self._kept_bytes()):
-            own = self.stages[rank :: self.pricer.sizes.pp]
+            own = self._of_rank(rank)
             held = sum((stage.parameters for stage in own), RankParameters())
             more = self.more_in_flight * own[-1].saved_bytes
-            found.append(
-                self.pricer.state_bytes(held)
-                + self.in_flight_factor * kept
-                + more
-                + max(stage.workspace_bytes for stage in own)
-                + _BUFFER_BYTES
-            )
+            used = self.pricer.state_bytes(held) + self.in_flight_factor * kept + more
+            used += max(stage.workspace_bytes for stage in own) + _BUFFER_BYTES
+            found.append(self.pricer.engine.reserved_share * used)
         return tuple(found)
 
     def _kept_bytes(self) -> Sequence[float]:
