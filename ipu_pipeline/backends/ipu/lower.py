@@ -104,6 +104,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
             "IPUs cut every input on axis 0 and take the mean of the microbatches' means; leave "
             "loss_weights and batch_axes out, or use target='local' or 'distributed'"
         )
+    if options.recompute is not None:
+        raise LoweringError(
+            f"recompute={options.recompute!r} is an option of the other targets: what IPUs "
+            "recompute is the plan's to say; leave it out, and plan with IPUConfig(recompute=...)"
+        )
     if options.sequential:
         raise LoweringError("sequential is the local target's; leave it out for poptorch")
     config = options.ipu_config or IPUConfig()

@@ -176,3 +176,12 @@ def test_nothing_to_try(change: dict[str, object], message: str) -> None:
     found = planning(layered(2, tied=False))
     with pytest.raises(PartitionError, match=message):
         found.search(POD, replace(ASKED, **{"num_stages": 2, **change}))
+
+
+def test_tied_tables_bring_the_pipeline_back_to_their_ipu() -> None:
+    """Two IPUs get three stages, and so many need more microbatches than two."""
+    found = planning(layered(2, tied=True))
+    with pytest.raises(
+        PartitionError, match=r"5 microbatches per step for the 3 stages that 2 IPUs"
+    ):
+        found.search(POD, replace(ASKED, num_stages=2, num_microbatches=4))
