@@ -18,14 +18,13 @@ from benchmarks.gpu_rows import (
     parse_layout,
     read_row,
 )
-from ipu_pipeline.backends.cluster.parallel_sizes import RankEngine
+from ipu_pipeline.backends.cluster.parallel_sizes import MEGATRON
 from ipu_pipeline.backends.cluster.rank import RankBlock, RankPricer, total_of
+from ipu_pipeline.backends.cluster.rank_plan import in_stage
 from ipu_pipeline.backends.cluster.rank_step import RankStep
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 
-# Megatron-Core with Transformer Engine: half of the collectives runs beside other kernels.
-MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeline_overlap=0.5)
 # Forks of Megatron-LM from before fused attention: SC 2021, and the zero bubble fork of 2023.
 _BEFORE_FUSED_ATTENTION = ("2104.04473", "2401.10241")
 # Megatron-Bridge's performance recipes reduce gradients in bfloat16 (no grad_reduce_in_fp32).
@@ -121,13 +120,8 @@ class Run:
     def stages(self) -> tuple[RankBlock, ...]:
         """Every stage as one block."""
         price, model = self.pricer.block, self.model
-        # Before an embedding runs backward, what its microbatch kept is freed.
-        first = [replace(price(b), workspace_bytes=0.0) for b in model.blocks("embedding", "other")]
-        # Head and loss run one microbatch at a time.
-        last = [
-            replace(one, saved_bytes=0.0, workspace_bytes=one.saved_bytes + one.workspace_bytes)
-            for one in map(price, model.blocks("head", "loss"))
-        ]
+        first = [in_stage(b, price(b)) for b in model.blocks("embedding", "other")]
+        last = [in_stage(b, price(b)) for b in model.blocks("head", "loss")]
         dense, layer = price(model.layer(0)), price(model.layer(model.num_layers))
         found, done = [], 0
         for chunk in self.chunks:

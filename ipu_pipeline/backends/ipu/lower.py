@@ -21,6 +21,7 @@ from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.materialize import materialize
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def lower(
         StageError: The worker died.
     """
     python = find_sdk_python(options.sdk_python)
+    materialize(model, options.weights, options.seed)
     _check_options(options, plan)
     _refuse_hooks(model)
     device_optimizer = None
