@@ -34,6 +34,11 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f}"
 
 
+def gigabytes(num_bytes: float) -> str:
+    """Format bytes as gigabytes (10^9 bytes)."""
+    return f"{num_bytes / 1e9:.2f}"
+
+
 def milliseconds(seconds: float) -> str:
     """Format seconds as milliseconds."""
     return f"{seconds * 1e3:.2f}"
