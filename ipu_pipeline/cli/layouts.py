@@ -1,4 +1,4 @@
-"""Commands about pipelines of other frameworks: ``export``, ``import``, and ``predict --layout``."""
+"""Pipelines of other frameworks: ``export``, ``import``, and ``predict --layout``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 
 from ipu_pipeline.cli.options import (
     Force,
-    MicroBatch,
     Model,
     PlanFile,
     SeqLength,
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.exchange import Imported
     from ipu_pipeline.backends.cluster.given_layout import GivenModel, GivenRun
     from ipu_pipeline.ir.machine import Machine
-    from ipu_pipeline.ir.plan import Plan
 
 
 class Framework(str, Enum):

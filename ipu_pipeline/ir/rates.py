@@ -38,11 +38,6 @@ class Rates:
         return ", ".join(parts)
 
 
-def is_gpu(plan: Plan) -> bool:
-    """Whether the plan's devices are described GPUs."""
-    return plan.machine.devices[0].kernels is not None
-
-
 def rates_of(plan: Plan, step_s: float | None = None) -> Rates | None:
     """Return a plan's rates; ``None`` where its step takes no time.
 
@@ -54,6 +49,7 @@ def rates_of(plan: Plan, step_s: float | None = None) -> Rates | None:
     if seconds <= 0:
         return None
     per_stage = prod(_count(plan, name) for name in ("tp", "cp"))
+    gpu = plan.machine.devices[0].kernels is not None
     num_devices = len({s.device for s in plan.stages}) * plan.replicas * per_stage
     tokens = tokens_per_sample(plan.graph)
     samples_per_s = plan.total_batch_size / seconds
@@ -61,7 +57,7 @@ def rates_of(plan: Plan, step_s: float | None = None) -> Rates | None:
         num_devices,
         samples_per_s,
         None if tokens is None else tokens * samples_per_s,
-        _model_flops(plan) / seconds / num_devices / _peak(plan) if is_gpu(plan) else None,
+        _model_flops(plan) / seconds / num_devices / _peak(plan) if gpu else None,
     )
 
 

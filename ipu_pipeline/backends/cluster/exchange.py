@@ -24,11 +24,22 @@ import msgspec
 from ipu_pipeline.backends.cluster.layer_layout import (
     LayerLayout,
     blocks_of,
-    layout_of,
     letters_of,
     parse_layout,
 )
-from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, ParallelSizes, sizes_of
+from ipu_pipeline.backends.cluster.module_names import (
+    MODULES,
+    Stages,
+    checked_layout,
+    module_names,
+    stages_of_modules,
+)
+from ipu_pipeline.backends.cluster.parallel_sizes import (
+    GpuSettings,
+    ParallelSizes,
+    dtype_of,
+    sizes_of,
+)
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.files import read_text
 from ipu_pipeline.ir.graph import BlockGraph
@@ -39,7 +50,7 @@ from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
 _MOST_BYTES = 16_000_000
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _NARROW = {"float8": ("--fp8-format", "hybrid"), "float4": ("--fp4-format", "e2m1")}
-Stages = tuple[tuple[str, ...], ...]
+Written = tuple[str, tuple[str, ...]]  # a file's text, and notes
 
 
 @dataclass(frozen=True)
@@ -68,24 +79,23 @@ class Imported:
 class Format:
     """How one framework writes a pipeline down."""
 
-    write: Callable[[Plan, ParallelSizes, list[str]], str]
+    write: Callable[[Plan, ParallelSizes], Written]
     read: Callable[[str], Imported]
 
 
-def export_plan(plan: Plan, name: str) -> tuple[str, tuple[str, ...]]:
+def export_plan(plan: Plan, name: str) -> Written:
     """Return a plan in another framework's format, and notes on what that one does otherwise.
 
     Raises:
         PlanError: The format cannot say what the plan decides.
     """
-    if not plan.machine.devices[0].kind == "generic" or plan.machine.shared_memory:
+    if plan.machine.devices[0].kind != "generic" or plan.machine.shared_memory:
         raise PlanError(
             f"the plan is for {plan.machine.name}; pipelines of other frameworks run on GPUs: plan "
             "for a machine such as h100-x64"
         )
     _refuse_what_no_format_says(plan)
-    notes: list[str] = []
-    return FORMATS[name].write(plan, sizes_of(plan), notes), tuple(notes)
+    return FORMATS[name].write(plan, sizes_of(plan))
 
 
 def read_plan(path: str | Path, name: str) -> Imported:
@@ -143,8 +153,8 @@ def _in_loops(plan: Plan, sizes: ParallelSizes, framework: str, known: Sequence[
     expected = schedule_kind(plan.schedule).place(plan.num_stages, sizes.pp)
     if tuple(order) != expected:
         raise PlanError(
-            f"the plan has its stages on ranks {order}; {framework} has them on {list(expected or ())}"
-            ": give every stage the device of its turn"
+            f"the plan has its stages on ranks {order}; {framework} has them on "
+            f"{list(expected or ())}: give every stage the device of its turn"
         )
 
 
@@ -161,9 +171,9 @@ _MEGATRON_SIZES = {
 _LAYOUT = "--pipeline-model-parallel-layout"
 
 
-def _write_megatron(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
+def _write_megatron(plan: Plan, sizes: ParallelSizes) -> Written:
     _in_loops(plan, sizes, "Megatron-LM", ("1f1b", "interleaved"))
-    settings, layout = GpuSettings.read(plan.settings), _checked_layout(plan)
+    settings, layout = GpuSettings.read(plan.settings), checked_layout(plan)
     if settings.zero_stage > 1:
         raise PlanError(
             f"the plan's zero_stage is {settings.zero_stage}; Megatron-LM pipelines shard the "
@@ -179,10 +189,11 @@ def _write_megatron(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
         flags.append(f"--mtp-num-layers {layout.num_extra_layers}")
     flags += ["--sequence-parallel"] * (sizes.tp > 1)
     flags += ["--use-distributed-optimizer"] * (settings.zero_stage == 1)
-    if settings.precision != "float32":
-        flags.append(f"--{_DTYPES.get(settings.precision, 'bf16')}")
-    if settings.precision in _NARROW:
-        flags.append(" ".join(_NARROW[settings.precision]))
+    precision = settings.precision or dtype_of(plan.graph)
+    if precision != "float32":
+        flags.append(f"--{_DTYPES.get(precision, 'bf16')}")
+    if precision in _NARROW:
+        flags.append(" ".join(_NARROW[precision]))
     if _layers_recompute(plan, "Megatron-LM"):
         flags.append("--recompute-granularity full --recompute-method uniform "
                      "--recompute-num-layers 1")  # fmt: skip
@@ -190,13 +201,7 @@ def _write_megatron(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
         parts = " ".join(settings.recompute)
         flags.append(f"--recompute-granularity selective --recompute-modules {parts}")
     head = f"# {plan.model.model_class}, {sizes.num_devices} GPUs: dp {sizes.dp}"
-    return "\n".join([head, *flags, ""])
-
-
-def _checked_layout(plan: Plan) -> LayerLayout:
-    layout = layout_of(plan.graph, [stage.blocks for stage in plan.stages])
-    layout.check()
-    return layout
+    return "\n".join([head, *flags, ""]), ()
 
 
 def _read_megatron(text: str) -> Imported:
@@ -255,26 +260,26 @@ _TITAN_SIZES = {
     "expert_parallel_degree": "ep",
     "pipeline_parallel_microbatch_size": "micro_batch",
 }
-_MODULES = "module_fqns_per_model_part"
 
 
-def _write_torchtitan(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
+def _write_torchtitan(plan: Plan, sizes: ParallelSizes) -> Written:
     _in_loops(plan, sizes, "torchtitan", tuple(_torch_classes()))
     settings = GpuSettings.read(plan.settings)
     shard = bool(settings.zero_stage) * sizes.dp or 1
+    notes = _notes(plan, "torchtitan", "activation checkpointing")
     if settings.zero_stage == 1 and sizes.dp > 1:
         notes.append("torchtitan shards gradients, too (ZeRO 2, not 1): less memory")
-    _note_recompute(plan, notes, "torchtitan", "activation checkpointing mode full")
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": sizes.dp // shard,
         "data_parallel_shard_degree": shard,
         "fsdp_reshard_after_forward": "always" if settings.zero_stage == 3 else "never",
         **{name: getattr(sizes, size) for name, size in _TITAN_SIZES.items()},
         "pipeline_parallel_schedule": _torch_classes()[plan.schedule],
-        _MODULES: [list(stage) for stage in _module_names(plan, "torchtitan")],
+        MODULES: [list(stage) for stage in module_names(plan, "torchtitan")],
     }
     local = plan.micro_batch_size * plan.num_microbatches
-    return _json({"parallelism": parallelism, "training": {"local_batch_size": local}})
+    found = {"parallelism": parallelism, "training": {"local_batch_size": local}}
+    return _json(found), tuple(notes)
 
 
 def _read_torchtitan(text: str) -> Imported:
@@ -290,7 +295,7 @@ def _read_torchtitan(text: str) -> Imported:
     reshard = own.get("fsdp_reshard_after_forward")
     zero_stage = 0 if degrees[1] == 1 else 3 if reshard == "always" else 2
     schedule = own.get("pipeline_parallel_schedule", "1F1B")
-    return Imported(_by_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
+    return Imported(stages_of_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
                     _known_schedule(schedule))  # fmt: skip
 
 
@@ -299,9 +304,10 @@ def _read_torchtitan(text: str) -> Imported:
 _AUTO_SIZES = {f"{name}_size": name for name in ("dp", "tp", "pp", "cp", "ep")}
 
 
-def _write_automodel(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
+def _write_automodel(plan: Plan, sizes: ParallelSizes) -> Written:
     _in_loops(plan, sizes, "NeMo AutoModel", tuple(_torch_classes()))
     settings = GpuSettings.read(plan.settings)
+    notes = _notes(plan, "AutoModel", "activation_checkpointing" if settings.recompute else "")
     if settings.zero_stage < 2 and sizes.dp > 1:
         notes.append(f"AutoModel's fsdp2 shards gradients, too (ZeRO 2, not "
                      f"{settings.zero_stage}): less memory")  # fmt: skip
@@ -310,7 +316,7 @@ def _write_automodel(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
         "pp_schedule": _torch_classes()[plan.schedule],
         "pp_microbatch_size": plan.micro_batch_size,
         "pp_batch_size": local,
-        _MODULES: [list(stage) for stage in _module_names(plan, "automodel")],
+        MODULES: [list(stage) for stage in module_names(plan, "automodel")],
     }
     distributed = {
         "strategy": "fsdp2",
@@ -319,7 +325,7 @@ def _write_automodel(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
         "pipeline": pipeline,
     }
     scheduler = {"global_batch_size": plan.total_batch_size, "local_batch_size": local}
-    return _json({"distributed": distributed, "step_scheduler": scheduler})
+    return _json({"distributed": distributed, "step_scheduler": scheduler}), tuple(notes)
 
 
 def _read_automodel(text: str) -> Imported:
@@ -331,7 +337,7 @@ def _read_automodel(text: str) -> Imported:
         sizes["microbatches"] = _microbatches(
             pipeline["pp_batch_size"], sizes.get("micro_batch", 1)
         )
-    return Imported(_by_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
+    return Imported(stages_of_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
                     _known_schedule(pipeline.get("pp_schedule", "1f1b")),
                     recompute=own.get("activation_checkpointing") in (True, "full"))  # fmt: skip
 
@@ -339,25 +345,26 @@ def _read_automodel(text: str) -> Imported:
 # -- transformers -------------------------------------------------------------------------------
 
 
-def _write_transformers(plan: Plan, sizes: ParallelSizes, notes: list[str]) -> str:
-    _module_names(plan, "automodel")  # the same kind of models
+def _write_transformers(plan: Plan, sizes: ParallelSizes) -> Written:
+    module_names(plan, "automodel")  # the same kind of models
     for name in ("dp", "cp", "vpp"):
         if getattr(sizes, name) > 1:
             raise PlanError(
                 f"the plan has {name} {getattr(sizes, name)}; pipelines of transformers have one "
                 f"stage on every rank, without data or context parallelism: plan with {name} 1"
             )
-    layers = _checked_layout(plan)
+    layers = checked_layout(plan)
     even = even_layout(layers.num_layers, sizes.pp)
     if layers != even:
         raise PlanError(
             f"the plan's layout is {layers}; transformers splits evenly, {even}: plan with that, "
             "or export to another format"
         )
+    notes = _notes(plan, "transformers", "gradient_checkpointing")
     if plan.num_microbatches > 1:
         notes.append("transformers runs a batch through the stages as one microbatch")
-    _note_recompute(plan, notes, "transformers", "gradient_checkpointing")
-    return _json({"tp_size": sizes.tp, "pp_size": sizes.pp, "ep_size": sizes.ep, "fsdp_size": 1})
+    found = {"tp_size": sizes.tp, "pp_size": sizes.pp, "ep_size": sizes.ep, "fsdp_size": 1}
+    return _json(found), tuple(notes)
 
 
 def _read_transformers(text: str) -> Imported:
@@ -391,94 +398,6 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-# -- modules of stages --------------------------------------------------------------------------
-
-
-def _module_names(plan: Plan, framework: str) -> Stages:
-    """Return the modules of every stage by the names of a framework's own models."""
-    _checked_layout(plan)
-    named = _names(plan.graph, framework)
-    prefix = _prefix(plan.graph)
-    everywhere = (f"{prefix}rotary_emb",) if framework == "automodel" else ()
-    return tuple(
-        (*(name for block in stage.blocks for name in named.get(block, ())), *everywhere)
-        for stage in plan.stages
-    )
-
-
-def _prefix(graph: BlockGraph) -> str:
-    layer = next(block for block in graph.blocks if block.kind == "layer")
-    return str(layer.module).rpartition("layers.")[0]
-
-
-def _names(graph: BlockGraph, framework: str) -> dict[str, tuple[str, ...]]:
-    """Return a framework's names of the modules of every block.
-
-    Raises:
-        PlanError: The model is not an embedding, layers, a norm and a head.
-    """
-    letters, found, roles, number = letters_of(graph), {}, [], 0
-    owned = {block.module for block in graph.blocks if block.module}
-    for block, letter in zip(graph.blocks, letters, strict=True):
-        owners = [fqn.rpartition(".")[0] for fqn in block.parameters]
-        outside = [
-            owner
-            for owner in dict.fromkeys(owners)
-            if not any(f"{owner}.".startswith(f"{module}.") for module in owned)
-        ]
-        own = []
-        for fqn in ([block.module] if block.module else []) + outside:
-            if fqn in outside:
-                role = "norm"
-            elif letter in "tm":
-                role, number = f"layers.{number}", number + 1
-            else:
-                role = "tok_embeddings" if letter == "E" else "lm_head"
-            roles.append(role)
-            own.append(role if framework == "torchtitan" else fqn)
-        found[block.name] = tuple(own)
-    wanted = ["tok_embeddings", *(f"layers.{n}" for n in range(number)), "norm", "lm_head"]
-    names = [name for own in found.values() for name in own]
-    hugging = ("embed_tokens", "norm", "lm_head")
-    other = [n for n in names if ".layers." not in n and n.rpartition(".")[2] not in hugging]
-    if roles != wanted or "m" in letters or (framework != "torchtitan" and other):
-        raise PlanError(
-            f"{graph.model_class} has {', '.join(n for n in names if '.layers.' not in n)[:200]} "
-            f"besides its {number} layers; {framework} pipelines have one embedding, layers, a "
-            "norm and a head: use another format, or a model without the others"
-        )
-    return found
-
-
-def _by_modules(own: Mapping[str, Any], framework: str) -> Callable[[BlockGraph], Stages]:
-    raw = own.get(_MODULES)
-    if not isinstance(raw, list) or not all(
-        isinstance(part, list) and all(isinstance(name, str) for name in part) for part in raw
-    ):
-        raise PlanError(f"{_MODULES} must hold a list of names for every stage, got {shown(raw)}")
-
-    def stages(graph: BlockGraph) -> Stages:
-        block_of = {names[0]: block for block, names in _names(graph, framework).items() if names}
-        found = []
-        for part in raw:
-            names = [n for n in part if n.rpartition(".")[2] not in ("rotary_emb", "norm")]
-            unknown = [name for name in names if name not in block_of]
-            if unknown:
-                raise PlanError(
-                    f"{_MODULES} names {shown(unknown[0])}, which {graph.model_class} has not; its "
-                    f"modules are {', '.join(list(block_of)[:3])}, ..."
-                )
-            own = {block_of[name] for name in names}
-            last = list(graph.block_index)[-1]
-            if own & {name for name, block in zip(graph.block_index, graph.blocks, strict=True)
-                      if block.kind == "head"}:  # fmt: skip
-                own.add(last)
-            found.append(tuple(sorted(own, key=graph.block_index.__getitem__)))
-        return tuple(found)
-
-    return stages
-
-
 # -- small readers ------------------------------------------------------------------------------
 
 
@@ -497,9 +416,14 @@ def _known_schedule(name: Any) -> str:
     return known[lower]
 
 
-def _note_recompute(plan: Plan, notes: list[str], framework: str, setting: str) -> None:
-    if _layers_recompute(plan, framework) or GpuSettings.read(plan.settings).recompute:
-        notes.append(f"the plan recomputes: set {setting} of {framework}")
+def _notes(plan: Plan, framework: str, recompute: str) -> list[str]:
+    """Return what is set elsewhere in a framework's configuration."""
+    settings, notes = GpuSettings.read(plan.settings), []
+    if recompute and (_layers_recompute(plan, framework) or settings.recompute):
+        notes.append(f"the plan recomputes: set {recompute} of {framework}")
+    if settings.precision in _NARROW:
+        notes.append(f"the plan's precision is {settings.precision}: set it in {framework}")
+    return notes
 
 
 def _json(found: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def _tensors_of_one_more(
             hidden = spec.name
             own = tuple(f"{name}.{consumer}" for consumer in among)
             read = replace(spec, name=f"{name}.hidden", producer=name, consumers=own)
-            spec = replace(spec, consumers=(name, *spec.consumers))  # noqa: PLW2901
+            spec = replace(spec, consumers=(name, *spec.consumers))
             found.append(read)
         elif spec.producer in ends and among:
             own = tuple(f"{name}.{consumer}" for consumer in among)

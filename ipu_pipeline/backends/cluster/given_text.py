@@ -7,7 +7,7 @@ from ipu_pipeline.backends.cluster.parallel_sizes import sizes_of
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.rates import rates_of
-from ipu_pipeline.ir.text import gigabytes, milliseconds, render_table
+from ipu_pipeline.ir.text import GIGABYTES, milliseconds, render_table
 from ipu_pipeline.planner.report.compare import reason
 
 
@@ -51,8 +51,8 @@ def _rank_table(plan: Plan) -> str:
             sum(getattr(stage, name) for stage in own)
             for name in ("forward_s", "backward_s", "transfer_s")
         ]
-        rows.append((f"{rank}: {letters}", *map(milliseconds, seconds), gigabytes(peak),
-                     gigabytes(room - peak)))  # fmt: skip
+        rows.append((f"{rank}: {letters}", *map(milliseconds, seconds), GIGABYTES(peak),
+                     GIGABYTES(room - peak)))  # fmt: skip
     columns = ("rank", "forward ms", "backward ms", "transfer ms", "peak GB", "free GB")
     return render_table(columns, rows)
 
@@ -74,6 +74,6 @@ def _ours(given: Plan, ours: Plan | None, problem: str) -> list[str]:
     return [
         f"ours for the same sizes: {layout}",
         f"ours: step {milliseconds(ours.objective_s)} ms{_rates(ours)}, fullest rank "
-        f"{gigabytes(fullest)} GB; {bound}",
+        f"{GIGABYTES(fullest)} GB; {bound}",
         f"why: {reason(given, ours, ('the layout', 'ours'))}",
     ]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.rates import is_gpu, rates_of
-from ipu_pipeline.ir.text import gigabytes, milliseconds, render_table, shortened
+from ipu_pipeline.ir.rates import rates_of
+from ipu_pipeline.ir.text import milliseconds, render_table, shortened, unit_of
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline
 
@@ -48,7 +48,13 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
         return "a step of one of them takes no time"
     times = (seconds[0] / samples[0]) / (seconds[1] / samples[1])
     if abs(times - 1) < _SAME:
-        return f"{names[0]} and {names[1]} take the same time"
+        busiest = pace_of(second)
+        return (
+            f"{names[0]} and {names[1]} take the same time; the busiest device of {names[1]} "
+            f"(device {busiest.device}: {_counted(second, busiest.blocks)}) works "
+            f"{milliseconds(busiest.seconds)} ms a microbatch, that of {names[0]} "
+            f"{milliseconds(pace_of(first).seconds)} ms"
+        )
     faster = f"{names[1]} trains {times:.3f} times as many samples/s as {names[0]}"
     if [p.num_microbatches for p in (first, second)] != [first.num_microbatches] * 2:
         return f"{faster}: its step has {second.num_microbatches} microbatches, not " + str(
@@ -91,6 +97,7 @@ def compare_text(first: Plan, second: Plan, names: Sequence[str]) -> str:
 
 def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
     rates = rates_of(plan)
+    unit = unit_of(plan.machine)
     bound = milliseconds(plan.lower_bound_s) if plan.lower_bound_s else "not known"
     peak = max((curve.peak_bytes for curve in timeline.memory), default=0)
     found = {
@@ -104,14 +111,14 @@ def _figures(plan: Plan, timeline: Timeline) -> dict[str, str]:
         "bubble": f"{timeline.bubble_fraction:.1%}",
         "lower bound ms": bound,
         "gap": f"{plan.gap:.1%}" if plan.lower_bound_s else "-",
-        "fullest device GB": gigabytes(peak),
+        f"fullest device {unit.name}": unit(peak),
         "fits": "no" if plan.misfits else "yes",
     }
     if rates is not None:
         found["samples/s"] = f"{rates.samples_per_s:,.1f}"
         if rates.tokens_per_s is not None:
             found["tokens/s"] = f"{rates.tokens_per_s:,.0f}"
-        if rates.mfu is not None and is_gpu(plan):
+        if rates.mfu is not None:
             found["MFU"] = f"{rates.mfu:.1%}"
     return found
 

@@ -51,7 +51,7 @@ class Constraints:
             then runs ``total_microbatches / replicas`` and ``num_microbatches`` is not used.
         max_stages: Deepest pipeline; ``None``: as deep as there are devices.
         update_s: Block to the seconds its optimizer update takes once per step.
-        first_split: Blocks of every stage of a split that is known: a local search also starts there.
+        first_split: Blocks of every stage of a known split: a local search starts there, too.
         time_limit_s: Stop proving after this many seconds; the gap says what is left open.
         max_ideals: Largest number of boundaries searched; beyond it only the execution order
             is split, and the bound stays one over every order.
