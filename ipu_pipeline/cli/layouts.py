@@ -146,6 +146,7 @@ def predict_layout(
     if machine is None:
         raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
     parsed = parse_layout(layout)
+    parsed.check()
     described = machine_by_name(machine)
     known = {name: size for name, size in sizes.items() if size is not None}
     said = {name: value for name, value in settings.items() if value is not None}

@@ -232,6 +232,11 @@ def given_run(
     Raises:
         PlanError: The numbers do not divide, or contradict each other.
     """
+    if machine.devices[0].kernels is None:
+        raise PlanError(
+            f"{machine.name} is no machine of GPUs whose kernels are known; layouts are priced on "
+            "those, such as h100-x64"
+        )
     pp = sizes.get("pp", num_stages)
     if num_stages % pp:
         raise PlanError(

@@ -128,7 +128,7 @@ def _differences(first: Plan, second: Plan) -> Iterator[str]:
     if first.model != second.model:
         yield "they are plans of different models: their times say little about each other"
     for name in sorted({*first.settings, *second.settings}):
-        own, other = (plan.settings.get(name) for plan in (first, second))
+        own, other = (plan.settings.get(name, "not set") for plan in (first, second))
         if own != other:
             yield f"{name}: {own} against {other}"
     recomputed = [sum(len(stage.recompute) for stage in plan.stages) for plan in (first, second)]
