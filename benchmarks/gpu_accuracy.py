@@ -78,8 +78,8 @@ def _judge(raw: Raw) -> tuple[dict[str, Any], Run | None]:
     if run.published_s is not None:
         found["published_s"] = run.published_s
         found["time_error"] = found["predicted_s"] / run.published_s - 1
-    memory, device = run.memory_bytes(), run.machine.devices[0]
-    found |= {"predicted_gb": memory / 1e9, "fits": memory <= device.memory_bytes}
+    memory = run.memory_bytes()
+    found |= {"predicted_gb": memory / 1e9, "fits": run.fits()}
     if run.row.memory_bytes:
         found["published_gb"] = run.row.memory_bytes / 1e9
         found["memory_error"] = memory / run.row.memory_bytes - 1

@@ -11,8 +11,9 @@ import pytest
 from benchmarks import gpu_accuracy
 from benchmarks.gpu_fit import FITTED_ROWS, fit
 from benchmarks.gpu_rows import Chunk, UnjudgedRowError, measured_s, parse_layout, read_row
-from benchmarks.gpu_runs import read_run
+from benchmarks.gpu_runs import read_run, runs_as_one_graph, step_flops
 
+SELECTED = ("core_attn", "moe_act", "layernorm")
 ROW: dict[str, Any] = {
     "id": "toy", "source": "somewhere@1: table 1", "quality": "A", "model": "GPT 1B", "layers": 6,
     "hidden": 1024, "heads": 8, "kv_heads": 8, "ffn": 4096, "vocab": 32000, "seq": 512,
@@ -48,11 +49,10 @@ def test_a_layout_with_brackets_that_do_not_match_is_not_judged() -> None:
     ("change", "reason"),
     [
         ({"quality": "C (batch not stated)"}, "not stated"),
-        ({"gpus": None}, "the number of GPUs is not stated"),
+        ({"gpus": None, "dp": None}, "the number of GPUs is not stated"),
         ({"gpus": 6}, "tp x pp x cp = 4 does not divide 6 GPUs"),
         ({"gpu": "TPU v4"}, "GPU 'TPU v4' is not described"),
         ({"global_batch": None}, "no global batch"),
-        ({"global_batch": 15}, "global batch 15 does not divide into dp 2 x micro batch 1"),
         ({"ep": 3}, "ep 3 does not divide the 4 ranks"),
         ({"seq": None}, "the sequence length is not stated"),
         ({"layers": 1, "pp": 4, "gpus": 8}, "1 layers are less than its 4 stages"),
@@ -69,19 +69,84 @@ def test_rows_that_say_too_little_are_listed_with_the_reason(
 
 
 def test_seconds_come_from_whatever_was_published() -> None:
-    row = read_row(ROW)
-    assert measured_s(row, 6) == pytest.approx(16 * 512 / (9000 * 8))
+    run = read_run(ROW)
     per_token = 6 * (24 * 1024**2 + 4 * 512 * 1024) + 2 * 1024 * 32000
     flops = 3 * per_token * 16 * 512
+    assert step_flops(run.row, run.model) == pytest.approx(flops)
     silent = {**ROW, "tokens_per_s_per_gpu": None}
     for change, seconds in (
         ({"step_seconds": 0.5}, 0.5),
+        ({"tokens_per_s_per_gpu": 9000.0}, 16 * 512 / 72000),
         ({"tokens_per_s": 72000.0}, 16 * 512 / 72000),
         ({"samples_per_s_per_gpu": 2.0}, 1.0),
+        ({"samples_per_s": 16.0}, 1.0),
         ({"tflops_per_gpu": 100.0}, flops / 8e14),
-        ({"mfu_percent": 50.0}, flops / (8 * 0.5 * 312e12)),
+        ({"mfu_percent": 50.0}, flops / (8 * 0.5 * 989e12)),
     ):
-        assert measured_s(read_row({**silent, **change}), 6) == pytest.approx(seconds)
+        found = measured_s(read_row({**silent, **change}), flops, 989e12)
+        assert found == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"gpus": None}, {"dp": 2}),
+        ({"micro_batch": None, "microbatches": 4}, {"micro_batch": 2, "microbatches": 4}),
+        ({"micro_batch": None, "source": "pytorch/torchtitan@1"}, {"microbatches": 2}),
+        ({"global_batch": None, "note": "local batch 4"}, {"microbatches": 4}),
+        ({"global_batch": 15}, {"microbatches": 8}),
+        ({"schedule": "Interleaved 1F1B"}, {"vpp": 2, "schedule": "interleaved"}),
+        ({"schedule": "ZBV"}, {"vpp": 2, "schedule": "zbv"}),
+        ({"schedule": "DualPipeV", "vpp": 2}, {"schedule": "dualpipev"}),
+        ({"schedule": "ZB-H1"}, {"schedule": "interleaved_zero_bubble"}),
+        ({"schedule": "AFAB (GPipe)"}, {"schedule": "gpipe"}),
+        ({"schedule": None, "vpp": 3}, {"schedule": "interleaved"}),
+        ({"precision": "NVFP4"}, {"precision": "float4"}),
+        ({"precision": "float8 rowwise"}, {"precision": "float8"}),
+        ({"precision": None}, {"precision": "bfloat16"}),
+        ({"recompute": "full, every layer"}, {"recompute": ("full",)}),
+        ({"recompute": "selective (layernorm, moe_act)"}, {"recompute": SELECTED}),
+        ({"recompute": None}, {"recompute": ()}),
+        ({"gpu": "AMD Instinct MI300X 192 GB"}, {"machine": "mi300x-x8"}),
+        ({"gpu": "NVIDIA GH200 96GB"}, {"machine": "gh200-x8"}),
+    ],
+)
+def test_rows_are_read_however_the_format_allows(
+    change: dict[str, Any], found: dict[str, Any]
+) -> None:
+    row = read_row({**ROW, **change})
+    for name, value in found.items():
+        assert getattr(row, name, getattr(row.sizes, name, None)) == value, name
+
+
+RECIPE = {"from_recipe_at_head": "qwen3_fp8mx_config", "same_parallel_settings": True}
+
+
+def test_a_recipe_with_one_graph_does_not_wait_for_its_host() -> None:
+    made = {"model": "Qwen3_30B_a3B", "hf_id": "Qwen/Qwen3-30B-A3B", "precision": "MXFP8",
+            "gpu": "GB300", "ep": 4, "recompute": RECIPE}  # fmt: skip
+    before, after = (read_run({**ROW, **made, "note": f"release {n}"}) for n in ("26.04", "26.06"))
+    assert runs_as_one_graph(after.row.raw)
+    assert not runs_as_one_graph({**after.row.raw, "model": "Kimi_K2"})
+    assert after.pricer.device.host_sync_s == after.pricer.device.op_overhead_s == 0
+    assert after.step_s() < before.step_s()
+
+
+def test_a_later_recipe_that_does_not_fit_is_not_what_ran() -> None:
+    big = {**ROW, "hidden": 8192, "heads": 64, "kv_heads": 64, "ffn": 32768, "layers": 16,
+           "tp": 1, "gpus": 8, "dp": 4, "pp": 2, "micro_batch": 8, "seq": 4096,
+           "global_batch": 128}  # fmt: skip
+    gb = {"gpu": "GB300", "micro_batch": 16}
+    stated = read_run({**big, "gpu": "H100"})
+    h100, gb300 = (
+        read_run({**big, "recompute": RECIPE, **change}) for change in ({"gpu": "H100"}, gb)
+    )
+    assert not stated.fits()
+    assert stated.row.sizes.recompute == ()
+    assert h100.row.sizes.recompute == ("full",)
+    assert "a later commit's recipe: full recomputed" in h100.row.assumptions[-1]
+    assert gb300.fits()
+    assert gb300.on_device == 0.5
 
 
 @pytest.mark.parametrize(

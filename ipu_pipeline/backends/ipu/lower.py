@@ -21,6 +21,7 @@ from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.materialize import materialize
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def lower(
         StageError: The worker died.
     """
     python = find_sdk_python(options.sdk_python)
+    materialize(model, options.weights, options.seed)
     _check_options(options, plan)
     _refuse_hooks(model)
     device_optimizer = None
@@ -103,6 +105,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
         raise LoweringError(
             "IPUs cut every input on axis 0 and take the mean of the microbatches' means; leave "
             "loss_weights and batch_axes out, or use target='local' or 'distributed'"
+        )
+    if options.recompute is not None:
+        raise LoweringError(
+            f"recompute={options.recompute!r} is an option of the other targets: what IPUs "
+            "recompute is the plan's to say; leave it out, and plan with IPUConfig(recompute=...)"
         )
     if options.sequential:
         raise LoweringError("sequential is the local target's; leave it out for poptorch")

@@ -303,6 +303,14 @@ class IPUPlanning:
                 f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
                 f"for, got {count}; raise gradient accumulation or use fewer stages"
             )
+        deep = [len(devices) for _, devices in self._layouts(machine, constraints)]
+        needed = min((_least_microbatches(stages, self.graph) for stages in deep), default=least)
+        if count < needed:
+            return (
+                f"PopART needs at least {needed} microbatches per step for the {min(deep)} stages "
+                f"that {depth} IPUs get here, as what shares a parameter is on one IPU; it got "
+                f"{count}: raise gradient accumulation"
+            )
         places = len(self.starts(constraints)) - 1
         if places < depth:
             return (

@@ -48,7 +48,7 @@ _IN_PLACE = _names(
 )
 _SHAPES = _names(
     "__getitem__ __setitem__ view reshape expand repeat narrow split chunk unfold roll permute "
-    "split_with_sizes select tile unflatten broadcast_to as_strided"
+    "split_with_sizes select tile unflatten broadcast_to as_strided pad interpolate"
 )
 """Take sizes and positions: 0-d constants among their arguments are numbers."""
 NUMBERS = ("alpha", "beta", "fill_value", "dim", "num_classes", "diagonal", "output_size")
