@@ -99,7 +99,7 @@ def read_row(raw: Raw) -> GpuRow:
     return GpuRow(
         id=str(raw["id"]),
         raw=raw,
-        machine=f"{_machine(raw)}-x{sizes.num_devices}",
+        machine=f"{machine_of(str(raw.get('gpu') or ''))}-x{sizes.num_devices}",
         sizes=sizes,
         microbatches=count,
         precision=_precision(str(raw.get("precision") or "")),
@@ -108,12 +108,16 @@ def read_row(raw: Raw) -> GpuRow:
     )
 
 
-def _machine(raw: Raw) -> str:
-    name = str(raw.get("gpu") or "").lower()
+def machine_of(gpu: str) -> str:
+    """Return the family of machines with a GPU, by what somebody calls it.
+
+    Raises:
+        UnjudgedRowError: There is none.
+    """
     for pattern, found in _MACHINES:
-        if re.search(pattern, name):
+        if re.search(pattern, gpu.lower()):
             return found
-    raise UnjudgedRowError(f"GPU {raw.get('gpu')!r} is not described")
+    raise UnjudgedRowError(f"GPU {gpu!r} is not described")
 
 
 def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:

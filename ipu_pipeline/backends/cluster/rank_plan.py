@@ -19,7 +19,7 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.text import megabytes
+from ipu_pipeline.ir.text import GIGABYTES
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
 from ipu_pipeline.planner.options.cost_models import device_speeds
@@ -334,7 +334,7 @@ def _misfits(step: RankStep, loads: tuple[StageLoad, ...], ranks: Machine) -> tu
         needed += max(load.workspace_bytes for load in own)
         if needed > room:
             found.append(
-                f"a GPU of rank {rank} of the pipeline needs {megabytes(needed)} MB of "
-                f"{megabytes(room)} MB"
+                f"a GPU of rank {rank} of the pipeline needs {GIGABYTES(needed)} GB of "
+                f"{GIGABYTES(room)} GB"
             )
     return tuple(found)
