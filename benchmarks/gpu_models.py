@@ -26,7 +26,7 @@ _QWEN = {
     "num_experts_per_tok": 8, "vocab_size": 151936,
 }  # fmt: skip
 # config.json of the named repositories (public), as far as sizes go.
-_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "deepseek-ai/DeepSeek-V3": _DEEPSEEK,
     "moonshotai/Kimi-K2-Base": {
         **_DEEPSEEK, "num_attention_heads": 64, "num_key_value_heads": 64,
@@ -121,9 +121,9 @@ def captured_layers(row: GpuRow) -> CapturedLayers:
 
 def _facts(row: GpuRow) -> dict[str, Any]:
     raw, name = row.raw, str(row.raw.get("model") or row.id).lower()
-    found = _PUBLISHED.get(str(raw.get("hf_id")))
+    found = PUBLISHED.get(str(raw.get("hf_id")))
     if found is None and "mixtral" in name:
-        found = _PUBLISHED[_MIXTRAL]
+        found = PUBLISHED[_MIXTRAL]
     if found is None and "deepseekv3" in name.replace("-", ""):
         found = {**_DEEPSEEK, "num_hidden_layers": int(raw.get("layers") or 61)}
         if found["num_hidden_layers"] < 61:

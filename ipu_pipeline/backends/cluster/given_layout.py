@@ -108,6 +108,25 @@ def _also_used(spec: ParameterSpec, copies: Sequence[Block]) -> ParameterSpec:
     return replace(spec, blocks=(*spec.blocks, *users)) if users else spec
 
 
+def captured_model(
+    config: str, task: str | None, micro_batch: int, seq_length: int, precision: str | None = None
+) -> GivenModel:
+    """Capture a model by the name or path of its config: in bfloat16 unless something else is said.
+
+    Raises:
+        CaptureError: There is no such config, or its model cannot be captured.
+    """
+    from ipu_pipeline.capture import capture, model_identity
+    from ipu_pipeline.capture.from_config import config_named, from_config, load_config
+
+    found = load_config(config)
+    if precision is not None or found.dtype is None:
+        found.dtype = precision if precision in ("float16", "float32") else "bfloat16"
+    built, batch = from_config(found, task, batch_size=micro_batch, seq_length=seq_length)
+    with config_named(config):
+        return GivenModel(capture(built, batch).graph, model_identity(built))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GivenRun:
     """The sizes of somebody's run.
