@@ -24,7 +24,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from benchmarks.gpu_accuracy import SHARED
-from benchmarks.gpu_models import PUBLISHED
+from benchmarks.gpu_models import known_config
 from benchmarks.gpu_rows import UnjudgedRowError
 from benchmarks.gpu_runs import read_run
 from ipu_pipeline.backends.cluster.given_layout import (
@@ -62,19 +62,13 @@ RECIPES: Mapping[str, dict[str, Any]] = {
 
 def config_of(model: str) -> dict[str, Any]:
     """Return the config.json of a model: public facts, or the defaults of transformers' class."""
-    if model in ("DeepSeek-V3", "Kimi K2"):
-        name = {"DeepSeek-V3": "deepseek-ai/DeepSeek-V3", "Kimi K2": "moonshotai/Kimi-K2-Base"}
-        found = dict(PUBLISHED[name[model]])
-        return {**found, "architectures": ["DeepseekV3ForCausalLM"]}
-    if model.startswith("Llama"):
-        return {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8192,
-            "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
-        }  # fmt: skip
-    kind, named = ("glm_moe_dsa", "GlmMoeDsaForCausalLM") if model.startswith("GLM") else (
+    facts = known_config(model)
+    if facts:
+        named = {"llama": "LlamaForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+        return {**facts, "architectures": [named[facts["model_type"]]]}
+    kind, architecture = ("glm_moe_dsa", "GlmMoeDsaForCausalLM") if model.startswith("GLM") else (
         "qwen3_next", "Qwen3NextForCausalLM")  # fmt: skip
-    return {**AutoConfig.for_model(kind).to_dict(), "architectures": [named]}
+    return {**AutoConfig.for_model(kind).to_dict(), "architectures": [architecture]}
 
 
 def compared(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from ipu_pipeline.checkpoint.writer import (
     write_shard,
 )
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ir.codec import Count
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ class ShardedCheckpoints:
             collect_weights(self._model, ownership, self._groups)
         mine = dict(part.tensors.get(OPTIMIZER, {}))
         sent = torch.frombuffer(bytearray(save(mine)), dtype=torch.uint8)
-        found = self._ranks.gather((len(sent), part.values))
+        found = self._ranks.gather((len(sent), part.values), tuple[Count, dict[str, Any]])
         wait, device = self._groups.waiter.run, self._groups.device
         if self._rank != 0:
             wait(lambda: dist.send(sent.to(device), dst=0))

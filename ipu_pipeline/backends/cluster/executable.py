@@ -26,7 +26,7 @@ from ipu_pipeline.backends.cluster.consistency import (
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes, scope_of
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -126,10 +126,12 @@ class DistributedExecutable(Executable):
         plan, options = self.plan, self.options
         rank, world_size = dist.get_rank(), dist.get_world_size()
         name = f"ipu_pipeline/{next(_numbers)}"
-        self._watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
+        self._watchdog = Watchdog(
+            _own_store(name), rank, world_size, options.stall_timeout_s, scope_of(name)
+        )
         ranks, background = (
-            StoreGather(_own_store(f"{name}/{use}"), rank, world_size, self._watchdog.waiter)
-            for use in ("ranks", "background")
+            StoreGather(_own_store(own), rank, world_size, self._watchdog.waiter, scope_of(own))
+            for own in (f"{name}/ranks", f"{name}/background")
         )
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
