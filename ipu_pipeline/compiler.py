@@ -87,8 +87,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
             ``None``: every microbatch gets it whole), kept in the plan. Of other inputs it is
             found before the first batch is cut, by running the model on two samples.
         settings: On GPUs, fields of ``Plan.settings``: ``precision`` (of ``None``: that of 16-bit
-            weights or of the config, else bfloat16 with float32 weights in the optimizer),
-            ``optimizer``, ``tp``, ...
+            weights or of the config, else bfloat16 with float32 weights in the optimizer; that
+            of the weights, where they have values), ``optimizer``, ``tp``, ...
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -105,10 +105,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     logger.info("capturing %s", type(model).__name__)
     priced_for_gpus = _for_gpus(machine, model, costs)
     chosen = dict(settings or {})
-    counted = model
+    counted, counted_batch = model, example_batch
     if priced_for_gpus:
-        counted = in_dtype(model, dtype_for(model, chosen.get("precision")))
-    captured = capture(counted, example_batch, granularity=granularity)
+        dtype = dtype_for(model, chosen.get("precision"))
+        counted, counted_batch = in_dtype(model, example_batch, dtype)
+    captured = capture(counted, counted_batch, granularity=granularity)
     if counted is model:
         keep_for_reuse(captured)
     logger.info("%d blocks captured in %.2f s; looking at machine %s",
