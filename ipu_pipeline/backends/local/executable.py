@@ -256,7 +256,8 @@ class LocalExecutable(Executable):
                 self._shares.check(cut, ready, terms, training=training)
             except MixedSamplesError as error:
                 del self._known[shapes]
-                if not (training and self._runs_forward_first(len(cut.parts))):
+                once = training and self._runs_forward_first(len(cut.parts))
+                if not once or self._shares.is_ordered(cut, terms[0]):
                     raise
                 return error
         return self._known[shapes]
