@@ -59,6 +59,7 @@ class BatchAxes:
         adds_up: The loss of two samples is the sum, not a mean, of each one's.
         counts: It is their mean, each by its labels that count.
         has_loss: Whether there is a loss among the results.
+        depends: Whether that is another for another part of the batch.
         problem: Why the batch cannot be cut; empty if it can.
         leaves_traces: Whether a run changes what the model keeps, or draws random numbers.
     """
@@ -69,6 +70,7 @@ class BatchAxes:
     adds_up: bool = False
     counts: bool = False
     has_loss: bool = False
+    depends: bool = False
     problem: str = ""
     leaves_traces: bool = False
 
@@ -138,7 +140,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
                 continue
             first, found = found is None and not problem, found or tried
             # Axes that are less plain have to explain the loss; without one, the plain ones do.
-            if not tried.mixed and (first or tried.has_loss or problem):
+            if not tried.mixed and (first or tried.depends or problem):
                 return tried
             if first and (not tried.has_loss or (tried.outputs and tried.mixed == (LOSS,))):
                 return tried
@@ -227,6 +229,7 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
         adds_up=weights == (1.0, 1.0),
         counts=weights not in (None, (1.0, 1.0), (0.5, 0.5)),
         has_loss=LOSS in both,
+        depends=LOSS in both and any(not torch.equal(one[LOSS], both[LOSS]) for one in each),
         leaves_traces=results[0].changes or results[0].draws,
     )
 

@@ -26,6 +26,7 @@ from ipu_pipeline.capture.loss_terms import (
     factor_name,
     factored,
     loss_terms,
+    with_counted,
 )
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.capture.python_state import same_random_numbers, seed_torch
@@ -82,7 +83,7 @@ def rules_in_order(
     granularity: Granularity,
     *,
     cuts: bool,
-) -> tuple[Rule, ...]:
+) -> tuple[Rule, ...] | None:
     """Return how the terms add up where what a sample gives depends on those before it.
 
     Two microbatches give something else together then. One microbatch with every sample twice
@@ -98,19 +99,21 @@ def rules_in_order(
         cuts: Whether microbatches have divisors of their own.
 
     Returns:
-        A rule by term; ``none`` where nothing tells.
+        A rule by term, ``none`` where nothing tells; ``None`` if those of more samples are others.
     """
-    varying, found, by_kind = terms.varying, None, dict(_RULE_OF_KIND)
+    varying, by_kind = terms.varying, dict(_RULE_OF_KIND)
     if cuts:
         by_kind["quotient"] = "counted"
-    if terms.factored or any(term.kind not in AVERAGED for term in varying):
-        try:
-            names = [term.node for term in varying]
-            found = _measured_alike(model, parts, names, granularity)
-        except Exception as error:  # whatever a model does with more samples
-            logger.info("the terms of the loss cannot be measured: %s", error)
-    if found is None:
+    if not terms.factored and all(term.kind in AVERAGED for term in varying):
+        return tuple(by_kind[term.kind] for term in varying)
+    try:
+        names = [term.node for term in varying]
+        found = _measured_alike(model, parts, names, granularity)
+    except Exception as error:  # whatever a model does with more samples
+        logger.info("the terms of the loss cannot be measured: %s", error)
         return tuple(by_kind.get(term.kind, "none") for term in varying)
+    if found is None:
+        return None
     by_kind["opaque"] = "mean"
     size = LOSS_NOISE * sum(float(value.nan_to_num().abs()) for value in found[0][1])
     rules: list[Rule] = []
@@ -119,12 +122,12 @@ def rules_in_order(
         same, added = (
             is_weighted_sum(values[0], [factor], values[1:], size) for factor in (1.0, 2.0)
         )
+        doubled = count is not None and counts == (count if term.averaged else 2 * count)
         if same == added:  # neither, or 0, which is both
             rules.append(by_kind.get(term.kind, "none"))
-        elif added:
-            rules.append("sum")
+        elif added:  # a count that is the same for more samples may be another for others
+            rules.append("none" if cuts and term.kind == "quotient" else "sum")
         else:
-            doubled = count is not None and counts == (count if term.averaged else 2 * count)
             rules.append("counted" if doubled else "mean")
     return tuple(rules)
 
@@ -176,12 +179,14 @@ def _measured(
 ) -> tuple[LossTerms, list[Tensor], list[float | None]]:
     """Capture one part; return its terms, their values, and what they divide by."""
     with torch.enable_grad():
-        captured = factored(capture(model, part, granularity=granularity, self_check=False))
+        found = capture(model, part, granularity=granularity, self_check=False)
+        captured = factored(with_counted(found))
     terms = loss_terms(captured)
+    divisors = terms.divisors({**captured.glue.hosts, **part})
     seed_torch(SEED)
     if not terms.factored:  # one weight serves them all
         values = [captured.run(part)[LOSS].detach()] * len(terms.varying)
-        return terms, values, terms.divisors(part)
+        return terms, values, divisors
     # The loss is linear in the factors: its derivatives are what the terms give to it.
     factors = {
         factor_name(i): torch.ones((), requires_grad=True) for i in range(len(terms.varying))
@@ -189,7 +194,7 @@ def _measured(
     with torch.enable_grad():
         loss = captured.run({**part, **factors})[LOSS]
         values = list(torch.autograd.grad(loss, list(factors.values())))
-    return terms, values, terms.divisors(part)
+    return terms, values, divisors
 
 
 @contextlib.contextmanager

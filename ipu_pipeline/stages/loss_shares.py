@@ -165,12 +165,23 @@ class LossShares:
             return list(parts)
         shares = self._given(parts, training=training)
         if shares is None:
+            if any(set(one.inputs) - p.inputs.keys() for one, p in zip(terms, parts, strict=True)):
+                raise self._mixed("Python counts what it is divided by, after it has read what "
+                                  "blocks compute", terms[0])  # fmt: skip
             rules = self._rules(cut, terms[0])
-            if rules and terms[0].factored:
-                return _with_factors(parts, _by_rule(parts, _columns(cut, parts, terms), rules))
-            found = self._candidates(cut, parts, terms)
-            fitting = rules[0] if rules else self._fitting.get(_names(terms), "counted")
-            shares = found.get(fitting) or next(iter(found.values()))
+            weights = rules and _by_rule(parts, _columns(cut, parts, terms), rules)
+            if weights and terms[0].factored:
+                return _with_factors(parts, weights)
+            if weights and cut.found.counts and None in _columns(cut, parts, terms):
+                raise self._mixed("it is a mean over labels that a block of its own counts",
+                                  terms[0])  # fmt: skip
+            found = {} if weights else self._candidates(cut, parts, terms)
+            fitting = self._fitting.get(_names(terms))
+            shares = (
+                weights[0]
+                if weights
+                else next(s for rule, s in found.items() if fitting in (None, rule))
+            )
         return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
 
     def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
@@ -205,6 +216,7 @@ class LossShares:
                 pair = part, doubled(part, cut.found.axes)
                 cuts = any(_is_cut(name, cut, cut.parts) for name in terms.inputs)
                 rules = rules_in_order(self.model, pair, terms, self.granularity, cuts=cuts)
+                rules = rules or (_rule_of_whole(cut),) * len(names)
             elif terms.factored:
                 rules = self._measure(cut, names)
             self._measured[names] = rules and self._of_microbatches(rules, terms, in_order=in_order)
@@ -360,6 +372,13 @@ def _fits(cut: CutBatch, rule: Rule, loss: Callable[[Mapping[str, Any]], Tensor]
         return is_weighted_sum(whole, shares, each, ROUNDED)
 
     return two_parts(cut.batch, cut.found.axes, first, fits)
+
+
+def _rule_of_whole(cut: CutBatch) -> Rule:
+    """Return how the loss adds up over two samples, if its terms depend on how many there are."""
+    found = cut.found
+    known = found.has_loss and LOSS not in found.mixed and not found.counts
+    return "none" if not known else "sum" if found.adds_up else "mean"
 
 
 def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:
