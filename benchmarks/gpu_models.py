@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from benchmarks.gpu_rows import GpuRow, UnjudgedRowError
+from benchmarks.gpu_rows import GpuRow, UnjudgedRowError, number
 from ipu_pipeline.capture import capture
 from ipu_pipeline.ir.graph import Block, BlockGraph
 
@@ -141,7 +141,7 @@ def captured_layers(row: GpuRow) -> CapturedLayers:
         UnjudgedRowError: The row names no model that is known here and gives no sizes.
     """
     facts = _facts(row)
-    if not row.raw.get("seq"):
+    if not number(row.raw, "seq"):
         raise UnjudgedRowError("the sequence length is not stated")
     dense = facts.get(_FIRST_DENSE, 0)
     note = str(row.raw.get("note") or "").lower()
@@ -150,7 +150,10 @@ def captured_layers(row: GpuRow) -> CapturedLayers:
     extra = int(predicted and "w/o mtp" not in note)
     adapters = "peft" in note or "lora" in note
     graph = _capture(
-        tuple(sorted(facts.items())), row.sizes.micro_batch, int(row.raw["seq"]), frozen=adapters
+        tuple(sorted(facts.items())),
+        row.sizes.micro_batch,
+        number(row.raw, "seq") or 0,
+        frozen=adapters,
     )
     return CapturedLayers(graph, facts["num_hidden_layers"], dense, extra)
 
@@ -162,11 +165,11 @@ def _facts(row: GpuRow) -> dict[str, Any]:
         UnjudgedRowError: The name is not known and the row does not give its sizes.
     """
     raw, name = row.raw, str(row.raw.get("model") or row.id).lower()
-    given = all(raw.get(key) is not None for key in ("layers", "hidden", "heads"))
+    given = all(number(raw, key) is not None for key in ("layers", "hidden", "heads"))
     found = _known(f"{raw.get('hf_id') or ''} {name}")
     if found and (found["model_type"] not in _PLAIN_TYPES or not given):
-        own = {key: int(raw[field]) for field, key in _OWN.items() if raw.get(field) is not None}
-        if found.get(_FIRST_DENSE, 0) > 1 and int(raw.get("layers") or 61) < 61:
+        own = {key: size for field, key in _OWN.items() if (size := number(raw, field)) is not None}
+        if found.get(_FIRST_DENSE, 0) > 1 and own.get("num_hidden_layers", 61) < 61:
             found[_FIRST_DENSE] = 1
         return found | own
     if not given:
@@ -176,7 +179,7 @@ def _facts(row: GpuRow) -> dict[str, Any]:
         )
     if row.sizes.ep > 1:
         raise UnjudgedRowError(f"experts of {raw.get('model')!r}, which the row does not describe")
-    return _given_sizes(raw, f"{name} {raw['source']}".lower())
+    return _given_sizes(raw, f"{name} {raw.get('source')}".lower())
 
 
 def _known(name: str) -> dict[str, Any]:
@@ -194,17 +197,17 @@ def _known(name: str) -> dict[str, Any]:
 
 
 def _given_sizes(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    heads, hidden = int(raw["heads"]), int(raw["hidden"])
+    hidden, heads = number(raw, "hidden") or 0, number(raw, "heads") or 1
     if hidden % heads:
         raise UnjudgedRowError(f"hidden {hidden} does not divide into {heads} heads")
     sizes = {
         "hidden_size": hidden,
-        "num_hidden_layers": int(raw["layers"]),
+        "num_hidden_layers": number(raw, "layers"),
         "num_attention_heads": heads,
-        "intermediate_size": int(raw.get("ffn") or 4 * hidden),
-        "vocab_size": int(raw.get("vocab") or _vocabulary(name)),
+        "intermediate_size": number(raw, "ffn") or 4 * hidden,
+        "vocab_size": number(raw, "vocab") or _vocabulary(name),
     }
-    kv_heads = int(raw.get("kv_heads") or heads)
+    kv_heads = number(raw, "kv_heads") or heads
     if "bert" in name:
         return {**sizes, "model_type": "bert", "max_position_embeddings": 8192}
     if "llama" in name or "qwen" in name or "mistral" in name:

@@ -39,6 +39,7 @@ _WHOLE_GRAPH_MODELS, _WHOLE_GRAPH_RELEASE = ("deepseek", "qwen3", "gpt oss"), "2
 _RESERVED = {"torchtitan": 1.3}
 # What a recipe that did not fit may have done besides, from the cheapest on. The recipes of hosts
 # that are linked with their GPUs by NVLink offload activations before they recompute layers.
+LATER_RECIPE = "it does not fit with a later commit's recipe"
 _CHEAPER = (("mla_up_proj",), ("mla_up_proj", "moe_act"))
 _NEAR_HOSTS = ("gh200", "gb200", "gb300")
 _OFFLOADED = 0.5
@@ -84,7 +85,7 @@ class Run:
     @cached_property
     def pricer(self) -> RankPricer:
         """Prices of this run's blocks."""
-        source, raw = str(self.row.raw["source"]), self.row.raw
+        source, raw = str(self.row.raw.get("source")), self.row.raw
         graph = runs_as_one_graph(raw)
         engine = replace(
             MEGATRON,
@@ -173,7 +174,7 @@ class Run:
 
     def _with(self, parts: tuple[str, ...], on_device: float) -> Run:
         what = " and ".join(parts) + " recomputed" if parts else "half of the activations offloaded"
-        taken = (*self.row.assumptions, f"it does not fit with a later commit's recipe: {what}")
+        taken = (*self.row.assumptions, f"{LATER_RECIPE}: {what}")
         recompute = ("full",) if "full" in parts else (*self.row.sizes.recompute, *parts)
         sizes = replace(self.row.sizes, recompute=recompute)
         row = replace(self.row, sizes=sizes, assumptions=taken)
