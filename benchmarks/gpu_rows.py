@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
+from ipu_pipeline.backends.cluster.layer_layout import parse_layout
 from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
+from ipu_pipeline.errors import PlanError
 
 Raw = Mapping[str, Any]
 GIBIBYTE = 2**30
@@ -19,6 +21,23 @@ _MACHINES = (
     (r"a100.*40", "a100-40g"), (r"a100", "a100-80g"), (r"3090", "rtx3090"), (r"4090", "rtx4090"),
     (r"l40s", "l40s"), (r"\bl4\b", "l4"), (r"mi300x", "mi300x"),
 )  # fmt: skip
+# What a source calls a schedule, the first that matches; others are 1F1B, interleaved where a rank
+# has several stages.
+_SCHEDULES = (
+    (r"zb.?2p|zb.?h2", "zero_bubble_2p"), (r"dual.?pipe", "dualpipev"),
+    (r"zb.?v|v.?zb|v.?half|v.?min", "zbv"), (r"zb|zero.?bubble", "interleaved_zero_bubble"),
+    (r"gpipe|afab|all.forward", "gpipe"), (r"looped.?bfs|breadth", "looped_bfs"),
+)  # fmt: skip
+_IN_A_V = ("dualpipev", "zbv")
+_SEVERAL_STAGES = ("interleaved 1f1b", "zbv", "zb-v", "v-half", "v-min", "v-zb", "dualpipe")
+# torchtitan cuts its batch into as many microbatches as there are stages unless told otherwise.
+_TITAN = "torchtitan"
+_NOTHING = ("", "n/a", "na", "none", "null", "-", "not stated")
+_PARTS = {
+    "core_attn": r"core_attn|core attention|attention|selective", "mlp": r"\bmlp\b",
+    "moe_act": "moe_act|activation func", "layernorm": r"layer.?norm|\bnorms?\b",
+    "mla_up_proj": "mla_up_proj",
+}  # fmt: skip
 
 
 class UnjudgedRowError(Exception):
@@ -57,7 +76,7 @@ class GpuRow:
     @property
     def source(self) -> str:
         """Where it was published, without the place in the repository."""
-        return re.split(r"[@:,]", str(self.raw["source"]))[0]
+        return re.split(r"[@:,]", str(self.raw.get("source") or "not stated"))[0]
 
     @property
     def memory_bytes(self) -> float | None:
@@ -78,23 +97,12 @@ def read_row(raw: Raw) -> GpuRow:
     if str(raw.get("quality") or "C").startswith("C"):
         raise UnjudgedRowError("batch, sequence or schedule is not stated (quality C)")
     assumptions: list[str] = []
-    sizes, gpus = _sizes(raw, assumptions)
-    samples = raw.get("global_batch")
-    if raw.get("microbatches"):
-        count = int(raw["microbatches"])
-    elif samples:
-        count, rest = divmod(int(samples), sizes.dp * sizes.micro_batch)
-        if rest or not count:
-            raise UnjudgedRowError(
-                f"global batch {samples} does not divide into dp {sizes.dp} x micro batch "
-                f"{sizes.micro_batch}"
-            )
-    else:
-        raise UnjudgedRowError("no global batch")
+    sizes = _sizes(raw, assumptions)
+    count = _microbatches(raw, sizes, assumptions)
     return GpuRow(
-        id=str(raw["id"]),
+        id=str(raw.get("id") or "without a name"),
         raw=raw,
-        machine=f"{_machine(raw)}-x{gpus}",
+        machine=f"{machine_of(str(raw.get('gpu') or ''))}-x{sizes.num_devices}",
         sizes=sizes,
         microbatches=count,
         precision=_precision(str(raw.get("precision") or "")),
@@ -103,110 +111,150 @@ def read_row(raw: Raw) -> GpuRow:
     )
 
 
-def _machine(raw: Raw) -> str:
-    name = str(raw.get("gpu") or "").lower()
+def machine_of(gpu: str) -> str:
+    """Return the family of machines with a GPU, by what somebody calls it.
+
+    Raises:
+        UnjudgedRowError: There is none.
+    """
     for pattern, found in _MACHINES:
-        if re.search(pattern, name):
+        if re.search(pattern, gpu.lower()):
             return found
-    raise UnjudgedRowError(f"GPU {raw.get('gpu')!r} is not described")
+    raise UnjudgedRowError(f"GPU {gpu!r} is not described")
 
 
-def _sizes(raw: Raw, assumptions: list[str]) -> tuple[ParallelSizes, int]:
-    one = {key: int(raw.get(key) or 1) for key in ("tp", "pp", "cp", "ep", "vpp")}
+def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
+    one = {key: number(raw, key) or 1 for key in ("tp", "pp", "cp", "ep", "vpp")}
+    if number(raw, "vpp") is None and any(word in _words(raw) for word in _SEVERAL_STAGES):
+        one["vpp"] = 2
+        assumptions.append("stages of a rank are not stated: 2, the least that interleave")
     ranks = one["tp"] * one["pp"] * one["cp"]
-    gpus = raw.get("gpus")
-    if gpus is None:
+    gpus, dp = number(raw, "gpus"), number(raw, "dp")
+    if gpus is None and dp is None:
         raise UnjudgedRowError("the number of GPUs is not stated")
-    if int(gpus) % ranks:
+    if gpus is not None and gpus % ranks:
         raise UnjudgedRowError(f"tp x pp x cp = {ranks} does not divide {gpus} GPUs")
-    micro = raw.get("micro_batch")
-    if micro is None:
-        assumptions.append("the micro batch is not stated: 1")
+    dp = dp or 1 if gpus is None else gpus // ranks
     try:
-        found = ParallelSizes(
+        return ParallelSizes(
             **one,
-            dp=int(gpus) // ranks,
+            dp=dp,
             zero_stage=1,
-            micro_batch=int(micro or 1),
+            micro_batch=_micro_batch(raw, one["pp"] * one["vpp"], dp, assumptions),
             recompute=_recompute(raw.get("recompute")),
         )
     except ValueError as error:
         raise UnjudgedRowError(str(error)) from error
-    return found, int(gpus)
+
+
+def number(raw: Raw, key: str) -> int | None:
+    """Return a whole number, however it is spelled; ``None`` where the source has none."""
+    text = str(raw.get(key) if raw.get(key) is not None else "").replace(",", "").strip()
+    if text.lower() in _NOTHING:
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        raise UnjudgedRowError(f"{key} is {raw.get(key)!r}, which is no number") from None
+    if not found.is_integer():
+        raise UnjudgedRowError(f"{key} is {raw.get(key)!r}, which is not whole")
+    return int(found)
+
+
+def _words(raw: Raw) -> str:
+    return str(raw.get("schedule") or "").lower()
+
+
+def _global_batch(raw: Raw, dp: int) -> int | None:
+    """Samples of a step; some sources state those of one pipeline."""
+    local = re.search(r"local batch (\d+)", str(raw.get("note") or ""))
+    return number(raw, "global_batch") or (int(local[1]) * dp if local else None)
+
+
+def _micro_batch(raw: Raw, depth: int, dp: int, assumptions: list[str]) -> int:
+    stated, count = number(raw, "micro_batch"), number(raw, "microbatches")
+    if stated is not None:
+        return stated
+    samples = _global_batch(raw, dp)
+    if count is None and _TITAN in str(raw.get("source")):
+        count = depth
+    if samples is not None and count and samples % (dp * count) == 0:
+        assumptions.append(f"the micro batch is not stated: that of {count} microbatches")
+        return max(1, samples // (dp * count))
+    assumptions.append("the micro batch is not stated: 1")
+    return 1
+
+
+def _microbatches(raw: Raw, sizes: ParallelSizes, assumptions: list[str]) -> int:
+    stated = number(raw, "microbatches")
+    if stated:
+        return stated
+    samples = _global_batch(raw, sizes.dp)
+    if not samples:
+        raise UnjudgedRowError("no global batch")
+    count, rest = divmod(samples, sizes.dp * sizes.micro_batch)
+    if rest:
+        assumptions.append(
+            f"global batch {samples} does not divide into dp {sizes.dp} x micro batch "
+            f"{sizes.micro_batch}: {count + 1} microbatches"
+        )
+    return count + (rest > 0)
 
 
 def _recompute(given: Any) -> tuple[str, ...]:
     if isinstance(given, Mapping):
-        modules = tuple(re.findall(r"\w+", str(given.get("modules") or "")))
-        return ("full",) if given.get("granularity") == "full" else modules
-    text = str(given or "")
-    if text.startswith("full"):
-        return ("full",)
-    return tuple(n for n in ("core_attn", "mlp", "moe_act", "layernorm") if n in text)
+        modules = str(given.get("modules") or "")
+        if given.get("granularity") == "full":
+            return ("full",)
+    else:
+        modules = str(given or "").lower()
+        if modules.startswith(("full", "every layer", "all layers", "true", "yes")):
+            return ("full",)
+    return tuple(part for part, words in _PARTS.items() if re.search(words, modules))
 
 
 def _precision(text: str) -> str:
     lower = text.lower()
-    if "fp4" in lower:
+    if re.search(r"(fp|float|nvfp|mxfp)_?4", lower):
         return "float4"
-    return "float8" if "fp8" in lower or "float8" in lower else "bfloat16"
+    return "float8" if re.search(r"(fp|float)_?8|e4m3|hybrid", lower) else "bfloat16"
 
 
 def _schedule(raw: Raw, sizes: ParallelSizes) -> str:
-    text = str(raw.get("schedule") or "").lower()
-    if "zb-2p" in text:
-        return "zero_bubble_2p"
-    if "zb-1p" in text:
-        return "interleaved_zero_bubble"
-    if "gpipe" in text:
-        return "gpipe"
-    if sizes.vpp > 1:
-        return "interleaved"
-    return "1f1b"
+    text = _words(raw)
+    for pattern, name in _SCHEDULES:
+        if re.search(pattern, text) and (name not in _IN_A_V or sizes.vpp == 2):
+            return name
+    return "interleaved" if sizes.vpp > 1 else "1f1b"
 
 
-def measured_s(row: GpuRow, num_layers: int) -> float:
+def measured_s(row: GpuRow, flops: float, peak_flops_per_s: float) -> float:
     """Return the published seconds of a step, from whatever was published.
+
+    Args:
+        row: The run.
+        flops: Of the model in one step, as sources count them: attention whole.
+        peak_flops_per_s: What an MFU is a share of.
 
     Raises:
         UnjudgedRowError: No speed was.
     """
-    raw = row.raw
-    if raw.get("step_seconds"):
-        return float(raw["step_seconds"])
+    raw, gpus = row.raw, row.sizes.num_devices
     samples = row.microbatches * row.sizes.dp * row.sizes.micro_batch
-    gpus, tokens = row.sizes.num_devices, samples * int(raw["seq"])
-    if raw.get("tokens_per_s_per_gpu"):
-        return tokens / (float(raw["tokens_per_s_per_gpu"]) * gpus)
-    if raw.get("tokens_per_s"):
-        return tokens / float(raw["tokens_per_s"])
-    if raw.get("samples_per_s_per_gpu"):
-        return samples / (float(raw["samples_per_s_per_gpu"]) * gpus)
-    flops = model_flops(raw, samples, num_layers, recomputed="full" in row.sizes.recompute)
-    if raw.get("tflops_per_gpu"):
-        return flops / (float(raw["tflops_per_gpu"]) * 1e12 * gpus)
-    if raw.get("mfu_percent"):
-        return flops / (float(raw["mfu_percent"]) / 100 * 312e12 * gpus)
+    tokens = samples * (number(raw, "seq") or 0)
+    for key, work in (
+        ("tokens_per_s_per_gpu", tokens / gpus),
+        ("tokens_per_s", tokens),
+        ("samples_per_s_per_gpu", samples / gpus),
+        ("samples_per_s", samples),
+        ("tflops_per_gpu", flops / (1e12 * gpus)),
+        ("mfu_percent", 100 * flops / (peak_flops_per_s * gpus)),
+    ):
+        if raw.get("step_seconds"):
+            return float(raw["step_seconds"])
+        if raw.get(key):
+            return work / float(raw[key])
     raise UnjudgedRowError("no speed was published")
-
-
-def model_flops(raw: Raw, samples: int, num_layers: int, *, recomputed: bool) -> float:
-    """Return the FLOPs that Megatron-LM divides by the time: attention counted whole.
-
-    Source: Narayanan et al., SC 2021, equation 3, without recomputation 72 instead of 96.
-    """
-    if raw.get("hidden") is None:
-        raise UnjudgedRowError("FLOP/s of a model whose sizes the row does not give")
-    hidden, seq, vocab = int(raw["hidden"]), int(raw["seq"]), int(raw.get("vocab") or 0)
-    heads = int(raw.get("heads") or 1)
-    kv, ffn = int(raw.get("kv_heads") or heads), int(raw.get("ffn") or 4 * hidden)
-    gates = 3 if "llama" in str(raw.get("model")).lower() else 2
-    per_token = (
-        2 * hidden * hidden * (2 + 2 * kv / heads) + 2 * gates * hidden * ffn + 4 * seq * hidden
-    )
-    passes = 4 if recomputed else 3
-    tokens = samples * seq
-    return tokens * (passes * num_layers * per_token + 3 * 2 * hidden * vocab)
 
 
 # -- splits -------------------------------------------------------------------------------------
@@ -229,30 +277,16 @@ class Chunk:
     extra: int = 0
 
 
-def parse_layout(text: str) -> tuple[Chunk, ...]:
-    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``."""
-    flat, rest = _sequence(text.replace(",", "").replace(" ", ""))
-    if rest:
-        raise UnjudgedRowError(f"layout {text!r} does not end where it should: {rest!r}")
+def chunks_of_layout(text: str) -> tuple[Chunk, ...]:
+    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``; empty: the text is none."""
+    try:
+        stages = parse_layout(text).stages
+    except PlanError:
+        return ()
     return tuple(
         Chunk(part.count("t"), float("E" in part), float("L" in part), part.count("m"))
-        for part in flat.split("|")
+        for part in stages
     )
-
-
-def _sequence(text: str) -> tuple[str, str]:
-    found = ""
-    while text and text[0] != ")":
-        if text[0] == "(":
-            one, text = _sequence(text[1:])
-            text = text[1:]
-        else:
-            one, text = text[0], text[1:]
-        times = re.match(r"\*(\d+)", text)
-        if times:
-            text = text[times.end() :]
-        found += one * (int(times[1]) if times else 1)
-    return found, text
 
 
 def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> tuple[Chunk, ...]:
@@ -270,8 +304,11 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
     split, depth = str(row.raw.get("split") or ""), row.sizes.pp * row.sizes.vpp
     if num_layers + 2 < depth:
         raise UnjudgedRowError(f"{num_layers} layers are less than its {depth} stages")
+    stated = [int(one) for one in re.findall(r"\d+", split)]
+    if "|" not in split and len(stated) == depth > 1 and sum(stated) == num_layers:
+        return _with_ends(stated, extra)
     if "|" in split:
-        layout = parse_layout(split)
+        layout = chunks_of_layout(split)
         if len(layout) == depth and sum(c.layers for c in layout) == num_layers:
             return layout
     if "spread" in split or "tensor-parallel over all" in split:
@@ -284,7 +321,11 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
         counts[0], counts[-1] = counts[0] - 1, counts[-1] - 1
     else:
         counts = _even(num_layers, depth)
-    last = depth - 1
+    return _with_ends(counts, extra)
+
+
+def _with_ends(counts: list[int], extra: int) -> tuple[Chunk, ...]:
+    last = len(counts) - 1
     return tuple(
         Chunk(n, float(i == 0), float(i == last), extra if i == last else 0)
         for i, n in enumerate(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,27 +14,52 @@ from benchmarks.gpu_rows import (
     Raw,
     UnjudgedRowError,
     chunks_of,
+    chunks_of_layout,
     measured_s,
-    parse_layout,
     read_row,
 )
-from ipu_pipeline.backends.cluster.parallel_sizes import RankEngine
+from ipu_pipeline.backends.cluster.parallel_sizes import MEGATRON
 from ipu_pipeline.backends.cluster.rank import RankBlock, RankPricer, total_of
+from ipu_pipeline.backends.cluster.rank_plan import in_stage
 from ipu_pipeline.backends.cluster.rank_step import RankStep
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 
-# Megatron-Core with Transformer RankEngine: half of the collectives runs beside other kernels.
-MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeline_overlap=0.5)
 # Forks of Megatron-LM from before fused attention: SC 2021, and the zero bubble fork of 2023.
 _BEFORE_FUSED_ATTENTION = ("2104.04473", "2401.10241")
 # Megatron-Bridge's performance recipes reduce gradients in bfloat16 (no grad_reduce_in_fp32).
 _HALF_GRADIENTS = ("performance-summary",)
 # Its recipes take the fused cross entropy of Transformer Engine.
 _FUSED_LOSS = ("Megatron-Bridge",)
+# Its MXFP8 recipes of these models, from this release on, run a step as one CUDA graph and the
+# experts' all-to-all beside the other microbatch's products
+# (perf_recipes: _enable_hybridep_full_iteration_mxfp8, overlap_moe_expert_parallel_comm).
+_WHOLE_GRAPH_MODELS, _WHOLE_GRAPH_RELEASE = ("deepseek", "qwen3", "gpt oss"), "26.06"
+# torchtitan prints what the allocator has reserved; it has FSDP's shards and buffers besides.
+_RESERVED = {"torchtitan": 1.3}
+# What a recipe that did not fit may have done besides, from the cheapest on. The recipes of hosts
+# that are linked with their GPUs by NVLink offload activations before they recompute layers.
+LATER_RECIPE = "it does not fit with a later commit's recipe"
+_CHEAPER = (("mla_up_proj",), ("mla_up_proj", "moe_act"))
+_NEAR_HOSTS = ("gh200", "gb200", "gb300")
+_OFFLOADED = 0.5
 # Microbatches in flight with vocabulary layers on all stages, of arXiv 2411.05288, section 5.
 _MORE_IN_FLIGHT = {"vocab-1": 2, "vocab-2": 1}
 _INTERLACED = 1.5
+
+
+def runs_as_one_graph(raw: Raw) -> bool:
+    """Whether a row's recipe runs the whole step as one CUDA graph."""
+    recipe, note = raw.get("recompute"), str(raw.get("note") or "")
+    release = re.search(r"release (\d+\.\d+)", note)
+    return (
+        isinstance(recipe, Mapping)
+        and "fp8mx" in str(recipe.get("from_recipe_at_head"))
+        and bool(recipe.get("same_parallel_settings"))
+        and release is not None
+        and release[1] >= _WHOLE_GRAPH_RELEASE
+        and any(name in str(raw.get("model")).lower() for name in _WHOLE_GRAPH_MODELS)
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,7 @@ class Run:
         machine: Where it ran.
         chunks: What every stage held.
         published_s: Measured seconds of a step, if any.
+        on_device: Share of what is kept for backward passes that is not offloaded to the host.
     """
 
     row: GpuRow
@@ -53,17 +80,22 @@ class Run:
     machine: Machine
     chunks: tuple[Chunk, ...]
     published_s: float | None
+    on_device: float = 1.0
 
     @cached_property
     def pricer(self) -> RankPricer:
         """Prices of this run's blocks."""
-        source, raw = str(self.row.raw["source"]), self.row.raw
+        source, raw = str(self.row.raw.get("source")), self.row.raw
+        graph = runs_as_one_graph(raw)
         engine = replace(
             MEGATRON,
+            whole_graph=graph,
+            expert_overlap=1.0 if graph else MEGATRON.expert_overlap,
             fused_attention=not any(name in source for name in _BEFORE_FUSED_ATTENTION),
             precision="" if self.row.precision == "bfloat16" else self.row.precision,
             fused_loss=any(name in source for name in _FUSED_LOSS),
             gradient_bytes=2 if any(name in source for name in _HALF_GRADIENTS) else 4,
+            reserved_share=max([1.0, *(n for name, n in _RESERVED.items() if name in source)]),
             dropout=bool(re.match(r"gpt [\d.]+b", str(raw.get("model")).lower())),
         )
         return RankPricer(self.model.graph, self.machine, self.row.sizes, engine)
@@ -77,20 +109,20 @@ class Run:
             more = next((n for name, n in _MORE_IN_FLIGHT.items() if name in note), 0)
             factor = _INTERLACED if "interlaced" in note else 1.0
         return RankStep(
-            self.pricer, self.stages, self.row.schedule, self.row.microbatches, more, factor
+            self.pricer,
+            self.stages,
+            self.row.schedule,
+            self.row.microbatches,
+            more,
+            factor * self.on_device,
         )
 
     @cached_property
     def stages(self) -> tuple[RankBlock, ...]:
         """Every stage as one block."""
         price, model = self.pricer.block, self.model
-        # Before an embedding runs backward, what its microbatch kept is freed.
-        first = [replace(price(b), workspace_bytes=0.0) for b in model.blocks("embedding", "other")]
-        # Head and loss run one microbatch at a time.
-        last = [
-            replace(one, saved_bytes=0.0, workspace_bytes=one.saved_bytes + one.workspace_bytes)
-            for one in map(price, model.blocks("head", "loss"))
-        ]
+        first = [in_stage(b, price(b)) for b in model.blocks("embedding", "other")]
+        last = [in_stage(b, price(b)) for b in model.blocks("head", "loss")]
         dense, layer = price(model.layer(0)), price(model.layer(model.num_layers))
         found, done = [], 0
         for chunk in self.chunks:
@@ -120,7 +152,33 @@ class Run:
 
     def on(self, machine: Machine) -> Run:
         """Return the same run on a machine with other constants."""
-        return Run(self.row, self.model, machine, self.chunks, self.published_s)
+        return replace(self, machine=machine)
+
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the memory of a GPU."""
+        return self.memory_bytes() <= self.machine.devices[0].memory_bytes
+
+    def fitting(self) -> Run:
+        """Return a run whose recomputation was not published as one that fits, if there is one.
+
+        A row that takes it from the recipe of a later commit ran, whatever that recipe says: the
+        cheapest that fits is taken, and said.
+        """
+        if self.fits() or not isinstance(self.row.raw.get("recompute"), Mapping):
+            return self
+        tried = [self._with(parts, 1.0) for parts in _CHEAPER]
+        if self.row.machine.startswith(_NEAR_HOSTS):
+            tried.append(self._with((), _OFFLOADED))
+        tried.append(self._with(("full",), 1.0))
+        return next((run for run in tried if run.fits()), self)
+
+    def _with(self, parts: tuple[str, ...], on_device: float) -> Run:
+        what = " and ".join(parts) + " recomputed" if parts else "half of the activations offloaded"
+        taken = (*self.row.assumptions, f"{LATER_RECIPE}: {what}")
+        recompute = ("full",) if "full" in parts else (*self.row.sizes.recompute, *parts)
+        sizes = replace(self.row.sizes, recompute=recompute)
+        row = replace(self.row, sizes=sizes, assumptions=taken)
+        return replace(self, row=row, on_device=on_device)
 
 
 def read_run(raw: Raw) -> Run:
@@ -135,13 +193,28 @@ def read_run(raw: Raw) -> Run:
     head = sum(block.forward_flops for block in model.blocks("head"))
     chunks = chunks_of(row, model.num_layers, head / layer, model.extra_layers)
     split = str(raw.get("split") or "")
-    if "|" in split and chunks != parse_layout(split):
+    if "|" in split and chunks != chunks_of_layout(split):
         taken = f"its layout is of another model or number of stages: {len(chunks)} even ones"
         row = replace(row, assumptions=(*row.assumptions, taken))
+    machine = machine_by_name(row.machine)
     try:
-        published = measured_s(row, model.num_layers)
+        peak = machine.devices[0].peak_flops_per_s("bfloat16")
+        published = measured_s(row, step_flops(row, model), peak)
     except UnjudgedRowError:
         if row.memory_bytes is None:
             raise
         published = None
-    return Run(row, model, machine_by_name(row.machine), chunks, published)
+    return Run(row, model, machine, chunks, published).fitting()
+
+
+def step_flops(row: GpuRow, model: CapturedLayers) -> float:
+    """Return the FLOPs of a step that sources divide by the time.
+
+    Source: Narayanan et al., SC 2021, equation 3: three forward passes of everything, with full
+    recomputation four of the layers.
+    """
+    dense, rest = model.dense_layers, model.num_layers - model.dense_layers
+    layers = dense * model.layer(0).forward_flops + rest * model.layer(dense).forward_flops
+    head = sum(block.forward_flops for block in model.blocks("head"))
+    passes = 4 if "full" in row.sizes.recompute else 3
+    return row.microbatches * row.sizes.dp * (passes * layers + 3 * head)

@@ -17,7 +17,8 @@ from ipu_pipeline.ir.codec import read_json
 
 Amount = Annotated[float, msgspec.Meta(ge=0, le=1e30)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
-Devices = Annotated[int, msgspec.Meta(ge=0, le=1024)]
+Devices = Annotated[int, msgspec.Meta(ge=1, le=1024)]
+Hosts = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 
 class _Node(msgspec.Struct):
@@ -41,7 +42,7 @@ class MaxLoadFile(msgspec.Struct):
 
     maxSizePerFPGA: Amount
     maxFPGAs: Devices
-    maxCPUs: Devices
+    maxCPUs: Hosts
     nodes: Annotated[list[_Node], msgspec.Meta(min_length=1)]
     edges: list[_Edge]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
     from ipu_pipeline.capture import CapturedModel, capture
+    from ipu_pipeline.capture.from_config import on_meta
     from ipu_pipeline.compiler import compile, plan
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import Plan
@@ -33,6 +34,7 @@ _HOMES = {
     "StepResult": "ipu_pipeline.stages.executable",
     "capture": "ipu_pipeline.capture",
     "compile": "ipu_pipeline.compiler",
+    "on_meta": "ipu_pipeline.capture.from_config",
     "plan": "ipu_pipeline.compiler",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "StepResult",
     "capture",
     "compile",
+    "on_meta",
     "plan",
 ]
 

@@ -85,6 +85,20 @@ def from_config(
         raise ValueError(f"{described(resolved)}: {error}") from error
 
 
+def on_meta(config: PretrainedConfig | str | Path, task: str | None = None) -> nn.Module:
+    """Build a model in training mode without values: ``compile`` gives each process its own.
+
+    Args:
+        config: A config, a hub name, a local folder, or the path of a ``config.json``.
+        task: One of :data:`TASKS`; ``None``: that of the class which the config names.
+
+    Raises:
+        CaptureError: No such config or task, or the model has no class for the task.
+    """
+    resolved = config if isinstance(config, PretrainedConfig) else load_config(config)
+    return build_model(resolved, task or infer_task(resolved))
+
+
 @contextmanager
 def config_named(config: str | Path) -> Iterator[None]:
     """Name the config where the model that was built from it cannot be captured.

@@ -78,7 +78,9 @@ class StateUse:
         if not used:
             return func(*args, **kwargs)
         word = getattr(func, "__name__", "").split(".")[0]
-        if _may_write(word, kwargs):
+        # The gradient of a tensor is none of its values.
+        sets_data = word == "__set__" and getattr(func, "__self__", None) is Tensor.data
+        if sets_data or _may_write(word, kwargs):
             self._save(names[id(t)] for t in tree_leaves((args[:1], kwargs.get("out")))
                        if id(t) in names)  # fmt: skip
         result = func(*args, **kwargs)
@@ -88,7 +90,7 @@ class StateUse:
         self.writes.update(name for t, name, version in used if t._version != version)
         if word in _STATISTICS and _first_flag(args, kwargs):
             self.writes.update(n for t, n, _ in used if not isinstance(t, nn.Parameter))
-        if word == "__set__" and id(args[0]) in names:  # x.data = other
+        if sets_data and id(args[0]) in names:
             self.writes.add(names[id(args[0])])
             self._names[key_of(args[0]) or 0] = names[id(args[0])]
         return result
@@ -152,7 +154,7 @@ def key_of(tensor: Tensor) -> int | None:
 
 def _may_write(word: str, kwargs: Mapping[str, Any]) -> bool:
     if word.startswith("__"):
-        return word.startswith("__i") or word in ("__setitem__", "__set__")
+        return word.startswith("__i") or word == "__setitem__"
     return word.endswith("_") or kwargs.get("out") is not None
 
 

@@ -19,6 +19,7 @@ optimizer's parameters loads it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def read_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     repair: bool = True,
+    is_held: Callable[[str], bool] = lambda _: True,
 ) -> CheckpointInfo:
     """Load a checkpoint into ``model`` and ``optimizer``, in place; set the global random states.
 
@@ -91,6 +93,7 @@ def read_checkpoint(
         model: The same model; its own parameters are filled, under any split.
         optimizer: The same kind of optimizer, grouped in any way; ``None`` to leave it out.
         repair: Finish a replacement of ``path`` that was cut off; for one process only.
+        is_held: Whether a tensor of the state dict is needed here; others are not read.
 
     Raises:
         CheckpointError: The checkpoint is damaged, incomplete, newer, or of another model.
@@ -102,10 +105,10 @@ def read_checkpoint(
         manifest = read_manifest(path)
         check_fingerprint(manifest["model"], model, path)
         check_files(path, manifest)
-        tensors = read_weights(model, path, manifest["files"])
+        tensors = read_weights(model, path, manifest["files"], is_held)
         state = None
         if optimizer is not None:
-            state = read_optimizer(optimizer, model, path, manifest["files"])
+            state = read_optimizer(optimizer, model, path, manifest["files"], is_held)
         own = dict(manifest.get("extra_state", {}))
         set_rng_state = parsed_rng_state(manifest["rng"])
         found = CheckpointInfo(operator.index(manifest["global_step"]), dict(manifest["extra"]))

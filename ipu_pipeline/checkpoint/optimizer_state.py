@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from ipu_pipeline.checkpoint.manifest import (
@@ -94,9 +94,20 @@ def _json_data(content: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> 
 
 
 def read_optimizer(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, folder: Path, files: Iterable[str]
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    folder: Path,
+    files: Iterable[str],
+    is_held: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, Any]:
     """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
+
+    Args:
+        optimizer: Over parameters of the model.
+        model: The unsplit model.
+        folder: Where the files are.
+        files: Names of the checkpoint's files.
+        is_held: Whether the state of a parameter is needed, by its name.
 
     Raises:
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
@@ -125,9 +136,11 @@ def read_optimizer(
         )
     state: dict[str, dict[str, Any]] = content["values"]
     for file in files_of(OPTIMIZER, files):
-        for full_key, tensor in load_file(folder / file).items():
-            key, _, name = full_key.partition(_SEPARATOR)
-            state.setdefault(name, {})[key] = tensor
+        with safe_open(folder / file, framework="pt") as opened:
+            for full_key in opened.keys():  # noqa: SIM118 - it is no mapping
+                key, _, name = full_key.partition(_SEPARATOR)
+                if is_held(name):
+                    state.setdefault(name, {})[key] = opened.get_tensor(full_key)
     indices = iter(range(len(order)))
     return {
         "state": {i: state[name] for i, name in enumerate(order) if name in state},

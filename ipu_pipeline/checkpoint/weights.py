@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -57,18 +57,35 @@ def save_settings(model: torch.nn.Module, folder: Path) -> None:
                 transformers_logging.enable_progress_bar()
 
 
-def read_weights(model: torch.nn.Module, folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
+def read_weights(
+    model: torch.nn.Module,
+    folder: Path,
+    files: Iterable[str],
+    is_held: Callable[[str], bool] = lambda _: True,
+) -> dict[str, Tensor]:
     """Read the weights and check that they fill ``model`` exactly; change nothing.
+
+    Args:
+        model: What they are for.
+        folder: Where the files are.
+        files: Names of the checkpoint's files.
+        is_held: Whether a tensor of the state dict is needed; of tied ones any is.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape.
     """
+    state, groups = tensors_of(model), tied_names(model)
+    needed = {name for names in groups if any(map(is_held, names)) for name in names}
     tensors: dict[str, Tensor] = {}
-    for name in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
-        tensors |= load_file(folder / name)
-    state = tensors_of(model)
-    missing = [names[0] for names in tied_names(model) if not tensors.keys() & set(names)]
-    unknown = [name for name in tensors if name not in state]
+    present: set[str] = set()
+    for file in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
+        with safe_open(folder / file, framework="pt") as opened:
+            present.update(opened.keys())
+            tensors |= {
+                name: opened.get_tensor(name) for name in needed.intersection(opened.keys())
+            }
+    missing = [names[0] for names in groups if not present & set(names)]
+    unknown = [name for name in present if name not in state]
     shapes = [
         f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(state[name].shape)} here"
         for name, tensor in tensors.items()

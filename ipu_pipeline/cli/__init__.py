@@ -21,6 +21,7 @@ import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
 from ipu_pipeline.cli.launch import launch_command
+from ipu_pipeline.cli.layouts import export_command, import_command
 from ipu_pipeline.cli.options import (
     Force,
     IPUConfigName,
@@ -38,7 +39,7 @@ from ipu_pipeline.cli.options import (
 )
 from ipu_pipeline.cli.predict import predict_command
 from ipu_pipeline.cli.progress import LOGGER, progress_line
-from ipu_pipeline.cli.report import report_command, simulate_command
+from ipu_pipeline.cli.report import compare_command, report_command, simulate_command
 from ipu_pipeline.cli.tune import tune_command
 from ipu_pipeline.errors import INTERRUPTED, PipelineError, printable
 
@@ -200,7 +201,10 @@ def explain(plan_file: PlanFile) -> None:
 _COMMANDS: dict[str, Callable[..., None]] = {
     "simulate": simulate_command,
     "report": report_command,
+    "compare": compare_command,
     "predict": predict_command,
+    "export": export_command,
+    "import": import_command,
     "tune": tune_command,
     "emit": emit_command,
     "run": run_command,

@@ -1,4 +1,4 @@
-"""The command ``predict``: what a published IPU configuration does."""
+"""The command ``predict``: what a published IPU configuration does, or a GPU layout."""
 
 from __future__ import annotations
 
@@ -7,36 +7,103 @@ from typing import Annotated
 
 import typer
 
+from ipu_pipeline.cli.layouts import Precision, Schedule, predict_layout
 from ipu_pipeline.cli.options import (
+    IPUConfigName,
     IPUConfigOverrides,
     MicroBatch,
     Model,
-    PodOption,
     PodType,
-    SeqLength,
     TaskOption,
+    counted,
     read_ipu_config,
 )
 
 
 def predict_command(
     model: Model,
-    ipu_config: Annotated[
-        str,
-        typer.Option("--ipu-config", help="ipu_config.json, its folder, or a published name."),
-    ],
-    machine: PodOption = "pod16",
+    ipu_config: IPUConfigName = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="Megatron's, such as 'Et*2|(t*2|)*3,tL'; see --pp."),
+    ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option("--machine", help="pod16 (default), h100-x64, ..., or a machine file."),
+    ] = None,
     task: TaskOption = None,
     micro_batch: MicroBatch = 1,
-    seq_length: SeqLength = 128,
+    seq_length: Annotated[
+        int | None,
+        counted("--seq-length", "seq_length", "Tokens; default: 128, of a layout 4096.", 4),
+    ] = None,
     pod_type: PodType = None,
     ipu_config_overrides: IPUConfigOverrides = "",
+    tp: Annotated[int | None, counted("--tp", "num_devices", "Tensor parallel GPUs.")] = None,
+    pp: Annotated[
+        int | None,
+        counted("--pp", "num_devices", "Ranks of a pipeline; default: the layout's stages."),
+    ] = None,
+    cp: Annotated[int | None, counted("--cp", "num_devices", "Context parallel GPUs.")] = None,
+    ep: Annotated[int | None, counted("--ep", "num_devices", "Expert parallel GPUs.")] = None,
+    dp: Annotated[
+        int | None, counted("--dp", "num_devices", "Data parallel copies; default: what is left.")
+    ] = None,
+    microbatches: Annotated[
+        int | None, counted("--microbatches", "num_microbatches", "Per step of one pipeline.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, counted("--global-batch", "global_batch", "Samples of a step.")
+    ] = None,
+    schedule: Schedule = None,
+    precision: Annotated[
+        Precision | None, typer.Option("--precision", help="Default: the config's, or bfloat16.")
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option("--recompute", help="none, full, or parts such as core_attn,mlp."),
+    ] = None,
+    zero_stage: Annotated[
+        int | None, typer.Option("--zero-stage", min=0, max=3, help="Default: 1.")
+    ] = None,
 ) -> None:
-    """Predict an IPU configuration: memory of every IPU, parts of a step, samples/s.
+    """Predict an IPU configuration (--ipu-config), or somebody's GPU layout (--layout).
 
-    Layers that the configuration leaves open ([-1]) are placed as plan places them, or evenly
-    where nothing fits.
+    An IPU configuration: memory of every IPU, parts of a step, samples/s. Layers that it leaves
+    open ([-1]) are placed as plan places them, or evenly where nothing fits. A layout: step,
+    tokens/s, MFU, memory of every rank, and our split for the same sizes.
     """
+    if (ipu_config is None) == (layout is None):
+        raise ValueError("give one of --ipu-config and --layout: what is predicted")
+    sizes = {
+        "tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": dp, "microbatches": microbatches,
+        "global_batch": global_batch,
+    }  # fmt: skip
+    settings = {
+        "precision": None if precision is None else precision.value,
+        "recompute": recompute,
+        "zero_stage": zero_stage,
+    }
+    if layout is None:
+        asked = [name for name, value in {**sizes, **settings, "schedule": schedule}.items()
+                 if value is not None]  # fmt: skip
+        if asked:
+            raise ValueError(
+                f"--{asked[0].replace('_', '-')} is for --layout; an IPU configuration says its own"
+            )
+        _predict_pod(model, ipu_config, machine or "pod16", task, micro_batch, seq_length or 128,
+                     pod_type, ipu_config_overrides)  # fmt: skip
+        return
+    if pod_type is not None or ipu_config_overrides:
+        raise ValueError("--pod-type and --ipu-config-overrides are for --ipu-config")
+    predict_layout(model, task, layout, machine, seq_length or 4096,
+                   {**sizes, "micro_batch": micro_batch}, settings, schedule)  # fmt: skip
+
+
+def _predict_pod(
+    model: str, ipu_config: str | None, machine: str, task: str | None, micro_batch: int,
+    seq_length: int, pod_type: str | None, overrides: str,
+) -> None:  # fmt: skip
     from ipu_pipeline.backends.ipu.prices.predict import predict, prediction_of
     from ipu_pipeline.capture import capture
     from ipu_pipeline.capture.from_config import config_named, from_config
@@ -44,7 +111,7 @@ def predict_command(
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 
-    settings = read_ipu_config(ipu_config, ipu_config_overrides, pod_type)
+    settings = read_ipu_config(ipu_config, overrides, pod_type)
     assert settings is not None
     pod = machine_by_name(machine)
     built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)

@@ -1,4 +1,4 @@
-"""Two commands about a saved plan, ``simulate`` and ``report``."""
+"""Commands about saved plans: ``simulate``, ``report``, ``compare``."""
 
 from __future__ import annotations
 
@@ -63,3 +63,17 @@ def report_command(
         return
     write_report(plan, output)
     typer.echo(f"report written to {output}")
+
+
+def compare_command(
+    first: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by plan -o.")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")],
+) -> None:
+    """Print two plans side by side, and what makes the difference."""
+    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.planner.report.compare import compare_text
+
+    names = [path.stem for path in (first, second)]
+    if names[0] == names[1]:
+        names = [str(path) for path in (first, second)]
+    typer.echo(compare_text(Plan.load(first), Plan.load(second), names))

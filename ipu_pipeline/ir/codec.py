@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 import msgspec
 
 from ipu_pipeline.errors import PipelineError, shown
-from ipu_pipeline.ir.files import named, read_text, write_text
+from ipu_pipeline.ir.files import first_twice, named, read_text, write_text
 
 T = TypeVar("T")
 # Fields of the dataclasses that this module reads: a size or count, and seconds or a rate.
@@ -175,9 +175,8 @@ def parse_json(text: str, *, last_counts: bool = False, any_number: bool = False
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the key {shown(twice)} twice in one object; remove one of them")
+        twice = shown(first_twice(name for name, _ in pairs))
+        raise ValueError(f"it has the key {twice} twice in one object; remove one of them")
     return found
 
 

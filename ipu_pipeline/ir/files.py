@@ -12,7 +12,7 @@ import io
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,8 +84,8 @@ def read_table(
         names = next(reader, [])
         if columns and names != list(columns):
             raise error(f"{source} must have the columns {', '.join(columns)}, got {shown(names)}")
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise error(f"{source} has several columns {shown(min(twice))}; give each its own name")
+        if (twice := first_twice(names)) is not None:
+            raise error(f"{source} has several columns {shown(twice)}; give each its own name")
         rows = []
         for row in filter(None, reader):
             if len(row) != len(names):
@@ -102,6 +102,16 @@ def read_table(
     finally:
         csv.field_size_limit(before)
     return rows
+
+
+def first_twice(names: Iterable[str]) -> str | None:
+    """Return the first name that was there before, in one pass; ``None`` if all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def write_text(path: str | Path, text: str) -> None:

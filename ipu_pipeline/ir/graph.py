@@ -306,7 +306,10 @@ class BlockGraph:
         )
         try:
             plain = [dict(block) for block in given["blocks"]]
-            ops = [(shared[b.pop("forward_ops")], shared[b.pop("backward_ops")]) for b in plain]
+            places = [(b.pop("forward_ops"), b.pop("backward_ops")) for b in plain]
+            if wrong := next((place for pair in places for place in pair if place < 0), None):
+                raise IndexError(f"{wrong} is no position in operations")
+            ops = [(shared[forward], shared[backward]) for forward, backward in places]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise PlanError(f"{source}: blocks and operations do not match: {error}") from error
         blocks = from_json(tuple[Block, ...], plain, f"{source}, blocks", PlanError)

@@ -16,6 +16,19 @@ from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
 from ipu_pipeline.ir.limits import LIMITS
 
+# Of every rate per second, and of every fixed time: far beyond, a price would be infinite.
+_RATES, _LONGEST_S = (1e-9, 1e30), 1e9
+
+
+def _check_speeds(what: str, rates: Mapping[str, float], times: Mapping[str, float]) -> None:
+    wrong = [f"{n} {v}" for n, v in rates.items() if not _RATES[0] <= v <= _RATES[1]]
+    wrong += [f"{n} {v}" for n, v in times.items() if not 0 <= v <= _LONGEST_S]
+    if wrong:
+        raise ValueError(
+            f"{what} needs rates from {_RATES[0]} to {_RATES[1]} per second and times from 0 to "
+            f"{_LONGEST_S} seconds, got {wrong[0]}"
+        )
+
 
 @dataclass(frozen=True)
 class Link:
@@ -30,11 +43,7 @@ class Link:
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bytes_per_s <= 0 or self.latency_s < 0:
-            raise ValueError(
-                f"a link needs bytes_per_s > 0 and latency_s >= 0, got {self.bytes_per_s} and "
-                f"{self.latency_s}"
-            )
+        _check_speeds("a link", {"bytes_per_s": self.bytes_per_s}, {"latency_s": self.latency_s})
 
     def transfer_s(self, num_bytes: int) -> float:
         """Seconds to move ``num_bytes`` in one message; 0 for nothing."""
@@ -146,20 +155,20 @@ class Device:
     def __post_init__(self) -> None:
         if "float32" not in self.flops_per_s:
             raise ValueError(f"device {self.name!r} gives no flops_per_s for float32")
-        if self.memory_bytes <= 0 or self.memory_bytes_per_s <= 0:
+        if self.memory_bytes <= 0 or self.reserved_bytes < 0:
             raise ValueError(
-                f"device {self.name!r} needs memory_bytes and memory_bytes_per_s above 0, got "
-                f"{self.memory_bytes} and {self.memory_bytes_per_s}"
+                f"device {self.name!r} needs memory_bytes above 0 and reserved_bytes of at least "
+                f"0, got {self.memory_bytes} and {self.reserved_bytes}"
             )
-        if any(speed <= 0 for speed in self.flops_per_s.values()):
-            raise ValueError(f"device {self.name!r} has a flops_per_s that is not above 0")
-        points = [*self.product_curve, *self.bytes_curve]
-        rates = [*(rate for _, rate in points), *self.op_rates.values()]
-        if min(self.op_overhead_s, self.host_sync_s) < 0 or any(rate <= 0 for rate in rates):
-            raise ValueError(
-                f"device {self.name!r} needs op_overhead_s and host_sync_s of at least 0, and "
-                "measured rates above 0"
-            )
+        rates = {
+            "memory_bytes_per_s": self.memory_bytes_per_s,
+            **{f"flops_per_s of {name}": rate for name, rate in self.flops_per_s.items()},
+            **{f"op_rates of {name}": rate for name, rate in self.op_rates.items()},
+            **{f"rate of product_curve at {size}": rate for size, rate in self.product_curve},
+            **{f"rate of bytes_curve at {size}": rate for size, rate in self.bytes_curve},
+        }
+        times = {"op_overhead_s": self.op_overhead_s, "host_sync_s": self.host_sync_s}
+        _check_speeds(f"device {self.name!r}", rates, times)
         for curve in (self.product_curve, self.bytes_curve):
             sizes = [size for size, _ in curve]
             if sizes != sorted(set(sizes)) or any(size <= 0 for size in sizes):
@@ -202,10 +211,15 @@ class Machine:
                 f"machine {self.name!r} has {len(self.devices)} devices; 1 to "
                 f"{LIMITS['num_devices']} are possible"
             )
+        if self.devices_per_board < 0:
+            raise ValueError(
+                f"machine {self.name!r} has {self.devices_per_board} devices_per_board; give how "
+                "many are on one board, 0 for all"
+            )
 
     def link_between(self, first: int, second: int) -> Link:
         """Return the link between two devices, given by their positions."""
-        if self.board_link is None or self.devices_per_board <= 0:
+        if self.board_link is None or self.devices_per_board == 0:
             return self.link
         same_board = first // self.devices_per_board == second // self.devices_per_board
         return self.link if same_board else self.board_link

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from io import StringIO
 
 from rich import box
@@ -10,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.rates import rates_of
 
 
 def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -32,6 +35,34 @@ def render_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def megabytes(num_bytes: float) -> str:
     """Format bytes as megabytes (10^6 bytes)."""
     return f"{num_bytes / 1e6:.1f}"
+
+
+@dataclass(frozen=True)
+class MemoryUnit:
+    """What bytes are shown in.
+
+    Attributes:
+        name: Such as ``MB``.
+        num_bytes: Bytes of one.
+        digits: Behind the decimal point.
+    """
+
+    name: str
+    num_bytes: float
+    digits: int
+
+    def __call__(self, num_bytes: float) -> str:
+        """Format bytes, without the name."""
+        return f"{num_bytes / self.num_bytes:.{self.digits}f}"
+
+
+GIGABYTES = MemoryUnit("GB", 1e9, 2)
+MEGABYTES = MemoryUnit("MB", 1e6, 1)
+
+
+def unit_of(machine: Machine) -> MemoryUnit:
+    """Return what the memory of a machine's devices is shown in: GB for GPUs."""
+    return MEGABYTES if machine.devices[0].kernels is None else GIGABYTES
 
 
 def milliseconds(seconds: float) -> str:
@@ -67,9 +98,12 @@ def explain_plan(plan: Plan) -> str:
         f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "
         f"{plan.num_microbatches} microbatches of {plan.micro_batch_size}"
         + (f", {plan.replicas} replicas" if plan.replicas > 1 else ""),
-        stage_table(plan.stages),
+        stage_table(plan),
         f"predicted step {milliseconds(plan.objective_s)} ms; {bound}; costs: {plan.cost_source}",
     ]
+    rates = rates_of(plan)
+    if rates is not None and rates.mfu is not None:
+        lines.append(rates.text())
     if plan.binding:
         lines.append(f"limited by {plan.binding}")
     lines += annotation_lines(plan)
@@ -120,10 +154,11 @@ def shortened(names: Sequence[str]) -> str:
     )
 
 
-def stage_table(stages: Sequence[PlannedStage]) -> str:
+def stage_table(plan: Plan) -> str:
     """Return one row per stage."""
+    unit = unit_of(plan.machine)
     columns = ("stage", "device", "blocks", "forward ms", "backward ms", "transfer ms",
-               "memory MB", "in flight")  # fmt: skip
+               f"memory {unit.name}", "in flight")  # fmt: skip
     rows = [
         (
             f"{index}: {describe_blocks(stage)}",
@@ -132,10 +167,10 @@ def stage_table(stages: Sequence[PlannedStage]) -> str:
             milliseconds(stage.forward_s),
             milliseconds(stage.backward_s),
             milliseconds(stage.transfer_s),
-            megabytes(stage.memory_bytes),
+            unit(stage.memory_bytes),
             str(stage.in_flight),
         )
-        for index, stage in enumerate(stages)
+        for index, stage in enumerate(plan.stages)
     ]
     return render_table(columns, rows)
 

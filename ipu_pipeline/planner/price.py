@@ -191,13 +191,13 @@ def counted_costs(work: Workload) -> GraphCosts:
         measured_s=work.measured_s,
         factors={name: (factor,) for name, factor in work.factors.items() if factor > 1},
         unfused=work.apart,
-        loss_in_flight=_kept_by_last_stage(work),
+        loss_in_flight=kept_by_last_stage(work),
     )
     return model.estimate(work.graph, work.machine)
 
 
-def _kept_by_last_stage(work: Workload) -> int:
-    """Microbatches in flight in the last stage; of schedules with several per device: on one."""
+def kept_by_last_stage(work: Workload) -> int:
+    """Return how many microbatches the last stage keeps; of schedules with several: on one."""
     kind, training = schedule_kind(work.schedule), work.graph.training
     depth = 1 if kind.any_devices or not training else kind.stages_per_device[0]
     shape = PipelineShape.of(depth, work.num_microbatches, (0,) * depth, training=training)

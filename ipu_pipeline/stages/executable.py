@@ -113,6 +113,9 @@ class ExecutionOptions:
             the stand-in in the place of poptorch.
         training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
             plan may have been made without labels.
+        weights: Folder with the weights of a model on ``meta`` (safetensors, whole or in shards);
+            each process reads those of its own stages. ``None``: they are initialised by the
+            model's own code, the same ones for any split, from ``seed``.
         loss_weights: Weights of the microbatches' losses in the loss of the batch. ``None``: as
             the loss means it (labels that count, samples, or a sum); ``samples``; a function of a
             microbatch's inputs that returns how much it counts (tokens, say); or the factors of
@@ -133,6 +136,7 @@ class ExecutionOptions:
     sdk_python: str | None = None
     training: bool = True
     loss_weights: LossWeights = None
+    weights: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16", "fp16"):

@@ -112,17 +112,11 @@ def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Refuse a model without weights, and an optimizer that cannot step it.
+    """Refuse an optimizer that cannot step a model.
 
     Raises:
-        LoweringError: Either is the case.
+        LoweringError: It wants a closure, or holds parameters that are not the model's.
     """
-    on_meta = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
-    if on_meta:
-        raise LoweringError(
-            f"{len(on_meta)} parameters of the model have no data ({on_meta[0]} is on the meta "
-            "device); load the weights before compiling"
-        )
     if optimizer is not None:
         _refuse_closures(optimizer)
         own = {id(parameter) for parameter in model.parameters()}

@@ -149,6 +149,11 @@ class TrainingArguments(transformers.TrainingArguments):
         return Path(str(self.output_dir))
 
     @property
+    def train_batch_size(self) -> int:
+        """Samples of one microbatch of every copy: what transformers' loop reads at a time."""
+        return int(super().train_batch_size) * self.replicas
+
+    @property
     def samples_divisor(self) -> int:
         """A training batch splits evenly into this many parts: microbatches times replicas."""
         return self.gradient_accumulation_steps * self.replicas

@@ -24,12 +24,14 @@ from transformers.utils import logging
 from typing_extensions import Self
 
 from ipu_pipeline import compiler
+from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.training import autocast_region
+from ipu_pipeline.train.device_steps import DeviceSteps
 from ipu_pipeline.train.live_loss import (
     RUN,
     HandedIn,
@@ -67,14 +69,14 @@ _NO_SUBSTEP = TrainerCallback.on_substep_end
 # What is no state of the user's code.
 _OWN_STATE = frozenset(
     {"_handed_in", "_ahead", "_live", "_executable", "_num_trained", "_watch", "plan", "_make_plan",
-     "_training_order", "_evaluation_order", "_given_plan", "_run_id", "_finite"}
+     "_training_order", "_evaluation_order", "_given_plan", "_run_id", "_finite", "_device"}
 )  # fmt: skip
 Prediction = tuple[Tensor | None, Any, Any]
 T = TypeVar("T")
 
 
 class PipelineTrainer(Trainer):
-    """A ``transformers.Trainer`` whose steps run through a pipeline in this process.
+    """A ``transformers.Trainer`` whose steps run through a pipeline, in this process or on IPUs.
 
     ``gradient_accumulation_steps`` is the number of microbatches: with 1 the stages take turns.
     Until there is a plan (no training step was made, none was given), evaluation runs the model
@@ -86,7 +88,9 @@ class PipelineTrainer(Trainer):
         machine: As for :func:`ipu_pipeline.plan`, used where a plan is made.
         num_stages: The same.
         costs: The same. What is ``None`` is taken from our ``TrainingArguments``, if ``args`` are.
-        target: ``local``; others need :func:`ipu_pipeline.train.train`.
+        target: ``local`` or ``poptorch``; others need :func:`ipu_pipeline.train.train`.
+        ipu_config: For ``poptorch``: what to plan with, and what the plan does not say.
+        sdk_python: For ``poptorch``, as for :func:`ipu_pipeline.compile`.
         **kwargs: As for ``transformers.Trainer``.
 
     Attributes:
@@ -114,9 +118,14 @@ class PipelineTrainer(Trainer):
         num_stages: int | None = None,
         costs: str | None = None,
         target: str = "local",
+        ipu_config: IPUConfig | None = None,
+        sdk_python: str | None = None,
         **kwargs: Any,
     ) -> None:
         check_target(target)
+        self._device: DeviceSteps | None = None
+        if target == "poptorch":
+            self._device = DeviceSteps(self, ipu_config, sdk_python)
         self._given_plan: Plan | None = None
         self._executable: LocalExecutable | None = None
         self._handed_in: list[HandedIn] = []
@@ -138,7 +147,11 @@ class PipelineTrainer(Trainer):
             num_stages=num_stages or getattr(self.args, "num_stages", None),
             microbatches=self.args.gradient_accumulation_steps,
             costs=costs or str(getattr(self.args, "costs", "analytic")),
+            replicas=getattr(self.args, "replicas", 1),
+            config=ipu_config,
         )
+        if self._device is not None:
+            self._device.watch_callbacks()
 
     # ---- the run and its folder ---------------------------------------------------------
 
@@ -160,9 +173,12 @@ class PipelineTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         saves = self.args.save_strategy != SaveStrategy.NO
         self._run_id, self._finite = "", FiniteLosses()
+        if self._device is not None:
+            self._device.check_training()
         run = trainer_run(folder, resume_from_checkpoint=resume_from_checkpoint, saves=saves)
         with run as (path, self._run_id):
             output = super().train(path, *args, **kwargs)
+        self._fetch()
         if self.hp_search_backend is None:  # a trial of a search may fail, the others go on
             self._finite.check_trained(self._whole_model, self.state.global_step)
         return output
@@ -174,10 +190,25 @@ class PipelineTrainer(Trainer):
             self._run_id = begin_run(folder, None, run_of_trainer_checkpoint)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         begin_trainer_checkpoint(folder / name, self._run_id)
+        self._fetch(optimizer=not self.args.save_only_model)
         super()._save_checkpoint(model, trial)
         best = self.state.best_model_checkpoint
         if best != before and run_of_trainer_checkpoint(Path(str(best))) != self._run_id:
             self.state.best_model_checkpoint = before  # an older run's, of the step of the best
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does, with the weights of now."""
+        self._fetch()
+        super().save_model(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._fetch()  # the device's weights are not newer than those that are loaded
+        super()._load_best_model()
+
+    def _fetch(self, *, optimizer: bool = False) -> None:
+        """Bring the weights here up to date, and the optimizer's state if asked."""
+        if self._device is not None:
+            self._device.fetch(optimizer=optimizer)
 
     # ---- training -----------------------------------------------------------------------
 
@@ -204,6 +235,14 @@ class PipelineTrainer(Trainer):
             to_training_mode()
         prepared = self._prepare_inputs(inputs)
         steps = self.current_gradient_accumulation_steps
+        if self._device is not None:
+            self._handed_in.append(HandedIn(dict(prepared)))
+            if len(self._handed_in) < steps:
+                return torch.zeros((), device=self.args.device)
+            parts, self._handed_in = [part.inputs for part in self._handed_in], []
+            loss = self._device.step(parts, num_items_in_batch)
+            self._finite.add(self.state.global_step, loss)
+            return torch.tensor(loss, device=self.args.device)
         weight = 1.0 if self._loss_is_whole(num_items_in_batch) else 1 / steps
         if reason := self._why_one_by_one():
             self._training_order.one_by_one(reason)
@@ -263,6 +302,16 @@ class PipelineTrainer(Trainer):
         self._finite.add(self.state.global_step, float(loss.detach()))
         return loss.detach()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self._device is None:
+            return sampler
+        return self._device.train_sampler(sampler)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return no norm where gradients stay on the device, which has clipped them."""
+        return None if self._device is not None else super()._get_grad_norm(model, grad_norm)
+
     def _why_one_by_one(self) -> str:
         """Say what acts between two microbatches; nothing if nothing does."""
         if self.loss_in_order:
@@ -314,7 +363,7 @@ class PipelineTrainer(Trainer):
     ) -> Any:
         """Evaluate, several batches in the pipeline at once, each with its own loss."""
         own_step = getattr(self.prediction_step, "__func__", None) is _PREDICTION_STEP
-        if own_step and self._evaluates_in_stages():
+        if own_step and self._device is None and self._evaluates_in_stages():
             assert self.plan is not None
             loss_only = self.args.prediction_loss_only
             loss_only = loss_only if prediction_loss_only is None else prediction_loss_only
@@ -348,8 +397,10 @@ class PipelineTrainer(Trainer):
             partial(predict, self._whole_model, batch, loss_only, ignore_keys) for batch in batches
         ]
         if self._evaluates_in_stages():
-            found = self._predicted(bodies)
+            predicted = self._predicted if self._device is None else self._device.predict
+            found = predicted(bodies)
         else:
+            self._fetch()
             with calls_of(self._whole_model, self._in_one_piece):
                 found = [body() for body in bodies]
         self._ahead = {id(b): result for b, result in zip(batches, found, strict=True)}
@@ -469,11 +520,13 @@ class PipelineTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Look at the arguments first: what cannot be done is refused before it is set up."""
-        check_arguments(self.args)
+        check_arguments(self.args, "local" if self._device is None else "poptorch")
         super().create_accelerator_and_postprocess()
 
     def close(self) -> None:
-        """Stop the threads of the stages; the next step starts others."""
+        """Stop the threads of the stages, or free the IPUs; the next step starts anew."""
+        if self._device is not None:
+            self._device.close()
         if self._executable is not None:
             self._executable.close()
             self._executable = None
@@ -492,6 +545,8 @@ class PipelineTrainer(Trainer):
         return cast(nn.Module, self.model)
 
     def _has_executable(self) -> bool:
+        if self._device is not None:
+            return self._device.has_executable()
         return self._executable is not None and self._executable.model is self.model
 
     def _ready_executable(self, part: Mapping[str, Any]) -> LocalExecutable:
@@ -502,16 +557,24 @@ class PipelineTrainer(Trainer):
         assert self._executable is not None
         return self._executable
 
+    def planned(self, part: Mapping[str, Any]) -> Plan:
+        """Return the plan of the present model; it is made from one microbatch if none was given.
+
+        Args:
+            part: The microbatch.
+        """
+        self.plan = self._given_plan or self._make_plan(self._whole_model, part)
+        logger.info("%s", self.plan.explain())
+        return self.plan
+
     def _compile(self, part: Mapping[str, Any]) -> LocalExecutable:
         model, again = self._whole_model, recomputes(self.args)
         if again:  # the inherited train() switched the model's own recomputation on
             switch_off_checkpointing(model)
         with torch.random.fork_rng(devices=[]):
-            self.plan = self._given_plan or self._make_plan(model, part)
-            logger.info("%s", self.plan.explain())
             executable = compiler.compile(
                 model,
-                self.plan,
+                self.planned(part),
                 precision=self._precision,
                 seed=self.args.seed,
                 recompute="all" if again else None,

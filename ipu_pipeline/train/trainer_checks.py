@@ -74,18 +74,22 @@ def check_target(target: str) -> None:
     """Refuse a target that the inherited loop cannot drive.
 
     Raises:
-        ValueError: It is not ``local``.
+        ValueError: It is neither ``local`` nor ``poptorch``.
     """
-    if target != "local":
+    if target not in ("local", "poptorch"):
         raise ValueError(
-            f"PipelineTrainer cannot drive target {target!r}: the inherited loop clips gradients "
-            "and steps the optimizer in this one process, so the weights must be here; use "
-            "target='local', or ipu_pipeline.train.train, which drives every target"
+            f"PipelineTrainer cannot drive target {target!r}: the inherited loop reads, logs and "
+            "saves in one process; use target='local' or 'poptorch', or ipu_pipeline.train.train, "
+            "which drives every target"
         )
 
 
-def check_arguments(args: Any) -> None:
+def check_arguments(args: Any, target: str = "local") -> None:
     """Refuse arguments that the pipeline would have to ignore.
+
+    Args:
+        args: transformers' training arguments, or ours.
+        target: What runs the plan.
 
     Raises:
         ValueError: One of them is set; the message names it and the remedy.
@@ -93,7 +97,9 @@ def check_arguments(args: Any) -> None:
     for name, reason in _OTHER_RUNTIMES.items():
         if getattr(args, name, None):
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
-    if getattr(args, "replicas", 1) > 1:
+    if target == "poptorch":
+        _check_for_ipus(args)
+    elif getattr(args, "replicas", 1) > 1:
         raise ValueError(
             f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
             "leave it out, or use ipu_pipeline.train.train with target='distributed'"
@@ -125,6 +131,19 @@ def check_arguments(args: Any) -> None:
             f"activation_checkpointing_kwargs {sorted(further)} are not supported: here every "
             "block is recomputed; to choose blocks, make a plan with "
             "passes='recompute{blocks=...}' and pass it as plan="
+        )
+
+
+def _check_for_ipus(args: Any) -> None:
+    """Refuse what IPUs do in another way, or not at all."""
+    if recomputes(args):
+        raise ValueError(
+            "gradient_checkpointing is the other targets': what IPUs recompute is the plan's to "
+            "say; leave it out, and give ipu_config=IPUConfig(recompute=True)"
+        )
+    if args.bf16:
+        raise ValueError(
+            "IPUs have no bfloat16; leave bf16 out, and call model.half() before for float16"
         )
 
 

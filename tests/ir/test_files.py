@@ -13,7 +13,14 @@ import pytest
 
 from ipu_pipeline.errors import DatasetError, OutputError, PlanError
 from ipu_pipeline.ir.codec import parse_json, read_json, write_json
-from ipu_pipeline.ir.files import check_outputs, make_folder, read_table, read_text, write_text
+from ipu_pipeline.ir.files import (
+    check_outputs,
+    first_twice,
+    make_folder,
+    read_table,
+    read_text,
+    write_text,
+)
 from tests.ir.plan_example import example_plan
 
 LONG = "x" * 300
@@ -27,6 +34,21 @@ def refused(path: Path | str) -> str:
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_many_names_are_looked_through_once() -> None:
+    class Name(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)  # type: ignore[arg-type]
+
+        __hash__ = str.__hash__
+
+    names = [Name(f"c{number}") for number in range(2000)]
+    assert first_twice([*names, Name("c1999")]) == "c1999"
+    assert Name.compared < 10_000
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

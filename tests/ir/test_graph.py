@@ -75,6 +75,13 @@ def test_other_data_is_refused(raw: object, message: str) -> None:
         BlockGraph.from_json(raw, "file")
 
 
+def test_operations_are_not_counted_from_the_end() -> None:
+    raw = example_graph().to_json()
+    raw["blocks"][0]["forward_ops"] = -1
+    with pytest.raises(PlanError, match="do not match: -1 is no position in operations"):
+        BlockGraph.from_json(raw, "file")
+
+
 def test_an_unknown_field_is_refused() -> None:
     raw = example_graph().to_json()
     raw["blocks"][0]["colour"] = "red"

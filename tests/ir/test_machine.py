@@ -79,10 +79,13 @@ def test_unknown_machine_names_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"memory_bytes": 0}, "needs memory_bytes and memory_bytes_per_s above 0, got 0 and"),
-        ({"memory_bytes_per_s": -1.0}, "needs memory_bytes and memory_bytes_per_s above 0"),
+        ({"memory_bytes": 0}, "needs memory_bytes above 0 and reserved_bytes of .*, got 0 and 0"),
+        ({"reserved_bytes": -1}, "and reserved_bytes of at least 0, got 1 and -1"),
+        ({"memory_bytes_per_s": -1.0}, "needs rates from 1e-09 to .*, got memory_bytes_per_s -1.0"),
         ({"flops_per_s": {"float16": 1.0}}, "gives no flops_per_s for float32"),
-        ({"flops_per_s": {"float32": 0.0}}, "has a flops_per_s that is not above 0"),
+        ({"flops_per_s": {"float32": 0.0}}, "got flops_per_s of float32 0.0"),
+        ({"flops_per_s": {"float32": 1e-308}}, "got flops_per_s of float32 1e-308"),
+        ({"op_overhead_s": 1e308}, r"times from 0 to 1000000000.0 seconds, got op_overhead_s 1e"),
     ],
 )
 def test_wrong_devices_are_refused(change: dict, message: str) -> None:
@@ -93,12 +96,14 @@ def test_wrong_devices_are_refused(change: dict, message: str) -> None:
 
 
 def test_wrong_links_and_empty_machines_are_refused() -> None:
-    with pytest.raises(ValueError, match="bytes_per_s > 0 and latency_s >= 0, got 0 and 0"):
+    with pytest.raises(ValueError, match=r"a link needs rates .* got bytes_per_s 0"):
         Link(0)
-    with pytest.raises(ValueError, match="got 1 and -1"):
+    with pytest.raises(ValueError, match="got latency_s -1"):
         Link(1, -1)
     with pytest.raises(ValueError, match="machine 'none' has 0 devices"):
         Machine("none", (), Link(1))
+    with pytest.raises(ValueError, match="has -1 devices_per_board; give how many"):
+        replace(example_machine(), devices_per_board=-1)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +141,9 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        (
-            "op_overhead_s",
-            -1.0,
-            "op_overhead_s and host_sync_s of at least 0, and measured rates above 0",
-        ),
-        ("op_rates", {"gelu": 0.0}, "measured rates above 0"),
-        ("bytes_curve", ((1.0, 0.0),), "measured rates above 0"),
+        ("op_overhead_s", -1.0, "times from 0 to .* got op_overhead_s -1.0"),
+        ("op_rates", {"gelu": 0.0}, "got op_rates of gelu 0.0"),
+        ("bytes_curve", ((1.0, 0.0),), "got rate of bytes_curve at 1.0 0.0"),
         ("product_curve", ((2.0, 1.0), (1.0, 1.0)), r"above 0 and rising: \[2.0, 1.0\]"),
         ("bytes_curve", ((0.0, 1.0),), r"above 0 and rising: \[0.0\]"),
     ],

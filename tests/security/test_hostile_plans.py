@@ -24,6 +24,7 @@ from ipu_pipeline.planner.report.page import page
 from ipu_pipeline.planner.report.text import drawn, simulation_text
 from ipu_pipeline.planner.schedules.simulate import simulate
 from tests.ir.plan_example import example_plan
+from tests.security.kinds import ipu_plan
 
 QUOTES = 'x"), open("PWNED", "w").write("") or block("y'
 
@@ -53,6 +54,16 @@ def test_a_model_class_is_the_name_of_a_class(tmp_path: Path, name: str) -> None
     with pytest.raises(
         PlanError, match=r"must be the name of a class|is not of printable characters"
     ):
+        Plan.load(path)
+
+
+def test_a_program_of_ipus_has_the_ranges_of_its_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    ipu_plan().save(path)
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    plan["settings"]["proportions"][0] = -1
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(PlanError, match=r"plan\.json: .*proportions\[0\]: Expected `float` >= 0"):
         Plan.load(path)
 
 

@@ -15,9 +15,15 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForQuestionAnswering
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster.heartbeat import BEAT_S, Activity, Failure, Heartbeats
+from ipu_pipeline.backends.cluster.heartbeat import (
+    BEAT_S,
+    Activity,
+    Beat,
+    Failure,
+    Heartbeats,
+)
 from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather, meet
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 from tests.security import listening
@@ -58,6 +64,9 @@ def test_a_launch_on_one_machine_listens_on_loopback_only(tmp_path: Path) -> Non
         ("of this job", pickle.dumps(Attack())),
         ("of this job", msgspec.msgpack.encode([None, "not signed"])),
         ("of this job", bytes(32) + msgspec.msgpack.encode([None, "signed with nothing"])),
+        ("", b"\x91" * 100_000 + b"\xc0"),
+        ("", msgspec.msgpack.encode(["another", "kind"])),
+        ("", msgspec.msgpack.encode("half of it")[:-3]),
     ],
 )
 def test_a_stranger_in_the_store_runs_nothing_and_is_not_believed(
@@ -69,7 +78,7 @@ def test_a_stranger_in_the_store_runs_nothing_and_is_not_believed(
     store.set("1/1", message)
     ranks = StoreGather(store, 0, 2, Waiter(Activity(), lambda: False))
     with pytest.raises(LoweringError, match=r"message of rank 1 .* is not this job's"):
-        ranks.gather("hello")
+        ranks.gather("hello", str)
     assert not Path("PWNED").exists()
 
 
@@ -81,6 +90,45 @@ def test_a_message_counts_in_its_own_place_only(monkeypatch: pytest.MonkeyPatch)
     store.set("1/1", store.get("1/0"))
     with pytest.raises(LoweringError, match="is not this job's"):
         StoreGather(store, 0, 2, waiter).gather("hello")
+
+
+def test_a_message_that_was_recorded_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in another attempt of the job, nor for another use, nor after a later one."""
+    monkeypatch.setenv(SECRET_VARIABLE, "of this job")
+    store, waiter = dist.HashStore(), Waiter(Activity(), lambda: False)
+    StoreGather(store, 0, 1, waiter, "first/ranks").gather("hello")
+    store.set("1/1", store.get("1/0"))
+    with pytest.raises(LoweringError, match="is not this job's"):
+        StoreGather(store, 0, 2, waiter, "second/ranks").gather("hello")
+    old, new = Beat(3, "forward pass"), Beat(4, "forward pass")
+    assert new.follows(old)
+    assert not old.follows(new)
+    assert not old.follows(Beat(0, "closed", closed=True))
+
+
+@pytest.mark.parametrize("message", ["[", "[]", '{"text": 3}', "[" * 100_000, "\x00\ud7ff"])
+def test_what_is_no_heartbeat_stops_none(message: str) -> None:
+    store = dist.HashStore()
+    store.set("failed", message)
+    store.set("alive/1", message)
+    beats = Heartbeats(store, 0, [1], Activity())
+    try:
+        assert not beats.known.wait(3 * BEAT_S)
+        assert beats.rounds > 1
+    finally:
+        beats.close()
+
+
+@pytest.mark.parametrize("key", ["here/1", "answer"])
+@pytest.mark.parametrize("secret", ["", "of this job"])
+def test_a_stranger_at_the_meeting_is_refused(
+    monkeypatch: pytest.MonkeyPatch, key: str, secret: str
+) -> None:
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    store = dist.HashStore()
+    store.set(key, '{"not": "a name"}')
+    with pytest.raises(LoweringError, match=r"rank . in the job's store is not this job's"):
+        meet(store, 0 if key == "here/1" else 1, 2, 5.0)
 
 
 @pytest.mark.parametrize("secret", ["", "of this job"])

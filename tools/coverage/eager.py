@@ -98,9 +98,9 @@ def eager_step(model: nn.Module, parts: Sequence[Batch], seed: int = 0) -> Outco
 
 def why_not_repeatable(model: nn.Module, parts: Sequence[Batch], first: Outcome) -> str | None:
     """Say why eager training does not give the same step again; ``None`` when it does."""
-    if _differ(first, eager_step(model, parts)):
+    if differ(first, eager_step(model, parts)):
         return "two steps with the same seed differ"
-    if _differ(first, eager_step(model, parts, seed=1)):
+    if differ(first, eager_step(model, parts, seed=1)):
         return "the model draws random numbers while training, whatever its config says"
     return None
 
@@ -126,7 +126,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _differ(one: Outcome, other: Outcome) -> bool:
+def differ(one: Outcome, other: Outcome) -> bool:
+    """Tell whether two steps differ in loss, a gradient or a buffer."""
     pairs: Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]] = iter(
         [(one.gradients, other.gradients), (one.buffers, other.buffers)]
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ipu_pipeline.backends.ipu.annotations import annotate
 from ipu_pipeline.backends.ipu.backend import BACKEND
@@ -42,6 +43,7 @@ from tools.coverage.eager import (
     Batch,
     EagerError,
     build_model,
+    differ,
     eager_step,
     find_batches,
     own_values,
@@ -137,7 +139,11 @@ def _ran(model: nn.Module, plan: Plan, part: Batch) -> tuple[Result, str]:
     tensors = [value for value in part.values() if isinstance(value, Tensor)]
     if any(value.ndim == 0 or len(value) != ROWS for value in tensors):
         return "pass", "not run: axis 0 of its inputs is not the sample"
-    expected = eager_step(model, [part])
+    single = eager_step(model, [part])
+    if differ(single, eager_step(model, [part])):
+        return "nondeterministic", "two steps with the same seed differ"
+    # As many as the device runs: each draws random numbers of its own.
+    expected = eager_step(model, [part] * (plan.num_microbatches * plan.replicas))
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     try:
         with preserved_state(model), install(force=True) as poptorch:
@@ -171,6 +177,7 @@ def _step(
         optimizer = poptorch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         executor = poptorch.trainingModel(model, options, optimizer)
         try:
+            set_seed(0)  # the stand-in draws from torch's generator, as eager_step does
             given = forward.inputs(batch, ROWS, training=True, build=True)
             losses = executor(**given)
             executor.copyWeightsToHostIfNeeded()

@@ -94,9 +94,11 @@ class Setup:
             **options: Further ones of the tokenizer's call.
         """
         length = self.options.max_seq_length
+        if second is not None:
+            first, second = map(self._shortened, (first, second))
         encoded = self.tokenizer(
             list(first),
-            None if second is None else list(second),
+            second,
             truncation=True,
             max_length=length,
             padding="max_length" if self.options.pad_to_max_length else False,
@@ -111,6 +113,21 @@ class Setup:
                 length,
             )
         return encoded
+
+    def _shortened(self, texts: Sequence[str]) -> list[str]:
+        """Cut off of long texts what no pair keeps.
+
+        Of two texts that are cut, tokenizers keep every pair of the pieces: of two long lines
+        that are more than memory holds.
+        """
+        kept, length = list(texts), self.options.max_seq_length
+        for index, text in enumerate(kept):
+            if len(text) > 16 * length:
+                options = {"truncation": True, "max_length": 2 * length}
+                (one,) = self.tokenizer([text], add_special_tokens=False, **options).encodings
+                if one.overflowing:
+                    kept[index] = text[one.offsets[0][0] : one.offsets[-1][1]]
+        return kept
 
 
 class EncodedDataset(Dataset[dict[str, Any]]):

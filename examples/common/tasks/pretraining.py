@@ -94,7 +94,13 @@ def _documents(rows: Rows, options: PretrainingOptions) -> Iterator[list[str]]:
     for i, row in enumerate(rows):
         value = require(row, column, (str, list), f"row {i}")
         if isinstance(value, list):
-            yield [str(sentence) for sentence in value if str(sentence).strip()]
+            for sentence in value:
+                if not isinstance(sentence, str):
+                    kind = type(sentence).__name__
+                    raise DatasetError(
+                        f"row {i}: {column!r} lists a {kind}; write a document as a list of texts"
+                    )
+            yield [sentence for sentence in value if sentence.strip()]
         elif value.strip():
             current.append(value)
         else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
-from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
-from ipu_pipeline.backends.cluster.rank import RankPricer
+from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, refuse_sizes
+from ipu_pipeline.backends.cluster.rank_plan import RankCosts, rank_price
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -64,16 +65,20 @@ class ClusterBackend(Backend):
         return max(8, num_stages or len(machine.devices) // replicas)
 
     def costs(self, work: Workload) -> GraphCosts:
-        """Price blocks by counted operations; on GPUs each has its update besides."""
-        found = counted_costs(work)
-        if work.machine.devices[0].kernels is None or not work.graph.training:
-            return found
-        pricer = RankPricer(work.graph, work.machine, ParallelSizes(dp=work.replicas))
-        updates = {b.name: pricer.update_s(pricer.parameters(b)) for b in work.graph.blocks}
-        return replace(found, update_s=updates)
+        """Price blocks by counted operations, or as a rank of GPUs runs its part of them.
+
+        Raises:
+            PlanError: A setting is wrong, or means nothing on this machine.
+        """
+        if _on_gpus(work.machine, work.graph, work.measured_s):
+            return RankCosts(work, GpuSettings.read(work.settings)).all()
+        refuse_sizes(work.settings, work.machine)
+        return counted_costs(work)
 
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""
+        if _on_gpus(plan.machine, plan.graph, plan.measured_s):
+            return rank_price(plan)
         return replayed_price(plan, self.costs(workload_of(plan)), splits_backward=True)
 
     def lower(self, model: Any, plan: Plan, optimizer: Any, options: Any) -> Any:
@@ -99,6 +104,11 @@ class ClusterBackend(Backend):
         if not backends:
             return "unavailable", "torch.distributed has neither gloo nor a usable nccl"
         return "ready", f"processes under torchrun, over {' and '.join(backends)}"
+
+
+def _on_gpus(machine: Machine, graph: BlockGraph, measured_s: Mapping[str, Any]) -> bool:
+    """Whether steps are priced by what a GPU's kernels reach: in training, nothing measured."""
+    return machine.devices[0].kernels is not None and graph.training and not measured_s
 
 
 BACKEND = ClusterBackend()

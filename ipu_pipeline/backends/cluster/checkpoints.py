@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ipu_pipeline.checkpoint.writer import (
     write_shard,
 )
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ir.codec import Count
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,18 @@ class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
     ``background`` makes the all-gathers of the thread that writes while training goes on.
+    ``is_held`` says by name which tensors have values here; ``None``: all of them.
     """
 
     def __init__(
-        self, model: nn.Module, own: OwnParameters | None, groups: Groups, background: StoreGather
+        self,
+        model: nn.Module,
+        own: OwnParameters | None,
+        groups: Groups,
+        background: StoreGather,
+        is_held: Callable[[str], bool] | None = None,
     ) -> None:
+        self._is_held = is_held
         self._model = model
         self._own = own
         self._optimizer = None if own is None else own.optimizer
@@ -93,7 +101,11 @@ class ShardedCheckpoints:
                 self._ranks,
                 lambda: found.append(
                     read_checkpoint(
-                        path, model=self._model, optimizer=self._optimizer, repair=False
+                        path,
+                        model=self._model,
+                        optimizer=self._optimizer,
+                        repair=False,
+                        is_held=self._is_held or (lambda _: True),
                     )
                 ),
             )
@@ -115,12 +127,18 @@ class ShardedCheckpoints:
         """Write a checkpoint, or begin to. Every rank calls this.
 
         Raises:
-            CheckpointError: Something cannot be written as safetensors or JSON.
+            CheckpointError: Something cannot be written as safetensors or JSON; or each rank has
+                its own weights only, and nothing has run yet or the ranks do not share a disk.
             OSError: The disk is full, or not writable; for this checkpoint or for the one
                 before. Earlier checkpoints are untouched.
         """
         self.wait()
         _refuse_extra_state(self._model)
+        if self._is_held is not None and ownership is None:
+            raise CheckpointError(
+                "which process writes which weights is known after the first step or evaluation; "
+                "run one before you save"
+            )
         new: CheckpointWriter | None = None
         with ExitStack() as undo:
 
@@ -187,6 +205,11 @@ class ShardedCheckpoints:
         blind = [rank for rank, (seen, _) in enumerate(found) if not seen]
         if not blind:
             return part, [rank for rank, (_, empty) in enumerate(found) if not empty] or [0]
+        if self._is_held is not None:
+            raise CheckpointError(
+                f"ranks {blind} do not see the folder of rank 0 ({folder.parent}), and no process "
+                "has the whole model; save to a file system that all machines share"
+            )
         if folder.parent not in self._not_shared:
             self._not_shared.add(folder.parent)
             logger.warning(
@@ -204,7 +227,7 @@ class ShardedCheckpoints:
             collect_weights(self._model, ownership, self._groups)
         mine = dict(part.tensors.get(OPTIMIZER, {}))
         sent = torch.frombuffer(bytearray(save(mine)), dtype=torch.uint8)
-        found = self._ranks.gather((len(sent), part.values))
+        found = self._ranks.gather((len(sent), part.values), tuple[Count, dict[str, Any]])
         wait, device = self._groups.waiter.run, self._groups.device
         if self._rank != 0:
             wait(lambda: dist.send(sent.to(device), dst=0))

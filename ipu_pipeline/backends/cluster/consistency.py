@@ -31,6 +31,8 @@ from ipu_pipeline.stages.executable import ExecutionOptions
 SAMPLE = 256
 NOTE_BYTES = 256
 _DIGEST_BYTES = 8
+# Of a rank: its error, by kind and text, and what it returns.
+_Report = tuple[tuple[str, str] | None, Any]
 T = TypeVar("T")
 
 
@@ -49,7 +51,7 @@ def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
         value = function()
     except Exception as problem:
         error = problem
-    found = ranks.gather((None if error is None else (_kind_of(error), str(error)), value))
+    found = ranks.gather((None if error is None else (_kind_of(error), str(error)), value), _Report)
     failed = next((rank for rank, (problem, _) in enumerate(found) if problem), None)
     if failed is None:
         return [value for _, value in found]
@@ -111,7 +113,7 @@ def check_alike(own: Mapping[str, str], problem: str, ranks: StoreGather) -> Non
     Raises:
         LoweringError: Something differs, or some rank has a problem; the same on every rank.
     """
-    found = ranks.gather((problem, dict(own)))
+    found = ranks.gather((problem, dict(own)), tuple[str, dict[str, str]])
     problems = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(found) if text]
     if problems:
         raise LoweringError(f"not all ranks can start: {'; '.join(problems[:3])}")

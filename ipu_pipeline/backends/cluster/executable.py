@@ -17,11 +17,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
-from ipu_pipeline.backends.cluster.consistency import BatchCheck, check_alike, description
+from ipu_pipeline.backends.cluster.consistency import (
+    BatchCheck,
+    check_alike,
+    description,
+    together,
+)
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes
+from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes, scope_of
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -40,6 +45,7 @@ from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
+from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
@@ -54,7 +60,8 @@ _numbers = itertools.count(1)
 class DistributedExecutable(Executable):
     """Runs this process's stages of a plan. Every process calls every method, in one order.
 
-    A short microbatch is a run of its own and weighs less.
+    A short microbatch is a run of its own and weighs less. Of a model on ``meta``, this process
+    has the weights of its own stages only, and what is done with all of them is refused.
 
     ``optimizer`` is cut down to the parameters of this process; ``options`` say how to run.
 
@@ -74,6 +81,8 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer)
         self.options = options
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._holds_all = not is_on_meta(model)
+        device = device if self._holds_all else torch.device("cpu")
         self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
         try:
             background = self._meet_others(device)
@@ -82,7 +91,14 @@ class DistributedExecutable(Executable):
                 dist.destroy_process_group()
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._checkpoints = ShardedCheckpoints(model, self._own, self.groups, background)
+        held = self._materialized()
+        self._checkpoints = ShardedCheckpoints(
+            model,
+            self._own,
+            self.groups,
+            background,
+            None if self._holds_all else held.__contains__,
+        )
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
@@ -91,7 +107,8 @@ class DistributedExecutable(Executable):
             plan,
             options.precision,
             recompute=recomputed_blocks(options.recompute, plan),
-            self_check=options.self_check,
+            # Stand-ins tell nothing about gradients.
+            self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
         )
         wish = options.loss_weights
@@ -109,10 +126,12 @@ class DistributedExecutable(Executable):
         plan, options = self.plan, self.options
         rank, world_size = dist.get_rank(), dist.get_world_size()
         name = f"ipu_pipeline/{next(_numbers)}"
-        self._watchdog = Watchdog(_own_store(name), rank, world_size, options.stall_timeout_s)
+        self._watchdog = Watchdog(
+            _own_store(name), rank, world_size, options.stall_timeout_s, scope_of(name)
+        )
         ranks, background = (
-            StoreGather(_own_store(f"{name}/{use}"), rank, world_size, self._watchdog.waiter)
-            for use in ("ranks", "background")
+            StoreGather(_own_store(own), rank, world_size, self._watchdog.waiter, scope_of(own))
+            for own in (f"{name}/ranks", f"{name}/background")
         )
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
@@ -129,6 +148,23 @@ class DistributedExecutable(Executable):
                 "the optimizer state of all its parameters"
             )
         return background
+
+    def _materialized(self) -> frozenset[str]:
+        """Give a model on ``meta`` the weights of the own stages; return what is held, by name.
+
+        Raises:
+            LoweringError: On any rank: they cannot be read or initialised.
+        """
+        model, graph, options = self.model, self.plan.graph, self.options
+        used = [
+            {n for b in (*stage.blocks, *stage.table_slices) for n in graph[b].parameters}
+            for stage in self.plan.stages
+        ]
+        own = set().union(*(used[index] for index in self.groups.layout.own_stages))
+        # What no block has is used between them, on all ranks.
+        held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
+        together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
+        return frozenset(held)
 
     def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
@@ -193,7 +229,16 @@ class DistributedExecutable(Executable):
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the unsplit model's own state dict, whole on every process."""
+        """Return the unsplit model's own state dict, whole on every process.
+
+        Raises:
+            LoweringError: No process has the whole model, as it came from ``meta``.
+        """
+        if not self._holds_all:
+            raise LoweringError(
+                "each process has the weights of its own stages only; save_checkpoint(folder) "
+                "writes the whole model, which from_pretrained(folder) reads"
+            )
         if self._ownership is not None:
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
@@ -278,11 +323,16 @@ class DistributedExecutable(Executable):
         with self._watchdog.guarding(what, self.global_step):
             yield
 
+    def _looking(self) -> contextlib.AbstractContextManager[None]:
+        """Return the region in which the whole model may run: captures, losses, axes."""
+        return contextlib.nullcontext() if self._holds_all else freed_at_once()
+
     def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
         number = plan.num_microbatches * plan.replicas
-        return self._cutter.training(batch, number, plan.micro_batch_size)
+        with self._looking():
+            return self._cutter.training(batch, number, plan.micro_batch_size)
 
     def _accumulate(
         self, cut: CutBatch, loss_scaling: float, *, for_update: bool
@@ -305,13 +355,14 @@ class DistributedExecutable(Executable):
         What Python counts and draws is then the same on all ranks; and what cannot be captured is
         refused by all of them, so that nobody waits for the one that does.
         """
-        stages, prepared = self._cache.prepare(cut.parts)
-        if any(stage.in_order for own in stages for stage in own):
-            self._refuse_other_order(len(prepared))
-        self._batch_check.check_glue(self.global_step, cut.parts, prepared)
-        terms = [own[-1].loss_terms for own in stages]
-        self._shares.check(cut, prepared, terms, training=training)
-        return stages, self._shares.weighted(cut, prepared, terms, training=training)
+        with self._looking():
+            stages, prepared = self._cache.prepare(cut.parts)
+            if any(stage.in_order for own in stages for stage in own):
+                self._refuse_other_order(len(prepared))
+            self._batch_check.check_glue(self.global_step, cut.parts, prepared)
+            terms = [own[-1].loss_terms for own in stages]
+            self._shares.check(cut, prepared, terms, training=training)
+            return stages, self._shares.weighted(cut, prepared, terms, training=training)
 
     def _refuse_other_order(self, num_microbatches: int) -> None:
         one = self.plan.num_stages == self.plan.replicas == 1

@@ -7,16 +7,15 @@ for it.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from torch.distributed.distributed_c10d import Store
 
-from ipu_pipeline.backends.cluster.signature import Signature
+from ipu_pipeline.backends.cluster.signature import SignedStore
 from ipu_pipeline.stages.stage import Stage
 
 BEAT_S = 0.5
@@ -155,6 +154,10 @@ class Beat:
     waiting: bool = False
     closed: bool = False
 
+    def follows(self, last: Beat) -> bool:
+        """Whether it is news: one that was written before ``last`` is shown again by strangers."""
+        return not last.closed and (self.closed or self.count > last.count)
+
 
 class Heartbeats:
     """Heartbeats of all processes, and the first failure.
@@ -164,6 +167,7 @@ class Heartbeats:
         rank: Of this process.
         watched: Ranks whose beats are read.
         activity: Of this process.
+        scope: Where its messages count.
 
     Attributes:
         failure: The first one, once it is known here.
@@ -174,15 +178,21 @@ class Heartbeats:
         quiet: Number of rounds since it changed, and when that was, by ``time.monotonic``.
     """
 
-    def __init__(self, store: Store, rank: int, watched: Iterable[int], activity: Activity) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        watched: Iterable[int],
+        activity: Activity,
+        scope: str = "",
+    ) -> None:
         self.failure: Failure | None = None
         self.known = threading.Event()
         self.lost = ""
         self.rounds = 0
         self.seen: dict[int, Beat] = {}
         self.quiet: dict[int, tuple[int, float]] = {}
-        self._store = store
-        self._signature = Signature()
+        self._store = SignedStore(store, scope)
         self._rank = rank
         self._watched = tuple(watched)
         self._activity = activity
@@ -222,41 +232,22 @@ class Heartbeats:
     def _exchange(self) -> None:
         if self.failure is None:
             if self._told is not None:
-                text = self._signature.signed(_FAILED, json.dumps(asdict(self._told)).encode())
-                if not self._found(self._store.compare_set(_FAILED, "", text.decode()) or text):
-                    self._store.set(_FAILED, text.decode())  # in place of a stranger's
-                    self._found(text)
-            elif self._store.check([_FAILED]):
-                self._found(self._store.get(_FAILED))
+                self.failure = self._store.set_first(_FAILED, self._told)
+            else:
+                self.failure = self._store.get(_FAILED, Failure)
+            if self.failure is not None:
+                self.known.set()
         activity = self._activity
         seconds = time.monotonic() - activity.since
         self._write(Beat(self.rounds, str(activity), seconds, activity.waiting))
         for other in self._watched:
-            beat = self._read(other)
-            changed = beat is not None and beat != self.seen.get(other)
+            beat, last = self._store.get(f"alive/{other}", Beat), self.seen.get(other)
+            changed = beat is not None and (last is None or beat.follows(last))
             rounds, since = self.quiet.get(other, (0, 0.0))
             self.quiet[other] = (0, time.monotonic()) if changed else (rounds + 1, since)
-            if beat is not None:
+            if beat is not None and changed:
                 self.seen[other] = beat
         self.rounds += 1
 
-    def _found(self, message: bytes) -> bool:
-        """Take a failure as the first one, if a rank of this job has told it."""
-        text = self._signature.opened(_FAILED, message)
-        if text is None:
-            return False
-        self.failure = Failure(**json.loads(text))
-        self.known.set()
-        return True
-
     def _write(self, beat: Beat) -> None:
-        key = f"alive/{self._rank}"
-        message = self._signature.signed(key, json.dumps(asdict(beat)).encode())
-        self._store.set(key, message.decode())
-
-    def _read(self, other: int) -> Beat | None:
-        key = f"alive/{other}"
-        if not self._store.check([key]):
-            return None
-        text = self._signature.opened(key, self._store.get(key))
-        return None if text is None else Beat(**json.loads(text))
+        self._store.set(f"alive/{self._rank}", beat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ipu_pipeline.backends.cluster.parallel_sizes import check_runs_here
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules import (
@@ -118,8 +119,10 @@ def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout
     """Return the layout of ``plan`` over ``world_size`` processes.
 
     Raises:
-        LoweringError: The processes cannot be shared out, or the schedule cannot run the split.
+        LoweringError: The processes cannot be shared out, the schedule cannot run the split, or
+            ranks of the plan share a stage.
     """
+    check_runs_here(plan)
     if world_size % plan.replicas:
         raise LoweringError(
             f"the plan has {plan.replicas} replicas, which cannot share {world_size} processes; "

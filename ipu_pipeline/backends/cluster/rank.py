@@ -24,15 +24,13 @@ from ipu_pipeline.backends.cluster.fused import (
 from ipu_pipeline.backends.cluster.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
-from ipu_pipeline.ir.machine import Link, Machine
+from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 
 _HALF_BYTES = 2
 # Freed blocks of torch's caching allocator that fit no other tensor, as a share of what is kept.
 _FRAGMENTS = 1.04
 _ROUTER_SIDE = 256  # products with so few columns stay in the model's precision
-_STATE_BYTES = 12  # of AdamW: float32 weight and both moments
-_UPDATE_BYTES = 4 * (4 + 3)  # weight, both moments and the gradient read, three written
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,17 @@ class RankPricer:
     engine: RankEngine = EAGER
 
     @property
+    def device(self) -> Device:
+        """The machine's first device, as the engine drives it."""
+        device = self.machine.devices[0]
+        if not self.engine.whole_graph:
+            return device
+        return replace(device, op_overhead_s=0.0, host_sync_s=0.0)
+
+    @property
     def roofline(self) -> Roofline:
-        """Prices of operations on the machine's first device."""
-        return Roofline(self.machine.devices[0])
+        """Prices of operations on that device."""
+        return Roofline(self.device)
 
     @property
     def tokens(self) -> int:
@@ -155,7 +161,7 @@ class RankPricer:
             return replace(found, saved_bytes=0.0, workspace_bytes=held)
         if block.kind != "layer":
             return found
-        exchanged_s = self._exchanged_s(block)
+        exchanged_s = self.exchanged_s(block)
         found = replace(
             found,
             forward_s=found.forward_s + exchanged_s,
@@ -169,7 +175,7 @@ class RankPricer:
                 saved_bytes=_FRAGMENTS * layer.kept_bytes() / self.shared,
                 workspace_bytes=found.workspace_bytes + made,
             )
-        return self._recomputed(block, found)
+        return self.recomputed(block, found)
 
     def parameters(self, block: Block) -> RankParameters:
         """Return this rank's part of the weights of a block."""
@@ -238,7 +244,7 @@ class RankPricer:
         each = rows * a + rows * b + a * b
         return int(DTYPE_BYTES.get(op.dtype, _HALF_BYTES) * experts / self.sizes.ep * each)
 
-    def _recomputed(self, block: Block, found: RankBlock) -> RankBlock:
+    def recomputed(self, block: Block, found: RankBlock) -> RankBlock:
         """Return a layer with the parts of it recomputed that the sizes name."""
         wanted, layer = self.sizes.recompute, self._fused(block)
         if "full" in wanted:
@@ -271,7 +277,7 @@ class RankPricer:
         rate = link.bytes_per_s * (1.0 if kernels is None else kernels.link_share)
         return link.latency_s + (ranks - 1) / ranks * num_bytes / rate
 
-    def _exchanged_s(self, block: Block) -> float:
+    def exchanged_s(self, block: Block) -> float:
         """Seconds that collectives within a layer add to one pass."""
         sizes, layer = self.sizes, self._fused(block)
         parts = (len(layer.attentions) > 0) + (len(layer.products) > 1)
@@ -282,7 +288,7 @@ class RankPricer:
         if rows:
             sent = _HALF_BYTES * rows * self.hidden / self.shared
             sent *= self._distinct_nodes(rows / self.tokens)
-            found += self.machine.devices[0].host_sync_s
+            found += self.device.host_sync_s
             found += 2 * self.ring_s(sent, sizes.ep) * (1 - self.engine.expert_overlap)
         for op in layer.attentions if sizes.cp > 1 else ():
             moved = _HALF_BYTES * sum(map(prod, op.shapes[1:3])) / sizes.tp
@@ -306,25 +312,30 @@ class RankPricer:
 
     def state_bytes(self, held: RankParameters) -> float:
         """Bytes of weights, gradients and optimizer state of a rank."""
-        total, stage = _HALF_BYTES * held.frozen, self.sizes.zero_stage
+        engine, stage = self.engine, self.sizes.zero_stage
+        total = engine.weight_bytes * held.frozen
         for numel, ranks in zip((held.dense, held.experts), self._copies, strict=True):
-            total += numel * _HALF_BYTES / (ranks if stage >= 3 else 1)
-            total += numel * self.engine.gradient_bytes / (ranks if stage >= 2 else 1)
-            total += numel * _STATE_BYTES / (ranks if stage >= 1 else 1)
+            total += numel * engine.weight_bytes / (ranks if stage >= 3 else 1)
+            total += numel * engine.gradient_bytes / (ranks if stage >= 2 else 1)
+            total += numel * engine.state_bytes / (ranks if stage >= 1 else 1)
         return total
 
     def update_s(self, held: RankParameters) -> float:
-        """Seconds of AdamW over a rank's part of the optimizer state."""
+        """Seconds of the optimizer over a rank's part of its state."""
         same, of_experts = self._copies if self.sizes.zero_stage else (1, 1)
         numel = held.dense / same + held.experts / of_experts
-        return _UPDATE_BYTES * numel / self.roofline.bytes_per_s
+        return self.engine.update_bytes * numel / self.roofline.bytes_per_s
 
     def reduction_s(self, held: RankParameters) -> float:
         """Seconds of reducing gradients and gathering weights over the ranks that share them."""
+        return self.shared_ring_s(held, self.engine.gradient_bytes + _HALF_BYTES)
+
+    def shared_ring_s(self, held: RankParameters, num_bytes: float) -> float:
+        """Seconds of one collective of ``num_bytes`` a weight over the ranks that share it."""
         same, of_experts = self._copies
-        moved = self.engine.gradient_bytes + _HALF_BYTES
-        dense_s = self.ring_s(moved * held.dense, same, self.sizes.tp)
-        return dense_s + self.ring_s(moved * held.experts, of_experts, self.sizes.ep)
+        apart = self.sizes.pp if self.engine.pipeline_inner else 1
+        dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
+        return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
 
 
 def total_of(parts: Iterable[tuple[RankBlock, float]]) -> RankBlock:

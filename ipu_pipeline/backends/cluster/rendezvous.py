@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -18,13 +17,18 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE, STORE_VARIABLE
-from ipu_pipeline.backends.cluster.signature import Signature
+from ipu_pipeline.backends.cluster.signature import Signature, SignedStore
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 
+T = TypeVar("T")
+# The first rank's number, and those that it has found.
+_Answer = tuple[str, list[str | None]]
 # What torchrun sets, and what the rendezvous of ``env://`` reads.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.02
+# What the processes that are here now call themselves; nothing where the caller has joined them.
+_met: list[str] = []
 
 
 def join_processes(device: torch.device, timeout_s: float) -> bool:
@@ -47,7 +51,8 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     shared, rank, world_size = _store_and_place(timeout)
-    store = PrefixStore(meet(shared, rank, world_size, timeout_s), shared)
+    _met.append(meet(shared, rank, world_size, timeout_s))
+    store = PrefixStore(_met[-1], shared)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
 
@@ -73,24 +78,24 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
     numbers with a name until everybody has seen its own among them.
 
     Raises:
-        LoweringError: Not all came within ``timeout_s``.
+        LoweringError: Not all came within ``timeout_s``, or a message is not of this job.
     """
-    own = uuid.uuid4().hex
-    store.set(f"here/{rank}", own)
+    own, board = uuid.uuid4().hex, SignedStore(store, "meeting")
+    board.set(f"here/{rank}", own)
     until = time.monotonic() + timeout_s
     while True:
         if rank == 0:
-            here = [_read(store, f"here/{other}") for other in range(world_size)]
-            store.set("answer", json.dumps([own, here]))
-            absent = [r for r in range(1, world_size) if _read(store, f"seen/{r}") != own]
+            here = [_shown(board, f"here/{other}", str, other) for other in range(world_size)]
+            board.set("answer", [own, here])
+            absent = [r for r in range(1, world_size) if board.get(f"seen/{r}", str) != own]
             if not absent:
                 return own
         else:
             absent = [0]
-            name, here = json.loads(_read(store, "answer") or '["", []]')
+            name, here = _shown(board, "answer", _Answer, 0) or ("", [])
             if own in here:
-                store.set(f"seen/{rank}", name)
-                return str(name)
+                board.set(f"seen/{rank}", name)
+                return name
         if time.monotonic() >= until:
             break
         time.sleep(_POLL_S)
@@ -99,6 +104,11 @@ def meet(store: Store, rank: int, world_size: int, timeout_s: float) -> str:
         f"rank {rank} has waited {timeout_s:.0f} s for rank {names} to compile the model; see "
         "what that rank says, and whether all were started with one address and world size"
     )
+
+
+def scope_of(name: str) -> str:
+    """Return where messages under ``name`` count: among the processes that are here now."""
+    return "/".join([*_met[-1:], name])
 
 
 class StoreGather:
@@ -110,22 +120,32 @@ class StoreGather:
 
     A message is plain data (msgpack), never pickled: whoever reaches the store can run nothing
     here. Where the job has a secret, a message without its signature is refused.
+
+    Args:
+        store: For these messages only.
+        rank: Of this process.
+        world_size: How many there are.
+        waiter: Says when to give up.
+        scope: Where the messages count.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, waiter: Waiter) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, waiter: Waiter, scope: str = ""
+    ) -> None:
         self.rank = rank
         self.waiter = waiter
         self._store = store
         self._world_size = world_size
-        self._signature = Signature()
+        self._signature = Signature(scope)
         self._count = 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, kind: Any = Any) -> list[Any]:
         """Return the values of all processes, by rank; ranks may take as long as they need.
 
         Args:
             value: Plain data: texts, numbers, lists and mappings. A tuple arrives as a list, a
                 path as its text.
+            kind: Type of each; another one is refused.
 
         Raises:
             GivenUp: Some rank has failed.
@@ -142,28 +162,37 @@ class StoreGather:
                 while not self._store.check([f"{self._count}/{rank}"]):
                     self.waiter.give_up_after_failure()
                     time.sleep(_POLL_S)
-                found.append(self._opened(f"{self._count}/{rank}", rank))
+                found.append(self._opened(f"{self._count}/{rank}", rank, kind))
         # Who takes part in this all-gather has read the one before.
         self._store.delete_key(f"{self._count - 1}/{self.rank}")
         return found
 
-    def _opened(self, key: str, rank: int) -> Any:
+    def _opened(self, key: str, rank: int, kind: Any) -> Any:
         body = self._signature.opened(key, self._store.get(key))
-        with contextlib.suppress(msgspec.DecodeError):
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             if body is not None:
-                return msgspec.msgpack.decode(body)
-        raise LoweringError(
-            f"the message of rank {rank} in the job's store is not this job's: another program "
-            f"writes there, or the ranks have different {SECRET_VARIABLE}; start the job again, "
-            "where nobody else reaches its port"
-        )
+                return msgspec.msgpack.decode(body, type=kind)
+        raise _not_this_jobs(rank)
+
+
+def _shown(board: SignedStore, key: str, kind: type[T], rank: int) -> T | None:
+    """Return what ``rank`` shows; ``None`` as long as it shows nothing."""
+    there = board.holds(key)
+    found = board.get(key, kind)
+    if there and found is None:
+        raise _not_this_jobs(rank)
+    return found
+
+
+def _not_this_jobs(rank: int) -> LoweringError:
+    return LoweringError(
+        f"the message of rank {rank} in the job's store is not this job's: another program "
+        f"writes there, or the ranks have different {SECRET_VARIABLE}; start the job again, "
+        "where nobody else reaches its port"
+    )
 
 
 def _path_as_text(value: Any) -> str:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"ranks tell each other plain data only, got {type(value).__name__}")
-
-
-def _read(store: Store, key: str) -> str:
-    return store.get(key).decode() if store.check([key]) else ""

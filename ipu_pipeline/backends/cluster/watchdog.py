@@ -46,13 +46,16 @@ class Watchdog:
         rank: Of this process.
         world_size: How many there are.
         stall_timeout_s: Nothing but the caller's own code may last longer, not even waiting.
+        scope: Where its messages count.
 
     Attributes:
         failure: Why all processes stop, once one has failed.
         waiter: Waits that end when there is a failure.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, stall_timeout_s: float, scope: str = ""
+    ) -> None:
         self.rank = rank
         self.activity = Activity()
         self.failure: Failure | None = None
@@ -64,7 +67,7 @@ class Watchdog:
         self._decided = threading.Event()
         # The first looks after all others, those after the first.
         watched = [r for r in self._all_others if 0 in (r, rank)]
-        self._beats = Heartbeats(store, rank, watched, self.activity)
+        self._beats = Heartbeats(store, rank, watched, self.activity, scope)
         self._thread = threading.Thread(target=self._serve, name="rank-watchdog", daemon=True)
         self._thread.start()
 

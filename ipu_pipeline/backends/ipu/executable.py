@@ -127,8 +127,8 @@ class PopTorchExecutable(Executable):
 
         ``StepResult.loss`` is the mean over the microbatches of every replica under the output
         modes ``all`` and ``sum``; under ``final`` and ``default`` the device gives back only the
-        last microbatch of every replica, and the loss is the mean of these. The weights are the
-        same under every mode.
+        last microbatch of every replica, and the loss is the mean of these. Without an IPU
+        configuration the mode is ``all``. The weights are the same under every mode.
 
         Args:
             batch: Tensors with axis 0 = device iterations x microbatches x replicas x micro
@@ -201,14 +201,24 @@ class PopTorchExecutable(Executable):
             self._fetch()
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
+    def fetch(self) -> None:
+        """Bring the model's weights here up to date, if the device has newer ones."""
+        self._require_open()
+        self._fetch()
+
+    def fetch_optimizer(self) -> None:
+        """Bring the optimizer's state here up to date."""
+        self._require_open()
+        if self.optimizer is not None and self._has_program and not self._state_is_newer:
+            state = {name: v.clone() for name, v in self._worker.pages("read_optimizer")}
+            read_state(self.optimizer, state, self.model)
+
     def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write a checkpoint of what the device holds, as :class:`Executable` says."""
         self._require_open()
         self.wait_for_checkpoint()
         self._fetch()
-        if self.optimizer is not None and self._has_program:
-            state = {name: v.clone() for name, v in self._worker.pages("read_optimizer")}
-            read_state(self.optimizer, state, self.model)
+        self.fetch_optimizer()
         return super().save_checkpoint(path, *args, **options)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:

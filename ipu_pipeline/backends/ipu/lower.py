@@ -8,6 +8,7 @@ Graphcore's own poptorch.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,10 +18,11 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.backends.ipu.sdk_python import find_sdk_python
-from ipu_pipeline.backends.ipu.settings import settings_for
+from ipu_pipeline.backends.ipu.settings import ipu_config_of_plan, settings_for
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.materialize import materialize
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def lower(
         StageError: The worker died.
     """
     python = find_sdk_python(options.sdk_python)
+    materialize(model, options.weights, options.seed)
     _check_options(options, plan)
     _refuse_hooks(model)
     device_optimizer = None
@@ -45,9 +48,10 @@ def lower(
         device_optimizer = optimizer_settings(
             optimizer, loss_scaling=options.loss_scaling, max_grad_norm=options.max_grad_norm
         )
+    whole_loss = replace(ipu_config_of_plan(plan), output_mode="all")
     settings = settings_for(
         plan,
-        options.ipu_config,
+        options.ipu_config or whole_loss,
         optimizer=device_optimizer,
         half=_is_half(model),
         seed=options.seed,
@@ -103,6 +107,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
         raise LoweringError(
             "IPUs cut every input on axis 0 and take the mean of the microbatches' means; leave "
             "loss_weights and batch_axes out, or use target='local' or 'distributed'"
+        )
+    if options.recompute is not None:
+        raise LoweringError(
+            f"recompute={options.recompute!r} is an option of the other targets: what IPUs "
+            "recompute is the plan's to say; leave it out, and plan with IPUConfig(recompute=...)"
         )
     if options.sequential:
         raise LoweringError("sequential is the local target's; leave it out for poptorch")

@@ -35,6 +35,7 @@ from ipu_pipeline.stages.executable import (
     mean_loss,
 )
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
+from ipu_pipeline.stages.materialize import materialize
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
@@ -65,6 +66,7 @@ class LocalExecutable(Executable):
         options: ExecutionOptions,
     ) -> None:
         check(plan, options)
+        materialize(model, options.weights, options.seed)
         check_model(model, optimizer)
         super().__init__(model, plan, optimizer)
         self.options = options

@@ -96,6 +96,10 @@ class GraphCosts:
         update_s: Seconds per optimizer step of every block's update; blocks left out have none.
         planning: Prices whole stages, where blocks do not add up to them; it then takes the place
             of the search over block options.
+        ranks: Where several devices share a stage, the ranks of the pipelines as the search sees
+            them: one device each, links as fast as for a rank's share of what crosses (tensors with
+            gradients). Blocks then keep what enters them, and ``update_s`` is all that comes once
+            per step.
     """
 
     blocks: Mapping[str, BlockCost]
@@ -105,6 +109,7 @@ class GraphCosts:
     frees_in_order: bool = False
     update_s: Mapping[str, float] = field(default_factory=dict)
     planning: StagePlanning | None = None
+    ranks: Machine | None = None
 
     def speed(self, device: int) -> float:
         """Relative speed of ``device``; 1.0 where nothing else was said."""

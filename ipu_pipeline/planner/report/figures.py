@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.text import describe_blocks
+from ipu_pipeline.ir.text import describe_blocks, unit_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import Window, windows
 from ipu_pipeline.planner.report.text import device_names
@@ -202,17 +202,20 @@ def stage_figure(plan: Plan, timeline: Timeline) -> Any:
 def memory_figure(plan: Plan, timeline: Timeline) -> Any:
     """Draw the peak of every device by kind of use, and what it can hold."""
     rows, curves = list(device_names(plan, timeline).values()), timeline.memory
+    unit = unit_of(plan.machine)
+    one, text = unit.num_bytes, f".{unit.digits}f}} {unit.name}"
     parts = (
-        ("weights, gradients, optimizer", "weights", [c.weight_bytes / 1e6 for c in curves]),
-        ("stash of microbatches in flight", "stash", [c.stash_bytes / 1e6 for c in curves]),
-        ("workspace", "workspace", [c.workspace_bytes / 1e6 for c in curves]),
+        ("weights, gradients, optimizer", "weights", [c.weight_bytes / one for c in curves]),
+        ("stash of microbatches in flight", "stash", [c.stash_bytes / one for c in curves]),
+        ("workspace", "workspace", [c.workspace_bytes / one for c in curves]),
     )
-    figure = _stacked(rows, parts, ".1f} MB", title_text="MB at the peak", rangemode="tozero")
-    limits = [limit / 1e6 for limit in timeline.limit_bytes]
+    figure = _stacked(rows, parts, text, title_text=f"{unit.name} at the peak",
+                       rangemode="tozero")  # fmt: skip
+    limits = [limit / one for limit in timeline.limit_bytes]
     figure.add_scatter(name="limit", x=limits, y=rows, mode="markers+lines" if len(rows) > 1 else
                        "markers", line={"color": COLOURS["limit"], "dash": "dash", "width": 1.5},
                        marker={"symbol": "line-ns-open", "size": 14, "color": COLOURS["limit"]},
-                       hovertemplate="limit %{x:.1f} MB<extra>%{y}</extra>")  # fmt: skip
+                       hovertemplate=f"limit %{{x:{text}<extra>%{{y}}</extra>")  # fmt: skip
     return figure
 
 
@@ -222,9 +225,10 @@ def memory_curve_figure(plan: Plan, timeline: Timeline) -> Any:
 
     names, shown = device_names(plan, timeline), windows(timeline)[0]
     fullest = max(timeline.memory, key=lambda curve: curve.peak_bytes)
-    figure = go.Figure()
+    unit, figure = unit_of(plan.machine), go.Figure()
+    text = f"%{{y:.{unit.digits}f}} {unit.name}"
     for curve in sorted(timeline.memory, key=lambda curve: curve is fullest):
-        times, held = _until(curve, shown.end_s)
+        times, held = _until(curve, shown.end_s, unit.num_bytes)
         first = curve is fullest
         figure.add_scatter(
             name=names[curve.device],
@@ -234,20 +238,20 @@ def memory_curve_figure(plan: Plan, timeline: Timeline) -> Any:
             line={"shape": "hv", "width": 2 if first else 1,
                   "color": COLOURS["forward"] if first else COLOURS["quiet"]},
             showlegend=first,
-            hovertemplate="%{y:.1f} MB at %{x:.3f} ms<extra>" + names[curve.device] + "</extra>",
+            hovertemplate=f"{text} at %{{x:.3f}} ms<extra>" + names[curve.device] + "</extra>",
         )  # fmt: skip
     figure.update_layout(layout(320))
     figure.update_xaxes(title_text=f"ms ({shown.title})", range=[0, shown.end_s * 1e3])
-    figure.update_yaxes(title_text="MB", rangemode="tozero")
+    figure.update_yaxes(title_text=unit.name, rangemode="tozero")
     return figure
 
 
-def _until(curve: MemoryCurve, end_s: float) -> tuple[list[float], list[float]]:
+def _until(curve: MemoryCurve, end_s: float, one: float) -> tuple[list[float], list[float]]:
     pairs = zip(curve.times_s, curve.held_bytes, strict=True)
     kept = [(time_s, held) for time_s, held in pairs if time_s <= end_s]
     last = max(0, bisect_right(curve.times_s, end_s) - 1)
     kept.append((end_s, curve.held_bytes[last]))
-    return [round(t * 1e3, 6) for t, _ in kept], [held / 1e6 for _, held in kept]
+    return [round(t * 1e3, 6) for t, _ in kept], [held / one for _, held in kept]
 
 
 def block_figure(plan: Plan, costs: GraphCosts) -> Any:

@@ -52,10 +52,10 @@ def page(plan: Plan) -> str:
             sections.head(plan, timeline),
             sections.reasons(plan, timeline),
             sections.timeline_section(timeline),
-            sections.memory_section(timeline),
+            sections.memory_section(plan, timeline),
             sections.stage_section(plan, timeline),
             sections.block_section(plan, costs),
-            sections.sensitivity_section(sensitivity(plan)),
+            sections.sensitivity_section(plan, sensitivity(plan)),
             sections.foot(plan, timeline),
         ]
     )

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.text import describe_blocks, megabytes, milliseconds
+from ipu_pipeline.ir.rates import rates_of
+from ipu_pipeline.ir.text import describe_blocks, milliseconds, unit_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import Variant
-from ipu_pipeline.planner.report.text import overflows, problems, rate, sensitivity_table
+from ipu_pipeline.planner.report.text import overflows, problems, sensitivity_table
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline, pace
 
@@ -41,20 +42,27 @@ def head(plan: Plan, timeline: Timeline) -> str:
     """Title, key numbers and warnings."""
     samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
     where, peak, limit = _fullest(plan, timeline)
+    unit, rates = unit_of(plan.machine), rates_of(plan, timeline.step_s)
     bound = "no bound is known"
     if plan.lower_bound_s:
         bound = f"no split is predicted below {milliseconds(plan.lower_bound_s)} ms"
-    tiles = (
+    tiles = [
         (f"{milliseconds(timeline.step_s)} ms", "optimizer step",
          f"{plan.num_microbatches} microbatches"),
-        (f"{rate(plan, timeline):,.1f}", "samples per second",
+        (f"{rates.samples_per_s if rates else 0.0:,.1f}", "samples per second",
          f"{samples} samples per step"),
         (f"{timeline.bubble_fraction:.1%}", "bubble", "share of device time spent waiting"),
         (f"{peak / limit:.1%}", "of the fullest memory",
-         f"{where}: {megabytes(peak)} of {megabytes(limit)} MB"),
+         f"{where}: {unit(peak)} of {unit(limit)} {unit.name}"),
         (f"{plan.gap:.1%}" if plan.lower_bound_s else "-", "gap to the lower bound",
          bound),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if rates is not None and rates.mfu is not None:
+        tokens = f"{rates.tokens_per_s or rates.samples_per_s:,.0f}"
+        what = "samples" if rates.tokens_per_s is None else "tokens"
+        devices = f"of {rates.num_devices} GPUs' bfloat16 peak"
+        tiles += [(tokens, f"{what} per second", f"{rates.num_devices} GPUs"),
+                  (f"{rates.mfu:.1%}", "MFU", devices)]  # fmt: skip
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span>'
         f"<small>{escape(detail)}</small></div>"
@@ -122,20 +130,21 @@ def timeline_section(timeline: Timeline) -> str:
     )
 
 
-def memory_section(timeline: Timeline) -> str:
+def memory_section(plan: Plan, timeline: Timeline) -> str:
     """What fills the devices, at the peak and over time."""
+    unit = unit_of(plan.machine)
     rows = [
         (
             str(curve.device),
-            *map(megabytes, (curve.weight_bytes, curve.stash_bytes, curve.workspace_bytes,
+            *map(unit, (curve.weight_bytes, curve.stash_bytes, curve.workspace_bytes,
                              curve.peak_bytes, curve.limit_bytes)),
             f"{curve.peak_bytes / curve.limit_bytes:.1%}",
             str(curve.in_flight),
         )
         for curve in timeline.memory
     ]  # fmt: skip
-    columns = ("device", "weights MB", "stash MB", "workspace MB", "peak MB", "limit MB", "full",
-               "in flight")  # fmt: skip
+    uses = [f"{use} {unit.name}" for use in ("weights", "stash", "workspace", "peak", "limit")]
+    columns = ("device", *uses, "full", "in flight")  # fmt: skip
     limit = "what stages can use"
     if timeline.shared_memory:
         limit = "the memory that all of them share, so their peaks add up"
@@ -149,6 +158,7 @@ def memory_section(timeline: Timeline) -> str:
 
 def stage_section(plan: Plan, timeline: Timeline) -> str:
     """What a microbatch costs every stage."""
+    unit = unit_of(plan.machine)
     rows = [
         (
             f"{index}: {describe_blocks(stage)}",
@@ -159,12 +169,12 @@ def stage_section(plan: Plan, timeline: Timeline) -> str:
             milliseconds(load.backward_s),
             milliseconds(load.copies.forward_s + load.copies.backward_s),
             f"{load.times.price.load_s / pace(timeline):.1%}",
-            megabytes(load.stash_bytes),
+            unit(load.stash_bytes),
         )
         for index, (stage, load) in enumerate(zip(plan.stages, timeline.loads, strict=True))
     ]
     columns = ("stage", "device", "blocks", "recomputed", "forward ms", "backward ms", "copy ms",
-               "of the pace", "stash MB per microbatch")  # fmt: skip
+               "of the pace", f"stash {unit.name} per microbatch")  # fmt: skip
     caption = (
         "Seconds of one microbatch, recomputation included in the backward pass. The dashed line "
         "is the pace: the busiest device."
@@ -174,6 +184,7 @@ def stage_section(plan: Plan, timeline: Timeline) -> str:
 
 def block_section(plan: Plan, costs: GraphCosts) -> str:
     """What every block costs."""
+    unit = unit_of(plan.machine)
     rows = [
         (
             block.name,
@@ -183,25 +194,26 @@ def block_section(plan: Plan, costs: GraphCosts) -> str:
             f"{block.forward_flops / 1e9:.3f}",
             milliseconds(costs.blocks[block.name].plain.forward_s),
             milliseconds(costs.blocks[block.name].plain.backward_s),
-            megabytes(sum(costs.blocks[block.name].weight_bytes.values())),
-            megabytes(costs.blocks[block.name].plain.stash_bytes),
+            unit(sum(costs.blocks[block.name].weight_bytes.values())),
+            unit(costs.blocks[block.name].plain.stash_bytes),
         )
         for block in plan.blocks
     ]
     columns = ("block", "kind", "stage", "parameters", "forward GFLOP", "forward ms",
-               "backward ms", "weights MB", "saved MB per microbatch")  # fmt: skip
+               "backward ms", f"weights {unit.name}",
+               f"saved {unit.name} per microbatch")  # fmt: skip
     caption = "Price of every block for one microbatch, without recomputation."
     return "<h2>Blocks</h2>" + _figure("blocks", caption) + _table(columns, rows, "as a table")
 
 
-def sensitivity_section(variants: Sequence[Variant]) -> str:
+def sensitivity_section(plan: Plan, variants: Sequence[Variant]) -> str:
     """What other settings would give."""
     reasons = "".join(f"<li>{escape(text)}</li>" for text in problems(variants))
     return (
         "<h2>Sensitivity</h2><p class='soft'>The first row is the plan. Every other one is "
         "split again by the exact solver and priced the same way, without constraints that a plan "
         "does not store.</p>"
-        + _grid(*sensitivity_table(variants), name="sensitivity")
+        + _grid(*sensitivity_table(plan, variants), name="sensitivity")
         + (f'<ul class="reasons">{reasons}</ul>' if reasons else "")
     )
 
@@ -212,5 +224,6 @@ def foot(plan: Plan, timeline: Timeline) -> str:
     return (
         f"<footer>Model fingerprint {escape(plan.model.fingerprint)}; plan made with "
         f"{escape(versions)}. Times are predictions of the {escape(plan.cost_source)} cost model, "
-        f"simulated with {timeline.num_events:,} events. MB are 10<sup>6</sup> bytes.</footer>"
+        f"simulated with {timeline.num_events:,} events. MB are 10<sup>6</sup> bytes, "
+        "GB 10<sup>9</sup>.</footer>"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.ir.text import explain_plan, megabytes, milliseconds, render_table
+from ipu_pipeline.ir.rates import rates_of
+from ipu_pipeline.ir.text import explain_plan, milliseconds, render_table, unit_of
 from ipu_pipeline.planner.report.sensitivity import Variant, sensitivity
 from ipu_pipeline.planner.schedules.simulate import simulate
 from ipu_pipeline.planner.schedules.timeline import Timeline, pace
@@ -21,13 +22,13 @@ def text_report(plan: Plan) -> str:
     timeline = simulate(plan)
     parts = [explain_plan(plan), simulation_text(plan, timeline), drawn(plan, timeline)]
     variants = sensitivity(plan)
-    parts.append("\n".join([render_table(*sensitivity_table(variants)), *problems(variants)]))
+    parts.append("\n".join([render_table(*sensitivity_table(plan, variants)), *problems(variants)]))
     return "\n\n".join(parts)
 
 
 def simulation_text(plan: Plan, timeline: Timeline) -> str:
     """Return the figures of a simulated step: totals and one row per device."""
-    rows = []
+    rows, unit = [], unit_of(plan.machine)
     for device, curve in zip(timeline.devices, timeline.memory, strict=True):
         seconds = timeline.seconds
         rows.append(
@@ -39,12 +40,12 @@ def simulation_text(plan: Plan, timeline: Timeline) -> str:
                 milliseconds(seconds[device, "forward"]),
                 milliseconds(seconds[device, "backward"]),
                 str(curve.in_flight),
-                megabytes(curve.peak_bytes),
-                megabytes(curve.limit_bytes - curve.peak_bytes),
+                unit(curve.peak_bytes),
+                unit(curve.limit_bytes - curve.peak_bytes),
             )
         )
     columns = ("device", "busy", "copy", "idle", "forward ms", "backward ms", "in flight",
-               "peak MB", "free MB")  # fmt: skip
+               f"peak {unit.name}", f"free {unit.name}")  # fmt: skip
     return "\n".join([*totals(plan, timeline), render_table(columns, rows)])
 
 
@@ -59,28 +60,24 @@ def device_names(plan: Plan, timeline: Timeline) -> dict[int, str]:
 
 def totals(plan: Plan, timeline: Timeline) -> list[str]:
     """Return the step's own figures, one line each."""
+    unit, rates = unit_of(plan.machine), rates_of(plan, timeline.step_s)
     lines = [
         f"simulated step {milliseconds(timeline.step_s)} ms ({timeline.schedule}, "
-        f"{timeline.num_microbatches} microbatches): {rate(plan, timeline):,.1f} samples/s, bubble "
-        f"{timeline.bubble_fraction:.1%}, peak {megabytes(timeline.peak_memory_bytes)} MB",
+        f"{timeline.num_microbatches} microbatches): "
+        f"{rates.text() if rates else 'no rate'}, bubble {timeline.bubble_fraction:.1%}, "
+        f"peak {unit(timeline.peak_memory_bytes)} {unit.name}",
     ]
     if timeline.update_s > 0:
         lines.append(f"{milliseconds(timeline.update_s)} ms of it: update and all-reduce")
     return lines + [f"DOES NOT FIT: {text}" for text in overflows(plan, timeline)]
 
 
-def rate(plan: Plan, timeline: Timeline) -> float:
-    """Return the samples per second of all replicas."""
-    samples = plan.micro_batch_size * timeline.num_microbatches * plan.replicas
-    return samples / timeline.step_s if timeline.step_s > 0 else 0.0
-
-
 def overflows(plan: Plan, timeline: Timeline) -> list[str]:
     """Say which memories are too small, and by how much."""
-    found = []
+    found, unit = [], unit_of(plan.machine)
     for device, num_bytes in timeline.overflow_bytes.items():
         where = "the shared memory" if timeline.shared_memory else plan.machine.devices[device].name
-        found.append(f"{where} is {megabytes(num_bytes)} MB over its limit")
+        found.append(f"{where} is {unit(num_bytes)} {unit.name} over its limit")
     return found
 
 
@@ -115,8 +112,11 @@ def _letter(cell: dict[str, float]) -> str:
     return _LETTERS[kind] if cell[kind] > 1 - sum(cell.values()) else " "
 
 
-def sensitivity_table(variants: Sequence[Variant]) -> tuple[Sequence[str], list[Sequence[str]]]:
+def sensitivity_table(
+    plan: Plan, variants: Sequence[Variant]
+) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Return the columns, and one row per variant, relative to the first."""
+    unit = unit_of(plan.machine)
     base = variants[0].samples_per_s
     rows: list[Sequence[str]] = [
         (
@@ -126,11 +126,12 @@ def sensitivity_table(variants: Sequence[Variant]) -> tuple[Sequence[str], list[
             "-" if variant.step_s is None else milliseconds(variant.step_s),
             "-" if variant.samples_per_s is None else f"{variant.samples_per_s:,.1f}",
             _relative(variant, base),
-            "-" if variant.peak_bytes is None else megabytes(variant.peak_bytes),
+            "-" if variant.peak_bytes is None else unit(variant.peak_bytes),
         )
         for variant in variants
     ]
-    columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change", "peak MB")
+    columns = ("what if", "devices", "microbatches", "step ms", "samples/s", "change",
+               f"peak {unit.name}")  # fmt: skip
     return columns, rows
 
 

@@ -75,6 +75,7 @@ def solve(
         PartitionError: A constraint is wrong, the time limit was too short for any split, or
             ``step`` says of every split found that it does not fit.
     """
+    machine = costs.ranks or machine
     found = search(graph, costs, machine, constraints)
     if not found.partitions and costs.planning is not None:
         raise costs.planning.explain(machine, constraints)

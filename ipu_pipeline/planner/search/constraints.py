@@ -51,6 +51,7 @@ class Constraints:
             then runs ``total_microbatches / replicas`` and ``num_microbatches`` is not used.
         max_stages: Deepest pipeline; ``None``: as deep as there are devices.
         update_s: Block to the seconds its optimizer update takes once per step.
+        first_split: Blocks of every stage of a known split: a local search starts there, too.
         time_limit_s: Stop proving after this many seconds; the gap says what is left open.
         max_ideals: Largest number of boundaries searched; beyond it only the execution order
             is split, and the bound stays one over every order.
@@ -74,6 +75,7 @@ class Constraints:
     total_microbatches: int | None = None
     max_stages: int | None = None
     update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
+    first_split: tuple[tuple[str, ...], ...] = ()
     time_limit_s: float | None = None
     max_ideals: int = 200_000
 

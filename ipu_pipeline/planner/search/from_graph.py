@@ -43,13 +43,13 @@ def build_problem(
         names=tuple(index),
         preds=_predecessors(graph, constraints),
         options=_menus(graph, costs, constraints),
-        values=tuple(_values(graph, machine)),
+        values=tuple(_values(graph, machine, held=costs.ranks is None)),
         weight_bytes=private,
         shared_weights=shared,
         inputs=tuple(
             Shared(spec.num_bytes, _mask(graph, spec.consumers))
             for spec in graph.inputs
-            if spec.consumers
+            if spec.consumers and costs.ranks is None
         ),
         outer_s=_outer_seconds(graph, costs, machine, constraints, replicas),
         exchanges=_exchanges(graph, machine, constraints),
@@ -223,7 +223,7 @@ def _predecessors(graph: BlockGraph, constraints: Constraints) -> tuple[int, ...
     return tuple(preds)
 
 
-def _values(graph: BlockGraph, machine: Machine) -> list[Value]:
+def _values(graph: BlockGraph, machine: Machine, *, held: bool) -> list[Value]:
     """Tensors between blocks. In a shared memory the one that is kept is the producer's own."""
     return [
         Value(
@@ -231,9 +231,10 @@ def _values(graph: BlockGraph, machine: Machine) -> list[Value]:
             _mask(graph, tensor.consumers),
             0 if machine.shared_memory and tensor.kept else tensor.num_bytes,
             tensor.num_bytes if tensor.requires_grad and graph.training else 0,
+            held,
         )
         for tensor in graph.tensors
-        if tensor.producer is not None and tensor.consumers
+        if tensor.producer is not None and tensor.consumers and (held or tensor.requires_grad)
     ]
 
 
@@ -271,7 +272,8 @@ def _outer_seconds(
     2009). A parameter is charged to its first block.
     """
     link = machine.board_link or machine.link
-    share = 0.0 if machine.shared_memory else 2 * (replicas - 1) / replicas / link.bytes_per_s
+    free = machine.shared_memory or costs.ranks is not None
+    share = 0.0 if free else 2 * (replicas - 1) / replicas / link.bytes_per_s
     updates = {**costs.update_s, **constraints.update_s}
     seconds = [updates.get(block.name, 0.0) for block in graph.blocks]
     for parameter in graph.parameters:

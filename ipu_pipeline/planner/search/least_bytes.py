@@ -53,7 +53,7 @@ class LeastBytes:
         self._weights = _between(problem.held) + self._shared(problem.shared_weights)
         entering = np.zeros(count + 1)
         for value in problem.values:
-            entering[value.producer + 1 : value.consumers.bit_length()] += value.forward_bytes
+            entering[value.producer + 1 : value.consumers.bit_length()] += value.held_bytes
         self._per_microbatch = self._shared(problem.inputs) + entering[:, None]
         self._order = [(1 << done) - 1 for done in range(count + 1)]
         self._known: dict[int, Floats] = {}

@@ -40,7 +40,7 @@ from ipu_pipeline.planner.search.parallel import (
     candidate,
     parallel_configurations,
 )
-from ipu_pipeline.planner.search.problem import Problem
+from ipu_pipeline.planner.search.problem import Problem, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
@@ -237,7 +237,11 @@ class Engine:
     def _first_splits(
         self, candidate: CandidatePipeline, chain: Lattice
     ) -> Iterator[tuple[int, ...]]:
-        """The split whose largest stage is smallest, memory aside, and the least demanding one."""
+        """A known split, that whose largest stage is smallest, and the least demanding one."""
+        known = self._constraints.first_split
+        if len(known) == len(candidate.slots) and all(known):
+            index = {name: number for number, name in enumerate(self.problem.names)}
+            yield tuple(accumulate(mask_of(index[name] for name in stage) for stage in known))
         layout = _layout(chain, candidate.set_apart(), uniform=False)
         tables = [(self._rows_of(chain), layout)]
         found = search_tables(tables, [len(candidate.slots)], (1, 0)).pipelines

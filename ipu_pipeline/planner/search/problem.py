@@ -23,12 +23,19 @@ class Value:
         consumers: Mask of the blocks that read it.
         forward_bytes: Bytes sent in the forward pass of one microbatch.
         backward_bytes: Bytes of its gradient sent back; 0 without one.
+        held: A stage that it enters holds it besides what the options of its blocks keep.
     """
 
     producer: int
     consumers: int
     forward_bytes: float
     backward_bytes: float = 0
+    held: bool = True
+
+    @property
+    def held_bytes(self) -> float:
+        """Bytes that a stage holds per microbatch in flight because it enters there."""
+        return self.forward_bytes if self.held else 0.0
 
 
 @dataclass(frozen=True)

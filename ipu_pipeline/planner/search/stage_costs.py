@@ -186,7 +186,7 @@ class StageCostTable:
     def _entering_bytes(self) -> Floats:
         total = np.zeros(len(self.lattice))
         for number, value in enumerate(self.problem.values):
-            total[self._open(number)] += value.forward_bytes
+            total[self._open(number)] += value.held_bytes
         return total
 
     def _transfer_s(self, start: int, targets: Ints, slot: Slot) -> Floats:

@@ -148,7 +148,7 @@ class OptionPricer:
 
     def base_bytes(self, done: int, stage: int, in_flight: int) -> float:
         """Bytes that no option changes: private weights, and what enters, per microbatch."""
-        entering = sum(value.forward_bytes for value in self._crossing(done))
+        entering = sum(value.held_bytes for value in self._crossing(done))
         entering += sum(item.num_bytes for item in self.problem.inputs if item.users & stage)
         return sum(self.problem.held[block] for block in bits(stage)) + in_flight * entering
 

@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import checkpoints, watchdog
-from ipu_pipeline.errors import StageError
+from ipu_pipeline.errors import PipelineError, StageError
 from ipu_pipeline.train import TrainingArguments, build_optimizer, train
 from ipu_pipeline.train import checkpoints as training_checkpoints
-from tests.backends.cluster.jobs import compiled
+from tests.backends.cluster.jobs import built, compiled
+from tests.tiny_models import TINY
 from tests.train.eager_executable import Questions, tiny_bert
 
 
@@ -34,6 +36,36 @@ def trained(planned: dict[str, Any], path: str = "", load: str = "", steps: int 
         if path:
             made.save_checkpoint(path, {"epoch": 1})
         return before + [made.train_step(batch).loss for _ in range(steps if path else 0)]
+
+
+def from_meta(
+    planned: dict[str, Any], weights: str | None = None, path: str = "", load: str = ""
+) -> dict[str, Any]:
+    """Train gpt2 from meta, with what a rank holds and what it refuses."""
+    _, plan, batch = built("gpt2-lm", dropout=True, **planned)
+    model, _ = TINY["gpt2-lm"].build(dropout=True, device="meta")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    refused = []
+
+    def refuses(call: Any) -> None:
+        with pytest.raises(PipelineError) as caught:
+            call()
+        refused.append(str(caught.value))
+
+    with ipp.compile(
+        model, plan, target="distributed", optimizer=optimizer, weights=weights
+    ) as made:
+        if load:
+            made.load_checkpoint(load)
+        else:
+            refuses(lambda: made.save_checkpoint(f"{path}-too-early"))
+        losses = [made.train_step(batch).loss for _ in range(3)]
+        refuses(made.state_dict)
+        if path:
+            made.save_checkpoint(path)
+            losses += [made.train_step(batch).loss for _ in range(3)]
+        held = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        return {"losses": losses, "held": held, "refused": refused}
 
 
 def files(path: str) -> dict[str, str]:

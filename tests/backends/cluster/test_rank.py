@@ -164,3 +164,14 @@ def test_a_fused_loss_holds_the_logits_and_their_gradient_in_16_bits(gpt: BlockG
             found = fused.block(block)
             assert (found.saved_bytes, found.workspace_bytes) == (0.0, 4 * TOKENS * 1000 / 2)
             assert found.forward_s < plain.block(block).forward_s
+
+
+def test_stages_in_a_v_are_on_the_ranks_where_the_schedule_places_them(gpt: BlockGraph) -> None:
+    pricer = rank(gpt, pp=2, vpp=2)
+    stages = tuple(RankBlock(0.01, 0.02, 1e9 * (n + 1)) for n in range(4))
+    step = RankStep(pricer, stages, "zbv", 8)
+    assert step.shape.devices == (0, 1, 1, 0)
+    assert step.step_s() < RankStep(pricer, stages, "interleaved", 8).step_s()
+    reserved = RankPricer(gpt, H100, pricer.sizes, RankEngine(reserved_share=1.5))
+    used = RankStep(reserved, stages, "zbv", 8).memory_bytes()
+    assert used == pytest.approx([1.5 * one for one in step.memory_bytes()])

@@ -366,6 +366,7 @@ def test_a_model_class_that_transformers_has_not(
     ("before", "after", "file", "message"),
     [
         ('"half": false', '"half": 0', "settings.json", "half is 0, must be true or false"),
+        (": 5e-05", ": 1" + "0" * 400, "settings.json", "must be a number from 0 on"),
         ('"seed"', '"sed"', "settings.json", "settings.json: missing or unknown: sed, seed"),
         ("{", "[", "settings.json", "settings.json cannot be read: "),
         ("BLOCKS", "BLCKS", "model_parallel.py", "model_parallel.py cannot be read: KeyError"),

@@ -28,6 +28,7 @@ def test_without_an_sdk() -> None:
         ({"schedule": "1f1b"}, r"IPUs run PopART's schedule, not '1f1b'; leave schedule out"),
         ({"loss_weights": [1.0]}, r"IPUs cut every input on axis 0 and take the mean"),
         ({"batch_axes": {"labels": 0}}, r"IPUs cut every input on axis 0 and take the mean"),
+        ({"recompute": "all"}, r"recompute='all' is an option of the other targets"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
         (
             {"replicated_tensor_sharding": True},

@@ -291,6 +291,22 @@ def test_pretraining_refuses_a_model_without_pairs_and_a_single_text():
         encode("pretraining", [{"text": "w1"}, {"text": ""}, {"text": "w2"}])
 
 
+def test_a_document_is_a_list_of_texts():
+    for wrong in ([1], [["w1"]], [None]):
+        with pytest.raises(DatasetError, match=r"row 1: 'text' lists a .*; write a document as a"):
+            encode("pretraining", [{"text": ["w1", "w2"]}, {"text": wrong}])
+
+
+def test_two_long_texts_are_cut_before_they_are_paired():
+    """Tokenizers keep every pair of what they cut off: here 900 pieces of either, 810,000."""
+    long = [" ".join(f"w{number % 9}" for number in range(count)) for count in (9000, 9001)]
+    setup = setup_for("sequence-classification")
+    encoded = setup.tokenise([long[0], "w1"], [long[1], "w2"])
+    short = setup.tokenise([" ".join(long[0].split()[:99]), "w1"], [long[1][:200], "w2"])
+    assert encoded["input_ids"] == short["input_ids"]
+    assert len(encoded.encodings[0].overflowing) < 100
+
+
 def test_the_share_of_strange_pairs_is_one():
     with pytest.raises(ValueError, match=r"nsp_probability must be within 0 and 1, got -0\.1"):
         TASKS["pretraining"].options(nsp_probability=-0.1)

@@ -160,6 +160,7 @@ def test_sync_times_are_refused(tmp_path):
     ("change", "message"),
     [
         (lambda raw: raw.update(maxFPGAs=10**9), r"Expected `int` <= 1024 - at `\$.maxFPGAs`"),
+        (lambda raw: raw.update(maxFPGAs=0), r"Expected `int` >= 1 - at `\$.maxFPGAs`"),
         (lambda raw: raw["nodes"][0].update(id=1), "has 2 nodes of 1 ids; make ids unique"),
         (lambda raw: raw["edges"][0].update(destId=7), r"edges\[0\]: destId 7 is no node's id"),
     ],

@@ -23,6 +23,24 @@ def test_what_is_planned_is_emitted(name: str) -> None:
     assert found.result in ("pass", "capture-refused"), found.reason
 
 
+def test_random_numbers_of_the_forward_pass_are_drawn_for_every_microbatch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A masked autoencoder: the step is eager's with as many draws, in the same order."""
+    monkeypatch.setattr(emitted, "STAGES", (2,))
+    found = emitted.check_emitted(_class("ViTMAEForPreTraining"))
+    assert (found.result, found.stages) == ("pass", (2,)), found.reason
+
+
+def test_nothing_is_compared_with_what_no_seed_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emitted, "STAGES", (2,))
+    found = emitted.check_emitted(_class("ReformerForMaskedLM"))
+    assert (found.result, found.reason) == (
+        "nondeterministic",
+        "two steps with the same seed differ",
+    )
+
+
 def test_a_plan_that_emit_refuses_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     item = _class("SqueezeBertForQuestionAnswering")
     monkeypatch.setattr(emitted, "STAGES", (2,))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.config.ipu_config import Copies, Factor, IPUs, Share, Steps
 from ipu_pipeline.errors import PlanError
-from ipu_pipeline.ir.codec import from_json, to_json
+from ipu_pipeline.ir.codec import Amount, Count, from_json, to_json
 
 Precision = Literal["16.16", "16.32", "32.32"]
 FrontEnd = Literal["popart", "poptorch"]
@@ -54,32 +55,32 @@ class IPUSettings:
             not given.
     """
 
-    num_ipus: int
+    num_ipus: IPUs
     layers_per_ipu: tuple[int, ...] = (-1,)
-    embedding_ipu: int = 0
-    head_ipu: int | None = None
-    replicas: int = 1
-    accumulation: int = 1
-    device_iterations: int = 1
-    proportions: tuple[float, ...] = ()
-    embedding_factor: int = 1
-    projection_factor: int = 1
-    embedding_splits: tuple[int, ...] = ()
-    projection_splits: tuple[int, ...] = ()
+    embedding_ipu: Count = 0
+    head_ipu: Count | None = None
+    replicas: Copies = 1
+    accumulation: Steps = 1
+    device_iterations: Steps = 1
+    proportions: tuple[Share, ...] = ()
+    embedding_factor: Factor = 1
+    projection_factor: Factor = 1
+    embedding_splits: tuple[Factor, ...] = ()
+    projection_splits: tuple[Factor, ...] = ()
     optimizer: str = "adamw"
     optimizer_offchip: bool = False
     sharded: bool = False
     half_first_moment: bool = False
     recompute: bool = True
     checkpoint_layers: bool = True
-    checkpoint_bytes: float = 0
+    checkpoint_bytes: Amount = 0
     precision: str = "16.16"
     front_end: FrontEnd = "poptorch"
     training: bool = True
     pipelined: bool = True
     hoisted: bool = False
-    block_slices: tuple[tuple[str, int], ...] | None = None
-    stage_starts: tuple[tuple[str, int], ...] = ()
+    block_slices: tuple[tuple[str, Factor], ...] | None = None
+    stage_starts: tuple[tuple[str, Count], ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise, product
 
 import pytest
 
+import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.prices import (
     Chip,
     IPUPlanning,
@@ -24,6 +25,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.search import Constraints, InfeasibleError
 from tests.backends.ipu.prices.ipu_graphs import layered
+from tests.tiny_models import TINY
 
 POD = machine_by_name("pod4")
 CHOICES = ProgramChoices(
@@ -176,3 +178,12 @@ def test_nothing_to_try(change: dict[str, object], message: str) -> None:
     found = planning(layered(2, tied=False))
     with pytest.raises(PartitionError, match=message):
         found.search(POD, replace(ASKED, **{"num_stages": 2, **change}))
+
+
+def test_tied_tables_bring_the_pipeline_back_to_their_ipu() -> None:
+    """Two IPUs get three stages, and so many need more microbatches than two."""
+    model, batch = TINY["gpt2-lm"].build()
+    with pytest.raises(
+        PartitionError, match="5 microbatches per step for the 3 stages that 2 IPUs"
+    ):
+        ipp.plan(model, batch, machine="pod4", num_stages=2, microbatches=4)

@@ -1,0 +1,180 @@
+"""Pipelines of other frameworks: ``export``, ``import``, and ``predict --layout``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ipu_pipeline.cli.options import (
+    Force,
+    Model,
+    PlanFile,
+    SeqLength,
+    TaskOption,
+    counted,
+    save_plan,
+)
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.cluster.exchange import Imported
+    from ipu_pipeline.backends.cluster.given_layout import GivenRun
+    from ipu_pipeline.ir.machine import Machine
+
+
+class Framework(str, Enum):
+    """Whose settings a file holds."""
+
+    megatron = "megatron"
+    torchtitan = "torchtitan"
+    automodel = "automodel"
+    transformers = "transformers"
+
+
+class Precision(str, Enum):
+    """What matrix products are computed in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8 = "float8"
+    float4 = "float4"
+
+
+FormatOption = Annotated[Framework, typer.Option("--format", help="Whose settings.")]
+GpuMachine = Annotated[str, typer.Option("--machine", help="Such as h100-x64, or a file.")]
+Schedule = Annotated[
+    str | None, typer.Option("--schedule", help="Default: 1f1b, interleaved if pp has more stages.")
+]
+
+
+def export_command(
+    plan_file: PlanFile,
+    framework: FormatOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file; default: print.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write a plan as the settings of another framework."""
+    from ipu_pipeline.backends.cluster.exchange import export_plan
+    from ipu_pipeline.ir.files import check_outputs, write_text
+    from ipu_pipeline.ir.plan import Plan
+
+    check_outputs({"--output": output}, force=force)
+    text, notes = export_plan(Plan.load(plan_file), framework.value)
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    write_text(output, text)
+    typer.echo(f"{framework.value} settings written to {output}")
+
+
+def import_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Settings of another framework.")],
+    model: Model,
+    framework: FormatOption,
+    machine: GpuMachine,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan to this file.")],
+    task: TaskOption = None,
+    seq_length: SeqLength = 4096,
+    micro_batch: Annotated[
+        int | None, counted("--micro-batch", "micro_batch", "Default: the file's, or 1.")
+    ] = None,
+    microbatches: Annotated[
+        int | None, counted("--microbatches", "num_microbatches", "Default: the file's.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, counted("--global-batch", "global_batch", "Samples of a step.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Read settings of another framework as a plan with its price."""
+    from ipu_pipeline.backends.cluster.exchange import read_plan
+    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan
+    from ipu_pipeline.errors import PlanError
+    from ipu_pipeline.ir.files import check_outputs
+    from ipu_pipeline.ir.machines import machine_by_name
+
+    check_outputs({"--output": output}, force=force)
+    given = read_plan(file, framework.value)
+    asked = {"micro_batch": micro_batch, "microbatches": microbatches,
+             "global_batch": global_batch}  # fmt: skip
+    sizes = _merged(given, asked)
+    described = machine_by_name(machine)
+    captured = captured_model(model, task, sizes.get("micro_batch", 1), seq_length,
+                              given.settings.get("precision"))  # fmt: skip
+    captured = captured.with_extra_layers(given.extra_layers)
+    stages = given.stages(captured.graph)
+    empty = [str(number) for number, stage in enumerate(stages) if not stage]
+    if empty:
+        raise PlanError(
+            f"{file}: stage {', '.join(empty)} is empty, which a plan cannot hold; price it with "
+            "predict --layout"
+        )
+    run = _run(described, len(stages), sizes, given)
+    made = given_plan(captured, described, stages, run)
+    typer.echo(made.explain())
+    save_plan(made, output)
+
+
+def _merged(given: Imported, asked: dict[str, int | None]) -> dict[str, int]:
+    """Return the sizes of a file with those asked for; one way to say the batch takes the place."""
+    sizes = dict(given.sizes)
+    if asked["microbatches"] is not None or asked["global_batch"] is not None:
+        sizes.pop("microbatches", None)
+        sizes.pop("global_batch", None)
+    return sizes | {name: size for name, size in asked.items() if size is not None}
+
+
+def predict_layout(
+    model: str, task: str | None, layout: str, machine: str | None, seq_length: int,
+    sizes: dict[str, int | None], settings: dict[str, Any], schedule: str | None,
+) -> None:  # fmt: skip
+    """Price somebody's layout, and find ours for the same sizes."""
+    from ipu_pipeline.backends.cluster.exchange import Imported
+    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan, own_plan
+    from ipu_pipeline.backends.cluster.given_text import layout_text
+    from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
+    from ipu_pipeline.errors import PartitionError
+    from ipu_pipeline.ir.machines import machine_by_name
+
+    if machine is None:
+        raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
+    parsed = parse_layout(layout)
+    parsed.check()
+    described = machine_by_name(machine)
+    known = {name: size for name, size in sizes.items() if size is not None}
+    said = {name: value for name, value in settings.items() if value is not None}
+    recompute = said.pop("recompute", "none")
+    parts = [] if recompute in ("none", "full") else recompute.split(",")
+    given = Imported(
+        lambda graph: blocks_of(parsed, graph),
+        known,
+        {**said, "recompute": parts, "engine": "megatron"},
+        schedule,
+        parsed.num_extra_layers,
+        recompute=recompute == "full",
+    )
+    captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
+                              said.get("precision"))  # fmt: skip
+    captured = captured.with_extra_layers(parsed.num_extra_layers)
+    run = _run(described, len(parsed.stages), known, given)
+    made = given_plan(captured, described, given.stages(captured.graph), run)
+    try:
+        ours, problem = own_plan(captured, made, run), ""
+    except PartitionError as error:
+        ours, problem = None, str(error)
+    typer.echo(layout_text(made, ours, problem))
+
+
+def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:
+    from ipu_pipeline.backends.cluster.given_layout import given_run
+
+    return given_run(
+        machine, num_stages, sizes, given.settings, given.schedule, recompute=given.recompute
+    )

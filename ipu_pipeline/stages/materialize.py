@@ -1,0 +1,362 @@
+"""Gives a model on the meta device the tensors that this process needs, and no others.
+
+A parameter is read from safetensors files, or initialised by the model's own code with random
+numbers that depend on its name alone, so that every split starts from the same bits. One that is
+not held here becomes a stand-in: the same shape over a few random numbers (a Hankel matrix), with
+which the model can be captured and its losses can be looked at, as with any random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ipu_pipeline.errors import LoweringError, shown
+from ipu_pipeline.ir.codec import read_json
+
+logger = logging.getLogger(__name__)
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# As of most initialisations: losses of a capture are those of an untrained model.
+_STAND_IN_STD = 0.02
+_ALIGNED = 16  # elements: at least 16 bytes, which kernels ask of a matrix's address
+_SHOWN = 5
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has parameters without values."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def materialize(
+    model: nn.Module,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    held: Collection[str] | None = None,
+) -> None:
+    """Give a model on ``meta`` its tensors, in place: optimizers keep its parameters.
+
+    Args:
+        model: All of its parameters are on ``meta``; with one that has values nothing is done.
+        weights: A folder with ``model.safetensors`` or its shards and their index, of which only
+            what is held is read; ``None``: from scratch.
+        seed: Of parameters that are initialised.
+        held: Names of the parameters that this process needs, of tied ones any; ``None``: all.
+
+    Raises:
+        LoweringError: ``weights`` are given for a model that has values, the files cannot be read
+            or do not fit, or a tensor has neither a value in them nor code that initialises it.
+    """
+    if not is_on_meta(model):
+        if weights is not None:
+            raise LoweringError(
+                f"weights={str(weights)!r} is for a model without values, and this one has some; "
+                "leave it out, or build the model with ipu_pipeline.on_meta"
+            )
+        return
+    names = _names_of(model)
+    wanted = set(names) if held is None else {id_ for id_, own in names.items() if own & set(held)}
+    read: dict[str, Tensor] = {}
+    if weights is not None:
+        files = _Files(Path(weights))
+        own = set().union(*(names[key] for key in wanted))
+        read = files.tensors_of(model, own)
+        if not own & read.keys():
+            raise LoweringError(
+                f"none of the parameters of {type(model).__name__} ({min(own)}, ...) is in "
+                f"{weights}, which has {min(files.files, default='none')}, ...; give the weights "
+                "of this model, or none to start from scratch"
+            )
+    missing: set[int] = set()
+    for parameter in list(model.parameters()):
+        key = id(parameter)
+        value = next((read[name] for name in names[key] if name in read), None)
+        if key not in wanted:
+            value = _stand_in(parameter)
+        elif value is None:
+            missing.add(key)
+            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+        swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    buffers = _materialize_buffers(model, read)
+    _initialize(model, seed, missing, buffers)
+    if weights is not None and missing:
+        new = sorted(min(names[key]) for key in missing)
+        logger.warning(
+            "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
+            ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
+        )  # fmt: skip
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Let the C library give the memory of freed tensors back to the system.
+
+    Products copy stand-ins one after another, and what it keeps of them can be as much as a model.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # glibc's
+    set_option(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, 1 << 25)  # what it has itself after large tensors
+
+
+def _names_of(model: nn.Module) -> dict[int, set[str]]:
+    """Return the names of every parameter by its id, of tied ones all."""
+    found: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta:
+            raise LoweringError(
+                f"parameter {name!r} has values and others have none; build the whole model on "
+                "meta (ipu_pipeline.on_meta), or none of it"
+            )
+        found.setdefault(id(parameter), set()).add(name)
+    return found
+
+
+def _stand_in(parameter: Tensor) -> Tensor:
+    """Return random numbers of the same shape that share memory: a matrix takes a row and a column.
+
+    Of more dimensions the last two are as usual, as products of many matrices want them.
+    """
+    shape = parameter.shape
+    if parameter.ndim < 2 or not parameter.dtype.is_floating_point:
+        return torch.zeros(shape, dtype=parameter.dtype)
+    steps = (1, 1) if len(shape) == 2 else (*[_ALIGNED] * (len(shape) - 2), shape[-1], 1)
+    length = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+    generator = torch.Generator().manual_seed(parameter.numel())
+    numbers = torch.randn(length, generator=generator) * _STAND_IN_STD
+    return numbers.to(parameter.dtype).as_strided(shape, steps)
+
+
+def _materialize_buffers(model: nn.Module, read: Mapping[str, Tensor]) -> set[int]:
+    """Give buffers memory; return the ids of those without a value yet."""
+    empty: set[int] = set()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            value = read.get(f"{path}.{name}".lstrip("."))
+            swap_tensors(buffer, torch.empty_like(buffer, device="cpu") if value is None else value)
+            if value is None:
+                empty.add(id(buffer))
+    return empty
+
+
+# ---- initialisation ------------------------------------------------------------------------------
+
+
+def _initialize(
+    model: nn.Module,
+    seed: int,
+    missing: Collection[int],
+    buffers: Collection[int],
+) -> None:
+    """Run the model's own initialisation for what has no value yet.
+
+    Raises:
+        LoweringError: It leaves something without one.
+    """
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    tensors = {id(tensor): (name, tensor) for name, tensor in named}
+    left = tensors.keys() & {*missing, *buffers}
+    if not left:
+        return
+    paths = {module: path for path, module in model.named_modules()}
+    mode = _KeyedByName(seed, tensors, left)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
+        for module, initialize in _initializers(model):
+            mode.seed(paths[module])
+            initialize(module)
+    untouched = sorted(tensors[key][0] for key in left - mode.written)
+    if untouched:
+        raise LoweringError(
+            f"{type(model).__name__} has no code that gives {', '.join(untouched[:_SHOWN])} a "
+            "value, and no file does; read it from a folder (weights=), or build the model with "
+            "values"
+        )
+
+
+def _initializers(
+    module: nn.Module, owner: PreTrainedModel | None = None
+) -> Iterator[tuple[nn.Module, Callable[[nn.Module], object]]]:
+    """Yield every module behind its parts, and what initialises its own tensors."""
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    for child in module.children():
+        yield from _initializers(child, owner)
+    reset = getattr(type(module), "reset_parameters", None)
+    if owner is not None:
+        yield module, owner._init_weights
+    elif reset is not None:
+        yield module, reset
+
+
+class _KeyedByName(TorchFunctionMode):
+    """Seeds torch by the name of the tensor that is filled; those with values are left alone.
+
+    It is seeded again behind each of them: what is drawn next does not depend on which were filled.
+    """
+
+    def __init__(
+        self, seed: int, tensors: Mapping[int, tuple[str, Tensor]], left: Collection[int]
+    ) -> None:
+        super().__init__()
+        self._seed = seed
+        filled = {key: own for key, own in tensors.items() if own[1].numel()}
+        self._names = {t.untyped_storage().data_ptr(): name for name, t in filled.values()}
+        self._left = {
+            t.untyped_storage().data_ptr(): key for key, (_, t) in filled.items() if key in left
+        }
+        self.written = set(left) - filled.keys()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        word = getattr(func, "__name__", "")
+        writes = (word.endswith("_") and not word.endswith("__")) or word == "__setitem__"
+        written = args[0] if args else kwargs.get("tensor")  # as torch.nn.init hands it over
+        if not writes or not isinstance(written, Tensor) or func is Tensor.requires_grad_:
+            return func(*args, **kwargs)
+        memory = written.untyped_storage().data_ptr()
+        name = self._names.get(memory)
+        if name is None:
+            return func(*args, **kwargs)
+        if memory in self._left:
+            self.written.add(self._left[memory])
+            self.seed(name)
+            written = func(*args, **kwargs)
+        self.seed(f"{name} was filled")
+        return written
+
+    def seed(self, name: str) -> None:
+        """Seed torch by a name."""
+        digest = blake2b(f"{self._seed} {name}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest))
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The safetensors files of a folder, opened one by one where they are needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / INDEX
+        if index.is_file():
+            content = read_json(index, "the index of the weights", LoweringError)
+            where = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(where, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in where.values()
+            ):
+                raise LoweringError(
+                    f"{index} has no weight_map of names of files beside it; save the model again"
+                )
+            self.files: dict[str, str] = where
+        elif (folder / SINGLE).is_file():
+            self.files = dict.fromkeys(self._names(SINGLE), SINGLE)
+        else:
+            raise LoweringError(
+                f"there is neither {SINGLE} nor {INDEX} in {folder}; weights= takes a folder that "
+                "save_pretrained or save_checkpoint has written"
+            )
+
+    def _names(self, file: str) -> list[str]:
+        try:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                return list(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise LoweringError(
+                f"{self.folder / file} cannot be read ({shown(error)}); copy it again"
+            ) from error
+
+    def tensors_of(self, model: nn.Module, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Read what belongs to the parameters ``wanted`` and to buffers, by name in the model.
+
+        Raises:
+            LoweringError: A file cannot be read, or a tensor has another shape.
+        """
+        state = model.state_dict(keep_vars=True)
+        needed = {n for n in state if n in wanted or not isinstance(state[n], nn.Parameter)}
+        if isinstance(model, PreTrainedModel):
+            found = self._converted(model, state, needed)
+        else:
+            with ExitStack() as opened:
+                slices = self._slices(needed & self.files.keys(), opened)
+                found = {name: part[:] if part.get_shape() else part[...]
+                         for name, part in slices.items()}  # fmt: skip
+        for name, tensor in found.items():
+            if tensor.shape != state[name].shape:
+                raise LoweringError(
+                    f"{name} is {tuple(tensor.shape)} in {self.folder} and "
+                    f"{tuple(state[name].shape)} in {type(model).__name__}; use the weights of "
+                    "this model"
+                )
+        return {name: tensor.to(state[name].dtype) for name, tensor in found.items()}
+
+    def _converted(
+        self, model: PreTrainedModel, state: dict[str, Tensor], needed: set[str]
+    ) -> dict[str, Tensor]:
+        """Read as ``from_pretrained`` does, with its names and conversions."""
+        mapping: list[Any] = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        prefix = model.base_model_prefix
+
+        def targets(source: str) -> set[str]:
+            name, pattern = rename_source_key(source, renamings, converters, prefix, state)
+            plain, _ = rename_source_key(source, [], [], prefix, state)
+            made = [c.target_patterns for c in converters if pattern in c.source_patterns]
+            parts = {name.replace(of[0], part) for of in made for part in of}
+            return {source, plain, name, *parts}
+
+        sources = {source for source in self.files if needed & targets(source)}
+        skeleton = copy.deepcopy(model)
+        with ExitStack() as opened:
+            convert_and_load_state_dict_in_model(
+                skeleton,
+                self._slices(sources, opened),
+                LoadStateDictConfig(weight_mapping=mapping),
+            )
+        loaded = skeleton.state_dict(keep_vars=True)
+        return {n: t.detach() for n, t in loaded.items() if n in needed and not t.is_meta}
+
+    def _slices(self, names: Collection[str], opened: ExitStack) -> dict[str, Any]:
+        """Return tensors that are read when they are used."""
+        files: dict[str, Any] = {}
+        found = {}
+        for name in names:
+            file = self.files[name]
+            try:
+                if file not in files:
+                    files[file] = opened.enter_context(
+                        safe_open(self.folder / file, framework="pt")
+                    )
+                found[name] = files[file].get_slice(name)
+            except (OSError, SafetensorError) as error:
+                raise LoweringError(
+                    f"{self.folder / file} cannot be read ({shown(error)}); copy it again"
+                ) from error
+        return found

@@ -1,0 +1,304 @@
+"""Steps of a target that keeps weights and optimizer state where it trains: IPUs.
+
+The inherited loop hands in microbatches, clips gradients, steps the optimizer and saves. On IPUs
+one call of the device does the first three: here the optimizer finds no gradients and changes
+nothing, but holds the learning rate, which goes to the device with every step. Weights and
+optimizer state come back when something reads them: a checkpoint, ``save_model``, the best model,
+callbacks that are not transformers' own, and the end of ``train``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler, Sampler
+from transformers import TrainerCallback
+from transformers.utils import ModelOutput, logging
+
+from ipu_pipeline import compiler
+from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
+from ipu_pipeline.capture.inputs import NUM_ITEMS
+from ipu_pipeline.errors import StageError
+from ipu_pipeline.stages.executable import EvalResult
+from ipu_pipeline.train.live_loss import calls_of
+
+if TYPE_CHECKING:
+    from ipu_pipeline.train.trainer import PipelineTrainer
+
+logger = logging.get_logger(__name__)
+# Events between a step's backward pass and its update: on the device there is no such moment.
+_INSIDE_STEP = ("on_pre_optimizer_step", "on_optimizer_step")
+_EVERY_STEP = ("on_step_begin", "on_step_end", "on_substep_end")
+_TOLERANCE = 1e-4  # of two losses that are the same but for rounding
+_MEAN_OF_MEANS = (
+    "IPUs take the mean of the microbatches' means; set trainer.model_accepts_loss_kwargs = False, "
+    "with which transformers' Trainer does the same, or use target='local'"
+)
+
+
+class DeviceSteps:
+    """What differs for a trainer whose target is ``poptorch``; it holds the executable.
+
+    Args:
+        trainer: The ``PipelineTrainer``.
+        ipu_config: What to plan with, and what the plan does not say.
+        sdk_python: As for :func:`ipu_pipeline.compile`.
+    """
+
+    def __init__(
+        self, trainer: PipelineTrainer, ipu_config: IPUConfig | None, sdk_python: str | None
+    ) -> None:
+        self._trainer = trainer
+        self._ipu_config = ipu_config
+        self._sdk_python = sdk_python
+        self._executable: PopTorchExecutable | None = None
+        self._is_loss_compared = False
+
+    # ---- steps --------------------------------------------------------------------------
+
+    def check_training(self) -> None:
+        """Refuse to train what IPUs do not compute.
+
+        Raises:
+            ValueError: The loss is computed outside of the model, or a callback acts in a step.
+        """
+        for callback in self._trainer.callback_handler.callbacks:
+            for event in _INSIDE_STEP:
+                if _own(callback, event):
+                    raise ValueError(
+                        f"{type(callback).__name__}.{event} acts inside an optimizer step, which "
+                        "IPUs make in one call; use on_step_end, or target='local'"
+                    )
+        if not self._trainer._loss_is_the_models():
+            raise ValueError(
+                "the loss is computed outside of the model (compute_loss, compute_loss_func or "
+                "label_smoothing_factor), and a program on IPUs holds the model alone; compute it "
+                "in the model's forward, or use target='local'"
+            )
+
+    def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
+        """Make one optimizer step of all microbatches; return their mean loss.
+
+        Args:
+            parts: Inputs of each, of all replicas.
+            num_items: As transformers counts them; ``None`` where the loss does not ask.
+
+        Raises:
+            ValueError: The loss is another mean, or the microbatches are of different shapes.
+            LoweringError: poptorch refuses the model.
+            StageError: The worker died.
+        """
+        trainer, batch = self._trainer, joined(parts)
+        if trainer._loss_is_whole(num_items):
+            self._check_loss(parts)
+        executable = self._ready(parts[0], training=True)
+        executable.global_step = trainer.state.global_step
+        try:
+            return executable.train_step(batch).loss
+        except StageError:
+            self.close()
+            raise
+
+    def _check_loss(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a loss over the items of all microbatches that is not the mean of their means."""
+        trainer, size = self._trainer, self._trainer.args.per_device_train_batch_size
+        copies = self._trainer.args.train_batch_size // size
+        own = [rows(part, n * size, (n + 1) * size) for part in parts for n in range(copies)]
+        items = [trainer._get_num_items_in_batch([part], trainer.args.device) for part in own]
+        counts = [int(count or 0) for count in items]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the labels that count in the microbatches of this step are {counts}, and the "
+                f"loss is the mean over all of them, while {_MEAN_OF_MEANS}"
+            )
+        if self._is_loss_compared:
+            return
+        self._is_loss_compared = True
+        mean, whole = self._losses(own[0], counts[0])
+        if abs(mean - whole) > _TOLERANCE * max(abs(mean), 1e-3):
+            raise ValueError(
+                f"with num_items_in_batch, which transformers' Trainer passes, the loss of a "
+                f"microbatch is {whole:.6g}, and {mean:.6g} without it, while {_MEAN_OF_MEANS}"
+            )
+
+    def _losses(self, part: Mapping[str, Any], count: int) -> tuple[float, float]:
+        """Return the loss of a microbatch as the device computes it, and as transformers does."""
+        model, items = self._trainer._whole_model, torch.tensor(count)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                mean, whole = model(**part)["loss"], model(**part, **{NUM_ITEMS: items})["loss"]
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return float(mean), float(whole)
+
+    def train_sampler(self, sampler: Sampler[int] | None) -> Sampler[int] | None:
+        """Return a sampler that gives whole steps in the same order.
+
+        Raises:
+            ValueError: It cannot be shortened, or there is not one whole step.
+        """
+        args = self._trainer.args
+        size = args.train_batch_size * args.gradient_accumulation_steps
+        count = 0 if sampler is None else len(sampler)  # type: ignore[arg-type]
+        left_out = count % size
+        if sampler is None or not left_out:
+            return sampler
+        if type(sampler) is not RandomSampler or count < size:
+            raise ValueError(
+                f"the data holds {count} samples, and a step on IPUs takes exactly {size} = micro "
+                f"batch x microbatches x replicas; give {count - left_out or size} samples, or "
+                "change gradient_accumulation_steps"
+            )
+        logger.warning(
+            "%d of %d samples are left out of each epoch (another random choice every time): a "
+            "step on IPUs takes exactly %d",
+            left_out,
+            count,
+            size,
+        )
+        return RandomSampler(
+            sampler.data_source, num_samples=count - left_out, generator=sampler.generator
+        )
+
+    # ---- evaluation ---------------------------------------------------------------------
+
+    def predict(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run code that predicts a batch each; its calls of the model run on IPUs."""
+        model = self._trainer._whole_model
+
+        def call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+            if torch.is_grad_enabled() or any(module.training for module in model.modules()):
+                self.fetch()
+                return forward(*args, **kwargs)
+            inputs = inspect.signature(forward).bind_partial(*args).arguments | kwargs
+            return as_output(self._ready(inputs, training=False).eval_step(inputs))
+
+        with calls_of(model, call):
+            return [body() for body in bodies]
+
+    # ---- the executable -----------------------------------------------------------------
+
+    def has_executable(self) -> bool:
+        """Whether there is one of the present model."""
+        return self._executable is not None and self._executable.model is self._trainer.model
+
+    def fetch(self, *, optimizer: bool = False) -> None:
+        """Bring the weights here up to date, and the optimizer's state if asked."""
+        if self._executable is not None:
+            self._executable.fetch()
+            if optimizer:
+                self._executable.fetch_optimizer()
+
+    def close(self) -> None:
+        """Fetch the weights and free the IPUs."""
+        made, self._executable = self._executable, None
+        if made is not None:
+            made.close()
+
+    def watch_callbacks(self) -> None:
+        """Fetch weights before callbacks that may read them."""
+        handler: Any = self._trainer.callback_handler
+        call = handler.call_event
+
+        def called(event: str, *args: Any, **kwargs: Any) -> Any:
+            readers = [c for c in handler.callbacks if _own(c, event)]
+            if readers:
+                if event in _EVERY_STEP:
+                    logger.warning_once(
+                        "weights are fetched from the IPUs in every step, because "
+                        f"{type(readers[0]).__name__}.{event} may read them"
+                    )
+                self.fetch()
+            return call(event, *args, **kwargs)
+
+        handler.call_event = called
+
+    def _ready(self, part: Mapping[str, Any], *, training: bool) -> PopTorchExecutable:
+        """Return the executable of the present model, with the present optimizer to train."""
+        optimizer = self._optimizer() if training or self._trainer.is_in_train else None
+        made = self._executable
+        stale = made is not None and optimizer is not None and made.optimizer is not optimizer
+        if stale or not self.has_executable():
+            self.close()
+            self._executable = self._compile(part, optimizer)
+        assert self._executable is not None
+        return self._executable
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer in accelerate's."""
+        wrapped: Any = self._trainer.optimizer
+        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
+        return found
+
+    def _compile(
+        self, part: Mapping[str, Any], optimizer: torch.optim.Optimizer | None
+    ) -> PopTorchExecutable:
+        trainer, args = self._trainer, self._trainer.args
+        with torch.random.fork_rng(devices=[]):
+            plan = trainer.planned(rows(part, 0, args.per_device_train_batch_size))
+            iterations = self._ipu_config.device_iterations if self._ipu_config else 1
+            if iterations > 1:
+                raise ValueError(
+                    f"device_iterations {iterations} makes several optimizer steps "
+                    "in one call, and transformers' loop counts, logs and schedules one; set it to "
+                    "1, or use ipu_pipeline.train.train"
+                )
+            made = compiler.compile(
+                trainer._whole_model,
+                plan,
+                target="poptorch",
+                optimizer=optimizer,
+                ipu_config=self._ipu_config,
+                sdk_python=self._sdk_python,
+                max_grad_norm=args.max_grad_norm or None,
+                seed=args.seed,
+            )
+        assert isinstance(made, PopTorchExecutable)
+        return made
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one batch of all microbatches; what is no tensor is the first one's.
+
+    Raises:
+        ValueError: A tensor has another shape than in the first microbatch.
+    """
+    found: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        if not isinstance(first, Tensor):
+            found[name] = first
+            continue
+        values = [part[name] for part in parts]
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name!r} has the shapes {sorted(shapes)} in the microbatches of one step, and a "
+                "program on IPUs has one; pad all samples to one length (padding='max_length'), "
+                "and let dataloader_drop_last leave out a short last batch"
+            )
+        found[name] = torch.cat(values)
+    return found
+
+
+def as_output(result: EvalResult) -> ModelOutput:
+    """Return what the device computed in the form in which models of transformers return it."""
+    output = ModelOutput()
+    if result.loss is not None:
+        output["loss"] = torch.tensor(result.loss)
+    for name, value in result.outputs.items():
+        output[name] = value
+    return output
+
+
+def _own(callback: TrainerCallback, event: str) -> bool:
+    """Whether somebody else than transformers wrote the callback's method."""
+    method = getattr(type(callback), event, None)
+    return not (getattr(method, "__module__", None) or "transformers").startswith("transformers")
