@@ -9,7 +9,7 @@ from typing import Any
 
 from ipu_pipeline.backends.cluster.layer_layout import EXTRA
 from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -19,7 +19,7 @@ from ipu_pipeline.planner.price import make_plan, priced, step_s
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
 from ipu_pipeline.planner.search import Constraints, solve
 
-SEARCH_S = 10.0  # to find and prove our split
+SEARCH_S = 15.0  # to find and prove our split
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,25 @@ def _tensors_of_one_more(
 def _also_used(spec: ParameterSpec, copies: Sequence[Block]) -> ParameterSpec:
     users = [block.name for block in copies if spec.fqn in block.parameters]
     return replace(spec, blocks=(*spec.blocks, *users)) if users else spec
+
+
+def captured_model(
+    config: str, task: str | None, micro_batch: int, seq_length: int, precision: str | None = None
+) -> GivenModel:
+    """Capture a model by the name or path of its config: in bfloat16 unless something else is said.
+
+    Raises:
+        CaptureError: There is no such config, or its model cannot be captured.
+    """
+    from ipu_pipeline.capture import capture, model_identity
+    from ipu_pipeline.capture.from_config import config_named, from_config, load_config
+
+    found = load_config(config)
+    if precision is not None or found.dtype is None:
+        found.dtype = precision if precision in ("float16", "float32") else "bfloat16"
+    built, batch = from_config(found, task, batch_size=micro_batch, seq_length=seq_length)
+    with config_named(config):
+        return GivenModel(capture(built, batch).graph, model_identity(built))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +221,12 @@ def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEA
     backend = backend_of(machine)
     limits = backend.rules(model.graph, machine, limits)
     costs = backend.costs(work)
-    found = solve(model.graph, costs, machine, limits, step=partial(step_s, work))
+    try:
+        found = solve(model.graph, costs, machine, limits, step=partial(step_s, work))
+    except PartitionError:
+        if given.misfits or not all(stage.blocks for stage in given.stages):
+            raise
+        return given  # the time was too short for another one
     made = make_plan(model.identity, work, found)
     if given.misfits or made.objective_s <= given.objective_s:
         return made
