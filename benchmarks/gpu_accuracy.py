@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu_fit import FITTED_ROWS, leave_one_source_out
 from benchmarks.gpu_rows import Raw, UnjudgedRowError
-from benchmarks.gpu_runs import Run, read_run
+from benchmarks.gpu_runs import LATER_RECIPE, Run, read_run
 from benchmarks.ipu_accuracy import spearman
 from ipu_pipeline.errors import PipelineError
 
@@ -56,6 +56,8 @@ def accuracy(rows: Sequence[Raw], *, leave_out: bool = True) -> dict[str, Any]:
             [row["predicted_s"] for row in timed], [row["published_s"] for row in timed]
         ),
         "judged": len(judged),
+        # Runs whose recipe was not published with them, and which did not fit with a later one.
+        "settings_inferred": sum(LATER_RECIPE in "".join(row["assumptions"]) for row in judged),
         "time_mean_of_rows_not_fitted": _mean(free),
         "fitted": [row["id"] for row in timed if row["id"] in FITTED_ROWS],
         "leave_one_source_out": leave_one_source_out(runs) if leave_out else None,
@@ -107,7 +109,12 @@ def text(report: Mapping[str, Any]) -> str:
             f"{'' if row['fits'] else '  does not fit, but ran'}"
         )
     lines += [f"not judged: {row['id']}: {row['reason']}" for row in report["not_judged"]]
-    for key in (*SUMMARY, "time_mean_of_rows_not_fitted", "leave_one_source_out"):
+    for key in (
+        *SUMMARY,
+        "settings_inferred",
+        "time_mean_of_rows_not_fitted",
+        "leave_one_source_out",
+    ):
         value = report[key]
         lines.append(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
     return "\n".join(lines)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
+from ipu_pipeline.backends.cluster.layer_layout import parse_layout
 from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
+from ipu_pipeline.errors import PlanError
 
 Raw = Mapping[str, Any]
 GIBIBYTE = 2**30
@@ -30,6 +32,7 @@ _IN_A_V = ("dualpipev", "zbv")
 _SEVERAL_STAGES = ("interleaved 1f1b", "zbv", "zb-v", "v-half", "v-min", "v-zb", "dualpipe")
 # torchtitan cuts its batch into as many microbatches as there are stages unless told otherwise.
 _TITAN = "torchtitan"
+_NOTHING = ("", "n/a", "na", "none", "null", "-", "not stated")
 _PARTS = {
     "core_attn": r"core_attn|core attention|attention|selective", "mlp": r"\bmlp\b",
     "moe_act": "moe_act|activation func", "layernorm": r"layer.?norm|\bnorms?\b",
@@ -73,7 +76,7 @@ class GpuRow:
     @property
     def source(self) -> str:
         """Where it was published, without the place in the repository."""
-        return re.split(r"[@:,]", str(self.raw["source"]))[0]
+        return re.split(r"[@:,]", str(self.raw.get("source") or "not stated"))[0]
 
     @property
     def memory_bytes(self) -> float | None:
@@ -97,7 +100,7 @@ def read_row(raw: Raw) -> GpuRow:
     sizes = _sizes(raw, assumptions)
     count = _microbatches(raw, sizes, assumptions)
     return GpuRow(
-        id=str(raw["id"]),
+        id=str(raw.get("id") or "without a name"),
         raw=raw,
         machine=f"{machine_of(str(raw.get('gpu') or ''))}-x{sizes.num_devices}",
         sizes=sizes,
@@ -121,12 +124,12 @@ def machine_of(gpu: str) -> str:
 
 
 def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
-    one = {key: _number(raw, key) or 1 for key in ("tp", "pp", "cp", "ep", "vpp")}
-    if _number(raw, "vpp") is None and any(word in _words(raw) for word in _SEVERAL_STAGES):
+    one = {key: number(raw, key) or 1 for key in ("tp", "pp", "cp", "ep", "vpp")}
+    if number(raw, "vpp") is None and any(word in _words(raw) for word in _SEVERAL_STAGES):
         one["vpp"] = 2
         assumptions.append("stages of a rank are not stated: 2, the least that interleave")
     ranks = one["tp"] * one["pp"] * one["cp"]
-    gpus, dp = _number(raw, "gpus"), _number(raw, "dp")
+    gpus, dp = number(raw, "gpus"), number(raw, "dp")
     if gpus is None and dp is None:
         raise UnjudgedRowError("the number of GPUs is not stated")
     if gpus is not None and gpus % ranks:
@@ -144,9 +147,18 @@ def _sizes(raw: Raw, assumptions: list[str]) -> ParallelSizes:
         raise UnjudgedRowError(str(error)) from error
 
 
-def _number(raw: Raw, key: str) -> int | None:
-    found = raw.get(key)
-    return None if found is None else int(found)
+def number(raw: Raw, key: str) -> int | None:
+    """Return a whole number, however it is spelled; ``None`` where the source has none."""
+    text = str(raw.get(key) if raw.get(key) is not None else "").replace(",", "").strip()
+    if text.lower() in _NOTHING:
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        raise UnjudgedRowError(f"{key} is {raw.get(key)!r}, which is no number") from None
+    if not found.is_integer():
+        raise UnjudgedRowError(f"{key} is {raw.get(key)!r}, which is not whole")
+    return int(found)
 
 
 def _words(raw: Raw) -> str:
@@ -156,11 +168,11 @@ def _words(raw: Raw) -> str:
 def _global_batch(raw: Raw, dp: int) -> int | None:
     """Samples of a step; some sources state those of one pipeline."""
     local = re.search(r"local batch (\d+)", str(raw.get("note") or ""))
-    return _number(raw, "global_batch") or (int(local[1]) * dp if local else None)
+    return number(raw, "global_batch") or (int(local[1]) * dp if local else None)
 
 
 def _micro_batch(raw: Raw, depth: int, dp: int, assumptions: list[str]) -> int:
-    stated, count = _number(raw, "micro_batch"), _number(raw, "microbatches")
+    stated, count = number(raw, "micro_batch"), number(raw, "microbatches")
     if stated is not None:
         return stated
     samples = _global_batch(raw, dp)
@@ -174,7 +186,7 @@ def _micro_batch(raw: Raw, depth: int, dp: int, assumptions: list[str]) -> int:
 
 
 def _microbatches(raw: Raw, sizes: ParallelSizes, assumptions: list[str]) -> int:
-    stated = _number(raw, "microbatches")
+    stated = number(raw, "microbatches")
     if stated:
         return stated
     samples = _global_batch(raw, sizes.dp)
@@ -229,7 +241,7 @@ def measured_s(row: GpuRow, flops: float, peak_flops_per_s: float) -> float:
     """
     raw, gpus = row.raw, row.sizes.num_devices
     samples = row.microbatches * row.sizes.dp * row.sizes.micro_batch
-    tokens = samples * int(raw["seq"])
+    tokens = samples * (number(raw, "seq") or 0)
     for key, work in (
         ("tokens_per_s_per_gpu", tokens / gpus),
         ("tokens_per_s", tokens),
@@ -265,30 +277,16 @@ class Chunk:
     extra: int = 0
 
 
-def parse_layout(text: str) -> tuple[Chunk, ...]:
-    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``."""
-    flat, rest = _sequence(text.replace(",", "").replace(" ", ""))
-    if rest:
-        raise UnjudgedRowError(f"layout {text!r} does not end where it should: {rest!r}")
+def chunks_of_layout(text: str) -> tuple[Chunk, ...]:
+    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``; empty: the text is none."""
+    try:
+        stages = parse_layout(text).stages
+    except PlanError:
+        return ()
     return tuple(
         Chunk(part.count("t"), float("E" in part), float("L" in part), part.count("m"))
-        for part in flat.split("|")
+        for part in stages
     )
-
-
-def _sequence(text: str) -> tuple[str, str]:
-    found = ""
-    while text and text[0] != ")":
-        if text[0] == "(":
-            one, text = _sequence(text[1:])
-            text = text[1:]
-        else:
-            one, text = text[0], text[1:]
-        times = re.match(r"\*(\d+)", text)
-        if times:
-            text = text[times.end() :]
-        found += one * (int(times[1]) if times else 1)
-    return found, text
 
 
 def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> tuple[Chunk, ...]:
@@ -306,8 +304,11 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
     split, depth = str(row.raw.get("split") or ""), row.sizes.pp * row.sizes.vpp
     if num_layers + 2 < depth:
         raise UnjudgedRowError(f"{num_layers} layers are less than its {depth} stages")
+    stated = [int(one) for one in re.findall(r"\d+", split)]
+    if "|" not in split and len(stated) == depth > 1 and sum(stated) == num_layers:
+        return _with_ends(stated, extra)
     if "|" in split:
-        layout = parse_layout(split)
+        layout = chunks_of_layout(split)
         if len(layout) == depth and sum(c.layers for c in layout) == num_layers:
             return layout
     if "spread" in split or "tensor-parallel over all" in split:
@@ -320,7 +321,11 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
         counts[0], counts[-1] = counts[0] - 1, counts[-1] - 1
     else:
         counts = _even(num_layers, depth)
-    last = depth - 1
+    return _with_ends(counts, extra)
+
+
+def _with_ends(counts: list[int], extra: int) -> tuple[Chunk, ...]:
+    last = len(counts) - 1
     return tuple(
         Chunk(n, float(i == 0), float(i == last), extra if i == last else 0)
         for i, n in enumerate(counts)

@@ -14,8 +14,8 @@ from benchmarks.gpu_rows import (
     Raw,
     UnjudgedRowError,
     chunks_of,
+    chunks_of_layout,
     measured_s,
-    parse_layout,
     read_row,
 )
 from ipu_pipeline.backends.cluster.parallel_sizes import MEGATRON
@@ -39,6 +39,7 @@ _WHOLE_GRAPH_MODELS, _WHOLE_GRAPH_RELEASE = ("deepseek", "qwen3", "gpt oss"), "2
 _RESERVED = {"torchtitan": 1.3}
 # What a recipe that did not fit may have done besides, from the cheapest on. The recipes of hosts
 # that are linked with their GPUs by NVLink offload activations before they recompute layers.
+LATER_RECIPE = "it does not fit with a later commit's recipe"
 _CHEAPER = (("mla_up_proj",), ("mla_up_proj", "moe_act"))
 _NEAR_HOSTS = ("gh200", "gb200", "gb300")
 _OFFLOADED = 0.5
@@ -84,7 +85,7 @@ class Run:
     @cached_property
     def pricer(self) -> RankPricer:
         """Prices of this run's blocks."""
-        source, raw = str(self.row.raw["source"]), self.row.raw
+        source, raw = str(self.row.raw.get("source")), self.row.raw
         graph = runs_as_one_graph(raw)
         engine = replace(
             MEGATRON,
@@ -173,7 +174,7 @@ class Run:
 
     def _with(self, parts: tuple[str, ...], on_device: float) -> Run:
         what = " and ".join(parts) + " recomputed" if parts else "half of the activations offloaded"
-        taken = (*self.row.assumptions, f"it does not fit with a later commit's recipe: {what}")
+        taken = (*self.row.assumptions, f"{LATER_RECIPE}: {what}")
         recompute = ("full",) if "full" in parts else (*self.row.sizes.recompute, *parts)
         sizes = replace(self.row.sizes, recompute=recompute)
         row = replace(self.row, sizes=sizes, assumptions=taken)
@@ -192,7 +193,7 @@ def read_run(raw: Raw) -> Run:
     head = sum(block.forward_flops for block in model.blocks("head"))
     chunks = chunks_of(row, model.num_layers, head / layer, model.extra_layers)
     split = str(raw.get("split") or "")
-    if "|" in split and chunks != parse_layout(split):
+    if "|" in split and chunks != chunks_of_layout(split):
         taken = f"its layout is of another model or number of stages: {len(chunks)} even ones"
         row = replace(row, assumptions=(*row.assumptions, taken))
     machine = machine_by_name(row.machine)

@@ -15,7 +15,7 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.patches import SDPA, patched_attention
@@ -31,11 +31,16 @@ class CountedAttention(TorchFunctionMode):
 
     Calls by torch's own Python code (``multi_head_attention_forward``), which a function mode does
     not see, are found by a patch of the function.
+
+    Args:
+        recorder: Where it counts.
+        window: Keys that a query sees under a mask; ``None``: the mask decides.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, window: int | None = None) -> None:
         super().__init__()
         self._recorder = recorder
+        self._window = window
         self._patched = patched_attention(self._attend)
 
     def __enter__(self) -> Any:
@@ -71,8 +76,24 @@ class CountedAttention(TorchFunctionMode):
         if not enable_gqa:
             leading = torch.broadcast_shapes(leading, key.shape[:-2], value.shape[:-2])
         bias = attn_mask is not None and attn_mask.requires_grad
-        call = _Call(self._recorder, leading, bias, dropout_p > 0, is_causal)
+        square = attn_mask is not None and query.shape[-2] == key.shape[-2]
+        window = self._window if square and not bias else None
+        call = _Call(self._recorder, leading, bias, dropout_p > 0, is_causal, window)
         return _Attention.apply(call, query, key, value, attn_mask)
+
+
+def attention_window(module: nn.Module) -> int | None:
+    """Return how many keys a query of a block's causal attention sees, by transformers' names."""
+    for child in module.modules():
+        number, config = getattr(child, "layer_idx", None), getattr(child, "config", None)
+        if number is None or config is None:
+            continue
+        kinds = getattr(config, "layer_types", None) or ()
+        sliding = number >= len(kinds) or kinds[number] == "sliding_attention"
+        found = getattr(child, "sliding_window", getattr(config, "sliding_window", None))
+        causal = getattr(child, "is_causal", True) is not False
+        return found if sliding and causal and isinstance(found, int) else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,7 @@ class _Call:
     bias: bool
     dropout: bool
     causal: bool
+    window: int | None = None
 
     def count(
         self, tensors: Sequence[Tensor], *others: Tensor, gradient: Tensor | None = None
@@ -102,6 +124,8 @@ class _Call:
         shapes = [(*self.leading, *query.shape[-2:]), *(tuple(x.shape) for x in tensors[1:])]
         if self.causal and not masks:
             shapes.append((length, keys))
+        if self.window is not None and self.window < keys:
+            shapes[3] = (length, self.window)
         if gradient is not None:
             shapes.insert(0, tuple(gradient.shape))
             others = (*others, gradient)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ipu_pipeline.capture.attention import CountedAttention
+from ipu_pipeline.capture.attention import CountedAttention, attention_window
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
@@ -139,7 +139,7 @@ class OperationCounter:
 
     def count(self, program: Program) -> Operations:
         """Return the operations of ``program``."""
-        signature = program_signature(program, self.specs)
+        signature = program_signature(program, self.specs), attention_window(program.module)
         if signature not in self._known:
             with restored_places(program.module), without_gradient_hooks(program.module):
                 self._known[signature] = self._run(program)
@@ -216,7 +216,7 @@ def _measure(
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
     recorder = Recorder(live, gradients)
-    attending = CountedAttention(recorder)
+    attending = CountedAttention(recorder, attention_window(module))
     taken: list[Tensor] = []
     entered = tuple(
         _StageInput.apply(taken, value)

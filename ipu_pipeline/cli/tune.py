@@ -18,7 +18,6 @@ from ipu_pipeline.cli.options import (
     JsonOption,
     Model,
     PlanOutput,
-    PodOption,
     SeqLength,
     TaskOption,
     counted,
@@ -33,13 +32,23 @@ if TYPE_CHECKING:
     from ipu_pipeline.ir.machine import Machine
 
 
+# Options that mean something on one kind of machines only, by the names of their parameters.
+IPU_OPTIONS = ("ipus_per_replica", "device_iterations", "free", "compare", "ipu_config_output")
+GPU_OPTIONS = ("pp", "tp", "cp", "ep", "vpp", "schedule", "zero_stage", "recompute", "precision",
+               "engine")  # fmt: skip
+
+
 def tune_command(
+    context: typer.Context,
     model: Model,
     global_batch: Annotated[
         int, counted("--global-batch", "global_batch", "Samples of one optimizer step.")
     ],
     task: TaskOption = None,
-    machine: PodOption = "pod16",
+    machine: Annotated[
+        str,
+        typer.Option("--machine", help="pod16, h100-x64, gb200-x72, ..., or a machine file."),
+    ] = "pod16",
     seq_length: SeqLength = 128,
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="sgd, or one with two moments.")
@@ -61,6 +70,35 @@ def tune_command(
         str | None,
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
+    pp: Annotated[int | None, counted("--pp", "num_devices", "GPUs: ranks of a pipeline.")] = None,
+    tp: Annotated[
+        int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")
+    ] = None,
+    cp: Annotated[
+        int | None, counted("--cp", "num_devices", "GPUs: ranks that share a sequence.")
+    ] = None,
+    ep: Annotated[
+        int | None, counted("--ep", "num_devices", "GPUs: ranks that share the experts.")
+    ] = None,
+    vpp: Annotated[int | None, counted("--vpp", "num_devices", "GPUs: stages of a rank.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
+    ] = None,
+    zero_stage: Annotated[
+        int | None, typer.Option("--zero-stage", min=0, max=3, help="GPUs: 0 to 3.")
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option("--recompute", help="GPUs: none, full, or parts: core_attn,mlp,layernorm."),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="GPUs: bfloat16, float16, float32, float8, float4."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
+    ] = None,
     output: PlanOutput = None,
     ipu_config_output: Annotated[
         Path | None,
@@ -69,20 +107,33 @@ def tune_command(
     force: Force = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search every setting for a batch and a pod: the quickest, and what more free memory costs."""
-    from ipu_pipeline.backends.ipu.settings import OPTIMIZERS
-    from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
-    from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
+    """Search every setting for a batch and a machine: the quickest, and what less memory costs."""
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output, "--ipu-config-output": ipu_config_output}, force=force)
+    described = machine_by_name(machine)
+    if _refuse_foreign(context, described) == "cluster":
+        from ipu_pipeline.cli.tune_gpus import tune_gpus
+
+        fixed = {
+            "global_batch": global_batch, "micro_batch": micro_batch, "replicas": replicas,
+            "pp": pp, "tp": tp, "cp": cp, "ep": ep, "vpp": vpp, "schedule": schedule,
+            "zero_stage": zero_stage, "recompute": recompute, "precision": precision,
+            "optimizer": optimizer, "engine": engine,
+        }  # fmt: skip
+        with _progress() as progress:
+            tune_gpus(model, task, described, seq_length, fixed, output, progress, as_json=as_json)
+        return
+    from ipu_pipeline.backends.ipu.settings import OPTIMIZERS
+    from ipu_pipeline.backends.ipu.tune import SETTINGS, TuneRequest, tune
+    from ipu_pipeline.backends.ipu.tune_text import comparison_text, result_text
+
     if optimizer.lower() not in map(str.lower, OPTIMIZERS):
         raise ValueError(f"optimizer {optimizer!r} is unknown; use one of {', '.join(OPTIMIZERS)}")
     run = replace(SETTINGS, device_iterations=device_iterations, optimizer=optimizer)
     request = TuneRequest(global_batch, micro_batch, ipus_per_replica, replicas, run,
                           least_free=free)  # fmt: skip
-    described = machine_by_name(machine)
     rival = None if compare is None else _published(compare, described)
     capture = _capturer(model, task, seq_length)
     with _progress() as progress:
@@ -96,6 +147,36 @@ def tune_command(
             typer.echo(f"\n{comparison_text(result, compare, other)}")
     for said in _written(result, capture, output, ipu_config_output):
         typer.echo(said, err=as_json)
+
+
+def _refuse_foreign(context: typer.Context, machine: Machine) -> str:
+    """Return the name of the machine's backend; refuse options of another one.
+
+    Raises:
+        ValueError: An option means nothing there, or the backend has no search over settings.
+    """
+    from ipu_pipeline.planner.backend import backend_of
+
+    name = backend_of(machine).name
+    foreign = {"ipu": GPU_OPTIONS, "cluster": IPU_OPTIONS}
+    if name not in foreign:
+        raise ValueError(
+            f"{machine.name} belongs to backend {name}, which has no settings to search; tune for "
+            "IPUs (pod16) or GPUs (h100-x64), or use plan"
+        )
+    given = [
+        option
+        for option in foreign[name]
+        if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        kinds = ("GPUs", "IPUs") if name == "ipu" else ("IPUs", "GPUs")
+        raise ValueError(
+            f"{flag} is for {kinds[0]}, and {machine.name} has {kinds[1]}; leave it out, or name "
+            "another machine"
+        )
+    return name
 
 
 def _written(

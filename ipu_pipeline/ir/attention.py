@@ -3,7 +3,8 @@
 A captured graph has one record per attention, whatever kernel a device would pick; the name says
 what a kernel has to support: ``scaled_dot_product_attention``, then ``_bias`` when the mask wants
 a gradient, ``_dropout`` when weights are dropped, and ``_backward``. Its shapes are queries, keys,
-values and, if there is one, the mask (after the gradient of the result in the backward pass).
+values and, if there is one, the mask (after the gradient of the result in the backward pass). A
+mask that lets every query see only the ``W`` keys before it is recorded as (L, W).
 A device without such a kernel (an IPU; a CPU for a learned bias) runs :func:`unfused`.
 
 Axes: B batch and heads, L queries, S keys, E head size.
@@ -32,10 +33,17 @@ def is_attention(op: OpRecord) -> bool:
     return op.name.startswith(f"aten.{ATTENTION}")
 
 
-def is_causal(op: OpRecord) -> bool:
-    """Whether an attention's mask is one square for all samples: then half of it is masked."""
-    query, key, _, mask = _tensors(op)
-    return mask is not None and tuple(mask) == (query[-2], key[-2]) and query[-2] == key[-2]
+def visible_share(op: OpRecord) -> float:
+    """Share of the (L, S) weights that the mask of an attention leaves.
+
+    One square for all samples is causal. A kernel that fuses attention computes no others.
+    """
+    given = op.shapes[1:] if op.name.endswith("_backward") else op.shapes
+    length, keys = given[0][-2], given[1][-2]
+    if len(given) < 4 or len(given[3]) != 2 or given[3][0] != length or length != keys:
+        return 1.0
+    window = given[3][1]
+    return 0.5 if window == keys else (window - window * (window - 1) / (2 * keys)) / keys
 
 
 def unfused(operations: Iterable[OpRecord]) -> Iterator[OpRecord]:
@@ -74,7 +82,10 @@ def _more_saved_bytes(op: OpRecord) -> int:
 
 def _tensors(op: OpRecord) -> tuple[Shape, Shape, Shape, Shape | None]:
     given = op.shapes[1:] if op.name.endswith("_backward") else op.shapes
-    return given[0], given[1], given[2], given[3] if len(given) > 3 else None
+    mask = given[3] if len(given) > 3 else None
+    if mask is not None and len(mask) == 2 and mask[0] == given[0][-2]:
+        mask = (mask[0], given[1][-2])
+    return given[0], given[1], given[2], mask
 
 
 def _bytes(op: OpRecord, shape: Shape) -> int:

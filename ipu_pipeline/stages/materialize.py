@@ -81,7 +81,14 @@ def materialize(
     read: dict[str, Tensor] = {}
     if weights is not None:
         files = _Files(Path(weights))
-        read = files.tensors_of(model, set().union(*(names[key] for key in wanted)))
+        own = set().union(*(names[key] for key in wanted))
+        read = files.tensors_of(model, own)
+        if not own & read.keys():
+            raise LoweringError(
+                f"none of the parameters of {type(model).__name__} ({min(own)}, ...) is in "
+                f"{weights}, which has {min(files.files, default='none')}, ...; give the weights "
+                "of this model, or none to start from scratch"
+            )
     missing: set[int] = set()
     for parameter in list(model.parameters()):
         key = id(parameter)
@@ -174,18 +181,16 @@ def _initialize(
     """
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     tensors = {id(tensor): (name, tensor) for name, tensor in named}
-    left = {key: tensors[key] for key in (*missing, *buffers) if key in tensors}
-    fixed = {
-        t.untyped_storage().data_ptr() for key, (_, t) in tensors.items()
-        if key not in left and t.numel()
-    }  # fmt: skip
+    left = tensors.keys() & {*missing, *buffers}
     if not left:
         return
-    mode = _KeyedByName(seed, left, fixed)
+    paths = {module: path for path, module in model.named_modules()}
+    mode = _KeyedByName(seed, tensors, left)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
         for module, initialize in _initializers(model):
+            mode.seed(paths[module])
             initialize(module)
-    untouched = sorted(name for key, (name, _) in left.items() if key not in mode.written)
+    untouched = sorted(tensors[key][0] for key in left - mode.written)
     if untouched:
         raise LoweringError(
             f"{type(model).__name__} has no code that gives {', '.join(untouched[:_SHOWN])} a "
@@ -210,35 +215,45 @@ def _initializers(
 
 
 class _KeyedByName(TorchFunctionMode):
-    """Seeds torch by the name of the tensor that is filled; those with values are left alone."""
+    """Seeds torch by the name of the tensor that is filled; those with values are left alone.
+
+    It is seeded again behind each of them: what is drawn next does not depend on which were filled.
+    """
 
     def __init__(
-        self, seed: int, left: Mapping[int, tuple[str, Tensor]], fixed: Collection[int]
+        self, seed: int, tensors: Mapping[int, tuple[str, Tensor]], left: Collection[int]
     ) -> None:
         super().__init__()
         self._seed = seed
-        self._fixed = fixed
+        filled = {key: own for key, own in tensors.items() if own[1].numel()}
+        self._names = {t.untyped_storage().data_ptr(): name for name, t in filled.values()}
         self._left = {
-            tensor.untyped_storage().data_ptr(): (key, name) for key, (name, tensor) in left.items()
+            t.untyped_storage().data_ptr(): key for key, (_, t) in filled.items() if key in left
         }
-        empty = {key for key, (_, tensor) in left.items() if not tensor.numel()}
-        self.written: set[int] = empty
+        self.written = set(left) - filled.keys()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        word = getattr(func, "__name__", "")
+        writes = (word.endswith("_") and not word.endswith("__")) or word == "__setitem__"
         written = args[0] if args else kwargs.get("tensor")  # as torch.nn.init hands it over
-        if writes and isinstance(written, Tensor) and func is not Tensor.requires_grad_:
-            memory = written.untyped_storage().data_ptr()
-            if memory in self._fixed:
-                return written
-            if memory in self._left:
-                key, fqn = self._left[memory]
-                self.written.add(key)
-                digest = blake2b(f"{self._seed} {fqn}".encode(), digest_size=7).digest()
-                torch.manual_seed(int.from_bytes(digest))
-        return func(*args, **kwargs)
+        if not writes or not isinstance(written, Tensor) or func is Tensor.requires_grad_:
+            return func(*args, **kwargs)
+        memory = written.untyped_storage().data_ptr()
+        name = self._names.get(memory)
+        if name is None:
+            return func(*args, **kwargs)
+        if memory in self._left:
+            self.written.add(self._left[memory])
+            self.seed(name)
+            written = func(*args, **kwargs)
+        self.seed(f"{name} was filled")
+        return written
+
+    def seed(self, name: str) -> None:
+        """Seed torch by a name."""
+        digest = blake2b(f"{self._seed} {name}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -309,16 +324,15 @@ class _Files:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         prefix = model.base_model_prefix
-        sources = {
-            source
-            for source in self.files
-            if needed
-            & {
-                source,
-                rename_source_key(source, renamings, converters, prefix, state)[0],
-                rename_source_key(source, [], [], prefix, state)[0],
-            }
-        }
+
+        def targets(source: str) -> set[str]:
+            name, pattern = rename_source_key(source, renamings, converters, prefix, state)
+            plain, _ = rename_source_key(source, [], [], prefix, state)
+            made = [c.target_patterns for c in converters if pattern in c.source_patterns]
+            parts = {name.replace(of[0], part) for of in made for part in of}
+            return {source, plain, name, *parts}
+
+        sources = {source for source in self.files if needed & targets(source)}
         skeleton = copy.deepcopy(model)
         with ExitStack() as opened:
             convert_and_load_state_dict_in_model(

@@ -216,7 +216,7 @@ def train_batches(
         drop_last=arguments.dataloader_drop_last,
     )
     if left_out := sampler.num_samples - sampler.num_used:
-        reason = f"has to divide into {divisor} microbatches"
+        reason = f"has to be a multiple of {divisor}"
         if arguments.dataloader_drop_last:
             reason = "is dropped, as dataloader_drop_last asks"
         logger.warning(

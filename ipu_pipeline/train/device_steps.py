@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ from transformers.utils import ModelOutput, logging
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
-from ipu_pipeline.backends.ipu.settings import ipu_config_of_plan
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages.executable import EvalResult
@@ -246,10 +244,10 @@ class DeviceSteps:
         trainer, args = self._trainer, self._trainer.args
         with torch.random.fork_rng(devices=[]):
             plan = trainer.planned(rows(part, 0, args.per_device_train_batch_size))
-            config = self._ipu_config or replace(ipu_config_of_plan(plan), output_mode="all")
-            if config.device_iterations > 1:
+            iterations = self._ipu_config.device_iterations if self._ipu_config else 1
+            if iterations > 1:
                 raise ValueError(
-                    f"device_iterations {config.device_iterations} makes several optimizer steps "
+                    f"device_iterations {iterations} makes several optimizer steps "
                     "in one call, and transformers' loop counts, logs and schedules one; set it to "
                     "1, or use ipu_pipeline.train.train"
                 )
@@ -258,7 +256,7 @@ class DeviceSteps:
                 plan,
                 target="poptorch",
                 optimizer=optimizer,
-                ipu_config=config,
+                ipu_config=self._ipu_config,
                 sdk_python=self._sdk_python,
                 max_grad_norm=args.max_grad_norm or None,
                 seed=args.seed,

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import gpu_accuracy
 from benchmarks.gpu_fit import FITTED_ROWS, fit
-from benchmarks.gpu_rows import Chunk, UnjudgedRowError, measured_s, parse_layout, read_row
+from benchmarks.gpu_models import captured_layers
+from benchmarks.gpu_rows import Chunk, UnjudgedRowError, chunks_of_layout, measured_s, read_row
 from benchmarks.gpu_runs import read_run, runs_as_one_graph, step_flops
 
 SELECTED = ("core_attn", "moe_act", "layernorm")
@@ -34,15 +35,14 @@ ROW: dict[str, Any] = {
     ],
 )
 def test_layouts_of_megatron(text: str, layers: list[int]) -> None:
-    chunks = parse_layout(text)
+    chunks = chunks_of_layout(text)
     assert [chunk.layers for chunk in chunks] == layers
     assert chunks[0].embedding == chunks[-1].head == 1.0
     assert chunks[-1].extra == text.count("m")
 
 
-def test_a_layout_with_brackets_that_do_not_match_is_not_judged() -> None:
-    with pytest.raises(UnjudgedRowError, match="does not end where it should"):
-        parse_layout("Et|t)L")
+def test_what_is_no_layout_has_no_stages() -> None:
+    assert chunks_of_layout("Et|t)L") == chunks_of_layout("even layers | one less") == ()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,9 @@ def test_a_layout_with_brackets_that_do_not_match_is_not_judged() -> None:
         ({"layers": 1, "pp": 4, "gpus": 8}, "1 layers are less than its 4 stages"),
         ({"heads": 7}, "hidden 1024 does not divide into 7 heads"),
         ({"layers": None}, "model 'GPT 1B' .* is not known here and the row gives no sizes"),
+        ({"tp": "two"}, "tp is 'two', which is no number"),
+        ({"micro_batch": 1.5}, "micro_batch is 1.5, which is not whole"),
+        ({"ep": 4}, "experts of 'GPT 1B', which the row does not describe"),
         ({"tokens_per_s_per_gpu": None, "memory_gb": None}, "no speed was published"),
     ],
 )
@@ -107,6 +110,7 @@ def test_seconds_come_from_whatever_was_published() -> None:
         ({"recompute": "full, every layer"}, {"recompute": ("full",)}),
         ({"recompute": "selective (layernorm, moe_act)"}, {"recompute": SELECTED}),
         ({"recompute": None}, {"recompute": ()}),
+        ({"gpus": "1,024", "tp": 2.0, "vpp": "n/a", "global_batch": "2,048"}, {"dp": 256}),
         ({"gpu": "AMD Instinct MI300X 192 GB"}, {"machine": "mi300x-x8"}),
         ({"gpu": "NVIDIA GH200 96GB"}, {"machine": "gh200-x8"}),
     ],
@@ -117,6 +121,26 @@ def test_rows_are_read_however_the_format_allows(
     row = read_row({**ROW, **change})
     for name, value in found.items():
         assert getattr(row, name, getattr(row.sizes, name, None)) == value, name
+
+
+@pytest.mark.parametrize(
+    ("named", "billions"),
+    [
+        ({"model": "Mixtral 8x22B"}, 141),
+        ({"model": "DeepSeek V2"}, 236),
+        ({"hf_id": "meta-llama/Llama-3.1-8B"}, 8.0),
+        ({"model": "Grok1", "layers": 32}, 159),
+    ],
+)
+def test_well_known_models_have_their_sizes(named: dict[str, Any], billions: float) -> None:
+    silent = dict.fromkeys(("layers", "hidden", "heads", "kv_heads", "ffn", "vocab"))
+    model = captured_layers(read_row({**ROW, **silent, **named}))
+    elements = model.graph.parameter_by_fqn
+    held = [sum(elements[fqn].numel for fqn in model.layer(n).parameters) for n in (0, 1)]
+    ends = [fqn for block in model.blocks("embedding", "head") for fqn in block.parameters]
+    total = model.dense_layers * held[0] + (model.num_layers - model.dense_layers) * held[1]
+    total += sum(elements[fqn].numel for fqn in ends)
+    assert total / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 RECIPE = {"from_recipe_at_head": "qwen3_fp8mx_config", "same_parallel_settings": True}
@@ -157,6 +181,7 @@ def test_a_later_recipe_that_does_not_fit_is_not_what_ran() -> None:
         ("first and last stage have one layer fewer", [3, 3], (1.0, 1.0)),
         ("layers moved by estimated compute", [4, 2], (1.0, 1.0)),
         ("Et*4|t*2L", [4, 2], (1.0, 1.0)),
+        ("hand-made: 5 layers, then 1", [5, 1], (1.0, 1.0)),
     ],
 )
 def test_splits_as_they_are_described(
@@ -184,7 +209,7 @@ def test_the_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     gpu_accuracy.main(["--rows", str(path), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(gpu_accuracy.SUMMARY) <= set(found)
-    assert (found["judged"], found["refused_share"]) == (2, 0.0)
+    assert (found["judged"], found["refused_share"], found["settings_inferred"]) == (2, 0.0, 0)
     assert [row["id"] for row in found["not_judged"]] == ["silent", "empty"]
     assert found["leave_one_source_out"]["somewhere"]["rows"] == 2
     by_id = {row["id"]: row for row in found["rows"]}

@@ -117,7 +117,8 @@ class Own(nn.Module):
          r"x.safetensors cannot be read"),
         ({"model.safetensors": b"no tensors"}, "model.safetensors cannot be read"),
         ({"model.safetensors": {"table": torch.ones(2, 2)}}, r"table is \(2, 2\) in .*\(3, 2\)"),
-        ({"model.safetensors": {"other": torch.ones(2)}}, "no code that gives table a value"),
+        ({"model.safetensors": {"other": torch.ones(2)}},
+         r"none of the parameters of Own \(table, ...\) is in .*, which has other"),
     ],
 )  # fmt: skip
 def test_wrong_files_are_refused(
@@ -130,6 +131,11 @@ def test_wrong_files_are_refused(
             save_file(content, tmp_path / name)
     with pytest.raises(LoweringError, match=message):
         materialize(Own(), tmp_path)
+
+
+def test_what_nothing_initialises_is_named() -> None:
+    with pytest.raises(LoweringError, match="Own has no code that gives table a value"):
+        materialize(Own())
 
 
 def test_weights_are_for_models_on_meta(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("drop_last", "left_out", "sizes", "text"),
     [
-        (False, 3, [16, 4], "has to divide into 4 microb"),
+        (False, 3, [16, 4], "has to be a multiple of 4"),
         (True, 7, [16], "as dataloader_drop_last"),
     ],
 )

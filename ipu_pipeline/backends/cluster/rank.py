@@ -161,7 +161,7 @@ class RankPricer:
             return replace(found, saved_bytes=0.0, workspace_bytes=held)
         if block.kind != "layer":
             return found
-        exchanged_s = self._exchanged_s(block)
+        exchanged_s = self.exchanged_s(block)
         found = replace(
             found,
             forward_s=found.forward_s + exchanged_s,
@@ -175,7 +175,7 @@ class RankPricer:
                 saved_bytes=_FRAGMENTS * layer.kept_bytes() / self.shared,
                 workspace_bytes=found.workspace_bytes + made,
             )
-        return self._recomputed(block, found)
+        return self.recomputed(block, found)
 
     def parameters(self, block: Block) -> RankParameters:
         """Return this rank's part of the weights of a block."""
@@ -244,7 +244,7 @@ class RankPricer:
         each = rows * a + rows * b + a * b
         return int(DTYPE_BYTES.get(op.dtype, _HALF_BYTES) * experts / self.sizes.ep * each)
 
-    def _recomputed(self, block: Block, found: RankBlock) -> RankBlock:
+    def recomputed(self, block: Block, found: RankBlock) -> RankBlock:
         """Return a layer with the parts of it recomputed that the sizes name."""
         wanted, layer = self.sizes.recompute, self._fused(block)
         if "full" in wanted:
@@ -277,7 +277,7 @@ class RankPricer:
         rate = link.bytes_per_s * (1.0 if kernels is None else kernels.link_share)
         return link.latency_s + (ranks - 1) / ranks * num_bytes / rate
 
-    def _exchanged_s(self, block: Block) -> float:
+    def exchanged_s(self, block: Block) -> float:
         """Seconds that collectives within a layer add to one pass."""
         sizes, layer = self.sizes, self._fused(block)
         parts = (len(layer.attentions) > 0) + (len(layer.products) > 1)
@@ -328,11 +328,14 @@ class RankPricer:
 
     def reduction_s(self, held: RankParameters) -> float:
         """Seconds of reducing gradients and gathering weights over the ranks that share them."""
+        return self.shared_ring_s(held, self.engine.gradient_bytes + _HALF_BYTES)
+
+    def shared_ring_s(self, held: RankParameters, num_bytes: float) -> float:
+        """Seconds of one collective of ``num_bytes`` a weight over the ranks that share it."""
         same, of_experts = self._copies
-        moved = self.engine.gradient_bytes + _HALF_BYTES
         apart = self.sizes.pp if self.engine.pipeline_inner else 1
-        dense_s = self.ring_s(moved * held.dense, same, self.sizes.tp * apart)
-        return dense_s + self.ring_s(moved * held.experts, of_experts, self.sizes.ep * apart)
+        dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
+        return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
 
 
 def total_of(parts: Iterable[tuple[RankBlock, float]]) -> RankBlock:

@@ -100,9 +100,10 @@ class RankCosts:
                    block.workspace_bytes, block.kept_bytes)  # fmt: skip
             if key not in known:
                 plain = in_stage(block, self.pricer.block(block), last_alone=one_at_a_time)
-                known[key] = (_choice(plain),)
-                if block.kind == "layer" and self.work.graph.training:
-                    known[key] += (_choice(whole.block(block), recompute=True),)
+                known[key] = (_choice(gathered(self.pricer, block, plain)),)
+                if block.kind == "layer":
+                    again = gathered(whole, block, whole.block(block))
+                    known[key] += (_choice(again, recompute=True),)
             found[block.name] = known[key]
         return found
 
@@ -144,6 +145,32 @@ def in_stage(block: Block, found: RankBlock, *, last_alone: bool = True) -> Rank
             found, saved_bytes=0.0, workspace_bytes=found.saved_bytes + found.workspace_bytes
         )
     return found
+
+
+def gathered(pricer: RankPricer, block: Block, found: RankBlock) -> RankBlock:
+    """Return a block whose weights or gradients are shared out among the data parallel ranks.
+
+    With stage 3 weights are gathered before each pass of every microbatch, with stage 2 and 3
+    gradients are reduced behind each backward pass; both beside what other blocks compute, not
+    beside their collectives, so that the weights of two blocks are whole at one time.
+
+    Source: Rajbhandari et al., ZeRO, SC 2020, section 7; FSDP, Zhao et al., VLDB 2023.
+    """
+    stage = pricer.sizes.zero_stage
+    if stage < 2:
+        return found
+    engine = pricer.engine
+    gather_s = pricer.shared_ring_s(found.parameters, engine.weight_bytes) if stage == 3 else 0.0
+    reduce_s = pricer.shared_ring_s(found.parameters, engine.gradient_bytes)
+    own_s = pricer.exchanged_s(block) if block.kind == "layer" else 0.0
+    held = found.parameters.dense + found.parameters.experts
+    whole = 2 * engine.weight_bytes + engine.gradient_bytes if stage == 3 else 0
+    return replace(
+        found,
+        forward_s=max(found.forward_s, own_s + gather_s),
+        backward_s=max(found.backward_s, own_s + gather_s + reduce_s),
+        workspace_bytes=found.workspace_bytes + whole * held,
+    )
 
 
 def _choice(found: RankBlock, *, recompute: bool = False) -> BlockChoice:
@@ -190,7 +217,7 @@ def _rank_devices(machine: Machine, shared: int, stride: int) -> tuple[Device, .
     )
     if same:
         first = machine.devices[0]
-        one = replace(first, reserved_bytes=first.reserved_bytes + BUFFER_BYTES)
+        one = replace(first, name="its GPUs", reserved_bytes=first.reserved_bytes + BUFFER_BYTES)
         return (one,) * count
     ranks = len(machine.devices) // stride
     groups = [machine.devices[rank * stride : (rank + 1) * stride] for rank in range(ranks)]

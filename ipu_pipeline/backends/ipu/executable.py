@@ -127,8 +127,8 @@ class PopTorchExecutable(Executable):
 
         ``StepResult.loss`` is the mean over the microbatches of every replica under the output
         modes ``all`` and ``sum``; under ``final`` and ``default`` the device gives back only the
-        last microbatch of every replica, and the loss is the mean of these. The weights are the
-        same under every mode.
+        last microbatch of every replica, and the loss is the mean of these. Without an IPU
+        configuration the mode is ``all``. The weights are the same under every mode.
 
         Args:
             batch: Tensors with axis 0 = device iterations x microbatches x replicas x micro

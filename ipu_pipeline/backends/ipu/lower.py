@@ -8,6 +8,7 @@ Graphcore's own poptorch.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.backends.ipu.sdk_python import find_sdk_python
-from ipu_pipeline.backends.ipu.settings import settings_for
+from ipu_pipeline.backends.ipu.settings import ipu_config_of_plan, settings_for
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -47,9 +48,10 @@ def lower(
         device_optimizer = optimizer_settings(
             optimizer, loss_scaling=options.loss_scaling, max_grad_norm=options.max_grad_norm
         )
+    whole_loss = replace(ipu_config_of_plan(plan), output_mode="all")
     settings = settings_for(
         plan,
-        options.ipu_config,
+        options.ipu_config or whole_loss,
         optimizer=device_optimizer,
         half=_is_half(model),
         seed=options.seed,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from ipu_pipeline.ir.attention import is_attention, is_causal
+from ipu_pipeline.ir.attention import is_attention, visible_share
 from ipu_pipeline.ir.graph import DTYPE_BYTES, OpRecord
 from ipu_pipeline.ir.machine import Device, KernelRates, on_curve
 
@@ -71,7 +71,7 @@ class Roofline:
         peak = self.device.peak_flops_per_s(op.dtype)
         if is_attention(op):
             share = kernels.attention_share[op.name.endswith("_backward")]
-            return op.flops * (0.5 if is_causal(op) else 1.0) / (peak * share)
+            return op.flops * visible_share(op) / (peak * share)
         return op.flops / (peak * kernels.product_efficiency(op.dtype, product_sides(op)))
 
     def _missing_s(self, moved: int, moving_s: float, work_s: float) -> float:

@@ -165,15 +165,11 @@ class IPUPlanning:
         self, machine: Machine, constraints: Constraints, *, powers: bool
     ) -> Iterator[IPUPipeline]:
         graph = self.graph
-        state = [sum(1 << graph.block_index[n] for n in item.blocks) for item in graph.state]
-        every = _uncut(self.starts(constraints), state)
         groups = _device_groups(graph, constraints)
         costs = GraphCosts({}, "ipu", (1.0,) * len(machine.devices))
         for replicas, devices in self._layouts(machine, constraints):
             num_ipus = max(devices) + 1
-            starts = every
-            if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
-                starts = _uncut(every, groups)
+            starts = self._starts_on(devices, constraints)
             count = constraints.microbatches_of(replicas)
             if len(devices) > len(starts) - 1 or count < _least_microbatches(len(devices), graph):
                 continue
@@ -187,6 +183,15 @@ class IPUPlanning:
                 yield IPUPipeline(
                     self.chain, program, slots, starts, self.choices.proportions, groups, rule
                 )
+
+    def _starts_on(self, devices: Sequence[int], constraints: Constraints) -> tuple[int, ...]:
+        """Return :meth:`starts` without those that would divide what belongs together."""
+        index = self.graph.block_index
+        state = [sum(1 << index[n] for n in item.blocks) for item in self.graph.state]
+        found = _uncut(self.starts(constraints), state)
+        if len(set(devices)) == len(devices):  # groups on one IPU are in one stage
+            return _uncut(found, _device_groups(self.graph, constraints))
+        return found
 
     def starts(self, constraints: Constraints) -> tuple[int, ...]:
         """Positions of the blocks that may begin a stage, and the number of blocks."""
@@ -303,7 +308,11 @@ class IPUPlanning:
                 f"PopART needs at least {least} microbatches per step for the {depth} stages asked "
                 f"for, got {count}; raise gradient accumulation or use fewer stages"
             )
-        deep = [len(devices) for _, devices in self._layouts(machine, constraints)]
+        deep = [
+            len(devices)
+            for _, devices in self._layouts(machine, constraints)
+            if len(devices) < len(self._starts_on(devices, constraints))
+        ]
         needed = min((_least_microbatches(stages, self.graph) for stages in deep), default=least)
         if count < needed:
             return (

@@ -106,7 +106,7 @@ def _modes_see_indexing() -> bool:
 class _Facts:
     """What is known about a tensor object that the mode has seen."""
 
-    __slots__ = ("made", "number", "program", "question", "run")
+    __slots__ = ("made", "number", "program", "question", "run", "view_of")
 
     def __init__(self, run: object) -> None:
         self.run = run
@@ -114,6 +114,8 @@ class _Facts:
         self.made = False
         self.number: Optional[int] = None
         self.question: Any = None
+        # Of a constant that shares another one's memory: that one, and how it was made from it.
+        self.view_of: Any = None
 
 
 class ProgramMode(TorchFunctionMode):
@@ -205,11 +207,19 @@ class ProgramMode(TorchFunctionMode):
         if found is not None:
             return found[1]
         if self._stale and not self.is_program(value) and _storage(value) in self._stale:
-            raise refuse(
-                "uses a view of a constant that was written with a value of the device",
-                "write into the tensor itself, or use torch.where",
-            )
+            if self.facts(value).view_of is None:
+                raise refuse(
+                    "uses a view of a constant that was written with a value of the device",
+                    "write into the tensor itself, or use torch.where",
+                )
+            return self._view(value)
         return value
+
+    def _view(self, constant: Tensor) -> Any:
+        """Return a view of a constant anew, from what the program has made of it."""
+        base, func, args, kwargs = self.facts(constant).view_of
+        name = getattr(func, "__name__", "")
+        return self._in_program(func, name, (self._current(base), *args), kwargs)
 
     # ---- calls --------------------------------------------------------------------------
 
@@ -280,7 +290,16 @@ class ProgramMode(TorchFunctionMode):
                 raise refuse("writes to a part of a buffer", "write to the whole buffer")
         if name in FACTORIES or "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
-        return self.host(func, args, kwargs)
+        result = self.host(func, args, kwargs)
+        self._note_view(result, func, args, kwargs)
+        return result
+
+    def _note_view(self, result: Any, func: Any, args: Any, kwargs: Any) -> None:
+        base = args[0] if args else None
+        if not isinstance(result, Tensor) or not isinstance(base, Tensor) or result is base:
+            return
+        if _storage(result) and _storage(result) == _storage(base):
+            self.facts(result).view_of = (base, func, args[1:], kwargs)
 
     def _like(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if not args or any(map(self.is_program, tensors_of((args[1:], kwargs)))):
@@ -342,6 +361,12 @@ class ProgramMode(TorchFunctionMode):
         return args, target
 
     def _promote(self, constant: Tensor) -> Tensor:
+        view_of = self.facts(constant).view_of
+        if view_of is not None:
+            if not self.is_program(self._current(view_of[0])):
+                self._promote(view_of[0])
+            found: Tensor = self._view(constant)
+            return found
         if _storage(constant) in self._buffer_storages or not self.facts(constant).made:
             raise refuse(
                 "writes a value of the device into a tensor that the module keeps",
@@ -358,7 +383,7 @@ class ProgramMode(TorchFunctionMode):
         """Return a constant as the program takes it."""
         if not isinstance(value, Tensor) or self._emulated or self.is_program(value):
             return value
-        if id(value) in self._buffers:
+        if id(value) in self._buffers or not value.numel():  # the device has no empty tensors
             return value
         held = self._moved.get(id(value))
         if held is None or held[1] != value._version:

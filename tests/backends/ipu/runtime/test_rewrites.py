@@ -36,6 +36,18 @@ def _constant_write(m: Toy, x: Tensor, ids: Tensor, **_: Tensor) -> Tensor:
     return made + shifted
 
 
+def _view_write(m: Toy, x: Tensor, ids: Tensor, **_: Tensor) -> Tensor:
+    y, made = x * m.weight, torch.zeros(3, 2, 4)
+    first = made[0]
+    made[:2, :, 1:].copy_(y[:, :3])
+    made[2].narrow(1, 2, 2)[1].add_(y[0, 2:])
+    made.view(-1)[5:7] = y[1, :2]
+    counted = ids.new_zeros(3, 4)
+    counted[1:].copy_(ids)
+    counted[0] += 2
+    return first + made.sum(0) + counted[1:] + first.t().t()
+
+
 def _if_any(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
     y = x * m.weight
     hit = y > 100
@@ -103,8 +115,8 @@ def _stacked(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "body",
     [
-        _masked_write, _vector_write, _constant_write, _if_any, _alpha, _repeats, _constants,
-        _scattered, _classes, _read_inputs,
+        _masked_write, _vector_write, _constant_write, _view_write, _if_any, _alpha, _repeats,
+        _constants, _scattered, _classes, _read_inputs,
     ],
 )  # fmt: skip
 def test_a_program_computes_what_torch_does(body: Body) -> None:
@@ -167,7 +179,7 @@ def test_what_no_program_can_do(text: str) -> None:
 def test_a_stale_view_is_refused() -> None:
     def body(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
         made = torch.zeros(2, 4)
-        first = made[0]
+        first, _second = made.unbind()
         made[0] = x[0] * m.weight
         return first + x
 

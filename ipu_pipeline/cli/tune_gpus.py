@@ -1,0 +1,96 @@
+"""``ipu-pipeline tune`` on GPUs: the search over every parallel size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ipu_pipeline.cli.options import save_plan
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.cluster.tune import Progress
+    from ipu_pipeline.ir.graph import BlockGraph
+    from ipu_pipeline.ir.machine import Machine
+    from ipu_pipeline.ir.plan import ModelIdentity
+
+# Micro batches that are captured: with few samples the tokens are as many as some width of a model
+# rather often, and operations of different shapes then look alike.
+CAPTURED = (3, 5)
+Fixed = dict[str, Any]
+
+
+def tune_gpus(
+    model: str,
+    task: str | None,
+    machine: Machine,
+    seq_length: int,
+    fixed: Fixed,
+    output: Path | None,
+    progress: Progress,
+    *,
+    as_json: bool,
+) -> None:
+    """Search, print the front and write the best plan.
+
+    Args:
+        model: What the user calls it.
+        task: Of the model.
+        machine: GPUs.
+        seq_length: Tokens of a sequence.
+        fixed: Fields of the request; ``precision``, ``optimizer`` and ``engine`` are settings.
+        output: File of the best plan.
+        progress: Called with what is done, how much of it, and of how much.
+        as_json: Print figures instead of text.
+    """
+    from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
+    from ipu_pipeline.backends.cluster.tune import tune
+    from ipu_pipeline.backends.cluster.tune_space import GpuRequest
+    from ipu_pipeline.backends.cluster.tune_text import as_json as figures
+    from ipu_pipeline.backends.cluster.tune_text import result_text
+
+    named = {name: fixed.pop(name) for name in ("precision", "optimizer", "engine")}
+    given = {name: value for name, value in named.items() if value is not None}
+    settings = GpuSettings.read({"engine": "megatron", **given})
+    request = GpuRequest(**fixed, settings=settings)
+    identity, capture = _capturer(
+        model, task, seq_length, named["precision"], searched=request.micro_batch is None
+    )
+    result = tune(capture, machine, request, identity, progress)
+    typer.echo(json.dumps(figures(result), indent=1) if as_json else result_text(result))
+    save_plan(result.best.plan, output, quiet=as_json)
+
+
+def _capturer(
+    model: str, task: str | None, seq_length: int, precision: str | None, *, searched: bool
+) -> tuple[ModelIdentity, Callable[[int], BlockGraph]]:
+    """Return what the plan remembers of the model, and what captures it for a micro batch.
+
+    Where the micro batch is searched, all follow from two that are captured.
+    """
+    from ipu_pipeline.capture import capture, model_identity
+    from ipu_pipeline.capture.from_config import config_named, from_config
+    from ipu_pipeline.capture.precision import dtype_for, in_dtype
+    from ipu_pipeline.ir.micro_batches import extrapolated
+
+    graphs: dict[int, BlockGraph] = {}
+
+    def captured(micro_batch: int) -> BlockGraph:
+        if micro_batch not in graphs:
+            first, second = (run(size) for size in CAPTURED) if searched else (None, None)
+            found = first and second and extrapolated(first, second, micro_batch)
+            graphs[micro_batch] = found or run(micro_batch)
+        return graphs[micro_batch]
+
+    @cache
+    def run(micro_batch: int) -> BlockGraph:
+        built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
+        with config_named(model):
+            return capture(*in_dtype(built, batch, dtype_for(built, precision))).graph
+
+    built, _ = from_config(model, task)
+    return model_identity(built), captured
