@@ -17,7 +17,7 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.price import make_plan, priced, step_s
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
-from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.search import Constraints, Partition, solve
 
 SEARCH_S = 15.0  # to find and prove our split
 
@@ -206,7 +206,6 @@ def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEA
     Raises:
         PartitionError: No split of these sizes fits.
     """
-    machine, work = given.machine, run.work(model, given.machine)
     layers = tuple(block.name for block in model.graph.blocks if block.kind == "layer")
     limits = Constraints(
         stage_devices=run.devices(given.num_stages),
@@ -218,19 +217,31 @@ def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEA
         first_split=tuple(stage.blocks for stage in given.stages),
         time_limit_s=seconds,
     )
-    backend = backend_of(machine)
-    limits = backend.rules(model.graph, machine, limits)
-    costs = backend.costs(work)
     try:
-        found = solve(model.graph, costs, machine, limits, step=partial(step_s, work))
+        found = _searched(model, given.machine, run, limits)
     except PartitionError:
         if given.misfits or not all(stage.blocks for stage in given.stages):
             raise
-        return given  # the time was too short for another one
-    made = make_plan(model.identity, work, found)
+        # The given split fills its memory: what more memory would allow is a bound all the same.
+        roomy = _with_more_memory(given.machine)
+        bound_s = _searched(model, roomy, run, limits).lower_bound
+        return replace(given, lower_bound_s=min(bound_s, given.objective_s))
+    made = make_plan(model.identity, run.work(model, given.machine), found)
     if given.misfits or made.objective_s <= given.objective_s:
         return made
     return replace(given, lower_bound_s=min(made.lower_bound_s, given.objective_s))
+
+
+def _searched(model: GivenModel, machine: Machine, run: GivenRun, limits: Constraints) -> Partition:
+    backend, work = backend_of(machine), run.work(model, machine)
+    limits = backend.rules(model.graph, machine, limits)
+    step = partial(step_s, work)
+    return solve(model.graph, backend.costs(work), machine, limits, step=step)
+
+
+def _with_more_memory(machine: Machine) -> Machine:
+    devices = [replace(one, memory_bytes=4 * one.memory_bytes) for one in machine.devices]
+    return replace(machine, devices=tuple(devices))
 
 
 def given_run(
