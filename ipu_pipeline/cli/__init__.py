@@ -11,8 +11,10 @@ import atexit
 import errno
 import functools
 import gc
+import io
 import logging
 import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, ParamSpec
@@ -268,5 +270,7 @@ def run() -> None:
     through them again and again, and once more at exit, takes a third of a short command's time.
     """
     gc.set_threshold(200_000, 20, 100)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text, or not print here
+        sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)
     app(prog_name="ipu-pipeline")

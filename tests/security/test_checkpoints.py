@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,57 @@ def test_a_file_outside_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
     sign(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is no file in it"):
         read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
+
+
+def edit(name: str, *keys: Any, value: Any) -> Callable[[Path], None]:
+    def edited(folder: Path) -> None:
+        body = json.loads((folder / name).read_text(encoding="utf-8"))
+        place = body
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / name).write_text(json.dumps(body), encoding="utf-8")
+
+    return edited
+
+
+def retype(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    def retyped(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        save_file({key: value.to(dtype) for key, value in tensors.items()}, folder / name)
+
+    return retyped
+
+
+SETTINGS = ("optimizer.json", "groups", 0, "settings")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit(MANIFEST, "extra_state", value={"0.weight": [1]}), "has the extra state '0.weight'"),
+        (edit(MANIFEST, "extra_state", value={"0._extra_state": 1}), "state '0._extra_state'"),
+        (edit(MANIFEST, "rng", "numpy", 2, value=10**6), "numpy's random state stands at 1000000"),
+        (edit(MANIFEST, "schema_version", value=-5), "schema_version is -5"),
+        (edit(MANIFEST, "global_step", value=True), "global_step is True"),
+        (edit(*SETTINGS, "lr", value=True), "a setting of the optimizer is 0.1 here and True"),
+        (retype("model.safetensors", torch.complex64), "is torch.complex64 in the checkpoint and"),
+        (retype("model.safetensors", torch.bool), "is torch.bool in the checkpoint and"),
+        (retype("optimizer.safetensors", torch.int32), "has exp_avg of torch.int32"),
+    ],
+)
+def test_what_fits_in_form_only_is_refused(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    model, optimizer = trained()
+    folder = write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=3)
+    change(folder)
+    sign(folder)
+    model, optimizer = trained()
+    before = everything(model, optimizer)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_checkpoint(folder, model=model, optimizer=optimizer)
+    assert everything(model, optimizer) == before
 
 
 @pytest.mark.parametrize("step", [-5, 10**30])
