@@ -82,6 +82,8 @@ def import_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan to this file.")],
     task: TaskOption = None,
     seq_length: SeqLength = 4096,
+    pp: Annotated[int | None, counted("--pp", "num_devices", "Default: the file's.")] = None,
+    tp: Annotated[int | None, counted("--tp", "num_devices", "Default: the file's, or 1.")] = None,
     micro_batch: Annotated[
         int | None, counted("--micro-batch", "micro_batch", "Default: the file's, or 1.")
     ] = None,
@@ -102,7 +104,7 @@ def import_command(
 
     check_outputs({"--output": output}, force=force)
     given = read_plan(file, framework.value)
-    asked = {"micro_batch": micro_batch, "microbatches": microbatches,
+    asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
              "global_batch": global_batch}  # fmt: skip
     sizes = _merged(given, asked)
     described = machine_by_name(machine)
