@@ -132,20 +132,20 @@ class Timer:
         self._open: dict[tuple[str, str], Any] = {}
         self._spans: dict[tuple[str, str], list[tuple[Any, Any]]] = defaultdict(list)
         known = dict(model.named_modules())
-        self._handles = []
+        self._handles: list[Any] = []
         for block in plan.graph.blocks:
             module = known.get(block.module or "")
             if module is None or block.kind not in ("layer", "head"):
                 continue
-            for register, start, end in (
-                ("forward", module.register_forward_pre_hook, module.register_forward_hook),
-                (
-                    "backward",
+            passes: dict[str, tuple[Any, Any]] = {
+                "forward": (module.register_forward_pre_hook, module.register_forward_hook),
+                "backward": (
                     module.register_full_backward_pre_hook,
                     module.register_full_backward_hook,
                 ),
-            ):
-                key = (block.name, register)
+            }
+            for which, (start, end) in passes.items():
+                key = (block.name, which)
                 self._handles += [start(self._starts(key)), end(self._ends(key))]
 
     def _now(self) -> Any:

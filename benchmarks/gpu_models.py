@@ -166,7 +166,7 @@ def _facts(row: GpuRow) -> dict[str, Any]:
     """
     raw, name = row.raw, str(row.raw.get("model") or row.id).lower()
     given = all(number(raw, key) is not None for key in ("layers", "hidden", "heads"))
-    found = _known(f"{raw.get('hf_id') or ''} {name}")
+    found = known_config(f"{raw.get('hf_id') or ''} {name}")
     if found and (found["model_type"] not in _PLAIN_TYPES or not given):
         own = {key: size for field, key in _OWN.items() if (size := number(raw, field)) is not None}
         if found.get(_FIRST_DENSE, 0) > 1 and own.get("num_hidden_layers", 61) < 61:
@@ -182,7 +182,8 @@ def _facts(row: GpuRow) -> dict[str, Any]:
     return _given_sizes(raw, f"{name} {raw.get('source')}".lower())
 
 
-def _known(name: str) -> dict[str, Any]:
+def known_config(name: str) -> dict[str, Any]:
+    """Return the config of a model by one of its names, as far as sizes go; empty: not known."""
     plain = re.sub(r"[_ ]", "-", name.lower())
     for pattern, (kind, hidden, layers, heads, kv_heads, ffn, vocab, more) in _MODELS:
         if re.search(pattern, plain):

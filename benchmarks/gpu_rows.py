@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
+from ipu_pipeline.backends.cluster.layer_layout import parse_layout
 from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
+from ipu_pipeline.errors import PlanError
 
 Raw = Mapping[str, Any]
 GIBIBYTE = 2**30
@@ -275,30 +277,16 @@ class Chunk:
     extra: int = 0
 
 
-def parse_layout(text: str) -> tuple[Chunk, ...]:
-    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``."""
-    flat, rest = _sequence(text.replace(",", "").replace(" ", ""))
-    if rest:
-        raise UnjudgedRowError(f"layout {text!r} does not end where it should: {rest!r}")
+def chunks_of_layout(text: str) -> tuple[Chunk, ...]:
+    """Read a layout of Megatron: ``Et*2|(t*2|)*34,t*3|tL``; empty: the text is none."""
+    try:
+        stages = parse_layout(text).stages
+    except PlanError:
+        return ()
     return tuple(
         Chunk(part.count("t"), float("E" in part), float("L" in part), part.count("m"))
-        for part in flat.split("|")
+        for part in stages
     )
-
-
-def _sequence(text: str) -> tuple[str, str]:
-    found = ""
-    while text and text[0] != ")":
-        if text[0] == "(":
-            one, text = _sequence(text[1:])
-            text = text[1:]
-        else:
-            one, text = text[0], text[1:]
-        times = re.match(r"\*(\d+)", text)
-        if times:
-            text = text[times.end() :]
-        found += one * (int(times[1]) if times else 1)
-    return found, text
 
 
 def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> tuple[Chunk, ...]:
@@ -320,7 +308,7 @@ def chunks_of(row: GpuRow, num_layers: int, head_layers: float, extra: int) -> t
     if "|" not in split and len(stated) == depth > 1 and sum(stated) == num_layers:
         return _with_ends(stated, extra)
     if "|" in split:
-        layout = parse_layout(split)
+        layout = chunks_of_layout(split)
         if len(layout) == depth and sum(c.layers for c in layout) == num_layers:
             return layout
     if "spread" in split or "tensor-parallel over all" in split:

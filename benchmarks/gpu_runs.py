@@ -14,8 +14,8 @@ from benchmarks.gpu_rows import (
     Raw,
     UnjudgedRowError,
     chunks_of,
+    chunks_of_layout,
     measured_s,
-    parse_layout,
     read_row,
 )
 from ipu_pipeline.backends.cluster.parallel_sizes import MEGATRON
@@ -193,7 +193,7 @@ def read_run(raw: Raw) -> Run:
     head = sum(block.forward_flops for block in model.blocks("head"))
     chunks = chunks_of(row, model.num_layers, head / layer, model.extra_layers)
     split = str(raw.get("split") or "")
-    if "|" in split and chunks != parse_layout(split):
+    if "|" in split and chunks != chunks_of_layout(split):
         taken = f"its layout is of another model or number of stages: {len(chunks)} even ones"
         row = replace(row, assumptions=(*row.assumptions, taken))
     machine = machine_by_name(row.machine)

@@ -17,13 +17,20 @@ from ipu_pipeline.capture import CapturedModel, capture, model_identity
 from ipu_pipeline.capture.captured import keep_for_reuse
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.capture.patches import original_model
+from ipu_pipeline.capture.precision import dtype_for, in_dtype
 from ipu_pipeline.capture.python_state import same_random_numbers
 from ipu_pipeline.errors import CaptureError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Granularity, Plan
 from ipu_pipeline.ir.verify import verify_plan
-from ipu_pipeline.planner.backend import Workload, backend_named, backend_of, find_machine
+from ipu_pipeline.planner.backend import (
+    Workload,
+    backend_named,
+    backend_names,
+    backend_of,
+    find_machine,
+)
 from ipu_pipeline.planner.passes.manager import PassManager
 from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step_s
 from ipu_pipeline.planner.search import Constraints, Partition, solve
@@ -31,6 +38,8 @@ from ipu_pipeline.planner.search.parallel import check_depth
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 logger = logging.getLogger(__name__)
+# Of proving the split of one number of replicas, where these are searched.
+REPLICAS_S = 3.0
 
 
 @same_random_numbers()
@@ -49,6 +58,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     constraints: Constraints | None = None,
     passes: str = "",
     batch_axes: Mapping[str, int | None] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Find the fastest split of ``model`` over ``machine``, with a bound on how good it is.
 
@@ -61,9 +71,10 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         machine: ``local`` (this machine, measured), a known name such as ``pod16``, a machine
             file, or a description.
         num_stages: Pipeline depth; ``None``: the config's, else the best for the machine.
-        microbatches: Microbatches per optimizer step; ``None``: the config's, else
-            what the machine's backend takes, at least 8.
-        replicas: Copies of the pipeline; ``None``: the config's, else 1.
+        microbatches: Microbatches per optimizer step of one replica, of all where replicas are
+            searched; ``None``: the config's, else what the machine's backend takes, at least 8.
+        replicas: Copies of the pipeline; ``None``: the config's, on GPUs the fastest number of
+            them, else 1.
         schedule: One that the machine's backend lists: ``1f1b``, ``gpipe``, ``interleaved``,
             ``zbv``, ... or ``popart`` (the one that IPUs run); ``None``: the backend's first.
         costs: ``analytic`` (counted operations) or ``profiled`` (measured on this machine).
@@ -75,6 +86,9 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         batch_axes: Axis of samples by input (``{"position_ids": 1, "class_weights": None}``;
             ``None``: every microbatch gets it whole), kept in the plan. Of other inputs it is
             found before the first batch is cut, by running the model on two samples.
+        settings: On GPUs, fields of ``Plan.settings``: ``precision`` (of ``None``: that of 16-bit
+            weights or of the config, else bfloat16 with float32 weights in the optimizer; that
+            of the weights, where they have values), ``optimizer``, ``tp``, ...
 
     Raises:
         CaptureError: The model cannot be captured.
@@ -89,8 +103,15 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     model, example_batch = original_model(model), ready_batch(example_batch)
     begin = time.monotonic()
     logger.info("capturing %s", type(model).__name__)
-    captured = capture(model, example_batch, granularity=granularity)
-    keep_for_reuse(captured)
+    priced_for_gpus = _for_gpus(machine, model, costs)
+    chosen = dict(settings or {})
+    counted, counted_batch = model, example_batch
+    if priced_for_gpus:
+        dtype = dtype_for(model, chosen.get("precision"))
+        counted, counted_batch = in_dtype(model, example_batch, dtype)
+    captured = capture(counted, counted_batch, granularity=granularity)
+    if counted is model:
+        keep_for_reuse(captured)
     logger.info("%d blocks captured in %.2f s; looking at machine %s",
                 len(captured.graph.blocks), time.monotonic() - begin,
                 machine if isinstance(machine, str) else machine.name)  # fmt: skip
@@ -107,14 +128,16 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         limits.schedule,
         limits.num_microbatches,
         limits.replicas or 1,
-        backend_of(described).settings(captured.graph, config, limits),
+        {**backend_of(described).settings(captured.graph, config, limits), **chosen},
         measured_seconds(captured, example_batch, described, costs),
         limits.factors(captured.graph.block_index),
     )
     split = backend_of(described).placement(work) if constraints is None else None
-    if split is None:
+    if split is None and priced_for_gpus and constraints is None and replicas is None:
+        split, work = _over_replicas(work, limits)
+    elif split is None:
         split = _searched(work, limits, _layers(captured.graph, config, depth))
-    made = make_plan(model_identity(captured.model), work, split, captured.granularity)
+    made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
     made = _after_passes(_fitting(made), manager)
     logger.info("planned in %.2f s: %d stages on %s, %s, %d microbatches, step %.6g s, gap %.2f %%",
@@ -158,6 +181,41 @@ def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | Non
     limits = replace(limits, layers_per_ipu=layers)
     costs = backend.costs(work)
     return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
+
+
+def _for_gpus(machine: str | Machine, model: nn.Module, costs: str) -> bool:
+    """Whether steps are priced by what the kernels of GPUs reach."""
+    if isinstance(machine, str) and machine in backend_names():
+        return False
+    kernels = find_machine(machine, None).devices[0].kernels
+    return kernels is not None and model.training and costs == "analytic"
+
+
+def _over_replicas(work: Workload, limits: Constraints) -> tuple[Partition, Workload]:
+    """Search every number of replicas that divides the devices and the microbatches.
+
+    The batch stays as it is; the bound is that of all of them.
+    """
+    found: list[tuple[Partition, Workload]] = []
+    problem: PartitionError | None = None
+    for replicas in _replicas_to_try(work):
+        count = work.num_microbatches // replicas
+        one = replace(limits, replicas=replicas, num_microbatches=count, time_limit_s=REPLICAS_S)
+        run = replace(work, replicas=replicas, num_microbatches=count)
+        try:
+            found.append((_searched(run, one, None), run))
+        except PartitionError as error:
+            problem = problem or error
+    if not found:
+        assert problem is not None
+        raise problem
+    best, run = min(found, key=lambda pair: pair[0].objective)
+    return best.with_bound(min(split.lower_bound for split, _ in found)), run
+
+
+def _replicas_to_try(work: Workload) -> list[int]:
+    devices, count = len(work.machine.devices), work.num_microbatches
+    return [n for n in range(1, devices + 1) if devices % n == 0 and count % n == 0]
 
 
 @same_random_numbers()

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import OutputError
-from ipu_pipeline.ir.files import make_folder
+from ipu_pipeline.errors import CheckpointError, OutputError, first_line
+from ipu_pipeline.ir.files import make_folder, named
 from ipu_pipeline.ir.limits import check_counts
 
 MICRO_BATCH, MICROBATCHES, LENGTH, VOCAB = 4, 4, 16, 50
@@ -38,7 +38,7 @@ def train(
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     step, losses = 0, []
     if options.resume_from:
-        accelerator.load_state(options.resume_from)
+        resume(accelerator, options.resume_from)
         step = scheduler.scheduler.last_epoch
     microbatch = {name: value[:MICRO_BATCH] for name, value in next(iter(loader)).items()}
     plan = ipp.plan(model, microbatch, num_stages=options.num_stages, microbatches=MICROBATCHES)
@@ -59,6 +59,21 @@ def train(
         result = executable.eval_step(next(iter(DataLoader(rows(96, seed=2), batch_size=96))))
         accelerator.print(f"step {step}: loss {losses[-1]:.4f}, evaluation {result.loss:.4f}")
     return losses
+
+
+def resume(accelerator: Accelerator, folder: str) -> None:
+    """Load what ``save_state`` wrote.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    try:
+        accelerator.load_state(folder)
+    except Exception as error:  # of the system, pickle, safetensors and torch
+        raise CheckpointError(
+            f"cannot resume from {named(folder)} ({type(error).__name__}: "
+            f"{first_line(error)[:200]}); give a folder step-N of this script's output_dir"
+        ) from error
 
 
 def rows(size: int, seed: int) -> list[dict[str, Tensor]]:
@@ -105,7 +120,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     accelerator = Accelerator(cpu=True)
     set_seed(42)
     loader = DataLoader(rows(256, seed=1), batch_size=MICRO_BATCH * MICROBATCHES)
-    return train(small_model(options.dropout), loader, options, accelerator)
+    try:
+        return train(small_model(options.dropout), loader, options, accelerator)
+    except CheckpointError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

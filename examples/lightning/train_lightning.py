@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, get_linear_schedule_with_warmup
 
 import ipu_pipeline as ipp
-from ipu_pipeline.errors import OutputError
-from ipu_pipeline.ir.files import make_folder
+from ipu_pipeline.errors import OutputError, first_line
+from ipu_pipeline.ir.files import make_folder, named
 from ipu_pipeline.ir.limits import check_counts
 from ipu_pipeline.ir.plan import Plan
 
@@ -35,6 +35,11 @@ class PipelineModule(L.LightningModule):
         super().__init__()
         self.model, self.steps = model, steps
         self.executable = ipp.compile(model, plan, seed=seed)
+        self.begun = False
+
+    def on_train_start(self) -> None:
+        """Note that what was to be resumed is loaded."""
+        self.begun = True
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, which moves every step."""
@@ -122,7 +127,15 @@ def main(argv: list[str] | None = None) -> L.Trainer:
         ],
     )
     with module.executable:
-        trainer.fit(module, train, validation, ckpt_path=options.ckpt_path)
+        try:
+            trainer.fit(module, train, validation, ckpt_path=options.ckpt_path, weights_only=True)
+        except Exception as error:  # of the system, pickle and torch
+            if module.begun or not options.ckpt_path:
+                raise
+            parser.error(
+                f"cannot resume from {named(options.ckpt_path)} ({type(error).__name__}: "
+                f"{first_line(error)[:200]}); give a file of output_dir/checkpoints"
+            )
         trainer.validate(module, validation)
     return trainer
 

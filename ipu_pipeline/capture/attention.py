@@ -83,15 +83,16 @@ class CountedAttention(TorchFunctionMode):
 
 
 def attention_window(module: nn.Module) -> int | None:
-    """Return how many keys a query of a block's attention sees, by transformers' names for it."""
+    """Return how many keys a query of a block's causal attention sees, by transformers' names."""
     for child in module.modules():
         number, config = getattr(child, "layer_idx", None), getattr(child, "config", None)
         if number is None or config is None:
             continue
-        kinds = getattr(config, "layer_types", None)
-        sliding = not kinds or kinds[number] == "sliding_attention"
+        kinds = getattr(config, "layer_types", None) or ()
+        sliding = number >= len(kinds) or kinds[number] == "sliding_attention"
         found = getattr(child, "sliding_window", getattr(config, "sliding_window", None))
-        return found if sliding and isinstance(found, int) else None
+        causal = getattr(child, "is_causal", True) is not False
+        return found if sliding and causal and isinstance(found, int) else None
     return None
 
 

@@ -59,6 +59,7 @@ class BatchAxes:
         adds_up: The loss of two samples is the sum, not a mean, of each one's.
         counts: It is their mean, each by its labels that count.
         has_loss: Whether there is a loss among the results.
+        depends: Whether that is another for another part of the batch.
         problem: Why the batch cannot be cut; empty if it can.
         leaves_traces: Whether a run changes what the model keeps, or draws random numbers.
     """
@@ -69,6 +70,7 @@ class BatchAxes:
     adds_up: bool = False
     counts: bool = False
     has_loss: bool = False
+    depends: bool = False
     problem: str = ""
     leaves_traces: bool = False
 
@@ -102,6 +104,17 @@ def part_of(batch: Mapping[str, Any], axes: Axes, start: int, stop: int) -> dict
     return {name: taken(value, axes.get(name), start, stop) for name, value in batch.items()}
 
 
+def doubled(part: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
+    """Return a microbatch in which every sample is there twice."""
+    found = dict(part)
+    for name, axis in axes.items():
+        value = found.get(name)
+        if axis is not None and sized(value) and size_of(value, axis) > 1:
+            is_tensor = isinstance(value, Tensor)
+            found[name] = torch.cat([value, value], axis) if is_tensor else [*value, *value]
+    return found
+
+
 def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchAxes:
     """Find the axes of samples of a batch of at least two.
 
@@ -127,7 +140,7 @@ def find_axes(model: nn.Module, batch: Mapping[str, Any], given: Axes) -> BatchA
                 continue
             first, found = found is None and not problem, found or tried
             # Axes that are less plain have to explain the loss; without one, the plain ones do.
-            if not tried.mixed and (first or tried.has_loss or problem):
+            if not tried.mixed and (first or tried.depends or problem):
                 return tried
             if first and (not tried.has_loss or (tried.outputs and tried.mixed == (LOSS,))):
                 return tried
@@ -216,7 +229,8 @@ def _tried(model: nn.Module, batch: Mapping[str, Any], axes: Axes) -> BatchAxes:
         adds_up=weights == (1.0, 1.0),
         counts=weights not in (None, (1.0, 1.0), (0.5, 0.5)),
         has_loss=LOSS in both,
-        leaves_traces=results[0].leaves_traces,
+        depends=LOSS in both and any(not torch.equal(one[LOSS], both[LOSS]) for one in each),
+        leaves_traces=results[0].changes or results[0].draws,
     )
 
 
@@ -269,13 +283,13 @@ class PlainRun(NamedTuple):
         tensors: Its results by name.
         counts: What each mean over labels divided by.
         draws: Whether it draws random numbers.
-        leaves_traces: Whether it changes what the model keeps, or draws; if that was asked for.
+        changes: Whether it changes what the model keeps, if that was asked for.
     """
 
     tensors: dict[str, Tensor]
     counts: list[float]
     draws: bool
-    leaves_traces: bool = False
+    changes: bool = False
 
 
 @contextlib.contextmanager
@@ -298,7 +312,7 @@ def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
             seed_torch(SEED)
             random.seed(SEED)
             np.random.seed(SEED)  # noqa: NPY002
-            counting, traces = _Counting(), False
+            counting, changes = _Counting(), False
             is_changed = _watched(model) if watched else None
             seed, states = torch.get_rng_state(), generators.states()
             own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.items()}
@@ -311,20 +325,19 @@ def plain_runs(model: nn.Module) -> Iterator[Callable[..., PlainRun]]:
                 if is_changed is not None and is_changed():
                     is_changed = _watched(model)  # what is set once, on the first run, is none
                     model(**part)
-                    traces = is_changed()
+                    changes = is_changed()
             finally:
                 changed.put_back()
                 restore()
             tensors = {name: value.detach() for name, value in named_tensors(output)}
-            return PlainRun(tensors, counting.counts, draws, traces)
+            return PlainRun(tensors, counting.counts, draws, changes)
 
         yield run
 
 
 def _watched(model: nn.Module) -> Callable[[], bool]:
-    """Return a function that says whether buffers, generators or Python's values changed since."""
-    python, generators = PythonState(model.modules()), Generators(model.modules())
-    drawn, seed = generators.states(), torch.get_rng_state()
+    """Return a function that says whether buffers or Python's values have changed since."""
+    python = PythonState(model.modules())
     buffers = [(name, buffer, buffer._version) for name, buffer in model.named_buffers()]
     attributes = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
     versions = [value._version for value in attributes]
@@ -334,8 +347,6 @@ def _watched(model: nn.Module) -> Callable[[], bool]:
         return (
             any(now.get(n) is not b or b._version != version for n, b, version in buffers)
             or any(v._version != version for v, version in zip(attributes, versions, strict=True))
-            or not torch.equal(seed, torch.get_rng_state())
-            or bool(generators.drawn(drawn, generators.states()))
             or python.changed()
         )
 

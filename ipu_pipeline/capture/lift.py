@@ -33,12 +33,12 @@ def lift(trace: Trace, number: int, path: Path, value: Any, *, size: bool) -> No
     name = call.lifted[path] = f"host_{len(glue.hosts)}"
     host = placeholder(trace.graph, name)
     kind, inside = path[0], path[1:]
-    if kind == 0:
-        glue.hosts[name] = _recorded(trace, member_at(call.node.args, inside))
-        call.node.args = placed(call.node.args, inside, host)
-    else:
-        glue.hosts[name] = _recorded(trace, member_at(call.node.kwargs, inside))
-        call.node.kwargs = placed(call.node.kwargs, inside, host)
+    glue.hosts[name] = _recorded(trace, member_at((call.node.args, call.node.kwargs)[kind], inside))
+    for node in [call.node, *call.node.meta.get("copies", ())]:
+        if kind == 0:
+            node.args = placed(node.args, inside, host)
+        else:
+            node.kwargs = placed(node.kwargs, inside, host)
     if isinstance(value, Tensor):
         host.meta["spec"] = TensorMeta.of(value)
 

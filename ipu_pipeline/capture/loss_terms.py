@@ -325,6 +325,7 @@ def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
         with graph.inserting_after(node):
             copies[node] = graph.node_copy(node, lambda one: copies.get(one, one))
         copies[node].meta = dict(node.meta)
+        node.meta["copies"] = (copies[node],)  # which gets the same host values
         for user in others:
             user.replace_input_with(node, copies[node])
     glue.nodes.update({k: copies[n] for k, n in glue.nodes.items() if n in copies})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,20 +30,26 @@ def dtype_for(model: nn.Module, precision: str | None) -> str:
     return "bfloat16" if stated is None else str(stated).removeprefix("torch.")
 
 
-def in_dtype(model: nn.Module, name: str) -> nn.Module:
-    """Return a copy of ``model`` on the meta device with floating weights of a dtype.
+def in_dtype(
+    model: nn.Module, batch: Mapping[str, Any], name: str
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return a copy of a model on the meta device, and its batch, with floats of a dtype.
 
-    The model itself, if its weights are of that dtype. Its values are not copied.
+    Both as they are, if the model has values on a device (it runs in its own dtype), or weights of
+    that dtype already.
     """
     dtype = getattr(torch, name)
     weights = [p for p in model.parameters() if p.is_floating_point()]
-    if all(p.dtype == dtype for p in weights):
-        return model
+    if all(p.dtype == dtype for p in weights) or not all(p.is_meta for p in weights):
+        return model, batch
     memo: dict[int, object] = {}
     for p in model.parameters():
         wanted = dtype if p.is_floating_point() else p.dtype
         empty = torch.empty_like(p, device="meta", dtype=wanted)
         memo[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return deepcopy(model, memo)
+    floats = {
+        key: value.to(dtype)
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.is_meta
+    }
+    return deepcopy(model, memo), {**batch, **floats}

@@ -18,7 +18,6 @@ optimizer's parameters loads it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from ipu_pipeline.checkpoint.manifest import (
 )
 from ipu_pipeline.checkpoint.optimizer_state import load_optimizer, read_optimizer
 from ipu_pipeline.checkpoint.weights import (
+    check_extra_state,
     check_fingerprint,
     read_weights,
     warn_of_other_settings,
@@ -110,9 +110,10 @@ def read_checkpoint(
         if optimizer is not None:
             state = read_optimizer(optimizer, model, path, manifest["files"], is_held)
         own = dict(manifest.get("extra_state", {}))
+        check_extra_state(own, model)
         set_rng_state = parsed_rng_state(manifest["rng"])
-        found = CheckpointInfo(operator.index(manifest["global_step"]), dict(manifest["extra"]))
-        if not 0 <= found.global_step < 2**62:
+        found = CheckpointInfo(manifest["global_step"], dict(manifest["extra"]))
+        if type(found.global_step) is not int or not 0 <= found.global_step < 2**62:
             raise ValueError(f"global_step is {shown(found.global_step)}")
         warn_of_other_settings(model, path)
     if optimizer is not None and state is not None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ipu_pipeline.errors import CheckpointError, first_line
+from ipu_pipeline.errors import CheckpointError, first_line, shown
 from ipu_pipeline.ir.codec import parse_json
 from ipu_pipeline.ir.files import named, read_text
 from ipu_pipeline.ir.plan import library_versions
@@ -106,7 +106,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     body = read_settings(path)
     try:
         digest = body.pop("sha256")
-        schema = int(body["schema_version"])
+        schema = body["schema_version"]
+        if type(schema) is not int or schema < 1:
+            raise ValueError(f"schema_version is {shown(schema)}")
     except UNREADABLE as error:
         raise damaged(folder, f"{MANIFEST} cannot be read ({error})") from error
     if schema > SCHEMA_VERSION:
@@ -218,6 +220,8 @@ def parsed_rng_state(state: Mapping[str, Any]) -> Callable[[], None]:
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     name, keys, position, has_gauss, cached = state["numpy"]
+    if type(position) is not int or not 0 <= position <= len(keys):  # numpy reads there unchecked
+        raise ValueError(f"numpy's random state stands at {shown(position)}")
     of_numpy = (name, np.array(keys, np.uint32), position, has_gauss, cached)
     np.random.RandomState().set_state(of_numpy)
     version, internal, gauss = state["python"]

@@ -197,7 +197,8 @@ def _state_after_a_step(
     except Exception:  # a setting is wrong, it needs more than settings, or a closure
         return {}
     same = (
-        isinstance(value, Tensor) and value.shape == one.shape for value in twin.state[one].values()
+        isinstance(value, Tensor) and value.shape == one.shape and value.is_floating_point()
+        for value in twin.state[one].values()
     )
     return {
         name: None if is_same else value
@@ -215,6 +216,8 @@ def _difference(kept: Mapping[str, Any], expected: Mapping[str, Any], shape: tor
         found = kept[name]
         if isinstance(found, Tensor) != (value is None or isinstance(value, Tensor)):
             return f"holds a {type(found).__name__} as {name}"
+        if value is None and not found.is_floating_point():
+            return f"has {name} of {found.dtype}"
         wanted = shape if value is None else getattr(value, "shape", ())
         if isinstance(found, Tensor) and (value is None or not wanted) and found.shape != wanted:
             return f"has {name} of shape {tuple(found.shape)} instead of {tuple(wanted)}"
@@ -255,8 +258,8 @@ def _like(own: Any, saved: Any) -> Any:
     """Return a saved setting in the type that the optimizer holds it in.
 
     Raises:
-        TypeError: It is a number here or there only, finite here only, or there are more or fewer
-            of them.
+        TypeError: It is a number, or true or false, here or there only, finite here only, or
+            there are more or fewer of them.
     """
     if isinstance(own, Tensor):
         return torch.full_like(own, saved)
@@ -264,6 +267,7 @@ def _like(own: Any, saved: Any) -> Any:
         return tuple(_like(*pair) for pair in zip(own, saved, strict=True))
     numbers = isinstance(own, int | float), isinstance(saved, int | float)
     strange = isinstance(saved, float) and not math.isfinite(saved) and own != saved
-    if own is not None and saved is not None and (numbers[0] != numbers[1] or strange):
+    strange |= numbers[0] != numbers[1] or isinstance(own, bool) != isinstance(saved, bool)
+    if own is not None and saved is not None and strange:
         raise TypeError(f"a setting of the optimizer is {own!r} here and {saved!r} there")
     return saved

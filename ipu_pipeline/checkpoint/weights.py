@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ipu_pipeline.checkpoint.manifest import files_of
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, shown
 from ipu_pipeline.ir.codec import parse_json
 
 _EXTRA_STATE = "_extra_state"
@@ -91,13 +91,36 @@ def read_weights(
         for name, tensor in tensors.items()
         if name in state and tensor.shape != state[name].shape and not name.endswith(_EXTRA_STATE)
     ]
-    problems = [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in unknown] + shapes
+    kinds = [
+        f"{name} is {tensor.dtype} in the checkpoint and {state[name].dtype} here"
+        for name, tensor in tensors.items()
+        if name in state and not name.endswith(_EXTRA_STATE) and _kind(tensor) != _kind(state[name])
+    ]
+    problems = [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in unknown]
+    problems += shapes + kinds
     if problems:
         raise CheckpointError(
             f"the weights in {folder} do not fit {type(model).__name__}: "
             f"{'; '.join(problems[:3])}; load it into the model it was written for"
         )
     return tensors
+
+
+def check_extra_state(found: Mapping[str, Any], model: torch.nn.Module) -> None:
+    """Refuse what is no extra state of a module, such as another value of a weight.
+
+    Raises:
+        ValueError: There is such a name.
+    """
+    known = model.state_dict(keep_vars=True)
+    for name in found:
+        if name not in known or not name.endswith(_EXTRA_STATE):
+            raise ValueError(f"no module of this model has the extra state {shown(name)}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Return what two dtypes have in common if numbers of one can be put into the other."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:

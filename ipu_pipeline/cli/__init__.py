@@ -11,8 +11,10 @@ import atexit
 import errno
 import functools
 import gc
+import io
 import logging
 import os
+import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, ParamSpec
@@ -34,6 +36,7 @@ from ipu_pipeline.cli.options import (
     SeqLength,
     TaskOption,
     counted,
+    gpu_settings,
     read_ipu_config,
     save_plan,
 )
@@ -141,9 +144,23 @@ def plan_command(
             "--microbatches", "num_microbatches", "Per step; default: the config's, or at least 8."
         ),
     ] = None,
+    replicas: Annotated[
+        int | None,
+        counted("--replicas", "replicas", "Default: the config's; on GPUs the best; else 1."),
+    ] = None,
     schedule: Annotated[
         str | None,
         typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
+    ] = None,
+    tp: Annotated[
+        int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="GPUs: bfloat16, float16, float32, float8, float4."),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="GPUs: adamw (default), momentum, sgd.")
     ] = None,
     seq_length: SeqLength = 128,
     granularity: GranularityOption = Granularity.layer,
@@ -184,6 +201,8 @@ def plan_command(
             granularity=granularity.value,
             config=config,
             passes=passes,
+            replicas=replicas,
+            settings=gpu_settings(machine, tp=tp, precision=precision, optimizer=optimizer),
         )
     typer.echo(made.explain())
     save_plan(made, output)
@@ -251,5 +270,7 @@ def run() -> None:
     through them again and again, and once more at exit, takes a third of a short command's time.
     """
     gc.set_threshold(200_000, 20, 100)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text, or not print here
+        sys.stdout.reconfigure(errors="backslashreplace")
     atexit.register(gc.freeze)
     app(prog_name="ipu-pipeline")

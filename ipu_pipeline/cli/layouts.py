@@ -20,7 +20,7 @@ from ipu_pipeline.cli.options import (
 
 if TYPE_CHECKING:
     from ipu_pipeline.backends.cluster.exchange import Imported
-    from ipu_pipeline.backends.cluster.given_layout import GivenModel, GivenRun
+    from ipu_pipeline.backends.cluster.given_layout import GivenRun
     from ipu_pipeline.ir.machine import Machine
 
 
@@ -82,6 +82,8 @@ def import_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan to this file.")],
     task: TaskOption = None,
     seq_length: SeqLength = 4096,
+    pp: Annotated[int | None, counted("--pp", "num_devices", "Default: the file's.")] = None,
+    tp: Annotated[int | None, counted("--tp", "num_devices", "Default: the file's, or 1.")] = None,
     micro_batch: Annotated[
         int | None, counted("--micro-batch", "micro_batch", "Default: the file's, or 1.")
     ] = None,
@@ -95,19 +97,19 @@ def import_command(
 ) -> None:
     """Read settings of another framework as a plan with its price."""
     from ipu_pipeline.backends.cluster.exchange import read_plan
-    from ipu_pipeline.backends.cluster.given_layout import given_plan
+    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan
     from ipu_pipeline.errors import PlanError
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output}, force=force)
     given = read_plan(file, framework.value)
-    asked = {"micro_batch": micro_batch, "microbatches": microbatches,
+    asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
              "global_batch": global_batch}  # fmt: skip
     sizes = _merged(given, asked)
     described = machine_by_name(machine)
-    captured = _captured(model, task, sizes.get("micro_batch", 1), seq_length,
-                         given.settings.get("precision"))  # fmt: skip
+    captured = captured_model(model, task, sizes.get("micro_batch", 1), seq_length,
+                              given.settings.get("precision"))  # fmt: skip
     captured = captured.with_extra_layers(given.extra_layers)
     stages = given.stages(captured.graph)
     empty = [str(number) for number, stage in enumerate(stages) if not stage]
@@ -137,7 +139,7 @@ def predict_layout(
 ) -> None:  # fmt: skip
     """Price somebody's layout, and find ours for the same sizes."""
     from ipu_pipeline.backends.cluster.exchange import Imported
-    from ipu_pipeline.backends.cluster.given_layout import given_plan, own_plan
+    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan, own_plan
     from ipu_pipeline.backends.cluster.given_text import layout_text
     from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
@@ -160,8 +162,8 @@ def predict_layout(
         parsed.num_extra_layers,
         recompute=recompute == "full",
     )
-    captured = _captured(model, task, known.get("micro_batch", 1), seq_length,
-                         said.get("precision"))  # fmt: skip
+    captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
+                              said.get("precision"))  # fmt: skip
     captured = captured.with_extra_layers(parsed.num_extra_layers)
     run = _run(described, len(parsed.stages), known, given)
     made = given_plan(captured, described, given.stages(captured.graph), run)
@@ -170,21 +172,6 @@ def predict_layout(
     except PartitionError as error:
         ours, problem = None, str(error)
     typer.echo(layout_text(made, ours, problem))
-
-
-def _captured(
-    model: str, task: str | None, micro_batch: int, seq_length: int, precision: str | None
-) -> GivenModel:
-    from ipu_pipeline.backends.cluster.given_layout import GivenModel
-    from ipu_pipeline.capture import capture, model_identity
-    from ipu_pipeline.capture.from_config import config_named, from_config, load_config
-
-    config = load_config(model)
-    if precision is not None or config.dtype is None:
-        config.dtype = precision if precision in ("float16", "float32") else "bfloat16"
-    built, batch = from_config(config, task, batch_size=micro_batch, seq_length=seq_length)
-    with config_named(model):
-        return GivenModel(capture(built, batch).graph, model_identity(built))
 
 
 def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:

@@ -79,3 +79,24 @@ def read_ipu_config(name: str | None, overrides: str, pod_type: str | None) -> I
     for note in config.legacy_notes():
         typer.echo(f"note: {note}", err=True)
     return config.apply_overrides(overrides).for_pod(pod_type)
+
+
+def gpu_settings(machine: str, **given: Any) -> dict[str, Any]:
+    """Return the options of GPUs that were given, as settings of a plan.
+
+    Raises:
+        ValueError: They were, and the machine has no GPUs with known kernels.
+    """
+    from ipu_pipeline.planner.backend import backend_names, find_machine
+
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and (
+        machine in backend_names() or find_machine(machine, None).devices[0].kernels is None
+    ):
+        raise ValueError(
+            f"--{next(iter(found))} is for GPUs with known kernels, such as h100-x64, and "
+            f"{machine} has none; leave it out"
+        )
+    if found.get("tp", 1) > 1:
+        found["engine"] = "megatron"  # this project's own processes share no stage
+    return found

@@ -14,7 +14,6 @@ from ipu_pipeline.cli.options import (
     MicroBatch,
     Model,
     PodType,
-    SeqLength,
     TaskOption,
     counted,
     read_ipu_config,
@@ -34,7 +33,10 @@ def predict_command(
     ] = None,
     task: TaskOption = None,
     micro_batch: MicroBatch = 1,
-    seq_length: SeqLength = 128,
+    seq_length: Annotated[
+        int | None,
+        counted("--seq-length", "seq_length", "Tokens; default: 128, of a layout 4096.", 4),
+    ] = None,
     pod_type: PodType = None,
     ipu_config_overrides: IPUConfigOverrides = "",
     tp: Annotated[int | None, counted("--tp", "num_devices", "Tensor parallel GPUs.")] = None,
@@ -89,12 +91,12 @@ def predict_command(
             raise ValueError(
                 f"--{asked[0].replace('_', '-')} is for --layout; an IPU configuration says its own"
             )
-        _predict_pod(model, ipu_config, machine or "pod16", task, micro_batch, seq_length,
+        _predict_pod(model, ipu_config, machine or "pod16", task, micro_batch, seq_length or 128,
                      pod_type, ipu_config_overrides)  # fmt: skip
         return
     if pod_type is not None or ipu_config_overrides:
         raise ValueError("--pod-type and --ipu-config-overrides are for --ipu-config")
-    predict_layout(model, task, layout, machine, seq_length,
+    predict_layout(model, task, layout, machine, seq_length or 4096,
                    {**sizes, "micro_batch": micro_batch}, settings, schedule)  # fmt: skip
 
 

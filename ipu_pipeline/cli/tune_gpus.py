@@ -90,7 +90,7 @@ def _capturer(
     def run(micro_batch: int) -> BlockGraph:
         built, batch = from_config(model, task, batch_size=micro_batch, seq_length=seq_length)
         with config_named(model):
-            return capture(in_dtype(built, dtype_for(built, precision)), batch).graph
+            return capture(*in_dtype(built, batch, dtype_for(built, precision))).graph
 
     built, _ = from_config(model, task)
     return model_identity(built), captured

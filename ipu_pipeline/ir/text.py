@@ -92,7 +92,10 @@ def explain_plan(plan: Plan) -> str:
     bound = "no lower bound is known"
     if plan.lower_bound_s:
         least = milliseconds(plan.lower_bound_s)
-        bound = f"no split is faster than {least} ms (gap {plan.gap:.1%})"
+        scope = ""
+        if plan.machine.devices[0].kernels is not None:
+            scope = f" with {plan.replicas} {'replica' if plan.replicas == 1 else 'replicas'}"
+        bound = f"no split{scope} is faster than {least} ms (gap {plan.gap:.1%})"
     lines = [
         f"Plan for {plan.model.model_class} on {plan.machine.name}: {plan.num_stages} "
         f"{'stage' if plan.num_stages == 1 else 'stages'}, {plan.schedule}, "

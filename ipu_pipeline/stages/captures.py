@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -180,6 +181,25 @@ class StageCache:
             return variant.captured, {
                 n: v for n, v in ready.microbatch.inputs.items() if n not in part.inputs
             }
+
+    def early_hosts(self, part: Microbatch) -> dict[str, Any]:
+        """Return the host values that do not depend on what blocks compute, such as counts.
+
+        What its glue does in Python for that is undone.
+        """
+        with self._replaying():
+            before, variants = self._python_state(), self._variants(part)
+            captured = variants.found[0].captured
+            try:
+                hosts = captured.follow(part.inputs, variants.integers).hosts
+            except Differs as error:
+                logger.info("what Python counts for a later microbatch is not known: %s", error)
+                return {}
+            finally:
+                before.restore()
+        early = itertools.takewhile(lambda call: not call.is_late, captured.glue.calls)
+        names = {name for call in early for name in call.lifted.values()}
+        return {name: value for name, value in hosts.items() if name in names}
 
     def last_blocks(self, captured: CapturedModel) -> int:
         """Return how many blocks the last stage has."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ipu_pipeline.capture.batch_axes import (
     PlainRun,
     as_exact_as,
+    doubled,
     is_weighted_sum,
     part_of,
     plain_runs,
@@ -29,7 +30,12 @@ from ipu_pipeline.capture.batch_axes import (
 )
 from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.coarsen import LOSS
-from ipu_pipeline.capture.loss_rules import Rule, leaves_in_evaluation, term_rules
+from ipu_pipeline.capture.loss_rules import (
+    Rule,
+    leaves_in_evaluation,
+    rules_in_order,
+    term_rules,
+)
 from ipu_pipeline.capture.loss_terms import AVERAGED, LossTerms, factor_name
 from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.ir.plan import Granularity
@@ -47,6 +53,12 @@ MIXING = frozenset(
      "amax", "amin", "logsumexp", "norm", "corrcoef", "cov", "cdist", "matmul", "mm", "rmatmul",
      "einsum"}
 )  # fmt: skip
+# What a term is that no weights are known for; by whether microbatches run one after another.
+_UNKNOWN = {
+    False: "of two microbatches is not a sum or mean of what it is for each one",
+    True: "depends on values that Python reads, or on what microbatches before it leave behind, "
+    "and nothing tells whether it is a sum or a mean",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -101,18 +113,18 @@ class LossShares:
             return
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
-        if key in self._checked or self._is_ordered(cut, terms[0]):
+        if key in self._checked:
             return
         weighted = self.weighted(cut, parts, terms, training=False)
         # Terms with factors of their own are measured one by one.
-        if factor_name(0) not in weighted[0].inputs:
+        if factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0]):
             self._compare(cut, parts, terms)
         self._checked.add(key)
 
-    def _is_ordered(self, cut: CutBatch, terms: LossTerms) -> bool:
+    def is_ordered(self, cut: CutBatch, terms: LossTerms) -> bool:
         """Whether microbatches run one after another: the model keeps something or reads values.
 
-        Their loss is then that of plain torch for one microbatch after another.
+        Their losses are then those of plain torch for one microbatch after another.
         """
         if terms.reads_values:
             return True
@@ -123,7 +135,7 @@ class LossShares:
                 with evaluation, plain_runs(self.model) as run:
                     once, twice = (run(cut.parts[0].inputs, watched=n == 0) for n in range(2))
                 same = all(torch.equal(v, twice.tensors[n]) for n, v in once.tensors.items())
-                self._ordered[key] = not once.draws and (once.leaves_traces or not same)
+                self._ordered[key] = once.changes or not (once.draws or same)
             except Exception as error:  # such as a hook that wants gradients
                 logger.info("plain torch does not run without gradients: %s", error)
                 self._ordered[key] = True
@@ -153,12 +165,23 @@ class LossShares:
             return list(parts)
         shares = self._given(parts, training=training)
         if shares is None:
-            rules = self._rules(cut, terms[0]) if terms[0].factored else None
-            if rules is not None:
-                return _with_factors(parts, _by_rule(parts, _columns(cut, parts, terms), rules))
+            if any(set(one.inputs) - p.inputs.keys() for one, p in zip(terms, parts, strict=True)):
+                raise self._mixed("Python counts what it is divided by, after it has read what "
+                                  "blocks compute", terms[0])  # fmt: skip
+            rules = self._rules(cut, terms[0])
+            weights = rules and _by_rule(parts, _columns(cut, parts, terms), rules)
+            if weights and terms[0].factored:
+                return _with_factors(parts, weights)
+            if weights and cut.found.counts and None in _columns(cut, parts, terms):
+                raise self._mixed("it is a mean over labels that a block of its own counts",
+                                  terms[0])  # fmt: skip
+            found = {} if weights else self._candidates(cut, parts, terms)
             fitting = self._fitting.get(_names(terms))
-            found = self._candidates(cut, parts, terms)
-            shares = next(s for rule, s in found.items() if fitting in (None, rule))
+            shares = (
+                weights[0]
+                if weights
+                else next(s for rule, s in found.items() if fitting in (None, rule))
+            )
         return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
 
     def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
@@ -178,20 +201,35 @@ class LossShares:
         return weights
 
     def _rules(self, cut: CutBatch, terms: LossTerms) -> tuple[Rule, ...] | None:
-        """Return how each term adds up over samples, measured once on two microbatches."""
+        """Return how each term adds up over samples, measured once on two microbatches.
+
+        ``None``: One weight serves them all, and is compared.
+
+        Raises:
+            MixedSamplesError: A term is no sum or mean of its microbatches.
+        """
         names = _names([terms])
         if names not in self._measured:
-            rules = self._measure(cut, names)
-            self._measured[names] = rules and self._of_microbatches(cut, rules, terms)
+            rules: tuple[Rule, ...] | None = None
+            if in_order := self.is_ordered(cut, terms):
+                part = cut.parts[0].inputs
+                pair = part, doubled(part, cut.found.axes)
+                cuts = any(_is_cut(name, cut, cut.parts) for name in terms.inputs)
+                rules = rules_in_order(self.model, pair, terms, self.granularity, cuts=cuts)
+                rules = rules or (_rule_of_whole(cut),) * len(names)
+            elif terms.factored:
+                rules = self._measure(cut, names)
+            self._measured[names] = rules and self._of_microbatches(rules, terms, in_order=in_order)
         return self._measured[names]
 
     def _of_microbatches(
-        self, cut: CutBatch, rules: tuple[Rule, ...], terms: LossTerms
+        self, rules: tuple[Rule, ...], terms: LossTerms, *, in_order: bool
     ) -> tuple[Rule, ...]:
         """Return the rules with side losses that mix samples as means over microbatches.
 
         A side loss is a term over results of other blocks than the terms that do not mix samples:
         load balancing over the routers of all layers, say, which is trained so everywhere.
+        ``in_order``: That is what plain torch gives for microbatches one after another.
 
         Raises:
             MixedSamplesError: Another term is no sum or mean of its microbatches.
@@ -200,12 +238,13 @@ class LossShares:
         read = frozenset[int]().union(*(term.reads for term, rule in pairs if rule != "none"))
         mixing = [term for term, rule in pairs if rule == "none"]
         for term in mixing:
-            if (len(mixing) == len(pairs) or term.reads <= read) and not self._is_ordered(
-                cut, terms
-            ):
-                raise self._mixed(f"its term {term.node!r} of two microbatches is not a sum or "
-                                  "mean of what it is for each one", terms)  # fmt: skip
-        if mixing:
+            known = term.kind == "opaque" or not in_order
+            if not known or len(mixing) == len(pairs) or term.reads <= read:
+                raise self._mixed(f"its term {term.node!r} {_UNKNOWN[in_order]}", terms)
+        if not terms.factored and len(set(rules)) > 1:
+            raise self._mixed(f"its terms {', '.join(_names([terms]))} count in different ways",
+                              terms)  # fmt: skip
+        if mixing and not in_order:
             logger.warning(
                 "the side loss %s of %s mixes samples, as load balancing does: it is the mean over "
                 "the microbatches of a step, as under gradient accumulation",
@@ -287,7 +326,8 @@ class LossShares:
         def loss(inputs: Mapping[str, Any]) -> Tensor:
             return as_exact_as(self.model, run(inputs).tensors[LOSS])
 
-        losses = [loss(part.inputs) for part in own]
+        own_loss = as_exact_as(self.model, first.tensors[LOSS])
+        losses = [own_loss, *(loss(part.inputs) for part in own[1:])]
         try:
             whole = loss(part_of(cut.batch, cut.found.axes, 0, samples))
         except Exception as error:  # whatever a model does with more samples
@@ -332,6 +372,13 @@ def _fits(cut: CutBatch, rule: Rule, loss: Callable[[Mapping[str, Any]], Tensor]
         return is_weighted_sum(whole, shares, each, ROUNDED)
 
     return two_parts(cut.batch, cut.found.axes, first, fits)
+
+
+def _rule_of_whole(cut: CutBatch) -> Rule:
+    """Return how the loss adds up over two samples, if its terms depend on how many there are."""
+    found = cut.found
+    known = found.has_loss and LOSS not in found.mixed and not found.counts
+    return "none" if not known else "sum" if found.adds_up else "mean"
 
 
 def _names(terms: Sequence[LossTerms]) -> tuple[str, ...]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ipu_pipeline.capture import capture
+from ipu_pipeline.capture.attention import attention_window
 from ipu_pipeline.ir.attention import is_attention, unfused, visible_share
 
 LENGTH, WINDOW = 32, 8
@@ -37,3 +42,25 @@ def test_a_sliding_window_leaves_its_share_of_the_weights(family: str, layers: i
     first = next(op for op in graph.blocks[1].forward_ops if is_attention(op))
     (added,) = (op for op in unfused([first]) if op.name == "aten.add")
     assert added.shapes[1] == (LENGTH, LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("config", "attributes", "window"),
+    [
+        ({"sliding_window": 8}, {}, 8),
+        ({"sliding_window": None}, {}, None),
+        ({"sliding_window": 8}, {"sliding_window": 4}, 4),
+        ({"sliding_window": 8}, {"is_causal": False}, None),  # keys on both sides
+        ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, {}, None),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, {}, 8),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "chunked_attention"]}, {}, None),
+    ],
+)
+def test_a_window_is_read_by_transformers_names(
+    config: dict[str, Any], attributes: dict[str, Any], window: int | None
+) -> None:
+    attention = nn.Linear(1, 1)
+    for name, value in {"layer_idx": 1, "config": SimpleNamespace(**config), **attributes}.items():
+        setattr(attention, name, value)
+    assert attention_window(nn.Sequential(attention)) == window
+    assert attention_window(nn.Linear(1, 1)) is None

@@ -91,6 +91,15 @@ def test_what_cannot_be_predicted_is_one_line(
     assert done.output.count("\n") == 1
 
 
+def test_a_bare_layout_gets_its_sizes_from_options(llama: str, tmp_path: Path) -> None:
+    settings, plan = tmp_path / "settings", tmp_path / "plan.json"
+    settings.write_text("Et|t|t|tL")
+    asked = ("--format", "megatron", "--pp", "2", "--tp", "2", *SIZES, "-o", str(plan))
+    done = invoke("import", str(settings), llama, *asked)
+    assert done.exit_code == 0, done.output
+    assert [stage.device for stage in Plan.load(plan).stages] == [0, 1, 0, 1]
+
+
 def test_an_empty_stage_is_no_part_of_a_plan(llama: str, tmp_path: Path) -> None:
     settings = tmp_path / "settings"
     settings.write_text("Et*2||t*2|L")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ipu_pipeline.cli import app
+from tests.ir.plan_example import example_plan
 
 FILES = {
     "plan": ("plan", "none", "-o"),
@@ -66,3 +69,13 @@ def test_a_bundle_replaces_nothing_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     assert "it is not empty; choose another" in said("emit", "none", "-o", str(tmp_path))
     assert "cannot read the plan none" in said("emit", "none", "-o", str(tmp_path), "--force")
+
+
+def test_a_path_that_is_no_text_is_no_error(tmp_path: Path) -> None:
+    example_plan().save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "ipu_pipeline", "simulate", str(tmp_path / "plan.json")]
+    command += ["--trace", f"{tmp_path}/\udcff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"\\udcff\n")
+    assert len(list(tmp_path.iterdir())) == 2

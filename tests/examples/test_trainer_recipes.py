@@ -90,6 +90,40 @@ def test_accelerate_resumes_with_dropout(root: Path, tmp_path: Path) -> None:
     assert rest == whole[5:]
 
 
+class Attack:
+    """What runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("PWNED"),)
+
+
+@pytest.mark.parametrize("name", ["accelerate", "lightning"])
+def test_what_cannot_be_resumed_is_named(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "step-5"
+    folder.mkdir()
+    for file in ("pytorch_model.bin", "optimizer.bin"):
+        torch.save({"state_dict": Attack()}, folder / file)
+    option, inner = {
+        "accelerate": ("--resume_from", ""),
+        "lightning": ("--ckpt_path", "/optimizer.bin"),
+    }[name]
+    for path in ("/etc", f"{folder}{inner}"):
+        with pytest.raises(SystemExit):
+            recipe(root, name).main([option, path, "--output_dir", "out"])
+        said = capsys.readouterr().err
+        assert f"error: cannot resume from {path} (" in said
+        assert len(said.splitlines()[-1]) < 500
+    assert not Path("PWNED").exists()
+
+
 # ---- Lightning ----------------------------------------------------------------------------
 
 # Lightning's own: about itself under this torch, loaders without workers, and folders in use.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ipu_pipeline.checkpoint import MANIFEST, read_checkpoint, write_checkpoint
+from ipu_pipeline.checkpoint.directory import AtomicDirectory
 from ipu_pipeline.checkpoint.manifest import _digest, describe
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.train.output_folder import locked
 from tests.security.mutations import mutated
 
 
@@ -142,9 +146,76 @@ def test_a_file_outside_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
 
 
+def edit(name: str, *keys: Any, value: Any) -> Callable[[Path], None]:
+    def edited(folder: Path) -> None:
+        body = json.loads((folder / name).read_text(encoding="utf-8"))
+        place = body
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / name).write_text(json.dumps(body), encoding="utf-8")
+
+    return edited
+
+
+def retype(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    def retyped(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        save_file({key: value.to(dtype) for key, value in tensors.items()}, folder / name)
+
+    return retyped
+
+
+SETTINGS = ("optimizer.json", "groups", 0, "settings")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit(MANIFEST, "extra_state", value={"0.weight": [1]}), "has the extra state '0.weight'"),
+        (edit(MANIFEST, "extra_state", value={"0._extra_state": 1}), "state '0._extra_state'"),
+        (edit(MANIFEST, "rng", "numpy", 2, value=10**6), "numpy's random state stands at 1000000"),
+        (edit(MANIFEST, "schema_version", value=-5), "schema_version is -5"),
+        (edit(MANIFEST, "global_step", value=True), "global_step is True"),
+        (edit(*SETTINGS, "lr", value=True), "a setting of the optimizer is 0.1 here and True"),
+        (retype("model.safetensors", torch.complex64), "is torch.complex64 in the checkpoint and"),
+        (retype("model.safetensors", torch.bool), "is torch.bool in the checkpoint and"),
+        (retype("optimizer.safetensors", torch.int32), "has exp_avg of torch.int32"),
+    ],
+)
+def test_what_fits_in_form_only_is_refused(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    model, optimizer = trained()
+    folder = write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=3)
+    change(folder)
+    sign(folder)
+    model, optimizer = trained()
+    before = everything(model, optimizer)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read_checkpoint(folder, model=model, optimizer=optimizer)
+    assert everything(model, optimizer) == before
+
+
 @pytest.mark.parametrize("step", [-5, 10**30])
 def test_a_step_is_a_count(tmp_path: Path, step: int) -> None:
     model, optimizer = trained()
     write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=step)
     with pytest.raises(CheckpointError, match=rf"is damaged: ValueError: global_step is {step};"):
         read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", [".run.lock", ".checkpoint-1.previous", "checkpoint-1"])
+def test_a_planted_link_leads_nowhere(tmp_path: Path, name: str) -> None:
+    """Locking and saving in a folder touch nothing that links in it lead to."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    target = kept / "mine.txt" if name == ".run.lock" else kept
+    (tmp_path / "out" / name).symlink_to(target)
+    with contextlib.suppress(CheckpointError), locked(tmp_path / "out"):
+        saved = AtomicDirectory(tmp_path / "out" / "checkpoint-1")
+        saved.publish()
+    assert [path.name for path in kept.iterdir()] == ["mine.txt"]
+    assert (kept / "mine.txt").read_text(encoding="utf-8") == "mine"

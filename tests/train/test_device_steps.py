@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
+import ipu_pipeline as ipp
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.train.arguments import TrainingArguments
 from ipu_pipeline.train.device_steps import joined
@@ -125,6 +126,21 @@ def test_copies_of_the_pipeline_read_their_samples(tmp_path) -> None:
     assert logged(ipus) == pytest.approx(logged(local), rel=1e-5)
     assert_same_weights(ipus.model, local.model)
     ipus.close()
+
+
+@pytest.mark.usefixtures("poptorch")
+def test_what_was_compiled_to_evaluate_is_compiled_again_to_train(tmp_path) -> None:
+    row = {name: torch.tensor([value, value]) for name, value in marked()[0].items()}
+    plan = ipp.plan(bert_qa(), row, machine="pod4", num_stages=2, microbatches=4)
+    ipus = trainer_of(tmp_path, {"max_steps": 1}, plan=plan, target="poptorch")
+    before = ipus.evaluate()["eval_loss"]
+    assert ipus._device._executable.optimizer is None
+    ipus.train()
+    local = trainer_of(tmp_path, {"max_steps": 1}, num_stages=2)
+    assert local.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
+    local.train()
+    assert local.evaluate()["eval_loss"] == pytest.approx(ipus.evaluate()["eval_loss"], rel=1e-5)
+    ipus.end()
 
 
 class InStep(TrainerCallback):

@@ -35,6 +35,10 @@ def coverage_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what an interrupted run has found.")
     ] = False,
+    at_most: Annotated[
+        int | None,
+        typer.Option("--at-most", min=0, help="Check so many more; write what is known then."),
+    ] = None,
     ipus: Annotated[
         bool,
         typer.Option("--ipus", help="Plan for 2, 4 and 8 IPUs, and emit what is planned, instead."),
@@ -60,7 +64,13 @@ def coverage_command(
             chosen = spread(chosen, sample)
         check = check_emitted if ipus else None
         records = check_all(
-            chosen, jobs=jobs, output=output, resume=resume, time_limit_s=time_limit, check=check
+            chosen,
+            jobs=jobs,
+            output=output,
+            resume=resume,
+            time_limit_s=time_limit,
+            check=check,
+            at_most=at_most,
         )
     except PipelineError as error:
         typer.echo(f"error: {error}", err=True)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,6 +27,7 @@ def check_all(
     resume: bool = False,
     time_limit_s: float = 60.0,
     check: Check | None = None,
+    at_most: int | None = None,
 ) -> list[Record]:
     """Check ``items``; write ``output`` and the Markdown page beside it.
 
@@ -36,6 +38,10 @@ def check_all(
         resume: Take over what the journal of an interrupted run holds, if its versions are ours.
         time_limit_s: Of one class.
         check: Another check than one step of training; its page says less.
+        at_most: Check so many of those that are left, and write what is known then.
+
+    Returns:
+        What is known, in the order of ``items``.
     """
     versions = installed_versions()
     header: dict[str, Any] = {"versions": versions, "check": check and check.__name__}
@@ -44,6 +50,9 @@ def check_all(
     found = {record.name: record for record in known}
     journal = None if path is None else Journal(path, header, known)
     left = [item for item in items if item.name not in found]
+    # Spread over tasks and architectures, so that what an interrupted run has found is a sample.
+    left.sort(key=lambda item: crc32(item.name.encode()))
+    left = left[:at_most]
     with _Bar(len(items), known) as bar:
 
         def done(record: Record) -> None:
@@ -59,11 +68,12 @@ def check_all(
             done=done,
             check=check,
         )
-    records = [found[item.name] for item in items]
+    records = [found[item.name] for item in items if item.name in found]
     if output is not None and path is not None:
         write_json(output, records, versions)
         write_markdown(output.with_suffix(".md"), records, versions, emitted=check is not None)
-        path.unlink()
+        if len(records) == len(items):
+            path.unlink()
     return records
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipu_pipeline.backends.cluster.layer_layout import EXTRA
 from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -17,9 +17,9 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.price import make_plan, priced, step_s
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
-from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.search import Constraints, Partition, solve
 
-SEARCH_S = 10.0  # to find and prove our split
+SEARCH_S = 15.0  # to find and prove our split
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,25 @@ def _also_used(spec: ParameterSpec, copies: Sequence[Block]) -> ParameterSpec:
     return replace(spec, blocks=(*spec.blocks, *users)) if users else spec
 
 
+def captured_model(
+    config: str, task: str | None, micro_batch: int, seq_length: int, precision: str | None = None
+) -> GivenModel:
+    """Capture a model by the name or path of its config: in bfloat16 unless something else is said.
+
+    Raises:
+        CaptureError: There is no such config, or its model cannot be captured.
+    """
+    from ipu_pipeline.capture import capture, model_identity
+    from ipu_pipeline.capture.from_config import config_named, from_config, load_config
+
+    found = load_config(config)
+    if precision is not None or found.dtype is None:
+        found.dtype = precision if precision in ("float16", "float32") else "bfloat16"
+    built, batch = from_config(found, task, batch_size=micro_batch, seq_length=seq_length)
+    with config_named(config):
+        return GivenModel(capture(built, batch).graph, model_identity(built))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GivenRun:
     """The sizes of somebody's run.
@@ -187,7 +206,6 @@ def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEA
     Raises:
         PartitionError: No split of these sizes fits.
     """
-    machine, work = given.machine, run.work(model, given.machine)
     layers = tuple(block.name for block in model.graph.blocks if block.kind == "layer")
     limits = Constraints(
         stage_devices=run.devices(given.num_stages),
@@ -199,14 +217,31 @@ def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEA
         first_split=tuple(stage.blocks for stage in given.stages),
         time_limit_s=seconds,
     )
-    backend = backend_of(machine)
-    limits = backend.rules(model.graph, machine, limits)
-    costs = backend.costs(work)
-    found = solve(model.graph, costs, machine, limits, step=partial(step_s, work))
-    made = make_plan(model.identity, work, found)
+    try:
+        found = _searched(model, given.machine, run, limits)
+    except PartitionError:
+        if given.misfits or not all(stage.blocks for stage in given.stages):
+            raise
+        # The given split fills its memory: what more memory would allow is a bound all the same.
+        roomy = _with_more_memory(given.machine)
+        bound_s = _searched(model, roomy, run, limits).lower_bound
+        return replace(given, lower_bound_s=min(bound_s, given.objective_s))
+    made = make_plan(model.identity, run.work(model, given.machine), found)
     if given.misfits or made.objective_s <= given.objective_s:
         return made
     return replace(given, lower_bound_s=min(made.lower_bound_s, given.objective_s))
+
+
+def _searched(model: GivenModel, machine: Machine, run: GivenRun, limits: Constraints) -> Partition:
+    backend, work = backend_of(machine), run.work(model, machine)
+    limits = backend.rules(model.graph, machine, limits)
+    step = partial(step_s, work)
+    return solve(model.graph, backend.costs(work), machine, limits, step=step)
+
+
+def _with_more_memory(machine: Machine) -> Machine:
+    devices = [replace(one, memory_bytes=4 * one.memory_bytes) for one in machine.devices]
+    return replace(machine, devices=tuple(devices))
 
 
 def given_run(

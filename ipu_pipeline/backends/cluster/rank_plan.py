@@ -217,7 +217,7 @@ def _rank_devices(machine: Machine, shared: int, stride: int) -> tuple[Device, .
     )
     if same:
         first = machine.devices[0]
-        one = replace(first, reserved_bytes=first.reserved_bytes + BUFFER_BYTES)
+        one = replace(first, name="its GPUs", reserved_bytes=first.reserved_bytes + BUFFER_BYTES)
         return (one,) * count
     ranks = len(machine.devices) // stride
     groups = [machine.devices[rank * stride : (rank + 1) * stride] for rank in range(ranks)]

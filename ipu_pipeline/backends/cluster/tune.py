@@ -33,6 +33,7 @@ from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
+from ipu_pipeline.ir.rates import Rates, rates_of
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import make_plan, step_s
 from ipu_pipeline.planner.schedules import schedule_kind
@@ -92,20 +93,22 @@ class GpuPoint:
         """Bytes of the fullest GPU."""
         return max(self.step.memory_bytes())
 
+    @cached_property
+    def rates(self) -> Rates:
+        """Samples and tokens per second, and the share of the GPUs' peak."""
+        found = rates_of(self.plan)
+        assert found is not None  # a step takes some time
+        return found
+
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of all replicas per second."""
-        tokens = self.step.pricer.tokens * self.plan.num_microbatches * self.plan.replicas
-        return tokens / self.plan.objective_s
+        """Tokens of all replicas per second; samples, where the input is no text."""
+        return self.rates.tokens_per_s or self.rates.samples_per_s
 
     @property
     def mfu(self) -> float:
-        """Share of all GPUs' 16-bit peak that three forward passes of the model need."""
-        graph, machine = self.plan.graph, self.plan.machine
-        flops = 3 * sum(block.forward_flops for block in graph.blocks)
-        flops *= self.plan.num_microbatches * self.plan.replicas
-        peak = sum(device.peak_flops_per_s("bfloat16") for device in machine.devices)
-        return flops / (self.plan.objective_s * peak)
+        """Share of the peak of all GPUs."""
+        return self.rates.mfu or 0.0
 
 
 @dataclass

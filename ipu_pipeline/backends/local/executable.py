@@ -258,7 +258,8 @@ class LocalExecutable(Executable):
                 self._shares.check(cut, ready, terms, training=training)
             except MixedSamplesError as error:
                 del self._known[shapes]
-                if not (training and self._runs_forward_first(len(cut.parts))):
+                once = training and self._runs_forward_first(len(cut.parts))
+                if not once or self._shares.is_ordered(cut, terms[0]):
                     raise
                 return error
         return self._known[shapes]
@@ -274,8 +275,15 @@ class LocalExecutable(Executable):
     ) -> list[Microbatch]:
         """Weigh all microbatches of a batch, of which some are ready, the last ones in a group."""
         rest = cut.parts[len(ready) :]
-        parts, every = [*ready, *rest], [*terms, *map(self._cache.loss_terms, rest)]
+        every = [*terms, *map(self._cache.loss_terms, rest)]
         try:
+            rest = [
+                replace(part, inputs={**part.inputs, **self._cache.early_hosts(part)})
+                if set(one.inputs) - part.inputs.keys()
+                else part
+                for part, one in zip(rest, every[len(ready) :], strict=True)
+            ]
+            parts = [*ready, *rest]
             self._shares.check(cut, parts, every, training=training)
             return self._shares.weighted(cut, parts, every, training=training)
         except LoweringError:

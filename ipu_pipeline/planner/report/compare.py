@@ -129,7 +129,7 @@ def _differences(first: Plan, second: Plan) -> Iterator[str]:
         yield "they are plans of different models: their times say little about each other"
     for name in sorted({*first.settings, *second.settings}):
         own, other = (plan.settings.get(name, "not set") for plan in (first, second))
-        if own != other:
+        if own != other and not all(value in ("not set", 1) for value in (own, other)):
             yield f"{name}: {own} against {other}"
     recomputed = [sum(len(stage.recompute) for stage in plan.stages) for plan in (first, second)]
     if recomputed[0] != recomputed[1]:

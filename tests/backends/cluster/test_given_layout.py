@@ -12,7 +12,7 @@ from ipu_pipeline.backends.cluster.given_layout import GivenModel, given_plan, g
 from ipu_pipeline.backends.cluster.given_text import layout_text
 from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import Block
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import ModelIdentity, Plan
@@ -71,6 +71,18 @@ def test_a_better_layout_than_the_search_finds_is_kept() -> None:
     best = own_plan(model(), given, run)
     cheap = replace(given, objective_s=best.objective_s / 2)
     assert own_plan(model(), cheap, run).stages == given.stages
+
+
+def test_a_layout_that_fills_its_memory_keeps_a_bound() -> None:
+    given = planned("Et*2|t|t|t*2L", pp=2, dp=8)
+    run = given_run(H100, 4, {"pp": 2, "dp": 8}, {"engine": "megatron"})
+    full = replace(H100.devices[0], memory_bytes=H100.devices[0].reserved_bytes + 1)
+    small = replace(given, machine=replace(H100, devices=(full,) * 16))
+    kept = own_plan(model(), small, run)
+    assert kept.stages == given.stages
+    assert 0 < kept.lower_bound_s <= kept.objective_s
+    with pytest.raises(PartitionError):
+        own_plan(model(), replace(small, misfits=("it does not fit",)), run)
 
 
 def test_multi_token_prediction_is_a_layer_a_head_and_a_loss_more() -> None:

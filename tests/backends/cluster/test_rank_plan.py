@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
+from typer.testing import CliRunner
 
+import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster.backend import BACKEND
 from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, sizes_of
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
 from ipu_pipeline.capture import capture
+from ipu_pipeline.capture.from_config import from_config
+from ipu_pipeline.cli import app
 from ipu_pipeline.errors import LoweringError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -178,3 +182,66 @@ def test_our_processes_refuse_what_they_cannot_run() -> None:
         make_layout(plan, plan.schedule, 0, 4)
     with pytest.raises(LoweringError, match="core_attn"):
         make_layout(planned(captured(), recompute=["core_attn"]), "1f1b", 0, 4)
+
+
+SMALL = BertConfig(
+    num_hidden_layers=3, hidden_size=128, num_attention_heads=2, intermediate_size=256,
+    architectures=["BertForQuestionAnswering"],
+)  # fmt: skip
+
+
+def test_replicas_are_searched_for_the_same_batch() -> None:
+    model, batch = from_config(SMALL, seq_length=64)
+    found = ipp.plan(model, batch, machine="h100-x4", microbatches=8)
+    given = [
+        ipp.plan(model, batch, machine="h100-x4", microbatches=8 // n, replicas=n)
+        for n in (1, 2, 4)
+    ]
+    assert found.objective_s == min(plan.objective_s for plan in given)
+    assert found.lower_bound_s <= min(plan.lower_bound_s for plan in given) * (1 + 1e-9)
+    assert found.total_batch_size == 8
+    assert f"no split with {found.replicas} replica" in found.explain()
+
+
+def test_sixteen_bits_unless_the_config_or_the_user_says_otherwise() -> None:
+    model, batch = from_config(SMALL, seq_length=64)
+
+    def dtypes(**options: object) -> tuple[set[str], set[str]]:
+        made = ipp.plan(model, batch, machine="h100-x4", replicas=1, num_stages=1, **options)  # type: ignore[arg-type]
+        master = {text.split()[-1] for text in made.model.parameters.values()}
+        return {spec.dtype for spec in made.graph.parameters}, master
+
+    assert dtypes() == ({"bfloat16"}, {"float32"})
+    assert next(model.parameters()).dtype == torch.float32
+    assert dtypes(settings={"precision": "float32"}) == ({"float32"}, {"float32"})
+    assert dtypes(settings={"precision": "float16"}) == ({"float16"}, {"float32"})
+    assert dtypes(settings={"precision": "float8", "engine": "megatron"})[0] == {"bfloat16"}
+    model.config.dtype = torch.float32
+    assert dtypes() == ({"float32"}, {"float32"})
+    half, batch = from_config(replace_dtype("float16"), seq_length=64)
+    assert {s.dtype for s in ipp.plan(half, batch, machine="h100-x2").graph.parameters} == {
+        "float16"
+    }
+
+
+def replace_dtype(name: str) -> BertConfig:
+    return BertConfig(**{**SMALL.to_diff_dict(), "dtype": name})
+
+
+def test_options_of_plan(tmp_path: Path) -> None:
+    SMALL.save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--seq-length", "64", "--num-stages", "1"]
+    made = tmp_path / "plan.json"
+    gpus = ["--machine", "h100-x4", "--replicas", "2", "--tp", "2", "--precision", "float16"]
+    result = CliRunner().invoke(app, [*command, *gpus, "--optimizer", "sgd", "-o", str(made)])
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(made)
+    assert plan.settings == {
+        "tp": 2, "precision": "float16", "optimizer": "sgd", "engine": "megatron"
+    }  # fmt: skip
+    assert plan.replicas == 2
+    result = CliRunner().invoke(app, [*command, "--machine", "pod4", "--tp", "2"])
+    assert result.exit_code == 1
+    assert (
+        "--tp is for GPUs with known kernels, such as h100-x64, and pod4 has none" in result.output
+    )

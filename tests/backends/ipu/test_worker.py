@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ipu_pipeline.backends.ipu import worker as worker_module
+from ipu_pipeline.backends.ipu.runtime import serve
 from ipu_pipeline.backends.ipu.sdk_python import SdkPython, doctor, find_sdk_python
 from ipu_pipeline.backends.ipu.worker import Worker
 from ipu_pipeline.errors import LoweringError, StageError
@@ -46,6 +48,38 @@ def test_a_worker_trains_and_dies(caplog: pytest.LogCaptureFixture) -> None:
         assert_same_weights(made.model, local.model)
     assert process.returncode == -signal.SIGKILL
     assert not Path(device._folder.name).exists()
+
+
+def test_a_worker_without_its_parent_removes_its_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "plan.json").touch()
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    serve._end_with(os.getppid() + 1, tmp_path / "bundle")
+    assert ended == [1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.acceptance
+def test_a_process_that_is_killed_leaves_no_bundle(tmp_path: Path) -> None:
+    lines = (
+        "import os, sys",
+        "from tests.backends.ipu.emulated import case",
+        "case().compile(sdk_python=f'{sys.executable} --emulate')",
+        "os.kill(os.getpid(), 9)",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], check=False, env=os.environ | {
+            "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)
+        },
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while list(tmp_path.glob("ipu-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
 
 
 def _script(folder: Path, text: str) -> SdkPython:

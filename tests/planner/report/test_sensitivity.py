@@ -13,7 +13,7 @@ from tests.tiny_models import TINY
 
 def planned(machine: str = "a100-80g-x8", **options):
     model, batch = TINY["bert-qa"].build(device="meta")
-    return ipp.plan(model, batch, machine=machine, **options)
+    return ipp.plan(model, batch, machine=machine, replicas=1, **options)
 
 
 def by_name(plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_resume_checks_only_what_is_left(checked: list[str], tmp_path: Path) -> 
     result = CliRunner().invoke(app, [*options, "--resume"])
     assert result.exit_code == 0, result.output
     assert checked == done[-1:]
+
+
+def test_what_is_known_is_written_before_the_end(checked: list[str], tmp_path: Path) -> None:
+    """In the order of the classes, whatever order they were checked in; then it goes on."""
+    output = tmp_path / "coverage.json"
+    options = ["--classes", "ctc", "--resume", "--output", str(output)]
+    assert CliRunner().invoke(app, [*options, "--at-most", "3"]).exit_code == 0
+    first = checked.copy()
+    assert len(first) == 3
+    names = [item["name"] for item in json.loads(output.read_text())["records"]]
+    assert names == sorted(first)
+    assert CliRunner().invoke(app, options).exit_code == 0
+    assert len(set(checked)) == len(checked) > 3
+    assert not output.with_suffix(".jsonl").exists()
 
 
 def test_an_unknown_pattern_is_one_line() -> None:

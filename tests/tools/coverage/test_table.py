@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tools.coverage.record import MEANING, Record, one_line
@@ -36,6 +37,23 @@ def test_the_page_names_what_did_not_pass_and_why() -> None:
     assert "**2 of 3 classes pass (66.7 %), of 1 architectures**" in page
     assert "| AForX | a | x | 7 | 2, 4 | 0 | pass |  |" in page
     assert "| AForY | a | y | 2 | 2 | 2e-08 | pass | 2 blocks, so at most 2 stages |" in page
+
+
+def test_the_page_for_ipus_says_how_much_is_covered_and_which_rules_refuse() -> None:
+    place = "StaticGraphError: modeling_x.py:{} (y = f(x, (1))): reads a value; write it"
+    records = [
+        Record(
+            "AForX", "a", "x", "pass", "8 stages: PartitionError: 8 stages need 9; z", 7, (2, 4)
+        ),
+        Record("BForX", "b", "x", "program-refused", place.format(12), 7, (2,)),
+        Record("CForX", "c", "x", "program-refused", place.format(7), 7, (2,)),
+        Record("DForX", "d", "x", "eager-fails", "no timm"),
+    ]
+    page = markdown(records, VERSIONS, emitted=True)
+    assert re.search(r"\*\*4 of the \d{3,} classes are covered\.\*\*", page)
+    assert "| 2 | 3 |\n| 4 | 1 |\n" in page
+    assert "| reads a value | 2 |\n| N stages need N | 1 |\n" in page
+    assert "covered" not in markdown(records, VERSIONS)
 
 
 def test_json_gives_the_records_back(tmp_path: Path) -> None:

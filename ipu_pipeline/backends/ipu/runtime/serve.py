@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import shutil
 import socket
 import sys
 import threading
@@ -273,23 +274,29 @@ def front_end(stand_in: str) -> Iterator[Any]:
 
 
 def main() -> None:
-    """Serve: the bundle's folder, three descriptors, the parent, and the stand-in's folder."""
+    """Serve: the bundle's folder, three descriptors, the parent, and the stand-in's folder.
+
+    The bundle was written for this process, which removes it where nobody else can any more.
+    """
     folder, stand_in = Path(sys.argv[1]), sys.argv[6]
     channel = Channel(
         socket.socket(fileno=int(sys.argv[2])),
         SharedTensors(int(sys.argv[3])),
         SharedTensors(int(sys.argv[4])),
     )
-    threading.Thread(target=_end_with, args=(int(sys.argv[5]),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(sys.argv[5]), folder), daemon=True).start()
     try:
         with front_end(stand_in) as poptorch:
             Server(folder, channel, poptorch).run()
     except REFUSALS as error:
         channel.send("refused", {"message": str(error)})
+    finally:
+        shutil.rmtree(str(folder), ignore_errors=True)
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, folder: Path) -> None:
     """End when the parent has, also while a program is compiled."""
     while os.getppid() == parent:
         time.sleep(1.0)
+    shutil.rmtree(str(folder), ignore_errors=True)
     os._exit(1)

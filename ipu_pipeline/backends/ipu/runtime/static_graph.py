@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .host_draws import PREFIX, HostDraws
 from .host_values import HostValues, map_leaves, tensors_of
+from .own_gradients import gradients_checked
 from .program_mode import ProgramMode, indexing_seen
 from .rewrites import RULES
 from .static_errors import StaticGraphError
@@ -156,7 +157,8 @@ class StaticProgram:
         for tensor in given:
             mode.mark(tensor)
         drawing = self.draws.running(model, given, learn=learn)
-        with static_graph(model), drawing, indexing_seen(), mode:
+        checked = gradients_checked() if learn and model.training else contextlib.nullcontext()
+        with static_graph(model), drawing, indexing_seen(), checked, mode:
             yield mode
         if mode.pending is not None:
             raise mode.pending.error

@@ -1,0 +1,96 @@
+"""Functions with a backward pass of their own (``torch.autograd.Function``) in a program.
+
+The device derives gradients from what the forward pass computes, and never calls the function's
+``backward``. So its gradient is compared once with the slope of its forward pass; a function that
+means another one (a straight-through estimator, an approximation) is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator, List, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .static_errors import refuse
+
+_STEP = 1e-5
+_TOLERANCE = 1e-3
+
+
+@contextlib.contextmanager
+def gradients_checked() -> Iterator[None]:
+    """While it lasts, functions are compared when they are applied.
+
+    Raises:
+        StaticGraphError: One has another gradient than its forward pass.
+    """
+    own: Any = Function.__dict__["apply"]
+    known = set()
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls not in known:
+            known.add(cls)
+            _check(cls, own.__get__(None, cls), args)
+        return own.__get__(None, cls)(*args, **kwargs)
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        Function.apply = own  # type: ignore[method-assign]
+
+
+def _check(cls: Any, apply: Any, args: Any) -> None:
+    with torch._C.DisableTorchFunction(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        slope, gradient = _compared(apply, args)
+    if not abs(slope - gradient) <= _TOLERANCE * max(abs(slope), abs(gradient), 1e-6):
+        raise refuse(
+            f"{cls.__name__} computes a gradient of its own, which is not that of its forward "
+            "pass, and the device derives the latter",
+            "write the forward pass so that its gradient is the one that is meant (x + "
+            "(y - x).detach() passes the gradient of y to x)",
+        )
+
+
+def _compared(apply: Any, args: Any) -> Tuple[float, float]:
+    """Return the slope of the forward pass in one direction, and what ``backward`` says of it."""
+    torch.manual_seed(0)
+    made = [_made(value) for value in args]
+    moved = [i for i, v in enumerate(made) if isinstance(v, Tensor) and v.is_floating_point()]
+    ways = {i: torch.randn_like(made[i]) for i in moved}
+    weights: List[Tensor] = []
+
+    def value(step: float) -> Tensor:
+        given = [v + step * ways[i] if i in ways else v for i, v in enumerate(made)]
+        torch.manual_seed(1)  # a function may draw
+        results = apply(*given)
+        found = [r for r in (results if isinstance(results, tuple) else (results,))
+                 if isinstance(r, Tensor) and r.is_floating_point()]  # fmt: skip
+        if not weights:
+            torch.manual_seed(2)
+            weights.extend(torch.randn_like(r) for r in found)
+        return torch.stack([(r * w).sum() for r, w in zip(found, weights)]).sum()
+
+    for index in moved:
+        made[index].requires_grad_()
+    total = value(0.0)
+    leaves = [made[i] for i in moved]
+    grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else ()
+    gradient = sum(float((g * ways[i]).sum()) for i, g in zip(moved, grads) if g is not None)
+    with torch.no_grad():
+        slope = float(value(_STEP) - value(-_STEP)) / (2 * _STEP)
+    return slope, gradient
+
+
+def _made(value: Any) -> Any:
+    """Return a tensor of the same shape with values of its own, in float64."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return 0.1 * torch.randn(value.shape, dtype=torch.float64, device="cpu")
+    if value.dtype is torch.bool:
+        return torch.rand(value.shape, device="cpu") > 0.5
+    return torch.ones(value.shape, dtype=value.dtype, device="cpu")
