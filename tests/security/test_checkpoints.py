@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ipu_pipeline.checkpoint import MANIFEST, read_checkpoint, write_checkpoint
+from ipu_pipeline.checkpoint.directory import AtomicDirectory
 from ipu_pipeline.checkpoint.manifest import _digest, describe
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.train.output_folder import locked
 from tests.security.mutations import mutated
 
 
@@ -200,3 +203,19 @@ def test_a_step_is_a_count(tmp_path: Path, step: int) -> None:
     write_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, global_step=step)
     with pytest.raises(CheckpointError, match=rf"is damaged: ValueError: global_step is {step};"):
         read_checkpoint(tmp_path / "a", model=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", [".run.lock", ".checkpoint-1.previous", "checkpoint-1"])
+def test_a_planted_link_leads_nowhere(tmp_path: Path, name: str) -> None:
+    """Locking and saving in a folder touch nothing that links in it lead to."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    target = kept / "mine.txt" if name == ".run.lock" else kept
+    (tmp_path / "out" / name).symlink_to(target)
+    with contextlib.suppress(CheckpointError), locked(tmp_path / "out"):
+        saved = AtomicDirectory(tmp_path / "out" / "checkpoint-1")
+        saved.publish()
+    assert [path.name for path in kept.iterdir()] == ["mine.txt"]
+    assert (kept / "mine.txt").read_text(encoding="utf-8") == "mine"
