@@ -39,6 +39,7 @@ RUNTIME = (
     "host_draws.py",
     "host_values.py",
     "messages.py",
+    "own_gradients.py",
     "placement.py",
     "program_mode.py",
     "rewrites.py",
