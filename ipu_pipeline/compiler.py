@@ -105,7 +105,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     logger.info("capturing %s", type(model).__name__)
     priced_for_gpus = _for_gpus(machine, model, costs)
     chosen = dict(settings or {})
-    counted, counted_batch = model, example_batch
+    counted: nn.Module = model
+    counted_batch: Mapping[str, Any] = example_batch
     if priced_for_gpus:
         dtype = dtype_for(model, chosen.get("precision"))
         counted, counted_batch = in_dtype(model, example_batch, dtype)

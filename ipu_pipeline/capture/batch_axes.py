@@ -110,8 +110,10 @@ def doubled(part: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
     for name, axis in axes.items():
         value = found.get(name)
         if axis is not None and sized(value) and size_of(value, axis) > 1:
-            is_tensor = isinstance(value, Tensor)
-            found[name] = torch.cat([value, value], axis) if is_tensor else [*value, *value]
+            if isinstance(value, Tensor):
+                found[name] = torch.cat([value, value], axis)
+            else:
+                found[name] = [*value, *value]  # type: ignore[misc]
     return found
 
 

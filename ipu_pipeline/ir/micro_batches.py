@@ -7,7 +7,7 @@ those of any further one without running the model again.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord, TensorSpec
 
@@ -50,11 +50,14 @@ def extrapolated(first: BlockGraph, second: BlockGraph, micro_batch: int) -> Blo
         return known[key]
 
     def block(one: Block, other: Block) -> Block:
+        counts: dict[str, Any] = {
+            name: line(getattr(one, name), getattr(other, name)) for name in _COUNTS
+        }
         return replace(
             one,
             forward_ops=operations(one.forward_ops, other.forward_ops),
             backward_ops=operations(one.backward_ops, other.backward_ops),
-            **{name: line(getattr(one, name), getattr(other, name)) for name in _COUNTS},
+            **counts,
         )
 
     def tensor(one: TensorSpec, other: TensorSpec) -> TensorSpec:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
 from transformers import TrainerCallback
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.ipu.config import IPUConfig

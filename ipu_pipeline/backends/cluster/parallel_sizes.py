@@ -177,7 +177,7 @@ class GpuSettings:
         found.sizes()
         return found
 
-    def sizes(self, **more: int) -> ParallelSizes:
+    def sizes(self, **more: Any) -> ParallelSizes:
         """Return the parallel sizes, with those that other fields of a plan say.
 
         Raises:

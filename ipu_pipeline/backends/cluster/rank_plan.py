@@ -121,7 +121,7 @@ class RankCosts:
 
     def _updates(self) -> dict[str, float]:
         """Seconds of every block's part of the update; a tied weight is its first block's."""
-        pricer, first = self.pricer, {}
+        pricer, first = self.pricer, dict[str, list[str]]()
         for spec in self.work.graph.parameters:
             if spec.blocks:
                 first.setdefault(spec.blocks[0], []).append(spec.fqn)

@@ -175,7 +175,7 @@ class StoreGather:
         raise _not_this_jobs(rank)
 
 
-def _shown(board: SignedStore, key: str, kind: type[T], rank: int) -> T | None:
+def _shown(board: SignedStore, key: str, kind: Any, rank: int) -> Any:
     """Return what ``rank`` shows; ``None`` as long as it shows nothing."""
     there = board.holds(key)
     found = board.get(key, kind)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from math import inf
+from typing import Any
 
 from ipu_pipeline.backends.cluster.rank import RankParameters
 from ipu_pipeline.backends.cluster.rank_plan import RankCosts, rank_step_of
@@ -359,7 +360,7 @@ class _Search:
         )
 
 
-def _own(config: GpuConfiguration) -> dict[str, object]:
+def _own(config: GpuConfiguration) -> dict[str, Any]:
     sizes = config.sizes
     return {
         "tp": sizes.tp, "cp": sizes.cp, "ep": sizes.ep, "zero_stage": sizes.zero_stage,

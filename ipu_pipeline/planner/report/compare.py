@@ -64,12 +64,12 @@ def reason(first: Plan, second: Plan, names: Sequence[str]) -> str:
     slower_s = seconds[1] - seconds[0]
     paced_s = first.num_microbatches * (paces[1].seconds - paces[0].seconds)
     if slower_s and paced_s / slower_s >= 0.5:
-        busiest = [
+        works = [
             f"{milliseconds(pace.seconds)} ms a microbatch in {name} (device {pace.device}: "
             f"{_counted(plan, pace.blocks)})"
             for pace, name, plan in zip(paces, names, (first, second), strict=True)
         ]
-        return f"{faster}: its busiest device works {busiest[1]}, against {busiest[0]}"
+        return f"{faster}: its busiest device works {works[1]}, against {works[0]}"
     return (
         f"{faster}: the busiest devices work about equally long, and filling and emptying the "
         f"pipeline, copies and the update take {milliseconds(abs(slower_s - paced_s))} ms "
