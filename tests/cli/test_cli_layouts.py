@@ -69,6 +69,9 @@ def test_a_hand_made_layout_becomes_a_plan_that_is_compared(llama: str, tmp_path
     assert "note: torchtitan shards gradients, too" in done.stderr
 
 
+_SHORT = ("--layout", "Et*4|L", "--seq-length", "64")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,8 +81,8 @@ def test_a_hand_made_layout_becomes_a_plan_that_is_compared(llama: str, tmp_path
         (("--layout", "EL", "--pod-type", "pod16"), "are for --ipu-config"),
         (("--ipu-config", "x", "--zero-stage", "1"), "--zero-stage is for --layout"),
         (("--layout", "E|t*4|", "--machine", "h100-x2"), "has 0 times L"),
-        (("--layout", "Et*4|L", "--machine", "h100-x2", "--recompute", "nix"), "recompute 'nix'"),
-        (("--layout", "Et*4|L", "--machine", "pod4"), "pod4 is no machine of GPUs whose kernels"),
+        ((*_SHORT, "--machine", "h100-x2", "--recompute", "nix"), "recompute 'nix'"),
+        ((*_SHORT, "--machine", "pod4"), "pod4 is no machine of GPUs whose kernels"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_line(

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import EnumMeta
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -140,7 +141,8 @@ def numbers() -> Iterator[Number]:
             if is_option and kinds & {int, float}:
                 found.append((flag, int in kinds, info.max))
             if parameters[parameter].default is inspect.Parameter.empty:
-                value = "8" if int in kinds else "none"
+                named = list(kind) if isinstance(kind, EnumMeta) else []
+                value = "8" if int in kinds else named[0].value if named else "none"
                 needed += [[flag, value] if is_option else [value]]
         for flag, whole, most in found:
             others = [part for parts in needed if parts[0] != flag for part in parts]

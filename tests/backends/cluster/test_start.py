@@ -158,7 +158,7 @@ def test_signals_end_the_ranks(
     (tmp_path / "script.py").write_text(WAITS)
     process = forked(launch, tmp_path, "", ("script.py", str(tmp_path)), {})
     out = tmp_path / "out"
-    while process.is_alive() and not (out.exists() and out.read_text()):
+    while process.is_alive() and not (out.exists() and out.read_text().endswith("\n")):
         time.sleep(0.01)
     assert out.read_text() == "up\n"
     os.kill(process.pid, number)

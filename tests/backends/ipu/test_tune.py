@@ -156,6 +156,6 @@ def test_errors_are_one_message(model: str) -> None:
     result = invoke(model, "--machine", "pod4", "--global-batch", "7", "--micro-batch", "2")
     assert result.exit_code == 1
     assert "error: no split divides a global batch of 7" in result.stderr
-    result = invoke(model, "--machine", "a100-80g-x8", "--global-batch", "8")
+    result = invoke(model, "--machine", "local", "--global-batch", "8")
     assert result.exit_code == 1
-    assert "error: " in result.stderr
+    assert "this machine, 'local', is for plan only" in result.stderr
