@@ -232,7 +232,8 @@ def compile(
     """Turn a plan into an executable for ``target``.
 
     Args:
-        model: The model that the plan was made for, with its weights.
+        model: The model that the plan was made for, with its weights, or on ``meta``: each process
+            then gets those of its own stages (``weights``).
         plan: From :func:`plan` or ``Plan.load``.
         target: ``local``, ``distributed`` (in processes that torchrun starts) or ``poptorch``.
         optimizer: Any ``torch.optim`` optimizer over ``model.parameters()``.

@@ -81,11 +81,11 @@ def materialize(
     read: dict[str, Tensor] = {}
     if weights is not None:
         files = _Files(Path(weights))
-        own = set().union(*(names[key] for key in wanted))
-        read = files.tensors_of(model, own)
-        if not own & read.keys():
+        read = files.tensors_of(model, set().union(*(names[key] for key in wanted)))
+        if not files.matched:
+            first = next(name for name, _ in model.named_parameters())
             raise LoweringError(
-                f"none of the parameters of {type(model).__name__} ({min(own)}, ...) is in "
+                f"none of the parameters of {type(model).__name__} ({first}, ...) is in "
                 f"{weights}, which has {min(files.files, default='none')}, ...; give the weights "
                 "of this model, or none to start from scratch"
             )
@@ -260,10 +260,17 @@ class _KeyedByName(TorchFunctionMode):
 
 
 class _Files:
-    """The safetensors files of a folder, opened one by one where they are needed."""
+    """The safetensors files of a folder, opened one by one where they are needed.
+
+    Attributes:
+        folder: Where they are.
+        files: Name of the file of every tensor.
+        matched: Whether any of them is a tensor of the model, held here or not.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.matched = False
         index = folder / INDEX
         if index.is_file():
             content = read_json(index, "the index of the weights", LoweringError)
@@ -303,6 +310,7 @@ class _Files:
         if isinstance(model, PreTrainedModel):
             found = self._converted(model, state, needed)
         else:
+            self.matched = not state.keys().isdisjoint(self.files)
             with ExitStack() as opened:
                 slices = self._slices(needed & self.files.keys(), opened)
                 found = {name: part[:] if part.get_shape() else part[...]
@@ -328,11 +336,13 @@ class _Files:
         def targets(source: str) -> set[str]:
             name, pattern = rename_source_key(source, renamings, converters, prefix, state)
             plain, _ = rename_source_key(source, [], [], prefix, state)
-            made = [c.target_patterns for c in converters if pattern in c.source_patterns]
-            parts = {name.replace(of[0], part) for of in made for part in of}
+            several = [c.target_patterns for c in converters if pattern in c.source_patterns]
+            parts = {name.replace(of[0], part) for of in several for part in of}
             return {source, plain, name, *parts}
 
-        sources = {source for source in self.files if needed & targets(source)}
+        made = {source: targets(source) for source in self.files}
+        self.matched = any(not state.keys().isdisjoint(names) for names in made.values())
+        sources = {source for source, names in made.items() if needed & names}
         skeleton = copy.deepcopy(model)
         with ExitStack() as opened:
             convert_and_load_state_dict_in_model(

@@ -101,6 +101,14 @@ def test_parameters_that_no_file_has_are_named(
     assert "0.bias" in caplog.text
 
 
+def test_a_rank_may_hold_only_what_no_file_has(tmp_path: Path) -> None:
+    """The new head of a pretrained model, in a stage of its own."""
+    TINY["bert-mlm"].build()[0].save_pretrained(tmp_path)
+    model = on_meta("bert-qa")
+    materialize(model, tmp_path, held={"qa_outputs.weight", "qa_outputs.bias"})
+    assert dict(model.named_parameters())["qa_outputs.weight"].std() > 0
+
+
 class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
