@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def tune_gpus(
     seq_length: int,
     fixed: Fixed,
     output: Path | None,
-    progress: Progress,
+    progress: Callable[[], AbstractContextManager[Progress]],
     *,
     as_json: bool,
 ) -> None:
@@ -44,7 +45,8 @@ def tune_gpus(
         seq_length: Tokens of a sequence.
         fixed: Fields of the request; ``precision``, ``optimizer`` and ``engine`` are settings.
         output: File of the best plan.
-        progress: Called with what is done, how much of it, and of how much.
+        progress: Region in which a bar is shown; it gives what is called with what is done, how
+            much of it, and of how much.
         as_json: Print figures instead of text.
     """
     from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
@@ -60,7 +62,8 @@ def tune_gpus(
     identity, capture = _capturer(
         model, task, seq_length, named["precision"], searched=request.micro_batch is None
     )
-    result = tune(capture, machine, request, identity, progress)
+    with progress() as shown:
+        result = tune(capture, machine, request, identity, shown)
     typer.echo(json.dumps(figures(result), indent=1) if as_json else result_text(result))
     save_plan(result.best.plan, output, quiet=as_json)
 
