@@ -207,19 +207,22 @@ def test_no_activation_stays_alive() -> None:
 def test_captures_on_two_threads_do_not_disturb_each_other() -> None:
     call = nn.Module.__call__
     found: dict[str, list[str]] = {}
+    # Made before the threads begin: two models made at once can leave torch.nn.init replaced by
+    # transformers' own functions for good.
+    made = {name: TINY[name].build() for name in ("bert-qa", "vit", "gpt2-lm")}
 
     def work(name: str) -> None:
-        model, inputs = TINY[name].build()
+        model, inputs = made[name]
         for _ in range(3):
             found[name] = [p.name for p in capture(model, inputs, self_check=False).programs]
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in ("bert-qa", "vit", "gpt2-lm")]
+    threads = [threading.Thread(target=work, args=(name,)) for name in made]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert nn.Module.__call__ is call
-    for name in ("bert-qa", "vit", "gpt2-lm"):
+    for name in made:
         model, inputs = TINY[name].build()
         assert found[name] == [p.name for p in capture(model, inputs).programs]
 
