@@ -106,7 +106,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     backend = backend_of(described)
     backend.check_costs(costs)
     frozen = captured.glue.unsteady or captured.glue.frozen
-    if frozen and not getattr(backend, "replays_glue", True):
+    if frozen and not backend.replays_glue:
         raise CaptureError(frozen)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
