@@ -135,7 +135,7 @@ def predict_layout(
     from ipu_pipeline.backends.cluster.exchange import Imported
     from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan, own_plan
     from ipu_pipeline.backends.cluster.given_text import layout_text
-    from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
+    from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 
