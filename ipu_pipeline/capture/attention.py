@@ -66,7 +66,7 @@ class CountedAttention(TorchFunctionMode):
         scale: float | None = None,  # noqa: ARG002
         enable_gqa: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
-        device = query.device.type
+        device = "cpu" if self._recorder.only_meta else query.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             query, key, value = (x.to(dtype) for x in (query, key, value))

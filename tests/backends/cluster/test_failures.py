@@ -71,16 +71,16 @@ class Job:
 
 
 class Answers:
-    """The answers of jobs in their order; while one runs, which is to wait, so does the next."""
+    """The answers of jobs in their order; while one runs, which is to wait, so do the next two."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
-        self.pool = ThreadPoolExecutor(2)
+        self.pool = ThreadPoolExecutor(3)
         self.found: dict[Job, Future[list[tuple[bool, Any]]]] = {}
 
     def __getitem__(self, job: Job) -> list[tuple[bool, Any]]:
         first = self.jobs.index(job)
-        for wanted in self.jobs[first : first + 2]:
+        for wanted in self.jobs[first : first + 3]:
             if wanted not in self.found:
                 self.found[wanted] = self.pool.submit(wanted.run)
         return self.found[job].result()

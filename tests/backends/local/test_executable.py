@@ -127,7 +127,7 @@ def test_fp16_with_loss_scaling_trains_and_skips_an_overflow() -> None:
     assert all(torch.equal(before[n], t) for n, t in executable.state_dict().items())
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
 def test_a_checkpoint_continues_under_another_number_of_stages(
     tmp_path: Path, before: int, after: int
 ) -> None:
