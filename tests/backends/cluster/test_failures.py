@@ -115,7 +115,7 @@ def test_a_rank_that_raises_is_named_by_all(answers: Answers, job: Job) -> None:
 @pytest.mark.parametrize("job", [Job("dies")])
 def test_a_rank_that_dies_is_named_by_the_others(answers: Answers, job: Job) -> None:
     first, second = answers[job]
-    message = r"StageError: rank 1 showed no sign of life for [45] s: its process has ended or can"
+    message = r"StageError: rank 1 showed no sign of life for \d+ s: its process has ended or can"
     assert re.match(message, first[1])
     assert second == (False, 9)
 
@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_is_named_by_the_others_and_ends(answers: Answers, job
 )
 def test_a_process_that_cannot_run_is_named_by_the_others(answers: Answers, job: Job) -> None:
     first, _ = answers[job]
-    message = r"StageError: rank 1 showed no sign of life for [45] s: its process has ended or can"
+    message = r"StageError: rank 1 showed no sign of life for \d+ s: its process has ended or can"
     assert re.match(message, first[1])
 
 
