@@ -24,7 +24,7 @@ if PLANS not in os.environ:
     _plans = tempfile.TemporaryDirectory(prefix="ipu-pipeline-plans-")
     os.environ[PLANS] = _plans.name
 # A process of tests has one server for all; tools.coverage uses it, too.
-PRELOADED = ["tests.backends.cluster.jobs", "tests.tools.coverage.fates", "tools.coverage.check"]
+PRELOADED = ["tests.tools.coverage.fates", "tools.coverage.check", "tests.backends.cluster.preload"]
 # Only what hangs waits so long: a slow machine must not fail.
 ANSWER_S = 240.0
 # Below those that the kernel gives to connections, so that none takes one before it is used;

@@ -137,14 +137,14 @@ def test_embeddings_with_sparse_gradients_are_refused() -> None:
         refuse_sparse_gradients(model)
 
 
-@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize(("limit", "number"), [(None, 7), (3, 4)])
 def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
-    two: Processes, limit: int | None
+    two: Processes, limit: int | None, number: int
 ) -> None:
-    calls = [(8, 16), (7, 12), (8, 16), (8, 20), (5, 12), (8, 16), (7, 12)]
-    planned = {**TWO, "dropout": True}
-    found = two.run("batch_jobs.lengths", name="bert-qa", calls=calls, planned=planned, limit=limit)
-    expected = batch_jobs.lengths("bert-qa", calls=calls, planned=planned, target="local")
+    calls = [(8, 16), (7, 12), (8, 20), (8, 16), (5, 12), (8, 16), (7, 12)][:number]
+    options = {"planned": {**TWO, "dropout": True}, "loss_weights": "samples"}
+    found = two.run("batch_jobs.lengths", name="bert-qa", calls=calls, limit=limit, **options)
+    expected = batch_jobs.lengths("bert-qa", calls=calls, target="local", **options)
     for rank in found:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert rank["sum"] == pytest.approx(expected["sum"], abs=1e-3)
@@ -204,8 +204,8 @@ def test_a_replica_with_another_batch_or_call_is_named(
     assert all(message in rank for rank in found)
 
 
-def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(four: Processes) -> None:
-    for rank in four.run("batch_jobs.uncapturable", planned=TWO_BY_TWO):
+def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(two: Processes) -> None:
+    for rank in two.run("batch_jobs.uncapturable", planned=TWO):
         before, message, after = rank
         assert "returned no loss for the batch" in message
         assert after != before
