@@ -35,6 +35,7 @@ from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import OpKind, OpRecord
+from ipu_pipeline.ops.autocast import autocast_dtype
 
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -422,7 +423,7 @@ class Recorder(TorchDispatchMode):
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
         if self.only_meta and (
-            torch.is_autocast_enabled("cpu") or not all(tensor.is_meta for tensor in tensors)
+            autocast_dtype() is not None or not all(tensor.is_meta for tensor in tensors)
         ):
             raise _OtherDeviceError
 
