@@ -33,8 +33,10 @@ from ipu_pipeline.cli.options import (
     PlanFile,
     PlanOutput,
     PodType,
+    PrecisionOption,
     SeqLength,
     TaskOption,
+    Tp,
     counted,
     gpu_settings,
     read_ipu_config,
@@ -152,13 +154,8 @@ def plan_command(
         str | None,
         typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
     ] = None,
-    tp: Annotated[
-        int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="GPUs: bfloat16, float16, float32, float8, float4."),
-    ] = None,
+    tp: Tp = None,
+    precision: PrecisionOption = None,
     optimizer: Annotated[
         str | None, typer.Option("--optimizer", help="GPUs: adamw (default), momentum, sgd.")
     ] = None,
@@ -202,7 +199,9 @@ def plan_command(
             config=config,
             passes=passes,
             replicas=replicas,
-            settings=gpu_settings(machine, tp=tp, precision=precision, optimizer=optimizer),
+            settings=gpu_settings(
+                machine, tp=tp, precision=precision and precision.value, optimizer=optimizer
+            ),
         )
     typer.echo(made.explain())
     save_plan(made, output)

@@ -28,7 +28,7 @@ from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
-from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
+from ipu_pipeline.stages.training import autocast_region, device_of, refuse_gradient_hooks
 from ipu_pipeline.stages.variants import (
     Attempt,
     Prepared,
@@ -231,7 +231,7 @@ class StageCache:
         self._modules = list(self.model.modules())
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
         self._training = torch.is_grad_enabled(), parameters
-        with autocast_region(self.precision), tracing_patches(self.model):
+        with autocast_region(self.precision, device_of(self.model)), tracing_patches(self.model):
             yield
 
     def _variants(self, part: Microbatch) -> ShapeVariants:
@@ -254,7 +254,7 @@ class StageCache:
         def begin(variant: ShapeVariant) -> Prepared:
             while True:
                 self._remember(attempt, variant)
-                region = partial(autocast_region, self.precision)
+                region = partial(autocast_region, self.precision, device_of(self.model))
                 integers = attempt.variants.integers
                 run = GlueRun(variant.captured, attempt.inputs, integers, region)
                 try:

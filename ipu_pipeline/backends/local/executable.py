@@ -41,6 +41,7 @@ from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
     check_model,
+    device_of,
     in_evaluation,
     kept_modes,
 )
@@ -68,8 +69,9 @@ class LocalExecutable(Executable):
         check(plan, options)
         materialize(model, options.weights, options.seed)
         check_model(model, optimizer)
-        super().__init__(model, plan, optimizer)
-        self.options = options
+        super().__init__(model, plan, optimizer, options)
+        self._scaler.check(model, master_weights=options.master_weights)
+        self._device = device_of(model)
         self._cache = StageCache(
             model,
             plan,
@@ -103,13 +105,16 @@ class LocalExecutable(Executable):
         """
         self.options.require_training()
         optimizer = self.trained_optimizer()
-        step = self._accumulate(self._split(batch), self.options.loss_scaling)
+        scaling = self._scaler.factor
+        step = self._accumulate(self._split(batch), scaling)
         update = apply_update(
             optimizer,
             self.model.parameters(),
-            loss_scaling=self.options.loss_scaling,
+            loss_scaling=scaling,
             max_grad_norm=self.options.max_grad_norm,
+            masters=self._masters,
         )
+        self._scaler.update(skipped=update.skipped)
         return self.stepped(
             StepResult(
                 mean_loss(step.microbatches, step.results),
@@ -307,7 +312,10 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
-            step = Step(stages, parts, self.options, self.global_step, loss_scaling, schedule, glue)
+            step = Step(
+                stages, parts, self.options, self.global_step, loss_scaling, schedule,
+                self._device, glue,
+            )  # fmt: skip
             try:
                 self._run(step)
             except (Differs, Unlifted) as error:
@@ -338,7 +346,9 @@ class LocalExecutable(Executable):
         compared = shapes not in self._known
         stages, parts, whole = whole_loss(self._cache, cut, error, compared=compared)
         schedule = self._rows(len(parts))
-        step = WholeLossStep(stages, parts, self.options, self.global_step, loss_scaling, schedule)
+        step = WholeLossStep(
+            stages, parts, self.options, self.global_step, loss_scaling, schedule, self._device
+        )
         step.whole = whole
         self._run(step)
         self._known[shapes] = error

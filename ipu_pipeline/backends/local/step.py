@@ -27,6 +27,7 @@ class Step:
     Attributes:
         stages: ``[microbatch][stage]``.
         loss_scaling: Factor of the loss before the backward pass.
+        device: Where the stages are.
         glue: That of its only microbatch, if that goes on while the stages run.
         results: What each microbatch computed, by name, in the order of the microbatches.
         busy_s: Seconds that each stage was busy.
@@ -38,6 +39,7 @@ class Step:
     global_step: int
     loss_scaling: float
     schedule: Schedule
+    device: torch.device
     glue: GlueRun | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +75,7 @@ class Step:
         part = self.microbatches[microbatch]
         received = {name: self._values[microbatch, name] for name in stage.receives}
         key: RandomKey = (self.options.seed, self.global_step, part.index)
-        with autocast_region(self.options.precision):
+        with autocast_region(self.options.precision, self.device):
             sent, results = stage.forward(
                 microbatch, part.inputs, received, key, alone=self.alone[stage.index]
             )

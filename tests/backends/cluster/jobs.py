@@ -164,6 +164,27 @@ def curve(name: str, planned: dict[str, Any], steps: int, **options: Any) -> dic
         }
 
 
+def _infinite(gradient: Tensor) -> Tensor:
+    return gradient * float("inf")
+
+
+def overflow_on_the_last_rank(planned: dict[str, Any]) -> dict[str, Any]:
+    """Let one gradient of one rank be infinite in the second of three steps."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    made, batch = compiled("bert-qa", planned=planned, loss_scaling=scaler)
+    factors, skipped = [], []
+    with made:
+        for step in range(3):
+            if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+                own = next(p for p in made.model.parameters() if held(made, p))
+                hook = own.register_hook(_infinite)
+            skipped.append(made.train_step(batch).skipped)
+            factors.append(made._scaler.factor)
+            if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+                hook.remove()
+    return {"factors": factors, "skipped": skipped}
+
+
 def num_moments(made: Any) -> int:
     """Count the elements of the optimizer state that this process keeps, step counters aside."""
     states = made.optimizer.state.values()
