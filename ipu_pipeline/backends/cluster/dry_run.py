@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 
+from ipu_pipeline.backends.cluster.collective_log import CollectiveLog
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.heartbeat import Activity
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.backends.cluster.memory_tally import (
     ACTIVATIONS,
-    GRADIENTS,
     OPTIMIZER,
     TEMPORARY,
     WEIGHTS,
@@ -33,15 +34,26 @@ from ipu_pipeline.backends.cluster.memory_tally import (
 )
 from ipu_pipeline.backends.cluster.messages import AgreedSizes, fake_ranks
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
-from ipu_pipeline.backends.cluster.pipeline import NotedStage, TrainingPipeline
-from ipu_pipeline.backends.cluster.sharding import find_ownership, sum_over_ranks
+from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, dtype_of
+from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline, _NotedStage
+from ipu_pipeline.backends.cluster.sharding import (
+    find_ownership,
+    sharded,
+    share_updated,
+    sum_over_ranks,
+)
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import SDPA, patched_attention
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.master_weights import MasterWeights
+from ipu_pipeline.planner.schedules.simulate import plan_shape
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks, recomputed_blocks
+
+# So many microbatches per stage show all that more would.
+_DEPTHS = 2
 
 
 class _PlayedActivity(Activity):
@@ -113,8 +125,9 @@ class _PlayedAttention(TorchFunctionMode):
         efficient = aten._scaled_dot_product_efficient_attention
         shape = (*query.shape[:-1], key.shape[-2])
         out: Tensor = efficient(
-            query, key, value, attn_mask.expand(shape), True, 0.0, is_causal, scale=scale
-        )[0]
+            query, key, value, attn_mask.expand(shape), compute_log_sumexp=True, dropout_p=0.0,
+            is_causal=is_causal, scale=scale,
+        )[0]  # fmt: skip
         return out
 
 
@@ -133,6 +146,7 @@ class _PlayedGroups(Groups):
         self.ranks: Any = _NoRanks(waiter)
         self.waiter: Any = waiter
         self.holders = {}
+        self.named = {name: self.mesh.get_group(name) for name in names}
         self._tp = tp
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
@@ -146,7 +160,7 @@ class _PlayedGroups(Groups):
                 self.holders[positions] = dist.new_group(ranks, use_local_synchronization=True)
 
 
-class _PlayedStage(AgreedSizes, NotedStage):
+class _PlayedStage(AgreedSizes, _NotedStage):
     """The engine's stage; what its ranks agree on by votes is known."""
 
 
@@ -196,6 +210,39 @@ class Played:
     collectives: Mapping[tuple[str, str], tuple[int, int]]
 
 
+def check_played(plan: Plan) -> None:
+    """Refuse what is not played.
+
+    Raises:
+        LoweringError: The plan is not for training on GPUs, or divides what is not divided here.
+    """
+    if plan.machine.devices[0].kernels is None or not plan.graph.training:
+        raise LoweringError(
+            f"a dry run plays training on GPUs with known kernels, such as h100-x64, and the plan "
+            f"is for {'training' if plan.graph.training else 'inference'} on {plan.machine.name}; "
+            "use simulate"
+        )
+    settings, found = GpuSettings.read(plan.settings), []
+    found += [f"{n} {getattr(settings, n)}" for n in ("cp", "ep") if getattr(settings, n) > 1]
+    if settings.zero_stage > 1:
+        found.append(f"zero_stage {settings.zero_stage}")
+    if settings.recompute:
+        found.append(f"recompute {', '.join(settings.recompute)}")
+    if settings.precision in ("float8", "float4"):
+        found.append(f"precision {settings.precision}")
+    of_weight = 4 if dtype_of(plan.graph) == "float32" else 2
+    if settings.engine == "torch" and settings.gradient_bytes not in (None, of_weight):
+        found.append(f"gradient_bytes {settings.gradient_bytes}")
+    sliced = [name for stage in plan.stages for name, n in stage.serialize.items() if n > 1]
+    if sliced:
+        found.append(f"serialize of {sliced[0]}")
+    if found:
+        raise LoweringError(
+            f"the plan has {', '.join(found)}, which a dry run does not play; plan without, or "
+            "look at its price with explain"
+        )
+
+
 def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -> Played:
     """Play the step of one rank of a plan.
 
@@ -213,18 +260,21 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
     layout = Layout(rank // settings.tp, plan.replicas, width, plan.num_stages, positions)
     captured = capture(model, batch, granularity=plan.granularity)
     blocks = place_blocks(captured, plan)
+    kind, shape = plan_shape(plan)
+    number = kind.shortened(shape, _DEPTHS * plan.num_stages).num_microbatches
     tally = MemoryTally()
     activity = _PlayedActivity()
     activity.tally = tally
     with fake_ranks(rank, plan.replicas * width * settings.tp), ExitStack() as entered:
         groups = _PlayedGroups(layout, settings.tp, _NoWaiter(activity))
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
-        for region in (grouped_without_values(), _PlayedAttention(), tally):
+        log = CollectiveLog({"all ranks": dist.group.WORLD, **groups.named})
+        for region in (grouped_without_values(), _PlayedAttention(), log, tally):
             entered.enter_context(region)
-        _step(plan, settings, model, stages, groups, batch, tally)
+        _step(plan, settings, model, stages, groups, batch, tally, number)
         return Played(
             rank, layout.replica, layout.position, rank % settings.tp, layout.own_stages,
-            plan.num_microbatches, dict(tally.peak), dict(tally.most), {},
+            number, dict(tally.peak), dict(tally.most), log.found,
         )  # fmt: skip
 
 
@@ -236,6 +286,7 @@ def _step(
     groups: _PlayedGroups,
     batch: Mapping[str, Tensor],
     tally: MemoryTally,
+    microbatches: int,
 ) -> None:
     """Run one optimizer step of one rank."""
     own = [p for index in groups.layout.own_stages for p in stages[index].programs]
@@ -245,12 +296,15 @@ def _step(
     tally.hold(held, WEIGHTS)
     tally.hold([b for module in modules for b in module.buffers()], WEIGHTS)
     tally.follow(trained)
-    optimizer = _Optimizer(trained, settings.optimizer)
+    ownership = find_ownership(stages, groups.layout)
+    if settings.zero_stage:
+        everything = list(model.parameters())
+        ownership = sharded(ownership, everything, plan.replicas, lambda p: p.requires_grad)
+    optimizer = _Optimizer([p for p in trained if ownership.is_updated(p)], settings.optimizer)
     tally.hold(optimizer.state(), OPTIMIZER)
     tally.start()
-    ownership = find_ownership(stages, groups.layout)
     groups.make_holders(sorted({s for s in ownership.holders.values() if len(s) > 1}))
-    number = plan.num_microbatches
+    number = microbatches
     parts = [Microbatch(index, batch, plan.micro_batch_size, 1 / number) for index in range(number)]
     cpu, groups.device = groups.device, torch.device("meta")
     pipeline = _PlayedPipeline(
@@ -260,52 +314,44 @@ def _step(
     groups.device = cpu
     with tally.making(TEMPORARY):
         sum_over_ranks(model, ownership, groups, for_update=True)
+        with_grad = [p for p in trained if p.grad is not None]
         optimizer.step()
+        if ownership.updaters:
+            share_updated(with_grad, ownership, groups)
 
 
 class _Optimizer:
-    """The plan's optimizer over the weights, or over float32 copies of those in 16 bits."""
+    """The plan's optimizer, over float32 copies of the weights in 16 bits as the engine steps them.
+
+    Its kernel is torch's fused one, which makes nothing.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], name: str) -> None:
-        self._parameters = parameters
-        self.masters = [
-            torch.empty_like(p.data, dtype=torch.float32) for p in parameters if _is_half(p)
-        ]
-        copies = iter(self.masters)
-        self._stepped = [nn.Parameter(next(copies)) if _is_half(p) else p for p in parameters]
         kinds: dict[str, Any] = {
             "adamw": torch.optim.AdamW,
             "adam": torch.optim.Adam,
             "sgd": torch.optim.SGD,
-            "momentum": lambda found: torch.optim.SGD(found, lr=1e-3, momentum=0.9),
+            "momentum": partial(torch.optim.SGD, momentum=0.9),
         }
-        self._optimizer = kinds[name](self._stepped) if self._stepped else None
+        self._parameters = parameters
+        self._optimizer = kinds[name](parameters, lr=1e-3) if parameters else None
 
     def state(self) -> list[Tensor]:
-        """Make what the optimizer keeps between steps, as its first step does; return all of it."""
-        for parameter in self._stepped:
+        """Make what is kept between steps, as a first step does; return all of it."""
+        if self._optimizer is None:
+            return []
+        for parameter in self._parameters:
             parameter.grad = torch.empty_like(parameter)
-        self._run()
-        kept = {} if self._optimizer is None else self._optimizer.state
-        values = [value for state in kept.values() for value in state.values()]
-        return [*self.masters, *(v for v in values if isinstance(v, Tensor))]
+        self._masters = MasterWeights(self._optimizer)
+        with self._masters.in_place():
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        kept = self._optimizer.state.values()
+        return [v for state in kept for v in state.values() if isinstance(v, Tensor)]
 
     def step(self) -> None:
-        """Step, and round the copies to the weights."""
-        for parameter, stepped in zip(self._parameters, self._stepped, strict=True):
-            if stepped is not parameter and parameter.grad is not None:
-                stepped.grad = parameter.grad.to(torch.float32)
-        self._run()
-        with torch.no_grad():
-            for parameter, stepped in zip(self._parameters, self._stepped, strict=True):
-                if stepped is not parameter:
-                    parameter.copy_(stepped)
-
-    def _run(self) -> None:
+        """Do what a step does besides the kernel."""
         if self._optimizer is not None:
-            self._optimizer.step()
+            with self._masters.in_place():
+                pass
             self._optimizer.zero_grad(set_to_none=True)
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)

@@ -1,14 +1,14 @@
 """Every message of every rank of a pipeline, as torch's schedule class issues it, and its match.
 
-torch's own class runs once per rank, over stages that compute nothing, in a fake process group; what
-it sends, receives and waits for is recorded. :func:`problem` then lets all ranks run against each
-other: a send ends when its receive has begun, as nccl does it, whatever a backend would buffer.
+torch's own class runs once per rank, over stages that compute nothing, in a fake process group.
+What it sends, receives and waits for is recorded. :func:`problem` then lets all ranks run against
+each other: a send ends when its receive has begun, as in nccl, whatever a backend would buffer.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 # Registers what operations of torch.distributed do to tensors without data.
-import torch.distributed._tools.fake_collectives  # noqa: F401
+import torch.distributed._tools.fake_collectives
 import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
@@ -236,9 +236,31 @@ def issued(
     positions = position_of_stages(name, num_stages, num_ranks, num_microbatches)
     plain = torch.empty(1, device="meta", requires_grad=True)
     given = [(plain,)] * (num_stages - 1) if crossing is None else crossing
-    return [
-        _issued_by(rank, name, positions, given, num_microbatches) for rank in range(num_ranks)
-    ]
+    lowering = {n: _remembered(getattr(schedules, n)) for n in _LOWERING}
+    with mock.patch.multiple(schedules, **lowering):
+        return [
+            _issued_by(rank, name, positions, given, num_microbatches) for rank in range(num_ranks)
+        ]
+
+
+# Every rank computes the rows of all ranks, with these.
+_LOWERING = ("_add_unshard_reshard", "_add_send_recv")
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of rows of actions that computes each result once."""
+    known: dict[Any, Any] = {}
+
+    def call(actions: Any, *args: Any, **kwargs: Any) -> Any:
+        several = isinstance(actions, dict)
+        rows = {rank: tuple(row) for rank, row in actions.items()} if several else tuple(actions)
+        key = tuple(rows.items()) if several else rows
+        if key not in known:
+            known[key] = function(actions, *args, **kwargs)
+        found = known[key]
+        return {rank: list(row) for rank, row in found.items()} if several else list(found)
+
+    return call
 
 
 # ---- do all of them meet? ------------------------------------------------------------------------

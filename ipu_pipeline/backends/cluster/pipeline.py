@@ -28,7 +28,7 @@ from ipu_pipeline.stages.stage import Stage
 logger = logging.getLogger(__name__)
 
 
-class NotedStage(PipelineStage):
+class _NotedStage(PipelineStage):
     """Torch's stage; it notes what it is doing, and its waits can be given up.
 
     Torch keeps a buffer for every message of a step, all the time. Here a message has one from its
@@ -127,7 +127,7 @@ class TrainingPipeline:
     ``stages`` are all of the plan, ``num_microbatches`` those of one pipeline in one step.
     """
 
-    stage_class = NotedStage
+    stage_class = _NotedStage
 
     def __init__(
         self, stages: Sequence[Stage], *, schedule: str, num_microbatches: int, groups: Groups
