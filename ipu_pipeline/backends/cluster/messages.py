@@ -73,7 +73,7 @@ class Batch:
     transfers: tuple[Transfer, ...]
 
 
-class Event(NamedTuple):
+class Issued(NamedTuple):
     """What a rank does next: begin a batch, or wait until one has ended."""
 
     batch: Batch
@@ -168,9 +168,9 @@ def _issued_by(
     positions: Sequence[int],
     crossing: Sequence[Sequence[Tensor]],
     num_microbatches: int,
-) -> list[Event]:
+) -> list[Issued]:
     """Return what one rank of a pipeline sends, receives and waits for in one training step."""
-    kind, depth, events = torch_schedule(name), len(positions), list[Event]()
+    kind, depth, events = torch_schedule(name), len(positions), list[Issued]()
 
     def begin(operations: Sequence[Any], desc: str | None = None) -> list[Any]:  # noqa: ARG001
         if not operations:
@@ -180,11 +180,11 @@ def _issued_by(
         mixed = len({one.sends for one in transfers}) > 1
         groups = [tuple(transfers)] if mixed else [(one,) for one in transfers]
         batches = [Batch(group) for group in groups]
-        events.extend(Event(batch, waits=False) for batch in batches)
+        events.extend(Issued(batch, waits=False) for batch in batches)
         return batches
 
     def wait(batches: Sequence[Batch]) -> None:
-        events.extend(Event(batch, waits=True) for batch in batches)
+        events.extend(Issued(batch, waits=True) for batch in batches)
 
     make: Any = getattr(torch_pipelining, kind.torch_class or "")
     patched = mock.patch.multiple(schedules, _batch_p2p=begin, _wait_batch_p2p=wait)
@@ -218,7 +218,7 @@ def issued(
     num_ranks: int,
     num_microbatches: int,
     crossing: Sequence[Sequence[Tensor]] | None = None,
-) -> list[list[Event]]:
+) -> list[list[Issued]]:
     """Return what every rank of one pipeline issues in one step, in order.
 
     Args:
@@ -276,7 +276,7 @@ class _Rank:
             batches of both directions are on all of theirs.
     """
 
-    left: deque[Event]
+    left: deque[Issued]
     begun: dict[int, deque[Batch]] = field(default_factory=lambda: defaultdict(deque))
     ended: set[Batch] = field(default_factory=set)
 
@@ -302,7 +302,7 @@ class _Rank:
         self.ended.add(batch)
 
 
-def problem(ranks: Sequence[Sequence[Event]]) -> str:
+def problem(ranks: Sequence[Sequence[Issued]]) -> str:
     """Return which message has no counterpart, or where all wait for each other; empty: neither.
 
     Messages between two ranks are matched in order, as torch matches them, and must then be the
@@ -327,7 +327,7 @@ def problem(ranks: Sequence[Sequence[Event]]) -> str:
     return f"{len(stuck)} ranks wait for each other: {waiting}"
 
 
-def _unmatched(ranks: Sequence[Sequence[Event]]) -> str:
+def _unmatched(ranks: Sequence[Sequence[Issued]]) -> str:
     sent, received = (
         {
             (number, one.peer) if sends else (one.peer, number): [
@@ -392,7 +392,7 @@ def _waiting(rank: _Rank, number: int) -> str:
     return f"rank {number} waits {' and '.join(ends)}"
 
 
-def counted(events: Sequence[Event]) -> dict[tuple[str, bool, int], tuple[int, int]]:
+def counted(events: Sequence[Issued]) -> dict[tuple[str, bool, int], tuple[int, int]]:
     """Return number and bytes of a rank's messages by kind, whether it sends them, and peer."""
     numbers, sizes = Counter[Any](), Counter[Any]()
     for event in events:

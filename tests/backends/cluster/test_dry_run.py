@@ -50,7 +50,7 @@ def played(made: Plan, config: str, rank: int) -> DryRun:
     ("schedule", "stages", "settings"),
     [
         ("1f1b", 4, {}),
-        ("interleaved", 8, {"optimizer": "momentum"}),
+        ("1f1b", 2, {"optimizer": "momentum"}),
         ("gpipe", 2, {"zero_stage": 1}),
     ],
 )
@@ -93,22 +93,20 @@ def test_the_command(config: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     planned(config).save(file)
     runner = CliRunner()
-    plain = runner.invoke(app, ["dryrun", str(file), "--model", config, "--rank", "3"])
-    assert plain.exit_code == 0, plain.output
-    for text in ("messages of 4 ranks x 4 stages", "no rank waits for ever", "rank 3 of 8", "peak"):
-        assert text in plain.output
     found = runner.invoke(app, ["dryrun", str(file), "--model", config, "--rank", "3", "--json"])
     raw = json.loads(found.stdout)
     assert (raw["world_size"], raw["rank"]["stages"], raw["messages"]["problem"]) == (8, [3], "")
     assert abs(raw["rank"]["difference"]) < 0.05
     alone = runner.invoke(app, ["dryrun", str(file)])
-    assert "give --model to play it" in alone.output
+    for text in ("messages of 4 ranks x 4 stages", "no rank waits for ever", "--model to play it"):
+        assert text in alone.output
 
 
 def test_a_plan_for_another_engine_is_priced_beside_it(config: str) -> None:
     found = played(planned(config, engine="megatron"), config, 0)
     assert found.written.total != found.planned.total
-    assert "the plan is for another engine" in found.text()
+    for text in ("the plan is for another engine", "rank 0 of 8", "optimizer state", "allreduce"):
+        assert text in found.text()
 
 
 def test_what_cannot_be_played_is_refused(config: str, tmp_path: Path) -> None:

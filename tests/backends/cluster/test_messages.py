@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ipu_pipeline.backends.cluster.layout import torch_schedules
 from ipu_pipeline.backends.cluster.messages import (
     Batch,
-    Event,
+    Issued,
     counted,
     fake_ranks,
     issued,
@@ -21,7 +21,7 @@ from ipu_pipeline.backends.cluster.messages import (
 )
 from ipu_pipeline.errors import LoweringError
 
-Ranks = list[list[Event]]
+Ranks = list[list[Issued]]
 SHAPES = [
     (kind.name, depth * kind.stages_per_device[-1], depth)
     for kind in torch_schedules()
@@ -73,7 +73,7 @@ def another_size(ranks: Ranks) -> Ranks:
     at = next(i for i, event in enumerate(ranks[0]) if not event.waits)
     one = ranks[0][at].batch.transfers[0]
     wrong = one._replace(message=one.message._replace(num_bytes=3))
-    ranks[0][at] = Event(Batch((wrong,)), waits=False)
+    ranks[0][at] = Issued(Batch((wrong,)), waits=False)
     return ranks
 
 
@@ -95,7 +95,7 @@ def both_send_first(_: Ranks) -> Ranks:
         parts = [one for e in events if not e.waits for one in e.batch.transfers]
         ordered = sorted(parts, key=lambda one: not one.sends)
         batches = [Batch((one,)) for one in ordered]
-        rows.append([Event(batch, waits=w) for batch in batches for w in (False, True)])
+        rows.append([Issued(batch, waits=w) for batch in batches for w in (False, True)])
     return rows
 
 
@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[Callable[[Ranks], Ranks], str]] = {
 }
 
 
-def last_gradient(event: Event) -> bool:
+def last_gradient(event: Issued) -> bool:
     return any(
         one.message.kind == "B" and one.message.microbatch == 3 for one in event.batch.transfers
     )
