@@ -25,10 +25,11 @@ from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import device_of
 from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
-from ipu_pipeline.stages.training import autocast_region, device_of, refuse_gradient_hooks
+from ipu_pipeline.stages.training import autocast_region, refuse_gradient_hooks
 from ipu_pipeline.stages.variants import (
     Attempt,
     Prepared,
@@ -63,6 +64,7 @@ class StageCache:
             of each as many captures.
         on_drop: Called with stages that are forgotten.
         live: Microbatches come from :meth:`groups`, and stages may share values with the glue.
+        compile_blocks: Whether blocks go through ``torch.compile``.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class StageCache:
     max_shapes: int = MAX_SHAPES
     on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
     live: bool = False
+    compile_blocks: bool = False
 
     def __post_init__(self) -> None:
         self._shapes = LRUCache[Signature, ShapeVariants](self.max_shapes, self._dropped)
@@ -456,7 +459,10 @@ class StageCache:
         verify_state(captured.state, places)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards)
+        stages = build_stages(captured, blocks, self.recompute, tables, row_shards)
+        for stage in stages:
+            stage.compiled = self.compile_blocks
+        return stages
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:

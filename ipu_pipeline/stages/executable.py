@@ -118,6 +118,12 @@ class ExecutionOptions:
         sdk_python: The Python of Graphcore's SDK, under which the ``poptorch`` target runs its
             worker; ``None`` takes the variable IPU_PIPELINE_SDK_PYTHON. ``PYTHON --emulate`` puts
             the stand-in in the place of poptorch.
+        device: Where the weights go and batches are moved to: ``cuda`` (``distributed``: the GPU
+            of the process's LOCAL_RANK), ``cuda:1``, ``cpu``; ``None`` leaves the weights where
+            they are. The stages of one process share one device.
+        compile_blocks: Run every block through ``torch.compile``; a block that it cannot compile
+            whole, or that draws random numbers, is refused, one that is serialized or keeps what
+            it changes runs as it is. Stages of ``local`` then run one after another.
         training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
             plan may have been made without labels.
         weights: Folder with the weights of a model on ``meta`` (safetensors, whole or in shards);
@@ -142,6 +148,8 @@ class ExecutionOptions:
     self_check: bool = True
     ipu_config: Any = None  # an IPUConfig, of the one backend that has it
     sdk_python: str | None = None
+    device: str | torch.device | None = None
+    compile_blocks: bool = False
     training: bool = True
     loss_weights: LossWeights = None
     weights: str | Path | None = None
@@ -161,6 +169,7 @@ class ExecutionOptions:
                 f"loss_weights {self.loss_weights!r} is unknown; use 'samples', a list of factors, "
                 "or a function of a microbatch's inputs"
             )
+        self._check_device()
         scaling = self.loss_scaling
         if isinstance(scaling, GradScaler):
             if not scaling.is_enabled():
@@ -176,6 +185,17 @@ class ExecutionOptions:
             )
         if self.stall_timeout_s <= 0:
             raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    def _check_device(self) -> None:
+        try:
+            known = self.device is None or torch.device(self.device).type != "meta"
+        except RuntimeError:
+            known = False
+        if not known:
+            raise ValueError(
+                f"device {self.device!r} is unknown; use 'cuda', 'cuda:0', 'cpu', or None to leave "
+                "the weights where they are"
+            )
 
     def require_training(self) -> None:
         """Refuse a training step of what was compiled for evaluation.

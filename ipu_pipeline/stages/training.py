@@ -186,12 +186,6 @@ def autocast_region(precision: str, device: torch.device) -> contextlib.Abstract
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the weights of a model are; of one without values the CPU."""
-    found = (p.device for p in model.parameters() if not p.is_meta)
-    return next(found, torch.device("cpu"))
-
-
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Refuse an optimizer that cannot step a model.
 

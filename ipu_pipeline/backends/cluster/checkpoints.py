@@ -27,7 +27,8 @@ from ipu_pipeline.checkpoint import (
     Attach,
     Background,
     CheckpointInfo,
-    read_checkpoint,
+    check_share,
+    prepare_loading,
     restore_previous,
 )
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
@@ -94,23 +95,25 @@ class ShardedCheckpoints:
         self.wait()
         # A replacement that was cut off is finished by one rank before any reads.
         together(self._ranks, lambda: restore_previous(Path(path)) if self._rank == 0 else None)
+        together(self._ranks, lambda: check_share(path, self._rank, dist.get_world_size()))
         if self._own is not None:
             self._own.restore()
+        ready: list[Callable[[], CheckpointInfo]] = []
         found: list[CheckpointInfo] = []
         try:
             together(
                 self._ranks,
-                lambda: found.append(
-                    read_checkpoint(
+                lambda: ready.append(
+                    prepare_loading(
                         path,
                         model=self._model,
                         optimizer=self._optimizer,
-                        repair=False,
                         is_held=self._is_held or (lambda _: True),
                         masters=self._masters,
                     )
                 ),
             )
+            together(self._ranks, lambda: found.append(ready[0]()))
         finally:
             if self._own is not None and ownership is not None:
                 self._own.keep(ownership)

@@ -88,6 +88,8 @@ def description(
 ) -> dict[str, str]:
     """Return what has to be equal on all ranks, readable, by what it is called in a message."""
     settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
+    if options.device is not None:  # each rank has its own of a type
+        settings["device"] = torch.device(options.device).type
     return {
         # What is decided, not what a rank that plans by itself has measured.
         "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "

@@ -43,6 +43,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
@@ -79,9 +80,8 @@ class DistributedExecutable(Executable):
         options: ExecutionOptions,
     ) -> None:
         super().__init__(model, plan, optimizer, options)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        device = device if self._holds_all else torch.device("cpu")
         self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
         try:
             background = self._meet_others(device)
@@ -91,6 +91,8 @@ class DistributedExecutable(Executable):
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
         held = self._materialized()
+        if options.device is not None:
+            move(model, optimizer, device)
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
@@ -110,6 +112,7 @@ class DistributedExecutable(Executable):
             # Stand-ins tell nothing about gradients.
             self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
+            compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)

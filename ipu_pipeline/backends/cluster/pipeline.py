@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -23,6 +23,7 @@ from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossi
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import device_of, naming_snapshots
 from ipu_pipeline.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class _NotedStage(PipelineStage):
             super()._setup_backward_recv_info(*args, **kwargs)
         _free(chain.from_iterable(self.grad_recv_info.values()))
 
-    @contextlib.contextmanager
+    @contextmanager
     def _without_memory(self) -> Iterator[None]:
         device, self.device = self.device, torch.device("meta")
         yield
@@ -104,9 +105,11 @@ class _NotedStage(PipelineStage):
         result = super()._warmup_backward_result
         return self._waiter.run(lambda: result(*args, **kwargs))
 
-    def _noted(self, what: str, chunk: int) -> Any:
+    @contextmanager
+    def _noted(self, what: str, chunk: int) -> Iterator[None]:
         index = self._inputs.microbatches[chunk].index
-        return self._waiter.activity.during(what, self._code, index)
+        with self._waiter.activity.during(what, self._code, index), naming_snapshots():
+            yield
 
 
 def _allocate(received: Iterable[Any], device: torch.device) -> None:
@@ -267,7 +270,7 @@ def _gradients(
     module: StageModule, received: Sequence[Tensor], parameters: list[Any], backward: Backward
 ) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(0)
-    leaves = [_filled(described, generator) for described in received]
+    leaves = [_filled(described, generator, device_of(module)) for described in received]
     position = torch.zeros(1, dtype=torch.int64)
     changing = [t for program in module.stage.programs for t in program.changing.values()]
     with preserved_state(module, changing):
@@ -291,10 +294,10 @@ def _in_two(
     stage_backward_weight(iter(parameters), groups)
 
 
-def _filled(described: Tensor, generator: torch.Generator) -> Tensor:
+def _filled(described: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
     if not described.is_floating_point():
-        return torch.zeros(described.shape, dtype=described.dtype)
-    values = torch.randn(described.shape, generator=generator).to(described.dtype)
+        return torch.zeros(described.shape, dtype=described.dtype, device=device)
+    values = torch.randn(described.shape, generator=generator).to(device, described.dtype)
     return values.requires_grad_(described.requires_grad)
 
 

@@ -114,6 +114,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
             "master_weights are float32 copies that an optimizer in Python steps, and the device "
             "runs its own; leave it out, or use target='local' or 'distributed'"
         )
+    if options.device is not None or options.compile_blocks:
+        raise LoweringError(
+            "device and compile_blocks are the local and distributed targets'; the weights are on "
+            "the CPU, IPUs fetch them, and PopART compiles: leave both out"
+        )
     if options.schedule not in (None, "popart"):
         raise LoweringError(
             f"IPUs run PopART's schedule, not {options.schedule!r}; leave schedule out"

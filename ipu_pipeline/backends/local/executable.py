@@ -26,6 +26,7 @@ from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import (
     EvalResult,
     Executable,
@@ -41,7 +42,6 @@ from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
     check_model,
-    device_of,
     in_evaluation,
     kept_modes,
 )
@@ -71,7 +71,9 @@ class LocalExecutable(Executable):
         check_model(model, optimizer)
         super().__init__(model, plan, optimizer, options)
         self._scaler.check(model, master_weights=options.master_weights)
-        self._device = device_of(model)
+        self._device = chosen_device(options.device, model)
+        if options.device is not None:
+            move(model, optimizer, self._device)
         self._cache = StageCache(
             model,
             plan,
@@ -79,6 +81,7 @@ class LocalExecutable(Executable):
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
             live=True,
+            compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
@@ -151,7 +154,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no microbatch, or not one weight for each.
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(cut_batches(parts, weights, first), 1.0)
+        step = self._accumulate(cut_batches(parts, weights, self._device, first), 1.0)
         return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
@@ -176,7 +179,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no batch.
             StageError: A stage failed.
         """
-        microbatches = cut_batches(parts, [1.0] * len(parts))
+        microbatches = cut_batches(parts, [1.0] * len(parts), self._device)
         found = zip(microbatches, self._evaluate(microbatches).results, strict=True)
         return [join([part], [results], {}).nested() for part, results in found]
 
@@ -365,7 +368,9 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
-        alone = self.options.sequential or self.plan.num_stages == 1 or step.glue is not None
+        # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
+        alone = self.options.sequential or self.options.compile_blocks
+        alone = alone or self.plan.num_stages == 1 or step.glue is not None
         in_order = any(stage.in_order for own in step.stages for stage in own)
         try:
             with kept_modes(self.model):

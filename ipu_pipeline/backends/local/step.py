@@ -14,6 +14,7 @@ from torch import Tensor
 from ipu_pipeline.capture.glue_run import GlueRun
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import naming_snapshots
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage
@@ -61,7 +62,7 @@ class Step:
         stage = self.stages[action.microbatch][action.stage]
         started = time.perf_counter()
         try:
-            with torch.set_grad_enabled(self.grad):
+            with naming_snapshots(), torch.set_grad_enabled(self.grad):
                 if action.kind == "F":
                     self._forward(stage, action.microbatch)
                 elif action.kind != "W":  # I computes both gradients, nothing is left to W
