@@ -22,6 +22,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
+from ipu_pipeline.cli.dryrun import dryrun_command
 from ipu_pipeline.cli.launch import launch_command
 from ipu_pipeline.cli.layouts import export_command, import_command
 from ipu_pipeline.cli.options import (
@@ -220,6 +221,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "simulate": simulate_command,
     "report": report_command,
     "compare": compare_command,
+    "dryrun": dryrun_command,
     "predict": predict_command,
     "export": export_command,
     "import": import_command,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _make_tensor_from_meta
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import torch_schedule
@@ -28,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class _NotedStage(PipelineStage):
-    """Torch's stage; it notes what it is doing, and its waits can be given up."""
+    """Torch's stage; it notes what it is doing, and its waits can be given up.
+
+    Torch keeps a buffer for every message of a step, all the time. Here a message has one from its
+    receive to its backward pass.
+    """
 
     def __init__(self, module: StageModule, waiter: Waiter, **arguments: Any) -> None:
         super().__init__(module, module.stage.index, **arguments)
@@ -42,16 +48,44 @@ class _NotedStage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass", bwd_chunk_id):
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        for received in (self.args_recv_info, self.grad_recv_info):
+            _free(received.get(bwd_chunk_id, ()))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass of the weights", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
+    def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_memory():
+            super()._setup_forward_recv_info(*args, **kwargs)
+        _free(chain.from_iterable(self.args_recv_info.values()))
+
+    def _setup_backward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_memory():
+            super()._setup_backward_recv_info(*args, **kwargs)
+        _free(chain.from_iterable(self.grad_recv_info.values()))
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        yield
+        self.device = device
+
+    def set_local_bwd_input(
+        self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int
+    ) -> None:
+        received = self.grad_recv_info[mb_index]
+        pairs = zip(received, next_stage_bwd_outputs, strict=True)
+        _allocate([info for info, gradient in pairs if gradient is None], self.device)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.args_recv_info[fwd_chunk_id], self.device)
         return [self._waiter.guarded(op) for op in super().get_fwd_recv_ops(fwd_chunk_id)]
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
         return [self._waiter.guarded(op) for op in super().get_bwd_recv_ops(bwd_chunk_id)]
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -78,11 +112,25 @@ class _NotedStage(PipelineStage):
             yield
 
 
+def _allocate(received: Iterable[Any], device: torch.device) -> None:
+    """Give memory to messages that have none and will have a value."""
+    for info in received:
+        if info.buffer is None and info.tensor_meta is not None and not info.is_root_arg:
+            info.buffer = _make_tensor_from_meta(info.tensor_meta, device)
+
+
+def _free(received: Iterable[Any]) -> None:
+    for info in received:
+        info.buffer = None
+
+
 class TrainingPipeline:
     """The stages of this rank and the schedule that runs them, for one shape of microbatch.
 
     ``stages`` are all of the plan, ``num_microbatches`` those of one pipeline in one step.
     """
+
+    stage_class = _NotedStage
 
     def __init__(
         self, stages: Sequence[Stage], *, schedule: str, num_microbatches: int, groups: Groups
@@ -100,7 +148,7 @@ class TrainingPipeline:
             for index in layout.own_stages
         ]
         self._stages = [
-            _NotedStage(
+            self.stage_class(
                 module,
                 groups.waiter,
                 num_stages=layout.num_stages,

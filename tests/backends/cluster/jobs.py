@@ -71,6 +71,8 @@ def compiled(
     num_trained: int | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
+    # How losses weigh is measured at the first step, which takes long: test_batches.py asks that.
+    options = {"loss_weights": "samples", **options}
     model, plan, batch = built(name, **planned)
     optimizer = None
     if learning_rate is not None:
@@ -91,7 +93,6 @@ def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, A
 
     ``error`` is over the largest gradient of the model, ``own_error`` over that of each parameter.
     """
-    options = {"loss_weights": "samples", **options}
     made, batch = compiled(name, planned=planned, learning_rate=None, **options)
     with made:
         loss = made.forward_backward(batch)
