@@ -41,6 +41,7 @@ from ipu_pipeline.train.live_loss import (
     calls_of,
     trainable,
 )
+from ipu_pipeline.train.optimizers import loss_factor, scale_gradients
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
 from ipu_pipeline.train.output_folder import (
     begin_run,
@@ -276,7 +277,7 @@ class PipelineTrainer(Trainer):
         parts, self._handed_in = self._handed_in, []
         first, moment = self._num_trained, self._moment()
         self._num_trained = (first + len(parts)) % self.current_gradient_accumulation_steps
-        weights = [weight] * len(parts)
+        weights = [weight * loss_factor(self.accelerator)] * len(parts)
         try:
             losses = self._run(
                 parts, lambda made, inputs: made.forward_backward_parts(inputs, weights, first)
@@ -298,7 +299,7 @@ class PipelineTrainer(Trainer):
         done = self._num_trained + 1
         self._num_trained = done % self.current_gradient_accumulation_steps
         loss = cast(Tensor, run.result) * weight
-        loss.backward()
+        (loss * loss_factor(self.accelerator)).backward()
         self._finite.add(self.state.global_step, float(loss.detach()))
         return loss.detach()
 
@@ -514,7 +515,7 @@ class PipelineTrainer(Trainer):
 
     @property
     def _precision(self) -> str:
-        return "bf16" if self.args.bf16 else "float32"
+        return "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32"
 
     # ---- the executable -----------------------------------------------------------------
 
@@ -522,6 +523,8 @@ class PipelineTrainer(Trainer):
         """Look at the arguments first: what cannot be done is refused before it is set up."""
         check_arguments(self.args, "local" if self._device is None else "poptorch")
         super().create_accelerator_and_postprocess()
+        if self._precision == "fp16":
+            scale_gradients(self.accelerator, self.args.device)
 
     def close(self) -> None:
         """Stop the threads of the stages, or free the IPUs; the next step starts anew."""

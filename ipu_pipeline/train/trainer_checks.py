@@ -16,7 +16,6 @@ _OTHER_RUNTIMES = {
     "torch_compile": "stages run the model's own modules",
     "use_liger_kernel": "its kernels need a GPU",
     "auto_find_batch_size": "a plan is made for one size of microbatch",
-    "fp16": "transformers has no fp16 on CPUs; use bf16=True",
     "async_save": "transformers writes the checkpoints, and training waits for them",
     "stochastic_rounding": "transformers makes the optimizer; pass "
     "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
@@ -100,11 +99,8 @@ def check_arguments(args: Any, target: str = "local") -> None:
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
     if target == "poptorch":
         _check_for_ipus(args)
-    elif getattr(args, "replicas", 1) > 1:
-        raise ValueError(
-            f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
-            "leave it out, or use ipu_pipeline.train.train with target='distributed'"
-        )
+    else:
+        _check_for_stages(args)
     if args.world_size > 1:
         raise ValueError(
             f"PipelineTrainer runs all stages in one process, and {args.world_size} were started; "
@@ -135,6 +131,20 @@ def check_arguments(args: Any, target: str = "local") -> None:
         )
 
 
+def _check_for_stages(args: Any) -> None:
+    """Refuse what this process does in another way, or not at all."""
+    if args.fp16 and getattr(args, "loss_scaling", None) is not None:
+        raise ValueError(
+            f"loss_scaling={args.loss_scaling} does not go with fp16 in PipelineTrainer, whose "
+            "loop scales losses by torch's GradScaler; leave it out"
+        )
+    if getattr(args, "replicas", 1) > 1:
+        raise ValueError(
+            f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
+            "leave it out, or use ipu_pipeline.train.train with target='distributed'"
+        )
+
+
 def _check_for_ipus(args: Any) -> None:
     """Refuse what IPUs do in another way, or not at all."""
     if recomputes(args):
@@ -142,9 +152,10 @@ def _check_for_ipus(args: Any) -> None:
             "gradient_checkpointing is the other targets': what IPUs recompute is the plan's to "
             "say; leave it out, and give ipu_config=IPUConfig(recompute=True)"
         )
-    if args.bf16:
+    if args.bf16 or args.fp16:
         raise ValueError(
-            "IPUs have no bfloat16; leave bf16 out, and call model.half() before for float16"
+            "IPUs have no autocast and no bfloat16; leave bf16 and fp16 out, and call model.half() "
+            "before for float16"
         )
 
 

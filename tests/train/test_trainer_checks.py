@@ -23,6 +23,7 @@ from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
 PLAIN = {
+    "fp16": False,
     "world_size": 1,
     "device": torch.device("cpu"),
     "n_gpu": 0,
@@ -40,7 +41,7 @@ PLAIN = {
         ({"torch_compile": True}, "torch_compile does not go"),
         ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
-        ({"fp16": True}, "fp16 does not go .* use bf16=True"),
+        ({"fp16": True, "loss_scaling": 64.0}, "loss_scaling=64.0 does not go with fp16 in Pipe"),
         ({"world_size": 4}, "all stages in one process, and 4 were started; start it without"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
