@@ -107,10 +107,11 @@ def check_arguments(args: Any, target: str = "local") -> None:
             "start it without torchrun, or use ipu_pipeline.train.train with "
             "target='distributed'"
         )
-    if args.device.type != "cpu":
+    if args.device.type != "cpu" and (target == "poptorch" or args.n_gpu > 1):
         raise ValueError(
-            f"PipelineTrainer computes on the CPU, and the arguments chose {args.device} with "
-            f"n_gpu={args.n_gpu}; set use_cpu=True"
+            "PipelineTrainer runs all stages on one device, beside IPUs on the CPU, and the "
+            f"arguments chose {args.device} with n_gpu={args.n_gpu}; set use_cpu=True, or let it "
+            "see one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     if any(part in str(args.optim) for part in _IN_BACKWARD):
         raise ValueError(

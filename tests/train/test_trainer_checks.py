@@ -45,7 +45,7 @@ PLAIN = {
         ({"world_size": 4}, "all stages in one process, and 4 were started; start it without"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
-            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
+            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True, or let it see one GPU",
         ),
         ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
         ({"async_save": True}, "async_save does not go"),
@@ -63,6 +63,8 @@ PLAIN = {
 )
 def test_arguments_that_a_pipeline_cannot_follow(wrong: dict[str, Any], message: str) -> None:
     check_arguments(SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
+    one_gpu = {"device": torch.device("cuda", 0), "n_gpu": 1}
+    check_arguments(SimpleNamespace(**PLAIN | one_gpu))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         check_arguments(SimpleNamespace(**PLAIN | wrong))  # type: ignore[arg-type]
 
