@@ -27,6 +27,7 @@ from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.train.live_loss import calls_of
+from ipu_pipeline.train.steps import CollectedSteps
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
@@ -42,8 +43,8 @@ _MEAN_OF_MEANS = (
 )
 
 
-class DeviceSteps:
-    """What differs for a trainer whose target is ``poptorch``; it holds the executable.
+class DeviceSteps(CollectedSteps):
+    """The steps of a trainer whose stages are IPUs.
 
     Args:
         trainer: The ``PipelineTrainer``.
@@ -51,13 +52,15 @@ class DeviceSteps:
         sdk_python: As for :func:`ipu_pipeline.compile`.
     """
 
+    target = "poptorch"
+    reads_ahead = has_gradients = False
+
     def __init__(
         self, trainer: PipelineTrainer, ipu_config: IPUConfig | None, sdk_python: str | None
     ) -> None:
-        self._trainer = trainer
+        super().__init__(trainer)
         self._ipu_config = ipu_config
         self._sdk_python = sdk_python
-        self._executable: PopTorchExecutable | None = None
         self._is_loss_compared = False
 
     # ---- steps --------------------------------------------------------------------------
@@ -187,22 +190,12 @@ class DeviceSteps:
 
     # ---- the executable -----------------------------------------------------------------
 
-    def has_executable(self) -> bool:
-        """Whether there is one of the present model."""
-        return self._executable is not None and self._executable.model is self._trainer.model
-
     def fetch(self, *, optimizer: bool = False) -> None:
         """Bring the weights here up to date, and the optimizer's state if asked."""
-        if self._executable is not None:
-            self._executable.fetch()
+        if isinstance(self.executable, PopTorchExecutable):
+            self.executable.fetch()
             if optimizer:
-                self._executable.fetch_optimizer()
-
-    def close(self) -> None:
-        """Fetch the weights and free the IPUs."""
-        made, self._executable = self._executable, None
-        if made is not None:
-            made.close()
+                self.executable.fetch_optimizer()
 
     def watch_callbacks(self) -> None:
         """Fetch weights before callbacks that may read them."""
@@ -225,13 +218,13 @@ class DeviceSteps:
     def _ready(self, part: Mapping[str, Any], *, training: bool) -> PopTorchExecutable:
         """Return the executable of the present model, with the present optimizer to train."""
         optimizer = self._optimizer() if training or self._trainer.is_in_train else None
-        made = self._executable
+        made = self.executable
         stale = made is not None and optimizer is not None and made.optimizer is not optimizer
         if stale or not self.has_executable():
             self.close()
-            self._executable = self._compile(part, optimizer)
-        assert self._executable is not None
-        return self._executable
+            self.executable = self._compile(part, optimizer)
+        assert isinstance(self.executable, PopTorchExecutable)
+        return self.executable
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Return torch's optimizer in accelerate's."""

@@ -103,11 +103,11 @@ def test_a_plan_file_is_used_from_the_first_evaluation_on(tmp_path) -> None:
     whole = PipelineTrainer(model, arguments(tmp_path), eval_dataset=marked(7))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])
     assert trainer.plan.num_stages == 3
-    executable = trainer._executable
+    executable = trainer._steps.executable
     assert executable is not None
     assert whole.plan is None
     trainer.train()
-    assert trainer._executable is executable
+    assert trainer._steps.executable is executable
     assert executable.global_step == 1  # that of the last of two steps
 
 

@@ -27,7 +27,7 @@ from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
 
-# Elements of a parameter that are compared between ranks.
+# Elements of a tensor that are compared between ranks.
 SAMPLE = 256
 NOTE_BYTES = 256
 _DIGEST_BYTES = 8
@@ -64,7 +64,7 @@ def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
 
 def _kinds() -> dict[str, type[Exception]]:
     """Return the errors that all ranks raise as one of them does, by name."""
-    kinds: list[type[Exception]] = [OSError, PipelineError]
+    kinds: list[type[Exception]] = [OSError, ValueError, PipelineError]
     for kind in kinds:
         kinds += kind.__subclasses__() if issubclass(kind, PipelineError) else []
     return {kind.__name__: kind for kind in kinds}
@@ -139,14 +139,18 @@ def _checksum(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        if parameter.is_meta or not parameter.numel():
-            continue
-        flat = parameter.detach().reshape(-1)
-        count = min(SAMPLE, flat.numel())
-        where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-        sample = flat[where.to(flat.device)].cpu()
-        digest.update(sample.view(torch.uint8).numpy().data)
+        digest.update(_sample(parameter))
     return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return some of the values of a tensor."""
+    if tensor.is_meta or not tensor.numel():
+        return b""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLE, flat.numel())
+    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+    return flat[where.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # ---- every batch ------------------------------------------------------------------------
@@ -159,17 +163,19 @@ class BatchCheck:
         self._groups = groups
         self._sent: tuple[dist.Work, Tensor] | None = None
 
-    def check(self, call: str, step: int, batch: Mapping[str, Any]) -> None:
-        """Compare this call and the shapes of its batch with those of the rank before.
+    def check(self, call: str, step: int, *parts: Mapping[str, Any]) -> None:
+        """Compare this call, and the batch or its microbatches, with those of the rank before.
 
-        Every process calls this, before anything in its batch can be refused.
+        Of large tensors a sample of the values is compared. Every process calls this, before
+        anything in its batch can be refused.
 
         Raises:
             ValueError: They differ.
         """
         self._compare(
-            f"for {call} in step {step} with {described(batch)}",
+            f"for {call} in step {step} with {'; '.join(map(described, parts))}",
             "give every rank the same whole batch (each takes its own part), in the same order",
+            b"".join(_sample(v) for part in parts for v in part.values() if isinstance(v, Tensor)),
         )
 
     def check_glue(
@@ -192,9 +198,9 @@ class BatchCheck:
             "for random and numpy, and no clock",
         )
 
-    def _compare(self, text: str, remedy: str) -> None:
+    def _compare(self, text: str, remedy: str, values: bytes = b"") -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
-        own = _note(text).to(self._groups.device)
+        own = _note(text, values).to(self._groups.device)
         if rank + 1 < size:
             if self._sent is not None:
                 self._groups.waiter.run(self._sent[0].wait)
@@ -208,8 +214,9 @@ class BatchCheck:
         assert receiving is not None
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
+            other = "with other values" if _text(theirs) == _text(own) else _text(theirs)
             raise ValueError(
-                f"rank {rank} was called {text}, but rank {rank - 1} {_text(theirs)}; {remedy}"
+                f"rank {rank} was called {text}, but rank {rank - 1} {other}; {remedy}"
             )
 
 
@@ -232,10 +239,10 @@ def _short(value: Any) -> Any:
     return value.shape, hashlib.blake2b(value.tobytes(), digest_size=8).hexdigest()
 
 
-def _note(text: str) -> Tensor:
-    """Return a digest of ``text`` and as much of it as fits, shape ``(NOTE_BYTES,)``."""
+def _note(text: str, values: bytes = b"") -> Tensor:
+    """Return a digest of both, and as much of ``text`` as fits, shape ``(NOTE_BYTES,)``."""
     data = text.encode()
-    digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    digest = hashlib.blake2b(data + values, digest_size=_DIGEST_BYTES).digest()
     whole = (digest + data)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
 
