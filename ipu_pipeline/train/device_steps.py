@@ -16,26 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
-from transformers import TrainerCallback
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.train.live_loss import calls_of
-from ipu_pipeline.train.steps import CollectedSteps
+from ipu_pipeline.train.steps import CollectedSteps, as_output
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
 
 logger = logging.get_logger(__name__)
-# Events between a step's backward pass and its update: on the device there is no such moment.
-_INSIDE_STEP = ("on_pre_optimizer_step", "on_optimizer_step")
-_EVERY_STEP = ("on_step_begin", "on_step_end", "on_substep_end")
 _TOLERANCE = 1e-4  # of two losses that are the same but for rounding
 _MEAN_OF_MEANS = (
     "IPUs take the mean of the microbatches' means; set trainer.model_accepts_loss_kwargs = False, "
@@ -54,6 +48,8 @@ class DeviceSteps(CollectedSteps):
 
     target = "poptorch"
     reads_ahead = has_gradients = False
+    inside_step = "which IPUs make in one call"
+    runs_alone = "a program on IPUs holds the model alone"
 
     def __init__(
         self, trainer: PipelineTrainer, ipu_config: IPUConfig | None, sdk_python: str | None
@@ -64,26 +60,6 @@ class DeviceSteps(CollectedSteps):
         self._is_loss_compared = False
 
     # ---- steps --------------------------------------------------------------------------
-
-    def check_training(self) -> None:
-        """Refuse to train what IPUs do not compute.
-
-        Raises:
-            ValueError: The loss is computed outside of the model, or a callback acts in a step.
-        """
-        for callback in self._trainer.callback_handler.callbacks:
-            for event in _INSIDE_STEP:
-                if _own(callback, event):
-                    raise ValueError(
-                        f"{type(callback).__name__}.{event} acts inside an optimizer step, which "
-                        "IPUs make in one call; use on_step_end, or target='local'"
-                    )
-        if not self._trainer._loss_is_the_models():
-            raise ValueError(
-                "the loss is computed outside of the model (compute_loss, compute_loss_func or "
-                "label_smoothing_factor), and a program on IPUs holds the model alone; compute it "
-                "in the model's forward, or use target='local'"
-            )
 
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Make one optimizer step of all microbatches; return their mean loss.
@@ -197,24 +173,6 @@ class DeviceSteps(CollectedSteps):
             if optimizer:
                 self.executable.fetch_optimizer()
 
-    def watch_callbacks(self) -> None:
-        """Fetch weights before callbacks that may read them."""
-        handler: Any = self._trainer.callback_handler
-        call = handler.call_event
-
-        def called(event: str, *args: Any, **kwargs: Any) -> Any:
-            readers = [c for c in handler.callbacks if _own(c, event)]
-            if readers:
-                if event in _EVERY_STEP:
-                    logger.warning_once(
-                        "weights are fetched from the IPUs in every step, because "
-                        f"{type(readers[0]).__name__}.{event} may read them"
-                    )
-                self.fetch()
-            return call(event, *args, **kwargs)
-
-        handler.call_event = called
-
     def _ready(self, part: Mapping[str, Any], *, training: bool) -> PopTorchExecutable:
         """Return the executable of the present model, with the present optimizer to train."""
         optimizer = self._optimizer() if training or self._trainer.is_in_train else None
@@ -225,12 +183,6 @@ class DeviceSteps(CollectedSteps):
             self.executable = self._compile(part, optimizer)
         assert isinstance(self.executable, PopTorchExecutable)
         return self.executable
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return torch's optimizer in accelerate's."""
-        wrapped: Any = self._trainer.optimizer
-        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
-        return found
 
     def _compile(
         self, part: Mapping[str, Any], optimizer: torch.optim.Optimizer | None
@@ -280,19 +232,3 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
         found[name] = torch.cat(values)
     return found
-
-
-def as_output(result: EvalResult) -> ModelOutput:
-    """Return what the device computed in the form in which models of transformers return it."""
-    output = ModelOutput()
-    if result.loss is not None:
-        output["loss"] = torch.tensor(result.loss)
-    for name, value in result.outputs.items():
-        output[name] = value
-    return output
-
-
-def _own(callback: TrainerCallback, event: str) -> bool:
-    """Whether somebody else than transformers wrote the callback's method."""
-    method = getattr(type(callback), event, None)
-    return not (getattr(method, "__module__", None) or "transformers").startswith("transformers")

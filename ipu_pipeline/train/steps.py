@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
-from ipu_pipeline.stages.executable import Executable
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.stages.executable import EvalResult, Executable
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
 
+logger = logging.get_logger(__name__)
 Prediction = tuple[Tensor | None, Any, Any]
+T = TypeVar("T")
+_EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+# Events between a step's backward pass and its update.
+_INSIDE_STEP = ("on_pre_optimizer_step", "on_optimizer_step")
+_EVERY_STEP = ("on_step_begin", "on_step_end", "on_substep_end")
 
 
 class TargetSteps(ABC):
@@ -38,6 +48,33 @@ class TargetSteps(ABC):
     def __init__(self, trainer: PipelineTrainer) -> None:
         self._trainer = trainer
         self.executable: Executable | None = None
+
+    # ---- what transformers sees ---------------------------------------------------------
+
+    def enter(self) -> None:  # noqa: B027 - there is one process by default
+        """Make the trainer's arguments ready, before anything is made of them."""
+
+    def adapt(self, accelerator: Any) -> Any:
+        """Return the accelerator that the trainer uses in place of its own."""
+        return accelerator
+
+    def num_stages(self, replicas: int) -> int | None:  # noqa: ARG002 - the planner chooses
+        """Return how many stages to plan where nobody says; ``None``: the machine's devices."""
+        return None
+
+    def plan(self, make: Callable[[], Plan]) -> Plan:
+        """Return the plan that ``make`` makes."""
+        return make()
+
+    def agreed(self, work: Callable[[], T], *, everywhere: bool = False) -> T:  # noqa: ARG002
+        """Return what ``work`` returns in the first process, to all; what it raises, all raise.
+
+        ``everywhere``: each process does it, and all raise what it raises in any.
+        """
+        return work()
+
+    def watch_callbacks(self) -> None:  # noqa: B027 - weights are here by default
+        """Fetch weights before callbacks that may read them."""
 
     # ---- training -----------------------------------------------------------------------
 
@@ -84,9 +121,6 @@ class TargetSteps(ABC):
         """Surround the training, an evaluation or a prediction."""
         yield
 
-    def watch_callbacks(self) -> None:  # noqa: B027 - nothing to do where weights are here
-        """Fetch weights before callbacks that may read them."""
-
     def fetch(self, *, optimizer: bool = False) -> None:  # noqa: B027 - they are here
         """Bring the weights here up to date, and the optimizer's state if asked."""
 
@@ -102,7 +136,17 @@ class TargetSteps(ABC):
 
 
 class CollectedSteps(TargetSteps):
-    """Steps of a target that runs all microbatches of an optimizer step in one call."""
+    """Steps of a target that runs all microbatches of an optimizer step in one call.
+
+    Weights are elsewhere until they are fetched.
+
+    Attributes:
+        inside_step: Why no callback of the user's acts there, for a message.
+        runs_alone: What runs the model, for a message.
+    """
+
+    inside_step: ClassVar[str]
+    runs_alone: ClassVar[str]
 
     def __init__(self, trainer: PipelineTrainer) -> None:
         super().__init__(trainer)
@@ -128,6 +172,58 @@ class CollectedSteps(TargetSteps):
         trainer._finite.add(trainer.state.global_step, loss)
         return torch.tensor(loss, device=trainer.args.device)
 
+    def check_training(self) -> None:
+        """Refuse to train what the target does not compute.
+
+        Raises:
+            ValueError: The loss is computed outside of the model, or a callback acts in a step.
+        """
+        for callback in self._trainer.callback_handler.callbacks:
+            for event in _INSIDE_STEP:
+                if is_users(callback, event):
+                    raise ValueError(
+                        f"{type(callback).__name__}.{event} acts inside an optimizer step, "
+                        f"{self.inside_step}; use on_step_end, or target='local'"
+                    )
+        if not self._trainer._loss_is_the_models():
+            raise ValueError(
+                "the loss is computed outside of the model (compute_loss, compute_loss_func or "
+                f"label_smoothing_factor), and {self.runs_alone}; compute it in the model's "
+                "forward, or use target='local'"
+            )
+
+    def watch_callbacks(self) -> None:
+        """Fetch weights before callbacks that may read them."""
+        handler: Any = self._trainer.callback_handler
+        call = handler.call_event
+
+        def called(event: str, *args: Any, **kwargs: Any) -> Any:
+            if self.is_read_at(event):
+                if event in _EVERY_STEP:
+                    logger.warning_once(
+                        "weights are fetched in every step, because a callback may read them in %s",
+                        event,
+                    )
+                self.fetch()
+            return call(event, *args, **kwargs)
+
+        handler.call_event = called
+
+    def is_read_at(self, event: str) -> bool:
+        """Whether a callback may read weights at an event."""
+        return event in self._events_of_users()
+
+    def _events_of_users(self) -> list[str]:
+        """Return the events at which callbacks act that are not transformers' own."""
+        callbacks = self._trainer.callback_handler.callbacks
+        return [e for e in _EVENTS if any(is_users(callback, e) for callback in callbacks)]
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return torch's optimizer in accelerate's."""
+        wrapped: Any = self._trainer.optimizer
+        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
+        return found
+
     @abstractmethod
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Run all microbatches of an optimizer step; return the loss of the step.
@@ -136,3 +232,19 @@ class CollectedSteps(TargetSteps):
             parts: Inputs of each.
             num_items: As transformers counts them; ``None`` where the loss does not ask.
         """
+
+
+def as_output(result: EvalResult) -> ModelOutput:
+    """Return what the stages computed in the form in which models of transformers return it."""
+    output = ModelOutput()
+    if result.loss is not None:
+        output["loss"] = torch.tensor(result.loss)
+    for name, value in result.outputs.items():
+        output[name] = value
+    return output
+
+
+def is_users(callback: TrainerCallback, event: str) -> bool:
+    """Whether somebody else than transformers wrote the callback's method."""
+    method = getattr(type(callback), event, None)
+    return not (getattr(method, "__module__", None) or "transformers").startswith("transformers")

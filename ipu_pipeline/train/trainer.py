@@ -4,11 +4,12 @@ The inherited loop reads ``gradient_accumulation_steps`` batches per optimizer s
 ``training_step`` for each. Here a call hands its batch in, and the last one runs them all through
 the pipeline as its microbatches. So data, padding, logs, schedules, clipping and checkpoints are
 the inherited ones; nothing else of the loop is replaced. How a target makes its steps is in a file
-of its own: ``local_steps.py``, ``device_steps.py``.
+of its own: ``local_steps.py``, ``device_steps.py``, ``process_steps.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,8 +43,9 @@ from ipu_pipeline.train.steps import Prediction, TargetSteps
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_class,
+    check_folder,
     check_plan,
-    check_target,
+    chosen_target,
     inherited_from,
     recomputes,
     switch_off_checkpointing,
@@ -58,7 +60,9 @@ _NO_SUBSTEP = TrainerCallback.on_substep_end
 
 
 class PipelineTrainer(Trainer):
-    """A ``transformers.Trainer`` whose steps run through a pipeline, in this process or on IPUs.
+    """A ``transformers.Trainer`` whose steps run through a pipeline.
+
+    Its stages are threads of this process, processes that torchrun has started, or IPUs.
 
     ``gradient_accumulation_steps`` is the number of microbatches: with 1 the stages take turns.
     Until there is a plan (no training step was made, none was given), evaluation runs the model
@@ -70,7 +74,8 @@ class PipelineTrainer(Trainer):
         machine: As for :func:`ipu_pipeline.plan`, used where a plan is made.
         num_stages: The same.
         costs: The same. What is ``None`` is taken from our ``TrainingArguments``, if ``args`` are.
-        target: ``local`` or ``poptorch``; others need :func:`ipu_pipeline.train.train`.
+        target: ``local``, ``poptorch`` or ``distributed``; ``None``: ``distributed`` in one of
+            several processes (torchrun), each of which runs its stages, else ``local``.
         ipu_config: For ``poptorch``: what to plan with, and what the plan does not say.
         sdk_python: For ``poptorch``, as for :func:`ipu_pipeline.compile`.
         **kwargs: As for ``transformers.Trainer``.
@@ -99,15 +104,12 @@ class PipelineTrainer(Trainer):
         machine: str | Machine | None = None,
         num_stages: int | None = None,
         costs: str | None = None,
-        target: str = "local",
+        target: str | None = None,
         ipu_config: IPUConfig | None = None,
         sdk_python: str | None = None,
         **kwargs: Any,
     ) -> None:
-        check_target(target)
-        self._steps: TargetSteps = (
-            DeviceSteps(self, ipu_config, sdk_python) if target == "poptorch" else LocalSteps(self)
-        )
+        self._steps = self._steps_on(chosen_target(target), ipu_config, sdk_python)
         self._given_plan: Plan | None = None
         self._ahead: dict[int, Prediction] = {}
         self._run_id, self._finite = "", FiniteLosses()
@@ -117,16 +119,30 @@ class PipelineTrainer(Trainer):
         if self._given_plan is not None:
             check_plan(self._given_plan, self.args)
         self.plan = self._given_plan
+        replicas = int(getattr(self.args, "replicas", 1))
         self._make_plan = partial(
             compiler.plan,
             machine=machine or getattr(self.args, "machine", None) or "local",
-            num_stages=num_stages or getattr(self.args, "num_stages", None),
+            num_stages=num_stages
+            or getattr(self.args, "num_stages", None)
+            or self._steps.num_stages(replicas),
             microbatches=self.args.gradient_accumulation_steps,
             costs=costs or str(getattr(self.args, "costs", "analytic")),
-            replicas=getattr(self.args, "replicas", 1),
+            replicas=replicas,
             config=ipu_config,
         )
         self._steps.watch_callbacks()
+
+    def _steps_on(
+        self, target: str, ipu_config: IPUConfig | None, sdk_python: str | None
+    ) -> TargetSteps:
+        if target == "poptorch":
+            return DeviceSteps(self, ipu_config, sdk_python)
+        if target == "distributed":
+            from ipu_pipeline.train.process_steps import ProcessSteps
+
+            return ProcessSteps(self)
+        return LocalSteps(self)
 
     # ---- the run and its folder ---------------------------------------------------------
 
@@ -148,11 +164,13 @@ class PipelineTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         saves = self.args.save_strategy != SaveStrategy.NO
         self._run_id, self._finite = "", FiniteLosses()
-        self._steps.check_training()
         run = trainer_run(folder, resume_from_checkpoint=resume_from_checkpoint, saves=saves)
-        with run as (path, self._run_id):
+        agreed = self._steps.agreed
+        with contextlib.ExitStack() as held, self._steps.running():
+            agreed(self._steps.check_training, everywhere=True)
+            path, self._run_id = agreed(lambda: held.enter_context(run))
             output = super().train(path, *args, **kwargs)
-        self._steps.fetch()
+            self._steps.fetch()
         if self.hp_search_backend is None:  # a trial of a search may fail, the others go on
             self._finite.check_trained(self._whole_model, self.state.global_step)
         return output
@@ -160,15 +178,25 @@ class PipelineTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as transformers does, and say in the checkpoint of which run it is."""
         folder, before = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+        agreed = self._steps.agreed
         if not self._run_id:  # a callback has asked for it, without any save_strategy
-            self._run_id = begin_run(folder, None, run_of_trainer_checkpoint)
+            self._run_id = agreed(lambda: begin_run(folder, None, run_of_trainer_checkpoint))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        begin_trainer_checkpoint(folder / name, self._run_id)
+        agreed(lambda: begin_trainer_checkpoint(folder / name, self._run_id))
         self._steps.fetch(optimizer=not self.args.save_only_model)
         super()._save_checkpoint(model, trial)
-        best = self.state.best_model_checkpoint
-        if best != before and run_of_trainer_checkpoint(Path(str(best))) != self._run_id:
-            self.state.best_model_checkpoint = before  # an older run's, of the step of the best
+
+        def best_of_this_run() -> str | None:
+            best = self.state.best_model_checkpoint
+            own = best == before or run_of_trainer_checkpoint(Path(str(best))) == self._run_id
+            return best if own else before  # an older run's, of the step of the best
+
+        self.state.best_model_checkpoint = agreed(best_of_this_run)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the state of the random generators, which all processes have."""
+        if self.args.should_save:
+            super()._save_rng_state(output_dir)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, with the weights of now."""
@@ -177,6 +205,8 @@ class PipelineTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._steps.fetch()  # the device's weights are not newer than those that are loaded
+        best = Path(str(self.state.best_model_checkpoint))
+        self._steps.agreed(lambda: check_folder(best), everywhere=True)
         super()._load_best_model()
 
     # ---- training -----------------------------------------------------------------------
@@ -257,9 +287,10 @@ class PipelineTrainer(Trainer):
             run = partial(self._run_ahead, loss_only=loss_only, ignore_keys=ignore_keys)
             dataloader = Prefetch(dataloader, _AHEAD_PER_STAGE * self.plan.num_stages, run)
         try:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            with self._steps.running():
+                return super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         finally:
             self._ahead = {}
 
@@ -324,7 +355,10 @@ class PipelineTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Look at the arguments first: what cannot be done is refused before it is set up."""
         check_arguments(self.args, self._steps.target)
+        self._steps.enter()
         super().create_accelerator_and_postprocess()
+        self.accelerator = self._steps.adapt(self.accelerator)
+        self.gather_function = self.accelerator.gather_for_metrics
 
     def close(self) -> None:
         """Stop the threads of the stages, or free the IPUs; the next step starts anew."""
@@ -349,7 +383,8 @@ class PipelineTrainer(Trainer):
         Args:
             part: The microbatch.
         """
-        self.plan = self._given_plan or self._make_plan(self._whole_model, part)
+        make = partial(self._make_plan, self._whole_model, part)
+        self.plan = self._given_plan or self._steps.plan(make)
         logger.info("%s", self.plan.explain())
         return self.plan
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,14 @@ T = TypeVar("T")
 # ---- errors that all ranks raise --------------------------------------------------------
 
 
-def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
+class AllGather(Protocol):
+    """What all ranks tell each other through."""
+
+    def gather(self, value: Any, kind: Any = Any) -> list[Any]:
+        """Return the values of all ranks."""
+
+
+def together(ranks: AllGather, function: Callable[[], T]) -> list[T]:
     """Return what ``function`` returns on every rank; raise on all what it raises on any.
 
     All ranks call this, and may go on after an error. That of another rank is of the type that the
