@@ -222,7 +222,7 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return getattr(self, "processes_seen", None) or num_processes()
+        return num_processes()
 
 
 def unread_by_the_loop(arguments: TrainingArguments) -> list[str]:

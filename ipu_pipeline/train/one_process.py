@@ -32,10 +32,19 @@ Clip = Callable[[Any, float], Tensor]
 
 
 def as_one_process(arguments: TrainingArguments) -> TrainingArguments:
-    """Return the arguments of a job of one process, of which only the first one writes."""
-    found = copy.copy(arguments)
-    found.distributed_state = _alone(PartialState(cpu=True))
-    found.processes_seen = 1  # type: ignore[attr-defined] - read by our own arguments
+    """Return the same arguments for a job of one process, of which only the first one writes.
+
+    They are the given ones: what is set in either is set in both, and they are saved as those.
+    """
+    kind, state = type(arguments), _alone(PartialState(cpu=True))
+    members = {
+        "__module__": kind.__module__,
+        "__reduce_ex__": lambda *_: (copy.copy, (arguments,)),
+        "distributed_state": property(lambda _: state),
+        "world_size": property(lambda _: 1),
+    }
+    found: TrainingArguments = object.__new__(type(kind.__name__, (kind,), members))
+    found.__dict__ = vars(arguments)
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,6 @@ from ipu_pipeline.backends.cluster.consistency import together
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
 from ipu_pipeline.backends.cluster.rendezvous import join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
-from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -231,11 +231,17 @@ class ProcessSteps(CollectedSteps):
         return self.executable
 
     def _leave(self) -> None:
-        """Leave together with the other processes, when this one ends."""
-        with contextlib.suppress(PipelineError):
-            self.close()
-            if self._owns_group and dist.is_initialized():
-                dist.destroy_process_group()
+        """Leave when this process ends; the others are told of the error that ends it."""
+        made, self.executable = self.executable, None
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            if made is not None:
+                made.__exit__(type(error), error, error.__traceback__)
+            return
+        if isinstance(made, DistributedExecutable):
+            made.close(wait=False)
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class _ProcessGroup:

@@ -340,13 +340,16 @@ class DistributedExecutable(Executable):
             self.global_step, extra = self._checkpoints.load(path, self._ownership)
         return extra
 
-    def close(self) -> None:
-        """Leave together with the other processes; calling it again does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Leave together with the other processes; calling it again does nothing.
+
+        ``wait=False`` is for a process that ends: whoever still needs it then fails at once.
+        """
         if self._closed:
             return
         self._closed = True
         error = self._error_of_last_save()
-        if self._watchdog.failure is None:
+        if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
         self._watchdog.close()
