@@ -229,5 +229,6 @@ class LocalSteps(TargetSteps):
         """Return the executable of the present model (``model_init`` makes new ones)."""
         if not self.has_executable():
             self.close()
-            self.executable = self._trainer.compiled(part, precision=self._trainer._precision)
+            plan = self._trainer.planned(part)
+            self.executable = self._trainer.compiled(plan, precision=self._trainer._precision)
         return cast(LocalExecutable, self.executable)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.consistency import together
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
+from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.rendezvous import join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.ir.plan import Plan
@@ -226,7 +227,16 @@ class ProcessSteps(CollectedSteps):
         """Return the executable of the present model (``model_init`` makes new ones)."""
         if not self.has_executable():
             self.close()
-            self.executable = self._trainer.compiled(part, precision=self._trainer._precision)
+            plan = self._trainer.planned(part)
+            num_ranks = max(1, num_processes() // plan.replicas)
+            sizes = plan.num_stages, num_ranks, plan.num_microbatches
+            self.executable = self._trainer.compiled(
+                plan,
+                precision=self._trainer._precision,
+                schedule=schedule_for(
+                    plan.schedule, *sizes
+                ),  # few microbatches: another, if need be
+            )
         assert isinstance(self.executable, DistributedExecutable)
         return self.executable
 

@@ -383,28 +383,27 @@ class PipelineTrainer(Trainer):
         Args:
             part: The microbatch.
         """
+        if recomputes(self.args):  # the inherited train() switched the model's own on
+            switch_off_checkpointing(self._whole_model)
         make = partial(self._make_plan, self._whole_model, part)
         self.plan = self._given_plan or self._steps.plan(make)
         logger.info("%s", self.plan.explain())
         return self.plan
 
-    def compiled(self, part: Mapping[str, Any], **options: Any) -> Any:
+    def compiled(self, plan: Plan, **options: Any) -> Any:
         """Return an executable of the present model.
 
         Args:
-            part: A microbatch, of which a plan is made if none was given.
+            plan: Its plan.
             **options: As for :func:`ipu_pipeline.compile`, which not all targets take.
         """
-        model, again = self._whole_model, recomputes(self.args)
-        if again:  # the inherited train() switched the model's own recomputation on
-            switch_off_checkpointing(model)
-            options = {**options, "recompute": "all"}
         with torch.random.fork_rng(devices=[]):
             return compiler.compile(
-                model,
-                self.planned(part),
+                self._whole_model,
+                plan,
                 target=self._steps.target,
                 seed=self.args.seed,
+                recompute="all" if recomputes(self.args) else None,
                 **options,
             )
 

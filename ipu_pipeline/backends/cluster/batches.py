@@ -184,8 +184,9 @@ def shared(
     results: Sequence[dict[str, Tensor]],
     groups: Groups,
     axes: Axes,
+    order: Sequence[str],
 ) -> EvalResult:
-    """Join the microbatches and give every rank of the pipeline all results."""
+    """Join the microbatches and give every rank of the pipeline all results, in their order."""
     here = join(microbatches, results, axes)
     joined = dict(here.outputs)
     if here.loss is not None:
@@ -202,4 +203,5 @@ def shared(
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)
-    return EvalResult(None if loss is None else float(loss), outputs).nested()
+    sorted_outputs = {name: outputs[name] for name in order if name in outputs}
+    return EvalResult(None if loss is None else float(loss), sorted_outputs).nested()

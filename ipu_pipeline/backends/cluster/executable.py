@@ -266,7 +266,7 @@ class DistributedExecutable(Executable):
                 cut = self._cutter.whole(cut.batch, cut.found, str(error))
                 stages, parts = self._prepared(cut, training=False)
             results = evaluate(stages, self._inputs(parts), self.groups)
-            return shared(parts, results, self.groups, cut.found.outputs)
+            return shared(parts, results, self.groups, cut.found.outputs, stages[0][0].order)
 
     def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
         """Evaluate batches of any shapes in one pass of the pipeline; every process gets all.
@@ -280,8 +280,10 @@ class DistributedExecutable(Executable):
             share_buffers(self._changing, self.groups)
             stages, ready = self._prepared(cut_batches(parts, [1.0] * len(parts)), training=False)
             results = evaluate(stages, self._inputs(ready), self.groups)
-            pairs = zip(ready, results, strict=True)
-            return [shared([part], [found], self.groups, {}) for part, found in pairs]
+            return [
+                shared([part], [found], self.groups, {}, own[0].order)
+                for part, found, own in zip(ready, results, stages, strict=True)
+            ]
 
     # ---- state --------------------------------------------------------------------------
 

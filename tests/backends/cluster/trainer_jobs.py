@@ -18,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.train import PipelineTrainer, TrainingArguments
-from tests.backends.cluster.jobs import built
 from tests.tiny_models import TINY
 from tests.train.eager_executable import Questions, tiny_bert
 from tests.train.helpers import QUIET, TWO_STAGES, run_script
@@ -67,6 +67,7 @@ def made(folder: str, data: Any = None, **changes: Any) -> PipelineTrainer:
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 3,
         "max_steps": 3,
+        "adam_epsilon": 1e-3,  # rounding noise of zero gradients does not become steps
     }
     kind = changes.pop("kind", TrainingArguments)
     args = kind(output_dir=folder, **options | changes)
@@ -121,15 +122,6 @@ class Stream(IterableDataset):
         return (Questions(18)[index] for index in range(18))
 
 
-class Drawn(Questions):
-    """Questions of which the workers of a loader draw a word."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = super().__getitem__(index)
-        row["input_ids"] = [int(torch.randint(5, 60, ())), *row["input_ids"][1:]]
-        return row
-
-
 class Long(Questions):
     """Questions of several lengths."""
 
@@ -165,7 +157,6 @@ def data(folder: str) -> dict[str, Any]:
     length = {"train_sampling_strategy": "group_by_length", "max_steps": -1, "num_train_epochs": 1}
     trainers = {
         "stream": made(folder, Stream(), max_steps=6, more={"callbacks": [reader]}),
-        "workers": made(folder, Drawn(18), dataloader_num_workers=1),
         "dropped": made(folder, dataloader_drop_last=True, max_steps=-1, num_train_epochs=1),
         "lengths": made(folder, Long(18), **length, more={"data_collator": padded}),
         "single": made(
@@ -246,8 +237,7 @@ def refused(folder: str) -> list[str]:
     callbacks = [Inside()] if rank == 1 else []
     says(ValueError, lambda: made(folder, more={"callbacks": callbacks}))
     says(ValueError, lambda: made(folder, save_strategy="steps"), resume_from_checkpoint=True)
-    _, plan, _ = built("bert-qa", num_stages=1, microbatches=2)
-    says(Exception, lambda: made(folder, more={"plan": plan}))
+    says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
     says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
     whole = made(folder)
     with pytest.raises(ValueError, match="of type 2, not 1; leave norm_type out"):
