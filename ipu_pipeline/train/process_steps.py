@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.rendezvous import join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.train.arguments import num_processes, process_index
@@ -89,9 +91,15 @@ class ProcessSteps(CollectedSteps):
             )
         return processes // replicas
 
-    def plan(self, make: Callable[[], Plan]) -> Plan:
+    def plan(self, make: partial[Plan]) -> Plan:
         """Return the plan that the first process makes, as what is measured differs."""
-        return self.agreed(make)
+        machine, replicas = make.keywords["machine"], make.keywords["replicas"]
+
+        def of_all_copies() -> Plan:
+            alike = machine == "local" and replicas > 1  # as many devices like this one
+            return make(machine=find_machine("local", num_processes()) if alike else machine)
+
+        return self.agreed(of_all_copies)
 
     def agreed(self, work: Callable[[], T], *, everywhere: bool = False) -> T:
         """Return what ``work`` returns in the first process, to all; what it raises, all raise.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -62,8 +63,8 @@ class TargetSteps(ABC):
         """Return how many stages to plan where nobody says; ``None``: the machine's devices."""
         return None
 
-    def plan(self, make: Callable[[], Plan]) -> Plan:
-        """Return the plan that ``make`` makes."""
+    def plan(self, make: partial[Plan]) -> Plan:
+        """Return the plan that ``make`` makes, which has the arguments of the trainer."""
         return make()
 
     def agreed(self, work: Callable[[], T], *, everywhere: bool = False) -> T:  # noqa: ARG002

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import pytest
 
 from tests.backends.cluster import trainer_jobs
 from tests.backends.cluster.processes import Processes
-from tests.later import every_second
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,63 @@ def compare(processes: Processes, job: str, folder: Path, **options: Any) -> Non
     expected = getattr(trainer_jobs, job)(folder=str(folder / "one"), **options)
     for mine in found:
         assert_equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", ["qa", "classification", "causal_lm"])
+def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> None:
+    """Losses, norms, learning rates, metrics, predictions, weights and files, on every process."""
+    compare(two, "script", tmp_path, name=name)
+
+
+def test_checkpoints_the_best_model_resuming_and_an_early_stop(two, tmp_path) -> None:
+    compare(two, "kept", tmp_path)
+
+
+def test_data_of_every_kind(two, tmp_path) -> None:
+    compare(two, "data", tmp_path)
+
+
+def test_predictions_with_generation(two, tmp_path) -> None:
+    compare(two, "generated", tmp_path)
+
+
+def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    said = two.run("trainer_jobs.refused", folder=str(tmp_path / "out"))
+    messages = [
+        "the loss is computed outside of the model .*, and the processes run the model alone",
+        "Inside.on_pre_optimizer_step acts inside an optimizer step, when each process has",
+        "there is no complete checkpoint of the last run",
+        "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
+        "3 replicas cannot share 2 processes; start a multiple of 3",
+    ]
+    for own in said:
+        assert len(own) == len(messages)
+        for found, message in zip(own, messages, strict=True):
+            assert re.search(message, found), found
+
+
+@pytest.mark.acceptance
+def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+    four = Processes(4)
+    try:
+        compare(four, "copied", tmp_path)
+    finally:
+        four.close()
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ("other_data", "ValueError: rank 1 was called for .* but rank 0 with other values; give"),
+        ("broken", "OSError: the disk of rank 1 is gone"),
+    ],
+)
+def test_what_one_process_cannot_do_is_said_by_all(tmp_path, job, message) -> None:
+    processes = Processes(2)
+    try:
+        said = processes.run(f"trainer_jobs.{job}", folder=str(tmp_path))
+    finally:
+        processes.close()
+    assert all(re.search(message, text) for text in said), said
+    assert said[0].startswith("StageError: rank 1")
