@@ -18,14 +18,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks
 
 # Elements of a tensor that are compared between ranks.
 SAMPLE = 256
@@ -86,6 +90,37 @@ def _kind_of(error: Exception) -> str:
 # ---- the start --------------------------------------------------------------------------
 
 
+def check(plan: Plan, options: ExecutionOptions) -> None:
+    """Refuse what the target cannot run whatever the number of processes.
+
+    Raises:
+        LoweringError: An unknown schedule, unknown blocks, or the sequential mode.
+    """
+    torch_schedule(options.schedule or plan.schedule)
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
+    options.refuse_ipus("distributed")
+    if options.sequential:
+        raise LoweringError(
+            "sequential runs all stages in one thread, the distributed target in several "
+            "processes; use the local target for the sequential reference"
+        )
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients, which are not summed over processes.
+
+    Raises:
+        LoweringError: The model has one.
+    """
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise LoweringError(
+                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
+                "the distributed target sums dense gradients only; set its sparse to False"
+            )
+
+
 def description(
     model: nn.Module,
     plan: Plan,
@@ -94,6 +129,8 @@ def description(
 ) -> dict[str, str]:
     """Return what has to be equal on all ranks, readable, by what it is called in a message."""
     settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
+    if options.device is not None:  # each rank has its own of a type
+        settings["device"] = torch.device(options.device).type
     return {
         # What is decided, not what a rank that plans by itself has measured.
         "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "
@@ -101,12 +138,15 @@ def description(
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,
-        **{
-            f"option {name}": getattr(value, "__qualname__", repr(value))
-            for name, value in settings.items()
-        },
+        **{f"option {name}": _readable(value) for name, value in settings.items()},
         **{f"version of {name}": version for name, version in library_versions().items()},
     }
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, GradScaler):
+        return repr(value.state_dict())
+    return str(getattr(value, "__qualname__", repr(value)))
 
 
 def check_alike(own: Mapping[str, str], problem: str, ranks: StoreGather) -> None:

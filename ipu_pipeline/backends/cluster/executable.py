@@ -20,12 +20,14 @@ from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.consistency import (
     BatchCheck,
+    check,
     check_alike,
     description,
+    refuse_sparse_gradients,
     together,
 )
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
+from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes, scope_of
 from ipu_pipeline.backends.cluster.sharding import (
@@ -47,11 +49,11 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
 from ipu_pipeline.stages.stage import Stage, recomputed_blocks
-from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
 logger = logging.getLogger(__name__)
@@ -82,11 +84,9 @@ class DistributedExecutable(Executable):
         optimizer: torch.optim.Optimizer | None,
         options: ExecutionOptions,
     ) -> None:
-        super().__init__(model, plan, optimizer)
-        self.options = options
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        super().__init__(model, plan, optimizer, options)
+        device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        device = device if self._holds_all else torch.device("cpu")
         self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
         try:
             background = self._meet_others(device)
@@ -96,12 +96,15 @@ class DistributedExecutable(Executable):
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
         held = self._materialized()
+        if options.device is not None:
+            move(model, optimizer, device)
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
             self.groups,
             background,
             None if self._holds_all else held.__contains__,
+            self._masters,
         )
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
@@ -114,6 +117,7 @@ class DistributedExecutable(Executable):
             # Stand-ins tell nothing about gradients.
             self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
+            compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
@@ -140,7 +144,7 @@ class DistributedExecutable(Executable):
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
                 own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(device), ranks)
+                check_alike(own, self._problem(), ranks)
                 layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
                 self.groups = Groups(layout, device, ranks)
         except BaseException:
@@ -170,12 +174,13 @@ class DistributedExecutable(Executable):
         together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
         return frozenset(held)
 
-    def _problem(self, device: torch.device) -> str:
+    def _problem(self) -> str:
         """Return why this process cannot start, or nothing."""
         try:
-            check(self.plan, self.options, device)
+            check(self.plan, self.options)
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
+            self._scaler.check(self.model, master_weights=self.options.master_weights)
             schedule = self.options.schedule or self.plan.schedule
             make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
         except PipelineError as error:
@@ -194,12 +199,21 @@ class DistributedExecutable(Executable):
         self.options.require_training()
         optimizer = self.trained_optimizer()
         with self._running("a training step"):
-            scaling = self.options.loss_scaling
+            scaling = self._scaler.factor
             cut = self._training_parts(batch)
             parts, losses, ownership = self._accumulate(cut, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
-                done = update(optimizer, own, ownership, self.groups, self.options)
+                done = update(
+                    optimizer,
+                    own,
+                    ownership,
+                    self.groups,
+                    loss_scaling=scaling,
+                    max_grad_norm=self.options.max_grad_norm,
+                    masters=self._masters,
+                )
+            self._scaler.update(skipped=done.skipped)
         num_samples = sum(part.num_samples for part in parts)
         loss = _weighted(parts, losses)
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
@@ -236,7 +250,7 @@ class DistributedExecutable(Executable):
         self.options.require_training()
         with self._running("a forward and backward pass"):
             self._batch_check.check("training", self.global_step, *parts)
-            cut = cut_batches(parts, weights, first)
+            cut = cut_batches(parts, weights, self.groups.device, first)
             return self._accumulate(cut, 1.0, for_update=False)[1]
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -278,7 +292,8 @@ class DistributedExecutable(Executable):
         with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
             self._batch_check.check("evaluation", self.global_step, *parts)
             share_buffers(self._changing, self.groups)
-            stages, ready = self._prepared(cut_batches(parts, [1.0] * len(parts)), training=False)
+            cut = cut_batches(parts, [1.0] * len(parts), self.groups.device)
+            stages, ready = self._prepared(cut, training=False)
             results = evaluate(stages, self._inputs(ready), self.groups)
             return [
                 shared([part], [found], self.groups, {}, own[0].order)
@@ -321,7 +336,8 @@ class DistributedExecutable(Executable):
         ``attach`` the first rank's count.
         """
         with self._running("saving a checkpoint"):
-            return self._checkpoints.save(path, self._ownership, self.global_step, *args, **options)
+            scaling, step = self._scaler.state(), self.global_step
+            return self._checkpoints.save(path, self._ownership, step, scaling, *args, **options)
 
     def broadcast(self, value: T) -> T:
         """Return what the first process has passed, as a copy."""
@@ -339,8 +355,10 @@ class DistributedExecutable(Executable):
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         self._raise_error_of_last_save()
         with self._running("loading a checkpoint"):
-            self.global_step, extra = self._checkpoints.load(path, self._ownership)
-        return extra
+            info = self._checkpoints.load(path, self._ownership)
+            self.global_step = info.global_step
+            self._scaler.load(info.loss_scaling)
+        return info.extra
 
     def close(self, *, wait: bool = True) -> None:
         """Leave together with the other processes; calling it again does nothing.
@@ -456,7 +474,8 @@ class DistributedExecutable(Executable):
             )
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
-        return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)
+        options, device = self.options, self.groups.device
+        return StepInputs(parts, options.seed, self.global_step, options.precision, device)
 
     def _known_ownership(self) -> Ownership:
         if self._ownership is None:
@@ -488,43 +507,6 @@ def _weighted(parts: Sequence[Microbatch], losses: Sequence[float]) -> float:
     """Return the weighted sum of the losses; one of weight 0 may have none (NaN)."""
     pairs = zip(parts, losses, strict=True)
     return sum(loss * part.share for part, loss in pairs if part.share)
-
-
-def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
-    """Refuse what the target cannot run whatever the number of processes.
-
-    Raises:
-        LoweringError: An unknown schedule, unknown blocks, the sequential mode, or autocast on a
-            GPU.
-    """
-    torch_schedule(options.schedule or plan.schedule)
-    recomputed_blocks(options.recompute, plan)
-    check_blocks(plan)
-    options.refuse_ipus("distributed")
-    if options.sequential:
-        raise LoweringError(
-            "sequential runs all stages in one thread, the distributed target in several "
-            "processes; use the local target for the sequential reference"
-        )
-    if device.type != "cpu" and options.precision != "float32":
-        raise LoweringError(
-            f"precision {options.precision!r} is for CPUs only in this version (the model is on "
-            f"{device}); use float32"
-        )
-
-
-def refuse_sparse_gradients(model: nn.Module) -> None:
-    """Refuse embeddings with sparse gradients, which are not summed over processes.
-
-    Raises:
-        LoweringError: The model has one.
-    """
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise LoweringError(
-                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
-                "the distributed target sums dense gradients only; set its sparse to False"
-            )
 
 
 def _own_store(name: str) -> Store:

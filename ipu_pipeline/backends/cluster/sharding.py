@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.stage import Stage
-from ipu_pipeline.stages.training import UpdateResult, apply_update
+from ipu_pipeline.stages.training import UpdateResult, apply_update, total_norm_of
 
 
 class Place(NamedTuple):
@@ -266,7 +265,10 @@ def update(
     parameters: Sequence[nn.Parameter],
     ownership: Ownership,
     groups: Groups,
-    options: ExecutionOptions,
+    *,
+    loss_scaling: float,
+    max_grad_norm: float | None,
+    masters: MasterWeights | None = None,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
 
@@ -278,9 +280,10 @@ def update(
     done = apply_update(
         optimizer,
         updated,
-        loss_scaling=options.loss_scaling,
-        max_grad_norm=options.max_grad_norm,
+        loss_scaling=loss_scaling,
+        max_grad_norm=max_grad_norm,
         total_norm=lambda _: grad_norm(updated, ownership, groups),
+        masters=masters,
     )
     if ownership.updaters and not done.skipped:
         share_updated(with_grad, ownership, groups)
@@ -295,7 +298,7 @@ def grad_norm(parameters: Sequence[nn.Parameter], ownership: Ownership, groups: 
     Every parameter counts once; ``parameters`` are those with a gradient here.
     """
     counted = [_gradient(p) for p in parameters if ownership.is_chief(p)]
-    square = float(get_total_norm(counted)) ** 2 if counted else 0.0
+    square = float(total_norm_of(counted)) ** 2 if counted else 0.0
     return torch.tensor(groups.sum_numbers([square])[0]).sqrt()
 
 
