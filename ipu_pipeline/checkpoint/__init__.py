@@ -39,6 +39,7 @@ from ipu_pipeline.checkpoint.manifest import (
     readable,
 )
 from ipu_pipeline.checkpoint.optimizer_state import load_optimizer, read_optimizer
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.checkpoint.weights import (
     check_extra_state,
     check_fingerprint,
@@ -83,6 +84,7 @@ def read_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     repair: bool = True,
     is_held: Callable[[str], bool] = lambda _: True,
+    slices: Slices = UNCUT,
 ) -> CheckpointInfo:
     """Load a checkpoint into ``model`` and ``optimizer``, in place; set the global random states.
 
@@ -94,6 +96,7 @@ def read_checkpoint(
         optimizer: The same kind of optimizer, grouped in any way; ``None`` to leave it out.
         repair: Finish a replacement of ``path`` that was cut off; for one process only.
         is_held: Whether a tensor of the state dict is needed here; others are not read.
+        slices: What of each is kept here.
 
     Raises:
         CheckpointError: The checkpoint is damaged, incomplete, newer, or of another model.
@@ -103,12 +106,12 @@ def read_checkpoint(
         if repair:
             restore_previous(path)
         manifest = read_manifest(path)
-        check_fingerprint(manifest["model"], model, path)
+        check_fingerprint(manifest["model"], model, path, slices)
         check_files(path, manifest)
-        tensors = read_weights(model, path, manifest["files"], is_held)
+        tensors = read_weights(model, path, manifest["files"], is_held, slices)
         state = None
         if optimizer is not None:
-            state = read_optimizer(optimizer, model, path, manifest["files"], is_held)
+            state = read_optimizer(optimizer, model, path, manifest["files"], is_held, slices)
         own = dict(manifest.get("extra_state", {}))
         check_extra_state(own, model)
         set_rng_state = parsed_rng_state(manifest["rng"])

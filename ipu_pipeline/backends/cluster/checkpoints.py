@@ -31,6 +31,7 @@ from ipu_pipeline.checkpoint import (
     restore_previous,
 )
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.checkpoint.weights import extra_state
 from ipu_pipeline.checkpoint.writer import (
     CheckpointWriter,
@@ -59,7 +60,8 @@ class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
     ``background`` makes the all-gathers of the thread that writes while training goes on.
-    ``is_held`` says by name which tensors have values here; ``None``: all of them.
+    ``slices`` are those that are here; ``is_held`` says by name which tensors have values here,
+    ``None``: all of them.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class ShardedCheckpoints:
         own: OwnParameters | None,
         groups: Groups,
         background: StoreGather,
+        slices: Slices = UNCUT,
         is_held: Callable[[str], bool] | None = None,
     ) -> None:
         self._is_held = is_held
+        self._slices = slices
         self._model = model
         self._own = own
         self._optimizer = None if own is None else own.optimizer
@@ -106,6 +110,7 @@ class ShardedCheckpoints:
                         optimizer=self._optimizer,
                         repair=False,
                         is_held=self._is_held or (lambda _: True),
+                        slices=self._slices,
                     )
                 ),
             )
@@ -153,6 +158,7 @@ class ShardedCheckpoints:
                         global_step=global_step,
                         extra=extra,
                         attach=attach,
+                        slices=self._slices,
                     )
                     undo.enter_context(new.or_nothing())
                 here = [] if self._own is None else self._own.names_with_state(self._model)
@@ -160,7 +166,9 @@ class ShardedCheckpoints:
 
             begun = together(self._ranks, begin)
             folder = Path(begun[0][0])
-            before = {name for _, names in begun[: self._rank] for name in names}
+            # Of those that have the same slices, the first one writes.
+            earlier = begun[self._slices.index : self._rank : self._slices.size]
+            before = {name for _, names in earlier for name in names}
             states = frozenset(begun[self._rank][1]) - before
             part, writers = self._take(folder, states, ownership, copy=not blocking)
         if blocking:
@@ -198,6 +206,7 @@ class ShardedCheckpoints:
                 copy=copy,
                 weights=is_mine,
                 states=states.__contains__,
+                slices=self._slices,
             )
             return folder.parent not in self._not_shared and _appears(folder), part.is_empty
 
@@ -205,7 +214,7 @@ class ShardedCheckpoints:
         blind = [rank for rank, (seen, _) in enumerate(found) if not seen]
         if not blind:
             return part, [rank for rank, (_, empty) in enumerate(found) if not empty] or [0]
-        if self._is_held is not None:
+        if self._is_held is not None or self._slices.size > 1:
             raise CheckpointError(
                 f"ranks {blind} do not see the folder of rank 0 ({folder.parent}), and no process "
                 "has the whole model; save to a file system that all machines share"

@@ -23,6 +23,7 @@ from ipu_pipeline.backends.cluster.consistency import (
     description,
     together,
 )
+from ipu_pipeline.backends.cluster.cut_plan import cut_plan
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
@@ -37,6 +38,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
     update,
 )
+from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel, refuse_whole_tensors
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
@@ -92,11 +94,16 @@ class DistributedExecutable(Executable):
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
         held = self._materialized()
+        cuts = cut_plan(model, plan, self.groups.layout.tp)
+        self._slices = TensorParallel(model, cuts, self.groups.slices)
+        if optimizer is not None:
+            self._slices.cut_states(optimizer)
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
             self.groups,
             background,
+            self._slices,
             None if self._holds_all else held.__contains__,
         )
         self._ownership: Ownership | None = None
@@ -173,7 +180,10 @@ class DistributedExecutable(Executable):
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
             schedule = self.options.schedule or self.plan.schedule
-            make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
+            layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
+            cuts = cut_plan(self.model, self.plan, layout.tp)
+            if self.optimizer is not None:
+                refuse_whole_tensors(self.optimizer, cuts)
         except PipelineError as error:
             return str(error)
         return ""
@@ -195,7 +205,7 @@ class DistributedExecutable(Executable):
             loss, ownership = self._accumulate(cut, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
-                done = update(optimizer, own, ownership, self.groups, self.options)
+                done = update(optimizer, own, ownership, self.groups, self.options, self._slices)
         num_samples = sum(part.num_samples for part in cut.parts)
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
 
@@ -243,7 +253,8 @@ class DistributedExecutable(Executable):
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
-        return self.model.state_dict()
+        with self._running("joining slices"):
+            return self._slices.state_dict()
 
     def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write one checkpoint of the whole model; every rank writes what it owns.
@@ -282,6 +293,9 @@ class DistributedExecutable(Executable):
         if self._watchdog.failure is None:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
+        whole = self._holds_all and self._watchdog.failure is None
+        with contextlib.suppress(RuntimeError):
+            self._slices.undo(self.optimizer, gather=whole)
         self._watchdog.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:
@@ -345,7 +359,8 @@ class DistributedExecutable(Executable):
                 own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
-        return self.groups.sum_numbers(own_loss), ownership
+        # Ranks that share its products all have the same loss.
+        return self.groups.sum_numbers(own_loss if self._slices.index == 0 else 0.0), ownership
 
     def _prepared(
         self, cut: CutBatch, *, training: bool
@@ -391,7 +406,9 @@ class DistributedExecutable(Executable):
             if self._own is not None:
                 if self.options.replicated_tensor_sharding and layout.num_replicas > 1:
                     parameters = list(self.model.parameters())
-                    found = sharded(found, parameters, layout.num_replicas, self._own.trains)
+                    found = sharded(
+                        found, parameters, layout.num_replicas, self._own.trains, self._slices
+                    )
                 self._own.keep(found)
             self._ownership = found
         return self._ownership

@@ -20,6 +20,7 @@ from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.training import UpdateResult, apply_update
@@ -129,22 +130,24 @@ def sharded(
     parameters: Sequence[nn.Parameter],
     num_replicas: int,
     trains: Callable[[nn.Parameter], bool],
+    slices: Slices = UNCUT,
 ) -> Ownership:
     """Choose the process that updates each parameter: the holder with the least to do so far.
 
     Larger parameters are given away first, those that the optimizer does not train last. No
     process then gets more than its share and one parameter (Graham, SIAM J. Appl. Math. 1969),
     where all parameters have the same holders. ``parameters`` are those of the model, each once,
-    in the same order on every process.
+    in the same order on every process. Ranks that share products choose alike, by whole sizes.
     """
     load: dict[Place, int] = {}
     updaters: dict[int, Place] = {}
-    for parameter in sorted(parameters, key=lambda p: (not trains(p), -p.numel())):
+    sizes = {id(p): slices.shape(p).numel() for p in parameters}
+    for parameter in sorted(parameters, key=lambda p: (not trains(p), -sizes[id(p)])):
         positions = ownership.holders.get(id(parameter), (0,))
         places = [Place(r, position) for r in range(num_replicas) for position in positions]
         place = min(places, key=lambda p: (load.get(p, 0), p))
         updaters[id(parameter)] = place
-        load[place] = load.get(place, 0) + parameter.numel()
+        load[place] = load.get(place, 0) + sizes[id(parameter)]
     return replace(ownership, updaters=updaters)
 
 
@@ -267,15 +270,18 @@ def update(
     ownership: Ownership,
     groups: Groups,
     options: ExecutionOptions,
+    slices: Slices = UNCUT,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
 
     ``optimizer`` has the parameters that this process updates, ``parameters`` are those that it
-    holds. Every parameter counts once in the norm.
+    holds, ``slices`` says of which it has a slice only. Every element counts once in the norm.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     updated = [p for p in with_grad if ownership.is_updated(p)]
-    counted = [_gradient(p) for p in updated if ownership.is_chief(p)]
+    first = groups.layout.slice == 0
+    chief = [p for p in updated if ownership.is_chief(p) and (first or slices.is_cut(p))]
+    counted = [_gradient(p) for p in chief]
 
     def total_norm(_: object) -> Tensor:
         square = float(get_total_norm(counted)) ** 2 if counted else 0.0
