@@ -17,6 +17,8 @@ from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 
 # The copy that a message costs stays small beside the weights, its latency beside its transfer.
 BUCKET_BYTES = 64 << 20
+# DTensor's caches take a mesh of equal names for the one before, whose groups are gone.
+_numbers = itertools.count()
 
 
 class Groups:
@@ -33,14 +35,15 @@ class Groups:
     def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
         self.layout = layout
         self.device = device
+        slices = f"tp{next(_numbers)}"
         mesh = init_device_mesh(
             device.type,
             (layout.num_replicas, layout.num_ranks, layout.tp),
-            mesh_dim_names=("replica", "pipeline", "tp"),
+            mesh_dim_names=("replica", "pipeline", slices),
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
-        self.slices = mesh["tp"]
+        self.slices = mesh[slices]
         self.ranks = ranks
         self.waiter = ranks.waiter
         self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
