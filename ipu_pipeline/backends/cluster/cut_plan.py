@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from ipu_pipeline.capture.leaves import choose_leaves
 from ipu_pipeline.capture.patches import configs_of
+from ipu_pipeline.checkpoint.slices import Slices
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Granularity, Plan
+from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import serialized
 
 
@@ -113,11 +115,7 @@ def cut_plan(model: nn.Module, plan: Plan, tp: int) -> CutPlan:
             f"{tp} cuts weights already; plan without serialize_ passes, or with tp 1"
         )
     for config in configs_of(model):
-        if getattr(config, "output_attentions", False):
-            raise LoweringError(
-                "output_attentions returns attention by head, and with tp a rank has its own heads "
-                "only; set it to False in the config, or plan with tp 1"
-            )
+        refuse_attentions(getattr(config, "output_attentions", False))
     modules = dict(model.named_modules())
     uses = list(_whole_where_shared(model, _uses(modules, styles)))
     for use in uses:
@@ -141,6 +139,35 @@ def cut_plan(model: nn.Module, plan: Plan, tp: int) -> CutPlan:
         tuple((modules[path], style) for path, style in called.items()),
         _blocks(model, plan.granularity, called),
     )
+
+
+def refuse_attentions(wish: object) -> None:
+    """Refuse to return attention weights.
+
+    Raises:
+        LoweringError: They are wanted.
+    """
+    if wish:
+        raise LoweringError(
+            "output_attentions returns weights by head, and with tensor parallelism a rank has its "
+            "own heads only; leave it out (config and batch), or plan with tp 1"
+        )
+
+
+def refuse_between_blocks(stages: Iterable[Stage], slices: Slices) -> None:
+    """Refuse code between the blocks that uses a weight that is cut.
+
+    Raises:
+        LoweringError: There is some.
+    """
+    for stage in stages:
+        for program in (stage.prelude, *stage.programs):
+            if any(slices.is_cut(p) for p in program.module.parameters(recurse=False)):
+                raise LoweringError(
+                    f"the code around block {program.name!r} uses a weight itself that "
+                    "model.tp_plan cuts, and would see a slice; use it in a block only, or take it "
+                    "out of model.tp_plan"
+                )
 
 
 def _expanded(model: nn.Module) -> dict[str, str]:

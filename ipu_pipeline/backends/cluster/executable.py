@@ -23,7 +23,11 @@ from ipu_pipeline.backends.cluster.consistency import (
     description,
     together,
 )
-from ipu_pipeline.backends.cluster.cut_plan import cut_plan
+from ipu_pipeline.backends.cluster.cut_plan import (
+    cut_plan,
+    refuse_attentions,
+    refuse_between_blocks,
+)
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
 from ipu_pipeline.backends.cluster.module import StepInputs
@@ -371,7 +375,11 @@ class DistributedExecutable(Executable):
         refused by all of them, so that nobody waits for the one that does.
         """
         with self._looking():
+            if self._slices.size > 1:
+                refuse_attentions(any(p.inputs.get("output_attentions") for p in cut.parts))
             stages, prepared = self._cache.prepare(cut.parts)
+            for own in {id(own): own for own in stages}.values():
+                refuse_between_blocks(own, self._slices)
             if any(stage.in_order for own in stages for stage in own):
                 self._refuse_other_order(len(prepared))
             self._batch_check.check_glue(self.global_step, cut.parts, prepared)
