@@ -46,7 +46,7 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume demo-vqa test test-acceptance test-sdk .test-sdk check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test test-acceptance test-gpu test-sdk .test-sdk check format bench coverage wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ test: $(KERNELS) ## run the tests
 
 test-acceptance: $(KERNELS) ## run the longest tests: kill drills, ...
 	@$(BIN)/python -m pytest -q -n $(WORKERS) -m acceptance
+
+test-gpu: $(KERNELS) ## run what needs a GPU; all of it is skipped where torch sees none
+	@$(BIN)/python -m pytest -q -n 0 -m gpu
 
 test-sdk: $(KERNELS) ## run the stand-in, a bundle's runtime and the worker under the SDK's versions
 	@if [ -z "$(PYTHON38)" ]; then \

@@ -33,7 +33,7 @@ from ipu_pipeline.backends.cluster.given_layout import (
     given_run,
     own_plan,
 )
-from ipu_pipeline.backends.cluster.layer_layout import blocks_of, layout_of, parse_layout
+from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, layout_of, parse_layout
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name

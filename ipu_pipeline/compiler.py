@@ -38,8 +38,6 @@ from ipu_pipeline.planner.search.parallel import check_depth
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
 logger = logging.getLogger(__name__)
-# Of proving the split of one number of replicas, where these are searched.
-REPLICAS_S = 3.0
 
 
 @same_random_numbers()
@@ -102,25 +100,13 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     asked = replace(constraints or Constraints(), num_stages=depth)
     model, example_batch = original_model(model), ready_batch(example_batch)
     begin = time.monotonic()
-    logger.info("capturing %s", type(model).__name__)
-    priced_for_gpus = _for_gpus(machine, model, costs)
-    chosen = dict(settings or {})
-    counted: nn.Module = model
-    counted_batch: Mapping[str, Any] = example_batch
-    if priced_for_gpus:
-        dtype = dtype_for(model, chosen.get("precision"))
-        counted, counted_batch = in_dtype(model, example_batch, dtype)
-    captured = capture(counted, counted_batch, granularity=granularity)
-    if counted is model:
-        keep_for_reuse(captured)
-    logger.info("%d blocks captured in %.2f s; looking at machine %s",
-                len(captured.graph.blocks), time.monotonic() - begin,
-                machine if isinstance(machine, str) else machine.name)  # fmt: skip
+    captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
-    backend_of(described).check_costs(costs)
+    backend = backend_of(described)
+    backend.check_costs(costs)
     frozen = captured.glue.unsteady or captured.glue.frozen
-    if frozen and not getattr(backend_of(described), "replays_glue", True):
+    if frozen and not backend.replays_glue:
         raise CaptureError(frozen)
     limits = _limits(asked, captured.graph, described, config, microbatches, replicas, schedule)
     work = Workload(
@@ -129,15 +115,16 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         limits.schedule,
         limits.num_microbatches,
         limits.replicas or 1,
-        {**backend_of(described).settings(captured.graph, config, limits), **chosen},
+        {**backend.settings(captured.graph, config, limits), **(settings or {})},
         measured_seconds(captured, example_batch, described, costs),
         limits.factors(captured.graph.block_index),
     )
-    split = backend_of(described).placement(work) if constraints is None else None
-    if split is None and priced_for_gpus and constraints is None and replicas is None:
-        split, work = _over_replicas(work, limits)
-    elif split is None:
-        split = _searched(work, limits, _layers(captured.graph, config, depth))
+    split = backend.placement(work) if constraints is None else None
+    if split is None:
+        find = partial(_searched, layers=_layers(captured.graph, config, depth))
+        split, work = backend.search(
+            work, limits, find, any_replicas=constraints is None and replicas is None
+        )
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
     made = _after_passes(_fitting(made), manager)
@@ -173,15 +160,28 @@ def _limits(
     return replace(limits, num_microbatches=microbatches, replicas=replicas, schedule=name)
 
 
-def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
-    backend = backend_of(work.machine)
-    logger.info("searching the best of %s over %d devices (%s)",
-                f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
-                work.schedule)  # fmt: skip
-    limits = backend.rules(work.graph, work.machine, limits)
-    limits = replace(limits, layers_per_ipu=layers)
-    costs = backend.costs(work)
-    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
+def _captured(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    machine: str | Machine,
+    costs: str,
+    granularity: Granularity,
+    settings: Mapping[str, Any] | None,
+) -> CapturedModel:
+    """Capture a model, on GPUs in the dtype of their products, and keep it for ``compile``."""
+    logger.info("capturing %s", type(model).__name__)
+    begin = time.monotonic()
+    counted, counted_batch = model, batch
+    if _for_gpus(machine, model, costs):
+        dtype = dtype_for(model, (settings or {}).get("precision"))
+        counted, counted_batch = in_dtype(model, batch, dtype)
+    captured = capture(counted, counted_batch, granularity=granularity)
+    if counted is model:
+        keep_for_reuse(captured)
+    logger.info("%d blocks captured in %.2f s; looking at machine %s",
+                len(captured.graph.blocks), time.monotonic() - begin,
+                machine if isinstance(machine, str) else machine.name)  # fmt: skip
+    return captured
 
 
 def _for_gpus(machine: str | Machine, model: nn.Module, costs: str) -> bool:
@@ -192,31 +192,15 @@ def _for_gpus(machine: str | Machine, model: nn.Module, costs: str) -> bool:
     return kernels is not None and model.training and costs == "analytic"
 
 
-def _over_replicas(work: Workload, limits: Constraints) -> tuple[Partition, Workload]:
-    """Search every number of replicas that divides the devices and the microbatches.
-
-    The batch stays as it is; the bound is that of all of them.
-    """
-    found: list[tuple[Partition, Workload]] = []
-    problem: PartitionError | None = None
-    for replicas in _replicas_to_try(work):
-        count = work.num_microbatches // replicas
-        one = replace(limits, replicas=replicas, num_microbatches=count, time_limit_s=REPLICAS_S)
-        run = replace(work, replicas=replicas, num_microbatches=count)
-        try:
-            found.append((_searched(run, one, None), run))
-        except PartitionError as error:
-            problem = problem or error
-    if not found:
-        assert problem is not None
-        raise problem
-    best, run = min(found, key=lambda pair: pair[0].objective)
-    return best.with_bound(min(split.lower_bound for split, _ in found)), run
-
-
-def _replicas_to_try(work: Workload) -> list[int]:
-    devices, count = len(work.machine.devices), work.num_microbatches
-    return [n for n in range(1, devices + 1) if devices % n == 0 and count % n == 0]
+def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
+    backend = backend_of(work.machine)
+    logger.info("searching the best of %s over %d devices (%s)",
+                f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
+                work.schedule)  # fmt: skip
+    limits = backend.rules(work.graph, work.machine, limits)
+    limits = replace(limits, layers_per_ipu=layers)
+    costs = backend.costs(work)
+    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
 
 
 @same_random_numbers()

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ipu_pipeline.capture.patches import SDPA, patched_attention
 from ipu_pipeline.ir.attention import attention_name
 from ipu_pipeline.ir.graph import OpRecord
+from ipu_pipeline.ops.autocast import autocast_dtype
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture.operations import Recorder
@@ -66,9 +67,8 @@ class CountedAttention(TorchFunctionMode):
         scale: float | None = None,  # noqa: ARG002
         enable_gqa: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
-        device = query.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = None if self._recorder.only_meta else autocast_dtype(query.device)
+        if dtype is not None:
             query, key, value = (x.to(dtype) for x in (query, key, value))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, 0.0, -inf).to(query.dtype)

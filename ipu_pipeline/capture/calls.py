@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ipu_pipeline.capture.values import tensors_in
+from ipu_pipeline.ops.autocast import autocast_devices
 
 # Functions of which the result's shape depends on the values of their arguments.
 _VALUE_SHAPED = frozenset(
@@ -172,15 +173,13 @@ class Region:
 
     Attributes:
         grad: Whether gradients are recorded.
-        autocast: Whether autocast is on.
-        autocast_dtype: Its dtype.
+        autocast: Of every type of device that is here, whether autocast is on, and its dtype.
         autocast_depth: How many autocast contexts surround the call; one more than before means
             that the model's own code switched it, perhaps to what it was anyway.
     """
 
     grad: bool
-    autocast: bool
-    autocast_dtype: torch.dtype
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
     autocast_depth: int
 
     @classmethod
@@ -190,8 +189,10 @@ class Region:
         torch.autocast_decrement_nesting()
         return cls(
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
+            tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in autocast_devices()
+            ),
             depth,
         )
 
@@ -207,16 +208,15 @@ class RegionCall(nn.Module):
         self.function = function
         self.grad = region.grad if region.grad != ambient.grad else None
         switched = region.autocast_depth != ambient.autocast_depth
-        self.autocast = (region.autocast, region.autocast_dtype) if switched else None
+        self.autocast = region.autocast if switched else ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
         with contextlib.ExitStack() as stack:
             if self.grad is not None:
                 stack.enter_context(torch.set_grad_enabled(self.grad))
-            if self.autocast is not None:
-                enabled, dtype = self.autocast
-                stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=enabled))
+            for kind, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -258,8 +258,7 @@ class Replay(TorchFunctionMode):
     def _compare_modes(self, call: Call) -> None:
         region, ambient = Region.current(), call.region
         if region != ambient and (
-            (region.grad, region.autocast, region.autocast_dtype)
-            != (ambient.grad, ambient.autocast, ambient.autocast_dtype)
+            (region.grad, region.autocast) != (ambient.grad, ambient.autocast)
             or region.autocast_depth - ambient.autocast_depth != self._depth
         ):
             self._differs(f"calls {call.name} with other modes of torch (gradients, autocast)")

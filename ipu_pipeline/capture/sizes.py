@@ -39,6 +39,7 @@ from ipu_pipeline.capture.replay import DESCRIPTIONS, Differs, Replay, is_number
 from ipu_pipeline.capture.side_output_call import SideOutputCall
 from ipu_pipeline.capture.trace import Trace
 from ipu_pipeline.capture.values import PLAIN, TensorMeta, tensors_in
+from ipu_pipeline.ops.autocast import autocast_dtype
 
 _META = torch.device("meta")
 
@@ -264,7 +265,7 @@ class _ShapeRun:
                 kwargs = placed(kwargs, tuple(inside), number)
         with torch.no_grad(), _META:
             value = self._computed(node, fx.map_arg(args, self), fx.map_arg(kwargs, self))
-            if torch.is_autocast_enabled("cpu"):  # which brings dtypes together, but not on meta
+            if autocast_dtype() is not None:  # which brings dtypes together, but not on meta
                 value = tree_map_only(Tensor, _in_float32, value)
         self._known[node] = value
         held = self._trace.attributes.get(str(node.target))

@@ -21,6 +21,7 @@ from ipu_pipeline.checkpoint.manifest import (
 )
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ops.master_weights import MASTER_WEIGHT, MasterWeights
 
 OPTIMIZER = "optimizer"
 SETTINGS = "optimizer.json"
@@ -159,12 +160,19 @@ def read_optimizer(
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], folder: Path) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    folder: Path,
+    masters: MasterWeights | None = None,
+) -> None:
     """Load what :func:`read_optimizer` returned; after an error the optimizer is as it was.
 
     Raises:
-        CheckpointError: It is not the state that such an optimizer keeps.
+        CheckpointError: It is not the state that such an optimizer keeps, or has float32 copies
+            of weights without ``masters``.
     """
+    _check_masters(state["state"], masters, folder)
     for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         expected = {}
         for ndim in {parameter.ndim for parameter in own["params"]}:
@@ -173,8 +181,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
             if not expected[ndim] and _state_after_a_step(optimizer, own, ndim):
                 raise damaged(folder, f"{type(optimizer).__name__} does not run with its settings")
         for number, parameter in zip(saved["params"], own["params"], strict=True):
-            kept = state["state"].get(number)
-            wrong = kept and _difference(kept, expected[parameter.ndim], parameter.shape)
+            kept = state["state"].get(number, {})
+            wrong = _difference(kept, expected[parameter.ndim], parameter.shape)
             if wrong:
                 raise damaged(folder, f"the optimizer state of parameter {number} {wrong}")
     before = optimizer.state_dict()
@@ -183,6 +191,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], fold
     except UNREADABLE as error:
         optimizer.load_state_dict(before)
         raise damaged(folder, f"its optimizer state cannot be used ({error})") from error
+    if masters is not None:  # torch has given every tensor the type of its weight
+        masters.load(state)
+
+
+def _check_masters(
+    state: Mapping[Any, Mapping[str, Any]], masters: MasterWeights | None, folder: Path
+) -> None:
+    if masters is None and any(MASTER_WEIGHT in kept for kept in state.values()):
+        raise CheckpointError(
+            f"{folder} has float32 master weights, and the model is compiled without; compile it "
+            "with master_weights=True, or load with optimizer=None"
+        )
 
 
 def _state_after_a_step(
@@ -215,7 +235,9 @@ def _state_after_a_step(
 
 def _difference(kept: Mapping[str, Any], expected: Mapping[str, Any], shape: torch.Size) -> str:
     """Return how a parameter's state is not what its optimizer keeps; nothing if it is."""
-    if not expected:
+    if MASTER_WEIGHT in kept and (expected or len(kept) == 1):  # alone: no step has succeeded yet
+        expected = {**(expected if len(kept) > 1 else {}), MASTER_WEIGHT: None}
+    if not kept or not expected:
         return ""
     if kept.keys() != expected.keys():
         return f"holds {', '.join(sorted(kept))} instead of {', '.join(sorted(expected))}"

@@ -125,6 +125,7 @@ class CheckpointWriter:
         groups: All groups of the optimizer with all parameters, if it has a part of them now.
         global_step: Optimizer steps tried so far.
         extra: JSON data to keep with it.
+        loss_scaling: State of the ``GradScaler``, if there is one.
         attach: Called with the hidden folder; what it adds may be changed later without damage.
         slices: What of the model is here.
 
@@ -145,6 +146,7 @@ class CheckpointWriter:
         groups: Sequence[Mapping[str, Any]] | None = None,
         global_step: int,
         extra: Mapping[str, Any] | None = None,
+        loss_scaling: Mapping[str, Any] | None = None,
         attach: Attach | None = None,
         slices: Slices = UNCUT,
     ) -> None:
@@ -156,6 +158,7 @@ class CheckpointWriter:
                 "rng": rng_state(),
                 "extra": dict(extra or {}),
                 **({"extra_state": own} if own else {}),
+                **({"loss_scaling": dict(loss_scaling)} if loss_scaling else {}),
             },
             "extra must be JSON data ({}); convert tensors and arrays to numbers or lists",
         )
@@ -303,6 +306,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     global_step: int,
     extra: Mapping[str, Any] | None = None,
+    loss_scaling: Mapping[str, Any] | None = None,
     attach: Attach | None = None,
     background: Background | None = None,
 ) -> Path:
@@ -320,6 +324,7 @@ def write_checkpoint(
         optimizer=optimizer,
         global_step=global_step,
         extra=extra,
+        loss_scaling=loss_scaling,
         attach=attach,
     )
     with new.or_nothing():

@@ -22,6 +22,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from ipu_pipeline.cli.bundle import emit_command, run_command
+from ipu_pipeline.cli.dryrun import dryrun_command
 from ipu_pipeline.cli.launch import launch_command
 from ipu_pipeline.cli.layouts import export_command, import_command
 from ipu_pipeline.cli.options import (
@@ -33,8 +34,10 @@ from ipu_pipeline.cli.options import (
     PlanFile,
     PlanOutput,
     PodType,
+    PrecisionOption,
     SeqLength,
     TaskOption,
+    Tp,
     counted,
     gpu_settings,
     read_ipu_config,
@@ -152,13 +155,8 @@ def plan_command(
         str | None,
         typer.Option("--schedule", help="1f1b, gpipe, interleaved, zbv, ...; default: 1f1b."),
     ] = None,
-    tp: Annotated[
-        int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="GPUs: bfloat16, float16, float32, float8, float4."),
-    ] = None,
+    tp: Tp = None,
+    precision: PrecisionOption = None,
     optimizer: Annotated[
         str | None, typer.Option("--optimizer", help="GPUs: adamw (default), momentum, sgd.")
     ] = None,
@@ -202,7 +200,9 @@ def plan_command(
             config=config,
             passes=passes,
             replicas=replicas,
-            settings=gpu_settings(machine, tp=tp, precision=precision, optimizer=optimizer),
+            settings=gpu_settings(
+                machine, tp=tp, precision=precision and precision.value, optimizer=optimizer
+            ),
         )
     typer.echo(made.explain())
     save_plan(made, output)
@@ -221,6 +221,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "simulate": simulate_command,
     "report": report_command,
     "compare": compare_command,
+    "dryrun": dryrun_command,
     "predict": predict_command,
     "export": export_command,
     "import": import_command,

@@ -10,10 +10,14 @@ import typer
 
 from ipu_pipeline.cli.options import (
     Force,
+    GlobalBatch,
+    GpuMachine,
     Model,
     PlanFile,
+    Pp,
     SeqLength,
     TaskOption,
+    Tp,
     counted,
     save_plan,
 )
@@ -33,18 +37,7 @@ class Framework(str, Enum):
     transformers = "transformers"
 
 
-class Precision(str, Enum):
-    """What matrix products are computed in."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-    float8 = "float8"
-    float4 = "float4"
-
-
 FormatOption = Annotated[Framework, typer.Option("--format", help="Whose settings.")]
-GpuMachine = Annotated[str, typer.Option("--machine", help="Such as h100-x64, or a file.")]
 Schedule = Annotated[
     str | None, typer.Option("--schedule", help="Default: 1f1b, interleaved if pp has more stages.")
 ]
@@ -82,20 +75,21 @@ def import_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the plan to this file.")],
     task: TaskOption = None,
     seq_length: SeqLength = 4096,
-    pp: Annotated[int | None, counted("--pp", "num_devices", "Default: the file's.")] = None,
-    tp: Annotated[int | None, counted("--tp", "num_devices", "Default: the file's, or 1.")] = None,
+    pp: Pp = None,
+    tp: Tp = None,
     micro_batch: Annotated[
         int | None, counted("--micro-batch", "micro_batch", "Default: the file's, or 1.")
     ] = None,
     microbatches: Annotated[
         int | None, counted("--microbatches", "num_microbatches", "Default: the file's.")
     ] = None,
-    global_batch: Annotated[
-        int | None, counted("--global-batch", "global_batch", "Samples of a step.")
-    ] = None,
+    global_batch: GlobalBatch = None,
     force: Force = False,
 ) -> None:
-    """Read settings of another framework as a plan with its price."""
+    """Read settings of another framework as a plan with its price.
+
+    Sizes that are given replace the file's.
+    """
     from ipu_pipeline.backends.cluster.exchange import read_plan
     from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan
     from ipu_pipeline.errors import PlanError
@@ -141,7 +135,7 @@ def predict_layout(
     from ipu_pipeline.backends.cluster.exchange import Imported
     from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan, own_plan
     from ipu_pipeline.backends.cluster.given_text import layout_text
-    from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
+    from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,6 +61,39 @@ IPUConfigOverrides = Annotated[
 PodType = Annotated[
     str | None, typer.Option("--pod-type", help="Such as pod16: chooses the replicas.")
 ]
+
+
+class Precision(str, Enum):
+    """What matrix products are computed in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8 = "float8"
+    float4 = "float4"
+
+
+# Sizes and settings of a run on GPUs. Left out, tune searches them.
+GpuMachine = Annotated[str, typer.Option("--machine", help="Such as h100-x64, or a file.")]
+Pp = Annotated[int | None, counted("--pp", "num_devices", "GPUs: ranks of a pipeline.")]
+Tp = Annotated[int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")]
+Cp = Annotated[int | None, counted("--cp", "num_devices", "GPUs: ranks that share a sequence.")]
+Ep = Annotated[int | None, counted("--ep", "num_devices", "GPUs: ranks that share the experts.")]
+ZeroStage = Annotated[
+    int | None, typer.Option("--zero-stage", min=0, max=3, help="GPUs: 0 to 3; default: 1.")
+]
+Recompute = Annotated[
+    str | None,
+    typer.Option("--recompute", help="GPUs: none, full, or parts: core_attn,mlp,layernorm."),
+]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option("--precision", help="GPUs; default: the config's, or bfloat16."),
+]
+Microbatches = Annotated[
+    int | None, counted("--microbatches", "num_microbatches", "Per step of one pipeline.")
+]
+GlobalBatch = Annotated[int | None, counted("--global-batch", "global_batch", "Samples of a step.")]
 
 
 def save_plan(plan: Plan, path: Path | None, *, quiet: bool = False) -> None:

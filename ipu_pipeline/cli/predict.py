@@ -7,14 +7,23 @@ from typing import Annotated
 
 import typer
 
-from ipu_pipeline.cli.layouts import Precision, Schedule, predict_layout
+from ipu_pipeline.cli.layouts import Schedule, predict_layout
 from ipu_pipeline.cli.options import (
+    Cp,
+    Ep,
+    GlobalBatch,
     IPUConfigName,
     IPUConfigOverrides,
     MicroBatch,
+    Microbatches,
     Model,
     PodType,
+    Pp,
+    PrecisionOption,
+    Recompute,
     TaskOption,
+    Tp,
+    ZeroStage,
     counted,
     read_ipu_config,
 )
@@ -39,33 +48,19 @@ def predict_command(
     ] = None,
     pod_type: PodType = None,
     ipu_config_overrides: IPUConfigOverrides = "",
-    tp: Annotated[int | None, counted("--tp", "num_devices", "Tensor parallel GPUs.")] = None,
-    pp: Annotated[
-        int | None,
-        counted("--pp", "num_devices", "Ranks of a pipeline; default: the layout's stages."),
-    ] = None,
-    cp: Annotated[int | None, counted("--cp", "num_devices", "Context parallel GPUs.")] = None,
-    ep: Annotated[int | None, counted("--ep", "num_devices", "Expert parallel GPUs.")] = None,
+    tp: Tp = None,
+    pp: Pp = None,
+    cp: Cp = None,
+    ep: Ep = None,
     dp: Annotated[
         int | None, counted("--dp", "num_devices", "Data parallel copies; default: what is left.")
     ] = None,
-    microbatches: Annotated[
-        int | None, counted("--microbatches", "num_microbatches", "Per step of one pipeline.")
-    ] = None,
-    global_batch: Annotated[
-        int | None, counted("--global-batch", "global_batch", "Samples of a step.")
-    ] = None,
+    microbatches: Microbatches = None,
+    global_batch: GlobalBatch = None,
     schedule: Schedule = None,
-    precision: Annotated[
-        Precision | None, typer.Option("--precision", help="Default: the config's, or bfloat16.")
-    ] = None,
-    recompute: Annotated[
-        str | None,
-        typer.Option("--recompute", help="none, full, or parts such as core_attn,mlp."),
-    ] = None,
-    zero_stage: Annotated[
-        int | None, typer.Option("--zero-stage", min=0, max=3, help="Default: 1.")
-    ] = None,
+    precision: PrecisionOption = None,
+    recompute: Recompute = None,
+    zero_stage: ZeroStage = None,
 ) -> None:
     """Predict an IPU configuration (--ipu-config), or somebody's GPU layout (--layout).
 

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ipu_pipeline.cli.options import (
+    Cp,
+    Ep,
     Force,
     JsonOption,
     Model,
     PlanOutput,
+    Pp,
+    PrecisionOption,
+    Recompute,
     SeqLength,
     TaskOption,
+    Tp,
+    ZeroStage,
     counted,
     measured,
 )
@@ -63,31 +70,17 @@ def tune_command(
         str | None,
         typer.Option("--compare", metavar="CONFIG", help="ipu_config.json or published name."),
     ] = None,
-    pp: Annotated[int | None, counted("--pp", "num_devices", "GPUs: ranks of a pipeline.")] = None,
-    tp: Annotated[
-        int | None, counted("--tp", "num_devices", "GPUs: ranks that share every product.")
-    ] = None,
-    cp: Annotated[
-        int | None, counted("--cp", "num_devices", "GPUs: ranks that share a sequence.")
-    ] = None,
-    ep: Annotated[
-        int | None, counted("--ep", "num_devices", "GPUs: ranks that share the experts.")
-    ] = None,
+    pp: Pp = None,
+    tp: Tp = None,
+    cp: Cp = None,
+    ep: Ep = None,
     vpp: Annotated[int | None, counted("--vpp", "num_devices", "GPUs: stages of a rank.")] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", help="GPUs: 1f1b, interleaved, zbv, ...")
     ] = None,
-    zero_stage: Annotated[
-        int | None, typer.Option("--zero-stage", min=0, max=3, help="GPUs: 0 to 3.")
-    ] = None,
-    recompute: Annotated[
-        str | None,
-        typer.Option("--recompute", help="GPUs: none, full, or parts: core_attn,mlp,layernorm."),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="GPUs: bfloat16, float16, float32, float8, float4."),
-    ] = None,
+    zero_stage: ZeroStage = None,
+    recompute: Recompute = None,
+    precision: PrecisionOption = None,
     engine: Annotated[
         str | None,
         typer.Option("--engine", help="GPUs: megatron (default), or torch: this project's own."),
@@ -112,8 +105,8 @@ def tune_command(
         fixed = {
             "global_batch": global_batch, "micro_batch": micro_batch, "replicas": replicas,
             "pp": pp, "tp": tp, "cp": cp, "ep": ep, "vpp": vpp, "schedule": schedule,
-            "zero_stage": zero_stage, "recompute": recompute, "precision": precision,
-            "optimizer": optimizer, "engine": engine,
+            "zero_stage": zero_stage, "recompute": recompute,
+            "precision": precision and precision.value, "optimizer": optimizer, "engine": engine,
         }  # fmt: skip
         tune_gpus(model, task, described, seq_length, fixed, output, _progress, as_json=as_json)
         return

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ipu_pipeline.errors import PipelineError
 from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.autocast import autocast_dtype
 
 # Which library computes float32 products: "onednn", "mkl", or nothing for what suits the processor.
 SWITCH = "IPU_PIPELINE_MATMUL"
@@ -51,10 +52,11 @@ def fast_linear(
     if not _kernels():
         return None
     operator = torch.ops.ipu_pipeline.linear
-    if not torch.is_autocast_enabled("cpu"):
+    dtype = autocast_dtype(input.device)
+    if dtype is None:
         fits = input.dtype is torch.float32 and onednn_products()
         return operator(input, weight, bias, transposed=transposed) if fits else None
-    if torch.get_autocast_dtype("cpu") is not torch.bfloat16 or not torch.is_grad_enabled():
+    if dtype is not torch.bfloat16 or not torch.is_grad_enabled():
         return None
     if input.dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ipu_pipeline.ops import extension
+from ipu_pipeline.ops.autocast import no_autocast
 from ipu_pipeline.ops.dropout import FLOATS
 from ipu_pipeline.ops.projection import autocast_like_linear
 
@@ -152,7 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.scale = _scale(operands, options, reduction)
         ctx.held = None
         needs = ctx.needs_input_grad[:3]
-        with torch.autocast("cpu", enabled=False):
+        with no_autocast():
             if hold and reduction != "none" and any(needs):
                 losses, *ctx.held = _gradients(operands, options, ctx.scale, needs)
             else:
@@ -166,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         held, ctx.held = ctx.held, None
         if held is None:
             operands, needs = _Operands(*ctx.saved_tensors), ctx.needs_input_grad[:3]
-            with torch.autocast("cpu", enabled=False):
+            with no_autocast():
                 _, *held = _gradients(operands, ctx.options, ctx.scale * grad, needs)
         elif grad.item() != 1.0:
             for each in held:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ipu_pipeline.ops.autocast import autocast_dtype, no_autocast
+
 
 def serialized_linear(
     x: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, *, factor: int
@@ -52,9 +54,9 @@ def autocast_like_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as ``torch.autocast`` does before a linear layer; outside of it change nothing."""
-    if not torch.is_autocast_enabled("cpu"):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype("cpu")
 
     def cast(operand: Tensor) -> Tensor:
         return operand if operand.dtype is torch.float64 else operand.to(dtype)
@@ -76,7 +78,7 @@ class _SerializedLinear(torch.autograd.Function):
         ctx.factor = factor
         x_MH = x.reshape(-1, x.shape[-1])
         y_MV = x.new_empty(x_MH.shape[0], weight.shape[0])
-        with torch.autocast("cpu", enabled=False):
+        with no_autocast():
             for cut in slices(weight.shape[0], factor):
                 part = bias[cut] if bias is not None else None
                 y_MV[:, cut] = functional.linear(x_MH, weight[cut], part)
@@ -91,7 +93,7 @@ class _SerializedLinear(torch.autograd.Function):
         g_MV = grad.reshape(-1, weight.shape[0])
         dx = torch.zeros_like(x_MH) if need_x else None
         dw = torch.zeros_like(weight) if need_weight else None
-        with torch.autocast("cpu", enabled=False):
+        with no_autocast():
             for cut in slices(weight.shape[0], ctx.factor):
                 if dx is not None:
                     dx.addmm_(g_MV[:, cut], weight[cut])

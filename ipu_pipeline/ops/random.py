@@ -13,7 +13,7 @@ of the scope's seed, and is computed again in the backward pass. Everything else
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -71,8 +71,17 @@ class _Source:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self._generators: dict[str, torch.Generator] = {}
         self._streams = count()
+
+    def generator(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Generator:
+        """Return the generator of the device that a call draws on; of meta that of the CPU."""
+        given = (a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        device = torch.device(kwargs.get("device") or next(given, "cpu"))
+        kind = "cpu" if device.type == "meta" else device.type
+        if kind not in self._generators:
+            self._generators[kind] = torch.Generator(kind).manual_seed(self.seed)
+        return self._generators[kind]
 
     def mask_key(self) -> tuple[int, int]:
         """Return seed and stream of the next mask."""
@@ -93,11 +102,11 @@ class _FromSource(TorchDispatchMode):
         if func is torch.ops.aten.native_dropout.default:
             return self._native_dropout(*args, **kwargs)
         if any(argument.name == "generator" for argument in func._schema.arguments):
-            kwargs["generator"] = kwargs.get("generator") or self.source.generator
+            kwargs["generator"] = kwargs.get("generator") or self.source.generator(args, kwargs)
             return func(*args, **kwargs)
         with_generator = _generator_overload(func)
         if with_generator is not None:
-            return with_generator(*args, **kwargs, generator=self.source.generator)
+            return with_generator(*args, **kwargs, generator=self.source.generator(args, kwargs))
         return func(*args, **kwargs)
 
     def _bernoulli_(self, out: Tensor, p: float = 0.5) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ipu_pipeline.capture.batch_axes import (
@@ -22,6 +23,7 @@ from ipu_pipeline.capture.batch_axes import (
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.inputs import ready_batch
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.devices import device_of, on_device
 from ipu_pipeline.stages.training import in_evaluation
 
 logger = logging.getLogger(__name__)
@@ -111,11 +113,14 @@ def split_batch(
 
 
 def cut_batches(
-    parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
+    parts: Sequence[Mapping[str, Any]],
+    weights: Sequence[float],
+    device: torch.device,
+    first: int = 0,
 ) -> list[Microbatch]:
     """Return microbatches that somebody else has cut; ``weights`` are those of their losses.
 
-    ``first`` is the position of the first one in its batch.
+    They are moved to ``device``; ``first`` is the position of the first one in its batch.
 
     Raises:
         LoweringError: There is none, or not one weight for each.
@@ -126,7 +131,7 @@ def cut_batches(
             "one microbatch, and one weight for each"
         )
     cut = []
-    ready = map(ready_batch, parts)
+    ready = (on_device(ready_batch(part), device) for part in parts)
     for index, (part, weight) in enumerate(zip(ready, weights, strict=True), start=first):
         sizes = (v.shape[0] for v in part.values() if isinstance(v, Tensor) and v.ndim > 0)
         cut.append(Microbatch(index, part, next(sizes, 1), weight))
@@ -177,7 +182,7 @@ class BatchCutter:
         Raises:
             LoweringError: The batch cannot be cut.
         """
-        ready = ready_batch(batch)
+        ready = on_device(ready_batch(batch), device_of(self._model))
         plain = self._plain(ready)
         if plain is not None:
             cut = split_batch(ready, num_microbatches, micro_batch_size, plain)
@@ -198,7 +203,7 @@ class BatchCutter:
 
         What mixes samples (a contrastive loss, a load-balancing loss) is not cut.
         """
-        ready = ready_batch(batch)
+        ready = on_device(ready_batch(batch), device_of(self._model))
         plain = self._plain(ready)
         if plain is not None and batch_size(ready, plain) == 1:
             return CutBatch(ready, split_batch(ready, 1, 1, plain), BatchAxes(plain))

@@ -25,6 +25,7 @@ from ipu_pipeline.errors import CaptureError, PlanError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.verify import verify_state
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import device_of
 from ipu_pipeline.stages.lru_cache import LRUCache
 from ipu_pipeline.stages.stage import Stage, build_stages, place_blocks
 from ipu_pipeline.stages.tables import TableUses, find_tables, serialized, shard_tables
@@ -63,6 +64,7 @@ class StageCache:
             of each as many captures.
         on_drop: Called with stages that are forgotten.
         live: Microbatches come from :meth:`groups`, and stages may share values with the glue.
+        compile_blocks: Whether blocks go through ``torch.compile``.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class StageCache:
     max_shapes: int = MAX_SHAPES
     on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
     live: bool = False
+    compile_blocks: bool = False
 
     def __post_init__(self) -> None:
         self._shapes = LRUCache[Signature, ShapeVariants](self.max_shapes, self._dropped)
@@ -231,7 +234,7 @@ class StageCache:
         self._modules = list(self.model.modules())
         parameters = tuple((p.requires_grad, p.dtype) for p in self.model.parameters())
         self._training = torch.is_grad_enabled(), parameters
-        with autocast_region(self.precision), tracing_patches(self.model):
+        with autocast_region(self.precision, device_of(self.model)), tracing_patches(self.model):
             yield
 
     def _variants(self, part: Microbatch) -> ShapeVariants:
@@ -254,7 +257,7 @@ class StageCache:
         def begin(variant: ShapeVariant) -> Prepared:
             while True:
                 self._remember(attempt, variant)
-                region = partial(autocast_region, self.precision)
+                region = partial(autocast_region, self.precision, device_of(self.model))
                 integers = attempt.variants.integers
                 run = GlueRun(variant.captured, attempt.inputs, integers, region)
                 try:
@@ -456,7 +459,10 @@ class StageCache:
         verify_state(captured.state, places)
         tables = find_tables(captured, uses, serialized(self.plan))
         row_shards = shard_tables(captured, self.plan, tables)
-        return build_stages(captured, blocks, self.recompute, tables, row_shards)
+        stages = build_stages(captured, blocks, self.recompute, tables, row_shards)
+        for stage in stages:
+            stage.compiled = self.compile_blocks
+        return stages
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ops.autocast import autocast_dtype, no_autocast
 from ipu_pipeline.ops.linear_cross_entropy import Reduction, linear_cross_entropy
 from ipu_pipeline.ops.projection import serialized_linear, slices
 
@@ -125,8 +126,9 @@ class DeferredLogits(Tensor):
     ) -> DeferredLogits:
         """Return the logits of one call of ``functional.linear``; see ``_Projection``."""
         dtype = torch.result_type(x, weight_VH)
-        if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype("cpu")
+        narrow = autocast_dtype(x.device)
+        if narrow is not None and dtype != torch.float64:
+            dtype = narrow
         return _make(_Projection(weight_VH, factor, hold_gradients, dtype), x, bias_V, dtype)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -159,7 +161,7 @@ class DeferredLogits(Tensor):
                     "block, or read them outside"
                 )
             x, weight_VH, bias_V = self.operands()
-            with torch.autocast("cpu", enabled=False):
+            with no_autocast():
                 full = serialized_linear(x, weight_VH, bias_V, factor=self.projection.factor)
             self._computed = apply(self.pointwise, full).to(self.dtype)
         return self._computed
@@ -352,7 +354,7 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
         return None
     if not torch.is_grad_enabled():
         return None
-    in_autocast = torch.is_autocast_enabled("cpu")
+    in_autocast = autocast_dtype(logits.device) is not None
     x_NH, weight_VH, bias_V = operands = logits.operands()
     options = {
         "class_weight_V": weight,
@@ -361,7 +363,7 @@ def _cross_entropy(  # the parameters of functional.cross_entropy
         "label_smoothing": label_smoothing,
         "num_slices": logits.projection.factor,
     }
-    with torch.autocast("cpu", enabled=False):
+    with no_autocast():
         if logits.pointwise:
             loss = chunked_cross_entropy(operands, logits.pointwise, target, **options)
         else:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from typing_extensions import Self
 
 from ipu_pipeline.capture.batch_axes import Axes
@@ -21,8 +22,10 @@ from ipu_pipeline.capture.values import nested_by_name
 from ipu_pipeline.checkpoint import Attach, Background, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.loss_shares import LossWeights
+from ipu_pipeline.stages.training import LossScaler
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,8 +96,12 @@ class ExecutionOptions:
 
     Attributes:
         precision: ``float32``, ``bf16`` (autocast), or ``fp16`` (autocast + loss scaling).
-        loss_scaling: Static factor of the loss before the backward pass; gradients are divided
-            by it before they are used, and a step that overflowed changes nothing.
+        loss_scaling: Factor of the loss before the backward pass; gradients are divided by it
+            before they are used, and a step that overflowed changes nothing. A number, or a
+            ``torch.amp.GradScaler``, by whose rules it moves; ``None``: such a scaler with
+            ``fp16``, else 1. All ranks skip the same steps.
+        master_weights: Keep float32 copies of 16-bit weights in the optimizer's state and step
+            those: the weights are the copies, rounded.
         max_grad_norm: Clip the norm of the gradients of all stages to this; ``None`` for none.
         seed: Root of every random number drawn while training.
         schedule: ``1f1b`` or ``gpipe``; ``None`` takes the plan's.
@@ -111,6 +118,12 @@ class ExecutionOptions:
         sdk_python: The Python of Graphcore's SDK, under which the ``poptorch`` target runs its
             worker; ``None`` takes the variable IPU_PIPELINE_SDK_PYTHON. ``PYTHON --emulate`` puts
             the stand-in in the place of poptorch.
+        device: Where the weights go and batches are moved to: ``cuda`` (``distributed``: the GPU
+            of the process's LOCAL_RANK), ``cuda:1``, ``cpu``; ``None`` leaves the weights where
+            they are. The stages of one process share one device.
+        compile_blocks: Run every block through ``torch.compile``; a block that it cannot compile
+            whole, or that draws random numbers, is refused, one that is serialized or keeps what
+            it changes runs as it is. Stages of ``local`` then run one after another.
         training: Whether steps will be trained; if not, ``eval_step`` is all there is, and the
             plan may have been made without labels.
         weights: Folder with the weights of a model on ``meta`` (safetensors, whole or in shards);
@@ -123,7 +136,8 @@ class ExecutionOptions:
     """
 
     precision: str = "float32"
-    loss_scaling: float = 1.0
+    loss_scaling: float | GradScaler | None = None
+    master_weights: bool = False
     max_grad_norm: float | None = None
     seed: int = 42
     schedule: str | None = None
@@ -134,6 +148,8 @@ class ExecutionOptions:
     self_check: bool = True
     ipu_config: Any = None  # an IPUConfig, of the one backend that has it
     sdk_python: str | None = None
+    device: str | torch.device | None = None
+    compile_blocks: bool = False
     training: bool = True
     loss_weights: LossWeights = None
     weights: str | Path | None = None
@@ -153,14 +169,33 @@ class ExecutionOptions:
                 f"loss_weights {self.loss_weights!r} is unknown; use 'samples', a list of factors, "
                 "or a function of a microbatch's inputs"
             )
-        if self.loss_scaling <= 0:
-            raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
+        self._check_device()
+        scaling = self.loss_scaling
+        if isinstance(scaling, GradScaler):
+            if not scaling.is_enabled():
+                raise ValueError(
+                    "loss_scaling is a GradScaler that is switched off (enabled=False, or its "
+                    "device is not here); leave it out, or make it with GradScaler('cpu')"
+                )
+        elif scaling is not None and not scaling > 0:
+            raise ValueError(f"loss_scaling must be above 0, got {scaling}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(
                 f"max_grad_norm must be above 0, got {self.max_grad_norm}; use None for no clipping"
             )
         if self.stall_timeout_s <= 0:
             raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+
+    def _check_device(self) -> None:
+        try:
+            known = self.device is None or torch.device(self.device).type != "meta"
+        except RuntimeError:
+            known = False
+        if not known:
+            raise ValueError(
+                f"device {self.device!r} is unknown; use 'cuda', 'cuda:0', 'cpu', or None to leave "
+                "the weights where they are"
+            )
 
     def require_training(self) -> None:
         """Refuse a training step of what was compiled for evaluation.
@@ -221,6 +256,7 @@ class Executable(ABC):
         model: The user's model; its parameters are trained in place.
         plan: The split.
         optimizer: Over ``model.parameters()``; needed by :meth:`train_step` only.
+        options: How to run.
 
     Attributes:
         global_step: Optimizer steps tried (skipped ones included); random numbers are keyed by it,
@@ -232,11 +268,20 @@ class Executable(ABC):
     batch_divisor: int | None = 1
 
     def __init__(
-        self, model: torch.nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
+        self,
+        model: torch.nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None,
+        options: ExecutionOptions | None = None,
     ) -> None:
         self.model = model
         self.plan = plan
         self.optimizer = optimizer
+        self.options = options or ExecutionOptions()
+        self._scaler = LossScaler(self.options.loss_scaling, self.options.precision)
+        self._masters: MasterWeights | None = None
+        if self.options.master_weights and optimizer is not None:
+            self._masters = MasterWeights(optimizer)
         self.global_step = 0
         self._background = Background()
         self._process = os.getpid()
@@ -309,6 +354,7 @@ class Executable(ABC):
             optimizer=self.optimizer,
             global_step=self.global_step,
             extra=extra,
+            loss_scaling=self._scaler.state(),
             attach=attach,
             background=None if blocking else self._background,
         )
@@ -324,8 +370,11 @@ class Executable(ABC):
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Restore what :meth:`save_checkpoint` wrote, from any split; return ``extra``."""
         self.wait_for_checkpoint()
-        info = read_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        info = read_checkpoint(
+            path, model=self.model, optimizer=self.optimizer, masters=self._masters
+        )
         self.global_step = info.global_step
+        self._scaler.load(info.loss_scaling)
         return info.extra
 
     def close(self) -> None:

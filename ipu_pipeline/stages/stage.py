@@ -21,6 +21,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
+from ipu_pipeline.stages.compiled_blocks import run_compiled
 from ipu_pipeline.stages.replay import ReplayedBlock
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
@@ -59,6 +60,7 @@ class Stage:
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
         in_order: Whether a microbatch has to end before the next one begins, on every stage.
+        compiled: Whether its blocks go through ``torch.compile``.
     """
 
     index: int
@@ -76,6 +78,7 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    compiled: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
     _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)
@@ -204,7 +207,9 @@ class Stage:
 
         inputs = tuple(values[name] for name in program.inputs)
         again = program.name in self.recompute and torch.is_grad_enabled()
-        if again and not (program.name == LOSS and self.fused):  # that one does it by itself
+        if self.compiled and self._can_be_compiled(program):
+            outputs = run_compiled(program, inputs, recompute=again)
+        elif again and not (program.name == LOSS and self.fused):  # that one does it by itself
             replayed = self._replayed.setdefault(program.name, ReplayedBlock(program))
             call = replayed.passes(call)
             inputs = replayed.unshared(inputs)
@@ -213,6 +218,10 @@ class Stage:
             with program.saving_copies():
                 outputs = call(*inputs)
         values.update(zip(program.outputs, outputs, strict=True))
+
+    def _can_be_compiled(self, program: Program) -> bool:
+        own = program.name in self.tables or program.name in self.fused or program.changing
+        return not (own or self.live or program.draws)
 
     def _note_backward(self, program: Program, values: Mapping[str, Any]) -> None:
         """Let the stage say that a backward pass is in this block when it comes to it."""

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ops.master_weights import HALVES, MasterWeights
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,13 +34,76 @@ class UpdateResult:
     skipped: bool
 
 
+class LossScaler:
+    """What the loss is multiplied by: a number, or what ``torch.amp.GradScaler`` makes of it.
+
+    The scaler is told whether a step was skipped, which all ranks have agreed on: theirs then
+    stay equal, whichever of them had an overflow.
+    """
+
+    def __init__(self, wish: float | GradScaler | None, precision: str) -> None:
+        if wish is None:
+            wish = GradScaler("cpu") if precision == "fp16" else 1.0
+        self._constant = wish if isinstance(wish, int | float) else None
+        self._scaler = wish if isinstance(wish, GradScaler) else None
+        self._probe = nn.Parameter(torch.zeros(()))
+
+    @property
+    def factor(self) -> float:
+        """Factor of the loss of the next backward pass."""
+        return self._constant if self._scaler is None else float(self._scaler.get_scale())
+
+    def update(self, *, skipped: bool) -> None:
+        """Choose the factor of the next step."""
+        if self._scaler is None:
+            return
+        self._scaler.scale(self._probe.detach())  # which makes its tensors
+        self._probe.grad = torch.full((), torch.inf if skipped else 0.0)
+        self._scaler.unscale_(torch.optim.SGD([self._probe]))
+        self._scaler.update()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a run that goes on needs; nothing where the factor is a number."""
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`; without one, or with a number, nothing is changed."""
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(dict(state))
+
+    def check(self, model: nn.Module, *, master_weights: bool) -> None:
+        """Refuse weights whose gradients a scaler cannot divide.
+
+        Raises:
+            LoweringError: Some are float16.
+        """
+        if self._scaler is None or master_weights:
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.dtype is torch.float16 and parameter.requires_grad:
+                raise LoweringError(
+                    f"{name} is float16, and so is its gradient, too narrow to be divided by a "
+                    "scale that moves; use master_weights=True, float32 weights with "
+                    "precision='fp16', or a number as loss_scaling"
+                )
+
+
+def total_norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return the L2 norm over all gradients; 16 bits would round it otherwise for every split."""
+    if not any(gradient.dtype in HALVES for gradient in gradients):
+        return get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
 def apply_update(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[torch.nn.Parameter],
     *,
     loss_scaling: float = 1.0,
     max_grad_norm: float | None = None,
-    total_norm: Callable[[list[torch.Tensor]], torch.Tensor] = get_total_norm,
+    total_norm: Callable[[list[torch.Tensor]], torch.Tensor] = total_norm_of,
+    masters: MasterWeights | None = None,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them.
 
@@ -48,10 +113,20 @@ def apply_update(
         loss_scaling: The loss was multiplied by this; the gradients are divided by it.
         max_grad_norm: Upper bound of the norm over all gradients; ``None`` for no clipping.
         total_norm: Returns the L2 norm over all gradients from those of the parameters here.
+        masters: Float32 copies of the optimizer's 16-bit parameters, which step in their place.
 
     Returns:
         The norm before clipping, and whether the step was skipped.
     """
+    if masters is not None:
+        with masters.in_place():
+            return apply_update(
+                optimizer,
+                parameters,
+                loss_scaling=loss_scaling,
+                max_grad_norm=max_grad_norm,
+                total_norm=total_norm,
+            )
     with_grad = [p for p in dict.fromkeys(parameters) if p.grad is not None]
     gradients = [dense_part(p) for p in with_grad]
     if loss_scaling != 1.0 and gradients:
@@ -105,10 +180,10 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
         set_modes(before)
 
 
-def autocast_region(precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the region in which forward passes of ``precision`` run."""
+def autocast_region(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return the region in which forward passes of ``precision`` run on a device."""
     dtype = AUTOCAST.get(precision)
-    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def check_model(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -87,7 +87,12 @@ class TrainingArguments(transformers.TrainingArguments):
     warmup_ratio: float = option(
         default=0.0, help="Share of the steps that warm up; not with warmup_steps."
     )
-    loss_scaling: float = option(default=1.0, help="Static factor of the loss; used with --fp16.")
+    loss_scaling: float | None = option(
+        default=None, help="Static factor of the loss with --fp16; default: torch's GradScaler."
+    )
+    master_weights: bool = option(
+        default=False, help="The optimizer steps float32 copies of 16-bit weights."
+    )
     stochastic_rounding: bool = option(
         default=False, help="AdamW rounds bfloat16 weights at random, right on average."
     )
@@ -113,7 +118,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_kwargs must be settings by name, got {self.lr_scheduler_kwargs!r}"
             )
-        if self.loss_scaling <= 0:
+        if self.loss_scaling is not None and self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}")
@@ -175,7 +180,7 @@ class TrainingArguments(transformers.TrainingArguments):
         Args:
             **overrides: Fields of :class:`ExecutionOptions` to set otherwise.
         """
-        if self.loss_scaling != 1 and not self.fp16:
+        if self.loss_scaling not in (None, 1) and not self.fp16:
             logger.warning(
                 "loss_scaling %g is not applied: it keeps float16 gradients from underflowing, and "
                 "fp16 is off",
@@ -184,6 +189,7 @@ class TrainingArguments(transformers.TrainingArguments):
         options: dict[str, Any] = {
             "precision": "fp16" if self.fp16 else "bf16" if self.bf16 else "float32",
             "loss_scaling": self.loss_scaling if self.fp16 else 1.0,
+            "master_weights": self.master_weights,
             "max_grad_norm": self.max_grad_norm or None,
             "seed": self.seed,
             "replicated_tensor_sharding": self.replicated_tensor_sharding,

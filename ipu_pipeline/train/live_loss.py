@@ -37,6 +37,7 @@ from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.capture.objects import Snapshot, members
 from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
+from ipu_pipeline.ops.autocast import autocast_dtype
 from ipu_pipeline.ops.threads import take_threads
 from ipu_pipeline.stages.stage import nodes_behind
 
@@ -142,7 +143,7 @@ class LossRun(Coroutine):
         return (
             modes == self.modes
             and torch.is_grad_enabled() == any(modes)
-            and not torch.is_autocast_enabled("cpu")
+            and autocast_dtype() is None
             and len(_get_current_function_mode_stack()) == 1  # our own
         )
 

@@ -504,7 +504,7 @@ class PipelineTrainer(Trainer):
 
     def _in_one_piece(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Call the model outside of the pipeline, as accelerate does."""
-        with autocast_region(self._precision):
+        with autocast_region(self._precision, self.args.device):
             outputs = forward(*args, **kwargs)
         return self._widened(outputs)
 

@@ -21,6 +21,7 @@ _OTHER_RUNTIMES = {
     "stochastic_rounding": "transformers makes the optimizer; pass "
     "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
     "replicated_tensor_sharding": "there is one copy of the pipeline",
+    "master_weights": "transformers steps the optimizer; use ipu_pipeline.train.train",
 }
 # They change weights inside the backward pass, where stages run at the same time.
 _IN_BACKWARD = ("lomo", "layerwise")

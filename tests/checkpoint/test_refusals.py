@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from ipu_pipeline import checkpoint
-from ipu_pipeline.checkpoint import is_complete, read_checkpoint, write_checkpoint
+from ipu_pipeline.checkpoint import check_share, is_complete, read_checkpoint, write_checkpoint
 from ipu_pipeline.errors import CheckpointError
 from tests.checkpoint.models import Tied, assert_untouched, bert, reseal
 
@@ -204,3 +204,20 @@ def test_a_learning_rate_that_is_not_finite_is_damage(tmp_path, rate):
     message = rf"a setting of the optimizer is 0\.1 here and {rate} there"
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "c", model=model, optimizer=own)
+
+
+def test_ranks_check_each_file_once(saved):
+    names = [path.name for path in saved.iterdir() if path.name != "checkpoint.json"]
+    assert len(names) > 3
+    for name in names:
+        content = (saved / name).read_bytes()
+        (saved / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = []
+        for index in range(3):
+            try:
+                check_share(saved, index, 3)
+            except CheckpointError as error:
+                found.append(str(error))
+        assert len(found) == 1
+        assert f"{name} does not match its checksum" in found[0]
+        (saved / name).write_bytes(content)

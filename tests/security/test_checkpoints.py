@@ -166,6 +166,7 @@ def retype(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
     return retyped
 
 
+SCALER = torch.amp.GradScaler("cpu")
 SETTINGS = ("optimizer.json", "groups", 0, "settings")
 
 
@@ -177,6 +178,11 @@ SETTINGS = ("optimizer.json", "groups", 0, "settings")
         (edit(MANIFEST, "rng", "numpy", 2, value=10**6), "numpy's random state stands at 1000000"),
         (edit(MANIFEST, "schema_version", value=-5), "schema_version is -5"),
         (edit(MANIFEST, "global_step", value=True), "global_step is True"),
+        (edit(MANIFEST, "loss_scaling", value={"scale": 2.0}), "loss_scaling has scale: 2.0"),
+        (
+            edit(MANIFEST, "loss_scaling", value={**SCALER.state_dict(), "scale": -1.0}),
+            "loss_scaling has scale: -1.0",
+        ),
         (edit(*SETTINGS, "lr", value=True), "a setting of the optimizer is 0.1 here and True"),
         (retype("model.safetensors", torch.complex64), "is torch.complex64 in the checkpoint and"),
         (retype("model.safetensors", torch.bool), "is torch.bool in the checkpoint and"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.training import apply_update, check_model
+from ipu_pipeline.stages.training import LossScaler, apply_update, check_model, total_norm_of
 
 
 def model_with_gradients(scale: float = 1.0) -> torch.nn.Module:
@@ -129,3 +129,43 @@ def test_other_errors_of_an_optimizer_stay_what_they_are():
 
     with pytest.raises(RuntimeError, match="broken"):
         apply_update(Broken(model.parameters(), lr=0.1), model.parameters())
+
+
+def test_a_scaler_moves_as_that_of_plain_torch():
+    skips = [True, False, False, False, True, False, False]
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    theirs, own = (
+        torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2, growth_factor=4.0)
+        for _ in range(2)
+    )
+    ours = LossScaler(own, "float32")
+    for number, skipped in enumerate(skips):
+        assert ours.factor == theirs.get_scale()
+        theirs.scale(weight.detach())
+        weight.grad = torch.tensor(torch.inf if skipped else 0.0)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(skipped=skipped)
+        if number == 3:  # a run that goes on
+            state = ours.state()
+            assert state == theirs.state_dict()
+            ours = LossScaler(None, "fp16")
+            ours.load(state)
+    assert LossScaler(None, "fp16").factor == 65536.0
+    assert LossScaler(None, "bf16").factor == LossScaler(1, "fp16").factor == 1.0
+
+
+def test_a_scaler_refuses_float16_weights_without_copies():
+    model = torch.nn.Linear(2, 2).half()
+    LossScaler(None, "fp16").check(model, master_weights=True)
+    LossScaler(8.0, "fp16").check(model, master_weights=False)
+    with pytest.raises(LoweringError, match="weight is float16, and so is its gradient"):
+        LossScaler(None, "fp16").check(model, master_weights=False)
+
+
+def test_the_norm_of_16_bit_gradients_does_not_depend_on_their_grouping():
+    torch.manual_seed(0)
+    gradients = [torch.randn(40).bfloat16() for _ in range(3)]
+    exact = torch.cat(gradients).double().norm()
+    assert total_norm_of(gradients).item() == pytest.approx(exact.item(), rel=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,10 @@ from ipu_pipeline.planner.backend import Backend, Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
 from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.search import Constraints
+from ipu_pipeline.planner.search import Constraints, Partition
+
+# Of proving the split of one number of replicas, where these are searched.
+REPLICAS_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,37 @@ class ClusterBackend(Backend):
         refuse_sizes(work.settings, work.machine)
         return counted_costs(work)
 
+    def search(
+        self,
+        work: Workload,
+        limits: Constraints,
+        find: Callable[[Workload, Constraints], Partition],
+        *,
+        any_replicas: bool,
+    ) -> tuple[Partition, Workload]:
+        """On GPUs also every number of replicas that divides the devices and the microbatches.
+
+        The bound is that of all of them.
+        """
+        if not any_replicas or not _on_gpus(work.machine, work.graph, work.measured_s):
+            return find(work, limits), work
+        found: list[tuple[Partition, Workload]] = []
+        problems: list[PartitionError] = []
+        for replicas in _replicas_to_try(work):
+            count = work.num_microbatches // replicas
+            one = replace(
+                limits, replicas=replicas, num_microbatches=count, time_limit_s=REPLICAS_S
+            )
+            run = replace(work, replicas=replicas, num_microbatches=count)
+            try:
+                found.append((find(run, one), run))
+            except PartitionError as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        best, run = min(found, key=lambda pair: pair[0].objective)
+        return best.with_bound(min(split.lower_bound for split, _ in found)), run
+
     def step(self, plan: Plan) -> PlanPrice:
         """Replay the schedule over the stages."""
         if _on_gpus(plan.machine, plan.graph, plan.measured_s):
@@ -109,6 +143,11 @@ class ClusterBackend(Backend):
 def _on_gpus(machine: Machine, graph: BlockGraph, measured_s: Mapping[str, Any]) -> bool:
     """Whether steps are priced by what a GPU's kernels reach: in training, nothing measured."""
     return machine.devices[0].kernels is not None and graph.training and not measured_s
+
+
+def _replicas_to_try(work: Workload) -> list[int]:
+    devices, count = len(work.machine.devices), work.num_microbatches
+    return [n for n in range(1, devices + 1) if devices % n == 0 and count % n == 0]
 
 
 BACKEND = ClusterBackend()

@@ -27,7 +27,8 @@ from ipu_pipeline.checkpoint import (
     Attach,
     Background,
     CheckpointInfo,
-    read_checkpoint,
+    check_share,
+    prepare_loading,
     restore_previous,
 )
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
@@ -42,6 +43,7 @@ from ipu_pipeline.checkpoint.writer import (
 )
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.codec import Count
+from ipu_pipeline.ops.master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ class ShardedCheckpoints:
 
     ``background`` makes the all-gathers of the thread that writes while training goes on.
     ``slices`` are those that are here; ``is_held`` says by name which tensors have values here,
-    ``None``: all of them.
+    ``None``: all of them. ``masters`` are the optimizer's float32 copies of weights, if it steps
+    those.
     """
 
     def __init__(
@@ -72,9 +75,11 @@ class ShardedCheckpoints:
         background: StoreGather,
         slices: Slices = UNCUT,
         is_held: Callable[[str], bool] | None = None,
+        masters: MasterWeights | None = None,
     ) -> None:
         self._is_held = is_held
         self._slices = slices
+        self._masters = masters
         self._model = model
         self._own = own
         self._optimizer = None if own is None else own.optimizer
@@ -85,11 +90,8 @@ class ShardedCheckpoints:
         self._background = Background()
         self._not_shared: set[Path] = set()
 
-    def load(self, path: str | Path, ownership: Ownership | None) -> tuple[int, dict[str, Any]]:
+    def load(self, path: str | Path, ownership: Ownership | None) -> CheckpointInfo:
         """Load a checkpoint on every rank; each keeps the optimizer state of its own parameters.
-
-        Returns:
-            Steps tried when it was written, and its ``extra``.
 
         Raises:
             CheckpointError: On any rank: damaged, incomplete, newer, or of another model.
@@ -97,33 +99,37 @@ class ShardedCheckpoints:
         self.wait()
         # A replacement that was cut off is finished by one rank before any reads.
         together(self._ranks, lambda: restore_previous(Path(path)) if self._rank == 0 else None)
+        together(self._ranks, lambda: check_share(path, self._rank, dist.get_world_size()))
         if self._own is not None:
             self._own.restore()
+        ready: list[Callable[[], CheckpointInfo]] = []
         found: list[CheckpointInfo] = []
         try:
             together(
                 self._ranks,
-                lambda: found.append(
-                    read_checkpoint(
+                lambda: ready.append(
+                    prepare_loading(
                         path,
                         model=self._model,
                         optimizer=self._optimizer,
-                        repair=False,
                         is_held=self._is_held or (lambda _: True),
                         slices=self._slices,
+                        masters=self._masters,
                     )
                 ),
             )
+            together(self._ranks, lambda: found.append(ready[0]()))
         finally:
             if self._own is not None and ownership is not None:
                 self._own.keep(ownership)
-        return found[0].global_step, found[0].extra
+        return found[0]
 
     def save(
         self,
         path: str | Path,
         ownership: Ownership | None,
         global_step: int,
+        loss_scaling: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         *,
         blocking: bool = True,
@@ -157,6 +163,7 @@ class ShardedCheckpoints:
                         groups=None if self._own is None else self._own.groups(),
                         global_step=global_step,
                         extra=extra,
+                        loss_scaling=loss_scaling,
                         attach=attach,
                         slices=self._slices,
                     )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
@@ -87,6 +88,8 @@ def description(
 ) -> dict[str, str]:
     """Return what has to be equal on all ranks, readable, by what it is called in a message."""
     settings = {key: value for key, value in asdict(options).items() if key != "ipu_config"}
+    if options.device is not None:  # each rank has its own of a type
+        settings["device"] = torch.device(options.device).type
     return {
         # What is decided, not what a rank that plans by itself has measured.
         "plan": f"{plan.digest().partition('-')[2]} ({plan.schedule}, {plan.num_microbatches} "
@@ -94,12 +97,15 @@ def description(
         "model": model_identity(model).fingerprint,
         "weights of the model": _checksum(model),
         "optimizer": type(optimizer).__name__,
-        **{
-            f"option {name}": getattr(value, "__qualname__", repr(value))
-            for name, value in settings.items()
-        },
+        **{f"option {name}": _readable(value) for name, value in settings.items()},
         **{f"version of {name}": version for name, version in library_versions().items()},
     }
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, GradScaler):
+        return repr(value.state_dict())
+    return str(getattr(value, "__qualname__", repr(value)))
 
 
 def check_alike(own: Mapping[str, str], problem: str, ranks: StoreGather) -> None:

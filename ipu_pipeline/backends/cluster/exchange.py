@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from ipu_pipeline.backends.cluster.layer_layout import (
+from ipu_pipeline.backends.cluster.megatron_layout import (
     LayerLayout,
     blocks_of,
     letters_of,

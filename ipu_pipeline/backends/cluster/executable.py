@@ -49,6 +49,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
@@ -84,11 +85,9 @@ class DistributedExecutable(Executable):
         optimizer: torch.optim.Optimizer | None,
         options: ExecutionOptions,
     ) -> None:
-        super().__init__(model, plan, optimizer)
-        self.options = options
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        super().__init__(model, plan, optimizer, options)
+        device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        device = device if self._holds_all else torch.device("cpu")
         self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
         try:
             background = self._meet_others(device)
@@ -98,6 +97,8 @@ class DistributedExecutable(Executable):
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
         held = self._materialized()
+        if options.device is not None:
+            move(model, optimizer, device)
         cuts = cut_plan(model, plan, self.groups.layout.tp)
         self._slices = TensorParallel(model, cuts, self.groups.slices)
         if optimizer is not None:
@@ -109,6 +110,7 @@ class DistributedExecutable(Executable):
             background,
             self._slices,
             None if self._holds_all else held.__contains__,
+            self._masters,
         )
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
@@ -121,6 +123,7 @@ class DistributedExecutable(Executable):
             # Stand-ins tell nothing about gradients.
             self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
+            compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
@@ -147,7 +150,7 @@ class DistributedExecutable(Executable):
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
                 own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(device), ranks)
+                check_alike(own, self._problem(), ranks)
                 layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
                 self.groups = Groups(layout, device, ranks)
         except BaseException:
@@ -177,17 +180,24 @@ class DistributedExecutable(Executable):
         together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
         return frozenset(held)
 
-    def _problem(self, device: torch.device) -> str:
+    def _problem(self) -> str:
         """Return why this process cannot start, or nothing."""
         try:
-            check(self.plan, self.options, device)
+            check(self.plan, self.options)
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
+            self._scaler.check(self.model, master_weights=self.options.master_weights)
             schedule = self.options.schedule or self.plan.schedule
             layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
             cuts = cut_plan(self.model, self.plan, layout.tp)
             if self.optimizer is not None:
-                refuse_whole_tensors(self.optimizer, cuts)
+                masters = self.options.master_weights
+                refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
+            if layout.tp > 1 and self.options.compile_blocks:
+                raise LoweringError(
+                    "compile_blocks compiles a block as a whole, and with tensor parallelism its "
+                    "ranks meet inside of it; leave it out, or plan with tp 1"
+                )
         except PipelineError as error:
             return str(error)
         return ""
@@ -204,12 +214,22 @@ class DistributedExecutable(Executable):
         self.options.require_training()
         optimizer = self.trained_optimizer()
         with self._running("a training step"):
-            scaling = self.options.loss_scaling
+            scaling = self._scaler.factor
             cut = self._training_parts(batch)
             loss, ownership = self._accumulate(cut, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
-                done = update(optimizer, own, ownership, self.groups, self.options, self._slices)
+                done = update(
+                    optimizer,
+                    own,
+                    ownership,
+                    self.groups,
+                    loss_scaling=scaling,
+                    max_grad_norm=self.options.max_grad_norm,
+                    masters=self._masters,
+                    slices=self._slices,
+                )
+            self._scaler.update(skipped=done.skipped)
         num_samples = sum(part.num_samples for part in cut.parts)
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
 
@@ -267,7 +287,8 @@ class DistributedExecutable(Executable):
         ``attach`` the first rank's count.
         """
         with self._running("saving a checkpoint"):
-            return self._checkpoints.save(path, self._ownership, self.global_step, *args, **options)
+            scaling, step = self._scaler.state(), self.global_step
+            return self._checkpoints.save(path, self._ownership, step, scaling, *args, **options)
 
     def broadcast(self, value: T) -> T:
         """Return what the first process has passed, as a copy."""
@@ -285,8 +306,10 @@ class DistributedExecutable(Executable):
         """Restore a checkpoint of any split or target, readable by all ranks; return ``extra``."""
         self._raise_error_of_last_save()
         with self._running("loading a checkpoint"):
-            self.global_step, extra = self._checkpoints.load(path, self._ownership)
-        return extra
+            info = self._checkpoints.load(path, self._ownership)
+            self.global_step = info.global_step
+            self._scaler.load(info.loss_scaling)
+        return info.extra
 
     def close(self) -> None:
         """Leave together with the other processes; calling it again does nothing."""
@@ -400,7 +423,8 @@ class DistributedExecutable(Executable):
             )
 
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
-        return StepInputs(parts, self.options.seed, self.global_step, self.options.precision)
+        options, device = self.options, self.groups.device
+        return StepInputs(parts, options.seed, self.global_step, options.precision, device)
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
@@ -422,12 +446,11 @@ class DistributedExecutable(Executable):
         return self._ownership
 
 
-def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
+def check(plan: Plan, options: ExecutionOptions) -> None:
     """Refuse what the target cannot run whatever the number of processes.
 
     Raises:
-        LoweringError: An unknown schedule, unknown blocks, the sequential mode, or autocast on a
-            GPU.
+        LoweringError: An unknown schedule, unknown blocks, or the sequential mode.
     """
     torch_schedule(options.schedule or plan.schedule)
     recomputed_blocks(options.recompute, plan)
@@ -437,11 +460,6 @@ def check(plan: Plan, options: ExecutionOptions, device: torch.device) -> None:
         raise LoweringError(
             "sequential runs all stages in one thread, the distributed target in several "
             "processes; use the local target for the sequential reference"
-        )
-    if device.type != "cpu" and options.precision != "float32":
-        raise LoweringError(
-            f"precision {options.precision!r} is for CPUs only in this version (the model is on "
-            f"{device}); use float32"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ipu_pipeline.backends.cluster.layer_layout import EXTRA
+from ipu_pipeline.backends.cluster.megatron_layout import EXTRA
 from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.codec import to_json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipu_pipeline.backends.cluster.layer_layout import layout_of
+from ipu_pipeline.backends.cluster.megatron_layout import layout_of
 from ipu_pipeline.backends.cluster.parallel_sizes import sizes_of
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
 from ipu_pipeline.ir.plan import Plan

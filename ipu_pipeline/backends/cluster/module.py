@@ -27,6 +27,7 @@ class StepInputs:
     seed: int = 0
     global_step: int = 0
     precision: str = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class StageModule(nn.Module):
@@ -61,7 +62,7 @@ class StageModule(nn.Module):
         part = self.inputs.microbatches[position]
         key = (self.inputs.seed, self.inputs.global_step, part.index)
         values = dict(zip(self.received, received, strict=True))
-        with autocast_region(self.inputs.precision):
+        with autocast_region(self.inputs.precision, self.inputs.device):
             computed, blocks = self.stage.compute(part.inputs, values, key)
         self._lookups.extend(blocks.leaves.pairs())
         self.results[position] = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ipu_pipeline.backends.cluster.layer_layout import LayerLayout, layout_of, letters_of
+from ipu_pipeline.backends.cluster.megatron_layout import LayerLayout, layout_of, letters_of
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan

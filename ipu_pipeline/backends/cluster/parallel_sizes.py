@@ -89,6 +89,7 @@ class RankEngine:
         reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
             what its allocator reserved is counted.
         whole_graph: The step is one CUDA graph: no launch costs time, nothing waits for the host.
+        widened_update: The update takes all gradients of a rank in float32 at one time.
     """
 
     fused: bool = False
@@ -102,6 +103,7 @@ class RankEngine:
     pipeline_overlap: float = 0.0
     reserved_share: float = 1.0
     whole_graph: bool = False
+    widened_update: bool = False
     pipeline_inner: bool = False
     weight_bytes: int = 2
     state_bytes: int = 12
@@ -119,7 +121,7 @@ EAGER = RankEngine()
 # Megatron-Core with Transformer Engine: half of the collectives runs beside other kernels.
 MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeline_overlap=0.5)
 # torch's operations one by one, as this project's own processes run them.
-TORCH = RankEngine(pipeline_inner=True, whole_backward=True)
+TORCH = RankEngine(pipeline_inner=True, whole_backward=True, widened_update=True)
 ENGINES = {"torch": TORCH, "megatron": MEGATRON}
 
 
@@ -138,7 +140,7 @@ class GpuSettings:
         optimizer: Whose state is kept: one of ``OPTIMIZERS``.
         engine: Whose program it is: ``torch`` (ours) or ``megatron``.
         fused_loss: As in :class:`RankEngine`.
-        gradient_bytes: The same.
+        gradient_bytes: The same; ``None``: of engine ``torch`` as many as of a weight, else 4.
         dropout: The same.
         tied: As in :class:`~ipu_pipeline.planner.search.Constraints`.
         update_s: The same.
@@ -153,7 +155,7 @@ class GpuSettings:
     optimizer: Literal["adamw", "adam", "momentum", "sgd"] = "adamw"
     engine: Literal["torch", "megatron"] = "torch"
     fused_loss: bool = False
-    gradient_bytes: int = 4
+    gradient_bytes: int | None = None
     dropout: bool = False
     tied: str = "free"
     update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -172,7 +174,7 @@ class GpuSettings:
                 f"the plan's settings recompute {wrong[0]!r}; use {', '.join(PARTS)}, and the "
                 "stages' own recompute for whole layers"
             )
-        if found.gradient_bytes not in (2, 4):
+        if found.gradient_bytes not in (None, 2, 4):
             raise PlanError(f"gradient_bytes must be 2 or 4, got {found.gradient_bytes}")
         found.sizes()
         return found
@@ -203,11 +205,12 @@ class GpuSettings:
                 f"the plan's settings ask for precision {wanted}, but the model was captured in "
                 f"{captured}; make the plan again with --precision {wanted}"
             )
+        own_bytes = 2 if self.engine == "torch" and not plain else _FLOAT_BYTES
         return replace(
             ENGINES[self.engine],
             precision=self.precision if self.precision in ("float8", "float4") else "",
             fused_loss=self.fused_loss,
-            gradient_bytes=self.gradient_bytes,
+            gradient_bytes=self.gradient_bytes or own_bytes,
             dropout=self.dropout,
             weight_bytes=_FLOAT_BYTES if plain else 2,
             state_bytes=OPTIMIZERS[self.optimizer] + (0 if plain else _FLOAT_BYTES),

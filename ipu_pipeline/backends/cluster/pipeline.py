@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _make_tensor_from_meta
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import torch_schedule
@@ -20,13 +23,18 @@ from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossi
 from ipu_pipeline.backends.cluster.waiting import Waiter
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import device_of, naming_snapshots
 from ipu_pipeline.stages.stage import Stage
 
 logger = logging.getLogger(__name__)
 
 
 class _NotedStage(PipelineStage):
-    """Torch's stage; it notes what it is doing, and its waits can be given up."""
+    """Torch's stage; it notes what it is doing, and its waits can be given up.
+
+    Torch keeps a buffer for every message of a step, all the time. Here a message has one from its
+    receive to its backward pass.
+    """
 
     def __init__(self, module: StageModule, waiter: Waiter, **arguments: Any) -> None:
         super().__init__(module, module.stage.index, **arguments)
@@ -40,16 +48,44 @@ class _NotedStage(PipelineStage):
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass", bwd_chunk_id):
-            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        for received in (self.args_recv_info, self.grad_recv_info):
+            _free(received.get(bwd_chunk_id, ()))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self._noted("backward pass of the weights", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
+    def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_memory():
+            super()._setup_forward_recv_info(*args, **kwargs)
+        _free(chain.from_iterable(self.args_recv_info.values()))
+
+    def _setup_backward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_memory():
+            super()._setup_backward_recv_info(*args, **kwargs)
+        _free(chain.from_iterable(self.grad_recv_info.values()))
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        yield
+        self.device = device
+
+    def set_local_bwd_input(
+        self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int
+    ) -> None:
+        received = self.grad_recv_info[mb_index]
+        pairs = zip(received, next_stage_bwd_outputs, strict=True)
+        _allocate([info for info, gradient in pairs if gradient is None], self.device)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.args_recv_info[fwd_chunk_id], self.device)
         return [self._waiter.guarded(op) for op in super().get_fwd_recv_ops(fwd_chunk_id)]
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
         return [self._waiter.guarded(op) for op in super().get_bwd_recv_ops(bwd_chunk_id)]
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -69,9 +105,23 @@ class _NotedStage(PipelineStage):
         result = super()._warmup_backward_result
         return self._waiter.run(lambda: result(*args, **kwargs))
 
-    def _noted(self, what: str, chunk: int) -> Any:
+    @contextmanager
+    def _noted(self, what: str, chunk: int) -> Iterator[None]:
         index = self._inputs.microbatches[chunk].index
-        return self._waiter.activity.during(what, self._code, index)
+        with self._waiter.activity.during(what, self._code, index), naming_snapshots():
+            yield
+
+
+def _allocate(received: Iterable[Any], device: torch.device) -> None:
+    """Give memory to messages that have none and will have a value."""
+    for info in received:
+        if info.buffer is None and info.tensor_meta is not None and not info.is_root_arg:
+            info.buffer = _make_tensor_from_meta(info.tensor_meta, device)
+
+
+def _free(received: Iterable[Any]) -> None:
+    for info in received:
+        info.buffer = None
 
 
 class TrainingPipeline:
@@ -79,6 +129,8 @@ class TrainingPipeline:
 
     ``stages`` are all of the plan, ``num_microbatches`` those of one pipeline in one step.
     """
+
+    stage_class = _NotedStage
 
     def __init__(
         self, stages: Sequence[Stage], *, schedule: str, num_microbatches: int, groups: Groups
@@ -96,7 +148,7 @@ class TrainingPipeline:
             for index in layout.own_stages
         ]
         self._stages = [
-            _NotedStage(
+            self.stage_class(
                 module,
                 groups.waiter,
                 num_stages=layout.num_stages,
@@ -218,7 +270,7 @@ def _gradients(
     module: StageModule, received: Sequence[Tensor], parameters: list[Any], backward: Backward
 ) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(0)
-    leaves = [_filled(described, generator) for described in received]
+    leaves = [_filled(described, generator, device_of(module)) for described in received]
     position = torch.zeros(1, dtype=torch.int64)
     changing = [t for program in module.stage.programs for t in program.changing.values()]
     with preserved_state(module, changing):
@@ -242,10 +294,10 @@ def _in_two(
     stage_backward_weight(iter(parameters), groups)
 
 
-def _filled(described: Tensor, generator: torch.Generator) -> Tensor:
+def _filled(described: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
     if not described.is_floating_point():
-        return torch.zeros(described.shape, dtype=described.dtype)
-    values = torch.randn(described.shape, generator=generator).to(described.dtype)
+        return torch.zeros(described.shape, dtype=described.dtype, device=device)
+    values = torch.randn(described.shape, generator=generator).to(device, described.dtype)
     return values.requires_grad_(described.requires_grad)
 
 

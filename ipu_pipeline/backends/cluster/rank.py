@@ -27,7 +27,7 @@ from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 
-_HALF_BYTES = 2
+_HALF_BYTES, _FLOAT_BYTES = 2, 4
 # Freed blocks of torch's caching allocator that fit no other tensor, as a share of what is kept.
 _FRAGMENTS = 1.04
 _ROUTER_SIDE = 256  # products with so few columns stay in the model's precision
@@ -319,6 +319,16 @@ class RankPricer:
             total += numel * engine.gradient_bytes / (ranks if stage >= 2 else 1)
             total += numel * engine.state_bytes / (ranks if stage >= 1 else 1)
         return total
+
+    def widened_bytes(self, held: RankParameters) -> float:
+        """Bytes that the update needs besides the state, when no activation is left."""
+        engine, (same, of_experts) = self.engine, self._copies
+        if not engine.widened_update:
+            return 0.0
+        if not self.sizes.zero_stage:
+            same = of_experts = 1
+        more = max(0, _FLOAT_BYTES - engine.gradient_bytes)
+        return more * (held.dense / same + held.experts / of_experts)
 
     def update_s(self, held: RankParameters) -> float:
         """Seconds of the optimizer over a rank's part of its state."""

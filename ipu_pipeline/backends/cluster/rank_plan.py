@@ -8,12 +8,12 @@ as its share of the residual stream makes them; the price puts the stages of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, ParallelSizes, sizes_of
-from ipu_pipeline.backends.cluster.rank import RankBlock, RankPricer
+from ipu_pipeline.backends.cluster.rank import RankBlock, RankParameters, RankPricer
 from ipu_pipeline.backends.cluster.rank_step import BUFFER_BYTES, RankStep
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -289,6 +289,67 @@ def _with_gradients(graph: BlockGraph) -> BlockGraph:
     return replace(graph, tensors=tuple(t for t in graph.tensors if t.requires_grad))
 
 
+@dataclass(frozen=True)
+class RankBytes:
+    """The most bytes that the GPUs of one rank of a pipeline hold.
+
+    Attributes:
+        weights: As products read them.
+        gradients: As they are added up.
+        optimizer: What the optimizer keeps.
+        kept: Most that is kept for backward passes at one time.
+        workspace: Most that is needed besides while a pass runs.
+        update: Needed besides the state while the optimizer steps, when nothing is kept.
+        buffers: Workspaces of libraries and buffers of collectives.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    workspace: int
+    update: int = 0
+    buffers: int = BUFFER_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + max(self.kept + self.workspace, self.update) + self.buffers
+
+
+def rank_bytes(plan: Plan) -> tuple[RankBytes, ...]:
+    """Return what every rank of a pipeline holds, in the order of their first stages.
+
+    Raises:
+        PlanError: As :func:`rank_step_of`.
+    """
+    step, states, *_ = _priced_ranks(plan)
+    return _bytes_of_ranks(step, states)
+
+
+def _bytes_of_ranks(step: RankStep, states: Sequence[int]) -> tuple[RankBytes, ...]:
+    found = []
+    for rank, kept in enumerate(step.kept_bytes()):
+        own, pricer = step.on_rank(rank), step.pricer
+        held = sum((step.stages[number].parameters for number in own), RankParameters())
+        plain = replace(pricer.engine, gradient_bytes=0, state_bytes=0)
+        weights = round(replace(pricer, engine=plain).state_bytes(held))
+        plain = replace(pricer.engine, weight_bytes=0, state_bytes=0)
+        gradients = round(replace(pricer, engine=plain).state_bytes(held))
+        found.append(
+            RankBytes(
+                weights=weights,
+                gradients=gradients,
+                optimizer=sum(states[number] for number in own) - weights - gradients,
+                kept=round(kept),
+                workspace=max(round(step.stages[number].workspace_bytes) for number in own),
+                update=round(pricer.widened_bytes(held)),
+            )
+        )
+    return tuple(found)
+
+
 def rank_price(plan: Plan) -> PlanPrice:
     """Return the price of a plan on GPUs: seconds of its step, and bytes of every stage and rank.
 
@@ -297,6 +358,7 @@ def rank_price(plan: Plan) -> PlanPrice:
     """
     step, states, ranks, binding = _priced_ranks(plan)
     flying = schedule_kind(plan.schedule).in_flight(step.shape)
+    widened = [round(step.pricer.widened_bytes(stage.parameters)) for stage in step.stages]
     loads = tuple(
         StageLoad(
             device=plan.stages[index].device,
@@ -305,7 +367,11 @@ def rank_price(plan: Plan) -> PlanPrice:
             copies=step.copies[index],
             weight_bytes=states[index],
             stash_bytes=round(stage.saved_bytes),
-            workspace_bytes=round(stage.workspace_bytes) + BUFFER_BYTES,
+            workspace_bytes=BUFFER_BYTES
+            + max(
+                round(stage.workspace_bytes),
+                widened[index] - flying[index] * round(stage.saved_bytes),
+            ),
             in_flight=flying[index],
             weights_s=step.weights_s(index),
         )
@@ -316,25 +382,23 @@ def rank_price(plan: Plan) -> PlanPrice:
         stages=loads,
         step_s=step.passes_s() + once_s,
         once_s={"update, reduction": once_s} if once_s else {},
-        misfits=_misfits(step, loads, ranks),
+        misfits=_misfits(step, states, loads, ranks),
         binding=binding,
         recompute=tuple(stage.recompute for stage in plan.stages),
     )
 
 
-def _misfits(step: RankStep, loads: tuple[StageLoad, ...], ranks: Machine) -> tuple[str, ...]:
+def _misfits(
+    step: RankStep, states: Sequence[int], loads: tuple[StageLoad, ...], ranks: Machine
+) -> tuple[str, ...]:
     """Say which ranks hold more than their GPUs have."""
     found = []
-    for rank, kept in enumerate(step.kept_bytes()):
-        numbers = step.on_rank(rank)
-        device = ranks.devices[loads[numbers[0]].device]
+    for rank, needed in enumerate(_bytes_of_ranks(step, states)):
+        device = ranks.devices[loads[step.on_rank(rank)[0]].device]
         room = device.memory_bytes - device.reserved_bytes + BUFFER_BYTES
-        own = [loads[number] for number in numbers]
-        needed = sum(load.weight_bytes for load in own) + round(kept)
-        needed += max(load.workspace_bytes for load in own)
-        if needed > room:
+        if needed.total > room:
             found.append(
-                f"a GPU of rank {rank} of the pipeline needs {GIGABYTES(needed)} GB of "
+                f"a GPU of rank {rank} of the pipeline needs {GIGABYTES(needed.total)} GB of "
                 f"{GIGABYTES(room)} GB"
             )
     return tuple(found)

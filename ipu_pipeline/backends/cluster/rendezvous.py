@@ -48,7 +48,10 @@ def join_processes(device: torch.device, timeout_s: float) -> bool:
             "'torchrun --nproc-per-node N script.py', or with "
             "'ipu-pipeline launch plan.json -- script.py'"
         )
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type != "cpu":  # objects and sums of numbers go over the CPUs
+        torch.accelerator.set_device_index(device)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     timeout = timedelta(seconds=timeout_s)
     shared, rank, world_size = _store_and_place(timeout)
     _met.append(meet(shared, rank, world_size, timeout_s))

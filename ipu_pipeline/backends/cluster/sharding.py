@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
-from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.stage import Stage
-from ipu_pipeline.stages.training import UpdateResult, apply_update
+from ipu_pipeline.stages.training import UpdateResult, apply_update, total_norm_of
 
 
 class Place(NamedTuple):
@@ -269,7 +268,10 @@ def update(
     parameters: Sequence[nn.Parameter],
     ownership: Ownership,
     groups: Groups,
-    options: ExecutionOptions,
+    *,
+    loss_scaling: float,
+    max_grad_norm: float | None,
+    masters: MasterWeights | None = None,
     slices: Slices = UNCUT,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
@@ -281,19 +283,20 @@ def update(
     updated = [p for p in with_grad if ownership.is_updated(p)]
     first = groups.layout.slice == 0
     chief = [p for p in updated if ownership.is_chief(p) and (first or slices.is_cut(p))]
-    counted = [_gradient(p) for p in chief]
 
     def total_norm(_: object) -> Tensor:
-        square = float(get_total_norm(counted)) ** 2 if counted else 0.0
+        counted = [_gradient(p) for p in chief]
+        square = float(total_norm_of(counted)) ** 2 if counted else 0.0
         # The same bits on every rank, so that all of them skip or none does.
         return torch.tensor(groups.sum_numbers(square)).sqrt()
 
     done = apply_update(
         optimizer,
         updated,
-        loss_scaling=options.loss_scaling,
-        max_grad_norm=options.max_grad_norm,
+        loss_scaling=loss_scaling,
+        max_grad_norm=max_grad_norm,
         total_norm=total_norm,
+        masters=masters,
     )
     if ownership.updaters and not done.skipped:
         share_updated(with_grad, ownership, groups)

@@ -282,14 +282,19 @@ def _states(
     ]
 
 
-def refuse_whole_tensors(optimizer: torch.optim.Optimizer, plan: CutPlan) -> None:
+def refuse_whole_tensors(
+    optimizer: torch.optim.Optimizer, plan: CutPlan, *, master_weights: bool = False
+) -> None:
     """Refuse an optimizer that updates an element by others of its tensor: two small runs tell.
+
+    ``master_weights``: it steps float32 copies.
 
     Raises:
         LoweringError: It does, or it cannot be made from its settings to find out.
     """
     for group in optimizer.param_groups:
-        dtypes = {p.dtype for p in group["params"] if plan.is_cut(p)}
+        cut = [p for p in group["params"] if plan.is_cut(p)]
+        dtypes = {torch.float32 if master_weights else p.dtype for p in cut}
         for dtype in sorted(dtypes, key=str):
             whole, parts = (
                 _updated(optimizer, group, dtype, 1),

@@ -22,7 +22,7 @@ from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import Workload
+from ipu_pipeline.planner.backend import Backend, Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.price import PlanPrice
 from ipu_pipeline.planner.search import Constraints, Partition
@@ -32,8 +32,8 @@ _FIXED, _SPELLED_OUT = OF_THE_REQUEST
 
 
 @dataclass(frozen=True)
-class IPUBackend:
-    """Stages are IPUs of a pod (satisfies ``planner.backend.Backend``)."""
+class IPUBackend(Backend):
+    """Stages are IPUs of a pod."""
 
     name: str = "ipu"
     target: str = "poptorch"

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 
 from ipu_pipeline.backends.ipu.check import check, notes
 from ipu_pipeline.backends.ipu.config import IPUConfig
@@ -46,7 +47,7 @@ def lower(
     device_optimizer = None
     if optimizer is not None:
         device_optimizer = optimizer_settings(
-            optimizer, loss_scaling=options.loss_scaling, max_grad_norm=options.max_grad_norm
+            optimizer, loss_scaling=_loss_scaling(options), max_grad_norm=options.max_grad_norm
         )
     whole_loss = replace(ipu_config_of_plan(plan), output_mode="all")
     settings = settings_for(
@@ -62,6 +63,15 @@ def lower(
     return PopTorchExecutable(
         model, plan, optimizer, settings, python, self_check=options.self_check
     )
+
+
+def _loss_scaling(options: ExecutionOptions) -> float:
+    if isinstance(options.loss_scaling, GradScaler):
+        raise LoweringError(
+            "loss_scaling of IPUs is a number, or ipu_config=IPUConfig(auto_loss_scaling=True); a "
+            "GradScaler runs here and not there: leave it out"
+        )
+    return 1.0 if options.loss_scaling is None else options.loss_scaling
 
 
 def _is_half(model: nn.Module) -> bool:
@@ -98,6 +108,16 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
         raise LoweringError(
             "precision='fp16' is autocast, which the device has not: its weights are float16 "
             "themselves; call model.half() before plan() and compile(), and leave precision out"
+        )
+    if options.master_weights:
+        raise LoweringError(
+            "master_weights are float32 copies that an optimizer in Python steps, and the device "
+            "runs its own; leave it out, or use target='local' or 'distributed'"
+        )
+    if options.device is not None or options.compile_blocks:
+        raise LoweringError(
+            "device and compile_blocks are the local and distributed targets'; the weights are on "
+            "the CPU, IPUs fetch them, and PopART compiles: leave both out"
         )
     if options.schedule not in (None, "popart"):
         raise LoweringError(

@@ -26,6 +26,7 @@ from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
+from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import (
     EvalResult,
     Executable,
@@ -68,8 +69,11 @@ class LocalExecutable(Executable):
         check(plan, options)
         materialize(model, options.weights, options.seed)
         check_model(model, optimizer)
-        super().__init__(model, plan, optimizer)
-        self.options = options
+        super().__init__(model, plan, optimizer, options)
+        self._scaler.check(model, master_weights=options.master_weights)
+        self._device = chosen_device(options.device, model)
+        if options.device is not None:
+            move(model, optimizer, self._device)
         self._cache = StageCache(
             model,
             plan,
@@ -77,6 +81,7 @@ class LocalExecutable(Executable):
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
             live=True,
+            compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
@@ -103,13 +108,16 @@ class LocalExecutable(Executable):
         """
         self.options.require_training()
         optimizer = self.trained_optimizer()
-        step = self._accumulate(self._split(batch), self.options.loss_scaling)
+        scaling = self._scaler.factor
+        step = self._accumulate(self._split(batch), scaling)
         update = apply_update(
             optimizer,
             self.model.parameters(),
-            loss_scaling=self.options.loss_scaling,
+            loss_scaling=scaling,
             max_grad_norm=self.options.max_grad_norm,
+            masters=self._masters,
         )
+        self._scaler.update(skipped=update.skipped)
         return self.stepped(
             StepResult(
                 mean_loss(step.microbatches, step.results),
@@ -146,7 +154,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no microbatch, or not one weight for each.
             StageError: A stage failed; gradients are then incomplete.
         """
-        step = self._accumulate(cut_batches(parts, weights, first), 1.0)
+        step = self._accumulate(cut_batches(parts, weights, self._device, first), 1.0)
         return [float(result["loss"]) for result in step.results]
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
@@ -171,7 +179,7 @@ class LocalExecutable(Executable):
             LoweringError: There is no batch.
             StageError: A stage failed.
         """
-        microbatches = cut_batches(parts, [1.0] * len(parts))
+        microbatches = cut_batches(parts, [1.0] * len(parts), self._device)
         found = zip(microbatches, self._evaluate(microbatches).results, strict=True)
         return [join([part], [results], {}).nested() for part, results in found]
 
@@ -307,7 +315,10 @@ class LocalExecutable(Executable):
         schedule = self._rows(number) if training else forward_only(self.plan.num_stages, number)
         while True:
             stages, glue = [one.stages for one in group], group[0].run
-            step = Step(stages, parts, self.options, self.global_step, loss_scaling, schedule, glue)
+            step = Step(
+                stages, parts, self.options, self.global_step, loss_scaling, schedule,
+                self._device, glue,
+            )  # fmt: skip
             try:
                 self._run(step)
             except (Differs, Unlifted) as error:
@@ -338,7 +349,9 @@ class LocalExecutable(Executable):
         compared = shapes not in self._known
         stages, parts, whole = whole_loss(self._cache, cut, error, compared=compared)
         schedule = self._rows(len(parts))
-        step = WholeLossStep(stages, parts, self.options, self.global_step, loss_scaling, schedule)
+        step = WholeLossStep(
+            stages, parts, self.options, self.global_step, loss_scaling, schedule, self._device
+        )
         step.whole = whole
         self._run(step)
         self._known[shapes] = error
@@ -355,7 +368,9 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
-        alone = self.options.sequential or self.plan.num_stages == 1 or step.glue is not None
+        # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
+        alone = self.options.sequential or self.options.compile_blocks
+        alone = alone or self.plan.num_stages == 1 or step.glue is not None
         in_order = any(stage.in_order for own in step.stages for stage in own)
         try:
             with kept_modes(self.model):

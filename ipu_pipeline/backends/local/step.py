@@ -14,6 +14,7 @@ from torch import Tensor
 from ipu_pipeline.capture.glue_run import GlueRun
 from ipu_pipeline.ir.schedule import Action, Schedule
 from ipu_pipeline.stages.batch import Microbatch
+from ipu_pipeline.stages.devices import naming_snapshots
 from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.serialize import GradientSum, add_sums
 from ipu_pipeline.stages.stage import RandomKey, Stage
@@ -27,6 +28,7 @@ class Step:
     Attributes:
         stages: ``[microbatch][stage]``.
         loss_scaling: Factor of the loss before the backward pass.
+        device: Where the stages are.
         glue: That of its only microbatch, if that goes on while the stages run.
         results: What each microbatch computed, by name, in the order of the microbatches.
         busy_s: Seconds that each stage was busy.
@@ -38,6 +40,7 @@ class Step:
     global_step: int
     loss_scaling: float
     schedule: Schedule
+    device: torch.device
     glue: GlueRun | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Step:
         stage = self.stages[action.microbatch][action.stage]
         started = time.perf_counter()
         try:
-            with torch.set_grad_enabled(self.grad):
+            with naming_snapshots(), torch.set_grad_enabled(self.grad):
                 if action.kind == "F":
                     self._forward(stage, action.microbatch)
                 elif action.kind != "W":  # I computes both gradients, nothing is left to W
@@ -73,7 +76,7 @@ class Step:
         part = self.microbatches[microbatch]
         received = {name: self._values[microbatch, name] for name in stage.receives}
         key: RandomKey = (self.options.seed, self.global_step, part.index)
-        with autocast_region(self.options.precision):
+        with autocast_region(self.options.precision, self.device):
             sent, results = stage.forward(
                 microbatch, part.inputs, received, key, alone=self.alone[stage.index]
             )

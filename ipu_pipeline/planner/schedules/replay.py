@@ -11,7 +11,9 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ipu_pipeline.ir.schedule import Action, Schedule, requirements
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
@@ -65,12 +67,14 @@ class ReplayProgram:
         actions: In that order.
         rows: Row of every action.
         numbers: Pass number of every action.
+        microbatches: Microbatch of every action.
         sources: Position of the action whose result it waits for on another device, or -1.
     """
 
     actions: tuple[Action, ...]
     rows: array[int]
     numbers: array[int]
+    microbatches: array[int]
     sources: array[int]
 
 
@@ -95,6 +99,7 @@ def program(schedule: Schedule) -> ReplayProgram:
         order,
         array("l", (row_of[action.stage] for action in order)),
         array("l", (4 * action.stage + KINDS.index(action.kind) for action in order)),
+        array("l", (action.microbatch for action in order)),
         sources,
     )
 
@@ -183,10 +188,11 @@ def replay(
         if left == 0:
             return StepReplay(short, made, starts, end_s)
         period = kind.period(short) if kind.period is not None else 0
+        table = _by_microbatch(made, starts, short)
         # Waits that go around through several stages repeat after as many microbatches as those
         # stages hold.
         for span in range(period, (shape.num_stages + 1) * period, period):
-            pace_s = _steady_pace(made, starts, short, span, end_s)
+            pace_s = _steady_pace(table, span, end_s)
             if pace_s is not None and (rest := left % span):
                 short = replace(short, num_microbatches=short.num_microbatches + rest)
                 made = _program_of(kind, short)
@@ -227,26 +233,29 @@ def critical_paths(kind: ScheduleKind, shape: PipelineShape) -> tuple[Path, ...]
     return tuple(found)
 
 
+def _by_microbatch(
+    made: ReplayProgram, starts: Sequence[float], shape: PipelineShape
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return when every pass (rows, by number) of every microbatch (columns) starts; NaN: never."""
+    table = np.full((4 * shape.num_stages, shape.num_microbatches), np.nan)
+    table[made.numbers, made.microbatches] = starts
+    return table
+
+
 def _steady_pace(
-    made: ReplayProgram, starts: Sequence[float], shape: PipelineShape, period: int, end_s: float
+    table: np.ndarray[Any, np.dtype[np.float64]], period: int, end_s: float
 ) -> float | None:
     """Seconds of one period where the middle of the step repeats exactly, else ``None``.
 
     It repeats when all passes of as many microbatches as are ever in flight start so much later
     than those of the period before; then the next period does, too.
     """
-    middle = shape.num_microbatches // 2
-    first = middle - 2 * shape.num_stages - period
-    when = {
-        (number, action.microbatch): start
-        for number, action, start in zip(made.numbers, made.actions, starts, strict=True)
-        if first - period <= action.microbatch <= middle
-    }
-    paces = [
-        start - when[number, microbatch - period]
-        for (number, microbatch), start in when.items()
-        if microbatch >= first and (number, microbatch - period) in when
-    ]
-    if not paces or max(paces) - min(paces) > _SAME * end_s:
+    num_stages, middle = len(table) // 4, table.shape[1] // 2
+    first = max(period, middle - 2 * num_stages - period)
+    if first > middle:
         return None
-    return sum(paces) / len(paces)
+    paces = table[:, first : middle + 1] - table[:, first - period : middle + 1 - period]
+    paces = paces[~np.isnan(paces)]
+    if not paces.size or paces.max() - paces.min() > _SAME * end_s:
+        return None
+    return float(paces.mean())

@@ -76,6 +76,8 @@ def compiled(
     num_trained: int | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
+    # How losses weigh is measured at the first step, which takes long: test_batches.py asks that.
+    options = {"loss_weights": "samples", **options}
     model, plan, batch = built(name, **planned)
     optimizer = None
     if learning_rate is not None:
@@ -96,7 +98,6 @@ def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, A
 
     ``error`` is over the largest gradient of the model, ``own_error`` over that of each parameter.
     """
-    options = {"loss_weights": "samples", **options}
     made, batch = compiled(name, planned=planned, learning_rate=None, **options)
     with made:
         loss = made.forward_backward(batch)
@@ -168,6 +169,27 @@ def curve(name: str, planned: dict[str, Any], steps: int, **options: Any) -> dic
             "sum": sum(t.double().sum().item() for t in made.state_dict().values()),
             "moments": num_moments(made),
         }
+
+
+def _infinite(gradient: Tensor) -> Tensor:
+    return gradient * float("inf")
+
+
+def overflow_on_the_last_rank(planned: dict[str, Any]) -> dict[str, Any]:
+    """Let one gradient of one rank be infinite in the second of three steps."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    made, batch = compiled("bert-qa", planned=planned, loss_scaling=scaler)
+    factors, skipped = [], []
+    with made:
+        for step in range(3):
+            if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+                own = next(p for p in made.model.parameters() if held(made, p))
+                hook = own.register_hook(_infinite)
+            skipped.append(made.train_step(batch).skipped)
+            factors.append(made._scaler.factor)
+            if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+                hook.remove()
+    return {"factors": factors, "skipped": skipped}
 
 
 def num_moments(made: Any) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from ipu_pipeline.backends.cluster.given_layout import GivenModel, given_plan, given_run, own_plan
 from ipu_pipeline.backends.cluster.given_text import layout_text
-from ipu_pipeline.backends.cluster.layer_layout import blocks_of, parse_layout
+from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, parse_layout
 from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import Block

@@ -29,6 +29,11 @@ def test_without_an_sdk() -> None:
         ({"loss_weights": [1.0]}, r"IPUs cut every input on axis 0 and take the mean"),
         ({"batch_axes": {"labels": 0}}, r"IPUs cut every input on axis 0 and take the mean"),
         ({"recompute": "all"}, r"recompute='all' is an option of the other targets"),
+        (
+            {"master_weights": True},
+            r"master_weights are float32 copies that an optimizer in Python",
+        ),
+        ({"loss_scaling": torch.amp.GradScaler("cpu")}, r"loss_scaling of IPUs is a number"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
         (
             {"replicated_tensor_sharding": True},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipu_pipeline.backends.cluster.layer_layout import (
+from ipu_pipeline.backends.cluster.megatron_layout import (
     LayerLayout,
     blocks_of,
     layout_of,
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_back(stages: list[str]) -> None:
 @given(st.text("EtmL|()**23,0", max_size=12))
 def test_megatron_reads_the_same(text: str) -> None:
     real = pytest.importorskip(
-        "megatron.core.transformer.pipeline_parallel_layer_layout", reason=ABSENT
+        "megatron.core.transformer.pipeline_parallel_megatron_layout", reason=ABSENT
     )
     letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
     try:
