@@ -137,7 +137,7 @@ class CheckpointWriter:
         OSError: The disk is full, or not writable.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a checkpoint keeps, by name
         self,
         path: str | Path,
         *,
