@@ -53,7 +53,7 @@ from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
-from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
@@ -123,6 +123,7 @@ class DistributedExecutable(Executable):
             # Stand-ins tell nothing about gradients.
             self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
+            offload=offloaded_blocks(options.offload_activations, plan, device),
             compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
@@ -150,7 +151,7 @@ class DistributedExecutable(Executable):
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
                 own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(), ranks)
+                check_alike(own, self._problem(device), ranks)
                 layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
                 self.groups = Groups(layout, device, ranks)
         except BaseException:
@@ -180,13 +181,14 @@ class DistributedExecutable(Executable):
         together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
         return frozenset(held)
 
-    def _problem(self) -> str:
+    def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
         try:
             check(self.plan, self.options)
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
             self._scaler.check(self.model, master_weights=self.options.master_weights)
+            offloaded_blocks(self.options.offload_activations, self.plan, device)
             schedule = self.options.schedule or self.plan.schedule
             layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
             cuts = cut_plan(self.model, self.plan, layout.tp)
