@@ -26,6 +26,11 @@ from ipu_pipeline.backends.cluster.consistency import (
     refuse_sparse_gradients,
     together,
 )
+from ipu_pipeline.backends.cluster.cut_plan import (
+    cut_plan,
+    refuse_attentions,
+    refuse_between_blocks,
+)
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.module import StepInputs
@@ -43,6 +48,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
     update,
 )
+from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel, refuse_whole_tensors
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
@@ -53,7 +59,7 @@ from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
-from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
 logger = logging.getLogger(__name__)
@@ -98,11 +104,16 @@ class DistributedExecutable(Executable):
         held = self._materialized()
         if options.device is not None:
             move(model, optimizer, device)
+        cuts = cut_plan(model, plan, self.groups.layout.tp)
+        self._slices = TensorParallel(model, cuts, self.groups.slices)
+        if optimizer is not None:
+            self._slices.cut_states(optimizer)
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
             self.groups,
             background,
+            self._slices,
             None if self._holds_all else held.__contains__,
             self._masters,
         )
@@ -117,6 +128,7 @@ class DistributedExecutable(Executable):
             # Stand-ins tell nothing about gradients.
             self_check=options.self_check and self._holds_all,
             on_drop=self._pipelines.drop,
+            offload=offloaded_blocks(options.offload_activations, plan, device),
             compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights
@@ -144,7 +156,7 @@ class DistributedExecutable(Executable):
         try:
             with self._watchdog.guarding("comparing what the ranks run", 0):
                 own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(), ranks)
+                check_alike(own, self._problem(device), ranks)
                 layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
                 self.groups = Groups(layout, device, ranks)
         except BaseException:
@@ -174,15 +186,25 @@ class DistributedExecutable(Executable):
         together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
         return frozenset(held)
 
-    def _problem(self) -> str:
+    def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
         try:
             check(self.plan, self.options)
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
             self._scaler.check(self.model, master_weights=self.options.master_weights)
+            offloaded_blocks(self.options.offload_activations, self.plan, device)
             schedule = self.options.schedule or self.plan.schedule
-            make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
+            layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
+            cuts = cut_plan(self.model, self.plan, layout.tp)
+            if self.optimizer is not None:
+                masters = self.options.master_weights
+                refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
+            if layout.tp > 1 and self.options.compile_blocks:
+                raise LoweringError(
+                    "compile_blocks compiles a block as a whole, and with tensor parallelism its "
+                    "ranks meet inside of it; leave it out, or plan with tp 1"
+                )
         except PipelineError as error:
             return str(error)
         return ""
@@ -212,6 +234,7 @@ class DistributedExecutable(Executable):
                     loss_scaling=scaling,
                     max_grad_norm=self.options.max_grad_norm,
                     masters=self._masters,
+                    slices=self._slices,
                 )
             self._scaler.update(skipped=done.skipped)
         num_samples = sum(part.num_samples for part in parts)
@@ -260,7 +283,7 @@ class DistributedExecutable(Executable):
         """
         with self._running("clipping gradients"):
             own = [p for p in parameters if p.grad is not None]
-            norm = grad_norm(own, self._known_ownership(), self.groups)
+            norm = grad_norm(own, self._known_ownership(), self.groups, self._slices)
             clip_grads_with_norm_(own, max_norm, norm)
         return norm
 
@@ -317,7 +340,8 @@ class DistributedExecutable(Executable):
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
-        return self.model.state_dict()
+        with self._running("joining slices"):
+            return self._slices.state_dict()
 
     def collect_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the first process the state of all parameters in an optimizer of the caller's."""
@@ -372,6 +396,9 @@ class DistributedExecutable(Executable):
         if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
+        whole = self._holds_all and self._watchdog.failure is None
+        with contextlib.suppress(RuntimeError):
+            self._slices.undo(self.optimizer, gather=whole)
         self._watchdog.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:
@@ -436,7 +463,9 @@ class DistributedExecutable(Executable):
                 own = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
-        losses = self.groups.sum_numbers([own.get(part.index, 0.0) for part in parts])
+        # Ranks that share its products all have the same loss.
+        counts = self._slices.index == 0
+        losses = self.groups.sum_numbers([own.get(p.index, 0.0) if counts else 0.0 for p in parts])
         return parts, losses, ownership
 
     def _prepared(
@@ -451,7 +480,11 @@ class DistributedExecutable(Executable):
         """
         with self._looking():
             given = cut.parts if isinstance(cut, CutBatch) else cut
+            if self._slices.size > 1:
+                refuse_attentions(any(p.inputs.get("output_attentions") for p in given))
             stages, prepared = self._cache.prepare(given)
+            for own in {id(own): own for own in stages}.values():
+                refuse_between_blocks(own, self._slices)
             if any(stage.in_order for own in stages for stage in own):
                 self._refuse_other_order(len(prepared))
             self._batch_check.check_glue(self.global_step, given, prepared)
@@ -497,7 +530,9 @@ class DistributedExecutable(Executable):
             if self._own is not None:
                 if self.options.replicated_tensor_sharding and layout.num_replicas > 1:
                     parameters = list(self.model.parameters())
-                    found = sharded(found, parameters, layout.num_replicas, self._own.trains)
+                    found = sharded(
+                        found, parameters, layout.num_replicas, self._own.trains, self._slices
+                    )
                 self._own.keep(found)
             self._ownership = found
         return self._ownership
