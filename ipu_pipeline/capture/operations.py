@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention, attention_window
+from ipu_pipeline.capture.cut_tensors import CutTensors
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
@@ -103,6 +104,8 @@ class Operations:
         forward: Operations of the forward pass.
         backward: Operations of the backward pass.
         saved_bytes: Bytes kept for the backward pass, without parameters and block inputs.
+        cut_bytes: Those of them that ranks of tensor parallelism have slices of.
+        whole_peak_bytes: Most bytes alive at one time of all else, as ``peak_bytes``.
         peak_bytes: Most bytes alive at one time in either pass, without parameters, their
             gradients, and block inputs.
         output_bytes: Bytes that each output adds to ``saved_bytes`` while it is alive.
@@ -115,6 +118,8 @@ class Operations:
     peak_bytes: int
     output_bytes: tuple[int, ...]
     keeps_inputs: tuple[bool, ...]
+    cut_bytes: int = 0
+    whole_peak_bytes: int = 0
 
 
 class OperationCounter:
@@ -130,8 +135,10 @@ class OperationCounter:
         *,
         training: bool,
         on_meta: bool,
+        styles: Mapping[int, str] | None = None,
     ) -> None:
         self.specs = specs
+        self.styles = styles or {}
         self.example_values = lru_cache(maxsize=1)(example_values)
         self.training = training
         self.on_meta = on_meta
@@ -139,7 +146,9 @@ class OperationCounter:
 
     def count(self, program: Program) -> Operations:
         """Return the operations of ``program``."""
-        signature = program_signature(program, self.specs), attention_window(program.module)
+        cut = tuple(self.styles.get(id(p), "") for p in program.module.parameters())
+        window = attention_window(program.module)
+        signature = program_signature(program, self.specs), window, cut
         if signature not in self._known:
             with restored_places(program.module), without_gradient_hooks(program.module):
                 self._known[signature] = self._run(program)
@@ -192,7 +201,12 @@ class OperationCounter:
                 state = {n: t.detach().clone().requires_grad_(t.requires_grad)
                          for n, t in state.items()}  # fmt: skip
             inputs = [self._input(name, device, real=real) for name in program.inputs]
-            return _measure(module, state, inputs, training=self.training)
+            cuts = CutTensors(
+                (state[name], self.styles[id(parameter)])
+                for name, parameter in module.named_parameters()
+                if id(parameter) in self.styles
+            )
+            return _measure(module, state, inputs, cuts, training=self.training)
 
     def _input(self, name: str, device: str, *, real: bool) -> Any:
         spec = self.specs[name]
@@ -207,7 +221,12 @@ def _empty(spec: TensorMeta, device: str) -> Tensor:
 
 
 def _measure(
-    module: torch.nn.Module, state: Mapping[str, Tensor], inputs: Sequence[Any], *, training: bool
+    module: torch.nn.Module,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Any],
+    cuts: CutTensors,
+    *,
+    training: bool,
 ) -> Operations:
     """Run ``module`` forward and backward as it runs inside a stage."""
     weights = [tensor for tensor in state.values() if tensor.requires_grad and training]
@@ -215,7 +234,7 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    recorder = Recorder(live, gradients)
+    recorder = Recorder(live, gradients, cuts)
     attending = CountedAttention(recorder, attention_window(module))
     taken: list[Tensor] = []
     entered = tuple(
@@ -224,7 +243,7 @@ def _measure(
         else value
         for value in inputs
     )
-    saved = LiveBytes([])
+    saved, saved_slices = LiveBytes([]), LiveBytes([])
     saved_inputs: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -232,6 +251,7 @@ def _measure(
             saved_inputs.add(storage_key(tensor))
         else:
             saved.note([tensor])
+            saved_slices.note([tensor] if tensor in cuts else [])
         return tensor
 
     with (
@@ -242,6 +262,7 @@ def _measure(
     ):
         outputs = torch.func.functional_call(module, dict(state), entered)
     forward, peak, saved_bytes = recorder.take(), live.take_peak(), saved.now
+    cut_bytes = saved_slices.now
     output_bytes = tuple(_added(outputs, live, saved.keys()))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
@@ -252,6 +273,7 @@ def _measure(
         seed = torch.ones_like(end)
         del outputs, roots, root  # unsaved tensors are freed
         live.take_peak()
+        cuts.backward = True
         with recorder:
             torch.autograd.backward(end, seed)
         peak = max(peak, live.take_peak())
@@ -262,6 +284,8 @@ def _measure(
         peak,
         output_bytes,
         tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),
+        cut_bytes,
+        recorder.whole_peak,
     )
 
 
@@ -314,11 +338,17 @@ class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
     What is added to ``gradients``, those of the parameters, is work of the optimizer step.
+
+    Attributes:
+        live: Storages that are alive.
+        cuts: Those of tensor parallelism.
+        whole_peak: Most bytes alive at one time that are no slices.
     """
 
-    def __init__(self, live: LiveBytes, gradients: Sequence[Tensor]) -> None:
+    def __init__(self, live: LiveBytes, gradients: Sequence[Tensor], cuts: CutTensors) -> None:
         super().__init__()
-        self.live = live
+        self.live, self.cuts, self.whole_peak = live, cuts, 0
+        self._slices = LiveBytes([])
         self._recording = True
         self._gradients = {storage_key(gradient) for gradient in gradients}
         self._counts: Counter[OpRecord] = Counter()
@@ -353,8 +383,15 @@ class Recorder(TorchDispatchMode):
         recorded = not is_view and outputs and self._recording
         if recorded and storage_key(outputs[0]) not in self._gradients:
             self._note(func, args, kwargs, result, outputs)
-        self.live.note(outputs)
+        self.follow([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], outputs)
         return result
+
+    def follow(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Note what an operation made."""
+        self.live.note(outputs)
+        self.cuts.note(inputs, outputs)
+        self._slices.note(t for t in outputs if t in self.cuts and not self.live.is_apart(t))
+        self.whole_peak = max(self.whole_peak, self.live.now - self._slices.now)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
