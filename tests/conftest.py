@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import signal
 
 # Before transformers, datasets and torch are imported by any test module.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,7 +13,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     # A slow machine must not fail an example for its time.
-    settings.register_profile("tests", deadline=None)
+    # The same examples every time: what fails once fails again.
+    settings.register_profile("tests", deadline=None, database=None, derandomize=True)
     settings.load_profile("tests")
     gc.set_threshold(200_000, 20, 100)  # as the command line does
     # Two workers share two cores; threads of their own would only fight.
@@ -44,6 +47,38 @@ def pytest_collection_finish() -> None:
     # What was imported stays; collections do not look through it again and again.
     gc.collect()
     gc.freeze()
+
+
+def _shared() -> dict[str, object]:
+    """Return what all tests of a process share; a test that changes it changes later ones."""
+    import torch
+    import torch.nn.init
+
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        # transformers puts functions of its own there while it builds a model.
+        "torch.nn.init": tuple(map(id, vars(torch.nn.init).values())),
+        "torch.linspace": id(torch.linspace),
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "the working directory": Path.cwd(),
+        "the environment of a rank": tuple(map(os.environ.get, ranks)),
+        "PYTHONPATH": os.environ.get("PYTHONPATH"),
+        "handlers of signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "logging.disable()": logging.root.manager.disable,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_changed() -> Iterator[None]:
+    """A test that leaves something changed for all fails itself, not one that comes later."""
+    before = _shared()
+    yield
+    after = _shared()
+    changed = [name for name, value in before.items() if after[name] != value]
+    assert not changed, f"left changed: {', '.join(changed)}"
 
 
 @pytest.fixture(scope="session")

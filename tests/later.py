@@ -19,6 +19,20 @@ def one_in(number: int, rows: Iterable[Any]) -> list[Any]:
     return [_later(row) if index % number else row for index, row in enumerate(rows)]
 
 
+def in_turn(rows: Iterable[Any], *values: Iterable[Any]) -> list[Any]:
+    """Return every row with every one of the other values; the rows come once, the values in turn.
+
+    The other combinations are acceptance tests.
+    """
+    others = list(itertools.product(*values))
+    return [
+        found if number == turn % len(others) else _later(found)
+        for turn, row in enumerate(rows)
+        for number, other in enumerate(others)
+        for found in [(*(row if isinstance(row, tuple) else (row,)), *other)]
+    ]
+
+
 def _later(row: Any) -> Any:
     values = row if isinstance(row, tuple) else (row,)
     return pytest.param(*values, marks=pytest.mark.acceptance)

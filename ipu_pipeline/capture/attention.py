@@ -67,7 +67,7 @@ class CountedAttention(TorchFunctionMode):
         scale: float | None = None,  # noqa: ARG002
         enable_gqa: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
-        dtype = autocast_dtype(query.device)
+        dtype = None if self._recorder.only_meta else autocast_dtype(query.device)
         if dtype is not None:
             query, key, value = (x.to(dtype) for x in (query, key, value))
         if attn_mask is not None and attn_mask.dtype == torch.bool:

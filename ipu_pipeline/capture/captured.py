@@ -32,7 +32,7 @@ from ipu_pipeline.ir.plan import Granularity, ModelIdentity
 
 # The last capture of every model that lives, without the model itself.
 _KEPT: weakref.WeakKeyDictionary[
-    nn.Module, tuple[list[tuple[bool, torch.dtype]], CapturedModel]
+    nn.Module, tuple[list[tuple[bool, torch.dtype, torch.Size]], CapturedModel]
 ] = weakref.WeakKeyDictionary()
 
 
@@ -361,9 +361,9 @@ def take_kept(
     return replace(captured, model=model)
 
 
-def _trained_parts(model: nn.Module) -> list[tuple[bool, torch.dtype]]:
+def _trained_parts(model: nn.Module) -> list[tuple[bool, torch.dtype, torch.Size]]:
     """Return what a capture depends on of the parameters' objects; replays see the rest."""
-    return [(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
+    return [(p.requires_grad, p.dtype, p.shape) for p in model.parameters()]
 
 
 def described(batch: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -1,4 +1,4 @@
-"""Which tensors a rank of tensor parallelism has a slice of only, followed while a block is counted.
+"""Tensors of which a rank of tensor parallelism has a slice, followed while a block is counted.
 
 A model's ``tp_plan`` (transformers) says which weights are cut. What a weight that is cut by its
 outputs (``colwise``) makes is a slice, and so is all that is computed from slices, until a weight
@@ -67,6 +67,8 @@ class CutTensors:
                 continue  # a view of a weight
             if cut:
                 storage = storage_of(tensor)
-                self._slices[key] = weakref.ref(storage, lambda _, key=key: self._slices.pop(key, None))  # type: ignore[misc]
+                self._slices[key] = weakref.ref(
+                    storage, lambda _, key=key: self._slices.pop(key, None)
+                )  # type: ignore[misc]
             else:
                 self._slices.pop(key, None)

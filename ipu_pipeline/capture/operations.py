@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -35,6 +36,7 @@ from ipu_pipeline.capture.state import values_of
 from ipu_pipeline.capture.values import TensorMeta, storage_key, storage_of
 from ipu_pipeline.errors import CaptureError
 from ipu_pipeline.ir.graph import OpKind, OpRecord
+from ipu_pipeline.ops.autocast import autocast_dtype
 
 
 def count_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -151,28 +153,32 @@ class OperationCounter:
         signature = program_signature(program, self.specs), window, cut
         if signature not in self._known:
             with restored_places(program.module), without_gradient_hooks(program.module):
-                self._known[signature] = self._run(program)
+                self._known[signature] = self._counted(program)
         return self._known[signature]
 
-    def _run(self, program: Program) -> Operations:
+    def _run(self, program: Program, mode: Any, device: str, *, strict: bool = False) -> Operations:
         python, changing = PythonState(program.module.modules()), program.changing.values()
         # What runs again inside a backward pass (reentrant checkpoints) uses the parameters.
         gradients = [(parameter, parameter.grad) for parameter in program.module.parameters()]
         try:
             with values_of(changing, [tensor.detach().clone() for tensor in changing]):
-                return self._counted(program)
+                return self._count_on(program, mode, device, strict=strict)
         finally:
             python.restore()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
     def _counted(self, program: Program) -> Operations:
+        if not any(isinstance(module, _CHOOSE_BY_DEVICE) for module in program.module.modules()):
+            # Three times as fast as fake tensors; where anything depends on the device, it fails.
+            with contextlib.suppress(Exception):
+                return self._run(program, contextlib.nullcontext(), "meta", strict=True)
         try:
-            return self._count_on(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
+            return self._run(program, FakeTensorMode(allow_non_fake_inputs=True), "cpu")
         except RuntimeError:  # code inside the block depends on values: give it real ones
             device = "meta" if self.on_meta else "cpu"
         try:
-            return self._count_on(program, contextlib.nullcontext(), device)
+            return self._run(program, contextlib.nullcontext(), device)
         except RuntimeError as error:
             if torch.autograd.grad not in {node.target for node in program.module.graph.nodes}:
                 raise
@@ -182,7 +188,7 @@ class OperationCounter:
                 "a block that calls these layers itself"
             ) from error
 
-    def _count_on(self, program: Program, mode: Any, device: str) -> Operations:
+    def _count_on(self, program: Program, mode: Any, device: str, *, strict: bool) -> Operations:
         module = program.module
         quiet = logging.getLogger("torch._subclasses.fake_tensor")
         real = device == "cpu" and not isinstance(mode, FakeTensorMode)
@@ -206,13 +212,22 @@ class OperationCounter:
                 for name, parameter in module.named_parameters()
                 if id(parameter) in self.styles
             )
-            return _measure(module, state, inputs, cuts, training=self.training)
+            return _measure(module, state, inputs, cuts, training=self.training, only_meta=strict)
 
     def _input(self, name: str, device: str, *, real: bool) -> Any:
         spec = self.specs[name]
         if not real:
             return _empty(spec, device)
         return self.example_values()[name].detach().clone().requires_grad_(spec.requires_grad)
+
+
+# Of torch's own modules, those that run other operations on some devices.
+_CHOOSE_BY_DEVICE = (
+    torch.nn.RNNBase,
+    torch.nn.MultiheadAttention,
+    torch.nn.TransformerEncoder,
+    torch.nn.TransformerEncoderLayer,
+)
 
 
 def _empty(spec: TensorMeta, device: str) -> Tensor:
@@ -227,6 +242,7 @@ def _measure(
     cuts: CutTensors,
     *,
     training: bool,
+    only_meta: bool,
 ) -> Operations:
     """Run ``module`` forward and backward as it runs inside a stage."""
     weights = [tensor for tensor in state.values() if tensor.requires_grad and training]
@@ -234,7 +250,8 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    recorder = Recorder(live, gradients, cuts)
+    recorder = Recorder(live, gradients, cuts, only_meta=only_meta)
+    alike = _DeviceIsNotAsked() if only_meta else contextlib.nullcontext()
     attending = CountedAttention(recorder, attention_window(module))
     taken: list[Tensor] = []
     entered = tuple(
@@ -256,6 +273,7 @@ def _measure(
 
     with (
         attending,
+        alike,
         grouped_without_values(recorder),
         recorder,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
@@ -274,7 +292,7 @@ def _measure(
         del outputs, roots, root  # unsaved tensors are freed
         live.take_peak()
         cuts.backward = True
-        with recorder:
+        with alike, recorder:
             torch.autograd.backward(end, seed)
         peak = max(peak, live.take_peak())
     return Operations(
@@ -334,10 +352,31 @@ class _StageOutputs(torch.autograd.Function):
         return (None, *handed)
 
 
+_DEVICE = {
+    Tensor.get_device,
+    *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda", "is_meta")),
+}
+
+
+class _OtherDeviceError(Exception):
+    """On another device other operations may run; never leaves this module."""
+
+
+class _DeviceIsNotAsked(TorchFunctionMode):
+    """Within it, code that may do something else on another device ends with an error."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DEVICE:
+            raise _OtherDeviceError
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
     What is added to ``gradients``, those of the parameters, is work of the optimizer step.
+    ``only_meta``: What would be another operation on a device (a tensor that is moved from it, an
+    automatic cast) is an error.
 
     Attributes:
         live: Storages that are alive.
@@ -345,10 +384,18 @@ class Recorder(TorchDispatchMode):
         whole_peak: Most bytes alive at one time that are no slices.
     """
 
-    def __init__(self, live: LiveBytes, gradients: Sequence[Tensor], cuts: CutTensors) -> None:
+    def __init__(
+        self,
+        live: LiveBytes,
+        gradients: Sequence[Tensor],
+        cuts: CutTensors,
+        *,
+        only_meta: bool = False,
+    ) -> None:
         super().__init__()
         self.live, self.cuts, self.whole_peak = live, cuts, 0
         self._slices = LiveBytes([])
+        self.only_meta = only_meta
         self._recording = True
         self._gradients = {storage_key(gradient) for gradient in gradients}
         self._counts: Counter[OpRecord] = Counter()
@@ -380,6 +427,7 @@ class Recorder(TorchDispatchMode):
             value.alias_info is not None and not value.alias_info.is_write for value in returns
         )
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self._check(outputs)
         recorded = not is_view and outputs and self._recording
         if recorded and storage_key(outputs[0]) not in self._gradients:
             self._note(func, args, kwargs, result, outputs)
@@ -391,12 +439,14 @@ class Recorder(TorchDispatchMode):
         self.live.note(outputs)
         self.cuts.note(inputs, outputs)
         self._slices.note(t for t in outputs if t in self.cuts and not self.live.is_apart(t))
-        self.whole_peak = max(self.whole_peak, self.live.now - self._slices.now)
+        if self._recording:  # else what they are is noted next
+            self.whole_peak = max(self.whole_peak, self.live.now - self._slices.now)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]
     ) -> None:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self._check(inputs)
         flops = count_flops(func.overloadpacket, args, kwargs, result)
         name = str(func.overloadpacket)
         written = sum(_num_bytes(t) for t in outputs)
@@ -409,6 +459,12 @@ class Recorder(TorchDispatchMode):
             bytes_moved=written + sum(_num_bytes(t) for t in inputs),
         )
         self.record(record)
+
+    def _check(self, tensors: Sequence[Tensor]) -> None:
+        if self.only_meta and (
+            autocast_dtype() is not None or not all(tensor.is_meta for tensor in tensors)
+        ):
+            raise _OtherDeviceError
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -40,6 +40,7 @@ from ipu_pipeline.checkpoint.manifest import (
     readable,
 )
 from ipu_pipeline.checkpoint.optimizer_state import load_optimizer, read_optimizer
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.checkpoint.weights import (
     check_extra_state,
     check_fingerprint,
@@ -136,21 +137,23 @@ def prepare_loading(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None,
     is_held: Callable[[str], bool] = lambda _: True,
+    slices: Slices = UNCUT,
     masters: MasterWeights | None = None,
 ) -> Callable[[], CheckpointInfo]:
     """Read a checkpoint whose checksums are checked; return what puts it into the model.
 
-    Of the tensors of the state dict, those are read that are held here (``is_held``, by name). The
-    other arguments and the errors are those of :func:`read_checkpoint`.
+    Of the tensors of the state dict, those are read that are held here (``is_held``, by name), and
+    of each the slice that is here. The other arguments and the errors are those of
+    :func:`read_checkpoint`.
     """
     path = Path(path)
     with readable(path):
         manifest = read_manifest(path)
-        check_fingerprint(manifest["model"], model, path)
-        tensors = read_weights(model, path, manifest["files"], is_held)
+        check_fingerprint(manifest["model"], model, path, slices)
+        tensors = read_weights(model, path, manifest["files"], is_held, slices)
         state = None
         if optimizer is not None:
-            state = read_optimizer(optimizer, model, path, manifest["files"], is_held)
+            state = read_optimizer(optimizer, model, path, manifest["files"], is_held, slices)
         own = dict(manifest.get("extra_state", {}))
         check_extra_state(own, model)
         set_rng_state = parsed_rng_state(manifest["rng"])

@@ -19,6 +19,7 @@ from ipu_pipeline.checkpoint.manifest import (
     files_of,
     read_settings,
 )
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ops.master_weights import MASTER_WEIGHT, MasterWeights
 
@@ -100,6 +101,7 @@ def read_optimizer(
     folder: Path,
     files: Iterable[str],
     is_held: Callable[[str], bool] = lambda _: True,
+    slices: Slices = UNCUT,
 ) -> dict[str, Any]:
     """Return a state dict that ``optimizer.load_state_dict`` takes; change nothing.
 
@@ -109,6 +111,7 @@ def read_optimizer(
         folder: Where the files are.
         files: Names of the checkpoint's files.
         is_held: Whether the state of a parameter is needed, by its name.
+        slices: What is kept of each.
 
     Raises:
         CheckpointError: There is no optimizer state, it is of another kind of optimizer, it does
@@ -136,12 +139,16 @@ def read_optimizer(
             f"only here {only_own}; train the same parameters, or load with optimizer=None"
         )
     state: dict[str, dict[str, Any]] = content["values"]
+    parameters = dict(model.named_parameters())
     for file in files_of(OPTIMIZER, files):
         with safe_open(folder / file, framework="pt") as opened:
             for full_key in opened.keys():  # noqa: SIM118 - it is no mapping
                 key, _, name = full_key.partition(_SEPARATOR)
                 if is_held(name):
-                    state.setdefault(name, {})[key] = opened.get_tensor(full_key)
+                    value = opened.get_tensor(full_key)
+                    if name in parameters:
+                        value = slices.part(parameters[name], value)
+                    state.setdefault(name, {})[key] = value
     indices = iter(range(len(order)))
     return {
         "state": {i: state[name] for i, name in enumerate(order) if name in state},

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ipu_pipeline.checkpoint.manifest import files_of
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import CheckpointError, shown
 from ipu_pipeline.ir.codec import parse_json
 
@@ -62,6 +63,7 @@ def read_weights(
     folder: Path,
     files: Iterable[str],
     is_held: Callable[[str], bool] = lambda _: True,
+    slices: Slices = UNCUT,
 ) -> dict[str, Tensor]:
     """Read the weights and check that they fill ``model`` exactly; change nothing.
 
@@ -70,6 +72,7 @@ def read_weights(
         folder: Where the files are.
         files: Names of the checkpoint's files.
         is_held: Whether a tensor of the state dict is needed; of tied ones any is.
+        slices: What is kept of each.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape.
@@ -77,19 +80,21 @@ def read_weights(
     state, groups = tensors_of(model), tied_names(model)
     needed = {name for names in groups if any(map(is_held, names)) for name in names}
     tensors: dict[str, Tensor] = {}
+    whole: dict[str, torch.Size] = {}
     present: set[str] = set()
     for file in (*files_of(WEIGHTS, files), *files_of(LEFT_OUT, files)):
         with safe_open(folder / file, framework="pt") as opened:
             present.update(opened.keys())
-            tensors |= {
-                name: opened.get_tensor(name) for name in needed.intersection(opened.keys())
-            }
+            for name in needed.intersection(opened.keys()):
+                tensor = opened.get_tensor(name)
+                whole[name] = tensor.shape
+                tensors[name] = slices.part(state[name], tensor) if name in state else tensor
     missing = [names[0] for names in groups if not present & set(names)]
     unknown = [name for name in present if name not in state]
     shapes = [
-        f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(state[name].shape)} here"
-        for name, tensor in tensors.items()
-        if name in state and tensor.shape != state[name].shape and not name.endswith(_EXTRA_STATE)
+        f"{name} is {tuple(shape)} in the checkpoint and {tuple(slices.shape(state[name]))} here"
+        for name, shape in whole.items()
+        if name in state and shape != slices.shape(state[name]) and not name.endswith(_EXTRA_STATE)
     ]
     kinds = [
         f"{name} is {tensor.dtype} in the checkpoint and {state[name].dtype} here"
@@ -123,21 +128,23 @@ def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
-def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+def fingerprint(model: torch.nn.Module, slices: Slices = UNCUT) -> dict[str, Any]:
     """Return what identifies a model: its class, and its parameters' names and shapes."""
     return {
         "class": type(model).__name__,
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters()},
+        "parameters": {name: list(slices.shape(p)) for name, p in model.named_parameters()},
     }
 
 
-def check_fingerprint(saved: Mapping[str, Any], model: torch.nn.Module, folder: Path) -> None:
+def check_fingerprint(
+    saved: Mapping[str, Any], model: torch.nn.Module, folder: Path, slices: Slices = UNCUT
+) -> None:
     """Refuse a checkpoint of another model.
 
     Raises:
         CheckpointError: Names the first parameters that differ.
     """
-    own = fingerprint(model)
+    own = fingerprint(model, slices)
     if saved == own:
         return
     theirs, ours = saved["parameters"], own["parameters"]

@@ -39,6 +39,7 @@ from ipu_pipeline.checkpoint.optimizer_state import (
     optimizer_state,
     tensor_key,
 )
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.checkpoint.weights import (
     LEFT_OUT,
     WEIGHTS,
@@ -126,6 +127,7 @@ class CheckpointWriter:
         extra: JSON data to keep with it.
         loss_scaling: State of the ``GradScaler``, if there is one.
         attach: Called with the hidden folder; what it adds may be changed later without damage.
+        slices: What of the model is here.
 
     Attributes:
         folder: Where the shards are to be written.
@@ -135,7 +137,7 @@ class CheckpointWriter:
         OSError: The disk is full, or not writable.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a checkpoint keeps, by name
         self,
         path: str | Path,
         *,
@@ -146,11 +148,12 @@ class CheckpointWriter:
         extra: Mapping[str, Any] | None = None,
         loss_scaling: Mapping[str, Any] | None = None,
         attach: Attach | None = None,
+        slices: Slices = UNCUT,
     ) -> None:
         own = extra_state(model)
         self._content = as_json_data(
             {
-                "model": fingerprint(model),
+                "model": fingerprint(model, slices),
                 "global_step": global_step,
                 "rng": rng_state(),
                 "extra": dict(extra or {}),
@@ -219,28 +222,38 @@ def take_shard(
     copy: bool,
     weights: Callable[[torch.Tensor], bool] = lambda _: True,
     states: Callable[[str], bool] = lambda _: True,
+    slices: Slices = UNCUT,
 ) -> Shard:
     """Return the tensors that this process is to write.
 
     ``weights`` says of a parameter or buffer whether it writes it, ``states`` of a parameter's
-    name whether it writes the optimizer's state. ``copy``: training goes on before it does.
+    name whether it writes the optimizer's state. ``copy``: training goes on before it does. Of
+    ``slices`` the processes that share them write whole tensors, in turn; all of them call this.
     """
     kept, left_out = weights_to_save(model)
-    tensors = {
-        WEIGHTS: {name: t for name, t in kept.items() if weights(t)},
-        LEFT_OUT: {name: t for name, t in left_out.items() if weights(t)},
-    }
+    found = [
+        (stem, name, tensor, tensor)
+        for stem, group in ((WEIGHTS, kept), (LEFT_OUT, left_out))
+        for name, tensor in group.items()
+        if weights(tensor)
+    ]
     values: dict[str, dict[str, Any]] = {}
     if optimizer is not None:
         state, values = optimizer_state(optimizer, model)
         values = {name: v for name, v in values.items() if states(name)}
-        tensors[OPTIMIZER] = {
-            tensor_key(name, key): tensor
-            for name, found in state.items()
+        parameters = dict(model.named_parameters())
+        found += [
+            (OPTIMIZER, tensor_key(name, key), parameters[name], tensor)
+            for name, own in state.items()
             if states(name)
-            for key, tensor in found.items()
-        }
-    return Shard({stem: on_host(found, copy=copy) for stem, found in tensors.items()}, values)
+            for key, tensor in own.items()
+        ]
+    tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, LEFT_OUT: {}, OPTIMIZER: {}}
+    for turn, (stem, name, parameter, part) in enumerate(found):
+        whole = slices.whole(parameter, part)
+        if turn % slices.size == slices.index:
+            tensors[stem][name] = whole
+    return Shard({stem: on_host(own, copy=copy) for stem, own in tensors.items()}, values)
 
 
 class Background:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ipu_pipeline.errors import PipelineError
@@ -134,6 +134,8 @@ def _is_large(input: Tensor, weight: Tensor, *, transposed: bool) -> bool:
 
 def _is_alike(weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+        return False
+    if type(weight) not in (Tensor, nn.Parameter):  # of a DTensor this is a slice only
         return False
     return bias is None or (bias.dtype is torch.float32 and bias.dim() == 1)
 

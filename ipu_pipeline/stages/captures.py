@@ -64,6 +64,7 @@ class StageCache:
             of each as many captures.
         on_drop: Called with stages that are forgotten.
         live: Microbatches come from :meth:`groups`, and stages may share values with the glue.
+        offload: Names of the blocks that keep their activations in host memory.
         compile_blocks: Whether blocks go through ``torch.compile``.
     """
 
@@ -76,6 +77,7 @@ class StageCache:
     max_shapes: int = MAX_SHAPES
     on_drop: Callable[[tuple[Stage, ...]], object] = lambda _: None
     live: bool = False
+    offload: frozenset[str] = frozenset()
     compile_blocks: bool = False
 
     def __post_init__(self) -> None:
@@ -461,7 +463,7 @@ class StageCache:
         row_shards = shard_tables(captured, self.plan, tables)
         stages = build_stages(captured, blocks, self.recompute, tables, row_shards)
         for stage in stages:
-            stage.compiled = self.compile_blocks
+            stage.compiled, stage.offload = self.compile_blocks, self.offload
         return stages
 
     def _warn_once(self, message: str, *values: Any) -> None:

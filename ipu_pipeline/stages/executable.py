@@ -108,6 +108,9 @@ class ExecutionOptions:
         sequential: Run the stages one after another in the calling thread (the reference).
         recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
+        offload_activations: Blocks whose activations wait for the backward pass in pinned host
+            memory: ``None`` for none, ``all``, or as for ``recompute``, with which it composes.
+            On CPUs it is refused.
         replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
             updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
@@ -143,6 +146,7 @@ class ExecutionOptions:
     schedule: str | None = None
     sequential: bool = False
     recompute: str | Sequence[str] | None = None
+    offload_activations: str | Sequence[str] | None = None
     replicated_tensor_sharding: bool = False
     stall_timeout_s: float = 600.0
     self_check: bool = True
@@ -159,11 +163,13 @@ class ExecutionOptions:
             raise ValueError(
                 f"precision {self.precision!r} is unknown; use 'float32', 'bf16' or 'fp16'"
             )
-        if isinstance(self.recompute, str) and self.recompute not in ("all", "none"):
-            raise ValueError(
-                f"recompute {self.recompute!r} is unknown; use 'all', 'none', None, or a list of "
-                "names of blocks"
-            )
+        for name in ("recompute", "offload_activations"):
+            wish = getattr(self, name)
+            if isinstance(wish, str) and wish not in ("all", "none"):
+                raise ValueError(
+                    f"{name} {wish!r} is unknown; use 'all', 'none', None, or a list of names of "
+                    "blocks"
+                )
         if isinstance(self.loss_weights, str) and self.loss_weights != "samples":
             raise ValueError(
                 f"loss_weights {self.loss_weights!r} is unknown; use 'samples', a list of factors, "
@@ -282,6 +288,11 @@ class Executable(ABC):
         self._masters: MasterWeights | None = None
         if self.options.master_weights and optimizer is not None:
             self._masters = MasterWeights(optimizer)
+            if not self._masters.parameters():
+                logger.warning(
+                    "master_weights changes nothing: the optimizer has no 16-bit weight; load the "
+                    "model with dtype=torch.bfloat16"
+                )
         self.global_step = 0
         self._background = Background()
         self._process = os.getpid()

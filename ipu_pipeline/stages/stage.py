@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
 from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.compiled_blocks import run_compiled
+from ipu_pipeline.stages.offload import offloaded
 from ipu_pipeline.stages.replay import ReplayedBlock
 from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
@@ -53,6 +55,7 @@ class Stage:
         recompute: Names of the blocks whose forward pass runs again in the backward pass.
         shared: Parameters that other stages use too.
         results: Value name by result name, for results that this stage computes.
+        order: Names of the results of all stages, as the model returns them.
         tables: Tables of its serialized blocks, by block name.
         fused: Its serialized projections whose logits only its loss reads.
         row_shards: Rows that it holds of tables that several stages hold.
@@ -60,6 +63,7 @@ class Stage:
         loss_terms: What the loss is made of, on every stage.
         live: Whether one of its blocks runs code that may use any tensor, once per microbatch.
         in_order: Whether a microbatch has to end before the next one begins, on every stage.
+        offload: Names of the blocks that keep their activations in host memory.
         compiled: Whether its blocks go through ``torch.compile``.
     """
 
@@ -78,6 +82,8 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    order: tuple[str, ...] = ()
+    offload: frozenset[str] = frozenset()
     compiled: bool = False
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
@@ -152,7 +158,9 @@ class Stage:
         blocks.look_up_row_shards(values)
         for program in self.programs:
             self.block = program.name
-            self._run(program, values, key, blocks)
+            away = program.name in self.offload and torch.is_grad_enabled()
+            with offloaded(program) if away else nullcontext():
+                self._run(program, values, key, blocks)
             self._note_backward(program, values)
         self.block = ""
         return values, blocks
@@ -344,6 +352,7 @@ def build_stages(
                 in_order=captured.in_order,
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
+                order=tuple(captured.results),
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
                 row_shards=held,
                 specs=_specs(captured, (*sends, *results.values()), held),
@@ -421,12 +430,24 @@ def _other_leaves(roots: Sequence[Tensor], known: Sequence[Tensor]) -> list[Tens
 
 
 def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
-    """Return the names of the blocks to recompute.
+    """Return the names of the blocks to recompute; ``None`` for the plan's choice.
+
+    Raises:
+        LoweringError: An entry fits no block.
+    """
+    if wish is None:
+        return frozenset(name for stage in plan.stages for name in stage.recompute)
+    return chosen_blocks("recompute", wish, plan)
+
+
+def chosen_blocks(option: str, wish: str | Sequence[str] | None, plan: Plan) -> frozenset[str]:
+    """Return the names of the blocks that an option chooses; ``None`` for none.
 
     Args:
-        wish: ``None`` for the plan's choice, ``"all"``, ``"none"``, or names of blocks, prefixes
-            of such names (``encoder.layer.3`` stands for all blocks inside of it) and patterns
-            with ``*``, ``?`` and ``[...]``.
+        option: Its name.
+        wish: ``"all"``, ``"none"``, or names of blocks, prefixes of such names
+            (``encoder.layer.3`` stands for all blocks inside of it) and patterns with ``*``, ``?``
+            and ``[...]``.
         plan: The plan.
 
     Raises:
@@ -434,14 +455,31 @@ def recomputed_blocks(wish: str | Sequence[str] | None, plan: Plan) -> frozenset
     """
     names = [name for stage in plan.stages for name in stage.blocks]
     if wish is None:
-        return frozenset(name for stage in plan.stages for name in stage.recompute)
+        return frozenset()
     if isinstance(wish, str):
         return frozenset(names if wish == "all" else ())
     unknown = unmatched(wish, names)
     if unknown:
         more = f" and {len(names) - 40} more" if len(names) > 40 else ""
         raise LoweringError(
-            f"recompute names {', '.join(map(repr, unknown))}, which is no block, prefix or "
+            f"{option} names {', '.join(map(repr, unknown))}, which is no block, prefix or "
             f"pattern of one; the blocks are {', '.join(names[:40])}{more}"
         )
     return frozenset(select_all(wish, names))
+
+
+def offloaded_blocks(
+    wish: str | Sequence[str] | None, plan: Plan, device: torch.device
+) -> frozenset[str]:
+    """Return the names of the blocks that keep their activations in host memory.
+
+    Raises:
+        LoweringError: An entry fits no block, or the stages are on a CPU.
+    """
+    chosen = chosen_blocks("offload_activations", wish, plan)
+    if chosen and device.type == "cpu":
+        raise LoweringError(
+            "offload_activations moves what blocks keep to host memory, and on a CPU it is there; "
+            "leave it out, or run on a GPU with device='cuda'"
+        )
+    return chosen

@@ -1,13 +1,16 @@
-"""What transformers' training arguments can ask for and a pipeline in one process cannot do."""
+"""What transformers' training arguments can ask for and a pipeline cannot do."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
+from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.train.arguments import num_processes
 
 _OTHER_RUNTIMES = {
     "fsdp": "it shards the model over processes, and the plan places whole blocks",
@@ -71,17 +74,38 @@ def inherited_from(cls: type, ours: type, name: str) -> type:
     return next(c for c in behind if name in vars(c))
 
 
-def check_target(target: str) -> None:
-    """Refuse a target that the inherited loop cannot drive.
+def chosen_target(target: str | None) -> str:
+    """Return the target that a trainer drives in this process.
 
     Raises:
-        ValueError: It is neither ``local`` nor ``poptorch``.
+        ValueError: There is no such target; or several processes were started, and each would
+            train the whole job.
     """
-    if target not in ("local", "poptorch"):
+    several = num_processes() > 1
+    chosen = target or ("distributed" if several else "local")
+    if chosen not in ("local", "poptorch", "distributed"):
         raise ValueError(
-            f"PipelineTrainer cannot drive target {target!r}: the inherited loop reads, logs and "
-            "saves in one process; use target='local' or 'poptorch', or ipu_pipeline.train.train, "
-            "which drives every target"
+            f"PipelineTrainer cannot drive target {target!r}; use target='local', 'distributed' "
+            "or 'poptorch'"
+        )
+    if several and chosen != "distributed":
+        raise ValueError(
+            f"{num_processes()} processes were started, and with target={chosen!r} each of them "
+            "would train the whole job into one folder; start the script without torchrun, or use "
+            "target='distributed', where each process runs its own stages"
+        )
+    return chosen
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a checkpoint that this process does not see.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not there; let output_dir be in a file system that all machines share"
         )
 
 
@@ -100,16 +124,17 @@ def check_arguments(args: Any, target: str = "local") -> None:
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
     if target == "poptorch":
         _check_for_ipus(args)
-    elif getattr(args, "replicas", 1) > 1:
+    elif target == "local" and getattr(args, "replicas", 1) > 1:
         raise ValueError(
-            f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
-            "leave it out, or use ipu_pipeline.train.train with target='distributed'"
+            f"with target='local' there is one copy of the pipeline, and replicas is "
+            f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
+            "processes (torchrun)"
         )
-    if args.world_size > 1:
+    if target == "distributed" and getattr(args, "save_on_each_node", False):
         raise ValueError(
-            f"PipelineTrainer runs all stages in one process, and {args.world_size} were started; "
-            "start it without torchrun, or use ipu_pipeline.train.train with "
-            "target='distributed'"
+            "save_on_each_node does not go with target='distributed': the first process writes "
+            "the whole model; leave it out, and let output_dir be in a file system that all "
+            "machines share"
         )
     if args.device.type != "cpu":
         raise ValueError(
@@ -163,6 +188,20 @@ def _either(args: TrainingArguments, name: str) -> Any:
     """Return an argument under its name of transformers 5.x, or of earlier ones."""
     newer = getattr(args, f"activation_{name}", None)
     return newer or getattr(args, f"gradient_{name}", None)
+
+
+def check_processes(plan: Plan) -> None:
+    """Refuse a plan whose processes have slices of weights.
+
+    Raises:
+        ValueError: It has tensor parallelism.
+    """
+    tp = plan.settings.get("tp", 1)
+    if tp != 1:
+        raise ValueError(
+            f"tp {tp} of the plan does not go with PipelineTrainer, whose optimizer has whole "
+            "weights; plan with settings={'tp': 1}, or use ipu_pipeline.train.train"
+        )
 
 
 def check_plan(plan: Plan, args: TrainingArguments) -> None:

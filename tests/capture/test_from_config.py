@@ -196,9 +196,9 @@ def test_70b_on_meta_is_fast() -> None:
         num_key_value_heads=8,
         intermediate_size=28672,
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     model, batch = from_config(config, "causal-lm", batch_size=1, seq_length=2048)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 60  # to fill the weights takes minutes
     assert sum(parameter.numel() for parameter in model.parameters()) > 68e9
     assert batch["input_ids"].shape == (1, 2048)
 

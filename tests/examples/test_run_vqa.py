@@ -89,7 +89,9 @@ def test_the_published_command_runs(script, tmp_path, monkeypatch, capsys):
         assert text in shown
 
 
-@pytest.mark.parametrize("form", ["hard", "text", "soft"])
+@pytest.mark.parametrize(
+    "form", ["hard", pytest.param("text", marks=pytest.mark.acceptance), "soft"]
+)
 def test_the_split_does_not_change_what_is_learned(script, options, tmp_path, form):
     runs = {"placed": PLACED, "two": {"num_stages": 2}, "unsplit": {"unsplit": True}}
     for name, changes in runs.items():

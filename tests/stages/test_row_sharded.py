@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.local.executable import LocalExecutable
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.planner.passes.serialize_embedding import SerializeEmbedding
-from tests.later import every_second
+from tests.later import pairs_first
 from tests.stages.models import (
     MICROBATCHES,
     assert_equal_gradients,
@@ -26,7 +27,7 @@ from tests.stages.models import (
 pytestmark = pytest.mark.filterwarnings("ignore:the C.. kernels are not used")
 
 
-def spread(plan: ipp.Plan, block: str, splits: list[int]) -> ipp.Plan:
+def spread(plan: ipp.Plan, block: str, splits: Sequence[int]) -> ipp.Plan:
     """Put as many stages before the one of ``block`` (the first) as ``splits`` need."""
     home = plan.stages[0]
     assert block in home.blocks
@@ -50,12 +51,17 @@ def compiled(model: nn.Module, plan: ipp.Plan, **options: Any) -> LocalExecutabl
     return LocalExecutable(model, plan, None, ExecutionOptions(self_check=False, **options))
 
 
-@pytest.mark.parametrize("sequential", every_second([True, False]))
-@pytest.mark.parametrize("splits", [[1, 1], [4, 2, 1], [2, 5]])
 @pytest.mark.parametrize(
-    "name", ["gpt2 (tied)", "bert-mlm (tied)", "t5 (tied)", "mt5 (untied)", "llama (untied)"]
+    ("name", "splits", "sequential"),
+    pairs_first(
+        ("gpt2 (tied)", "bert-mlm (tied)", "t5 (tied)", "mt5 (untied)", "llama (untied)"),
+        ((4, 2, 1), (2, 5)),
+        (True, False),
+    ),
 )
-def test_loss_gradients_and_outputs_stay(name: str, splits: list[int], sequential: bool) -> None:
+def test_loss_gradients_and_outputs_stay(
+    name: str, splits: tuple[int, ...], sequential: bool
+) -> None:
     model, example, batch, blocks = built(name)
     expected_loss, expected = eager(model, batch)
     plan = ipp.plan(model, example, num_stages=2, microbatches=MICROBATCHES)

@@ -97,7 +97,7 @@ def test_programs(tmp_path, name) -> None:
     theirs = trained(program.make, Trainer, tmp_path)
     ours = trained(program.make, PipelineTrainer, tmp_path)
     assert_equal(theirs, ours)
-    assert ours._training_order.ahead is program.overlap
+    assert ours._steps.training_order.ahead is program.overlap
 
 
 def plain(base: type) -> type:
@@ -221,14 +221,14 @@ def test_what_a_callback_changes_between_microbatches_is_seen(tmp_path) -> None:
         for base in (Trainer, PipelineTrainer)
     ]
     assert_equal(*pair)
-    assert pair[1]._training_order.ahead is False
+    assert pair[1]._steps.training_order.ahead is False
 
 
 def test_the_order_can_be_asked_for(tmp_path) -> None:
     ours = trained(
         lambda base: with_loss(base, cross_entropy, loss_in_order=True), PipelineTrainer, tmp_path
     )
-    assert ours._training_order.ahead is False
+    assert ours._steps.training_order.ahead is False
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

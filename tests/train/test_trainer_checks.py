@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +12,13 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.debug_utils import DebugOption
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import CheckpointError, LoweringError
 from ipu_pipeline.train.trainer import PipelineTrainer
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
+    check_folder,
+    check_processes,
+    chosen_target,
     inherited_from,
     recomputes,
     switch_off_checkpointing,
@@ -22,7 +27,6 @@ from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
 PLAIN = {
-    "world_size": 1,
     "device": torch.device("cpu"),
     "n_gpu": 0,
     "optim": "adamw_torch",
@@ -40,12 +44,12 @@ PLAIN = {
         ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
         ({"fp16": True}, "fp16 does not go .* use bf16=True"),
-        ({"world_size": 4}, "all stages in one process, and 4 were started; start it without"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
             "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
         ),
         ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
+        ({"save_on_each_node": True, "target": "distributed"}, "save_on_each_node does not go"),
         ({"async_save": True}, "async_save does not go"),
         ({"optim": "lomo"}, "optim 'lomo' steps inside the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "before the stages have summed their gradients"),
@@ -60,9 +64,10 @@ PLAIN = {
     ],
 )
 def test_arguments_that_a_pipeline_cannot_follow(wrong: dict[str, Any], message: str) -> None:
-    check_arguments(SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
+    target = wrong.pop("target", "local")
+    check_arguments(SimpleNamespace(**PLAIN), target)
     with pytest.raises(ValueError, match=message):
-        check_arguments(SimpleNamespace(**PLAIN | wrong))  # type: ignore[arg-type]
+        check_arguments(SimpleNamespace(**PLAIN | wrong), target)
 
 
 def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
@@ -72,9 +77,27 @@ def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_target_in_several_processes() -> None:
-    with pytest.raises(ValueError, match=r"cannot drive target 'distributed'.*train.train"):
-        PipelineTrainer(model=bert_qa(), target="distributed")
+def test_a_target_in_several_processes(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="cannot drive target 'cluster'; use target='local'"):
+        PipelineTrainer(model=bert_qa(), target="cluster")
+    args = arguments(tmp_path)  # of one process: no rank may train the whole job
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for target in ("local", "poptorch"):
+        with pytest.raises(ValueError, match=f"2 processes .* target='{target}' each of them"):
+            PipelineTrainer(bert_qa(), args, target=target)
+    assert chosen_target(None) == "distributed"
+    with pytest.raises(LoweringError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; start"):
+        PipelineTrainer(bert_qa(), args)
+
+
+def test_a_plan_of_slices() -> None:
+    with pytest.raises(ValueError, match=r"tp 2 of the plan does not go .* settings=\{'tp': 1\}"):
+        check_processes(SimpleNamespace(settings={"tp": 2}))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_a_machine_does_not_see(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint-2 is not there; let output_dir be in"):
+        check_folder(tmp_path / "checkpoint-2")
 
 
 def planned(microbatches: int) -> tuple[Any, Any]:
@@ -103,11 +126,11 @@ def test_a_plan_file_is_used_from_the_first_evaluation_on(tmp_path) -> None:
     whole = PipelineTrainer(model, arguments(tmp_path), eval_dataset=marked(7))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])
     assert trainer.plan.num_stages == 3
-    executable = trainer._executable
+    executable = trainer._steps.executable
     assert executable is not None
     assert whole.plan is None
     trainer.train()
-    assert trainer._executable is executable
+    assert trainer._steps.executable is executable
     assert executable.global_step == 1  # that of the last of two steps
 
 
@@ -136,14 +159,17 @@ def test_a_subclass_with_its_own_prediction_step_gets_its_batches_untouched(tmp_
     assert found.predictions[0] == pytest.approx(expected.predictions[0], abs=1e-5)
 
 
-def overridden(name: str, called: list[str]) -> type[Trainer]:
-    """Return another trainer class with a method of its own."""
+def overridden(names: Iterable[str], called: set[str]) -> type[Trainer]:
+    """Return another trainer class with methods of its own."""
 
-    def method(self, *args, **kwargs):
-        called.append(name)
-        return getattr(super(Other, self), name)(*args, **kwargs)
+    def method(name: str) -> Callable[..., Any]:
+        def call(self, *args, **kwargs):
+            called.add(name)
+            return getattr(super(Other, self), name)(*args, **kwargs)
 
-    Other = type("Other", (Trainer,), {name: method})
+        return call
+
+    Other = type("Other", (Trainer,), {name: method(name) for name in names})
     return Other
 
 
@@ -151,25 +177,27 @@ OURS = sorted(n for n, value in vars(PipelineTrainer).items() if callable(value)
 REFUSED = {"training_step", "compute_loss_context_manager", "autocast_smart_context_manager"}
 
 
-@pytest.mark.parametrize("name", sorted({n for n in OURS if n in dir(Trainer)} | REFUSED))
-def test_methods_of_another_base_are_called_or_refused(tmp_path, name) -> None:
-    called: list[str] = []
-    both_bases = type("Both", (PipelineTrainer, overridden(name, called)), {})
-    saves = any(word in name for word in ("checkpoint", "best", "save"))
-    strategies = dict.fromkeys(("save_strategy", "eval_strategy"), "steps" if saves else "no")
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_methods_of_another_base_are_refused(tmp_path, name) -> None:
+    both_bases = type("Both", (PipelineTrainer, overridden([name], set())), {})
+    with pytest.raises(ValueError, match=f"{name} of Other does not go with PipelineTrainer"):
+        both_bases(model=bert_qa(), num_stages=2, args=arguments(tmp_path))
+
+
+def test_the_other_methods_of_another_base_are_called(tmp_path) -> None:
+    names = {name for name in OURS if name in dir(Trainer)} - REFUSED
+    called: set[str] = set()
+    both_bases = type("Both", (PipelineTrainer, overridden(names, called)), {})
+    strategies = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
     args = arguments(
-        tmp_path, load_best_model_at_end=saves, eval_steps=2, save_steps=2, **strategies
+        tmp_path, load_best_model_at_end=True, eval_steps=2, save_steps=2, **strategies
     )
     made = {"args": args, "train_dataset": marked(), "eval_dataset": marked(3)}
-    if name in REFUSED:
-        with pytest.raises(ValueError, match=f"{name} of Other does not go with PipelineTrainer"):
-            both_bases(model=bert_qa(), num_stages=2, **made)
-        return
     trainer = both_bases(model=bert_qa(), num_stages=2, **made)
     trainer.train()
     trainer.evaluate()
     trainer.end()
-    assert called
+    assert called == names
 
 
 def test_another_trainer_before_ours() -> None:

@@ -185,7 +185,7 @@ def test_bfloat16_is_applied_once(tmp_path) -> None:
     for trainer in trainers:
         trainer.train()
     after = [t.predict(marked(7)) for t in trainers]
-    assert ours._executable.options.precision == "bf16"
+    assert ours._steps.executable.options.precision == "bf16"
     for expected, found in (before, after):
         for reference, mine in zip(expected.predictions, found.predictions, strict=True):
             assert mine.dtype == reference.dtype == "float32"
@@ -196,7 +196,7 @@ def test_bfloat16_is_applied_once(tmp_path) -> None:
 
 def test_checkpointing_recomputes_every_block(tmp_path) -> None:
     _, ours = both(CLASSES, bert_qa, tmp_path, marked(), {"activation_checkpointing": True})
-    executable = ours._executable
+    executable = ours._steps.executable
     assert executable._cache.recompute == {block.name for block in ours.plan.blocks}
 
 

@@ -32,6 +32,7 @@ from ipu_pipeline.checkpoint import (
     restore_previous,
 )
 from ipu_pipeline.checkpoint.optimizer_state import OPTIMIZER
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.checkpoint.weights import extra_state
 from ipu_pipeline.checkpoint.writer import (
     CheckpointWriter,
@@ -61,8 +62,9 @@ class ShardedCheckpoints:
     """Writes and reads the checkpoints of one executable, one at a time.
 
     ``background`` makes the all-gathers of the thread that writes while training goes on.
-    ``is_held`` says by name which tensors have values here; ``None``: all of them. ``masters`` are
-    the optimizer's float32 copies of weights, if it steps those.
+    ``slices`` are those that are here; ``is_held`` says by name which tensors have values here,
+    ``None``: all of them. ``masters`` are the optimizer's float32 copies of weights, if it steps
+    those.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class ShardedCheckpoints:
         own: OwnParameters | None,
         groups: Groups,
         background: StoreGather,
+        slices: Slices = UNCUT,
         is_held: Callable[[str], bool] | None = None,
         masters: MasterWeights | None = None,
     ) -> None:
         self._is_held = is_held
+        self._slices = slices
         self._masters = masters
         self._model = model
         self._own = own
@@ -109,6 +113,7 @@ class ShardedCheckpoints:
                         model=self._model,
                         optimizer=self._optimizer,
                         is_held=self._is_held or (lambda _: True),
+                        slices=self._slices,
                         masters=self._masters,
                     )
                 ),
@@ -160,6 +165,7 @@ class ShardedCheckpoints:
                         extra=extra,
                         loss_scaling=loss_scaling,
                         attach=attach,
+                        slices=self._slices,
                     )
                     undo.enter_context(new.or_nothing())
                 here = [] if self._own is None else self._own.names_with_state(self._model)
@@ -167,7 +173,9 @@ class ShardedCheckpoints:
 
             begun = together(self._ranks, begin)
             folder = Path(begun[0][0])
-            before = {name for _, names in begun[: self._rank] for name in names}
+            # Of those that have the same slices, the first one writes.
+            earlier = begun[self._slices.index : self._rank : self._slices.size]
+            before = {name for _, names in earlier for name in names}
             states = frozenset(begun[self._rank][1]) - before
             part, writers = self._take(folder, states, ownership, copy=not blocking)
         if blocking:
@@ -205,6 +213,7 @@ class ShardedCheckpoints:
                 copy=copy,
                 weights=is_mine,
                 states=states.__contains__,
+                slices=self._slices,
             )
             return folder.parent not in self._not_shared and _appears(folder), part.is_empty
 
@@ -212,7 +221,7 @@ class ShardedCheckpoints:
         blind = [rank for rank, (seen, _) in enumerate(found) if not seen]
         if not blind:
             return part, [rank for rank, (_, empty) in enumerate(found) if not empty] or [0]
-        if self._is_held is not None:
+        if self._is_held is not None or self._slices.size > 1:
             raise CheckpointError(
                 f"ranks {blind} do not see the folder of rank 0 ({folder.parent}), and no process "
                 "has the whole model; save to a file system that all machines share"

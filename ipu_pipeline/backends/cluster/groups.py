@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 
 # The copy that a message costs stays small beside the weights, its latency beside its transfer.
 BUCKET_BYTES = 64 << 20
+# DTensor's caches take a mesh of equal names for the one before, whose groups are gone.
+_numbers = itertools.count()
 
 
 class Groups:
@@ -23,33 +26,38 @@ class Groups:
 
     Attributes:
         device: Where tensors have to be for the backend.
-        pipeline: The ranks of this replica.
-        replicas: The ranks at this position, one per replica.
+        pipeline: The ranks of this replica that compute this rank's slice, one per position.
+        replicas: The ranks at this position with this slice, one per replica.
+        slices: The ranks that share the products of this position and replica, as a mesh.
         holders: Those of this replica's pipeline that share parameters, by their positions.
     """
 
     def __init__(self, layout: Layout, device: torch.device, ranks: StoreGather) -> None:
         self.layout = layout
         self.device = device
+        slices = f"tp{next(_numbers)}"
         mesh = init_device_mesh(
             device.type,
-            (layout.num_replicas, layout.num_ranks),
-            mesh_dim_names=("replica", "pipeline"),
+            (layout.num_replicas, layout.num_ranks, layout.tp),
+            mesh_dim_names=("replica", "pipeline", slices),
         )
         self.pipeline = mesh.get_group("pipeline")
         self.replicas = mesh.get_group("replica")
+        self.slices = mesh[slices]
         self.ranks = ranks
         self.waiter = ranks.waiter
         self.holders: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
         """Make the groups of positions that share parameters. Every process must call this."""
-        for positions in sets:
-            for replica in range(self.layout.num_replicas):
-                ranks = [replica * self.layout.num_ranks + position for position in positions]
-                group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
-                if self.layout.rank in ranks:
-                    self.holders[positions] = group
+        layout = self.layout
+        for positions, replica, part in itertools.product(
+            sets, range(layout.num_replicas), range(layout.tp)
+        ):
+            ranks = [(replica * layout.num_ranks + p) * layout.tp + part for p in positions]
+            group = self.waiter.run(lambda ranks=ranks: dist.new_group(ranks))  # type: ignore[misc]
+            if layout.rank in ranks:
+                self.holders[positions] = group
 
     def sum_in_order(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         """Return the sum over a group, added in the order of its ranks: the same bits for all."""
@@ -61,11 +69,11 @@ class Groups:
             total += part
         return total
 
-    def sum_numbers(self, value: float) -> float:
-        """Return the sum of a number over all processes."""
-        own = torch.tensor([value], dtype=torch.float64, device=self.device)
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each number over all processes."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
         assert dist.group.WORLD is not None
-        return float(self.sum_in_order(own, dist.group.WORLD))
+        return [float(value) for value in self.sum_in_order(own, dist.group.WORLD)]
 
     def sum_over_replicas(self, tensor: Tensor) -> None:
         """Sum ``tensor`` over the replicas, in place."""
@@ -96,11 +104,12 @@ class Groups:
 
     def close(self) -> None:
         """Destroy the groups made here. No process may still be using them."""
-        for group in {self.pipeline, self.replicas, *self.holders.values()}:
+        slices = self.slices.get_group()
+        for group in {self.pipeline, self.replicas, slices, *self.holders.values()}:
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         self.holders.clear()
-        del self.pipeline, self.replicas
+        del self.pipeline, self.replicas, self.slices
 
 
 def exchange(tensors: Iterable[Tensor], message: Callable[[Tensor], Any]) -> None:

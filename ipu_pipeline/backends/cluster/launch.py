@@ -10,6 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
+from ipu_pipeline.backends.cluster.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.machine import Machine
@@ -117,7 +118,8 @@ def make_spec(  # noqa: PLR0913 - the choices of a user by name
         machine = plan.machine if plan.machine.devices_per_board else None
     if room is None:
         gpus = (nodes or 0) * (gpus_per_node or 0)
-        room = gpus or plan.num_stages * plan.replicas if machine is None else len(machine.devices)
+        most = plan.num_stages * plan.replicas * tensor_parallel_size(plan)
+        room = gpus or most if machine is None else len(machine.devices)
     number = processes or choose_processes(plan, chosen, room)
     make_layout(plan, chosen, 0, number)
     split = (1, 0) if here else choose_nodes(number, nodes, gpus_per_node, machine)
@@ -138,9 +140,11 @@ def make_spec(  # noqa: PLR0913 - the choices of a user by name
 
 def _described(plan: Plan, number: int, schedule: str) -> str:
     """Say what is started."""
+    tp = tensor_parallel_size(plan)
     return (
         f"{_count(number, 'process', 'processes')}: {_count(plan.num_stages, 'stage', 'stages')} x "
-        f"{_count(plan.replicas, 'replica', 'replicas')}, {schedule}"
+        f"{_count(plan.replicas, 'replica', 'replicas')}{f' x tp {tp}' if tp > 1 else ''}, "
+        f"{schedule}"
     )
 
 
@@ -160,15 +164,16 @@ def choose_processes(plan: Plan, schedule: str, room: int) -> int:
         LoweringError: There is no such schedule, or it cannot run the plan.
     """
     kind, depth = torch_schedule(schedule), plan.num_stages
+    each = plan.replicas * tensor_parallel_size(plan)
     placed = [n for n in range(1, depth + 1) if kind.place(depth, n) is not None]
     placed = placed or [max(1, depth // kind.stages_per_device[0])]
     possible = [n for n in placed if _runs(plan, schedule, n)] or placed[-1:]
     planned = len({stage.device for stage in plan.stages})
     if planned < depth and planned in possible:
-        return planned * plan.replicas
-    roomy = [n for n in possible if n * plan.replicas <= room] or possible[:1]
+        return planned * each
+    roomy = [n for n in possible if n * each <= room] or possible[:1]
     several = [n for n in roomy if 1 < n < plan.num_stages]
-    return max(several or roomy) * plan.replicas
+    return max(several or roomy) * each
 
 
 def choose_nodes(
@@ -299,7 +304,7 @@ def _runs_processes(machine: Machine) -> bool:
 
 def _runs(plan: Plan, schedule: str, num_ranks: int) -> bool:
     try:
-        make_layout(plan, schedule, 0, num_ranks * plan.replicas)
+        make_layout(plan, schedule, 0, num_ranks * plan.replicas * tensor_parallel_size(plan))
     except LoweringError:
         return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.cluster.parallel_sizes import check_runs_here
+from ipu_pipeline.backends.cluster.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules import (
@@ -83,14 +83,15 @@ def _plain(name: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands. Rank = replica x ``num_ranks`` + position.
+    """Where this process stands. Rank = (replica x ``num_ranks`` + position) x ``tp`` + slice.
 
     Attributes:
         rank: Of this process among all.
         num_replicas: Copies of the pipeline.
-        num_ranks: Processes of one pipeline.
+        num_ranks: Positions of one pipeline: its processes, those that share products as one.
         num_stages: Pipeline depth.
         positions: Position in the pipeline that runs each stage, as the schedule asks for.
+        tp: Processes that share every product of a position, neighbours by rank.
     """
 
     rank: int
@@ -98,16 +99,22 @@ class Layout:
     num_ranks: int
     num_stages: int
     positions: tuple[int, ...]
+    tp: int = 1
 
     @property
     def replica(self) -> int:
         """Index of the pipeline that this process is part of."""
-        return self.rank // self.num_ranks
+        return self.rank // (self.num_ranks * self.tp)
 
     @property
     def position(self) -> int:
-        """Rank of this process inside of its pipeline."""
-        return self.rank % self.num_ranks
+        """Where this process is in its pipeline."""
+        return self.rank // self.tp % self.num_ranks
+
+    @property
+    def slice(self) -> int:
+        """Which slice of every product this process computes."""
+        return self.rank % self.tp
 
     @property
     def own_stages(self) -> tuple[int, ...]:
@@ -120,19 +127,20 @@ def make_layout(plan: Plan, schedule: str, rank: int, world_size: int) -> Layout
 
     Raises:
         LoweringError: The processes cannot be shared out, the schedule cannot run the split, or
-            ranks of the plan share a stage.
+            ranks of the plan share tokens, experts or optimizer states.
     """
-    check_runs_here(plan)
-    if world_size % plan.replicas:
+    tp = tensor_parallel_size(plan)
+    each, times_tp = plan.replicas * tp, f" x tp {tp}" if tp > 1 else ""
+    if world_size % each:
         raise LoweringError(
-            f"the plan has {plan.replicas} replicas, which cannot share {world_size} processes; "
-            f"start a multiple of {plan.replicas}"
+            f"the plan has {plan.replicas} replicas{times_tp}, which cannot share {world_size} "
+            f"processes; start a multiple of {each}"
         )
-    num_ranks = world_size // plan.replicas
+    num_ranks = world_size // each
     if num_ranks > plan.num_stages:
         raise LoweringError(
             f"{world_size} processes are more than the plan's {plan.num_stages} stages x "
-            f"{plan.replicas} replicas; start {plan.num_stages * plan.replicas}"
+            f"{plan.replicas} replicas{times_tp}; start {plan.num_stages * each}"
         )
     positions = position_of_stages(schedule, plan.num_stages, num_ranks, plan.num_microbatches)
-    return Layout(rank, plan.replicas, num_ranks, plan.num_stages, positions)
+    return Layout(rank, plan.replicas, num_ranks, plan.num_stages, positions, tp)

@@ -266,24 +266,26 @@ def refuse_sizes(raw: Mapping[str, Any], machine: Machine) -> None:
         )
 
 
-def check_runs_here(plan: Plan) -> None:
-    """Refuse a plan that this project's own processes cannot run.
+def tensor_parallel_size(plan: Plan) -> int:
+    """Return how many of this project's own processes share the products of a stage.
 
     Raises:
-        LoweringError: Ranks share tensors, tokens or experts, or gradients or weights.
+        LoweringError: They cannot run the plan: they would share tokens or experts, or gradients
+            or weights.
     """
     if plan.machine.devices[0].kernels is None:
-        return
+        return 1
     settings = GpuSettings.read(plan.settings)
-    named = _shared_by(settings)
+    named = _shared_by(replace(settings, tp=1))
     if settings.recompute:
         named.append(f"recompute {', '.join(settings.recompute)}")
     if named:
         raise LoweringError(
             f"the plan has {', '.join(named)}, which this project's processes do not run yet; "
-            "write it for another engine (ipu-pipeline export), or plan with --tp 1, which leaves "
-            "stages and replicas only"
+            "write it for another engine (ipu-pipeline export), or plan with stages, replicas and "
+            "--tp only"
         )
+    return settings.tp
 
 
 def _shared_by(settings: GpuSettings) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.training import UpdateResult, apply_update, total_norm_of
@@ -128,22 +129,24 @@ def sharded(
     parameters: Sequence[nn.Parameter],
     num_replicas: int,
     trains: Callable[[nn.Parameter], bool],
+    slices: Slices = UNCUT,
 ) -> Ownership:
     """Choose the process that updates each parameter: the holder with the least to do so far.
 
     Larger parameters are given away first, those that the optimizer does not train last. No
     process then gets more than its share and one parameter (Graham, SIAM J. Appl. Math. 1969),
     where all parameters have the same holders. ``parameters`` are those of the model, each once,
-    in the same order on every process.
+    in the same order on every process. Ranks that share products choose alike, by whole sizes.
     """
     load: dict[Place, int] = {}
     updaters: dict[int, Place] = {}
-    for parameter in sorted(parameters, key=lambda p: (not trains(p), -p.numel())):
+    sizes = {id(p): slices.shape(p).numel() for p in parameters}
+    for parameter in sorted(parameters, key=lambda p: (not trains(p), -sizes[id(p)])):
         positions = ownership.holders.get(id(parameter), (0,))
         places = [Place(r, position) for r in range(num_replicas) for position in positions]
         place = min(places, key=lambda p: (load.get(p, 0), p))
         updaters[id(parameter)] = place
-        load[place] = load.get(place, 0) + parameter.numel()
+        load[place] = load.get(place, 0) + sizes[id(parameter)]
     return replace(ownership, updaters=updaters)
 
 
@@ -269,27 +272,21 @@ def update(
     loss_scaling: float,
     max_grad_norm: float | None,
     masters: MasterWeights | None = None,
+    slices: Slices = UNCUT,
 ) -> UpdateResult:
     """Unscale, check, clip and apply the gradients, then clear them; alike on all ranks.
 
     ``optimizer`` has the parameters that this process updates, ``parameters`` are those that it
-    holds. Every parameter counts once in the norm.
+    holds, ``slices`` says of which it has a slice only. Every element counts once in the norm.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     updated = [p for p in with_grad if ownership.is_updated(p)]
-
-    def total_norm(_: object) -> Tensor:
-        counted = [_gradient(p) for p in updated if ownership.is_chief(p)]
-        square = float(total_norm_of(counted)) ** 2 if counted else 0.0
-        # The same bits on every rank, so that all of them skip or none does.
-        return torch.tensor(groups.sum_numbers(square)).sqrt()
-
     done = apply_update(
         optimizer,
         updated,
         loss_scaling=loss_scaling,
         max_grad_norm=max_grad_norm,
-        total_norm=total_norm,
+        total_norm=lambda _: grad_norm(updated, ownership, groups, slices),
         masters=masters,
     )
     if ownership.updaters and not done.skipped:
@@ -297,6 +294,46 @@ def update(
     for parameter in with_grad:
         parameter.grad = None
     return done
+
+
+def grad_norm(
+    parameters: Sequence[nn.Parameter], ownership: Ownership, groups: Groups, slices: Slices
+) -> Tensor:
+    """Return the norm over the gradients of all ranks; the same bits on each.
+
+    Every element counts once; ``parameters`` are those with a gradient here.
+    """
+    first = groups.layout.slice == 0
+    chief = [p for p in parameters if ownership.is_chief(p) and (first or slices.is_cut(p))]
+    counted = [_gradient(p) for p in chief]
+    square = float(total_norm_of(counted)) ** 2 if counted else 0.0
+    return torch.tensor(groups.sum_numbers([square])[0]).sqrt()
+
+
+def collect_states(optimizer: torch.optim.Optimizer, ownership: Ownership, groups: Groups) -> None:
+    """Give the first rank the state of every parameter. Every rank calls this."""
+    parameters = _all_of(optimizer)
+    mine = {
+        n: optimizer.state[p]
+        for n, p in enumerate(parameters)
+        if p in optimizer.state and ownership.is_chief(p)
+    }
+    found: list[Any] | None = [None] * dist.get_world_size() if groups.ranks.rank == 0 else None
+    groups.waiter.run(lambda: dist.gather_object(mine, found, dst=0))
+    for theirs in found or ():
+        for n, state in theirs.items():
+            optimizer.state[parameters[n]] = state
+
+
+def keep_own_states(optimizer: torch.optim.Optimizer, ownership: Ownership) -> None:
+    """Drop the state of parameters that are not updated here."""
+    for parameter in _all_of(optimizer):
+        if not ownership.is_updated(parameter):
+            optimizer.state.pop(parameter, None)
+
+
+def _all_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _present(

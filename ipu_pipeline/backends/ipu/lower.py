@@ -114,10 +114,10 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
             "master_weights are float32 copies that an optimizer in Python steps, and the device "
             "runs its own; leave it out, or use target='local' or 'distributed'"
         )
-    if options.device is not None or options.compile_blocks:
+    if options.device is not None or options.compile_blocks or options.offload_activations:
         raise LoweringError(
-            "device and compile_blocks are the local and distributed targets'; the weights are on "
-            "the CPU, IPUs fetch them, and PopART compiles: leave both out"
+            "device, compile_blocks and offload_activations are the local and distributed targets'"
+            "; PopART places, compiles and stores: leave them out"
         )
     if options.schedule not in (None, "popart"):
         raise LoweringError(

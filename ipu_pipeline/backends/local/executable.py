@@ -37,7 +37,7 @@ from ipu_pipeline.stages.executable import (
 )
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import materialize
-from ipu_pipeline.stages.stage import Stage, recomputed_blocks
+from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
@@ -81,6 +81,7 @@ class LocalExecutable(Executable):
             recompute=recomputed_blocks(options.recompute, plan),
             self_check=options.self_check,
             live=True,
+            offload=offloaded_blocks(options.offload_activations, plan, self._device),
             compile_blocks=options.compile_blocks,
         )
         wish = options.loss_weights

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import executable  # noqa: F401 - preloaded
 from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops import linear
 from ipu_pipeline.ops.adamw import StochasticRoundingAdamW
@@ -38,6 +39,7 @@ def built(
     replicas: int = 1,
     dropout: bool = False,
     dtype: torch.dtype | None = None,
+    tp: int = 1,
     **planned: Any,
 ) -> tuple[nn.Module, Plan, dict[str, Tensor]]:
     """Return a model, its plan, and a batch for all replicas."""
@@ -49,7 +51,10 @@ def built(
     with planned_once((name, dropout, dtype, *sorted(planned.items()))) as path:
         if not path.exists():
             ipp.plan(model, example, **planned).save(path)
-    return model, replace(Plan.load(path), replicas=replicas), batch
+    plan = replace(Plan.load(path), replicas=replicas)
+    if tp > 1:
+        plan = replace(plan, machine=machine_by_name("h100-x8"), settings={"tp": tp})
+    return model, plan, batch
 
 
 @contextmanager
@@ -71,6 +76,8 @@ def compiled(
     num_trained: int | None = None,
     **options: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
+    # How losses weigh is measured at the first step, which takes long: test_batches.py asks that.
+    options = {"loss_weights": "samples", **options}
     model, plan, batch = built(name, **planned)
     optimizer = None
     if learning_rate is not None:
@@ -91,11 +98,11 @@ def gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, A
 
     ``error`` is over the largest gradient of the model, ``own_error`` over that of each parameter.
     """
-    options = {"loss_weights": "samples", **options}
     made, batch = compiled(name, planned=planned, learning_rate=None, **options)
     with made:
         loss = made.forward_backward(batch)
-        found = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}
+        named = [(n, p) for n, p in made.model.named_parameters() if p.grad is not None]
+        found = {n: made._slices.whole(p, p.grad).clone() for n, p in named}
     made.model.zero_grad()
     parts = len(next(iter(batch.values()))) // 2
     expected_loss = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[3]
 # Of the plans that the processes of a test run share; processes inherit the name of the folder.
@@ -21,22 +23,32 @@ PLANS = "IPU_PIPELINE_TEST_PLANS"
 if PLANS not in os.environ:
     _plans = tempfile.TemporaryDirectory(prefix="ipu-pipeline-plans-")
     os.environ[PLANS] = _plans.name
-ANSWER_S = 60.0
+# A process of tests has one server for all; tools.coverage uses it, too.
+PRELOADED = ["tests.tools.coverage.fates", "tools.coverage.check", "tests.backends.cluster.preload"]
+# Only what hangs waits so long: a slow machine must not fail.
+ANSWER_S = 240.0
+# Below those that the kernel gives to connections, so that none takes one before it is used;
+# every process of the tests begins elsewhere.
+PORTS = iter(range(10_000 + 89 * os.getpid() % 20_000, 32_000))
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    for port in PORTS:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def forked(target: Callable[..., Any], *arguments: Any) -> Any:
     """Start a process that is forked from a server that has imported everything once."""
-    os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.backends.cluster.jobs"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=arguments, daemon=True)
-    process.start()
+    # The server, which the first process starts, imports from here.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        process.start()
     return process
 
 
@@ -112,6 +124,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
 
     os.environ |= {
         "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

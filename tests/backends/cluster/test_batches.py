@@ -21,13 +21,14 @@ from ipu_pipeline.backends.cluster.layout import (
 from ipu_pipeline.errors import LoweringError
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
+from tests.later import in_turn
 
 TWO = {"num_stages": 2}
 FOUR = {"num_stages": 4}
 TWO_BY_TWO = {"num_stages": 2, "replicas": 2, "microbatches": 3}
 FULL = 2 * jobs.MICROBATCHES
 # Descending: a short microbatch is first met after full ones of the same step.
-EVERY = list(range(FULL, 0, -1))
+SEVERAL = [FULL, 7, 5, 2, 1]
 SOME = [7, 6, 3, 1]  # 4, 3, 2 and 1 microbatches
 OPTIONS = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
 
@@ -35,12 +36,12 @@ OPTIONS = {"max_grad_norm": 0.5, "loss_scaling": 8.0}
 @pytest.mark.parametrize(
     ("name", "schedule", "planned", "sizes", "fallback"),
     [
-        ("bert-qa", "1f1b", TWO, EVERY, "gpipe"),
-        ("gpt2-lm", "gpipe", TWO, SOME, ""),
+        ("bert-qa", "1f1b", TWO, SEVERAL, "gpipe"),
+        pytest.param("gpt2-lm", "gpipe", TWO, SOME, "", marks=pytest.mark.acceptance),
         ("bert-qa", "interleaved", FOUR, SOME, ""),
         ("bert-qa", "interleaved", {**FOUR, "microbatches": 6}, [11], "looped_bfs"),
         ("gpt2-lm", "zbv", FOUR, SOME, ""),
-        ("t5", "1f1b", TWO, [FULL, 5, 1], "gpipe"),
+        pytest.param("t5", "1f1b", TWO, [FULL, 5, 1], "gpipe", marks=pytest.mark.acceptance),
         ("gpt2-lm", "interleaved_zero_bubble", FOUR, [7, 4, 1], ""),
         ("bert-qa", "dualpipev", FOUR, [7, 3], "zbv"),
     ],
@@ -113,8 +114,10 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("loss", ["shifted", "own_mask", "summed", "with_positions"])
-@pytest.mark.parametrize("microbatches", [2, 8])
+@pytest.mark.parametrize(
+    ("loss", "microbatches"),
+    in_turn(["shifted", "own_mask", "summed", "with_positions"], [8, 2]),
+)
 def test_uneven_labels_give_the_loss_of_the_whole_batch(
     two: Processes, loss: str, microbatches: int
 ) -> None:
@@ -134,14 +137,14 @@ def test_embeddings_with_sparse_gradients_are_refused() -> None:
         refuse_sparse_gradients(model)
 
 
-@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize(("limit", "number"), [(None, 7), (3, 4)])
 def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
-    two: Processes, limit: int | None
+    two: Processes, limit: int | None, number: int
 ) -> None:
-    calls = [(8, 16), (7, 12), (8, 16), (8, 20), (5, 12), (8, 16), (7, 12)]
-    planned = {**TWO, "dropout": True}
-    found = two.run("batch_jobs.lengths", name="bert-qa", calls=calls, planned=planned, limit=limit)
-    expected = batch_jobs.lengths("bert-qa", calls=calls, planned=planned, target="local")
+    calls = [(8, 16), (7, 12), (8, 20), (8, 16), (5, 12), (8, 16), (7, 12)][:number]
+    options = {"planned": {**TWO, "dropout": True}, "loss_weights": "samples"}
+    found = two.run("batch_jobs.lengths", name="bert-qa", calls=calls, limit=limit, **options)
+    expected = batch_jobs.lengths("bert-qa", calls=calls, target="local", **options)
     for rank in found:
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert rank["sum"] == pytest.approx(expected["sum"], abs=1e-3)
@@ -159,7 +162,7 @@ def test_other_lengths_are_one_program_and_the_oldest_shapes_are_forgotten(
     [
         pytest.param(0, "train_step", 8, 12, marks=pytest.mark.acceptance),
         (1, "train_step", 7, 16),
-        (0, "forward_backward", 8, 20),
+        pytest.param(0, "forward_backward", 8, 20, marks=pytest.mark.acceptance),
         (1, "eval_step", 3, 8),
     ],
 )
@@ -180,19 +183,29 @@ def test_a_rank_with_another_batch_is_named(
         assert "give every rank the same whole batch" in rank
 
 
-def test_a_replica_with_another_batch_or_call_is_named() -> None:
-    for job, arguments, message in [
-        ("odd_batch", {"odd": 2, "size": 9, "seq_length": 16}, "with input_ids 9x16 int64"),
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        pytest.param(
+            "odd_batch",
+            {"odd": 2, "size": 9, "seq_length": 16},
+            "with input_ids 9x16 int64",
+            marks=pytest.mark.acceptance,
+        ),
         ("odd_call", {}, "rank 3 was called for evaluation in step 0"),
-    ]:
-        processes = Processes(4, joined=False)
-        found = processes.run(f"batch_jobs.{job}", planned=TWO_BY_TWO, **arguments)
-        processes.close()
-        assert all(message in rank for rank in found)
+    ],
+)
+def test_a_replica_with_another_batch_or_call_is_named(
+    job: str, arguments: dict[str, int], message: str
+) -> None:
+    processes = Processes(4, joined=False)
+    found = processes.run(f"batch_jobs.{job}", planned=TWO_BY_TWO, **arguments)
+    processes.close()
+    assert all(message in rank for rank in found)
 
 
-def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(four: Processes) -> None:
-    for rank in four.run("batch_jobs.uncapturable", planned=TWO_BY_TWO):
+def test_what_cannot_be_captured_is_refused_by_all_and_changes_nothing(two: Processes) -> None:
+    for rank in two.run("batch_jobs.uncapturable", planned=TWO):
         before, message, after = rank
         assert "returned no loss for the batch" in message
         assert after != before

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.backends.cluster.processes import Processes
+from tests.later import in_turn
 from tests.stateful import (
     MICROBATCHES,
     PROGRAMS,
@@ -19,10 +20,12 @@ from tests.stateful import (
 )
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
 @pytest.mark.parametrize(
-    "name",
-    ["BatchNorm", "SpectralNorm", "Scaled", "FirstReadsLastWrites", "MomentumHead", "Queue"],
+    ("name", "recompute"),
+    in_turn(
+        ["BatchNorm", "SpectralNorm", "Scaled", "FirstReadsLastWrites", "MomentumHead", "Queue"],
+        ["all", "none"],
+    ),
 )
 def test_programs(two: Processes, name: str, recompute: str) -> None:
     losses, state = trained_plainly(PROGRAMS[name]())

@@ -226,6 +226,11 @@ def test_a_plan_for_gpu_nodes_says_which(make_plan) -> None:
     path = Path("/plan.json")
     made = make_spec(plan, path, ("/a.py",), here=False)
     assert (made.num_nodes, made.gpus_per_node) == (2, 8)
+    spec = make_spec(replace(plan, settings={"tp": 2}), path, ("/a.py",), nodes=4, here=False)
+    assert (spec.num_processes, spec.described) == (
+        32,
+        "32 processes: 16 stages x 1 replica x tp 2, 1f1b",
+    )
     made = make_spec(plan, path, ("/a.py",), here=False, nodes=4)
     assert (made.num_nodes, made.gpus_per_node) == (4, 0)
     made = make_spec(plan, path, ("/a.py",), room=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedules,
 )
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.backend import backend_of
 from ipu_pipeline.planner.price import price
 from ipu_pipeline.planner.schedules import PipelineShape
@@ -41,6 +44,19 @@ def test_stages_of_the_ranks(schedule: str, expected: list[tuple[int, ...]]) -> 
     layouts = [Layout(rank, 2, 3, 6, positions) for rank in range(6)]
     assert [layout.own_stages for layout in layouts] == expected * 2
     assert [layout.replica for layout in layouts] == [0, 0, 0, 1, 1, 1]
+
+
+def test_ranks_of_slices_are_neighbours(make_plan) -> None:
+    plan = replace(make_plan(2, replicas=2), machine=machine_by_name("h100-x8"))
+    plan = replace(plan, settings={"tp": 2})
+    layouts = [make_layout(plan, "1f1b", rank, 8) for rank in range(8)]
+    assert [layout.slice for layout in layouts] == [0, 1] * 4
+    assert [layout.position for layout in layouts] == [0, 0, 1, 1] * 2
+    assert [layout.replica for layout in layouts] == [0] * 4 + [1] * 4
+    with pytest.raises(LoweringError, match="2 replicas x tp 2, which cannot share 6 processes"):
+        make_layout(plan, "1f1b", 0, 6)
+    with pytest.raises(LoweringError, match="2 stages x 2 replicas x tp 2; start 8"):
+        make_layout(plan, "1f1b", 0, 16)
 
 
 @pytest.mark.parametrize(

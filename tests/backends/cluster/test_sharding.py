@@ -53,8 +53,8 @@ def num_trained(name: str) -> int:
     [
         pytest.param("bert-qa", 1, 2, marks=pytest.mark.acceptance),
         ("t5", 1, 3),
-        ("bert-qa", 1, 4),
-        ("gpt2-lm", 2, 2),
+        pytest.param("bert-qa", 1, 4, marks=pytest.mark.acceptance),
+        pytest.param("gpt2-lm", 2, 2, marks=pytest.mark.acceptance),
         ("gpt2-lm", 2, 3),
     ],
 )
@@ -141,7 +141,12 @@ def test_every_rank_skips_a_step_that_overflowed(started: dict[int, Processes]) 
 
 
 @pytest.mark.parametrize(
-    "optimizer_class", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW]
+    "optimizer_class",
+    [
+        torch.optim.SGD,
+        torch.optim.Adagrad,
+        pytest.param(torch.optim.AdamW, marks=pytest.mark.acceptance),
+    ],
 )
 def test_more_replicas_than_parameters(started: dict[int, Processes], optimizer_class: Any) -> None:
     changed = {"optimizer_class": optimizer_class, "num_trained": 2}

@@ -18,7 +18,7 @@ from tests.backends.cluster.processes import ROOT, forked, launch
 # Waits for nobody: rank 0 is ended by the launcher when rank 1 fails.
 FAILS = """
 import os, sys, time
-print("start", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"])
+print("start", os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
 open(f"up-{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").close()
 while not os.path.exists(f"up-0-{os.environ['TORCHELASTIC_RESTART_COUNT']}"):
     time.sleep(0.01)  # the first rank has printed

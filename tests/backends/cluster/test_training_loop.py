@@ -10,9 +10,10 @@ import pytest
 from ipu_pipeline.train.output_folder import LOCK, RUN
 from tests.backends.cluster import saving_jobs
 from tests.backends.cluster.processes import Processes
+from tests.later import every_second
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", every_second([True, False]))
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     two: Processes, tmp_path: Path, async_save: bool
 ) -> None:

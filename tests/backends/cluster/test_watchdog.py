@@ -40,10 +40,10 @@ def test_an_action_may_last_many_times_the_longest_like_it() -> None:
 
 
 def test_time_spent_waiting_is_no_part_of_an_action() -> None:
-    activity = Activity()
+    activity, begin = Activity(), time.monotonic()
     with activity.during("the optimizer step"), activity.waits():
-        time.sleep(0.05)
-    assert activity.longest["the optimizer step"] < 0.05
+        time.sleep(0.5)
+    assert activity.longest["the optimizer step"] <= time.monotonic() - begin - 0.5
     with ThreadPoolExecutor(1) as pool:  # a thread in the background says nothing
         pool.submit(lambda: activity.waits().__enter__()).result()
     assert not activity.waiting
@@ -88,7 +88,7 @@ def test_nobody_takes_those_who_are_gone_for_those_who_come() -> None:
 
 @pytest.mark.parametrize(("rank", "absent"), [(0, "rank 1, 2"), (1, "rank 0")])
 def test_who_does_not_come_is_named(rank: int, absent: str) -> None:
-    message = f"rank {rank} has waited 0 s for {absent} to compile the model"
+    message = rf"rank {rank} has waited \d+ s for {absent} to compile the model"
     with pytest.raises(LoweringError, match=message):
         meet(HashStore(), rank, 3, 0.1)
 

@@ -15,7 +15,7 @@ LAYERS = {"lxmert-qa": (-1, -1), "convnext": (2, 3)}
 
 @pytest.mark.parametrize("name", every_second(ALL))
 def test_trains_where_the_plan_says(name: str) -> None:
-    made = case(name, layers=LAYERS.get(name, (2, 2)), gradient_accumulation_steps=16)
+    made = case(name, layers=LAYERS.get(name, (2, 2)), gradient_accumulation_steps=9)
     with made.local(adamw) as local:
         device = made.compile(adamw)
         batches = [made.batch(seed) for seed in range(2)]

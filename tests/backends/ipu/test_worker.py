@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def popen(*args: Any, **options: Any) -> subprocess.Popen[str]:
         started.append(plain(*args, **options))
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         return started[0]
 
     monkeypatch.setattr(worker_module.subprocess, "Popen", popen)

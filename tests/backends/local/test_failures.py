@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -107,16 +106,16 @@ def test_a_stalled_stage_is_reported_with_what_everybody_does() -> None:
 
     def block(*_: object) -> None:
         if threading.current_thread() is not threading.main_thread():
-            release.wait(30)
+            release.wait()
 
     executable.eval_step(batch)
     executable.model.qa_outputs.register_forward_pre_hook(block)
     message = r"no stage finished anything for \d+ s \(.*device 1 is inside 1F0"
-    started = time.monotonic()
-    with pytest.raises(StallError, match=message):
-        executable.eval_step(batch)
-    assert time.monotonic() - started < 20
-    release.set()
+    try:
+        with pytest.raises(StallError, match=message):
+            executable.eval_step(batch)
+    finally:
+        release.set()
     with pytest.raises(LoweringError, match="cannot run: after a failure"):
         executable.eval_step(batch)
     executable.close()

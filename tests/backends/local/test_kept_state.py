@@ -10,11 +10,14 @@ import ipu_pipeline as ipp
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.planner.schedules import schedule_names
 from ipu_pipeline.planner.search.infeasible import InfeasibleError
+from tests.later import in_turn
 from tests.stateful import PROGRAMS, assert_alike, planned, trained, trained_plainly
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    ("name", "num_stages"),
+    in_turn(PROGRAMS, [2, 1]),
+)
 def test_programs(name: str, num_stages: int) -> None:
     expected = trained_plainly(PROGRAMS[name]())
     model = PROGRAMS[name]()
@@ -23,9 +26,10 @@ def test_programs(name: str, num_stages: int) -> None:
     assert_alike(trained(PROGRAMS[name](), plan, recompute="all"), expected)
 
 
-@pytest.mark.parametrize("name", ["Scaled", "MomentumHead"])
-@pytest.mark.parametrize("schedule", schedule_names())
-def test_schedules(name: str, schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "name"), in_turn(schedule_names(), ["Scaled", "MomentumHead"])
+)
+def test_schedules(schedule: str, name: str) -> None:
     expected = trained_plainly(PROGRAMS[name]())
     model = PROGRAMS[name]()
     plan = planned(model, 2, schedule=schedule)

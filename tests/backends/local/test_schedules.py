@@ -26,7 +26,7 @@ def gradients(schedule: str, num_stages: int) -> tuple[ipp.Plan, float, dict[str
     plan = ipp.plan(
         model, example, num_stages=num_stages, microbatches=MICROBATCHES, schedule=schedule
     )
-    with ipp.compile(model, plan, self_check=False) as executable:
+    with ipp.compile(model, plan, self_check=False, loss_weights="samples") as executable:
         loss = executable.forward_backward(batch)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return plan, loss, found

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ops import extension
-from tests.later import every_second
+from tests.later import every_second, in_turn, one_in, pairs_first
 from tests.stages.models import (
     MICROBATCHES,
     MODELS,
@@ -40,20 +40,12 @@ def plan_for(name: str, num_stages: int = 1, *, factor: int = FACTOR, **options:
     return model, batch, serialized(plan, dict.fromkeys(blocks, factor))
 
 
-@pytest.fixture(params=["on", "off"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "off":
-        monkeypatch.setattr(extension, "available", lambda: False)
-    elif not extension.state().usable:
-        pytest.skip(extension.state().detail)
-
-
 RUNS = ((1, "gpipe"), (2, "1f1b"), (4, "1f1b"))
 
 
 @pytest.mark.parametrize(
     ("name", "num_stages", "schedule"),
-    every_second((name, *how) for name, how in product(MODELS, RUNS)),
+    [(name, *RUNS[turn % 3]) for turn, name in enumerate(MODELS)],
 )
 def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedule: str) -> None:
     model, batch, plan = plan_for(name, num_stages, schedule=schedule)
@@ -67,10 +59,16 @@ def test_loss_and_every_gradient_equal_eager(name: str, num_stages: int, schedul
     assert_equal_gradients(gradients(model), expected)
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize("sequential", [True, False])
-def test_kernels_schedules_and_threads(schedule: str, sequential: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "schedule", "sequential"),
+    pairs_first((True, False), ("1f1b", "gpipe"), (True, False)),
+)
+def test_kernels_schedules_and_threads(
+    kernels: bool, schedule: str, sequential: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels and not extension.state().usable:
+        pytest.skip(extension.state().detail)
+    monkeypatch.setattr(extension, "available", lambda: kernels)
     model, batch, plan = plan_for("t5 (tied)", 3, schedule=schedule)
     expected_loss, expected = eager(model, batch)
     runs = []
@@ -151,8 +149,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("schedule", every_second(["1f1b", "gpipe"]))
+@pytest.mark.parametrize(("name", "schedule"), one_in(3, product(MODELS, ("1f1b", "gpipe"))))
 def test_full_logits_never_exist_in_training(name: str, schedule: str) -> None:
     """16 x 2 tokens and 990 classes: nothing else of these models is as large as the logits."""
     model, example, batch, blocks = built(name, vocab_size=10 * VOCAB, **NARROW[name])
@@ -212,12 +209,11 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "bias"), in_turn(LOSSES, (True, False)))
 def test_every_way_from_logits_to_loss(
     loss: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pair of loss, bias, recomputation and kernels is met."""
+    """Every loss is met with and without recomputation and kernels."""
     model, example, batch = reader(LOSSES[loss], bias=bias)
     expected_loss, expected = eager(model, batch)
     plan = ipp.plan(model, example, num_stages=2, microbatches=MICROBATCHES)

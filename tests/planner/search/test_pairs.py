@@ -26,7 +26,7 @@ from tests.planner.search.partition_oracle import (
 )
 
 CASES = settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 

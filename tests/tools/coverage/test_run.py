@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from ipu_pipeline.errors import DatasetError
+from tests.backends.cluster.processes import forked
 from tests.tools.coverage.fates import fate
 from tools.coverage.classes import ModelClass
 from tools.coverage.record import Record
 from tools.coverage.run import Journal, remembered, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> None:
+    """Started here, so that what processes import does not depend on the tests before these."""
+    forked(os.getpid).join()
 
 
 def named(*names: str) -> list[ModelClass]:

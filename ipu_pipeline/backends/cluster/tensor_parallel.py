@@ -1,0 +1,345 @@
+"""Tensor parallelism: a rank computes with its slices of the weights of the model's own modules.
+
+What is cut, and how, is transformers' plan of the model (``model.tp_plan``); its styles make the
+collectives around the modules that it names. A parameter stays the same object and becomes a plain
+tensor, this rank's slice: optimizers, sums over replicas and messages need not know. While its
+module runs, it is part of a DTensor. Both ends of a block are whole on every rank.
+
+Source: Shoeybi et al., Megatron-LM, 2019.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
+from torch.overrides import TorchFunctionMode
+from transformers.distributed import tensor_parallel as styles
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _AllReduceBackward
+
+from ipu_pipeline.backends.cluster.cut_plan import STYLES, CutPlan
+from ipu_pipeline.checkpoint.slices import Slices
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ops.random import is_random
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is cut: the placement of its slices, and what it is as a whole."""
+
+    placement: Placement
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class TensorParallel(Slices):
+    """The slices that this rank has of a model's parameters.
+
+    Args:
+        model: Its parameters become slices; with a mesh of one rank nothing is done.
+        plan: What is cut, and how.
+        mesh: The ranks that share every product, one of them this one.
+    """
+
+    # A call without values is a capture, which computes shapes of whole tensors.
+    only_shapes = True
+
+    def __init__(self, model: nn.Module, plan: CutPlan, mesh: DeviceMesh) -> None:
+        self.index, self.size = mesh.get_local_rank(), mesh.size()
+        self._mesh = mesh
+        self._model = model
+        self._cuts: dict[int, Cut] = {}
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._open = False  # what modules compute now is a slice
+        if self.size == 1:
+            return
+        for path, module in plan.blocks.items():
+            self._replace(module, partial(self._block, path, module.forward))
+        for module, name, style in plan.parameters:
+            self._cut(module, name, style)
+        for module, style in plan.modules:
+            self._install(module, style)
+
+    # ---- whole tensors and slices -----------------------------------------------------------
+
+    def is_cut(self, tensor: Tensor) -> bool:
+        """Whether a slice of a parameter is here, and not all of it."""
+        return id(tensor) in self._cuts
+
+    def shape(self, tensor: Tensor) -> torch.Size:
+        """Return the shape of a parameter or buffer as a whole."""
+        cut = self._cuts.get(id(tensor))
+        return tensor.shape if cut is None else cut.shape
+
+    def part(self, of: Tensor, whole: Tensor) -> Tensor:
+        """Return this rank's slice of ``whole``, in memory of its own."""
+        cut = self._cuts.get(id(of))
+        if cut is None or whole.shape != cut.shape:
+            return whole
+        return _part(whole, cut.placement, self._mesh)
+
+    def whole(self, of: Tensor, part: Tensor) -> Tensor:
+        """Join the slices of all ranks of the mesh, which all call this."""
+        cut = self._cuts.get(id(of))
+        if cut is None or part.shape != of.shape:
+            return part
+        return _joined(part.detach(), cut, self._mesh).full_tensor()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the model's state dict, whole; all ranks of the mesh call this."""
+        state = self._model.state_dict(keep_vars=True)
+        if self.size == 1:
+            return self._model.state_dict()
+        return {
+            n: self.whole(t, t).detach() if isinstance(t, Tensor) else t for n, t in state.items()
+        }
+
+    def undo(self, optimizer: torch.optim.Optimizer | None, *, gather: bool) -> None:
+        """Give the modules their own code back, and parameters and states their whole values.
+
+        Without ``gather`` these stay slices, and the modules refuse to run.
+        """
+        if not self._forwards:
+            return
+        cut = [p for p in self._model.parameters() if self.is_cut(p)]
+        values = [self.whole(p, p.data) for p in cut] if gather else []
+        states = [] if optimizer is None or not gather else _states(optimizer, cut)
+        found = [self.whole(parameter, state[key]) for parameter, state, key in states]
+        for module, forward in reversed(self._forwards):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+        for module, _ in () if gather else self._forwards:
+            module.forward = _refuse_slices  # type: ignore[assignment]
+        for (_, state, key), value in zip(states, found, strict=True):
+            state[key] = value
+        for parameter, value in zip(cut, values, strict=False):
+            parameter.grad = None
+            parameter.data = value
+        self._forwards.clear()
+        self._cuts.clear()
+
+    def cut_states(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut what an optimizer keeps already."""
+        cut = [p for p in self._model.parameters() if self.is_cut(p)]
+        for parameter, state, key in _states(optimizer, cut):
+            state[key] = self.part(parameter, state[key])
+
+    # ---- modules ----------------------------------------------------------------------------
+
+    def _cut(self, module: nn.Module, name: str, style: str) -> None:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        if id(parameter) in self._cuts:
+            return
+        # Their own code says how, for a parameter of the same shape.
+        twin = nn.Module()
+        twin.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
+        ALL_PARALLEL_STYLES[style].shard_param(twin, name, self._mesh)
+        made = twin._parameters[name]
+        if not isinstance(made, DTensor) or made.placements[0].is_replicate():
+            return
+        placement, local = made.placements[0], made.to_local().shape
+        whole, gradient = parameter.data, parameter.grad
+        self._cuts[id(parameter)] = Cut(placement, whole.shape, whole.stride())
+        parameter.grad = None
+        if whole.untyped_storage().nbytes() < whole.nbytes:  # a stand-in: its numbers mean nothing
+            parameter.data = whole[tuple(slice(0, size) for size in local)]
+        else:
+            parameter.data = _part(whole, placement, self._mesh)
+        if gradient is not None:
+            parameter.grad = _part(gradient, placement, self._mesh)
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._forwards.append((module, vars(module).get("forward")))
+        module.forward = forward  # type: ignore[method-assign]
+
+    def _install(self, module: nn.Module, name: str) -> None:
+        style, original = ALL_PARALLEL_STYLES[name], module.forward
+        cuts = {n: cut for n, p in module._parameters.items() if (cut := self._cuts.get(id(p)))}
+        summed = isinstance(style, styles.ReplicatedWithGradAllReduce)
+        as_dtensors = isinstance(
+            style, styles.ColwiseParallel | styles.RowwiseParallel | styles.EmbeddingParallel
+        )
+
+        def seen(parameter: Tensor) -> Tensor:
+            """Return what the module sees of a parameter."""
+            if summed:  # transformers' hook on the parameter would count microbatches again
+                found: Tensor = _AllReduceBackward.apply(parameter, self._mesh.get_group())
+                return found
+            cut = self._cuts.get(id(parameter))
+            if cut is None:
+                return DTensor.from_local(parameter, self._mesh, [Replicate()], run_check=False)
+            return _joined(parameter, cut, self._mesh)
+
+        def with_slices(*args: Any, **kwargs: Any) -> Any:
+            if not summed and (not as_dtensors or style.should_use_local_tensors(module)):
+                return original(*args, **kwargs)
+            with _instead(module, seen):
+                return original(*args, **kwargs)
+
+        self._replace(module, with_slices)
+        if not summed:
+            style.install_forward(module, self._mesh)
+        parallel, rule = module.forward, STYLES[name]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if self.only_shapes and any(isinstance(a, Tensor) and a.is_meta for a in given):
+                with _without_values(module, cuts):  # only shapes are computed: nothing is sent
+                    return original(*args, **kwargs)
+            self._open = (self._open and not rule.takes_slices) or rule.inside
+            result = parallel(*args, **kwargs)
+            self._open = (self._open and not rule.inside) or rule.gives_slices
+            return result
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    def _block(self, path: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block; nothing may be drawn for a slice, and no slice may leave it."""
+        self._open = False
+        with _NothingDrawn(lambda: self._open, path):
+            result = original(*args, **kwargs)
+        if self._open:
+            raise LoweringError(
+                f"block {path!r} ends where its model's tp_plan has cut its values; plan with "
+                "granularity='layer', or name in model.tp_plan what puts them together again"
+            )
+        return result
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Refuses random numbers for slices: their masks would be others than those of the whole."""
+
+    def __init__(self, is_open: Callable[[], bool], path: str) -> None:
+        super().__init__()
+        self._is_open = is_open
+        self._path = path
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_open() and is_random(func, args, kwargs or {}):
+            raise LoweringError(
+                f"block {self._path!r} drops out ({getattr(func, '__name__', func)}) what tensor "
+                "parallelism has cut, and the masks of slices are not those of the whole; set that "
+                "dropout to 0 in the config (attention_dropout, ...), or plan with tp 1"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _part(whole: Tensor, placement: Placement, mesh: DeviceMesh) -> Tensor:
+    made = distribute_tensor(whole.detach(), mesh, [placement], src_data_rank=None).to_local()
+    return made.clone(memory_format=torch.contiguous_format)
+
+
+def _joined(part: Tensor, cut: Cut, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(
+        part, mesh, [cut.placement], run_check=False, shape=cut.shape, stride=cut.stride
+    )
+
+
+@contextmanager
+def _instead(module: nn.Module, seen: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put something else in the place of a module's own parameters."""
+    own: dict[str, Any] = module._parameters
+    before = {name: parameter for name, parameter in own.items() if parameter is not None}
+    own.update({name: seen(parameter) for name, parameter in before.items()})
+    try:
+        yield
+    finally:
+        own.update(before)
+
+
+@contextmanager
+def _without_values(module: nn.Module, cuts: Mapping[str, Cut]) -> Iterator[None]:
+    own: dict[str, Any] = module._parameters
+    before = {name: own[name] for name in cuts}
+    own.update(
+        {
+            name: torch.empty(cut.shape, dtype=before[name].dtype, device="meta")
+            for name, cut in cuts.items()
+        }
+    )
+    try:
+        yield
+    finally:
+        own.update(before)
+
+
+def _states(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
+) -> list[tuple[nn.Parameter, dict[str, Any], str]]:
+    """Return where an optimizer keeps tensors of these parameters."""
+    return [
+        (parameter, state, key)
+        for parameter in parameters
+        if (state := optimizer.state.get(parameter))
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def refuse_whole_tensors(
+    optimizer: torch.optim.Optimizer, plan: CutPlan, *, master_weights: bool = False
+) -> None:
+    """Refuse an optimizer that updates an element by others of its tensor: two small runs tell.
+
+    ``master_weights``: it steps float32 copies.
+
+    Raises:
+        LoweringError: It does, or it cannot be made from its settings to find out.
+    """
+    for group in optimizer.param_groups:
+        cut = [p for p in group["params"] if plan.is_cut(p)]
+        dtypes = {torch.float32 if master_weights else p.dtype for p in cut}
+        for dtype in sorted(dtypes, key=str):
+            whole, parts = (
+                _updated(optimizer, group, dtype, 1),
+                _updated(optimizer, group, dtype, 2),
+            )
+            if whole is None or parts is None or not torch.equal(whole, parts):
+                raise LoweringError(
+                    f"{type(optimizer).__name__} does not update every element of a {dtype} weight "
+                    "by itself (or cannot be tried from its settings), and with tensor parallelism "
+                    "a rank has a slice of it only; use AdamW, Adam or SGD, or plan with tp 1"
+                )
+
+
+def _updated(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dtype: torch.dtype, count: int
+) -> Tensor | None:
+    """Return what two steps make of a small matrix that is updated in ``count`` parts each way."""
+    numbers = torch.Generator().manual_seed(0)
+    whole, *gradients = (torch.randn(32, 32, generator=numbers).to(dtype) for _ in range(3))
+
+    def parts(of: Tensor) -> list[Tensor]:
+        return [c.contiguous() for row in of.chunk(count) for c in row.chunk(count, dim=1)]
+
+    own = [nn.Parameter(each) for each in parts(whole)]
+    known = inspect.signature(type(optimizer)).parameters
+    alike = {**optimizer.defaults, **group, "params": own, "fused": None, "foreach": None}
+    settings = {k: v for k, v in alike.items() if k in known and k != "params"}
+    try:
+        twin = type(optimizer)([alike], **settings)
+        for gradient in gradients:
+            for parameter, each in zip(own, parts(gradient), strict=True):
+                parameter.grad = each
+            twin.step()
+    except Exception:  # a setting is wrong, it needs more than settings, or a closure
+        return None
+    rows = [torch.cat([*own[i : i + count]], dim=1) for i in range(0, len(own), count)]
+    return torch.cat(rows).detach()
+
+
+def _refuse_slices(*_: Any, **__: Any) -> Any:
+    raise LoweringError(
+        "this process has slices of the model's weights only (tensor parallelism), and its "
+        "executable is closed; load a checkpoint into a new model"
+    )

@@ -1,0 +1,142 @@
+"""What the processes of the tests of tensor parallelism do; results are plain data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import ipu_pipeline as ipp
+from ipu_pipeline.errors import PipelineError
+from tests.backends.cluster import jobs
+from tests.backends.cluster.jobs import built, compiled, digest
+from tests.tiny_models import TINY, TinyModel
+
+_LLAMA = TINY["llama"]
+_SMALL = {**_LLAMA.options, "num_hidden_layers": 2, "head_dim": 8}
+
+
+def _like(config: str, **changes: Any) -> TinyModel:
+    return TinyModel(getattr(transformers, config), "causal-lm", {**_SMALL, **changes}, {})
+
+
+MODELS = {
+    "llama-tied": replace(_LLAMA, options={**_SMALL, "tie_word_embeddings": True}),
+    "llama-wide": replace(_LLAMA, options={**_LLAMA.options, "num_key_value_heads": 4}),
+    "mixtral-wide": replace(
+        TINY["mixtral"], options={**TINY["mixtral"].options, "num_key_value_heads": 4}
+    ),
+    "llama-dropout": replace(_LLAMA, options={**_LLAMA.options, "attention_dropout": 0.1}),
+    "qwen3": _like("Qwen3Config"),
+    "qwen2": _like("Qwen2Config"),
+    "phi3": _like("Phi3Config", eos_token_id=1, bos_token_id=1),
+    "gemma2": _like("Gemma2Config"),
+    "olmo2": _like("Olmo2Config"),
+    "gpt-neox": _like("GPTNeoXConfig"),
+    "gpt-oss": _like("GptOssConfig", num_local_experts=4),
+    "qwen3-moe": _like(
+        "Qwen3MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "cohere": _like("CohereConfig"),
+    "starcoder2": _like("Starcoder2Config", use_bias=True),
+    "deepseek-v3": _like(
+        "DeepseekV3Config",
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
+}
+
+
+def with_models(job: Any) -> Any:
+    def run(**arguments: Any) -> Any:
+        with mock.patch.dict(TINY, MODELS):
+            return job(**arguments)
+
+    return run
+
+
+gradients = with_models(jobs.gradients)
+gradients_or_refusal = with_models(jobs.gradients_or_refusal)
+
+
+@with_models
+def trained(
+    name: str, planned: dict[str, Any], steps: int, path: str = "", load: str = "", **options: Any
+) -> dict[str, Any]:
+    """Load if asked, train with clipping, save if asked, train on; read it as users do."""
+    options = {"max_grad_norm": 0.5, "learning_rate": 1e-2, **options}
+    made, batch = compiled(name, planned=planned, **options)
+    with made:
+        if load:
+            made.load_checkpoint(load)
+        results = [made.train_step(batch) for _ in range(steps)]
+        held = sum(p.nbytes for p in made.model.parameters())
+        state = {n: digest(t) for n, t in made.state_dict().items()}
+        if path:
+            made.save_checkpoint(path, blocking=False)
+            results += [made.train_step(batch) for _ in range(steps)]
+    read = {}
+    if path and made.groups.layout.rank == 0:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        read = {n: digest(t) for n, t in model.state_dict().items()}
+    return {
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "held": held,
+        "state": state,
+        "read": read,
+    }
+
+
+@with_models
+def from_meta(
+    name: str, planned: dict[str, Any], weights: str | None = None, path: str = ""
+) -> Any:
+    """Train a model from meta; return losses and the bytes that this rank holds."""
+    _, plan, batch = built(name, **planned)
+    model, _ = TINY[name].build(device="meta")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with ipp.compile(
+        model, plan, target="distributed", optimizer=optimizer, weights=weights
+    ) as made:
+        losses = [made.train_step(batch).loss for _ in range(3)]
+        if path:
+            made.save_checkpoint(path)
+        held = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    refused = ""
+    try:
+        model(**batch)
+    except PipelineError as error:
+        refused = str(error)
+    return {"losses": losses, "held": held, "refused": refused}
+
+
+@with_models
+def evaluated(name: str, planned: dict[str, Any]) -> list[float]:
+    """Return how far logits of batches of several sizes are from the whole model's."""
+    made, batch = compiled(name, planned=planned, learning_rate=None)
+    cuts = [(5, 16), (3, 11)]
+    batches = [{k: v[:size, :length] for k, v in batch.items()} for size, length in cuts]
+    with made:
+        found = [made.eval_step(own) for own in batches]
+    made.model.eval()
+    with torch.no_grad():
+        expected = [made.model(**own) for own in batches]
+    return [
+        max((a.outputs["logits"] - b.logits).abs().max().item(), abs(a.loss - b.loss.item()))
+        for a, b in zip(found, expected, strict=True)
+    ]
