@@ -363,10 +363,13 @@ class _OtherDeviceError(Exception):
 
 
 class _DeviceIsNotAsked(TorchFunctionMode):
-    """Within it, code that may do something else on another device ends with an error."""
+    """Within it, code that may do something else on a device ends with an error.
+
+    It asks which device a tensor is on, or casts there by autocast, of which meta has none.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _DEVICE:
+        if func in _DEVICE or autocast_dtype() is not None:
             raise _OtherDeviceError
         return func(*args, **(kwargs or {}))
 
@@ -375,8 +378,7 @@ class Recorder(TorchDispatchMode):
     """Records every operation that moves data, and which storages are alive.
 
     What is added to ``gradients``, those of the parameters, is work of the optimizer step.
-    ``only_meta``: What would be another operation on a device (a tensor that is moved from it, an
-    automatic cast) is an error.
+    ``only_meta``: A tensor that is not on meta is an error: on a device, none would be moved.
 
     Attributes:
         live: Storages that are alive.
@@ -461,9 +463,7 @@ class Recorder(TorchDispatchMode):
         self.record(record)
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
-        if self.only_meta and (
-            autocast_dtype() is not None or not all(tensor.is_meta for tensor in tensors)
-        ):
+        if self.only_meta and not all(tensor.is_meta for tensor in tensors):
             raise _OtherDeviceError
 
 

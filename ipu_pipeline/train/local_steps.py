@@ -24,6 +24,7 @@ from ipu_pipeline.train.live_loss import (
     calls_of,
     trainable,
 )
+from ipu_pipeline.train.optimizers import loss_factor
 from ipu_pipeline.train.order import MicrobatchOrder, Watch, WatchedRun
 from ipu_pipeline.train.steps import Prediction, TargetSteps
 
@@ -102,7 +103,7 @@ class LocalSteps(TargetSteps):
         parts, self._handed_in = self._handed_in, []
         first, moment = self._num_trained, self._moment()
         self._num_trained = (first + len(parts)) % self._trainer.current_gradient_accumulation_steps
-        weights = [weight] * len(parts)
+        weights = [weight * loss_factor(self._trainer.accelerator)] * len(parts)
         try:
             losses = self._run(
                 parts, lambda made, inputs: made.forward_backward_parts(inputs, weights, first)
@@ -124,7 +125,7 @@ class LocalSteps(TargetSteps):
         done = self._num_trained + 1
         self._num_trained = done % self._trainer.current_gradient_accumulation_steps
         loss = cast(Tensor, run.result) * weight
-        loss.backward()
+        (loss * loss_factor(self._trainer.accelerator)).backward()
         self._trainer._finite.add(self._trainer.state.global_step, float(loss.detach()))
         return loss.detach()
 

@@ -31,6 +31,7 @@ from ipu_pipeline.stages.training import autocast_region
 from ipu_pipeline.train.device_steps import DeviceSteps
 from ipu_pipeline.train.live_loss import calls_of
 from ipu_pipeline.train.local_steps import LocalSteps
+from ipu_pipeline.train.optimizers import scale_gradients
 from ipu_pipeline.train.output_folder import (
     begin_run,
     begin_trainer_checkpoint,
@@ -350,7 +351,7 @@ class PipelineTrainer(Trainer):
 
     @property
     def _precision(self) -> str:
-        return "bf16" if self.args.bf16 else "float32"
+        return "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "float32"
 
     def create_accelerator_and_postprocess(self) -> None:
         """Look at the arguments first: what cannot be done is refused before it is set up."""
@@ -359,6 +360,8 @@ class PipelineTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         self.accelerator = self._steps.adapt(self.accelerator)
         self.gather_function = self.accelerator.gather_for_metrics
+        if self._precision == "fp16":
+            scale_gradients(self.accelerator, self.args.device)
 
     def close(self) -> None:
         """Stop the threads of the stages, or free the IPUs; the next step starts anew."""

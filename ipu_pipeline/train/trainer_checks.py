@@ -19,7 +19,6 @@ _OTHER_RUNTIMES = {
     "torch_compile": "stages run the model's own modules",
     "use_liger_kernel": "its kernels need a GPU",
     "auto_find_batch_size": "a plan is made for one size of microbatch",
-    "fp16": "transformers has no fp16 on CPUs; use bf16=True",
     "async_save": "transformers writes the checkpoints, and training waits for them",
     "stochastic_rounding": "transformers makes the optimizer; pass "
     "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
@@ -124,22 +123,19 @@ def check_arguments(args: Any, target: str = "local") -> None:
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
     if target == "poptorch":
         _check_for_ipus(args)
-    elif target == "local" and getattr(args, "replicas", 1) > 1:
-        raise ValueError(
-            f"with target='local' there is one copy of the pipeline, and replicas is "
-            f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
-            "processes (torchrun)"
-        )
+    else:
+        _check_for_stages(args, target)
     if target == "distributed" and getattr(args, "save_on_each_node", False):
         raise ValueError(
             "save_on_each_node does not go with target='distributed': the first process writes "
             "the whole model; leave it out, and let output_dir be in a file system that all "
             "machines share"
         )
-    if args.device.type != "cpu":
+    if args.device.type != "cpu" and (target != "local" or args.n_gpu > 1):
         raise ValueError(
-            f"PipelineTrainer computes on the CPU, and the arguments chose {args.device} with "
-            f"n_gpu={args.n_gpu}; set use_cpu=True"
+            "PipelineTrainer runs on CPUs, with target='local' also on one GPU, and the arguments "
+            f"chose {args.device} with n_gpu={args.n_gpu}; set use_cpu=True, or let it see one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
         )
     if any(part in str(args.optim) for part in _IN_BACKWARD):
         raise ValueError(
@@ -160,6 +156,27 @@ def check_arguments(args: Any, target: str = "local") -> None:
         )
 
 
+def _check_for_stages(args: Any, target: str) -> None:
+    """Refuse what stages do in another way, or not at all."""
+    if args.fp16 and target == "distributed":
+        raise ValueError(
+            "fp16 does not go with target='distributed' in PipelineTrainer, whose loop lets each "
+            "process skip steps by itself; use bf16=True, or ipu_pipeline.train.train, where all "
+            "processes skip the same steps"
+        )
+    if args.fp16 and getattr(args, "loss_scaling", None) is not None:
+        raise ValueError(
+            f"loss_scaling={args.loss_scaling} does not go with fp16 in PipelineTrainer, whose "
+            "loop scales losses by torch's GradScaler; leave it out"
+        )
+    if target == "local" and getattr(args, "replicas", 1) > 1:
+        raise ValueError(
+            f"with target='local' there is one copy of the pipeline, and replicas is "
+            f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
+            "processes (torchrun)"
+        )
+
+
 def _check_for_ipus(args: Any) -> None:
     """Refuse what IPUs do in another way, or not at all."""
     if recomputes(args):
@@ -167,9 +184,10 @@ def _check_for_ipus(args: Any) -> None:
             "gradient_checkpointing is the other targets': what IPUs recompute is the plan's to "
             "say; leave it out, and give ipu_config=IPUConfig(recompute=True)"
         )
-    if args.bf16:
+    if args.bf16 or args.fp16:
         raise ValueError(
-            "IPUs have no bfloat16; leave bf16 out, and call model.half() before for float16"
+            "IPUs have no autocast and no bfloat16; leave bf16 and fp16 out, and call model.half() "
+            "before for float16"
         )
 
 

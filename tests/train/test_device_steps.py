@@ -164,7 +164,7 @@ def test_what_ipus_do_not_compute_is_refused_before_anything_runs(tmp_path) -> N
         own.train()
     for changes, message in (
         ({"activation_checkpointing": True}, "what IPUs recompute is the plan's to say"),
-        ({"bf16": True}, "IPUs have no bfloat16"),
+        ({"bf16": True}, "IPUs have no autocast and no bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(tmp_path, changes, **IPUS)

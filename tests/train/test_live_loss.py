@@ -17,7 +17,7 @@ from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
 from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun
 from ipu_pipeline.train.trainer import PipelineTrainer
-from tests.later import every_second
+from tests.later import every_second, in_turn
 from tests.tiny_models import TINY
 from tests.train.helpers import load_script
 from tests.train.live_programs import PROGRAMS, cross_entropy, with_loss
@@ -128,8 +128,7 @@ def raising(error: Exception, place: str, at: int) -> Any:
     return make
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize(("place", "at"), in_turn(["before", "after"], [1, 5]))
 def test_errors_of_the_users_code_come_out_as_they_are(tmp_path, place, at) -> None:
     error = KeyError("mine")
     with pytest.raises(KeyError, match="mine") as caught:

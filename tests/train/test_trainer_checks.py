@@ -27,6 +27,7 @@ from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
 PLAIN = {
+    "fp16": False,
     "device": torch.device("cpu"),
     "n_gpu": 0,
     "optim": "adamw_torch",
@@ -43,10 +44,11 @@ PLAIN = {
         ({"torch_compile": True}, "torch_compile does not go"),
         ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
-        ({"fp16": True}, "fp16 does not go .* use bf16=True"),
+        ({"fp16": True, "loss_scaling": 64.0}, "loss_scaling=64.0 does not go with fp16 in Pipe"),
+        ({"fp16": True, "target": "distributed"}, "fp16 does not go with target='distributed'"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
-            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
+            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True, or let it see one GPU",
         ),
         ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
         ({"save_on_each_node": True, "target": "distributed"}, "save_on_each_node does not go"),
@@ -66,6 +68,8 @@ PLAIN = {
 def test_arguments_that_a_pipeline_cannot_follow(wrong: dict[str, Any], message: str) -> None:
     target = wrong.pop("target", "local")
     check_arguments(SimpleNamespace(**PLAIN), target)
+    one_gpu = {"device": torch.device("cuda", 0), "n_gpu": 1}
+    check_arguments(SimpleNamespace(**PLAIN | one_gpu))
     with pytest.raises(ValueError, match=message):
         check_arguments(SimpleNamespace(**PLAIN | wrong), target)
 

@@ -256,7 +256,8 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
         groups = Groups(layout, torch.device("cpu"), ranks)  # of flags and numbers, which are read
         _PlayedSlices(model, cut_plan(model, plan, settings.tp), groups.slices)
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
-        log = CollectiveLog({"all ranks": dist.group.WORLD, **_named(groups)})
+        everyone = dist.distributed_c10d._get_default_group()
+        log = CollectiveLog({"all ranks": everyone, **_named(groups)})
         for region in (grouped_without_values(), _PlayedAttention(), log, tally):
             entered.enter_context(region)
         _step(plan, settings, model, stages, groups, batch, tally, number)
