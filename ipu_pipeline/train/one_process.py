@@ -55,10 +55,10 @@ def _alone(state: T) -> T:
     found.num_processes = 1
     found.process_index = process_index()
     found.local_process_index = int(os.environ.get("LOCAL_RANK", process_index()))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-class WholeBatchAccelerator(Accelerator):  # type: ignore[misc]
+class WholeBatchAccelerator(Accelerator):
     """An ``Accelerator`` in processes that are all given the same whole batches.
 
     Nothing is divided, wrapped or gathered. Gradients are clipped by their norm over all processes.
@@ -74,7 +74,7 @@ class WholeBatchAccelerator(Accelerator):  # type: ignore[misc]
         accelerator._clip = clip
         # Each process reads a dataset without a length, too.
         accelerator.dataloader_config.dispatch_batches = False
-        return accelerator  # type: ignore[no-any-return]
+        return accelerator
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """Prepare a loader; its workers have the seeds that they have in one process."""

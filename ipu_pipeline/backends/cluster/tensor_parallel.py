@@ -49,6 +49,9 @@ class TensorParallel(Slices):
         mesh: The ranks that share every product, one of them this one.
     """
 
+    # A call without values is a capture, which computes shapes of whole tensors.
+    only_shapes = True
+
     def __init__(self, model: nn.Module, plan: CutPlan, mesh: DeviceMesh) -> None:
         self.index, self.size = mesh.get_local_rank(), mesh.size()
         self._mesh = mesh
@@ -115,7 +118,7 @@ class TensorParallel(Slices):
             if forward is not None:
                 module.forward = forward
         for module, _ in () if gather else self._forwards:
-            module.forward = _refuse_slices  # type: ignore[assignment]
+            module.forward = _refuse_slices
         for (_, state, key), value in zip(states, found, strict=True):
             state[key] = value
         for parameter, value in zip(cut, values, strict=False):
@@ -141,7 +144,7 @@ class TensorParallel(Slices):
         twin = nn.Module()
         twin.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
         ALL_PARALLEL_STYLES[style].shard_param(twin, name, self._mesh)
-        made = twin._parameters[name]
+        made: Any = twin._parameters[name]
         if not isinstance(made, DTensor) or made.placements[0].is_replicate():
             return
         placement, local = made.placements[0], made.to_local().shape
@@ -157,7 +160,7 @@ class TensorParallel(Slices):
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._forwards.append((module, vars(module).get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _install(self, module: nn.Module, name: str) -> None:
         style, original = ALL_PARALLEL_STYLES[name], module.forward
@@ -189,7 +192,8 @@ class TensorParallel(Slices):
         parallel, rule = module.forward, STYLES[name]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(a, Tensor) and a.is_meta for a in (*args, *kwargs.values())):
+            given = (*args, *kwargs.values())
+            if self.only_shapes and any(isinstance(a, Tensor) and a.is_meta for a in given):
                 with _without_values(module, cuts):  # only shapes are computed: nothing is sent
                     return original(*args, **kwargs)
             self._open = (self._open and not rule.takes_slices) or rule.inside
@@ -197,7 +201,7 @@ class TensorParallel(Slices):
             self._open = (self._open and not rule.inside) or rule.gives_slices
             return result
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _block(self, path: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block; nothing may be drawn for a slice, and no slice may leave it."""
