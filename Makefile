@@ -64,10 +64,10 @@ demo-vqa: $(KERNELS) ## train a small LXMERT on images, in the published placeme
 	@$(BIN)/python examples/question-answering/run_vqa.py $(VQA_ARGS)
 
 test: $(KERNELS) ## run the tests
-	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not acceptance"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not acceptance"
 
 test-acceptance: $(KERNELS) ## run the longest tests: kill drills, ...
-	@$(BIN)/python -m pytest -q -n $(WORKERS) -m acceptance
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m acceptance
 
 test-gpu: $(KERNELS) ## run what needs a GPU; all of it is skipped where torch sees none
 	@$(BIN)/python -m pytest -q -n 0 -m gpu

@@ -55,7 +55,8 @@ def chosen_device(
             f"{'no accelerator' if accelerator is None else accelerator.type}; leave device out "
             "to run where the weights are, or install a torch that drives it"
         )
-    count, index = torch.accelerator.device_count(), device.index
+    count = torch.accelerator.device_count()
+    index: int | None = device.index
     if index is None:
         index = _local_rank() if by_local_rank else torch.accelerator.current_device_index()
     if index >= count:

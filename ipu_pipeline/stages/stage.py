@@ -55,6 +55,7 @@ class Stage:
         recompute: Names of the blocks whose forward pass runs again in the backward pass.
         shared: Parameters that other stages use too.
         results: Value name by result name, for results that this stage computes.
+        order: Names of the results of all stages, as the model returns them.
         tables: Tables of its serialized blocks, by block name.
         fused: Its serialized projections whose logits only its loss reads.
         row_shards: Rows that it holds of tables that several stages hold.
@@ -81,6 +82,7 @@ class Stage:
     loss_terms: LossTerms = field(default_factory=LossTerms)
     live: bool = False
     in_order: bool = False
+    order: tuple[str, ...] = ()
     offload: frozenset[str] = frozenset()
     compiled: bool = False
     block: str = ""
@@ -350,6 +352,7 @@ def build_stages(
                 in_order=captured.in_order,
                 shared=tuple(p for p in parameters[index] if users[p] > 1 and p.requires_grad),
                 results=results,
+                order=tuple(captured.results),
                 tables={p.name: tables[p.name] for p in own if p.name in tables},
                 row_shards=held,
                 specs=_specs(captured, (*sends, *results.values()), held),

@@ -44,7 +44,7 @@ class LossScaler:
     def __init__(self, wish: float | GradScaler | None, precision: str) -> None:
         if wish is None:
             wish = GradScaler("cpu") if precision == "fp16" else 1.0
-        self._constant = wish if isinstance(wish, int | float) else None
+        self._constant = float(wish) if isinstance(wish, int | float) else 1.0
         self._scaler = wish if isinstance(wish, GradScaler) else None
         self._probe = nn.Parameter(torch.zeros(()))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 import transformers
 from transformers.hf_argparser import HfArg
 
@@ -59,6 +59,20 @@ _AMOUNTS = {
                     LIMITS["steps"]),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), sys.float_info.max),
 }  # fmt: skip
+
+
+def num_processes() -> int:
+    """Return how many processes were started, whatever accelerate makes of them."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_index() -> int:
+    """Return the rank of this process, 0 where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass
@@ -200,7 +214,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @functools.cached_property
     def _setup_devices(self) -> torch.device:
-        if self.world_size == 1:
+        if num_processes() == 1:
             device: torch.device = super()._setup_devices
             return device
         self.distributed_state, self._n_gpu = None, 0
@@ -209,16 +223,12 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def process_index(self) -> int:
         """Rank of this process, 0 where there is one."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank()
-        return int(os.environ.get("RANK", "0"))
+        return process_index()
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_world_size()
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return num_processes()
 
 
 def unread_by_the_loop(arguments: TrainingArguments) -> list[str]:

@@ -16,25 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler
-from transformers import TrainerCallback
 from transformers.utils import logging
-from transformers.utils.generic import ModelOutput
 
 from ipu_pipeline import compiler
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.executable import PopTorchExecutable, rows
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.errors import StageError
-from ipu_pipeline.stages.executable import EvalResult
 from ipu_pipeline.train.live_loss import calls_of
+from ipu_pipeline.train.steps import CollectedSteps, as_output
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
 
 logger = logging.get_logger(__name__)
-# Events between a step's backward pass and its update: on the device there is no such moment.
-_INSIDE_STEP = ("on_pre_optimizer_step", "on_optimizer_step")
-_EVERY_STEP = ("on_step_begin", "on_step_end", "on_substep_end")
 _TOLERANCE = 1e-4  # of two losses that are the same but for rounding
 _MEAN_OF_MEANS = (
     "IPUs take the mean of the microbatches' means; set trainer.model_accepts_loss_kwargs = False, "
@@ -42,8 +37,8 @@ _MEAN_OF_MEANS = (
 )
 
 
-class DeviceSteps:
-    """What differs for a trainer whose target is ``poptorch``; it holds the executable.
+class DeviceSteps(CollectedSteps):
+    """The steps of a trainer whose stages are IPUs.
 
     Args:
         trainer: The ``PipelineTrainer``.
@@ -51,36 +46,20 @@ class DeviceSteps:
         sdk_python: As for :func:`ipu_pipeline.compile`.
     """
 
+    target = "poptorch"
+    reads_ahead = has_gradients = False
+    inside_step = "which IPUs make in one call"
+    runs_alone = "a program on IPUs holds the model alone"
+
     def __init__(
         self, trainer: PipelineTrainer, ipu_config: IPUConfig | None, sdk_python: str | None
     ) -> None:
-        self._trainer = trainer
+        super().__init__(trainer)
         self._ipu_config = ipu_config
         self._sdk_python = sdk_python
-        self._executable: PopTorchExecutable | None = None
         self._is_loss_compared = False
 
     # ---- steps --------------------------------------------------------------------------
-
-    def check_training(self) -> None:
-        """Refuse to train what IPUs do not compute.
-
-        Raises:
-            ValueError: The loss is computed outside of the model, or a callback acts in a step.
-        """
-        for callback in self._trainer.callback_handler.callbacks:
-            for event in _INSIDE_STEP:
-                if _own(callback, event):
-                    raise ValueError(
-                        f"{type(callback).__name__}.{event} acts inside an optimizer step, which "
-                        "IPUs make in one call; use on_step_end, or target='local'"
-                    )
-        if not self._trainer._loss_is_the_models():
-            raise ValueError(
-                "the loss is computed outside of the model (compute_loss, compute_loss_func or "
-                "label_smoothing_factor), and a program on IPUs holds the model alone; compute it "
-                "in the model's forward, or use target='local'"
-            )
 
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
         """Make one optimizer step of all microbatches; return their mean loss.
@@ -187,57 +166,23 @@ class DeviceSteps:
 
     # ---- the executable -----------------------------------------------------------------
 
-    def has_executable(self) -> bool:
-        """Whether there is one of the present model."""
-        return self._executable is not None and self._executable.model is self._trainer.model
-
     def fetch(self, *, optimizer: bool = False) -> None:
         """Bring the weights here up to date, and the optimizer's state if asked."""
-        if self._executable is not None:
-            self._executable.fetch()
+        if isinstance(self.executable, PopTorchExecutable):
+            self.executable.fetch()
             if optimizer:
-                self._executable.fetch_optimizer()
-
-    def close(self) -> None:
-        """Fetch the weights and free the IPUs."""
-        made, self._executable = self._executable, None
-        if made is not None:
-            made.close()
-
-    def watch_callbacks(self) -> None:
-        """Fetch weights before callbacks that may read them."""
-        handler: Any = self._trainer.callback_handler
-        call = handler.call_event
-
-        def called(event: str, *args: Any, **kwargs: Any) -> Any:
-            readers = [c for c in handler.callbacks if _own(c, event)]
-            if readers:
-                if event in _EVERY_STEP:
-                    logger.warning_once(
-                        "weights are fetched from the IPUs in every step, because "
-                        f"{type(readers[0]).__name__}.{event} may read them"
-                    )
-                self.fetch()
-            return call(event, *args, **kwargs)
-
-        handler.call_event = called
+                self.executable.fetch_optimizer()
 
     def _ready(self, part: Mapping[str, Any], *, training: bool) -> PopTorchExecutable:
         """Return the executable of the present model, with the present optimizer to train."""
         optimizer = self._optimizer() if training or self._trainer.is_in_train else None
-        made = self._executable
+        made = self.executable
         stale = made is not None and optimizer is not None and made.optimizer is not optimizer
         if stale or not self.has_executable():
             self.close()
-            self._executable = self._compile(part, optimizer)
-        assert self._executable is not None
-        return self._executable
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return torch's optimizer in accelerate's."""
-        wrapped: Any = self._trainer.optimizer
-        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
-        return found
+            self.executable = self._compile(part, optimizer)
+        assert isinstance(self.executable, PopTorchExecutable)
+        return self.executable
 
     def _compile(
         self, part: Mapping[str, Any], optimizer: torch.optim.Optimizer | None
@@ -287,19 +232,3 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
         found[name] = torch.cat(values)
     return found
-
-
-def as_output(result: EvalResult) -> ModelOutput:
-    """Return what the device computed in the form in which models of transformers return it."""
-    output = ModelOutput()
-    if result.loss is not None:
-        output["loss"] = torch.tensor(result.loss)
-    for name, value in result.outputs.items():
-        output[name] = value
-    return output
-
-
-def _own(callback: TrainerCallback, event: str) -> bool:
-    """Whether somebody else than transformers wrote the callback's method."""
-    method = getattr(type(callback), event, None)
-    return not (getattr(method, "__module__", None) or "transformers").startswith("transformers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -52,6 +53,27 @@ def build_optimizer(model: torch.nn.Module, arguments: TrainingArguments) -> tor
     if arguments.stochastic_rounding:
         return StochasticRoundingAdamW(groups, seed=arguments.seed, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def scale_gradients(accelerator: Accelerator, device: torch.device) -> None:
+    """Give ``accelerator`` what it has for fp16 on GPUs: a scaler, and gradients unscaled by it.
+
+    Its own mixed precision would wrap ``forward``, and is for GPUs only.
+    """
+    scaler = accelerator.scaler = torch.amp.GradScaler(device.type)
+    scaler.scale(torch.zeros((), device=device))  # which makes its tensors
+
+    def unscale_gradients(optimizer: Any = None) -> None:
+        wanted = accelerator._optimizers if optimizer is None else [optimizer]
+        for each in wanted:
+            scaler.unscale_(getattr(each, "optimizer", each))
+
+    accelerator.unscale_gradients = unscale_gradients
+
+
+def loss_factor(accelerator: Accelerator) -> float:
+    """Return what losses are multiplied by before a backward pass."""
+    return 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
 
 
 def build_scheduler(

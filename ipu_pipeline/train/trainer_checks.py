@@ -1,13 +1,17 @@
-"""What transformers' training arguments can ask for and a pipeline in one process cannot do."""
+"""What transformers' training arguments can ask for and a pipeline cannot do."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
+from ipu_pipeline.backends.cluster.parallel_sizes import tensor_parallel_size
+from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.train.arguments import num_processes
 
 _OTHER_RUNTIMES = {
     "fsdp": "it shards the model over processes, and the plan places whole blocks",
@@ -16,7 +20,6 @@ _OTHER_RUNTIMES = {
     "torch_compile": "stages run the model's own modules",
     "use_liger_kernel": "its kernels need a GPU",
     "auto_find_batch_size": "a plan is made for one size of microbatch",
-    "fp16": "transformers has no fp16 on CPUs; use bf16=True",
     "async_save": "transformers writes the checkpoints, and training waits for them",
     "stochastic_rounding": "transformers makes the optimizer; pass "
     "optimizers=(ipu_pipeline.ops.adamw.StochasticRoundingAdamW(...), None)",
@@ -71,17 +74,38 @@ def inherited_from(cls: type, ours: type, name: str) -> type:
     return next(c for c in behind if name in vars(c))
 
 
-def check_target(target: str) -> None:
-    """Refuse a target that the inherited loop cannot drive.
+def chosen_target(target: str | None) -> str:
+    """Return the target that a trainer drives in this process.
 
     Raises:
-        ValueError: It is neither ``local`` nor ``poptorch``.
+        ValueError: There is no such target; or several processes were started, and each would
+            train the whole job.
     """
-    if target not in ("local", "poptorch"):
+    several = num_processes() > 1
+    chosen = target or ("distributed" if several else "local")
+    if chosen not in ("local", "poptorch", "distributed"):
         raise ValueError(
-            f"PipelineTrainer cannot drive target {target!r}: the inherited loop reads, logs and "
-            "saves in one process; use target='local' or 'poptorch', or ipu_pipeline.train.train, "
-            "which drives every target"
+            f"PipelineTrainer cannot drive target {target!r}; use target='local', 'distributed' "
+            "or 'poptorch'"
+        )
+    if several and chosen != "distributed":
+        raise ValueError(
+            f"{num_processes()} processes were started, and with target={chosen!r} each of them "
+            "would train the whole job into one folder; start the script without torchrun, or use "
+            "target='distributed', where each process runs its own stages"
+        )
+    return chosen
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a checkpoint that this process does not see.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not there; let output_dir be in a file system that all machines share"
         )
 
 
@@ -100,21 +124,19 @@ def check_arguments(args: Any, target: str = "local") -> None:
             raise ValueError(f"{name} does not go with PipelineTrainer ({reason}); leave it out")
     if target == "poptorch":
         _check_for_ipus(args)
-    elif getattr(args, "replicas", 1) > 1:
+    else:
+        _check_for_stages(args, target)
+    if target == "distributed" and getattr(args, "save_on_each_node", False):
         raise ValueError(
-            f"PipelineTrainer runs one copy of the pipeline, and replicas is {args.replicas}; "
-            "leave it out, or use ipu_pipeline.train.train with target='distributed'"
+            "save_on_each_node does not go with target='distributed': the first process writes "
+            "the whole model; leave it out, and let output_dir be in a file system that all "
+            "machines share"
         )
-    if args.world_size > 1:
+    if args.device.type != "cpu" and (target != "local" or args.n_gpu > 1):
         raise ValueError(
-            f"PipelineTrainer runs all stages in one process, and {args.world_size} were started; "
-            "start it without torchrun, or use ipu_pipeline.train.train with "
-            "target='distributed'"
-        )
-    if args.device.type != "cpu":
-        raise ValueError(
-            f"PipelineTrainer computes on the CPU, and the arguments chose {args.device} with "
-            f"n_gpu={args.n_gpu}; set use_cpu=True"
+            "PipelineTrainer runs on CPUs, with target='local' also on one GPU, and the arguments "
+            f"chose {args.device} with n_gpu={args.n_gpu}; set use_cpu=True, or let it see one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
         )
     if any(part in str(args.optim) for part in _IN_BACKWARD):
         raise ValueError(
@@ -135,6 +157,27 @@ def check_arguments(args: Any, target: str = "local") -> None:
         )
 
 
+def _check_for_stages(args: Any, target: str) -> None:
+    """Refuse what stages do in another way, or not at all."""
+    if args.fp16 and target == "distributed":
+        raise ValueError(
+            "fp16 does not go with target='distributed' in PipelineTrainer, whose loop lets each "
+            "process skip steps by itself; use bf16=True, or ipu_pipeline.train.train, where all "
+            "processes skip the same steps"
+        )
+    if args.fp16 and getattr(args, "loss_scaling", None) is not None:
+        raise ValueError(
+            f"loss_scaling={args.loss_scaling} does not go with fp16 in PipelineTrainer, whose "
+            "loop scales losses by torch's GradScaler; leave it out"
+        )
+    if target == "local" and getattr(args, "replicas", 1) > 1:
+        raise ValueError(
+            f"with target='local' there is one copy of the pipeline, and replicas is "
+            f"{args.replicas}; leave it out, or use target='distributed' in stages x replicas "
+            "processes (torchrun)"
+        )
+
+
 def _check_for_ipus(args: Any) -> None:
     """Refuse what IPUs do in another way, or not at all."""
     if recomputes(args):
@@ -142,9 +185,10 @@ def _check_for_ipus(args: Any) -> None:
             "gradient_checkpointing is the other targets': what IPUs recompute is the plan's to "
             "say; leave it out, and give ipu_config=IPUConfig(recompute=True)"
         )
-    if args.bf16:
+    if args.bf16 or args.fp16:
         raise ValueError(
-            "IPUs have no bfloat16; leave bf16 out, and call model.half() before for float16"
+            "IPUs have no autocast and no bfloat16; leave bf16 and fp16 out, and call model.half() "
+            "before for float16"
         )
 
 
@@ -165,6 +209,20 @@ def _either(args: TrainingArguments, name: str) -> Any:
     return newer or getattr(args, f"gradient_{name}", None)
 
 
+def check_processes(plan: Plan) -> None:
+    """Refuse a plan whose processes have slices of weights.
+
+    Raises:
+        ValueError: It has tensor parallelism.
+    """
+    tp = plan.settings.get("tp", 1)
+    if tp != 1:
+        raise ValueError(
+            f"tp {tp} of the plan does not go with PipelineTrainer, whose optimizer has whole "
+            "weights; plan with settings={'tp': 1}, or use ipu_pipeline.train.train"
+        )
+
+
 def check_plan(plan: Plan, args: TrainingArguments) -> None:
     """Refuse a plan for another number of microbatches or of copies of the pipeline.
 
@@ -181,3 +239,18 @@ def check_plan(plan: Plan, args: TrainingArguments) -> None:
                 f"{name} is {asked} and the plan was made for {planned}; make them equal, or have "
                 "another plan made"
             )
+
+
+def check_whole(plan: Plan) -> None:
+    """Refuse a plan whose processes have slices of weights, which the optimizer here would step.
+
+    Raises:
+        ValueError: It has ``tp`` above 1.
+    """
+    tp = tensor_parallel_size(plan)
+    if tp > 1:
+        raise ValueError(
+            f"the plan has tp {tp}, and PipelineTrainer's own optimizer needs whole weights; drive "
+            "compile(plan, target='distributed', optimizer=...) with ipu_pipeline.train.train, or "
+            "plan with tp 1"
+        )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import Trainer, TrainingArguments
 
 import ipu_pipeline as ipp
 from ipu_pipeline.errors import StageError
+from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.tiny_models import TINY
 
 pytestmark = [
@@ -89,6 +92,24 @@ def test_one_process_with_interleaved_stages_is_the_local_target() -> None:
         )
     assert not dist.is_initialized()
     assert found_losses == pytest.approx(curve("llama", 2, precision="bf16"), rel=8e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_trainer_trains_as_transformers_does(tmp_path: Path, precision: str) -> None:
+    found = []
+    for kind, extra in ((Trainer, {}), (PipelineTrainer, {"num_stages": 2})):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to="none", save_strategy="no", logging_steps=1,
+            max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            optim="sgd", learning_rate=RATE, disable_tqdm=True, **{precision: True},
+        )  # fmt: skip
+        model, _ = TINY["bert-qa"].build(dropout=False)
+        _, batch = TINY["bert-qa"].build(batch_size=4 * STEPS, seed=3)
+        rows = [{k: v[n] for k, v in batch.items()} for n in range(4 * STEPS)]
+        trainer = kind(model=model, args=arguments, train_dataset=rows, **extra)
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[1] == pytest.approx(found[0], rel=8e-3)
 
 
 def test_want_of_memory_leaves_a_snapshot() -> None:

@@ -79,11 +79,11 @@ def test_a_training_equals_the_local_one(tmp_path, caplog) -> None:
     assert_same_weights(ipus.model, local.model)
     for one, other in zip(watched[1].seen, watched[0].seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    sessions = sessions_of(ipus._device._executable)
+    sessions = sessions_of(ipus._steps.executable)
     assert sessions.training.isCompiled()
     assert sessions.inference.isCompiled()
     ipus.close()
-    assert ipus._device._executable is None
+    assert ipus._steps.executable is None
 
 
 @pytest.mark.usefixtures("poptorch")
@@ -134,7 +134,7 @@ def test_what_was_compiled_to_evaluate_is_compiled_again_to_train(tmp_path) -> N
     plan = ipp.plan(bert_qa(), row, machine="pod4", num_stages=2, microbatches=4)
     ipus = trainer_of(tmp_path, {"max_steps": 1}, plan=plan, target="poptorch")
     before = ipus.evaluate()["eval_loss"]
-    assert ipus._device._executable.optimizer is None
+    assert ipus._steps.executable.optimizer is None
     ipus.train()
     local = trainer_of(tmp_path, {"max_steps": 1}, num_stages=2)
     assert local.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
@@ -164,7 +164,7 @@ def test_what_ipus_do_not_compute_is_refused_before_anything_runs(tmp_path) -> N
         own.train()
     for changes, message in (
         ({"activation_checkpointing": True}, "what IPUs recompute is the plan's to say"),
-        ({"bf16": True}, "IPUs have no bfloat16"),
+        ({"bf16": True}, "IPUs have no autocast and no bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(tmp_path, changes, **IPUS)

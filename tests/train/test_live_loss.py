@@ -17,7 +17,7 @@ from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
 from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun
 from ipu_pipeline.train.trainer import PipelineTrainer
-from tests.later import every_second
+from tests.later import every_second, in_turn
 from tests.tiny_models import TINY
 from tests.train.helpers import load_script
 from tests.train.live_programs import PROGRAMS, cross_entropy, with_loss
@@ -97,7 +97,7 @@ def test_programs(tmp_path, name) -> None:
     theirs = trained(program.make, Trainer, tmp_path)
     ours = trained(program.make, PipelineTrainer, tmp_path)
     assert_equal(theirs, ours)
-    assert ours._training_order.ahead is program.overlap
+    assert ours._steps.training_order.ahead is program.overlap
 
 
 def plain(base: type) -> type:
@@ -128,8 +128,7 @@ def raising(error: Exception, place: str, at: int) -> Any:
     return make
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.parametrize(("place", "at"), in_turn(["before", "after"], [1, 5]))
 def test_errors_of_the_users_code_come_out_as_they_are(tmp_path, place, at) -> None:
     error = KeyError("mine")
     with pytest.raises(KeyError, match="mine") as caught:
@@ -221,14 +220,14 @@ def test_what_a_callback_changes_between_microbatches_is_seen(tmp_path) -> None:
         for base in (Trainer, PipelineTrainer)
     ]
     assert_equal(*pair)
-    assert pair[1]._training_order.ahead is False
+    assert pair[1]._steps.training_order.ahead is False
 
 
 def test_the_order_can_be_asked_for(tmp_path) -> None:
     ours = trained(
         lambda base: with_loss(base, cross_entropy, loss_in_order=True), PipelineTrainer, tmp_path
     )
-    assert ours._training_order.ahead is False
+    assert ours._steps.training_order.ahead is False
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

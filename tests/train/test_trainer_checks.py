@@ -12,9 +12,13 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.debug_utils import DebugOption
 
 import ipu_pipeline as ipp
+from ipu_pipeline.errors import CheckpointError, LoweringError
 from ipu_pipeline.train.trainer import PipelineTrainer
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
+    check_folder,
+    check_processes,
+    chosen_target,
     inherited_from,
     recomputes,
     switch_off_checkpointing,
@@ -23,7 +27,7 @@ from tests.tiny_models import TINY
 from tests.train.test_trainer_losses import arguments, bert_qa, marked
 
 PLAIN = {
-    "world_size": 1,
+    "fp16": False,
     "device": torch.device("cpu"),
     "n_gpu": 0,
     "optim": "adamw_torch",
@@ -40,13 +44,14 @@ PLAIN = {
         ({"torch_compile": True}, "torch_compile does not go"),
         ({"use_liger_kernel": True}, "use_liger_kernel does not go"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size does not go"),
-        ({"fp16": True}, "fp16 does not go .* use bf16=True"),
-        ({"world_size": 4}, "all stages in one process, and 4 were started; start it without"),
+        ({"fp16": True, "loss_scaling": 64.0}, "loss_scaling=64.0 does not go with fp16 in Pipe"),
+        ({"fp16": True, "target": "distributed"}, "fp16 does not go with target='distributed'"),
         (
             {"device": torch.device("cuda", 0), "n_gpu": 2},
-            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True",
+            "the arguments chose cuda:0 with n_gpu=2; set use_cpu=True, or let it see one GPU",
         ),
         ({"replicas": 2}, "one copy of the pipeline, and replicas is 2; leave it out, or use"),
+        ({"save_on_each_node": True, "target": "distributed"}, "save_on_each_node does not go"),
         ({"async_save": True}, "async_save does not go"),
         ({"optim": "lomo"}, "optim 'lomo' steps inside the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "before the stages have summed their gradients"),
@@ -61,9 +66,12 @@ PLAIN = {
     ],
 )
 def test_arguments_that_a_pipeline_cannot_follow(wrong: dict[str, Any], message: str) -> None:
-    check_arguments(SimpleNamespace(**PLAIN))  # type: ignore[arg-type]
+    target = wrong.pop("target", "local")
+    check_arguments(SimpleNamespace(**PLAIN), target)
+    one_gpu = {"device": torch.device("cuda", 0), "n_gpu": 1}
+    check_arguments(SimpleNamespace(**PLAIN | one_gpu))
     with pytest.raises(ValueError, match=message):
-        check_arguments(SimpleNamespace(**PLAIN | wrong))  # type: ignore[arg-type]
+        check_arguments(SimpleNamespace(**PLAIN | wrong), target)
 
 
 def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
@@ -73,9 +81,27 @@ def test_they_are_checked_before_anything_is_set_up(tmp_path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_target_in_several_processes() -> None:
-    with pytest.raises(ValueError, match=r"cannot drive target 'distributed'.*train.train"):
-        PipelineTrainer(model=bert_qa(), target="distributed")
+def test_a_target_in_several_processes(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="cannot drive target 'cluster'; use target='local'"):
+        PipelineTrainer(model=bert_qa(), target="cluster")
+    args = arguments(tmp_path)  # of one process: no rank may train the whole job
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for target in ("local", "poptorch"):
+        with pytest.raises(ValueError, match=f"2 processes .* target='{target}' each of them"):
+            PipelineTrainer(bert_qa(), args, target=target)
+    assert chosen_target(None) == "distributed"
+    with pytest.raises(LoweringError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; start"):
+        PipelineTrainer(bert_qa(), args)
+
+
+def test_a_plan_of_slices() -> None:
+    with pytest.raises(ValueError, match=r"tp 2 of the plan does not go .* settings=\{'tp': 1\}"):
+        check_processes(SimpleNamespace(settings={"tp": 2}))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_a_machine_does_not_see(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="checkpoint-2 is not there; let output_dir be in"):
+        check_folder(tmp_path / "checkpoint-2")
 
 
 def planned(microbatches: int) -> tuple[Any, Any]:
@@ -104,11 +130,11 @@ def test_a_plan_file_is_used_from_the_first_evaluation_on(tmp_path) -> None:
     whole = PipelineTrainer(model, arguments(tmp_path), eval_dataset=marked(7))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"])
     assert trainer.plan.num_stages == 3
-    executable = trainer._executable
+    executable = trainer._steps.executable
     assert executable is not None
     assert whole.plan is None
     trainer.train()
-    assert trainer._executable is executable
+    assert trainer._steps.executable is executable
     assert executable.global_step == 1  # that of the last of two steps
 
 

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForQuestionAnswering, Trainer, Training
 
 from ipu_pipeline.errors import StageError
 from ipu_pipeline.stages import captures
+from ipu_pipeline.train.optimizers import scale_gradients
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.tiny_models import TINY
 from tests.train.helpers import load_script
@@ -185,7 +186,7 @@ def test_bfloat16_is_applied_once(tmp_path) -> None:
     for trainer in trainers:
         trainer.train()
     after = [t.predict(marked(7)) for t in trainers]
-    assert ours._executable.options.precision == "bf16"
+    assert ours._steps.executable.options.precision == "bf16"
     for expected, found in (before, after):
         for reference, mine in zip(expected.predictions, found.predictions, strict=True):
             assert mine.dtype == reference.dtype == "float32"
@@ -194,9 +195,41 @@ def test_bfloat16_is_applied_once(tmp_path) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+class Float16Trainer(Trainer):
+    """What transformers does with fp16 on GPUs, on a CPU: autocast, and accelerate's scaler."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        scale_gradients(self.accelerator, self.args.device)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.float16):
+            return super().compute_loss(*args, **kwargs)
+
+
+def test_float16_scales_and_skips_as_accelerate_does(tmp_path) -> None:
+    found = []
+    for kind, extra in ((Float16Trainer, {}), (PipelineTrainer, {"num_stages": 2})):
+        options = {"fp16": kind is PipelineTrainer, "max_steps": 4, "max_grad_norm": 0.5}
+        trainer = kind(
+            model=bert_qa(), args=arguments(tmp_path, **options), train_dataset=marked(), **extra
+        )
+        scaler = trainer.accelerator.scaler
+        start = {"scale": 2.0**24, "backoff_factor": 2.0**-10, "growth_interval": 2}
+        scaler.load_state_dict({**scaler.state_dict(), **start})
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        found.append((history, scaler.state_dict(), trainer.lr_scheduler.last_epoch))
+    (expected, scaling, steps), (ours, own_scaling, own_steps) = found
+    assert (own_scaling, own_steps) == (scaling, steps) == ({**scaling, "scale": 2.0**15}, 3)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        pairs = [(a[key], b[key]) for a, b in zip(ours, expected, strict=True)][1:]
+        assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], rel=1e-3)
+
+
 def test_checkpointing_recomputes_every_block(tmp_path) -> None:
     _, ours = both(CLASSES, bert_qa, tmp_path, marked(), {"activation_checkpointing": True})
-    executable = ours._executable
+    executable = ours._steps.executable
     assert executable._cache.recompute == {block.name for block in ours.plan.blocks}
 
 

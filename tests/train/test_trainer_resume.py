@@ -100,22 +100,22 @@ def test_tensorboard_gets_the_logs(tmp_path) -> None:
 def test_a_second_training_and_another_model_start_over(tmp_path) -> None:
     module = load_script("qa", TWO_STAGES)
     trainer = run_script("qa", tmp_path, TWO_STAGES, max_steps=2, dropout=0.1)
-    first = trainer._executable
+    first = trainer._steps.executable
     trainer.train()
-    assert trainer._executable is first
+    assert trainer._steps.executable is first
     assert trainer.state.global_step == 2
     config = trainer.model.config
     made = module.BertForQuestionAnswering
     fresh = with_model_init(made, config, trainer)
     fresh.train()
     model = fresh.model
-    executable = fresh._executable
+    executable = fresh._steps.executable
     fresh.train()
     assert fresh.model is not model
-    assert fresh._executable is not executable
-    assert fresh._executable.model is fresh.model
+    assert fresh._steps.executable is not executable
+    assert fresh._steps.executable.model is fresh.model
     fresh.end()
-    assert fresh._executable is None
+    assert fresh._steps.executable is None
 
 
 def with_model_init(made, config, trainer):

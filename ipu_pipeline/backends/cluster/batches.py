@@ -69,7 +69,7 @@ class Pipelines:
         stages: Sequence[Sequence[Stage]],
         inputs: StepInputs,
         loss_scaling: float,
-    ) -> float:
+    ) -> dict[int, float]:
         """Run the forward and backward passes of this replica's microbatches.
 
         Args:
@@ -79,17 +79,17 @@ class Pipelines:
             loss_scaling: Factor of the loss before the backward pass.
 
         Returns:
-            This replica's part of the loss on the rank of the loss, else 0.
+            On the rank of the loss, that of every microbatch of this replica, by its index.
         """
-        total = 0.0
+        losses: dict[int, float] = {}
         pairs = dealt(list(zip(parts, stages, strict=True)), self._groups.layout)
         for _, found in groupby(pairs, lambda pair: id(pair[1])):
             run_parts, run_stages = zip(*found, strict=True)
             run = replace(inputs, microbatches=run_parts)
             own, number = run_stages[0], len(run_parts)
             pipeline = self._made.get((id(own), number), partial(self._make, own, number))[1]
-            total += pipeline.run(run, loss_scaling)
-        return total
+            losses |= pipeline.run(run, loss_scaling)
+        return losses
 
     def drop(self, stages: Sequence[Stage]) -> None:
         """Forget the pipelines of stages that the cache has forgotten."""
@@ -124,16 +124,16 @@ class Pipelines:
 
 
 def evaluate(
-    stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups, axes: Axes
-) -> EvalResult:
-    """Run every microbatch forward through the pipeline; every rank gets the result.
+    stages: Sequence[Sequence[Stage]], inputs: StepInputs, groups: Groups
+) -> list[dict[str, Tensor]]:
+    """Run every microbatch forward through the pipeline; return what this rank has found of each.
 
     Torch's schedules want microbatches of one shape and a loss; an evaluation batch has neither
     for sure. Every stage runs all microbatches before the next one of its rank starts, so that
     messages between two ranks are sent and received in the same order.
 
     ``stages`` are ``[microbatch][stage]``, ``inputs`` have the whole batch, which every replica
-    evaluates, ``axes`` those that outputs are joined on.
+    evaluates.
     """
     microbatches, layout = inputs.microbatches, groups.layout
     passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -159,7 +159,7 @@ def evaluate(
                 sends.append((work, value))
     for work, _ in sends:
         groups.waiter.run(work.wait)
-    return _shared(microbatches, results, groups, axes)
+    return results
 
 
 def _receive(module: StageModule, crossing: Crossings, groups: Groups) -> tuple[Tensor, ...]:
@@ -179,13 +179,14 @@ def _wire(value: Tensor) -> Tensor:
     return value.view(torch.uint8) if value.dtype == torch.bool else value
 
 
-def _shared(
+def shared(
     microbatches: Sequence[Microbatch],
     results: Sequence[dict[str, Tensor]],
     groups: Groups,
     axes: Axes,
+    order: Sequence[str],
 ) -> EvalResult:
-    """Join the microbatches and give every rank of the pipeline all results."""
+    """Join the microbatches and give every rank of the pipeline all results, in their order."""
     here = join(microbatches, results, axes)
     joined = dict(here.outputs)
     if here.loss is not None:
@@ -202,4 +203,5 @@ def _shared(
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)
-    return EvalResult(None if loss is None else float(loss), outputs).nested()
+    sorted_outputs = {name: outputs[name] for name in order if name in outputs}
+    return EvalResult(None if loss is None else float(loss), sorted_outputs).nested()

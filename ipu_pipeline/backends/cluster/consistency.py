@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from ipu_pipeline.backends.cluster.groups import Groups
+from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather
 from ipu_pipeline.capture import model_identity
 from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.tables import check_blocks
 
-# Elements of a parameter that are compared between ranks.
+# Elements of a tensor that are compared between ranks.
 SAMPLE = 256
 NOTE_BYTES = 256
 _DIGEST_BYTES = 8
@@ -40,7 +43,14 @@ T = TypeVar("T")
 # ---- errors that all ranks raise --------------------------------------------------------
 
 
-def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
+class AllGather(Protocol):
+    """What all ranks tell each other through."""
+
+    def gather(self, value: Any, kind: Any = Any) -> list[Any]:
+        """Return the values of all ranks."""
+
+
+def together(ranks: AllGather, function: Callable[[], T]) -> list[T]:
     """Return what ``function`` returns on every rank; raise on all what it raises on any.
 
     All ranks call this, and may go on after an error. That of another rank is of the type that the
@@ -65,7 +75,7 @@ def together(ranks: StoreGather, function: Callable[[], T]) -> list[T]:
 
 def _kinds() -> dict[str, type[Exception]]:
     """Return the errors that all ranks raise as one of them does, by name."""
-    kinds: list[type[Exception]] = [OSError, PipelineError]
+    kinds: list[type[Exception]] = [OSError, ValueError, PipelineError]
     for kind in kinds:
         kinds += kind.__subclasses__() if issubclass(kind, PipelineError) else []
     return {kind.__name__: kind for kind in kinds}
@@ -78,6 +88,37 @@ def _kind_of(error: Exception) -> str:
 
 
 # ---- the start --------------------------------------------------------------------------
+
+
+def check(plan: Plan, options: ExecutionOptions) -> None:
+    """Refuse what the target cannot run whatever the number of processes.
+
+    Raises:
+        LoweringError: An unknown schedule, unknown blocks, or the sequential mode.
+    """
+    torch_schedule(options.schedule or plan.schedule)
+    recomputed_blocks(options.recompute, plan)
+    check_blocks(plan)
+    options.refuse_ipus("distributed")
+    if options.sequential:
+        raise LoweringError(
+            "sequential runs all stages in one thread, the distributed target in several "
+            "processes; use the local target for the sequential reference"
+        )
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Refuse embeddings with sparse gradients, which are not summed over processes.
+
+    Raises:
+        LoweringError: The model has one.
+    """
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise LoweringError(
+                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
+                "the distributed target sums dense gradients only; set its sparse to False"
+            )
 
 
 def description(
@@ -145,14 +186,18 @@ def _checksum(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        if parameter.is_meta or not parameter.numel():
-            continue
-        flat = parameter.detach().reshape(-1)
-        count = min(SAMPLE, flat.numel())
-        where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
-        sample = flat[where.to(flat.device)].cpu()
-        digest.update(sample.view(torch.uint8).numpy().data)
+        digest.update(_sample(parameter))
     return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Return some of the values of a tensor."""
+    if tensor.is_meta or not tensor.numel():
+        return b""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLE, flat.numel())
+    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+    return flat[where.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # ---- every batch ------------------------------------------------------------------------
@@ -165,17 +210,19 @@ class BatchCheck:
         self._groups = groups
         self._sent: tuple[dist.Work, Tensor] | None = None
 
-    def check(self, call: str, step: int, batch: Mapping[str, Any]) -> None:
-        """Compare this call and the shapes of its batch with those of the rank before.
+    def check(self, call: str, step: int, *parts: Mapping[str, Any]) -> None:
+        """Compare this call, and the batch or its microbatches, with those of the rank before.
 
-        Every process calls this, before anything in its batch can be refused.
+        Of large tensors a sample of the values is compared. Every process calls this, before
+        anything in its batch can be refused.
 
         Raises:
             ValueError: They differ.
         """
         self._compare(
-            f"for {call} in step {step} with {described(batch)}",
+            f"for {call} in step {step} with {'; '.join(map(described, parts))}",
             "give every rank the same whole batch (each takes its own part), in the same order",
+            b"".join(_sample(v) for part in parts for v in part.values() if isinstance(v, Tensor)),
         )
 
     def check_glue(
@@ -198,9 +245,9 @@ class BatchCheck:
             "for random and numpy, and no clock",
         )
 
-    def _compare(self, text: str, remedy: str) -> None:
+    def _compare(self, text: str, remedy: str, values: bytes = b"") -> None:
         rank, size = dist.get_rank(), dist.get_world_size()
-        own = _note(text).to(self._groups.device)
+        own = _note(text, values).to(self._groups.device)
         if rank + 1 < size:
             if self._sent is not None:
                 self._groups.waiter.run(self._sent[0].wait)
@@ -214,8 +261,9 @@ class BatchCheck:
         assert receiving is not None
         self._groups.waiter.run(receiving.wait)
         if not torch.equal(theirs, own):
+            other = "with other values" if _text(theirs) == _text(own) else _text(theirs)
             raise ValueError(
-                f"rank {rank} was called {text}, but rank {rank - 1} {_text(theirs)}; {remedy}"
+                f"rank {rank} was called {text}, but rank {rank - 1} {other}; {remedy}"
             )
 
 
@@ -238,10 +286,10 @@ def _short(value: Any) -> Any:
     return value.shape, hashlib.blake2b(value.tobytes(), digest_size=8).hexdigest()
 
 
-def _note(text: str) -> Tensor:
-    """Return a digest of ``text`` and as much of it as fits, shape ``(NOTE_BYTES,)``."""
+def _note(text: str, values: bytes = b"") -> Tensor:
+    """Return a digest of both, and as much of ``text`` as fits, shape ``(NOTE_BYTES,)``."""
     data = text.encode()
-    digest = hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    digest = hashlib.blake2b(data + values, digest_size=_DIGEST_BYTES).digest()
     whole = (digest + data)[:NOTE_BYTES].ljust(NOTE_BYTES, b"\0")
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
 

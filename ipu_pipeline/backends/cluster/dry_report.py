@@ -278,7 +278,7 @@ def model_of(
     """
     sizes = {spec.name: spec.shape for spec in plan.graph.inputs}
     lengths = [shape[1] for shape in sizes.values() if len(shape) == 2]
-    length = {"seq_length": max(lengths)} if lengths else {}
+    length: dict[str, Any] = {"seq_length": max(lengths)} if lengths else {}
     with config_named(config):
         model, batch = from_config(config, task, batch_size=plan.micro_batch_size, **length)
     wrong = plan.model.differences(model_identity(model))

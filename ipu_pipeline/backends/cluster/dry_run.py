@@ -268,7 +268,9 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
     with fake_ranks(rank, plan.replicas * width * settings.tp), ExitStack() as entered:
         groups = _PlayedGroups(layout, settings.tp, _NoWaiter(activity))
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
-        log = CollectiveLog({"all ranks": dist.group.WORLD, **groups.named})
+        log = CollectiveLog(
+            {"all ranks": dist.distributed_c10d._get_default_group(), **groups.named}
+        )
         for region in (grouped_without_values(), _PlayedAttention(), log, tally):
             entered.enter_context(region)
         _step(plan, settings, model, stages, groups, batch, tally, number)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.nn.utils import clip_grads_with_norm_
 
-from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate
+from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.consistency import (
     BatchCheck,
+    check,
     check_alike,
     description,
+    refuse_sparse_gradients,
     together,
 )
 from ipu_pipeline.backends.cluster.cut_plan import (
@@ -31,13 +34,16 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     refuse_with_slices,
 )
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import make_layout, torch_schedule
+from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes, scope_of
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
+    collect_states,
     find_ownership,
+    grad_norm,
+    keep_own_states,
     kept_aside,
     sharded,
     share_buffers,
@@ -49,14 +55,13 @@ from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
-from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch
+from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
 from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
-from ipu_pipeline.stages.tables import check_blocks
 from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
 
 logger = logging.getLogger(__name__)
@@ -227,7 +232,7 @@ class DistributedExecutable(Executable):
         with self._running("a training step"):
             scaling = self._scaler.factor
             cut = self._training_parts(batch)
-            loss, ownership = self._accumulate(cut, scaling, for_update=True)
+            parts, losses, ownership = self._accumulate(cut, scaling, for_update=True)
             own = ownership.held(self.model)
             with self._watchdog.activity.during("the optimizer step"):
                 done = update(
@@ -241,7 +246,8 @@ class DistributedExecutable(Executable):
                     slices=self._slices,
                 )
             self._scaler.update(skipped=done.skipped)
-        num_samples = sum(part.num_samples for part in cut.parts)
+        num_samples = sum(part.num_samples for part in parts)
+        loss = _weighted(parts, losses)
         return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
@@ -252,7 +258,43 @@ class DistributedExecutable(Executable):
         """
         self.options.require_training()
         with self._running("a forward and backward pass"):
-            return self._accumulate(self._training_parts(batch), 1.0, for_update=False)[0]
+            cut = self._training_parts(batch)
+            return _weighted(*self._accumulate(cut, 1.0, for_update=False)[:2])
+
+    def forward_backward_parts(
+        self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
+    ) -> list[float]:
+        """Run microbatches that the caller has cut, each of its own shape; every process has all.
+
+        Args:
+            parts: One batch per microbatch, at least one.
+            weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``
+                of this process's own parameters.
+            first: How many microbatches of this optimizer step have run before.
+
+        Returns:
+            The loss of every microbatch, not weighted.
+
+        Raises:
+            LoweringError: There is no microbatch, or not one weight for each.
+            StageError: This process or another one failed; gradients are then incomplete.
+        """
+        self.options.require_training()
+        with self._running("a forward and backward pass"):
+            self._batch_check.check("training", self.global_step, *parts)
+            cut = cut_batches(parts, weights, self.groups.device, first)
+            return self._accumulate(cut, 1.0, for_update=False)[1]
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip gradients as ``torch.nn.utils.clip_grad_norm_``; return their norm over all ranks.
+
+        Every process passes the same parameters of the model.
+        """
+        with self._running("clipping gradients"):
+            own = [p for p in parameters if p.grad is not None]
+            norm = grad_norm(own, self._known_ownership(), self.groups, self._slices)
+            clip_grads_with_norm_(own, max_norm, norm)
+        return norm
 
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
@@ -269,7 +311,26 @@ class DistributedExecutable(Executable):
             except MixedSamplesError as error:
                 cut = self._cutter.whole(cut.batch, cut.found, str(error))
                 stages, parts = self._prepared(cut, training=False)
-            return evaluate(stages, self._inputs(parts), self.groups, cut.found.outputs)
+            results = evaluate(stages, self._inputs(parts), self.groups)
+            return shared(parts, results, self.groups, cut.found.outputs, stages[0][0].order)
+
+    def eval_parts(self, parts: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+        """Evaluate batches of any shapes in one pass of the pipeline; every process gets all.
+
+        Raises:
+            LoweringError: There is no batch.
+            StageError: This process or another one failed.
+        """
+        with self._running("evaluation"), in_evaluation(self.model), torch.no_grad():
+            self._batch_check.check("evaluation", self.global_step, *parts)
+            share_buffers(self._changing, self.groups)
+            cut = cut_batches(parts, [1.0] * len(parts), self.groups.device)
+            stages, ready = self._prepared(cut, training=False)
+            results = evaluate(stages, self._inputs(ready), self.groups)
+            return [
+                shared([part], [found], self.groups, {}, own[0].order)
+                for part, found, own in zip(ready, results, stages, strict=True)
+            ]
 
     # ---- state --------------------------------------------------------------------------
 
@@ -290,6 +351,16 @@ class DistributedExecutable(Executable):
                 collect_weights(self.model, self._ownership, self.groups)
         with self._running("joining slices"):
             return self._slices.state_dict(self.model)
+
+    def collect_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the first process the state of all parameters in an optimizer of the caller's."""
+        with self._running("collecting the optimizer's state"):
+            if self._ownership is not None:
+                collect_states(optimizer, self._ownership, self.groups)
+
+    def keep_own_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop what an optimizer of the caller's keeps of parameters that are updated elsewhere."""
+        keep_own_states(optimizer, self._known_ownership())
 
     def save_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> Path:
         """Write one checkpoint of the whole model; every rank writes what it owns.
@@ -322,14 +393,17 @@ class DistributedExecutable(Executable):
             self._scaler.load(info.loss_scaling)
         return info.extra
 
-    def close(self) -> None:
-        """Leave together with the other processes; calling it again does nothing."""
+    def close(self, *, wait: bool = True) -> None:
+        """Leave together with the other processes; calling it again does nothing.
+
+        ``wait=False`` is for a process that ends: whoever still needs it then fails at once.
+        """
         if self._closed:
             return
         self._closed = True
         error = self._error_of_last_save()
         whole = False
-        if self._watchdog.failure is None:
+        if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
                 whole = self._holds_all
@@ -390,36 +464,44 @@ class DistributedExecutable(Executable):
             return self._cutter.training(batch, number, plan.micro_batch_size)
 
     def _accumulate(
-        self, cut: CutBatch, loss_scaling: float, *, for_update: bool
-    ) -> tuple[float, Ownership]:
+        self, cut: CutBatch | Sequence[Microbatch], loss_scaling: float, *, for_update: bool
+    ) -> tuple[list[Microbatch], list[float], Ownership]:
+        """Return the microbatches, the loss of each, and who owns what."""
         with torch.enable_grad(), casts_of_one_step():
             stages, parts = self._prepared(cut, training=True)
             ownership = self._settle_ownership(stages[0])
             share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
-                own_loss = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
+                own = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
         # Ranks that share its products all have the same loss.
-        return self.groups.sum_numbers(own_loss if self._slices.index == 0 else 0.0), ownership
+        counts = self._slices.index == 0
+        losses = self.groups.sum_numbers([own.get(p.index, 0.0) if counts else 0.0 for p in parts])
+        return parts, losses, ownership
 
     def _prepared(
-        self, cut: CutBatch, *, training: bool
+        self, cut: CutBatch | Sequence[Microbatch], *, training: bool
     ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
-        """Run the model's glue for all microbatches, also those of other replicas; weigh them.
+        """Run the model's glue for all microbatches, also those of other replicas.
+
+        Those of a batch that was cut here are weighed as its loss means it.
 
         What Python counts and draws is then the same on all ranks; and what cannot be captured is
         refused by all of them, so that nobody waits for the one that does.
         """
         with self._looking():
+            given = cut.parts if isinstance(cut, CutBatch) else cut
             if self._slices.size > 1:
-                refuse_attentions(any(p.inputs.get("output_attentions") for p in cut.parts))
-            stages, prepared = self._cache.prepare(cut.parts)
+                refuse_attentions(any(p.inputs.get("output_attentions") for p in given))
+            stages, prepared = self._cache.prepare(given)
             for own in {id(own): own for own in stages}.values():
                 refuse_between_blocks(own, self._slices)
             if any(stage.in_order for own in stages for stage in own):
                 self._refuse_other_order(len(prepared))
-            self._batch_check.check_glue(self.global_step, cut.parts, prepared)
+            self._batch_check.check_glue(self.global_step, given, prepared)
+            if not isinstance(cut, CutBatch):
+                return stages, prepared
             terms = [own[-1].loss_terms for own in stages]
             self._shares.check(cut, prepared, terms, training=training)
             return stages, self._shares.weighted(cut, prepared, terms, training=training)
@@ -439,6 +521,14 @@ class DistributedExecutable(Executable):
     def _inputs(self, parts: Sequence[Microbatch] = ()) -> StepInputs:
         options, device = self.options, self.groups.device
         return StepInputs(parts, options.seed, self.global_step, options.precision, device)
+
+    def _known_ownership(self) -> Ownership:
+        if self._ownership is None:
+            raise LoweringError(
+                "which process has which gradients is known after the first forward and backward "
+                "pass; run one before"
+            )
+        return self._ownership
 
     def _settle_ownership(self, stages: tuple[Stage, ...]) -> Ownership:
         """Find out who holds what, at the first capture; it does not depend on the shape."""
@@ -460,35 +550,10 @@ class DistributedExecutable(Executable):
         return self._ownership
 
 
-def check(plan: Plan, options: ExecutionOptions) -> None:
-    """Refuse what the target cannot run whatever the number of processes.
-
-    Raises:
-        LoweringError: An unknown schedule, unknown blocks, or the sequential mode.
-    """
-    torch_schedule(options.schedule or plan.schedule)
-    recomputed_blocks(options.recompute, plan)
-    check_blocks(plan)
-    options.refuse_ipus("distributed")
-    if options.sequential:
-        raise LoweringError(
-            "sequential runs all stages in one thread, the distributed target in several "
-            "processes; use the local target for the sequential reference"
-        )
-
-
-def refuse_sparse_gradients(model: nn.Module) -> None:
-    """Refuse embeddings with sparse gradients, which are not summed over processes.
-
-    Raises:
-        LoweringError: The model has one.
-    """
-    for fqn, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise LoweringError(
-                f"the gradient of {fqn or type(module).__name__!r} is sparse (sparse=True), and "
-                "the distributed target sums dense gradients only; set its sparse to False"
-            )
+def _weighted(parts: Sequence[Microbatch], losses: Sequence[float]) -> float:
+    """Return the weighted sum of the losses; one of weight 0 may have none (NaN)."""
+    pairs = zip(parts, losses, strict=True)
+    return sum(loss * part.share for part, loss in pairs if part.share)
 
 
 def _own_store(name: str) -> Store:

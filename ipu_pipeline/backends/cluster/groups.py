@@ -69,11 +69,11 @@ class Groups:
             total += part
         return total
 
-    def sum_numbers(self, value: float) -> float:
-        """Return the sum of a number over all processes."""
-        own = torch.tensor([value], dtype=torch.float64, device=self.device)
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each number over all processes."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
         assert dist.group.WORLD is not None
-        return float(self.sum_in_order(own, dist.group.WORLD))
+        return [float(value) for value in self.sum_in_order(own, dist.group.WORLD)]
 
     def sum_over_replicas(self, tensor: Tensor) -> None:
         """Sum ``tensor`` over the replicas, in place."""

@@ -23,7 +23,7 @@ import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
-from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.pipelining.stage import InferenceMode  # type: ignore[attr-defined]
 from torch.testing._internal.distributed import fake_pg
 
 from ipu_pipeline.backends.cluster.layout import position_of_stages, torch_schedule
@@ -106,6 +106,8 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
 
 class AgreedSizes:
     """A part of torch's stage: all ranks know the sizes, and need no message to agree on that."""
+
+    _inference_mode: Any
 
     def _warmup_forward_vote(self, *_: Any, **__: Any) -> Tensor:
         return torch.ones(())
@@ -236,7 +238,7 @@ def issued(
     positions = position_of_stages(name, num_stages, num_ranks, num_microbatches)
     plain = torch.empty(1, device="meta", requires_grad=True)
     given = [(plain,)] * (num_stages - 1) if crossing is None else crossing
-    lowering = {n: _remembered(getattr(schedules, n)) for n in _LOWERING}
+    lowering: Any = {n: _remembered(getattr(schedules, n)) for n in _LOWERING}
     with mock.patch.multiple(schedules, **lowering):
         return [
             _issued_by(rank, name, positions, given, num_microbatches) for rank in range(num_ranks)
@@ -253,8 +255,7 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(actions: Any, *args: Any, **kwargs: Any) -> Any:
         several = isinstance(actions, dict)
-        rows = {rank: tuple(row) for rank, row in actions.items()} if several else tuple(actions)
-        key = tuple(rows.items()) if several else rows
+        key = tuple((rank, *row) for rank, row in actions.items()) if several else tuple(actions)
         if key not in known:
             known[key] = function(actions, *args, **kwargs)
         found = known[key]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
-from torch.distributed.pipelining.stage import _make_tensor_from_meta
+from torch.distributed.pipelining.stage import _make_tensor_from_meta  # type: ignore[attr-defined]
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import torch_schedule
@@ -172,7 +172,7 @@ class TrainingPipeline:
         )
         self._has_last = layout.num_stages - 1 in layout.own_stages
 
-    def run(self, inputs: StepInputs, loss_scaling: float) -> float:
+    def run(self, inputs: StepInputs, loss_scaling: float) -> dict[int, float]:
         """Run one step's forward and backward passes; gradients are added to ``.grad``.
 
         Args:
@@ -180,7 +180,7 @@ class TrainingPipeline:
             loss_scaling: Factor of the loss before the backward pass.
 
         Returns:
-            This replica's part of the loss on the rank of the loss, else 0.
+            On the rank of the loss, that of every microbatch, by its index.
         """
         microbatches = inputs.microbatches
         vars(self._inputs).update(vars(inputs))
@@ -196,7 +196,7 @@ class TrainingPipeline:
             self._schedule.step(microbatch=positions, return_outputs=False, **arguments)
             for module in self.modules:
                 module.finish()
-            return self._loss(microbatches)
+            return self._losses(microbatches)
         finally:
             for module in self.modules:
                 module.clear()
@@ -216,13 +216,13 @@ class TrainingPipeline:
                 )
                 stage.dw_builder = lambda: lambda: None  # nothing is left of it
 
-    def _loss(self, microbatches: Sequence[Microbatch]) -> float:
-        total = 0.0
-        for module in self.modules:
-            for position, results in sorted(module.results.items()):
-                if "loss" in results:
-                    total += float(results["loss"]) * microbatches[position].share
-        return total
+    def _losses(self, microbatches: Sequence[Microbatch]) -> dict[int, float]:
+        return {
+            microbatches[position].index: float(results["loss"])
+            for module in self.modules
+            for position, results in sorted(module.results.items())
+            if "loss" in results
+        }
 
 
 # ---- whether torch can split a stage's backward pass --------------------------------------------

@@ -281,21 +281,12 @@ def update(
     """
     with_grad = [p for p in parameters if p.grad is not None]
     updated = [p for p in with_grad if ownership.is_updated(p)]
-    first = groups.layout.slice == 0
-    chief = [p for p in updated if ownership.is_chief(p) and (first or slices.is_cut(p))]
-
-    def total_norm(_: object) -> Tensor:
-        counted = [_gradient(p) for p in chief]
-        square = float(total_norm_of(counted)) ** 2 if counted else 0.0
-        # The same bits on every rank, so that all of them skip or none does.
-        return torch.tensor(groups.sum_numbers(square)).sqrt()
-
     done = apply_update(
         optimizer,
         updated,
         loss_scaling=loss_scaling,
         max_grad_norm=max_grad_norm,
-        total_norm=total_norm,
+        total_norm=lambda _: grad_norm(updated, ownership, groups, slices),
         masters=masters,
     )
     if ownership.updaters and not done.skipped:
@@ -303,6 +294,46 @@ def update(
     for parameter in with_grad:
         parameter.grad = None
     return done
+
+
+def grad_norm(
+    parameters: Sequence[nn.Parameter], ownership: Ownership, groups: Groups, slices: Slices
+) -> Tensor:
+    """Return the norm over the gradients of all ranks; the same bits on each.
+
+    Every element counts once; ``parameters`` are those with a gradient here.
+    """
+    first = groups.layout.slice == 0
+    chief = [p for p in parameters if ownership.is_chief(p) and (first or slices.is_cut(p))]
+    counted = [_gradient(p) for p in chief]
+    square = float(total_norm_of(counted)) ** 2 if counted else 0.0
+    return torch.tensor(groups.sum_numbers([square])[0]).sqrt()
+
+
+def collect_states(optimizer: torch.optim.Optimizer, ownership: Ownership, groups: Groups) -> None:
+    """Give the first rank the state of every parameter. Every rank calls this."""
+    parameters = _all_of(optimizer)
+    mine = {
+        n: optimizer.state[p]
+        for n, p in enumerate(parameters)
+        if p in optimizer.state and ownership.is_chief(p)
+    }
+    found: list[Any] | None = [None] * dist.get_world_size() if groups.ranks.rank == 0 else None
+    groups.waiter.run(lambda: dist.gather_object(mine, found, dst=0))
+    for theirs in found or ():
+        for n, state in theirs.items():
+            optimizer.state[parameters[n]] = state
+
+
+def keep_own_states(optimizer: torch.optim.Optimizer, ownership: Ownership) -> None:
+    """Drop the state of parameters that are not updated here."""
+    for parameter in _all_of(optimizer):
+        if not ownership.is_updated(parameter):
+            optimizer.state.pop(parameter, None)
+
+
+def _all_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _present(

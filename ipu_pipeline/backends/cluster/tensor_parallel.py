@@ -138,7 +138,7 @@ class TensorParallel(Slices):
             if forward is not None:
                 module.forward = forward
         for module, _ in () if gather else self._forwards:
-            module.forward = _refuse_slices  # type: ignore[assignment]
+            module.forward = _refuse_slices
         for (_, state, key), value in zip(states, found, strict=True):
             state[key] = value
         for parameter, value, gradient in zip(cut, values, gradients, strict=True):
@@ -159,7 +159,7 @@ class TensorParallel(Slices):
         twin = nn.Module()
         twin.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
         ALL_PARALLEL_STYLES[style].shard_param(twin, name, self._mesh)
-        made = twin._parameters[name]
+        made: Any = twin._parameters[name]
         if not isinstance(made, DTensor) or made.placements[0].is_replicate():
             return
         placement = made.placements[0]
@@ -172,7 +172,7 @@ class TensorParallel(Slices):
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._forwards.append((module, vars(module).get("forward")))
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _install(self, module: nn.Module, name: str) -> None:
         style, original = ALL_PARALLEL_STYLES[name], module.forward
@@ -212,7 +212,7 @@ class TensorParallel(Slices):
             self._open = (self._open and not rule.inside) or rule.gives_slices
             return result
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
     def _block(self, path: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block; nothing may be drawn for a slice, and no slice may leave it."""

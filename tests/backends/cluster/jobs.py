@@ -223,6 +223,7 @@ def digest(tensor: Tensor) -> str:
 
 def evaluation(name: str, planned: dict[str, Any], samples: int, **options: Any) -> dict[str, Any]:
     """Evaluate a batch of any size; compare with the unsplit model and the local target."""
+    options = {"loss_weights": None, **options}
     made, _ = compiled(name, planned=planned, learning_rate=None, **options)
     _, batch = TINY[name].build(batch_size=samples, seed=5)
     with made:

@@ -124,6 +124,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
 
     os.environ |= {
         "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -53,7 +53,12 @@ def from_meta(
         refused.append(str(caught.value))
 
     with ipp.compile(
-        model, plan, target="distributed", optimizer=optimizer, weights=weights
+        model,
+        plan,
+        target="distributed",
+        optimizer=optimizer,
+        weights=weights,
+        loss_weights="samples",
     ) as made:
         if load:
             made.load_checkpoint(load)

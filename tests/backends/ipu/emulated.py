@@ -124,6 +124,9 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3, weight_decay=0.01)
 
 
+_PLANS: dict[str, Plan] = {}
+
+
 @dataclass
 class Case:
     """A tiny model, its plan for IPUs, and batches.
@@ -145,13 +148,15 @@ class Case:
     plan: Plan = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plan = ipp.plan(
-            self.model,
-            self.example,
-            machine="pod16",
-            config=self.config,
-            replicas=self.config.replicas(),
-        )
+        options = {"machine": "pod16", "config": self.config, "replicas": self.config.replicas()}
+        self.plan = self._planned(self.model, options)
+
+    def _planned(self, model: nn.Module, options: dict[str, Any]) -> Plan:
+        """Plan once for all cases of the same model and options."""
+        key = repr((self.name, self.changes, options))
+        if key not in _PLANS:
+            _PLANS[key] = ipp.plan(model, self.example, **options)
+        return _PLANS[key]
 
     @property
     def copies(self) -> int:
@@ -180,7 +185,7 @@ class Case:
         """Compile a copy of the model for the local target, on one stage."""
         model = copy.deepcopy(self.model)
         copies = self.plan.num_microbatches * self.plan.replicas
-        plan = ipp.plan(model, self.example, num_stages=1, microbatches=copies)
+        plan = self._planned(model, {"num_stages": 1, "microbatches": copies})
         optimizer = make(model) if make else None
         # The device takes the mean of its microbatches' means.
         options = {"loss_weights": "samples", **options}

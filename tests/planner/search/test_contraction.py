@@ -49,7 +49,7 @@ def random_problem(seed):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), capacity=st.sampled_from([4.0, 8.0, 100.0]))
 def test_the_optimum_is_that_of_the_whole_problem(seed, capacity):
     problem = random_problem(seed)

@@ -1,0 +1,274 @@
+"""Steps in one process of several: this one runs its own stages, and each is given every batch.
+
+The inherited loop runs in every process on the same batches, so each has the same losses, metrics
+and decisions; the first one writes and prints. After a step each process has the gradients of its
+own stages: they are clipped by their norm over all processes, and the loop's optimizer then changes
+what has a gradient here. Weights and optimizer state of other stages come here when something
+reads them: a checkpoint, ``save_model``, callbacks that are not transformers' own, the end of
+``train``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ipu_pipeline.backends.cluster.consistency import together
+from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
+from ipu_pipeline.backends.cluster.layout import schedule_for
+from ipu_pipeline.backends.cluster.rendezvous import join_processes
+from ipu_pipeline.capture.inputs import NUM_ITEMS
+from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.planner.backend import find_machine
+from ipu_pipeline.stages.batch import split_batch
+from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.train.arguments import num_processes, process_index
+from ipu_pipeline.train.live_loss import LossRun, calls_of
+from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
+from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
+from ipu_pipeline.train.trainer_checks import check_processes
+
+if TYPE_CHECKING:
+    from ipu_pipeline.train.trainer import PipelineTrainer
+
+T = TypeVar("T")
+
+
+class ProcessSteps(CollectedSteps):
+    """The steps of a trainer whose stages are processes.
+
+    Args:
+        trainer: The ``PipelineTrainer``.
+    """
+
+    target = "distributed"
+    inside_step = "when each process has the gradients of its own stages only"
+    runs_alone = "the processes run the model alone"
+
+    def __init__(self, trainer: PipelineTrainer) -> None:
+        super().__init__(trainer)
+        self._is_stale = False
+        self._owns_group = False
+        self._group = _ProcessGroup()
+        self._depth = 0
+        self._read_at = frozenset[str]()
+
+    # ---- what transformers sees ---------------------------------------------------------
+
+    def enter(self) -> None:
+        """Join the other processes; the trainer's arguments are then those of one process.
+
+        Raises:
+            LoweringError: This process was not started by torchrun, or not all have come.
+        """
+        if join_processes(torch.device("cpu"), ExecutionOptions.stall_timeout_s + MARGIN_S):
+            self._owns_group = True
+        atexit.register(self._leave)
+        self._trainer.args = as_one_process(self._trainer.args)
+
+    def adapt(self, accelerator: Any) -> Any:
+        """Return the accelerator with which every process is given the whole batches."""
+        return WholeBatchAccelerator.of(accelerator, self._clip)
+
+    def num_stages(self, replicas: int) -> int:
+        """Return how many stages the processes run, one each.
+
+        Raises:
+            ValueError: The replicas cannot share the processes.
+        """
+        processes = num_processes()
+        if processes % replicas:
+            raise ValueError(
+                f"{replicas} replicas cannot share {processes} processes; start a multiple of "
+                f"{replicas}"
+            )
+        return processes // replicas
+
+    def plan(self, make: partial[Plan]) -> Plan:
+        """Return the plan that the first process makes, as what is measured differs."""
+        machine, replicas = make.keywords["machine"], make.keywords["replicas"]
+
+        def of_all_copies() -> Plan:
+            alike = machine == "local" and replicas > 1  # as many devices like this one
+            return make(machine=find_machine("local", num_processes()) if alike else machine)
+
+        return self.agreed(of_all_copies)
+
+    def agreed(self, work: Callable[[], T], *, everywhere: bool = False) -> T:
+        """Return what ``work`` returns in the first process, to all; what it raises, all raise.
+
+        ``everywhere``: each process does it, and all raise what it raises in any.
+        """
+        own: Callable[[], Any] = work if everywhere or process_index() == 0 else lambda: None
+        found: T = together(self._group, own)[0]
+        return found
+
+    # ---- training -----------------------------------------------------------------------
+
+    def check_training(self) -> None:
+        """Refuse to train what processes do not compute as one does.
+
+        Raises:
+            ValueError: The loss is computed outside of the model, a callback acts in a step, or
+                each process would choose its own hyperparameters.
+        """
+        super().check_training()
+        if self._trainer.hp_search_backend is not None:
+            raise ValueError(
+                "hyperparameter_search would choose other values in every process; run it in one "
+                "process, with target='local'"
+            )
+
+    def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:
+        """Run the microbatches of an optimizer step; return the loss of the step.
+
+        Args:
+            parts: Inputs of each, of all replicas.
+            num_items: As transformers counts them; ``None`` where the loss does not ask.
+
+        Raises:
+            LoweringError: The processes cannot run the plan.
+            StageError: This process or another one failed.
+        """
+        trainer = self._trainer
+        counted = num_items is not None and trainer.model_accepts_loss_kwargs
+        items = {NUM_ITEMS: torch.as_tensor(num_items)} if counted else {}
+        inputs = [{**share, **items} for part in parts for share in self._shares(part)]
+        weight = 1.0 if trainer._loss_is_whole(num_items) else 1 / len(inputs)
+        made = self._ready(inputs[0])
+        made.global_step = trainer.state.global_step
+        losses = made.forward_backward_parts(inputs, [weight] * len(inputs))
+        made.keep_own_optimizer_state(self._optimizer())
+        self._is_stale = True
+        return sum(losses) * weight
+
+    def _shares(self, part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return the microbatch of every replica."""
+        args = self._trainer.args
+        replicas = int(getattr(args, "replicas", 1))
+        if replicas == 1:
+            return [part]
+        return [m.inputs for m in split_batch(part, replicas, args.per_device_train_batch_size)]
+
+    def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+        assert isinstance(self.executable, DistributedExecutable)
+        return self.executable.clip_grad_norm(parameters, max_norm)
+
+    # ---- evaluation ---------------------------------------------------------------------
+
+    def predict(self, bodies: Sequence[Callable[[], Prediction]]) -> list[Prediction]:
+        """Run code that predicts a batch each; their calls of the model run together.
+
+        Code of the user's own runs one batch after another.
+        """
+        if not self._trainer._loss_is_inherited() and len(bodies) > 1:
+            return [found for body in bodies for found in self.predict([body])]
+        runs = [LossRun(body) for body in bodies]
+        modes = [module.training for module in self._trainer._whole_model.modules()]
+        try:
+            with calls_of(self._trainer._whole_model, self._called):
+                for run in runs:
+                    run.modes = modes
+                    run.start()
+                waiting = [(run, run.inputs) for run in runs if not run.finished]
+                inputs = [given for _, given in waiting if given is not None]
+                results = self._ready(inputs[0]).eval_parts(inputs) if inputs else []
+                for (run, _), result in zip(waiting, results, strict=True):
+                    run.resume(as_output(result))
+            return [run.result for run in runs]
+        finally:
+            for run in runs:
+                run.abandon()
+
+    def _called(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Answer a call of the model: by the code of a batch, or by a capture."""
+        run = LossRun.current()
+        if run is None:
+            return forward(*args, **kwargs)
+        if run.inputs is None and run.may_suspend(run.modes):
+            return self._trainer._widened(run.call(forward, args, kwargs))
+        self.fetch()
+        return self._trainer._in_one_piece(forward, args, kwargs)
+
+    # ---- the run ------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Surround what all processes run; they are told what this one raises."""
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                found = self._group.gather(self._events_of_users())
+                self._read_at = frozenset(event for events in found for event in events)
+            yield
+        except BaseException as error:
+            made, self.executable = self.executable, None
+            if made is not None:
+                made.__exit__(type(error), error, error.__traceback__)
+            raise
+        finally:
+            self._depth -= 1
+
+    def is_read_at(self, event: str) -> bool:
+        """Whether a callback of any process may read weights at an event."""
+        return event in self._read_at
+
+    def fetch(self, *, optimizer: bool = False) -> None:
+        """Bring the weights here up to date, and in the first process the optimizer's state."""
+        made = self.executable
+        if not isinstance(made, DistributedExecutable) or made.model is not self._trainer.model:
+            return
+        if self._is_stale:
+            made.state_dict()
+            self._is_stale = False
+        if optimizer:
+            made.collect_optimizer_state(self._optimizer())
+
+    def _ready(self, part: Mapping[str, Any]) -> DistributedExecutable:
+        """Return the executable of the present model (``model_init`` makes new ones)."""
+        if not self.has_executable():
+            self.close()
+            plan = self._trainer.planned(part)
+            check_processes(plan)
+            num_ranks = max(1, num_processes() // plan.replicas)
+            sizes = plan.num_stages, num_ranks, plan.num_microbatches
+            self.executable = self._trainer.compiled(
+                plan,
+                precision=self._trainer._precision,
+                schedule=schedule_for(
+                    plan.schedule, *sizes
+                ),  # few microbatches: another, if need be
+            )
+        assert isinstance(self.executable, DistributedExecutable)
+        return self.executable
+
+    def _leave(self) -> None:
+        """Leave when this process ends; the others are told of the error that ends it."""
+        made, self.executable = self.executable, None
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            if made is not None:
+                made.__exit__(type(error), error, error.__traceback__)
+            return
+        if isinstance(made, DistributedExecutable):
+            made.close(wait=False)
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _ProcessGroup:
+    """All-gathers of plain data over torch's group, before there is an executable."""
+
+    def gather(self, value: Any, kind: Any = Any) -> list[Any]:  # noqa: ARG002 - no message of others
+        """Return the values of all processes, by rank."""
+        found: list[Any] = [None] * num_processes()
+        dist.all_gather_object(found, value)
+        return found

@@ -1,0 +1,270 @@
+"""What PipelineTrainer does in one process, the reference, and in several; all of it plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.train import PipelineTrainer, TrainingArguments
+from tests.tiny_models import TINY
+from tests.train.eager_executable import Questions, tiny_bert
+from tests.train.helpers import QUIET, TWO_STAGES, run_script
+
+TIMES = ("runtime", "per_second")
+
+
+def history(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return everything logged but times."""
+    return [
+        {k: v for k, v in entry.items() if not any(word in k for word in TIMES)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def weights(trainer: Trainer) -> list[float]:
+    """Return a number for each parameter."""
+    return [float(p.detach().abs().sum()) for p in trainer.model.parameters()]
+
+
+def predicted(trainer: Trainer, data: Any) -> list[Any]:
+    found = trainer.predict(data).predictions
+    return [p.tolist() for p in (found if isinstance(found, tuple) else (found,))]
+
+
+def script(folder: str, name: str, **options: Any) -> dict[str, Any]:
+    """Run a script that was written for transformers' Trainer, and predict."""
+    trainer = run_script(
+        name, Path(folder), TWO_STAGES, num_train_epochs=2, num_train=38, **options
+    )
+    return {
+        "history": history(trainer),
+        "weights": weights(trainer),
+        "predictions": predicted(trainer, trainer.eval_dataset),
+        "files": sorted(p.name for p in Path(folder).iterdir()),
+    }
+
+
+def made(folder: str, data: Any = None, **changes: Any) -> PipelineTrainer:
+    """Return a trainer of a tiny BERT; ``more`` are further arguments of the trainer."""
+    more = {"eval_dataset": Questions(7, seed=2), **changes.pop("more", {})}
+    skipped = ("do_train", "do_eval")
+    options = {k: v for k, v in QUIET.items() if k not in skipped} | {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 3,
+        "adam_epsilon": 1e-3,  # rounding noise of zero gradients does not become steps
+    }
+    kind = changes.pop("kind", TrainingArguments)
+    args = kind(output_dir=folder, **options | changes)
+    set_seed(0)
+    return PipelineTrainer(
+        tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
+        args,
+        train_dataset=Questions(18) if data is None else data,
+        **{"num_stages": 2} | more,
+    )
+
+
+# ---- checkpoints --------------------------------------------------------------------------
+
+
+def kept(folder: str) -> dict[str, Any]:
+    """Train with checkpoints and the best model, resume in the middle of an epoch, stop early."""
+    saving = {
+        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "save_total_limit": 2, "load_best_model_at_end": True, "max_steps": 8,
+    }  # fmt: skip
+    whole = made(folder, **saving)
+    whole.train()
+    checkpoint = Path(folder) / "checkpoint-8"
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    again = made(f"{folder}-again", **saving)
+    again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-6"))
+    onward = made(folder, **saving | {"max_steps": 9, "load_best_model_at_end": False})
+    onward.train(resume_from_checkpoint=True)
+    patience = {"callbacks": [EarlyStoppingCallback(1)]}
+    stopped = made(f"{folder}-stopped", **saving, learning_rate=0.0, more=patience)
+    stopped.train()
+    return {
+        "whole": history(whole),
+        "weights": weights(whole),
+        "again": history(again),
+        "onward": history(onward),
+        "stopped": stopped.state.global_step,
+        "best": Path(str(whole.state.best_model_checkpoint)).name,
+        "files": sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*")),
+        "states": {n: sorted(state) for n, state in states.items()},
+    }
+
+
+# ---- data ---------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    """Questions without a length."""
+
+    def __iter__(self) -> Any:
+        return (Questions(18)[index] for index in range(18))
+
+
+class Long(Questions):
+    """Questions of several lengths."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        length = max(row["start_positions"] + 1, 4 + index % 9)
+        return {**row, "input_ids": row["input_ids"][:length]}
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate rows of several lengths."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    mask = [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
+    rest = {n: [row[n] for row in rows] for n in ("start_positions", "end_positions")}
+    columns = {"input_ids": ids, "attention_mask": mask, **rest}
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+class Reads(TrainerCallback):
+    """Reads weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(float(sum(p.detach().abs().sum() for p in model.parameters())))
+
+
+def data(folder: str) -> dict[str, Any]:
+    """Train on data of every kind."""
+    reader = Reads()
+    length = {"train_sampling_strategy": "group_by_length", "max_steps": -1, "num_train_epochs": 1}
+    trainers = {
+        "stream": made(folder, Stream(), max_steps=6, more={"callbacks": [reader]}),
+        "dropped": made(folder, dataloader_drop_last=True, max_steps=-1, num_train_epochs=1),
+        "lengths": made(folder, Long(18), **length, more={"data_collator": padded}),
+        "single": made(
+            folder,
+            gradient_accumulation_steps=1,
+            max_grad_norm=0.0,
+            lr_scheduler_type="reduce_lr_on_plateau",
+            eval_strategy="steps",
+            eval_steps=1,
+            include_num_input_tokens_seen="all",
+            label_names=["start_positions"],
+        ),
+    }
+    found = {}
+    for name, trainer in trainers.items():
+        trainer.train()
+        found[name] = history(trainer), weights(trainer), predicted(trainer, Questions(5, seed=3))
+        trainer.close()
+    return {**found, "seen": reader.seen}
+
+
+class Generating(PipelineTrainer, Seq2SeqTrainer):
+    pass
+
+
+def generated(folder: str) -> dict[str, Any]:
+    """Train T5, and predict by generating and by one call of the model."""
+    rows = [{"input_ids": [3 + i, 4, 5, 6], "labels": [5, 4, 3]} for i in range(8)]
+    args = Seq2SeqTrainingArguments(
+        output_dir=folder, predict_with_generate=True, generation_max_length=6, save_strategy="no",
+        use_cpu=True, max_steps=2, report_to="none", dataloader_pin_memory=False, logging_steps=1,
+        gradient_accumulation_steps=2, per_device_train_batch_size=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Generating(TINY["t5"].build()[0], args, train_dataset=rows, num_stages=2)
+    trainer.train()
+    words = predicted(trainer, rows[:3])
+    trainer.args.predict_with_generate = False
+    return {"history": history(trainer), "words": words, "logits": predicted(trainer, rows[:3])}
+
+
+# ---- copies of the pipeline ---------------------------------------------------------------
+
+
+def copied(folder: str) -> dict[str, Any]:
+    """Train with two copies of the pipeline, or with as many microbatches in one process."""
+    several = dist.is_initialized()
+    changes = {"replicas": 2} if several else {"gradient_accumulation_steps": 4}
+    trainer = made(folder, Questions(19), max_steps=-1, num_train_epochs=2, **changes)
+    trainer.train()
+    return {
+        "history": history(trainer),
+        "weights": weights(trainer),
+        "evaluation": trainer.evaluate()["eval_loss"],
+        "places": [trainer.plan.num_stages, trainer.plan.replicas] if several else [2, 2],
+    }
+
+
+# ---- what is refused, and what fails ------------------------------------------------------
+
+
+class Inside(TrainerCallback):
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        raise AssertionError
+
+
+def refused(folder: str) -> list[str]:
+    """Return what is said of that which processes do not do, or not alike."""
+    rank = dist.get_rank()
+    found = []
+
+    def says(kind: type[Exception], trainer: Any, **options: Any) -> None:
+        with pytest.raises(kind) as caught:
+            trainer().train(**options)
+        found.append(str(caught.value))
+
+    says(ValueError, lambda: made(folder, label_smoothing_factor=0.1))
+    # A callback of one process is refused in all.
+    callbacks = [Inside()] if rank == 1 else []
+    says(ValueError, lambda: made(folder, more={"callbacks": callbacks}))
+    says(ValueError, lambda: made(folder, save_strategy="steps"), resume_from_checkpoint=True)
+    says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
+    says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
+    whole = made(folder)
+    with pytest.raises(ValueError, match="of type 2, not 1; leave norm_type out"):
+        whole.accelerator.clip_grad_norm_(whole.model.parameters(), 1.0, norm_type=1)
+    return found
+
+
+def other_data(folder: str) -> str:
+    """Return what is said of data that are not the same."""
+    trainer = made(folder, Questions(18, seed=dist.get_rank()))
+    with pytest.raises(Exception, match="rank") as caught:
+        trainer.train()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+class Broken(Questions):
+    """Questions that one process cannot read to their end."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if dist.get_rank() == 1 and index == 17:
+            raise OSError("the disk of rank 1 is gone")
+        return super().__getitem__(index)
+
+
+def broken(folder: str) -> str:
+    """Return what is said when one process cannot read its data."""
+    trainer = made(folder, Broken(18), train_sampling_strategy="sequential", max_steps=9)
+    with pytest.raises(Exception, match="disk") as caught:
+        trainer.train()
+    return f"{type(caught.value).__name__}: {caught.value}"

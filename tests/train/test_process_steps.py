@@ -1,0 +1,107 @@
+"""PipelineTrainer in several processes: what one process gives, on every one of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backends.cluster import trainer_jobs
+from tests.backends.cluster.processes import Processes
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Compare plain data; numbers to 1e-6 of their size."""
+    if isinstance(expected, float) and isinstance(found, float | int):
+        same = math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
+        assert same or (math.isnan(found) and math.isnan(expected)), (where, found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_equal(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for n, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(mine, theirs, f"{where}[{n}]")
+    else:
+        assert found == expected, where
+
+
+def compare(processes: Processes, job: str, folder: Path, **options: Any) -> None:
+    """Run a job in several processes, and in this one as the reference."""
+    (folder / "one").mkdir()
+    found = processes.run(f"trainer_jobs.{job}", folder=str(folder / "many"), **options)
+    expected = getattr(trainer_jobs, job)(folder=str(folder / "one"), **options)
+    for mine in found:
+        assert_equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", ["qa", "classification", "causal_lm"])
+def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> None:
+    """Losses, norms, learning rates, metrics, predictions, weights and files, on every process."""
+    compare(two, "script", tmp_path, name=name)
+
+
+def test_checkpoints_the_best_model_resuming_and_an_early_stop(two, tmp_path) -> None:
+    compare(two, "kept", tmp_path)
+
+
+def test_data_of_every_kind(two, tmp_path) -> None:
+    compare(two, "data", tmp_path)
+
+
+def test_predictions_with_generation(two, tmp_path) -> None:
+    compare(two, "generated", tmp_path)
+
+
+def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    said = two.run("trainer_jobs.refused", folder=str(tmp_path / "out"))
+    messages = [
+        "the loss is computed outside of the model .*, and the processes run the model alone",
+        "Inside.on_pre_optimizer_step acts inside an optimizer step, when each process has",
+        "there is no complete checkpoint of the last run",
+        "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
+        "3 replicas cannot share 2 processes; start a multiple of 3",
+    ]
+    for own in said:
+        assert len(own) == len(messages)
+        for found, message in zip(own, messages, strict=True):
+            assert re.search(message, found), found
+
+
+@pytest.mark.acceptance
+def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+    four = Processes(4)
+    try:
+        compare(four, "copied", tmp_path)
+    finally:
+        four.close()
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ("other_data", "ValueError: rank 1 was called for .* but rank 0 with other values; give"),
+        ("broken", "OSError: the disk of rank 1 is gone"),
+    ],
+)
+def test_what_one_process_cannot_do_is_said_by_all(tmp_path, job, message) -> None:
+    processes = Processes(2)
+    try:
+        said = processes.run(f"trainer_jobs.{job}", folder=str(tmp_path))
+    finally:
+        processes.close()
+    assert all(re.search(message, text) for text in said), said
+    assert said[0].startswith("StageError: rank 1")
