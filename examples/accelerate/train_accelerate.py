@@ -25,6 +25,7 @@ import ipu_pipeline as ipp
 from ipu_pipeline.errors import CheckpointError, OutputError, first_line
 from ipu_pipeline.ir.files import make_folder, named
 from ipu_pipeline.ir.limits import check_counts
+from ipu_pipeline.train.arguments import num_processes
 
 MICRO_BATCH, MICROBATCHES, LENGTH, VOCAB = 4, 4, 16, 50
 
@@ -114,6 +115,11 @@ def main(argv: list[str] | None = None) -> list[float]:
         )
         if not 0 <= options.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {options.dropout}")
+        if num_processes() > 1:
+            raise ValueError(
+                f"this recipe runs all stages in one process, and {num_processes()} were started; "
+                "start it without torchrun, or use ipu_pipeline.train.PipelineTrainer"
+            )
         make_folder("--output_dir", options.output_dir)
     except (OutputError, ValueError) as error:
         parser.error(str(error))

@@ -159,8 +159,9 @@ class ProcessSteps(CollectedSteps):
         return [m.inputs for m in split_batch(part, replicas, args.per_device_train_batch_size)]
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        assert isinstance(self.executable, DistributedExecutable)
-        return self.executable.clip_grad_norm(parameters, max_norm)
+        if isinstance(self.executable, DistributedExecutable):
+            return self.executable.clip_grad_norm(parameters, max_norm)
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)  # no stage has run
 
     # ---- evaluation ---------------------------------------------------------------------
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ipu_pipeline.capture import capture
+from ipu_pipeline.capture import capture, operations
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.capture.patches import tracing_patches
 from ipu_pipeline.ir.attention import unfused
-from ipu_pipeline.ir.graph import BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph, OpRecord
 from tests.capture.toys import Layer, batch, toy
 from tests.tiny_models import TINY
 
@@ -170,3 +172,47 @@ def test_llama_70b_on_meta_stays_under_2_gb(root: Path) -> None:
     assert found["blocks"] == 80 + 3
     assert found["numel"] == 68_976_648_192
     assert found["rss"] < 2e9
+
+
+class Asking(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.double().float() if y.device.type == "cpu" else y
+
+
+class Casting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+class Holding(nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.held = [torch.ones(4)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.held[0].to(x)
+
+
+def linears(layer: Any, *, fake: bool) -> list[OpRecord]:
+    """Count a model of two such layers; ``fake``: tensors that are a CPU's may be needed."""
+
+    def body(self: Any, x: Tensor) -> Any:
+        return {"loss": self.layers[1](self.layers[0](x)).sum()}
+
+    allowed = operations.FakeTensorMode if fake else AssertionError
+    with mock.patch.object(operations, "FakeTensorMode", allowed):
+        graph = capture(toy(body, lambda: layer(4, 4)), batch(x=torch.ones(2, 4))).graph
+    return [op for block in graph.blocks for op in block.forward_ops]
+
+
+def test_plain_blocks_are_counted_without_fake_tensors() -> None:
+    assert any(op.name == "aten.addmm" for op in linears(nn.Linear, fake=False))
+
+
+def test_what_depends_on_the_device_is_counted_as_on_a_cpu() -> None:
+    copies = [op.dtype for op in linears(Asking, fake=True) if op.name == "aten._to_copy"]
+    assert copies == ["float64", "float32"] * 2
+    assert "bfloat16" in {op.dtype for op in linears(Casting, fake=True) if op.flops}
+    assert not [op for op in linears(Holding, fake=True) if op.name == "aten._to_copy"]

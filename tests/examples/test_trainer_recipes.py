@@ -68,6 +68,22 @@ def test_wrong_options_are_refused_at_once(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["accelerate", "lightning"])
+def test_several_processes_are_refused(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        recipe(root, name).main([])
+    assert "this recipe runs all stages in one process, and 2 were" in capsys.readouterr().err
+
+
 # ---- accelerate ---------------------------------------------------------------------------
 
 

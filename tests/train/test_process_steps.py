@@ -47,22 +47,23 @@ def compare(processes: Processes, job: str, folder: Path, **options: Any) -> Non
         assert_equal(mine, expected)
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("name", ["qa", "classification", "causal_lm"])
 def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> None:
     """Losses, norms, learning rates, metrics, predictions, weights and files, on every process."""
     compare(two, "script", tmp_path, name=name)
 
 
-def test_checkpoints_the_best_model_resuming_and_an_early_stop(two, tmp_path) -> None:
+def test_checkpoints_the_best_model_and_resuming(two, tmp_path) -> None:
+    """Logs, with dropout, are those of one process, and so are the files and what is in them."""
     compare(two, "kept", tmp_path)
 
 
-def test_data_of_every_kind(two, tmp_path) -> None:
-    compare(two, "data", tmp_path)
-
-
-def test_predictions_with_generation(two, tmp_path) -> None:
-    compare(two, "generated", tmp_path)
+@pytest.mark.acceptance
+@pytest.mark.parametrize("job", ["further", "data", "generated"])
+def test_other_trainings(two, tmp_path, job) -> None:
+    """Early stops, data of every kind, generation."""
+    compare(two, job, tmp_path)
 
 
 def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
@@ -74,6 +75,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
         "there is no complete checkpoint of the last run",
         "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
         "3 replicas cannot share 2 processes; start a multiple of 3",
+        "hyperparameter_search would choose other values in every process; run it in one",
     ]
     for own in said:
         assert len(own) == len(messages)
@@ -90,6 +92,7 @@ def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
         four.close()
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize(
     ("job", "message"),
     [

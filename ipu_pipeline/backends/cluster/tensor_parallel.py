@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.overrides import TorchFunctionMode
-from transformers.distributed import tensor_parallel as styles
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _AllReduceBackward
 
 from ipu_pipeline.backends.cluster.cut_plan import STYLES, CutPlan
 from ipu_pipeline.checkpoint.slices import Slices
@@ -50,6 +48,9 @@ class TensorParallel(Slices):
         plan: What is cut, and how.
         mesh: The ranks that share every product, one of them this one.
     """
+
+    # A call without values is a capture, which computes shapes of whole tensors.
+    only_shapes = True
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class TensorParallel(Slices):
         # Their own code says how, for a parameter of the same shape.
         twin = nn.Module()
         twin.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
-        ALL_PARALLEL_STYLES[style].shard_param(twin, name, self._mesh)
+        _style(style).shard_param(twin, name, self._mesh)
         made: Any = twin._parameters[name]
         if not isinstance(made, DTensor) or made.placements[0].is_replicate():
             return
@@ -175,7 +176,10 @@ class TensorParallel(Slices):
         module.forward = forward
 
     def _install(self, module: nn.Module, name: str) -> None:
-        style, original = ALL_PARALLEL_STYLES[name], module.forward
+        from transformers.distributed import tensor_parallel as styles
+        from transformers.distributed.parallel_utils import _AllReduceBackward
+
+        style, original = _style(name), module.forward
         cuts = {n: cut for n, p in module._parameters.items() if (cut := self._cuts.get(id(p)))}
         summed = isinstance(style, styles.ReplicatedWithGradAllReduce)
         as_dtensors = isinstance(
@@ -204,7 +208,8 @@ class TensorParallel(Slices):
         parallel, rule = module.forward, STYLES[name]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(a, Tensor) and a.is_meta for a in (*args, *kwargs.values())):
+            given = (*args, *kwargs.values())
+            if self.only_shapes and any(isinstance(a, Tensor) and a.is_meta for a in given):
                 with _without_values(module, cuts):  # only shapes are computed: nothing is sent
                     return original(*args, **kwargs)
             self._open = (self._open and not rule.takes_slices) or rule.inside
@@ -225,6 +230,13 @@ class TensorParallel(Slices):
                 "granularity='layer', or name in model.tp_plan what puts them together again"
             )
         return result
+
+
+def _style(name: str) -> Any:
+    """Return a style of transformers, of versions that have them (see :func:`cut_plan`)."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    return ALL_PARALLEL_STYLES[name]
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -18,8 +18,10 @@ from transformers import (
     set_seed,
 )
 
+import ipu_pipeline as ipp
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.train import PipelineTrainer, TrainingArguments
+from tests.backends.cluster.jobs import built
 from tests.tiny_models import TINY
 from tests.train.eager_executable import Questions, tiny_bert
 from tests.train.helpers import QUIET, TWO_STAGES, run_script
@@ -83,33 +85,42 @@ def made(folder: str, data: Any = None, **changes: Any) -> PipelineTrainer:
 # ---- checkpoints --------------------------------------------------------------------------
 
 
+SAVING = {
+    "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+    "save_total_limit": 2, "load_best_model_at_end": True, "max_steps": 5,
+}  # fmt: skip
+
+
 def kept(folder: str) -> dict[str, Any]:
-    """Train with checkpoints and the best model, resume in the middle of an epoch, stop early."""
-    saving = {
-        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
-        "save_total_limit": 2, "load_best_model_at_end": True, "max_steps": 8,
-    }  # fmt: skip
-    whole = made(folder, **saving)
+    """Train with checkpoints and the best model; resume in the middle of an epoch."""
+    whole = made(folder, **SAVING)
     whole.train()
-    checkpoint = Path(folder) / "checkpoint-8"
-    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    again = made(f"{folder}-again", **saving)
-    again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-6"))
-    onward = made(folder, **saving | {"max_steps": 9, "load_best_model_at_end": False})
-    onward.train(resume_from_checkpoint=True)
-    patience = {"callbacks": [EarlyStoppingCallback(1)]}
-    stopped = made(f"{folder}-stopped", **saving, learning_rate=0.0, more=patience)
-    stopped.train()
+    states = torch.load(Path(folder) / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    again = made(f"{folder}-again", **SAVING)
+    again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-4"))
     return {
         "whole": history(whole),
         "weights": weights(whole),
         "again": history(again),
-        "onward": history(onward),
-        "stopped": stopped.state.global_step,
         "best": Path(str(whole.state.best_model_checkpoint)).name,
         "files": sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*")),
         "states": {n: sorted(state) for n, state in states.items()},
     }
+
+
+def further(folder: str) -> dict[str, Any]:
+    """Go on from the newest checkpoint, stop early, and train once more."""
+    made(folder, **SAVING).train()
+    onward = made(folder, **SAVING | {"max_steps": 6, "load_best_model_at_end": False})
+    onward.train(resume_from_checkpoint=True)
+    patience = {"callbacks": [EarlyStoppingCallback(1)]}
+    stopped = made(
+        f"{folder}-stopped", **SAVING | {"max_steps": 9}, learning_rate=0.0, more=patience
+    )
+    stopped.train()
+    first = stopped.state.global_step
+    stopped.train()
+    return {"onward": history(onward), "stopped": [first, history(stopped)]}
 
 
 # ---- data ---------------------------------------------------------------------------------
@@ -240,8 +251,16 @@ def refused(folder: str) -> list[str]:
     says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
     says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
     whole = made(folder)
+    whole.hp_search_backend = "optuna"  # as hyperparameter_search sets it
+    says(ValueError, lambda: whole)
     with pytest.raises(ValueError, match="of type 2, not 1; leave norm_type out"):
         whole.accelerator.clip_grad_norm_(whole.model.parameters(), 1.0, norm_type=1)
+    model, plan, _ = built("bert-qa", num_stages=2)
+    with (
+        ipp.compile(model, plan, target="distributed") as executable,
+        pytest.raises(LoweringError, match="known after the first forward and backward pass"),
+    ):
+        executable.clip_grad_norm(model.parameters(), 1.0)
     return found
 
 
