@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ipu_pipeline.capture.captured import CapturedModel, model_identity
+from ipu_pipeline.capture.cut_tensors import cut_styles
 from ipu_pipeline.capture.operations import OperationCounter
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
@@ -19,7 +20,11 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
     parameters = parameter_specs(model, programs)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     counter = OperationCounter(
-        captured.specs, captured.example_values, training=captured.training, on_meta=on_meta
+        captured.specs,
+        captured.example_values,
+        training=captured.training,
+        on_meta=on_meta,
+        styles=cut_styles(model),
     )
     counted = {program.name: counter.count(program) for program in programs}
     kept = {
@@ -36,6 +41,8 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
             for name, num_bytes in zip(program.outputs, operations.output_bytes, strict=True)
             if name in kept
         )
+        workspace = max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes)
+        whole = operations.whole_peak_bytes - (operations.saved_bytes - operations.cut_bytes)
         blocks.append(
             Block(
                 name=program.name,
@@ -48,7 +55,9 @@ def block_graph(captured: CapturedModel) -> BlockGraph:
                 backward_ops=operations.backward,
                 saved_bytes=operations.saved_bytes,
                 kept_bytes=kept_bytes,
-                workspace_bytes=max(0, operations.peak_bytes - operations.saved_bytes - kept_bytes),
+                workspace_bytes=workspace,
+                cut_bytes=operations.cut_bytes,
+                cut_workspace_bytes=min(workspace, max(0, workspace - whole + kept_bytes)),
                 uses_random=any(
                     op.kind == "random" or "_dropout" in op.name for op in operations.forward
                 ),

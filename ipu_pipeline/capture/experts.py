@@ -70,6 +70,7 @@ def _made(
     with recorder.unrecorded() if recorder is not None else nullcontext():
         made = make()
     if recorder is not None:
+        recorder.follow((first, second), (made,))
         tensors = (first, second, made)
         num_rows = len(second)
         *_, inner, outer = next((x for x in tensors if x.ndim == 3), made).shape

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ipu_pipeline.capture.attention import CountedAttention, attention_window
+from ipu_pipeline.capture.cut_tensors import CutTensors
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import without_gradient_hooks
 from ipu_pipeline.capture.places import restored_places
@@ -105,6 +106,8 @@ class Operations:
         forward: Operations of the forward pass.
         backward: Operations of the backward pass.
         saved_bytes: Bytes kept for the backward pass, without parameters and block inputs.
+        cut_bytes: Those of them that ranks of tensor parallelism have slices of.
+        whole_peak_bytes: Most bytes alive at one time of all else, as ``peak_bytes``.
         peak_bytes: Most bytes alive at one time in either pass, without parameters, their
             gradients, and block inputs.
         output_bytes: Bytes that each output adds to ``saved_bytes`` while it is alive.
@@ -117,6 +120,8 @@ class Operations:
     peak_bytes: int
     output_bytes: tuple[int, ...]
     keeps_inputs: tuple[bool, ...]
+    cut_bytes: int = 0
+    whole_peak_bytes: int = 0
 
 
 class OperationCounter:
@@ -132,8 +137,10 @@ class OperationCounter:
         *,
         training: bool,
         on_meta: bool,
+        styles: Mapping[int, str] | None = None,
     ) -> None:
         self.specs = specs
+        self.styles = styles or {}
         self.example_values = lru_cache(maxsize=1)(example_values)
         self.training = training
         self.on_meta = on_meta
@@ -141,7 +148,9 @@ class OperationCounter:
 
     def count(self, program: Program) -> Operations:
         """Return the operations of ``program``."""
-        signature = program_signature(program, self.specs), attention_window(program.module)
+        cut = tuple(self.styles.get(id(p), "") for p in program.module.parameters())
+        window = attention_window(program.module)
+        signature = program_signature(program, self.specs), window, cut
         if signature not in self._known:
             with restored_places(program.module), without_gradient_hooks(program.module):
                 self._known[signature] = self._counted(program)
@@ -198,7 +207,12 @@ class OperationCounter:
                 state = {n: t.detach().clone().requires_grad_(t.requires_grad)
                          for n, t in state.items()}  # fmt: skip
             inputs = [self._input(name, device, real=real) for name in program.inputs]
-            return _measure(module, state, inputs, training=self.training, only_meta=strict)
+            cuts = CutTensors(
+                (state[name], self.styles[id(parameter)])
+                for name, parameter in module.named_parameters()
+                if id(parameter) in self.styles
+            )
+            return _measure(module, state, inputs, cuts, training=self.training, only_meta=strict)
 
     def _input(self, name: str, device: str, *, real: bool) -> Any:
         spec = self.specs[name]
@@ -225,6 +239,7 @@ def _measure(
     module: torch.nn.Module,
     state: Mapping[str, Tensor],
     inputs: Sequence[Any],
+    cuts: CutTensors,
     *,
     training: bool,
     only_meta: bool,
@@ -235,7 +250,7 @@ def _measure(
         weight.grad = torch.empty_like(weight)  # as after an earlier microbatch
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     live = LiveBytes([*state.values(), *gradients, *(v for v in inputs if isinstance(v, Tensor))])
-    recorder = Recorder(live, gradients, only_meta=only_meta)
+    recorder = Recorder(live, gradients, cuts, only_meta=only_meta)
     alike = _DeviceIsNotAsked() if only_meta else contextlib.nullcontext()
     attending = CountedAttention(recorder, attention_window(module))
     taken: list[Tensor] = []
@@ -245,7 +260,7 @@ def _measure(
         else value
         for value in inputs
     )
-    saved = LiveBytes([])
+    saved, saved_slices = LiveBytes([]), LiveBytes([])
     saved_inputs: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
@@ -253,6 +268,7 @@ def _measure(
             saved_inputs.add(storage_key(tensor))
         else:
             saved.note([tensor])
+            saved_slices.note([tensor] if tensor in cuts else [])
         return tensor
 
     with (
@@ -264,6 +280,7 @@ def _measure(
     ):
         outputs = torch.func.functional_call(module, dict(state), entered)
     forward, peak, saved_bytes = recorder.take(), live.take_peak(), saved.now
+    cut_bytes = saved_slices.now
     output_bytes = tuple(_added(outputs, live, saved.keys()))
     roots = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
     if training and roots:
@@ -274,6 +291,7 @@ def _measure(
         seed = torch.ones_like(end)
         del outputs, roots, root  # unsaved tensors are freed
         live.take_peak()
+        cuts.backward = True
         with alike, recorder:
             torch.autograd.backward(end, seed)
         peak = max(peak, live.take_peak())
@@ -284,6 +302,8 @@ def _measure(
         peak,
         output_bytes,
         tuple(isinstance(v, Tensor) and storage_key(v) in saved_inputs for v in inputs),
+        cut_bytes,
+        recorder.whole_peak,
     )
 
 
@@ -359,13 +379,24 @@ class Recorder(TorchDispatchMode):
 
     What is added to ``gradients``, those of the parameters, is work of the optimizer step.
     ``only_meta``: A tensor that is not on meta is an error: on a device, none would be moved.
+
+    Attributes:
+        live: Storages that are alive.
+        cuts: Those of tensor parallelism.
+        whole_peak: Most bytes alive at one time that are no slices.
     """
 
     def __init__(
-        self, live: LiveBytes, gradients: Sequence[Tensor], *, only_meta: bool = False
+        self,
+        live: LiveBytes,
+        gradients: Sequence[Tensor],
+        cuts: CutTensors,
+        *,
+        only_meta: bool = False,
     ) -> None:
         super().__init__()
-        self.live = live
+        self.live, self.cuts, self.whole_peak = live, cuts, 0
+        self._slices = LiveBytes([])
         self.only_meta = only_meta
         self._recording = True
         self._gradients = {storage_key(gradient) for gradient in gradients}
@@ -402,8 +433,16 @@ class Recorder(TorchDispatchMode):
         recorded = not is_view and outputs and self._recording
         if recorded and storage_key(outputs[0]) not in self._gradients:
             self._note(func, args, kwargs, result, outputs)
-        self.live.note(outputs)
+        self.follow([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], outputs)
         return result
+
+    def follow(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Note what an operation made."""
+        self.live.note(outputs)
+        self.cuts.note(inputs, outputs)
+        self._slices.note(t for t in outputs if t in self.cuts and not self.live.is_apart(t))
+        if self._recording:  # else what they are is noted next
+            self.whole_peak = max(self.whole_peak, self.live.now - self._slices.now)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]

@@ -171,6 +171,9 @@ class Block:
             are not in ``saved_bytes``.
         workspace_bytes: Most bytes alive at one time while it runs forward or backward, beyond
             ``saved_bytes``, ``kept_bytes``, parameters, their gradients, and its inputs.
+        cut_bytes: Part of ``saved_bytes`` that ranks of tensor parallelism have slices of, by the
+            model's own plan of what is cut; all else is whole on each of them.
+        cut_workspace_bytes: The same of ``workspace_bytes``.
         uses_random: Whether it draws random numbers in training mode.
     """
 
@@ -186,6 +189,8 @@ class Block:
     kept_bytes: Count = 0
     workspace_bytes: Count = 0
     uses_random: bool = False
+    cut_bytes: Count = 0
+    cut_workspace_bytes: Count = 0
 
     @property
     def forward_flops(self) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.backends.cluster.collective_log import CollectiveLog
+from ipu_pipeline.backends.cluster.cut_plan import cut_plan
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.heartbeat import Activity
 from ipu_pipeline.backends.cluster.layout import Layout
@@ -42,6 +42,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     share_updated,
     sum_over_ranks,
 )
+from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.patches import SDPA, patched_attention
@@ -131,33 +132,18 @@ class _PlayedAttention(TorchFunctionMode):
         return out
 
 
-class _PlayedGroups(Groups):
-    """The groups of one rank of ``(replicas, ranks of a pipeline, ranks that share a stage)``."""
+class _PlayedSlices(TensorParallel):
+    """Slices whose modules compute, and call collectives, on tensors without data too."""
 
-    def __init__(self, layout: Layout, tp: int, waiter: _NoWaiter) -> None:
-        names = ("replicas", "pipeline", "tensor parallel")
-        self.layout = layout
-        self.mesh = init_device_mesh(
-            "cpu", (layout.num_replicas, layout.num_ranks, tp), mesh_dim_names=names
-        )
-        self.device = torch.device("cpu")  # of flags and numbers, which are read
-        self.pipeline = self.mesh.get_group("pipeline")
-        self.replicas = self.mesh.get_group("replicas")
-        self.ranks: Any = _NoRanks(waiter)
-        self.waiter: Any = waiter
-        self.holders = {}
-        self.named = {name: self.mesh.get_group(name) for name in names}
-        self._tp = tp
+    only_shapes = False
 
-    def make_holders(self, sets: Sequence[tuple[int, ...]]) -> None:
-        for positions in sets:
-            if self.layout.position in positions:
-                own, width = self.layout.rank % self._tp, self.layout.num_ranks
-                ranks = [
-                    (self.layout.replica * width + position) * self._tp + own
-                    for position in positions
-                ]
-                self.holders[positions] = dist.new_group(ranks, use_local_synchronization=True)
+
+def _named(groups: Groups) -> dict[str, dist.ProcessGroup]:
+    return {
+        "tensor parallel": groups.slices.get_group(),
+        "pipeline": groups.pipeline,
+        "replicas": groups.replicas,
+    }
 
 
 class _PlayedStage(AgreedSizes, _NotedStage):
@@ -179,8 +165,8 @@ class _PlayedPipeline(TrainingPipeline):
                 stage.dw_builder = lambda: lambda: None
         self._untried = False
 
-    def _loss(self, microbatches: Sequence[Microbatch]) -> float:  # noqa: ARG002
-        return 0.0
+    def _losses(self, microbatches: Sequence[Microbatch]) -> dict[int, float]:  # noqa: ARG002
+        return {}
 
 
 @dataclass(frozen=True)
@@ -257,7 +243,7 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
     numbers = {device: number for number, device in enumerate(dict.fromkeys(devices))}
     positions = tuple(numbers[device] for device in devices)
     width = len(numbers)
-    layout = Layout(rank // settings.tp, plan.replicas, width, plan.num_stages, positions)
+    layout = Layout(rank, plan.replicas, width, plan.num_stages, positions, settings.tp)
     captured = capture(model, batch, granularity=plan.granularity)
     blocks = place_blocks(captured, plan)
     kind, shape = plan_shape(plan)
@@ -266,11 +252,13 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
     activity = _PlayedActivity()
     activity.tally = tally
     with fake_ranks(rank, plan.replicas * width * settings.tp), ExitStack() as entered:
-        groups = _PlayedGroups(layout, settings.tp, _NoWaiter(activity))
+        ranks: Any = _NoRanks(_NoWaiter(activity))
+        groups = Groups(layout, torch.device("cpu"), ranks)  # of flags and numbers, which are read
+        cuts = cut_plan(model, plan, settings.tp)
+        _PlayedSlices(model, None, cuts, groups.slices).install()
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
-        log = CollectiveLog(
-            {"all ranks": dist.distributed_c10d._get_default_group(), **groups.named}
-        )
+        everyone = dist.distributed_c10d._get_default_group()
+        log = CollectiveLog({"all ranks": everyone, **_named(groups)})
         for region in (grouped_without_values(), _PlayedAttention(), log, tally):
             entered.enter_context(region)
         _step(plan, settings, model, stages, groups, batch, tally, number)
@@ -285,7 +273,7 @@ def _step(
     settings: GpuSettings,
     model: nn.Module,
     stages: Sequence[Stage],
-    groups: _PlayedGroups,
+    groups: Groups,
     batch: Mapping[str, Tensor],
     tally: MemoryTally,
     microbatches: int,

@@ -89,6 +89,7 @@ class RankEngine:
         reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
             what its allocator reserved is counted.
         whole_graph: The step is one CUDA graph: no launch costs time, nothing waits for the host.
+        slices_experts: Ranks of tensor parallelism have a slice of every expert.
         widened_update: The update takes all gradients of a rank in float32 at one time.
     """
 
@@ -103,6 +104,7 @@ class RankEngine:
     pipeline_overlap: float = 0.0
     reserved_share: float = 1.0
     whole_graph: bool = False
+    slices_experts: bool = False
     widened_update: bool = False
     pipeline_inner: bool = False
     weight_bytes: int = 2
@@ -121,7 +123,9 @@ EAGER = RankEngine()
 # Megatron-Core with Transformer Engine: half of the collectives runs beside other kernels.
 MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeline_overlap=0.5)
 # torch's operations one by one, as this project's own processes run them.
-TORCH = RankEngine(pipeline_inner=True, whole_backward=True, widened_update=True)
+TORCH = RankEngine(
+    pipeline_inner=True, whole_backward=True, widened_update=True, slices_experts=True
+)
 ENGINES = {"torch": TORCH, "megatron": MEGATRON}
 
 

@@ -177,13 +177,33 @@ class RankPricer:
             )
         return self.recomputed(block, found)
 
+    def sliced(self, graph: BlockGraph) -> BlockGraph:
+        """Return a graph with the bytes that a rank keeps where only what is cut is shared.
+
+        Without sequence parallelism all that lies between the cut parts of a layer is whole on
+        every rank (Korthikanti et al., section 4.2.1).
+        """
+        share = 1 - 1 / self.sizes.tp
+        blocks = tuple(
+            replace(
+                block,
+                saved_bytes=block.saved_bytes - int(share * block.cut_bytes),
+                workspace_bytes=block.workspace_bytes - int(share * block.cut_workspace_bytes),
+            )
+            for block in graph.blocks
+        )
+        return replace(graph, blocks=blocks)
+
     def parameters(self, block: Block) -> RankParameters:
         """Return this rank's part of the weights of a block."""
         found = RankParameters()
         for fqn in block.parameters:
             spec = self.graph.parameter_by_fqn[fqn]
             of_experts = ".experts." in fqn
-            numel = spec.numel / (self.sizes.ep if of_experts else self.sizes.tp)
+            shares = self.sizes.ep if of_experts else self.sizes.tp
+            if of_experts and self.engine.slices_experts:
+                shares *= self.sizes.tp
+            numel = spec.numel / shares
             if not (spec.trainable and self.graph.training):
                 found += RankParameters(frozen=numel)
             else:
@@ -308,7 +328,8 @@ class RankPricer:
     def _copies(self) -> tuple[int, int]:
         """Ranks that hold the same weights, and the same weights of experts."""
         same = self.sizes.dp * self.sizes.cp
-        return same, max(1, same * self.sizes.tp // self.sizes.ep)
+        own = 1 if self.engine.slices_experts else self.sizes.tp
+        return same, max(1, same * own // self.sizes.ep)
 
     def state_bytes(self, held: RankParameters) -> float:
         """Bytes of weights, gradients and optimizer state of a rank."""

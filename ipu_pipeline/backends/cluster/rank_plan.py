@@ -74,9 +74,14 @@ class RankCosts:
     ) -> tuple[Mapping[str, tuple[BlockChoice, ...]], tuple[tuple[str, ...], ...], bool]:
         """Ways of every block, blocks that stay together, and whether stashes go in order."""
         graph, sizes = self.work.graph, self.sizes
-        if not self.pricer.engine.fused and sizes.tp * sizes.cp * sizes.ep == 1:
-            found = counted_costs(self.work)
+        if not self.pricer.engine.fused and sizes.cp * sizes.ep == 1:
+            work = self.work
+            if sizes.tp > 1:
+                work = replace(work, graph=self.pricer.sliced(graph))
+            found = counted_costs(work)
             menus = {name: cost.choices for name, cost in found.blocks.items()}
+            if sizes.tp > 1:
+                menus = {name: self._timed(name, ways) for name, ways in menus.items()}
             return menus, found.together, found.frees_in_order
         sliced = sorted(name for name, factor in self.work.factors.items() if factor > 1)
         if sliced:
@@ -89,6 +94,19 @@ class RankCosts:
         places = [graph.block_index[name] for name in ends]
         joined = len(ends) > 1 and places == list(range(places[0], places[0] + len(ends)))
         return self._rank_menus(), (ends,) if joined else (), False
+
+    def _timed(self, name: str, ways: tuple[BlockChoice, ...]) -> tuple[BlockChoice, ...]:
+        """Return ways of a block with the seconds that a rank takes for its part of it."""
+        own, plain = self.pricer.block(self.work.graph[name]), ways[0]
+        return tuple(
+            replace(
+                way,
+                forward_s=own.forward_s + way.forward_s - plain.forward_s,
+                backward_s=own.backward_s
+                + (own.forward_s if way.recompute else way.backward_s - plain.backward_s),
+            )
+            for way in ways
+        )
 
     def _rank_menus(self) -> dict[str, tuple[BlockChoice, ...]]:
         whole = replace(self.pricer, sizes=replace(self.sizes, recompute=("full",)))
