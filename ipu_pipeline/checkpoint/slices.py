@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Slices:
@@ -16,6 +16,19 @@ class Slices:
 
     index: int = 0
     size: int = 1
+
+    def install(self) -> None:
+        """Let the model's modules run on slices."""
+
+    def undo(self, optimizer: torch.optim.Optimizer | None, *, gather: bool) -> None:
+        """Give the modules their own code back, and parameters and states their whole values.
+
+        Without ``gather`` these stay slices, and the modules refuse to run.
+        """
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a state dict of whole tensors; all that share them call this."""
+        return model.state_dict()
 
     def is_cut(self, tensor: Tensor) -> bool:
         """Whether a slice of a parameter is here, and not all of it."""
@@ -38,6 +51,14 @@ class Slices:
         """Return all of what is, or belongs to, the parameter ``of``; all sharers call this."""
         del of
         return part
+
+    def placeholder(self, of: Tensor) -> Tensor:
+        """Return what transformers reads this process's slice of a parameter for."""
+        return of
+
+    def read(self, value: Tensor) -> Tensor:
+        """Return this process's slice of what was read for a placeholder."""
+        return value
 
 
 UNCUT = Slices()

@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, shown
 from ipu_pipeline.ir.codec import read_json
 
@@ -55,6 +56,7 @@ def materialize(
     weights: str | Path | None = None,
     seed: int = 0,
     held: Collection[str] | None = None,
+    slices: Slices = UNCUT,
 ) -> None:
     """Give a model on ``meta`` its tensors, in place: optimizers keep its parameters.
 
@@ -64,6 +66,7 @@ def materialize(
             what is held is read; ``None``: from scratch.
         seed: Of parameters that are initialised.
         held: Names of the parameters that this process needs, of tied ones any; ``None``: all.
+        slices: What of each it needs. What is initialised is whole for a moment.
 
     Raises:
         LoweringError: ``weights`` are given for a model that has values, the files cannot be read
@@ -80,7 +83,7 @@ def materialize(
     wanted = set(names) if held is None else {id_ for id_, own in names.items() if own & set(held)}
     read: dict[str, Tensor] = {}
     if weights is not None:
-        files = _Files(Path(weights))
+        files = _Files(Path(weights), slices)
         read = files.tensors_of(model, set().union(*(names[key] for key in wanted)))
         if not files.matched:
             first = next(name for name, _ in model.named_parameters())
@@ -97,16 +100,24 @@ def materialize(
             value = _stand_in(parameter)
         elif value is None:
             missing.add(key)
-            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+            value = torch.empty(slices.shape(parameter), dtype=parameter.dtype)
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
     buffers = _materialize_buffers(model, read)
     _initialize(model, seed, missing, buffers)
+    _cut(model, missing, slices)
     if weights is not None and missing:
         new = sorted(min(names[key]) for key in missing)
         logger.warning(
             "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
             ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
         )  # fmt: skip
+
+
+def _cut(model: nn.Module, missing: Collection[int], slices: Slices) -> None:
+    """Keep the slices of what was initialised as a whole."""
+    for parameter in model.parameters():
+        if id(parameter) in missing:
+            parameter.data = slices.part(parameter, parameter.data)
 
 
 @contextmanager
@@ -262,14 +273,17 @@ class _KeyedByName(TorchFunctionMode):
 class _Files:
     """The safetensors files of a folder, opened one by one where they are needed.
 
+    ``slices`` says what of each tensor is needed.
+
     Attributes:
         folder: Where they are.
         files: Name of the file of every tensor.
         matched: Whether any of them is a tensor of the model, held here or not.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, slices: Slices) -> None:
         self.folder = folder
+        self._of = slices
         self.matched = False
         index = folder / INDEX
         if index.is_file():
@@ -316,13 +330,13 @@ class _Files:
                 found = {name: part[:] if part.get_shape() else part[...]
                          for name, part in slices.items()}  # fmt: skip
         for name, tensor in found.items():
-            if tensor.shape != state[name].shape:
+            if tensor.shape != self._of.shape(state[name]):
                 raise LoweringError(
                     f"{name} is {tuple(tensor.shape)} in {self.folder} and "
-                    f"{tuple(state[name].shape)} in {type(model).__name__}; use the weights of "
-                    "this model"
+                    f"{tuple(self._of.shape(state[name]))} in {type(model).__name__}; use the "
+                    "weights of this model"
                 )
-        return {name: tensor.to(state[name].dtype) for name, tensor in found.items()}
+        return {n: self._of.read(tensor).to(state[n].dtype) for n, tensor in found.items()}
 
     def _converted(
         self, model: PreTrainedModel, state: dict[str, Tensor], needed: set[str]
@@ -344,6 +358,12 @@ class _Files:
         self.matched = any(not state.keys().isdisjoint(names) for names in made.values())
         sources = {source for source, names in made.items() if needed & names}
         skeleton = copy.deepcopy(model)
+        twins = dict(skeleton.named_modules())
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            path, _, own = name.rpartition(".")
+            part = self._of.placeholder(parameter)
+            if part is not parameter:
+                twins[path]._parameters[own] = nn.Parameter(part)
         with ExitStack() as opened:
             convert_and_load_state_dict_in_model(
                 skeleton,

@@ -46,6 +46,7 @@ from ipu_pipeline.train.trainer_checks import (
     check_class,
     check_folder,
     check_plan,
+    check_whole,
     chosen_target,
     inherited_from,
     recomputes,
@@ -400,6 +401,8 @@ class PipelineTrainer(Trainer):
             plan: Its plan.
             **options: As for :func:`ipu_pipeline.compile`, which not all targets take.
         """
+        if self._steps.target == "distributed":
+            check_whole(plan)
         with torch.random.fork_rng(devices=[]):
             return compiler.compile(
                 self._whole_model,

@@ -36,12 +36,11 @@ def curve(name: str, stages: int, **options: Any) -> list[float]:
         return [*losses, evaluated]
 
 
-# Measured with inductor: 1e-7 of the loss; sums of float32 in another order.
+# Measured with inductor: 2e-8 of the loss; sums of float32 in another order.
 @pytest.mark.acceptance
-@pytest.mark.parametrize(("name", "recompute"), [("llama", "all"), ("t5", None)])
-def test_losses_are_those_of_eager_blocks(name: str, recompute: str | None) -> None:
-    expected = curve(name, 2, recompute=recompute)
-    found = curve(name, 2, recompute=recompute, compile_blocks=True)
+def test_losses_are_those_of_eager_blocks() -> None:
+    expected = curve("llama", 2, recompute="all")
+    found = curve("llama", 2, recompute="all", compile_blocks=True)
     assert found == pytest.approx(expected, rel=1e-5)
 
 

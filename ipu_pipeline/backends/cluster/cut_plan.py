@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ipu_pipeline.capture.leaves import choose_leaves
@@ -14,6 +18,7 @@ from ipu_pipeline.capture.patches import configs_of
 from ipu_pipeline.checkpoint.slices import Slices
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Granularity, Plan
+from ipu_pipeline.stages.executable import ExecutionOptions
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.tables import serialized
 
@@ -97,6 +102,11 @@ def cut_plan(model: nn.Module, plan: Plan, tp: int) -> CutPlan:
     """
     if tp == 1:
         return CutPlan()
+    if not _has_styles():
+        raise LoweringError(
+            "tensor parallelism needs the styles of transformers 5.21, and this is "
+            f"{transformers.__version__}; update it, or plan with tp 1"
+        )
     styles = _expanded(model)
     unknown = sorted(set(styles.values()) - set(STYLES))
     if not styles or unknown:
@@ -109,14 +119,17 @@ def cut_plan(model: nn.Module, plan: Plan, tp: int) -> CutPlan:
             f"{type(model).__name__}.tp_plan {why}, so that its weights cannot be cut for tp "
             f"{tp}; set model.tp_plan, or plan with tp 1"
         )
-    if serialized(plan):
+    sliced = [*serialized(plan), *(name for s in plan.stages for name in s.table_slices)]
+    if sliced:
         raise LoweringError(
-            f"the plan runs {next(iter(serialized(plan)))} in slices one after another, and tp "
-            f"{tp} cuts weights already; plan without serialize_ passes, or with tp 1"
+            f"the plan runs {sliced[0]} in slices one after another or over stages, and tp {tp} "
+            "cuts weights already; plan without serialize_ and spread_ passes, or with tp 1"
         )
     for config in configs_of(model):
         refuse_attentions(getattr(config, "output_attentions", False))
     modules = dict(model.named_modules())
+    for path in styles.keys() & modules.keys():
+        _check_module(path, modules[path], styles[path], tp)
     uses = list(_whole_where_shared(model, _uses(modules, styles)))
     for use in uses:
         _check_parameter(use, tp)
@@ -132,8 +145,6 @@ def cut_plan(model: nn.Module, plan: Plan, tp: int) -> CutPlan:
                 f"model.tp_plan cuts {use.path}.{use.name} and does not name {use.path!r}, whose "
                 "code would meet a slice; name the module as well"
             )
-    for path, style in called.items():
-        _check_module(path, modules, style, tp)
     return CutPlan(
         tuple((use.module, use.name, use.style) for use in uses),
         tuple((modules[path], style) for path, style in called.items()),
@@ -154,6 +165,72 @@ def refuse_attentions(wish: object) -> None:
         )
 
 
+def refuse_whole_tensors(
+    optimizer: torch.optim.Optimizer, plan: CutPlan, *, master_weights: bool = False
+) -> None:
+    """Refuse an optimizer that updates an element by others of its tensor: two small runs tell.
+
+    ``master_weights``: it steps float32 copies.
+
+    Raises:
+        LoweringError: It does, or it cannot be made from its settings to find out.
+    """
+    for group in optimizer.param_groups:
+        cut = [p for p in group["params"] if plan.is_cut(p)]
+        dtypes = {torch.float32 if master_weights else p.dtype for p in cut}
+        for dtype in sorted(dtypes, key=str):
+            whole, parts = (
+                _updated(optimizer, group, dtype, 1),
+                _updated(optimizer, group, dtype, 2),
+            )
+            if whole is None or parts is None or not torch.equal(whole, parts):
+                raise LoweringError(
+                    f"{type(optimizer).__name__} does not update every element of a {dtype} weight "
+                    "by itself (or cannot be tried from its settings), and with tensor parallelism "
+                    "a rank has a slice of it only; use AdamW, Adam or SGD, or plan with tp 1"
+                )
+
+
+def _updated(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dtype: torch.dtype, count: int
+) -> Tensor | None:
+    """Return what two steps make of a small matrix that is updated in ``count`` parts each way."""
+    numbers = torch.Generator().manual_seed(0)
+    whole, *gradients = (torch.randn(32, 32, generator=numbers).to(dtype) for _ in range(3))
+
+    def parts(of: Tensor) -> list[Tensor]:
+        return [c.contiguous() for row in of.chunk(count) for c in row.chunk(count, dim=1)]
+
+    own = [nn.Parameter(each) for each in parts(whole)]
+    known = inspect.signature(type(optimizer)).parameters
+    alike = {**optimizer.defaults, **group, "params": own, "fused": None, "foreach": None}
+    settings = {k: v for k, v in alike.items() if k in known and k != "params"}
+    try:
+        twin = type(optimizer)([alike], **settings)
+        for gradient in gradients:
+            for parameter, each in zip(own, parts(gradient), strict=True):
+                parameter.grad = each
+            twin.step()
+    except Exception:  # a setting is wrong, it needs more than settings, or a closure
+        return None
+    rows = [torch.cat([*own[i : i + count]], dim=1) for i in range(0, len(own), count)]
+    return torch.cat(rows).detach()
+
+
+def refuse_with_slices(options: ExecutionOptions, tp: int) -> None:
+    """Refuse options that do not know of slices.
+
+    Raises:
+        LoweringError: One is set.
+    """
+    found = [n for n in ("compile_blocks", "offload_activations") if getattr(options, n)]
+    if tp > 1 and found:
+        raise LoweringError(
+            f"{found[0]} works on whole blocks, and with tp {tp} ranks meet inside of them; leave "
+            "it out, or plan with tp 1"
+        )
+
+
 def refuse_between_blocks(stages: Iterable[Stage], slices: Slices) -> None:
     """Refuse code between the blocks that uses a weight that is cut.
 
@@ -168,6 +245,10 @@ def refuse_between_blocks(stages: Iterable[Stage], slices: Slices) -> None:
                     "model.tp_plan cuts, and would see a slice; use it in a block only, or take it "
                     "out of model.tp_plan"
                 )
+
+
+def _has_styles() -> bool:
+    return find_spec("transformers.distributed.expert_parallel") is not None
 
 
 def _expanded(model: nn.Module) -> dict[str, str]:
@@ -245,9 +326,9 @@ def _check_parameter(use: _Use, tp: int) -> None:
         )
 
 
-def _check_module(path: str, modules: Mapping[str, nn.Module], style: str, tp: int) -> None:
+def _check_module(path: str, module: nn.Module, style: str, tp: int) -> None:
     """Refuse a module whose calls cannot be wrapped."""
-    module, rule = modules[path], STYLES[style]
+    rule = STYLES[style]
     if rule.dim is not None and any(True for _ in module.children()):
         raise LoweringError(
             f"model.tp_plan cuts {path!r}, a {type(module).__name__} with parts of its own (an "

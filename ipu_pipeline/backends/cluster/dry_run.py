@@ -254,7 +254,8 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
     with fake_ranks(rank, plan.replicas * width * settings.tp), ExitStack() as entered:
         ranks: Any = _NoRanks(_NoWaiter(activity))
         groups = Groups(layout, torch.device("cpu"), ranks)  # of flags and numbers, which are read
-        _PlayedSlices(model, cut_plan(model, plan, settings.tp), groups.slices)
+        cuts = cut_plan(model, plan, settings.tp)
+        _PlayedSlices(model, None, cuts, groups.slices).install()
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
         everyone = dist.distributed_c10d._get_default_group()
         log = CollectiveLog({"all ranks": everyone, **_named(groups)})

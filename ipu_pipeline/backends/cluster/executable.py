@@ -30,6 +30,8 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     cut_plan,
     refuse_attentions,
     refuse_between_blocks,
+    refuse_whole_tensors,
+    refuse_with_slices,
 )
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout
@@ -48,8 +50,8 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
     update,
 )
-from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel, refuse_whole_tensors
 from ipu_pipeline.backends.cluster.watchdog import Watchdog
+from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
@@ -101,13 +103,11 @@ class DistributedExecutable(Executable):
                 dist.destroy_process_group()
             raise
         self._own = None if optimizer is None else OwnParameters(optimizer)
+        self._slices = self._cut(model)
         held = self._materialized()
+        self._slices.install()
         if options.device is not None:
             move(model, optimizer, device)
-        cuts = cut_plan(model, plan, self.groups.layout.tp)
-        self._slices = TensorParallel(model, cuts, self.groups.slices)
-        if optimizer is not None:
-            self._slices.cut_states(optimizer)
         self._checkpoints = ShardedCheckpoints(
             model,
             self._own,
@@ -183,8 +183,21 @@ class DistributedExecutable(Executable):
         own = set().union(*(used[index] for index in self.groups.layout.own_stages))
         # What no block has is used between them, on all ranks.
         held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
-        together(self.groups.ranks, lambda: materialize(model, options.weights, options.seed, held))
+        together(
+            self.groups.ranks,
+            lambda: materialize(model, options.weights, options.seed, held, self._slices),
+        )
         return frozenset(held)
+
+    def _cut(self, model: nn.Module) -> Slices:
+        """Give every process its slices, if processes share products."""
+        layout = self.groups.layout
+        if layout.tp == 1:
+            return UNCUT
+        from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
+
+        cuts = cut_plan(model, self.plan, layout.tp)
+        return TensorParallel(model, self.optimizer, cuts, self.groups.slices)
 
     def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
@@ -200,11 +213,7 @@ class DistributedExecutable(Executable):
             if self.optimizer is not None:
                 masters = self.options.master_weights
                 refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
-            if layout.tp > 1 and self.options.compile_blocks:
-                raise LoweringError(
-                    "compile_blocks compiles a block as a whole, and with tensor parallelism its "
-                    "ranks meet inside of it; leave it out, or plan with tp 1"
-                )
+            refuse_with_slices(self.options, layout.tp)
         except PipelineError as error:
             return str(error)
         return ""
@@ -341,7 +350,7 @@ class DistributedExecutable(Executable):
                 share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
         with self._running("joining slices"):
-            return self._slices.state_dict()
+            return self._slices.state_dict(self.model)
 
     def collect_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the first process the state of all parameters in an optimizer of the caller's."""
@@ -393,12 +402,15 @@ class DistributedExecutable(Executable):
             return
         self._closed = True
         error = self._error_of_last_save()
+        whole = False
         if self._watchdog.failure is None and wait:
             with contextlib.suppress(RuntimeError):  # whoever fails now is no longer needed
                 self.groups.ranks.gather(None)
-        whole = self._holds_all and self._watchdog.failure is None
-        with contextlib.suppress(RuntimeError):
+                whole = self._holds_all
+        try:
             self._slices.undo(self.optimizer, gather=whole)
+        except RuntimeError:  # one of those that share them is gone
+            self._slices.undo(self.optimizer, gather=False)
         self._watchdog.close()
         self._pipelines.clear()
         if self._watchdog.failure is None:

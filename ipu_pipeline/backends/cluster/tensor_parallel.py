@@ -10,7 +10,6 @@ Source: Shoeybi et al., Megatron-LM, 2019.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.overrides import TorchFunctionMode
-from transformers.distributed import tensor_parallel as styles
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, _AllReduceBackward
 
 from ipu_pipeline.backends.cluster.cut_plan import STYLES, CutPlan
 from ipu_pipeline.checkpoint.slices import Slices
@@ -43,8 +40,11 @@ class Cut:
 class TensorParallel(Slices):
     """The slices that this rank has of a model's parameters.
 
+    Its modules run on them from :meth:`install` to :meth:`undo`.
+
     Args:
-        model: Its parameters become slices; with a mesh of one rank nothing is done.
+        model: Its parameters become slices.
+        optimizer: What it keeps already becomes slices, too.
         plan: What is cut, and how.
         mesh: The ranks that share every product, one of them this one.
     """
@@ -52,20 +52,31 @@ class TensorParallel(Slices):
     # A call without values is a capture, which computes shapes of whole tensors.
     only_shapes = True
 
-    def __init__(self, model: nn.Module, plan: CutPlan, mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        plan: CutPlan,
+        mesh: DeviceMesh,
+    ) -> None:
         self.index, self.size = mesh.get_local_rank(), mesh.size()
         self._mesh = mesh
         self._model = model
+        self._plan = plan
         self._cuts: dict[int, Cut] = {}
         self._forwards: list[tuple[nn.Module, Any]] = []
         self._open = False  # what modules compute now is a slice
-        if self.size == 1:
-            return
-        for path, module in plan.blocks.items():
-            self._replace(module, partial(self._block, path, module.forward))
         for module, name, style in plan.parameters:
             self._cut(module, name, style)
-        for module, style in plan.modules:
+        cut = [p for p in model.parameters() if self.is_cut(p)]
+        for parameter, state, key in [] if optimizer is None else _states(optimizer, cut):
+            state[key] = self.part(parameter, state[key])
+
+    def install(self) -> None:
+        """Let the model's modules run on slices."""
+        for path, module in self._plan.blocks.items():
+            self._replace(module, partial(self._block, path, module.forward))
+        for module, style in self._plan.modules:
             self._install(module, style)
 
     # ---- whole tensors and slices -----------------------------------------------------------
@@ -93,11 +104,22 @@ class TensorParallel(Slices):
             return part
         return _joined(part.detach(), cut, self._mesh).full_tensor()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the model's state dict, whole; all ranks of the mesh call this."""
-        state = self._model.state_dict(keep_vars=True)
-        if self.size == 1:
-            return self._model.state_dict()
+    def placeholder(self, of: Tensor) -> Tensor:
+        """Return what transformers reads this rank's slice of a parameter for."""
+        cut = self._cuts.get(id(of))
+        return of if cut is None else _joined(of.detach().to("meta"), cut, self._mesh)
+
+    def read(self, value: Tensor) -> Tensor:
+        """Return this rank's slice of what was read for a placeholder."""
+        if not isinstance(value, DTensor):
+            return value
+        local = value.to_local()
+        is_part = local.untyped_storage().nbytes() != local.nbytes  # of the file's memory
+        return local.clone(memory_format=torch.contiguous_format) if is_part else local
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return a state dict of whole tensors; all ranks of the mesh call this."""
+        state = model.state_dict(keep_vars=True)
         return {
             n: self.whole(t, t).detach() if isinstance(t, Tensor) else t for n, t in state.items()
         }
@@ -107,11 +129,10 @@ class TensorParallel(Slices):
 
         Without ``gather`` these stay slices, and the modules refuse to run.
         """
-        if not self._forwards:
-            return
-        cut = [p for p in self._model.parameters() if self.is_cut(p)]
-        values = [self.whole(p, p.data) for p in cut] if gather else []
-        states = [] if optimizer is None or not gather else _states(optimizer, cut)
+        cut = [p for p in self._model.parameters() if gather and self.is_cut(p)]
+        values = [self.whole(p, p.data) for p in cut]
+        gradients = [None if p.grad is None else self.whole(p, p.grad) for p in cut]
+        states = [] if optimizer is None else _states(optimizer, cut)
         found = [self.whole(parameter, state[key]) for parameter, state, key in states]
         for module, forward in reversed(self._forwards):
             vars(module).pop("forward", None)
@@ -121,17 +142,12 @@ class TensorParallel(Slices):
             module.forward = _refuse_slices
         for (_, state, key), value in zip(states, found, strict=True):
             state[key] = value
-        for parameter, value in zip(cut, values, strict=False):
+        for parameter, value, gradient in zip(cut, values, gradients, strict=True):
             parameter.grad = None
             parameter.data = value
+            parameter.grad = gradient
         self._forwards.clear()
         self._cuts.clear()
-
-    def cut_states(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cut what an optimizer keeps already."""
-        cut = [p for p in self._model.parameters() if self.is_cut(p)]
-        for parameter, state, key in _states(optimizer, cut):
-            state[key] = self.part(parameter, state[key])
 
     # ---- modules ----------------------------------------------------------------------------
 
@@ -143,18 +159,15 @@ class TensorParallel(Slices):
         # Their own code says how, for a parameter of the same shape.
         twin = nn.Module()
         twin.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta")))
-        ALL_PARALLEL_STYLES[style].shard_param(twin, name, self._mesh)
+        _style(style).shard_param(twin, name, self._mesh)
         made: Any = twin._parameters[name]
         if not isinstance(made, DTensor) or made.placements[0].is_replicate():
             return
-        placement, local = made.placements[0], made.to_local().shape
+        placement = made.placements[0]
         whole, gradient = parameter.data, parameter.grad
         self._cuts[id(parameter)] = Cut(placement, whole.shape, whole.stride())
         parameter.grad = None
-        if whole.untyped_storage().nbytes() < whole.nbytes:  # a stand-in: its numbers mean nothing
-            parameter.data = whole[tuple(slice(0, size) for size in local)]
-        else:
-            parameter.data = _part(whole, placement, self._mesh)
+        parameter.data = _part(whole, placement, self._mesh)
         if gradient is not None:
             parameter.grad = _part(gradient, placement, self._mesh)
 
@@ -163,7 +176,10 @@ class TensorParallel(Slices):
         module.forward = forward
 
     def _install(self, module: nn.Module, name: str) -> None:
-        style, original = ALL_PARALLEL_STYLES[name], module.forward
+        from transformers.distributed import tensor_parallel as styles
+        from transformers.distributed.parallel_utils import _AllReduceBackward
+
+        style, original = _style(name), module.forward
         cuts = {n: cut for n, p in module._parameters.items() if (cut := self._cuts.get(id(p)))}
         summed = isinstance(style, styles.ReplicatedWithGradAllReduce)
         as_dtensors = isinstance(
@@ -214,6 +230,13 @@ class TensorParallel(Slices):
                 "granularity='layer', or name in model.tp_plan what puts them together again"
             )
         return result
+
+
+def _style(name: str) -> Any:
+    """Return a style of transformers, of versions that have them (see :func:`cut_plan`)."""
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    return ALL_PARALLEL_STYLES[name]
 
 
 class _NothingDrawn(TorchFunctionMode):
@@ -284,58 +307,6 @@ def _states(
         for key, value in state.items()
         if isinstance(value, Tensor)
     ]
-
-
-def refuse_whole_tensors(
-    optimizer: torch.optim.Optimizer, plan: CutPlan, *, master_weights: bool = False
-) -> None:
-    """Refuse an optimizer that updates an element by others of its tensor: two small runs tell.
-
-    ``master_weights``: it steps float32 copies.
-
-    Raises:
-        LoweringError: It does, or it cannot be made from its settings to find out.
-    """
-    for group in optimizer.param_groups:
-        cut = [p for p in group["params"] if plan.is_cut(p)]
-        dtypes = {torch.float32 if master_weights else p.dtype for p in cut}
-        for dtype in sorted(dtypes, key=str):
-            whole, parts = (
-                _updated(optimizer, group, dtype, 1),
-                _updated(optimizer, group, dtype, 2),
-            )
-            if whole is None or parts is None or not torch.equal(whole, parts):
-                raise LoweringError(
-                    f"{type(optimizer).__name__} does not update every element of a {dtype} weight "
-                    "by itself (or cannot be tried from its settings), and with tensor parallelism "
-                    "a rank has a slice of it only; use AdamW, Adam or SGD, or plan with tp 1"
-                )
-
-
-def _updated(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dtype: torch.dtype, count: int
-) -> Tensor | None:
-    """Return what two steps make of a small matrix that is updated in ``count`` parts each way."""
-    numbers = torch.Generator().manual_seed(0)
-    whole, *gradients = (torch.randn(32, 32, generator=numbers).to(dtype) for _ in range(3))
-
-    def parts(of: Tensor) -> list[Tensor]:
-        return [c.contiguous() for row in of.chunk(count) for c in row.chunk(count, dim=1)]
-
-    own = [nn.Parameter(each) for each in parts(whole)]
-    known = inspect.signature(type(optimizer)).parameters
-    alike = {**optimizer.defaults, **group, "params": own, "fused": None, "foreach": None}
-    settings = {k: v for k, v in alike.items() if k in known and k != "params"}
-    try:
-        twin = type(optimizer)([alike], **settings)
-        for gradient in gradients:
-            for parameter, each in zip(own, parts(gradient), strict=True):
-                parameter.grad = each
-            twin.step()
-    except Exception:  # a setting is wrong, it needs more than settings, or a closure
-        return None
-    rows = [torch.cat([*own[i : i + count]], dim=1) for i in range(0, len(own), count)]
-    return torch.cat(rows).detach()
 
 
 def _refuse_slices(*_: Any, **__: Any) -> Any:

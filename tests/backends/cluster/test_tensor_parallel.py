@@ -18,9 +18,14 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     cut_plan,
     refuse_attentions,
     refuse_between_blocks,
+    refuse_whole_tensors,
+    refuse_with_slices,
 )
-from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel, refuse_whole_tensors
+from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.machines import machine_by_name
+from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.train.trainer_checks import check_whole
 from tests.backends.cluster import slice_jobs
 from tests.backends.cluster.matrix import difference
 from tests.backends.cluster.processes import Processes
@@ -131,7 +136,8 @@ def test_from_meta(four: Processes, tmp_path: Path) -> None:
 
 def plan(granularity: str = "layer", **stage: Any) -> Any:
     return SimpleNamespace(
-        granularity=granularity, stages=(SimpleNamespace(serialize=stage.get("serialize", {})),)
+        granularity=granularity,
+        stages=(SimpleNamespace(serialize=stage.get("serialize", {}), table_slices=()),),
     )
 
 
@@ -181,8 +187,18 @@ def test_what_cannot_be_cut_is_refused() -> None:
     refused("and does not name 'model.layers.0.mlp.up_proj'", own=model)
     refused("3 rows or columns, which cannot be cut", tp=4, own=model_of(llama(
         intermediate_size=3, num_key_value_heads=4)))  # fmt: skip
+    options = ExecutionOptions(compile_blocks=True)
+    refuse_with_slices(options, 1)
+    with pytest.raises(LoweringError, match="compile_blocks works on whole blocks, and with tp 2"):
+        refuse_with_slices(options, 2)
     with pytest.raises(LoweringError, match="output_attentions returns weights by head"):
         refuse_attentions({"output_attentions": True})
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ipu_pipeline.backends.cluster.cut_plan._has_styles", lambda: False)
+    with pytest.raises(LoweringError, match=r"needs the styles of transformers 5.21, and this is"):
+        cut_plan(model_of(llama()), plan(), 2)
 
 
 def test_a_table_that_others_use_whole_stays_whole() -> None:
@@ -218,7 +234,8 @@ def mesh() -> Iterator[Any]:
 def test_no_numbers_are_drawn_for_slices_and_none_leave_a_block(mesh: Any) -> None:
     model = model_of(llama(attention_dropout=0.1))
     batch = {"input_ids": torch.tensor([[1, 2, 3]])}
-    cut = TensorParallel(model, cut_plan(model, plan(), 2), mesh)
+    cut = TensorParallel(model, None, cut_plan(model, plan(), 2), mesh)
+    cut.install()
     with pytest.raises(LoweringError, match=r"'model.layers.0' drops out .*attention_dropout"):
         model(**batch)
     model.eval()
@@ -229,10 +246,18 @@ def test_no_numbers_are_drawn_for_slices_and_none_leave_a_block(mesh: Any) -> No
     model = model_of(llama())
     model.tp_plan.pop("model.layers.*.mlp.down_proj")
     model.model.layers[0].mlp.down_proj = nn.Linear(model.config.intermediate_size // 2, 32)
-    cut = TensorParallel(model, cut_plan(model, plan(), 2), mesh)
+    cut = TensorParallel(model, None, cut_plan(model, plan(), 2), mesh)
+    cut.install()
     with pytest.raises(LoweringError, match=r"'model.layers.0' ends where .* has cut its values"):
         model(**batch)
     prelude = SimpleNamespace(module=model.lm_head, name="prelude")
     stage = SimpleNamespace(prelude=prelude, programs=())
     with pytest.raises(LoweringError, match="around block 'prelude' uses a weight itself"):
         refuse_between_blocks([stage], cut)  # type: ignore[list-item]
+
+
+def test_the_trainer_refuses_slices() -> None:
+    machine = machine_by_name("h100-x8")
+    check_whole(SimpleNamespace(machine=machine, settings={}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has tp 2, and PipelineTrainer's own optimizer needs"):
+        check_whole(SimpleNamespace(machine=machine, settings={"tp": 2}))  # type: ignore[arg-type]
