@@ -361,9 +361,9 @@ class _Files:
         twins = dict(skeleton.named_modules())
         for name, parameter in model.named_parameters(remove_duplicate=False):
             path, _, own = name.rpartition(".")
-            made = self._of.placeholder(parameter)
-            if made is not parameter:
-                twins[path]._parameters[own] = nn.Parameter(made)
+            part = self._of.placeholder(parameter)
+            if part is not parameter:
+                twins[path]._parameters[own] = nn.Parameter(part)
         with ExitStack() as opened:
             convert_and_load_state_dict_in_model(
                 skeleton,
