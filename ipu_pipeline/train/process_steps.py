@@ -30,6 +30,7 @@ from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.executable import ExecutionOptions
+from ipu_pipeline.stages.materialize import is_on_meta
 from ipu_pipeline.train.arguments import num_processes, process_index
 from ipu_pipeline.train.live_loss import LossRun, calls_of
 from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
@@ -68,7 +69,15 @@ class ProcessSteps(CollectedSteps):
 
         Raises:
             LoweringError: This process was not started by torchrun, or not all have come.
+            ValueError: The model is on ``meta``.
         """
+        model = self._trainer.model
+        if isinstance(model, nn.Module) and is_on_meta(model):
+            raise ValueError(
+                "the model is on meta, and PipelineTrainer saves and loads whole models; give it "
+                "one with weights, or use ipu_pipeline.train.train, with which each process has "
+                "the weights of its own stages"
+            )
         if join_processes(torch.device("cpu"), ExecutionOptions.stall_timeout_s + MARGIN_S):
             self._owns_group = True
         atexit.register(self._leave)

@@ -255,6 +255,10 @@ def refused(folder: str) -> list[str]:
     says(ValueError, lambda: whole)
     with pytest.raises(ValueError, match="of type 2, not 1; leave norm_type out"):
         whole.accelerator.clip_grad_norm_(whole.model.parameters(), 1.0, norm_type=1)
+    with torch.device("meta"):
+        empty = tiny_bert()
+    with pytest.raises(ValueError, match="the model is on meta, and PipelineTrainer saves"):
+        PipelineTrainer(empty, TrainingArguments(output_dir=folder))
     model, plan, _ = built("bert-qa", num_stages=2)
     with (
         ipp.compile(model, plan, target="distributed") as executable,
