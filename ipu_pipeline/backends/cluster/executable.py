@@ -474,7 +474,13 @@ class DistributedExecutable(Executable):
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
                 own = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
-                    sum_over_ranks(self.model, ownership, self.groups, for_update=for_update)
+                    sum_over_ranks(
+                        self.model,
+                        ownership,
+                        self.groups,
+                        for_update=for_update,
+                        slices=self._slices,
+                    )
         # Ranks that share its products all have the same loss.
         counts = self._slices.index == 0
         losses = self.groups.sum_numbers([own.get(p.index, 0.0) if counts else 0.0 for p in parts])

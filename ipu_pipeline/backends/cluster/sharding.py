@@ -218,7 +218,12 @@ def kept_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @torch.no_grad()
 def sum_over_ranks(
-    model: nn.Module, ownership: Ownership, groups: Groups, *, for_update: bool
+    model: nn.Module,
+    ownership: Ownership,
+    groups: Groups,
+    *,
+    for_update: bool,
+    slices: Slices = UNCUT,
 ) -> None:
     """Sum gradients over the holders of tied parameters, and over the replicas.
 
@@ -240,6 +245,11 @@ def sum_over_ranks(
         if ownership.here.position in positions:
             tied = [p for p in parameters if ownership.shared(p) == positions]
             _sum_tied(tied, positions, ownership, groups, to_updaters=to_updaters)
+    if slices.size > 1:  # their copies of what is not cut must not drift apart by rounding
+        held = [p for p in parameters if ownership.is_held(p) and p.grad is not None]
+        whole = [_gradient(p) for p in held if not slices.is_cut(p)]
+        group = groups.slices.get_group()
+        exchange(whole, lambda message: groups.broadcast(message, group, 0))
 
 
 def _sum_tied(
