@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from benchmarks.gpu_models import known_config
 from ipu_pipeline import plan
-from ipu_pipeline.backends.cluster.dry_report import dry_run
+from ipu_pipeline.backends.cluster.dryrun.report import dry_run
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.capture.precision import in_dtype
 from ipu_pipeline.errors import PartitionError

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from math import ceil, inf
 from typing import Any
 
-from ipu_pipeline.backends.cluster.megatron_layout import parse_layout
-from ipu_pipeline.backends.cluster.parallel_sizes import ParallelSizes
+from ipu_pipeline.backends.cluster.layouts.megatron_layout import parse_layout
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import ParallelSizes
 from ipu_pipeline.errors import PlanError
 
 Raw = Mapping[str, Any]

@@ -18,10 +18,10 @@ from benchmarks.gpu_rows import (
     measured_s,
     read_row,
 )
-from ipu_pipeline.backends.cluster.parallel_sizes import MEGATRON
-from ipu_pipeline.backends.cluster.rank import RankBlock, RankPricer, total_of
-from ipu_pipeline.backends.cluster.rank_plan import in_stage
-from ipu_pipeline.backends.cluster.rank_step import RankStep
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import MEGATRON
+from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer, total_of
+from ipu_pipeline.backends.cluster.prices.rank_plan import in_stage
+from ipu_pipeline.backends.cluster.prices.rank_step import RankStep
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 

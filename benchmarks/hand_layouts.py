@@ -27,14 +27,14 @@ from benchmarks.gpu_accuracy import SHARED
 from benchmarks.gpu_models import known_config
 from benchmarks.gpu_rows import UnjudgedRowError
 from benchmarks.gpu_runs import read_run
-from ipu_pipeline.backends.cluster.given_layout import (
+from ipu_pipeline.backends.cluster.layouts.given_layout import (
     captured_model,
     given_plan,
     given_run,
     own_plan,
 )
-from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, layout_of, parse_layout
-from ipu_pipeline.backends.cluster.rank_plan import rank_step_of
+from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, layout_of, parse_layout
+from ipu_pipeline.backends.cluster.prices.rank_plan import rank_step_of
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan

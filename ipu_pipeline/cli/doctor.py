@@ -39,7 +39,7 @@ def _package(name: str) -> tuple[str, str]:
 def _machine() -> list[tuple[str, str]]:
     import torch
 
-    from ipu_pipeline.backends.cluster.launch import usable_cores
+    from ipu_pipeline.backends.cluster.launch.spec import usable_cores
 
     try:
         memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"

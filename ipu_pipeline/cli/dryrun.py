@@ -23,7 +23,7 @@ def dryrun_command(
     as_json: JsonOption = False,
 ) -> None:
     """Check the messages of all ranks, and play one rank: its memory, collectives, messages."""
-    from ipu_pipeline.backends.cluster.dry_report import dry_run, model_of
+    from ipu_pipeline.backends.cluster.dryrun.report import dry_run, model_of
     from ipu_pipeline.cli.progress import progress_line
     from ipu_pipeline.ir.plan import Plan
 

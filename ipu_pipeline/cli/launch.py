@@ -15,7 +15,7 @@ import typer
 from ipu_pipeline.cli.options import Force, PlanFile, counted
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.launch import LaunchSpec
+    from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
     from ipu_pipeline.backends.ipu.poprun import PopRun
 
 
@@ -81,7 +81,7 @@ def launch_command(
     IPU_PIPELINE_SCHEDULE. A plan for IPUs is started by poprun: --print or --slurm, and the run.py
     of its bundle as the script.
     """
-    from ipu_pipeline.backends.cluster.launch import check_program, make_spec
+    from ipu_pipeline.backends.cluster.launch.spec import check_program, make_spec
     from ipu_pipeline.backends.ipu.poprun import make_poprun
     from ipu_pipeline.ir.files import check_outputs, make_folder
     from ipu_pipeline.ir.machines import machine_by_name
@@ -162,14 +162,14 @@ def _room() -> tuple[int, int]:
     """Return the cores and GPUs of this machine."""
     import torch
 
-    from ipu_pipeline.backends.cluster.launch import usable_cores
+    from ipu_pipeline.backends.cluster.launch.spec import usable_cores
 
     return usable_cores(), torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> None:
-    from ipu_pipeline.backends.cluster.launch import crowding
-    from ipu_pipeline.backends.cluster.torchrun import start
+    from ipu_pipeline.backends.cluster.launch.spec import crowding
+    from ipu_pipeline.backends.cluster.launch.torchrun import start
 
     if note := crowding(spec.num_processes, cores, gpus):
         typer.echo(f"note: {note}", err=True)
@@ -181,7 +181,7 @@ def _start(spec: LaunchSpec, cores: int, gpus: int, log_dir: Path | None) -> Non
 
 
 def _print(spec: LaunchSpec, run_id: str, endpoint: str) -> None:
-    from ipu_pipeline.backends.cluster.torchrun import node_command
+    from ipu_pipeline.backends.cluster.launch.torchrun import node_command
 
     folder = Path.cwd()
     typer.echo(
@@ -190,7 +190,7 @@ def _print(spec: LaunchSpec, run_id: str, endpoint: str) -> None:
 
 
 def _write_slurm_file(spec: LaunchSpec, name: str, file: Path) -> None:
-    from ipu_pipeline.backends.cluster.torchrun import slurm_file
+    from ipu_pipeline.backends.cluster.launch.torchrun import slurm_file
     from ipu_pipeline.ir.files import write_text
 
     text = slurm_file(spec, python=sys.executable, folder=Path.cwd(), name=name)

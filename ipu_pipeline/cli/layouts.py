@@ -23,8 +23,8 @@ from ipu_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.exchange import Imported
-    from ipu_pipeline.backends.cluster.given_layout import GivenRun
+    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenRun
     from ipu_pipeline.ir.machine import Machine
 
 
@@ -52,7 +52,7 @@ def export_command(
     force: Force = False,
 ) -> None:
     """Write a plan as the settings of another framework."""
-    from ipu_pipeline.backends.cluster.exchange import export_plan
+    from ipu_pipeline.backends.cluster.layouts.exchange import export_plan
     from ipu_pipeline.ir.files import check_outputs, write_text
     from ipu_pipeline.ir.plan import Plan
 
@@ -90,8 +90,8 @@ def import_command(
 
     Sizes that are given replace the file's.
     """
-    from ipu_pipeline.backends.cluster.exchange import read_plan
-    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan
+    from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
+    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, given_plan
     from ipu_pipeline.errors import PlanError
     from ipu_pipeline.ir.files import check_outputs
     from ipu_pipeline.ir.machines import machine_by_name
@@ -132,10 +132,14 @@ def predict_layout(
     sizes: dict[str, int | None], settings: dict[str, Any], schedule: str | None,
 ) -> None:  # fmt: skip
     """Price somebody's layout, and find ours for the same sizes."""
-    from ipu_pipeline.backends.cluster.exchange import Imported
-    from ipu_pipeline.backends.cluster.given_layout import captured_model, given_plan, own_plan
-    from ipu_pipeline.backends.cluster.given_text import layout_text
-    from ipu_pipeline.backends.cluster.megatron_layout import blocks_of, parse_layout
+    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
+    from ipu_pipeline.backends.cluster.layouts.given_layout import (
+        captured_model,
+        given_plan,
+        own_plan,
+    )
+    from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
+    from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
     from ipu_pipeline.ir.machines import machine_by_name
 
@@ -169,7 +173,7 @@ def predict_layout(
 
 
 def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:
-    from ipu_pipeline.backends.cluster.given_layout import given_run
+    from ipu_pipeline.backends.cluster.layouts.given_layout import given_run
 
     return given_run(
         machine, num_stages, sizes, given.settings, given.schedule, recompute=given.recompute

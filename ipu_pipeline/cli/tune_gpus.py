@@ -14,7 +14,7 @@ import typer
 from ipu_pipeline.cli.options import save_plan
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.tune import Progress
+    from ipu_pipeline.backends.cluster.tune.search import Progress
     from ipu_pipeline.ir.graph import BlockGraph
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import ModelIdentity
@@ -49,11 +49,11 @@ def tune_gpus(
             much of it, and of how much.
         as_json: Print figures instead of text.
     """
-    from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings
-    from ipu_pipeline.backends.cluster.tune import tune
-    from ipu_pipeline.backends.cluster.tune_space import GpuRequest
-    from ipu_pipeline.backends.cluster.tune_text import as_json as figures
-    from ipu_pipeline.backends.cluster.tune_text import result_text
+    from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
+    from ipu_pipeline.backends.cluster.tune.search import tune
+    from ipu_pipeline.backends.cluster.tune.space import GpuRequest
+    from ipu_pipeline.backends.cluster.tune.text import as_json as figures
+    from ipu_pipeline.backends.cluster.tune.text import result_text
 
     named = {name: fixed.pop(name) for name in ("precision", "optimizer", "engine")}
     given = {name: value for name, value in named.items() if value is not None}

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster.consistency import together
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
 from ipu_pipeline.backends.cluster.layout import schedule_for
-from ipu_pipeline.backends.cluster.rendezvous import join_processes
+from ipu_pipeline.backends.cluster.ranks.consistency import together
+from ipu_pipeline.backends.cluster.ranks.rendezvous import join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import find_machine

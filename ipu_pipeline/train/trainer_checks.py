@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
-from ipu_pipeline.backends.cluster.parallel_sizes import tensor_parallel_size
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.train.arguments import num_processes

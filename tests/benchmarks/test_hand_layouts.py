@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.hand_layouts import HAND, RECIPES, compared, config_of, pairs, same_sign, text
-from ipu_pipeline.backends.cluster.megatron_layout import parse_layout
+from ipu_pipeline.backends.cluster.layouts.megatron_layout import parse_layout
 from tests.benchmarks.test_gpu_accuracy import ROW
 
 needs_rows = pytest.mark.skipif(not HAND.exists(), reason=f"{HAND} is not here")

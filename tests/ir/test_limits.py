@@ -15,7 +15,7 @@ from transformers import BertConfig
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
-from ipu_pipeline.backends.cluster.launch import make_spec
+from ipu_pipeline.backends.cluster.launch.spec import make_spec
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.tune import TuneRequest
 from ipu_pipeline.backends.local.measure import local_machine

@@ -9,7 +9,7 @@ import pytest
 from ipu_pipeline.ir.rates import rates_of, tokens_per_sample
 from ipu_pipeline.planner.report.text import simulation_text
 from ipu_pipeline.planner.schedules.simulate import simulate
-from tests.backends.cluster.test_given_layout import planned
+from tests.backends.cluster.layouts.test_given_layout import planned
 from tests.ir.plan_example import example_plan
 
 

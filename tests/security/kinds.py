@@ -22,8 +22,8 @@ import ipu_pipeline as ipp
 from benchmarks.results import read_csv
 from benchmarks.solver_instances import read_instance, solve_instance
 from benchmarks.suite.workloads import FILE, load
-from ipu_pipeline.backends.cluster.launch import make_spec
-from ipu_pipeline.backends.cluster.torchrun import slurm_file
+from ipu_pipeline.backends.cluster.launch.spec import make_spec
+from ipu_pipeline.backends.cluster.launch.torchrun import slurm_file
 from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.settings import settings_for

@@ -15,16 +15,16 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForQuestionAnswering
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster.heartbeat import (
+from ipu_pipeline.backends.cluster.launch.spec import SECRET_VARIABLE
+from ipu_pipeline.backends.cluster.ranks.heartbeat import (
     BEAT_S,
     Activity,
     Beat,
     Failure,
     Heartbeats,
 )
-from ipu_pipeline.backends.cluster.launch import SECRET_VARIABLE
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather, meet
-from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather, meet
+from ipu_pipeline.backends.cluster.ranks.waiting import Waiter
 from ipu_pipeline.errors import LoweringError
 from tests.security import listening
 from tests.security.test_hostile_plans import Attack

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
-from ipu_pipeline.backends.cluster.parallel_sizes import GpuSettings, refuse_sizes
-from ipu_pipeline.backends.cluster.rank_plan import RankCosts, rank_price
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, refuse_sizes
+from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_price
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine

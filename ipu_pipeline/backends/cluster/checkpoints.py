@@ -19,9 +19,9 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ipu_pipeline.backends.cluster.consistency import together
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.ranks.consistency import together
+from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
 from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
 from ipu_pipeline.checkpoint import (
     Attach,

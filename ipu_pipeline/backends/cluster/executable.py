@@ -18,14 +18,6 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
-from ipu_pipeline.backends.cluster.consistency import (
-    BatchCheck,
-    check,
-    check_alike,
-    description,
-    refuse_sparse_gradients,
-    together,
-)
 from ipu_pipeline.backends.cluster.cut_plan import (
     cut_plan,
     refuse_attentions,
@@ -36,7 +28,16 @@ from ipu_pipeline.backends.cluster.cut_plan import (
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import make_layout
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather, join_processes, scope_of
+from ipu_pipeline.backends.cluster.ranks.consistency import (
+    BatchCheck,
+    check,
+    check_alike,
+    description,
+    refuse_sparse_gradients,
+    together,
+)
+from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather, join_processes, scope_of
+from ipu_pipeline.backends.cluster.ranks.watchdog import Watchdog
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -50,7 +51,6 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
     update,
 )
-from ipu_pipeline.backends.cluster.watchdog import Watchdog
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, PipelineError
 from ipu_pipeline.ir.plan import Plan

@@ -13,7 +13,7 @@ from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense
 from torch.distributed.device_mesh import init_device_mesh
 
 from ipu_pipeline.backends.cluster.layout import Layout
-from ipu_pipeline.backends.cluster.rendezvous import StoreGather
+from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
 
 # The copy that a message costs stays small beside the weights, its latency beside its transfer.
 BUCKET_BYTES = 64 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.backends.cluster.parallel_sizes import tensor_parallel_size
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules import (

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.stage import _make_tensor_from_meta  # type: i
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import torch_schedule
 from ipu_pipeline.backends.cluster.module import StageModule, StepInputs, crossings
-from ipu_pipeline.backends.cluster.waiting import Waiter
+from ipu_pipeline.backends.cluster.ranks.waiting import Waiter
 from ipu_pipeline.capture.patches import preserved_state
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.devices import device_of, naming_snapshots

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster import heartbeat, watchdog
+from ipu_pipeline.backends.cluster.ranks import heartbeat, watchdog
 from tests.backends.cluster.jobs import compiled
 
 LONG_S = 1000.0

@@ -146,8 +146,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection, joined: bool
 
 def launch(folder: Path, logs: str, program: tuple[str, ...], changes: dict[str, int]) -> NoReturn:
     """Start the program in two processes, in a process of its own; both streams are files."""
-    from ipu_pipeline.backends.cluster.launch import LaunchSpec
-    from ipu_pipeline.backends.cluster.torchrun import start
+    from ipu_pipeline.backends.cluster.launch.spec import LaunchSpec
+    from ipu_pipeline.backends.cluster.launch.torchrun import start
 
     os.chdir(folder)
     os.environ |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}

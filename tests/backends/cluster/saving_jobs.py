@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster import checkpoints, watchdog
+from ipu_pipeline.backends.cluster import checkpoints
+from ipu_pipeline.backends.cluster.ranks import watchdog
 from ipu_pipeline.errors import PipelineError, StageError
 from ipu_pipeline.train import TrainingArguments, build_optimizer, train
 from ipu_pipeline.train import checkpoints as training_checkpoints

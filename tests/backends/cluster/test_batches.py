@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ipu_pipeline.backends.cluster.batches import dealt
-from ipu_pipeline.backends.cluster.consistency import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
@@ -18,6 +17,7 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
+from ipu_pipeline.backends.cluster.ranks.consistency import NOTE_BYTES, _note, _text, described
 from ipu_pipeline.errors import LoweringError
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes

@@ -9,7 +9,7 @@ import torch
 
 import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster.executable import check
-from ipu_pipeline.backends.cluster.launch import choose_processes
+from ipu_pipeline.backends.cluster.launch.spec import choose_processes
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
     make_layout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ipu_pipeline.planner.report.compare import compare_text, pace_of, reason
-from tests.backends.cluster.test_given_layout import planned
+from tests.backends.cluster.layouts.test_given_layout import planned
 
 
 def test_the_busiest_device_is_the_reason() -> None:

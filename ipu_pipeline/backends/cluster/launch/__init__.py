@@ -1,0 +1,1 @@
+"""Starting the processes of a plan, here or on a cluster."""

@@ -1,0 +1,1 @@
+"""Pipelines of other frameworks: read, priced, written."""

@@ -1,0 +1,1 @@
+"""Prices of what a rank of GPUs computes, holds and sends."""

@@ -1,0 +1,1 @@
+"""The search over every parallel size, schedule and way to save memory."""
