@@ -14,7 +14,7 @@ import copy
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -27,7 +27,6 @@ from transformers import TrainingArguments
 
 from ipu_pipeline.train.arguments import process_index
 
-T = TypeVar("T")
 Clip = Callable[[Any, float], Tensor]
 
 
@@ -48,9 +47,9 @@ def as_one_process(arguments: TrainingArguments) -> TrainingArguments:
     return found
 
 
-def _alone(state: T) -> T:
+def _alone(state: Any) -> Any:
     """Return accelerate's state as that of a job of one process; others share the original."""
-    found: Any = copy.copy(state)
+    found = copy.copy(state)
     found.distributed_type = DistributedType.NO
     found.num_processes = 1
     found.process_index = process_index()
@@ -67,7 +66,7 @@ class WholeBatchAccelerator(Accelerator):
     _clip: Clip
 
     @classmethod
-    def of(cls, accelerator: Accelerator, clip: Clip) -> WholeBatchAccelerator:
+    def of(cls, accelerator: Any, clip: Clip) -> WholeBatchAccelerator:
         """Make one of an accelerator that was just made, and of what clips gradients."""
         accelerator.__class__ = cls
         accelerator.state = _alone(accelerator.state)
