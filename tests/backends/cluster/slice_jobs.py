@@ -128,7 +128,7 @@ def from_meta(
 @with_models
 def evaluated(name: str, planned: dict[str, Any]) -> list[float]:
     """Return how far logits of batches of several sizes are from the whole model's."""
-    made, batch = compiled(name, planned=planned, learning_rate=None)
+    made, batch = compiled(name, planned=planned, learning_rate=None, loss_weights=None)
     cuts = [(5, 16), (3, 11)]
     batches = [{k: v[:size, :length] for k, v in batch.items()} for size, length in cuts]
     with made:
