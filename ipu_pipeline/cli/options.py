@@ -131,6 +131,4 @@ def gpu_settings(machine: str, **given: Any) -> dict[str, Any]:
             f"--{next(iter(found))} is for GPUs with known kernels, such as h100-x64, and "
             f"{machine} has none; leave it out"
         )
-    if found.get("tp", 1) > 1:
-        found["engine"] = "megatron"  # this project's own processes share no stage
     return found

@@ -237,7 +237,7 @@ def test_options_of_plan(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = Plan.load(made)
     assert plan.settings == {
-        "tp": 2, "precision": "float16", "optimizer": "sgd", "engine": "megatron"
+        "tp": 2, "precision": "float16", "optimizer": "sgd"
     }  # fmt: skip
     assert plan.replicas == 2
     result = CliRunner().invoke(app, [*command, "--machine", "pod4", "--tp", "2"])
