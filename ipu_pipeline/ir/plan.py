@@ -223,12 +223,15 @@ class Plan:
                 "make a new plan for this model"
             )
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON: whole, or not at all."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON data, which :func:`plan_from_json` reads."""
         rest = to_json(replace(self, graph=replace(self.graph, blocks=())))
         del rest["graph"]
-        graph = self.graph.to_json()
-        write_json(path, {"schema_version": PLAN_SCHEMA_VERSION, **rest, "graph": graph}, "graph")
+        return {"schema_version": PLAN_SCHEMA_VERSION, **rest, "graph": self.graph.to_json()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON: whole, or not at all."""
+        write_json(path, self.to_json(), "graph")
 
     @classmethod
     def load(cls, path: str | Path, *, any_version: bool = False) -> Plan:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
 from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.ranks.consistency import together
-from ipu_pipeline.backends.cluster.ranks.rendezvous import join_processes
+from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
-from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.plan import Plan, plan_from_json
 from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
 from ipu_pipeline.stages.executable import ExecutionOptions
@@ -105,11 +105,12 @@ class ProcessSteps(CollectedSteps):
         """Return the plan that the first process makes, as what is measured differs."""
         machine, replicas = make.keywords["machine"], make.keywords["replicas"]
 
-        def of_all_copies() -> Plan:
+        def of_all_copies() -> Any:
             alike = machine == "local" and replicas > 1  # as many devices like this one
-            return make(machine=find_machine("local", num_processes()) if alike else machine)
+            made = make(machine=find_machine("local", num_processes()) if alike else machine)
+            return made.to_json()
 
-        return self.agreed(of_all_copies)
+        return plan_from_json(self.agreed(of_all_copies), "the plan of the first process")
 
     def agreed(self, work: Callable[[], T], *, everywhere: bool = False) -> T:
         """Return what ``work`` returns in the first process, to all; what it raises, all raise.
@@ -277,8 +278,6 @@ class ProcessSteps(CollectedSteps):
 class _ProcessGroup:
     """All-gathers of plain data over torch's group, before there is an executable."""
 
-    def gather(self, value: Any, kind: Any = Any) -> list[Any]:  # noqa: ARG002 - no message of others
+    def gather(self, value: Any, kind: Any = Any) -> list[Any]:
         """Return the values of all processes, by rank."""
-        found: list[Any] = [None] * num_processes()
-        dist.all_gather_object(found, value)
-        return found
+        return gather_over(None, value, kind)

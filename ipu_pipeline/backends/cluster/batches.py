@@ -22,6 +22,7 @@ from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
+from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over
 from ipu_pipeline.capture.batch_axes import Axes
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import EvalResult, join
@@ -30,6 +31,8 @@ from ipu_pipeline.stages.stage import Stage
 
 # One shape has a pipeline per number of microbatches; each keeps the buffers of its messages.
 MAX_PIPELINES = 16
+# Shape and dtype of outputs, by name.
+_Described = dict[str, tuple[list[int], str]]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -191,15 +194,19 @@ def shared(
     joined = dict(here.outputs)
     if here.loss is not None:
         joined["loss"] = torch.tensor(here.loss, dtype=torch.float64, device=groups.device)
-    described: list[Any] = [None] * groups.layout.num_ranks
-    own = {name: (value.shape, value.dtype) for name, value in joined.items()}
-    groups.waiter.run(lambda: dist.all_gather_object(described, own, group=groups.pipeline))
+    own = {
+        name: (list(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in joined.items()
+    }
+    described = groups.waiter.run(
+        lambda: gather_over(groups.pipeline, own, _Described, groups.device)
+    )
     outputs = {}
     for position, names in enumerate(described):
         for name, (shape, dtype) in names.items():
             value = joined.get(name)
             if value is None:
-                value = torch.empty(shape, dtype=dtype, device=groups.device)
+                value = torch.empty(shape, dtype=getattr(torch, dtype), device=groups.device)
             groups.from_position(value, position)
             outputs[name] = value
     loss = outputs.pop("loss", None)

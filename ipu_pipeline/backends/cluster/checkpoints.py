@@ -14,15 +14,13 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.groups import Groups
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather
-from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters
+from ipu_pipeline.backends.cluster.sharding import Ownership, OwnParameters, to_first_rank
 from ipu_pipeline.checkpoint import (
     Attach,
     Background,
@@ -42,7 +40,6 @@ from ipu_pipeline.checkpoint.writer import (
     write_shard,
 )
 from ipu_pipeline.errors import CheckpointError
-from ipu_pipeline.ir.codec import Count
 from ipu_pipeline.ops.master_weights import MasterWeights
 
 logger = logging.getLogger(__name__)
@@ -241,19 +238,10 @@ class ShardedCheckpoints:
         """Return all parts in one on the first rank."""
         if ownership is not None:
             collect_weights(self._model, ownership, self._groups)
-        mine = dict(part.tensors.get(OPTIMIZER, {}))
-        sent = torch.frombuffer(bytearray(save(mine)), dtype=torch.uint8)
-        found = self._ranks.gather((len(sent), part.values), tuple[Count, dict[str, Any]])
-        wait, device = self._groups.waiter.run, self._groups.device
+        mine = part.tensors.get(OPTIMIZER, {})
+        tensors, values = to_first_rank(mine, part.values, self._groups)
         if self._rank != 0:
-            wait(lambda: dist.send(sent.to(device), dst=0))
             return Shard({})
-        values = {name: entry for _, of_rank in found for name, entry in of_rank.items()}
-        tensors = mine
-        for rank, (size, _) in enumerate(found[1:], start=1):
-            received = torch.empty(size, dtype=torch.uint8, device=device)
-            wait(lambda source=rank, data=received: dist.recv(data, src=source))  # type: ignore[misc]
-            tensors |= load(received.cpu().numpy().tobytes())
         whole = take_shard(self._model, None, copy=copy)
         return Shard({**whole.tensors, OPTIMIZER: tensors}, values)
 

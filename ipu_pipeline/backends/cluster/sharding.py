@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
+from ipu_pipeline.ir.codec import Count
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.stage import Stage
 from ipu_pipeline.stages.training import UpdateResult, apply_update, total_norm_of
@@ -323,16 +325,45 @@ def grad_norm(
 def collect_states(optimizer: torch.optim.Optimizer, ownership: Ownership, groups: Groups) -> None:
     """Give the first rank the state of every parameter. Every rank calls this."""
     parameters = _all_of(optimizer)
-    mine = {
-        n: optimizer.state[p]
-        for n, p in enumerate(parameters)
-        if p in optimizer.state and ownership.is_chief(p)
-    }
-    found: list[Any] | None = [None] * dist.get_world_size() if groups.ranks.rank == 0 else None
-    groups.waiter.run(lambda: dist.gather_object(mine, found, dst=0))
-    for theirs in found or ():
-        for n, state in theirs.items():
-            optimizer.state[parameters[n]] = state
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for n, parameter in enumerate(parameters):
+        if parameter in optimizer.state and ownership.is_chief(parameter):
+            values[str(n)] = {}
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"{n}/{key}"] = value
+                else:
+                    values[str(n)][key] = value
+    found, plain = to_first_rank(tensors, values, groups)
+    for number, entry in plain.items():
+        optimizer.state[parameters[int(number)]] = dict(entry)
+    for name, tensor in found.items():
+        number, _, key = name.partition("/")
+        optimizer.state[parameters[int(number)]][key] = tensor
+
+
+def to_first_rank(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Mapping[str, Any]], groups: Groups
+) -> tuple[dict[str, Tensor], dict[str, Mapping[str, Any]]]:
+    """Return tensors and plain data of all ranks, by name, on the first; every rank calls this.
+
+    Nothing is pickled. Those of the first rank stay what they are.
+    """
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sent = torch.frombuffer(bytearray(save(own)), dtype=torch.uint8)
+    told = groups.ranks.gather((len(sent), values), tuple[Count, dict[str, dict[str, Any]]])
+    wait, device = groups.waiter.run, groups.device
+    if groups.ranks.rank != 0:
+        wait(lambda: dist.send(sent.to(device), dst=0))
+        return {}, {}
+    found = dict(tensors)
+    for rank, (size, _) in enumerate(told[1:], start=1):
+        received = torch.empty(size, dtype=torch.uint8, device=device)
+        wait(lambda source=rank, data=received: dist.recv(data, src=source))  # type: ignore[misc]
+        found |= load(received.cpu().numpy().tobytes())
+    theirs = {name: entry for _, of_rank in told for name, entry in of_rank.items()}
+    return found, {**theirs, **values}
 
 
 def keep_own_states(optimizer: torch.optim.Optimizer, ownership: Ownership) -> None:
