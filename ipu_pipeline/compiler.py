@@ -103,6 +103,11 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
     described = find_machine(machine, depth)
+    if settings and described.devices[0].kernels is None:
+        raise ValueError(
+            f"settings ({', '.join(settings)}) are for GPUs with known kernels, such as h100-x64, "
+            f"and {described.name} has none; leave them out, or plan with another machine"
+        )
     backend = backend_of(described)
     backend.check_costs(costs)
     frozen = captured.glue.unsteady or captured.glue.frozen

@@ -126,6 +126,7 @@ def test_a_plan_for_another_model_is_refused_with_the_difference() -> None:
         ({"schedule": "zigzag"}, "local runs no schedule 'zigzag'"),
         ({"microbatches": 0}, "num_microbatches must be at least 1, got 0"),
         ({"machine": "abacus"}, "machine 'abacus' is neither known"),
+        ({"settings": {"tp": 2}}, r"settings \(tp\) are for GPUs .* local.* has none; leave them"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -35,7 +35,6 @@ from ipu_pipeline.train.arguments import num_processes, process_index
 from ipu_pipeline.train.live_loss import LossRun, calls_of
 from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
-from ipu_pipeline.train.trainer_checks import check_processes
 
 if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
@@ -248,7 +247,6 @@ class ProcessSteps(CollectedSteps):
         if not self.has_executable():
             self.close()
             plan = self._trainer.planned(part)
-            check_processes(plan)
             num_ranks = max(1, num_processes() // plan.replicas)
             sizes = plan.num_stages, num_ranks, plan.num_microbatches
             self.executable = self._trainer.compiled(

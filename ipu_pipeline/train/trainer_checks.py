@@ -209,20 +209,6 @@ def _either(args: TrainingArguments, name: str) -> Any:
     return newer or getattr(args, f"gradient_{name}", None)
 
 
-def check_processes(plan: Plan) -> None:
-    """Refuse a plan whose processes have slices of weights.
-
-    Raises:
-        ValueError: It has tensor parallelism.
-    """
-    tp = plan.settings.get("tp", 1)
-    if tp != 1:
-        raise ValueError(
-            f"tp {tp} of the plan does not go with PipelineTrainer, whose optimizer has whole "
-            "weights; plan with settings={'tp': 1}, or use ipu_pipeline.train.train"
-        )
-
-
 def check_plan(plan: Plan, args: TrainingArguments) -> None:
     """Refuse a plan for another number of microbatches or of copies of the pipeline.
 

@@ -17,7 +17,6 @@ from ipu_pipeline.train.trainer import PipelineTrainer
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_folder,
-    check_processes,
     chosen_target,
     inherited_from,
     recomputes,
@@ -92,11 +91,6 @@ def test_a_target_in_several_processes(tmp_path, monkeypatch) -> None:
     assert chosen_target(None) == "distributed"
     with pytest.raises(LoweringError, match="RANK, MASTER_ADDR, MASTER_PORT is not set; start"):
         PipelineTrainer(bert_qa(), args)
-
-
-def test_a_plan_of_slices() -> None:
-    with pytest.raises(ValueError, match=r"tp 2 of the plan does not go .* settings=\{'tp': 1\}"):
-        check_processes(SimpleNamespace(settings={"tp": 2}))  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_a_machine_does_not_see(tmp_path) -> None:

@@ -57,6 +57,9 @@ def test_ranks_of_slices_are_neighbours(make_plan) -> None:
         make_layout(plan, "1f1b", 0, 6)
     with pytest.raises(LoweringError, match="2 stages x 2 replicas x tp 2; start 8"):
         make_layout(plan, "1f1b", 0, 16)
+    edited = replace(make_plan(2), settings={"tp": 2})
+    with pytest.raises(LoweringError, match=r"have tp 2, which is for GPUs .* has none; leave it"):
+        make_layout(edited, "1f1b", 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -271,9 +271,16 @@ def tensor_parallel_size(plan: Plan) -> int:
 
     Raises:
         LoweringError: They cannot run the plan: they would share tokens or experts, or gradients
-            or weights.
+            or weights; or the plan is not for GPUs, and nothing reads its settings of GPUs.
     """
     if plan.machine.devices[0].kernels is None:
+        for name in ("tp", "cp", "ep", "zero_stage"):
+            if plan.settings.get(name, default := getattr(GpuSettings(), name)) != default:
+                raise LoweringError(
+                    f"the plan's settings have {name} {plan.settings[name]}, which is for GPUs "
+                    f"with known kernels, such as h100-x64, and {plan.machine.name} has none; "
+                    "leave it out, or plan with another machine"
+                )
         return 1
     settings = GpuSettings.read(plan.settings)
     named = _shared_by(replace(settings, tp=1))
