@@ -177,6 +177,12 @@ class ExecutionOptions:
                 "or a function of a microbatch's inputs"
             )
         self._check_device()
+        self._check_numbers()
+        for name in ("master_weights", "compile_blocks", "replicated_tensor_sharding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_numbers(self) -> None:
         scaling = self.loss_scaling
         if isinstance(scaling, GradScaler):
             if not scaling.is_enabled():
@@ -191,9 +197,6 @@ class ExecutionOptions:
         if self.max_grad_norm is not None:
             _check_above_0("max_grad_norm", self.max_grad_norm, "or None for no clipping")
         _check_above_0("stall_timeout_s", self.stall_timeout_s, "of seconds")
-        for name in ("master_weights", "compile_blocks", "replicated_tensor_sharding"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_device(self) -> None:
         try:

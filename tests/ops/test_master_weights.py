@@ -82,17 +82,21 @@ def test_a_skipped_step_and_an_error_leave_weights_as_they_are() -> None:
 
 @pytest.mark.parametrize("kind", ["Adafactor", "NAdam"])  # state of other shapes than the weight's
 def test_all_that_is_loaded_keeps_its_precision(kind: str) -> None:
-    first = twins(torch.bfloat16, kind)
-    again = twins(torch.bfloat16, kind)
-    for number, (narrow, _, ours, _, masters) in enumerate([first, first, again]):
-        if number == 2:
-            narrow.load_state_dict(before[0])
-            ours.load_state_dict(before[1])
-            masters.load(before[1])
-        before = copy.deepcopy((narrow.state_dict(), ours.state_dict()))
+    first, again = (twins(torch.bfloat16, kind) for _ in range(2))
+
+    def step(twin: tuple[Any, ...]) -> None:
+        narrow, _, ours, _, masters = twin
         narrow(torch.linspace(0.0, 0.7, 20).view(4, 5).bfloat16()).square().sum().backward()
         with masters.in_place():
             ours.step()
+
+    step(first)
+    state = copy.deepcopy(first[2].state_dict())
+    again[0].load_state_dict(first[0].state_dict())
+    again[2].load_state_dict(state)
+    again[4].load(state)
+    step(first)
+    step(again)
     for a, b in zip(first[0].parameters(), again[0].parameters(), strict=True):
         expected, found = first[2].state[a], again[2].state[b]
         assert all(torch.equal(found[name], value) for name, value in expected.items())
