@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,15 +42,22 @@ def free_port() -> int:
     raise AssertionError("no port is free")
 
 
-def forked(target: Callable[..., Any], *arguments: Any) -> Any:
-    """Start a process that is forked from a server that has imported everything once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=target, args=arguments, daemon=True)
-    # The server, which the first process starts, imports from here.
+@functools.cache
+def start_server() -> None:
+    """Start the server of :func:`forked`, in the main thread, for it changes the environment."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    # It imports from here.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with mock.patch.dict(os.environ, PYTHONPATH=path):
-        process.start()
+        forkserver.ensure_running()
+
+
+def forked(target: Callable[..., Any], *arguments: Any) -> Any:
+    """Start a process that is forked from a server that has imported everything once."""
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=target, args=arguments, daemon=True)
+    process.start()
     return process
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.cluster.processes import Processes
+from tests.backends.cluster.processes import Processes, start_server
 from tests.later import every_second
 
 TWO = {"num_stages": 2}
@@ -75,6 +75,7 @@ class Answers:
 
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
+        start_server()
         self.pool = ThreadPoolExecutor(3)
         self.found: dict[Job, Future[list[tuple[bool, Any]]]] = {}
 
