@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,12 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
 from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
+from ipu_pipeline.errors import StageError
 from ipu_pipeline.ir.plan import Plan, plan_from_json
 from ipu_pipeline.planner.backend import find_machine
 from ipu_pipeline.stages.batch import split_batch
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from ipu_pipeline.train.trainer import PipelineTrainer
 
 T = TypeVar("T")
+_writes = Counter[str]()  # of every folder, how often a model was written there
 
 
 class ProcessSteps(CollectedSteps):
@@ -242,6 +246,20 @@ class ProcessSteps(CollectedSteps):
         if optimizer:
             made.collect_optimizer_state(self._optimizer())
 
+    def await_files(self, folder: str) -> None:
+        """Return when the first process has written them, which waits for nobody.
+
+        Raises:
+            StageError: It has not come here.
+        """
+        _writes[folder] += 1
+        key, store = f"ipu_pipeline/written/{_writes[folder]}/{folder}", _get_default_store()
+        with _missing_processes():
+            if process_index() == 0:
+                store.set(key, "")
+            else:
+                store.wait([key])
+
     def _ready(self, part: Mapping[str, Any]) -> DistributedExecutable:
         """Return the executable of the present model (``model_init`` makes new ones)."""
         if not self.has_executable():
@@ -278,4 +296,17 @@ class _ProcessGroup:
 
     def gather(self, value: Any, kind: Any = Any) -> list[Any]:
         """Return the values of all processes, by rank."""
-        return gather_over(None, value, kind)
+        with _missing_processes():
+            return gather_over(None, value, kind)
+
+
+@contextlib.contextmanager
+def _missing_processes() -> Iterator[None]:
+    """Say what it means that torch has waited for other processes in vain."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StageError(
+            f"another process has not come to this call, or has ended ({error}); look for its "
+            "error, and call train, evaluate and predict in every process, not in the first alone"
+        ) from error

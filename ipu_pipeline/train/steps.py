@@ -125,6 +125,9 @@ class TargetSteps(ABC):
     def fetch(self, *, optimizer: bool = False) -> None:  # noqa: B027 - they are here
         """Bring the weights here up to date, and the optimizer's state if asked."""
 
+    def await_files(self, folder: str) -> None:  # noqa: B027 - one process has written them
+        """Return when the files of a model are in ``folder``."""
+
     def has_executable(self) -> bool:
         """Whether there is one of the present model."""
         return self.executable is not None and self.executable.model is self._trainer.model

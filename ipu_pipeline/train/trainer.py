@@ -200,10 +200,12 @@ class PipelineTrainer(Trainer):
         if self.args.should_save:
             super()._save_rng_state(output_dir)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, with the weights of now."""
         self._steps.fetch()
-        super().save_model(*args, **kwargs)
+        super().save_model(output_dir, *args, **kwargs)
+        if not self.is_in_train:  # what follows may read it
+            self._steps.await_files(str(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
         self._steps.fetch()  # the device's weights are not newer than those that are loaded

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from ipu_pipeline.errors import StageError
+from ipu_pipeline.train import process_steps
 from tests.backends.cluster import trainer_jobs
 from tests.backends.cluster.processes import Processes
 
@@ -57,6 +59,15 @@ def test_a_script_gives_what_it_gives_in_one_process(two, tmp_path, name) -> Non
 def test_checkpoints_the_best_model_and_resuming(two, tmp_path) -> None:
     """Logs, with dropout, are those of one process, and so are the files and what is in them."""
     compare(two, "kept", tmp_path)
+
+
+def test_processes_that_do_not_come_are_named(monkeypatch) -> None:
+    def gather(*_: Any) -> None:
+        raise RuntimeError("Timed out waiting 660000ms")
+
+    monkeypatch.setattr(process_steps, "gather_over", gather)
+    with pytest.raises(StageError, match=r"another process has not come to this call, .*Timed out"):
+        process_steps._ProcessGroup().gather(1)
 
 
 @pytest.mark.acceptance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,16 @@ def kept(folder: str) -> dict[str, Any]:
     states = torch.load(Path(folder) / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
     again = made(f"{folder}-again", **SAVING)
     again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-4"))
+    save, saved = again._save, Path(f"{folder}-saved")
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)  # in the first process; the others read what it writes
+        save(*args, **kwargs)
+
+    again._save = slowly
+    again.save_model(str(saved))
     return {
+        "saved": sorted(p.name for p in saved.iterdir()),
         "whole": history(whole),
         "weights": weights(whole),
         "again": history(again),
