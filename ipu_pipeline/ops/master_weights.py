@@ -60,9 +60,10 @@ class MasterWeights:
             p for a, b in groups for p in zip(a["params"], b["params"], strict=True)
         ):
             if parameter.dtype in HALVES:
+                loaded = self.optimizer.state.get(parameter, {})
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        self.optimizer.state[parameter][name] = value.to(parameter.device)
+                    if isinstance(value, Tensor) and isinstance(loaded.get(name), Tensor):
+                        loaded[name] = value.to(loaded[name].device)
 
     def _widen(self, parameter: torch.nn.Parameter) -> None:
         gradient, narrow = parameter.grad, parameter.data

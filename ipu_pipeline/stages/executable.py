@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -176,6 +177,12 @@ class ExecutionOptions:
                 "or a function of a microbatch's inputs"
             )
         self._check_device()
+        self._check_numbers()
+        for name in ("master_weights", "compile_blocks", "replicated_tensor_sharding"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def _check_numbers(self) -> None:
         scaling = self.loss_scaling
         if isinstance(scaling, GradScaler):
             if not scaling.is_enabled():
@@ -183,14 +190,13 @@ class ExecutionOptions:
                     "loss_scaling is a GradScaler that is switched off (enabled=False, or its "
                     "device is not here); leave it out, or make it with GradScaler('cpu')"
                 )
-        elif scaling is not None and not scaling > 0:
-            raise ValueError(f"loss_scaling must be above 0, got {scaling}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(
-                f"max_grad_norm must be above 0, got {self.max_grad_norm}; use None for no clipping"
-            )
-        if self.stall_timeout_s <= 0:
-            raise ValueError(f"stall_timeout_s must be above 0, got {self.stall_timeout_s}")
+        elif scaling is not None:
+            _check_above_0("loss_scaling", scaling, "or a torch.amp.GradScaler")
+            if scaling == math.inf:
+                raise ValueError("loss_scaling is inf, with which every step overflows")
+        if self.max_grad_norm is not None:
+            _check_above_0("max_grad_norm", self.max_grad_norm, "or None for no clipping")
+        _check_above_0("stall_timeout_s", self.stall_timeout_s, "of seconds")
 
     def _check_device(self) -> None:
         try:
@@ -226,6 +232,11 @@ class ExecutionOptions:
                 f"the {target} target runs on no IPU: leave ipu_config and sdk_python out, or use "
                 "target='poptorch'"
             )
+
+
+def _check_above_0(name: str, value: object, remedy: str) -> None:
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value!r}; give a number, {remedy}")
 
 
 def _of_one_process(method: Callable[..., Any]) -> Callable[..., Any]:

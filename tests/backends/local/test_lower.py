@@ -56,6 +56,11 @@ def test_foreign_optimizers_are_refused(planned: tuple[torch.nn.Module, ipp.Plan
     [
         ({"precision": "fp8"}, "precision 'fp8' is unknown"),
         ({"loss_scaling": 0}, "loss_scaling must be above 0, got 0"),
+        ({"loss_scaling": "dynamic"}, "got 'dynamic'; give a number, or a torch.amp.GradScaler"),
+        ({"loss_scaling": torch.tensor(8.0)}, r"loss_scaling must be above 0, got tensor\(8\.\)"),
+        ({"loss_scaling": float("inf")}, "loss_scaling is inf, with which every step overflows"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be above 0, got nan"),
+        ({"master_weights": "no"}, "master_weights must be True or False, got 'no'"),
         ({"max_grad_norm": -1}, "max_grad_norm must be above 0, got -1"),
         ({"stall_timeout_s": 0}, "stall_timeout_s must be above 0, got 0"),
         ({"colour": 1}, "unknown option colour; known options: precision"),

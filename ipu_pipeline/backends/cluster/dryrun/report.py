@@ -254,13 +254,14 @@ def dry_run(
     ours = replace(plan, settings={**plan.settings, "engine": "torch"})
     if GpuSettings.read(plan.settings).engine != "torch":
         ours = replace(ours, settings={**ours.settings, "gradient_bytes": None})
+    messages = check_messages(plan, position)  # which refuses what torch's schedule cannot run
     played = None
     if model is not None and batch is not None:
         played = play(ours, model, batch, rank)
     return DryRun(
         world_size,
         plan.num_microbatches,
-        check_messages(plan, position),
+        messages,
         rank_bytes(ours)[position],
         rank_bytes(plan)[position],
         played,

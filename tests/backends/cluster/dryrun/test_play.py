@@ -115,6 +115,9 @@ def test_what_cannot_be_played_is_refused(config: str, tmp_path: Path) -> None:
         ValueError, match=r"8 ranks \(replicas 2 x pipeline 4 x tp 1\), from 0 to 7"
     ):
         dry_run(made, 8)
+    few = replace(made, num_microbatches=3)
+    with pytest.raises(LoweringError, match="schedule 1f1b needs at least as many microbatches"):
+        played(few, config, 0)
     for settings, named in (
         ({"zero_stage": 3}, "zero_stage 3"),
         ({"recompute": ["mlp"]}, "recompute mlp"),
