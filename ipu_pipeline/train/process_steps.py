@@ -231,6 +231,23 @@ class ProcessSteps(CollectedSteps):
         finally:
             self._depth -= 1
 
+    def decided(self, call: Callable[[], Any]) -> Any:
+        """Call the callbacks of an event in all processes; what the first decides holds for all.
+
+        A callback that looks at a clock would stop each at another step.
+        """
+        if self._depth == 0:  # the script's own call of one process
+            return call()
+        own: list[Any] = []
+
+        def decisions() -> dict[str, bool]:
+            own.append(call())
+            return {n: v for n, v in vars(own[0]).items() if n.startswith("should_")}
+
+        for name, value in self.agreed(decisions, everywhere=True).items():
+            setattr(own[0], name, value)
+        return own[0]
+
     def is_read_at(self, event: str) -> bool:
         """Whether a callback of any process may read weights at an event."""
         return event in self._read_at

@@ -209,9 +209,14 @@ class CollectedSteps(TargetSteps):
                         event,
                     )
                 self.fetch()
+                return self.decided(partial(call, event, *args, **kwargs))
             return call(event, *args, **kwargs)
 
         handler.call_event = called
+
+    def decided(self, call: Callable[[], Any]) -> Any:
+        """Call the callbacks of an event; return what they decide."""
+        return call()
 
     def is_read_at(self, event: str) -> bool:
         """Whether a callback may read weights at an event."""

@@ -92,12 +92,19 @@ SAVING = {
 }  # fmt: skip
 
 
+class StopsOne(TrainerCallback):
+    """Stops another process than the first, as a clock would at its own time."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= dist.is_initialized() and dist.get_rank() == 1
+
+
 def kept(folder: str) -> dict[str, Any]:
     """Train with checkpoints and the best model; resume in the middle of an epoch."""
     whole = made(folder, **SAVING)
     whole.train()
     states = torch.load(Path(folder) / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
-    again = made(f"{folder}-again", **SAVING)
+    again = made(f"{folder}-again", **SAVING, more={"callbacks": [StopsOne()]})
     again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-4"))
     save, saved = again._save, Path(f"{folder}-saved")
 
