@@ -9,7 +9,7 @@ Axes: B batch and heads, L queries, S keys, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
@@ -27,22 +27,17 @@ if TYPE_CHECKING:
     from ipu_pipeline.capture.operations import Recorder
 
 
-class CountedAttention(TorchFunctionMode):
-    """Within it, ``scaled_dot_product_attention`` is one operation of ``recorder``.
+class ReplacedAttention(TorchFunctionMode):
+    """Within it, ``scaled_dot_product_attention`` is another function of the same arguments.
 
     Calls by torch's own Python code (``multi_head_attention_forward``), which a function mode does
     not see, are found by a patch of the function.
-
-    Args:
-        recorder: Where it counts.
-        window: Keys that a query sees under a mask; ``None``: the mask decides.
     """
 
-    def __init__(self, recorder: Recorder, window: int | None = None) -> None:
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
-        self._recorder = recorder
-        self._window = window
-        self._patched = patched_attention(self._attend)
+        self._function = attend
+        self._patched = patched_attention(attend)
 
     def __enter__(self) -> Any:
         self._patched.__enter__()
@@ -53,8 +48,22 @@ class CountedAttention(TorchFunctionMode):
         self._patched.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = self._attend if func is SDPA else func
+        function = self._function if func is SDPA else func
         return function(*args, **(kwargs or {}))
+
+
+class CountedAttention(ReplacedAttention):
+    """Within it, ``scaled_dot_product_attention`` is one operation of ``recorder``.
+
+    Args:
+        recorder: Where it counts.
+        window: Keys that a query sees under a mask; ``None``: the mask decides.
+    """
+
+    def __init__(self, recorder: Recorder, window: int | None = None) -> None:
+        super().__init__(self._attend)
+        self._recorder = recorder
+        self._window = window
 
     def _attend(
         self,

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.backends.cluster.cut_plan import cut_plan
 from ipu_pipeline.backends.cluster.dryrun.collective_log import CollectiveLog
@@ -44,8 +43,8 @@ from ipu_pipeline.backends.cluster.sharding import (
 )
 from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.capture import capture
+from ipu_pipeline.capture.attention import ReplacedAttention
 from ipu_pipeline.capture.experts import grouped_without_values
-from ipu_pipeline.capture.patches import SDPA, patched_attention
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.master_weights import MasterWeights
@@ -87,49 +86,31 @@ class _NoRanks:
         self.waiter = waiter
 
 
-class _PlayedAttention(TorchFunctionMode):
-    """Within it, attention on ``meta`` is torch's fused operation, as on a device that has one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._patched = patched_attention(self._attend)
-
-    def __enter__(self) -> Any:
-        self._patched.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._patched.__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = self._attend if func is SDPA else func
-        return function(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,  # noqa: ARG002 - a mask that is drawn again
-        is_causal: bool = False,  # noqa: FBT001, FBT002
-        scale: float | None = None,
-        enable_gqa: bool = False,  # noqa: ARG002, FBT001, FBT002
-    ) -> Tensor:
-        aten = torch.ops.aten
-        if attn_mask is None:
-            flash = aten._scaled_dot_product_flash_attention_for_cpu
-            return flash(query, key, value, 0.0, is_causal, scale=scale)[0]
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
-        efficient = aten._scaled_dot_product_efficient_attention
-        shape = (*query.shape[:-1], key.shape[-2])
-        out: Tensor = efficient(
-            query, key, value, attn_mask.expand(shape), compute_log_sumexp=True, dropout_p=0.0,
-            is_causal=is_causal, scale=scale,
-        )[0]  # fmt: skip
-        return out
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001 - a mask that is drawn again
+    is_causal: bool = False,  # noqa: FBT001, FBT002
+    scale: float | None = None,
+    enable_gqa: bool = False,  # noqa: ARG001, FBT001, FBT002
+) -> Tensor:
+    """Be torch's fused operation on ``meta``, as on a device that has one."""
+    aten = torch.ops.aten
+    if attn_mask is None:
+        flash: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, scale=scale
+        )[0]
+        return flash
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    shape = (*query.shape[:-1], key.shape[-2])
+    efficient: Tensor = aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask.expand(shape), compute_log_sumexp=True, dropout_p=0.0,
+        is_causal=is_causal, scale=scale,
+    )[0]  # fmt: skip
+    return efficient
 
 
 class _PlayedSlices(TensorParallel):
@@ -259,7 +240,7 @@ def play(plan: Plan, model: nn.Module, batch: Mapping[str, Tensor], rank: int) -
         stages = build_stages(captured, blocks, recomputed_blocks(None, plan))
         everyone = dist.distributed_c10d._get_default_group()
         log = CollectiveLog({"all ranks": everyone, **_named(groups)})
-        for region in (grouped_without_values(), _PlayedAttention(), log, tally):
+        for region in (grouped_without_values(), ReplacedAttention(_fused_attention), log, tally):
             entered.enter_context(region)
         _step(plan, settings, model, stages, groups, batch, tally, number)
         return Played(
