@@ -42,14 +42,21 @@ def trained(
     made, batch = made_for(name, target=target, planned=planned, **options)
     found_losses, gradients = [], []
     with made, Messages() as messages:
+
+        def share(size: int) -> dict[str, Tensor]:
+            """Return what this process is given: all, or its share."""
+            kept = made.share_of(size)
+            part = {name: value[:size][kept] for name, value in batch.items()}
+            return part if kept.stop > kept.start else {}
+
         for size in sizes:
-            found_losses.append(made.forward_backward(first(batch, size)))
+            found_losses.append(made.forward_backward(share(size)))
             parameters = dict(made.model.named_parameters())
             found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
             gradients.append({n: g.numpy().copy() for n, g in found.items()})
             for parameter in parameters.values():
                 parameter.grad = None
-        steps = [made.train_step(first(batch, size)) for size in sizes]
+        steps = [made.train_step(share(size)) for size in sizes]
         state = {n: t.numpy().copy() for n, t in made.state_dict().items()}
         return {
             "losses": found_losses + [step.loss for step in steps],

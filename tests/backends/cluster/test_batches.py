@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ipu_pipeline.backends.cluster.batches import dealt
 from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
@@ -18,6 +17,7 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedules,
 )
 from ipu_pipeline.backends.cluster.ranks.consistency import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
@@ -84,6 +84,31 @@ def test_on_four_processes(
     planned = {**planned, "dropout": True}
     found = four.run(
         "batch_jobs.trained", name=name, sizes=sizes, planned=planned, schedule=schedule, **OPTIONS
+    )
+    assert_equal(found, name, sizes, planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "planned", "sizes"),
+    [
+        ("gpt2-lm", {"num_stages": 1, "replicas": 2, "microbatches": 2}, [8, 7, 5, 1]),
+        pytest.param("bert-qa", TWO_BY_TWO, [12, 11, 9, 5, 3, 1], marks=pytest.mark.acceptance),
+        pytest.param(
+            "mixtral",
+            {"num_stages": 1, "replicas": 4, "microbatches": 1},
+            [8, 5, 2],
+            marks=pytest.mark.acceptance,
+        ),
+    ],
+)
+def test_shares_of_replicas_equal_the_local_target(
+    request: pytest.FixtureRequest, name: str, planned: dict[str, Any], sizes: list[int]
+) -> None:
+    """With dropout, labels that are uneven, and short batches of which a replica has nothing."""
+    processes = request.getfixturevalue("two" if name == "gpt2-lm" else "four")
+    planned = {**planned, "dropout": True}
+    found = processes.run(
+        "batch_jobs.trained", name=name, sizes=sizes, planned=planned, batches="share", **OPTIONS
     )
     assert_equal(found, name, sizes, planned)
 
