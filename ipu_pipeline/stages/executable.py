@@ -334,7 +334,7 @@ class Executable(ABC):
 
     def share_of(self, num_samples: int) -> slice:
         """Return which samples of a batch this process passes to a training step."""
-        return slice(0, num_samples)
+        return slice(num_samples)
 
     def trained_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer.

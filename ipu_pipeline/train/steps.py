@@ -109,6 +109,14 @@ class TargetSteps(ABC):
         """Return the sampler of the training data, perhaps another one."""
         return sampler
 
+    def train_data(self, data: Any, make_sampler: Any) -> tuple[Any, Any]:
+        """Return what this process reads of the training data, and what makes their sampler."""
+        return data, make_sampler
+
+    def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
+        """Return the batches of an optimizer step, and the items of all processes."""
+        return batches, num_items
+
     # ---- evaluation ---------------------------------------------------------------------
 
     @abstractmethod

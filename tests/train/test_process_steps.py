@@ -96,9 +96,12 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
 
 @pytest.mark.acceptance
 def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+    """Every process reads whole batches, or the share of its copy."""
     four = Processes(4)
     try:
-        compare(four, "copied", tmp_path)
+        for batches in ("whole", "share"):
+            (tmp_path / batches).mkdir()
+            compare(four, "copied", tmp_path / batches, batches=batches)
     finally:
         four.close()
 

@@ -298,6 +298,11 @@ class DistributedExecutable(Executable):
             cut = self._shares.numbered(cut, first)
             return self._accumulate(cut, 1.0, for_update=False)[1]
 
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Return sums of what each replica has counted of its share of the batches."""
+        with self._running("adding up what the replicas have"):
+            return self._shares.total(numbers)
+
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip gradients as ``torch.nn.utils.clip_grad_norm_``; return their norm over all ranks.
 

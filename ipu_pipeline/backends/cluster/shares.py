@@ -80,7 +80,7 @@ class BatchShares:
     def of(self, num_samples: int) -> slice:
         """Return which samples of a batch this process is given in a training step."""
         if not self.apart:
-            return slice(0, num_samples)
+            return slice(num_samples)
         plan, layout = self._plan, self._groups.layout
         number = plan.num_microbatches * layout.num_replicas
         step = part_size(num_samples, number, plan.micro_batch_size)

@@ -47,7 +47,7 @@ def trained(
             """Return what this process is given: all, or its share."""
             kept = made.share_of(size)
             part = {name: value[:size][kept] for name, value in batch.items()}
-            return part if kept.stop > kept.start else {}
+            return part if kept.stop > (kept.start or 0) else {}
 
         for size in sizes:
             found_losses.append(made.forward_backward(share(size)))

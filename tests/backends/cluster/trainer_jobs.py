@@ -229,17 +229,29 @@ def generated(folder: str) -> dict[str, Any]:
 # ---- copies of the pipeline ---------------------------------------------------------------
 
 
-def copied(folder: str) -> dict[str, Any]:
+class Counting(Questions):
+    """Counts the samples that are read."""
+
+    num_read = 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.num_read += 1
+        return super().__getitem__(index)
+
+
+def copied(folder: str, batches: str = "whole") -> dict[str, Any]:
     """Train with two copies of the pipeline, or with as many microbatches in one process."""
     several = dist.is_initialized()
-    changes = {"replicas": 2} if several else {"gradient_accumulation_steps": 4}
-    trainer = made(folder, Questions(19), max_steps=-1, num_train_epochs=2, **changes)
+    changes = {"replicas": 2, "batches": batches} if several else {"gradient_accumulation_steps": 4}
+    data = Counting(19)
+    trainer = made(folder, data, max_steps=-1, num_train_epochs=2, **changes)
     trainer.train()
     return {
         "history": history(trainer),
         "weights": weights(trainer),
         "evaluation": trainer.evaluate()["eval_loss"],
         "places": [trainer.plan.num_stages, trainer.plan.replicas] if several else [2, 2],
+        "fewer": data.num_read < 2 * 19 if several and batches == "share" else batches == "share",
     }
 
 
