@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
 from ipu_pipeline.backends.cluster.layout import schedule_for
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
@@ -271,6 +272,8 @@ class ProcessSteps(CollectedSteps):
                 found = self._group.gather(self._events_of_users())
                 self._read_at = frozenset(event for events in found for event in events)
             yield
+            if self._depth == 1:
+                self.fetch()  # whoever reads the model then finds whole weights
         except BaseException as error:
             made, self.executable = self.executable, None
             if made is not None:
@@ -305,9 +308,8 @@ class ProcessSteps(CollectedSteps):
         made = self.executable
         if not isinstance(made, DistributedExecutable) or made.model is not self._trainer.model:
             return
-        if self._is_stale:
-            made.state_dict()
-            self._is_stale = False
+        made.make_whole(self._optimizer(), stale=self._is_stale)
+        self._is_stale = False
         if optimizer:
             made.collect_optimizer_state(self._optimizer())
 
@@ -330,7 +332,7 @@ class ProcessSteps(CollectedSteps):
         if not self.has_executable():
             self.close()
             plan = self._trainer.planned(part)
-            num_ranks = max(1, num_processes() // plan.replicas)
+            num_ranks = max(1, num_processes() // (plan.replicas * tensor_parallel_size(plan)))
             sizes = plan.num_stages, num_ranks, plan.num_microbatches
             self.executable = self._trainer.compiled(
                 plan,
@@ -340,6 +342,7 @@ class ProcessSteps(CollectedSteps):
                 batches="share" if self._reads_shares else "whole",
             )
         assert isinstance(self.executable, DistributedExecutable)
+        self.executable.make_ready(self._optimizer())
         return self.executable
 
     def _leave(self) -> None:

@@ -235,11 +235,10 @@ class CollectedSteps(TargetSteps):
         callbacks = self._trainer.callback_handler.callbacks
         return [e for e in _EVENTS if any(is_users(callback, e) for callback in callbacks)]
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return torch's optimizer in accelerate's."""
+    def _optimizer(self) -> Any:
+        """Return torch's optimizer in accelerate's; ``None`` before there is one."""
         wrapped: Any = self._trainer.optimizer
-        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
-        return found
+        return getattr(wrapped, "optimizer", wrapped)
 
     @abstractmethod
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:

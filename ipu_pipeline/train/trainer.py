@@ -47,7 +47,6 @@ from ipu_pipeline.train.trainer_checks import (
     check_class,
     check_folder,
     check_plan,
-    check_whole,
     chosen_target,
     inherited_from,
     recomputes,
@@ -413,8 +412,6 @@ class PipelineTrainer(Trainer):
             plan: Its plan.
             **options: As for :func:`ipu_pipeline.compile`, which not all targets take.
         """
-        if self._steps.target == "distributed":
-            check_whole(plan)
         with torch.random.fork_rng(devices=[]):
             return compiler.compile(
                 self._whole_model,

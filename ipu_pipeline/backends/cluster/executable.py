@@ -118,6 +118,7 @@ class DistributedExecutable(Executable):
             None if self._holds_all else held.__contains__,
             self._masters,
         )
+        self._known_optimizer = optimizer
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
@@ -370,15 +371,47 @@ class DistributedExecutable(Executable):
                 "each process has the weights of its own stages only; save_checkpoint(folder) "
                 "writes the whole model, which from_pretrained(folder) reads"
             )
+        self._collect_weights()
+        with self._running("joining slices"):
+            return self._slices.state_dict(self.model)
+
+    def _collect_weights(self) -> None:
         if self._ownership is not None:
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
+
+    def make_whole(self, optimizer: torch.optim.Optimizer | None, *, stale: bool) -> None:
+        """Put all of every weight into the model, for its owner to read; whole, not slices.
+
+        Args:
+            optimizer: One of the caller's, whose states of slices become whole, too.
+            stale: Whether weights were changed since the last time.
+        """
+        if stale:
+            self._collect_weights()
         with self._running("joining slices"):
-            return self._slices.state_dict(self.model)
+            self._slices.undo(optimizer, gather=True)
+
+    def make_ready(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Undo :meth:`make_whole`, which any step wants; nothing is done where nothing is cut.
+
+        Raises:
+            LoweringError: The optimizer needs whole weights.
+        """
+        if self._slices.size == 1:
+            return
+        if optimizer is not None and optimizer is not self._known_optimizer:
+            refuse_whole_tensors(optimizer, cut_plan(self.model, self.plan, self._slices.size))
+            self._known_optimizer = optimizer
+        self._slices.cut(optimizer)
+        self._slices.install()
 
     def collect_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the first process the state of all parameters in an optimizer of the caller's."""
+        """Give the first process the state of all parameters in an optimizer of the caller's.
+
+        Of weights that are cut it is collected after :meth:`make_whole`.
+        """
         with self._running("collecting the optimizer's state"):
             if self._ownership is not None:
                 collect_states(optimizer, self._ownership, self.groups)

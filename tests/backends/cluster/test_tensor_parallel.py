@@ -23,9 +23,7 @@ from ipu_pipeline.backends.cluster.cut_plan import (
 )
 from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.train.trainer_checks import check_whole
 from tests.backends.cluster import slice_jobs
 from tests.backends.cluster.matrix import difference
 from tests.backends.cluster.processes import Processes
@@ -258,10 +256,3 @@ def test_no_numbers_are_drawn_for_slices_and_none_leave_a_block(mesh: Any) -> No
     stage = SimpleNamespace(prelude=prelude, programs=())
     with pytest.raises(LoweringError, match="around block 'prelude' uses a weight itself"):
         refuse_between_blocks([stage], cut)  # type: ignore[list-item]
-
-
-def test_the_trainer_refuses_slices() -> None:
-    machine = machine_by_name("h100-x8")
-    check_whole(SimpleNamespace(machine=machine, settings={}))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has tp 2, and PipelineTrainer's own optimizer needs"):
-        check_whole(SimpleNamespace(machine=machine, settings={"tp": 2}))  # type: ignore[arg-type]

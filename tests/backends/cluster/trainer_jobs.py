@@ -73,11 +73,11 @@ def made(folder: str, data: Any = None, **changes: Any) -> PipelineTrainer:
         "max_steps": 3,
         **ROUNDED,
     }
-    kind = changes.pop("kind", TrainingArguments)
+    kind, model = changes.pop("kind", TrainingArguments), changes.pop("model", None)
     args = kind(output_dir=folder, **options | changes)
     set_seed(0)
     return PipelineTrainer(
-        tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
+        model or tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
         args,
         train_dataset=Questions(18) if data is None else data,
         **{"num_stages": 2} | more,
@@ -252,6 +252,45 @@ def copied(folder: str, batches: str = "whole") -> dict[str, Any]:
         "evaluation": trainer.evaluate()["eval_loss"],
         "places": [trainer.plan.num_stages, trainer.plan.replicas] if several else [2, 2],
         "fewer": data.num_read < 2 * 19 if several and batches == "share" else batches == "share",
+    }
+
+
+# ---- tensor parallelism -------------------------------------------------------------------
+
+
+def sliced(folder: str, stages: int) -> dict[str, Any]:
+    """Train a Llama with a resumed checkpoint, evaluate, and let a callback read its weights.
+
+    Two processes share every product, or one process runs two stages.
+    """
+    several = dist.is_initialized()
+    number = stages if several else 2
+    rows = [{n: v[0].tolist() for n, v in TINY["llama"].build(batch_size=1, seed=i)[1].items()}
+            for i in range(14)]  # fmt: skip
+    _, plan, _ = built("llama", num_stages=number, microbatches=2, tp=2 if several else 1)
+
+    def trainer(where: str, **changes: Any) -> PipelineTrainer:
+        return made(
+            where, rows, model=TINY["llama"].build()[0], eval_strategy="steps", eval_steps=2,
+            more={"plan": plan, "eval_dataset": rows[:5], "num_stages": None, "callbacks": [reader]},
+            **changes,
+        )  # fmt: skip
+
+    reader = Reads()
+    whole = trainer(folder, save_strategy="steps", save_steps=2, max_steps=4)
+    whole.train()
+    saved = Path(folder) / "checkpoint-2"
+    states = torch.load(saved / "optimizer.pt", weights_only=True)["state"]
+    again = trainer(f"{folder}-again", max_steps=4)
+    again.train(resume_from_checkpoint=str(saved))
+    return {
+        "history": history(whole),
+        "again": history(again),
+        "weights": weights(whole),
+        "seen": reader.seen,
+        "states": {n: float(state["exp_avg"].abs().sum()) for n, state in states.items()},
+        "predictions": predicted(again, rows[:3]),
+        "outside": float(again.model(**again.data_collator(rows[:2])).loss),
     }
 
 
