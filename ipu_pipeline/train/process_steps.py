@@ -65,7 +65,9 @@ class ProcessSteps(CollectedSteps):
         self._owns_group = False
         self._group = _ProcessGroup()
         self._depth = 0
-        self._others: list[bool] = []  # which batches of this optimizer step are another replica's
+        # Which batches of this optimizer step are another replica's.
+        self._others: list[bool] = []
+        self._left_out: list[Any] = []
         self._read_at = frozenset[str]()
 
     # ---- what transformers sees ---------------------------------------------------------
@@ -207,18 +209,29 @@ class ProcessSteps(CollectedSteps):
         share = ShareOfData(data, replica, self._replicas, args.per_device_train_batch_size)
         return share, (lambda _: make_sampler(data)) if make_sampler else None
 
+    def operations(self, inputs: Any, number: float) -> float:
+        """Return how many of the operations of a microbatch are counted here."""
+        return 0.0 if any(inputs is batch for batch in self._left_out) else number
+
+    def total(self, number: float) -> float:
+        """Return the sum of what every process has counted of its share of the data."""
+        if not self._reads_shares:
+            return number
+        each = num_processes() // self._replicas
+        return float(sum(self._group.gather(number, float)[::each]))
+
     def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
         """Return the batches of an optimizer step, and the items of all processes."""
         if not self._reads_shares:
             return batches, num_items
         self._others = [is_others(batch) for batch in batches]
+        self._left_out = [b for b, other in zip(batches, self._others, strict=True) if other]
         if num_items is None:
             return batches, None
         own = [b for b, other in zip(batches, self._others, strict=True) if not other]
         args = self._trainer.args
         items = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
-        told = self._group.gather(int(items))
-        return batches, torch.tensor(sum(told[:: num_processes() // self._replicas]))
+        return batches, torch.tensor(int(self.total(float(items))))
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if isinstance(self.executable, DistributedExecutable):

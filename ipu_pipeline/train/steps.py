@@ -113,6 +113,14 @@ class TargetSteps(ABC):
         """Return what this process reads of the training data, and what makes their sampler."""
         return data, make_sampler
 
+    def operations(self, inputs: Any, number: float) -> float:  # noqa: ARG002
+        """Return how many of the operations of a microbatch are counted here."""
+        return number
+
+    def total(self, number: float) -> float:
+        """Return the sum of what every process has counted of its share of the data."""
+        return number
+
     def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
         """Return the batches of an optimizer step, and the items of all processes."""
         return batches, num_items

@@ -197,12 +197,12 @@ class DistributedExecutable(Executable):
     def _cut(self, model: nn.Module) -> Slices:
         """Give every process its slices, if processes share products."""
         layout = self.groups.layout
+        self._cuts = cut_plan(model, self.plan, layout.tp)
         if layout.tp == 1:
             return UNCUT
         from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
 
-        cuts = cut_plan(model, self.plan, layout.tp)
-        return TensorParallel(model, self.optimizer, cuts, self.groups.slices)
+        return TensorParallel(model, self.optimizer, self._cuts, self.groups.slices)
 
     def _problem(self, device: torch.device) -> str:
         """Return why this process cannot start, or nothing."""
@@ -402,7 +402,7 @@ class DistributedExecutable(Executable):
         if self._slices.size == 1:
             return
         if optimizer is not None and optimizer is not self._known_optimizer:
-            refuse_whole_tensors(optimizer, cut_plan(self.model, self.plan, self._slices.size))
+            refuse_whole_tensors(optimizer, self._cuts)
             self._known_optimizer = optimizer
         self._slices.cut(optimizer)
         self._slices.install()

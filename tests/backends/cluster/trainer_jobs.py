@@ -270,10 +270,10 @@ def sliced(folder: str, stages: int) -> dict[str, Any]:
     _, plan, _ = built("llama", num_stages=number, microbatches=2, tp=2 if several else 1)
 
     def trainer(where: str, **changes: Any) -> PipelineTrainer:
+        more = {"plan": plan, "eval_dataset": rows[:5], "num_stages": None, "callbacks": [reader]}
         return made(
             where, rows, model=TINY["llama"].build()[0], eval_strategy="steps", eval_steps=2,
-            more={"plan": plan, "eval_dataset": rows[:5], "num_stages": None, "callbacks": [reader]},
-            **changes,
+            more=more, **changes,
         )  # fmt: skip
 
     reader = Reads()
@@ -290,7 +290,7 @@ def sliced(folder: str, stages: int) -> dict[str, Any]:
         "seen": reader.seen,
         "states": {n: float(state["exp_avg"].abs().sum()) for n, state in states.items()},
         "predictions": predicted(again, rows[:3]),
-        "outside": float(again.model(**again.data_collator(rows[:2])).loss),
+        "outside": float(again.model(**again.data_collator(rows[:2])).loss.detach()),
     }
 
 
