@@ -68,6 +68,7 @@ class ProcessSteps(CollectedSteps):
         # Which batches of this optimizer step are another replica's.
         self._others: list[bool] = []
         self._left_out: list[Any] = []
+        self._num_whole = 0  # weights of the model, if it has slices of them while it runs
         self._read_at = frozenset[str]()
 
     # ---- what transformers sees ---------------------------------------------------------
@@ -210,8 +211,18 @@ class ProcessSteps(CollectedSteps):
         return share, (lambda _: make_sampler(data)) if make_sampler else None
 
     def operations(self, inputs: Any, number: float) -> float:
-        """Return how many of the operations of a microbatch are counted here."""
-        return 0.0 if any(inputs is batch for batch in self._left_out) else number
+        """Return how many of the operations of a microbatch are counted here.
+
+        ``number`` is a multiple of the number of weights, which may be slices.
+        """
+        if any(inputs is batch for batch in self._left_out):
+            return 0.0
+        here = self._num_weights() if self._num_whole else 0
+        return number // here * self._num_whole if here else number
+
+    def _num_weights(self) -> int:
+        count = getattr(self._trainer.model, "num_parameters", lambda **_: 0)
+        return int(count(exclude_embeddings=True))
 
     def total(self, number: float) -> float:
         """Return the sum of what every process has counted of its share of the data."""
@@ -345,7 +356,9 @@ class ProcessSteps(CollectedSteps):
         if not self.has_executable():
             self.close()
             plan = self._trainer.planned(part)
-            num_ranks = max(1, num_processes() // (plan.replicas * tensor_parallel_size(plan)))
+            tp = tensor_parallel_size(plan)
+            self._num_whole = self._num_weights() if tp > 1 else 0
+            num_ranks = max(1, num_processes() // (plan.replicas * tp))
             sizes = plan.num_stages, num_ranks, plan.num_microbatches
             self.executable = self._trainer.compiled(
                 plan,
