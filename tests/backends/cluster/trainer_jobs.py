@@ -319,6 +319,8 @@ def refused(folder: str) -> list[str]:
     says(ValueError, lambda: made(folder, save_strategy="steps"), resume_from_checkpoint=True)
     says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
     says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
+    shares = {"replicas": 2, "batches": "share", "include_num_input_tokens_seen": "all"}
+    says(ValueError, lambda: made(folder, more={"num_stages": 1}, **shares))
     whole = made(folder)
     whole.hp_search_backend = "optuna"  # as hyperparameter_search sets it
     says(ValueError, lambda: whole)
