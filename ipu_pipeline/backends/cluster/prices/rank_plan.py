@@ -8,12 +8,12 @@ as its share of the residual stream makes them; the price puts the stages of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, ParallelSizes, sizes_of
-from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankParameters, RankPricer
+from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
 from ipu_pipeline.backends.cluster.prices.rank_step import BUFFER_BYTES, RankStep
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -256,8 +256,8 @@ def rank_step_of(plan: Plan) -> RankStep:
     return _priced_ranks(plan)[0]
 
 
-def _priced_ranks(plan: Plan) -> tuple[RankStep, tuple[int, ...], Machine, str]:
-    """Return the pipeline, the bytes of state of every stage, the ranks, and what limits it."""
+def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
+    """Return the pipeline, its ranks as devices, and what limits it."""
     sizes, work = sizes_of(plan), workload_of(plan)
     rank_costs = RankCosts(work, GpuSettings.read(plan.settings))
     costs = rank_costs.all()
@@ -284,16 +284,16 @@ def _priced_ranks(plan: Plan) -> tuple[RankStep, tuple[int, ...], Machine, str]:
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
         ranks=tuple(numbers[device] for device in devices),
-        given_copies=boundary_copies(replace(ranked, graph=_with_gradients(graph))),
-        given_outer_s=outer_s,
+        copies=boundary_copies(replace(ranked, graph=_with_gradients(graph))),
+        update_s=outer_s,
+        state_bytes=tuple(stage.weight_bytes for stage in found.stages),
         whole=frozenset(
             index
             for index, stage in enumerate(plan.stages)
             if whole and (stage.recompute or stage.serialize)
         ),
     )
-    held = tuple(stage.weight_bytes for stage in found.stages)
-    return step, held, costs.ranks, found.binding
+    return step, costs.ranks, found.binding
 
 
 def _parameters_of(graph: BlockGraph, blocks: tuple[str, ...]) -> Block:
@@ -307,74 +307,13 @@ def _with_gradients(graph: BlockGraph) -> BlockGraph:
     return replace(graph, tensors=tuple(t for t in graph.tensors if t.requires_grad))
 
 
-@dataclass(frozen=True)
-class RankBytes:
-    """The most bytes that the GPUs of one rank of a pipeline hold.
-
-    Attributes:
-        weights: As products read them.
-        gradients: As they are added up.
-        optimizer: What the optimizer keeps.
-        kept: Most that is kept for backward passes at one time.
-        workspace: Most that is needed besides while a pass runs.
-        update: Needed besides the state while the optimizer steps, when nothing is kept.
-        buffers: Workspaces of libraries and buffers of collectives.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    kept: int
-    workspace: int
-    update: int = 0
-    buffers: int = BUFFER_BYTES
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        state = self.weights + self.gradients + self.optimizer
-        return state + max(self.kept + self.workspace, self.update) + self.buffers
-
-
-def rank_bytes(plan: Plan) -> tuple[RankBytes, ...]:
-    """Return what every rank of a pipeline holds, in the order of their first stages.
-
-    Raises:
-        PlanError: As :func:`rank_step_of`.
-    """
-    step, states, *_ = _priced_ranks(plan)
-    return _bytes_of_ranks(step, states)
-
-
-def _bytes_of_ranks(step: RankStep, states: Sequence[int]) -> tuple[RankBytes, ...]:
-    found = []
-    for rank, kept in enumerate(step.kept_bytes()):
-        own, pricer = step.on_rank(rank), step.pricer
-        held = sum((step.stages[number].parameters for number in own), RankParameters())
-        plain = replace(pricer.engine, gradient_bytes=0, state_bytes=0)
-        weights = round(replace(pricer, engine=plain).state_bytes(held))
-        plain = replace(pricer.engine, weight_bytes=0, state_bytes=0)
-        gradients = round(replace(pricer, engine=plain).state_bytes(held))
-        found.append(
-            RankBytes(
-                weights=weights,
-                gradients=gradients,
-                optimizer=sum(states[number] for number in own) - weights - gradients,
-                kept=round(kept),
-                workspace=max(round(step.stages[number].workspace_bytes) for number in own),
-                update=round(pricer.widened_bytes(held)),
-            )
-        )
-    return tuple(found)
-
-
 def rank_price(plan: Plan) -> PlanPrice:
     """Return the price of a plan on GPUs: seconds of its step, and bytes of every stage and rank.
 
     Raises:
         PlanError: As :func:`rank_step_of`.
     """
-    step, states, ranks, binding = _priced_ranks(plan)
+    step, ranks, binding = _priced_ranks(plan)
     flying = schedule_kind(plan.schedule).in_flight(step.shape)
     widened = [round(step.pricer.widened_bytes(stage.parameters)) for stage in step.stages]
     loads = tuple(
@@ -383,7 +322,7 @@ def rank_price(plan: Plan) -> PlanPrice:
             forward_s=stage.forward_s,
             backward_s=stage.backward_s,
             copies=step.copies[index],
-            weight_bytes=states[index],
+            weight_bytes=step.state_bytes[index],
             stash_bytes=round(stage.saved_bytes),
             workspace_bytes=BUFFER_BYTES
             + max(
@@ -398,21 +337,19 @@ def rank_price(plan: Plan) -> PlanPrice:
     once_s = step.once_s()
     return PlanPrice(
         stages=loads,
-        step_s=step.passes_s() + once_s,
+        step_s=step.step_s(),
         once_s={"update, reduction": once_s} if once_s else {},
-        misfits=_misfits(step, states, loads, ranks),
+        misfits=_misfits(step, loads, ranks),
         binding=binding,
         recompute=tuple(stage.recompute for stage in plan.stages),
     )
 
 
-def _misfits(
-    step: RankStep, states: Sequence[int], loads: tuple[StageLoad, ...], ranks: Machine
-) -> tuple[str, ...]:
+def _misfits(step: RankStep, loads: tuple[StageLoad, ...], ranks: Machine) -> tuple[str, ...]:
     """Say which ranks hold more than their GPUs have."""
     found = []
-    for rank, needed in enumerate(_bytes_of_ranks(step, states)):
-        device = ranks.devices[loads[step.on_rank(rank)[0]].device]
+    for rank, needed in enumerate(step.rank_bytes):
+        device = ranks.devices[loads[step.of_ranks[rank][0]].device]
         room = device.memory_bytes - device.reserved_bytes + BUFFER_BYTES
         if needed.total > room:
             found.append(

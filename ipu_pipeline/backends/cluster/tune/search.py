@@ -92,7 +92,7 @@ class GpuPoint:
     @cached_property
     def memory_bytes(self) -> float:
         """Bytes of the fullest GPU."""
-        return max(self.step.memory_bytes())
+        return self.step.peak_bytes
 
     @cached_property
     def rates(self) -> Rates:
