@@ -8,9 +8,10 @@ as its share of the residual stream makes them; the price puts the stages of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, ParallelSizes, sizes_of
 from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
@@ -29,6 +30,8 @@ from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copie
 from ipu_pipeline.planner.search.given_split import price_stages
 
 _ENDS = ("head", "loss")
+# Priced blocks by what their price depends on.
+Known = dict[tuple[Any, ...], RankBlock]
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,15 @@ class RankCosts:
         )
 
     def _rank_menus(self) -> dict[str, tuple[BlockChoice, ...]]:
-        whole = replace(self.pricer, sizes=replace(self.sizes, recompute=("full",)))
-        one_at_a_time = kept_by_last_stage(self.work) == 1
-        known: dict[tuple[object, ...], tuple[BlockChoice, ...]] = {}
-        found = {}
-        for block in self.work.graph.blocks:
-            key = (id(block.forward_ops), id(block.backward_ops), block.kind, block.saved_bytes,
-                   block.workspace_bytes, block.kept_bytes)  # fmt: skip
-            if key not in known:
-                plain = in_stage(block, self.pricer.block(block), last_alone=one_at_a_time)
-                known[key] = (_choice(gathered(self.pricer, block, plain)),)
-                if block.kind == "layer":
-                    again = gathered(whole, block, whole.block(block))
-                    known[key] += (_choice(again, recompute=True),)
-            found[block.name] = known[key]
-        return found
+        ways = ways_of(self.pricer, last_alone=kept_by_last_stage(self.work) == 1)
+        return {
+            block.name: tuple(
+                BlockChoice(way.forward_s, way.backward_s, way.saved_bytes, way.workspace_bytes,
+                            recompute=number > 0)
+                for number, way in enumerate(own)
+            )
+            for block, own in zip(self.work.graph.blocks, ways, strict=True)
+        }  # fmt: skip
 
     def _states(self) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state of every parameter on a rank."""
@@ -148,6 +145,37 @@ class RankCosts:
             name: pricer.update_s(pricer.parameters(replace(probe, parameters=tuple(fqns))))
             for name, fqns in first.items()
         }
+
+
+def ways_of(
+    pricer: RankPricer, *, last_alone: bool = True, known: Known | None = None
+) -> Iterator[tuple[RankBlock, ...]]:
+    """Yield how a stage runs every block: as the sizes say, and layers also recomputed whole.
+
+    Args:
+        pricer: Of the blocks.
+        last_alone: As for :func:`in_stage`.
+        known: Blocks without recomputation that were priced before, of any sizes.
+    """
+    sizes, known = pricer.sizes, {} if known is None else known
+    plainly = replace(pricer, sizes=replace(sizes, recompute=()))
+    whole = replace(pricer, sizes=replace(sizes, recompute=("full",)))
+    found: dict[tuple[Any, ...], tuple[RankBlock, ...]] = {}
+    for block in pricer.graph.blocks:
+        key: tuple[Any, ...] = (
+            id(block.forward_ops), id(block.backward_ops), block.kind, block.saved_bytes,
+            block.workspace_bytes, block.kept_bytes, len(block.parameters),
+        )  # fmt: skip
+        if key not in found:
+            ep = sizes.ep if any(".experts." in fqn for fqn in block.parameters) else 1
+            own = (*key, sizes.micro_batch, sizes.tp, sizes.cp, ep)
+            if own not in known:
+                known[own] = plainly.block(block)
+            ways = [in_stage(block, known[own], last_alone=last_alone)]
+            if block.kind == "layer":
+                ways = [one.recomputed(block, known[own]) for one in (pricer, whole)]
+            found[key] = tuple(gathered(pricer, block, way) for way in ways)
+        yield found[key]
 
 
 def in_stage(block: Block, found: RankBlock, *, last_alone: bool = True) -> RankBlock:
@@ -188,12 +216,6 @@ def gathered(pricer: RankPricer, block: Block, found: RankBlock) -> RankBlock:
         forward_s=max(found.forward_s, own_s + gather_s),
         backward_s=max(found.backward_s, own_s + gather_s + reduce_s),
         workspace_bytes=found.workspace_bytes + whole * held,
-    )
-
-
-def _choice(found: RankBlock, *, recompute: bool = False) -> BlockChoice:
-    return BlockChoice(
-        found.forward_s, found.backward_s, found.saved_bytes, found.workspace_bytes, recompute
     )
 
 
