@@ -19,7 +19,11 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit
-from ipu_pipeline.planner.search.parallel import CandidatePipeline, candidates
+from ipu_pipeline.planner.search.parallel import (
+    CandidatePipeline,
+    candidate,
+    pipeline_shapes,
+)
 from ipu_pipeline.planner.search.pipeline_search import search
 from ipu_pipeline.planner.search.problem import bits
 
@@ -144,16 +148,14 @@ class _Explanation:
 
         Where the numbers leave no pipeline, nothing is returned.
         """
-        least = self._least_bytes(change)
-        built = least.problem
+        least, found = self._least_bytes(change), []
+        built, graph, limits = least.problem, self.graph, change.constraints
         try:
-            pipelines = candidates(
-                self.graph, change.costs, change.machine, change.constraints, built
-            )
+            shapes = pipeline_shapes(graph, change.machine, limits)
         except PartitionError:
             return []
-        found = []
-        for item in [max(pipelines, key=lambda one: one.depth)] if deepest else pipelines:
+        for shape in [max(shapes, key=lambda one: one.num_stages)] if deepest else shapes:
+            item = candidate(graph, change.costs, change.machine, limits, shape, built)
             groups = built.together + (built.same_device if item.shape.own_devices else ())
             found.append((item, least.split(item.slots, item.rule, groups)))
         return found

@@ -48,33 +48,32 @@ class CandidatePipeline:
         return replace(self, slots=slots, shape=shape)
 
 
-def candidates(
+def candidate(
     graph: BlockGraph,
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
+    shape: PipelineShape,
     problem: Problem,
-) -> list[CandidatePipeline]:
+) -> CandidatePipeline:
+    """Describe the positions of one pipeline."""
+    slots = build_slots(costs, machine, constraints, shape.devices, graph, shape.num_microbatches)
+    if machine.shared_memory and ample_memory(problem, slots):
+        slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
+    rule = None
+    if constraints.layers_per_ipu is not None:
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.devices)
+    return CandidatePipeline(shape, slots, rule)
+
+
+def pipeline_shapes(
+    graph: BlockGraph, machine: Machine, constraints: Constraints
+) -> list[PipelineShape]:
     """Return the pipelines to try.
 
     Raises:
         PartitionError: The numbers of stages, devices, blocks and microbatches leave none.
     """
-    found = []
-    for shape in _shapes(graph, machine, constraints):
-        slots = build_slots(
-            costs, machine, constraints, shape.devices, graph, shape.num_microbatches
-        )
-        if machine.shared_memory and ample_memory(problem, slots):
-            slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
-        rule = None
-        if constraints.layers_per_ipu is not None:
-            rule = layer_rule(graph, constraints.layers_per_ipu, shape.devices)
-        found.append(CandidatePipeline(shape, slots, rule))
-    return found
-
-
-def _shapes(graph: BlockGraph, machine: Machine, constraints: Constraints) -> list[PipelineShape]:
     available = len(machine.devices)
     _check_devices(graph, constraints, available)
     found, problem, most = [], "", available // constraints.replicas

@@ -30,7 +30,11 @@ from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundarie
 from ipu_pipeline.planner.search.label_setting import LabelSettingSearch
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
 from ipu_pipeline.planner.search.looped import LoopedSearch
-from ipu_pipeline.planner.search.parallel import CandidatePipeline, candidates
+from ipu_pipeline.planner.search.parallel import (
+    CandidatePipeline,
+    candidate,
+    pipeline_shapes,
+)
 from ipu_pipeline.planner.search.problem import Problem, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_costs import StageCostTable
@@ -358,7 +362,11 @@ def search(
     built = build_problem(graph, costs, machine, constraints)
     engine = Engine(built, constraints)
     partitions: list[Partition] = []
-    batches = list(_batches(engine, candidates(graph, costs, machine, constraints, built)))
+    pipelines = [
+        candidate(graph, costs, machine, constraints, shape, built)
+        for shape in pipeline_shapes(graph, machine, constraints)
+    ]
+    batches = list(_batches(engine, pipelines))
     upper = lower = inf
     for members, together in batches:
         found = _search(engine, members, upper, together=together)
