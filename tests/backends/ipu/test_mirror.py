@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch import nn
 
-from ipu_pipeline.backends.ipu.mirror import HostWeights, compare, described, paged
+from ipu_pipeline.backends.ipu.mirror import HostWeights, check_labels, compare, described, paged
 from ipu_pipeline.backends.ipu.runtime.sdk_model import ModelError, SdkModel
 from ipu_pipeline.errors import LoweringError
-from tests.backends.ipu.emulated import assert_same_weights
+from tests.backends.ipu.emulated import ALL, assert_same_weights
 from tests.tiny_models import TINY
 
 
@@ -182,6 +182,16 @@ def test_another_result_is_refused(theirs: dict[str, torch.Tensor], message: str
     with pytest.raises(LoweringError, match=message):
         compare({"loss": torch.tensor(1.0)}, theirs, "4.29")
     compare({"loss": torch.tensor(1.0)}, {"loss": torch.tensor(1.0 + 1e-6)}, "4.29")
+
+
+def test_labels_that_versions_read_differently() -> None:
+    model, batch = ALL["wav2vec2-ctc"].build()
+    check_labels(model, batch)
+    blank = {"labels": batch["labels"].clone()}
+    blank["labels"][0, 0] = 0
+    with pytest.raises(LoweringError, match=r"labels hold 0, .* pad labels with -100"):
+        check_labels(model, blank)
+    check_labels(TINY["bert-mlm"].build()[0], blank)  # no CTC
 
 
 def test_weights_changed_here_are_seen_by_name() -> None:
