@@ -119,7 +119,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         described,
         limits.schedule,
         limits.num_microbatches,
-        limits.replicas or 1,
+        limits.replicas,
         {**backend.settings(captured.graph, config, limits), **(settings or {})},
         measured_seconds(captured, example_batch, described, costs),
         limits.factors(captured.graph.block_index),
