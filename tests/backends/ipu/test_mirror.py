@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import nn
 
-from ipu_pipeline.backends.ipu.mirror import HostWeights, compare, described, paged
+from ipu_pipeline.backends.ipu.mirror import HostWeights, check_labels, compare, described
+from ipu_pipeline.backends.ipu.runtime.messages import paged
 from ipu_pipeline.backends.ipu.runtime.sdk_model import ModelError, SdkModel
 from ipu_pipeline.errors import LoweringError
-from tests.backends.ipu.emulated import assert_same_weights
+from tests.backends.ipu.emulated import ALL, assert_same_weights
 from tests.tiny_models import TINY
 
 
@@ -184,6 +185,16 @@ def test_another_result_is_refused(theirs: dict[str, torch.Tensor], message: str
     compare({"loss": torch.tensor(1.0)}, {"loss": torch.tensor(1.0 + 1e-6)}, "4.29")
 
 
+def test_labels_that_versions_read_differently() -> None:
+    model, batch = ALL["wav2vec2-ctc"].build()
+    check_labels(model, batch)
+    blank = {"labels": batch["labels"].clone()}
+    blank["labels"][0, 0] = 0
+    with pytest.raises(LoweringError, match=r"labels hold 0, .* pad labels with -100"):
+        check_labels(model, blank)
+    check_labels(TINY["bert-mlm"].build()[0], blank)  # no CTC
+
+
 def test_weights_changed_here_are_seen_by_name() -> None:
     model = _bert()
     weights = HostWeights(model)
@@ -201,7 +212,7 @@ def test_weights_changed_here_are_seen_by_name() -> None:
 
 
 def test_pages_hold_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ipu_pipeline.backends.ipu.mirror._PAGE_BYTES", 100)
+    monkeypatch.setattr("ipu_pipeline.backends.ipu.runtime.messages.PAGE_BYTES", 100)
     sizes = {"a": 10, "b": 10, "c": 50, "d": 1}
     pages = list(paged({name: torch.ones(size) for name, size in sizes.items()}))
     assert [list(page) for page in pages] == [["a", "b"], ["c"], ["d"]]
