@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,9 +24,8 @@ from ipu_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenRun
-    from ipu_pipeline.ir.machine import Machine
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout
+    from ipu_pipeline.ir.plan import Plan
 
 
 class Framework(str, Enum):
@@ -91,34 +91,25 @@ def import_command(
     Sizes that are given replace the file's.
     """
     from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
-    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, given_plan
     from ipu_pipeline.errors import PlanError
     from ipu_pipeline.ir.files import check_outputs
-    from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output}, force=force)
     given = read_plan(file, framework.value)
     asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
              "global_batch": global_batch}  # fmt: skip
-    sizes = _merged(given, asked)
-    described = machine_by_name(machine)
-    captured = captured_model(model, task, sizes.get("micro_batch", 1), seq_length,
-                              given.settings.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(given.extra_layers)
-    stages = given.stages(captured.graph)
-    empty = [str(number) for number, stage in enumerate(stages) if not stage]
+    made = _priced(model, task, machine, seq_length, replace(given, sizes=_merged(given, asked)))
+    empty = [str(number) for number, stage in enumerate(made.stages) if not stage.blocks]
     if empty:
         raise PlanError(
             f"{file}: stage {', '.join(empty)} is empty, which a plan cannot hold; price it with "
             "predict --layout"
         )
-    run = _run(described, len(stages), sizes, given)
-    made = given_plan(captured, described, stages, run)
     typer.echo(made.explain())
     save_plan(made, output)
 
 
-def _merged(given: Imported, asked: dict[str, int | None]) -> dict[str, int]:
+def _merged(given: GivenLayout, asked: dict[str, int | None]) -> dict[str, int]:
     """Return the sizes of a file with those asked for; one way to say the batch takes the place."""
     sizes = dict(given.sizes)
     if asked["microbatches"] is not None or asked["global_batch"] is not None:
@@ -132,49 +123,41 @@ def predict_layout(
     sizes: dict[str, int | None], settings: dict[str, Any], schedule: str | None,
 ) -> None:  # fmt: skip
     """Price somebody's layout, and find ours for the same sizes."""
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import (
-        captured_model,
-        given_plan,
-        own_plan,
-    )
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, own_plan
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
     from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
-    from ipu_pipeline.ir.machines import machine_by_name
 
     if machine is None:
         raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
     parsed = parse_layout(layout)
     parsed.check()
-    described = machine_by_name(machine)
-    known = {name: size for name, size in sizes.items() if size is not None}
     said = {name: value for name, value in settings.items() if value is not None}
     recompute = said.pop("recompute", "none")
     parts = [] if recompute in ("none", "full") else recompute.split(",")
-    given = Imported(
+    given = GivenLayout(
         lambda graph: blocks_of(parsed, graph),
-        known,
+        {name: size for name, size in sizes.items() if size is not None},
         {**said, "recompute": parts, "engine": "megatron"},
         schedule,
         parsed.num_extra_layers,
         recompute=recompute == "full",
     )
-    captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
-                              said.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(parsed.num_extra_layers)
-    run = _run(described, len(parsed.stages), known, given)
-    made = given_plan(captured, described, given.stages(captured.graph), run)
+    made = _priced(model, task, machine, seq_length, given)
     try:
-        ours, problem = own_plan(captured, made, run), ""
+        ours, problem = own_plan(made), ""
     except PartitionError as error:
         ours, problem = None, str(error)
     typer.echo(layout_text(made, ours, problem))
 
 
-def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:
-    from ipu_pipeline.backends.cluster.layouts.given_layout import given_run
+def _priced(
+    model: str, task: str | None, machine: str, seq_length: int, given: GivenLayout
+) -> Plan:
+    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model
+    from ipu_pipeline.ir.machines import machine_by_name
 
-    return given_run(
-        machine, num_stages, sizes, given.settings, given.schedule, recompute=given.recompute
-    )
+    described = machine_by_name(machine)
+    captured = captured_model(model, task, given.sizes.get("micro_batch", 1), seq_length,
+                              given.settings.get("precision"))  # fmt: skip
+    return given.plan(captured, described)

@@ -8,7 +8,7 @@ so that a saved plan is priced without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -139,25 +139,21 @@ class Backend(Protocol):
         return None
 
     def search(
-        self,
-        work: Workload,
-        limits: Constraints,
-        find: Callable[[Workload, Constraints], Partition],
-        *,
-        any_replicas: bool,
+        self, work: Workload, limits: Constraints, *, any_replicas: bool
     ) -> tuple[Partition, Workload]:
         """Return the best split, and the workload that it is of.
 
         Args:
             work: What is to be split.
             limits: That a split must respect.
-            find: Searches the best split of one workload.
             any_replicas: The number of replicas may be chosen here; the batch stays as it is.
 
         Raises:
             PartitionError: There is none.
         """
-        return find(work, limits), work
+        from ipu_pipeline.planner.price import best_split
+
+        return best_split(work, limits), work
 
     def step(self, plan: Plan) -> PlanPrice:
         """Return THE price of a plan: everything that one optimizer step costs, and the memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,13 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Backend, Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.price import (
+    PlanPrice,
+    best_split,
+    counted_costs,
+    replayed_price,
+    workload_of,
+)
 from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search import Constraints, Partition
 
@@ -79,19 +85,14 @@ class ClusterBackend(Backend):
         return counted_costs(work)
 
     def search(
-        self,
-        work: Workload,
-        limits: Constraints,
-        find: Callable[[Workload, Constraints], Partition],
-        *,
-        any_replicas: bool,
+        self, work: Workload, limits: Constraints, *, any_replicas: bool
     ) -> tuple[Partition, Workload]:
         """On GPUs also every number of replicas that divides the devices and the microbatches.
 
         The bound is that of all of them.
         """
         if not any_replicas or not _on_gpus(work.machine, work.graph, work.measured_s):
-            return find(work, limits), work
+            return super().search(work, limits, any_replicas=False)
         found: list[tuple[Partition, Workload]] = []
         problems: list[PartitionError] = []
         for replicas in _replicas_to_try(work):
@@ -101,7 +102,7 @@ class ClusterBackend(Backend):
             )
             run = replace(work, replicas=replicas, num_microbatches=count)
             try:
-                found.append((find(run, one), run))
+                found.append((best_split(run, one), run))
             except PartitionError as error:
                 problems.append(error)
         if not found:

@@ -86,13 +86,6 @@ class Engine:
         room = sum({slot.pool: slot.capacity for slot in slots}.values())
         return split is not None and sum(split.device_bytes.values()) <= room
 
-    def run_fast(
-        self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
-    ) -> SearchResult:
-        """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
-        pace = candidates[0].shape.num_microbatches - 1
-        return self._sweep(candidates, pace, 1, upper, uniform=uniform)
-
     def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search.
 
@@ -118,7 +111,7 @@ class Engine:
         Args:
             candidates: They differ in depth only (``uniform``), or it is one.
             upper: Seconds of a step that is known.
-            uniform: As for :meth:`run_fast`.
+            uniform: As for :meth:`sweep`.
         """
         kind, first = self._kind, candidates[0].shape
         forward_only = kind.any_devices and not first.training
@@ -154,9 +147,6 @@ class Engine:
         full = self._lattice(candidate, chain=False)
         found, lower, begin = [], 0.0, monotonic()
         if chain is not None:
-            if upper == inf and self._deadline is not None:
-                found.append(self._label_search(candidate, chain, upper).run_narrow())
-                upper = found[-1].objective
             found.append(self._label_search(candidate, chain, upper).run(upper))
             upper = min(upper, found[-1].objective)
         if full is not None and len(full) == len(chain or ()):
@@ -245,7 +235,7 @@ class Engine:
         """Bound from the fast search: every stage with its own device and memory."""
         pace, spread = self._relaxed_weights(candidate)
         relaxed = candidate.set_apart(forbidden=0)
-        return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
+        return self.sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
@@ -254,7 +244,7 @@ class Engine:
             return max(0, microbatches - (2 * depth - 1)), 2
         return microbatches - 1, 1
 
-    def _sweep(
+    def sweep(
         self,
         candidates: Sequence[CandidatePipeline],
         pace: float,
@@ -264,7 +254,11 @@ class Engine:
         uniform: bool,
         grouped: bool = True,
     ) -> SearchResult:
-        """Sweep the execution order for a first split, then every order."""
+        """Sweep the execution order for a first split, then every order.
+
+        Exact for 1f1b with stages apart: of candidates that differ in depth only (``uniform``), or
+        of one.
+        """
         depths = sorted(map(_depth, candidates))
         deepest = max(candidates, key=_depth)
         lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
@@ -400,7 +394,8 @@ def _search(
     if engine.has_loops(members[0]):
         return engine.run_loops(members[0], upper)
     if engine.is_fast(members[0]):
-        return engine.run_fast(members, upper, uniform=together)
+        pace = members[0].shape.num_microbatches - 1
+        return engine.sweep(members, pace, 1, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
     if bound >= upper:
         return SearchResult(bound)
