@@ -17,7 +17,7 @@ from ipu_pipeline.ir.plan import Granularity, ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
@@ -206,13 +206,14 @@ def workload_of(plan: Plan) -> Workload:
 
 def counted_costs(work: Workload) -> GraphCosts:
     """Price blocks by a roofline over counted operations, or by what was measured."""
-    model = CostModel(
+    return estimate(
+        work.graph,
+        work.machine,
         measured_s=work.measured_s,
         factors={name: (factor,) for name, factor in work.factors.items() if factor > 1},
         unfused=work.apart,
         loss_in_flight=kept_by_last_stage(work),
     )
-    return model.estimate(work.graph, work.machine)
 
 
 def kept_by_last_stage(work: Workload) -> int:
