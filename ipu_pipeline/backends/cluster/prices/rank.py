@@ -167,7 +167,7 @@ class RankPricer:
             spec = self.graph.parameter_by_fqn[fqn]
             of_experts = ".experts." in fqn
             shares = self.sizes.ep if of_experts else self.sizes.tp
-            if of_experts and self.engine.slices_experts:
+            if of_experts and self.engine.ours:
                 shares *= self.sizes.tp
             numel = spec.numel / shares
             if not (spec.trainable and self.graph.training):
@@ -293,7 +293,7 @@ class RankPricer:
     def _copies(self) -> tuple[int, int]:
         """Ranks that hold the same weights, and the same weights of experts."""
         same = self.sizes.dp * self.sizes.cp
-        own = 1 if self.engine.slices_experts else self.sizes.tp
+        own = 1 if self.engine.ours else self.sizes.tp
         return same, max(1, same * own // self.sizes.ep)
 
     def state_bytes(self, held: RankParameters) -> float:
@@ -309,7 +309,7 @@ class RankPricer:
     def widened_bytes(self, held: RankParameters) -> float:
         """Bytes that the update needs besides the state, when no activation is left."""
         engine, (same, of_experts) = self.engine, self._copies
-        if not engine.widened_update:
+        if not engine.ours:
             return 0.0
         if not self.sizes.zero_stage:
             same = of_experts = 1
@@ -329,7 +329,7 @@ class RankPricer:
     def shared_ring_s(self, held: RankParameters, num_bytes: float) -> float:
         """Seconds of one collective of ``num_bytes`` a weight over the ranks that share it."""
         same, of_experts = self._copies
-        apart = self.sizes.pp if self.engine.pipeline_inner else 1
+        apart = self.sizes.pp if self.engine.ours else 1
         dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
         return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
 

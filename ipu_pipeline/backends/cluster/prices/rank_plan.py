@@ -226,7 +226,7 @@ def rank_machine(work: Workload, pricer: RankPricer) -> Machine:
     """
     machine, sizes, engine = work.machine, pricer.sizes, pricer.engine
     shared = sizes.tp * sizes.cp
-    stride = shared * (1 if engine.pipeline_inner else sizes.dp)
+    stride = shared * (1 if engine.ours else sizes.dp)
     loops = schedule_kind(work.schedule).stages_per_device != (1,)
     shown = 1.0 - (engine.pipeline_overlap if loops else 0.0)
     kernels = machine.devices[0].kernels
@@ -287,7 +287,7 @@ def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
     pricer = replace(rank_costs.pricer, sizes=sizes)
     step = RankStep(
         pricer=pricer,
-        loads=found.halved(whole=pricer.engine.whole_backward).loads,
+        loads=found.halved(whole=pricer.engine.ours).loads,
         parameters=tuple(pricer.parameters(_joined(plan.graph, s.blocks)) for s in plan.stages),
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
