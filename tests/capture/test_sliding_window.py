@@ -54,8 +54,10 @@ def test_a_sliding_window_leaves_its_share_of_the_weights(family: str, layers: i
         ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, {}, None),
         ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, {}, 8),
         ({"sliding_window": 8, "layer_types": ["full_attention", "chunked_attention"]}, {}, None),
+        ({"_heterogeneity_spec": 1, "per_layer_config": [
+            SimpleNamespace(sliding_window=2), SimpleNamespace(sliding_window=6)]}, {}, 6),
     ],
-)
+)  # fmt: skip
 def test_a_window_is_read_by_transformers_names(
     config: dict[str, Any], attributes: dict[str, Any], window: int | None
 ) -> None:

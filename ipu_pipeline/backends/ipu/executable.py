@@ -25,10 +25,10 @@ from ipu_pipeline.backends.ipu.mirror import (
     compare,
     described,
     host_outputs,
-    paged,
     sample_of,
 )
 from ipu_pipeline.backends.ipu.optimizers import named_groups, read_state, write_state
+from ipu_pipeline.backends.ipu.runtime.messages import paged
 from ipu_pipeline.backends.ipu.sdk_python import SdkPython
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.backends.ipu.worker import Worker
@@ -366,11 +366,6 @@ class PopTorchExecutable(Executable):
         return int(wanted)
 
     def _check_offline(self) -> None:
-        if self._has_program:
-            raise LoweringError(
-                "the training program is made already for IPUs that are here; save an executable "
-                "for others before the first step"
-            )
         total = self._flat["ipus_per_replica"] * self._flat["replication_factor"]
         if not is_power_of_two(total):
             raise LoweringError(

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from ipu_pipeline.backends.ipu.mirror import HostWeights, check_labels, compare, described, paged
+from ipu_pipeline.backends.ipu.mirror import HostWeights, check_labels, compare, described
+from ipu_pipeline.backends.ipu.runtime.messages import paged
 from ipu_pipeline.backends.ipu.runtime.sdk_model import ModelError, SdkModel
 from ipu_pipeline.errors import LoweringError
 from tests.backends.ipu.emulated import ALL, assert_same_weights
@@ -211,7 +212,7 @@ def test_weights_changed_here_are_seen_by_name() -> None:
 
 
 def test_pages_hold_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ipu_pipeline.backends.ipu.mirror._PAGE_BYTES", 100)
+    monkeypatch.setattr("ipu_pipeline.backends.ipu.runtime.messages.PAGE_BYTES", 100)
     sizes = {"a": 10, "b": 10, "c": 50, "d": 1}
     pages = list(paged({name: torch.ones(size) for name, size in sizes.items()}))
     assert [list(page) for page in pages] == [["a", "b"], ["c"], ["d"]]
