@@ -8,9 +8,10 @@ so that a saved plan is priced without it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ipu_pipeline.planner.price import PlanPrice
     from ipu_pipeline.planner.search import Constraints, Partition
 
+logger = logging.getLogger(__name__)
 GROUP = "ipu_pipeline.backends"
 _FOLDER = Path(__file__).parents[1] / "backends"
 
@@ -151,9 +153,15 @@ class Backend(Protocol):
         Raises:
             PartitionError: There is none.
         """
-        from ipu_pipeline.planner.price import best_split
+        from ipu_pipeline.planner.price import step_s
+        from ipu_pipeline.planner.search import solve
 
-        return best_split(work, limits), work
+        limits = self.rules(work.graph, work.machine, limits)
+        logger.info("searching the best of %s over %d devices (%s)",
+                    f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
+                    work.schedule)  # fmt: skip
+        costs, step = self.costs(work), partial(step_s, work)
+        return solve(work.graph, costs, work.machine, limits, step=step), work
 
     def step(self, plan: Plan) -> PlanPrice:
         """Return THE price of a plan: everything that one optimizer step costs, and the memory.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import inf
 
 from ipu_pipeline.errors import PlanError
@@ -21,10 +19,8 @@ from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
-from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.given_split import factors_of, price_stages
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,13 +149,7 @@ def best_split(work: Workload, limits: Constraints) -> Partition:
     Raises:
         PartitionError: There is none.
     """
-    backend = backend_of(work.machine)
-    limits = backend.rules(work.graph, work.machine, limits)
-    logger.info("searching the best of %s over %d devices (%s)",
-                f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
-                work.schedule)  # fmt: skip
-    costs = backend.costs(work)
-    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
+    return backend_of(work.machine).search(work, limits, any_replicas=False)[0]
 
 
 def _unpriced(

@@ -318,20 +318,18 @@ class Exploration:
 
     Attributes:
         partitions: The best distinct splits, best first.
-        engine: What searched them; ``None``: a backend's own search.
+        engine: What searched them.
         searched: The pipelines that were searched together, and whether they differ in depth only.
         lower_bound: No split is quicker in the closed form; infinite where none is possible.
     """
 
-    partitions: tuple[Partition, ...] = ()
-    engine: Engine | None = None
-    searched: tuple[tuple[Sequence[CandidatePipeline], bool], ...] = ()
-    lower_bound: float = inf
+    partitions: tuple[Partition, ...]
+    engine: Engine
+    searched: tuple[tuple[Sequence[CandidatePipeline], bool], ...]
+    lower_bound: float
 
     def step_bound(self, upper: float) -> float:
         """Bound of the exact step of any split; ``upper`` is the best one known, in seconds."""
-        if self.engine is None:
-            return min(upper, self.lower_bound)
         lower = upper
         for members, together in self.searched:
             found = self.engine.step_bound(members, upper, uniform=together)
@@ -350,9 +348,6 @@ def search(
     Raises:
         PartitionError: A constraint is wrong.
     """
-    if costs.planning is not None:
-        best = costs.planning.search(machine, constraints)
-        return Exploration() if best is None else Exploration((best,), lower_bound=best.lower_bound)
     built = build_problem(graph, costs, machine, constraints)
     engine = Engine(built, constraints)
     partitions: list[Partition] = []
