@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Objective, StagePrice
 from ipu_pipeline.planner.search.ideals import Lattice
+from ipu_pipeline.planner.search.knapsack import undominated
 from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_price import (
     MOST_CANDIDATES,
@@ -361,12 +362,5 @@ def _undominated(labels: list[_Label]) -> list[_Label]:
     if len(labels) == 1:
         return labels
     labels.sort(key=lambda label: label.bound)
-    kept: list[_Label] = []
-    table = np.empty((len(labels), len(labels[0].numbers())))
-    for label in labels:
-        numbers = label.numbers()
-        if (table[: len(kept)] <= numbers).all(axis=1).any():
-            continue
-        table[len(kept)] = numbers
-        kept.append(label)
-    return kept
+    kept = undominated(np.array([label.numbers() for label in labels]))
+    return [labels[position] for position in kept]
