@@ -152,11 +152,11 @@ def _knapsack(
     the bytes left cost, is a bound; with the price at which the blocks just fit, it is the
     fractional relaxation.
     """
-    seconds, held = _tables(ways, in_flight, limit)
+    seconds, held = tables(ways, in_flight, limit)
     smallest = np.where(np.isinf(seconds), inf, held)
     if smallest.min(axis=1).sum() > budget_bytes:
         return None
-    prices = _prices(seconds, held)
+    prices = byte_prices(seconds, held)
     dual_s = (seconds + prices[:, None, None] * held).min(axis=2).sum(axis=1)
     dual_s -= prices * budget_bytes
     price = float(prices[np.argmax(dual_s)])
@@ -177,8 +177,8 @@ def _knapsack(
     return [int(pick) for pick in picks]
 
 
-def _tables(
-    ways: Sequence[Sequence[BlockChoice]], in_flight: int, limit: float
+def tables(
+    ways: Sequence[Sequence[BlockChoice]], in_flight: int, limit: float = inf
 ) -> tuple[Floats, Floats]:
     """Seconds and bytes by block and option; infinitely many seconds where there is none."""
     shape = (len(ways), max(map(len, ways)))
@@ -190,7 +190,7 @@ def _tables(
     return seconds, held
 
 
-def _prices(seconds: Floats, held: Floats) -> Floats:
+def byte_prices(seconds: Floats, held: Floats) -> Floats:
     """Prices of a byte at which some block takes another option, ascending; the first is 0."""
     smaller = held[:, :, None] - held[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
