@@ -12,7 +12,7 @@ row; labels search the rest. There the sweep still gives a bound (``relaxed_boun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from itertools import chain as joined
@@ -23,7 +23,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
-from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
+from ipu_pipeline.planner.search.bottleneck import StagePositions, even_bound, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
@@ -98,10 +98,8 @@ class Engine:
             share = shape.num_microbatches * work / speed / shape.num_devices
             paths = critical_paths(self._kind, shape)
             return max(share, least_path_s(self.problem, paths, speed))
-        pace, spread = self._relaxed_weights(candidate)
-        lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
-        table, layout = self._rows_of(lattice), StagePositions(candidate.slots)
-        return BottleneckSearch(table, layout, (candidate.depth,), pace, spread).at_once()
+        weights = self._relaxed_weights(candidate)
+        return even_bound(self.problem, candidate.slots, candidate.depth, *weights)
 
     def step_bound(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -235,7 +233,7 @@ class Engine:
         """Bound from the fast search: every stage with its own device and memory."""
         pace, spread = self._relaxed_weights(candidate)
         relaxed = candidate.set_apart(forbidden=0)
-        return self.sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
+        return self.sweep([relaxed], pace, spread, upper, uniform=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
@@ -252,7 +250,6 @@ class Engine:
         upper: float,
         *,
         uniform: bool,
-        grouped: bool = True,
     ) -> SearchResult:
         """Sweep the execution order for a first split, then every order.
 
@@ -261,7 +258,7 @@ class Engine:
         """
         depths = sorted(map(_depth, candidates))
         deepest = max(candidates, key=_depth)
-        lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
+        lattices = [self._lattice(deepest, chain=chain) for chain in (True, False)]
         tables = (
             (self._rows_of(lattice), _layout(lattice, deepest, uniform=uniform))
             for lattice in lattices
@@ -277,30 +274,26 @@ class Engine:
             self._rows[id(lattice)] = StageCostTable(lattice, self._options[False])
         return self._rows[id(lattice)]
 
-    def _lattice(
-        self, candidate: CandidatePipeline, *, chain: bool, grouped: bool = True
-    ) -> Lattice | None:
+    def _lattice(self, candidate: CandidatePipeline, *, chain: bool) -> Lattice | None:
         """Allowed boundaries in execution order, or all; ``None`` if there are too many."""
         groups = self.problem.together
-        if grouped and candidate.shape.own_devices:
+        if candidate.shape.own_devices:
             groups += self.problem.same_device
-        key = (groups, chain)
-        if key not in self._lattices:
-            self._lattices[key] = self._make_lattice(_uncut(groups), chain=chain)
-        return self._lattices[key]
+        if (groups, chain) not in self._lattices:
+            self._lattices[groups, chain] = self._uncut(groups, chain=chain)
+        return self._lattices[groups, chain]
 
-    def _make_lattice(self, allowed: Callable[[int], bool], *, chain: bool) -> Lattice | None:
-        order = [(1 << done) - 1 for done in range(self.problem.num_blocks + 1)]
+    def _uncut(self, groups: Sequence[int], *, chain: bool) -> Lattice | None:
+        def allowed(mask: int) -> bool:
+            return all(mask & group in (0, group) for group in groups)
+
         if chain:
+            order = ((1 << done) - 1 for done in range(self.problem.num_blocks + 1))
             return Lattice.of_masks(self.problem, filter(allowed, order))
         try:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
             return None
-
-
-def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
-    return lambda mask: all(mask & group in (0, group) for group in groups)
 
 
 def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) -> StagePositions:
