@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, refuse_sizes
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import refuse_sizes
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_price
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -80,7 +80,7 @@ class ClusterBackend(Backend):
             PlanError: A setting is wrong, or means nothing on this machine.
         """
         if _on_gpus(work.machine, work.graph, work.measured_s):
-            return RankCosts(work, GpuSettings.read(work.settings)).all()
+            return RankCosts(work).all()
         refuse_sizes(work.settings, work.machine)
         return counted_costs(work)
 

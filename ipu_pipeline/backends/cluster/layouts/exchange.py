@@ -215,11 +215,12 @@ def _read_megatron(text: str) -> GivenLayout:
         after = words[words.index("--recompute-modules") + 1 :]
         ends = next((n for n, word in enumerate(after) if word[:2] == "--"), len(after))
         settings["recompute"] = after[:ends]
+    schedule = "1f1b" if len(layout.stages) == sizes.get("pp") else "interleaved"
     return GivenLayout(
         lambda graph: blocks_of(layout, graph),
         sizes,
         {**settings, "engine": "megatron"},
-        _megatron_schedule(layout, sizes),
+        schedule if "pp" in sizes else None,
         layout.num_extra_layers,
         recompute=given.get("--recompute-granularity") == ["full"],
     )
@@ -228,12 +229,6 @@ def _read_megatron(text: str) -> GivenLayout:
 def _split_flag(word: str) -> tuple[str, ...]:
     flag, equals, value = word.partition("=")
     return (flag, value) if word.startswith("--") and equals else (word,)
-
-
-def _megatron_schedule(layout: LayerLayout, sizes: Mapping[str, int]) -> str | None:
-    if "pp" not in sizes:
-        return None
-    return "1f1b" if len(layout.stages) == sizes["pp"] else "interleaved"
 
 
 # -- torchtitan ---------------------------------------------------------------------------------

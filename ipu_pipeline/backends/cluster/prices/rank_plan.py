@@ -38,12 +38,18 @@ class RankCosts:
     """Prices the blocks of one workload for the ranks of a pipeline.
 
     Attributes:
-        work: What is priced.
-        settings: Of the run.
+        work: What is priced, with the settings of GPUs.
+
+    Raises:
+        PlanError: A setting is wrong.
     """
 
     work: Workload
-    settings: GpuSettings
+
+    @cached_property
+    def settings(self) -> GpuSettings:
+        """Of the run."""
+        return GpuSettings.read(self.work.settings)
 
     @cached_property
     def sizes(self) -> ParallelSizes:
@@ -280,7 +286,7 @@ def rank_step_of(plan: Plan) -> RankStep:
 def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
     """Return the pipeline, its ranks as devices, and what limits it."""
     sizes, work = sizes_of(plan), workload_of(plan)
-    rank_costs = RankCosts(work, GpuSettings.read(plan.settings))
+    rank_costs = RankCosts(work)
     costs = rank_costs.all()
     assert costs.ranks is not None
     found = price_stages(replace(plan, machine=costs.ranks), costs)
