@@ -211,14 +211,14 @@ class DistributedExecutable(Executable):
             refuse_sparse_gradients(self.model)
             check_model(self.model, self.optimizer)
             self._scaler.check(self.model, master_weights=self.options.master_weights)
-            offloaded_blocks(self.options.offload_activations, self.plan, device)
+            offloaded = offloaded_blocks(self.options.offload_activations, self.plan, device)
             schedule = self.options.schedule or self.plan.schedule
             layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
             cuts = cut_plan(self.model, self.plan, layout.tp)
             if self.optimizer is not None:
                 masters = self.options.master_weights
                 refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
-            refuse_with_slices(self.options, layout.tp)
+            refuse_with_slices(self.options, offloaded, layout.tp)
         except PipelineError as error:
             return str(error)
         return ""
