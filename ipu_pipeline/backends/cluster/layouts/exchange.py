@@ -15,12 +15,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
 
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
     LayerLayout,
@@ -42,20 +39,14 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
     sizes_of,
 )
 from ipu_pipeline.errors import PlanError, shown
-from ipu_pipeline.ir.codec import MAX_DEPTH, parse_json
 from ipu_pipeline.ir.files import read_text
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.yaml_text import parse_yaml
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
 
 _MOST_BYTES = 1_000_000
-_LEVEL = {
-    yaml.MappingStartEvent: 1,
-    yaml.SequenceStartEvent: 1,
-    yaml.MappingEndEvent: -1,
-    yaml.SequenceEndEvent: -1,
-}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _NARROW = {"float8": ("--fp8-format", "hybrid"), "float4": ("--fp4-format", "e2m1")}
 Written = tuple[str, tuple[str, ...]]  # a file's text, and notes
@@ -439,20 +430,11 @@ def _json(found: Mapping[str, Any]) -> str:
 
 
 def _loaded(text: str) -> Any:
-    """Parse JSON or YAML; YAML's loader has no limit of its own to levels."""
-    levels = 0
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            return parse_json(text)
+    """Parse JSON or YAML: all JSON is YAML."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            levels += _LEVEL.get(type(event), 0)
-            if levels > MAX_DEPTH:
-                raise PlanError(f"it has more than {MAX_DEPTH} levels of lists and objects")
-        return yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PlanError(f"it is neither JSON nor YAML ({reason}); correct it") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def _object(raw: Any, what: str) -> dict[str, Any]:
