@@ -24,7 +24,7 @@ from ipu_pipeline.planner.report.page import page
 from ipu_pipeline.planner.report.text import drawn, simulation_text
 from ipu_pipeline.planner.schedules.simulate import simulate
 from tests.ir.plan_example import example_plan
-from tests.security.kinds import ipu_plan
+from tests.security.kind import ipu_plan
 
 QUOTES = 'x"), open("PWNED", "w").write("") or block("y'
 

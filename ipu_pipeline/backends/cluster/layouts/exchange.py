@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,15 @@ class Imported:
     schedule: str | None = None
     extra_layers: int = 0
     recompute: bool = False
+
+    def with_sizes(self, asked: Mapping[str, int | None]) -> Imported:
+        """Replace sizes; one way to say the batch replaces all of them."""
+        sizes = dict(self.sizes)
+        if asked.get("microbatches") is not None or asked.get("global_batch") is not None:
+            sizes.pop("microbatches", None)
+            sizes.pop("global_batch", None)
+        sizes |= {name: size for name, size in asked.items() if size is not None}
+        return replace(self, sizes=sizes)
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ def _read_megatron(text: str) -> Imported:
         raise PlanError(f"it has no {_LAYOUT}; add it")
     layout = parse_layout(layouts[0])
     sizes = {
-        size: _count(given[flag][0] if given[flag] else "", flag)
+        size: _count(given[flag][0] if given[flag] else "", flag, size)
         for flag, size in _MEGATRON_SIZES.items()
         if flag in given
     }
@@ -287,7 +296,9 @@ def _read_torchtitan(text: str) -> Imported:
     sizes = _counts(own, _TITAN_SIZES)
     degrees = [own.get(f"data_parallel_{name}_degree", 1) for name in ("replicate", "shard")]
     if -1 not in degrees:
-        sizes["dp"] = _count(degrees[0], "replicate degree") * _count(degrees[1], "shard degree")
+        sizes["dp"] = _count(degrees[0], "replicate degree", "dp") * _count(
+            degrees[1], "shard degree", "dp"
+        )
     local = _object(raw.get("training") or {}, "training").get("local_batch_size")
     if local is not None:
         sizes["microbatches"] = _microbatches(local, sizes.get("micro_batch", 1))
@@ -443,19 +454,23 @@ def _object(raw: Any, what: str) -> dict[str, Any]:
     return raw
 
 
-def _count(raw: Any, what: str) -> int:
+_LIMITS = {"pp": "num_stages", "micro_batch": "micro_batch", "microbatches": "num_microbatches",
+           "global_batch": "global_batch", "local batch": "global_batch"}  # fmt: skip
+
+
+def _count(raw: Any, what: str, size: str) -> int:
     number = int(raw) if isinstance(raw, str) and raw.isdecimal() and len(raw) < 10 else raw
-    check_count(what, number, "global_batch", error=PlanError)
+    check_count(what, number, _LIMITS.get(size, "num_devices"), error=PlanError)
     return int(number)
 
 
 def _counts(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    return {ours: _count(raw[theirs], theirs) for theirs, ours in names.items()
+    return {ours: _count(raw[theirs], theirs, ours) for theirs, ours in names.items()
             if raw.get(theirs) is not None}  # fmt: skip
 
 
 def _microbatches(local: Any, micro_batch: int) -> int:
-    number, rest = divmod(_count(local, "local batch"), micro_batch)
+    number, rest = divmod(_count(local, "local batch", "local batch"), micro_batch)
     if rest or not number:
         raise PlanError(
             f"a local batch of {local} does not divide into micro batches of {micro_batch}; "

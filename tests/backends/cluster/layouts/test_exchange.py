@@ -219,6 +219,8 @@ def test_other_models_have_no_names_there() -> None:
         ("automodel", "distributed: {pipeline: {pp_batch_size: 3, pp_microbatch_size: 2}}",
          "a local batch of 3 does not divide into micro batches of 2"),
         ("automodel", "distributed: {tp_size: 0, pipeline: {}}", "tp_size must be at least 1"),
+        ("transformers", '{"pp_size": 1000000000}', "pp_size may be 4096 at most, got 1000000000"),
+        ("transformers", '{"tp_size": 99999, "pp_size": 2}', "tp_size may be 65536 at most"),
         ("transformers", "{}", "it has no pp_size; give the number of stages"),
     ],
 )  # fmt: skip
