@@ -319,6 +319,10 @@ class _Files:
             f"{named(self.folder / file)}{by_index} cannot be read ({shown(error)}); copy it again"
         )
 
+    def _file_of(self, name: str) -> Path:
+        """Return where a tensor is; the folder, if it goes by another name there."""
+        return self.folder / self.files.get(name, "")
+
     def tensors_of(self, model: nn.Module, wanted: Collection[str]) -> dict[str, Tensor]:
         """Read what belongs to the parameters ``wanted`` and to buffers, by name in the model.
 
@@ -338,7 +342,7 @@ class _Files:
         for name, tensor in found.items():
             if tensor.shape != self._of.shape(state[name]):
                 raise LoweringError(
-                    f"{name} is {tuple(tensor.shape)} in {self.folder} and "
+                    f"{name} is {tuple(tensor.shape)} in {self._file_of(name)} and "
                     f"{tuple(self._of.shape(state[name]))} in {type(model).__name__}; use the "
                     "weights of this model"
                 )
