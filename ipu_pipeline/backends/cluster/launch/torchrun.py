@@ -37,7 +37,7 @@ _ON_LOOPBACK = {
 # A launch's folder in the temporary one, where its processes meet, and what says that it lives.
 _PREFIX, _POINT, _LOCK = "ipu-pipeline-launch-", ".meeting", ".lock"
 # How a rank says that another one is why it has stopped.
-_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank (?P<rank>\d+) .*)", re.DOTALL)
+_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank \d+ .*)", re.DOTALL)
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -109,10 +109,12 @@ def _failure(error: Any) -> tuple[int, str]:
     said: Any = failure.message
     why = str(said["message"]) if isinstance(said, dict) else ""
     blamed = _BLAMED.match(why)
-    text = f"error: rank {rank} ended {how}{why and ': ' + why}"
-    if blamed and int(blamed["rank"]) != rank:  # this one has only been the first to end
-        text = f"error: {blamed['text']}"
-    return code if code > 0 else _SIGNALLED - code, text
+    if blamed is None:
+        return code if code > 0 else _SIGNALLED - code, (
+            f"error: rank {rank} ended {how}{why and ': ' + why}"
+        )
+    # This one may only have been the first to end, or was ended while it said why.
+    return max(code, 1), f"error: {blamed['text']}"
 
 
 def _own_folder() -> tuple[Path, FileLock]:
