@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -161,9 +160,9 @@ def read_data(path: str, call_size: int) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none makes torch raise
-        said = str(error)[:300]
-        if isinstance(error, pickle.UnpicklingError):  # torch says how to run a stranger's code
-            said = "it is damaged, or holds more than tensors"
+        said = "it is damaged, or holds more than tensors"  # torch says how to run what it holds
+        if isinstance(error, OSError):
+            said = str(error)[:300]
         raise ValueError(f"{path} is no file of tensors by torch.save: {said}") from error
     if not isinstance(data, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) and value.ndim
