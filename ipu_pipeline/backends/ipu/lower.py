@@ -114,10 +114,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
             "master_weights are float32 copies that an optimizer in Python steps, and the device "
             "runs its own; leave it out, or use target='local' or 'distributed'"
         )
-    if options.device is not None or options.compile_blocks or options.offload_activations:
+    others = ("device", "compile_blocks", "offload_activations")
+    if any(getattr(options, name) for name in others) or options.batches != "whole":
         raise LoweringError(
-            "device, compile_blocks and offload_activations are the local and distributed targets'"
-            "; PopART places, compiles and stores: leave them out"
+            f"{', '.join(others)} and batches='share' are the local and distributed targets'; "
+            "PopART places, compiles and stores, and one process feeds all replicas: leave them out"
         )
     if options.schedule not in (None, "popart"):
         raise LoweringError(

@@ -33,7 +33,8 @@ def test_without_an_sdk() -> None:
             {"master_weights": True},
             r"master_weights are float32 copies that an optimizer in Python",
         ),
-        ({"device": "cuda"}, r"device, compile_blocks and offload_activations are the local"),
+        ({"device": "cuda"}, r"compile_blocks, offload_activations and batches='share' are the"),
+        ({"batches": "share"}, r"batches='share' are the local and distributed targets'"),
         ({"loss_scaling": torch.amp.GradScaler("cpu")}, r"loss_scaling of IPUs is a number"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
         (
