@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ipu_pipeline.errors import PlanError, shown
+from ipu_pipeline.errors import PipelineError, PlanError, shown
 from ipu_pipeline.ir.codec import Amount, Count, from_json, read_json, to_json, write_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -261,7 +261,7 @@ class Plan:
 
             check_runs(plan)
             return priced(plan)
-        except PlanError as error:
+        except (PipelineError, ValueError) as error:  # a price refuses in its own words
             raise PlanError(f"{path}: {error}") from error
 
 

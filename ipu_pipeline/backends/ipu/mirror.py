@@ -18,8 +18,6 @@ from ipu_pipeline.backends.ipu.runtime.device import synthetic_data
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
-# Bytes of tensors in one message.
-_PAGE_BYTES = 1 << 28
 # Relative to the largest value of a tensor: other kernels sum in another order.
 _TOLERANCE = 1e-4
 _TOLERANCE_HALF = 2e-2
@@ -77,21 +75,6 @@ def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
     return {name: value for name, value in model.named_buffers() if name in saved}
-
-
-def paged(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in parts that one message holds."""
-    page: dict[str, Tensor] = {}
-    used = 0
-    for name, value in tensors.items():
-        size = value.numel() * value.element_size()
-        if page and used + size > _PAGE_BYTES:
-            yield page
-            page, used = {}, 0
-        page[name] = value
-        used += size
-    if page:
-        yield page
 
 
 class HostWeights:
@@ -180,9 +163,10 @@ def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Raises:
         LoweringError: Labels of a CTC model hold the padding token, which is its blank.
     """
-    config, labels = getattr(model, "config", None), batch.get("labels")
-    if hasattr(config, "ctc_loss_reduction") and isinstance(labels, Tensor):
-        blank = getattr(config, "pad_token_id", None)
+    labels = batch.get("labels")
+    is_ctc = any("ForCTC" in kind.__name__ for kind in type(model).__mro__)
+    if is_ctc and isinstance(labels, Tensor):
+        blank = getattr(model.config, "pad_token_id", None)
         if bool((labels == blank).any()):
             raise LoweringError(
                 f"labels hold {blank}, the padding token and the blank of the CTC loss, which "
