@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from benchmarks.gpu_attention import CoreAttentionPricer
 from benchmarks.gpu_models import CapturedLayers, captured_layers
 from benchmarks.gpu_rows import (
     Chunk,
@@ -18,10 +19,10 @@ from benchmarks.gpu_rows import (
     measured_s,
     read_row,
 )
+from benchmarks.gpu_step import PublishedStep, total_of
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import MEGATRON
-from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer, total_of
+from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
 from ipu_pipeline.backends.cluster.prices.rank_plan import in_stage
-from ipu_pipeline.backends.cluster.prices.rank_step import RankStep
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 
@@ -89,32 +90,34 @@ class Run:
         graph = runs_as_one_graph(raw)
         engine = replace(
             MEGATRON,
-            whole_graph=graph,
             expert_overlap=1.0 if graph else MEGATRON.expert_overlap,
-            fused_attention=not any(name in source for name in _BEFORE_FUSED_ATTENTION),
             precision="" if self.row.precision == "bfloat16" else self.row.precision,
             fused_loss=any(name in source for name in _FUSED_LOSS),
             gradient_bytes=2 if any(name in source for name in _HALF_GRADIENTS) else 4,
-            reserved_share=max([1.0, *(n for name, n in _RESERVED.items() if name in source)]),
             dropout=bool(re.match(r"gpt [\d.]+b", str(raw.get("model")).lower())),
         )
-        return RankPricer(self.model.graph, self.machine, self.row.sizes, engine)
+        old = any(name in source for name in _BEFORE_FUSED_ATTENTION)
+        machine = without_host(self.machine) if graph else self.machine
+        kind = CoreAttentionPricer if old else RankPricer
+        return kind(self.model.graph, machine, self.row.sizes, engine)
 
     @cached_property
-    def step(self) -> RankStep:
+    def step(self) -> PublishedStep:
         """The pipeline."""
         split, note = (str(self.row.raw.get(key) or "").lower() for key in ("split", "note"))
         more, factor = 0.0, 1.0
         if "all stages" in split:
             more = next((n for name, n in _MORE_IN_FLIGHT.items() if name in note), 0)
             factor = _INTERLACED if "interlaced" in note else 1.0
-        return RankStep(
+        source = str(self.row.raw.get("source"))
+        return PublishedStep.of(
             self.pricer,
             self.stages,
             self.row.schedule,
             self.row.microbatches,
-            more,
-            factor * self.on_device,
+            more_in_flight=more,
+            in_flight_factor=factor * self.on_device,
+            reserved_share=max([1.0, *(n for name, n in _RESERVED.items() if name in source)]),
         )
 
     @cached_property
@@ -179,6 +182,12 @@ class Run:
         sizes = replace(self.row.sizes, recompute=recompute)
         row = replace(self.row, sizes=sizes, assumptions=taken)
         return replace(self, row=row, on_device=on_device)
+
+
+def without_host(machine: Machine) -> Machine:
+    """Return a machine on which no launch costs time and nothing waits for the host."""
+    devices = [replace(one, op_overhead_s=0.0, host_sync_s=0.0) for one in machine.devices]
+    return replace(machine, devices=tuple(devices))
 
 
 def read_run(raw: Raw) -> Run:

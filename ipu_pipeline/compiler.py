@@ -119,7 +119,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         described,
         limits.schedule,
         limits.num_microbatches,
-        limits.replicas or 1,
+        limits.replicas,
         {**backend.settings(captured.graph, config, limits), **(settings or {})},
         measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
@@ -271,7 +271,7 @@ def depth_of(num_stages: int | None, config: IPUConfig | None) -> int | None:
     Raises:
         ValueError: ``num_stages`` is not the configuration's.
     """
-    if config is None or (config.ipus_per_replica is None and len(config.layers_per_ipu) == 1):
+    if config is None or (config.ipus_per_replica is None and config.layers_per_ipu == (-1,)):
         return num_stages
     depth = config.num_ipus()
     if num_stages not in (None, depth):

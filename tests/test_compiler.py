@@ -66,9 +66,12 @@ def test_published_layers_per_ipu_are_respected_to_the_letter() -> None:
 
 def test_stages_that_contradict_the_configuration_are_refused() -> None:
     model, batch = TINY["bert-qa"].build()
-    config = IPUConfig(layers_per_ipu=(2, 2))
-    with pytest.raises(ValueError, match="num_stages is 3, but the IPU configuration has 2 IPUs"):
-        ipp.plan(model, batch, machine="pod4", num_stages=3, config=config)
+    for layers in ((2, 2), (4,)):
+        message = f"num_stages is 3, but the IPU configuration has {len(layers)} IPUs"
+        with pytest.raises(ValueError, match=message):
+            ipp.plan(
+                model, batch, machine="pod4", num_stages=3, config=IPUConfig(layers_per_ipu=layers)
+            )
 
 
 def test_profiled_costs_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:

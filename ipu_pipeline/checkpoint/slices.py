@@ -17,6 +17,9 @@ class Slices:
     index: int = 0
     size: int = 1
 
+    def cut(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Cut the model's parameters, and what an optimizer keeps of them, where they are whole."""
+
     def install(self) -> None:
         """Let the model's modules run on slices."""
 

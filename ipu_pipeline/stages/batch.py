@@ -89,6 +89,11 @@ def _size(name: str, value: Any, axis: int | None) -> int:
     return size_of(value, axis)
 
 
+def part_size(size: int, num_microbatches: int, micro_batch_size: int) -> int:
+    """Return the samples of a microbatch of a batch of ``size``; the last one may have fewer."""
+    return max(ceil(size / num_microbatches), min(micro_batch_size, size))
+
+
 def split_batch(
     batch: Mapping[str, Any],
     num_microbatches: int,
@@ -103,7 +108,7 @@ def split_batch(
     """
     axes = with_plain_axes(batch, {}) if axes is None else axes
     size = batch_size(batch, axes)
-    step = max(ceil(size / num_microbatches), min(micro_batch_size, size))
+    step = part_size(size, num_microbatches, micro_batch_size)
     parts = []
     for index, start in enumerate(range(0, size, step)):
         inputs = dict(batch) if step >= size else part_of(batch, axes, start, start + step)
@@ -175,16 +180,27 @@ class BatchCutter:
         self._said: set[str] = set()
 
     def training(
-        self, batch: Mapping[str, Any], num_microbatches: int, micro_batch_size: int
+        self,
+        batch: Mapping[str, Any],
+        num_microbatches: int,
+        micro_batch_size: int,
+        *,
+        alone: bool = True,
     ) -> CutBatch:
         """Return a training batch and its microbatches.
+
+        Args:
+            batch: The model's inputs by name.
+            num_microbatches: The most that there may be.
+            micro_batch_size: Samples of a full one.
+            alone: This is all of the batch, else the share of a replica.
 
         Raises:
             LoweringError: The batch cannot be cut.
         """
         ready = on_device(ready_batch(batch), device_of(self._model))
         plain = self._plain(ready)
-        if plain is not None:
+        if plain is not None and alone:
             cut = split_batch(ready, num_microbatches, micro_batch_size, plain)
             if len(cut) == 1:
                 return CutBatch(ready, cut, BatchAxes(plain))

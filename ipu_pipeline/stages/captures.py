@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -186,6 +186,17 @@ class StageCache:
             return variant.captured, {
                 n: v for n, v in ready.microbatch.inputs.items() if n not in part.inputs
             }
+
+    def foreseen(self, parts: Sequence[Microbatch]) -> tuple[list[Microbatch], list[LossTerms]]:
+        """Return microbatches with their host values, and what their losses are made of.
+
+        As far as that is known before they run; what their glue does in Python is undone.
+        """
+        for part in parts:
+            self.loss_terms(part)
+        found = [(part, self.at_size(part)) for part in parts]
+        ready = [replace(p, inputs={**p.inputs, **(at[1] if at else {})}) for p, at in found]
+        return ready, list(map(self.loss_terms, parts))
 
     def early_hosts(self, part: Microbatch) -> dict[str, Any]:
         """Return the host values that do not depend on what blocks compute, such as counts.

@@ -110,8 +110,8 @@ class ExecutionOptions:
         recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
         offload_activations: Blocks whose activations wait for the backward pass in pinned host
-            memory: ``None`` for none, ``all``, or as for ``recompute``, with which it composes.
-            On CPUs it is refused.
+            memory: ``None`` for the plan's choice, ``all``, ``none``, or as for ``recompute``,
+            with which it composes. On CPUs it is refused.
         replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
             updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.
@@ -137,6 +137,10 @@ class ExecutionOptions:
             the loss means it (labels that count, samples, or a sum); ``samples``; a function of a
             microbatch's inputs that returns how much it counts (tokens, say); or the factors of
             the microbatches of every training step themselves.
+        batches: What a process passes to a training step where replicas of ``distributed`` are
+            several: ``whole``, the batch of all of them, or ``share``, that part of it which its
+            replica runs (:meth:`Executable.share_of`); an empty mapping where that is nothing.
+            An evaluation batch is evaluated by every replica that is given it.
     """
 
     precision: str = "float32"
@@ -157,6 +161,7 @@ class ExecutionOptions:
     compile_blocks: bool = False
     training: bool = True
     loss_weights: LossWeights = None
+    batches: str = "whole"
     weights: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -171,6 +176,8 @@ class ExecutionOptions:
                     f"{name} {wish!r} is unknown; use 'all', 'none', None, or a list of names of "
                     "blocks"
                 )
+        if self.batches not in ("whole", "share"):
+            raise ValueError(f"batches {self.batches!r} is unknown; use 'whole' or 'share'")
         if isinstance(self.loss_weights, str) and self.loss_weights != "samples":
             raise ValueError(
                 f"loss_weights {self.loss_weights!r} is unknown; use 'samples', a list of factors, "
@@ -324,6 +331,10 @@ class Executable(ABC):
     @abstractmethod
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode without gradients."""
+
+    def share_of(self, num_samples: int) -> slice:
+        """Return which samples of a batch this process passes to a training step."""
+        return slice(num_samples)
 
     def trained_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer.

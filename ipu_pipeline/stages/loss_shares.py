@@ -62,8 +62,38 @@ _UNKNOWN = {
 logger = logging.getLogger(__name__)
 
 
+_ONCE = (
+    "plan with schedule='gpipe', with which the local target computes it once for all of them, or "
+    "with microbatches=1"
+)
+
+
 class MixedSamplesError(LoweringError):
     """No weights of the microbatches' losses give the loss of the batch."""
+
+    def even_once(self) -> MixedSamplesError:
+        """Return the error where the loss cannot be computed once for all of them, either."""
+        remedy = "plan with microbatches=1 (it cannot be computed once for all of them, either)"
+        return MixedSamplesError(str(self).replace(_ONCE, remedy))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a microbatch counts in a batch, in numbers that processes can tell each other.
+
+    Attributes:
+        num_samples: Its samples.
+        wish: What the caller's function says.
+        divisors: What each varying term of its loss divides by, ``None``: not known.
+        constant: Whether that is computed from inputs that every microbatch gets whole.
+        rules: How the terms were measured to add up, or what fitted their sum.
+    """
+
+    num_samples: int
+    wish: float = 0.0
+    divisors: tuple[float | None, ...] = ()
+    constant: bool = False
+    rules: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -141,6 +171,44 @@ class LossShares:
                 self._ordered[key] = True
         return self._ordered[key]
 
+    def count(
+        self,
+        cut: CutBatch,
+        parts: Sequence[Microbatch],
+        terms: Sequence[LossTerms],
+        *,
+        training: bool,
+        alone: bool = True,
+    ) -> list[Counted]:
+        """Return what each microbatch counts.
+
+        Args:
+            cut: The batch.
+            parts: Its microbatches, perhaps with host values.
+            terms: What the loss of each of them is made of.
+            training: A list of weights is for training steps.
+            alone: These are all microbatches; else other processes have more.
+
+        Raises:
+            MixedSamplesError: No weights of the microbatches' losses give that of the batch.
+        """
+        wish = self.wish
+        if callable(wish):
+            return [Counted(part.num_samples, float(wish(part.inputs))) for part in parts]
+        plain = [Counted(part.num_samples) for part in parts]
+        single = len(parts) == 1 and alone and wish is None
+        if not parts or single or wish == "samples" or (wish and training):
+            return plain
+        if any(set(one.inputs) - p.inputs.keys() for one, p in zip(terms, parts, strict=True)):
+            raise self._mixed("Python counts what it is divided by, after it has read what "
+                              "blocks compute", terms[0])  # fmt: skip
+        constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
+        rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms), ""),)
+        return [
+            replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
+            for one, own, p in zip(plain, terms, parts, strict=True)
+        ]
+
     def weighted(
         self,
         cut: CutBatch,
@@ -148,6 +216,8 @@ class LossShares:
         terms: Sequence[LossTerms],
         *,
         training: bool,
+        every: Sequence[Counted] = (),
+        first: int = 0,
     ) -> list[Microbatch]:
         """Return microbatches with the weights that make their losses that of all of them.
 
@@ -156,46 +226,50 @@ class LossShares:
             parts: Its microbatches, perhaps with host values.
             terms: What the loss of each of them is made of.
             training: A list of weights is for training steps.
+            every: What all microbatches count, where other processes have more.
+            first: Number of the first of ``parts`` among them.
 
         Raises:
             MixedSamplesError: There is no such weight.
             LoweringError: There are not as many weights as microbatches.
         """
-        if len(parts) == 1 and self.wish is None:
+        every = every or self.count(cut, parts, terms, training=training)
+        if not parts or (len(every) == 1 and self.wish is None):
             return list(parts)
-        shares = self._given(parts, training=training)
+        own = slice(first, first + len(parts))
+        shares = self._given(every, training=training)
         if shares is None:
-            if any(set(one.inputs) - p.inputs.keys() for one, p in zip(terms, parts, strict=True)):
-                raise self._mixed("Python counts what it is divided by, after it has read what "
-                                  "blocks compute", terms[0])  # fmt: skip
+            fitting = _agreed_rule(every)
+            columns = _columns(every, terms[0])
             rules = self._rules(cut, terms[0])
-            weights = rules and _by_rule(parts, _columns(cut, parts, terms), rules)
+            weights = rules and _by_rule(every, columns, rules)
             if weights and terms[0].factored:
-                return _with_factors(parts, weights)
-            if weights and cut.found.counts and None in _columns(cut, parts, terms):
+                samples = _by_samples(every)
+                parts = [replace(p, share=samples[first + n]) for n, p in enumerate(parts)]
+                return _with_factors(parts, [column[own] for column in weights])
+            if weights and cut.found.counts and None in columns:
                 raise self._mixed("it is a mean over labels that a block of its own counts",
                                   terms[0])  # fmt: skip
-            found = {} if weights else self._candidates(cut, parts, terms)
-            fitting = self._fitting.get(_names(terms))
+            found = {} if weights else self._candidates(cut, every, terms)
             shares = (
                 weights[0]
                 if weights
                 else next(s for rule, s in found.items() if fitting in (None, rule))
             )
-        return [replace(part, share=share) for part, share in zip(parts, shares, strict=True)]
+        return [replace(part, share=s) for part, s in zip(parts, shares[own], strict=True)]
 
-    def _given(self, parts: Sequence[Microbatch], *, training: bool) -> list[float] | None:
+    def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
         wish = self.wish
         if callable(wish):
-            return _parts_of_one([float(wish(part.inputs)) for part in parts])
+            return _parts_of_one([one.wish for one in every])
         if wish == "samples":
-            return [part.share for part in parts]
+            return _by_samples(every)
         if wish is None or not training:
             return None
         weights = [float(weight) for weight in wish]
-        if len(weights) != len(parts):
+        if len(weights) != len(every):
             raise LoweringError(
-                f"loss_weights has {len(weights)} weights, the batch {len(parts)} microbatches; "
+                f"loss_weights has {len(weights)} weights, the batch {len(every)} microbatches; "
                 "pass one for each, or a function that returns the weight of a microbatch's inputs"
             )
         return weights
@@ -266,12 +340,12 @@ class LossShares:
             return None
 
     def _candidates(
-        self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
+        self, cut: CutBatch, every: Sequence[Counted], terms: Sequence[LossTerms]
     ) -> dict[Rule, list[float]]:
         """Return weights of the microbatches that may fit, the likeliest first."""
         found = cut.found
-        by_samples = [part.share for part in parts]
-        columns = [column for column in _columns(cut, parts, terms) if column]
+        by_samples = _by_samples(every)
+        columns = [column for column in _columns(every, terms[0]) if column]
         alike = all(one.alike for one in terms)
         # Means over other labels weigh alike while the microbatches have as many of each.
         even = all(term.kind in AVERAGED for term in terms[0].varying) and all(
@@ -282,7 +356,7 @@ class LossShares:
                               "different numbers of labels", terms[0])  # fmt: skip
         if found.counts and not columns:
             raise self._mixed("it is a mean over labels that a block of its own counts", terms[0])
-        ordered: dict[Rule, list[float]] = {"mean": by_samples, "sum": [1.0] * len(parts)}
+        ordered: dict[Rule, list[float]] = {"mean": by_samples, "sum": [1.0] * len(every)}
         # A small mean beside a large sum is not seen in their total: terms are measured apart.
         single = not terms[0].factored or len(terms[0].varying) < 2
         if single and found.adds_up:
@@ -321,7 +395,7 @@ class LossShares:
         number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
         own = cut.parts[:number]
         samples = sum(part.num_samples for part in own)
-        parts = [replace(part, share=part.num_samples / samples) for part in parts[:number]]
+        parts = parts[:number]
 
         def loss(inputs: Mapping[str, Any]) -> Tensor:
             return as_exact_as(self.model, run(inputs).tensors[LOSS])
@@ -333,7 +407,8 @@ class LossShares:
         except Exception as error:  # whatever a model does with more samples
             logger.info("plain torch cannot run %d samples at once: %s", samples, error)
             return
-        tried = self._candidates(cut, parts, terms[:number])
+        counted = self.count(cut, parts, terms[:number], training=False)
+        tried = self._candidates(cut, counted, terms[:number])
         for rule, shares in tried.items():
             if not is_weighted_sum(whole, shares, losses, ROUNDED):
                 continue
@@ -354,8 +429,7 @@ class LossShares:
         return MixedSamplesError(
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
             f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
-            "that give the loss of the batch; plan with schedule='gpipe', with which the local "
-            "target computes it once for all of them, or with microbatches=1; or choose weights: "
+            f"that give the loss of the batch; {_ONCE}; or choose weights: "
             "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
             "gradient accumulation does, and a function of a microbatch's inputs says how much it "
             "counts (of labels, say, that Python counts)"
@@ -399,43 +473,62 @@ def _same(value: Any, other: Any) -> bool:
     return same and bool(np.all(value == other))
 
 
-def _columns(
-    cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
-) -> list[list[float] | None]:
+def _columns(every: Sequence[Counted], terms: LossTerms) -> list[list[float] | None]:
     """Return the weights of the microbatches, for each varying term; ``None`` if unknown."""
-    divisors = [one.divisors(p.inputs) for one, p in zip(terms, parts, strict=True)]
-    constant = not any(_is_cut(name, cut, parts) for name in terms[0].inputs)
-    by_samples = [part.share for part in parts]
+    by_samples = _by_samples(every)
     # A divisor that every microbatch gets whole is that of the batch; labels that the model
     # makes itself (a contrastive loss) are counted for each microbatch.
-    whole = [1.0] * len(parts)
+    whole = [1.0] * len(every)
     columns: list[list[float] | None] = []
-    for term, column in zip(terms[0].varying, zip(*divisors, strict=True), strict=True):
+    divisors = zip(*(one.divisors for one in every), strict=True)
+    for term, column in zip(terms.varying, divisors, strict=True):
         counts = [count for count in column if count is not None]
         if term.averaged:
             pairs = zip(counts, by_samples, strict=bool(counts))
             counts = [count * share for count, share in pairs]
         found = term.weights(counts) or by_samples
-        if constant:
+        if all(one.constant for one in every):
             summed = term.kind == "quotient" and not term.averaged
             found = whole if summed else by_samples
         columns.append(found if counts else None)
     return columns
 
 
-def _is_cut(name: str, cut: CutBatch, parts: Sequence[Microbatch]) -> bool:
+def _agreed_rule(every: Sequence[Counted]) -> str | None:
+    """Return what fitted the sum of the terms, if that was measured.
+
+    Raises:
+        LoweringError: It was measured differently on the shares of several processes.
+    """
+    found = {one.rules for one in every} - {("",), ()}
+    if len(found) > 1:
+        raise LoweringError(
+            f"how the loss adds up over samples was measured as {sorted(found)} on the shares of "
+            "the replicas; say it with loss_weights='samples' or a function, or give every process "
+            "the whole batch (batches='whole')"
+        )
+    return next(iter(found))[0] if found else None
+
+
+def _by_samples(every: Sequence[Counted]) -> list[float]:
+    return _parts_of_one([one.num_samples for one in every])
+
+
+def _is_cut(name: str, cut: CutBatch, parts: Sequence[Microbatch], *, alone: bool = True) -> bool:
     if name not in cut.batch:
         return True  # a number that Python may have counted in each microbatch
+    if not alone:
+        return cut.found.axes.get(name) is not None
     value = parts[0].inputs[name]
     return sized(value) and any(part.inputs[name] is not value for part in parts[1:])
 
 
 def _by_rule(
-    parts: Sequence[Microbatch], columns: Sequence[list[float] | None], rules: Sequence[Rule]
+    every: Sequence[Counted], columns: Sequence[list[float] | None], rules: Sequence[Rule]
 ) -> list[list[float]]:
     """Return the weights of every term: by what it counts, or as measured."""
-    by_samples = [part.share for part in parts]
-    plain = {"sum": [1.0] * len(parts)}
+    by_samples = _by_samples(every)
+    plain = {"sum": [1.0] * len(every)}
     return [
         column if column and rule == "counted" else plain.get(rule, by_samples)
         for column, rule in zip(columns, rules, strict=True)

@@ -113,6 +113,10 @@ class TrainingArguments(transformers.TrainingArguments):
     replicated_tensor_sharding: bool = option(
         default=False, help="Divide optimizer state among the replicas (distributed target)."
     )
+    batches: str = option(
+        default="whole",
+        help="What a process reads: whole batches, or the share of its replica (distributed).",
+    )
     async_save: bool = option(
         default=False,
         help="Write checkpoints while training goes on; costs host memory for a copy.",
@@ -132,6 +136,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(
                 f"lr_scheduler_kwargs must be settings by name, got {self.lr_scheduler_kwargs!r}"
             )
+        ExecutionOptions(batches=self.batches)
         if self.loss_scaling is not None and self.loss_scaling <= 0:
             raise ValueError(f"loss_scaling must be above 0, got {self.loss_scaling}")
         if not 0 <= self.warmup_ratio <= 1:
@@ -207,6 +212,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "max_grad_norm": self.max_grad_norm or None,
             "seed": self.seed,
             "replicated_tensor_sharding": self.replicated_tensor_sharding,
+            "batches": self.batches,
         }
         return ExecutionOptions(**(options | overrides))
 

@@ -7,6 +7,8 @@ keyed by (seed, epoch, step). Workers, restarts and the number of stages change 
 The last batch of an epoch may be short. An executable with ``batch_divisor = 1`` gets it whole;
 others split a batch evenly over microbatches and replicas: the largest part that divides is kept,
 and the few samples left over sit this epoch out (another random few the next; the log says so).
+
+Where processes are given shares of a batch (``batches="share"``), each reads its own samples only.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: Root of the permutations.
         shuffle: Permute the samples; otherwise keep their order.
         drop_last: Leave out a last batch smaller than ``batch_size``.
+        share_of: Says which samples of a batch of some size this process reads.
 
     Raises:
         ValueError: Not even one batch can be made.
@@ -87,6 +90,7 @@ class EpochBatches(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        share_of: Callable[[int], slice] = slice,
     ) -> None:
         if batch_size < 1 or batch_size % divisor:
             raise ValueError(f"batch_size {batch_size} must be a multiple of {divisor}, above 0")
@@ -97,6 +101,7 @@ class EpochBatches(Sampler[list[int]]):
         self.seed = seed
         self.shuffle = shuffle
         self.position = (0, 0)  # epoch, step
+        self._share_of = share_of
         if self.num_used == 0:
             least = batch_size if drop_last else divisor
             raise ValueError(
@@ -124,7 +129,10 @@ class EpochBatches(Sampler[list[int]]):
             order = torch.randperm(self.num_samples, generator=generator).tolist()
         for step in range(first, len(self)):
             stop = min((step + 1) * self.batch_size, self.num_used)
-            yield _BatchKey(order[step * self.batch_size : stop], (self.seed, epoch, step))
+            batch = order[step * self.batch_size : stop]
+            share = self._share_of(len(batch))
+            first = (share.start,) if share.start else ()  # a share draws its own numbers
+            yield _BatchKey(batch[share], (self.seed, epoch, step, *first))
 
 
 class _KeyedReader(Dataset[Batch]):
@@ -135,6 +143,8 @@ class _KeyedReader(Dataset[Batch]):
         self.collate_fn = collate_fn
 
     def __getitems__(self, batch: _BatchKey) -> Batch:
+        if not batch:  # of a short batch, this process may have no share
+            return {}
         with keyed_randomness(*batch.key):
             if hasattr(self.dataset, "__getitems__"):
                 samples = self.dataset.__getitems__(list(batch))
@@ -189,6 +199,7 @@ def train_batches(
     collate_fn: Collator,
     *,
     divisor: int | None = None,
+    share_of: Callable[[int], slice] = slice,
 ) -> BatchLoader:
     """Return the shuffled training batches; axis 0 is micro batch x microbatches x replicas.
 
@@ -198,6 +209,7 @@ def train_batches(
         collate_fn: Makes a batch of samples.
         divisor: The size of a short batch is a multiple of this; ``None`` for microbatches x
             replicas.
+        share_of: Says which samples of a batch of some size this process reads.
 
     Raises:
         ValueError: The data cannot be indexed, or not even one batch can be made.
@@ -214,6 +226,7 @@ def train_batches(
         divisor=divisor,
         seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         drop_last=arguments.dataloader_drop_last,
+        share_of=share_of,
     )
     if left_out := sampler.num_samples - sampler.num_used:
         reason = f"has to be a multiple of {divisor}"

@@ -54,7 +54,8 @@ def train(
     optimizer = _checked(executable, arguments)
     set_seed(arguments.seed)
     collator = build_collator(executable.model, arguments, collate_fn, tokenizer)
-    loader = train_batches(dataset, arguments, collator, divisor=executable.batch_divisor)
+    divisor, share_of = executable.batch_divisor, executable.share_of
+    loader = train_batches(dataset, arguments, collator, divisor=divisor, share_of=share_of)
     progress = Progress(arguments, len(loader))
     scheduler = build_scheduler(optimizer, arguments, progress.state.max_steps)
     checkpoints = Checkpoints(executable, arguments, scheduler, loader.sampler, tokenizer)

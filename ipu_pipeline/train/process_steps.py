@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
+from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.backends.cluster.joining import MARGIN_S
 from ipu_pipeline.backends.cluster.layout import schedule_for
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.backends.cluster.ranks.consistency import together
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over, join_processes
 from ipu_pipeline.capture.inputs import NUM_ITEMS
@@ -37,6 +39,7 @@ from ipu_pipeline.stages.materialize import is_on_meta
 from ipu_pipeline.train.arguments import num_processes, process_index
 from ipu_pipeline.train.live_loss import LossRun, calls_of
 from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
+from ipu_pipeline.train.share import ShareOfData, is_others
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
 
 if TYPE_CHECKING:
@@ -63,6 +66,10 @@ class ProcessSteps(CollectedSteps):
         self._owns_group = False
         self._group = _ProcessGroup()
         self._depth = 0
+        # Which batches of this optimizer step are another replica's.
+        self._others: list[bool] = []
+        self._left_out: list[Any] = []
+        self._num_whole = 0  # weights of the model, if it has slices of them while it runs
         self._read_at = frozenset[str]()
 
     # ---- what transformers sees ---------------------------------------------------------
@@ -154,22 +161,89 @@ class ProcessSteps(CollectedSteps):
         trainer = self._trainer
         counted = num_items is not None and trainer.model_accepts_loss_kwargs
         items = {NUM_ITEMS: torch.as_tensor(num_items)} if counted else {}
-        inputs = [{**share, **items} for part in parts for share in self._shares(part)]
-        weight = 1.0 if trainer._loss_is_whole(num_items) else 1 / len(inputs)
-        made = self._ready(inputs[0])
+        made = self._ready(parts[0])
+        own = [
+            s for n, part in enumerate(parts) for s in self._shares(part, self._others[n : n + 1])
+        ]
+        inputs = [{**share, **items} for share in own]
+        number = int(made.total([len(inputs)])[0])
+        weight = 1.0 if trainer._loss_is_whole(num_items) else 1 / number
         made.global_step = trainer.state.global_step
         losses = made.forward_backward_parts(inputs, [weight] * len(inputs))
         made.keep_own_optimizer_state(self._optimizer())
         self._is_stale = True
-        return sum(losses) * weight
+        return made.total([sum(losses)])[0] * weight
 
-    def _shares(self, part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return the microbatch of every replica."""
+    def _shares(self, part: Mapping[str, Any], others: Sequence[bool]) -> list[Mapping[str, Any]]:
+        """Return the microbatch of every replica, of a share its own, of another's none."""
         args = self._trainer.args
-        replicas = int(getattr(args, "replicas", 1))
-        if replicas == 1:
+        if self._replicas == 1:
             return [part]
-        return [m.inputs for m in split_batch(part, replicas, args.per_device_train_batch_size)]
+        if self._reads_shares:
+            return [] if any(others) else [part]
+        size = args.per_device_train_batch_size
+        return [m.inputs for m in split_batch(part, self._replicas, size)]
+
+    @property
+    def _replicas(self) -> int:
+        return int(getattr(self._trainer.args, "replicas", 1))
+
+    @property
+    def _reads_shares(self) -> bool:
+        """Whether a process reads what its replica trains on."""
+        return self._replicas > 1 and getattr(self._trainer.args, "batches", "whole") == "share"
+
+    def train_data(self, data: Any, make_sampler: Any) -> tuple[Any, Any]:
+        """Return what this process reads of the training data, and what makes their sampler.
+
+        Raises:
+            ValueError: They cannot be read by share, or something counts what is read.
+        """
+        if not self._reads_shares:
+            return data, make_sampler
+        args = self._trainer.args
+        if args.include_num_input_tokens_seen not in (False, "no"):
+            raise ValueError(
+                "include_num_input_tokens_seen counts what a process reads, which is a share of "
+                "the data; leave it or batches='share' out"
+            )
+        replica = process_index() * self._replicas // num_processes()
+        share = ShareOfData(data, replica, self._replicas, args.per_device_train_batch_size)
+        return share, (lambda _: make_sampler(data)) if make_sampler else None
+
+    def operations(self, inputs: Any, number: float) -> float:
+        """Return how many of the operations of a microbatch are counted here.
+
+        ``number`` is a multiple of the number of weights, which may be slices.
+        """
+        if any(inputs is batch for batch in self._left_out):
+            return 0.0
+        here = self._num_weights() if self._num_whole else 0
+        return number // here * self._num_whole if here else number
+
+    def _num_weights(self) -> int:
+        count = getattr(self._trainer.model, "num_parameters", lambda **_: 0)
+        return int(count(exclude_embeddings=True))
+
+    def total(self, number: float) -> float:
+        """Return the sum of what every process has counted of its share of the data."""
+        if not self._reads_shares:
+            return number
+        each = num_processes() // self._replicas
+        return float(sum(self._group.gather(number, float)[::each]))
+
+    def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
+        """Return the batches of an optimizer step, and the items of all processes."""
+        if not self._reads_shares:
+            return batches, num_items
+        self._others = [is_others(batch) for batch in batches]
+        self._left_out = [b for b, other in zip(batches, self._others, strict=True) if other]
+        if num_items is None:
+            return batches, None
+        own = [b for b, other in zip(batches, self._others, strict=True) if not other]
+        args = self._trainer.args
+        items = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
+        return batches, torch.tensor(int(self.total(float(items))))
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         if isinstance(self.executable, DistributedExecutable):
@@ -223,6 +297,8 @@ class ProcessSteps(CollectedSteps):
                 found = self._group.gather(self._events_of_users())
                 self._read_at = frozenset(event for events in found for event in events)
             yield
+            if self._depth == 1:
+                self.fetch()  # whoever reads the model then finds whole weights
         except BaseException as error:
             made, self.executable = self.executable, None
             if made is not None:
@@ -257,9 +333,8 @@ class ProcessSteps(CollectedSteps):
         made = self.executable
         if not isinstance(made, DistributedExecutable) or made.model is not self._trainer.model:
             return
-        if self._is_stale:
-            made.state_dict()
-            self._is_stale = False
+        made.make_whole(self._optimizer(), stale=self._is_stale)
+        self._is_stale = False
         if optimizer:
             made.collect_optimizer_state(self._optimizer())
 
@@ -282,16 +357,19 @@ class ProcessSteps(CollectedSteps):
         if not self.has_executable():
             self.close()
             plan = self._trainer.planned(part)
-            num_ranks = max(1, num_processes() // plan.replicas)
+            tp = tensor_parallel_size(plan)
+            self._num_whole = self._num_weights() if tp > 1 else 0
+            num_ranks = max(1, num_processes() // (plan.replicas * tp))
             sizes = plan.num_stages, num_ranks, plan.num_microbatches
             self.executable = self._trainer.compiled(
                 plan,
                 precision=self._trainer._precision,
-                schedule=schedule_for(
-                    plan.schedule, *sizes
-                ),  # few microbatches: another, if need be
+                # few microbatches: another, if need be
+                schedule=schedule_for(plan.schedule, *sizes),
+                batches="share" if self._reads_shares else "whole",
             )
         assert isinstance(self.executable, DistributedExecutable)
+        self.executable.make_ready(self._optimizer())
         return self.executable
 
     def _leave(self) -> None:

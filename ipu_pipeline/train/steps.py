@@ -109,6 +109,22 @@ class TargetSteps(ABC):
         """Return the sampler of the training data, perhaps another one."""
         return sampler
 
+    def train_data(self, data: Any, make_sampler: Any) -> tuple[Any, Any]:
+        """Return what this process reads of the training data, and what makes their sampler."""
+        return data, make_sampler
+
+    def operations(self, inputs: Any, number: float) -> float:  # noqa: ARG002
+        """Return how many of the operations of a microbatch are counted here."""
+        return number
+
+    def total(self, number: float) -> float:
+        """Return the sum of what every process has counted of its share of the data."""
+        return number
+
+    def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
+        """Return the batches of an optimizer step, and the items of all processes."""
+        return batches, num_items
+
     # ---- evaluation ---------------------------------------------------------------------
 
     @abstractmethod
@@ -227,11 +243,10 @@ class CollectedSteps(TargetSteps):
         callbacks = self._trainer.callback_handler.callbacks
         return [e for e in _EVENTS if any(is_users(callback, e) for callback in callbacks)]
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return torch's optimizer in accelerate's."""
+    def _optimizer(self) -> Any:
+        """Return torch's optimizer in accelerate's; ``None`` before there is one."""
         wrapped: Any = self._trainer.optimizer
-        found: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
-        return found
+        return getattr(wrapped, "optimizer", wrapped)
 
     @abstractmethod
     def step(self, parts: Sequence[Mapping[str, Any]], num_items: Any) -> float:

@@ -40,13 +40,13 @@ from ipu_pipeline.train.output_folder import (
 )
 from ipu_pipeline.train.prefetch import Prefetch
 from ipu_pipeline.train.progress import FiniteLosses
+from ipu_pipeline.train.share import marking
 from ipu_pipeline.train.steps import Prediction, TargetSteps
 from ipu_pipeline.train.trainer_checks import (
     check_arguments,
     check_class,
     check_folder,
     check_plan,
-    check_whole,
     chosen_target,
     inherited_from,
     recomputes,
@@ -218,7 +218,7 @@ class PipelineTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Read the batches of the next optimizer step; nothing is left of an abandoned one."""
         self._steps.begin()
-        return super().get_batch_samples(*args, **kwargs)
+        return self._steps.counted(*super().get_batch_samples(*args, **kwargs))
 
     def training_step(
         self,
@@ -239,6 +239,24 @@ class PipelineTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._steps.train_sampler(super()._get_train_sampler(train_dataset))
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loader of some data, of training data perhaps a share of them."""
+        if kwargs.get("is_training"):
+            dataset, kwargs["sampler_fn"] = self._steps.train_data(dataset, kwargs["sampler_fn"])
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_collator_with_removed_columns(self, *args: Any, **kwargs: Any) -> Any:
+        return marking(super()._get_collator_with_removed_columns(*args, **kwargs))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Return the operations of a microbatch; none of one that another process counts."""
+        return self._steps.operations(inputs, super().floating_point_ops(inputs))
+
+    def store_flos(self) -> None:
+        """Keep the operations of all processes in the state."""
+        self.current_flos = self._steps.total(float(self.current_flos))
+        super().store_flos()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return no norm where gradients stay on the device, which has clipped them."""
@@ -403,8 +421,6 @@ class PipelineTrainer(Trainer):
             plan: Its plan.
             **options: As for :func:`ipu_pipeline.compile`, which not all targets take.
         """
-        if self._steps.target == "distributed":
-            check_whole(plan)
         with torch.random.fork_rng(devices=[]):
             return compiler.compile(
                 self._whole_model,

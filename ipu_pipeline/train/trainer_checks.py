@@ -8,7 +8,6 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.errors import CheckpointError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.train.arguments import num_processes
@@ -225,18 +224,3 @@ def check_plan(plan: Plan, args: TrainingArguments) -> None:
                 f"{name} is {asked} and the plan was made for {planned}; make them equal, or have "
                 "another plan made"
             )
-
-
-def check_whole(plan: Plan) -> None:
-    """Refuse a plan whose processes have slices of weights, which the optimizer here would step.
-
-    Raises:
-        ValueError: It has ``tp`` above 1.
-    """
-    tp = tensor_parallel_size(plan)
-    if tp > 1:
-        raise ValueError(
-            f"the plan has tp {tp}, and PipelineTrainer's own optimizer needs whole weights; drive "
-            "compile(plan, target='distributed', optimizer=...) with ipu_pipeline.train.train, or "
-            "plan with tp 1"
-        )

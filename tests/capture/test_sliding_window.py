@@ -64,3 +64,12 @@ def test_a_window_is_read_by_transformers_names(
         setattr(attention, name, value)
     assert attention_window(nn.Sequential(attention)) == window
     assert attention_window(nn.Linear(1, 1)) is None
+
+
+def test_a_layer_with_a_config_of_its_own_is_asked_for_its_window() -> None:
+    windows = {"per_layer_config": {1: {"sliding_window": 8}}}
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=4, **windows)
+    attention = nn.Linear(1, 1)
+    for layer, window in enumerate((4, 8)):
+        vars(attention).update(layer_idx=layer, config=config)
+        assert attention_window(attention) == window

@@ -57,7 +57,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "replicas of a plan": (lambda folder: loaded(folder, replicas=10**6), "replicas may be 65536"),
     "stages": (lambda _: Constraints(num_stages=HUGE), "num_stages may be 4096 at most, got 10000"),
     "microbatches": (lambda _: Constraints(num_microbatches=HUGE), "num_microbatches may be"),
-    "all microbatches": (lambda _: Constraints(total_microbatches=HUGE), "total_microbatches may"),
     "replicas": (lambda _: Constraints(replicas=HUGE), "replicas may be 65536 at most"),
     "depth": (lambda _: Constraints(max_stages=HUGE), "max_stages may be 65536 at most"),
     "orders": (lambda _: Constraints(max_ideals=HUGE), "max_ideals may be 10000000 at most"),

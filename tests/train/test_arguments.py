@@ -56,6 +56,7 @@ def test_all_of_transformers_arguments_with_their_defaults():
         ({"warmup_ratio": 1.5}, r"warmup_ratio must be in \[0, 1\], got 1.5"),
         ({"warmup_ratio": 0.1, "warmup_steps": 5}, "warmup_ratio 0.1 and warmup_steps 5 contrad"),
         ({"save_total_limit": 0}, "save_total_limit must be at least 1, got 0; use None"),
+        ({"batches": "some"}, "batches 'some' is unknown; use 'whole' or 'share'"),
         ({"loss_scaling": 0.0}, "loss_scaling must be above 0, got 0.0"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
         ({"lr_scheduler_type": "greedy"}, "greedy requires an eval strategy"),

@@ -23,30 +23,32 @@ def two() -> Iterator[Processes]:
     processes.close()
 
 
-def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Compare plain data; numbers to 1e-6 of their size."""
+def assert_equal(found: Any, expected: Any, tolerance: float, where: str = "") -> None:
+    """Compare plain data; numbers to a part of their size."""
     if isinstance(expected, float) and isinstance(found, float | int):
-        same = math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-6)
+        same = math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
         assert same or (math.isnan(found) and math.isnan(expected)), (where, found, expected)
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
-            assert_equal(found[name], value, f"{where}.{name}")
+            assert_equal(found[name], value, tolerance, f"{where}.{name}")
     elif isinstance(expected, list | tuple):
         assert len(found) == len(expected), where
         for n, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(mine, theirs, f"{where}[{n}]")
+            assert_equal(mine, theirs, tolerance, f"{where}[{n}]")
     else:
         assert found == expected, where
 
 
-def compare(processes: Processes, job: str, folder: Path, **options: Any) -> None:
+def compare(
+    processes: Processes, job: str, folder: Path, tolerance: float = 1e-6, **options: Any
+) -> None:
     """Run a job in several processes, and in this one as the reference."""
     (folder / "one").mkdir()
     found = processes.run(f"trainer_jobs.{job}", folder=str(folder / "many"), **options)
     expected = getattr(trainer_jobs, job)(folder=str(folder / "one"), **options)
     for mine in found:
-        assert_equal(mine, expected)
+        assert_equal(mine, expected, tolerance)
 
 
 @pytest.mark.acceptance
@@ -86,6 +88,7 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
         "there is no complete checkpoint of the last run",
         "2 processes are more than the plan's 1 stages x 1 replicas; start 1",
         "3 replicas cannot share 2 processes; start a multiple of 3",
+        "include_num_input_tokens_seen counts what a process reads, which is a share of the data",
         "hyperparameter_search would choose other values in every process; run it in one",
     ]
     for own in said:
@@ -96,11 +99,25 @@ def test_what_is_refused_is_refused_by_all(two, tmp_path) -> None:
 
 @pytest.mark.acceptance
 def test_copies_of_the_pipeline_share_the_batch(tmp_path) -> None:
+    """Every process reads whole batches, or the share of its copy."""
     four = Processes(4)
     try:
-        compare(four, "copied", tmp_path)
+        for batches in ("whole", "share"):
+            (tmp_path / batches).mkdir()
+            compare(four, "copied", tmp_path / batches, batches=batches)
     finally:
         four.close()
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("stages", [1, 2])
+def test_processes_that_share_products(tmp_path, stages) -> None:
+    """Losses, norms, weights that a callback reads, checkpoints and predictions."""
+    processes = Processes(2 * stages)
+    try:
+        compare(processes, "sliced", tmp_path, stages=stages, tolerance=1e-5)
+    finally:
+        processes.close()
 
 
 @pytest.mark.acceptance

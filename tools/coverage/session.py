@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -50,9 +51,7 @@ def check_all(
     found = {record.name: record for record in known}
     journal = None if path is None else Journal(path, header, known)
     left = [item for item in items if item.name not in found]
-    # Spread over tasks and architectures, so that what an interrupted run has found is a sample.
-    left.sort(key=lambda item: crc32(item.name.encode()))
-    left = left[:at_most]
+    left = _spread(left, found)[:at_most]
     with _Bar(len(items), known) as bar:
 
         def done(record: Record) -> None:
@@ -75,6 +74,16 @@ def check_all(
         if len(records) == len(items):
             path.unlink()
     return records
+
+
+def _spread(left: list[ModelClass], found: Mapping[str, Record]) -> list[ModelClass]:
+    """Order classes so that what an interrupted run finds is a sample of all architectures."""
+    seen = Counter(record.architecture for record in found.values())
+    order = []
+    for item in sorted(left, key=lambda item: crc32(item.name.encode())):
+        order.append((seen[item.architecture], len(order), item))
+        seen[item.architecture] += 1
+    return [item for *_, item in sorted(order, key=lambda entry: entry[:2])]
 
 
 def installed_versions() -> dict[str, str]:

@@ -52,7 +52,7 @@ class ClusterBackend(Backend):
         Source: torch.distributed.pipelining.schedules, ``Schedule1F1B._step_microbatches``.
         """
         kind = schedule_kind(limits.schedule)
-        if not kind.torch_needs_depth or limits.total_microbatches or not graph.training:
+        if not kind.torch_needs_depth or not graph.training:
             return limits
         if (limits.num_stages or 1) > limits.num_microbatches:
             raise PartitionError(

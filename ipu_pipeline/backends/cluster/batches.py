@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import Layout, schedule_for
+from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.module import Crossings, StageModule, StepInputs, crossings
 from ipu_pipeline.backends.cluster.pipeline import TrainingPipeline
 from ipu_pipeline.backends.cluster.ranks.rendezvous import gather_over
@@ -34,20 +34,6 @@ MAX_PIPELINES = 16
 # Shape and dtype of outputs, by name.
 _Described = dict[str, tuple[list[int], str]]
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-
-
-def dealt(parts: Sequence[T], layout: Layout) -> list[T]:
-    """Return the parts of this process's replica: neighbours, as evenly as possible.
-
-    The last replica gets the last part, which may be short, and never more than the others. A
-    replica gets none when there are fewer parts than replicas.
-    """
-    first, end = (
-        -(-len(parts) * index // layout.num_replicas)
-        for index in (layout.replica, layout.replica + 1)
-    )
-    return list(parts[first:end])
 
 
 class Pipelines:
@@ -68,16 +54,14 @@ class Pipelines:
 
     def run(
         self,
-        parts: Sequence[Microbatch],
-        stages: Sequence[Sequence[Stage]],
+        pairs: Sequence[tuple[Microbatch, Sequence[Stage]]],
         inputs: StepInputs,
         loss_scaling: float,
     ) -> dict[int, float]:
         """Run the forward and backward passes of this replica's microbatches.
 
         Args:
-            parts: Those of the whole batch.
-            stages: ``[microbatch][stage]``.
+            pairs: Each with its stages.
             inputs: Seed, step and precision.
             loss_scaling: Factor of the loss before the backward pass.
 
@@ -85,7 +69,6 @@ class Pipelines:
             On the rank of the loss, that of every microbatch of this replica, by its index.
         """
         losses: dict[int, float] = {}
-        pairs = dealt(list(zip(parts, stages, strict=True)), self._groups.layout)
         for _, found in groupby(pairs, lambda pair: id(pair[1])):
             run_parts, run_stages = zip(*found, strict=True)
             run = replace(inputs, microbatches=run_parts)

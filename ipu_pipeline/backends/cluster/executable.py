@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.nn.utils import clip_grads_with_norm_
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.cut_plan import (
-    cut_plan,
     refuse_attentions,
     refuse_between_blocks,
     refuse_whole_tensors,
-    refuse_with_slices,
 )
-from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import make_layout
+from ipu_pipeline.backends.cluster.joining import Job, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.ranks.consistency import (
-    BatchCheck,
-    check,
-    check_alike,
-    description,
-    refuse_sparse_gradients,
-    together,
-)
-from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather, join_processes, scope_of
-from ipu_pipeline.backends.cluster.ranks.watchdog import Watchdog
+from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -51,8 +35,8 @@ from ipu_pipeline.backends.cluster.sharding import (
     sum_over_ranks,
     update,
 )
-from ipu_pipeline.checkpoint.slices import UNCUT, Slices
-from ipu_pipeline.errors import LoweringError, PipelineError
+from ipu_pipeline.backends.cluster.shares import BatchShares
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
@@ -60,15 +44,9 @@ from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
-from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
+from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
-from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
-
-logger = logging.getLogger(__name__)
-# Torch gives up waiting so much later than the watchdog, which knows whom to name.
-MARGIN_S = 60.0
-# Each executable of this process has its own keys in the store.
-_numbers = itertools.count(1)
+from ipu_pipeline.stages.training import in_evaluation, kept_modes
 
 
 class DistributedExecutable(Executable):
@@ -95,16 +73,11 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
-        try:
-            background = self._meet_others(device)
-        except LoweringError:
-            if self._owns_processes:  # after other failures, threads may still be waiting in it
-                dist.destroy_process_group()
-            raise
+        self._job = Job.joined(model, plan, optimizer, options, device, self._scaler)
+        self.groups, self._watchdog = self._job.groups, self._job.watchdog
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._slices = self._cut(model)
-        held = self._materialized()
+        self._slices, self._cuts = slices_of(model, plan, optimizer, self.groups)
+        held = read_own_weights(model, plan, options, self.groups, self._slices)
         self._slices.install()
         if options.device is not None:
             move(model, optimizer, device)
@@ -112,11 +85,12 @@ class DistributedExecutable(Executable):
             model,
             self._own,
             self.groups,
-            background,
+            self._job.background,
             self._slices,
             None if self._holds_all else held.__contains__,
             self._masters,
         )
+        self._known_optimizer = optimizer
         self._ownership: Ownership | None = None
         self._changing: list[Tensor] = []
         self._pipelines = Pipelines(options.schedule or plan.schedule, self.groups)
@@ -133,95 +107,21 @@ class DistributedExecutable(Executable):
         )
         wish = options.loss_weights
         self._cutter = BatchCutter(model, plan.batch_axes, weighs_losses=wish is not None)
-        self._shares = LossShares(model, wish, plan.granularity)
-        self._batch_check = BatchCheck(self.groups)
+        losses = LossShares(model, wish, plan.granularity)
+        self._shares = BatchShares(
+            plan, self.groups, self._cutter, self._cache, losses, options.batches
+        )
+        self._batch_check = BatchCheck(self.groups, apart=self._shares.apart)
         self._closed = False
-
-    def _meet_others(self, device: torch.device) -> StoreGather:
-        """Start to watch the other processes, compare what they run, and make the groups.
-
-        Returns:
-            All-gathers of the thread that writes checkpoints.
-        """
-        plan, options = self.plan, self.options
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        name = f"ipu_pipeline/{next(_numbers)}"
-        self._watchdog = Watchdog(
-            _own_store(name), rank, world_size, options.stall_timeout_s, scope_of(name)
-        )
-        ranks, background = (
-            StoreGather(_own_store(own), rank, world_size, self._watchdog.waiter, scope_of(own))
-            for own in (f"{name}/ranks", f"{name}/background")
-        )
-        try:
-            with self._watchdog.guarding("comparing what the ranks run", 0):
-                own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(device), ranks)
-                layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
-                self.groups = Groups(layout, device, ranks)
-        except BaseException:
-            self._watchdog.close()
-            raise
-        if options.replicated_tensor_sharding and plan.replicas == 1:
-            logger.warning(
-                "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps "
-                "the optimizer state of all its parameters"
-            )
-        return background
-
-    def _materialized(self) -> frozenset[str]:
-        """Give a model on ``meta`` the weights of the own stages; return what is held, by name.
-
-        Raises:
-            LoweringError: On any rank: they cannot be read or initialised.
-        """
-        model, graph, options = self.model, self.plan.graph, self.options
-        used = [
-            {n for b in (*stage.blocks, *stage.table_slices) for n in graph[b].parameters}
-            for stage in self.plan.stages
-        ]
-        own = set().union(*(used[index] for index in self.groups.layout.own_stages))
-        # What no block has is used between them, on all ranks.
-        held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
-        together(
-            self.groups.ranks,
-            lambda: materialize(model, options.weights, options.seed, held, self._slices),
-        )
-        return frozenset(held)
-
-    def _cut(self, model: nn.Module) -> Slices:
-        """Give every process its slices, if processes share products."""
-        layout = self.groups.layout
-        if layout.tp == 1:
-            return UNCUT
-        from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
-
-        cuts = cut_plan(model, self.plan, layout.tp)
-        return TensorParallel(model, self.optimizer, cuts, self.groups.slices)
-
-    def _problem(self, device: torch.device) -> str:
-        """Return why this process cannot start, or nothing."""
-        try:
-            check(self.plan, self.options)
-            refuse_sparse_gradients(self.model)
-            check_model(self.model, self.optimizer)
-            self._scaler.check(self.model, master_weights=self.options.master_weights)
-            offloaded_blocks(self.options.offload_activations, self.plan, device)
-            schedule = self.options.schedule or self.plan.schedule
-            layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
-            cuts = cut_plan(self.model, self.plan, layout.tp)
-            if self.optimizer is not None:
-                masters = self.options.master_weights
-                refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
-            refuse_with_slices(self.options, layout.tp)
-        except PipelineError as error:
-            return str(error)
-        return ""
 
     # ---- steps --------------------------------------------------------------------------
 
     def train_step(self, batch: Mapping[str, Any]) -> StepResult:
-        """Run one optimizer step; every process passes the same whole batch, gets the same result.
+        """Run one optimizer step; every process gets the same result.
+
+        Args:
+            batch: The whole batch, the same on every process; with ``batches="share"`` that of
+                this process's replica (:meth:`share_of`).
 
         Raises:
             LoweringError: There is no optimizer, or the batch cannot be shared out.
@@ -246,9 +146,9 @@ class DistributedExecutable(Executable):
                     slices=self._slices,
                 )
             self._scaler.update(skipped=done.skipped)
-        num_samples = sum(part.num_samples for part in parts)
-        loss = _weighted(parts, losses)
-        return self.stepped(StepResult(loss, done.grad_norm, done.skipped, num_samples))
+            own_samples = sum(part.num_samples for part in parts)
+            loss, samples = self._shares.total([_weighted(parts, losses), own_samples])
+        return self.stepped(StepResult(loss, done.grad_norm, done.skipped, int(samples)))
 
     def forward_backward(self, batch: Mapping[str, Any]) -> float:
         """Return the mean loss; add gradients to ``.grad`` of this process's own parameters.
@@ -259,15 +159,18 @@ class DistributedExecutable(Executable):
         self.options.require_training()
         with self._running("a forward and backward pass"):
             cut = self._training_parts(batch)
-            return _weighted(*self._accumulate(cut, 1.0, for_update=False)[:2])
+            own = _weighted(*self._accumulate(cut, 1.0, for_update=False)[:2])
+            return self._shares.total([own])[0]
 
     def forward_backward_parts(
         self, parts: Sequence[Mapping[str, Any]], weights: Sequence[float], first: int = 0
     ) -> list[float]:
-        """Run microbatches that the caller has cut, each of its own shape; every process has all.
+        """Run microbatches that the caller has cut, each of its own shape.
 
         Args:
-            parts: One batch per microbatch, at least one.
+            parts: One batch per microbatch, at least one; the same on every process. With
+                ``batches="share"``: those of this process's replica; with them, those of the
+                other replicas alternate in the batch.
             weights: Factor of each one's loss in the sum whose gradients are added to ``.grad``
                 of this process's own parameters.
             first: How many microbatches of this optimizer step have run before.
@@ -282,8 +185,15 @@ class DistributedExecutable(Executable):
         self.options.require_training()
         with self._running("a forward and backward pass"):
             self._batch_check.check("training", self.global_step, *parts)
-            cut = cut_batches(parts, weights, self.groups.device, first)
+            none = self._shares.apart and not parts
+            cut = [] if none else cut_batches(parts, weights, self.groups.device)
+            cut = self._shares.numbered(cut, first)
             return self._accumulate(cut, 1.0, for_update=False)[1]
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Return sums of what each replica has counted of its share of the batches."""
+        with self._running("adding up what the replicas have"):
+            return self._shares.total(numbers)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """Clip gradients as ``torch.nn.utils.clip_grad_norm_``; return their norm over all ranks.
@@ -296,8 +206,15 @@ class DistributedExecutable(Executable):
             clip_grads_with_norm_(own, max_norm, norm)
         return norm
 
+    def share_of(self, num_samples: int) -> slice:
+        """Return which samples of a batch this process passes to a training step."""
+        return self._shares.of(num_samples)
+
     def eval_step(self, batch: Mapping[str, Any]) -> EvalResult:
         """Run the model in evaluation mode, without gradients; every process gets the result.
+
+        With ``batches="share"`` replicas may be given batches of their own: each gets its own
+        result.
 
         Raises:
             StageError: This process or another one failed.
@@ -345,15 +262,47 @@ class DistributedExecutable(Executable):
                 "each process has the weights of its own stages only; save_checkpoint(folder) "
                 "writes the whole model, which from_pretrained(folder) reads"
             )
+        self._collect_weights()
+        with self._running("joining slices"):
+            return self._slices.state_dict(self.model)
+
+    def _collect_weights(self) -> None:
         if self._ownership is not None:
             with self._running("collecting weights"):
                 share_buffers(self._changing, self.groups)
                 collect_weights(self.model, self._ownership, self.groups)
+
+    def make_whole(self, optimizer: torch.optim.Optimizer | None, *, stale: bool) -> None:
+        """Put all of every weight into the model, for its owner to read; whole, not slices.
+
+        Args:
+            optimizer: One of the caller's, whose states of slices become whole, too.
+            stale: Whether weights were changed since the last time.
+        """
+        if stale:
+            self._collect_weights()
         with self._running("joining slices"):
-            return self._slices.state_dict(self.model)
+            self._slices.undo(optimizer, gather=True)
+
+    def make_ready(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Undo :meth:`make_whole`, which any step wants; nothing is done where nothing is cut.
+
+        Raises:
+            LoweringError: The optimizer needs whole weights.
+        """
+        if self._slices.size == 1:
+            return
+        if optimizer is not None and optimizer is not self._known_optimizer:
+            refuse_whole_tensors(optimizer, self._cuts)
+            self._known_optimizer = optimizer
+        self._slices.cut(optimizer)
+        self._slices.install()
 
     def collect_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the first process the state of all parameters in an optimizer of the caller's."""
+        """Give the first process the state of all parameters in an optimizer of the caller's.
+
+        Of weights that are cut it is collected after :meth:`make_whole`.
+        """
         with self._running("collecting the optimizer's state"):
             if self._ownership is not None:
                 collect_states(optimizer, self._ownership, self.groups)
@@ -415,8 +364,7 @@ class DistributedExecutable(Executable):
         self._pipelines.clear()
         if self._watchdog.failure is None:
             self.groups.close()
-            if self._owns_processes and dist.is_initialized():
-                dist.destroy_process_group()
+            self._job.leave()
             # Threads of a group that is still referenced at exit abort the process now and then.
             gc.collect()
         if error is not None:
@@ -457,11 +405,9 @@ class DistributedExecutable(Executable):
         return contextlib.nullcontext() if self._holds_all else freed_at_once()
 
     def _training_parts(self, batch: Mapping[str, Any]) -> CutBatch:
-        plan = self.plan
         self._batch_check.check("training", self.global_step, batch)
-        number = plan.num_microbatches * plan.replicas
         with self._looking():
-            return self._cutter.training(batch, number, plan.micro_batch_size)
+            return self._shares.cut(batch)
 
     def _accumulate(
         self, cut: CutBatch | Sequence[Microbatch], loss_scaling: float, *, for_update: bool
@@ -469,10 +415,11 @@ class DistributedExecutable(Executable):
         """Return the microbatches, the loss of each, and who owns what."""
         with torch.enable_grad(), casts_of_one_step():
             stages, parts = self._prepared(cut, training=True)
-            ownership = self._settle_ownership(stages[0])
+            ownership = self._settle_ownership(stages[0]) if stages else self._known_ownership()
             share_buffers(self._changing, self.groups)
             with kept_aside(ownership.held(self.model)), kept_modes(self.model):
-                own = self._pipelines.run(parts, stages, self._inputs(), loss_scaling)
+                pairs = self._shares.own(list(zip(parts, stages, strict=True)))
+                own = self._pipelines.run(pairs, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):
                     sum_over_ranks(
                         self.model,
@@ -481,15 +428,16 @@ class DistributedExecutable(Executable):
                         for_update=for_update,
                         slices=self._slices,
                     )
-        # Ranks that share its products all have the same loss.
-        counts = self._slices.index == 0
-        losses = self.groups.sum_numbers([own.get(p.index, 0.0) if counts else 0.0 for p in parts])
-        return parts, losses, ownership
+        found = [own.get(part.index, 0.0) for part in parts]
+        if not self._shares.apart and self._slices.index:
+            found = [0.0] * len(found)  # ranks that share products all have the same loss
+        group = self.groups.pipeline if self._shares.apart else None
+        return parts, self.groups.sum_numbers(found, group), ownership
 
     def _prepared(
         self, cut: CutBatch | Sequence[Microbatch], *, training: bool
     ) -> tuple[list[tuple[Stage, ...]], list[Microbatch]]:
-        """Run the model's glue for all microbatches, also those of other replicas.
+        """Run the model's glue for all microbatches that were given, also of other replicas.
 
         Those of a batch that was cut here are weighed as its loss means it.
 
@@ -500,7 +448,8 @@ class DistributedExecutable(Executable):
             given = cut.parts if isinstance(cut, CutBatch) else cut
             if self._slices.size > 1:
                 refuse_attentions(any(p.inputs.get("output_attentions") for p in given))
-            stages, prepared = self._cache.prepare(given)
+            with self._shares.noting_draws():
+                stages, prepared = self._cache.prepare(given)
             for own in {id(own): own for own in stages}.values():
                 refuse_between_blocks(own, self._slices)
             if any(stage.in_order for own in stages for stage in own):
@@ -508,9 +457,7 @@ class DistributedExecutable(Executable):
             self._batch_check.check_glue(self.global_step, given, prepared)
             if not isinstance(cut, CutBatch):
                 return stages, prepared
-            terms = [own[-1].loss_terms for own in stages]
-            self._shares.check(cut, prepared, terms, training=training)
-            return stages, self._shares.weighted(cut, prepared, terms, training=training)
+            return stages, self._shares.weighted(cut, prepared, stages, training=training)
 
     def _refuse_other_order(self, num_microbatches: int) -> None:
         one = self.plan.num_stages == self.plan.replicas == 1
@@ -560,8 +507,3 @@ def _weighted(parts: Sequence[Microbatch], losses: Sequence[float]) -> float:
     """Return the weighted sum of the losses; one of weight 0 may have none (NaN)."""
     pairs = zip(parts, losses, strict=True)
     return sum(loss * part.share for part, loss in pairs if part.share)
-
-
-def _own_store(name: str) -> Store:
-    """Return the keys under ``name``, through a connection that no other thread waits on."""
-    return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]

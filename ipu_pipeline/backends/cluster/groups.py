@@ -69,11 +69,16 @@ class Groups:
             total += part
         return total
 
-    def sum_numbers(self, values: Sequence[float]) -> list[float]:
-        """Return the sum of each number over all processes."""
+    def sum_numbers(
+        self, values: Sequence[float], group: dist.ProcessGroup | None = None
+    ) -> list[float]:
+        """Return the sum of each number over a group, by default over all processes."""
+        if not values:
+            return []
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        assert dist.group.WORLD is not None
-        return [float(value) for value in self.sum_in_order(own, dist.group.WORLD)]
+        group = group or dist.group.WORLD
+        assert group is not None
+        return [float(value) for value in self.sum_in_order(own, group)]
 
     def sum_over_replicas(self, tensor: Tensor) -> None:
         """Sum ``tensor`` over the replicas, in place."""

@@ -323,12 +323,13 @@ def grad_norm(
 
 
 def collect_states(optimizer: torch.optim.Optimizer, ownership: Ownership, groups: Groups) -> None:
-    """Give the first rank the state of every parameter. Every rank calls this."""
+    """Give the first rank the state of every parameter, which are whole. Every rank calls this."""
     parameters = _all_of(optimizer)
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
+    first = groups.layout.slice == 0  # the others have joined the same
     for n, parameter in enumerate(parameters):
-        if parameter in optimizer.state and ownership.is_chief(parameter):
+        if first and parameter in optimizer.state and ownership.is_chief(parameter):
             values[str(n)] = {}
             for key, value in optimizer.state[parameter].items():
                 if isinstance(value, Tensor):

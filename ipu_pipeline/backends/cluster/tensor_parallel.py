@@ -66,14 +66,20 @@ class TensorParallel(Slices):
         self._cuts: dict[int, Cut] = {}
         self._forwards: list[tuple[nn.Module, Any]] = []
         self._open = False  # what modules compute now is a slice
-        for module, name, style in plan.parameters:
+        self.cut(optimizer)
+
+    def cut(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Cut the model's parameters, and what an optimizer keeps of them, where they are whole."""
+        for module, name, style in self._plan.parameters:
             self._cut(module, name, style)
-        cut = [p for p in model.parameters() if self.is_cut(p)]
+        cut = [p for p in self._model.parameters() if self.is_cut(p)]
         for parameter, state, key in [] if optimizer is None else _states(optimizer, cut):
             state[key] = self.part(parameter, state[key])
 
     def install(self) -> None:
         """Let the model's modules run on slices."""
+        if self._forwards:
+            return
         for path, module in self._plan.blocks.items():
             self._replace(module, partial(self._block, path, module.forward))
         for module, style in self._plan.modules:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ipu_pipeline.backends.ipu.check import NO_BATCH, config_problems
+from ipu_pipeline.backends.ipu.check import MOST_IPUS, NO_BATCH, config_problems, devices_problems
 from ipu_pipeline.backends.ipu.prices.chip import is_ipu
 from ipu_pipeline.backends.ipu.prices.planning import IPUPlanning, ProgramChoices
 from ipu_pipeline.backends.ipu.prices.predict import (
@@ -54,7 +54,7 @@ class IPUBackend(Backend):
         Raises:
             PartitionError: No plan that is made so could be emitted.
         """
-        problems = [*config_problems(config)] if config is not None else []
+        problems = [*config_problems(graph, config)] if config is not None else []
         if graph.micro_batch_size < 1:
             problems.append(NO_BATCH)
         if problems:
@@ -67,14 +67,18 @@ class IPUBackend(Backend):
             training=graph.training,
         )
         spelled_out = not config.leaves_layers_open
+        if not spelled_out and len(found.proportions) == 1:  # every IPU's, however many there are
+            found = replace(found, proportions=found.proportions * MOST_IPUS)
         return {**found.to_json(), _FIXED: True, _SPELLED_OUT: spelled_out}
 
     def rules(self, graph: BlockGraph, machine: Machine, limits: Constraints) -> Constraints:
         """IPUs cut the execution order, copy no weight, and recompute whole stages.
 
         Raises:
-            PartitionError: Single blocks are to be recomputed.
+            PartitionError: Single blocks are to be recomputed, or stages leave out an IPU.
         """
+        for problem in devices_problems(limits.stage_devices or (0,)):
+            raise PartitionError(problem)
         if isinstance(limits.recompute, tuple):
             raise PartitionError(
                 f"recompute names single blocks ({', '.join(limits.recompute)}), but "
@@ -111,11 +115,14 @@ class IPUBackend(Backend):
 
         Raises:
             ConfigError: The configuration does not fit the model or the machine.
-            PartitionError: It does not fit the memory.
+            PartitionError: It does not fit the memory, or leaves out an IPU.
         """
         if not work.settings.get(_SPELLED_OUT):
             return None
-        return configured_partition(work.graph, program_from(work.settings), work.machine)
+        split = configured_partition(work.graph, program_from(work.settings), work.machine)
+        for problem in devices_problems([stage.device for stage in split.stages]):
+            raise PartitionError(problem)
+        return split
 
     def step(self, plan: Plan) -> PlanPrice:
         """Price every IPU and the cycles of the step as a whole.

@@ -6,15 +6,16 @@ poptorch contract (sections 1, 2, 3, 5) and PopART's pipelining notes, SDK 3.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices import is_ipu
-from ipu_pipeline.backends.ipu.prices.operations import slices_problem
+from ipu_pipeline.backends.ipu.prices.operations import serialization_factor, slices_problem
 from ipu_pipeline.backends.ipu.prices.predict import table_problems
-from ipu_pipeline.backends.ipu.settings import PopTorchSettings
+from ipu_pipeline.backends.ipu.settings import PopTorchSettings, evaluation_of
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan
 
 MOST_IPUS = 64  # per process
@@ -103,11 +104,15 @@ def _processes(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 
 
 def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
-    per_replica = max(stage.device for stage in plan.stages) + 1
+    yield from devices_problems([stage.device for stage in plan.stages])
+
+
+def devices_problems(devices: Sequence[int]) -> Iterator[str]:
+    """Yield why the stages cannot be on these IPUs."""
+    per_replica = max(devices) + 1
     if per_replica > MOST_IPUS:
         yield f"a replica has {per_replica} IPUs, at most {MOST_IPUS} work together; use fewer"
-    used = {stage.device for stage in plan.stages}
-    unused = sorted(set(range(per_replica)) - used)
+    unused = sorted(set(range(per_replica)) - {*devices})
     if unused:
         yield (
             f"IPU {unused[0]} has no stage although IPU {per_replica - 1} has one; number the "
@@ -116,32 +121,38 @@ def _ipus(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 
 
 def _evaluation(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    """What PopART would refuse of another placement for evaluation."""
+    """What does not fit of another placement for evaluation."""
     found = settings.inference
+    for ipu, memory in enumerate(found.memory if found else ()):
+        if found and not memory.fits(found.chip):
+            yield (
+                f"inference: {found.tile_text(ipu)}; move layers to other IPUs in "
+                "inference_layers_per_ipu"
+            )
+
+
+def _evaluation_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
+    """What PopART would refuse of another placement for evaluation."""
+    found = evaluation_of(graph, config)
     if found is None:
         return
-    total = found.settings.num_ipus * found.settings.replicas
+    layout, settings = found
+    total = settings.num_ipus * settings.replicas
     if total > MOST_IPUS:
         yield (
-            f"inference: {found.settings.replicas} replicas of {found.settings.num_ipus} IPUs are "
+            f"inference: {settings.replicas} replicas of {settings.num_ipus} IPUs are "
             f"{total}, one process has at most {MOST_IPUS}; lower inference_replication_factor"
         )
-    empty = set(range(found.settings.num_ipus)) - {stage.ipu for stage in found.layout.stages}
+    empty = set(range(settings.num_ipus)) - {stage.ipu for stage in layout.stages}
     if empty:
         yield (
             f"inference: IPU {min(empty)} has no block; lower inference_ipus_per_replica, or give "
             "it layers in inference_layers_per_ipu"
         )
-    for name, place in (settings.inference_places() or {}).items():
-        problem = slices_problem(found.graph, name, place[2])
+    for block in graph.blocks:
+        problem = slices_problem(graph, block.name, serialization_factor(graph, block, settings))
         if problem:
             yield f"inference: {problem}"
-    for ipu, memory in enumerate(found.memory):
-        if not memory.fits(found.chip):
-            yield (
-                f"inference: {found.tile_text(ipu)}; move layers to other IPUs in "
-                "inference_layers_per_ipu"
-            )
 
 
 def _tied(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
@@ -177,8 +188,13 @@ def _order(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
             last, before = position[name], name
 
 
-def config_problems(config: IPUConfig) -> Iterator[str]:
-    """Yield what no plan can be made with: it would not be emitted."""
+def config_problems(graph: BlockGraph, config: IPUConfig) -> Iterator[str]:
+    """Yield what no plan can be made with: it would not be emitted.
+
+    Raises:
+        ConfigError: The layers of another placement for evaluation do not fit the model.
+    """
+    yield from _evaluation_problems(graph, config)
     for what in ("embedding", "projection"):
         splits = getattr(config, f"serialized_{what}_splits_per_ipu")
         if splits is not None:
@@ -197,8 +213,8 @@ def config_problems(config: IPUConfig) -> Iterator[str]:
         yield f"matmul_proportion {outside[0]} must be above 0 and at most 1; correct it"
 
 
-def _configuration(_: Plan, settings: PopTorchSettings) -> Iterator[str]:
-    yield from config_problems(settings.config)
+def _configuration(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:
+    yield from config_problems(plan.graph, settings.config)
 
 
 def _scaling(plan: Plan, settings: PopTorchSettings) -> Iterator[str]:

@@ -21,13 +21,14 @@ from ipu_pipeline.backends.ipu.bundle import emit
 from ipu_pipeline.backends.ipu.check import is_power_of_two
 from ipu_pipeline.backends.ipu.mirror import (
     HostWeights,
+    check_labels,
     compare,
     described,
     host_outputs,
-    paged,
     sample_of,
 )
 from ipu_pipeline.backends.ipu.optimizers import named_groups, read_state, write_state
+from ipu_pipeline.backends.ipu.runtime.messages import paged
 from ipu_pipeline.backends.ipu.sdk_python import SdkPython
 from ipu_pipeline.backends.ipu.settings import PopTorchSettings
 from ipu_pipeline.backends.ipu.worker import Worker
@@ -110,12 +111,12 @@ class PopTorchExecutable(Executable):
         for page in paged(self._weights.tensors()):
             self._worker.call("write", tensors=page)
         sample = sample_of(self.plan, self.model)
-        theirs = self._worker.call("check", sample=sample)["outputs"]
-        if self_check:
+        answer = self._worker.call("check", sample=sample)
+        if self_check or answer["has_guesses"]:
             versions = self._worker.versions
             compare(
                 host_outputs(self.model, sample),
-                theirs,
+                answer["outputs"],
                 f"transformers {versions['transformers']} and torch {versions['torch']} there",
             )
         self._weights.same()
@@ -175,6 +176,7 @@ class PopTorchExecutable(Executable):
             StageError: It failed in the worker, or the worker died.
         """
         self._require_open()
+        check_labels(self.model, batch)
         sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
         if len(sizes) != 1:
             raise LoweringError(f"axis 0 of the batch's tensors must be equal, got {sorted(sizes)}")
@@ -351,6 +353,7 @@ class PopTorchExecutable(Executable):
         return self.optimizer
 
     def _check_size(self, batch: Mapping[str, Any]) -> int:
+        check_labels(self.model, batch)
         flat, wanted = self._flat, self.plan.total_batch_size * self._flat["device_iterations"]
         sizes = {n: v.shape[0] for n, v in batch.items() if isinstance(v, Tensor) and v.ndim}
         if any(size != wanted for size in sizes.values()):
@@ -363,11 +366,6 @@ class PopTorchExecutable(Executable):
         return int(wanted)
 
     def _check_offline(self) -> None:
-        if self._has_program:
-            raise LoweringError(
-                "the training program is made already for IPUs that are here; save an executable "
-                "for others before the first step"
-            )
         total = self._flat["ipus_per_replica"] * self._flat["replication_factor"]
         if not is_power_of_two(total):
             raise LoweringError(

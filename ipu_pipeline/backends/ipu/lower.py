@@ -43,6 +43,11 @@ def lower(
     python = find_sdk_python(options.sdk_python)
     materialize(model, options.weights, options.seed)
     _check_options(options, plan)
+    if any(stage.offload for stage in plan.stages):
+        raise LoweringError(
+            "the plan offloads activations to host memory, which GPUs do; leave it out, with the "
+            "pass 'offload{blocks=none}'"
+        )
     _refuse_hooks(model)
     device_optimizer = None
     if optimizer is not None:
@@ -114,10 +119,11 @@ def _check_options(options: ExecutionOptions, plan: Plan) -> None:
             "master_weights are float32 copies that an optimizer in Python steps, and the device "
             "runs its own; leave it out, or use target='local' or 'distributed'"
         )
-    if options.device is not None or options.compile_blocks or options.offload_activations:
+    others = ("device", "compile_blocks", "offload_activations")
+    if any(getattr(options, name) for name in others) or options.batches != "whole":
         raise LoweringError(
-            "device, compile_blocks and offload_activations are the local and distributed targets'"
-            "; PopART places, compiles and stores: leave them out"
+            f"{', '.join(others)} and batches='share' are the local and distributed targets'; "
+            "PopART places, compiles and stores, and one process feeds all replicas: leave them out"
         )
     if options.schedule not in (None, "popart"):
         raise LoweringError(

@@ -18,8 +18,6 @@ from ipu_pipeline.backends.ipu.runtime.device import synthetic_data
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 
-# Bytes of tensors in one message.
-_PAGE_BYTES = 1 << 28
 # Relative to the largest value of a tensor: other kernels sum in another order.
 _TOLERANCE = 1e-4
 _TOLERANCE_HALF = 2e-2
@@ -77,21 +75,6 @@ def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
     return {name: value for name, value in model.named_buffers() if name in saved}
-
-
-def paged(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors in parts that one message holds."""
-    page: dict[str, Tensor] = {}
-    used = 0
-    for name, value in tensors.items():
-        size = value.numel() * value.element_size()
-        if page and used + size > _PAGE_BYTES:
-            yield page
-            page, used = {}, 0
-        page[name] = value
-        used += size
-    if page:
-        yield page
 
 
 class HostWeights:
@@ -155,16 +138,40 @@ def host_outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor
 
 
 def sample_of(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
-    """Return one made-up microbatch in the shapes of the plan; no row is masked in full."""
+    """Return one made-up microbatch in the shapes of the plan.
+
+    No row is masked in full, and no label is the padding token: what is made of such a label (CTC
+    takes it for its blank) differs between versions of transformers, and nobody trains on it.
+    """
     inputs = [{"name": i.name, "shape": i.shape, "dtype": i.dtype} for i in plan.graph.inputs]
     sample = synthetic_data(inputs, plan.micro_batch_size, seed=0)
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for name, value in sample.items():
         if value.is_floating_point():
             sample[name] = value.to(floating)
         if "mask" in name and value.ndim > 1:
             value[:, 0] = 1
+        if "label" in name and padding in (0, 1) and not value.is_floating_point():
+            value[value == padding] = 1 - padding
     return sample
+
+
+def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Refuse labels that versions of transformers read differently.
+
+    Raises:
+        LoweringError: Labels of a CTC model hold the padding token, which is its blank.
+    """
+    labels = batch.get("labels")
+    is_ctc = any("ForCTC" in kind.__name__ for kind in type(model).__mro__)
+    if is_ctc and isinstance(labels, Tensor):
+        blank = getattr(model.config, "pad_token_id", None)
+        if bool((labels == blank).any()):
+            raise LoweringError(
+                f"labels hold {blank}, the padding token and the blank of the CTC loss, which "
+                "versions of transformers count or leave out; pad labels with -100"
+            )
 
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], versions: str) -> None:

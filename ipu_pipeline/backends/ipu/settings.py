@@ -14,6 +14,7 @@ from typing import Any
 from ipu_pipeline.backends.ipu.config import IPUConfig
 from ipu_pipeline.backends.ipu.prices.chip import chip_of
 from ipu_pipeline.backends.ipu.prices.layout import (
+    StageLayout,
     convolutional_layers,
     layout_of,
     make_layout,
@@ -22,7 +23,8 @@ from ipu_pipeline.backends.ipu.prices.layout import (
 from ipu_pipeline.backends.ipu.prices.operations import serialization_factor
 from ipu_pipeline.backends.ipu.prices.predict import Prediction, program_of
 from ipu_pipeline.backends.ipu.prices.settings import IPUSettings
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import ConfigError, LoweringError
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.layers_per_ipu import counted_layers
 
@@ -172,6 +174,7 @@ def settings_for(
         LoweringError: The configuration contradicts the plan.
     """
     found, told = ipu_config_of_plan(plan, config), optimizer or OptimizerSettings()
+    other = evaluation_of(plan.graph, found)
     if found.enable_half_first_order_momentum:
         told = replace(told, first_order_momentum_dtype="float16")
     return PopTorchSettings(
@@ -179,14 +182,14 @@ def settings_for(
         micro_batch_size=plan.micro_batch_size,
         num_stages=plan.num_stages,
         optimizer=told,
-        inference=_inference_of(plan, found),
+        inference=other and Prediction(plan.graph, *other, chip_of(plan.machine)),
         half=half,
         seed=seed,
     )
 
 
-def _inference_of(plan: Plan, config: IPUConfig) -> Prediction | None:
-    """Return what evaluation does, where the configuration places it in another way.
+def evaluation_of(graph: BlockGraph, config: IPUConfig) -> tuple[StageLayout, IPUSettings] | None:
+    """Return stages and program of evaluation, where the configuration places it in another way.
 
     Raises:
         ConfigError: The configuration's numbers do not fit the model.
@@ -202,8 +205,10 @@ def _inference_of(plan: Plan, config: IPUConfig) -> Prediction | None:
     settings = IPUSettings.from_config(config, training=False)
     if config.inference_layers_per_ipu is None and settings.num_ipus == config.num_ipus():
         settings = replace(settings, stage_starts=tuple((config.stage_starts or {}).items()))
-    layout = make_layout(plan.graph, settings)
-    return Prediction(plan.graph, layout, settings, chip_of(plan.machine))
+    try:
+        return make_layout(graph, settings), settings
+    except ConfigError as error:
+        raise ConfigError(f"inference: {error}") from error
 
 
 def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
@@ -228,6 +233,8 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
         "recompute": program.recompute,
         "stage_starts": dict(placement_of(plan.graph, layout, program).stage_starts) or None,
     }
+    if base is not None and base.leaves_layers_open and base.inference_layers_per_ipu is None:
+        said["inference_layers_per_ipu"] = base.inference_ipus_per_replica and (-1,)
     sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts)).ipu_config()
     if base is None:
         return replace(sized, **said)
@@ -235,7 +242,7 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     if not program.recompute:  # then nothing is recomputed from what is kept
         own.pop("recompute_checkpoint_every_layer", None)
     _check_agreement(base, said, own)
-    chosen = {n: v for n, v in own.items() if _value(base, n) != v}
+    chosen = {n: v for n, v in own.items() if _value(base, n, num_ipus) != v}
     return replace(base, **said, **chosen)
 
 
@@ -264,10 +271,11 @@ def _slices(plan: Plan, base: IPUConfig | None) -> dict[str, Any]:
     }
 
 
-def _value(config: IPUConfig, name: str) -> Any:
-    """Return a field in the form in which a plan says it."""
+def _value(config: IPUConfig, name: str, num_ipus: int) -> Any:
+    """Return a field in the form in which a plan over ``num_ipus`` says it."""
     if name == "matmul_proportion":
-        return config.memory_proportions()
+        shares = config.memory_proportions()
+        return shares * num_ipus if len(shares) == 1 else shares
     value = getattr(config, name)
     return value and config.replicas() > 1 if name == "replicated_tensor_sharding" else value
 
@@ -290,7 +298,7 @@ def _check_agreement(base: IPUConfig, said: Mapping[str, Any], own: Mapping[str,
     if base.recompute is not None and base.num_ipus() > 1:
         theirs["recompute"] = base.recompute
     changed = [name for name in own if getattr(base, name) != getattr(plain, name)]
-    theirs |= {name: _value(base, name) for name in changed}
+    theirs |= {name: _value(base, name, said["ipus_per_replica"]) for name in changed}
     different = [
         f"{name}: plan {planned}, configuration {value}"
         for name, value in theirs.items()

@@ -94,11 +94,10 @@ class Worker:
 
     def pages(self, command: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the named tensors of a command that answers in parts."""
-        first: int | None = 0
-        while first is not None:
-            answer = self.call(command, first=first)
-            yield from answer["tensors"].items()
-            first = answer["next"]
+        page = 0
+        while tensors := self.call(command, page=page)["tensors"]:
+            yield from tensors.items()
+            page += 1
 
     @property
     def is_dead(self) -> bool:

@@ -257,11 +257,7 @@ class LocalExecutable(Executable):
         """
         shapes = training, *(described(part.inputs) for part in cut.parts)
         if shapes not in self._known:
-            for part in cut.parts:
-                self._cache.loss_terms(part)
-            found = [(part, self._cache.at_size(part)) for part in cut.parts]
-            ready = [replace(p, inputs={**p.inputs, **(at[1] if at else {})}) for p, at in found]
-            terms = list(map(self._cache.loss_terms, cut.parts))
+            ready, terms = self._cache.foreseen(cut.parts)
             self._known[shapes] = None
             try:
                 self._shares.check(cut, ready, terms, training=training)
@@ -348,7 +344,8 @@ class LocalExecutable(Executable):
         """Run all microbatches, and compute the loss once on what they give."""
         shapes = True, *(described(part.inputs) for part in cut.parts)
         compared = shapes not in self._known
-        stages, parts, whole = whole_loss(self._cache, cut, error, compared=compared)
+        failure = error.even_once()
+        stages, parts, whole = whole_loss(self._cache, cut, failure, compared=compared)
         schedule = self._rows(len(parts))
         step = WholeLossStep(
             stages, parts, self.options, self.global_step, loss_scaling, schedule, self._device

@@ -58,6 +58,11 @@ class PipelineShape:
         return len(set(self.devices))
 
     @property
+    def own_devices(self) -> bool:
+        """Whether no two stages share a device."""
+        return self.num_devices == self.num_stages
+
+    @property
     def loops(self) -> int:
         """Stages per device, where all have equally many."""
         return self.num_stages // self.num_devices

@@ -45,10 +45,7 @@ class Constraints:
         allow_serialize: Whether blocks may be serialized.
         serialize: Slices by name, prefix or pattern of blocks (0 and 1: whole); the last pattern
             that means a block counts. Blocks that no pattern means are the solver's to choose.
-        replicas: Copies of the pipeline; ``None`` finds the best number (needs
-            ``total_microbatches``).
-        total_microbatches: Microbatches per optimizer step over all replicas; each pipeline
-            then runs ``total_microbatches / replicas`` and ``num_microbatches`` is not used.
+        replicas: Copies of the pipeline, each with its own devices.
         max_stages: Deepest pipeline; ``None``: as deep as there are devices.
         update_s: Block to the seconds its optimizer update takes once per step.
         first_split: Blocks of every stage of a known split: a local search starts there, too.
@@ -71,8 +68,7 @@ class Constraints:
     recompute: Literal["auto", "never", "always"] | tuple[str, ...] = "auto"
     allow_serialize: bool = True
     serialize: Mapping[str, int] = field(default_factory=dict, hash=False)
-    replicas: int | None = 1
-    total_microbatches: int | None = None
+    replicas: int = 1
     max_stages: int | None = None
     update_s: Mapping[str, float] = field(default_factory=dict, hash=False)
     first_split: tuple[tuple[str, ...], ...] = ()
@@ -82,11 +78,6 @@ class Constraints:
     def __post_init__(self) -> None:
         self._check_names()
         self._check_counts()
-        if self.replicas is None and self.total_microbatches is None:
-            raise ValueError(
-                "replicas=None searches the number of replicas and needs total_microbatches, the "
-                "microbatches per optimizer step over all replicas"
-            )
         if self.stage_devices is not None and self.num_stages not in (
             None,
             len(self.stage_devices),
@@ -103,11 +94,6 @@ class Constraints:
             num_stages=len(stages),
             pinned_stages={name: n for n, stage in enumerate(stages) for name in stage},
         )
-
-    def microbatches_of(self, replicas: int) -> int:
-        """Return the microbatches per optimizer step of each of so many replicas."""
-        total = self.total_microbatches
-        return self.num_microbatches if total is None else total // replicas
 
     def factors(self, names: Iterable[str]) -> dict[str, int]:
         """Return the slices that ``serialize`` asks for, by block; 1 is whole."""
@@ -139,7 +125,6 @@ class Constraints:
             "num_stages": "num_stages",
             "num_microbatches": "num_microbatches",
             "replicas": "replicas",
-            "total_microbatches": "global_batch",
             "max_stages": "num_devices",
             "max_ideals": "max_ideals",
         }

@@ -27,7 +27,6 @@ def build_problem(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    replicas: int = 1,
 ) -> Problem:
     """Translate names into positions.
 
@@ -51,7 +50,7 @@ def build_problem(
             for spec in graph.inputs
             if spec.consumers and costs.ranks is None
         ),
-        outer_s=_outer_seconds(graph, costs, machine, constraints, replicas),
+        outer_s=_outer_seconds(graph, costs, machine, constraints),
         exchanges=_exchanges(graph, machine, constraints),
         together=_together(graph, costs, constraints),
         same_device=device_groups(graph, (*constraints.same_device, *tied)),
@@ -264,7 +263,6 @@ def _outer_seconds(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    replicas: int,
 ) -> tuple[float, ...]:
     """Seconds per optimizer step: the update, and a ring all-reduce over the replicas.
 
@@ -272,8 +270,8 @@ def _outer_seconds(
     2009). A parameter is charged to its first block.
     """
     link = machine.board_link or machine.link
-    free = machine.shared_memory or costs.ranks is not None
-    share = 0.0 if free else 2 * (replicas - 1) / replicas / link.bytes_per_s
+    free, copies = machine.shared_memory or costs.ranks is not None, constraints.replicas
+    share = 0.0 if free else 2 * (copies - 1) / copies / link.bytes_per_s
     updates = {**costs.update_s, **constraints.update_s}
     seconds = [updates.get(block.name, 0.0) for block in graph.blocks]
     for parameter in graph.parameters:

@@ -13,7 +13,6 @@ from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
-from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.problem import mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
 from ipu_pipeline.planner.search.stage_price import OptionPricer, PricedPipeline
@@ -50,7 +49,7 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
         update_s=plan.settings.get("update_s", {}),
     )
     graph, costs = _with_split_tables(plan.graph, costs, plan)
-    built = build_problem(graph, costs, plan.machine, limits, plan.replicas)
+    built = build_problem(graph, costs, plan.machine, limits)
     slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
     slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
     pricer, done, prices, boundaries = OptionPricer(built), 0, [], []
@@ -62,8 +61,7 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
         done |= mask
         boundaries.append(done)
     found = PricedPipeline(0.0, tuple(boundaries), tuple(prices))
-    shape = ParallelConfiguration(plan.replicas, plan.num_microbatches, devices)
-    partition = to_partition(found, built, slots, plan.machine, limits, shape)
+    partition = to_partition(found, built, slots, plan.machine, limits)
     return partition, tuple(one.outer_s for one in prices), graph
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
+from typing import Any
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -17,14 +18,14 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
-from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit, names_of_stage
+from ipu_pipeline.planner.search.least_bytes import LeastBytes, LeastSplit
 from ipu_pipeline.planner.search.parallel import (
     CandidatePipeline,
     candidate,
-    parallel_configurations,
+    pipeline_shapes,
 )
 from ipu_pipeline.planner.search.pipeline_search import search
-from ipu_pipeline.planner.search.problem import Problem
+from ipu_pipeline.planner.search.problem import bits
 
 MOST_DEVICES = 256
 TRIAL_S = 3.0
@@ -99,9 +100,7 @@ class _Explanation:
     start: Change
     outcome: str = "no split fits"
     deadline: float = field(default_factory=lambda: monotonic() + EXPLAIN_S)
-    _known: list[tuple[GraphCosts, Constraints, int, tuple[Problem, LeastBytes]]] = field(
-        default_factory=list
-    )
+    _known: list[tuple[GraphCosts, Constraints, LeastBytes]] = field(default_factory=list)
 
     def error(self) -> InfeasibleError:
         if not self._fits(self._with_memory(2**62)):
@@ -127,13 +126,13 @@ class _Explanation:
         if memory is not None:
             yield memory
 
-    def _fits(self, change: Change) -> bool:
-        """Whether a split exists after ``change``."""
-        found = self._least(change)
+    def _fits(self, change: Change, *, deepest: bool = False) -> bool:
+        """Whether a split exists after ``change``; ``deepest``: none with fewer stages does."""
+        found, least = self._least(change, deepest=deepest), self._least_bytes(change)
         if any(item.apart and split is not None and split.fits(item.slots)
-               for item, split, _ in found):  # fmt: skip
+               for item, split in found):  # fmt: skip
             return True
-        if found and all(item.apart and only for item, _, only in found):
+        if found and least.is_least_of_all and all(item.apart for item, _ in found):
             return False
         limit = min(change.constraints.time_limit_s or TRIAL_S, TRIAL_S)
         trial = replace(change.constraints, time_limit_s=limit)
@@ -144,43 +143,31 @@ class _Explanation:
 
     def _least(
         self, change: Change, *, deepest: bool = False
-    ) -> list[tuple[CandidatePipeline, LeastSplit | None, bool]]:
+    ) -> list[tuple[CandidatePipeline, LeastSplit | None]]:
         """Return every pipeline that may be tried, with its least demanding split.
 
-        The flag says that there is no other order of the blocks, so that nothing asks for less.
         Where the numbers leave no pipeline, nothing is returned.
         """
-        constraints, found = change.constraints, []
+        least, found = self._least_bytes(change), []
+        built, graph, limits = least.problem, self.graph, change.constraints
         try:
-            shapes = parallel_configurations(self.graph, change.machine, constraints)
+            shapes = pipeline_shapes(graph, change.machine, limits)
         except PartitionError:
             return []
-        if deepest:
-            shapes = [max(shapes, key=lambda shape: len(shape.stage_devices))]
-        for replicas in dict.fromkeys(shape.replicas for shape in shapes):
-            built, least = self._least_bytes(change, replicas)
-            for shape in shapes:
-                if shape.replicas != replicas:
-                    continue
-                item = candidate(
-                    self.graph, change.costs, change.machine, constraints, shape, built
-                )
-                own = built.same_device if shape.own_devices else ()
-                groups = built.together + own
-                split = least.split(item.slots, item.rule, groups)
-                found.append((item, split, least.is_least_of_all))
+        for shape in [max(shapes, key=lambda one: one.num_stages)] if deepest else shapes:
+            item = candidate(graph, change.costs, change.machine, limits, shape, built)
+            groups = built.together + (built.same_device if item.shape.own_devices else ())
+            found.append((item, least.split(item.slots, item.rule, groups)))
         return found
 
-    def _least_bytes(self, change: Change, replicas: int) -> tuple[Problem, LeastBytes]:
+    def _least_bytes(self, change: Change) -> LeastBytes:
         """Formulate the problem; more or larger devices of the same kind leave it as it is."""
         limits = replace(change.constraints, num_stages=None)
-        for costs, known, copies, answer in self._known:
-            if costs is change.costs and known == limits and copies == replicas:
+        for costs, known, answer in self._known:
+            if costs is change.costs and known == limits:
                 return answer
-        built = build_problem(
-            self.graph, change.costs, change.machine, change.constraints, replicas
-        )
-        self._known.append((change.costs, limits, replicas, (built, LeastBytes(built))))
+        built = build_problem(self.graph, change.costs, change.machine, change.constraints)
+        self._known.append((change.costs, limits, LeastBytes(built)))
         return self._known[-1][-1]
 
     def _with_memory(self, memory_bytes: int) -> Change:
@@ -197,7 +184,7 @@ class _Explanation:
             return None
         have = len(machine.devices)
         most = min(base.max_stages or MOST_DEVICES, len(self.graph.blocks))
-        for count in range(have + 1, min(most * (base.replicas or 1), MOST_DEVICES) + 1):
+        for count in range(have + 1, min(most * base.replicas, MOST_DEVICES) + 1):
             if monotonic() > self.deadline:
                 return None
             last = machine.devices[-1]
@@ -209,23 +196,14 @@ class _Explanation:
                 machine=replace(machine, devices=(*machine.devices, *more)),
                 constraints=replace(base, num_stages=stages),
             )
-            if self._may_fit(change) and self._fits(change):
+            if self._fits(change, deepest=True):
                 return change
         return None
-
-    def _may_fit(self, change: Change) -> bool:
-        """Whether the deepest pipeline may; the shallower ones were looked at before."""
-        if change.constraints.replicas is None:
-            return True
-        return any(
-            not (item.apart and only) or (split is not None and split.fits(item.slots))
-            for item, split, only in self._least(change, deepest=True)
-        )
 
     def _more_memory(self) -> Change | None:
         """The memory per device with which a split of the execution order fits."""
         machine, needed = self.start.machine, inf
-        for _, split, _ in self._least(self.start):
+        for _, split in self._least(self.start):
             if split is not None:
                 used = split.device_bytes.values()
                 shared = sum(used) / len(machine.devices)
@@ -241,43 +219,41 @@ class _Explanation:
         start, neutral = self.start, Constraints()
         blamed: list[Change] = []
         for name in _PLACEMENT:
-            if getattr(start.constraints, name) == getattr(neutral, name):
-                continue
-            relaxed = replace(start.constraints, **{name: getattr(neutral, name)})
+            default = getattr(neutral, name)
+            relaxed = replace(start.constraints, **{name: default})
             change = replace(start, text=f"drop {name}", constraints=relaxed)
-            if self._fits(change):
+            if getattr(start.constraints, name) != default and self._fits(change):
                 blamed.append(change)
-        if not blamed and self.graph.state:
-            free = replace(self, graph=replace(self.graph, state=()), _known=[])
-            if free._fits(start):
-                shared = "; ".join(dict.fromkeys(map(str, self.graph.state)))
-                return InfeasibleError(
-                    f"no split keeps in one stage what shares state: {shared}; use fewer stages, "
-                    "or change it outside the model, after the step"
-                )
-        if not blamed and start.costs.together:
-            apart = replace(start, costs=replace(start.costs, together=()))
-            if self._fits(apart):
-                pairs = "; ".join(" and ".join(group) for group in start.costs.together)
-                return InfeasibleError(
-                    f"no split keeps {pairs} in one stage, which run as one when they are "
-                    "serialized; use fewer stages, or do not pin them to different ones"
-                )
-        if not blamed:
+        if blamed:
+            words = " or ".join(change.text for change in blamed)
             return InfeasibleError(
-                "no split satisfies the constraints together, whatever the memory: pins, groups "
-                "of blocks on one device, layers_per_ipu and forbidden_cuts contradict one another"
+                f"no split satisfies the constraints, whatever the memory; {words} and there is "
+                "one",
+                tuple(blamed),
             )
-        words = " or ".join(change.text for change in blamed)
+        free = replace(self, graph=replace(self.graph, state=()), _known=[])
+        if self.graph.state and free._fits(start):
+            shared = "; ".join(dict.fromkeys(map(str, self.graph.state)))
+            return InfeasibleError(
+                f"no split keeps in one stage what shares state: {shared}; use fewer stages, "
+                "or change it outside the model, after the step"
+            )
+        apart = replace(start, costs=replace(start.costs, together=()))
+        if start.costs.together and self._fits(apart):
+            pairs = "; ".join(" and ".join(group) for group in start.costs.together)
+            return InfeasibleError(
+                f"no split keeps {pairs} in one stage, which run as one when they are "
+                "serialized; use fewer stages, or do not pin them to different ones"
+            )
         return InfeasibleError(
-            f"no split satisfies the constraints, whatever the memory; {words} and there is one",
-            tuple(blamed),
+            "no split satisfies the constraints together, whatever the memory: pins, groups "
+            "of blocks on one device, layers_per_ipu and forbidden_cuts contradict one another"
         )
 
     def _worst_stage(self) -> str:
         """Describe the stage that is too large in the least demanding split."""
         machine = self.start.machine
-        ((item, split, _),) = self._least(self.start, deepest=True)
+        ((item, split),) = self._least(self.start, deepest=True)
         if split is None:
             return "the constraints and the memory leave no split"
         if machine.shared_memory:
@@ -291,12 +267,10 @@ class _Explanation:
         worst = max(used, key=lambda device: used[device] - room[device])
         if used[worst] <= room[worst]:
             return "memory and the constraints on where blocks go leave no split together"
-        problem = build_problem(
-            self.graph, self.start.costs, machine, self.start.constraints, item.shape.replicas
-        )
+        names = self._least_bytes(self.start).problem.names
         held = [
-            f"stage {index} ({names_of_stage(problem, mask)})"
-            for index, ((mask, _), slot) in enumerate(zip(split.stages, item.slots, strict=True))
+            f"stage {slot.index} ({_span([names[block] for block in bits(mask)])})"
+            for (mask, _), slot in zip(split.stages, item.slots, strict=True)
             if slot.device == worst
         ]
         one = len(held) == 1
@@ -307,31 +281,22 @@ class _Explanation:
         )
 
 
+def _span(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
 def _option_changes(start: Change) -> Iterator[Change]:
     """Yield changes of how blocks run, single ones first, then all together."""
-    base = start.constraints
-    single: list[Change] = []
-    fixed = base.recompute == "never" or isinstance(base.recompute, tuple)
-    if fixed:
-        single.append(
-            replace(
-                start,
-                text="allow recompute" + (" of every block" if base.recompute != "never" else ""),
-                constraints=replace(base, recompute="auto"),
-            )
-        )
+    base, free = start.constraints, dict[str, dict[str, Any]]()
+    if base.recompute == "never" or isinstance(base.recompute, tuple):
+        of_all = "" if base.recompute == "never" else " of every block"
+        free[f"allow recompute{of_all}"] = {"recompute": "auto"}
     if base.serialize:
-        single.append(
-            replace(start, text="drop serialize", constraints=replace(base, serialize={}))
-        )
+        free["drop serialize"] = {"serialize": {}}
     if not base.allow_serialize:
-        single.append(
-            replace(start, text="allow serialization",
-                    constraints=replace(base, allow_serialize=True))
-        )  # fmt: skip
-    yield from single
-    free = replace(base, recompute="auto" if fixed else base.recompute,
-                   allow_serialize=True, serialize={})  # fmt: skip
-    if len(single) > 1:
-        words = " and ".join(change.text for change in single)
-        yield replace(start, text=words, constraints=free)
+        free["allow serialization"] = {"allow_serialize": True}
+    if len(free) > 1:
+        together = {name: value for fields in free.values() for name, value in fields.items()}
+        free[" and ".join(free)] = together
+    for text, fields in free.items():
+        yield replace(start, text=text, constraints=replace(base, **fields))

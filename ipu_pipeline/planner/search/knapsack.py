@@ -1,15 +1,14 @@
 """Which option each block of one stage takes: the least time that fits the memory, exactly.
 
 A multiple-choice knapsack. Partial selections are kept as a Pareto frontier of
-(time, held bytes); a frontier point is dropped when even the fractional relaxation of the
-blocks still open cannot beat a selection that is already known (Dantzig's bound).
+(time, held bytes); a frontier point is dropped when even a Lagrangian relaxation of the
+blocks still open cannot beat a selection that is already known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -157,133 +156,87 @@ def _knapsack(
     limit: float,
     upper_s: float,
 ) -> list[int] | None:
-    """Quickest picks with workspaces up to ``limit`` that beat ``upper_s``, or ``None``."""
-    menus = [
-        _frontier([(o.total_s, o.held_bytes(in_flight), pick) for pick, o in enumerate(options)
-                   if o.workspace_bytes <= limit])
-        for options in ways
-    ]  # fmt: skip
-    if not all(menus):
-        return None
-    relaxed_s, greedy_s, levels = _greedy(menus, budget_bytes)
-    if relaxed_s >= upper_s * (1 - _EPS):
-        return None
-    better = None
-    if greedy_s > relaxed_s * (1 + _EPS):
-        better = _search(menus, budget_bytes, min(upper_s, greedy_s))
-    if better is None and greedy_s < upper_s:
-        better = levels
-    if better is None:
-        return None
-    return [menu[level][2] for menu, level in zip(menus, better, strict=True)]
+    """Quickest picks with workspaces up to ``limit`` that beat ``upper_s``, or ``None``.
 
-
-def _greedy(
-    menus: list[list[tuple[float, float, int]]], budget_bytes: float
-) -> tuple[float, float, list[int]]:
-    """Fractional least time, and a selection that takes the best seconds per byte first.
-
-    Returns:
-        The relaxed seconds (``inf`` if nothing fits), the selection's, and its levels.
+    For any price p of a byte, the least of ``seconds + p bytes`` of every open block, less what
+    the bytes left cost, is a bound; with the price at which the blocks just fit, it is the
+    fractional relaxation.
     """
-    levels = [len(menu) - 1 for menu in menus]
-    seconds = sum(menu[-1][0] for menu in menus)
-    room = budget_bytes - sum(menu[-1][1] for menu in menus)
-    if room < 0:
-        return inf, inf, levels
-    steps = sorted((*step, index) for index, menu in enumerate(menus) for step in _hull_steps(menu))
-    relaxed_s, relaxed_room, full = seconds, room, set()
-    for _, size, saved, level, index in steps:
-        part = min(1.0, relaxed_room / size)
-        relaxed_s, relaxed_room = relaxed_s + part * saved, relaxed_room - part * size
-        if size <= room and index not in full:
-            seconds, room, levels[index] = seconds + saved, room - size, level
-        else:
-            full.add(index)
-    return relaxed_s, seconds, levels
+    seconds, held = _tables(ways, in_flight, limit)
+    smallest = np.where(np.isinf(seconds), inf, held)
+    if smallest.min(axis=1).sum() > budget_bytes:
+        return None
+    prices = _prices(seconds, held)
+    dual_s = (seconds + prices[:, None, None] * held).min(axis=2).sum(axis=1)
+    dual_s -= prices * budget_bytes
+    price = float(prices[np.argmax(dual_s)])
+    if dual_s.max() >= upper_s * (1 - _EPS):
+        return None
+    rows = np.arange(len(ways))
+    picks = np.argmin(seconds + price * (1 + 1e-9) * held, axis=1)
+    if held[rows, picks].sum() > budget_bytes:
+        picks = np.argmin(smallest, axis=1)
+    known_s = float(seconds[rows, picks].sum())
+    # Equal blocks one after another: most of their selections are alike.
+    order = np.argsort(-held.max(axis=1), kind="stable")
+    better = _search(seconds[order], held[order], budget_bytes, price, min(upper_s, known_s))
+    if better is not None:
+        picks[order] = better
+    elif known_s >= upper_s:
+        return None
+    return [int(pick) for pick in picks]
+
+
+def _tables(
+    ways: Sequence[Sequence[BlockChoice]], in_flight: int, limit: float
+) -> tuple[Floats, Floats]:
+    """Seconds and bytes by block and option; infinitely many seconds where there is none."""
+    shape = (len(ways), max(map(len, ways)))
+    seconds, held = np.full(shape, inf), np.zeros(shape)
+    for row, options in enumerate(ways):
+        for column, way in enumerate(options):
+            if way.workspace_bytes <= limit:
+                seconds[row, column], held[row, column] = way.total_s, way.held_bytes(in_flight)
+    return seconds, held
+
+
+def _prices(seconds: Floats, held: Floats) -> Floats:
+    """Prices of a byte at which some block takes another option, ascending; the first is 0."""
+    smaller = held[:, :, None] - held[:, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slower = seconds[:, None, :] - seconds[:, :, None]
+        slopes = slower / smaller
+    return np.unique([0.0, *slopes[np.isfinite(slopes) & (smaller > 0) & (slower > 0)].tolist()])
 
 
 def _search(
-    menus: list[list[tuple[float, float, int]]], budget_bytes: float, upper_s: float
+    seconds: Floats, held: Floats, budget_bytes: float, price: float, upper_s: float
 ) -> list[int] | None:
-    """Levels of the quickest selection below ``upper_s``, or ``None``."""
-    order = sorted(range(len(menus)), key=lambda i: menus[i][0][1] - menus[i][-1][1], reverse=True)
-    spent, left = _suffix_bounds([menus[i] for i in order])
-    times, held = np.zeros(1), np.zeros(1)
-    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    for depth, position in enumerate(order):
-        menu = menus[position]
-        grown_t = (times[:, None] + np.array([way[0] for way in menu])).ravel()
-        grown_m = (held[:, None] + np.array([way[1] for way in menu])).ravel()
-        reach = grown_t + _relaxed(spent[depth + 1], left[depth + 1], budget_bytes - grown_m)
-        keep = _thin(grown_t, grown_m, reach, upper_s)
-        if not keep.size:
-            return None
-        times, held = grown_t[keep], grown_m[keep]
-        trail.append((keep // len(menu), keep % len(menu)))
-    levels, point = [0] * len(menus), int(np.argmin(times))
-    for position, (parents, chosen) in zip(reversed(order), reversed(trail), strict=True):
-        levels[position] = int(chosen[point])
-        point = int(parents[point])
-    return levels
-
-
-def _frontier(ways: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    """Options by ascending time and descending bytes; dominated ones dropped."""
-    kept: list[tuple[float, float, int]] = []
-    for way in sorted(ways):
-        if not kept or way[1] < kept[-1][1]:
-            kept.append(way)
-    return kept
-
-
-def _thin(times: Floats, held: Floats, reach: Floats, upper_s: float) -> NDArray[np.int64]:
-    """Positions of the undominated points that can still beat ``upper_s``."""
-    alive = np.flatnonzero(reach < upper_s * (1 - _EPS) if upper_s < inf else reach < inf)
-    order = alive[np.lexsort((times[alive], held[alive]))]
-    if not order.size:
-        return order
-    best_before = np.concatenate(([inf], np.minimum.accumulate(times[order])[:-1]))
-    return order[times[order] < best_before]
-
-
-def _suffix_bounds(menus: list[list[tuple[float, float, int]]]) -> tuple[Floats, Floats]:
-    """Per suffix of the blocks: breakpoints (bytes, seconds) of its relaxed least time.
-
-    Row d is for the blocks from d on; steps of earlier blocks have no width in it.
-    """
-    steps = sorted(
-        (*step[:3], index) for index, menu in enumerate(menus) for step in _hull_steps(menu)
+    """Picks of the quickest selection below ``upper_s``, or ``None``."""
+    floor_s, quick_s, least = (
+        np.append(np.cumsum(table.min(axis=1)[::-1])[-2::-1], 0.0)
+        for table in (seconds + price * held, seconds, np.where(np.isinf(seconds), inf, held))
     )
-    owner = np.array([step[3] for step in steps], dtype=np.int64)
-    is_open = owner >= np.arange(len(menus) + 1)[:, None]
-    tables = []
-    for axis, column in ((1, 1), (0, 2)):
-        base = np.cumsum([0.0, *(menu[-1][axis] for menu in reversed(menus))])[::-1]
-        table = np.zeros((len(menus) + 1, len(steps) + 1))
-        np.cumsum(is_open * [step[column] for step in steps], axis=1, out=table[:, 1:])
-        tables.append(table + base[:, None])
-    return tables[0], tables[1]
-
-
-def _hull_steps(
-    menu: list[tuple[float, float, int]],
-) -> list[tuple[float, float, float, int]]:
-    """Edges (slope, bytes, seconds, level reached) of the lower hull, from the smallest up."""
-    hull: list[tuple[float, float, int]] = []
-    for level in range(len(menu) - 1, -1, -1):
-        point = (menu[level][1], menu[level][0], level)
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
-            hull.pop()
-        hull.append(point)
-    return [(_slope(a, b), b[0] - a[0], b[1] - a[1], b[2]) for a, b in pairwise(hull)]
-
-
-def _slope(first: tuple[float, float, int], second: tuple[float, float, int]) -> float:
-    return (second[1] - first[1]) / (second[0] - first[0])
-
-
-def _relaxed(spent: Floats, left: Floats, budget: Floats) -> Floats:
-    """Least fractional seconds of the open blocks within ``budget`` bytes; inf if none."""
-    slack = _EPS * max(1.0, abs(float(spent[0])))
-    return np.where(budget >= spent[0] - slack, np.interp(budget, spent, left), inf)
+    times, used = np.zeros(1), np.zeros(1)
+    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    slack = _EPS * max(1.0, abs(budget_bytes))
+    for depth, options in enumerate(zip(seconds, held, strict=True)):
+        later_s, later = (
+            known[:, None] + own for known, own in zip((times, used), options, strict=True)
+        )
+        left = budget_bytes - later
+        reach = later_s + np.maximum(floor_s[depth] - price * left, quick_s[depth])
+        alive = np.flatnonzero((reach < upper_s * (1 - _EPS)) & (left >= least[depth] - slack))
+        later_s, later = later_s.ravel(), later.ravel()
+        order = alive[np.lexsort((later_s[alive], later[alive]))]
+        if not order.size:
+            return None
+        before = np.concatenate(([inf], np.minimum.accumulate(later_s[order])[:-1]))
+        keep = order[later_s[order] < before]
+        times, used = later_s[keep], later[keep]
+        trail.append((keep // len(options[0]), keep % len(options[0])))
+    picks, point = [0] * len(trail), int(np.argmin(times))
+    for depth in range(len(trail) - 1, -1, -1):
+        parents, chosen = trail[depth]
+        picks[depth], point = int(chosen[point]), int(parents[point])
+    return picks

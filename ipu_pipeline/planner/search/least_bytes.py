@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipu_pipeline.planner.search.constraints import LayerRule
-from ipu_pipeline.planner.search.problem import Problem, Shared, Slot, bits, closure
+from ipu_pipeline.planner.search.problem import Problem, Shared, Slot, closure
 
 Floats = NDArray[np.float64]
 # Of more different workspaces, only some are looked at as the largest.
@@ -157,9 +157,3 @@ def _between(amounts: Sequence[float]) -> Floats:
     running = np.concatenate(([0.0], np.cumsum(np.asarray(amounts, dtype=np.float64))))
     found: Floats = running[None, :] - running[:, None]
     return found
-
-
-def names_of_stage(problem: Problem, mask: int) -> str:
-    """Its first and last block, for a message."""
-    names = [problem.names[block] for block in bits(mask)]
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

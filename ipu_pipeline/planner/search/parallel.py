@@ -1,4 +1,4 @@
-"""Which pipelines to try: replicas, microbatches of each, device and position of every stage."""
+"""Which pipelines to try: device and position of every stage."""
 
 from __future__ import annotations
 
@@ -18,48 +18,33 @@ from ipu_pipeline.planner.search.problem import Problem, Slot
 
 
 @dataclass(frozen=True)
-class ParallelConfiguration:
-    """One pipeline to try.
-
-    Attributes:
-        replicas: Copies of the pipeline.
-        num_microbatches: Microbatches per optimizer step of each copy.
-        stage_devices: Device of every stage.
-    """
-
-    replicas: int
-    num_microbatches: int
-    stage_devices: tuple[int, ...]
-
-    @property
-    def own_devices(self) -> bool:
-        """Whether no two stages share a device."""
-        return len(set(self.stage_devices)) == len(self.stage_devices)
-
-
-@dataclass(frozen=True)
 class CandidatePipeline:
     """One pipeline to try, with its positions.
 
     Attributes:
-        shape: Replicas, microbatches, devices.
+        shape: Stages, microbatches, devices.
         slots: Stage positions.
         rule: Given layers per device, if any.
     """
 
-    shape: ParallelConfiguration
+    shape: PipelineShape
     slots: tuple[Slot, ...]
     rule: LayerRule | None = None
 
     @property
+    def depth(self) -> int:
+        """Its stages."""
+        return len(self.slots)
+
+    @property
     def apart(self) -> bool:
         """Whether every stage has its own device and memory, so that it can be looked at alone."""
-        return self.shape.own_devices and len({slot.pool for slot in self.slots}) == len(self.slots)
+        return self.shape.own_devices and len({slot.pool for slot in self.slots}) == self.depth
 
     def set_apart(self, **changes: Any) -> CandidatePipeline:
         """Give every stage its own device and memory, and its slot other ``changes``."""
         slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(self.slots))
-        shape = replace(self.shape, stage_devices=tuple(range(len(slots))))
+        shape = replace(self.shape, devices=tuple(range(len(slots))))
         return replace(self, slots=slots, shape=shape)
 
 
@@ -68,24 +53,22 @@ def candidate(
     costs: GraphCosts,
     machine: Machine,
     constraints: Constraints,
-    shape: ParallelConfiguration,
+    shape: PipelineShape,
     problem: Problem,
 ) -> CandidatePipeline:
     """Describe the positions of one pipeline."""
-    slots = build_slots(
-        costs, machine, constraints, shape.stage_devices, graph, shape.num_microbatches
-    )
+    slots = build_slots(costs, machine, constraints, shape.devices, graph, shape.num_microbatches)
     if machine.shared_memory and ample_memory(problem, slots):
         slots = tuple(replace(slot, pool=i, capacity=inf) for i, slot in enumerate(slots))
     rule = None
     if constraints.layers_per_ipu is not None:
-        rule = layer_rule(graph, constraints.layers_per_ipu, shape.stage_devices)
+        rule = layer_rule(graph, constraints.layers_per_ipu, shape.devices)
     return CandidatePipeline(shape, slots, rule)
 
 
-def parallel_configurations(
+def pipeline_shapes(
     graph: BlockGraph, machine: Machine, constraints: Constraints
-) -> list[ParallelConfiguration]:
+) -> list[PipelineShape]:
     """Return the pipelines to try.
 
     Raises:
@@ -93,25 +76,24 @@ def parallel_configurations(
     """
     available = len(machine.devices)
     _check_devices(graph, constraints, available)
-    found, problem = [], ""
-    for replicas in _replica_counts(constraints, available):
-        microbatches = constraints.microbatches_of(replicas)
-        devices_of_each = available // replicas
-        if constraints.layers_per_ipu is None and constraints.stage_devices is None:
-            devices_of_each = min(devices_of_each, len(graph.blocks))
-        for devices in _pipelines(graph, constraints, devices_of_each):
-            shape = PipelineShape.of(len(devices), microbatches, devices, training=graph.training)
-            wrong = schedule_kind(constraints.schedule).problem(shape)
-            problem = wrong or problem
-            if not wrong and len(devices) <= len(graph.blocks):
-                found.append(ParallelConfiguration(replicas, microbatches, devices))
+    found, problem, most = [], "", available // constraints.replicas
+    if constraints.layers_per_ipu is None and constraints.stage_devices is None:
+        most = min(most, len(graph.blocks))
+    for devices in _pipelines(graph, constraints, most):
+        shape = PipelineShape.of(
+            len(devices), constraints.num_microbatches, devices, training=graph.training
+        )
+        wrong = schedule_kind(constraints.schedule).problem(shape)
+        problem = wrong or problem
+        if not wrong and len(devices) <= len(graph.blocks):
+            found.append(shape)
     if not found and problem:
         raise PartitionError(problem)
     if not found:
         raise PartitionError(
-            f"no pipeline to try: {constraints.replicas or 'every number of'} replicas, "
+            f"no pipeline to try: {constraints.replicas} replicas, "
             f"{constraints.num_stages or 'any number of'} stages, {available} devices, "
-            f"{len(graph.blocks)} blocks, {constraints.total_microbatches} microbatches in all"
+            f"{len(graph.blocks)} blocks"
         )
     return found
 
@@ -131,7 +113,7 @@ def check_depth(graph: BlockGraph, num_stages: int) -> None:
 
 
 def _check_devices(graph: BlockGraph, constraints: Constraints, available: int) -> None:
-    devices = constraints.stage_devices
+    devices, replicas = constraints.stage_devices, constraints.replicas
     if devices is not None and (not devices or min(devices) < 0 or max(devices) >= available):
         raise PartitionError(
             f"stage_devices {list(devices)} must name devices 0 to {available - 1}"
@@ -141,10 +123,10 @@ def _check_devices(graph: BlockGraph, constraints: Constraints, available: int) 
     needed = len(set(devices)) if devices else _least_devices(constraints, depth)
     if constraints.num_stages is not None and _may_return(graph, constraints):
         needed -= 1
-    if needed * (constraints.replicas or 1) > available:
+    if needed * replicas > available:
         raise PartitionError(
-            f"{depth} stages x {constraints.replicas or 1} replicas need "
-            f"{needed * (constraints.replicas or 1)} devices, the machine offers {available}"
+            f"{depth} stages x {replicas} replicas need {needed * replicas} devices, the machine "
+            f"offers {available}"
         )
 
 
@@ -157,20 +139,6 @@ def _least_devices(constraints: Constraints, depth: int) -> int:
     if not counts:
         raise PartitionError(kind.problem(PipelineShape.of(depth, 1)))
     return counts[0]
-
-
-def _replica_counts(constraints: Constraints, available: int) -> Iterator[int]:
-    total = constraints.total_microbatches
-    if constraints.replicas is not None:
-        if total is not None and total % constraints.replicas:
-            raise PartitionError(
-                f"total_microbatches {total} does not divide among {constraints.replicas} replicas"
-            )
-        yield constraints.replicas
-        return
-    for replicas in range(1, available + 1):
-        if total is not None and total % replicas == 0:
-            yield replicas
 
 
 def _pipelines(

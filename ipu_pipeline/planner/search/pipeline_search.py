@@ -22,12 +22,7 @@ from time import monotonic
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.schedules import (
-    PipelineShape,
-    ScheduleKind,
-    critical_paths,
-    schedule_kind,
-)
+from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
 from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
@@ -38,7 +33,7 @@ from ipu_pipeline.planner.search.looped import LoopedSearch
 from ipu_pipeline.planner.search.parallel import (
     CandidatePipeline,
     candidate,
-    parallel_configurations,
+    pipeline_shapes,
 )
 from ipu_pipeline.planner.search.problem import Problem, mask_of
 from ipu_pipeline.planner.search.result import Partition, to_partition
@@ -46,7 +41,6 @@ from ipu_pipeline.planner.search.stage_costs import StageCostTable
 from ipu_pipeline.planner.search.stage_price import (
     MOST_CANDIDATES,
     OptionPricer,
-    PricedPipeline,
     SearchResult,
 )
 from ipu_pipeline.planner.search.step_bound import is_even, least_path_s, longest_path_bound
@@ -60,24 +54,11 @@ PROOF_S = 10.0
 class Engine:
     """Searches the candidates of one problem; remembers lattices and stage prices."""
 
-    def __init__(
-        self,
-        built: Problem,
-        constraints: Constraints,
-        *,
-        training: bool,
-        deadline: float | None = None,
-    ) -> None:
-        """Search ``built``.
-
-        Args:
-            built: The problem.
-            constraints: Schedule and limits.
-            training: Whether there are backward passes.
-            deadline: ``time.monotonic()`` at which to stop.
-        """
-        self.problem = built
-        self._constraints, self._training, self._deadline = constraints, training, deadline
+    def __init__(self, built: Problem, constraints: Constraints) -> None:
+        """Search ``built``, at most for ``constraints.time_limit_s``."""
+        self.problem, self._constraints = built, constraints
+        limit_s = constraints.time_limit_s
+        self._deadline = monotonic() + limit_s if limit_s else None
         self._kind = schedule_kind(constraints.schedule)
         self._options = {split: OptionPricer(built, split_passes=split) for split in (False, True)}
         self._least_bytes = LeastBytes(built)
@@ -87,9 +68,8 @@ class Engine:
 
     def is_fast(self, candidate: CandidatePipeline) -> bool:
         """Whether the sweep solves this candidate exactly."""
-        single = self._constraints.schedule == "1f1b"
         steps = self.problem.exchanges or any(self.problem.outer)
-        return single and candidate.apart and not steps
+        return self._kind.name == "1f1b" and candidate.apart and not steps
 
     def may_fit(self, candidate: CandidatePipeline) -> bool:
         """Whether the least bytes of a pipeline with own memories leave a split."""
@@ -119,20 +99,16 @@ class Engine:
         Where stages visit the devices several times it is one of the replay: one device has its
         share of all microbatches' work, and no dependency path is longer than the step.
         """
-        depth = len(candidate.slots)
         if self.has_loops(candidate):
             work = sum(option.total_s for option in self.problem.fastest)
-            speed, shape = max(slot.speed for slot in candidate.slots), self._shape(candidate)
+            speed, shape = max(slot.speed for slot in candidate.slots), candidate.shape
             share = shape.num_microbatches * work / speed / shape.num_devices
             paths = critical_paths(self._kind, shape)
             return max(share, least_path_s(self.problem, paths, speed))
         pace, spread = self._relaxed_weights(candidate)
         lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
-        layout = StagePositions(candidate.slots)
-        search = BottleneckSearch(
-            StageCostTable(lattice, self._options[False]), layout, (depth,), pace, spread
-        )
-        return search.at_once()
+        table, layout = self._rows_of(lattice), StagePositions(candidate.slots)
+        return BottleneckSearch(table, layout, (candidate.depth,), pace, spread).at_once()
 
     def step_bound(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -144,45 +120,33 @@ class Engine:
             upper: Seconds of a step that is known.
             uniform: As for :meth:`run_fast`.
         """
-        kind = self._kind
-        if kind.lock_stepped or self._exact_apart(candidates[0], kind):
-            return None
+        kind, first = self._kind, candidates[0].shape
+        forward_only = kind.any_devices and not first.training
+        if kind.lock_stepped or (first.own_devices and (kind.exact_apart or forward_only)):
+            return None  # the closed form is the replay
         paths, least = {}, {}
         for item in candidates:
-            depth, devices = len(item.slots), item.shape.stage_devices
-            shape = self._shape(item)
             speed = max(slot.speed for slot in item.slots)
-            once_s = sum(self.problem.outer) / speed / len(set(devices))
-            paths[depth] = critical_paths(kind, shape)
-            least[depth] = least_path_s(self.problem, paths[depth], speed) + once_s
+            once_s = sum(self.problem.outer) / speed / item.shape.num_devices
+            paths[item.depth] = critical_paths(kind, item.shape)
+            least[item.depth] = least_path_s(self.problem, paths[item.depth], speed) + once_s
         open_paths = {depth: paths[depth] for depth in paths if least[depth] < upper}
         lower = min((least[depth] for depth in least if depth not in open_paths), default=inf)
         if not open_paths:
             return lower
         at_once = min(least[depth] for depth in open_paths)
-        deepest = max((c for c in candidates if len(c.slots) in open_paths), key=_depth)
+        deepest = max((c for c in candidates if c.depth in open_paths), key=_depth)
         apart = deepest.apart and all(map(is_even, joined(*open_paths.values())))
         lattice = self._lattice(deepest, chain=False) if apart else None
         if lattice is None:
             return min(lower, at_once)
         speed = max(slot.speed for slot in deepest.slots)
-        once_s = sum(self.problem.outer) / speed / len(deepest.slots)
+        once_s = sum(self.problem.outer) / speed / deepest.depth
         layout = _layout(lattice, deepest, uniform=uniform)
         found = longest_path_bound(
             self._rows_of(lattice), layout, open_paths, max(0.0, upper - once_s), self._deadline
         )
         return min(lower, max(at_once, found + once_s))
-
-    def _shape(self, candidate: CandidatePipeline) -> PipelineShape:
-        shape = candidate.shape
-        return PipelineShape(
-            len(candidate.slots), shape.num_microbatches, shape.stage_devices, self._training
-        )
-
-    def _exact_apart(self, candidate: CandidatePipeline, kind: ScheduleKind) -> bool:
-        """Whether the closed form is the replay: stages have own devices and only pass on."""
-        forward_only = kind.any_devices and not self._training
-        return candidate.shape.own_devices and (kind.exact_apart or forward_only)
 
     def run_labels(self, candidate: CandidatePipeline, upper: float) -> SearchResult:
         """Best split of one candidate under any schedule."""
@@ -225,7 +189,7 @@ class Engine:
             self._options[False],
             candidate.slots,
             self._kind,
-            self._shape(candidate),
+            candidate.shape,
             boundaries(chain, candidate.slots, candidate.rule),
             self._least_bytes,
             self._deadline,
@@ -239,12 +203,12 @@ class Engine:
     ) -> Iterator[tuple[int, ...]]:
         """A known split, that whose largest stage is smallest, and the least demanding one."""
         known = self._constraints.first_split
-        if len(known) == len(candidate.slots) and all(known):
+        if len(known) == candidate.depth and all(known):
             index = {name: number for number, name in enumerate(self.problem.names)}
             yield tuple(accumulate(mask_of(index[name] for name in stage) for stage in known))
         layout = _layout(chain, candidate.set_apart(), uniform=False)
         tables = [(self._rows_of(chain), layout)]
-        found = search_tables(tables, [len(candidate.slots)], (1, 0)).pipelines
+        found = search_tables(tables, [candidate.depth], (1, 0)).pipelines
         yield from (item.boundaries for item in found[:1])
         least = self._least_bytes.split(candidate.slots, candidate.rule, self.problem.together)
         if least is not None:
@@ -256,7 +220,7 @@ class Engine:
         lattice: Lattice,
         upper: float,
     ) -> LabelSettingSearch:
-        objective = self._kind.objective(self._shape(candidate))
+        objective = self._kind.objective(candidate.shape)
         return LabelSettingSearch(
             lattice,
             self._options[objective.splits_passes],
@@ -285,9 +249,8 @@ class Engine:
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
-        schedule = self._constraints.schedule
-        depth, microbatches = len(candidate.slots), candidate.shape.num_microbatches
-        if schedule == "popart" and self._training and depth > 1:
+        depth, microbatches = candidate.depth, candidate.shape.num_microbatches
+        if self._kind.name == "popart" and candidate.shape.training and depth > 1:
             return max(0, microbatches - (2 * depth - 1)), 2
         return microbatches - 1, 1
 
@@ -302,8 +265,8 @@ class Engine:
         grouped: bool = True,
     ) -> SearchResult:
         """Sweep the execution order for a first split, then every order."""
-        depths = sorted(len(candidate.slots) for candidate in candidates)
-        deepest = max(candidates, key=lambda candidate: len(candidate.slots))
+        depths = sorted(map(_depth, candidates))
+        deepest = max(candidates, key=_depth)
         lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
         tables = (
             (self._rows_of(lattice), _layout(lattice, deepest, uniform=uniform))
@@ -361,21 +324,25 @@ class Exploration:
 
     Attributes:
         partitions: The best distinct splits, best first.
-        searched: Every engine with the pipelines that were searched together by it.
+        engine: What searched them; ``None``: a backend's own search.
+        searched: The pipelines that were searched together, and whether they differ in depth only.
         lower_bound: No split is quicker in the closed form; infinite where none is possible.
     """
 
-    partitions: tuple[Partition, ...]
-    searched: tuple[tuple[Engine, Sequence[CandidatePipeline], bool], ...] = ()
+    partitions: tuple[Partition, ...] = ()
+    engine: Engine | None = None
+    searched: tuple[tuple[Sequence[CandidatePipeline], bool], ...] = ()
     lower_bound: float = inf
 
     def step_bound(self, upper: float) -> float:
         """Bound of the exact step of any split; ``upper`` is the best one known, in seconds."""
+        if self.engine is None:
+            return min(upper, self.lower_bound)
         lower = upper
-        for engine, members, together in self.searched:
-            found = engine.step_bound(members, upper, uniform=together)
+        for members, together in self.searched:
+            found = self.engine.step_bound(members, upper, uniform=together)
             lower = min(lower, self.lower_bound if found is None else found)
-        return lower if self.searched else min(upper, self.lower_bound)
+        return lower
 
 
 def search(
@@ -391,45 +358,38 @@ def search(
     """
     if costs.planning is not None:
         best = costs.planning.search(machine, constraints)
-        return Exploration(()) if best is None else Exploration((best,), (), best.lower_bound)
-    deadline = monotonic() + constraints.time_limit_s if constraints.time_limit_s else None
+        return Exploration() if best is None else Exploration((best,), lower_bound=best.lower_bound)
+    built = build_problem(graph, costs, machine, constraints)
+    engine = Engine(built, constraints)
     partitions: list[Partition] = []
-    searched = []
+    pipelines = [
+        candidate(graph, costs, machine, constraints, shape, built)
+        for shape in pipeline_shapes(graph, machine, constraints)
+    ]
+    batches = list(_batches(engine, pipelines))
     upper = lower = inf
-    shapes = parallel_configurations(graph, machine, constraints)
-    for replicas in dict.fromkeys(shape.replicas for shape in shapes):
-        built = build_problem(graph, costs, machine, constraints, replicas)
-        engine = Engine(built, constraints, training=graph.training, deadline=deadline)
-        candidates = [
-            candidate(graph, costs, machine, constraints, shape, built)
-            for shape in shapes
-            if shape.replicas == replicas
-        ]
-        for members, together in _batches(engine, candidates, constraints):
-            found = _search(engine, members, upper, together=together)
-            lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
-            searched.append((engine, members, together))
-            for item in found.pipelines:
-                winner = _slots_of(item, members)
-                partitions.append(
-                    to_partition(item, built, winner.slots, machine, constraints, winner.shape)
-                )
+    for members, together in batches:
+        found = _search(engine, members, upper, together=together)
+        lower, upper = min(lower, found.lower_bound), min(upper, found.objective)
+        for item in found.pipelines:
+            winner = next(one for one in members if one.depth == len(item.prices))
+            partitions.append(to_partition(item, built, winner.slots, machine, constraints))
     partitions.sort(key=lambda item: item.objective)
     best_ones = tuple(item.with_bound(lower) for item in partitions[:MOST_CANDIDATES])
-    return Exploration(best_ones, tuple(searched), lower)
+    return Exploration(best_ones, engine, tuple(batches), lower)
 
 
 def _batches(
-    engine: Engine, candidates: Sequence[CandidatePipeline], constraints: Constraints
+    engine: Engine, pipelines: Sequence[CandidatePipeline]
 ) -> Iterator[tuple[Sequence[CandidatePipeline], bool]]:
     """Yield what is searched together (True: candidates that differ in depth only)."""
-    fast = [item for item in candidates if engine.is_fast(item) and engine.may_fit(item)]
-    if fast and _uniform(fast, constraints):
+    fast = [item for item in pipelines if engine.is_fast(item) and engine.may_fit(item)]
+    if fast and _uniform(max(fast, key=_depth)):
         yield fast, True
         fast = []
     for item in fast:
         yield [item], False
-    slow = [(engine.at_once(item), item) for item in candidates if not engine.is_fast(item)]
+    slow = [(engine.at_once(item), item) for item in pipelines if not engine.is_fast(item)]
     for _, item in sorted(slow, key=lambda pair: pair[0]):
         yield [item], False
 
@@ -447,18 +407,13 @@ def _search(
     return engine.run_labels(members[0], upper)
 
 
-def _uniform(fast: Sequence[CandidatePipeline], constraints: Constraints) -> bool:
+def _uniform(deepest: CandidatePipeline) -> bool:
     """Whether a position's price depends only on how many stages are behind it."""
-    slots = max(fast, key=lambda item: len(item.slots)).slots
+    slots = deepest.slots
     alike = len({(slot.capacity, slot.speed) for slot in slots}) == 1
-    links = {slot.link_in for slot in slots[1:]}
-    free = not (constraints.pinned_stages or constraints.pinned_devices)
-    return alike and len(links) <= 1 and free and constraints.layers_per_ipu is None
+    alike = alike and len({slot.link_in for slot in slots[1:]}) <= 1
+    return alike and deepest.rule is None and not any(slot.forbidden for slot in slots)
 
 
 def _depth(candidate: CandidatePipeline) -> int:
-    return len(candidate.slots)
-
-
-def _slots_of(found: PricedPipeline, members: Sequence[CandidatePipeline]) -> CandidatePipeline:
-    return next(item for item in members if len(item.slots) == len(found.prices))
+    return candidate.depth

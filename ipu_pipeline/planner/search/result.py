@@ -12,7 +12,6 @@ from ipu_pipeline.ir.plan import PlannedStage
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search.constraints import Constraints
-from ipu_pipeline.planner.search.parallel import ParallelConfiguration
 from ipu_pipeline.planner.search.problem import Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_price import PricedPipeline
 
@@ -71,7 +70,6 @@ def to_partition(
     slots: Sequence[Slot],
     machine: Machine,
     constraints: Constraints,
-    shape: ParallelConfiguration,
 ) -> Partition:
     """Name the stages of ``found``; its bound is not known here."""
     stages, done = [], 0
@@ -108,8 +106,8 @@ def to_partition(
         lower_bound=0.0,
         binding=_binding(stages, built, slots, found.prices, machine),
         schedule=constraints.schedule,
-        num_microbatches=shape.num_microbatches,
-        replicas=shape.replicas,
+        num_microbatches=constraints.num_microbatches,
+        replicas=constraints.replicas,
     )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import ipu_pipeline as ipp
 from tests.backends.cluster.jobs import built
@@ -42,14 +45,21 @@ def trained(
     made, batch = made_for(name, target=target, planned=planned, **options)
     found_losses, gradients = [], []
     with made, Messages() as messages:
+
+        def share(size: int) -> dict[str, Tensor]:
+            """Return what this process is given: all, or its share."""
+            kept = made.share_of(size)
+            part = {name: value[:size][kept] for name, value in batch.items()}
+            return part if kept.stop > (kept.start or 0) else {}
+
         for size in sizes:
-            found_losses.append(made.forward_backward(first(batch, size)))
+            found_losses.append(made.forward_backward(share(size)))
             parameters = dict(made.model.named_parameters())
             found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
             gradients.append({n: g.numpy().copy() for n, g in found.items()})
             for parameter in parameters.values():
                 parameter.grad = None
-        steps = [made.train_step(first(batch, size)) for size in sizes]
+        steps = [made.train_step(share(size)) for size in sizes]
         state = {n: t.numpy().copy() for n, t in made.state_dict().items()}
         return {
             "losses": found_losses + [step.loss for step in steps],
@@ -162,3 +172,55 @@ def uneven(loss: str, microbatches: int, target: str = "distributed") -> list[fl
     plan = ipp.plan(model.train(), micro, num_stages=2, microbatches=microbatches)
     with ipp.compile(model, plan, target=target) as made:
         return [made.forward_backward(batch), made.eval_step(batch).loss]
+
+
+def in_shares(
+    loss: Any, microbatches: int, sizes: Sequence[int] = (losses.SAMPLES,)
+) -> list[dict[str, Any]]:
+    """Compare the loss and gradients of shares with those of the whole batch, or be refused."""
+    model, batch = losses.Model(loss), losses.uneven_batch()
+    size = losses.SAMPLES // microbatches // dist.get_world_size()
+    micro = {name: value[:size] for name, value in batch.items()}
+    plan = ipp.plan(model.train(), micro, num_stages=1, microbatches=microbatches)
+    plan = replace(plan, replicas=dist.get_world_size())
+    found = []
+    with ipp.compile(model, plan, target="distributed", batches="share") as made:
+        for number in sizes:
+            whole = {name: value[:number] for name, value in batch.items()}
+            expected, gradients = losses.truth(model, whole)
+            kept = made.share_of(number)
+            share = {name: value[kept] for name, value in whole.items()}
+            model.zero_grad()
+            try:
+                own = made.forward_backward(share if len(share["ids"]) else {})
+            except ipp.errors.LoweringError as error:
+                found.append({"refused": str(error)})
+                continue
+            pairs = ((p.grad, gradients[n]) for n, p in model.named_parameters() if n in gradients)
+            close = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+            found.append({"loss": own, "expected": expected, "close": close})
+    return found
+
+
+def each_loss_in_shares(microbatches: int) -> dict[str, Any]:
+    return {loss.__name__: in_shares(loss, microbatches)[0] for loss in losses.LOSSES}
+
+
+def contrastive(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    each = logits.mean(1)
+    return functional.cross_entropy(each @ each.T, torch.arange(len(each)))
+
+
+def drawn(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return losses.token_mean(model, logits, labels) * random.random()
+
+
+def counting(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    model.calls = getattr(model, "calls", 0) + 1  # type: ignore[assignment]
+    return losses.token_mean(model, logits, labels) * model.calls
+
+
+def refused_in_shares() -> list[Any]:
+    """Return what is said of losses that shares do not give, and of batches that begin badly."""
+    said = [in_shares(loss, 1)[0] for loss in (contrastive, drawn, counting)]
+    return [*said, *in_shares(losses.token_mean, 1, [2, 8, 5, 1])]

@@ -4,7 +4,8 @@
 forward pass, the backward pass, the optimizer step and the writing of a checkpoint. Torch's elastic
 agent (what ``torchrun`` runs) starts the processes again. A restarted run must reach the same
 losses and weights bit for bit as one that was left alone, and every checkpoint found after the
-kill must load.
+kill must load. ``--tp`` lets the ranks share every product, ``--rank-local`` lets each read its own
+weights only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.backends.cluster import drill_worker
-from tests.backends.cluster.drill_worker import MICROBATCHES, SAVE_STEPS, STEPS, Kill
+from tests.backends.cluster.drill_worker import MICROBATCHES, SAVE_STEPS, STEPS, Kill, Setup
+from tests.tiny_models import TINY
 from tests.train.kill_drill import DrillError
 
 PLACES = ("forward", "backward", "optimizer", "checkpoint")
 PROCESSES = 2
 RESTARTS = 2
+ALONE = Setup()
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,26 @@ class Outcome:
     seconds: float
 
 
-def run(kill: Kill | None, folder: Path, *, torchrun: bool = False, **options: Any) -> Outcome:
+def run(
+    kill: Kill | None,
+    folder: Path,
+    *,
+    setup: Setup = ALONE,
+    torchrun: bool = False,
+    **options: Any,
+) -> Outcome:
     """Train with restarts in ``folder``.
 
     Args:
         kill: Where a rank is killed in the first attempt.
         folder: For output and logs.
+        setup: How the processes share the model.
         torchrun: Use the command; else its agent, in this process, which starts faster.
         **options: Of ``TrainingArguments``.
     """
     start = time.monotonic()
     arguments = {"folder": str(folder), "kill": drill_worker.as_json(kill), "options": options}
+    arguments["setup"] = asdict(setup)
     (_torchrun if torchrun else _agent)(folder / "logs", arguments)
     return Outcome(
         json.loads((folder / "result.json").read_text()),
@@ -202,14 +214,22 @@ def main() -> int:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES)
     parser.add_argument("--torchrun-every", type=int, default=0, help="use the command itself")
     parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--tp", action="store_true", help="the ranks share every product")
+    parser.add_argument("--rank-local", action="store_true", help="each reads its own weights")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        setup = Setup(tp=2 if given.tp else 1)
+        if given.rank_local:
+            setup = replace(setup, weights=f"{folder}/weights")
+            model, _ = TINY[setup.model].build(seed=0)
+            model.save_pretrained(setup.weights)
         failed = drill(
             given.points,
             given.seed,
             Path(folder),
             places=tuple(given.places),
             torchrun_every=given.torchrun_every,
+            setup=setup,
             async_save=given.async_save,
         )
     return min(failed, 1)

@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,12 +22,32 @@ import ipu_pipeline as ipp
 from ipu_pipeline.backends.cluster import executable  # noqa: F401 - preloaded
 from ipu_pipeline.checkpoint import is_complete, read_checkpoint
 from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.train import TrainingArguments, build_optimizer, latest_checkpoint, train
 from tests.tiny_models import TINY
 
 STEPS, SAVE_STEPS, MICROBATCHES, MICRO_BATCH = 8, 2, 4, 2
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-MODEL = "gpt2-lm"  # tied over its ranks
+# Tied over its ranks; one that can be cut into slices.
+MODELS = {1: "gpt2-lm", 2: "llama"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the two processes share the model.
+
+    Attributes:
+        tp: Processes that share every product; they are one stage each otherwise.
+        weights: Folder from which each process reads its own weights; empty: all have all.
+    """
+
+    tp: int = 1
+    weights: str = ""
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return MODELS[self.tp]
 
 
 @dataclass(frozen=True)
@@ -54,8 +75,8 @@ class Kill:
 class Samples(Dataset[Any]):
     """Samples of a fixed data set; their number is no multiple of the batch."""
 
-    def __init__(self, size: int = 30) -> None:
-        _, self._batch = TINY[MODEL].build(batch_size=size, seed=3)
+    def __init__(self, name: str, size: int = 30) -> None:
+        _, self._batch = TINY[name].build(batch_size=size, seed=3)
 
     def __len__(self) -> int:
         return len(next(iter(self._batch.values())))
@@ -64,14 +85,22 @@ class Samples(Dataset[Any]):
         return {name: value[index] for name, value in self._batch.items()}
 
 
-def work(folder: str, kill: dict[str, Any] | None, options: dict[str, Any]) -> None:
+def work(
+    folder: str, kill: dict[str, Any] | None, options: dict[str, Any], setup: dict[str, Any]
+) -> None:
     """Train; write ``result.json`` and what every rank's saves did into ``folder``."""
+    how = Setup(**setup)
     torch.set_num_threads(1)
     output, rank = Path(folder) / "output", int(os.environ["RANK"])
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    model, example = TINY[MODEL].build(dropout=True, seed=0)
-    found = inspected(output) if rank == 0 and attempt else {}
-    if latest_checkpoint(output) is not None:
+    model, example = TINY[how.model].build(dropout=True, seed=0)
+    found = inspected(output, how.model) if rank == 0 and attempt else {}
+    plan = ipp.plan(model, example, num_stages=2 // how.tp, microbatches=MICROBATCHES)
+    if how.tp > 1:
+        plan = replace(plan, machine=machine_by_name("h100-x8"), settings={"tp": how.tp})
+    if how.weights:
+        model, _ = TINY[how.model].build(dropout=True, device="meta")
+    elif latest_checkpoint(output) is not None:
         torch.manual_seed(99)
         with torch.no_grad():  # nothing of the result may come from a fresh start
             for parameter in model.parameters():
@@ -92,7 +121,6 @@ def work(folder: str, kill: dict[str, Any] | None, options: dict[str, Any]) -> N
         disable_tqdm=True,
         **options,
     )
-    plan = ipp.plan(model, example, num_stages=2, microbatches=MICROBATCHES)
     compiled = ipp.compile(
         model,
         plan,
@@ -101,12 +129,14 @@ def work(folder: str, kill: dict[str, Any] | None, options: dict[str, Any]) -> N
         self_check=False,
         max_grad_norm=arguments.max_grad_norm,
         seed=arguments.seed,
+        weights=how.weights or None,
     )
     with compiled as made:
         saves = Saves(made, output, None if kill is None or attempt else Kill(**kill))
         first = latest_checkpoint(output)
-        result = train(made, Samples(), arguments)
-        state = made.state_dict()
+        result = train(made, Samples(how.model), arguments)
+        made.wait_for_checkpoint()
+        state = saved(output / f"checkpoint-{STEPS}") if how.weights else made.state_dict()
     (Path(folder) / f"saves-{rank}.json").write_text(json.dumps(saves.log))
     if rank == 0:
         content = {
@@ -116,7 +146,7 @@ def work(folder: str, kill: dict[str, Any] | None, options: dict[str, Any]) -> N
             "history": [comparable(entry) for entry in result.log_history],
             "weights": {n: digest(t) for n, t in state.items()},
             "found": found,
-            "modules": modules_of(model, plan),
+            "modules": modules_of(model, plan) * how.tp,
         }
         (Path(folder) / "result.json").write_text(json.dumps(content))
 
@@ -206,14 +236,19 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def inspected(output: Path) -> dict[str, str]:
+def saved(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint."""
+    return {n: t for f in path.glob("model*.safetensors") for n, t in load_file(f).items()}
+
+
+def inspected(output: Path, name: str) -> dict[str, str]:
     """Return what is in the output folder: checkpoints load, anything else is passed over."""
     found = {}
     for item in sorted(output.iterdir()) if output.is_dir() else []:
         if item.name.startswith(".") or not is_complete(item):
             found[item.name] = "passed over"
             continue
-        model, _ = TINY[MODEL].build(seed=1)
+        model, _ = TINY[name].build(seed=1)
         optimizer = torch.optim.AdamW(model.parameters())
         try:
             read_checkpoint(item, model=model, optimizer=optimizer)

@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,28 @@ class Stopped(Exception):
     """Training is interrupted."""
 
 
-def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: Any) -> Any:
-    """Train with checkpoints; ranks but the first look for them in the wrong place."""
+class Counting(Questions):
+    """Counts the samples that are read."""
+
+    num_read = 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.num_read += 1
+        return super().__getitem__(index)
+
+
+def loop(
+    folder: str,
+    stop_at: int = 0,
+    target: str = "distributed",
+    num_samples: int = 24,
+    **changes: Any,
+) -> Any:
+    """Train with checkpoints; ranks but the first look for them in the wrong place.
+
+    Returns the losses, their mean, and how many samples this process has read.
+    """
+    data = Counting(num_samples)
     arguments = TrainingArguments(
         output_dir=folder,
         disable_tqdm=True,
@@ -242,7 +263,10 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
     )
     model = tiny_bert()
     example = {k: torch.tensor([v, v]) for k, v in Questions(1)[0].items()}
-    plan = ipp.plan(model, example, num_stages=2, microbatches=4)
+    replicas = arguments.replicas
+    stages, microbatches = 2 // replicas, arguments.gradient_accumulation_steps
+    plan = ipp.plan(model, example, num_stages=stages, microbatches=microbatches)
+    plan = replace(plan, replicas=replicas)
     made = ipp.compile(
         model,
         plan,
@@ -250,6 +274,7 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
         optimizer=build_optimizer(model, arguments),
         max_grad_norm=arguments.max_grad_norm,
         self_check=False,
+        batches=arguments.batches,
     )
     blind = target == "distributed" and dist.get_rank() > 0
     find = training_checkpoints.find_resume_checkpoint
@@ -261,10 +286,10 @@ def loop(folder: str, stop_at: int = 0, target: str = "distributed", **changes: 
 
     try:
         with made:
-            result = train(made, Questions(24), arguments, on_step=stop)
+            result = train(made, data, arguments, on_step=stop)
     except Stopped:
         return None
     finally:
         training_checkpoints.find_resume_checkpoint = find
     logs = [log["loss"] for log in result.log_history if "loss" in log]
-    return logs, result.training_loss
+    return logs, result.training_loss, data.num_read

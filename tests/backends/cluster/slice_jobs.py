@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 import ipu_pipeline as ipp
@@ -26,7 +32,6 @@ def _like(config: str, **changes: Any) -> TinyModel:
 
 MODELS = {
     "llama-tied": replace(_LLAMA, options={**_SMALL, "tie_word_embeddings": True}),
-    "llama-wide": replace(_LLAMA, options={**_LLAMA.options, "num_key_value_heads": 4}),
     "mixtral-wide": replace(
         TINY["mixtral"], options={**TINY["mixtral"].options, "num_key_value_heads": 4}
     ),
@@ -43,6 +48,9 @@ MODELS = {
     ),
     "cohere": _like("CohereConfig"),
     "starcoder2": _like("Starcoder2Config", use_bias=True),
+    "starcoder2-dropout": _like(
+        "Starcoder2Config", embedding_dropout=0.1, residual_dropout=0.1, tie_word_embeddings=True
+    ),
     "deepseek-v3": _like(
         "DeepseekV3Config",
         n_routed_experts=4,
@@ -100,6 +108,41 @@ def trained(
         "state": state,
         "read": read,
     }
+
+
+@with_models
+def continued(name: str, planned: dict[str, Any], steps: int, paths: list[str]) -> Any:
+    """Go on from each of several checkpoints; return per path what was loaded and the losses.
+
+    ``dcp`` is what torch.distributed.checkpoint reads, each process a quarter of every tensor.
+    """
+    made, batch = compiled(name, planned=planned, max_grad_norm=0.5, learning_rate=1e-2)
+    found = []
+    with made:
+        for path in paths:
+            made.load_checkpoint(path)
+            state = {n: digest(t) for n, t in made.state_dict().items()}
+            losses = [made.train_step(batch).loss for _ in range(steps)]
+            found.append({"state": state, "losses": losses})
+        for path, one in zip(paths, found, strict=True):
+            one["dcp"] = _read_by_dcp(path)
+    return found
+
+
+def _read_by_dcp(path: str) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shapes = {
+        name: saved.get_slice(name).get_shape()
+        for file in sorted(Path(path).glob("model-*.safetensors"))
+        for saved in [safe_open(file, "pt")]
+        for name in saved.keys()  # noqa: SIM118 - no mapping
+    }
+    state: dict[str, Any] = {
+        name: distribute_tensor(torch.zeros(shape), mesh, [Shard(0)])
+        for name, shape in shapes.items()
+    }
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(path))
+    return {name: digest(tensor.full_tensor()) for name, tensor in state.items()}
 
 
 @with_models

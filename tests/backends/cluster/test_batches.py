@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ipu_pipeline.backends.cluster.batches import dealt
-from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
     position_of_stages,
@@ -17,8 +15,16 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
-from ipu_pipeline.backends.cluster.ranks.consistency import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.ranks.consistency import (
+    NOTE_BYTES,
+    _note,
+    _text,
+    described,
+    refuse_sparse_gradients,
+)
+from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.stages.loss_shares import Counted, _agreed_rule
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
 from tests.later import in_turn
@@ -86,6 +92,66 @@ def test_on_four_processes(
         "batch_jobs.trained", name=name, sizes=sizes, planned=planned, schedule=schedule, **OPTIONS
     )
     assert_equal(found, name, sizes, planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "planned", "sizes"),
+    [
+        ("gpt2-lm", {"num_stages": 1, "replicas": 2, "microbatches": 2}, [8, 7, 5, 1]),
+        pytest.param("bert-qa", TWO_BY_TWO, [12, 11, 9, 5, 3, 1], marks=pytest.mark.acceptance),
+        pytest.param(
+            "mixtral",
+            {"num_stages": 1, "replicas": 4, "microbatches": 1},
+            [8, 5, 2],
+            marks=pytest.mark.acceptance,
+        ),
+    ],
+)
+def test_shares_of_replicas_equal_the_local_target(
+    request: pytest.FixtureRequest, name: str, planned: dict[str, Any], sizes: list[int]
+) -> None:
+    """With dropout, labels that are uneven, and short batches of which a replica has nothing."""
+    processes = request.getfixturevalue("two" if name == "gpt2-lm" else "four")
+    planned = {**planned, "dropout": True}
+    found = processes.run(
+        "batch_jobs.trained", name=name, sizes=sizes, planned=planned, batches="share", **OPTIONS
+    )
+    assert_equal(found, name, sizes, planned)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_loss_of_shares_is_that_of_the_whole_batch(two: Processes, microbatches: int) -> None:
+    for found in two.run("batch_jobs.each_loss_in_shares", microbatches=microbatches):
+        refused = {name for name, one in found.items() if "refused" in one}
+        assert refused <= {"counted_in_python", "divided_by_a_number_read_in_python"}
+        for name, one in found.items():
+            if name not in refused:
+                assert one["loss"] == pytest.approx(one["expected"], rel=1e-5), name
+                assert one["close"], name
+
+
+def test_what_shares_do_not_give_is_refused_by_all(two: Processes) -> None:
+    messages = [
+        "is not that of its microbatches: of 4 samples at once",
+        "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
+        "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
+        "the share of the first batch has fewer than two samples, on which could be seen how",
+    ]
+    for found in two.run("batch_jobs.refused_in_shares"):
+        for one, message in zip(found[: len(messages)], messages, strict=True):
+            assert message in one["refused"]
+        for one in found[len(messages) :]:
+            assert one["loss"] == pytest.approx(one["expected"], rel=1e-5)
+            assert one["close"]
+
+
+def test_replicas_that_measure_differently_are_refused() -> None:
+    assert _agreed_rule([Counted(1, rules=("",)), Counted(1, rules=("sum",))]) == "sum"
+    with pytest.raises(
+        LoweringError, match=r"measured as \[\('mean',\), \('sum',\)\] on the shares"
+    ):
+        _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
 
 
 def assert_equal(

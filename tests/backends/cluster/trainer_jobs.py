@@ -28,6 +28,8 @@ from tests.train.eager_executable import Questions, tiny_bert
 from tests.train.helpers import QUIET, TWO_STAGES, run_script
 
 TIMES = ("runtime", "per_second")
+# Rounding noise of gradients that are zero in theory (a key's bias) does not become steps.
+ROUNDED = {"adam_epsilon": 1e-3}
 
 
 def history(trainer: Trainer) -> list[dict[str, Any]]:
@@ -50,9 +52,8 @@ def predicted(trainer: Trainer, data: Any) -> list[Any]:
 
 def script(folder: str, name: str, **options: Any) -> dict[str, Any]:
     """Run a script that was written for transformers' Trainer, and predict."""
-    trainer = run_script(
-        name, Path(folder), TWO_STAGES, num_train_epochs=2, num_train=38, **options
-    )
+    options = {"num_train_epochs": 2, "num_train": 38, **ROUNDED, **options}
+    trainer = run_script(name, Path(folder), TWO_STAGES, **options)
     return {
         "history": history(trainer),
         "weights": weights(trainer),
@@ -70,13 +71,13 @@ def made(folder: str, data: Any = None, **changes: Any) -> PipelineTrainer:
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 3,
         "max_steps": 3,
-        "adam_epsilon": 1e-3,  # rounding noise of zero gradients does not become steps
+        **ROUNDED,
     }
-    kind = changes.pop("kind", TrainingArguments)
+    kind, model = changes.pop("kind", TrainingArguments), changes.pop("model", None)
     args = kind(output_dir=folder, **options | changes)
     set_seed(0)
     return PipelineTrainer(
-        tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
+        model or tiny_bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1),
         args,
         train_dataset=Questions(18) if data is None else data,
         **{"num_stages": 2} | more,
@@ -228,17 +229,68 @@ def generated(folder: str) -> dict[str, Any]:
 # ---- copies of the pipeline ---------------------------------------------------------------
 
 
-def copied(folder: str) -> dict[str, Any]:
+class Counting(Questions):
+    """Counts the samples that are read."""
+
+    num_read = 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.num_read += 1
+        return super().__getitem__(index)
+
+
+def copied(folder: str, batches: str = "whole") -> dict[str, Any]:
     """Train with two copies of the pipeline, or with as many microbatches in one process."""
     several = dist.is_initialized()
-    changes = {"replicas": 2} if several else {"gradient_accumulation_steps": 4}
-    trainer = made(folder, Questions(19), max_steps=-1, num_train_epochs=2, **changes)
+    changes = {"replicas": 2, "batches": batches} if several else {"gradient_accumulation_steps": 4}
+    data = Counting(19)
+    trainer = made(folder, data, max_steps=-1, num_train_epochs=2, **changes)
     trainer.train()
     return {
         "history": history(trainer),
         "weights": weights(trainer),
         "evaluation": trainer.evaluate()["eval_loss"],
         "places": [trainer.plan.num_stages, trainer.plan.replicas] if several else [2, 2],
+        "fewer": data.num_read < 2 * 19 if several and batches == "share" else batches == "share",
+    }
+
+
+# ---- tensor parallelism -------------------------------------------------------------------
+
+
+def sliced(folder: str, stages: int) -> dict[str, Any]:
+    """Train a Llama with a resumed checkpoint, evaluate, and let a callback read its weights.
+
+    Two processes share every product, or one process runs two stages.
+    """
+    several = dist.is_initialized()
+    number = stages if several else 2
+    rows = [{n: v[0].tolist() for n, v in TINY["llama"].build(batch_size=1, seed=i)[1].items()}
+            for i in range(14)]  # fmt: skip
+    _, plan, _ = built("llama", num_stages=number, microbatches=2, tp=2 if several else 1)
+
+    def trainer(where: str, **changes: Any) -> PipelineTrainer:
+        more = {"plan": plan, "eval_dataset": rows[:5], "num_stages": None, "callbacks": [reader]}
+        return made(
+            where, rows, model=TINY["llama"].build()[0], eval_strategy="steps", eval_steps=2,
+            more=more, **changes,
+        )  # fmt: skip
+
+    reader = Reads()
+    whole = trainer(folder, save_strategy="steps", save_steps=2, max_steps=4)
+    whole.train()
+    saved = Path(folder) / "checkpoint-2"
+    states = torch.load(saved / "optimizer.pt", weights_only=True)["state"]
+    again = trainer(f"{folder}-again", max_steps=4)
+    again.train(resume_from_checkpoint=str(saved))
+    return {
+        "history": history(whole),
+        "again": history(again),
+        "weights": weights(whole),
+        "seen": reader.seen,
+        "states": {n: float(state["exp_avg"].abs().sum()) for n, state in states.items()},
+        "predictions": predicted(again, rows[:3]),
+        "outside": float(again.model(**again.data_collator(rows[:2])).loss.detach()),
     }
 
 
@@ -267,6 +319,8 @@ def refused(folder: str) -> list[str]:
     says(ValueError, lambda: made(folder, save_strategy="steps"), resume_from_checkpoint=True)
     says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
     says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
+    shares = {"replicas": 2, "batches": "share", "include_num_input_tokens_seen": "all"}
+    says(ValueError, lambda: made(folder, more={"num_stages": 1}, **shares))
     whole = made(folder)
     whole.hp_search_backend = "optuna"  # as hyperparameter_search sets it
     says(ValueError, lambda: whole)

@@ -18,7 +18,7 @@ from ipu_pipeline.backends.ipu.settings import (
     settings_for,
 )
 from ipu_pipeline.capture.from_config import from_config
-from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.errors import LoweringError, PartitionError
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from tests.tiny_models import TINY
 
@@ -106,8 +106,10 @@ def test_another_placement_for_evaluation(config: dict[str, Any], message: str) 
     tiny = TINY["bert-qa"]
     model, batch = from_config(tiny.config(vocab_size=4098), tiny.task, batch_size=2, seq_length=16)
     said = IPUConfig(layers_per_ipu=(2, 2), gradient_accumulation_steps=8, **config)
-    plan = ipp.plan(model, batch, machine="pod16", config=said)
-    _refused(message, plan, settings_for(plan, said))
+    with pytest.raises(PartitionError, match=message):
+        ipp.plan(model, batch, machine="pod16", config=said)
+    plan = ipp.plan(model, batch, machine="pod16", num_stages=2, microbatches=8)
+    _refused(message, plan, settings_for(plan, replace(said, layers_per_ipu=(-1,))))
 
 
 def test_a_placement_for_evaluation_that_does_not_fit() -> None:

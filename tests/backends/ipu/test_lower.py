@@ -11,6 +11,7 @@ import torch
 
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.planner.passes.manager import PassManager
 from tests.backends.ipu.emulated import case
 
 
@@ -33,7 +34,8 @@ def test_without_an_sdk() -> None:
             {"master_weights": True},
             r"master_weights are float32 copies that an optimizer in Python",
         ),
-        ({"device": "cuda"}, r"device, compile_blocks and offload_activations are the local"),
+        ({"device": "cuda"}, r"compile_blocks, offload_activations and batches='share' are the"),
+        ({"batches": "share"}, r"batches='share' are the local and distributed targets'"),
         ({"loss_scaling": torch.amp.GradScaler("cpu")}, r"loss_scaling of IPUs is a number"),
         ({"sequential": True}, r"sequential is the local target's; leave it out for poptorch"),
         (
@@ -53,6 +55,14 @@ def test_parameters_that_the_device_has_not() -> None:
     made.model.qa_outputs.to(torch.bfloat16)
     made.plan = replace(made.plan, model=ipp_identity(made.model))
     with pytest.raises(LoweringError, match=r"parameters of type torch.bfloat16, torch.float32"):
+        made.compile()
+
+
+@pytest.mark.usefixtures("poptorch")
+def test_activations_in_host_memory_are_refused() -> None:
+    made = case()
+    made.plan = PassManager.parse("offload{blocks=all}").run(made.plan)
+    with pytest.raises(LoweringError, match="offloads activations to host memory, which GPUs do"):
         made.compile()
 
 

@@ -21,7 +21,7 @@ from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.capture import capture
 from ipu_pipeline.capture.from_config import from_config
 from ipu_pipeline.cli import app
-from ipu_pipeline.errors import PartitionError
+from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.schedules.simulate import simulate
@@ -174,6 +174,23 @@ def test_what_would_not_be_emitted_is_not_planned() -> None:
     refused("device_iterations 2 with output_mode 'default'", device_iterations=2,
             output_mode="default")  # fmt: skip
     refused("matmul_proportion 0.0 must be above 0", matmul_proportion=0.0)
+    with pytest.raises(ConfigError, match=r"inference: layers_per_ipu=\[3, 0\] places 3 layers"):
+        refused("^$", inference_layers_per_ipu=(3, 0))
+    gap = "IPU 1 has no stage although IPU 2 has one; number"
+    with pytest.raises(PartitionError, match=gap):
+        ipp.plan(
+            model,
+            batch,
+            machine=POD,
+            config=IPUConfig(layers_per_ipu=(2, 0, 2), gradient_accumulation_steps=8),
+        )
+    with pytest.raises(PartitionError, match="IPU 0 has no stage although IPU 1 has one; number"):
+        ipp.plan(model, batch, machine=POD, constraints=Constraints(stage_devices=(1, 1)))
+    asked = IPUConfig(layers_per_ipu=(2, 2))
+    with pytest.raises(
+        PartitionError, match=r"3 forward stages need .* at least 5, it is 4; raise"
+    ):
+        ipp.plan(model, batch, machine=POD, config=asked, microbatches=4)
     starts = {"bert.embeddings": 0, "bert.encoder.layer.2": 1, "loss": 0}
     refused("begins stage 2 with 'loss', which is no module's call; move", stage_starts=starts)
     config = transformers.AlbertConfig(
@@ -194,6 +211,18 @@ def test_what_would_not_be_emitted_is_not_planned() -> None:
     without = replace(plan.graph, inputs=())
     with pytest.raises(PartitionError, match="the plan's inputs have no batch axis"):
         BACKEND.settings(without, None, Constraints())
+
+
+def test_a_single_memory_proportion_is_every_ipus() -> None:
+    """However many IPUs the search takes: the configuration names none."""
+    model, batch = from_config(CONFIGS["bert"][0], CONFIGS["bert"][1], batch_size=1, seq_length=16)
+    for proportion in (0.1, (0.1,)):
+        asked = IPUConfig(matmul_proportion=proportion, gradient_accumulation_steps=8)
+        plan = ipp.plan(model, batch, machine=POD, config=asked, num_stages=3)
+        ipus = 1 + max(stage.device for stage in plan.stages)
+        assert ipus > 1
+        assert plan.settings["proportions"] == [0.1] * ipus
+        assert settings_for(plan, asked).to_json()["memory_proportions"] == [0.1] * ipus
 
 
 def test_measured_prices_are_refused_before_anything_is_measured(

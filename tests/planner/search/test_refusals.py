@@ -28,7 +28,6 @@ HALVES = [["b0", "b1"], ["b2", "b3", "b4"]]
         ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
         ({"replicas": 0}, "replicas must be at least 1"),
         ({"time_limit_s": 0.0}, "time_limit_s must be above 0"),
-        ({"replicas": None}, "needs total_microbatches"),
         ({"stage_devices": (0, 1), "num_stages": 3}, "stage_devices gives 2 stages, num_stages"),
     ],
 )
@@ -52,7 +51,6 @@ def test_wrong_constraints(options, message):
         ({"num_stages": 3}, "3 stages x 1 replicas need 3 devices, the machine offers 2"),
         ({"replicas": 3}, "1 stages x 3 replicas need 3 devices, the machine offers 2"),
         ({"stage_devices": (0, 2)}, r"stage_devices \[0, 2\] must name devices 0 to 1"),
-        ({"replicas": 2, "total_microbatches": 3}, "3 does not divide among 2 replicas"),
         (
             {"schedule": "popart", "num_stages": 2, "num_microbatches": 2},
             "needs at least 3 microbatches per step, got 2; raise gradient",

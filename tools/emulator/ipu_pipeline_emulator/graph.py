@@ -23,12 +23,15 @@ ON_HOST = {torch.int32: torch.int64, torch.float64: torch.float32}
 _ONEDNN = not torch.__version__.startswith(("1.", "2.0."))
 
 
-def _right_products() -> Any:
+def _right_products(function: Any) -> Any:
     """Gradients of oneDNN's convolutions are NaN in torch 2.0 on some processors.
 
-    Later versions warn of TF32 where its flags are set.
+    All other operations take the kernels that they take on the host, to the last bit. Later
+    versions of torch warn of TF32 where oneDNN's flags are set.
     """
-    return contextlib.nullcontext() if _ONEDNN else torch.backends.mkldnn.flags(enabled=False)
+    if _ONEDNN or "conv" not in getattr(function, "__name__", ""):
+        return contextlib.nullcontext()
+    return torch.backends.mkldnn.flags(enabled=False)
 
 
 class Slot:
@@ -122,7 +125,7 @@ class Graph:
         values.update(self.constants)
         for node, unused in zip(self.nodes, self._unused_after):
             gradients = torch.set_grad_enabled(training and node.has_gradient)
-            with gradients, _right_products():
+            with gradients, _right_products(node.function):
                 result = node.run(values)
                 values.update(zip(node.outputs, map(_in_host_type, tensors_of(result))))
             for slot in unused:

@@ -20,7 +20,8 @@ from ipu_pipeline.backends.cluster.dryrun.memory_tally import (
 from ipu_pipeline.backends.cluster.dryrun.messages import counted, issued, problem
 from ipu_pipeline.backends.cluster.dryrun.play import Played, check_played, play
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, dtype_of, sizes_of
-from ipu_pipeline.backends.cluster.prices.rank_plan import RankBytes, rank_bytes
+from ipu_pipeline.backends.cluster.prices.rank_plan import rank_step_of
+from ipu_pipeline.backends.cluster.prices.rank_step import RankBytes
 from ipu_pipeline.capture.captured import model_identity
 from ipu_pipeline.capture.from_config import config_named, from_config
 from ipu_pipeline.capture.precision import in_dtype
@@ -262,8 +263,8 @@ def dry_run(
         world_size,
         plan.num_microbatches,
         messages,
-        rank_bytes(ours)[position],
-        rank_bytes(plan)[position],
+        rank_step_of(ours).rank_bytes[position],
+        rank_step_of(plan).rank_bytes[position],
         played,
     )
 

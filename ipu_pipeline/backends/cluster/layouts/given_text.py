@@ -40,7 +40,7 @@ def layout_text(given: Plan, ours: Plan | None, problem: str = "") -> str:
 
 def _rank_table(plan: Plan) -> str:
     """Return one row per rank: what it holds, how long it works for a microbatch, its bytes."""
-    peaks = rank_step_of(plan).memory_bytes()
+    peaks = [one.total for one in rank_step_of(plan).rank_bytes]
     device = plan.machine.devices[0]
     room = device.memory_bytes - device.reserved_bytes
     rows = []
@@ -70,7 +70,7 @@ def _ours(given: Plan, ours: Plan | None, problem: str) -> list[str]:
     if ours.lower_bound_s:
         bound = f"no split is faster than {milliseconds(ours.lower_bound_s)} ms"
         bound += f" (gap {ours.gap:.1%})"
-    fullest = max(rank_step_of(ours).memory_bytes())
+    fullest = rank_step_of(ours).peak_bytes
     return [
         f"ours for the same sizes: {layout}",
         f"ours: step {milliseconds(ours.objective_s)} ms{_rates(ours)}, fullest rank "

@@ -7,15 +7,14 @@ pass. All of it follows from the operations of a captured layer:
 * ``inner``: what its products read and write besides the residual stream (queries, keys, values,
   results of attention, the wide tensors of an MLP, routed rows).
 * norms: each keeps its input and its result.
-* attention: keeps one number per row, or without a fused kernel the L x S weights.
+* attention: keeps one number per row.
 
 Source: Korthikanti et al., Reducing Activation Recomputation, MLSys 2023: ``34 s b h`` bytes for a
-GPT layer with dropout, and ``5 a s^2 b`` for attention that is not fused.
+GPT layer with dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -31,9 +30,6 @@ _QUANTIZED_BYTES = {"float8": 1.0, "float4": 0.5}
 # Times that routed rows are read or written besides products: to and from the order of the
 # sender's experts, and to and from that of the receiver's, before and behind the experts.
 _ROUTING_PASSES = 8
-# An element of the L x S weights keeps the softmax, what dropout left of it, and the mask; the
-# backward pass makes three more tensors of 16 bits.
-_WEIGHT_KEPT_BYTES, _WEIGHT_MADE_BYTES = 5, 6
 
 
 @dataclass(frozen=True)
@@ -123,16 +119,7 @@ class FusedLayer:
         return width == self.hidden != wide and tokens * wide != attended
 
     def _attention_kept_bytes(self, op: OpRecord) -> float:
-        rows, keys = op.count * prod(op.shapes[0][:-1]), op.shapes[1][-2]
-        fused = self.engine.fused_attention
-        return float(rows * (_FLOAT_BYTES if fused else _WEIGHT_KEPT_BYTES * keys))
-
-    def attention_made_bytes(self) -> float:
-        """Bytes of L x S tensors that its backward pass makes."""
-        if self.engine.fused_attention:
-            return 0.0
-        found = self.attentions
-        return sum(_WEIGHT_MADE_BYTES * prod(o.shapes[0][:-1]) * o.shapes[1][-2] for o in found)
+        return float(_FLOAT_BYTES * op.count * prod(op.shapes[0][:-1]))
 
 
 def is_grouped(op: OpRecord) -> bool:
@@ -169,32 +156,3 @@ def logits(block: Block) -> int:
 def _written(op: OpRecord) -> int:
     first, second = [shape for shape in op.shapes if len(shape) >= 2][-2:]
     return prod(first[:-1]) * second[-1]
-
-
-def core_attention(op: OpRecord) -> Iterator[OpRecord]:
-    """Yield an attention as Megatron-LM ran it before fused kernels; others as they are.
-
-    Bytes an element of the L x S weights: the softmax with scale and mask reads and writes, dropout
-    reads and writes with its mask; backward the softmax reads one more.
-    """
-    if not is_attention(op):
-        yield op
-        return
-    backward = op.name.endswith("_backward")
-    query, key = op.shapes[int(backward) : int(backward) + 2]
-    heads, (length, size), keys = prod(query[:-2]), query[-2:], key[-2]
-    weights = heads * length * keys
-    yield OpRecord(
-        "aten.bmm", "matmul", op.dtype, ((heads, length, size), (heads, size, keys)),
-        2 * weights * size, _HALF_BYTES * (weights + heads * size * (length + keys)),
-        4 if backward else 2,
-    )  # fmt: skip
-    yield OpRecord("fused.softmax", "softmax", op.dtype, (), 0, (6 if backward else 4) * weights)
-    yield OpRecord("fused.dropout", "random", op.dtype, (), 0, 5 * weights)
-
-
-def as_run_by(operations: Iterable[OpRecord], engine: RankEngine) -> tuple[OpRecord, ...]:
-    """Return operations with attention as the engine runs it."""
-    if engine.fused_attention:
-        return tuple(operations)
-    return tuple(part for op in operations for part in core_attention(op))

@@ -74,7 +74,6 @@ class RankEngine:
 
     Attributes:
         fused: Operations between products run as one pass (``fused.py``).
-        fused_attention: No L x S tensor is made.
         fused_loss: Cross entropy is one kernel over the logits in 16 bits, in place.
         precision: dtype of the layers' products: that of the model, ``float8`` or ``float4``.
         gradient_bytes: Of one element of an accumulated gradient.
@@ -86,15 +85,11 @@ class RankEngine:
         weight_bytes: Of one element of a weight that products read.
         state_bytes: Of one element of the optimizer's state, a float32 copy of it included.
         whole_backward: Blocks that recompute or run in slices do not split their backward pass.
-        reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
-            what its allocator reserved is counted.
-        whole_graph: The step is one CUDA graph: no launch costs time, nothing waits for the host.
         slices_experts: Ranks of tensor parallelism have a slice of every expert.
         widened_update: The update takes all gradients of a rank in float32 at one time.
     """
 
     fused: bool = False
-    fused_attention: bool = True
     fused_loss: bool = False
     precision: str = ""
     gradient_bytes: int = 4
@@ -102,8 +97,6 @@ class RankEngine:
     tensor_overlap: float = 0.0
     expert_overlap: float = 0.0
     pipeline_overlap: float = 0.0
-    reserved_share: float = 1.0
-    whole_graph: bool = False
     slices_experts: bool = False
     widened_update: bool = False
     pipeline_inner: bool = False

@@ -10,13 +10,12 @@ Sources: Shoeybi et al., Megatron-LM, 2019 (tensor parallelism); Korthikanti et 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from ipu_pipeline.backends.cluster.prices.fused import (
     FusedLayer,
-    as_run_by,
     fused_loss,
     is_grouped,
     logits,
@@ -24,7 +23,7 @@ from ipu_pipeline.backends.cluster.prices.fused import (
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
-from ipu_pipeline.ir.machine import Device, Link, Machine
+from ipu_pipeline.ir.machine import Link, Machine
 from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 
 _HALF_BYTES, _FLOAT_BYTES = 2, 4
@@ -76,26 +75,6 @@ class RankBlock:
     workspace_bytes: float = 0.0
     parameters: RankParameters = RankParameters()
 
-    def __add__(self, other: RankBlock) -> RankBlock:
-        """Return both, one after the other."""
-        return RankBlock(
-            self.forward_s + other.forward_s,
-            self.backward_s + other.backward_s,
-            self.saved_bytes + other.saved_bytes,
-            max(self.workspace_bytes, other.workspace_bytes),
-            self.parameters + other.parameters,
-        )
-
-    def times(self, number: float) -> RankBlock:
-        """Return ``number`` of it, one after the other; below one: a share of it."""
-        return RankBlock(
-            self.forward_s * number,
-            self.backward_s * number,
-            self.saved_bytes * number,
-            self.workspace_bytes * min(1.0, number),
-            self.parameters.times(number),
-        )
-
 
 def group_link(machine: Machine, ranks: int, stride: int = 1) -> Link:
     """Return the link that bounds a group of ``ranks`` that are ``stride`` positions apart."""
@@ -119,17 +98,9 @@ class RankPricer:
     engine: RankEngine = EAGER
 
     @property
-    def device(self) -> Device:
-        """The machine's first device, as the engine drives it."""
-        device = self.machine.devices[0]
-        if not self.engine.whole_graph:
-            return device
-        return replace(device, op_overhead_s=0.0, host_sync_s=0.0)
-
-    @property
     def roofline(self) -> Roofline:
-        """Prices of operations on that device."""
-        return Roofline(self.device)
+        """Prices of operations on the machine's first device."""
+        return Roofline(self.machine.devices[0])
 
     @property
     def tokens(self) -> int:
@@ -168,13 +139,8 @@ class RankPricer:
             backward_s=found.backward_s + exchanged_s,
         )
         if self.engine.fused:
-            layer = self._fused(block)
-            made = layer.attention_made_bytes() / self.shared
-            found = replace(
-                found,
-                saved_bytes=_FRAGMENTS * layer.kept_bytes() / self.shared,
-                workspace_bytes=found.workspace_bytes + made,
-            )
+            kept = self._fused(block).kept_bytes()
+            found = replace(found, saved_bytes=_FRAGMENTS * kept / self.shared)
         return self.recomputed(block, found)
 
     def sliced(self, graph: BlockGraph) -> BlockGraph:
@@ -217,16 +183,15 @@ class RankPricer:
 
     def _operations(self, block: Block, *, backward: bool) -> Iterator[OpRecord]:
         """Yield this rank's part of the operations of one pass."""
-        own = block.backward_ops if backward else block.forward_ops
+        found = block.backward_ops if backward else block.forward_ops
         if self.engine.fused_loss and block.kind in ("head", "loss"):
-            own = fused_loss(block, backward=backward)
-        found = as_run_by(own, self.engine)
+            found = fused_loss(block, backward=backward)
         fused = self.engine.fused and block.kind == "layer"
         experts = max((op.shapes[0][0] for op in found if is_grouped(op)), default=1)
         for op in found:
             if op.flops or not fused or op.name.startswith("fused."):
                 yield self._shared(op, experts, quantized=block.kind == "layer")
-        if fused and own:
+        if fused and found:
             layer = self._fused(block)
             passes = 2 * len(layer.products) * (2 if backward else 1)
             moved = layer.pass_bytes(backward=backward) / self.shared / max(1, passes)
@@ -308,7 +273,7 @@ class RankPricer:
         if rows:
             sent = _HALF_BYTES * rows * self.hidden / self.shared
             sent *= self._distinct_nodes(rows / self.tokens)
-            found += self.device.host_sync_s
+            found += self.machine.devices[0].host_sync_s
             found += 2 * self.ring_s(sent, sizes.ep) * (1 - self.engine.expert_overlap)
         for op in layer.attentions if sizes.cp > 1 else ():
             moved = _HALF_BYTES * sum(map(prod, op.shapes[1:3])) / sizes.tp
@@ -367,15 +332,6 @@ class RankPricer:
         apart = self.sizes.pp if self.engine.pipeline_inner else 1
         dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
         return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
-
-
-def total_of(parts: Iterable[tuple[RankBlock, float]]) -> RankBlock:
-    """Return blocks, each so many times, one after the other."""
-    found = RankBlock()
-    for block, number in parts:
-        if number:
-            found += block.times(number)
-    return found
 
 
 def _leads_back(op: OpRecord, pricer: RankPricer) -> bool:

@@ -8,12 +8,13 @@ as its share of the residual stream makes them; the price puts the stages of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, ParallelSizes, sizes_of
-from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankParameters, RankPricer
+from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
 from ipu_pipeline.backends.cluster.prices.rank_step import BUFFER_BYTES, RankStep
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -29,6 +30,8 @@ from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copie
 from ipu_pipeline.planner.search.given_split import price_stages
 
 _ENDS = ("head", "loss")
+# Priced blocks by what their price depends on.
+Known = dict[tuple[Any, ...], RankBlock]
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,15 @@ class RankCosts:
         )
 
     def _rank_menus(self) -> dict[str, tuple[BlockChoice, ...]]:
-        whole = replace(self.pricer, sizes=replace(self.sizes, recompute=("full",)))
-        one_at_a_time = kept_by_last_stage(self.work) == 1
-        known: dict[tuple[object, ...], tuple[BlockChoice, ...]] = {}
-        found = {}
-        for block in self.work.graph.blocks:
-            key = (id(block.forward_ops), id(block.backward_ops), block.kind, block.saved_bytes,
-                   block.workspace_bytes, block.kept_bytes)  # fmt: skip
-            if key not in known:
-                plain = in_stage(block, self.pricer.block(block), last_alone=one_at_a_time)
-                known[key] = (_choice(gathered(self.pricer, block, plain)),)
-                if block.kind == "layer":
-                    again = gathered(whole, block, whole.block(block))
-                    known[key] += (_choice(again, recompute=True),)
-            found[block.name] = known[key]
-        return found
+        ways = ways_of(self.pricer, last_alone=kept_by_last_stage(self.work) == 1)
+        return {
+            block.name: tuple(
+                BlockChoice(way.forward_s, way.backward_s, way.saved_bytes, way.workspace_bytes,
+                            recompute=number > 0)
+                for number, way in enumerate(own)
+            )
+            for block, own in zip(self.work.graph.blocks, ways, strict=True)
+        }  # fmt: skip
 
     def _states(self) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state of every parameter on a rank."""
@@ -148,6 +145,37 @@ class RankCosts:
             name: pricer.update_s(pricer.parameters(replace(probe, parameters=tuple(fqns))))
             for name, fqns in first.items()
         }
+
+
+def ways_of(
+    pricer: RankPricer, *, last_alone: bool = True, known: Known | None = None
+) -> Iterator[tuple[RankBlock, ...]]:
+    """Yield how a stage runs every block: as the sizes say, and layers also recomputed whole.
+
+    Args:
+        pricer: Of the blocks.
+        last_alone: As for :func:`in_stage`.
+        known: Blocks without recomputation that were priced before, of any sizes.
+    """
+    sizes, known = pricer.sizes, {} if known is None else known
+    plainly = replace(pricer, sizes=replace(sizes, recompute=()))
+    whole = replace(pricer, sizes=replace(sizes, recompute=("full",)))
+    found: dict[tuple[Any, ...], tuple[RankBlock, ...]] = {}
+    for block in pricer.graph.blocks:
+        key: tuple[Any, ...] = (
+            id(block.forward_ops), id(block.backward_ops), block.kind, block.saved_bytes,
+            block.workspace_bytes, block.kept_bytes, len(block.parameters),
+        )  # fmt: skip
+        if key not in found:
+            ep = sizes.ep if any(".experts." in fqn for fqn in block.parameters) else 1
+            own = (*key, sizes.micro_batch, sizes.tp, sizes.cp, ep)
+            if own not in known:
+                known[own] = plainly.block(block)
+            ways = [in_stage(block, known[own], last_alone=last_alone)]
+            if block.kind == "layer":
+                ways = [one.recomputed(block, known[own]) for one in (pricer, whole)]
+            found[key] = tuple(gathered(pricer, block, way) for way in ways)
+        yield found[key]
 
 
 def in_stage(block: Block, found: RankBlock, *, last_alone: bool = True) -> RankBlock:
@@ -188,12 +216,6 @@ def gathered(pricer: RankPricer, block: Block, found: RankBlock) -> RankBlock:
         forward_s=max(found.forward_s, own_s + gather_s),
         backward_s=max(found.backward_s, own_s + gather_s + reduce_s),
         workspace_bytes=found.workspace_bytes + whole * held,
-    )
-
-
-def _choice(found: RankBlock, *, recompute: bool = False) -> BlockChoice:
-    return BlockChoice(
-        found.forward_s, found.backward_s, found.saved_bytes, found.workspace_bytes, recompute
     )
 
 
@@ -256,8 +278,8 @@ def rank_step_of(plan: Plan) -> RankStep:
     return _priced_ranks(plan)[0]
 
 
-def _priced_ranks(plan: Plan) -> tuple[RankStep, tuple[int, ...], Machine, str]:
-    """Return the pipeline, the bytes of state of every stage, the ranks, and what limits it."""
+def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
+    """Return the pipeline, its ranks as devices, and what limits it."""
     sizes, work = sizes_of(plan), workload_of(plan)
     rank_costs = RankCosts(work, GpuSettings.read(plan.settings))
     costs = rank_costs.all()
@@ -284,16 +306,16 @@ def _priced_ranks(plan: Plan) -> tuple[RankStep, tuple[int, ...], Machine, str]:
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
         ranks=tuple(numbers[device] for device in devices),
-        given_copies=boundary_copies(replace(ranked, graph=_with_gradients(graph))),
-        given_outer_s=outer_s,
+        copies=boundary_copies(replace(ranked, graph=_with_gradients(graph))),
+        update_s=outer_s,
+        state_bytes=tuple(stage.weight_bytes for stage in found.stages),
         whole=frozenset(
             index
             for index, stage in enumerate(plan.stages)
             if whole and (stage.recompute or stage.serialize)
         ),
     )
-    held = tuple(stage.weight_bytes for stage in found.stages)
-    return step, held, costs.ranks, found.binding
+    return step, costs.ranks, found.binding
 
 
 def _parameters_of(graph: BlockGraph, blocks: tuple[str, ...]) -> Block:
@@ -307,74 +329,13 @@ def _with_gradients(graph: BlockGraph) -> BlockGraph:
     return replace(graph, tensors=tuple(t for t in graph.tensors if t.requires_grad))
 
 
-@dataclass(frozen=True)
-class RankBytes:
-    """The most bytes that the GPUs of one rank of a pipeline hold.
-
-    Attributes:
-        weights: As products read them.
-        gradients: As they are added up.
-        optimizer: What the optimizer keeps.
-        kept: Most that is kept for backward passes at one time.
-        workspace: Most that is needed besides while a pass runs.
-        update: Needed besides the state while the optimizer steps, when nothing is kept.
-        buffers: Workspaces of libraries and buffers of collectives.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    kept: int
-    workspace: int
-    update: int = 0
-    buffers: int = BUFFER_BYTES
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        state = self.weights + self.gradients + self.optimizer
-        return state + max(self.kept + self.workspace, self.update) + self.buffers
-
-
-def rank_bytes(plan: Plan) -> tuple[RankBytes, ...]:
-    """Return what every rank of a pipeline holds, in the order of their first stages.
-
-    Raises:
-        PlanError: As :func:`rank_step_of`.
-    """
-    step, states, *_ = _priced_ranks(plan)
-    return _bytes_of_ranks(step, states)
-
-
-def _bytes_of_ranks(step: RankStep, states: Sequence[int]) -> tuple[RankBytes, ...]:
-    found = []
-    for rank, kept in enumerate(step.kept_bytes()):
-        own, pricer = step.on_rank(rank), step.pricer
-        held = sum((step.stages[number].parameters for number in own), RankParameters())
-        plain = replace(pricer.engine, gradient_bytes=0, state_bytes=0)
-        weights = round(replace(pricer, engine=plain).state_bytes(held))
-        plain = replace(pricer.engine, weight_bytes=0, state_bytes=0)
-        gradients = round(replace(pricer, engine=plain).state_bytes(held))
-        found.append(
-            RankBytes(
-                weights=weights,
-                gradients=gradients,
-                optimizer=sum(states[number] for number in own) - weights - gradients,
-                kept=round(kept),
-                workspace=max(round(step.stages[number].workspace_bytes) for number in own),
-                update=round(pricer.widened_bytes(held)),
-            )
-        )
-    return tuple(found)
-
-
 def rank_price(plan: Plan) -> PlanPrice:
     """Return the price of a plan on GPUs: seconds of its step, and bytes of every stage and rank.
 
     Raises:
         PlanError: As :func:`rank_step_of`.
     """
-    step, states, ranks, binding = _priced_ranks(plan)
+    step, ranks, binding = _priced_ranks(plan)
     flying = schedule_kind(plan.schedule).in_flight(step.shape)
     widened = [round(step.pricer.widened_bytes(stage.parameters)) for stage in step.stages]
     loads = tuple(
@@ -383,7 +344,7 @@ def rank_price(plan: Plan) -> PlanPrice:
             forward_s=stage.forward_s,
             backward_s=stage.backward_s,
             copies=step.copies[index],
-            weight_bytes=states[index],
+            weight_bytes=step.state_bytes[index],
             stash_bytes=round(stage.saved_bytes),
             workspace_bytes=BUFFER_BYTES
             + max(
@@ -398,21 +359,19 @@ def rank_price(plan: Plan) -> PlanPrice:
     once_s = step.once_s()
     return PlanPrice(
         stages=loads,
-        step_s=step.passes_s() + once_s,
+        step_s=step.step_s(),
         once_s={"update, reduction": once_s} if once_s else {},
-        misfits=_misfits(step, states, loads, ranks),
+        misfits=_misfits(step, loads, ranks),
         binding=binding,
         recompute=tuple(stage.recompute for stage in plan.stages),
     )
 
 
-def _misfits(
-    step: RankStep, states: Sequence[int], loads: tuple[StageLoad, ...], ranks: Machine
-) -> tuple[str, ...]:
+def _misfits(step: RankStep, loads: tuple[StageLoad, ...], ranks: Machine) -> tuple[str, ...]:
     """Say which ranks hold more than their GPUs have."""
     found = []
-    for rank, needed in enumerate(_bytes_of_ranks(step, states)):
-        device = ranks.devices[loads[step.on_rank(rank)[0]].device]
+    for rank, needed in enumerate(step.rank_bytes):
+        device = ranks.devices[loads[step.of_ranks[rank][0]].device]
         room = device.memory_bytes - device.reserved_bytes + BUFFER_BYTES
         if needed.total > room:
             found.append(

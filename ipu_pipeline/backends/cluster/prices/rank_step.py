@@ -7,38 +7,59 @@ those of :mod:`ipu_pipeline.planner.schedules`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 
 from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankParameters, RankPricer
 from ipu_pipeline.planner.schedules import PipelineShape, StageTimes, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import Copies
 
-# A schedule that torch has no class for: weights' gradients fill all bubbles, with twice as many
-# microbatches in flight. Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, ZB-2p.
-ZERO_BUBBLE_2P = "zero_bubble_2p"
-_ZERO_BUBBLE_1P = "interleaved_zero_bubble"
 # Workspaces of products and buffers of collectives.
 BUFFER_BYTES = 400_000_000
-_HALF_BYTES = 2
 
 
 @dataclass(frozen=True)
+class RankBytes:
+    """The most bytes that the GPUs of one rank of a pipeline hold.
+
+    Attributes:
+        weights: As products read them.
+        gradients: As they are added up.
+        optimizer: What the optimizer keeps.
+        kept: Most that is kept for backward passes at one time.
+        workspace: Most that is needed besides while a pass runs.
+        update: Needed besides the state while the optimizer steps, when nothing is kept.
+        buffers: Workspaces of libraries and buffers of collectives.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    workspace: int
+    update: int = 0
+    buffers: int = BUFFER_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + max(self.kept + self.workspace, self.update) + self.buffers
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankStep:
     """A pipeline of ranks.
 
     Attributes:
         pricer: Model, machine, sizes, engine.
-        stages: In order, on the ranks that the schedule places them on; else on rank ``s % pp``.
-        schedule: Name of the schedule, or ``zero_bubble_2p``.
+        stages: In order.
+        schedule: Name of the schedule.
         num_microbatches: Of one step of one pipeline.
-        more_in_flight: Microbatches that every stage keeps besides the schedule's, in units of
-            one microbatch.
-        in_flight_factor: How many times the schedule's microbatches every stage keeps.
-        ranks: Rank of every stage, from 0; empty: where the schedule places them.
-        given_copies: Seconds of the copies of every stage; empty: of the residual stream.
-        given_outer_s: Seconds of the update of every stage; empty: of all its parameters.
+        ranks: Rank of every stage, from 0.
+        copies: Seconds of the copies of one microbatch over both boundaries of every stage.
+        update_s: Seconds of the update of every stage.
+        state_bytes: Bytes of weights, gradients and optimizer state of every stage.
         whole: Stages whose backward pass is not split.
     """
 
@@ -46,29 +67,26 @@ class RankStep:
     stages: tuple[RankBlock, ...]
     schedule: str
     num_microbatches: int
-    more_in_flight: float = 0.0
-    in_flight_factor: float = 1.0
-    ranks: tuple[int, ...] = ()
-    given_copies: tuple[Copies, ...] = ()
-    given_outer_s: tuple[float, ...] = ()
+    ranks: tuple[int, ...]
+    copies: tuple[Copies, ...]
+    update_s: tuple[float, ...]
+    state_bytes: tuple[int, ...]
     whole: frozenset[int] = frozenset()
-
-    @cached_property
-    def rank_of(self) -> tuple[int, ...]:
-        """Rank of every stage."""
-        depth, pp, placed = len(self.stages), self.pricer.sizes.pp, None
-        if self.schedule != ZERO_BUBBLE_2P:
-            placed = schedule_kind(self.schedule).place(depth, pp)
-        return self.ranks or placed or tuple(stage % pp for stage in range(depth))
 
     @cached_property
     def shape(self) -> PipelineShape:
         """Stages and their ranks."""
-        return PipelineShape.of(len(self.stages), self.num_microbatches, self.rank_of)
+        return PipelineShape.of(len(self.stages), self.num_microbatches, self.ranks)
 
-    def on_rank(self, rank: int) -> list[int]:
-        """Return the stages of a rank."""
-        return [stage for stage, own in enumerate(self.rank_of) if own == rank]
+    @cached_property
+    def of_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Stages of every rank."""
+        numbers = range(self.pricer.sizes.pp)
+        return tuple(tuple(s for s, own in enumerate(self.ranks) if own == n) for n in numbers)
+
+    def held_by(self, stages: Sequence[int]) -> RankParameters:
+        """Return the weights of some stages."""
+        return sum((self.stages[number].parameters for number in stages), RankParameters())
 
     def weights_s(self, stage: int) -> float:
         """Seconds of the backward pass that a split one computes later."""
@@ -81,73 +99,58 @@ class RankStep:
                        self.weights_s(number))
             for number, (s, copy) in enumerate(zip(self.stages, self.copies, strict=True))
         ]  # fmt: skip
-        if self.schedule == ZERO_BUBBLE_2P:
-            return self.num_microbatches * max(one.forward_s + one.backward_s for one in times)
         return step_seconds(schedule_kind(self.schedule), self.shape, times)
 
     def step_s(self) -> float:
         """Return the seconds of one optimizer step."""
         return self.passes_s() + self.once_s()
 
-    @cached_property
-    def copies(self) -> tuple[Copies, ...]:
-        """Seconds of the copies of one microbatch over both boundaries of every stage."""
-        if self.given_copies:
-            return self.given_copies
-        pricer, machine = self.pricer, self.pricer.machine
-        sizes, kernels = pricer.sizes, machine.devices[0].kernels
-        num_bytes = _HALF_BYTES * pricer.tokens * pricer.hidden / pricer.shared
-        share, apart = (1.0 if kernels is None else kernels.link_share), sizes.num_devices
-        shown = 1.0 - (pricer.engine.pipeline_overlap if len(self.stages) > sizes.pp else 0.0)
-        found = [0.0]
-        for stage in range(len(self.stages) - 1):
-            places = self.shape.devices[stage : stage + 2]
-            here, there = (place * apart // sizes.pp for place in places)
-            link = machine.link_between(here, there)
-            one_s = link.latency_s + num_bytes / (link.bytes_per_s * share)
-            found.append(0.0 if here == there else shown * one_s)
-        found.append(0.0)
-        return tuple(Copies(before, behind, behind, before) for before, behind in pairwise(found))
-
     def once_s(self) -> float:
         """Return the seconds of update and reduction that the last backward passes do not hide."""
         worst = 0.0
-        for rank in range(self.pricer.sizes.pp):
-            numbers = self.on_rank(rank)
-            own = [self.stages[number] for number in numbers]
-            held = sum((stage.parameters for stage in own), RankParameters())
-            update_s = self.pricer.update_s(held)
-            if self.given_outer_s:
-                update_s = sum(self.given_outer_s[number] for number in numbers)
-            reduction_s = self.pricer.reduction_s(held)
-            beside_s = sum(stage.backward_s for stage in own)
+        for own in self.of_ranks:
+            reduction_s = self.pricer.reduction_s(self.held_by(own))
+            beside_s = sum(self.stages[number].backward_s for number in own)
+            update_s = sum(self.update_s[number] for number in own)
             worst = max(worst, update_s + max(0.0, reduction_s - beside_s))
         return worst
 
-    def memory_bytes(self) -> tuple[float, ...]:
-        """Return the most bytes that every rank of the pipeline holds."""
+    @cached_property
+    def rank_bytes(self) -> tuple[RankBytes, ...]:
+        """The most bytes that every rank of the pipeline holds."""
         found = []
-        for rank, kept in enumerate(self.kept_bytes()):
-            own = [self.stages[number] for number in self.on_rank(rank)]
-            held = sum((stage.parameters for stage in own), RankParameters())
-            more = self.more_in_flight * own[-1].saved_bytes
-            used = self.pricer.state_bytes(held) + self.in_flight_factor * kept + more
-            used += max(stage.workspace_bytes for stage in own) + BUFFER_BYTES
-            found.append(self.pricer.engine.reserved_share * used)
+        engine = self.pricer.engine
+        of_weights = replace(self.pricer, engine=replace(engine, gradient_bytes=0, state_bytes=0))
+        of_gradients = replace(self.pricer, engine=replace(engine, weight_bytes=0, state_bytes=0))
+        for own, kept in zip(self.of_ranks, self.kept_bytes(), strict=True):
+            held = self.held_by(own)
+            weights = round(of_weights.state_bytes(held))
+            gradients = round(of_gradients.state_bytes(held))
+            found.append(
+                RankBytes(
+                    weights=weights,
+                    gradients=gradients,
+                    optimizer=sum(self.state_bytes[n] for n in own) - weights - gradients,
+                    kept=round(kept),
+                    workspace=max(round(self.stages[n].workspace_bytes) for n in own),
+                    update=round(self.pricer.widened_bytes(held)),
+                )
+            )
         return tuple(found)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(one.total for one in self.rank_bytes)
 
     def kept_bytes(self) -> Sequence[float]:
         """Most bytes of saved tensors on every rank at one time: its passes one after another."""
-        saved, depth = [stage.saved_bytes for stage in self.stages], self.pricer.sizes.pp
-        if self.schedule == ZERO_BUBBLE_2P:
-            return [2 * depth * one for one in saved]
-        if self.schedule == _ZERO_BUBBLE_1P and len(saved) == depth:
-            return [depth * one for one in saved]  # weights' gradients wait, too
+        saved = [stage.saved_bytes for stage in self.stages]
         kind, found = schedule_kind(self.schedule), []
-        if len(saved) == depth:
+        if len(saved) == self.pricer.sizes.pp:
             flying = kind.in_flight(self.shape)
             return [number * one for number, one in zip(flying, saved, strict=True)]
-        for actions in kind.rows(kind.shortened(self.shape, 4 * depth)).rows:
+        for actions in kind.rows(kind.shortened(self.shape, 4 * self.pricer.sizes.pp)).rows:
             now = most = 0.0
             for action in actions:
                 sign = {"F": 1, "B": -1, "W": -1}.get(action.kind, 0)

@@ -50,11 +50,11 @@ class AllGather(Protocol):
         """Return the values of all ranks."""
 
 
-def together(ranks: AllGather, function: Callable[[], T]) -> list[T]:
+def together(ranks: AllGather, function: Callable[[], T], who: str = "rank") -> list[T]:
     """Return what ``function`` returns on every rank; raise on all what it raises on any.
 
     All ranks call this, and may go on after an error. That of another rank is of the type that the
-    first failing rank has.
+    first failing rank has, which is called ``who`` and its number.
     """
     error: Any = None
     value = None
@@ -68,7 +68,7 @@ def together(ranks: AllGather, function: Callable[[], T]) -> list[T]:
         return [value for _, value in found]
     if error is None:
         kind, text = found[failed][0]
-        error = _kinds().get(kind, StageError)(f"rank {failed}: {text}")
+        error = _kinds().get(kind, StageError)(f"{who} {failed}: {text}")
     error.raised_on_all_ranks = True
     raise error
 
@@ -204,10 +204,17 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 class BatchCheck:
-    """Compares what the ranks are called for, and with which batch."""
+    """Compares what the ranks are called for, and with which batch.
 
-    def __init__(self, groups: Groups) -> None:
+    Args:
+        groups: Of the processes.
+        apart: Replicas have batches of their own, which are not compared.
+    """
+
+    def __init__(self, groups: Groups, *, apart: bool = False) -> None:
         self._groups = groups
+        layout = groups.layout
+        self._size = layout.num_ranks * layout.tp if apart else dist.get_world_size()
         self._sent: tuple[dist.Work, Tensor] | None = None
 
     def check(self, call: str, step: int, *parts: Mapping[str, Any]) -> None:
@@ -219,9 +226,12 @@ class BatchCheck:
         Raises:
             ValueError: They differ.
         """
+        head = f"for {call} in step {step}"
         self._compare(
-            f"for {call} in step {step} with {'; '.join(map(described, parts))}",
-            "give every rank the same whole batch (each takes its own part), in the same order",
+            f"{head} with {'; '.join(map(described, parts))}",
+            "give every rank the same whole batch (each takes its own part), or with "
+            "batches='share' every rank of a replica the same share, in the same order",
+            head,
             b"".join(_sample(v) for part in parts for v in part.values() if isinstance(v, Tensor)),
         )
 
@@ -245,17 +255,20 @@ class BatchCheck:
             "for random and numpy, and no clock",
         )
 
-    def _compare(self, text: str, remedy: str, values: bytes = b"") -> None:
+    def _compare(self, text: str, remedy: str, head: str = "", values: bytes = b"") -> None:
+        """Compare a text and values, with another replica's rank its head only."""
         rank, size = dist.get_rank(), dist.get_world_size()
-        own = _note(text, values).to(self._groups.device)
+        notes = {True: _note(text, values), False: _note(head)}
         if rank + 1 < size:
             if self._sent is not None:
                 self._groups.waiter.run(self._sent[0].wait)
-            work = dist.isend(own, dst=rank + 1)
+            sent = notes[(rank + 1) % self._size != 0].to(self._groups.device)
+            work = dist.isend(sent, dst=rank + 1)
             assert work is not None
-            self._sent = (work, own)
+            self._sent = (work, sent)
         if rank == 0:
             return
+        own = notes[rank % self._size != 0].to(self._groups.device)
         theirs = torch.empty_like(own)
         receiving = dist.irecv(theirs, src=rank - 1)
         assert receiving is not None

@@ -1,6 +1,6 @@
 """Tune a model for GPUs and a batch: the outer loop over every parallel size.
 
-Configurations come with a bound each (:mod:`~ipu_pipeline.backends.cluster.tune.space`). First a
+Configurations come with a bound each (:mod:`~ipu_pipeline.backends.cluster.tune.quick`). First a
 quick split of every one that may be the best (stages of even time, layers recomputed where memory
 asks for it) finds good plans; then the one search (:mod:`ipu_pipeline.planner.search`) takes the
 configurations in the order of their bounds, until none is below the best plan or the time is over.
@@ -11,25 +11,16 @@ bound that is reported is the least one of all configurations that were not sear
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from math import inf
-from typing import Any
 
-from ipu_pipeline.backends.cluster.prices.rank import RankParameters
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_step_of
 from ipu_pipeline.backends.cluster.prices.rank_step import RankStep
-from ipu_pipeline.backends.cluster.tune.space import (
-    ChainProfile,
-    GpuConfiguration,
-    GpuRequest,
-    Profiles,
-    configurations,
-    in_flight,
-)
+from ipu_pipeline.backends.cluster.tune.quick import Profiles, QuickSplit
+from ipu_pipeline.backends.cluster.tune.space import GpuConfiguration, GpuRequest, configurations
 from ipu_pipeline.errors import PartitionError, PlanError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
@@ -37,11 +28,8 @@ from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.rates import Rates, rates_of
 from ipu_pipeline.planner.backend import Workload
 from ipu_pipeline.planner.price import make_plan, step_s
-from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.planner.search.pipeline_search import search
-from ipu_pipeline.planner.search.result import Partition
 
 # Seconds of this process's own work, which other processes do not shorten.
 QUICK_S = 2.5  # of quick splits
@@ -51,25 +39,6 @@ _PRICED = 24  # quick splits that get their real price
 _SLOWEST = 2.0  # points of the front take at most so many times the best step
 Progress = Callable[[str, int, int], None]
 Capture = Callable[[int], BlockGraph]
-
-
-@dataclass(frozen=True)
-class QuickSplit:
-    """A configuration with stages of even time.
-
-    Attributes:
-        config: The configuration.
-        ends: Blocks done after every stage.
-        recompute: Positions of the blocks that are recomputed whole.
-        seconds: Estimate of its step.
-        num_bytes: Estimate of its fullest rank.
-    """
-
-    config: GpuConfiguration
-    ends: tuple[int, ...]
-    recompute: frozenset[int]
-    seconds: float
-    num_bytes: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +61,7 @@ class GpuPoint:
     @cached_property
     def memory_bytes(self) -> float:
         """Bytes of the fullest GPU."""
-        return max(self.step.memory_bytes())
+        return self.step.peak_bytes
 
     @cached_property
     def rates(self) -> Rates:
@@ -200,9 +169,9 @@ class _Search:
 
     def run(self, found: list[GpuConfiguration]) -> GpuTuneResult:
         """Return the front and the bound."""
-        bounds = {config: self._bound_s(config) for config in found}
+        bounds = {config: self.profiles.of(config).bound_s() for config in found}
         for split in self._promising(self._quick(bounds)):
-            self._price(split.config, self._stages(split))
+            self._price(split.config, split.stages)
         searched = self._exact(bounds)
         if not self.points:
             raise PartitionError(self._misfit(bounds))
@@ -215,20 +184,12 @@ class _Search:
         ]
         return GpuTuneResult(self.request, self.machine, points, bound_s, len(found), searched)
 
-    def _bound_s(self, config: GpuConfiguration) -> float:
-        pricer = self.profiles.pricer(config)
-        return self.profiles.of(config).bound_s(config, pricer, self.profiles.capacity)
-
-    def _estimate_s(self, config: GpuConfiguration) -> float:
-        pricer = self.profiles.pricer(config)
-        return self.profiles.of(config).estimate_s(config, pricer, self.profiles.capacity)
-
     # -- quick splits ----------------------------------------------------------------------------
 
     def _quick(self, bounds: Mapping[GpuConfiguration, float]) -> list[QuickSplit]:
         """Return splits of the configurations that may be the best, the likely ones first."""
         estimates = {
-            config: max(bound, self._estimate_s(config))
+            config: max(bound, self.profiles.of(config).even_s())
             for config, bound in bounds.items()
             if bound < inf
         }
@@ -241,23 +202,11 @@ class _Search:
             if late or estimates[config] > _SLOWEST * best_s:
                 break
             self.progress("looking for good plans", number, len(ordered))
-            split = quick_split(
-                self.profiles.of(config), config, self._once_s(config), self._state(config),
-                self.profiles.capacity, only=self.request.recompute,
-            )  # fmt: skip
+            split = self.profiles.of(config).split(self.request.recompute)
             if split is not None:
                 found.append(split)
                 best_s = min(best_s, split.seconds)
         return found
-
-    def _once_s(self, config: GpuConfiguration) -> Callable[[RankParameters, float], float]:
-        pricer = self.profiles.pricer(config)
-        return lambda held, beside_s: (
-            pricer.update_s(held) + max(0.0, pricer.reduction_s(held) - beside_s)
-        )
-
-    def _state(self, config: GpuConfiguration) -> Callable[[RankParameters], float]:
-        return self.profiles.pricer(config).state_bytes
 
     def _promising(self, splits: list[QuickSplit]) -> list[QuickSplit]:
         """Return the quickest splits, and those that are the quickest of so few bytes."""
@@ -269,15 +218,6 @@ class _Search:
                 small.append(split)
         half = _PRICED // 2
         return list(dict.fromkeys([*ordered[:half], *small[:half]]))
-
-    def _stages(self, split: QuickSplit) -> tuple[PlannedStage, ...]:
-        graph = self.graphs[split.config.sizes.micro_batch]
-        names, begin, stages = tuple(graph.block_index), 0, []
-        for device, end in zip(split.config.shape.devices, split.ends, strict=True):
-            again = tuple(names[n] for n in range(begin, end) if n in split.recompute)
-            stages.append(PlannedStage(device, names[begin:end], again))
-            begin = end
-        return tuple(stages)
 
     # -- exact ones ------------------------------------------------------------------------------
 
@@ -297,7 +237,7 @@ class _Search:
     def _searched(self, config: GpuConfiguration, best_s: float) -> float:
         """Search the splits of one configuration; return the bound of all of them."""
         work, limits = self._work(config), self._limits(config)
-        costs = RankCosts(work, replace(self.request.settings, **_own(config))).all()
+        costs = RankCosts(work, GpuSettings.read(work.settings)).all()
         assert costs.ranks is not None
         try:
             found = search(work.graph, costs, costs.ranks, limits)
@@ -337,35 +277,18 @@ class _Search:
         key = (config, stages)
         if key in self.points:
             return
-        work = self._work(config)
-        split = Partition(
-            stages, 0.0, 0.0, "", config.schedule, config.num_microbatches, config.sizes.dp,
-            work.settings,
-        )  # fmt: skip
-        plan = make_plan(self.model, work, split)
+        plan = make_plan(self.model, self._work(config), stages)
         if not plan.misfits:
             self.points[key] = GpuPoint(plan, config)
 
     def _misfit(self, bounds: Mapping[GpuConfiguration, float]) -> str:
-        profiles = self.profiles
-        least = min(
-            (profiles.pricer(c).state_bytes(profiles.of(c).parameters) / c.sizes.pp, c.sizes.pp)
-            for c in bounds
-        )[0]
+        least = min(self.profiles.of(config).state_bytes / config.sizes.pp for config in bounds)
         return (
             f"none of {len(bounds)} configurations fits {len(self.machine.devices)} GPUs of "
             f"{self.machine.name}: weights, gradients and optimizer state alone take at least "
-            f"{least / 1e9:.4g} GB of a GPU's {profiles.capacity / 1e9:.4g} GB; use more or larger "
-            "GPUs, a shorter sequence, or fix fewer of the sizes"
+            f"{least / 1e9:.4g} GB of a GPU's {self.profiles.capacity / 1e9:.4g} GB; use more or "
+            "larger GPUs, a shorter sequence, or fix fewer of the sizes"
         )
-
-
-def _own(config: GpuConfiguration) -> dict[str, Any]:
-    sizes = config.sizes
-    return {
-        "tp": sizes.tp, "cp": sizes.cp, "ep": sizes.ep, "zero_stage": sizes.zero_stage,
-        "recompute": sizes.recompute,
-    }  # fmt: skip
 
 
 def front_of(points: Iterable[GpuPoint]) -> Iterator[GpuPoint]:
@@ -375,122 +298,3 @@ def front_of(points: Iterable[GpuPoint]) -> Iterator[GpuPoint]:
         if point.memory_bytes < least:
             least = point.memory_bytes
             yield point
-
-
-def quick_split(
-    profile: ChainProfile,
-    config: GpuConfiguration,
-    once_s: Callable[[RankParameters, float], float],
-    state: Callable[[RankParameters], float],
-    capacity: float,
-    *,
-    only: str | None = None,
-) -> QuickSplit | None:
-    """Cut the blocks into stages of even time and recompute layers where a rank is too full.
-
-    Args:
-        profile: Prices of the blocks.
-        config: The configuration.
-        once_s: Seconds per step of a rank with some weights, one backward pass beside.
-        state: Bytes of some weights.
-        capacity: Bytes of a rank.
-        only: ``none`` or parts: no layer is recomputed whole; ``full``: every layer is.
-
-    Returns:
-        The split with estimates, or ``None`` where it does not fit so.
-    """
-    chosen = profile.again if only == "full" else profile.plain
-    loads = [one.forward_s + one.backward_s for one in chosen]
-    ends = even_ends(loads, config.shape.num_stages)
-    if ends is None:
-        return None
-    begins = (0, *ends[:-1])
-    again: set[int] = set()
-    if only == "full":
-        again = {n for n, one in enumerate(profile.plain) if one is not profile.again[n]}
-    fullest = worst_once_s = 0.0
-    for rank in range(config.sizes.pp):
-        own = [n for n, device in enumerate(config.shape.devices) if device == rank]
-        places = [place for n in own for place in range(begins[n], ends[n])]
-        flying = in_flight(config, rank) / len(own)
-        more, num_bytes = _fitted(
-            profile, places, flying, state, capacity, again, free=only is None
-        )
-        if num_bytes > capacity:
-            return None
-        again |= more
-        fullest = max(fullest, num_bytes)
-        blocks = [profile.again[n] if n in again else profile.plain[n] for n in places]
-        held = sum((one.parameters for one in blocks), RankParameters())
-        worst_once_s = max(worst_once_s, once_s(held, sum(one.backward_s for one in blocks)))
-    prices = []
-    for begin, end in zip(begins, ends, strict=True):
-        own_blocks = [
-            profile.again[n] if n in again else profile.plain[n] for n in range(begin, end)
-        ]
-        forward_s = sum(one.forward_s for one in own_blocks)
-        backward_s = sum(one.backward_s for one in own_blocks)
-        prices.append(StagePrice(forward_s, backward_s, 0.0, 0.0))
-    form = schedule_kind(config.schedule).objective(config.shape)
-    seconds = form.seconds(config.shape.devices, prices) + worst_once_s
-    return QuickSplit(config, ends, frozenset(again), seconds, fullest)
-
-
-def _fitted(
-    profile: ChainProfile,
-    places: list[int],
-    flying: float,
-    state: Callable[[RankParameters], float],
-    capacity: float,
-    already: set[int],
-    *,
-    free: bool,
-) -> tuple[set[int], float]:
-    """Return the layers of a rank to recompute so that it fits, and the bytes it then holds."""
-    blocks = [profile.again[n] if n in already else profile.plain[n] for n in places]
-    held = state(sum((one.parameters for one in blocks), RankParameters()))
-    kept = flying * sum(one.saved_bytes for one in blocks)
-    space = max(one.workspace_bytes for one in blocks)
-    chosen: set[int] = set()
-    if held + kept + space <= capacity or not free:
-        return chosen, held + kept + space
-    for n in places:
-        plain, other = profile.plain[n], profile.again[n]
-        if other is plain or n in already:
-            continue
-        chosen.add(n)
-        kept -= flying * (plain.saved_bytes - other.saved_bytes)
-        space = max(space, other.workspace_bytes)
-        if held + kept + space <= capacity:
-            break
-    return chosen, held + kept + space
-
-
-def even_ends(loads: list[float], stages: int) -> tuple[int, ...] | None:
-    """Return the blocks done after every stage, so that the busiest stage has least to do."""
-    count = len(loads)
-    if stages > count:
-        return None
-    total = [0.0, *accumulate(loads)]
-    low, high = max(max(loads), total[-1] / stages), total[-1]
-    best = _cut(total, high, stages)
-    for _ in range(30):
-        middle = (low + high) / 2
-        found = _cut(total, middle, stages)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, middle
-    return best
-
-
-def _cut(total: list[float], limit: float, stages: int) -> tuple[int, ...] | None:
-    """Fill stages up to ``limit``, later ones first; ``None`` where they do not suffice."""
-    count, begin, ends = len(total) - 1, 0, []
-    for stage in range(stages):
-        left = stages - 1 - stage
-        end = bisect_right(total, total[begin] + limit * (1 + 1e-12)) - 1
-        end = max(begin + 1, min(end, count - left))
-        ends.append(end)
-        begin = end
-    return tuple(ends) if begin == count else None

@@ -1,30 +1,16 @@
-"""Every way to run a batch on GPUs: parallel sizes, microbatches, schedule, recomputation.
-
-A :class:`GpuConfiguration` says everything but the split. :class:`ChainProfile` holds what its
-blocks cost a rank, equal blocks once, and gives it a lower bound without a search:
-
-* a rank has at least its share of all microbatches' passes: ``G T / pp`` for passes of T seconds;
-* 1f1b with G > pp: ``(G + pp - 1) T / pp``. The paths through the steady part of every stage
-  (:mod:`ipu_pipeline.planner.schedules.kinds.one_f_one_b`) are equally long where the stages are
-  equal, and a mean of them with weights above 0 counts every stage alike;
-* to both comes the least update of a rank.
-"""
+"""Every way to run a batch on GPUs: parallel sizes, microbatches, schedule, recomputation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf
 from typing import Any
 
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, ParallelSizes
-from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankParameters, RankPricer
-from ipu_pipeline.backends.cluster.prices.rank_plan import gathered, in_stage
-from ipu_pipeline.backends.cluster.prices.rank_step import BUFFER_BYTES
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.attention import is_attention
-from ipu_pipeline.ir.graph import Block, BlockGraph
+from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
@@ -275,156 +261,3 @@ def model_sizes(graph: BlockGraph) -> tuple[int, int, int]:
                 experts = max(experts, op.shapes[0][0])
     shape = graph.inputs[0].shape if graph.inputs else (1, 1)
     return max(1, heads), experts, shape[1] if len(shape) == 2 else 1
-
-
-# -- prices of a configuration -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChainProfile:
-    """What every block costs a rank, in execution order; equal blocks are one object.
-
-    Attributes:
-        plain: Blocks as they run plainly, but for parts that are recomputed.
-        again: The same with whole layers recomputed.
-        parameters: All weights.
-    """
-
-    plain: tuple[RankBlock, ...]
-    again: tuple[RankBlock, ...]
-    parameters: RankParameters
-
-    @cached_property
-    def total_s(self) -> float:
-        """Seconds of one microbatch's passes through all blocks."""
-        return sum(one.forward_s + one.backward_s for one in self.plain)
-
-    @cached_property
-    def saved_bytes(self) -> float:
-        """Bytes that one microbatch keeps in all blocks."""
-        return sum(one.saved_bytes for one in self.plain)
-
-    @cached_property
-    def layers(self) -> tuple[tuple[float, float], ...]:
-        """Seconds per byte and bytes that recomputing every whole layer saves, cheapest first."""
-        pairs = zip(self.plain, self.again, strict=True)
-        saved = [
-            (other.backward_s - plain.backward_s, plain.saved_bytes - other.saved_bytes)
-            for plain, other in pairs
-            if plain is not other and plain.saved_bytes > other.saved_bytes
-        ]
-        return tuple(sorted((seconds / size, size) for seconds, size in saved))
-
-    def recomputed_s(self, num_bytes: float) -> float:
-        """Return the least seconds by which recomputation saves so many bytes of a microbatch.
-
-        Infinite where all layers do not save as many; parts of layers count.
-        """
-        found = 0.0
-        for slope, size in self.layers:
-            if num_bytes <= 0:
-                return found
-            found += slope * min(size, num_bytes)
-            num_bytes -= size
-        return found if num_bytes <= 0 else inf
-
-    def bound_s(self, config: GpuConfiguration, pricer: RankPricer, capacity: float) -> float:
-        """Return a bound of the step over all splits; infinite where nothing fits.
-
-        All ranks together keep one microbatch of every block at least.
-        """
-        sizes, count = config.sizes, config.num_microbatches
-        state = pricer.state_bytes(self.parameters)
-        if state > sizes.pp * capacity:
-            return inf
-        more_s = self.recomputed_s(state + self.saved_bytes - sizes.pp * capacity)
-        passes = count / sizes.pp
-        if config.schedule == "1f1b" and count > sizes.pp:
-            passes = (count + sizes.pp - 1) / sizes.pp
-        total_s = passes * (self.total_s + more_s)
-        return total_s + pricer.update_s(self.parameters) / sizes.pp
-
-    def estimate_s(self, config: GpuConfiguration, pricer: RankPricer, capacity: float) -> float:
-        """Return the seconds of a step if all stages were equal; infinite where they do not fit."""
-        sizes, count = config.sizes, config.num_microbatches
-        held = self.parameters.times(1 / sizes.pp)
-        flying = in_flight(config, 0) / sizes.vpp
-        space = max(one.workspace_bytes for one in self.plain)
-        over = pricer.state_bytes(held) + flying * self.saved_bytes / sizes.pp + space - capacity
-        more_s = self.recomputed_s(over * sizes.pp / flying)
-        each_s = (self.total_s + more_s) / sizes.pp
-        once_s = pricer.update_s(held) + max(0.0, pricer.reduction_s(held) - each_s / 2)
-        return (count + (sizes.pp - 1) / sizes.vpp) * each_s + once_s
-
-
-def in_flight(config: GpuConfiguration, rank: int) -> int:
-    """Return about how many stages' microbatches a rank keeps at one time."""
-    pp, vpp, count = config.sizes.pp, config.sizes.vpp, config.num_microbatches
-    if config.schedule == "gpipe":
-        return vpp * count
-    if vpp == 1:
-        kept = pp - rank
-    elif schedule_kind(config.schedule).place(3 * pp, pp) is None:
-        kept = 2 * pp  # in a V: all ranks alike
-    else:
-        kept = (vpp - 1) * pp + 2 * (pp - 1 - rank) + 1
-    return min(kept, vpp * count)
-
-
-class Profiles:
-    """Prices of configurations of one model, by the sizes that matter to a block."""
-
-    def __init__(
-        self, graphs: Mapping[int, BlockGraph], machine: Machine, settings: GpuSettings
-    ) -> None:
-        """Price ``graphs`` (by micro batch) on ``machine``."""
-        self._graphs, self._machine = graphs, machine
-        self._engines = {size: settings.rank_engine(graph) for size, graph in graphs.items()}
-        self._known: dict[tuple[Any, ...], ChainProfile] = {}
-        self._blocks: dict[tuple[Any, ...], RankBlock] = {}
-        rooms = (one.memory_bytes - one.reserved_bytes for one in machine.devices)
-        # Bytes of a GPU that stages can use.
-        self.capacity = float(min(rooms) - BUFFER_BYTES)
-
-    def pricer(self, config: GpuConfiguration) -> RankPricer:
-        """Return the prices of a configuration's blocks."""
-        size = config.sizes.micro_batch
-        return RankPricer(self._graphs[size], self._machine, config.sizes, self._engines[size])
-
-    def of(self, config: GpuConfiguration) -> ChainProfile:
-        """Return what the blocks of a configuration cost."""
-        sizes = config.sizes
-        key: tuple[Any, ...] = (sizes.micro_batch, sizes.tp, sizes.cp, sizes.ep, sizes.recompute)
-        if sizes.zero_stage >= 2:
-            key = (*key, sizes.zero_stage, sizes.dp, sizes.pp)
-        if key not in self._known:
-            self._known[key] = self._profile(self.pricer(config))
-        return self._known[key]
-
-    def _profile(self, pricer: RankPricer) -> ChainProfile:
-        whole = replace(pricer, sizes=replace(pricer.sizes, recompute=("full",)))
-        known: dict[tuple[Any, ...], tuple[RankBlock, RankBlock]] = {}
-        rows, held = [], RankParameters()
-        for block in pricer.graph.blocks:
-            key = (id(block.forward_ops), id(block.backward_ops), block.kind, block.saved_bytes,
-                   len(block.parameters))  # fmt: skip
-            if key not in known:
-                alone = self._alone(pricer, block, key)
-                plain = again = gathered(pricer, block, in_stage(block, alone))
-                if block.kind == "layer":
-                    plain = gathered(pricer, block, pricer.recomputed(block, alone))
-                    again = gathered(whole, block, whole.recomputed(block, alone))
-                known[key] = plain, again
-            rows.append(known[key])
-            held += known[key][0].parameters
-        return ChainProfile(tuple(row[0] for row in rows), tuple(row[1] for row in rows), held)
-
-    def _alone(self, pricer: RankPricer, block: Block, key: tuple[Any, ...]) -> RankBlock:
-        """Return a block without recomputation, which only its own sizes matter to."""
-        sizes = pricer.sizes
-        ep = sizes.ep if any(".experts." in fqn for fqn in block.parameters) else 1
-        key = (*key, sizes.micro_batch, sizes.tp, sizes.cp, ep)
-        if key not in self._blocks:
-            plainly = replace(pricer, sizes=replace(sizes, recompute=()))
-            self._blocks[key] = plainly.block(block)
-        return self._blocks[key]

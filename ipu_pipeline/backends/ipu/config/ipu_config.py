@@ -268,12 +268,6 @@ class IPUConfig:
         name = "inference_replication_factor" if inference else "replication_factor"
         return _choose_replicas(name, getattr(self, name), None)
 
-    def batch_size_factor(self, *, inference: bool = False) -> int:
-        """Return samples per call of the device divided by the micro batch size."""
-        accumulation = 1 if inference else self.gradient_accumulation_steps
-        iterations = self.inference_device_iterations if inference else self.device_iterations
-        return self.replicas(inference=inference) * accumulation * iterations
-
     def for_pod(self, pod_type: str | None) -> IPUConfig:
         """Return a copy whose replication factors are the numbers for ``pod_type``.
 

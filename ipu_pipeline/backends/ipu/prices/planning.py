@@ -170,7 +170,7 @@ class IPUPlanning:
         for replicas, devices in self._layouts(machine, constraints):
             num_ipus = max(devices) + 1
             starts = self._starts_on(devices, constraints)
-            count = constraints.microbatches_of(replicas)
+            count = constraints.num_microbatches
             if len(devices) > len(starts) - 1 or count < _least_microbatches(len(devices), graph):
                 continue
             if powers and num_ipus & (num_ipus - 1):
@@ -267,24 +267,20 @@ class IPUPlanning:
         """Yield replicas and the IPU of every stage."""
         available = len(machine.devices)
         wanted, returning = constraints.num_stages, bool(_device_groups(self.graph, constraints))
-        total = constraints.total_microbatches
-        asked = constraints.replicas
-        for replicas in [asked] if asked else range(1, available + 1):
-            if total is not None and total % replicas:
-                continue
-            if constraints.stage_devices is not None:
-                if (max(constraints.stage_devices) + 1) * replicas <= available:
-                    yield replicas, constraints.stage_devices
-                continue
-            most = min(available // replicas, len(self.graph.blocks))
-            for ipus in range(1, most + 1):
-                if wanted in (None, ipus):
-                    yield replicas, tuple(range(ipus))
-                if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
-                    yield replicas, (*range(ipus), 0)
-                if self._ties_a_decoder and wanted in (None, ipus):
-                    for last in range(1, ipus - 1):
-                        yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
+        replicas = constraints.replicas
+        if constraints.stage_devices is not None:
+            if (max(constraints.stage_devices) + 1) * replicas <= available:
+                yield replicas, constraints.stage_devices
+            return
+        most = min(available // replicas, len(self.graph.blocks))
+        for ipus in range(1, most + 1):
+            if wanted in (None, ipus):
+                yield replicas, tuple(range(ipus))
+            if returning and ipus > 1 and wanted in (None, ipus, ipus + 1):
+                yield replicas, (*range(ipus), 0)
+            if self._ties_a_decoder and wanted in (None, ipus):
+                for last in range(1, ipus - 1):
+                    yield replicas, (*range(last + 1), 0, *range(last + 1, ipus), 0)
 
     @property
     def _ties_a_decoder(self) -> bool:
@@ -301,7 +297,7 @@ class IPUPlanning:
 
     def _nothing_to_try(self, machine: Machine, constraints: Constraints) -> str:
         depth = constraints.num_stages or 1
-        count = constraints.microbatches_of(constraints.replicas or 1)
+        count = constraints.num_microbatches
         least = _least_microbatches(depth, self.graph)
         if count < least:
             return (
@@ -327,7 +323,7 @@ class IPUPlanning:
                 f"{places} at the given granularity; ask for fewer stages"
             )
         return (
-            f"no pipeline to try: {constraints.replicas or 'every number of'} replicas, "
+            f"no pipeline to try: {constraints.replicas} replicas, "
             f"{constraints.num_stages or 'any number of'} stages, {len(machine.devices)} IPUs"
         )
 

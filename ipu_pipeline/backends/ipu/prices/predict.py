@@ -27,6 +27,7 @@ from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan, PlannedStage
+from ipu_pipeline.ir.text import milliseconds, render_table
 from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search.result import Partition
 
@@ -81,14 +82,9 @@ class Prediction(PlacedProgram):
         )
 
     @property
-    def num_microbatches(self) -> int:
-        """Microbatches of a step of one replica (in inference: of a call)."""
-        return self.settings.num_microbatches
-
-    @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step (in inference: one call) over all replicas."""
-        return self.micro_batch * self.num_microbatches * self.settings.replicas
+        return self.micro_batch * self.settings.num_microbatches * self.settings.replicas
 
     @property
     def samples_per_s(self) -> float:
@@ -114,17 +110,22 @@ class Prediction(PlacedProgram):
         )
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the reader should know: refusals of PopART, IPUs that are too full."""
+    def refusal(self) -> str:
+        """Why PopART refuses it; empty where it does not."""
         settings, num_stages = self.settings, len(self.layout.stages)
         least = 2 * num_stages - 1 if settings.training else num_stages
-        found = []
-        if settings.pipelined and settings.num_microbatches < least:
-            name = "gradient_accumulation_steps" if settings.training else "device_iterations"
-            found.append(
-                f"PopART refuses this: {num_stages} forward stages need {name} of at least "
-                f"{least}, it is {settings.num_microbatches}"
-            )
+        if not settings.pipelined or settings.num_microbatches >= least:
+            return ""
+        name = "gradient_accumulation_steps" if settings.training else "device_iterations"
+        return (
+            f"PopART refuses this: {num_stages} forward stages need {name} of at least {least}, it "
+            f"is {settings.num_microbatches}"
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader should know: refusals of PopART, IPUs that are too full."""
+        found = [self.refusal] if self.refusal else []
         for ipu, memory in enumerate(self.memory):
             if not memory.fits(self.chip):
                 kinds = vars(memory)
@@ -140,17 +141,14 @@ class Prediction(PlacedProgram):
     def text(self) -> str:
         """Return a report for a terminal."""
         parts = [
-            _headline(self),
-            self.settings.program_text(),
-            "",
-            *_memory_table(self),
-            "",
-            *_stage_table(self),
+            f"{_headline(self)}\n{self.settings.program_text()}",
+            _memory_table(self),
+            _stage_table(self),
+            _step_table(self),
         ]
-        parts += ["", *_step_table(self)]
         if self.notes:
-            parts += ["", *(f"! {note}" for note in self.notes)]
-        return "\n".join(parts) + "\n"
+            parts.append("\n".join(f"! {note}" for note in self.notes))
+        return "\n\n".join(parts) + "\n"
 
 
 def predict(
@@ -193,53 +191,43 @@ def _headline(prediction: Prediction) -> str:
     )
 
 
-def _memory_table(prediction: Prediction) -> list[str]:
+def _memory_table(prediction: Prediction) -> str:
     kinds = [item.name for item in fields(IPUMemory)]
-    rows = [["MB per IPU", *kinds, "total", "fullest tile"]]
+    rows = []
     for ipu, memory in enumerate(prediction.memory):
         share = memory.fullest_tile_bytes(prediction.chip) / prediction.chip.tile_memory_bytes
         sizes = [f"{getattr(memory, kind) / 1e6:.0f}" for kind in kinds]
         rows.append([f"{ipu}", *sizes, f"{memory.total_bytes / 1e6:.0f}", f"{share:.0%}"])
-    return _aligned(rows)
+    return render_table(["MB per IPU", *kinds, "total", "fullest tile"], rows)
 
 
-def _stage_table(prediction: Prediction) -> list[str]:
-    rows = [["stage", "IPU", "blocks", "forward ms", "backward ms", "recompute ms"]]
-    for position, (stage, time) in enumerate(
-        zip(prediction.layout.stages, prediction.time.stages, strict=True)
-    ):
-        blocks = (
-            stage.blocks[0]
-            if len(stage.blocks) == 1
-            else (f"{stage.blocks[0]} .. {stage.blocks[-1]}")
-        )
+def _stage_table(prediction: Prediction) -> str:
+    rows = []
+    stages = zip(prediction.layout.stages, prediction.time.stages, strict=True)
+    for position, (stage, time) in enumerate(stages):
+        blocks = " .. ".join(dict.fromkeys((stage.blocks[0], stage.blocks[-1])))
         seconds = (time.forward_s, time.backward_s, time.recompute_s)
         rows.append(
-            [f"{position}", f"{stage.ipu}", blocks, *(f"{value * 1e3:.3f}" for value in seconds)]
+            [f"{position}: {blocks}", f"{stage.ipu}", *(f"{value * 1e3:.3f}" for value in seconds)]
         )
-    return _aligned(rows)
+    return render_table(["stage", "IPU", "forward ms", "backward ms", "recompute ms"], rows)
 
 
-def _step_table(prediction: Prediction) -> list[str]:
+def _step_table(prediction: Prediction) -> str:
     time = prediction.time
     fill, main, flush = time.num_cycles
-    rows = [
-        ["part of a step", "ms", "note"],
-        ["fill", f"{time.fill_s * 1e3:.2f}", f"{fill} cycles"],
-        ["main", f"{time.main_s * 1e3:.2f}", f"{main} cycles of {time.cycle_s * 1e3:.3f} ms, of "
-         f"these {time.copy_s * 1e3:.3f} copies and {time.input_s * 1e3:.3f} input"],
-        ["flush", f"{time.flush_s * 1e3:.2f}", f"{flush} cycles"],
-        *([name, f"{seconds * 1e3:.2f}", ""] for name, seconds in time.once_s.items()),
-    ]  # fmt: skip
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+    cycle = (
+        f"{main} cycles of {time.cycle_s * 1e3:.3f} ms, of these {time.copy_s * 1e3:.3f} copies "
+        f"and {time.input_s * 1e3:.3f} input"
+    )
+    parts = [
+        ("fill", time.fill_s, f"{fill} cycles"),
+        ("main", time.main_s, cycle),
+        ("flush", time.flush_s, f"{flush} cycles"),
+        *((name, seconds, "") for name, seconds in time.once_s.items()),
     ]
+    rows = [(name, milliseconds(seconds), note) for name, seconds, note in parts]
+    return render_table(["part of a step", "ms", "note"], rows)
 
 
 def partition_of(prediction: Prediction, bound_s: float) -> Partition:
@@ -279,7 +267,7 @@ def partition_of(prediction: Prediction, bound_s: float) -> Partition:
         lower_bound=min(bound_s, total_s),
         binding=prediction.binding,
         schedule="popart",
-        num_microbatches=prediction.num_microbatches,
+        num_microbatches=settings.num_microbatches,
         replicas=settings.replicas,
         settings=placement_of(graph, layout, settings).to_json(),
     )
@@ -324,11 +312,13 @@ def configured_partition(graph: BlockGraph, settings: IPUSettings, machine: Mach
 
     Raises:
         ConfigError: They do not fit the model or the machine.
-        PartitionError: An IPU has not enough memory for what they put on it, or poptorch cannot
-            begin the stages so.
+        PartitionError: An IPU has not enough memory for what they put on it, poptorch cannot
+            begin the stages so, or there are too few microbatches.
     """
     prediction = predict(graph, settings, machine)
     _check_begins(prediction)
+    if prediction.refusal:
+        raise PartitionError(f"{prediction.refusal}; raise it, or use fewer IPUs")
     if prediction.fits:
         return partition_of(prediction, prediction.time.total_s)
     ipu = prediction.fullest[1]

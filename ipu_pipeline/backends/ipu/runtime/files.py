@@ -6,11 +6,11 @@ import hashlib
 import json
 import runpy
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 from .checks import BundleError
+from .messages import Test, is_text, or_none
 
-Test = Callable[[Any], bool]
 _DTYPES = ("float16", "float32")
 
 
@@ -27,16 +27,8 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _each(test: Test) -> Test:
     return lambda value: isinstance(value, list) and all(map(test, value))
-
-
-def _or_none(test: Test) -> Test:
-    return lambda value: value is None or test(value)
 
 
 def _one_of(*names: str) -> Test:
@@ -54,11 +46,11 @@ _FIELDS: dict[str, tuple[Test, str]] = {
     "recompute recompute_checkpoint_every_layer optimizer_state_offchip replicated_tensor_sharding "
     "enable_half_partials auto_loss_scaling explicit_ir_inference half": (_flag, "true or false"),
     "learning_rate eps momentum weight_decay loss_scaling": (_number, "a number from 0 on"),
-    "max_grad_norm": (_or_none(_number), "a number from 0 on, or null"),
+    "max_grad_norm": (or_none(_number), "a number from 0 on, or null"),
     "seed": (lambda seed: seed in (None, 0) or _whole(seed), "a whole number from 0 on, or null"),
     "memory_proportions inference_memory_proportions": (_each(_number), "a list of numbers"),
     "betas": (lambda betas: _each(_number)(betas) and len(betas) == 2, "a list of two numbers"),
-    "annotated_blocks": (_each(_text), "a list of names"),
+    "annotated_blocks": (_each(is_text), "a list of names"),
     "output_mode": (_one_of("final", "all", "sum", "default"), "final, all, sum or default"),
     "optimizer": (
         _one_of("AdamW", "Adam", "LAMB", "SGD", "RMSprop"),
@@ -68,7 +60,7 @@ _FIELDS: dict[str, tuple[Test, str]] = {
         _one_of(*_DTYPES),
         "float16 or float32",
     ),
-    "executable_cache_dir plan_sha256": (_text, "a text"),
+    "executable_cache_dir plan_sha256": (is_text, "a text"),
 }
 _TESTS = {name: test for names, test in _FIELDS.items() for name in names.split()}
 

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import struct
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Dict, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 VERSION = 1
 # Larger than any plain part of a message; a length beyond it is no message of ours.
 _MOST_BYTES = 1 << 28
+# Bytes of tensors in one message.
+PAGE_BYTES = 1 << 28
 _ALIGNMENT = 64
 _LENGTH = struct.Struct(">Q")
 
@@ -30,7 +32,8 @@ class MessageError(ValueError):
     """A message is none of this version's."""
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Tell whether a value is a text."""
     return isinstance(value, str)
 
 
@@ -39,11 +42,11 @@ def _count(value: Any) -> bool:
 
 
 def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def _named(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_text, value))
+    return isinstance(value, dict) and all(map(is_text, value))
 
 
 def _groups(value: Any) -> bool:
@@ -52,7 +55,8 @@ def _groups(value: Any) -> bool:
     )
 
 
-def _or_none(test: Test) -> Test:
+def or_none(test: Test) -> Test:
+    """Return the test that ``None`` passes, too."""
     return lambda value: value is None or test(value)
 
 
@@ -61,21 +65,36 @@ COMMANDS: dict[str, dict[str, Test]] = {
     "build": {"model": _named, "parameters": _named, "buffers": _named},
     "write": {"tensors": _named},
     "check": {"sample": _named},
-    "train": {"batch": _named, "groups": _or_none(_groups)},
+    "train": {"batch": _named, "groups": or_none(_groups)},
     "evaluate": {"batch": _named},
-    "read": {"first": _count},
-    "read_optimizer": {"first": _count},
+    "read": {"page": _count},
+    "read_optimizer": {"page": _count},
     "write_optimizer": {"tensors": _named},
     "release": {},
     "save_executable": {
-        "path": _text,
+        "path": is_text,
         "batch": _named,
-        "groups": _or_none(_groups),
-        "ipu_version": _or_none(_count),
+        "groups": or_none(_groups),
+        "ipu_version": or_none(_count),
     },
-    "load_executable": {"path": _text, "groups": _or_none(_groups)},
+    "load_executable": {"path": is_text, "groups": or_none(_groups)},
     "close": {},
 }
+
+
+def paged(tensors: Mapping[str, Tensor]) -> Iterator[Dict[str, Tensor]]:
+    """Yield the tensors in parts that one message holds: more only fills memory."""
+    page: Dict[str, Tensor] = {}
+    used = 0
+    for name, value in tensors.items():
+        size = value.numel() * value.element_size()
+        if page and used + size > PAGE_BYTES:
+            yield page
+            page, used = {}, 0
+        page[name] = value.detach()
+        used += size
+    if page:
+        yield page
 
 
 class SharedTensors:
@@ -154,6 +173,10 @@ def unpack(value: Any, tensors: SharedTensors) -> Any:
     return items if kind == "list" else tuple(items)
 
 
+# What comes of reading what is no message.
+_NO_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError)
+
+
 class Channel:
     """One end of the socket, with the two mappings.
 
@@ -192,15 +215,17 @@ class Channel:
         try:
             message = json.loads(self._bytes(length))
             version, kind, packed = message["version"], message["kind"], message["values"]
-            named = packed.items()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise MessageError(f"what came is no message of version {VERSION}: {error}") from error
-        if version != VERSION:
+            if version == VERSION:
+                named = {str(n): unpack(value, self._incoming) for n, value in packed.items()}
+                return str(kind), named
+        except _NO_MESSAGE as error:
             raise MessageError(
-                f"the other side speaks version {version} of the messages, this one {VERSION}; "
-                "compile again, so that the worker's files are written anew"
-            )
-        return kind, {name: unpack(value, self._incoming) for name, value in named}
+                f"what came is no message of version {VERSION}: {str(error)[:300]}"
+            ) from error
+        raise MessageError(
+            f"the other side speaks version {str(version)[:40]} of the messages, this one "
+            f"{VERSION}; compile again, so that the worker's files are written anew"
+        )
 
     def close(self) -> None:
         """Close this end; the other side reads the end of file."""

@@ -25,15 +25,13 @@ from torch import Tensor
 
 from .checks import BundleError, check_blocks, check_order
 from .files import read_files
-from .messages import Channel, MessageError, SharedTensors, check_command
+from .messages import Channel, MessageError, SharedTensors, check_command, paged
 from .placement import ModuleNotFound, PlacementError, find_modules
 from .sdk_model import ModelError, SdkModel
 from .sessions import CompileError, Sessions
 
 # What the user can act on: said as it is, without a traceback.
 REFUSALS = (BundleError, CompileError, MessageError, ModelError, ModuleNotFound, PlacementError)
-# Bytes of tensors in one answer: more only fills memory.
-PAGE_BYTES = 1 << 28
 
 
 class Server:
@@ -51,7 +49,7 @@ class Server:
         self._plan, self._settings, self._blocks = read_files(folder)
         self._model: SdkModel = None  # type: ignore[assignment]  # the first command makes it
         self.sessions: Sessions = None  # type: ignore[assignment]  # "check" makes it
-        self._page: list[tuple[str, Tensor]] = []
+        self._pages: Iterator[dict[str, Tensor]] = iter(())
 
     def run(self) -> None:
         """Answer until the command ``close``, or until the other side is gone."""
@@ -105,7 +103,8 @@ class Server:
         """Run the model on the host, check the blocks against what ran, and annotate it.
 
         Returns:
-            What the model computed for ``sample`` in evaluation mode, by name.
+            What the model computed for ``sample`` in evaluation mode, by name, and whether it
+            must be compared (see :class:`SdkModel`).
         """
         planned = {block["name"] for block in self._plan["graph"]["blocks"]}
         listed = [name for name in self._settings["annotated_blocks"] if name in planned]
@@ -124,7 +123,7 @@ class Server:
             handle.remove()
         self._model.finish()
         self.sessions = Sessions(model, running, known, self._settings, self._poptorch)
-        return {"outputs": outputs, "blocks": len(running)}
+        return {"outputs": outputs, "has_guesses": self._model.has_guesses}
 
     def do_train(self, batch: Mapping[str, Any], groups: Any) -> dict[str, Any]:
         """Run one call of the training program."""
@@ -136,19 +135,19 @@ class Server:
         with _said("evaluation", self.sessions.inference):
             return {"outputs": self.sessions.evaluate(batch)}
 
-    def do_read(self, first: int) -> dict[str, Any]:
-        """Return weights, from the one with number ``first`` on, as many as one answer holds."""
-        if first == 0:
+    def do_read(self, page: int) -> dict[str, Any]:
+        """Return the next weights, as many as one answer holds; none after the last page."""
+        if page == 0:
             self.sessions.fetch_weights()
-            self._page = list(self._model.tensors().items())
-        return self._next_page(first)
+            self._pages = paged(self._model.tensors())
+        return self._next_page()
 
-    def do_read_optimizer(self, first: int) -> dict[str, Any]:
+    def do_read_optimizer(self, page: int) -> dict[str, Any]:
         """Return optimizer state by the device's names, as ``read`` returns weights."""
-        if first == 0:
+        if page == 0:
             names, state = self._model.names(), self.sessions.optimizer_state()
-            self._page = [(_device_name(key, names), value) for key, value in state.items()]
-        return self._next_page(first)
+            self._pages = paged({_device_name(key, names): v for key, v in state.items()})
+        return self._next_page()
 
     def do_write_optimizer(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Take optimizer state, for the next program that is made for training."""
@@ -192,19 +191,8 @@ class Server:
         here = self._here()
         return [{**group, "params": [here[n] for n in group["params"]]} for group in groups]
 
-    def _next_page(self, first: int) -> dict[str, Any]:
-        tensors: dict[str, Tensor] = {}
-        used = 0
-        for name, value in self._page[first:]:
-            if tensors and used + value.numel() * value.element_size() > PAGE_BYTES:
-                break
-            used += value.numel() * value.element_size()
-            tensors[name] = value.detach()
-        end = first + len(tensors)
-        if end == len(self._page):
-            self._page = []
-            return {"tensors": tensors, "next": None}
-        return {"tensors": tensors, "next": end}
+    def _next_page(self) -> dict[str, Any]:
+        return {"tensors": next(self._pages, {})}
 
 
 def _tensors(output: Any) -> dict[str, Tensor]:

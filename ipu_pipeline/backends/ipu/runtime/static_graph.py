@@ -31,6 +31,18 @@ _CHOICES = (
 )
 
 
+# Functions of tensors that model code applies to sizes where it is traced: sizes are tensors there.
+_OF_SIZES = ("ceil", "floor", "round")
+
+
+def _of_numbers(own: Any) -> Any:
+    @functools.wraps(own)
+    def changed(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(x if isinstance(x, Tensor) else torch.tensor(x), *args, **kwargs)
+
+    return changed
+
+
 @contextlib.contextmanager
 def static_graph(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``torch.jit.is_tracing()`` says yes and configs choose what is static."""
@@ -45,13 +57,18 @@ def static_graph(model: nn.Module) -> Iterator[None]:
         if getattr(config, name, None) == dynamic
     ]
     statics = {name: static for name, _, static in _CHOICES}
+    of_sizes = {name: getattr(torch, name) for name in _OF_SIZES}
     jit.is_tracing = lambda: True
+    for name, function in of_sizes.items():
+        setattr(torch, name, _of_numbers(function))
     for config, name, _ in changed:
         setattr(config, name, statics[name])
     try:
         yield
     finally:
         jit.is_tracing = own
+        for name, function in of_sizes.items():
+            setattr(torch, name, function)
         for config, name, dynamic in changed:
             setattr(config, name, dynamic)
 

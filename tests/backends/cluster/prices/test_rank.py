@@ -6,15 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu_attention import CoreAttentionPricer
+from benchmarks.gpu_step import ZERO_BUBBLE_2P, PublishedStep, total_of
 from ipu_pipeline.backends.cluster.backend import BACKEND
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import ParallelSizes, RankEngine
 from ipu_pipeline.backends.cluster.prices.rank import (
     RankBlock,
     RankParameters,
     RankPricer,
-    total_of,
 )
-from ipu_pipeline.backends.cluster.prices.rank_step import ZERO_BUBBLE_2P, RankStep
 from ipu_pipeline.capture import capture
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machines import machine_by_name
@@ -61,8 +61,8 @@ def test_a_fused_layer_keeps_what_korthikanti_counts(gpt: BlockGraph) -> None:
     stream = TOKENS * HIDDEN
     found = rank(gpt).block(layer(gpt)).saved_bytes / 1.04
     assert found == pytest.approx(34 * stream + 4 * HEADS * TOKENS)
-    unfused = RankEngine(fused=True, dropout=True, fused_attention=False)
-    found = rank(gpt, unfused).block(layer(gpt)).saved_bytes / 1.04
+    unfused = CoreAttentionPricer(gpt, H100, ParallelSizes(), MEGATRON)
+    found = unfused.block(layer(gpt)).saved_bytes / 1.04
     assert found == pytest.approx(34 * stream + 5 * HEADS * TOKENS**2)
 
 
@@ -145,18 +145,18 @@ def test_wrong_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
 def test_a_step_replays_the_schedule_and_counts_what_is_in_flight(gpt: BlockGraph) -> None:
     block = RankBlock(1.0, 2.0, 1e9, 0.0, RankParameters(dense=1.0))
     pricer = rank(gpt, pp=4)
-    step = RankStep(pricer, (block,) * 4, "1f1b", 8)
+    step = PublishedStep.of(pricer, (block,) * 4, "1f1b", 8)
     assert step.step_s() == pytest.approx((8 + 3) * 3.0, rel=1e-3)
     kept = [round(b / 1e9 - 0.4) for b in step.memory_bytes()]
     assert kept == [4, 3, 2, 1]
-    more = RankStep(pricer, (block,) * 4, "1f1b", 8, more_in_flight=1)
+    more = PublishedStep.of(pricer, (block,) * 4, "1f1b", 8, more_in_flight=1)
     assert [round(b / 1e9 - 0.4) for b in more.memory_bytes()] == [5, 4, 3, 2]
-    none = RankStep(pricer, (block,) * 4, ZERO_BUBBLE_2P, 8)
+    none = PublishedStep.of(pricer, (block,) * 4, ZERO_BUBBLE_2P, 8)
     assert none.step_s() == pytest.approx(8 * 3.0, rel=1e-3)
     assert round(none.memory_bytes()[0] / 1e9 - 0.4) == 8
     half = total_of([(block, 0.5), (block, 0)])
     # Ranks visit their stages in turn: the bytes of all add up as they are alive together.
-    looped = RankStep(rank(gpt, pp=4, vpp=2), (half,) * 8, "interleaved", 8)
+    looped = PublishedStep.of(rank(gpt, pp=4, vpp=2), (half,) * 8, "interleaved", 8)
     assert looped.step_s() < step.step_s()
     assert looped.memory_bytes()[0] / 1e9 - 0.4 == pytest.approx(0.5 * (4 + 2 * 3 + 1))
 
@@ -174,9 +174,8 @@ def test_a_fused_loss_holds_the_logits_and_their_gradient_in_16_bits(gpt: BlockG
 def test_stages_in_a_v_are_on_the_ranks_where_the_schedule_places_them(gpt: BlockGraph) -> None:
     pricer = rank(gpt, pp=2, vpp=2)
     stages = tuple(RankBlock(0.01, 0.02, 1e9 * (n + 1)) for n in range(4))
-    step = RankStep(pricer, stages, "zbv", 8)
+    step = PublishedStep.of(pricer, stages, "zbv", 8)
     assert step.shape.devices == (0, 1, 1, 0)
-    assert step.step_s() < RankStep(pricer, stages, "interleaved", 8).step_s()
-    reserved = RankPricer(gpt, H100, pricer.sizes, RankEngine(reserved_share=1.5))
-    used = RankStep(reserved, stages, "zbv", 8).memory_bytes()
+    assert step.step_s() < PublishedStep.of(pricer, stages, "interleaved", 8).step_s()
+    used = PublishedStep.of(pricer, stages, "zbv", 8, reserved_share=1.5).memory_bytes()
     assert used == pytest.approx([1.5 * one for one in step.memory_bytes()])

@@ -91,11 +91,11 @@ def test_every_door_says_the_same(
     assert 0 < plan.lower_bound_s <= plan.objective_s
     assert f"predicted step {milliseconds(plan.objective_s)} ms" in loaded.explain()
     assert not found.misfits
-    for rank, num_bytes in enumerate(step.memory_bytes()):
-        own = [found.stages[number] for number in step.on_rank(rank)]
+    for rank, needed in enumerate(step.rank_bytes):
+        own = [found.stages[number] for number in step.of_ranks[rank]]
         held = sum(load.weight_bytes for load in own) + step.kept_bytes()[rank]
         held += max(load.workspace_bytes for load in own)
-        assert held == pytest.approx(num_bytes, rel=1e-6)
+        assert held == pytest.approx(needed.total, rel=1e-6)
 
 
 def test_sharing_a_stage_makes_it_smaller() -> None:

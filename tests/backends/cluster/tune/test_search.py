@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from ipu_pipeline.backends.cluster.backend import BACKEND
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
-from ipu_pipeline.backends.cluster.tune.search import GpuTuneResult, even_ends, tune
-from ipu_pipeline.backends.cluster.tune.space import GpuRequest, Profiles, configurations
+from ipu_pipeline.backends.cluster.tune.quick import Profiles, even_ends
+from ipu_pipeline.backends.cluster.tune.search import GpuTuneResult, tune
+from ipu_pipeline.backends.cluster.tune.space import GpuRequest, configurations
 from ipu_pipeline.backends.cluster.tune.text import result_text, shares
 from ipu_pipeline.capture import capture
 from ipu_pipeline.cli import app
@@ -113,9 +114,7 @@ def test_bounds_are_below_every_plan() -> None:
     machine, request = small(), GpuRequest(global_batch=16)
     profiles = Profiles({2: captured(2)}, machine, request.settings)
     for point in tuned(micro_batch=2).points:
-        pricer = profiles.pricer(point.config)
-        profile = profiles.of(point.config)
-        bound_s = profile.bound_s(point.config, pricer, profiles.capacity)
+        bound_s = profiles.of(point.config).bound_s()
         assert 0 < bound_s <= point.plan.objective_s * (1 + 1e-12)
 
 

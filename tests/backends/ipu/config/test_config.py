@@ -99,7 +99,6 @@ def test_defaults_are_those_of_the_published_library() -> None:
     assert config.layers_per_ipu == (-1,)
     assert config.num_ipus() == 1
     assert config.memory_proportions() == (0.2,)
-    assert config.batch_size_factor() == 1
     assert config.enable_half_partials
     assert config.legacy_notes() == ()
 
@@ -231,18 +230,6 @@ def test_inference_may_use_other_ipus() -> None:
     config = IPUConfig(ipus_per_replica=4, inference_ipus_per_replica=2)
     assert (config.num_ipus(), config.num_ipus(inference=True)) == (4, 2)
     assert IPUConfig(ipus_per_replica=4).num_ipus(inference=True) == 4
-
-
-def test_batch_size_factor() -> None:
-    config = IPUConfig(
-        replication_factor=4,
-        gradient_accumulation_steps=16,
-        device_iterations=2,
-        inference_replication_factor={"default": 3},
-        inference_device_iterations=5,
-    )
-    assert config.batch_size_factor() == 128
-    assert config.batch_size_factor(inference=True) == 15
 
 
 def test_replicas_by_pod_type() -> None:

@@ -39,7 +39,7 @@ def test_the_published_command_line() -> None:
         "embedding_serialization_factor=2"
     )
     assert config.embedding_serialization_factor == 2
-    assert config.for_pod("pod16").batch_size_factor() == 64
+    assert config.for_pod("pod16").replication_factor == 4
 
 
 @pytest.mark.parametrize("text", ["", "  ", ","])

@@ -99,9 +99,9 @@ def test_a_length_that_is_none(ends: Any) -> None:
     ("kind", "values", "message"),
     [
         ("run", {}, r"'run' is no command; there are build, write"),
-        ("read", {}, r"the command 'read' has a wrong or unknown value: first"),
-        ("read", {"first": -1}, r"wrong or unknown value: first"),
-        ("read", {"first": 0, "more": 1}, r"wrong or unknown value: more"),
+        ("read", {}, r"the command 'read' has a wrong or unknown value: page"),
+        ("read", {"page": -1}, r"wrong or unknown value: page"),
+        ("read", {"page": 0, "more": 1}, r"wrong or unknown value: more"),
         ("train", {"batch": {}, "groups": [{}]}, r"wrong or unknown value: groups"),
         ("write", {"tensors": {1: 2}}, r"wrong or unknown value: tensors"),
     ],

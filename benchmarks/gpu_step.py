@@ -1,0 +1,112 @@
+"""The step of a published run, from its stages alone: what a plan says otherwise is derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
+from ipu_pipeline.backends.cluster.prices.rank_step import BUFFER_BYTES, RankStep
+from ipu_pipeline.planner.schedules import schedule_kind
+from ipu_pipeline.planner.schedules.stage_loads import Copies
+
+# A schedule that torch has no class for: weights' gradients fill all bubbles, with twice as many
+# microbatches in flight. Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, ZB-2p.
+ZERO_BUBBLE_2P = "zero_bubble_2p"
+_HALF_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedStep(RankStep):
+    """A pipeline of ranks whose schedule may be one that no plan can have.
+
+    Attributes:
+        more_in_flight: Microbatches that every stage keeps besides the schedule's, in units of
+            one microbatch.
+        in_flight_factor: How many times the schedule's microbatches every stage keeps.
+        reserved_share: Bytes that are counted as a rank's, per byte that it uses: above 1 where
+            what its allocator reserved is counted.
+    """
+
+    more_in_flight: float = 0.0
+    in_flight_factor: float = 1.0
+    reserved_share: float = 1.0
+
+    @classmethod
+    def of(
+        cls, pricer: RankPricer, stages: Sequence[RankBlock], schedule: str,
+        num_microbatches: int, **more: float,
+    ) -> PublishedStep:  # fmt: skip
+        """Return a step with its stages where the schedule places them, else on rank ``s % pp``."""
+        depth, pp, placed = len(stages), pricer.sizes.pp, None
+        if schedule != ZERO_BUBBLE_2P:
+            placed = schedule_kind(schedule).place(depth, pp)
+        ranks = placed or tuple(stage % pp for stage in range(depth))
+        return cls(
+            pricer=pricer,
+            stages=tuple(stages),
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            ranks=ranks,
+            copies=_copies(pricer, ranks),
+            update_s=tuple(pricer.update_s(stage.parameters) for stage in stages),
+            state_bytes=tuple(round(pricer.state_bytes(stage.parameters)) for stage in stages),
+            **more,
+        )
+
+    def passes_s(self) -> float:
+        """Return the seconds of all passes and copies of a step."""
+        if self.schedule != ZERO_BUBBLE_2P:
+            return super().passes_s()
+        pairs = zip(self.stages, self.copies, strict=True)
+        loads = (s.forward_s + s.backward_s + c.forward_s + c.backward_s for s, c in pairs)
+        return self.num_microbatches * max(loads)
+
+    def kept_bytes(self) -> Sequence[float]:
+        """Most bytes of saved tensors on every rank at one time."""
+        if self.schedule != ZERO_BUBBLE_2P:
+            return super().kept_bytes()
+        return [2 * self.pricer.sizes.pp * stage.saved_bytes for stage in self.stages]
+
+    def memory_bytes(self) -> tuple[float, ...]:
+        """Return the most bytes that every rank of the pipeline holds."""
+        found = []
+        for own, kept in zip(self.of_ranks, self.kept_bytes(), strict=True):
+            more = self.more_in_flight * self.stages[own[-1]].saved_bytes
+            used = self.pricer.state_bytes(self.held_by(own)) + self.in_flight_factor * kept + more
+            used += max(self.stages[number].workspace_bytes for number in own) + BUFFER_BYTES
+            found.append(self.reserved_share * used)
+        return tuple(found)
+
+
+def _copies(pricer: RankPricer, ranks: Sequence[int]) -> tuple[Copies, ...]:
+    """Seconds of the copies of the residual stream over both boundaries of every stage."""
+    machine, sizes = pricer.machine, pricer.sizes
+    kernels, apart = machine.devices[0].kernels, sizes.num_devices
+    num_bytes = _HALF_BYTES * pricer.tokens * pricer.hidden / pricer.shared
+    share = 1.0 if kernels is None else kernels.link_share
+    shown = 1.0 - (pricer.engine.pipeline_overlap if len(ranks) > sizes.pp else 0.0)
+    found = [0.0]
+    for places in pairwise(ranks):
+        here, there = (place * apart // sizes.pp for place in places)
+        link = machine.link_between(here, there)
+        one_s = link.latency_s + num_bytes / (link.bytes_per_s * share)
+        found.append(0.0 if here == there else shown * one_s)
+    found.append(0.0)
+    return tuple(Copies(before, behind, behind, before) for before, behind in pairwise(found))
+
+
+def total_of(parts: Iterable[tuple[RankBlock, float]]) -> RankBlock:
+    """Return blocks, each so many times, one after the other; below one: a share of it."""
+    found = RankBlock()
+    for block, number in parts:
+        if number:
+            found = RankBlock(
+                found.forward_s + block.forward_s * number,
+                found.backward_s + block.backward_s * number,
+                found.saved_bytes + block.saved_bytes * number,
+                max(found.workspace_bytes, block.workspace_bytes * min(1.0, number)),
+                found.parameters + block.parameters.times(number),
+            )
+    return found
