@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,6 @@ from ipu_pipeline.cli.options import (
     counted,
     save_plan,
 )
-
-if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenRun
-    from ipu_pipeline.ir.machine import Machine
 
 
 class Framework(str, Enum):
@@ -91,40 +86,22 @@ def import_command(
     Sizes that are given replace the file's.
     """
     from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
-    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, given_plan
-    from ipu_pipeline.errors import PlanError
-    from ipu_pipeline.ir.files import check_outputs
+    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, imported_plan
+    from ipu_pipeline.ir.files import check_outputs, of_file
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output}, force=force)
-    given = read_plan(file, framework.value)
-    asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
-             "global_batch": global_batch}  # fmt: skip
-    sizes = _merged(given, asked)
+    given = read_plan(file, framework.value).with_sizes(
+        {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
+         "global_batch": global_batch}
+    )  # fmt: skip
     described = machine_by_name(machine)
-    captured = captured_model(model, task, sizes.get("micro_batch", 1), seq_length,
+    captured = captured_model(model, task, given.sizes.get("micro_batch", 1), seq_length,
                               given.settings.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(given.extra_layers)
-    stages = given.stages(captured.graph)
-    empty = [str(number) for number, stage in enumerate(stages) if not stage]
-    if empty:
-        raise PlanError(
-            f"{file}: stage {', '.join(empty)} is empty, which a plan cannot hold; price it with "
-            "predict --layout"
-        )
-    run = _run(described, len(stages), sizes, given)
-    made = given_plan(captured, described, stages, run)
+    with of_file(file):
+        made = imported_plan(given, captured, described)
     typer.echo(made.explain())
     save_plan(made, output)
-
-
-def _merged(given: Imported, asked: dict[str, int | None]) -> dict[str, int]:
-    """Return the sizes of a file with those asked for; one way to say the batch takes the place."""
-    sizes = dict(given.sizes)
-    if asked["microbatches"] is not None or asked["global_batch"] is not None:
-        sizes.pop("microbatches", None)
-        sizes.pop("global_batch", None)
-    return sizes | {name: size for name, size in asked.items() if size is not None}
 
 
 def predict_layout(
@@ -136,6 +113,7 @@ def predict_layout(
     from ipu_pipeline.backends.cluster.layouts.given_layout import (
         captured_model,
         given_plan,
+        given_run,
         own_plan,
     )
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
@@ -163,18 +141,12 @@ def predict_layout(
     captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
                               said.get("precision"))  # fmt: skip
     captured = captured.with_extra_layers(parsed.num_extra_layers)
-    run = _run(described, len(parsed.stages), known, given)
+    run = given_run(
+        described, len(parsed.stages), known, given.settings, schedule, recompute=given.recompute
+    )
     made = given_plan(captured, described, given.stages(captured.graph), run)
     try:
         ours, problem = own_plan(captured, made, run), ""
     except PartitionError as error:
         ours, problem = None, str(error)
     typer.echo(layout_text(made, ours, problem))
-
-
-def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:
-    from ipu_pipeline.backends.cluster.layouts.given_layout import given_run
-
-    return given_run(
-        machine, num_stages, sizes, given.settings, given.schedule, recompute=given.recompute
-    )

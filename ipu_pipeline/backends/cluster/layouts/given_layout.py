@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from ipu_pipeline.backends.cluster.layouts.exchange import Imported
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import EXTRA
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
-from ipu_pipeline.errors import PartitionError, PlanError
+from ipu_pipeline.errors import PartitionError, PlanError, listed
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -198,6 +199,25 @@ def given_plan(
             settings=to_json(run.settings),
         )
     )
+
+
+def imported_plan(given: Imported, model: GivenModel, machine: Machine) -> Plan:
+    """Return what a file of another framework says as a plan with its price.
+
+    Raises:
+        PlanError: The model, the machine or the schedule do not allow it.
+    """
+    model = model.with_extra_layers(given.extra_layers)
+    stages = given.stages(model.graph)
+    empty = [str(number) for number, stage in enumerate(stages) if not stage]
+    if empty:
+        raise PlanError(
+            f"stage {listed(empty)} is empty, which a plan cannot hold; price it with predict "
+            "--layout"
+        )
+    run = given_run(machine, len(stages), given.sizes, given.settings, given.schedule,
+                    recompute=given.recompute)  # fmt: skip
+    return given_plan(model, machine, stages, run)
 
 
 def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEARCH_S) -> Plan:
