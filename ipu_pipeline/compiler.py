@@ -97,7 +97,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     manager = PassManager.parse(passes)
     depth = depth_of(num_stages, config)
     asked = replace(constraints or Constraints(), num_stages=depth)
-    model, example_batch = original_model(model), ready_batch(example_batch)
+    model = original_model(model)
     begin = time.monotonic()
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
@@ -120,7 +120,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         limits.num_microbatches,
         limits.replicas,
         {**backend.settings(captured.graph, config, limits), **(settings or {})},
-        measured_seconds(captured, example_batch, described, costs),
+        measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
     split = backend.placement(work) if constraints is None else None

@@ -97,7 +97,7 @@ def attention_window(module: nn.Module) -> int | None:
         number, config = getattr(child, "layer_idx", None), getattr(child, "config", None)
         if number is None or config is None:
             continue
-        if getattr(config, "_heterogeneity_spec", None) is not None:  # it differs between layers
+        if getattr(config, "is_heterogeneous", False):  # then only a layer's own may be read
             config = config.per_layer_config[number]
         kinds = getattr(config, "layer_types", None) or ()
         sliding = number >= len(kinds) or kinds[number] == "sliding_attention"

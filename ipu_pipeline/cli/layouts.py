@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +23,7 @@ from ipu_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout
-    from ipu_pipeline.ir.plan import Plan
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, GivenModel
 
 
 class Framework(str, Enum):
@@ -91,31 +89,20 @@ def import_command(
     Sizes that are given replace the file's.
     """
     from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
-    from ipu_pipeline.errors import PlanError
-    from ipu_pipeline.ir.files import check_outputs
+    from ipu_pipeline.backends.cluster.layouts.given_layout import imported_plan
+    from ipu_pipeline.ir.files import check_outputs, of_file
+    from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output}, force=force)
-    given = read_plan(file, framework.value)
-    asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
-             "global_batch": global_batch}  # fmt: skip
-    made = _priced(model, task, machine, seq_length, replace(given, sizes=_merged(given, asked)))
-    empty = [str(number) for number, stage in enumerate(made.stages) if not stage.blocks]
-    if empty:
-        raise PlanError(
-            f"{file}: stage {', '.join(empty)} is empty, which a plan cannot hold; price it with "
-            "predict --layout"
-        )
+    given = read_plan(file, framework.value).with_sizes(
+        {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
+         "global_batch": global_batch}
+    )  # fmt: skip
+    described, captured = machine_by_name(machine), _captured(model, task, seq_length, given)
+    with of_file(file):
+        made = imported_plan(given, captured, described)
     typer.echo(made.explain())
     save_plan(made, output)
-
-
-def _merged(given: GivenLayout, asked: dict[str, int | None]) -> dict[str, int]:
-    """Return the sizes of a file with those asked for; one way to say the batch takes the place."""
-    sizes = dict(given.sizes)
-    if asked["microbatches"] is not None or asked["global_batch"] is not None:
-        sizes.pop("microbatches", None)
-        sizes.pop("global_batch", None)
-    return sizes | {name: size for name, size in asked.items() if size is not None}
 
 
 def predict_layout(
@@ -127,6 +114,7 @@ def predict_layout(
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
     from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
+    from ipu_pipeline.ir.machines import machine_by_name
 
     if machine is None:
         raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
@@ -143,7 +131,8 @@ def predict_layout(
         parsed.num_extra_layers,
         recompute=recompute == "full",
     )
-    made = _priced(model, task, machine, seq_length, given)
+    described = machine_by_name(machine)
+    made = given.plan(_captured(model, task, seq_length, given), described)
     try:
         ours, problem = own_plan(made), ""
     except PartitionError as error:
@@ -151,13 +140,8 @@ def predict_layout(
     typer.echo(layout_text(made, ours, problem))
 
 
-def _priced(
-    model: str, task: str | None, machine: str, seq_length: int, given: GivenLayout
-) -> Plan:
+def _captured(model: str, task: str | None, seq_length: int, given: GivenLayout) -> GivenModel:
     from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model
-    from ipu_pipeline.ir.machines import machine_by_name
 
-    described = machine_by_name(machine)
-    captured = captured_model(model, task, given.sizes.get("micro_batch", 1), seq_length,
-                              given.settings.get("precision"))  # fmt: skip
-    return given.plan(captured, described)
+    size, precision = given.sizes.get("micro_batch", 1), given.settings.get("precision")
+    return captured_model(model, task, size, seq_length, precision)

@@ -72,7 +72,7 @@ def _capturer(
     Where the micro batch is searched, all follow from two that are captured.
     """
     from ipu_pipeline.capture import capture, model_identity
-    from ipu_pipeline.capture.from_config import config_named, from_config
+    from ipu_pipeline.capture.from_config import config_named, from_config, on_meta
     from ipu_pipeline.capture.precision import dtype_for, in_dtype
     from ipu_pipeline.ir.micro_batches import extrapolated
 
@@ -91,5 +91,4 @@ def _capturer(
         with config_named(model):
             return capture(*in_dtype(built, batch, dtype_for(built, precision))).graph
 
-    built, _ = from_config(model, task)
-    return model_identity(built), captured
+    return model_identity(on_meta(model, task)), captured

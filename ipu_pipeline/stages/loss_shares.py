@@ -62,8 +62,19 @@ _UNKNOWN = {
 logger = logging.getLogger(__name__)
 
 
+_ONCE = (
+    "plan with schedule='gpipe', with which the local target computes it once for all of them, or "
+    "with microbatches=1"
+)
+
+
 class MixedSamplesError(LoweringError):
     """No weights of the microbatches' losses give the loss of the batch."""
+
+    def even_once(self) -> MixedSamplesError:
+        """Return the error where the loss cannot be computed once for all of them, either."""
+        remedy = "plan with microbatches=1 (it cannot be computed once for all of them, either)"
+        return MixedSamplesError(str(self).replace(_ONCE, remedy))
 
 
 @dataclass(frozen=True)
@@ -418,8 +429,7 @@ class LossShares:
         return MixedSamplesError(
             f"the loss of {type(self.model).__name__} ({', '.join(terms.functions)}) is not that "
             f"of its microbatches: {why}, so that no weights of the microbatches' losses are known "
-            "that give the loss of the batch; plan with schedule='gpipe', with which the local "
-            "target computes it once for all of them, or with microbatches=1; or choose weights: "
+            f"that give the loss of the batch; {_ONCE}; or choose weights: "
             "compile(loss_weights='samples') trains on the mean of the microbatches' losses, as "
             "gradient accumulation does, and a function of a microbatch's inputs says how much it "
             "counts (of labels, say, that Python counts)"

@@ -54,10 +54,8 @@ def test_a_sliding_window_leaves_its_share_of_the_weights(family: str, layers: i
         ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, {}, None),
         ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, {}, 8),
         ({"sliding_window": 8, "layer_types": ["full_attention", "chunked_attention"]}, {}, None),
-        ({"_heterogeneity_spec": 1, "per_layer_config": [
-            SimpleNamespace(sliding_window=2), SimpleNamespace(sliding_window=6)]}, {}, 6),
     ],
-)  # fmt: skip
+)
 def test_a_window_is_read_by_transformers_names(
     config: dict[str, Any], attributes: dict[str, Any], window: int | None
 ) -> None:
@@ -66,3 +64,12 @@ def test_a_window_is_read_by_transformers_names(
         setattr(attention, name, value)
     assert attention_window(nn.Sequential(attention)) == window
     assert attention_window(nn.Linear(1, 1)) is None
+
+
+def test_a_layer_with_a_config_of_its_own_is_asked_for_its_window() -> None:
+    windows = {"per_layer_config": {1: {"sliding_window": 8}}}
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=4, **windows)
+    attention = nn.Linear(1, 1)
+    for layer, window in enumerate((4, 8)):
+        vars(attention).update(layer_idx=layer, config=config)
+        assert attention_window(attention) == window

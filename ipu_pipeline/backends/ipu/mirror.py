@@ -163,9 +163,10 @@ def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Raises:
         LoweringError: Labels of a CTC model hold the padding token, which is its blank.
     """
-    config, labels = getattr(model, "config", None), batch.get("labels")
-    if hasattr(config, "ctc_loss_reduction") and isinstance(labels, Tensor):
-        blank = getattr(config, "pad_token_id", None)
+    labels = batch.get("labels")
+    is_ctc = any("ForCTC" in kind.__name__ for kind in type(model).__mro__)
+    if is_ctc and isinstance(labels, Tensor):
+        blank = getattr(model.config, "pad_token_id", None)
         if bool((labels == blank).any()):
             raise LoweringError(
                 f"labels hold {blank}, the padding token and the blank of the CTC loss, which "

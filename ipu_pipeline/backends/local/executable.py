@@ -344,7 +344,8 @@ class LocalExecutable(Executable):
         """Run all microbatches, and compute the loss once on what they give."""
         shapes = True, *(described(part.inputs) for part in cut.parts)
         compared = shapes not in self._known
-        stages, parts, whole = whole_loss(self._cache, cut, error, compared=compared)
+        failure = error.even_once()
+        stages, parts, whole = whole_loss(self._cache, cut, failure, compared=compared)
         schedule = self._rows(len(parts))
         step = WholeLossStep(
             stages, parts, self.options, self.global_step, loss_scaling, schedule, self._device

@@ -51,7 +51,8 @@ def test_five_steps_equal_the_local_targets(name: str) -> None:
     with made.local() as local, _device(made) as device:
         for seed in range(5):
             loss = device.train_step(made.batch(seed)).loss
-            assert loss == pytest.approx(local.train_step(made.batch(seed)).loss, abs=1e-6)
+            expected = local.train_step(made.batch(seed)).loss
+            assert loss == pytest.approx(expected, rel=1e-6, abs=1e-6)
         device.close()
         assert_same_weights(made.model, local.model)
 

@@ -15,12 +15,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
 
 from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
@@ -42,19 +39,13 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
     sizes_of,
 )
 from ipu_pipeline.errors import PlanError, shown
-from ipu_pipeline.ir.codec import MAX_DEPTH, parse_json
 from ipu_pipeline.ir.files import read_text
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.yaml_text import parse_yaml
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
 
 _MOST_BYTES = 1_000_000
-_LEVEL = {
-    yaml.MappingStartEvent: 1,
-    yaml.SequenceStartEvent: 1,
-    yaml.MappingEndEvent: -1,
-    yaml.SequenceEndEvent: -1,
-}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _NARROW = {"float8": ("--fp8-format", "hybrid"), "float4": ("--fp4-format", "e2m1")}
 Written = tuple[str, tuple[str, ...]]  # a file's text, and notes
@@ -203,7 +194,7 @@ def _read_megatron(text: str) -> GivenLayout:
         raise PlanError(f"it has no {_LAYOUT}; add it")
     layout = parse_layout(layouts[0])
     sizes = {
-        size: _count(given[flag][0] if given[flag] else "", flag)
+        size: _count(given[flag][0] if given[flag] else "", flag, size)
         for flag, size in _MEGATRON_SIZES.items()
         if flag in given
     }
@@ -268,7 +259,9 @@ def _read_torchtitan(text: str) -> GivenLayout:
     sizes = _counts(own, _TITAN_SIZES)
     degrees = [own.get(f"data_parallel_{name}_degree", 1) for name in ("replicate", "shard")]
     if -1 not in degrees:
-        sizes["dp"] = _count(degrees[0], "replicate degree") * _count(degrees[1], "shard degree")
+        sizes["dp"] = _count(degrees[0], "replicate degree", "dp") * _count(
+            degrees[1], "shard degree", "dp"
+        )
     local = _object(raw.get("training") or {}, "training").get("local_batch_size")
     if local is not None:
         sizes["microbatches"] = _microbatches(local, sizes.get("micro_batch", 1))
@@ -411,20 +404,11 @@ def _json(found: Mapping[str, Any]) -> str:
 
 
 def _loaded(text: str) -> Any:
-    """Parse JSON or YAML; YAML's loader has no limit of its own to levels."""
-    levels = 0
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            return parse_json(text)
+    """Parse JSON or YAML: all JSON is YAML."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            levels += _LEVEL.get(type(event), 0)
-            if levels > MAX_DEPTH:
-                raise PlanError(f"it has more than {MAX_DEPTH} levels of lists and objects")
-        return yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PlanError(f"it is neither JSON nor YAML ({reason}); correct it") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def _object(raw: Any, what: str) -> dict[str, Any]:
@@ -433,19 +417,23 @@ def _object(raw: Any, what: str) -> dict[str, Any]:
     return raw
 
 
-def _count(raw: Any, what: str) -> int:
+_LIMITS = {"pp": "num_stages", "micro_batch": "micro_batch", "microbatches": "num_microbatches",
+           "global_batch": "global_batch", "local batch": "global_batch"}  # fmt: skip
+
+
+def _count(raw: Any, what: str, size: str) -> int:
     number = int(raw) if isinstance(raw, str) and raw.isdecimal() and len(raw) < 10 else raw
-    check_count(what, number, "global_batch", error=PlanError)
+    check_count(what, number, _LIMITS.get(size, "num_devices"), error=PlanError)
     return int(number)
 
 
 def _counts(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    return {ours: _count(raw[theirs], theirs) for theirs, ours in names.items()
+    return {ours: _count(raw[theirs], theirs, ours) for theirs, ours in names.items()
             if raw.get(theirs) is not None}  # fmt: skip
 
 
 def _microbatches(local: Any, micro_batch: int) -> int:
-    number, rest = divmod(_count(local, "local batch"), micro_batch)
+    number, rest = divmod(_count(local, "local batch", "local batch"), micro_batch)
     if rest or not number:
         raise PlanError(
             f"a local batch of {local} does not divide into micro batches of {micro_batch}; "

@@ -8,7 +8,7 @@ from typing import Any
 
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import EXTRA
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
-from ipu_pipeline.errors import PartitionError, PlanError
+from ipu_pipeline.errors import PartitionError, PlanError, listed
 from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -146,6 +146,15 @@ class GivenLayout:
     extra_layers: int = 0
     recompute: bool = False
 
+    def with_sizes(self, asked: Mapping[str, int | None]) -> GivenLayout:
+        """Replace sizes; one way to say the batch replaces all of them."""
+        sizes = dict(self.sizes)
+        if asked.get("microbatches") is not None or asked.get("global_batch") is not None:
+            sizes.pop("microbatches", None)
+            sizes.pop("global_batch", None)
+        sizes |= {name: size for name, size in asked.items() if size is not None}
+        return replace(self, sizes=sizes)
+
     def plan(self, model: GivenModel, machine: Machine) -> Plan:
         """Return the split as a plan with its price.
 
@@ -234,6 +243,22 @@ def _devices(schedule: str, num_stages: int, pp: int, num_microbatches: int) -> 
     if wrong:
         raise PlanError(wrong)
     return devices
+
+
+def imported_plan(given: GivenLayout, model: GivenModel, machine: Machine) -> Plan:
+    """Return what a file of another framework says as a plan with its price.
+
+    Raises:
+        PlanError: The model, the machine or the schedule do not allow it, or a stage is empty.
+    """
+    made = given.plan(model, machine)
+    empty = [str(number) for number, stage in enumerate(made.stages) if not stage.blocks]
+    if empty:
+        raise PlanError(
+            f"stage {listed(empty)} is empty, which a plan cannot hold; price it with predict "
+            "--layout"
+        )
+    return made
 
 
 def own_plan(given: Plan, seconds: float = SEARCH_S) -> Plan:

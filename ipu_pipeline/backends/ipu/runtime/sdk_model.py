@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 import torch
 import transformers
@@ -52,6 +52,8 @@ class SdkModel:
 
     Attributes:
         model: In float32 until :meth:`finish`.
+        has_guesses: Whether a parameter of another name was found by its shape alone, so that what
+            the model computes must be compared.
 
     Raises:
         ModelError: It cannot be made, or has other parameters.
@@ -67,7 +69,9 @@ class SdkModel:
         self._parameters = parameters
         self._buffers = buffers
         theirs = dict(self.model.named_parameters(remove_duplicate=False))
-        self._theirs = {name: _renamed(name, theirs) for name in parameters}
+        named = {name: _renamed(name, theirs) for name in parameters}
+        self._theirs = _found_by_shape(named, parameters, theirs)
+        self.has_guesses = self._theirs != named
         _check_same("parameter", parameters, {n: theirs.get(t) for n, t in self._theirs.items()})
         known = {id(theirs[name]) for name in self._theirs.values()}
         for name, parameter in theirs.items():
@@ -193,6 +197,28 @@ def _renamed(name: str, theirs: Mapping[str, Any]) -> str:
         if name not in theirs and name.endswith(ours):
             return name[: -len(ours)] + other
     return name
+
+
+def _found_by_shape(
+    named: Mapping[str, str], ours: Mapping[str, Any], theirs: Mapping[str, Tensor]
+) -> Dict[str, str]:
+    """Return the names there; where one of ours and one of theirs of a shape are left, they match.
+
+    Args:
+        named: The names that ours should have there.
+        ours: Shapes of ours.
+        theirs: The parameters there.
+    """
+    missing = [name for name, there in named.items() if there not in theirs]
+    free = [name for name in theirs if name not in named.values()]
+    found = dict(named)
+    for name in missing:
+        shape = list(ours[name]["shape"])
+        rivals = [other for other in missing if list(ours[other]["shape"]) == shape]
+        fitting = [other for other in free if list(theirs[other].shape) == shape]
+        if len(rivals) == len(fitting) == 1:
+            found[name] = fitting[0]
+    return found
 
 
 def _check_same(what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -103,7 +103,8 @@ class Server:
         """Run the model on the host, check the blocks against what ran, and annotate it.
 
         Returns:
-            What the model computed for ``sample`` in evaluation mode, by name.
+            What the model computed for ``sample`` in evaluation mode, by name, and whether it
+            must be compared (see :class:`SdkModel`).
         """
         planned = {block["name"] for block in self._plan["graph"]["blocks"]}
         listed = [name for name in self._settings["annotated_blocks"] if name in planned]
@@ -122,7 +123,7 @@ class Server:
             handle.remove()
         self._model.finish()
         self.sessions = Sessions(model, running, known, self._settings, self._poptorch)
-        return {"outputs": outputs, "blocks": len(running)}
+        return {"outputs": outputs, "has_guesses": self._model.has_guesses}
 
     def do_train(self, batch: Mapping[str, Any], groups: Any) -> dict[str, Any]:
         """Run one call of the training program."""

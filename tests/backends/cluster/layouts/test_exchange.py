@@ -210,9 +210,10 @@ def test_other_models_have_no_names_there() -> None:
         ("megatron", "E|x", "'x' at position 3"),
         ("megatron", "--tensor-model-parallel-size a --pipeline-model-parallel-layout=EL",
          "--tensor-model-parallel-size must be a whole number, got 'a'"),
-        ("torchtitan", "{", "it is neither JSON nor YAML"),
-        ("torchtitan", "[" * 100_000, "it has more than 100 levels of lists and objects"),
-        ("torchtitan", "a: &a\n b", "it is neither JSON nor YAML|parallelism must be an object"),
+        ("torchtitan", "{", "it is no YAML of plain values: .*; correct it"),
+        ("torchtitan", "[" * 100_000, "it is no YAML of plain values: maximum recursion"),
+        ("torchtitan", "a: &a\n b", "it is no YAML|parallelism must be an object"),
+        ("torchtitan", '{"parallelism": {}, "parallelism": {}}', "the key 'parallelism' twice"),
         ("torchtitan", "[1]", r"the file must be an object with fields, got \[1\]"),
         ("torchtitan", '{"parallelism": {}}', "must hold a list of names for every stage"),
         ("torchtitan", '{"parallelism": {"module_fqns_per_model_part": [],'
@@ -220,6 +221,8 @@ def test_other_models_have_no_names_there() -> None:
         ("automodel", "distributed: {pipeline: {pp_batch_size: 3, pp_microbatch_size: 2}}",
          "a local batch of 3 does not divide into micro batches of 2"),
         ("automodel", "distributed: {tp_size: 0, pipeline: {}}", "tp_size must be at least 1"),
+        ("transformers", '{"pp_size": 1000000000}', "pp_size may be 4096 at most, got 1000000000"),
+        ("transformers", '{"tp_size": 99999, "pp_size": 2}', "tp_size may be 65536 at most"),
         ("transformers", "{}", "it has no pp_size; give the number of stages"),
     ],
 )  # fmt: skip
