@@ -23,6 +23,7 @@ are plain ``ValueError``.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from reprlib import Repr
 
 # Values out of a broken file, longer than any path or sentence: their beginnings say enough.
@@ -64,6 +65,13 @@ def first_line(error: BaseException) -> str:
 def shown(value: object) -> str:
     """Return a value out of a file for a message: short, however large the value is."""
     return _REPR.repr(value)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return names for a message: the first ones, each short, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(n if len(n) <= 80 else f"{n[:80]}..." for n in names[:most]) + more
 
 
 class CaptureError(PipelineError):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-import yaml
 
 from benchmarks.stage_models import MODELS
-from ipu_pipeline.errors import PipelineError, shown
-from ipu_pipeline.ir.codec import MAX_DEPTH, Amount, from_json
+from ipu_pipeline.errors import PipelineError
+from ipu_pipeline.ir.codec import Amount, from_json
 from ipu_pipeline.ir.files import read_text
+from ipu_pipeline.ir.yaml_text import parse_yaml
 
 FILE = Path(__file__).resolve().parent.parent / "workloads.yaml"
 Kind = Literal["eager", "compiled", "local", "distributed", "ddp", "raw"]
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
-MOST_VALUES = 10_000
 # Kinds that run in one process per core; the others use all cores from one.
 MANY_PROCESSES = ("distributed", "ddp", "raw")
 PRECISIONS = ("float32", "bf16")
@@ -203,45 +201,10 @@ def _entries(kind: type[T], given: Mapping[str, Any], name: str, path: Path) -> 
     return from_json(kind, given[name], f"{path}: {name}", WorkloadError)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no key stands twice in one place."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Refuse a key that is there already; YAML takes the last one without a word."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
-        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"it has the key {shown(twice[0])} twice in one place")
-        return node
-
-
 def _read_yaml(path: Path) -> Any:
     """Return what a file of YAML holds, which is what JSON can hold."""
     text = read_text(path, "the workloads", WorkloadError)
     try:
-        found = yaml.load(text, _Loader)  # a SafeLoader
-        _check_plain(found)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise WorkloadError(f"cannot read the workloads {path} as YAML: {said}") from error
-    return found
-
-
-def _check_plain(found: Any) -> None:
-    """Refuse what JSON does not have, and references that grow into more than a file can say."""
-    left, count = [(found, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if count > MOST_VALUES or depth > MAX_DEPTH:
-            raise ValueError(f"more than {MOST_VALUES} values or {MAX_DEPTH} levels")
-        if isinstance(value, dict):
-            left += [(inner, depth + 1) for pair in value.items() for inner in pair]
-        elif isinstance(value, list):
-            left += [(inner, depth + 1) for inner in value]
-        elif isinstance(value, float) and not isfinite(value):
-            raise ValueError(f"it holds the number {value}, which is not finite")
-        elif not isinstance(value, str | int | float | None) or (
-            isinstance(value, int) and abs(value) >= 2**63
-        ):
-            raise ValueError(f"it holds {shown(value)}, which is no text, truth value or number")
+        return parse_yaml(text)
+    except ValueError as error:
+        raise WorkloadError(f"cannot read the workloads {path}: {error}") from error

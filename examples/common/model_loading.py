@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,11 @@ def loading(name_or_path: str, remedy: str) -> Iterator[None]:
     except PipelineError:
         raise
     except Exception as error:  # of transformers, tokenizers and safetensors, about damaged files
+        said = first_line(error)[:300]
+        if isinstance(error, pickle.UnpicklingError):  # torch says how to run a stranger's code
+            said = "its pytorch_model.bin is damaged, or holds more than tensors"
         raise PipelineError(
-            f"model {name_or_path!r} cannot be loaded ({first_line(error)[:300]}); {remedy}"
+            f"model {name_or_path!r} cannot be loaded ({said}); {remedy}"
         ) from error
 
 

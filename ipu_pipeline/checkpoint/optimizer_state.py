@@ -20,7 +20,7 @@ from ipu_pipeline.checkpoint.manifest import (
     read_settings,
 )
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, shown
 from ipu_pipeline.ops.master_weights import MASTER_WEIGHT, MasterWeights
 
 OPTIMIZER = "optimizer"
@@ -144,6 +144,8 @@ def read_optimizer(
         with safe_open(folder / file, framework="pt") as opened:
             for full_key in opened.keys():  # noqa: SIM118 - it is no mapping
                 key, _, name = full_key.partition(_SEPARATOR)
+                if name not in saved:
+                    raise damaged(folder, f"no group has the parameter of {shown(full_key)}")
                 if is_held(name):
                     value = opened.get_tensor(full_key)
                     if name in parameters:

@@ -23,9 +23,7 @@ from ipu_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenRun
-    from ipu_pipeline.ir.machine import Machine
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, GivenModel
 
 
 class Framework(str, Enum):
@@ -91,40 +89,20 @@ def import_command(
     Sizes that are given replace the file's.
     """
     from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
-    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, given_plan
-    from ipu_pipeline.errors import PlanError
-    from ipu_pipeline.ir.files import check_outputs
+    from ipu_pipeline.backends.cluster.layouts.given_layout import imported_plan
+    from ipu_pipeline.ir.files import check_outputs, of_file
     from ipu_pipeline.ir.machines import machine_by_name
 
     check_outputs({"--output": output}, force=force)
-    given = read_plan(file, framework.value)
-    asked = {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
-             "global_batch": global_batch}  # fmt: skip
-    sizes = _merged(given, asked)
-    described = machine_by_name(machine)
-    captured = captured_model(model, task, sizes.get("micro_batch", 1), seq_length,
-                              given.settings.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(given.extra_layers)
-    stages = given.stages(captured.graph)
-    empty = [str(number) for number, stage in enumerate(stages) if not stage]
-    if empty:
-        raise PlanError(
-            f"{file}: stage {', '.join(empty)} is empty, which a plan cannot hold; price it with "
-            "predict --layout"
-        )
-    run = _run(described, len(stages), sizes, given)
-    made = given_plan(captured, described, stages, run)
+    given = read_plan(file, framework.value).with_sizes(
+        {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
+         "global_batch": global_batch}
+    )  # fmt: skip
+    described, captured = machine_by_name(machine), _captured(model, task, seq_length, given)
+    with of_file(file):
+        made = imported_plan(given, captured, described)
     typer.echo(made.explain())
     save_plan(made, output)
-
-
-def _merged(given: Imported, asked: dict[str, int | None]) -> dict[str, int]:
-    """Return the sizes of a file with those asked for; one way to say the batch takes the place."""
-    sizes = dict(given.sizes)
-    if asked["microbatches"] is not None or asked["global_batch"] is not None:
-        sizes.pop("microbatches", None)
-        sizes.pop("global_batch", None)
-    return sizes | {name: size for name, size in asked.items() if size is not None}
 
 
 def predict_layout(
@@ -132,12 +110,7 @@ def predict_layout(
     sizes: dict[str, int | None], settings: dict[str, Any], schedule: str | None,
 ) -> None:  # fmt: skip
     """Price somebody's layout, and find ours for the same sizes."""
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import (
-        captured_model,
-        given_plan,
-        own_plan,
-    )
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, own_plan
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
     from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
@@ -147,34 +120,28 @@ def predict_layout(
         raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
     parsed = parse_layout(layout)
     parsed.check()
-    described = machine_by_name(machine)
-    known = {name: size for name, size in sizes.items() if size is not None}
     said = {name: value for name, value in settings.items() if value is not None}
     recompute = said.pop("recompute", "none")
     parts = [] if recompute in ("none", "full") else recompute.split(",")
-    given = Imported(
+    given = GivenLayout(
         lambda graph: blocks_of(parsed, graph),
-        known,
+        {name: size for name, size in sizes.items() if size is not None},
         {**said, "recompute": parts, "engine": "megatron"},
         schedule,
         parsed.num_extra_layers,
         recompute=recompute == "full",
     )
-    captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
-                              said.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(parsed.num_extra_layers)
-    run = _run(described, len(parsed.stages), known, given)
-    made = given_plan(captured, described, given.stages(captured.graph), run)
+    described = machine_by_name(machine)
+    made = given.plan(_captured(model, task, seq_length, given), described)
     try:
-        ours, problem = own_plan(captured, made, run), ""
+        ours, problem = own_plan(made), ""
     except PartitionError as error:
         ours, problem = None, str(error)
     typer.echo(layout_text(made, ours, problem))
 
 
-def _run(machine: Machine, num_stages: int, sizes: dict[str, int], given: Imported) -> GivenRun:
-    from ipu_pipeline.backends.cluster.layouts.given_layout import given_run
+def _captured(model: str, task: str | None, seq_length: int, given: GivenLayout) -> GivenModel:
+    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model
 
-    return given_run(
-        machine, num_stages, sizes, given.settings, given.schedule, recompute=given.recompute
-    )
+    size, precision = given.sizes.get("micro_batch", 1), given.settings.get("precision")
+    return captured_model(model, task, size, seq_length, precision)

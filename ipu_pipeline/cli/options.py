@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from math import isnan
 from pathlib import Path
@@ -22,7 +21,7 @@ def counted(flag: str, limit: str, text: str, least: int = 1) -> Any:
     return typer.Option(flag, min=least, max=LIMITS[limit], help=text)
 
 
-def measured(flag: str, text: str, least: float = 0.0, most: float = sys.float_info.max) -> Any:
+def measured(flag: str, text: str, least: float = 0.0, most: float = 1e30) -> Any:
     """Return an option for a number from ``least`` to ``most``, which NaN is not."""
     return typer.Option(flag, min=least, max=most, callback=_refuse_nan, help=text)
 

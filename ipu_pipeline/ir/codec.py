@@ -59,7 +59,7 @@ def from_json(
         raise error(f"{source}: {unknown_field(unknown, known)}")
     try:
         found = msgspec.convert(raw, kind, strict=strict)
-    except error as problem:
+    except (error, UnicodeEncodeError) as problem:  # half of a character, of a command line
         raise error(f"{source}: {problem}") from problem
     except msgspec.ValidationError as problem:
         text, _, where = str(problem).partition(" - at `$")

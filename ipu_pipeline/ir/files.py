@@ -104,6 +104,18 @@ def read_table(
     return rows
 
 
+@contextmanager
+def of_file(path: str | Path) -> Iterator[None]:
+    """Name a file at the start of every error about what it says, unless it is named."""
+    try:
+        yield
+    except (PipelineError, ValueError) as error:
+        kind = type(error) if isinstance(error, PipelineError) else ValueError
+        if str(path) in str(error):
+            raise
+        raise kind(f"{named(path)}: {error}") from error
+
+
 def first_twice(names: Iterable[str]) -> str | None:
     """Return the first name that was there before, in one pass; ``None`` if all differ."""
     seen: set[str] = set()

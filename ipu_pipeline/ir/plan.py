@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ipu_pipeline.errors import PlanError, shown
+from ipu_pipeline.errors import PipelineError, PlanError, shown
 from ipu_pipeline.ir.codec import Amount, Count, from_json, read_json, to_json, write_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
@@ -66,6 +66,7 @@ class PlannedStage:
         device: Position of its device in the machine.
         blocks: Block names in execution order.
         recompute: Those of its blocks whose forward pass runs again in the backward pass.
+        offload: Those of its blocks whose activations wait in host memory for the backward pass.
         serialize: Slices by block name, for blocks that run in more than one slice.
         table_slices: First slice and the one behind the last that this stage holds of the table
             of a block, where several consecutive stages hold it; the block itself is in the last.
@@ -90,6 +91,7 @@ class PlannedStage:
     weight_bytes: Count = 0
     stash_bytes: Count = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    offload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class Plan:
         """Digest of the run (machine, settings, schedule, counts), a dash, and of the stages."""
         decisions = [
             [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items()),
-             sorted(stage.table_slices.items())]
+             sorted(stage.table_slices.items()), *([sorted(stage.offload)] * bool(stage.offload))]
             for stage in self.stages
         ]  # fmt: skip
         run = [self.machine.fingerprint(), to_json(self.settings), self.schedule, self.num_stages,
@@ -259,7 +261,7 @@ class Plan:
 
             check_runs(plan)
             return priced(plan)
-        except PlanError as error:
+        except (PipelineError, ValueError) as error:  # a price refuses in its own words
             raise PlanError(f"{path}: {error}") from error
 
 

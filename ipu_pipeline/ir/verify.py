@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ipu_pipeline.errors import PlanError
+from ipu_pipeline.errors import PlanError, listed, shown
 from ipu_pipeline.ir.graph import SharedState
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
@@ -50,23 +50,23 @@ def _verify_names(plan: Plan) -> None:
     """Names end in files that others run, on terminals and in pages: nothing may act there."""
     if not all(part.isidentifier() for part in plan.model.model_class.split(".")):
         raise PlanError(
-            f"the plan's model_class is {_shown(plan.model.model_class)}; it must be the name of a "
+            f"the plan's model_class is {shown(plan.model.model_class)}; it must be the name of a "
             "class, such as BertForQuestionAnswering"
         )
     names = [block.name for block in plan.blocks]
     names += [spec.name for spec in (*plan.graph.tensors, *plan.graph.inputs)]
     names += [*plan.model.parameters, plan.machine.name, plan.schedule, plan.machine.backend or "-"]
-    names += [name for stage in plan.stages for name in (*stage.blocks, *stage.serialize)]
+    names += [
+        name
+        for stage in plan.stages
+        for name in (*stage.blocks, *stage.recompute, *stage.serialize, *stage.table_slices)
+    ]
     for name in names:
         if not 0 < len(name) <= MAX_NAME or not name.isprintable():
             raise PlanError(
-                f"the plan holds the name {_shown(name)}; a name is 1 to {MAX_NAME} printable "
+                f"the plan holds the name {shown(name)}; a name is 1 to {MAX_NAME} printable "
                 "characters: rename what it stands for in the model"
             )
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 60 else name[:60] + "...")
 
 
 def _verify_numbers(plan: Plan) -> None:
@@ -91,21 +91,21 @@ def _verify_placement(plan: Plan) -> None:
     if strange:
         raise PlanError(
             f"the plan's tensors name blocks that its block list has not: "
-            f"{', '.join(map(str, strange))}; make the plan again"
+            f"{listed(map(str, strange))}; make the plan again"
         )
     placed = Counter(name for stage in plan.stages for name in stage.blocks)
     unknown = sorted(set(placed) - set(known))
     if unknown:
-        raise PlanError(f"the stages name blocks that the model has not: {', '.join(unknown)}")
+        raise PlanError(f"the stages name blocks that the model has not: {listed(unknown)}")
     missing = [name for name in known if name not in placed]
     if missing:
-        raise PlanError(f"these blocks are in no stage: {', '.join(missing)}; add each to one")
+        raise PlanError(f"these blocks are in no stage: {listed(missing)}; add each to one")
     repeated = [name for name, count in placed.items() if count > 1]
     if repeated:
-        raise PlanError(f"these blocks are in several stages: {', '.join(repeated)}; keep one")
+        raise PlanError(f"these blocks are in several stages: {listed(repeated)}; keep one")
     empty = [str(index) for index, stage in enumerate(plan.stages) if not stage.blocks]
     if empty:
-        raise PlanError(f"stage {', '.join(empty)} holds no block; remove it from the plan")
+        raise PlanError(f"stage {listed(empty)} holds no block; remove it from the plan")
 
 
 def _verify_order(plan: Plan) -> None:
@@ -114,7 +114,7 @@ def _verify_order(plan: Plan) -> None:
         order = [position[name] for name in stage.blocks]
         if order != sorted(order):
             raise PlanError(
-                f"stage {index} lists its blocks out of execution order: {', '.join(stage.blocks)}"
+                f"stage {index} lists its blocks out of execution order: {listed(stage.blocks)}"
             )
     for tensor in plan.tensors:
         if tensor.producer is None:
@@ -137,11 +137,10 @@ def _verify_order(plan: Plan) -> None:
 
 def _verify_annotations(plan: Plan) -> None:
     for index, stage in enumerate(plan.stages):
-        foreign = [n for n in (*stage.recompute, *stage.serialize) if n not in stage.blocks]
+        named = (*stage.recompute, *stage.offload, *stage.serialize)
+        foreign = [name for name in named if name not in stage.blocks]
         if foreign:
-            raise PlanError(
-                f"stage {index} annotates blocks it does not hold: {', '.join(foreign)}"
-            )
+            raise PlanError(f"stage {index} annotates blocks it does not hold: {listed(foreign)}")
         for name, factor in stage.serialize.items():
             check_count(f"slices of block {name!r}", factor, "slices", error=PlanError)
     _verify_slices(plan)
@@ -166,7 +165,7 @@ def _verify_slices(plan: Plan) -> None:
             )
         starts, ends = [0, *(last for _, _, last in parts)], [*(f for _, f, _ in parts), factor]
         if starts != ends or any(first >= last for _, first, last in parts):
-            ranges = ", ".join(f"{first} to {last}" for _, first, last in parts)
+            ranges = listed(f"{first} to {last}" for _, first, last in parts)
             raise PlanError(
                 f"the stages hold slices {ranges} of {name!r}, which has {factor}; together they "
                 "must hold each once, in order, and each stage at least one"

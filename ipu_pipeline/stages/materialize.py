@@ -35,6 +35,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, shown
 from ipu_pipeline.ir.codec import read_json
+from ipu_pipeline.ir.files import named
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +291,8 @@ class _Files:
             content = read_json(index, "the index of the weights", LoweringError)
             where = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(where, dict) or not all(
-                isinstance(file, str) and Path(file).name == file for file in where.values()
+                isinstance(file, str) and file and Path(file).name == file
+                for file in where.values()
             ):
                 raise LoweringError(
                     f"{index} has no weight_map of names of files beside it; save the model again"
@@ -309,9 +311,17 @@ class _Files:
             with safe_open(self.folder / file, framework="pt") as opened:
                 return list(opened.keys())
         except (OSError, SafetensorError) as error:
-            raise LoweringError(
-                f"{self.folder / file} cannot be read ({shown(error)}); copy it again"
-            ) from error
+            raise self._unreadable(file, error) from error
+
+    def _unreadable(self, file: str, error: Exception) -> LoweringError:
+        by_index = "" if file == SINGLE else f", which {self.folder / INDEX} names,"
+        return LoweringError(
+            f"{named(self.folder / file)}{by_index} cannot be read ({shown(error)}); copy it again"
+        )
+
+    def _file_of(self, name: str) -> Path:
+        """Return where a tensor is; the folder, if it goes by another name there."""
+        return self.folder / self.files.get(name, "")
 
     def tensors_of(self, model: nn.Module, wanted: Collection[str]) -> dict[str, Tensor]:
         """Read what belongs to the parameters ``wanted`` and to buffers, by name in the model.
@@ -332,7 +342,7 @@ class _Files:
         for name, tensor in found.items():
             if tensor.shape != self._of.shape(state[name]):
                 raise LoweringError(
-                    f"{name} is {tuple(tensor.shape)} in {self.folder} and "
+                    f"{name} is {tuple(tensor.shape)} in {self._file_of(name)} and "
                     f"{tuple(self._of.shape(state[name]))} in {type(model).__name__}; use the "
                     "weights of this model"
                 )
@@ -386,7 +396,5 @@ class _Files:
                     )
                 found[name] = files[file].get_slice(name)
             except (OSError, SafetensorError) as error:
-                raise LoweringError(
-                    f"{self.folder / file} cannot be read ({shown(error)}); copy it again"
-                ) from error
+                raise self._unreadable(file, error) from error
         return found

@@ -17,7 +17,7 @@ from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.loss_terms import LossTerms, factor_name, loss_terms
 from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.capture.values import TensorMeta
-from ipu_pipeline.errors import LoweringError, PlanError
+from ipu_pipeline.errors import LoweringError, PlanError, listed
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.ops.linear import adding_to_grad
@@ -460,10 +460,9 @@ def chosen_blocks(option: str, wish: str | Sequence[str] | None, plan: Plan) -> 
         return frozenset(names if wish == "all" else ())
     unknown = unmatched(wish, names)
     if unknown:
-        more = f" and {len(names) - 40} more" if len(names) > 40 else ""
         raise LoweringError(
             f"{option} names {', '.join(map(repr, unknown))}, which is no block, prefix or "
-            f"pattern of one; the blocks are {', '.join(names[:40])}{more}"
+            f"pattern of one; the blocks are {listed(names, 40)}"
         )
     return frozenset(select_all(wish, names))
 
@@ -473,13 +472,17 @@ def offloaded_blocks(
 ) -> frozenset[str]:
     """Return the names of the blocks that keep their activations in host memory.
 
+    ``None`` is for the plan's choice.
+
     Raises:
         LoweringError: An entry fits no block, or the stages are on a CPU.
     """
-    chosen = chosen_blocks("offload_activations", wish, plan)
+    planned = frozenset(name for stage in plan.stages for name in stage.offload)
+    chosen = planned if wish is None else chosen_blocks("offload_activations", wish, plan)
     if chosen and device.type == "cpu":
         raise LoweringError(
             "offload_activations moves what blocks keep to host memory, and on a CPU it is there; "
-            "leave it out, or run on a GPU with device='cuda'"
+            "leave it out (also of the plan: 'offload{blocks=none}', offload_activations='none'), "
+            "or run on a GPU with device='cuda'"
         )
     return chosen

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ipu_pipeline.checkpoint import remove_abandoned
 from ipu_pipeline.checkpoint.manifest import read_settings, readable
-from ipu_pipeline.errors import CheckpointError
+from ipu_pipeline.errors import CheckpointError, listed
 from ipu_pipeline.ir.codec import from_json, read_json, to_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def newest_checkpoint(folder: Path, run_of: RunOf) -> Path | None:
     run, found = Run.load(folder), checkpoints_in(folder, run_of)
     if run is None:
         if len(set(found.values())) > 1:
-            names = _names([p.name for p in found])
+            names = listed([p.name for p in found], 3)
             raise CheckpointError(
                 f"{folder} holds {names} of several runs and no {RUN} that says which is the last; "
                 "give resume_from_checkpoint the path of one"
@@ -168,7 +168,7 @@ def begin_run(folder: Path, path: Path | None, run_of: RunOf) -> str:
             "%s holds %s of another run: this one does not resume them, and replaces those of its "
             "own steps%s",
             folder,
-            _names(others),
+            listed(others, 3),
             "; save_total_limit counts them" if all_count else "",
         )
     return run.id
@@ -230,10 +230,6 @@ def step_of(path: Path) -> int:
     """Return the step of a checkpoint, by its name; -1 if that does not say."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _holder(folder: Path) -> str:

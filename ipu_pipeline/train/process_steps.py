@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
+from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.backends.cluster.joining import MARGIN_S
 from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.backends.cluster.ranks.consistency import together

@@ -86,10 +86,12 @@ def test_kinds_and_workloads_are_known(changed) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", "as YAML: it has the key 'a' twice in one place"),
-        ("a: .nan\n", "it holds the number nan, which is not finite"),
-        ("a: 2026-01-01\n", r"it holds datetime.date\(2026, 1, 1\), which is no text"),
-        ("a: &a [*a]\n", "more than 10000 values or 100 levels"),
+        ("a: 1\na: 2\n", "no YAML of plain values: it has the key 'a' twice in one place"),
+        ("a: .nan\n", "it holds the number NaN, which is not finite or beyond 64 bits"),
+        ("a: 2026-01-01\n", "Object of type date is not JSON serializable; correct it"),
+        ("a: &a [*a]\n", "more than 100000 values or 100 levels"),
+        ('a: "\\ud800"\n', "half of a character; write it whole"),
+        ("a: 99999999999999999999\n", "which is not finite or beyond 64 bits"),
         ("[" * 3000, "cannot read the workloads"),
         ("- 1\n", "Expected `object`, got `array`"),
         ("a: 1\n", "missing field 'contestants'"),

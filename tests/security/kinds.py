@@ -9,7 +9,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -45,28 +44,9 @@ from tasks.visual_question_answering import read_rows as read_questions
 from tasks.visual_question_answering.answers import Labels
 from tests.examples.vqa_tables import records
 from tests.ir.plan_example import example_machine, example_plan
+from tests.security.kind import Kind, finite, ipu_plan
+from tests.security.kinds_of_jobs import JOBS
 from tests.tiny_models import TINY
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file.
-
-    Attributes:
-        write: Writes a good one.
-        use: Reads it and does what is done with it; fails on what makes no sense.
-        share: How many of a thousand mutations are of this kind: fewer where each takes long.
-    """
-
-    write: Callable[[Path], object]
-    use: Callable[[Path], object]
-    share: int
-
-
-def finite(*numbers: float) -> None:
-    """Fail unless all numbers are amounts."""
-    assert all(math.isfinite(number) and number >= 0 for number in numbers), numbers
-
 
 # ---------------------------------------------------------------- plans, machines, configurations
 
@@ -90,13 +70,6 @@ def use_plan(path: Path) -> None:
 def report_plan(path: Path) -> None:
     """Read a plan and report it: its neighbours are planned, which takes longer."""
     text_report(Plan.load(path))
-
-
-@cache
-def ipu_plan() -> Plan:
-    """Return a plan of a tiny model for IPUs."""
-    model, batch = TINY["bert-qa"].build(batch_size=1, device="meta")
-    return plan(model, batch, machine="pod4", num_stages=4, microbatches=8)
 
 
 def bundle(path: Path) -> None:
@@ -339,34 +312,35 @@ def use_workloads(path: Path) -> None:
 
 
 KINDS: dict[str, Kind] = {
-    "plan.json": Kind(lambda path: example_plan().save(path), use_plan, 95),
+    "plan.json": Kind(lambda path: example_plan().save(path), use_plan, 80),
     "report/plan.json": Kind(lambda path: example_plan().save(path), report_plan, 7),
     "ipu/plan.json": Kind(lambda path: ipu_plan().save(path), use_ipu_plan, 30),
     "compile/plan.json": Kind(lambda path: trained_plan()[1].save(path), compile_plan, 3),
     "bundle/settings.json": Kind(bundle, use_bundle, 10),
     "bundle/plan.json": Kind(bundle, use_bundle, 5),
-    "machine.json": Kind(write_machine, use_machine, 85),
+    "machine.json": Kind(write_machine, use_machine, 60),
     "ipu_config.json": Kind(
         lambda path: IPUConfig(layers_per_ipu=(1, 2, 3), gradient_accumulation_steps=16).save(path),
         lambda path: IPUConfig.load(path),
-        100,
+        60,
     ),
-    "device-2x1.json": Kind(write_measurements, use_measurements, 100),
+    "device-2x1.json": Kind(write_measurements, use_measurements, 60),
     "config.json": Kind(write_config, use_config, 10),
     "squad.json": Kind(
-        lambda path: path.write_text(json.dumps(SQUAD), encoding="utf-8"), use_squad, 100
+        lambda path: path.write_text(json.dumps(SQUAD), encoding="utf-8"), use_squad, 60
     ),
     "pairs.csv": Kind(
-        write_rows("sequence-classification"), use_rows("sequence-classification"), 80
+        write_rows("sequence-classification"), use_rows("sequence-classification"), 50
     ),
-    "words.jsonl": Kind(write_rows("token-classification"), use_rows("token-classification"), 80),
-    "choices.json": Kind(write_rows("multiple-choice"), use_rows("multiple-choice"), 40),
+    "words.jsonl": Kind(write_rows("token-classification"), use_rows("token-classification"), 50),
+    "choices.json": Kind(write_rows("multiple-choice"), use_rows("multiple-choice"), 30),
     "text.txt": Kind(write_rows("masked-lm"), use_rows("masked-lm"), 40),
     "documents.jsonl": Kind(write_rows("pretraining"), use_rows("pretraining"), 20),
-    "vqa.json": Kind(write_questions, use_questions, 60),
+    "vqa.json": Kind(write_questions, use_questions, 55),
     "vqa.parquet": Kind(write_questions, use_questions, 10),
     "graph.json": Kind(write_max_load, use_instance, 30),
     "layers.json": Kind(write_layers, use_instance, 30),
-    "results.csv": Kind(write_results, use_results, 60),
+    "results.csv": Kind(write_results, use_results, 42),
     "workloads.yaml": Kind(lambda path: path.write_bytes(FILE.read_bytes()), use_workloads, 5),
+    **JOBS,
 }

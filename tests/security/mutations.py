@@ -20,6 +20,7 @@ STRANGE: tuple[Any, ...] = (
     [], [1], [[]], ["x", 3], {}, {"x": 1}, {"": None}, [None] * 3,
 )  # fmt: skip
 DEPTH = 5000
+BINARY = (".parquet", ".safetensors", ".pt", ".npz")
 PIECES = (b"\x00", b'"', b"{", b"}", b"[", b"]", b",", b":", b"-", b"e9", b"\n", b"\r",
           b"\xe2\x80\xa8", b"\xc2\x85", b"\x0c", b"\xff", b"\xed\xa0\x80", b"9" * 5000, b"NaN",
           b"&a [*a]", b"1e400")  # fmt: skip
@@ -28,6 +29,10 @@ PIECES = (b"\x00", b'"', b"{", b"}", b"[", b"]", b",", b":", b"-", b"e9", b"\n",
 def mutated(data: bytes, suffix: str, draw: random.Random) -> bytes:
     """Return the bytes of a file with one thing wrong, in its structure where that is known."""
     change = _STRUCTURES.get(suffix)
+    if suffix == ".safetensors" and draw.random() < 0.7:
+        size = 8 + int.from_bytes(data[:8], "little")
+        header = _any_json(data[8:size].decode(), draw).encode("utf-8", errors="surrogatepass")
+        return len(header).to_bytes(8, "little") + header + data[size:]
     if change is not None and draw.random() < 0.7:
         return change(data.decode(), draw).encode("utf-8", errors="surrogatepass")
     return _broken(data, suffix, draw)
@@ -49,7 +54,7 @@ def _broken(data: bytes, suffix: str, draw: random.Random) -> bytes:
     if kind == 5:
         end = at + draw.randrange(1, 40)
         return data[:at] + data[end:]
-    if kind == 6 and suffix != ".parquet":
+    if kind == 6 and suffix not in BINARY:
         text = data.decode()
         return draw.choice((text.encode("utf-16"), text.encode("utf-8-sig"), text.encode("utf-7")))
     if kind == 7:

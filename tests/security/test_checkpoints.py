@@ -166,6 +166,11 @@ def retype(name: str, dtype: torch.dtype) -> Callable[[Path], None]:
     return retyped
 
 
+def add_state_of_a_stranger(folder: Path) -> None:
+    tensors = load_file(folder / "optimizer.safetensors")
+    save_file({**tensors, "exp_avg/none.weight": torch.ones(2)}, folder / "optimizer.safetensors")
+
+
 SCALER = torch.amp.GradScaler("cpu")
 SETTINGS = ("optimizer.json", "groups", 0, "settings")
 
@@ -186,6 +191,7 @@ SETTINGS = ("optimizer.json", "groups", 0, "settings")
         (edit(*SETTINGS, "lr", value=True), "a setting of the optimizer is 0.1 here and True"),
         (retype("model.safetensors", torch.complex64), "is torch.complex64 in the checkpoint and"),
         (retype("model.safetensors", torch.bool), "is torch.bool in the checkpoint and"),
+        (add_state_of_a_stranger, "no group has the parameter of 'exp_avg/none.weight'"),
         (retype("optimizer.safetensors", torch.int32), "has exp_avg of torch.int32"),
     ],
 )

@@ -24,7 +24,7 @@ from ipu_pipeline.planner.report.page import page
 from ipu_pipeline.planner.report.text import drawn, simulation_text
 from ipu_pipeline.planner.schedules.simulate import simulate
 from tests.ir.plan_example import example_plan
-from tests.security.kinds import ipu_plan
+from tests.security.kind import ipu_plan
 
 QUOTES = 'x"), open("PWNED", "w").write("") or block("y'
 
@@ -112,8 +112,11 @@ def test_rows_for_a_bundle_are_not_unpickled(
         torch.save({"input_ids": Attack()}, "rows.pt")
     else:
         Path("rows.pt").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(ValueError, match="is no file of tensors"):
+    with pytest.raises(
+        ValueError, match=r"is no file of tensors.* or holds more than tensors"
+    ) as told:
         read_data("rows.pt", 1)
+    assert "weights_only" not in str(told.value)  # torch's remedy is to run what is in there
     assert not Path("PWNED").exists()
 
 

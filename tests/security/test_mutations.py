@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ipu_pipeline.errors import PipelineError, PlanError
-from tests.security.kinds import KINDS, Kind
+from tests.security.kind import Kind
+from tests.security.kinds import KINDS
 from tests.security.mutations import mutated
 
 LONGEST = 600

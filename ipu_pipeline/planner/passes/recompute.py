@@ -25,7 +25,7 @@ _WORDS = ("auto", "all", "none")
 
 @dataclass(frozen=True)
 class Recompute:
-    """Choose the blocks that recompute.
+    """Choose the blocks that recompute; its name is that of what it changes.
 
     Attributes:
         blocks: ``auto``, ``all``, ``none``, or names, prefixes and patterns.
@@ -63,7 +63,7 @@ class Recompute:
         return replace(
             plan,
             stages=tuple(
-                replace(stage, recompute=tuple(name for name in stage.blocks if name in chosen))
+                replace(stage, **{self.name: tuple(n for n in stage.blocks if n in chosen)})
                 for stage in plan.stages
             ),
         )

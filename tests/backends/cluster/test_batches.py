@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
     position_of_stages,
@@ -16,7 +15,13 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
-from ipu_pipeline.backends.cluster.ranks.consistency import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.ranks.consistency import (
+    NOTE_BYTES,
+    _note,
+    _text,
+    described,
+    refuse_sparse_gradients,
+)
 from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.loss_shares import Counted, _agreed_rule

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ipu_pipeline.backends.cluster.launch.torchrun import _own_folder
 from tests.backends.cluster.jobs import compiled
 from tests.backends.cluster.processes import ROOT, forked, launch
 
@@ -209,3 +210,21 @@ def test_two_processes_train_as_one_does(tmp_path: Path, plan_file: Path) -> Non
         expected = [made.train_step(batch).loss for _ in range(2)]
     assert [float(loss) for loss in losses.split()] == pytest.approx(expected, abs=1e-6)
     assert threads == "threads 2"
+
+
+def test_what_a_killed_launch_has_left_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    running, lock = _own_folder()
+    killed, other_lock = _own_folder()
+    other_lock.release()  # as the end of its process does
+    failed = tmp_path / "ipu-pipeline-launch-of-a-failure"
+    failed.mkdir()
+    planted = tmp_path / "ipu-pipeline-launch-planted"
+    planted.symlink_to(tmp_path / "elsewhere")
+    found, last = _own_folder()
+    assert sorted(tmp_path.iterdir()) == sorted([running, failed, planted, found])
+    assert killed not in (running, found)
+    lock.release()
+    last.release()

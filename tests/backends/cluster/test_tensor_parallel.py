@@ -190,9 +190,11 @@ def test_what_cannot_be_cut_is_refused() -> None:
     refused("3 rows or columns, which cannot be cut", tp=4, own=model_of(llama(
         intermediate_size=3, num_key_value_heads=4)))  # fmt: skip
     options = ExecutionOptions(compile_blocks=True)
-    refuse_with_slices(options, 1)
+    refuse_with_slices(options, (), 1)
     with pytest.raises(LoweringError, match="compile_blocks works on whole blocks, and with tp 2"):
-        refuse_with_slices(options, 2)
+        refuse_with_slices(options, (), 2)
+    with pytest.raises(LoweringError, match="offload_activations works on whole blocks"):
+        refuse_with_slices(ExecutionOptions(), {"a"}, 2)
     with pytest.raises(LoweringError, match="output_attentions returns weights by head"):
         refuse_attentions({"output_attentions": True})
 

@@ -325,6 +325,7 @@ def _expect_refusal(
     ("content", "message"),
     [
         ([1], r"must hold a dict of tensors by the model's input names"),
+        ({"ids": torch.tensor(1)}, r"must hold a dict of tensors by the model's input names"),
         (
             {"a": torch.ones(3), "b": torch.ones(2)},
             r"different numbers of rows: \{'a': 3, 'b': 2\}",

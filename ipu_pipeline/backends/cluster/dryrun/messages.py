@@ -7,6 +7,7 @@ each other: a send ends when its receive has begun, as in nccl, whatever a backe
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,11 +98,13 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.Backend.register_backend(
             FAKE, fake_pg._create_fake_pg, extended_api=True, devices=["cpu", "meta"]
         )
+    hook = sys.excepthook  # torch puts its own before it, which writes the rank
     dist.init_process_group(FAKE, store=fake_pg.FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 class AgreedSizes:

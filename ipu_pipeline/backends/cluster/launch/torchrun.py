@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ipu_pipeline.backends.cluster.launch.spec import SECRET_VARIABLE, STORE_VARIABLE, LaunchSpec
 from ipu_pipeline.errors import INTERRUPTED
@@ -31,8 +34,10 @@ _ON_LOOPBACK = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "GLOO_SOCKET_IFNAME": next((n for _, n in socket.if_nameindex() if n.startswith("lo")), "lo"),
 }
+# A launch's folder in the temporary one, where its processes meet, and what says that it lives.
+_PREFIX, _POINT, _LOCK = "ipu-pipeline-launch-", ".meeting", ".lock"
 # How a rank says that another one is why it has stopped.
-_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank (?P<rank>\d+) .*)", re.DOTALL)
+_BLAMED = re.compile(r"St(?:age|all)Error: (?P<text>rank \d+ .*)", re.DOTALL)
 # A shell's exit code for a process that a signal has ended.
 _SIGNALLED = 128
 
@@ -70,38 +75,62 @@ def start(
     store, where = _loopback_store()
     os.environ.update({**_ON_LOOPBACK, **environment})
     os.environ.update({STORE_VARIABLE: where, SECRET_VARIABLE: secrets.token_hex(32)})
-    folder = log_folder or Path(tempfile.mkdtemp(prefix="ipu-pipeline-launch-"))
-    meeting = Path(tempfile.mkdtemp(prefix="ipu-pipeline-meeting-"))
+    own, lock = _own_folder()
+    folder, code = log_folder or own, 0
     first = {} if log_folder is None else {0: 3}
     try:
         signal.signal(signal.SIGINT, _interrupt)
-        run(parse_args([*_arguments(spec, meeting, folder, first), *spec.program]))
+        run(parse_args([*_arguments(spec, own / _POINT, folder, first), *spec.program]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
-        # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
-        said: Any = failure.message
-        why = str(said["message"]) if isinstance(said, dict) else ""
-        blamed = _BLAMED.match(why)
-        if blamed and int(blamed["rank"]) != rank:  # this one has only been the first to end
-            text = f"error: {blamed['text']}"
-        else:
-            text = f"error: rank {rank} ended {how}{why and ': ' + why}"
+        code, text = _failure(error)
         tell(f"{text}\nwhat the ranks wrote: {folder}")
-        return code if code > 0 else _SIGNALLED - code
     except SignalException as stopped:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            tell(f"interrupted; what the ranks wrote: {folder}")
-            return INTERRUPTED
-        tell(f"error: stopped by {stopped.sigval.name}; what the ranks wrote: {folder}")
-        return _SIGNALLED + int(stopped.sigval)
+        code, text = INTERRUPTED, "interrupted"
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            code = _SIGNALLED + int(stopped.sigval)
+            text = f"error: stopped by {stopped.sigval.name}"
+        tell(f"{text}; what the ranks wrote: {folder}")
     finally:
         del store  # until here the processes have met through it
-        shutil.rmtree(meeting, ignore_errors=True)
-    if log_folder is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return 0
+        lock.release()
+        for name in (_POINT, _LOCK):
+            (own / name).unlink(missing_ok=True)
+        if code == 0 or log_folder is not None:
+            shutil.rmtree(own, ignore_errors=True)
+    return code
+
+
+def _failure(error: Any) -> tuple[int, str]:
+    """Return the exit code of the rank that failed first, and why it did."""
+    rank, failure = error.get_first_failure()
+    code = failure.exitcode
+    how = f"with exit code {code}" if code > 0 else f"by {failure.signal_name()}"
+    # What torch's ``record`` has written, or the watchdog; otherwise only torch's own text.
+    said: Any = failure.message
+    why = str(said["message"]) if isinstance(said, dict) else ""
+    blamed = _BLAMED.match(why)
+    if blamed is None:
+        return code if code > 0 else _SIGNALLED - code, (
+            f"error: rank {rank} ended {how}{why and ': ' + why}"
+        )
+    # This one may only have been the first to end, or was ended while it said why.
+    return max(code, 1), f"error: {blamed['text']}"
+
+
+def _own_folder() -> tuple[Path, FileLock]:
+    """Make this launch's folder and hold its lock; what killed launches have left is removed.
+
+    Where there is no lock, a launch has failed, and its user was told where to look.
+    """
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError, Timeout):
+            if path.parent.lstat().st_uid == os.getuid():  # nobody else can have put it there
+                with FileLock(path).acquire(timeout=0):
+                    shutil.rmtree(path.parent)
+    made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+    lock = FileLock(made / _LOCK)
+    lock.acquire()
+    return made.rename(made.with_name(made.name[1:])), lock  # now it is found, and locked
 
 
 def _interrupt(*_: Any) -> None:
@@ -113,14 +142,12 @@ def _interrupt(*_: Any) -> None:
     raise SignalException("interrupted", signal.SIGTERM)
 
 
-def _arguments(
-    spec: LaunchSpec, meeting: Path, folder: Path, first: Mapping[int, int]
-) -> list[str]:
+def _arguments(spec: LaunchSpec, point: Path, folder: Path, first: Mapping[int, int]) -> list[str]:
     """Return torchrun's own arguments; ``first``: the streams of rank 0 that are kept, too."""
     others = range(1, spec.num_processes)
     return [
         *("--local-addr", "localhost", "--role", "rank", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", str(meeting / "point"), "--rdzv-conf", "store_type=file"),
+        *("--rdzv-endpoint", str(point), "--rdzv-conf", "store_type=file"),
         *("--nproc-per-node", str(spec.num_processes)),
         *("--max-restarts", str(spec.max_restarts), "--log-dir", str(folder)),
         *("--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT"),  # Ctrl-C is handled by _interrupt

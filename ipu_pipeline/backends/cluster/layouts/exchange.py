@@ -15,13 +15,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
+from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
     LayerLayout,
     blocks_of,
@@ -30,7 +28,6 @@ from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
 )
 from ipu_pipeline.backends.cluster.layouts.module_names import (
     MODULES,
-    Stages,
     checked_layout,
     module_names,
     stages_of_modules,
@@ -42,45 +39,16 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
     sizes_of,
 )
 from ipu_pipeline.errors import PlanError, shown
-from ipu_pipeline.ir.codec import MAX_DEPTH, parse_json
 from ipu_pipeline.ir.files import read_text
-from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
+from ipu_pipeline.ir.yaml_text import parse_yaml
 from ipu_pipeline.planner.schedules import schedule_kind, schedule_names
 
 _MOST_BYTES = 1_000_000
-_LEVEL = {
-    yaml.MappingStartEvent: 1,
-    yaml.SequenceStartEvent: 1,
-    yaml.MappingEndEvent: -1,
-    yaml.SequenceEndEvent: -1,
-}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 _NARROW = {"float8": ("--fp8-format", "hybrid"), "float4": ("--fp4-format", "e2m1")}
 Written = tuple[str, tuple[str, ...]]  # a file's text, and notes
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What a file of another framework says; what it leaves out is ``None`` or absent.
-
-    Attributes:
-        stages: From a model's graph to the blocks of every stage.
-        sizes: ``pp``, ``tp``, ``cp``, ``ep``, ``dp``, ``micro_batch``, ``global_batch``,
-            ``microbatches``.
-        settings: Fields of :class:`GpuSettings`.
-        schedule: Name of the schedule.
-        extra_layers: Multi-token prediction layers.
-        recompute: Whether every layer is recomputed as a whole.
-    """
-
-    stages: Callable[[BlockGraph], Stages]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str | None = None
-    extra_layers: int = 0
-    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +56,7 @@ class Format:
     """How one framework writes a pipeline down."""
 
     write: Callable[[Plan, ParallelSizes], Written]
-    read: Callable[[str], Imported]
+    read: Callable[[str], GivenLayout]
 
 
 def export_plan(plan: Plan, name: str) -> Written:
@@ -106,7 +74,7 @@ def export_plan(plan: Plan, name: str) -> Written:
     return FORMATS[name].write(plan, sizes_of(plan))
 
 
-def read_plan(path: str | Path, name: str) -> Imported:
+def read_plan(path: str | Path, name: str) -> GivenLayout:
     """Read a file of another framework.
 
     Raises:
@@ -212,7 +180,7 @@ def _write_megatron(plan: Plan, sizes: ParallelSizes) -> Written:
     return "\n".join([head, *flags, ""]), ()
 
 
-def _read_megatron(text: str) -> Imported:
+def _read_megatron(text: str) -> GivenLayout:
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
@@ -226,7 +194,7 @@ def _read_megatron(text: str) -> Imported:
         raise PlanError(f"it has no {_LAYOUT}; add it")
     layout = parse_layout(layouts[0])
     sizes = {
-        size: _count(given[flag][0] if given[flag] else "", flag)
+        size: _count(given[flag][0] if given[flag] else "", flag, size)
         for flag, size in _MEGATRON_SIZES.items()
         if flag in given
     }
@@ -238,11 +206,12 @@ def _read_megatron(text: str) -> Imported:
         after = words[words.index("--recompute-modules") + 1 :]
         ends = next((n for n, word in enumerate(after) if word[:2] == "--"), len(after))
         settings["recompute"] = after[:ends]
-    return Imported(
+    schedule = "1f1b" if len(layout.stages) == sizes.get("pp") else "interleaved"
+    return GivenLayout(
         lambda graph: blocks_of(layout, graph),
         sizes,
         {**settings, "engine": "megatron"},
-        _megatron_schedule(layout, sizes),
+        schedule if "pp" in sizes else None,
         layout.num_extra_layers,
         recompute=given.get("--recompute-granularity") == ["full"],
     )
@@ -251,12 +220,6 @@ def _read_megatron(text: str) -> Imported:
 def _split_flag(word: str) -> tuple[str, ...]:
     flag, equals, value = word.partition("=")
     return (flag, value) if word.startswith("--") and equals else (word,)
-
-
-def _megatron_schedule(layout: LayerLayout, sizes: Mapping[str, int]) -> str | None:
-    if "pp" not in sizes:
-        return None
-    return "1f1b" if len(layout.stages) == sizes["pp"] else "interleaved"
 
 
 # -- torchtitan ---------------------------------------------------------------------------------
@@ -290,20 +253,22 @@ def _write_torchtitan(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json(found), tuple(notes)
 
 
-def _read_torchtitan(text: str) -> Imported:
+def _read_torchtitan(text: str) -> GivenLayout:
     raw = _object(_loaded(text), "the file")
     own = _object(raw.get("parallelism"), "parallelism")
     sizes = _counts(own, _TITAN_SIZES)
     degrees = [own.get(f"data_parallel_{name}_degree", 1) for name in ("replicate", "shard")]
     if -1 not in degrees:
-        sizes["dp"] = _count(degrees[0], "replicate degree") * _count(degrees[1], "shard degree")
+        sizes["dp"] = _count(degrees[0], "replicate degree", "dp") * _count(
+            degrees[1], "shard degree", "dp"
+        )
     local = _object(raw.get("training") or {}, "training").get("local_batch_size")
     if local is not None:
         sizes["microbatches"] = _microbatches(local, sizes.get("micro_batch", 1))
     reshard = own.get("fsdp_reshard_after_forward")
     zero_stage = 0 if degrees[1] == 1 else 3 if reshard == "always" else 2
     schedule = own.get("pipeline_parallel_schedule", "1F1B")
-    return Imported(stages_of_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
+    return GivenLayout(stages_of_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
                     _known_schedule(schedule))  # fmt: skip
 
 
@@ -336,7 +301,7 @@ def _write_automodel(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json({"distributed": distributed, "step_scheduler": scheduler}), tuple(notes)
 
 
-def _read_automodel(text: str) -> Imported:
+def _read_automodel(text: str) -> GivenLayout:
     own = _object(_object(_loaded(text), "the file").get("distributed"), "distributed")
     pipeline = _object(own.get("pipeline"), "distributed.pipeline")
     sizes = _counts(own, _AUTO_SIZES)
@@ -345,7 +310,7 @@ def _read_automodel(text: str) -> Imported:
         sizes["microbatches"] = _microbatches(
             pipeline["pp_batch_size"], sizes.get("micro_batch", 1)
         )
-    return Imported(stages_of_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
+    return GivenLayout(stages_of_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
                     _known_schedule(pipeline.get("pp_schedule", "1f1b")),
                     recompute=own.get("activation_checkpointing") in (True, "full"))  # fmt: skip
 
@@ -375,13 +340,13 @@ def _write_transformers(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json(found), tuple(notes)
 
 
-def _read_transformers(text: str) -> Imported:
+def _read_transformers(text: str) -> GivenLayout:
     raw = _object(_loaded(text), "the file")
     sizes = _counts(raw, {"tp_size": "tp", "pp_size": "pp", "ep_size": "ep"})
     depth = sizes.get("pp")
     if depth is None:
         raise PlanError("it has no pp_size; give the number of stages")
-    return Imported(
+    return GivenLayout(
         lambda graph: blocks_of(even_layout(letters_of(graph).count("t"), depth), graph),
         {**sizes, "dp": 1},
         schedule="1f1b",
@@ -439,20 +404,11 @@ def _json(found: Mapping[str, Any]) -> str:
 
 
 def _loaded(text: str) -> Any:
-    """Parse JSON or YAML; YAML's loader has no limit of its own to levels."""
-    levels = 0
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, RecursionError):
-            return parse_json(text)
+    """Parse JSON or YAML: all JSON is YAML."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            levels += _LEVEL.get(type(event), 0)
-            if levels > MAX_DEPTH:
-                raise PlanError(f"it has more than {MAX_DEPTH} levels of lists and objects")
-        return yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PlanError(f"it is neither JSON nor YAML ({reason}); correct it") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def _object(raw: Any, what: str) -> dict[str, Any]:
@@ -461,19 +417,23 @@ def _object(raw: Any, what: str) -> dict[str, Any]:
     return raw
 
 
-def _count(raw: Any, what: str) -> int:
+_LIMITS = {"pp": "num_stages", "micro_batch": "micro_batch", "microbatches": "num_microbatches",
+           "global_batch": "global_batch", "local batch": "global_batch"}  # fmt: skip
+
+
+def _count(raw: Any, what: str, size: str) -> int:
     number = int(raw) if isinstance(raw, str) and raw.isdecimal() and len(raw) < 10 else raw
-    check_count(what, number, "global_batch", error=PlanError)
+    check_count(what, number, _LIMITS.get(size, "num_devices"), error=PlanError)
     return int(number)
 
 
 def _counts(raw: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
-    return {ours: _count(raw[theirs], theirs) for theirs, ours in names.items()
+    return {ours: _count(raw[theirs], theirs, ours) for theirs, ours in names.items()
             if raw.get(theirs) is not None}  # fmt: skip
 
 
 def _microbatches(local: Any, micro_batch: int) -> int:
-    number, rest = divmod(_count(local, "local batch"), micro_batch)
+    number, rest = divmod(_count(local, "local batch", "local batch"), micro_batch)
     if rest or not number:
         raise PlanError(
             f"a local batch of {local} does not divide into micro batches of {micro_batch}; "

@@ -117,8 +117,12 @@ def device_bytes(op: OpRecord, element_bytes: int) -> float:
 
 def products(op: OpRecord) -> tuple[Product, ...]:
     """Return the matrix products that ``op`` consists of (a convolution is one, too)."""
+    return tuple(product for product in _products(op) if product.macs)  # empty ones take no time
+
+
+def _products(op: OpRecord) -> tuple[Product, ...]:
     short = op.name.split(".")[-1]
-    if "convolution" in short:
+    if "convolution" in short and len(op.shapes) > 2:
         return _convolution(op, backward="backward" in short)
     matrices = [shape for shape in op.shapes if len(shape) >= 2]
     if len(matrices) < 2:
@@ -134,6 +138,8 @@ def _convolution(op: OpRecord, *, backward: bool) -> tuple[Product, ...]:
     first = 1 if backward else 0
     image, weight = op.shapes[first], op.shapes[first + 1]
     groups = max(1, image[1] // weight[1]) if len(image) > 1 and weight[1] else 1
+    if not prod(weight):
+        return ()
     inner, outer = prod(weight[1:]), ceil(weight[0] / groups)
     flops = op.flops / (2 if backward else 1)
     rows = max(1, round(flops / (2 * groups * inner * outer)))

@@ -160,8 +160,14 @@ def read_data(path: str, call_size: int) -> dict[str, Tensor]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is none makes torch raise
-        raise ValueError(f"{path} is no file of tensors by torch.save: {error}") from error
-    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
+        said = "it is damaged, or holds more than tensors"  # torch says how to run what it holds
+        if isinstance(error, OSError):
+            said = str(error)[:300]
+        raise ValueError(f"{path} is no file of tensors by torch.save: {said}") from error
+    if not isinstance(data, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.ndim
+        for name, value in data.items()
+    ):
         raise ValueError(f"{path} must hold a dict of tensors by the model's input names")
     rows = {name: len(value) for name, value in data.items()}
     if len(set(rows.values())) != 1:

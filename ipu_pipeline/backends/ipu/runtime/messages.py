@@ -173,6 +173,10 @@ def unpack(value: Any, tensors: SharedTensors) -> Any:
     return items if kind == "list" else tuple(items)
 
 
+# What comes of reading what is no message.
+_NO_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError)
+
+
 class Channel:
     """One end of the socket, with the two mappings.
 
@@ -211,15 +215,17 @@ class Channel:
         try:
             message = json.loads(self._bytes(length))
             version, kind, packed = message["version"], message["kind"], message["values"]
-            named = packed.items()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise MessageError(f"what came is no message of version {VERSION}: {error}") from error
-        if version != VERSION:
+            if version == VERSION:
+                named = {str(n): unpack(value, self._incoming) for n, value in packed.items()}
+                return str(kind), named
+        except _NO_MESSAGE as error:
             raise MessageError(
-                f"the other side speaks version {version} of the messages, this one {VERSION}; "
-                "compile again, so that the worker's files are written anew"
-            )
-        return kind, {name: unpack(value, self._incoming) for name, value in named}
+                f"what came is no message of version {VERSION}: {str(error)[:300]}"
+            ) from error
+        raise MessageError(
+            f"the other side speaks version {str(version)[:40]} of the messages, this one "
+            f"{VERSION}; compile again, so that the worker's files are written anew"
+        )
 
     def close(self) -> None:
         """Close this end; the other side reads the end of file."""
