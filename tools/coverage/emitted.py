@@ -84,6 +84,8 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     except EagerError as error:
         return "eager-fails", str(error)
     facts["inputs"] = tuple(part)
+    with torch.no_grad():  # some models change their own parts in their first pass, for good
+        model(**own_values(part))
     say("crash")
     try:
         captured = capture(model, own_values(part), self_check=False)
