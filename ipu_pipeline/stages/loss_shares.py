@@ -501,11 +501,11 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
         LoweringError: It was measured differently on the shares of several processes.
     """
     found = {one.rules for one in every} - {("",), ()}
-    if len(found) > 1:
+    if len(found) > 1 or len({len(one.divisors) for one in every}) > 1:
         raise LoweringError(
             f"how the loss adds up over samples was measured as {sorted(found)} on the shares of "
-            "the replicas; say it with loss_weights='samples' or a function, or give every process "
-            "the whole batch (batches='whole')"
+            "the replicas, or its terms are not the same; say it with loss_weights='samples' or a "
+            "function, or give every process the whole batch (batches='whole')"
         )
     return next(iter(found))[0] if found else None
 
