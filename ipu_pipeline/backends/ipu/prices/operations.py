@@ -122,8 +122,9 @@ def products(op: OpRecord) -> tuple[Product, ...]:
 
 def _products(op: OpRecord) -> tuple[Product, ...]:
     short = op.name.split(".")[-1]
-    if "convolution" in short and len(op.shapes) > 2:
-        return _convolution(op, backward="backward" in short)
+    backward = "backward" in short
+    if "convolution" in short and len(op.shapes) > 1 + backward:
+        return _convolution(op, backward=backward)
     matrices = [shape for shape in op.shapes if len(shape) >= 2]
     if len(matrices) < 2:
         return _cube(op.flops)
@@ -195,7 +196,7 @@ def lookup_size(op: OpRecord) -> tuple[int, int]:
     if op.name.split(".")[-1] in _BY_ELEMENT:
         return prod(indices), 1
     count = prod(indices) if indices else prod(table)
-    return count, table[-1] if table and indices else 1
+    return count, table[-1] if len(table) > 1 and indices else 1  # rows of a vector are numbers
 
 
 def _lookup_cycles(op: OpRecord, pricer: OperationPricer, table_rows: int, factor: int) -> float:

@@ -34,6 +34,10 @@ FACTORIES = _names(
     "as_tensor scalar_tensor hann_window hamming_window empty_strided asarray"
 )
 """Make constants."""
+_SIZED = _names(
+    "arange empty eye linspace logspace ones range tril_indices triu_indices zeros "
+    "new_empty new_full new_ones new_zeros"
+)
 LIKE = _names(
     "zeros_like ones_like full_like new_zeros new_ones new_full new_tensor new_empty empty_like"
 )
@@ -247,6 +251,9 @@ class ProgramMode(TorchFunctionMode):
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Compute on the host if all tensors are constants, else in the program."""
         name = getattr(func, "__name__", "")
+        if name in _SIZED:
+            own = int(name.startswith("new_"))  # of a tensor that gives its type
+            args, kwargs = (*args[:own], *self.numbers(args[own:])), self.numbers(kwargs)
         if any(map(self.is_program, tensors_of((args, kwargs)))):
             if name in LIKE:
                 return self._like(func, name, args, kwargs)

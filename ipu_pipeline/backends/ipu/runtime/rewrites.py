@@ -312,6 +312,8 @@ def _setitem(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
     x, index, value = args
     parts = index if isinstance(index, tuple) else (index,)
     masks = [part for part in parts if _is_mask(part)]
+    if any(isinstance(part, Tensor) and not part.numel() for part in parts):
+        return None  # it writes nothing
     if not any(map(mode.is_program, masks)):
         if masks and any(map(mode.is_program, tensors_of((x, value, *parts)))):
             index = tuple(found for part in parts for found in _positions(mode, part))

@@ -106,7 +106,10 @@ def _classes(m: Toy, x: Tensor, **_: Tensor) -> Tensor:
 def _read_inputs(m: Toy, x: Tensor, ids: Tensor, mask: Tensor, **_: Tensor) -> Tensor:
     if ids.max() >= 6:
         raise ValueError("no such id")
-    longest = int(mask.sum(-1).max())
+    longest = mask.sum(-1).max()
+    assert torch.equal(torch.arange(longest), torch.arange(int(longest)))
+    assert x.new_zeros(2, longest).shape == (2, int(longest))
+    longest = int(longest)
     kept = x[:, :longest] * m.weight[:longest]
     rows, places = (mask == 1).nonzero(as_tuple=True)
     return kept.sum() + x[mask == 1].sum() + x[rows, places].mean() * m.weight
