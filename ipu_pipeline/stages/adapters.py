@@ -31,9 +31,10 @@ def without_adapters(model: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found: nn.Module = copy.deepcopy(model.get_base_model())
+    wrapped: Any = model
+    found: nn.Module = copy.deepcopy(wrapped.get_base_model())
     for path, module in list(found.named_modules()):
-        plain = None
+        plain: Any = None
         if isinstance(module, BaseTunerLayer):
             plain = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
@@ -72,7 +73,7 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
                 "the model with values"
             )
 
-    def reset(layer: nn.Module) -> None:
+    def reset(layer: Any) -> None:
         for name, config in configs.items():
             if config.init_lora_weights is not False:
                 layer.reset_lora_parameters(name, config.init_lora_weights)

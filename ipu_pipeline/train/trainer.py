@@ -243,7 +243,8 @@ class PipelineTrainer(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loader of some data, of training data perhaps a share of them."""
         if kwargs.get("is_training"):
-            dataset, kwargs["sampler_fn"] = self._steps.train_data(dataset, kwargs["sampler_fn"])
+            found = self._steps.train_data(dataset, kwargs.get("sampler_fn"))
+            dataset, kwargs["sampler_fn"] = found
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, *args: Any, **kwargs: Any) -> Any:

@@ -73,25 +73,29 @@ def test_it_trains_as_one_process_and_a_checkpoint_loads_under_another_mesh(
 
 
 @pytest.mark.acceptance
-@pytest.mark.parametrize("name", ["llama-tied", "mixtral-wide", "starcoder2-dropout"])
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("name", "half"), [("llama-tied", 25), ("mixtral-wide", 5), ("starcoder2-dropout", 5)]
+)
 def test_every_mesh_gives_the_losses_of_one_process(
-    four: Processes, tmp_path: Path, name: str
+    four: Processes, tmp_path: Path, name: str, half: int
 ) -> None:
-    """50 losses with clipping; a checkpoint of any mesh loads under any other, bit by bit."""
+    """Losses with clipping; a checkpoint of any mesh loads under any other, bit by bit."""
     meshes = [m for (*_, tp), m in MESHES.items() if tp < 4 or "wide" in name]
     paths = [str(tmp_path / str(number)) for number in range(len(meshes))]
-    expected = local(name, 50)
+    expected = local(name, 2 * half)
     saved: list[dict[str, Any]] = []
     for path, planned in zip(paths, meshes, strict=True):
-        saved += four.run("slice_jobs.trained", name=name, planned=planned, steps=25, path=path)[:1]
+        given = {"name": name, "planned": planned, "steps": half, "path": path}
+        saved += four.run("slice_jobs.trained", **given)[:1]
         assert difference(saved[-1]["losses"], expected) < 1e-5
         assert saved[-1]["read"] == saved[-1]["state"]  # by from_pretrained
     for planned in meshes:
-        found = four.run("slice_jobs.continued", name=name, planned=planned, steps=5, paths=paths)
+        found = four.run("slice_jobs.continued", name=name, planned=planned, steps=3, paths=paths)
         for before, after in zip(saved, found[0], strict=True):
             assert after["state"] == before["state"]
             assert after["dcp"].items() <= before["state"].items()
-            assert difference(after["losses"], expected[25:30]) < 1e-5
+            assert difference(after["losses"], expected[half : half + 3]) < 1e-5
 
 
 @pytest.mark.acceptance
