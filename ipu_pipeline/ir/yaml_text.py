@@ -14,7 +14,7 @@ from ipu_pipeline.ir.files import first_twice
 MOST_VALUES = 100_000  # of a file, whose references repeat what is written once
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """YAML in which no key stands twice in one place; it would take the last one silently."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
