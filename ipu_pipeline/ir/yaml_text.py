@@ -14,12 +14,12 @@ from ipu_pipeline.ir.files import first_twice
 MOST_VALUES = 100_000  # of a file, whose references repeat what is written once
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which no key stands twice in one place; it would take the last one silently."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Compose the node of a mapping whose keys differ."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         twice = first_twice(key.value for key, _ in node.value if isinstance(key.value, str))
         if twice is not None:
             raise ValueError(f"it has the key {shown(twice)} twice in one place; remove one")
