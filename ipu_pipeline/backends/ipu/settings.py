@@ -302,8 +302,10 @@ def _check_agreement(
         training: Whether the plan trains.
     """
     layers, plain = sum(said["layers_per_ipu"]), IPUConfig()
-    theirs: dict[str, Any] = {"replication_factor": base.replicas(inference=not training)}
-    # Its default is no wish: no pipeline runs with one microbatch.
+    theirs: dict[str, Any] = {}
+    # A default is no wish: the numbers may have been given beside the configuration.
+    if base.replicas(inference=not training) != plain.replicas():
+        theirs["replication_factor"] = base.replicas(inference=not training)
     if training and base.gradient_accumulation_steps != plain.gradient_accumulation_steps:
         theirs["gradient_accumulation_steps"] = base.gradient_accumulation_steps
     if base.layers_per_ipu != (-1,):
