@@ -152,6 +152,8 @@ def test_replicas_that_measure_differently_are_refused() -> None:
         LoweringError, match=r"measured as \[\('mean',\), \('sum',\)\] on the shares"
     ):
         _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
+    with pytest.raises(LoweringError, match="or its terms are not the same; say it with loss_wei"):
+        _agreed_rule([Counted(1, divisors=(1.0,)), Counted(1, divisors=(1.0, 2.0))])
 
 
 def assert_equal(
