@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankPricer
 from ipu_pipeline.backends.cluster.prices.rank_step import BUFFER_BYTES, RankStep
-from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.schedules.stage_loads import Copies
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
+from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 
 # A schedule that torch has no class for: weights' gradients fill all bubbles, with twice as many
 # microbatches in flight. Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024, ZB-2p.
@@ -43,15 +43,24 @@ class PublishedStep(RankStep):
         if schedule != ZERO_BUBBLE_2P:
             placed = schedule_kind(schedule).place(depth, pp)
         ranks = placed or tuple(stage % pp for stage in range(depth))
+        shape = PipelineShape.of(depth, num_microbatches, ranks)
+        flying = [2 * pp] * depth  # of ZB-2p
+        if schedule != ZERO_BUBBLE_2P:
+            flying = list(schedule_kind(schedule).in_flight(shape))
+        loads = [
+            StageLoad(rank, stage.forward_s, stage.backward_s, copies,
+                      round(pricer.state_bytes(stage.parameters)), round(stage.saved_bytes),
+                      round(stage.workspace_bytes), number, weights_s=stage.backward_s / 2)
+            for rank, stage, copies, number in zip(
+                ranks, stages, _copies(pricer, ranks), flying, strict=True)
+        ]  # fmt: skip
         return cls(
             pricer=pricer,
-            stages=tuple(stages),
+            loads=tuple(loads),
+            parameters=tuple(stage.parameters for stage in stages),
             schedule=schedule,
             num_microbatches=num_microbatches,
-            ranks=ranks,
-            copies=_copies(pricer, ranks),
             update_s=tuple(pricer.update_s(stage.parameters) for stage in stages),
-            state_bytes=tuple(round(pricer.state_bytes(stage.parameters)) for stage in stages),
             **more,
         )
 
@@ -59,23 +68,15 @@ class PublishedStep(RankStep):
         """Return the seconds of all passes and copies of a step."""
         if self.schedule != ZERO_BUBBLE_2P:
             return super().passes_s()
-        pairs = zip(self.stages, self.copies, strict=True)
-        loads = (s.forward_s + s.backward_s + c.forward_s + c.backward_s for s, c in pairs)
-        return self.num_microbatches * max(loads)
-
-    def kept_bytes(self) -> Sequence[float]:
-        """Most bytes of saved tensors on every rank at one time."""
-        if self.schedule != ZERO_BUBBLE_2P:
-            return super().kept_bytes()
-        return [2 * self.pricer.sizes.pp * stage.saved_bytes for stage in self.stages]
+        return self.num_microbatches * max(load.price.load_s for load in self.loads)
 
     def memory_bytes(self) -> tuple[float, ...]:
         """Return the most bytes that every rank of the pipeline holds."""
         found = []
         for own, kept in zip(self.of_ranks, self.kept_bytes(), strict=True):
-            more = self.more_in_flight * self.stages[own[-1]].saved_bytes
+            more = self.more_in_flight * self.loads[own[-1]].stash_bytes
             used = self.pricer.state_bytes(self.held_by(own)) + self.in_flight_factor * kept + more
-            used += max(self.stages[number].workspace_bytes for number in own) + BUFFER_BYTES
+            used += max(self.loads[number].workspace_bytes for number in own) + BUFFER_BYTES
             found.append(self.reserved_share * used)
         return tuple(found)
 

@@ -28,9 +28,8 @@ from benchmarks.gpu_models import known_config
 from benchmarks.gpu_rows import UnjudgedRowError
 from benchmarks.gpu_runs import read_run
 from ipu_pipeline.backends.cluster.layouts.given_layout import (
+    GivenLayout,
     captured_model,
-    given_plan,
-    given_run,
     own_plan,
 )
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, layout_of, parse_layout
@@ -90,12 +89,11 @@ def compared(row: Mapping[str, Any]) -> dict[str, Any]:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(config_of(row["model"])), encoding="utf-8")
         model = captured_model(str(file), None, 1, recipe["seq"])
-    model = model.with_extra_layers(layout.num_extra_layers)
-    run = given_run(machine, stages, sizes, settings)
-    given = given_plan(model, machine, blocks_of(layout, model.graph), run)
-    peak = rank_step_of(given).peak_bytes
-    given = given_plan(model, with_memory(machine, peak), blocks_of(layout, model.graph), run)
-    ours = own_plan(model, given, run, SEARCH_S)
+    said = GivenLayout(lambda graph: blocks_of(layout, graph), sizes, settings,
+                       extra_layers=layout.num_extra_layers)  # fmt: skip
+    peak = rank_step_of(said.plan(model, machine)).peak_bytes
+    given = said.plan(model, with_memory(machine, peak))
+    ours = own_plan(given, SEARCH_S)
     seconds = time.process_time() - begin
     return {
         "model": row["model"], "pp": pp, "vpp": stages // pp, "gpus": f"{gpus} x {gpu}",

@@ -24,7 +24,7 @@ from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Device, Link, Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.search import Constraints, Partition, solve
 from ipu_pipeline.planner.search.problem import Slot, Value
 
@@ -197,7 +197,7 @@ def _print_models(sequence: int = 2048) -> None:
             )
             where = replace(where, devices=devices)
             before = perf_counter()
-            costs = CostModel(loss_in_flight=1).estimate(graph, where)
+            costs = estimate(graph, where, loss_in_flight=1)
             priced = perf_counter()
             try:
                 found = solve(graph, costs, where, Constraints(num_microbatches=32))

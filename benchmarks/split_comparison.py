@@ -23,7 +23,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.search import Constraints, solve
 
 DEVICE_COUNTS = (2, 4, 8, 16)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("|" + "---|" * (len(BASELINES) + 4))
     for name in arguments.models:
         graph = block_graph(name, arguments.micro_batch, arguments.seq_length)
-        costs = CostModel().estimate(graph, whole)
+        costs = estimate(graph, whole)
         for count in DEVICE_COUNTS:
             constraints = Constraints(
                 num_microbatches=arguments.microbatches,

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +31,8 @@ from ipu_pipeline.planner.backend import (
     find_machine,
 )
 from ipu_pipeline.planner.passes.manager import PassManager
-from ipu_pipeline.planner.price import make_plan, priced, schedule_problem, step_s
-from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.price import make_plan, priced, schedule_problem
+from ipu_pipeline.planner.search import Constraints
 from ipu_pipeline.planner.search.parallel import check_depth
 from ipu_pipeline.stages.executable import Executable, ExecutionOptions
 
@@ -98,7 +97,7 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     manager = PassManager.parse(passes)
     depth = depth_of(num_stages, config)
     asked = replace(constraints or Constraints(), num_stages=depth)
-    model, example_batch = original_model(model), ready_batch(example_batch)
+    model = original_model(model)
     begin = time.monotonic()
     captured = _captured(model, example_batch, machine, costs, granularity, settings)
     check_depth(captured.graph, depth or 1)
@@ -121,15 +120,13 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
         limits.num_microbatches,
         limits.replicas,
         {**backend.settings(captured.graph, config, limits), **(settings or {})},
-        measured_seconds(captured, example_batch, described, costs),
+        measured_seconds(captured, ready_batch(example_batch), described, costs),
         limits.factors(captured.graph.block_index),
     )
     split = backend.placement(work) if constraints is None else None
     if split is None:
-        find = partial(_searched, layers=_layers(captured.graph, config, depth))
-        split, work = backend.search(
-            work, limits, find, any_replicas=constraints is None and replicas is None
-        )
+        free = constraints is None and replicas is None
+        split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
     made = replace(made, batch_axes=dict(batch_axes or {}))
     made = _after_passes(_fitting(made), manager)
@@ -162,7 +159,13 @@ def _limits(
     wrong = schedule_problem(machine, name)
     if wrong:
         raise ValueError(wrong)
-    return replace(limits, num_microbatches=microbatches, replicas=replicas, schedule=name)
+    return replace(
+        limits,
+        num_microbatches=microbatches,
+        replicas=replicas,
+        schedule=name,
+        layers_per_ipu=_layers(graph, config, limits.num_stages) or limits.layers_per_ipu,
+    )
 
 
 def _captured(
@@ -195,17 +198,6 @@ def _for_gpus(machine: str | Machine, model: nn.Module, costs: str) -> bool:
         return False
     kernels = find_machine(machine, None).devices[0].kernels
     return kernels is not None and model.training and costs == "analytic"
-
-
-def _searched(work: Workload, limits: Constraints, layers: tuple[int, ...] | None) -> Partition:
-    backend = backend_of(work.machine)
-    logger.info("searching the best of %s over %d devices (%s)",
-                f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
-                work.schedule)  # fmt: skip
-    limits = backend.rules(work.graph, work.machine, limits)
-    limits = replace(limits, layers_per_ipu=layers)
-    costs = backend.costs(work)
-    return solve(work.graph, costs, work.machine, limits, step=partial(step_s, work))
 
 
 @same_random_numbers()

@@ -64,6 +64,14 @@ def test_published_layers_per_ipu_are_respected_to_the_letter() -> None:
     assert plan.num_microbatches == 7
 
 
+def test_layers_per_device_in_constraints_are_respected() -> None:
+    model, batch = TINY["bert-qa"].build(device="meta")
+    given = ipp.Constraints(layers_per_ipu=(1, 3))
+    plan = ipp.plan(model, batch, machine="a100-80g-x4", num_stages=2, constraints=given)
+    layers = [sum(name.startswith("bert.encoder") for name in s.blocks) for s in plan.stages]
+    assert layers == [1, 3]
+
+
 def test_stages_that_contradict_the_configuration_are_refused() -> None:
     model, batch = TINY["bert-qa"].build()
     for layers in ((2, 2), (4,)):

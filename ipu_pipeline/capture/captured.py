@@ -234,8 +234,10 @@ class CapturedModel:
 
     def example_values(self) -> dict[str, Any]:
         """Run all blocks on the example batch; return every named value, detached."""
-        with preserved_state(self.model, self._trace.changing.values()), torch.no_grad():
-            return self._values({name: self._batch[name].clone() for name in self.inputs})
+        changing = self._trace.changing.values()
+        with preserved_state(self.model, changing), torch.set_grad_enabled(self.training):
+            values = self._values({name: self._batch[name].clone() for name in self.inputs})
+        return {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}
 
     def _values(self, batch: Mapping[str, Any], results: Iterable[str] = ()) -> dict[str, Any]:
         values: dict[str, Any] = {name: batch[name] for name in self.inputs}
@@ -279,6 +281,8 @@ def capture(
         CaptureError: The model does something between its blocks that cannot be replayed, or the
             capture does not compute what the model computes.
     """
+    from ipu_pipeline.capture.check import check_arrays, check_capture
+
     _refuse_checkpointing(model)
     training = model.training if training is None else training
     on_meta = any(parameter.is_meta for parameter in model.parameters())
@@ -291,6 +295,8 @@ def capture(
         torch.set_grad_enabled(training),
     ):
         batch = _own_batch(example_batch, meta=on_meta)
+        if not on_meta:
+            check_arrays(model, example_batch, batch)
         recorded = trace_once(model, batch, leaves, on_meta=on_meta)
         losses = _loss_modules(recorded)
         if losses:  # what they divide by is part of the glue, if it can be followed
@@ -307,8 +313,6 @@ def capture(
     captured = _built(model, recorded, batch, granularity, training=training)
     if not self_check or on_meta:
         return captured
-    from ipu_pipeline.capture.check import check_capture
-
     with not_compiled(model):
         found = check_capture(captured, batch)
     return replace(captured, notes=found.notes, _changed_backward=found.changed_backward)

@@ -12,11 +12,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +75,37 @@ def check_capture(captured: CapturedModel, batch: Mapping[str, Any]) -> Checked:
         found = compare(batch)
         note = f"checked on the example batch only: the model refuses altered data ({error})"
         return Checked((note,), found)
+
+
+def check_arrays(model: nn.Module, given: Mapping[str, Any], ready: Mapping[str, Any]) -> None:
+    """Refuse a model that does something else with tensors than with the batch's numpy arrays.
+
+    Raises:
+        CaptureError: It does; the inputs are named.
+    """
+    arrays = [name for name, value in given.items() if isinstance(value, np.ndarray)]
+    found: list[Outcome] = []
+    for batch in (given, ready) if arrays else ():
+        try:
+            with preserved_state(model), block_scope(SEED, "arrays"):
+                seed_torch(SEED)
+                outputs = model(**{n: deepcopy(v) for n, v in batch.items()})
+                found.append({n: t.detach() for n, t in named_tensors(outputs)})
+        except Exception as error:
+            if not found:  # it does not take arrays anyway
+                return
+            problem = f"fails ({type(error).__name__}: {error})"
+            break
+    else:
+        if not found or all(_difference(found[1].get(n), t) <= DEFAULT_TOLERANCE
+                            for n, t in found[0].items()):  # fmt: skip
+            return
+        problem = "computes something else"
+    raise CaptureError(
+        f"{', '.join(map(repr, arrays))} of the batch is a numpy array; stages take tensors, and "
+        f"{type(model).__name__} {problem} with a tensor in its place: let its code work with "
+        "tensors, and put tensors into the batch"
+    )
 
 
 class _RefusedByModel(Exception):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ipu_pipeline.capture.values import tensors_in
 from ipu_pipeline.errors import CaptureError
 
 NUM_ITEMS = "num_items_in_batch"
@@ -37,10 +38,11 @@ def _ready(name: str, value: Any) -> Any:
                 f"{name!r} of the batch is a numpy array of {value.dtype}; stages take arrays of "
                 "numbers, which become tensors: encode it as numbers, or leave it out of the batch"
             )
-        return torch.from_numpy(value)
+        return torch.from_numpy(np.ascontiguousarray(value))
     if name == NUM_ITEMS and isinstance(value, int | float):
         return torch.tensor(value)
-    if any(isinstance(member, Tensor | np.ndarray) for member in tree_leaves(value)):
+    arrays = (member for member in tree_leaves(value) if isinstance(member, np.ndarray))
+    if [*tensors_in(value), *arrays]:
         raise CaptureError(
             f"{name!r} of the batch is a {type(value).__name__} that holds tensors; stages "
             "take tensors by name only: pass them one by one, or wrap the model in a module "

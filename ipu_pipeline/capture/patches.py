@@ -35,6 +35,8 @@ GROUPED = functional.grouped_mm
 _ONE_AT_A_TIME = threading.RLock()
 
 
+# Whoever draws a seed (torch.seed, for a second pass over the same masks) gets 64 bits.
+_SEEDS_BY_CHANCE = 1 << 32
 # What torch.vmap hands on before the arguments: function, in_dims, out_dims, randomness, chunks.
 _VMAP_SETTINGS = 5
 
@@ -131,6 +133,50 @@ def patched_calls(
         mock.patch.object(torch, "from_numpy", torch.as_tensor),  # a call that modes see
     ):
         yield
+
+
+@contextlib.contextmanager
+def refused_seeds() -> Iterator[None]:
+    """Refuse that this thread seeds torch's generator, or gives it a state that it had.
+
+    Stages draw numbers of their own (decision 8), so that neither would do what it does without.
+
+    Raises:
+        CaptureError: It does.
+    """
+    with mock.patch.object(torch.random, "default_generator", _SeededByNobody()):
+        yield
+
+
+class _SeededByNobody:
+    """torch's generator of the CPU, as ``torch.manual_seed`` and ``torch.set_rng_state`` see it."""
+
+    def __init__(self) -> None:
+        self._generator, self._thread = torch.default_generator, threading.get_ident()
+        self._refused: CaptureError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        if seed < _SEEDS_BY_CHANCE:
+            self._refuse(f"seeds torch (torch.manual_seed({seed}))")
+        return self._generator.manual_seed(seed)
+
+    def set_state(self, state: torch.Tensor) -> torch.Generator:
+        self._refuse("puts back a state of torch's random numbers (fork_rng, set_rng_state)")
+        return self._generator.set_state(state)
+
+    def _refuse(self, what: str) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._refused = self._refused or CaptureError(  # not what fork_rng does at its end
+            f"the model {what} in its forward pass; stages draw numbers of their own, by step, "
+            "microbatch and block, so that those after it would be others than in plain torch: "
+            "draw what is to stay the same once, into a buffer, or inside a block from a "
+            "torch.Generator of its own"
+        )
+        raise self._refused
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ipu_pipeline.capture.experts import grouped_without_values
 from ipu_pipeline.capture.glue import Glue
 from ipu_pipeline.capture.leaves import Leaves
 from ipu_pipeline.capture.lift import settle_modes
-from ipu_pipeline.capture.patches import patched_calls, patched_methods
+from ipu_pipeline.capture.patches import patched_calls, patched_methods, refused_seeds
 from ipu_pipeline.capture.reads import same_value
 from ipu_pipeline.capture.state import WriteBack
 from ipu_pipeline.capture.tracer import Tracer
@@ -66,7 +66,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any], leaves: Leaves) -> Trace:
         tracer.recorder.input(name, batch[name])
     try:
         hooks = tracer.module_call, tracer.function_apply, tracer.vmapped_call
-        with patched_calls(*hooks), patched_methods(model, tracer.function_apply), tracer:
+        methods = patched_methods(model, tracer.function_apply)
+        with patched_calls(*hooks), methods, refused_seeds(), tracer:
             output = model(**batch)
         tracer.draws.finish()
         _record_replaced(tracer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from ipu_pipeline.cli.options import (
     counted,
     save_plan,
 )
+
+if TYPE_CHECKING:
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, GivenModel
 
 
 class Framework(str, Enum):
@@ -86,7 +89,7 @@ def import_command(
     Sizes that are given replace the file's.
     """
     from ipu_pipeline.backends.cluster.layouts.exchange import read_plan
-    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model, imported_plan
+    from ipu_pipeline.backends.cluster.layouts.given_layout import imported_plan
     from ipu_pipeline.ir.files import check_outputs, of_file
     from ipu_pipeline.ir.machines import machine_by_name
 
@@ -95,9 +98,7 @@ def import_command(
         {"pp": pp, "tp": tp, "micro_batch": micro_batch, "microbatches": microbatches,
          "global_batch": global_batch}
     )  # fmt: skip
-    described = machine_by_name(machine)
-    captured = captured_model(model, task, given.sizes.get("micro_batch", 1), seq_length,
-                              given.settings.get("precision"))  # fmt: skip
+    described, captured = machine_by_name(machine), _captured(model, task, seq_length, given)
     with of_file(file):
         made = imported_plan(given, captured, described)
     typer.echo(made.explain())
@@ -109,13 +110,7 @@ def predict_layout(
     sizes: dict[str, int | None], settings: dict[str, Any], schedule: str | None,
 ) -> None:  # fmt: skip
     """Price somebody's layout, and find ours for the same sizes."""
-    from ipu_pipeline.backends.cluster.layouts.exchange import Imported
-    from ipu_pipeline.backends.cluster.layouts.given_layout import (
-        captured_model,
-        given_plan,
-        given_run,
-        own_plan,
-    )
+    from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, own_plan
     from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
     from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
     from ipu_pipeline.errors import PartitionError
@@ -125,28 +120,28 @@ def predict_layout(
         raise ValueError("--layout needs a machine of GPUs; give --machine, such as h100-x64")
     parsed = parse_layout(layout)
     parsed.check()
-    described = machine_by_name(machine)
-    known = {name: size for name, size in sizes.items() if size is not None}
     said = {name: value for name, value in settings.items() if value is not None}
     recompute = said.pop("recompute", "none")
     parts = [] if recompute in ("none", "full") else recompute.split(",")
-    given = Imported(
+    given = GivenLayout(
         lambda graph: blocks_of(parsed, graph),
-        known,
+        {name: size for name, size in sizes.items() if size is not None},
         {**said, "recompute": parts, "engine": "megatron"},
         schedule,
         parsed.num_extra_layers,
         recompute=recompute == "full",
     )
-    captured = captured_model(model, task, known.get("micro_batch", 1), seq_length,
-                              said.get("precision"))  # fmt: skip
-    captured = captured.with_extra_layers(parsed.num_extra_layers)
-    run = given_run(
-        described, len(parsed.stages), known, given.settings, schedule, recompute=given.recompute
-    )
-    made = given_plan(captured, described, given.stages(captured.graph), run)
+    described = machine_by_name(machine)
+    made = given.plan(_captured(model, task, seq_length, given), described)
     try:
-        ours, problem = own_plan(captured, made, run), ""
+        ours, problem = own_plan(made), ""
     except PartitionError as error:
         ours, problem = None, str(error)
     typer.echo(layout_text(made, ours, problem))
+
+
+def _captured(model: str, task: str | None, seq_length: int, given: GivenLayout) -> GivenModel:
+    from ipu_pipeline.backends.cluster.layouts.given_layout import captured_model
+
+    size, precision = given.sizes.get("micro_batch", 1), given.settings.get("precision")
+    return captured_model(model, task, size, seq_length, precision)

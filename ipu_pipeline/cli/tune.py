@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +26,6 @@ from ipu_pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.ipu.tune import Progress
     from ipu_pipeline.ir.machine import Machine
 
 
@@ -108,7 +105,7 @@ def tune_command(
             "zero_stage": zero_stage, "recompute": recompute,
             "precision": precision and precision.value, "optimizer": optimizer, "engine": engine,
         }  # fmt: skip
-        tune_gpus(model, task, described, seq_length, fixed, output, _progress, as_json=as_json)
+        tune_gpus(model, task, described, seq_length, fixed, output, as_json=as_json)
         return
     from ipu_pipeline.cli.tune_ipus import tune_ipus
 
@@ -118,7 +115,7 @@ def tune_command(
     }  # fmt: skip
     run = {"device_iterations": device_iterations, "optimizer": optimizer}
     tune_ipus(model, task, described, seq_length, asked, run, compare, output, ipu_config_output,
-              _progress, as_json=as_json)  # fmt: skip
+              as_json=as_json)  # fmt: skip
 
 
 def _refuse_foreign(context: typer.Context, machine: Machine) -> str:
@@ -149,17 +146,3 @@ def _refuse_foreign(context: typer.Context, machine: Machine) -> str:
             "another machine"
         )
     return name
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show a bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ipu_pipeline.cli.options import save_plan
+from ipu_pipeline.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from ipu_pipeline.backends.cluster.tune.search import Progress
     from ipu_pipeline.ir.graph import BlockGraph
     from ipu_pipeline.ir.machine import Machine
     from ipu_pipeline.ir.plan import ModelIdentity
@@ -32,7 +31,6 @@ def tune_gpus(
     seq_length: int,
     fixed: Fixed,
     output: Path | None,
-    progress: Callable[[], AbstractContextManager[Progress]],
     *,
     as_json: bool,
 ) -> None:
@@ -45,8 +43,6 @@ def tune_gpus(
         seq_length: Tokens of a sequence.
         fixed: Fields of the request; ``precision``, ``optimizer`` and ``engine`` are settings.
         output: File of the best plan.
-        progress: Region in which a bar is shown; it gives what is called with what is done, how
-            much of it, and of how much.
         as_json: Print figures instead of text.
     """
     from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
@@ -62,7 +58,7 @@ def tune_gpus(
     identity, capture = _capturer(
         model, task, seq_length, named["precision"], searched=request.micro_batch is None
     )
-    with progress() as shown:
+    with progress_bar() as shown:
         result = tune(capture, machine, request, identity, shown)
     typer.echo(json.dumps(figures(result), indent=1) if as_json else result_text(result))
     save_plan(result.best.plan, output, quiet=as_json)

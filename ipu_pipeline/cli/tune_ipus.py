@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ipu_pipeline.cli.progress import progress_bar
+
 if TYPE_CHECKING:
     from ipu_pipeline.backends.ipu.config import IPUConfig
     from ipu_pipeline.backends.ipu.prices import Prediction
-    from ipu_pipeline.backends.ipu.tune import Progress, TunePoint, TuneResult
+    from ipu_pipeline.backends.ipu.tune import TunePoint, TuneResult
     from ipu_pipeline.capture import CapturedModel
     from ipu_pipeline.ir.machine import Machine
 
@@ -31,7 +32,6 @@ def tune_ipus(
     compare: str | None,
     output: Path | None,
     ipu_config_output: Path | None,
-    progress: Callable[[], AbstractContextManager[Progress]],
     *,
     as_json: bool,
 ) -> None:
@@ -47,8 +47,6 @@ def tune_ipus(
         compare: A configuration to compare with.
         output: File of the best plan.
         ipu_config_output: File of the best configuration.
-        progress: Region in which a bar is shown; it gives what is called with what is done, how
-            much of it, and of how much.
         as_json: Print figures instead of text.
 
     Raises:
@@ -64,7 +62,7 @@ def tune_ipus(
     request = TuneRequest(**asked, settings=replace(SETTINGS, **run))
     rival = None if compare is None else _published(compare, machine)
     capture = _capturer(model, task, seq_length)
-    with progress() as shown:
+    with progress_bar() as shown:
         result = tune(capture, machine, request, shown)
     other = None if rival is None else result.predict(rival, capture)
     if as_json:

@@ -67,6 +67,7 @@ class PlannedStage:
         device: Position of its device in the machine.
         blocks: Block names in execution order.
         recompute: Those of its blocks whose forward pass runs again in the backward pass.
+        offload: Those of its blocks whose activations wait in host memory for the backward pass.
         serialize: Slices by block name, for blocks that run in more than one slice.
         table_slices: First slice and the one behind the last that this stage holds of the table
             of a block, where several consecutive stages hold it; the block itself is in the last.
@@ -91,6 +92,7 @@ class PlannedStage:
     weight_bytes: Count = 0
     stash_bytes: Count = 0
     table_slices: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    offload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Plan:
         """Digest of the run (machine, settings, schedule, counts), a dash, and of the stages."""
         decisions = [
             [stage.device, stage.blocks, sorted(stage.recompute), sorted(stage.serialize.items()),
-             sorted(stage.table_slices.items())]
+             sorted(stage.table_slices.items()), *([sorted(stage.offload)] * bool(stage.offload))]
             for stage in self.stages
         ]  # fmt: skip
         run = [self.machine.fingerprint(), to_json(self.settings), self.schedule, self.num_stages,

@@ -121,11 +121,13 @@ def explain_plan(plan: Plan) -> str:
 
 def annotation_lines(plan: Plan) -> list[str]:
     """Return one line for each way in which blocks do not run plainly."""
-    recomputed, sliced, held = [], [], []
+    named: dict[str, list[str]] = {"recomputed": [], "offloaded": []}
+    sliced, held = [], []
     for index, stage in enumerate(plan.stages):
-        ordered = [name for name in stage.blocks if name in stage.recompute]
-        if ordered:
-            recomputed.append(f"{shortened(ordered)} (stage {index})")
+        for what, blocks in (("recomputed", stage.recompute), ("offloaded", stage.offload)):
+            ordered = [name for name in stage.blocks if name in blocks]
+            if ordered:
+                named[what].append(f"{shortened(ordered)} (stage {index})")
         sliced += [
             f"{name} in {stage.serialize[name]} slices (stage {index})"
             for name in stage.blocks
@@ -136,7 +138,7 @@ def annotation_lines(plan: Plan) -> list[str]:
             f"(stage {index})"
             for name, (first, last) in stage.table_slices.items()
         ]
-    named = {"recomputed": recomputed, "serialized": sliced, "table split": held}
+    named |= {"serialized": sliced, "table split": held}
     return [f"{what}: {'; '.join(parts)}" for what, parts in named.items() if parts]
 
 
@@ -183,6 +185,10 @@ def describe_blocks(stage: PlannedStage) -> str:
     names = [name.rsplit(".", 2)[-2:] for name in (stage.blocks[0], stage.blocks[-1])]
     first, last = (".".join(part) for part in names)
     text = first if len(stage.blocks) == 1 else f"{first} .. {last}"
-    counts = {"recomputed": len(stage.recompute), "serialized": len(stage.serialize)}
+    counts = {
+        "recomputed": len(stage.recompute),
+        "offloaded": len(stage.offload),
+        "serialized": len(stage.serialize),
+    }
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"{text} ({said})" if said else text

@@ -137,7 +137,8 @@ def _verify_order(plan: Plan) -> None:
 
 def _verify_annotations(plan: Plan) -> None:
     for index, stage in enumerate(plan.stages):
-        foreign = [n for n in (*stage.recompute, *stage.serialize) if n not in stage.blocks]
+        named = (*stage.recompute, *stage.offload, *stage.serialize)
+        foreign = [name for name in named if name not in stage.blocks]
         if foreign:
             raise PlanError(f"stage {index} annotates blocks it does not hold: {listed(foreign)}")
         for name, factor in stage.serialize.items():

@@ -8,9 +8,10 @@ so that a saved plan is priced without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ipu_pipeline.planner.price import PlanPrice
     from ipu_pipeline.planner.search import Constraints, Partition
 
+logger = logging.getLogger(__name__)
 GROUP = "ipu_pipeline.backends"
 _FOLDER = Path(__file__).parents[1] / "backends"
 
@@ -139,25 +141,27 @@ class Backend(Protocol):
         return None
 
     def search(
-        self,
-        work: Workload,
-        limits: Constraints,
-        find: Callable[[Workload, Constraints], Partition],
-        *,
-        any_replicas: bool,
+        self, work: Workload, limits: Constraints, *, any_replicas: bool
     ) -> tuple[Partition, Workload]:
         """Return the best split, and the workload that it is of.
 
         Args:
             work: What is to be split.
             limits: That a split must respect.
-            find: Searches the best split of one workload.
             any_replicas: The number of replicas may be chosen here; the batch stays as it is.
 
         Raises:
             PartitionError: There is none.
         """
-        return find(work, limits), work
+        from ipu_pipeline.planner.price import step_s
+        from ipu_pipeline.planner.search import solve
+
+        limits = self.rules(work.graph, work.machine, limits)
+        logger.info("searching the best of %s over %d devices (%s)",
+                    f"{limits.num_stages or 'all numbers of'} stages", len(work.machine.devices),
+                    work.schedule)  # fmt: skip
+        costs, step = self.costs(work), partial(step_s, work)
+        return solve(work.graph, costs, work.machine, limits, step=step), work
 
     def step(self, plan: Plan) -> PlanPrice:
         """Return THE price of a plan: everything that one optimizer step costs, and the memory.

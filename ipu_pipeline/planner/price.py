@@ -15,12 +15,12 @@ from ipu_pipeline.ir.plan import Granularity, ModelIdentity, Plan, PlannedStage
 from ipu_pipeline.ir.text import megabytes
 from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
-from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
+from ipu_pipeline.planner.schedules.stage_loads import StageLoad
+from ipu_pipeline.planner.search import Constraints, Partition
 from ipu_pipeline.planner.search.given_split import factors_of, price_stages
-from ipu_pipeline.planner.search.result import Partition
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,15 @@ def step_s(work: Workload, split: Partition) -> float:
     return inf if found.misfits else found.step_s
 
 
+def best_split(work: Workload, limits: Constraints) -> Partition:
+    """Return the quickest split that the machine's backend can run.
+
+    Raises:
+        PartitionError: There is none.
+    """
+    return backend_of(work.machine).search(work, limits, any_replicas=False)[0]
+
+
 def _unpriced(
     model: ModelIdentity,
     work: Workload,
@@ -187,13 +196,14 @@ def workload_of(plan: Plan) -> Workload:
 
 def counted_costs(work: Workload) -> GraphCosts:
     """Price blocks by a roofline over counted operations, or by what was measured."""
-    model = CostModel(
+    return estimate(
+        work.graph,
+        work.machine,
         measured_s=work.measured_s,
         factors={name: (factor,) for name, factor in work.factors.items() if factor > 1},
         unfused=work.apart,
         loss_in_flight=kept_by_last_stage(work),
     )
-    return model.estimate(work.graph, work.machine)
 
 
 def kept_by_last_stage(work: Workload) -> int:
@@ -210,40 +220,23 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
     Args:
         plan: The plan.
         costs: Ways to run every block; they must offer what the plan decided.
-        splits_backward: Gradients of weights can be computed later than those of inputs: half of
-            the backward pass each, as both take the operations of the forward pass. Not in stages
-            that recompute or serialize.
+        splits_backward: Gradients of weights can be computed later than those of inputs, but not in
+            stages that recompute or serialize.
 
     Raises:
         ValueError: The schedule cannot run the plan.
     """
-    found, outer_s, graph = price_stages(plan, costs)
-    copied = boundary_copies(replace(plan, graph=graph))
-    loads = tuple(
-        StageLoad(
-            device=stage.device,
-            forward_s=stage.forward_s,
-            backward_s=stage.backward_s,
-            copies=copies,
-            weight_bytes=stage.weight_bytes,
-            stash_bytes=stage.stash_bytes,
-            workspace_bytes=max(
-                0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
-            ),
-            in_flight=stage.in_flight,
-            weights_s=stage.backward_s / 2
-            if splits_backward and not (stage.recompute or stage.serialize)
-            else 0.0,
-        )
-        for stage, copies in zip(found.stages, copied, strict=True)
-    )
+    found = price_stages(plan, costs)
+    if splits_backward:
+        found = found.halved()
+    loads = found.loads
     devices = [load.device for load in loads]
     shape = PipelineShape.of(
-        plan.num_stages, plan.num_microbatches, devices, training=graph.training
+        plan.num_stages, plan.num_microbatches, devices, training=plan.graph.training
     )
-    passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.times for load in loads])
+    passes_s = step_seconds(schedule_kind(plan.schedule), shape, [load.price for load in loads])
     by_device: Counter[int] = Counter()
-    for load, seconds in zip(loads, outer_s, strict=True):
+    for load, seconds in zip(loads, found.once_s, strict=True):
         by_device[load.device] += seconds  # type: ignore[assignment]
     once_s = max(by_device.values(), default=0.0)
     return PlanPrice(
@@ -251,8 +244,8 @@ def replayed_price(plan: Plan, costs: GraphCosts, *, splits_backward: bool = Fal
         step_s=passes_s + once_s,
         once_s={"update, all-reduce": once_s} if once_s else {},
         misfits=memory_misfits(plan.machine, loads),
-        binding=found.binding,
-        recompute=tuple(stage.recompute for stage in found.stages),
+        binding=found.split.binding,
+        recompute=tuple(stage.recompute for stage in found.split.stages),
         source=costs.source,
     )
 

@@ -110,8 +110,8 @@ class ExecutionOptions:
         recompute: Blocks whose forward pass runs again in the backward pass: ``None`` for the
             plan's choice, ``all``, ``none``, or a list of names, prefixes of names, or patterns.
         offload_activations: Blocks whose activations wait for the backward pass in pinned host
-            memory: ``None`` for none, ``all``, or as for ``recompute``, with which it composes.
-            On CPUs it is refused.
+            memory: ``None`` for the plan's choice, ``all``, ``none``, or as for ``recompute``,
+            with which it composes. On CPUs it is refused.
         replicated_tensor_sharding: Divide optimizer state among the replicas, each of which then
             updates a part of the parameters (``distributed`` only; IPUs read ``ipu_config``).
         stall_timeout_s: Raise ``StallError`` after this many seconds without any progress.

@@ -203,7 +203,7 @@ class LossShares:
             raise self._mixed("Python counts what it is divided by, after it has read what "
                               "blocks compute", terms[0])  # fmt: skip
         constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
-        rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms), ""),)
+        rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms)) or "",)
         return [
             replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
             for one, own, p in zip(plain, terms, parts, strict=True)
@@ -501,11 +501,11 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
         LoweringError: It was measured differently on the shares of several processes.
     """
     found = {one.rules for one in every} - {("",), ()}
-    if len(found) > 1:
+    if len(found) > 1 or len({len(one.divisors) for one in every}) > 1:
         raise LoweringError(
             f"how the loss adds up over samples was measured as {sorted(found)} on the shares of "
-            "the replicas; say it with loss_weights='samples' or a function, or give every process "
-            "the whole batch (batches='whole')"
+            "the replicas, or its terms are not the same; say it with loss_weights='samples' or a "
+            "function, or give every process the whole batch (batches='whole')"
         )
     return next(iter(found))[0] if found else None
 

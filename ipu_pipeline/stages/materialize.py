@@ -36,6 +36,12 @@ from ipu_pipeline.checkpoint.slices import UNCUT, Slices
 from ipu_pipeline.errors import LoweringError, shown
 from ipu_pipeline.ir.codec import read_json
 from ipu_pipeline.ir.files import named
+from ipu_pipeline.stages.adapters import (
+    adapter_initializers,
+    has_adapters,
+    name_in_base,
+    without_adapters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +88,10 @@ def materialize(
         return
     names = _names_of(model)
     wanted = set(names) if held is None else {id_ for id_, own in names.items() if own & set(held)}
-    read: dict[str, Tensor] = {}
+    read: Mapping[str, Tensor] = {}
     if weights is not None:
         files = _Files(Path(weights), slices)
-        read = files.tensors_of(model, set().union(*(names[key] for key in wanted)))
+        read = _read(files, model, set().union(*(names[key] for key in wanted)), slices)
         if not files.matched:
             first = next(name for name, _ in model.named_parameters())
             raise LoweringError(
@@ -112,6 +118,27 @@ def materialize(
             "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
             ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
         )  # fmt: skip
+
+
+def _read(
+    files: _Files, model: nn.Module, wanted: Collection[str], slices: Slices
+) -> Mapping[str, Tensor]:
+    """Read what is wanted, of a model with adapters by the names in its base."""
+    if not has_adapters(model):
+        return files.tensors_of(model, wanted)
+    if slices.size > 1:
+        raise LoweringError(
+            "adapters over a model on meta do not go with tensor parallelism; plan with tp 1, or "
+            "build the model with values"
+        )
+    found = files.tensors_of(without_adapters(model), {name_in_base(name) for name in wanted})
+    names = {n: name_in_base(n) for n in model.state_dict(keep_vars=True)}
+    # A module that is trained beside the base begins as a copy of it.
+    return {
+        name: found[own].clone() if ".modules_to_save." in name else found[own]
+        for name, own in names.items()
+        if own in found
+    }
 
 
 def _cut(model: nn.Module, missing: Collection[int], slices: Slices) -> None:
@@ -199,9 +226,10 @@ def _initialize(
     paths = {module: path for path, module in model.named_modules()}
     mode = _KeyedByName(seed, tensors, left)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
+        adapters = adapter_initializers(model)
         for module, initialize in _initializers(model):
             mode.seed(paths[module])
-            initialize(module)
+            adapters.get(module, initialize)(module)
     untouched = sorted(tensors[key][0] for key in left - mode.written)
     if untouched:
         raise LoweringError(

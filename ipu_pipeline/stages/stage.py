@@ -472,13 +472,17 @@ def offloaded_blocks(
 ) -> frozenset[str]:
     """Return the names of the blocks that keep their activations in host memory.
 
+    ``None`` is for the plan's choice.
+
     Raises:
         LoweringError: An entry fits no block, or the stages are on a CPU.
     """
-    chosen = chosen_blocks("offload_activations", wish, plan)
+    planned = frozenset(name for stage in plan.stages for name in stage.offload)
+    chosen = planned if wish is None else chosen_blocks("offload_activations", wish, plan)
     if chosen and device.type == "cpu":
         raise LoweringError(
             "offload_activations moves what blocks keep to host memory, and on a CPU it is there; "
-            "leave it out, or run on a GPU with device='cuda'"
+            "leave it out (also of the plan: 'offload{blocks=none}', offload_activations='none'), "
+            "or run on a GPU with device='cuda'"
         )
     return chosen

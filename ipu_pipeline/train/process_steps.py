@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ipu_pipeline.backends.cluster.executable import MARGIN_S, DistributedExecutable
+from ipu_pipeline.backends.cluster.executable import DistributedExecutable
+from ipu_pipeline.backends.cluster.joining import MARGIN_S
 from ipu_pipeline.backends.cluster.layout import schedule_for
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import tensor_parallel_size
 from ipu_pipeline.backends.cluster.ranks.consistency import together
@@ -241,7 +242,7 @@ class ProcessSteps(CollectedSteps):
             return batches, None
         own = [b for b, other in zip(batches, self._others, strict=True) if not other]
         args = self._trainer.args
-        items = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
+        items: Any = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
         return batches, torch.tensor(int(self.total(float(items))))
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -41,6 +41,20 @@ def test_hooks_on_tensors_between_blocks(body: Any) -> None:
     assert "lambda" in repr(capture(model, batch())._trace.attributes[found[0].target])
 
 
+def test_a_hook_that_a_block_puts_on_its_gradient_and_that_reads_it() -> None:
+    model, norms = toy(plain), list[float]()
+
+    def watch(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: norms.append(gradient.norm().item()))
+
+    model.layers[0].register_forward_hook(watch)
+    assert capture(model, batch()).graph.blocks
+    assert not norms
+    assert_trains_in_stages(model, batch(2))
+    assert sorted(norms[:2]) == pytest.approx(sorted(norms[2:]), rel=1e-6)
+    assert len(norms) == 4
+
+
 def test_hooks_on_the_backward_pass_of_blocks_and_on_parameters() -> None:
     model = toy(plain)
     model.layers[1].register_full_backward_hook(lambda _m, inputs, _o: (inputs[0] * 0.5,))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 import ipu_pipeline as ipp
 from ipu_pipeline.capture.inputs import described, ready_batch
@@ -19,8 +20,8 @@ from tests.capture.toys import Toy, batch, last, toy
 def body(self: Toy, x: Tensor, extra: Any = None) -> dict[str, Tensor]:
     factor = extra[0] if isinstance(extra, list | tuple) else 1.0
     factor = extra["scale"] if isinstance(extra, dict) else factor
-    if isinstance(extra, Tensor):
-        factor = extra.sum()
+    if isinstance(extra, Tensor | np.ndarray):
+        factor = torch.as_tensor(extra).sum()
     return last(self, self.layers[0](x) * factor)
 
 
@@ -35,8 +36,7 @@ def test_plain_values_lists_dicts_and_arrays_work(extra: Any):
     x = torch.cat([inputs["x"], inputs["x"] + 1])
     plan = ipp.plan(model, inputs, num_stages=2, microbatches=2)
     with ipp.compile(model, plan) as executable:
-        ready = torch.from_numpy(extra) if isinstance(extra, np.ndarray) else extra
-        expected = model(x=x, extra=ready)["loss"].item()
+        expected = model(x=x, extra=extra)["loss"].item()
         assert executable.forward_backward({"x": x, "extra": extra}) == pytest.approx(expected)
 
 
@@ -48,11 +48,33 @@ def test_plain_values_lists_dicts_and_arrays_work(extra: Any):
         (np.array(["a", "b"]), "'extra' of the batch is a numpy array of <U1; stages take"),
         ([{"boxes": torch.ones(2)}], "'extra' of the batch is a list that holds tensors"),
         ({"a": np.ones(2)}, "'extra' of the batch is a dict that holds tensors"),
+        (BatchEncoding({"a": torch.ones(2)}), "'extra' of the batch is a BatchEncoding that holds"),
     ],
 )
 def test_what_cannot_be_cut_or_compared_is_refused_when_planning(extra: Any, message: str):
     with pytest.raises(CaptureError, match=message):
         ipp.plan(toy(body), batch(extra=extra), num_stages=2, microbatches=2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "problem"),
+    [
+        (lambda array: float(array.std()), "computes something else"),  # divided by n, or n - 1
+        (lambda array: torch.from_numpy(array).sum(), "fails .TypeError: expected np.ndarray"),
+        (lambda array: float(array.astype("f8").sum()), "fails .AttributeError"),
+    ],
+)
+def test_arrays_that_are_not_replaced_by_tensors_are_refused(factor: Any, problem: str):
+    model = toy(lambda self, x, extra: last(self, self.layers[0](x) * factor(extra)))
+    message = f"'extra' of the batch is a numpy array; stages take tensors, and Toy {problem}"
+    with pytest.raises(CaptureError, match=message):
+        ipp.plan(model, batch(extra=np.arange(4.0)[::-1]), num_stages=2, microbatches=2)
+
+
+def test_arrays_that_only_tensors_replace_are_tensors():
+    model = toy(lambda self, x, extra: last(self, self.layers[0](x) * extra.new_ones(1) * extra))
+    plan = ipp.plan(model, batch(extra=np.float32([2.0])), num_stages=2, microbatches=2)
+    assert plan.num_stages == 2
 
 
 def test_an_empty_batch_is_refused():

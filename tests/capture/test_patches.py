@@ -59,6 +59,12 @@ def _function_apply() -> Any:
 
 PATCHES = (
     Patch(
+        "torch.random.default_generator",
+        "a model that seeds torch in its forward pass is refused",
+        "torch 2.13",
+        lambda: type(torch.random.default_generator).manual_seed,
+    ),
+    Patch(
         "torch.nn.Module.__call__",
         "a call of a leaf becomes one node; hooks run inside it",
         "torch 2.13",

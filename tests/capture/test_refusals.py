@@ -15,7 +15,7 @@ from ipu_pipeline.capture import check as check_module
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
-from tests.capture.toys import Layer, assert_replays, batch, toy
+from tests.capture.toys import Layer, assert_replays, batch, last, toy
 from tests.tiny_models import TINY, VOCAB
 
 
@@ -121,6 +121,46 @@ def test_training_without_labels() -> None:
 def test_tensors_inside_structures_of_the_batch(value) -> None:
     with pytest.raises(CaptureError, match=f"'labels' of the batch is a {type(value).__name__}"):
         capture(toy(plain), batch(labels=value))
+
+
+def fixed_noise(x):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return x + torch.randn(4)
+
+
+def twice_the_same(x):
+    state = torch.get_rng_state()
+    first = torch.rand(4)
+    torch.set_rng_state(state)
+    return x + first * torch.rand(4)
+
+
+class Noisy(Layer):
+    add: Any = None
+
+    def forward(self, x):
+        return super().forward(self.add(x))
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [(fixed_noise, r"the model seeds torch \(torch.manual_seed\(3\)\) in its forward pass"),
+     (twice_the_same, r"the model puts back a state of torch's random numbers \(fork_rng, set_")],
+)  # fmt: skip
+def test_seeds_in_a_forward_pass(add, message) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(toy(lambda self, x: last(self, add(self.layers[0](x)))), batch())
+    with pytest.raises(CaptureError, match=message):
+        capture(toy(plain, type("Noisy", (Noisy,), {"add": staticmethod(add)})), batch())
+
+
+def test_a_seed_that_was_drawn_is_no_promise() -> None:
+    def body(self, x):
+        torch.manual_seed(torch.seed())
+        return last(self, self.layers[0](x))
+
+    assert len(capture(toy(body), batch()).programs) == 2
 
 
 def test_empty_batch_and_unknown_granularity() -> None:

@@ -71,7 +71,7 @@ def test_plan_compile_and_steps_leave_log_records(caplog: pytest.LogCaptureFixtu
     for level, name, text in (
         ("INFO", "ipu_pipeline.compiler", "capturing BertForQuestionAnswering"),
         ("INFO", "ipu_pipeline.compiler", "blocks captured in"),
-        ("INFO", "ipu_pipeline.compiler", "searching the best of 2 stages over 4 devices"),
+        ("INFO", "ipu_pipeline.planner.backend", "searching the best of 2 stages over 4 devices"),
         ("INFO", "ipu_pipeline.compiler", "planned in"),
         ("INFO", "ipu_pipeline.compiler", "compiled BertForQuestionAnswering for local in"),
         ("DEBUG", "ipu_pipeline.stages.executable", "step 1: loss"),

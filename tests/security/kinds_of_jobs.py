@@ -25,9 +25,8 @@ from ipu_pipeline.backends.cluster.dryrun.report import check_messages, dry_run
 from ipu_pipeline.backends.cluster.launch.spec import make_spec
 from ipu_pipeline.backends.cluster.layouts.exchange import FORMATS, export_plan, read_plan
 from ipu_pipeline.backends.cluster.layouts.given_layout import (
+    GivenLayout,
     GivenModel,
-    given_plan,
-    given_run,
     imported_plan,
 )
 from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
@@ -76,8 +75,8 @@ def gpu_plan(layout: str = "Et*2|t*2|t*2L", dp: int = 2) -> Plan:
     """Return a plan of it for GPUs."""
     parsed = parse_layout(layout)
     machine, sizes = machine_by_name("h100-x12"), {"pp": 3, "tp": 2, "dp": dp, "microbatches": 6}
-    run = given_run(machine, len(parsed.stages), sizes, {"engine": "torch"})
-    return given_plan(gpu_model(), machine, blocks_of(parsed, gpu_model().graph), run)
+    given = GivenLayout(lambda graph: blocks_of(parsed, graph), sizes, {"engine": "torch"})
+    return given.plan(gpu_model(), machine)
 
 
 def write_settings(name: str) -> Callable[[Path], None]:

@@ -144,6 +144,13 @@ def test_a_generator_of_blocks_and_glue_is_refused() -> None:
         planned(Model(Skipped, draws=True), 2)
 
 
+def test_a_generator_of_torch_that_nobody_draws_from_is_not_in_the_way() -> None:
+    model = Model(Skipped)
+    model.kept = torch.Generator().manual_seed(3)
+    _, plan = planned(model, 2)
+    assert plan.num_stages == 2
+
+
 @pytest.mark.parametrize(("stages", "schedule"), [(2, "1f1b"), (1, "gpipe")])
 def test_processes_refuse_an_order_of_their_own(stages: int, schedule: str) -> None:
     job = SimpleNamespace(

@@ -57,8 +57,9 @@ def coverage_command(
     try:
         if output is not None:
             make_folder("--output", output.parent)
-            page = output.with_suffix(".md")
-            check_outputs({"--output": output, "the page beside it": page}, force=True)
+            page, journal = output.with_suffix(".md"), output.with_suffix(".jsonl")
+            outputs = {"--output": output, "its page": page, "its journal": journal}
+            check_outputs(outputs, force=True)
         chosen = model_classes(classes)
         if sample is not None:
             chosen = spread(chosen, sample)

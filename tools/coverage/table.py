@@ -16,7 +16,7 @@ from tools.coverage.record import MEANING, Record
 _INTRODUCTION = """\
 # Coverage: every model class of transformers
 
-Made by `make coverage` (`ipu-pipeline coverage --output docs/coverage.json`); do not edit.
+Made by `make coverage`; do not edit.
 
 Every model class that transformers {transformers} lists for a task is built with a small config,
 captured, planned for 2 and for 4 stages, and trained one step (SGD, 2 microbatches) by the local

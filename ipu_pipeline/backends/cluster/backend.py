@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ipu_pipeline.backends.cluster.layout import torch_schedules
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings, refuse_sizes
+from ipu_pipeline.backends.cluster.prices.parallel_sizes import refuse_sizes
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_price
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.ir.graph import BlockGraph
@@ -15,7 +15,13 @@ from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.backend import Backend, Workload
 from ipu_pipeline.planner.options.block_cost import GraphCosts
-from ipu_pipeline.planner.price import PlanPrice, counted_costs, replayed_price, workload_of
+from ipu_pipeline.planner.price import (
+    PlanPrice,
+    best_split,
+    counted_costs,
+    replayed_price,
+    workload_of,
+)
 from ipu_pipeline.planner.schedules import schedule_kind
 from ipu_pipeline.planner.search import Constraints, Partition
 
@@ -74,24 +80,19 @@ class ClusterBackend(Backend):
             PlanError: A setting is wrong, or means nothing on this machine.
         """
         if _on_gpus(work.machine, work.graph, work.measured_s):
-            return RankCosts(work, GpuSettings.read(work.settings)).all()
+            return RankCosts(work).all()
         refuse_sizes(work.settings, work.machine)
         return counted_costs(work)
 
     def search(
-        self,
-        work: Workload,
-        limits: Constraints,
-        find: Callable[[Workload, Constraints], Partition],
-        *,
-        any_replicas: bool,
+        self, work: Workload, limits: Constraints, *, any_replicas: bool
     ) -> tuple[Partition, Workload]:
         """On GPUs also every number of replicas that divides the devices and the microbatches.
 
         The bound is that of all of them.
         """
         if not any_replicas or not _on_gpus(work.machine, work.graph, work.measured_s):
-            return find(work, limits), work
+            return super().search(work, limits, any_replicas=False)
         found: list[tuple[Partition, Workload]] = []
         problems: list[PartitionError] = []
         for replicas in _replicas_to_try(work):
@@ -101,7 +102,7 @@ class ClusterBackend(Backend):
             )
             run = replace(work, replicas=replicas, num_microbatches=count)
             try:
-                found.append((find(run, one), run))
+                found.append((best_split(run, one), run))
             except PartitionError as error:
                 problems.append(error)
         if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -217,13 +217,14 @@ def _updated(
     return torch.cat(rows).detach()
 
 
-def refuse_with_slices(options: ExecutionOptions, tp: int) -> None:
-    """Refuse options that do not know of slices.
+def refuse_with_slices(options: ExecutionOptions, offloaded: Collection[str], tp: int) -> None:
+    """Refuse what does not know of slices: compiled blocks, and blocks that are offloaded.
 
     Raises:
-        LoweringError: One is set.
+        LoweringError: One is wanted.
     """
-    found = [n for n in ("compile_blocks", "offload_activations") if getattr(options, n)]
+    wanted = {"compile_blocks": options.compile_blocks, "offload_activations": offloaded}
+    found = [name for name, wish in wanted.items() if wish]
     if tp > 1 and found:
         raise LoweringError(
             f"{found[0]} works on whole blocks, and with tp {tp} ranks meet inside of them; leave "

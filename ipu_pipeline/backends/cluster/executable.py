@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.nn.utils import clip_grads_with_norm_
 
 from ipu_pipeline.backends.cluster.batches import Pipelines, evaluate, shared
 from ipu_pipeline.backends.cluster.checkpoints import ShardedCheckpoints, collect_weights
 from ipu_pipeline.backends.cluster.cut_plan import (
-    cut_plan,
     refuse_attentions,
     refuse_between_blocks,
     refuse_whole_tensors,
-    refuse_with_slices,
 )
-from ipu_pipeline.backends.cluster.groups import Groups
-from ipu_pipeline.backends.cluster.layout import make_layout
+from ipu_pipeline.backends.cluster.joining import Job, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
-from ipu_pipeline.backends.cluster.ranks.consistency import (
-    BatchCheck,
-    check,
-    check_alike,
-    description,
-    refuse_sparse_gradients,
-    together,
-)
-from ipu_pipeline.backends.cluster.ranks.rendezvous import StoreGather, join_processes, scope_of
-from ipu_pipeline.backends.cluster.ranks.watchdog import Watchdog
+from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
 from ipu_pipeline.backends.cluster.sharding import (
     Ownership,
     OwnParameters,
@@ -52,8 +36,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     update,
 )
 from ipu_pipeline.backends.cluster.shares import BatchShares
-from ipu_pipeline.checkpoint.slices import UNCUT, Slices
-from ipu_pipeline.errors import LoweringError, PipelineError
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
@@ -61,15 +44,9 @@ from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
 from ipu_pipeline.stages.loss_shares import LossShares, MixedSamplesError
-from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta, materialize
+from ipu_pipeline.stages.materialize import freed_at_once, is_on_meta
 from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
-from ipu_pipeline.stages.training import check_model, in_evaluation, kept_modes
-
-logger = logging.getLogger(__name__)
-# Torch gives up waiting so much later than the watchdog, which knows whom to name.
-MARGIN_S = 60.0
-# Each executable of this process has its own keys in the store.
-_numbers = itertools.count(1)
+from ipu_pipeline.stages.training import in_evaluation, kept_modes
 
 
 class DistributedExecutable(Executable):
@@ -96,16 +73,11 @@ class DistributedExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         device = chosen_device(options.device, model, by_local_rank=True)
         self._holds_all = not is_on_meta(model)
-        self._owns_processes = join_processes(device, options.stall_timeout_s + MARGIN_S)
-        try:
-            background = self._meet_others(device)
-        except LoweringError:
-            if self._owns_processes:  # after other failures, threads may still be waiting in it
-                dist.destroy_process_group()
-            raise
+        self._job = Job.joined(model, plan, optimizer, options, device, self._scaler)
+        self.groups, self._watchdog = self._job.groups, self._job.watchdog
         self._own = None if optimizer is None else OwnParameters(optimizer)
-        self._slices = self._cut(model)
-        held = self._materialized()
+        self._slices, self._cuts = slices_of(model, plan, optimizer, self.groups)
+        held = read_own_weights(model, plan, options, self.groups, self._slices)
         self._slices.install()
         if options.device is not None:
             move(model, optimizer, device)
@@ -113,7 +85,7 @@ class DistributedExecutable(Executable):
             model,
             self._own,
             self.groups,
-            background,
+            self._job.background,
             self._slices,
             None if self._holds_all else held.__contains__,
             self._masters,
@@ -141,87 +113,6 @@ class DistributedExecutable(Executable):
         )
         self._batch_check = BatchCheck(self.groups, apart=self._shares.apart)
         self._closed = False
-
-    def _meet_others(self, device: torch.device) -> StoreGather:
-        """Start to watch the other processes, compare what they run, and make the groups.
-
-        Returns:
-            All-gathers of the thread that writes checkpoints.
-        """
-        plan, options = self.plan, self.options
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        name = f"ipu_pipeline/{next(_numbers)}"
-        self._watchdog = Watchdog(
-            _own_store(name), rank, world_size, options.stall_timeout_s, scope_of(name)
-        )
-        ranks, background = (
-            StoreGather(_own_store(own), rank, world_size, self._watchdog.waiter, scope_of(own))
-            for own in (f"{name}/ranks", f"{name}/background")
-        )
-        try:
-            with self._watchdog.guarding("comparing what the ranks run", 0):
-                own = description(self.model, plan, self.optimizer, options)
-                check_alike(own, self._problem(device), ranks)
-                layout = make_layout(plan, options.schedule or plan.schedule, rank, world_size)
-                self.groups = Groups(layout, device, ranks)
-        except BaseException:
-            self._watchdog.close()
-            raise
-        if options.replicated_tensor_sharding and plan.replicas == 1:
-            logger.warning(
-                "replicated_tensor_sharding changes nothing: the plan has 1 replica, which keeps "
-                "the optimizer state of all its parameters"
-            )
-        return background
-
-    def _materialized(self) -> frozenset[str]:
-        """Give a model on ``meta`` the weights of the own stages; return what is held, by name.
-
-        Raises:
-            LoweringError: On any rank: they cannot be read or initialised.
-        """
-        model, graph, options = self.model, self.plan.graph, self.options
-        used = [
-            {n for b in (*stage.blocks, *stage.table_slices) for n in graph[b].parameters}
-            for stage in self.plan.stages
-        ]
-        own = set().union(*(used[index] for index in self.groups.layout.own_stages))
-        # What no block has is used between them, on all ranks.
-        held = own | (set(model.state_dict(keep_vars=True)) - set().union(*used))
-        together(
-            self.groups.ranks,
-            lambda: materialize(model, options.weights, options.seed, held, self._slices),
-        )
-        return frozenset(held)
-
-    def _cut(self, model: nn.Module) -> Slices:
-        """Give every process its slices, if processes share products."""
-        layout = self.groups.layout
-        self._cuts = cut_plan(model, self.plan, layout.tp)
-        if layout.tp == 1:
-            return UNCUT
-        from ipu_pipeline.backends.cluster.tensor_parallel import TensorParallel
-
-        return TensorParallel(model, self.optimizer, self._cuts, self.groups.slices)
-
-    def _problem(self, device: torch.device) -> str:
-        """Return why this process cannot start, or nothing."""
-        try:
-            check(self.plan, self.options)
-            refuse_sparse_gradients(self.model)
-            check_model(self.model, self.optimizer)
-            self._scaler.check(self.model, master_weights=self.options.master_weights)
-            offloaded_blocks(self.options.offload_activations, self.plan, device)
-            schedule = self.options.schedule or self.plan.schedule
-            layout = make_layout(self.plan, schedule, dist.get_rank(), dist.get_world_size())
-            cuts = cut_plan(self.model, self.plan, layout.tp)
-            if self.optimizer is not None:
-                masters = self.options.master_weights
-                refuse_whole_tensors(self.optimizer, cuts, master_weights=masters)
-            refuse_with_slices(self.options, layout.tp)
-        except PipelineError as error:
-            return str(error)
-        return ""
 
     # ---- steps --------------------------------------------------------------------------
 
@@ -473,8 +364,7 @@ class DistributedExecutable(Executable):
         self._pipelines.clear()
         if self._watchdog.failure is None:
             self.groups.close()
-            if self._owns_processes and dist.is_initialized():
-                dist.destroy_process_group()
+            self._job.leave()
             # Threads of a group that is still referenced at exit abort the process now and then.
             gc.collect()
         if error is not None:
@@ -617,8 +507,3 @@ def _weighted(parts: Sequence[Microbatch], losses: Sequence[float]) -> float:
     """Return the weighted sum of the losses; one of weight 0 may have none (NaN)."""
     pairs = zip(parts, losses, strict=True)
     return sum(loss * part.share for part, loss in pairs if part.share)
-
-
-def _own_store(name: str) -> Store:
-    """Return the keys under ``name``, through a connection that no other thread waits on."""
-    return PrefixStore(name, _get_default_store().clone())  # type: ignore[attr-defined]

@@ -104,11 +104,21 @@ class IPUBackend(Backend):
 
     def costs(self, work: Workload) -> GraphCosts:
         """Price every block by itself."""
+        return self._planning(work).costs(work.machine)
+
+    def search(
+        self, work: Workload, limits: Constraints, *, any_replicas: bool
+    ) -> tuple[Partition, Workload]:
+        """Search pipelines and programs: blocks do not add up to stages here."""
+        limits = self.rules(work.graph, work.machine, limits)
+        return self._planning(work).search(work.machine, limits), work
+
+    def _planning(self, work: Workload) -> IPUPlanning:
         self.check_costs("profiled" if work.measured_s else "analytic")
         settings, choices = program_from(work.settings), ProgramChoices()
         if work.settings.get(_FIXED):
             choices = ProgramChoices.fixed(settings)
-        return IPUPlanning.of(work.graph, work.machine, settings, choices).costs(work.machine)
+        return IPUPlanning.of(work.graph, work.machine, settings, choices)
 
     def placement(self, work: Workload) -> Partition | None:
         """Return the split that ``layers_per_ipu`` spells out.

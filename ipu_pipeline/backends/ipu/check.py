@@ -85,7 +85,13 @@ def _machine(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
 def _accumulation(plan: Plan, _: PopTorchSettings) -> Iterator[str]:
     stages = merged_stages(plan)
     least = 2 * stages - 1
-    if stages > 1 and plan.num_microbatches < least:
+    if not plan.graph.training:
+        if plan.num_microbatches < stages > 1:
+            yield (
+                f"{plan.num_microbatches} microbatches in a call of the device are below the "
+                f"{stages} forward stages of the pipeline; use {stages} microbatches or more"
+            )
+    elif stages > 1 and plan.num_microbatches < least:
         yield (
             f"gradient accumulation {plan.num_microbatches} is below {least} = 2 x {stages} "
             f"forward stages - 1, which the pipeline needs; use {least} microbatches or more"

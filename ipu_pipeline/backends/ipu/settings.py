@@ -236,14 +236,24 @@ def ipu_config_of_plan(plan: Plan, base: IPUConfig | None = None) -> IPUConfig:
     if base is not None and base.leaves_layers_open and base.inference_layers_per_ipu is None:
         said["inference_layers_per_ipu"] = base.inference_ipus_per_replica and (-1,)
     sized = replace(program, num_ipus=num_ipus, layers_per_ipu=tuple(counts)).ipu_config()
+    evaluation: dict[str, Any] = {}
+    if not plan.graph.training:  # its microbatches are those of one call of the device
+        evaluation = {
+            "inference_device_iterations": plan.num_microbatches,
+            "inference_replication_factor": plan.replicas,
+            "gradient_accumulation_steps": max(
+                plan.num_microbatches,
+                2 * len(layout.stages) - 1,  # what PopART asks of training
+            ),
+        }
     if base is None:
-        return replace(sized, **said)
+        return replace(sized, **{**said, **evaluation})
     own = {name: getattr(sized, name) for name in _PRICED if plan.graph.training}
     if not program.recompute:  # then nothing is recomputed from what is kept
         own.pop("recompute_checkpoint_every_layer", None)
-    _check_agreement(base, said, own)
+    _check_agreement(base, said, own, training=plan.graph.training)
     chosen = {n: v for n, v in own.items() if _value(base, n, num_ipus) != v}
-    return replace(base, **said, **chosen)
+    return replace(base, **{**said, **chosen, **evaluation})
 
 
 def _counted(plan: Plan, base: IPUConfig | None, home: Mapping[str, int]) -> tuple[str, ...]:
@@ -280,19 +290,24 @@ def _value(config: IPUConfig, name: str, num_ipus: int) -> Any:
     return value and config.replicas() > 1 if name == "replicated_tensor_sharding" else value
 
 
-def _check_agreement(base: IPUConfig, said: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_agreement(
+    base: IPUConfig, said: Mapping[str, Any], own: Mapping[str, Any], *, training: bool
+) -> None:
     """Refuse a configuration that says something else than the plan.
 
     Args:
         base: The configuration.
         said: What the plan always says.
         own: What its program does, where a configuration that leaves the default agrees.
+        training: Whether the plan trains.
     """
     layers, plain = sum(said["layers_per_ipu"]), IPUConfig()
-    theirs: dict[str, Any] = {
-        "gradient_accumulation_steps": base.gradient_accumulation_steps,
-        "replication_factor": base.replicas(),
-    }
+    theirs: dict[str, Any] = {}
+    # A default is no wish: the numbers may have been given beside the configuration.
+    if base.replicas(inference=not training) != plain.replicas():
+        theirs["replication_factor"] = base.replicas(inference=not training)
+    if training and base.gradient_accumulation_steps != plain.gradient_accumulation_steps:
+        theirs["gradient_accumulation_steps"] = base.gradient_accumulation_steps
     if base.layers_per_ipu != (-1,):
         theirs["layers_per_ipu"] = base.resolve_layers(layers)
     if base.recompute is not None and base.num_ipus() > 1:

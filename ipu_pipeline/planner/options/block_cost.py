@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
 from ipu_pipeline.ir.machine import Machine
-
-if TYPE_CHECKING:
-    from ipu_pipeline.errors import PartitionError
-    from ipu_pipeline.planner.search.constraints import Constraints
-    from ipu_pipeline.planner.search.result import Partition
 
 
 @dataclass(frozen=True)
@@ -68,18 +62,6 @@ class BlockCost:
         return self.choices[0]
 
 
-class StagePlanning(Protocol):
-    """Searches and prices the pipelines of one graph by the backend's own stage prices."""
-
-    def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
-        """Return the best split with a proven bound; ``None`` when nothing fits."""
-        ...
-
-    def explain(self, machine: Machine, constraints: Constraints) -> PartitionError:
-        """Return the error that says why nothing fits, and what would."""
-        ...
-
-
 @dataclass(frozen=True)
 class GraphCosts:
     """Prices of every block of a graph on one machine.
@@ -94,8 +76,6 @@ class GraphCosts:
         frees_in_order: A block's stash goes as soon as it has run backward, so the workspace of
             an early block never meets the stash of later ones.
         update_s: Seconds per optimizer step of every block's update; blocks left out have none.
-        planning: Prices whole stages, where blocks do not add up to them; it then takes the place
-            of the search over block options.
         ranks: Where several devices share a stage, the ranks of the pipelines as the search sees
             them: one device each, links as fast as for a rank's share of what crosses (tensors with
             gradients). Blocks then keep what enters them, and ``update_s`` is all that comes once
@@ -108,7 +88,6 @@ class GraphCosts:
     together: tuple[tuple[str, ...], ...] = ()
     frees_in_order: bool = False
     update_s: Mapping[str, float] = field(default_factory=dict)
-    planning: StagePlanning | None = None
     ranks: Machine | None = None
 
     def speed(self, device: int) -> float:

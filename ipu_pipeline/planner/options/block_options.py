@@ -19,7 +19,7 @@ The projection's menu carries the bytes of both, the loss has only its time, and
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -51,6 +51,7 @@ class BlockOptions:
     Attributes:
         graph: The graph.
         roofline: Device, for what slicing adds.
+        seconds: Forward and backward seconds of one plain microbatch, by block.
         factors: More numbers of slices to offer, by block; also for tables that are not large.
         unfused: Projections that are in another stage than the loss, where nothing is fused.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
@@ -58,29 +59,24 @@ class BlockOptions:
 
     graph: BlockGraph
     roofline: Roofline
-    factors: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    unfused: Collection[str] = ()
-    loss_in_flight: int | None = None
+    seconds: Mapping[str, Seconds]
+    factors: Mapping[str, Sequence[int]]
+    unfused: Collection[str]
+    loss_in_flight: int | None
 
-    def all(
-        self, seconds: Mapping[str, Seconds]
-    ) -> tuple[dict[str, Menu], tuple[tuple[str, str], ...]]:
-        """Return the menu of every block, and the pairs that were priced together.
-
-        Args:
-            seconds: Forward and backward seconds of one plain microbatch, by block.
-        """
-        menus = {b.name: self._alone(b, seconds[b.name]) for b in self.graph.blocks}
+    def all(self) -> tuple[dict[str, Menu], tuple[tuple[str, str], ...]]:
+        """Return the menu of every block, and the pairs that were priced together."""
+        menus = {block.name: self._alone(block) for block in self.graph.blocks}
         found = fused_heads(self.graph, self.factors)
         heads = [pair for pair in found if pair.head.name not in self.unfused]
         for pair in heads:
-            menus[pair.head.name] = self._fused(pair, seconds)
-            menus[pair.loss.name] = (BlockChoice(*seconds[pair.loss.name]),)
+            menus[pair.head.name] = self._fused(pair)
+            menus[pair.loss.name] = (BlockChoice(*self.seconds[pair.loss.name]),)
         return menus, tuple((pair.head.name, pair.loss.name) for pair in heads)
 
-    def _alone(self, block: Block, seconds: Seconds) -> Menu:
+    def _alone(self, block: Block) -> Menu:
         """Ways of a block that is in no pair."""
-        plain = block_choices(self.graph, block, *seconds)
+        plain = block_choices(self.graph, block, *self.seconds[block.name])
         table = table_of(self.graph, block)
         if table is None:
             return plain
@@ -125,9 +121,9 @@ class BlockOptions:
         )
         return forward, backward
 
-    def _fused(self, pair: FusedHead, seconds: Mapping[str, Seconds]) -> Menu:
+    def _fused(self, pair: FusedHead) -> Menu:
         head, loss = pair.head, pair.loss
-        own = block_choices(self.graph, head, *seconds[head.name])
+        own = block_choices(self.graph, head, *self.seconds[head.name])
         ways = [
             replace(
                 way,
@@ -140,8 +136,8 @@ class BlockOptions:
         logits = pair.logits.num_bytes if pair.logits.kept else 0
         wanted = {*fused_factors(pair), *self.factors.get(head.name, ())} - {0, 1}
         for factor in sorted(wanted):
-            fused = self._fused_way(pair, seconds, factor)
-            again_s = self._logits_again_s(pair, seconds, factor)
+            fused = self._fused_way(pair, factor)
+            again_s = self._logits_again_s(pair, factor)
             alone = self.loss_in_flight == 1 and is_end(self.graph, loss)
             more_s = _TIE * fused.total_s if alone else again_s
             ways.append(replace(fused, backward_s=fused.backward_s + more_s))
@@ -151,19 +147,17 @@ class BlockOptions:
                         own[1],
                         stash_bytes=own[1].stash_bytes - logits + _besides_softmax(pair),
                         forward_s=fused.forward_s,
-                        backward_s=fused.backward_s + again_s + seconds[head.name][0],
+                        backward_s=fused.backward_s + again_s + self.seconds[head.name][0],
                         workspace_bytes=fused.workspace_bytes + _kept_by_head(pair),
                         serialize_factor=factor,
                     )
                 )
         return tuple(ways)
 
-    def _fused_way(
-        self, pair: FusedHead, seconds: Mapping[str, Seconds], factor: int
-    ) -> BlockChoice:
+    def _fused_way(self, pair: FusedHead, factor: int) -> BlockChoice:
         """The fused way with as many products as the plain one."""
         head, table = pair.head, pair.table
-        forward_s, backward_s = seconds[head.name]
+        forward_s, backward_s = self.seconds[head.name]
         extra_forward_s, extra_backward_s = self._again(head, table, factor)
         hidden = pair.tokens * table.num_bytes // table.rows
         gradients = hidden + (table.num_bytes if table.trainable else 0)
@@ -175,14 +169,12 @@ class BlockOptions:
             serialize_factor=factor,
         )
 
-    def _logits_again_s(
-        self, pair: FusedHead, seconds: Mapping[str, Seconds], factor: int
-    ) -> float:
+    def _logits_again_s(self, pair: FusedHead, factor: int) -> float:
         """Seconds of computing the logits and their softmax a second time."""
         products = products_with(pair.head.forward_ops, pair.table)
         share = sum(op.flops * op.count for op in products) / pair.head.forward_flops
         extra_s, _ = self._again(pair.head, pair.table, factor)
-        return share * seconds[pair.head.name][0] + extra_s + seconds[pair.loss.name][0]
+        return share * self.seconds[pair.head.name][0] + extra_s + self.seconds[pair.loss.name][0]
 
 
 def block_choices(

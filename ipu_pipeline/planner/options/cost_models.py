@@ -10,7 +10,8 @@ operations of :mod:`ipu_pipeline.ir.attention`, which keep L x S tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import MappingProxyType
 
 from ipu_pipeline.ir.attention import is_attention, unfused, unfused_saved_bytes, weights_bytes
 from ipu_pipeline.ir.graph import Block, BlockGraph, OpRecord
@@ -25,49 +26,45 @@ from ipu_pipeline.planner.options.block_options import BlockOptions
 from ipu_pipeline.planner.options.roofline import Roofline
 
 
-@dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """Prices blocks from counted operations and bytes, or from measurements.
+def estimate(
+    graph: BlockGraph,
+    machine: Machine,
+    *,
+    measured_s: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    factors: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    unfused: Collection[str] = (),
+    loss_in_flight: int | None = None,
+) -> GraphCosts:
+    """Return the price of every block on the machine's first device.
 
-    Attributes:
+    Args:
+        graph: The model.
+        machine: Where it runs.
         measured_s: Measured forward and backward seconds of one microbatch, without
-            recomputation, by block; empty: they are computed.
+            recomputation, by block; empty: they are computed from counted operations and bytes.
         factors: More numbers of slices to offer, by block; what slicing adds is always computed
             from the machine's peaks (``block_options.py``).
         unfused: Projections that are in another stage than the loss.
         loss_in_flight: Microbatches in flight in the last stage; ``None`` when not known.
+
+    Raises:
+        ValueError: Some blocks were measured and this one was not.
     """
-
-    measured_s: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
-    factors: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
-    unfused: Collection[str] = ()
-    loss_in_flight: int | None = None
-
-    def estimate(self, graph: BlockGraph, machine: Machine) -> GraphCosts:
-        """Return the price of every block on the machine's first device.
-
-        Raises:
-            ValueError: Some blocks were measured and this one was not.
-        """
-        seconds, missing = self.measured_s, []
-        if seconds:
-            missing = [block.name for block in graph.blocks if block.name not in seconds]
-        if missing:
-            raise ValueError(
-                f"no measurement for {', '.join(missing)}; profile the model again on this machine"
-            )
-        graph, roofline = as_run_on(graph, machine.devices[0]), Roofline(machine.devices[0])
-        seconds = seconds or {
-            block.name: _seconds(graph, block, roofline) for block in graph.blocks
-        }
-        menu = BlockOptions(graph, roofline, self.factors, self.unfused, self.loss_in_flight)
-        menus, together = menu.all(seconds)
-        blocks = {
-            block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
-            for block in graph.blocks
-        }
-        source = "profiled" if self.measured_s else "analytic"
-        return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
+    missing = [b.name for b in graph.blocks if b.name not in measured_s] if measured_s else []
+    if missing:
+        raise ValueError(
+            f"no measurement for {', '.join(missing)}; profile the model again on this machine"
+        )
+    graph, roofline = as_run_on(graph, machine.devices[0]), Roofline(machine.devices[0])
+    seconds = measured_s or {block.name: _seconds(graph, block, roofline) for block in graph.blocks}
+    options = BlockOptions(graph, roofline, seconds, factors, unfused, loss_in_flight)
+    menus, together = options.all()
+    blocks = {
+        block.name: BlockCost(menus[block.name], weight_bytes(graph, block))
+        for block in graph.blocks
+    }
+    source = "profiled" if measured_s else "analytic"
+    return GraphCosts(blocks, source, device_speeds(machine), together, frees_in_order=True)
 
 
 def _seconds(graph: BlockGraph, block: Block, roofline: Roofline) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block
-from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan, PlannedStage
 from ipu_pipeline.ir.select import select_all, unmatched
 from ipu_pipeline.planner.options.tables import table_of
@@ -85,11 +84,6 @@ def with_slices(plan: Plan, factors: Mapping[str, int]) -> Plan:
         return stage if sliced == stage.serialize else replace(stage, serialize=sliced)
 
     return replace(plan, stages=tuple(map(annotated, plan.stages)))
-
-
-def check_factor(factor: object, who: str) -> None:
-    """Raise a ``ValueError`` for anything but a whole number of slices that may be."""
-    check_count(f"{who}: factor", factor, "slices")
 
 
 def check_patterns(patterns: object, who: str) -> None:

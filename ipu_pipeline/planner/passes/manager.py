@@ -29,6 +29,8 @@ ORDER = (
     "serialize_projection",
     # Last: a head fused with the loss keeps no logits, so there is less to recompute.
     "recompute",
+    # It changes no bytes that another one counts.
+    "offload",
 )
 _OWN = ("__init__", "base", "manager")
 _TOKEN = re.compile(r"\s*([{}\[\],=]|'[^']*'|[^\s{}\[\],=]+)")

@@ -21,10 +21,10 @@ from itertools import accumulate, pairwise
 from typing import ClassVar
 
 from ipu_pipeline.errors import PlanError
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.passes.base import (
     blocks_with_table,
-    check_factor,
     check_patterns,
     with_slices,
 )
@@ -50,7 +50,7 @@ class SerializeEmbedding:
     blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_factor(self.factor, self.name)
+        check_count(f"{self.name}: factor", self.factor, "slices")
         check_patterns(self.blocks, self.name)
         whole = isinstance(self.splits, tuple) and all(
             isinstance(part, int) and part > 0 for part in self.splits

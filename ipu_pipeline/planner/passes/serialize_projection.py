@@ -18,10 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.passes.base import (
     blocks_with_table,
-    check_factor,
     check_patterns,
     with_slices,
 )
@@ -44,7 +44,7 @@ class SerializeProjection:
     blocks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_factor(self.factor, self.name)
+        check_count(f"{self.name}: factor", self.factor, "slices")
         check_patterns(self.blocks, self.name)
 
     def run(self, plan: Plan) -> Plan:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from ipu_pipeline.errors import ConfigError, PartitionError
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.backend import backend_of
-from ipu_pipeline.planner.price import make_plan, price, priced, step_s, workload_of
-from ipu_pipeline.planner.search import Constraints, solve
+from ipu_pipeline.planner.price import best_split, make_plan, price, priced, workload_of
+from ipu_pipeline.planner.search import Constraints
 
 TIME_LIMIT_S = 2.0  # per variant; the solver proves BERT-large on 16 devices in half a second
 
@@ -76,7 +74,6 @@ def _solved(plan: Plan, variant: Variant) -> Variant:
 
 
 def _split_again(plan: Plan, machine: Machine, variant: Variant) -> Plan:
-    backend = backend_of(machine)
     changed = replace(plan, machine=machine, num_microbatches=variant.num_microbatches)
     limits = Constraints(
         num_stages=variant.num_devices,
@@ -88,10 +85,8 @@ def _split_again(plan: Plan, machine: Machine, variant: Variant) -> Plan:
         tied=plan.settings.get("tied", "free"),
         update_s=plan.settings.get("update_s", {}),
     )
-    limits = backend.rules(plan.graph, machine, limits)
     work = replace(workload_of(changed), factors={}, apart=())
-    found = solve(plan.graph, backend.costs(work), machine, limits, step=partial(step_s, work))
-    return make_plan(plan.model, work, found, plan.granularity)
+    return make_plan(plan.model, work, best_split(work, limits), plan.granularity)
 
 
 def _filled(variant: Variant, plan: Plan) -> Variant:

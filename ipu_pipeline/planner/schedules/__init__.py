@@ -8,7 +8,7 @@
     kind.objective(shape)                 # step time as rows and a sum, for the search
     kind.least_microbatches(shape)
     kind.place(num_stages, num_devices)   # device of every stage, None where it does not fit
-    step_seconds(kind, shape, times)      # THE step price: the exact replay, one StageTimes each
+    step_seconds(kind, shape, prices)     # THE step price: the exact replay, one StagePrice each
     critical_paths(kind, shape)           # linear forms that no replay can be below
 
 A schedule from outside is one :class:`ScheduleKind` object, named by an entry point of group
@@ -24,16 +24,13 @@ from pkgutil import iter_modules
 
 from ipu_pipeline.ir.entry_points import installed
 from ipu_pipeline.planner.schedules.kind import PipelineShape, ScheduleKind
-from ipu_pipeline.planner.schedules.replay import (
-    StageTimes,
-    critical_paths,
-    step_seconds,
-)
+from ipu_pipeline.planner.schedules.objective import StagePrice
+from ipu_pipeline.planner.schedules.replay import critical_paths, step_seconds
 
 __all__ = [
     "PipelineShape",
     "ScheduleKind",
-    "StageTimes",
+    "StagePrice",
     "critical_paths",
     "schedule_kind",
     "schedule_names",

@@ -35,6 +35,7 @@ class StagePrice:
             stage once; parameters shared with other stages included.
         picks: Option of each block of the stage, ascending.
         extra_s: Seconds that rows of their own count (copies over a link, for one).
+        weights_s: Part of ``backward_s`` that only the gradients of weights need.
     """
 
     forward_s: float
@@ -45,6 +46,21 @@ class StagePrice:
     memory_bytes: float = 0.0
     picks: tuple[int, ...] = ()
     extra_s: tuple[float, ...] = ()
+    weights_s: float = 0.0
+
+    @classmethod
+    def split(cls, forward_s: float, backward_s: float, copies_s: float = 0.0) -> StagePrice:
+        """Return the price of a stage whose backward pass can be split in two halves.
+
+        Both gradients of a matrix product take as many operations as the product itself.
+        """
+        return cls(forward_s, backward_s, 0.0, copies_s, weights_s=backward_s / 2)
+
+    @property
+    def by_kind(self) -> tuple[float, float, float, float]:
+        """Seconds of F, B, I and W."""
+        both_s = self.backward_load_s
+        return self.forward_load_s, both_s, both_s - self.weights_s, self.weights_s
 
     @property
     def forward_load_s(self) -> float:

@@ -25,40 +25,6 @@ _MOST_ACTIONS = 60_000
 _SAME = 1e-12
 
 
-class StageTimes(NamedTuple):
-    """Seconds for which one microbatch occupies a stage's device, copies included.
-
-    Attributes:
-        forward_s: Forward pass.
-        backward_s: Whole backward pass.
-        weights_s: Part of it that only the gradients of weights need.
-    """
-
-    forward_s: float
-    backward_s: float
-    weights_s: float
-
-    @classmethod
-    def of(cls, forward_s: float, backward_s: float, copies_s: float = 0.0) -> StageTimes:
-        """Return the times of a backward pass that takes ``backward_s`` plus ``copies_s``.
-
-        Half of the computing is for the weights: both gradients of a matrix product take as many
-        operations as the product itself.
-        """
-        return cls(forward_s, backward_s + copies_s, backward_s / 2)
-
-    @property
-    def price(self) -> StagePrice:
-        """The same as a stage's price."""
-        return StagePrice(self.forward_s, self.backward_s, 0.0, 0.0)
-
-    @property
-    def by_kind(self) -> tuple[float, float, float, float]:
-        """Seconds of F, B, I and W."""
-        inputs_s = self.backward_s - self.weights_s
-        return self.forward_s, self.backward_s, inputs_s, self.weights_s
-
-
 @dataclass(frozen=True)
 class ReplayProgram:
     """A schedule in one order that respects all dependencies.
@@ -104,25 +70,20 @@ def program(schedule: Schedule) -> ReplayProgram:
     )
 
 
-def start_times(
-    made: ReplayProgram, seconds: Sequence[float], overlap_s: Sequence[float] | None = None
-) -> tuple[list[float], float]:
+def start_times(made: ReplayProgram, seconds: Sequence[float]) -> tuple[list[float], float]:
     """Return when every action starts, and when the last one ends.
 
     Args:
         made: The schedule.
         seconds: Of every pass by number.
-        overlap_s: By number, how long before the end of its source a pass may start.
     """
     free = [0.0] * (max(made.rows) + 1)
     ends: list[float] = []
     starts: list[float] = []
     for row, number, source in zip(made.rows, made.numbers, made.sources, strict=True):
         start = free[row]
-        if source >= 0:
-            ready = ends[source] if overlap_s is None else ends[source] - overlap_s[number]
-            if ready > start:
-                start = ready
+        if source >= 0 and ends[source] > start:
+            start = ends[source]
         end = start + seconds[number]
         free[row] = end
         starts.append(start)
@@ -150,31 +111,25 @@ class StepReplay(NamedTuple):
     left_s: float = 0.0
 
 
-def step_seconds(kind: ScheduleKind, shape: PipelineShape, times: Sequence[StageTimes]) -> float:
+def step_seconds(kind: ScheduleKind, shape: PipelineShape, prices: Sequence[StagePrice]) -> float:
     """Return the seconds of all passes of one optimizer step.
 
     Raises:
         ValueError: The schedule cannot run so.
     """
     if kind.lock_stepped:
-        return kind.objective(shape).seconds(shape.devices, [t.price for t in times])
-    found = replay(kind, shape, [value for stage in times for value in stage.by_kind])
+        return kind.objective(shape).seconds(shape.devices, prices)
+    found = replay(kind, shape, [value for stage in prices for value in stage.by_kind])
     return found.end_s + found.left_s
 
 
-def replay(
-    kind: ScheduleKind,
-    shape: PipelineShape,
-    seconds: Sequence[float],
-    overlap_s: Sequence[float] | None = None,
-) -> StepReplay:
+def replay(kind: ScheduleKind, shape: PipelineShape, seconds: Sequence[float]) -> StepReplay:
     """Replay a step; of very many microbatches only as many as show how the others repeat.
 
     Args:
         kind: The schedule, not a lock-stepped one.
         shape: What runs.
         seconds: As for :func:`start_times`.
-        overlap_s: As for :func:`start_times`.
 
     Raises:
         ValueError: The schedule cannot run so, or nothing repeats in more actions than the limit.
@@ -183,7 +138,7 @@ def replay(
     while True:
         short = kind.shortened(shape, least)
         made = _program_of(kind, short)
-        starts, end_s = start_times(made, seconds, overlap_s)
+        starts, end_s = start_times(made, seconds)
         left = shape.num_microbatches - short.num_microbatches
         if left == 0:
             return StepReplay(short, made, starts, end_s)
@@ -196,7 +151,7 @@ def replay(
             if pace_s is not None and (rest := left % span):
                 short = replace(short, num_microbatches=short.num_microbatches + rest)
                 made = _program_of(kind, short)
-                starts, end_s = start_times(made, seconds, overlap_s)
+                starts, end_s = start_times(made, seconds)
             if pace_s is not None:
                 repeats = left // span
                 return StepReplay(short, made, starts, end_s, repeats * span, repeats * pace_s)

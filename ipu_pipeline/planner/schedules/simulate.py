@@ -1,9 +1,6 @@
 """Run a plan's schedule on paper: every device, pass, copy and wait with its time.
 
-Copies ``charged`` are those of the price: a copy occupies the sender and then the receiver.
-``copies="exchanged"`` lets both take part at the same time, as the hardware does: asynchronous
-steps get shorter by the copies on the critical path; in PopART, where all devices wait for the
-slowest before one common exchange, steps may get longer.
+Copies are those of the price: a copy occupies the sender and then the receiver.
 """
 
 from __future__ import annotations
@@ -31,36 +28,29 @@ from ipu_pipeline.planner.schedules.rows import forward_passes, one_row_per_devi
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.schedules.timeline import Event, EventKind, SteadyState, Timeline
 
-CopyModel = Literal["charged", "exchanged"]
 # Microbatches x stages of the largest lock-stepped step whose events are all listed.
 _LISTED = 2**14
 _make = Event._make
 
 
-def simulate(
-    plan: Plan, schedule: Schedule | str | None = None, *, copies: CopyModel = "charged"
-) -> Timeline:
+def simulate(plan: Plan, schedule: Schedule | str | None = None) -> Timeline:
     """Simulate one optimizer step of one replica.
 
     Args:
         plan: The plan.
         schedule: A schedule or its name; ``None``: the plan's. Its number of microbatches may
             differ from the plan's.
-        copies: ``charged``: one after the other on the sender and on the receiver, as they are
-            priced; ``exchanged``: on both at the same time.
 
     Raises:
         ValueError: The plan's machine runs no schedule of that name; the schedule is for another
             number of stages, or cannot run.
         VerifyError: The schedule deadlocks.
     """
-    if copies not in ("charged", "exchanged"):
-        raise ValueError(f"copies must be 'charged' or 'exchanged', got {copies!r}")
     found = price(plan)
-    loads, exchanged = found.stages, copies == "exchanged"
-    passes = Passes.of(loads, exchanged=exchanged)
+    loads = found.stages
+    passes = Passes.of(loads)
     common = (found.exchange_s, found.input_s) if found.exchange_s or found.input_s else None
-    cycle = partial(lock_stepped, passes=passes, exchanged=exchanged, common_s=common)
+    cycle = partial(lock_stepped, passes=passes, common_s=common)
     steady: SteadyState | None = None
     if isinstance(schedule, Schedule):
         rows = plan_rows(plan, schedule)
@@ -78,7 +68,7 @@ def simulate(
     update_s = sum(found.once_s.values())
     step_s = passes_s + update_s
     own = (name, count) == (plan.schedule, plan.num_microbatches)
-    if own and not exchanged and not isinstance(schedule, Schedule):
+    if own and not isinstance(schedule, Schedule):
         step_s = found.step_s  # the same up to the order in which seconds are added
     by_device = {row[0].device: row for row in events if row}
     for device, row in by_device.items():
@@ -145,14 +135,12 @@ class Passes:
         before_s: Copy into the device.
         compute_s: Computing.
         after_s: Copy out of the device.
-        overlap_s: How long before the end of its source on another stage it may start.
     """
 
     device: tuple[int, ...]
     before_s: tuple[float, ...]
     compute_s: tuple[float, ...]
     after_s: tuple[float, ...]
-    overlap_s: tuple[float, ...] | None
 
     @property
     def seconds(self) -> list[float]:
@@ -160,21 +148,17 @@ class Passes:
         return list(map(sum, zip(self.before_s, self.compute_s, self.after_s, strict=True)))
 
     @classmethod
-    def of(cls, loads: Sequence[StageLoad], *, exchanged: bool) -> Passes:
+    def of(cls, loads: Sequence[StageLoad]) -> Passes:
         """Number the passes of ``loads``."""
-        before, compute, after, overlap = [], [], [], []
-        for stage, load in enumerate(loads):
+        before, compute, after = [], [], []
+        for load in loads:
             copies, later = load.copies, load.weights_s
             back = [copies.gradient_in_s, copies.gradient_in_s, 0.0]
             before += [copies.activation_in_s, *back]
             compute += [load.forward_s, load.backward_s, load.backward_s - later, later]
             after += [copies.activation_out_s, copies.gradient_out_s, copies.gradient_out_s, 0.0]
-            sent = loads[stage - 1].copies.activation_out_s if stage else 0.0
-            returned = loads[stage + 1].copies.gradient_out_s if stage + 1 < len(loads) else 0.0
-            returned = min(returned, copies.gradient_in_s)
-            overlap += [min(sent, copies.activation_in_s), returned, returned, 0.0]
         device = tuple(load.device for load in loads for _ in KINDS)
-        return cls(device, (*before,), (*compute,), (*after,), (*overlap,) if exchanged else None)
+        return cls(device, (*before,), (*compute,), (*after,))
 
 
 def asynchronous(schedule: Schedule, passes: Passes) -> tuple[list[list[Event]], float]:
@@ -187,7 +171,7 @@ def asynchronous(schedule: Schedule, passes: Passes) -> tuple[list[list[Event]],
         VerifyError: Some row never gets its input.
     """
     made = program(schedule)
-    starts, end_s = start_times(made, passes.seconds, passes.overlap_s)
+    starts, end_s = start_times(made, passes.seconds)
     return _events(made, passes, starts), end_s
 
 
@@ -195,7 +179,7 @@ def _asynchronous_shape(
     kind: ScheduleKind, shape: PipelineShape, passes: Passes
 ) -> tuple[list[list[Event]], float, SteadyState | None]:
     """As :func:`asynchronous`; of very many microbatches the events of the first and last ones."""
-    found = replay(kind, shape, passes.seconds, passes.overlap_s)
+    found = replay(kind, shape, passes.seconds)
     rows = _events(found.made, passes, found.starts)
     if not found.left:
         return rows, found.end_s, None
@@ -279,8 +263,6 @@ def _number(action: Action) -> int:
 def lock_stepped(
     schedule: Schedule,
     passes: Passes,
-    *,
-    exchanged: bool,
     common_s: tuple[float, float] | None = None,
 ) -> tuple[list[list[Event]], float]:
     """Run cycle by cycle: compute and copy, then wait until every device has done so.
@@ -288,7 +270,6 @@ def lock_stepped(
     Args:
         schedule: PopART's, one row per device.
         passes: Seconds of its passes.
-        exchanged: One common exchange behind the slowest pass, else copies for own passes.
         common_s: Seconds of one exchange of all devices in every cycle, and of the input of every
             cycle that starts a microbatch, instead of the copies of ``passes``.
 
@@ -296,7 +277,6 @@ def lock_stepped(
         The events by row, and the end of the last cycle.
     """
     found: list[list[Event]] = [[] for _ in schedule.rows]
-    row_of = {action.stage: index for index, row in enumerate(schedule.rows) for action in row}
     devices = [passes.device[4 * row[0].stage] for row in schedule.rows]
     cycle_s = 0.0
     for cycle in cycles(schedule):
@@ -306,12 +286,12 @@ def lock_stepped(
             for action in cell:
                 now = _compute(found[index], passes, action, now)
             free.append(now)
-        met = max(free) if exchanged or common_s else cycle_s
+        met = max(free) if common_s else cycle_s
         if common_s is not None:
             starts = any(action.kind == "F" and action.stage == 0 for c in cycle for action in c)
             copies = [common_s[0] + common_s[1] * starts] * len(cycle)
         else:
-            copies = _exchange(cycle, passes, row_of) if exchanged else _charge(cycle, passes)
+            copies = _charge(cycle, passes)
         cycle_s = max(max(now, met) + copy for now, copy in zip(free, copies, strict=True))
         for index, (now, copy) in enumerate(zip(free, copies, strict=True)):
             start_s = max(now, met)
@@ -344,20 +324,3 @@ def _charge(cycle: Sequence[Sequence[Action]], passes: Passes) -> list[float]:
         sum(passes.before_s[number] + passes.after_s[number] for number in map(_number, cell))
         for cell in cycle
     ]
-
-
-def _exchange(
-    cycle: Sequence[Sequence[Action]], passes: Passes, row_of: dict[int, int]
-) -> list[float]:
-    """Copies of what this cycle made, on the rows that send and on those that receive."""
-    seconds = [0.0] * len(cycle)
-    last = max(row_of)
-    for index, cell in enumerate(cycle):
-        for action in cell:
-            number = _number(action)
-            seconds[index] += passes.after_s[number]
-            target = action.stage + (1 if action.kind == "F" else -1)
-            if 0 <= target <= last:
-                receiver = 4 * target + KINDS.index(action.kind)
-                seconds[row_of[target]] += passes.before_s[receiver]
-    return seconds

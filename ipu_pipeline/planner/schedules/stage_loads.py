@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipu_pipeline.ir.plan import Plan
-from ipu_pipeline.planner.schedules.replay import StageTimes
-from ipu_pipeline.planner.search.from_graph import link_of
+from ipu_pipeline.planner.schedules.objective import StagePrice
 
 
 @dataclass(frozen=True)
@@ -64,44 +62,15 @@ class StageLoad:
     weights_s: float = 0.0
 
     @property
-    def times(self) -> StageTimes:
+    def price(self) -> StagePrice:
         """Seconds for which a microbatch occupies the device, as the replay wants them."""
         copies = self.copies
-        return StageTimes(
-            self.forward_s + copies.forward_s, self.backward_s + copies.backward_s, self.weights_s
-        )
+        return StagePrice(
+            self.forward_s, self.backward_s, copies.forward_s, copies.backward_s,
+            weights_s=self.weights_s,
+        )  # fmt: skip
 
     @property
     def memory_bytes(self) -> int:
         """Most bytes that it holds at one time."""
         return self.weight_bytes + self.in_flight * self.stash_bytes + self.workspace_bytes
-
-
-def boundary_copies(plan: Plan) -> tuple[Copies, ...]:
-    """Seconds of the transfers of every stage, from the tensors that cross its boundaries.
-
-    A tensor that skips stages is relayed, so it crosses every boundary on its way. Each tensor
-    is one message; between stages of one device, or of one memory, nothing is sent.
-    """
-    forward, backward, training = [0.0], [0.0], plan.graph.training
-    devices = [stage.device for stage in plan.stages]
-    for boundary in range(plan.num_stages - 1):
-        link = link_of(plan.machine, devices, boundary, boundary + 1)
-        crossing = [
-            spec
-            for spec in plan.tensors
-            if spec.producer is not None
-            and plan.stage_of[spec.producer] <= boundary
-            and any(plan.stage_of[name] > boundary for name in spec.consumers)
-        ]
-        seconds = [0.0 if link is None else link.transfer_s(spec.num_bytes) for spec in crossing]
-        forward.append(sum(seconds))
-        backward.append(
-            sum(s for s, t in zip(seconds, crossing, strict=True) if t.requires_grad and training)
-        )
-    forward.append(0.0)
-    backward.append(0.0)
-    return tuple(
-        Copies(forward[stage], forward[stage + 1], backward[stage + 1], backward[stage])
-        for stage in range(plan.num_stages)
-    )

@@ -255,7 +255,7 @@ def pace(timeline: Timeline) -> float:
     """Seconds per microbatch of the busiest device, which all others follow."""
     total = dict.fromkeys(timeline.devices, 0.0)
     for load in timeline.loads:
-        total[load.device] += load.times.price.load_s
+        total[load.device] += load.price.load_s
     return max(total.values())
 
 

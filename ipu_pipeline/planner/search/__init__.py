@@ -77,8 +77,6 @@ def solve(
     """
     machine = costs.ranks or machine
     found = search(graph, costs, machine, constraints)
-    if not found.partitions and costs.planning is not None:
-        raise costs.planning.explain(machine, constraints)
     if not found.partitions:
         raise explain(graph, costs, machine, constraints, ruled_out=found.lower_bound == inf)
     if step is None:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ipu_pipeline.planner.search.problem import Slot, bits
+from ipu_pipeline.planner.search.problem import Problem, Slot, bits
 from ipu_pipeline.planner.search.stage_costs import Floats, StageCosts, StageCostTable
 from ipu_pipeline.planner.search.stage_price import PricedPipeline, SearchResult
 
@@ -88,11 +88,10 @@ class BottleneckSearch:
             self._least_at(depth, least[depth])
 
     def at_once(self) -> float:
-        """Bound without a search: work shared out evenly, and the largest block."""
-        speeds = sorted((slot.speed for slot in self.layout.slots), reverse=True)
-        block = max(option.total_s for option in self.rows.problem.fastest)
-        even = self._work_s() / sum(speeds[: max(self.depths)])
-        bound = self._bound(max(even, block / speeds[0]), self._work_s() / speeds[0])
+        """Bound without a search."""
+        bound = even_bound(
+            self.rows.problem, self.layout.slots, max(self.depths), self.pace, self.spread
+        )
         return min(bound, self.upper_bound)
 
     def _work_s(self) -> float:
@@ -220,6 +219,16 @@ class BottleneckSearch:
         if position is None:
             return False
         return starts is None or bool(starts[depth - stage - 2][position])
+
+
+def even_bound(
+    problem: Problem, slots: Sequence[Slot], depth: int, pace: float, spread: float
+) -> float:
+    """Bound of ``pace * max load + spread * sum``: even shares of the work, the largest block."""
+    speeds = sorted((slot.speed for slot in slots), reverse=True)
+    work_s = sum(option.total_s for option in problem.fastest)
+    block_s = max(option.total_s for option in problem.fastest) / speeds[0]
+    return pace * max(work_s / sum(speeds[:depth]), block_s) + spread * work_s / speeds[0]
 
 
 class _DoesNotFitError(Exception):

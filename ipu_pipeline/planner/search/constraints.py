@@ -164,33 +164,20 @@ class LayerRule:
         )
 
 
-def expand_layers_per_ipu(
-    layers_per_ipu: Sequence[int], num_layers: int, num_devices: int
-) -> tuple[int, ...]:
-    """Replace the wildcards of ``layers_per_ipu``.
-
-    Raises:
-        PartitionError: An entry is below -1, the length is not ``num_devices``, or the sum is
-            not ``num_layers``.
-    """
-    if not layers_per_ipu or any(count < WILDCARD for count in layers_per_ipu):
-        raise PartitionError(
-            f"layers_per_ipu={list(layers_per_ipu)} must hold counts of 0 or more, or -1 for the "
-            "rest"
-        )
-    try:
-        return expand_layers(layers_per_ipu, num_devices, num_layers)
-    except ConfigError as error:
-        raise PartitionError(str(error)) from error
-
-
 def layer_rule(
     graph: BlockGraph, layers_per_ipu: Sequence[int], stage_devices: Sequence[int]
 ) -> LayerRule:
-    """Turn ``layers_per_ipu`` into a rule for the boundaries between stages."""
+    """Turn ``layers_per_ipu`` into a rule for the boundaries between stages.
+
+    Raises:
+        PartitionError: They are not one entry per device, or do not add up to the model's layers.
+    """
     layers = [i for i, block in enumerate(graph.blocks) if block.kind == "layer"]
     num_devices = max(stage_devices) + 1
-    per_device = expand_layers_per_ipu(layers_per_ipu, len(layers), num_devices)
+    try:
+        per_device = expand_layers(layers_per_ipu, num_devices, len(layers))
+    except ConfigError as error:
+        raise PartitionError(str(error)) from error
     counts, done, seen = [], 0, set()
     for device in stage_devices:
         done += 0 if device in seen else per_device[device]

@@ -11,6 +11,7 @@ from ipu_pipeline.ir.graph import BlockGraph, TensorSpec
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.tables import VocabularyTable, looked_up, table_of
+from ipu_pipeline.planner.schedules.stage_loads import Copies, StageLoad
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem, build_slots
 from ipu_pipeline.planner.search.problem import mask_of
@@ -23,7 +24,37 @@ def factors_of(plan: Plan) -> dict[str, int]:
     return {name: stage.serialize.get(name, 1) for stage in plan.stages for name in stage.blocks}
 
 
-def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float, ...], BlockGraph]:
+@dataclass(frozen=True)
+class GivenStages:
+    """The priced stages of a plan.
+
+    Attributes:
+        split: With the recomputation that saves something, and what limits it.
+        loads: What a microbatch asks of every stage.
+        once_s: Seconds that every stage spends once per optimizer step.
+    """
+
+    split: Partition
+    loads: tuple[StageLoad, ...]
+    once_s: tuple[float, ...]
+
+    def halved(self, *, whole: bool = True) -> GivenStages:
+        """Let gradients of weights be computed later than those of inputs.
+
+        They take half of the backward pass each, as both take the operations of the forward pass;
+        ``whole``: not in stages that recompute or run in slices.
+        """
+        pairs = zip(self.loads, self.split.stages, strict=True)
+        loads = tuple(
+            load
+            if whole and (stage.recompute or stage.serialize)
+            else replace(load, weights_s=load.backward_s / 2)
+            for load, stage in pairs
+        )
+        return replace(self, loads=loads)
+
+
+def price_stages(plan: Plan, costs: GraphCosts) -> GivenStages:
     """Price the stages of ``plan`` with its own recomputation, slices and split tables.
 
     A block that would save nothing by recomputation stays plain. Whether a stage fits its memory
@@ -32,10 +63,6 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
     Args:
         plan: The plan.
         costs: Prices of its blocks; they must offer the plan's numbers of slices.
-
-    Returns:
-        The stages, the seconds that each spends once per optimizer step, and the graph with the
-        sums of split tables as tensors.
     """
     devices = tuple(stage.device for stage in plan.stages)
     limits = Constraints(
@@ -52,17 +79,35 @@ def price_stages(plan: Plan, costs: GraphCosts) -> tuple[Partition, tuple[float,
     built = build_problem(graph, costs, plan.machine, limits)
     slots = build_slots(costs, plan.machine, limits, devices, graph, plan.num_microbatches)
     slots = tuple(replace(slot, capacity=inf, pool=i) for i, slot in enumerate(slots))
-    pricer, done, prices, boundaries = OptionPricer(built), 0, [], []
+    pricer, done, prices, boundaries, copies = OptionPricer(built), 0, [], [], []
     for stage, slot in zip(plan.stages, slots, strict=True):
         mask = mask_of(graph.block_index[name] for name in stage.blocks)
         best = pricer.best(done, mask, slot)
         assert best is not None  # the memory has no limit here
         prices.append(best)
+        forward_in_s, backward_out_s = pricer.crossing_s(done, slot.link_in)
         done |= mask
+        forward_out_s, backward_in_s = pricer.crossing_s(done, slot.link_out)
+        copies.append(Copies(forward_in_s, forward_out_s, backward_in_s, backward_out_s))
         boundaries.append(done)
     found = PricedPipeline(0.0, tuple(boundaries), tuple(prices))
-    partition = to_partition(found, built, slots, plan.machine, limits)
-    return partition, tuple(one.outer_s for one in prices), graph
+    split = to_partition(found, built, slots, plan.machine, limits)
+    loads = tuple(
+        StageLoad(
+            device=stage.device,
+            forward_s=stage.forward_s,
+            backward_s=stage.backward_s,
+            copies=own,
+            weight_bytes=stage.weight_bytes,
+            stash_bytes=stage.stash_bytes,
+            workspace_bytes=max(
+                0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes
+            ),
+            in_flight=stage.in_flight,
+        )
+        for stage, own in zip(split.stages, copies, strict=True)
+    )
+    return GivenStages(split, loads, tuple(price.outer_s for price in prices))
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ EXACT_BLOCKS = 12
 EXACT_POINTS = 512
 MOST_POINTS = 64
 _EPS = 1e-12
-# A table of pairs is quicker for some; of more it takes too much memory.
-_MOST_IN_A_TABLE = 512
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,15 @@ def grown(
     points: Sequence[Point], options: Sequence[BlockChoice], in_flight: int, budget_bytes: float
 ) -> list[Point]:
     """Add one block to the undominated selections of others."""
-    return _undominated(
-        [
-            (f + o.forward_s, b + o.backward_s, held + o.held_bytes(in_flight),
-             max(space, o.workspace_bytes), (*picks, pick))
-            for f, b, held, space, picks in points
-            for pick, o in enumerate(options)
-            if held + o.held_bytes(in_flight) + max(space, o.workspace_bytes) <= budget_bytes
-        ]
+    found = sorted(
+        (f + o.forward_s, b + o.backward_s, held + o.held_bytes(in_flight),
+         max(space, o.workspace_bytes), (*picks, pick))
+        for f, b, held, space, picks in points
+        for pick, o in enumerate(options)
+        if held + o.held_bytes(in_flight) + max(space, o.workspace_bytes) <= budget_bytes
     )  # fmt: skip
+    numbers = np.array([point[1:4] for point in found]).reshape(-1, 3)  # forward, they ascend
+    return [found[position] for position in undominated(numbers)]
 
 
 def within(points: Sequence[Point], budget_bytes: float, *, by_memory: bool) -> list[Selection]:
@@ -130,22 +128,14 @@ def _dominates(first: Selection, second: Selection, *, by_memory: bool) -> bool:
     )
 
 
-def _undominated(points: list[Point]) -> list[Point]:
-    """Drop points that another one beats in all four numbers."""
-    points.sort()
-    if not 0 < len(points) <= _MOST_IN_A_TABLE:
-        return _undominated_of_many(points)
-    backward, held, space = np.array([point[1:4] for point in points]).T
-    beats = (backward[:, None] <= backward) & (held[:, None] <= held) & (space[:, None] <= space)
-    dropped = np.triu(beats, k=1).any(axis=0)  # by one before it, which is not slower forward
-    return [point for point, drop in zip(points, dropped.tolist(), strict=True) if not drop]
-
-
-def _undominated_of_many(points: Sequence[Point]) -> list[Point]:
-    kept: list[Point] = []
-    for point in points:
-        if not any(k[1] <= point[1] and k[2] <= point[2] and k[3] <= point[3] for k in kept):
-            kept.append(point)
+def undominated(numbers: Floats) -> list[int]:
+    """Return the rows to which no row before them is nowhere above."""
+    kept: list[int] = []
+    table = np.empty_like(numbers)
+    for position, row in enumerate(numbers):
+        if not (table[: len(kept)] <= row).all(axis=1).any():
+            table[len(kept)] = row
+            kept.append(position)
     return kept
 
 
@@ -162,11 +152,11 @@ def _knapsack(
     the bytes left cost, is a bound; with the price at which the blocks just fit, it is the
     fractional relaxation.
     """
-    seconds, held = _tables(ways, in_flight, limit)
+    seconds, held = tables(ways, in_flight, limit)
     smallest = np.where(np.isinf(seconds), inf, held)
     if smallest.min(axis=1).sum() > budget_bytes:
         return None
-    prices = _prices(seconds, held)
+    prices = byte_prices(seconds, held)
     dual_s = (seconds + prices[:, None, None] * held).min(axis=2).sum(axis=1)
     dual_s -= prices * budget_bytes
     price = float(prices[np.argmax(dual_s)])
@@ -187,8 +177,8 @@ def _knapsack(
     return [int(pick) for pick in picks]
 
 
-def _tables(
-    ways: Sequence[Sequence[BlockChoice]], in_flight: int, limit: float
+def tables(
+    ways: Sequence[Sequence[BlockChoice]], in_flight: int, limit: float = inf
 ) -> tuple[Floats, Floats]:
     """Seconds and bytes by block and option; infinitely many seconds where there is none."""
     shape = (len(ways), max(map(len, ways)))
@@ -200,7 +190,7 @@ def _tables(
     return seconds, held
 
 
-def _prices(seconds: Floats, held: Floats) -> Floats:
+def byte_prices(seconds: Floats, held: Floats) -> Floats:
     """Prices of a byte at which some block takes another option, ascending; the first is 0."""
     smaller = held[:, :, None] - held[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):

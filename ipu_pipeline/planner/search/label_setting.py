@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.planner.schedules.objective import Objective, StagePrice
 from ipu_pipeline.planner.search.ideals import Lattice
+from ipu_pipeline.planner.search.knapsack import undominated
 from ipu_pipeline.planner.search.problem import Slot, bits
 from ipu_pipeline.planner.search.stage_price import (
     MOST_CANDIDATES,
@@ -94,7 +95,7 @@ class LabelSettingSearch:
         slots: The stage positions, in pipeline order.
         objective: Step time, made for ``len(slots)`` stages.
         boundaries: For 0..num_stages stages done: which sets of the lattice are allowed.
-        deadline: ``time.monotonic()`` at which to stop; ``None`` never.
+        deadline: ``time.monotonic()`` at which to stop once there is a split; ``None`` never.
         load_limit_s: Stages with a larger load cannot be part of a better split.
         proof_s: Stop proving after so many seconds; the bound says what is left open.
         fits_together: Says whether the stages of one memory fit it together, where bytes do not
@@ -134,8 +135,11 @@ class LabelSettingSearch:
         self._groups = self.lattice.problem.same_device
 
     def run(self, upper_bound: float = inf) -> SearchResult:
-        """Search; splits that are not below ``upper_bound`` are not reported."""
-        if not self._tabulate():
+        """Search; splits that are not below ``upper_bound`` are not reported.
+
+        Without one the deadline counts from the first split on.
+        """
+        if not self._tabulate(hurried=upper_bound < inf):
             return SearchResult(0.0 if self._late() else upper_bound)
         quick = self._pass(upper_bound, BEAM_WIDTH)
         if self.proof_s < inf:
@@ -143,15 +147,10 @@ class LabelSettingSearch:
         full = self._pass(min(upper_bound, quick.objective), None)
         return SearchResult.of(full.lower_bound, (*full.pipelines, *quick.pipelines))
 
-    def run_narrow(self) -> SearchResult:
-        """Search with a beam only and without a deadline: a split, but no bound."""
-        self.deadline = None
-        return self._pass(inf, BEAM_WIDTH) if self._tabulate() else SearchResult(0.0)
-
     def _late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
 
-    def _tabulate(self) -> bool:
+    def _tabulate(self, *, hurried: bool) -> bool:
         """List every possible stage at every slot, from the end; False if none leads there."""
         lattice, last = self.lattice, len(self.slots)
         self._steps = [{} for _ in self.slots]
@@ -163,7 +162,7 @@ class LabelSettingSearch:
             targets[list(self._to_go[stage + 1])] = True
             starts = [0] if stage == 0 else np.flatnonzero(self.boundaries[stage]).tolist()
             for position in starts:
-                if self._late():
+                if hurried and self._late():
                     return False
                 steps = self._steps_from(stage, position, targets)
                 if steps:
@@ -363,12 +362,5 @@ def _undominated(labels: list[_Label]) -> list[_Label]:
     if len(labels) == 1:
         return labels
     labels.sort(key=lambda label: label.bound)
-    kept: list[_Label] = []
-    table = np.empty((len(labels), len(labels[0].numbers())))
-    for label in labels:
-        numbers = label.numbers()
-        if (table[: len(kept)] <= numbers).all(axis=1).any():
-            continue
-        table[len(kept)] = numbers
-        kept.append(label)
-    return kept
+    kept = undominated(np.array([label.numbers() for label in labels]))
+    return [labels[position] for position in kept]

@@ -15,8 +15,8 @@ from itertools import cycle
 from math import inf
 from time import monotonic
 
-from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, StageTimes, step_seconds
-from ipu_pipeline.planner.schedules.objective import Objective, StagePrice
+from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, StagePrice, step_seconds
+from ipu_pipeline.planner.schedules.objective import Objective
 from ipu_pipeline.planner.search.ideals import Bools, Lattice
 from ipu_pipeline.planner.search.knapsack import least_time, summarize
 from ipu_pipeline.planner.search.least_bytes import LeastBytes
@@ -137,8 +137,8 @@ class LoopedSearch:
         outer: dict[int, float] = {}
         for slot, price in zip(self.slots, prices, strict=True):
             outer[slot.device] = outer.get(slot.device, 0.0) + price.outer_s
-        times = [StageTimes.of(p.forward_load_s, p.backward_s, p.send_backward_s) for p in prices]
-        return step_seconds(self.kind, self.shape, times) + max(outer.values())
+        split = [replace(price, weights_s=price.backward_s / 2) for price in prices]
+        return step_seconds(self.kind, self.shape, split) + max(outer.values())
 
     def _parted(self, split: Split) -> int:
         """Count the groups of blocks that are on several devices."""

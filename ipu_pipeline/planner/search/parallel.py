@@ -42,10 +42,9 @@ class CandidatePipeline:
         return self.shape.own_devices and len({slot.pool for slot in self.slots}) == self.depth
 
     def set_apart(self, **changes: Any) -> CandidatePipeline:
-        """Give every stage its own device and memory, and its slot other ``changes``."""
+        """Look at every stage alone, in a memory of its own, its slot with other ``changes``."""
         slots = tuple(replace(s, device=i, pool=i, **changes) for i, s in enumerate(self.slots))
-        shape = replace(self.shape, devices=tuple(range(len(slots))))
-        return replace(self, slots=slots, shape=shape)
+        return replace(self, slots=slots)
 
 
 def candidate(

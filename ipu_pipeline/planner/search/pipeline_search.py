@@ -12,7 +12,7 @@ row; labels search the rest. There the sweep still gives a bound (``relaxed_boun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from itertools import chain as joined
@@ -23,7 +23,7 @@ from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.schedules import critical_paths, schedule_kind
-from ipu_pipeline.planner.search.bottleneck import BottleneckSearch, StagePositions, search_tables
+from ipu_pipeline.planner.search.bottleneck import StagePositions, even_bound, search_tables
 from ipu_pipeline.planner.search.constraints import Constraints
 from ipu_pipeline.planner.search.from_graph import build_problem
 from ipu_pipeline.planner.search.ideals import Lattice, TooManyIdeals, boundaries
@@ -86,13 +86,6 @@ class Engine:
         room = sum({slot.pool: slot.capacity for slot in slots}.values())
         return split is not None and sum(split.device_bytes.values()) <= room
 
-    def run_fast(
-        self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
-    ) -> SearchResult:
-        """Best of candidates that differ in depth only (``uniform``), or of one candidate."""
-        pace = candidates[0].shape.num_microbatches - 1
-        return self._sweep(candidates, pace, 1, upper, uniform=uniform)
-
     def at_once(self, candidate: CandidatePipeline) -> float:
         """Bound over all splits of this depth that needs no search.
 
@@ -105,10 +98,8 @@ class Engine:
             share = shape.num_microbatches * work / speed / shape.num_devices
             paths = critical_paths(self._kind, shape)
             return max(share, least_path_s(self.problem, paths, speed))
-        pace, spread = self._relaxed_weights(candidate)
-        lattice = Lattice.of_masks(self.problem, (0, self.problem.everything))
-        table, layout = self._rows_of(lattice), StagePositions(candidate.slots)
-        return BottleneckSearch(table, layout, (candidate.depth,), pace, spread).at_once()
+        weights = self._relaxed_weights(candidate)
+        return even_bound(self.problem, candidate.slots, candidate.depth, *weights)
 
     def step_bound(
         self, candidates: Sequence[CandidatePipeline], upper: float, *, uniform: bool
@@ -118,7 +109,7 @@ class Engine:
         Args:
             candidates: They differ in depth only (``uniform``), or it is one.
             upper: Seconds of a step that is known.
-            uniform: As for :meth:`run_fast`.
+            uniform: As for :meth:`sweep`.
         """
         kind, first = self._kind, candidates[0].shape
         forward_only = kind.any_devices and not first.training
@@ -154,9 +145,6 @@ class Engine:
         full = self._lattice(candidate, chain=False)
         found, lower, begin = [], 0.0, monotonic()
         if chain is not None:
-            if upper == inf and self._deadline is not None:
-                found.append(self._label_search(candidate, chain, upper).run_narrow())
-                upper = found[-1].objective
             found.append(self._label_search(candidate, chain, upper).run(upper))
             upper = min(upper, found[-1].objective)
         if full is not None and len(full) == len(chain or ()):
@@ -245,7 +233,7 @@ class Engine:
         """Bound from the fast search: every stage with its own device and memory."""
         pace, spread = self._relaxed_weights(candidate)
         relaxed = candidate.set_apart(forbidden=0)
-        return self._sweep([relaxed], pace, spread, upper, uniform=False, grouped=False).lower_bound
+        return self.sweep([relaxed], pace, spread, upper, uniform=False).lower_bound
 
     def _relaxed_weights(self, candidate: CandidatePipeline) -> tuple[float, float]:
         """Weights of the busiest stage and of the sum in a bound (module docstring)."""
@@ -254,7 +242,7 @@ class Engine:
             return max(0, microbatches - (2 * depth - 1)), 2
         return microbatches - 1, 1
 
-    def _sweep(
+    def sweep(
         self,
         candidates: Sequence[CandidatePipeline],
         pace: float,
@@ -262,12 +250,15 @@ class Engine:
         upper: float,
         *,
         uniform: bool,
-        grouped: bool = True,
     ) -> SearchResult:
-        """Sweep the execution order for a first split, then every order."""
+        """Sweep the execution order for a first split, then every order.
+
+        Exact for 1f1b with stages apart: of candidates that differ in depth only (``uniform``), or
+        of one.
+        """
         depths = sorted(map(_depth, candidates))
         deepest = max(candidates, key=_depth)
-        lattices = [self._lattice(deepest, chain=chain, grouped=grouped) for chain in (True, False)]
+        lattices = [self._lattice(deepest, chain=chain) for chain in (True, False)]
         tables = (
             (self._rows_of(lattice), _layout(lattice, deepest, uniform=uniform))
             for lattice in lattices
@@ -283,30 +274,26 @@ class Engine:
             self._rows[id(lattice)] = StageCostTable(lattice, self._options[False])
         return self._rows[id(lattice)]
 
-    def _lattice(
-        self, candidate: CandidatePipeline, *, chain: bool, grouped: bool = True
-    ) -> Lattice | None:
+    def _lattice(self, candidate: CandidatePipeline, *, chain: bool) -> Lattice | None:
         """Allowed boundaries in execution order, or all; ``None`` if there are too many."""
         groups = self.problem.together
-        if grouped and candidate.shape.own_devices:
+        if candidate.shape.own_devices:
             groups += self.problem.same_device
-        key = (groups, chain)
-        if key not in self._lattices:
-            self._lattices[key] = self._make_lattice(_uncut(groups), chain=chain)
-        return self._lattices[key]
+        if (groups, chain) not in self._lattices:
+            self._lattices[groups, chain] = self._uncut(groups, chain=chain)
+        return self._lattices[groups, chain]
 
-    def _make_lattice(self, allowed: Callable[[int], bool], *, chain: bool) -> Lattice | None:
-        order = [(1 << done) - 1 for done in range(self.problem.num_blocks + 1)]
+    def _uncut(self, groups: Sequence[int], *, chain: bool) -> Lattice | None:
+        def allowed(mask: int) -> bool:
+            return all(mask & group in (0, group) for group in groups)
+
         if chain:
+            order = ((1 << done) - 1 for done in range(self.problem.num_blocks + 1))
             return Lattice.of_masks(self.problem, filter(allowed, order))
         try:
             return Lattice(self.problem, allowed, self._constraints.max_ideals)
         except TooManyIdeals:
             return None
-
-
-def _uncut(groups: Sequence[int]) -> Callable[[int], bool]:
-    return lambda mask: all(mask & group in (0, group) for group in groups)
 
 
 def _layout(lattice: Lattice, candidate: CandidatePipeline, *, uniform: bool) -> StagePositions:
@@ -324,20 +311,18 @@ class Exploration:
 
     Attributes:
         partitions: The best distinct splits, best first.
-        engine: What searched them; ``None``: a backend's own search.
+        engine: What searched them.
         searched: The pipelines that were searched together, and whether they differ in depth only.
         lower_bound: No split is quicker in the closed form; infinite where none is possible.
     """
 
-    partitions: tuple[Partition, ...] = ()
-    engine: Engine | None = None
-    searched: tuple[tuple[Sequence[CandidatePipeline], bool], ...] = ()
-    lower_bound: float = inf
+    partitions: tuple[Partition, ...]
+    engine: Engine
+    searched: tuple[tuple[Sequence[CandidatePipeline], bool], ...]
+    lower_bound: float
 
     def step_bound(self, upper: float) -> float:
         """Bound of the exact step of any split; ``upper`` is the best one known, in seconds."""
-        if self.engine is None:
-            return min(upper, self.lower_bound)
         lower = upper
         for members, together in self.searched:
             found = self.engine.step_bound(members, upper, uniform=together)
@@ -356,9 +341,6 @@ def search(
     Raises:
         PartitionError: A constraint is wrong.
     """
-    if costs.planning is not None:
-        best = costs.planning.search(machine, constraints)
-        return Exploration() if best is None else Exploration((best,), lower_bound=best.lower_bound)
     built = build_problem(graph, costs, machine, constraints)
     engine = Engine(built, constraints)
     partitions: list[Partition] = []
@@ -400,7 +382,8 @@ def _search(
     if engine.has_loops(members[0]):
         return engine.run_loops(members[0], upper)
     if engine.is_fast(members[0]):
-        return engine.run_fast(members, upper, uniform=together)
+        pace = members[0].shape.num_microbatches - 1
+        return engine.sweep(members, pace, 1, upper, uniform=together)
     bound = engine.relaxed_bound(members[0], upper) if upper < inf else 0.0
     if bound >= upper:
         return SearchResult(bound)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ipu_pipeline.ir.machine import Link
 from ipu_pipeline.planner.search.ideals import Lattice
+from ipu_pipeline.planner.search.knapsack import byte_prices, tables
 from ipu_pipeline.planner.search.problem import Slot, Value, bits
 from ipu_pipeline.planner.search.stage_price import OptionPricer, message_s
 
@@ -115,21 +116,10 @@ class StageCostTable:
     def _priced(self, in_flight: int) -> tuple[Floats, Floats]:
         """Prices per byte worth trying, and per price the running minimum of each set."""
         if in_flight not in self._lagrange:
-            menus = [[(o.total_s, o.held_bytes(in_flight)) for o in ways]
-                     for ways in self.problem.options]  # fmt: skip
-            slopes = [
-                (slow[0] - quick[0]) / (quick[1] - slow[1])
-                for menu in menus
-                for quick in menu
-                for slow in menu
-                if quick[1] > slow[1] and slow[0] >= quick[0]
-            ]
-            prices = np.unique(np.quantile(slopes or [0.0], _QUANTILES))
-            totals = [
-                self.lattice.total([min(s + price * b for s, b in menu) for menu in menus])
-                for price in prices.tolist()
-            ]
-            self._lagrange[in_flight] = (prices, np.stack(totals))
+            seconds, held = tables(self.problem.options, in_flight)
+            prices = np.unique(np.quantile(byte_prices(seconds, held), _QUANTILES))
+            least = [(seconds + price * held).min(axis=1).tolist() for price in prices.tolist()]
+            self._lagrange[in_flight] = prices, np.stack([self.lattice.total(s) for s in least])
         return self._lagrange[in_flight]
 
     def memory_matters(self, slot: Slot) -> bool:

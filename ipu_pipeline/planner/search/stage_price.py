@@ -178,14 +178,17 @@ class OptionPricer:
 
     def transfers(self, done: int, stage: int, slot: Slot) -> tuple[float, float]:
         """Seconds of forward and of backward transfers over both boundaries of the stage."""
-        forward = backward = 0.0
-        for link, boundary in ((slot.link_in, done), (slot.link_out, done | stage)):
-            if link is None:
-                continue
-            for value in self._crossing(boundary):
-                forward += message_s(link, value.forward_bytes)
-                backward += message_s(link, value.backward_bytes)
-        return forward, backward
+        before = self.crossing_s(done, slot.link_in)
+        behind = self.crossing_s(done | stage, slot.link_out)
+        return before[0] + behind[0], before[1] + behind[1]
+
+    def crossing_s(self, done: int, link: Link | None) -> tuple[float, float]:
+        """Seconds of forward and of backward transfers over the boundary behind ``done``."""
+        if link is None:
+            return 0.0, 0.0
+        values = self._crossing(done)
+        forward_s = sum(message_s(link, value.forward_bytes) for value in values)
+        return forward_s, sum(message_s(link, value.backward_bytes) for value in values)
 
     def _selections(
         self, stage: int, slot: Slot, budget: float, *, shared_pool: bool

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from ipu_pipeline.backends.cluster.executable import refuse_sparse_gradients
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
     position_of_stages,
@@ -16,7 +15,13 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
-from ipu_pipeline.backends.cluster.ranks.consistency import NOTE_BYTES, _note, _text, described
+from ipu_pipeline.backends.cluster.ranks.consistency import (
+    NOTE_BYTES,
+    _note,
+    _text,
+    described,
+    refuse_sparse_gradients,
+)
 from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.loss_shares import Counted, _agreed_rule
@@ -147,6 +152,8 @@ def test_replicas_that_measure_differently_are_refused() -> None:
         LoweringError, match=r"measured as \[\('mean',\), \('sum',\)\] on the shares"
     ):
         _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
+    with pytest.raises(LoweringError, match="or its terms are not the same; say it with loss_wei"):
+        _agreed_rule([Counted(1, divisors=(1.0,)), Counted(1, divisors=(1.0, 2.0))])
 
 
 def assert_equal(

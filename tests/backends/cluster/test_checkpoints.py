@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from ipu_pipeline.checkpoint import is_complete
+from ipu_pipeline.stages.materialize import materialize
 from tests.backends.cluster import jobs, saving_jobs
 from tests.backends.cluster.processes import Processes
 from tests.later import every_second, in_turn
+from tests.tiny_models import TINY
 
 TWO = {"num_stages": 2}
 FOUR_BY_ONE = {"num_stages": 4, "microbatches": 8}
@@ -89,12 +91,21 @@ def test_it_continues_from_pretrained(saved: tuple[str, list[float]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torch_distributed_checkpoint_reads_it(saved: tuple[str, list[float]]) -> None:
+def test_torch_distributed_checkpoint_reads_it(
+    saved: tuple[str, list[float]], tmp_path: Path
+) -> None:
     path, _ = saved
     expected = tensors(path, "model") | tensors(path, "optimizer")
     found: dict[str, Any] = {name: torch.zeros_like(t) for name, t in expected.items()}
     dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # And back: what it writes is read by a model without weights.
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path))
+    dcp.save({n: found[n] for n in tensors(path, "model")}, storage_writer=writer, no_dist=True)
+    model, _ = TINY["gpt2-lm"].build(device="meta")
+    materialize(model, tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(path)
+    torch.testing.assert_close(model.state_dict(), loaded.state_dict(), rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- in the background

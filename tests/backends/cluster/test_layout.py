@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import ipu_pipeline as ipp
-from ipu_pipeline.backends.cluster.executable import check
 from ipu_pipeline.backends.cluster.launch.spec import choose_processes
 from ipu_pipeline.backends.cluster.layout import (
     Layout,
@@ -17,6 +16,7 @@ from ipu_pipeline.backends.cluster.layout import (
     torch_schedule,
     torch_schedules,
 )
+from ipu_pipeline.backends.cluster.ranks.consistency import check
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.machines import machine_by_name
 from ipu_pipeline.planner.backend import backend_of

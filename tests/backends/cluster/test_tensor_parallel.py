@@ -133,6 +133,27 @@ def test_from_meta(four: Processes, tmp_path: Path) -> None:
     assert "slices of the model's weights only" in found[0]["refused"]
 
 
+@pytest.mark.acceptance
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_over_bases_of_which_each_process_has_its_stage(
+    two: Processes, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    base = TINY["llama"].build()[0]
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    given = {"weights": str(tmp_path / "base")}
+    found = two.run(
+        "slice_jobs.adapters_from_meta", num_stages=2, path=str(tmp_path / "two"), **given
+    )
+    one = slice_jobs.adapters_from_meta(
+        num_stages=1, path=str(tmp_path / "one"), target="local", **given
+    )
+    for rank in found:
+        assert difference(rank["losses"], one["losses"]) < 1e-6
+        assert rank["sums"] == pytest.approx(one["sums"], rel=1e-5)
+    assert max(rank["held"] for rank in found) < 0.75 * one["held"]
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -190,9 +211,11 @@ def test_what_cannot_be_cut_is_refused() -> None:
     refused("3 rows or columns, which cannot be cut", tp=4, own=model_of(llama(
         intermediate_size=3, num_key_value_heads=4)))  # fmt: skip
     options = ExecutionOptions(compile_blocks=True)
-    refuse_with_slices(options, 1)
+    refuse_with_slices(options, (), 1)
     with pytest.raises(LoweringError, match="compile_blocks works on whole blocks, and with tp 2"):
-        refuse_with_slices(options, 2)
+        refuse_with_slices(options, (), 2)
+    with pytest.raises(LoweringError, match="offload_activations works on whole blocks"):
+        refuse_with_slices(ExecutionOptions(), {"a"}, 2)
     with pytest.raises(LoweringError, match="output_attentions returns weights by head"):
         refuse_attentions({"output_attentions": True})
 

@@ -150,6 +150,11 @@ def test_a_configuration_that_contradicts_the_plan(config: dict[str, Any], messa
         settings_for(_plan(), IPUConfig(**said))
 
 
+def test_numbers_given_beside_a_configuration_that_leaves_them() -> None:
+    found = settings_for(replace(_plan(), replicas=2), IPUConfig(layers_per_ipu=(2, 2))).to_json()
+    assert (found["gradient_accumulation_steps"], found["replication_factor"]) == (16, 2)
+
+
 def test_slices_come_from_the_plan() -> None:
     plan = _plan("bert-mlm")
     first, *rest, head = plan.stages

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import ipu_pipeline as ipp
+from ipu_pipeline.backends.ipu.check import check
 from ipu_pipeline.backends.ipu.config import IPUConfig
+from ipu_pipeline.backends.ipu.settings import settings_for
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.stages.executable import ExecutionOptions
 from tests.backends.ipu.emulated import Case, adamw, assert_same_weights, case, sessions_of, sgd
@@ -46,6 +51,24 @@ def test_the_remainder_of_a_model_with_shared_parameters() -> None:
                 executable.train_step(made.batch(seed))
             ours, theirs = device.eval_step(odd), local.eval_step(odd)
             assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
+
+
+def test_a_plan_of_a_model_in_evaluation_mode() -> None:
+    """Its microbatches are those of one call of the device: a pipeline of as few as its stages."""
+    made = case()
+    batch = {n: v for n, v in made.batch(copies=3).items() if not n.endswith("positions")}
+    model = copy.deepcopy(made.model).eval()
+    sample = {name: value[:2] for name, value in batch.items()}
+    plan = ipp.plan(model, sample, machine="pod16", num_stages=3, microbatches=3)
+    assert not plan.graph.training
+    with ipp.compile(model, plan, target="poptorch") as device:
+        assert device.settings.to_json()["inference_device_iterations"] == 3
+        found = device.eval_step(batch).outputs["start_logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**batch).start_logits, rtol=1e-5, atol=1e-5)
+    few = replace(plan, num_microbatches=2)
+    with pytest.raises(LoweringError, match=r"2 microbatches in a call .* below the 3 forward"):
+        check(few, settings_for(few))
 
 
 def test_evaluation_without_labels_and_without_an_optimizer() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ipu_pipeline.backends.ipu.optimizers import optimizer_settings
 from ipu_pipeline.errors import LoweringError
+from ipu_pipeline.planner.passes.manager import PassManager
 from tests.backends.ipu.emulated import case
 
 
@@ -54,6 +55,14 @@ def test_parameters_that_the_device_has_not() -> None:
     made.model.qa_outputs.to(torch.bfloat16)
     made.plan = replace(made.plan, model=ipp_identity(made.model))
     with pytest.raises(LoweringError, match=r"parameters of type torch.bfloat16, torch.float32"):
+        made.compile()
+
+
+@pytest.mark.usefixtures("poptorch")
+def test_activations_in_host_memory_are_refused() -> None:
+    made = case()
+    made.plan = PassManager.parse("offload{blocks=all}").run(made.plan)
+    with pytest.raises(LoweringError, match="offloads activations to host memory, which GPUs do"):
         made.compile()
 
 

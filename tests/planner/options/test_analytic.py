@@ -11,8 +11,8 @@ from ipu_pipeline.ir.machine import Device
 from ipu_pipeline.planner.options.block_cost import GraphCosts, weight_bytes
 from ipu_pipeline.planner.options.block_options import block_choices
 from ipu_pipeline.planner.options.cost_models import (
-    CostModel,
     device_speeds,
+    estimate,
 )
 from tests.ir.plan_example import example_graph, example_machine
 
@@ -21,7 +21,7 @@ def priced(*operations: OpRecord) -> float:
     graph = example_graph()
     block = replace(graph.blocks[1], forward_ops=operations)
     graph = replace(graph, blocks=(graph.blocks[0], block, *graph.blocks[2:]))
-    costs = CostModel().estimate(graph, example_machine())
+    costs = estimate(graph, example_machine())
     return costs.blocks["layer.0"].plain.forward_s
 
 
@@ -49,7 +49,7 @@ def test_dtype_of_the_operation_counts() -> None:
 
 
 def test_backward_is_priced_from_its_own_operations() -> None:
-    costs = CostModel().estimate(example_graph(), example_machine())
+    costs = estimate(example_graph(), example_machine())
     plain = costs.blocks["layer.0"].plain  # 2 and 4 times max(512/1e9, 384/1e8)
     assert plain.forward_s == pytest.approx(2 * 3.84e-6)
     assert plain.backward_s == pytest.approx(4 * 3.84e-6)
@@ -86,7 +86,7 @@ def test_memory_of_a_parameter() -> None:
 
 
 def test_tied_parameter_has_one_name_in_both_blocks() -> None:
-    costs = CostModel().estimate(example_graph(), example_machine())
+    costs = estimate(example_graph(), example_machine())
     together = {**costs.blocks["embed"].weight_bytes, **costs.blocks["head"].weight_bytes}
     assert together == {"embed.weight": 1280}
 
@@ -103,7 +103,7 @@ def test_speeds_are_relative_to_the_first_device() -> None:
 def test_profiled_times_become_prices() -> None:
     graph = example_graph()
     times = {block.name: (0.25, 0.5) for block in graph.blocks}
-    costs = CostModel(measured_s=times).estimate(graph, example_machine())
+    costs = estimate(graph, example_machine(), measured_s=times)
     plain, again = costs.blocks["layer.0"].choices
     assert (plain.forward_s, plain.backward_s, again.backward_s) == (0.25, 0.5, 0.75)
     assert costs.blocks["embed"].weight_bytes == {"embed.weight": 1280}
@@ -113,4 +113,4 @@ def test_profiled_times_become_prices() -> None:
 def test_block_without_measurement_is_refused_by_name() -> None:
     times = {"embed": (1.0, 1.0), "head": (1.0, 1.0)}
     with pytest.raises(ValueError, match=r"no measurement for layer\.0, layer\.1; profile"):
-        CostModel(measured_s=times).estimate(example_graph(), example_machine())
+        estimate(example_graph(), example_machine(), measured_s=times)

@@ -10,7 +10,7 @@ from ipu_pipeline.ir.graph import Block, TensorSpec
 from ipu_pipeline.planner.options.block_cost import BlockChoice
 from ipu_pipeline.planner.options.block_options import SLICE_BYTES, fused_factors
 from ipu_pipeline.planner.options.cost_models import (
-    CostModel,
+    estimate,
 )
 from ipu_pipeline.planner.options.tables import fused_heads, is_end
 from tests.ir.plan_example import example_graph, example_machine
@@ -20,7 +20,7 @@ DENSE, WIDE, ROWS = 4 * VOCAB * HIDDEN, 4 * TOKENS * VOCAB, 4 * TOKENS * HIDDEN
 
 
 def menu(block: str, graph=None, **model: object) -> tuple[BlockChoice, ...]:
-    costs = CostModel(**model).estimate(graph or table_graph(), machine())
+    costs = estimate(graph or table_graph(), machine(), **model)
     return costs.blocks[block].choices
 
 
@@ -54,13 +54,13 @@ def test_frozen_tables_and_inference_have_nothing_to_save() -> None:
     frozen = tuple(replace(p, trainable=False) for p in graph.parameters)
     assert len(menu("wte", replace(graph, parameters=frozen))) == 1
     assert len(menu("wte", table_graph(training=False))) == 1
-    costs = CostModel().estimate(table_graph(training=False), machine())
+    costs = estimate(table_graph(training=False), machine())
     assert costs.together == ()
 
 
 def test_a_fused_head_carries_the_bytes_of_both() -> None:
     graph = table_graph()
-    costs = CostModel().estimate(graph, machine())
+    costs = estimate(graph, machine())
     plain, *fused = costs.blocks["head"].choices
     assert costs.together == (("head", "loss"),)
     assert (plain.stash_bytes, plain.workspace_bytes) == (WIDE + 4, 2 * WIDE)
@@ -75,7 +75,7 @@ def test_a_fused_head_carries_the_bytes_of_both() -> None:
 
 def test_a_fused_head_computes_the_logits_and_the_softmax_again() -> None:
     graph = table_graph()
-    costs = CostModel().estimate(graph, machine())
+    costs = estimate(graph, machine())
     plain, fused, *_ = costs.blocks["head"].choices
     loss = costs.blocks["loss"].plain
     view = 8 / 1e11
@@ -139,7 +139,7 @@ def test_no_slice_is_less_than_a_token(tokens: int, factors: tuple[int, ...]) ->
 def test_asked_for_factors_are_priced_for_small_tables_too() -> None:
     small = table_graph(vocab=100)
     factors = {"wte": (5, 1), "head": (3,), "layer": (0, 2), "loss": (2,)}
-    costs = CostModel(factors=factors).estimate(small, machine())
+    costs = estimate(small, machine(), factors=factors)
     offered = {n: {w.serialize_factor for w in c.choices} for n, c in costs.blocks.items()}
     assert offered == {"wte": {1, 5}, "head": {1, 2, 3, 4, 8}, "layer": {1, 2}, "loss": {1}}
     assert costs.together == (("head", "loss"),)
@@ -162,8 +162,8 @@ def test_a_projection_that_is_not_fused_only_gets_slower() -> None:
 def test_measured_times_get_the_same_menus() -> None:
     graph = table_graph()
     times = {block.name: (0.25, 0.5) for block in graph.blocks}
-    costs = CostModel(measured_s=times, factors={"head": (3,)}).estimate(graph, machine())
-    counted = CostModel(factors={"head": (3,)}).estimate(graph, machine())
+    costs = estimate(graph, machine(), measured_s=times, factors={"head": (3,)})
+    counted = estimate(graph, machine(), factors={"head": (3,)})
     assert costs.together == counted.together
     for name, cost in costs.blocks.items():
         bytes_of = [(w.stash_bytes, w.workspace_bytes, w.serialize_factor) for w in cost.choices]
@@ -176,6 +176,6 @@ def test_measured_times_get_the_same_menus() -> None:
 
 
 def test_models_without_large_tables_have_the_menus_they_had() -> None:
-    costs = CostModel().estimate(example_graph(), example_machine())
+    costs = estimate(example_graph(), example_machine())
     assert costs.together == ()
     assert {w.serialize_factor for c in costs.blocks.values() for w in c.choices} == {1}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ipu_pipeline.ir.graph import OpRecord
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import (
     fused_heads,
     looked_up,
@@ -90,7 +90,7 @@ def test_a_cap_keeps_logits_only_where_it_is_not_fused() -> None:
     (pair,) = fused_heads(graph)
     assert pair.saved_logits_bytes == wide
     plain, fused = (
-        next(w for w in CostModel().estimate(graph, machine()).blocks["head"].choices
+        next(w for w in estimate(graph, machine()).blocks["head"].choices
              if (w.serialize_factor > 1) == cut and not w.recompute)
         for cut in (False, True)
     )  # fmt: skip

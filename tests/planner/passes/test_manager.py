@@ -60,7 +60,7 @@ def test_text_form() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("inline", "unknown pass 'inline'; passes: recompute, serialize_embedding, serialize_pro"),
+        ("inline", "unknown pass 'inline'; passes: offload, recompute, serialize_emb"),
         ("recompute{level=2}", "pass recompute has no option level; its options: blocks"),
         (
             "serialize_embedding",

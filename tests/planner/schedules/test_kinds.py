@@ -15,12 +15,11 @@ from torch.distributed.pipelining.schedules import (
 from ipu_pipeline.ir.schedule import Action
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
-    StageTimes,
+    StagePrice,
     schedule_kind,
     schedule_names,
     step_seconds,
 )
-from ipu_pipeline.planner.schedules.objective import StagePrice
 from ipu_pipeline.planner.schedules.rows import forward_only
 from tests.planner.schedules.torch_oracle import shape_for, torch_rows
 
@@ -138,7 +137,7 @@ def test_the_form_is_the_replay_for_equal_stages(name: str, training: bool) -> N
                 tried += 1
                 shape = PipelineShape.of(shape.num_stages, count, shape.devices, training=training)
                 one = StagePrice(0.25, 0.5 * training, 0.0, 0.0, 0.0, 0, ())
-                times = [StageTimes.of(one.forward_s, one.backward_s)] * shape.num_stages
+                times = [StagePrice.split(one.forward_s, one.backward_s)] * shape.num_stages
                 form = kind.objective(shape).seconds(shape.devices, [one] * shape.num_stages)
                 assert step_seconds(kind, shape, times) == pytest.approx(form, rel=1e-12), shape
     assert tried >= 23
@@ -162,7 +161,7 @@ def test_published_bubbles(name: str) -> None:
     loops, bubble_s = BUBBLES[name]
     shape = shape_for(schedule_kind(name), 4, loops, 16)
     assert shape is not None
-    times = [StageTimes.of(1.0, 2.0)] * shape.num_stages
+    times = [StagePrice.split(1.0, 2.0)] * shape.num_stages
     step_s = step_seconds(schedule_kind(name), shape, times)
     assert step_s - 16 * loops * 3.0 == pytest.approx(bubble_s)
 

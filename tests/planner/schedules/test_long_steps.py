@@ -13,7 +13,6 @@ from ipu_pipeline.planner.report.excerpt import left_out, windows
 from ipu_pipeline.planner.report.sensitivity import sensitivity
 from ipu_pipeline.planner.report.trace import trace
 from ipu_pipeline.planner.schedules import PipelineShape, replay, schedule_kind, simulate
-from ipu_pipeline.planner.schedules.simulate import CopyModel
 from ipu_pipeline.planner.schedules.timeline import Timeline
 from tests.planner.schedules.plans import make_plan
 
@@ -42,16 +41,15 @@ def test_a_shortened_step_has_the_figures_of_the_whole(
     devices = draw.choice((2, 3))
     depth = devices * kind.stages_per_device[0]
     times = [[draw.choice((0.1, 0.5, 1.0, draw.random())) for _ in range(depth)] for _ in "fb"]
-    copies: CopyModel = draw.choice(("charged", "exchanged"))
     plan = make_plan(
         *times, draw.choice((204, 240, 306)), schedule,
         devices=kind.place(depth, devices), copies=bool(seed % 2),
     )  # fmt: skip
-    whole = simulate.simulate(plan, copies=copies)
+    whole = simulate.simulate(plan)
     assert whole.steady is None
     monkeypatch.setattr(replay, "_MOST_ACTIONS", 60)
     monkeypatch.setattr(simulate, "_LISTED", 0)
-    found = simulate.simulate(plan, copies=copies)
+    found = simulate.simulate(plan)
     assert found.steady is not None
     assert len(found.events) + found.steady.num_events == len(whole.events)
     assert same(figures(found), figures(whole))

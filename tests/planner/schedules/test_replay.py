@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ipu_pipeline.ir.schedule import requirements
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
-    StageTimes,
+    StagePrice,
     critical_paths,
     replay,
     schedule_kind,
@@ -26,7 +26,7 @@ seconds = st.floats(0.001, 1.0)
 
 def bound_seconds(kind, shape, times):
     """Return the longest critical path; of lock-stepped schedules the objective."""
-    prices = [stage.price for stage in times]
+    prices = times
     if kind.lock_stepped:
         return kind.objective(shape).seconds(shape.devices, prices)
     return max(path.seconds(prices) for path in critical_paths(kind, shape))
@@ -40,7 +40,7 @@ def pipelines(draw, names=REPLAYED, most_microbatches: int = 20):
     if shape is None:
         shape = shape_for(kind, numbers[0], kind.stages_per_device[0], 2 * numbers[0])
     assert shape is not None
-    stage = st.builds(StageTimes.of, seconds, seconds, st.floats(0, 0.3))
+    stage = st.builds(StagePrice.split, seconds, seconds, st.floats(0, 0.3))
     times = draw(st.lists(stage, min_size=shape.num_stages, max_size=shape.num_stages))
     return kind, shape, times
 
@@ -73,7 +73,7 @@ def test_no_replay_is_below_its_bound(case) -> None:
     step_s = step_seconds(kind, shape, times)
     assert bound_seconds(kind, shape, times) <= step_s * (1 + 1e-12)
     busiest = max(
-        sum(sum(t[:2]) for t, d in zip(times, shape.devices, strict=True) if d == device)
+        sum(t.load_s for t, d in zip(times, shape.devices, strict=True) if d == device)
         for device in shape.devices
     )
     assert step_s >= shape.num_microbatches * busiest * (1 - 1e-12)
@@ -105,7 +105,7 @@ def test_the_bound_of_gpipe_is_its_time(case) -> None:
 def test_popart_is_its_form_on_any_devices(times, more, devices) -> None:
     kind, depth = schedule_kind("popart"), len(times)
     shape = PipelineShape.of(depth, 2 * depth - 1 + more, devices[:depth])
-    stages = [StageTimes.of(*pair) for pair in times]
+    stages = [StagePrice.split(*pair) for pair in times]
     assert step_seconds(kind, shape, stages) == bound_seconds(kind, shape, stages)
 
 
@@ -126,7 +126,7 @@ def test_a_million_microbatches_take_no_time(name: str) -> None:
     kind = schedule_kind(name)
     shape = shape_for(kind, 16, kind.stages_per_device[0], 1 << 20)
     assert shape is not None
-    times = [StageTimes.of(0.001 * (1 + stage % 3), 0.002) for stage in range(shape.num_stages)]
+    times = [StagePrice.split(0.001 * (1 + stage % 3), 0.002) for stage in range(shape.num_stages)]
     before = time.process_time()
     step_s = step_seconds(kind, shape, times)
     assert time.process_time() - before < 5

@@ -176,29 +176,10 @@ def test_every_schedule_has_its_own_time_and_memory(schedule, loops) -> None:
 # ---------------------------------------------------------------- copies
 
 
-def test_a_copy_counts_twice_charged_and_once_exchanged() -> None:
+def test_a_copy_counts_on_the_sender_and_on_the_receiver() -> None:
     plan = make_plan([1.0, 1.0], [2.0, 2.0], 1, copies=True)
     one_way = LINK.transfer_s(1000)
     assert simulate(plan).step_s == near(6 + 4 * one_way)
-    assert simulate(plan, copies="exchanged").step_s == near(6 + 2 * one_way)
-
-
-@given(stage_times(), st.integers(1, 12))
-def test_exchanging_never_delays_gpipe(times, count) -> None:
-    plan = make_plan(*times, count, "gpipe", copies=True)
-    charged, exchanged = simulate(plan), simulate(plan, copies="exchanged")
-    saved = 2 * (len(times[0]) - 1) * LINK.transfer_s(1000)
-    assert charged.step_s - exchanged.step_s == pytest.approx(saved, abs=1e-9)
-
-
-def test_popart_meets_before_it_exchanges() -> None:
-    """Two stages of 1 s and 3 s: cycles of the slower one, then one common copy."""
-    plan = make_plan([1.0, 3.0], [0.0, 0.0], 4, "popart", copies=True)
-    one_way = LINK.transfer_s(1000)
-    timeline = simulate(plan, copies="exchanged")
-    assert timeline.step_s == near(1.0 + one_way + 3 * (3.0 + one_way) + 3.0)
-    kinds = [event.kind for event in timeline.events if event.device == 0]
-    assert kinds[:4] == ["forward", "copy", "forward", "sync"]
 
 
 # ---------------------------------------------------------------- the timeline
@@ -209,13 +190,12 @@ def test_popart_meets_before_it_exchanges() -> None:
     stage_times(4),
     st.integers(7, 12),
     st.sampled_from(["1f1b", "gpipe", "popart"]),
-    st.sampled_from(["charged", "exchanged"]),
     st.lists(st.integers(0, 2), min_size=4, max_size=4),
 )
-def test_events_are_consistent(times, count, schedule, copies, devices) -> None:
+def test_events_are_consistent(times, count, schedule, devices) -> None:
     depth = len(times[0])
     plan = make_plan(*times, count, schedule, devices=devices[:depth], copies=True)
-    timeline = simulate(plan, copies=copies)
+    timeline = simulate(plan)
     by_device, passes = defaultdict(list), {}
     for event in timeline.events:
         by_device[event.device].append(event)
@@ -331,8 +311,6 @@ def test_refusals() -> None:
     plan = make_plan([1.0, 1.0], [2.0, 2.0], 2)
     with pytest.raises(ValueError, match="runs no schedule 'maxload'; use one of "):
         simulate(plan, "maxload")
-    with pytest.raises(ValueError, match="copies must be 'charged' or 'exchanged', got 'none'"):
-        simulate(plan, copies="none")
     with pytest.raises(ValueError, match="the schedule is for 3 stages, the plan has 2"):
         simulate(plan, one_f_one_b(3, 4))
     with pytest.raises(ValueError, match="needs at least 3 microbatches per step, got 2"):

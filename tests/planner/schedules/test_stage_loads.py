@@ -8,7 +8,7 @@ import pytest
 
 from ipu_pipeline.ir.graph import TensorSpec
 from ipu_pipeline.planner.price import price
-from ipu_pipeline.planner.schedules.stage_loads import Copies, boundary_copies
+from ipu_pipeline.planner.schedules.stage_loads import Copies
 from tests.planner.schedules.plans import ELEMENTS, LINK, STASH, WEIGHTS, WORKSPACE, make_plan
 
 ONE_WAY = LINK.transfer_s(4 * ELEMENTS)
@@ -29,7 +29,7 @@ def test_a_tensor_that_skips_a_stage_is_relayed() -> None:
     plan = make_plan([1.0] * 3, [1.0] * 3, 5, copies=True)
     skipping = TensorSpec("skip", (ELEMENTS,), "float32", False, "b0", ("b2",))
     graph = replace(plan.graph, tensors=(*plan.graph.tensors, skipping))
-    middle = boundary_copies(replace(plan, graph=graph))[1]
+    middle = price(replace(plan, graph=graph)).stages[1].copies
     assert middle == Copies(2 * ONE_WAY, 2 * ONE_WAY, ONE_WAY, ONE_WAY)
 
 

@@ -35,7 +35,7 @@ def plan_of(*stages: tuple[str, ...], recompute=(), serialize=(), held=()) -> Pl
 
 def priced(plan: Plan, graph=None):
     plan = replace(plan, graph=graph or plan.graph)
-    return price_stages(plan, counted_costs(workload_of(plan)))[0]
+    return price_stages(plan, counted_costs(workload_of(plan))).split
 
 
 def test_nothing_is_left_to_choose() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.search import Constraints, solve
-from ipu_pipeline.planner.search.constraints import expand_layers_per_ipu
+from ipu_pipeline.planner.search.constraints import layer_rule
 from tests.planner.search.partition_oracle import make_graph, make_machine, unit_costs
 
 KINDS = ["embedding", *["layer"] * 6, "other", "head", "loss"]
@@ -17,35 +19,29 @@ def bert(**more):
 
 
 @pytest.mark.parametrize(
-    ("given", "layers", "devices", "counts"),
-    [
-        ([3, 7, 7, 7], 24, 4, (3, 7, 7, 7)),
-        ([-1], 8, 4, (2, 2, 2, 2)),
-        ([-1], 9, 4, (2, 2, 2, 3)),
-        ([-1, -1], 9, 2, (4, 5)),
-        ([1, -1, 4], 12, 3, (1, 7, 4)),
-        ([-1, 3, -1, -1], 10, 4, (2, 3, 2, 3)),
-        ([0, 4, 4, 4], 12, 4, (0, 4, 4, 4)),
-        ([12, -1], 12, 2, (12, 0)),
-    ],
+    ("given", "devices", "counts"),
+    [((-1, -1), 2, (3, 3)), ((1, -1, 2), 3, (1, 3, 2)), ((6, -1), 2, (6, 0))],
 )
-def test_wildcards(given, layers, devices, counts):
-    assert expand_layers_per_ipu(given, layers, devices) == counts
+def test_wildcards(given, devices, counts):
+    assert layer_rule(bert(), given, range(devices)).counts == tuple(accumulate(counts))
 
 
 @pytest.mark.parametrize(
-    ("given", "layers", "devices", "message"),
+    ("given", "devices", "message"),
     [
-        ([3, 3], 7, 2, r"\[3, 3\] places 6 layers, the model has 7"),
-        ([5, -1], 4, 2, r"\[5, -1\] places 5 layers, the model has 4"),
-        ([3, 3], 6, 3, r"\[3, 3\] has 2 entries for 3 IPUs"),
-        ([3, -2], 6, 2, r"\[3, -2\] must hold counts of 0 or more, or -1"),
-        ([], 6, 2, "must hold counts"),
+        ((3, 2), 2, r"\[3, 2\] places 5 layers, the model has 6"),
+        ((7, -1), 2, r"\[7, -1\] places 7 layers, the model has 6"),
+        ((3, 3), 3, r"\[3, 3\] has 2 entries for 3 IPUs"),
     ],
 )
-def test_wrong_lists_are_refused(given, layers, devices, message):
+def test_wrong_lists_are_refused(given, devices, message):
     with pytest.raises(PartitionError, match=message):
-        expand_layers_per_ipu(given, layers, devices)
+        layer_rule(bert(), given, range(devices))
+
+
+def test_what_is_no_count_is_refused():
+    with pytest.raises(ValueError, match="layers_per_ipu must be at least -1, got -2"):
+        Constraints(layers_per_ipu=(3, -2))
 
 
 @pytest.mark.parametrize("counts", [(2, 4), (0, 6), (3, 1, 2), (0, 2, 2, 2)])

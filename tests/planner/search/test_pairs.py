@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, GraphCosts
-from ipu_pipeline.planner.options.cost_models import CostModel
+from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.search import Constraints, InfeasibleError, solve
 from ipu_pipeline.planner.search.pipeline_search import search
 from tests.planner.options.table_graph import machine as table_machine
@@ -128,7 +128,7 @@ def test_optimum_equals_brute_force(seed):
 @given(st.sampled_from([1, 2, 3]), st.sampled_from(["1f1b", "gpipe"]), st.floats(0.3, 1.2))
 def test_menus_of_a_vocabulary_equal_brute_force(num_devices, schedule, share):
     graph = table_graph(vocab=20_000, tokens=2048, saved=2_000_000)
-    costs = CostModel().estimate(graph, table_machine())
+    costs = estimate(graph, table_machine())
     constraints = Constraints(num_microbatches=4, schedule=schedule)
     free = solve(graph, costs, table_machine(num_devices), constraints)
     memory = int(share * max(stage.memory_bytes for stage in free.stages))
@@ -144,7 +144,7 @@ def test_menus_of_a_vocabulary_equal_brute_force(num_devices, schedule, share):
 
 def test_memory_decides_between_whole_and_slices():
     graph = table_graph()
-    costs = CostModel().estimate(graph, table_machine())
+    costs = estimate(graph, table_machine())
     ample = solve(graph, costs, table_machine(1), Constraints())
     assert ample.stages[0].serialize == {}
     tight = table_machine(1, ample.stages[0].memory_bytes - 10**8)

@@ -9,7 +9,7 @@ import pytest
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
-    StageTimes,
+    StagePrice,
     schedule_kind,
     schedule_names,
     step_seconds,
@@ -42,7 +42,7 @@ def test_splits_for_the_devices_of_the_schedule(schedule: str) -> None:
     for cuts in combinations(range(1, len(SECONDS)), 3):  # every split in execution order
         edges = [0, *cuts, len(SECONDS)]
         loads = [sum(SECONDS[a:b]) for a, b in pairwise(edges)]
-        times = [StageTimes.of(load, 2 * load) for load in loads]
+        times = [StagePrice.split(load, 2 * load) for load in loads]
         least = min(least, step_seconds(kind, shape, times))
     assert found.objective == pytest.approx(least)
     assert found.lower_bound <= least * (1 + 1e-12)

@@ -169,15 +169,17 @@ def test_replicas_cost_an_all_reduce():
         4, [(0, 1), (1, 2), (2, 3)], sizes=[1] * 4, params=[(f"w{i}", (i,)) for i in range(4)]
     )
     machine = make_machine(4, bandwidth=10.0)
-    found = {
-        count: solve(
+    pair, four = (
+        solve(
             graph, unit_costs(graph), machine,
             Constraints(replicas=count, num_microbatches=64 // count),
         )
-        for count in (1, 4)
-    }  # fmt: skip
-    assert found[1].objective < found[4].objective
-    assert found[4].replicas == 4
+        for count in (2, 4)
+    )  # fmt: skip
+    ring_s = 2 * (4 - 1) / 4 * sum(one.num_bytes for one in graph.parameters) / 10.0
+    assert four.objective == pytest.approx(16 * 4 * 3 + ring_s)
+    assert pair.objective < four.objective
+    assert (pair.replicas, four.replicas) == (2, 4)
 
 
 def test_slow_board_links_are_avoided():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ipu_pipeline.errors import PartitionError
 from ipu_pipeline.planner.schedules import (
     PipelineShape,
-    StageTimes,
+    StagePrice,
     schedule_kind,
     schedule_names,
     step_seconds,
@@ -45,7 +45,7 @@ def replay_s(graph, seconds, machine, schedule, microbatches, stages, devices):
     of = dict(zip(graph.block_index, seconds, strict=True))
     send_f, send_b, _ = transfers(graph, machine, stages, devices)
     times = [
-        StageTimes.of(work + send_f[s], 2 * work, send_b[s])
+        StagePrice.split(work + send_f[s], 2 * work, send_b[s])
         for s, work in enumerate(sum(of[name] for name in stage) for stage in stages)
     ]
     return step_seconds(kind, shape, times)

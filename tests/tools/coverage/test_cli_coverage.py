@@ -71,6 +71,17 @@ def test_what_is_known_is_written_before_the_end(checked: list[str], tmp_path: P
     assert not output.with_suffix(".jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["coverage.jsonl", "coverage.md"])
+def test_a_name_that_the_journal_or_the_page_would_take_is_refused(
+    checked: list[str], tmp_path: Path, name: str
+) -> None:
+    result = CliRunner().invoke(app, ["--classes", "ctc", "--output", str(tmp_path / name)])
+    assert result.exit_code == 1
+    kind = "page" if name.endswith("md") else "journal"
+    assert f"its {kind} {tmp_path / name}: --output names the same file" in result.output
+    assert not checked
+
+
 def test_an_unknown_pattern_is_one_line() -> None:
     result = CliRunner().invoke(app, ["--classes", "Nothing*"])
     assert result.exit_code == 1

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
     LayerLayout,
     blocks_of,
@@ -27,7 +28,6 @@ from ipu_pipeline.backends.cluster.layouts.megatron_layout import (
 )
 from ipu_pipeline.backends.cluster.layouts.module_names import (
     MODULES,
-    Stages,
     checked_layout,
     module_names,
     stages_of_modules,
@@ -40,7 +40,6 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
 )
 from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.files import of_file, read_text
-from ipu_pipeline.ir.graph import BlockGraph
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.yaml_text import parse_yaml
@@ -53,42 +52,11 @@ Written = tuple[str, tuple[str, ...]]  # a file's text, and notes
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What a file of another framework says; what it leaves out is ``None`` or absent.
-
-    Attributes:
-        stages: From a model's graph to the blocks of every stage.
-        sizes: ``pp``, ``tp``, ``cp``, ``ep``, ``dp``, ``micro_batch``, ``global_batch``,
-            ``microbatches``.
-        settings: Fields of :class:`GpuSettings`.
-        schedule: Name of the schedule.
-        extra_layers: Multi-token prediction layers.
-        recompute: Whether every layer is recomputed as a whole.
-    """
-
-    stages: Callable[[BlockGraph], Stages]
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str | None = None
-    extra_layers: int = 0
-    recompute: bool = False
-
-    def with_sizes(self, asked: Mapping[str, int | None]) -> Imported:
-        """Replace sizes; one way to say the batch replaces all of them."""
-        sizes = dict(self.sizes)
-        if asked.get("microbatches") is not None or asked.get("global_batch") is not None:
-            sizes.pop("microbatches", None)
-            sizes.pop("global_batch", None)
-        sizes |= {name: size for name, size in asked.items() if size is not None}
-        return replace(self, sizes=sizes)
-
-
-@dataclass(frozen=True)
 class Format:
     """How one framework writes a pipeline down."""
 
     write: Callable[[Plan, ParallelSizes], Written]
-    read: Callable[[str], Imported]
+    read: Callable[[str], GivenLayout]
 
 
 def export_plan(plan: Plan, name: str) -> Written:
@@ -106,7 +74,7 @@ def export_plan(plan: Plan, name: str) -> Written:
     return FORMATS[name].write(plan, sizes_of(plan))
 
 
-def read_plan(path: str | Path, name: str) -> Imported:
+def read_plan(path: str | Path, name: str) -> GivenLayout:
     """Read a file of another framework.
 
     Raises:
@@ -210,7 +178,7 @@ def _write_megatron(plan: Plan, sizes: ParallelSizes) -> Written:
     return "\n".join([head, *flags, ""]), ()
 
 
-def _read_megatron(text: str) -> Imported:
+def _read_megatron(text: str) -> GivenLayout:
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
@@ -236,11 +204,12 @@ def _read_megatron(text: str) -> Imported:
         after = words[words.index("--recompute-modules") + 1 :]
         ends = next((n for n, word in enumerate(after) if word[:2] == "--"), len(after))
         settings["recompute"] = after[:ends]
-    return Imported(
+    schedule = "1f1b" if len(layout.stages) == sizes.get("pp") else "interleaved"
+    return GivenLayout(
         lambda graph: blocks_of(layout, graph),
         sizes,
         {**settings, "engine": "megatron"},
-        _megatron_schedule(layout, sizes),
+        schedule if "pp" in sizes else None,
         layout.num_extra_layers,
         recompute=given.get("--recompute-granularity") == ["full"],
     )
@@ -249,12 +218,6 @@ def _read_megatron(text: str) -> Imported:
 def _split_flag(word: str) -> tuple[str, ...]:
     flag, equals, value = word.partition("=")
     return (flag, value) if word.startswith("--") and equals else (word,)
-
-
-def _megatron_schedule(layout: LayerLayout, sizes: Mapping[str, int]) -> str | None:
-    if "pp" not in sizes:
-        return None
-    return "1f1b" if len(layout.stages) == sizes["pp"] else "interleaved"
 
 
 # -- torchtitan ---------------------------------------------------------------------------------
@@ -288,7 +251,7 @@ def _write_torchtitan(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json(found), tuple(notes)
 
 
-def _read_torchtitan(text: str) -> Imported:
+def _read_torchtitan(text: str) -> GivenLayout:
     raw = _object(_loaded(text), "the file")
     own = _object(raw.get("parallelism"), "parallelism")
     sizes = _counts(own, _TITAN_SIZES)
@@ -303,7 +266,7 @@ def _read_torchtitan(text: str) -> Imported:
     reshard = own.get("fsdp_reshard_after_forward")
     zero_stage = 0 if degrees[1] == 1 else 3 if reshard == "always" else 2
     schedule = own.get("pipeline_parallel_schedule", "1F1B")
-    return Imported(stages_of_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
+    return GivenLayout(stages_of_modules(own, "torchtitan"), sizes, {"zero_stage": zero_stage},
                     _known_schedule(schedule))  # fmt: skip
 
 
@@ -336,7 +299,7 @@ def _write_automodel(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json({"distributed": distributed, "step_scheduler": scheduler}), tuple(notes)
 
 
-def _read_automodel(text: str) -> Imported:
+def _read_automodel(text: str) -> GivenLayout:
     own = _object(_object(_loaded(text), "the file").get("distributed"), "distributed")
     pipeline = _object(own.get("pipeline"), "distributed.pipeline")
     sizes = _counts(own, _AUTO_SIZES)
@@ -345,7 +308,7 @@ def _read_automodel(text: str) -> Imported:
         sizes["microbatches"] = _microbatches(
             pipeline["pp_batch_size"], sizes.get("micro_batch", 1)
         )
-    return Imported(stages_of_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
+    return GivenLayout(stages_of_modules(pipeline, "automodel"), sizes, {"zero_stage": 2},
                     _known_schedule(pipeline.get("pp_schedule", "1f1b")),
                     recompute=own.get("activation_checkpointing") in (True, "full"))  # fmt: skip
 
@@ -375,13 +338,13 @@ def _write_transformers(plan: Plan, sizes: ParallelSizes) -> Written:
     return _json(found), tuple(notes)
 
 
-def _read_transformers(text: str) -> Imported:
+def _read_transformers(text: str) -> GivenLayout:
     raw = _object(_loaded(text), "the file")
     sizes = _counts(raw, {"tp_size": "tp", "pp_size": "pp", "ep_size": "ep"})
     depth = sizes.get("pp")
     if depth is None:
         raise PlanError("it has no pp_size; give the number of stages")
-    return Imported(
+    return GivenLayout(
         lambda graph: blocks_of(even_layout(letters_of(graph).count("t"), depth), graph),
         {**sizes, "dp": 1},
         schedule="1f1b",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-from ipu_pipeline.backends.cluster.layouts.exchange import Imported
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import EXTRA
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.errors import PartitionError, PlanError, listed
@@ -15,10 +13,9 @@ from ipu_pipeline.ir.codec import to_json
 from ipu_pipeline.ir.graph import Block, BlockGraph, ParameterSpec, TensorSpec
 from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.ir.plan import ModelIdentity, Plan, PlannedStage
-from ipu_pipeline.planner.backend import Workload, backend_of
-from ipu_pipeline.planner.price import make_plan, priced, step_s
+from ipu_pipeline.planner.price import best_split, make_plan, priced, workload_of
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind
-from ipu_pipeline.planner.search import Constraints, Partition, solve
+from ipu_pipeline.planner.search import Constraints
 
 SEARCH_S = 15.0  # to find and prove our split
 
@@ -128,211 +125,171 @@ def captured_model(
         return GivenModel(capture(built, batch).graph, model_identity(built))
 
 
-@dataclass(frozen=True, kw_only=True)
-class GivenRun:
-    """The sizes of somebody's run.
+@dataclass(frozen=True)
+class GivenLayout:
+    """Somebody's split and sizes; what is left out is ``None`` or absent, and derived.
 
     Attributes:
-        pp: Ranks of a pipeline.
-        replicas: Data parallel copies.
-        num_microbatches: Of one step of one pipeline.
-        schedule: Name of the schedule.
-        settings: The others.
+        stages: From a model's graph to the blocks of every stage; an empty one is priced as one.
+        sizes: Some of ``pp``, ``dp``, ``tp``, ``cp``, ``ep``, ``micro_batch``, ``microbatches``,
+            ``global_batch``. Without ``dp`` all GPUs work.
+        settings: Fields of :class:`GpuSettings`.
+        schedule: Name; ``None``: 1f1b, or interleaved where a rank has several stages.
+        extra_layers: Multi-token prediction layers.
         recompute: Whether every layer is recomputed as a whole.
     """
 
-    pp: int
-    replicas: int
-    num_microbatches: int
-    schedule: str
-    settings: GpuSettings = field(default_factory=GpuSettings)
+    stages: Callable[[BlockGraph], Sequence[Sequence[str]]]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str | None = None
+    extra_layers: int = 0
     recompute: bool = False
 
-    def work(self, model: GivenModel, machine: Machine) -> Workload:
-        """Return what is priced."""
-        return Workload(
-            model.graph, machine, self.schedule, self.num_microbatches, self.replicas,
-            to_json(self.settings),
-        )  # fmt: skip
+    def with_sizes(self, asked: Mapping[str, int | None]) -> GivenLayout:
+        """Replace sizes; one way to say the batch replaces all of them."""
+        sizes = dict(self.sizes)
+        if asked.get("microbatches") is not None or asked.get("global_batch") is not None:
+            sizes.pop("microbatches", None)
+            sizes.pop("global_batch", None)
+        sizes |= {name: size for name, size in asked.items() if size is not None}
+        return replace(self, sizes=sizes)
 
-    def devices(self, num_stages: int) -> tuple[int, ...]:
-        """Return the rank of every stage.
+    def plan(self, model: GivenModel, machine: Machine) -> Plan:
+        """Return the split as a plan with its price.
 
         Raises:
-            PlanError: The schedule does not run so many stages on these ranks.
+            PlanError: The numbers do not divide or contradict each other, the schedule does not
+                run the stages, or the machine's kernels are not known.
         """
-        kind = schedule_kind(self.schedule)
-        devices = kind.place(num_stages, self.pp)
-        if devices is None:
-            raise PlanError(
-                f"schedule {self.schedule} runs {kind.placement}: {num_stages} stages do not fit "
-                f"pp {self.pp}; change pp or the schedule"
+        model = model.with_extra_layers(self.extra_layers)
+        graph, stages = model.graph, self.stages(model.graph)
+        pp, dp = self._ranks(machine, len(stages))
+        schedule = self.schedule or ("1f1b" if len(stages) == pp else "interleaved")
+        count = self._microbatches(dp, pp, len(stages))
+        layers = {b.name for b in graph.blocks if b.kind == "layer" and self.recompute}
+        own = {size: self.sizes[size] for size in ("tp", "cp", "ep") if size in self.sizes}
+        settings = GpuSettings.read({"zero_stage": 1, **self.settings, **own})
+        devices = _devices(schedule, len(stages), pp, count)
+        return priced(
+            Plan(
+                model=model.identity,
+                machine=machine,
+                stages=tuple(
+                    PlannedStage(device, tuple(blocks), tuple(n for n in blocks if n in layers))
+                    for device, blocks in zip(devices, stages, strict=True)
+                ),
+                graph=graph,
+                num_microbatches=count,
+                replicas=dp,
+                schedule=schedule,
+                settings=to_json(settings),
             )
-        wrong = kind.problem(PipelineShape.of(num_stages, self.num_microbatches, devices))
-        if wrong:
-            raise PlanError(wrong)
-        return devices
-
-
-def given_plan(
-    model: GivenModel, machine: Machine, stages: Sequence[Sequence[str]], run: GivenRun
-) -> Plan:
-    """Return somebody's split as a plan with its price; an empty stage is priced as one.
-
-    Raises:
-        PlanError: The schedule does not run it, or the sizes need more GPUs.
-    """
-    layers = {b.name for b in model.graph.blocks if b.kind == "layer" and run.recompute}
-    planned = [
-        PlannedStage(device, tuple(blocks), tuple(name for name in blocks if name in layers))
-        for device, blocks in zip(run.devices(len(stages)), stages, strict=True)
-    ]
-    return priced(
-        Plan(
-            model=model.identity,
-            machine=machine,
-            stages=tuple(planned),
-            graph=model.graph,
-            num_microbatches=run.num_microbatches,
-            replicas=run.replicas,
-            schedule=run.schedule,
-            settings=to_json(run.settings),
         )
-    )
+
+    def _ranks(self, machine: Machine, num_stages: int) -> tuple[int, int]:
+        """Return the ranks of a pipeline, and the pipelines."""
+        if machine.devices[0].kernels is None:
+            raise PlanError(
+                f"{machine.name} is no machine of GPUs whose kernels are known; layouts are priced "
+                "on those, such as h100-x64"
+            )
+        sizes, count = self.sizes, len(machine.devices)
+        pp = sizes.get("pp", num_stages)
+        if num_stages % pp:
+            raise PlanError(
+                f"the layout has {num_stages} stages, which pp {pp} does not divide; give a pp "
+                "that does, such as the number of ranks of a pipeline"
+            )
+        ranks = pp * sizes.get("tp", 1) * sizes.get("cp", 1)
+        dp = sizes.get("dp", max(1, count // ranks))
+        if dp * ranks > count or ("dp" not in sizes and dp * ranks != count):
+            raise PlanError(
+                f"tp {sizes.get('tp', 1)} x cp {sizes.get('cp', 1)} x pp {pp} x dp {dp} are "
+                f"{dp * ranks} GPUs, {machine.name} has {count}; change one of them"
+            )
+        return pp, dp
+
+    def _microbatches(self, dp: int, pp: int, num_stages: int) -> int:
+        """Return those of a pipeline's step; not said: a multiple of ``pp``, at least 8."""
+        sizes = self.sizes
+        batch, micro = sizes.get("global_batch"), sizes.get("micro_batch", 1)
+        if batch is None:
+            return sizes.get("microbatches", max(pp * -(-8 // pp), 2 * num_stages // pp * pp))
+        number, rest = divmod(batch, dp * micro)
+        if rest or not number:
+            raise PlanError(
+                f"a global batch of {batch} does not divide into dp {dp} x micro batch {micro}; "
+                "change one of them"
+            )
+        if sizes.get("microbatches", number) != number:
+            raise PlanError(
+                f"a global batch of {batch} is {number} microbatches on dp {dp} x micro batch "
+                f"{micro}, got {sizes['microbatches']}; leave one of them out"
+            )
+        return number
 
 
-def imported_plan(given: Imported, model: GivenModel, machine: Machine) -> Plan:
+def _devices(schedule: str, num_stages: int, pp: int, num_microbatches: int) -> tuple[int, ...]:
+    """Return the rank of every stage."""
+    kind = schedule_kind(schedule)
+    devices = kind.place(num_stages, pp)
+    if devices is None:
+        raise PlanError(
+            f"schedule {schedule} runs {kind.placement}: {num_stages} stages do not fit pp {pp}; "
+            "change pp or the schedule"
+        )
+    wrong = kind.problem(PipelineShape.of(num_stages, num_microbatches, devices))
+    if wrong:
+        raise PlanError(wrong)
+    return devices
+
+
+def imported_plan(given: GivenLayout, model: GivenModel, machine: Machine) -> Plan:
     """Return what a file of another framework says as a plan with its price.
 
     Raises:
-        PlanError: The model, the machine or the schedule do not allow it.
+        PlanError: The model, the machine or the schedule do not allow it, or a stage is empty.
     """
-    model = model.with_extra_layers(given.extra_layers)
-    stages = given.stages(model.graph)
-    empty = [str(number) for number, stage in enumerate(stages) if not stage]
+    made = given.plan(model, machine)
+    empty = [str(number) for number, stage in enumerate(made.stages) if not stage.blocks]
     if empty:
         raise PlanError(
             f"stage {listed(empty)} is empty, which a plan cannot hold; price it with predict "
             "--layout"
         )
-    run = given_run(machine, len(stages), given.sizes, given.settings, given.schedule,
-                    recompute=given.recompute)  # fmt: skip
-    return given_plan(model, machine, stages, run)
+    return made
 
 
-def own_plan(model: GivenModel, given: Plan, run: GivenRun, seconds: float = SEARCH_S) -> Plan:
+def own_plan(given: Plan, seconds: float = SEARCH_S) -> Plan:
     """Return our split for the sizes of a given plan: the given one if none is faster.
 
     Raises:
         PartitionError: No split of these sizes fits.
     """
-    layers = tuple(block.name for block in model.graph.blocks if block.kind == "layer")
+    layers = tuple(block.name for block in given.blocks if block.kind == "layer")
     limits = Constraints(
-        stage_devices=run.devices(given.num_stages),
-        num_microbatches=run.num_microbatches,
-        replicas=run.replicas,
-        schedule=run.schedule,
-        recompute=layers if run.recompute else "never",
+        stage_devices=tuple(stage.device for stage in given.stages),
+        num_microbatches=given.num_microbatches,
+        replicas=given.replicas,
+        schedule=given.schedule,
+        recompute=layers if any(stage.recompute for stage in given.stages) else "never",
         allow_serialize=False,
         first_split=tuple(stage.blocks for stage in given.stages),
         time_limit_s=seconds,
     )
+    work = workload_of(given)
     try:
-        found = _searched(model, given.machine, run, limits)
+        found = best_split(work, limits)
     except PartitionError:
         if given.misfits or not all(stage.blocks for stage in given.stages):
             raise
         # The given split fills its memory: what more memory would allow is a bound all the same.
-        roomy = _with_more_memory(given.machine)
-        bound_s = _searched(model, roomy, run, limits).lower_bound
+        devices = [replace(one, memory_bytes=4 * one.memory_bytes) for one in work.machine.devices]
+        roomy = replace(work.machine, devices=tuple(devices))
+        bound_s = best_split(replace(work, machine=roomy), limits).lower_bound
         return replace(given, lower_bound_s=min(bound_s, given.objective_s))
-    made = make_plan(model.identity, run.work(model, given.machine), found)
+    made = make_plan(given.model, work, found)
     if given.misfits or made.objective_s <= given.objective_s:
         return made
     return replace(given, lower_bound_s=min(made.lower_bound_s, given.objective_s))
-
-
-def _searched(model: GivenModel, machine: Machine, run: GivenRun, limits: Constraints) -> Partition:
-    backend, work = backend_of(machine), run.work(model, machine)
-    limits = backend.rules(model.graph, machine, limits)
-    step = partial(step_s, work)
-    return solve(model.graph, backend.costs(work), machine, limits, step=step)
-
-
-def _with_more_memory(machine: Machine) -> Machine:
-    devices = [replace(one, memory_bytes=4 * one.memory_bytes) for one in machine.devices]
-    return replace(machine, devices=tuple(devices))
-
-
-def given_run(
-    machine: Machine,
-    num_stages: int,
-    sizes: Mapping[str, int],
-    settings: Mapping[str, Any],
-    schedule: str | None = None,
-    *,
-    recompute: bool = False,
-) -> GivenRun:
-    """Return a run with what is not said derived from the rest.
-
-    Args:
-        machine: Where ``dp`` is not said, all of its GPUs work.
-        num_stages: Of the layout: ``pp`` times the stages of a rank.
-        sizes: Some of ``pp``, ``dp``, ``tp``, ``cp``, ``ep``, ``micro_batch``, ``microbatches``,
-            ``global_batch``.
-        settings: Fields of :class:`GpuSettings`.
-        schedule: ``None``: 1f1b, or interleaved where a rank has several stages.
-        recompute: Whether every layer is recomputed as a whole.
-
-    Raises:
-        PlanError: The numbers do not divide, or contradict each other.
-    """
-    if machine.devices[0].kernels is None:
-        raise PlanError(
-            f"{machine.name} is no machine of GPUs whose kernels are known; layouts are priced on "
-            "those, such as h100-x64"
-        )
-    pp = sizes.get("pp", num_stages)
-    if num_stages % pp:
-        raise PlanError(
-            f"the layout has {num_stages} stages, which pp {pp} does not divide; give a pp that "
-            "does, such as the number of ranks of a pipeline"
-        )
-    ranks = pp * sizes.get("tp", 1) * sizes.get("cp", 1)
-    count = len(machine.devices)
-    dp = sizes.get("dp", max(1, count // ranks))
-    if dp * ranks > count or ("dp" not in sizes and dp * ranks != count):
-        raise PlanError(
-            f"tp {sizes.get('tp', 1)} x cp {sizes.get('cp', 1)} x pp {pp} x dp {dp} are "
-            f"{dp * ranks} GPUs, {machine.name} has {count}; change one of them"
-        )
-    name = schedule or ("1f1b" if num_stages == pp else "interleaved")
-    given = {"zero_stage": 1, **settings}
-    given |= {size: sizes[size] for size in ("tp", "cp", "ep") if size in sizes}
-    return GivenRun(
-        pp=pp,
-        replicas=dp,
-        num_microbatches=_microbatches(sizes, dp, pp, num_stages),
-        schedule=name,
-        settings=GpuSettings.read(given),
-        recompute=recompute,
-    )
-
-
-def _microbatches(sizes: Mapping[str, int], dp: int, pp: int, num_stages: int) -> int:
-    """Return the microbatches of a pipeline's step; not said: a multiple of ``pp``, at least 8."""
-    batch, micro = sizes.get("global_batch"), sizes.get("micro_batch", 1)
-    if batch is None:
-        return sizes.get("microbatches", max(pp * -(-8 // pp), 2 * num_stages // pp * pp))
-    number, rest = divmod(batch, dp * micro)
-    if rest or not number:
-        raise PlanError(
-            f"a global batch of {batch} does not divide into dp {dp} x micro batch {micro}; change "
-            "one of them"
-        )
-    if sizes.get("microbatches", number) != number:
-        raise PlanError(
-            f"a global batch of {batch} is {number} microbatches on dp {dp} x micro batch {micro}, "
-            f"got {sizes['microbatches']}; leave one of them out"
-        )
-    return number

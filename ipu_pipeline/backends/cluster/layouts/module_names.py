@@ -59,22 +59,16 @@ def _names(graph: BlockGraph, framework: str) -> dict[str, tuple[str, ...]]:
     roles: dict[str, list[tuple[str, str]]] = {}
     number = 0
     for block, letter in zip(graph.blocks, letters, strict=True):
-        own = [(block.module, _role(letter, number))] if block.module else []
+        role = {"E": "tok_embeddings", "t": f"layers.{number}", "L": "lm_head"}[letter]
+        own = [(block.module, role)] if block.module else []
         number += letter == "t"
         owners = dict.fromkeys(fqn.rpartition(".")[0] for fqn in block.parameters)
-        own += [(fqn, "norm") for fqn in owners if not _is_within(fqn, owned)]
+        own += [(fqn, "norm") for fqn in owners
+                if not any(f"{fqn}.".startswith(f"{module}.") for module in owned)]  # fmt: skip
         roles[block.name] = own
     _check_structure(graph, framework, [pair for own in roles.values() for pair in own], number)
     kept = 1 if framework == "torchtitan" else 0
     return {name: tuple(pair[kept] for pair in own) for name, own in roles.items()}
-
-
-def _role(letter: str, number: int) -> str:
-    return {"E": "tok_embeddings", "t": f"layers.{number}", "L": "lm_head"}[letter]
-
-
-def _is_within(fqn: str, modules: set[str]) -> bool:
-    return any(f"{fqn}.".startswith(f"{module}.") for module in modules)
 
 
 def _check_structure(

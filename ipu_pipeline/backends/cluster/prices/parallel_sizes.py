@@ -81,12 +81,12 @@ class RankEngine:
         tensor_overlap: Share of tensor parallel collectives that runs beside products.
         expert_overlap: The same of the experts' all-to-all.
         pipeline_overlap: The same of copies between stages, where a rank has several.
-        pipeline_inner: Neighbours are ranks of one pipeline, not those that share a stage.
         weight_bytes: Of one element of a weight that products read.
         state_bytes: Of one element of the optimizer's state, a float32 copy of it included.
-        whole_backward: Blocks that recompute or run in slices do not split their backward pass.
-        slices_experts: Ranks of tensor parallelism have a slice of every expert.
-        widened_update: The update takes all gradients of a rank in float32 at one time.
+        ours: These are this project's own processes. Neighbours are ranks of one pipeline, not
+            those that share a stage; ranks of tensor parallelism have a slice of every expert; what
+            recomputes or runs in slices does not split its backward pass; the update takes all
+            gradients of a rank in float32 at one time.
     """
 
     fused: bool = False
@@ -97,12 +97,9 @@ class RankEngine:
     tensor_overlap: float = 0.0
     expert_overlap: float = 0.0
     pipeline_overlap: float = 0.0
-    slices_experts: bool = False
-    widened_update: bool = False
-    pipeline_inner: bool = False
+    ours: bool = False
     weight_bytes: int = 2
     state_bytes: int = 12
-    whole_backward: bool = False
 
     @property
     def update_bytes(self) -> int:
@@ -115,11 +112,8 @@ EAGER = RankEngine()
 
 # Megatron-Core with Transformer Engine: half of the collectives runs beside other kernels.
 MEGATRON = RankEngine(fused=True, tensor_overlap=0.5, expert_overlap=0.5, pipeline_overlap=0.5)
-# torch's operations one by one, as this project's own processes run them.
-TORCH = RankEngine(
-    pipeline_inner=True, whole_backward=True, widened_update=True, slices_experts=True
-)
-ENGINES = {"torch": TORCH, "megatron": MEGATRON}
+# ``torch`` runs torch's operations one by one.
+ENGINES = {"torch": RankEngine(ours=True), "megatron": MEGATRON}
 
 
 @dataclass(frozen=True, kw_only=True)

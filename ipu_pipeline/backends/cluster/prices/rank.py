@@ -23,7 +23,7 @@ from ipu_pipeline.backends.cluster.prices.fused import (
 from ipu_pipeline.backends.cluster.prices.parallel_sizes import EAGER, ParallelSizes, RankEngine
 from ipu_pipeline.ir.attention import is_attention
 from ipu_pipeline.ir.graph import DTYPE_BYTES, Block, BlockGraph, OpRecord
-from ipu_pipeline.ir.machine import Link, Machine
+from ipu_pipeline.ir.machine import Machine
 from ipu_pipeline.planner.options.roofline import Roofline, product_sides
 
 _HALF_BYTES, _FLOAT_BYTES = 2, 4
@@ -74,11 +74,6 @@ class RankBlock:
     saved_bytes: float = 0.0
     workspace_bytes: float = 0.0
     parameters: RankParameters = RankParameters()
-
-
-def group_link(machine: Machine, ranks: int, stride: int = 1) -> Link:
-    """Return the link that bounds a group of ``ranks`` that are ``stride`` positions apart."""
-    return machine.link_between(0, min(ranks * stride, len(machine.devices)) - 1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ class RankPricer:
             spec = self.graph.parameter_by_fqn[fqn]
             of_experts = ".experts." in fqn
             shares = self.sizes.ep if of_experts else self.sizes.tp
-            if of_experts and self.engine.slices_experts:
+            if of_experts and self.engine.ours:
                 shares *= self.sizes.tp
             numel = spec.numel / shares
             if not (spec.trainable and self.graph.training):
@@ -246,7 +241,8 @@ class RankPricer:
             if part in wanted and part != "moe_act":
                 again_s += self.roofline.seconds([self._shared(op, 1, quantized=True)])
             if part in wanted and part != "core_attn":
-                freed += layer.inner(op) if part != "moe_act" or _leads_back(op, self) else 0.0
+                leads_back = op.shapes[0][-1] == self.hidden  # rows of experts to the stream's
+                freed += layer.inner(op) if part != "moe_act" or leads_back else 0.0
         if "layernorm" in wanted:
             freed += self.tokens * self.hidden * 2
         saved = max(0.0, found.saved_bytes - _HALF_BYTES * freed / self.shared)
@@ -255,10 +251,15 @@ class RankPricer:
     # -- collectives of a layer ------------------------------------------------------------------
 
     def ring_s(self, num_bytes: float, ranks: int, stride: int = 1) -> float:
-        """Seconds of an all-gather or a reduce-scatter of ``num_bytes`` (the whole) in a ring."""
+        """Seconds of an all-gather or a reduce-scatter of ``num_bytes`` (the whole) in a ring.
+
+        The slowest link of ``ranks`` that are ``stride`` positions apart bounds it.
+        """
         if ranks < 2 or not num_bytes:
             return 0.0
-        link, kernels = group_link(self.machine, ranks, stride), self.machine.devices[0].kernels
+        devices = self.machine.devices
+        link = self.machine.link_between(0, min(ranks * stride, len(devices)) - 1)
+        kernels = devices[0].kernels
         rate = link.bytes_per_s * (1.0 if kernels is None else kernels.link_share)
         return link.latency_s + (ranks - 1) / ranks * num_bytes / rate
 
@@ -293,7 +294,7 @@ class RankPricer:
     def _copies(self) -> tuple[int, int]:
         """Ranks that hold the same weights, and the same weights of experts."""
         same = self.sizes.dp * self.sizes.cp
-        own = 1 if self.engine.slices_experts else self.sizes.tp
+        own = 1 if self.engine.ours else self.sizes.tp
         return same, max(1, same * own // self.sizes.ep)
 
     def state_bytes(self, held: RankParameters) -> float:
@@ -309,7 +310,7 @@ class RankPricer:
     def widened_bytes(self, held: RankParameters) -> float:
         """Bytes that the update needs besides the state, when no activation is left."""
         engine, (same, of_experts) = self.engine, self._copies
-        if not engine.widened_update:
+        if not engine.ours:
             return 0.0
         if not self.sizes.zero_stage:
             same = of_experts = 1
@@ -329,14 +330,9 @@ class RankPricer:
     def shared_ring_s(self, held: RankParameters, num_bytes: float) -> float:
         """Seconds of one collective of ``num_bytes`` a weight over the ranks that share it."""
         same, of_experts = self._copies
-        apart = self.sizes.pp if self.engine.pipeline_inner else 1
+        apart = self.sizes.pp if self.engine.ours else 1
         dense_s = self.ring_s(num_bytes * held.dense, same, self.sizes.tp * apart)
         return dense_s + self.ring_s(num_bytes * held.experts, of_experts, self.sizes.ep * apart)
-
-
-def _leads_back(op: OpRecord, pricer: RankPricer) -> bool:
-    """Whether a product of experts writes rows of the residual stream's width."""
-    return op.shapes[0][-1] == pricer.hidden
 
 
 def _part_of(op: OpRecord, hidden: int) -> str:

@@ -26,7 +26,6 @@ from ipu_pipeline.planner.options.block_cost import BlockChoice, BlockCost, Grap
 from ipu_pipeline.planner.options.cost_models import device_speeds
 from ipu_pipeline.planner.price import PlanPrice, counted_costs, kept_by_last_stage, workload_of
 from ipu_pipeline.planner.schedules import schedule_kind
-from ipu_pipeline.planner.schedules.stage_loads import StageLoad, boundary_copies
 from ipu_pipeline.planner.search.given_split import price_stages
 
 _ENDS = ("head", "loss")
@@ -39,12 +38,18 @@ class RankCosts:
     """Prices the blocks of one workload for the ranks of a pipeline.
 
     Attributes:
-        work: What is priced.
-        settings: Of the run.
+        work: What is priced, with the settings of GPUs.
+
+    Raises:
+        PlanError: A setting is wrong.
     """
 
     work: Workload
-    settings: GpuSettings
+
+    @cached_property
+    def settings(self) -> GpuSettings:
+        """Of the run."""
+        return GpuSettings.read(self.work.settings)
 
     @cached_property
     def sizes(self) -> ParallelSizes:
@@ -227,7 +232,7 @@ def rank_machine(work: Workload, pricer: RankPricer) -> Machine:
     """
     machine, sizes, engine = work.machine, pricer.sizes, pricer.engine
     shared = sizes.tp * sizes.cp
-    stride = shared * (1 if engine.pipeline_inner else sizes.dp)
+    stride = shared * (1 if engine.ours else sizes.dp)
     loops = schedule_kind(work.schedule).stages_per_device != (1,)
     shown = 1.0 - (engine.pipeline_overlap if loops else 0.0)
     kernels = machine.devices[0].kernels
@@ -281,52 +286,26 @@ def rank_step_of(plan: Plan) -> RankStep:
 def _priced_ranks(plan: Plan) -> tuple[RankStep, Machine, str]:
     """Return the pipeline, its ranks as devices, and what limits it."""
     sizes, work = sizes_of(plan), workload_of(plan)
-    rank_costs = RankCosts(work, GpuSettings.read(plan.settings))
+    rank_costs = RankCosts(work)
     costs = rank_costs.all()
     assert costs.ranks is not None
-    ranked = replace(plan, machine=costs.ranks)
-    found, outer_s, graph = price_stages(ranked, costs)
-    stages = tuple(
-        RankBlock(
-            stage.forward_s,
-            stage.backward_s,
-            stage.stash_bytes,
-            max(0, stage.memory_bytes - stage.weight_bytes - stage.in_flight * stage.stash_bytes),
-            rank_costs.pricer.parameters(_parameters_of(graph, stage.blocks)),
-        )
-        for stage in found.stages
-    )
+    found = price_stages(replace(plan, machine=costs.ranks), costs)
     pricer = replace(rank_costs.pricer, sizes=sizes)
-    kind, devices = schedule_kind(plan.schedule), [stage.device for stage in plan.stages]
-    numbers = {device: number for number, device in enumerate(dict.fromkeys(devices))}
-    whole = pricer.engine.whole_backward and kind.splits_backward
     step = RankStep(
         pricer=pricer,
-        stages=stages,
+        loads=found.halved(whole=pricer.engine.ours).loads,
+        parameters=tuple(pricer.parameters(_joined(plan.graph, s.blocks)) for s in plan.stages),
         schedule=plan.schedule,
         num_microbatches=plan.num_microbatches,
-        ranks=tuple(numbers[device] for device in devices),
-        copies=boundary_copies(replace(ranked, graph=_with_gradients(graph))),
-        update_s=outer_s,
-        state_bytes=tuple(stage.weight_bytes for stage in found.stages),
-        whole=frozenset(
-            index
-            for index, stage in enumerate(plan.stages)
-            if whole and (stage.recompute or stage.serialize)
-        ),
+        update_s=found.once_s,
     )
-    return step, costs.ranks, found.binding
+    return step, costs.ranks, found.split.binding
 
 
-def _parameters_of(graph: BlockGraph, blocks: tuple[str, ...]) -> Block:
+def _joined(graph: BlockGraph, blocks: tuple[str, ...]) -> Block:
     """Return a block with all parameters of some blocks, each once."""
     names = dict.fromkeys(fqn for name in blocks for fqn in graph[name].parameters)
     return Block("", parameters=tuple(names))
-
-
-def _with_gradients(graph: BlockGraph) -> BlockGraph:
-    """Return a graph without the tensors that every stage computes again from the inputs."""
-    return replace(graph, tensors=tuple(t for t in graph.tensors if t.requires_grad))
 
 
 def rank_price(plan: Plan) -> PlanPrice:
@@ -336,42 +315,27 @@ def rank_price(plan: Plan) -> PlanPrice:
         PlanError: As :func:`rank_step_of`.
     """
     step, ranks, binding = _priced_ranks(plan)
-    flying = schedule_kind(plan.schedule).in_flight(step.shape)
-    widened = [round(step.pricer.widened_bytes(stage.parameters)) for stage in step.stages]
-    loads = tuple(
-        StageLoad(
-            device=plan.stages[index].device,
-            forward_s=stage.forward_s,
-            backward_s=stage.backward_s,
-            copies=step.copies[index],
-            weight_bytes=step.state_bytes[index],
-            stash_bytes=round(stage.saved_bytes),
-            workspace_bytes=BUFFER_BYTES
-            + max(
-                round(stage.workspace_bytes),
-                widened[index] - flying[index] * round(stage.saved_bytes),
-            ),
-            in_flight=flying[index],
-            weights_s=step.weights_s(index),
-        )
-        for index, stage in enumerate(step.stages)
-    )
+    loads = []
+    for load, held in zip(step.loads, step.parameters, strict=True):
+        widened = round(step.pricer.widened_bytes(held)) - load.in_flight * load.stash_bytes
+        space = BUFFER_BYTES + max(load.workspace_bytes, widened)
+        loads.append(replace(load, workspace_bytes=space))
     once_s = step.once_s()
     return PlanPrice(
-        stages=loads,
+        stages=tuple(loads),
         step_s=step.step_s(),
         once_s={"update, reduction": once_s} if once_s else {},
-        misfits=_misfits(step, loads, ranks),
+        misfits=_misfits(step, ranks),
         binding=binding,
         recompute=tuple(stage.recompute for stage in plan.stages),
     )
 
 
-def _misfits(step: RankStep, loads: tuple[StageLoad, ...], ranks: Machine) -> tuple[str, ...]:
+def _misfits(step: RankStep, ranks: Machine) -> tuple[str, ...]:
     """Say which ranks hold more than their GPUs have."""
     found = []
     for rank, needed in enumerate(step.rank_bytes):
-        device = ranks.devices[loads[step.of_ranks[rank][0]].device]
+        device = ranks.devices[step.loads[step.of_ranks[rank][0]].device]
         room = device.memory_bytes - device.reserved_bytes + BUFFER_BYTES
         if needed.total > room:
             found.append(

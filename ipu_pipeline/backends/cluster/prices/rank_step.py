@@ -1,7 +1,6 @@
 """One optimizer step of a pipeline of ranks: seconds by the schedule's replay, bytes of every rank.
 
-The stages are given as what each does for one microbatch (:class:`RankBlock`); the schedules are
-those of :mod:`ipu_pipeline.planner.schedules`.
+The schedules are those of :mod:`ipu_pipeline.planner.schedules`.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ipu_pipeline.backends.cluster.prices.rank import RankBlock, RankParameters, RankPricer
-from ipu_pipeline.planner.schedules import PipelineShape, StageTimes, schedule_kind, step_seconds
-from ipu_pipeline.planner.schedules.stage_loads import Copies
+from ipu_pipeline.backends.cluster.prices.rank import RankParameters, RankPricer
+from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
+from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 
 # Workspaces of products and buffers of collectives.
 BUFFER_BYTES = 400_000_000
@@ -53,53 +52,41 @@ class RankStep:
 
     Attributes:
         pricer: Model, machine, sizes, engine.
-        stages: In order.
+        loads: What a microbatch asks of every stage; the devices are ranks of the pipeline.
+        parameters: Weights of every stage.
         schedule: Name of the schedule.
         num_microbatches: Of one step of one pipeline.
-        ranks: Rank of every stage, from 0.
-        copies: Seconds of the copies of one microbatch over both boundaries of every stage.
         update_s: Seconds of the update of every stage.
-        state_bytes: Bytes of weights, gradients and optimizer state of every stage.
-        whole: Stages whose backward pass is not split.
     """
 
     pricer: RankPricer
-    stages: tuple[RankBlock, ...]
+    loads: tuple[StageLoad, ...]
+    parameters: tuple[RankParameters, ...]
     schedule: str
     num_microbatches: int
-    ranks: tuple[int, ...]
-    copies: tuple[Copies, ...]
     update_s: tuple[float, ...]
-    state_bytes: tuple[int, ...]
-    whole: frozenset[int] = frozenset()
 
     @cached_property
     def shape(self) -> PipelineShape:
-        """Stages and their ranks."""
-        return PipelineShape.of(len(self.stages), self.num_microbatches, self.ranks)
+        """Stages and their ranks, numbered in the order of their first stages."""
+        devices = [load.device for load in self.loads]
+        shape = PipelineShape.of(len(devices), self.num_microbatches, devices)
+        return replace(shape, devices=shape.positions)
 
     @cached_property
     def of_ranks(self) -> tuple[tuple[int, ...], ...]:
         """Stages of every rank."""
-        numbers = range(self.pricer.sizes.pp)
-        return tuple(tuple(s for s, own in enumerate(self.ranks) if own == n) for n in numbers)
+        numbers, ranks = range(self.shape.num_devices), self.shape.devices
+        return tuple(tuple(s for s, own in enumerate(ranks) if own == n) for n in numbers)
 
     def held_by(self, stages: Sequence[int]) -> RankParameters:
         """Return the weights of some stages."""
-        return sum((self.stages[number].parameters for number in stages), RankParameters())
-
-    def weights_s(self, stage: int) -> float:
-        """Seconds of the backward pass that a split one computes later."""
-        return 0.0 if stage in self.whole else self.stages[stage].backward_s / 2
+        return sum((self.parameters[number] for number in stages), RankParameters())
 
     def passes_s(self) -> float:
         """Return the seconds of all passes and copies of a step."""
-        times = [
-            StageTimes(s.forward_s + copy.forward_s, s.backward_s + copy.backward_s,
-                       self.weights_s(number))
-            for number, (s, copy) in enumerate(zip(self.stages, self.copies, strict=True))
-        ]  # fmt: skip
-        return step_seconds(schedule_kind(self.schedule), self.shape, times)
+        prices = [load.price for load in self.loads]
+        return step_seconds(schedule_kind(self.schedule), self.shape, prices)
 
     def step_s(self) -> float:
         """Return the seconds of one optimizer step."""
@@ -110,7 +97,7 @@ class RankStep:
         worst = 0.0
         for own in self.of_ranks:
             reduction_s = self.pricer.reduction_s(self.held_by(own))
-            beside_s = sum(self.stages[number].backward_s for number in own)
+            beside_s = sum(self.loads[number].backward_s for number in own)
             update_s = sum(self.update_s[number] for number in own)
             worst = max(worst, update_s + max(0.0, reduction_s - beside_s))
         return worst
@@ -130,9 +117,9 @@ class RankStep:
                 RankBytes(
                     weights=weights,
                     gradients=gradients,
-                    optimizer=sum(self.state_bytes[n] for n in own) - weights - gradients,
-                    kept=round(kept),
-                    workspace=max(round(self.stages[n].workspace_bytes) for n in own),
+                    optimizer=sum(self.loads[n].weight_bytes for n in own) - weights - gradients,
+                    kept=kept,
+                    workspace=max(self.loads[n].workspace_bytes for n in own),
                     update=round(self.pricer.widened_bytes(held)),
                 )
             )
@@ -143,18 +130,16 @@ class RankStep:
         """Bytes of the fullest rank."""
         return max(one.total for one in self.rank_bytes)
 
-    def kept_bytes(self) -> Sequence[float]:
+    def kept_bytes(self) -> Sequence[int]:
         """Most bytes of saved tensors on every rank at one time: its passes one after another."""
-        saved = [stage.saved_bytes for stage in self.stages]
+        if self.shape.own_devices:
+            return [load.in_flight * load.stash_bytes for load in self.loads]
         kind, found = schedule_kind(self.schedule), []
-        if len(saved) == self.pricer.sizes.pp:
-            flying = kind.in_flight(self.shape)
-            return [number * one for number, one in zip(flying, saved, strict=True)]
-        for actions in kind.rows(kind.shortened(self.shape, 4 * self.pricer.sizes.pp)).rows:
-            now = most = 0.0
+        for actions in kind.rows(kind.shortened(self.shape, 4 * self.shape.num_devices)).rows:
+            now = most = 0
             for action in actions:
                 sign = {"F": 1, "B": -1, "W": -1}.get(action.kind, 0)
-                now += sign * saved[action.stage]
+                now += sign * self.loads[action.stage].stash_bytes
                 most = max(most, now)
             found.append(most)
         return found

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 
-from ipu_pipeline.backends.cluster.prices.parallel_sizes import GpuSettings
 from ipu_pipeline.backends.cluster.prices.rank_plan import RankCosts, rank_step_of
 from ipu_pipeline.backends.cluster.prices.rank_step import RankStep
 from ipu_pipeline.backends.cluster.tune.quick import Profiles, QuickSplit
@@ -237,7 +236,7 @@ class _Search:
     def _searched(self, config: GpuConfiguration, best_s: float) -> float:
         """Search the splits of one configuration; return the bound of all of them."""
         work, limits = self._work(config), self._limits(config)
-        costs = RankCosts(work, GpuSettings.read(work.settings)).all()
+        costs = RankCosts(work).all()
         assert costs.ranks is not None
         try:
             found = search(work.graph, costs, costs.ranks, limits)

@@ -70,7 +70,7 @@ def shares(point: GpuPoint) -> dict[str, float]:
     """
     step, count = point.step, point.plan.num_microbatches
     pp = step.pricer.sizes.pp
-    passes = sum(one.forward_s + one.backward_s for one in step.stages) * count / pp
+    passes = sum(one.forward_s + one.backward_s for one in step.loads) * count / pp
     layers = [b for b in point.plan.graph.blocks if b.kind == "layer"]
     known: dict[int, float] = {}
     within = 0.0
@@ -79,7 +79,7 @@ def shares(point: GpuPoint) -> dict[str, float]:
             known[id(block.forward_ops)] = 2 * step.pricer.exchanged_s(block)
         within += known[id(block.forward_ops)]
     within *= count / pp
-    copies = sum(one.forward_s + one.backward_s for one in step.copies) * count / pp
+    copies = sum(one.copies.forward_s + one.copies.backward_s for one in step.loads) * count / pp
     once_s = step.once_s()
     return {
         "compute": passes - within,

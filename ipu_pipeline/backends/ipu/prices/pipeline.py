@@ -298,7 +298,9 @@ class IPUPipeline:
 
     def fits(self) -> bool:
         """Whether a narrow search finds a split that fits."""
-        return self.label_search(inf, None).run_narrow().objective < inf
+        search = self.label_search(inf, None)
+        search.proof_s = 0.0
+        return search.run().objective < inf
 
     # ---- the price itself
 

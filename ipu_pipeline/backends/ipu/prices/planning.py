@@ -72,7 +72,7 @@ class ProgramChoices:
 
 @dataclass(frozen=True)
 class IPUPlanning:
-    """Searches and prices pipelines of one graph (``GraphCosts.planning`` of IPUs).
+    """Searches and prices pipelines of one graph.
 
     Attributes:
         chain: Prices of the blocks.
@@ -105,11 +105,12 @@ class IPUPlanning:
         """The model."""
         return self.chain.graph
 
-    def search(self, machine: Machine, constraints: Constraints) -> Partition | None:
-        """Return the quickest split of all pipelines and programs; ``None`` when nothing fits.
+    def search(self, machine: Machine, constraints: Constraints) -> Partition:
+        """Return the quickest split of all pipelines and programs.
 
         Raises:
             PartitionError: The constraints leave no pipeline to try.
+            InfeasibleError: Nothing fits; the message says what would.
         """
         limit = constraints.time_limit_s
         deadline = limit and monotonic() + limit
@@ -121,11 +122,11 @@ class IPUPlanning:
             best = quickest(others, deadline=deadline)
         prediction = best_prediction(best)
         if prediction is None:
-            return None
+            raise self.explain(machine, constraints)
         return partition_of(prediction, best.lower_bound_s)
 
     def costs(self, machine: Machine) -> GraphCosts:
-        """Return the price of every block alone, and this, which prices pipelines of them."""
+        """Return the price of every block alone."""
         graph, settings, chain = self.graph, self.settings, self.chain
         share = settings.proportion(0)
         times = chain.times(replace(settings, accumulation=2), share)
@@ -143,7 +144,7 @@ class IPUPlanning:
             )
             for i, block in enumerate(graph.blocks)
         }
-        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices), planning=self)
+        return GraphCosts(blocks, "ipu", (1.0,) * len(machine.devices))
 
     # ---- what is tried
 

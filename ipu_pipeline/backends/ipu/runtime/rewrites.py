@@ -6,6 +6,7 @@ built; or it refuses, and says what to write instead.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any, Callable, Optional
 
@@ -271,6 +272,27 @@ def _empty_slice(mode: ProgramMode, x: Tensor, index: Any) -> Optional[Tensor]:
         return None
     found: Tensor = mode.call(torch.zeros, (shape,), {"dtype": x.dtype})
     return found
+
+
+@_rule("split split_with_sizes")
+def _split(mode: ProgramMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Make parts without elements constants: the device has no such tensors."""
+    names = ("tensor", "split_size_or_sections", "dim")
+    given = {**dict(zip(names, args)), **kwargs}
+    x, dim = given.pop("tensor", None), given.pop("dim", 0)
+    sizes = mode.numbers(next(iter(given.values())))
+    if not isinstance(sizes, (list, tuple)) or 0 not in sizes or not mode.is_program(x):
+        return mode.call(func, args, kwargs)
+    ends = list(itertools.accumulate(sizes))
+    parts = []
+    for size, end in zip(sizes, ends):
+        if size:
+            parts.append(mode.call(torch.narrow, (x, dim, end - size, size), {}))
+            continue
+        shape = list(x.shape)
+        shape[dim] = 0
+        parts.append(mode.call(torch.zeros, (shape,), {"dtype": x.dtype}))
+    return tuple(parts)
 
 
 @_rule("cat concat concatenate")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from ipu_pipeline.backends.cluster.layouts.exchange import FORMATS, Imported, export_plan, read_plan
-from ipu_pipeline.backends.cluster.layouts.given_layout import GivenModel, given_plan, given_run
+from ipu_pipeline.backends.cluster.layouts.exchange import FORMATS, export_plan, read_plan
+from ipu_pipeline.backends.cluster.layouts.given_layout import GivenLayout, GivenModel
 from ipu_pipeline.backends.cluster.layouts.megatron_layout import blocks_of, parse_layout
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.graph import Block, BlockGraph
@@ -33,11 +33,12 @@ def planned(
 ) -> Plan:
     layout = parse_layout(text)
     model = GivenModel(captured(), ModelIdentity("LlamaForCausalLM", {}))
-    model = model.with_extra_layers(layout.num_extra_layers)
     given = {"pp": 3, "tp": 2, "dp": 2, "microbatches": 6, **sizes}
     settings = {"zero_stage": given.pop("zero_stage", 1), "engine": "megatron"}
-    run = given_run(machine, len(layout.stages), given, settings, schedule)
-    return given_plan(model, machine, blocks_of(layout, model.graph), run)
+    said = GivenLayout(
+        lambda graph: blocks_of(layout, graph), given, settings, schedule, layout.num_extra_layers
+    )
+    return said.plan(model, machine)
 
 
 def six_layers(plan: Plan) -> tuple[tuple[str, ...], ...]:
@@ -54,8 +55,9 @@ def test_what_is_exported_is_imported_as_the_same_stages(name: str, tmp_path: Pa
     assert found.schedule == plan.schedule == "interleaved"
     sizes = {"pp": 3, "tp": 2, "cp": 1, "ep": 1, "micro_batch": 1}
     assert found.sizes.items() >= sizes.items()
-    run = given_run(H100, 6, {"dp": 2, **found.sizes}, found.settings, found.schedule)
-    assert (run.pp, run.replicas, run.num_microbatches) == (3, 2, 6)
+    model = GivenModel(plan.graph, plan.model)
+    again = replace(found, sizes={"dp": 2, **found.sizes}).plan(model, H100)
+    assert (again.num_stages, again.replicas, again.num_microbatches) == (6, 2, 6)
 
 
 def test_megatron_loads_its_layout() -> None:
@@ -248,6 +250,6 @@ def test_module_lists_that_are_not_the_model_are_refused(parts: Any, message: st
 
 
 def test_a_bare_layout_is_read() -> None:
-    found: Imported = FORMATS["megatron"].read("Et*3|\n t*3L # by hand\n")
+    found = FORMATS["megatron"].read("Et*3|\n t*3L # by hand\n")
     assert found.sizes == {}
     assert [len(stage) for stage in found.stages(captured())] == [4, 5]

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from ipu_pipeline.backends.cluster.layouts.given_layout import (
+    GivenLayout,
     GivenModel,
-    given_plan,
-    given_run,
     own_plan,
 )
 from ipu_pipeline.backends.cluster.layouts.given_text import layout_text
@@ -28,15 +27,24 @@ H100 = machine_by_name("h100-x16")
 
 
 @cache
-def model(extra: int = 0) -> GivenModel:
-    return GivenModel(captured(), ModelIdentity("LlamaForCausalLM", {})).with_extra_layers(extra)
+def model() -> GivenModel:
+    return GivenModel(captured(), ModelIdentity("LlamaForCausalLM", {}))
 
 
 def planned(text: str, **sizes: int) -> Plan:
     layout = parse_layout(text)
-    found = model(layout.num_extra_layers)
-    run = given_run(H100, len(layout.stages), sizes, {"engine": "megatron"})
-    return given_plan(found, H100, blocks_of(layout, found.graph), run)
+    given = GivenLayout(
+        lambda graph: blocks_of(layout, graph), sizes, {"engine": "megatron"},
+        extra_layers=layout.num_extra_layers,
+    )  # fmt: skip
+    return given.plan(model(), H100)
+
+
+def in_stages(number: int, sizes: dict[str, int], schedule: str | None = None) -> GivenLayout:
+    """Everything in the first one of some stages."""
+    return GivenLayout(
+        lambda graph: (tuple(graph.block_index), *[()] * (number - 1)), sizes, schedule=schedule
+    )
 
 
 def test_a_layout_is_priced_as_the_plan_that_it_is(tmp_path: Path) -> None:
@@ -59,8 +67,7 @@ def test_an_empty_stage_has_a_price() -> None:
 
 def test_ours_is_at_least_as_fast_and_says_why() -> None:
     given = planned("Et*5|tL", dp=8)
-    run = given_run(H100, 2, {"dp": 8}, {"engine": "megatron"})
-    ours = own_plan(model(), given, run)
+    ours = own_plan(given)
     assert ours.objective_s < given.objective_s
     assert 0 < ours.lower_bound_s <= ours.objective_s
     text = layout_text(given, ours)
@@ -72,22 +79,20 @@ def test_ours_is_at_least_as_fast_and_says_why() -> None:
 
 def test_a_better_layout_than_the_search_finds_is_kept() -> None:
     given = planned("Et*3|t*3L", dp=8)
-    run = given_run(H100, 2, {"dp": 8}, {"engine": "megatron"})
-    best = own_plan(model(), given, run)
+    best = own_plan(given)
     cheap = replace(given, objective_s=best.objective_s / 2)
-    assert own_plan(model(), cheap, run).stages == given.stages
+    assert own_plan(cheap).stages == given.stages
 
 
 def test_a_layout_that_fills_its_memory_keeps_a_bound() -> None:
     given = planned("Et*2|t|t|t*2L", pp=2, dp=8)
-    run = given_run(H100, 4, {"pp": 2, "dp": 8}, {"engine": "megatron"})
     full = replace(H100.devices[0], memory_bytes=H100.devices[0].reserved_bytes + 1)
     small = replace(given, machine=replace(H100, devices=(full,) * 16))
-    kept = own_plan(model(), small, run)
+    kept = own_plan(small)
     assert kept.stages == given.stages
     assert 0 < kept.lower_bound_s <= kept.objective_s
     with pytest.raises(PartitionError):
-        own_plan(model(), replace(small, misfits=("it does not fit",)), run)
+        own_plan(replace(small, misfits=("it does not fit",)))
 
 
 def test_multi_token_prediction_is_a_layer_a_head_and_a_loss_more() -> None:
@@ -97,9 +102,10 @@ def test_multi_token_prediction_is_a_layer_a_head_and_a_loss_more() -> None:
     )  # fmt: skip
     work = {b.name: b for b in more.blocks}
     assert work["mtp.0"].forward_ops == work["model.layers.4"].forward_ops
-    first, second = (rank_step_of(plan).stages[1] for plan in (plain, more))
-    assert first.forward_s * 4 / 3 < second.forward_s < first.forward_s * 2
-    assert second.parameters.dense > first.parameters.dense
+    steps = [rank_step_of(plan) for plan in (plain, more)]
+    first_s, second_s = (step.loads[1].forward_s for step in steps)
+    assert first_s * 4 / 3 < second_s < first_s * 2
+    assert steps[1].parameters[1].dense > steps[0].parameters[1].dense
     assert "m (multi-token prediction) is priced as a layer more" in layout_text(more, None)
     assert "mtp.0.model.layers.4.mlp.down_proj.weight" in more.model.parameters
     apart = planned("E|t*3|t*3m|L", pp=4, dp=4)
@@ -129,14 +135,14 @@ def test_sizes_that_do_not_fit_together_are_refused(
     stages: int, sizes: dict[str, int], schedule: str | None, message: str
 ) -> None:
     with pytest.raises(PlanError, match=message):
-        given_run(H100, stages, sizes, {}, schedule).devices(stages)
+        in_stages(stages, sizes, schedule).plan(model(), H100)
 
 
 def test_microbatches_that_nobody_said_can_be_run() -> None:
     for pp, stages in ((3, 12), (2, 2), (8, 40)):
         machine = machine_by_name(f"h100-x{pp}")
-        run = given_run(machine, stages, {"pp": pp}, {})
-        assert run.num_microbatches >= max(8, stages)
-        assert run.num_microbatches % pp == 0
-        run.devices(stages)
-    assert given_run(H100, 4, {"pp": 2}, {}, "zbv").devices(4) == (0, 1, 1, 0)
+        plan = in_stages(stages, {"pp": pp}).plan(model(), machine)
+        assert plan.num_microbatches >= max(8, stages)
+        assert plan.num_microbatches % pp == 0
+    plan = in_stages(4, {"pp": 2}, "zbv").plan(model(), H100)
+    assert [stage.device for stage in plan.stages] == [0, 1, 1, 0]

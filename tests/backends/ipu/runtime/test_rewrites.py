@@ -77,6 +77,7 @@ def _repeats(m: Toy, x: Tensor, **_: Tensor) -> tuple[Tensor, ...]:
         y.repeat_interleave(2),
         y.repeat_interleave(torch.tensor([1, 0, 2, 3]), dim=1),
         torch.repeat_interleave(y, torch.tensor([2]), 0),
+        torch.cat(torch.split(y, [1, 0, 3], dim=-1)[1:], -1),
     )
 
 
