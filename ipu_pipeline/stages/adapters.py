@@ -59,7 +59,6 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
     if not has_adapters(model):
         return {}
     from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     configs: Any = model.peft_config
     for name, config in configs.items():
@@ -82,5 +81,4 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
                 if name in parts:
                     parts[name].reset_parameters()
 
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    return dict.fromkeys((layer for layer in layers if isinstance(layer, LoraLayer)), reset)
+    return dict.fromkeys((m for m in model.modules() if isinstance(m, LoraLayer)), reset)
