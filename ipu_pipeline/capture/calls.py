@@ -21,7 +21,7 @@ from torch._C import _functorch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ipu_pipeline.capture.values import tensors_in
+from ipu_pipeline.capture.values import reached, tensors_in
 from ipu_pipeline.ops.autocast import autocast_devices
 
 # Functions of which the result's shape depends on the values of their arguments.
@@ -86,17 +86,13 @@ def decided_by_chance(node: fx.Node) -> bool:
     A comparison with a number that uniform numbers never cross (``torch.rand([]) < 0.0``: layer
     drop that is switched off) always gives the same and counts as decided.
     """
-    pending = list(node.all_input_nodes)
-    seen: set[fx.Node] = set()
-    while pending:
-        source = pending.pop()
-        if source in seen or source.op == "call_module" or _never_crossed(source):
-            continue
-        seen.add(source)
-        if source.meta.get("random") and not source.all_input_nodes:
-            return True
-        pending.extend(source.all_input_nodes)
-    return False
+
+    def open_to_chance(one: fx.Node) -> list[fx.Node]:
+        sources = one.all_input_nodes
+        return [n for n in sources if n.op != "call_module" and not _never_crossed(n)]
+
+    drawn = (n for n in reached([node], open_to_chance) if n.meta.get("random"))
+    return any(not one.all_input_nodes for one in drawn)
 
 
 def _never_crossed(node: fx.Node) -> bool:

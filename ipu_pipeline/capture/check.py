@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ipu_pipeline.capture.captured import CapturedModel
 from ipu_pipeline.capture.coarsen import LOSS
 from ipu_pipeline.capture.leaves import Leaves
-from ipu_pipeline.capture.patches import preserved_state, without_gradient_hooks
+from ipu_pipeline.capture.patches import preserved_state, tracing_patches, without_gradient_hooks
 from ipu_pipeline.capture.python_state import PythonState, seed_torch
+from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.capture.state import PlainState
 from ipu_pipeline.capture.values import named_tensors
 from ipu_pipeline.errors import CaptureError, GuardError
@@ -41,6 +42,11 @@ DEFAULT_TOLERANCE = 1e-4
 COMPARED_AT_ONCE = 1 << 20
 
 Outcome = dict[str, Tensor]
+_SET_BY_GLUE = (
+    "blocks run after the code between them, also that of later microbatches: if they read in "
+    "Python what it sets (an attribute, a config, a global, a context variable), pass it to them "
+    "as an argument; if not, try another granularity, and please report the model class"
+)
 
 
 class Checked(NamedTuple):
@@ -233,8 +239,9 @@ def _compare(
     model = captured.model
     eager = partial(_eager, model, batch, captured.results)
     expected = _Run(captured, leaves, once).of(eager, again=False)
+    _run_ahead(captured, batch)
     ours = _Run(captured, leaves, once, expected)
-    found = ours.of(lambda: captured.run(_copied(batch)), again=bool(expected.kept)).outcome
+    found = ours.of(partial(_blocks, captured, batch), again=bool(expected.kept)).outcome
     differing = {**dict.fromkeys(expected.hashes), **ours.unlike}
     if differing:
         _Run(captured, leaves, once=True, ours=differing).of(eager, again=False)
@@ -244,6 +251,29 @@ def _compare(
     for name in {**expected.outcome, **found}:
         _require_equal(model, name, found.get(name), expected.outcome.get(name), expected.kept)
     return expected.changed_backward
+
+
+def _run_ahead(captured: CapturedModel, batch: Mapping[str, Any]) -> None:
+    """Run the glue twice, as it runs before the blocks of earlier microbatches: they see it."""
+    model, changing = captured.model, captured._trace.changing.values()
+    with (
+        tracing_patches(model),
+        preserved_state(model, changing),
+        torch.set_grad_enabled(captured.training),
+        suppress(Differs),
+    ):
+        for _ in range(2):
+            captured.follow(batch)
+
+
+def _blocks(captured: CapturedModel, batch: Mapping[str, Any]) -> Outcome:
+    try:
+        return captured.run(_copied(batch))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CaptureError(
+            f"a block of {type(captured.model).__name__} fails where the model itself does not "
+            f"({type(error).__name__}: {error}); {_SET_BY_GLUE}"
+        ) from error
 
 
 def _require_equal(
@@ -260,10 +290,7 @@ def _require_equal(
     allowed = TOLERANCE.get(expected.dtype, DEFAULT_TOLERANCE)
     if difference <= allowed:
         return
-    why = (
-        "something between the blocks is not replayed faithfully: try another granularity, and "
-        "please report the model class"
-    )
+    why = _SET_BY_GLUE
     iterators = [
         f"{fqn}.{attribute}".lstrip(".")
         for fqn, module in model.named_modules()

@@ -8,7 +8,8 @@ that is cut by its inputs (``rowwise``) joins them. In the backward pass it is t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -66,10 +67,7 @@ class CutTensors:
             if key in self._styles:
                 continue  # a view of a weight
             if cut:
-                self._slices[key] = weakref.ref(storage_of(tensor), self._forgetting(key))
+                freed = partial(self._slices.pop, key)
+                self._slices[key] = weakref.ref(storage_of(tensor), freed)
             else:
                 self._slices.pop(key, None)
-
-    def _forgetting(self, key: int) -> Callable[[object], object]:
-        """Return what is called when the memory of a slice is freed."""
-        return lambda _: self._slices.pop(key, None)

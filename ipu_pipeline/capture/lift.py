@@ -6,7 +6,6 @@ that Python reads in the run a node; a tensor that the glue keeps gets a node th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 from ipu_pipeline.capture.calls import ModeCall
 from ipu_pipeline.capture.glue import Glue, Path, member_at, placed
 from ipu_pipeline.capture.reads import HostValue, KeptTensor
-from ipu_pipeline.capture.values import TensorMeta
+from ipu_pipeline.capture.values import TensorMeta, computed_from
 from ipu_pipeline.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -33,7 +32,9 @@ def lift(trace: Trace, number: int, path: Path, value: Any, *, size: bool) -> No
     name = call.lifted[path] = f"host_{len(glue.hosts)}"
     host = placeholder(trace.graph, name)
     kind, inside = path[0], path[1:]
-    glue.hosts[name] = _recorded(trace, member_at((call.node.args, call.node.kwargs)[kind], inside))
+    recorded = member_at((call.node.args, call.node.kwargs)[kind], inside)
+    is_node = isinstance(recorded, fx.Node)
+    glue.hosts[name] = trace.attributes[str(recorded.target)] if is_node else recorded
     for node in [call.node, *call.node.meta.get("copies", ())]:
         if kind == 0:
             node.args = placed(node.args, inside, host)
@@ -41,10 +42,6 @@ def lift(trace: Trace, number: int, path: Path, value: Any, *, size: bool) -> No
             node.kwargs = placed(node.kwargs, inside, host)
     if isinstance(value, Tensor):
         host.meta["spec"] = TensorMeta.of(value)
-
-
-def _recorded(trace: Trace, value: Any) -> Any:
-    return trace.attributes[str(value.target)] if isinstance(value, fx.Node) else value
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
@@ -80,7 +77,7 @@ def keep(trace: Trace, key: int) -> None:
         CaptureError: It is computed from a term of a loss that is scaled.
     """
     node, glue = trace.glue.nodes[key], trace.glue
-    if any(getattr(one.target, "__name__", "") == "scaled_term" for one in _behind(node)):
+    if any(getattr(one.target, "__name__", "") == "scaled_term" for one in computed_from(node)):
         raise CaptureError(
             "the model's own code keeps a value that it computes from the loss, and that is a sum "
             "of means over different numbers of labels, so that each microbatch has its terms "
@@ -91,16 +88,6 @@ def keep(trace: Trace, key: int) -> None:
     kept = _held_node(trace, node.next, target, target.rpartition(".")[2], (node,))
     kept.meta.update(after=(), effect=True)
     glue.kept.add(key)
-
-
-def _behind(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield ``node`` and what it is computed from."""
-    pending, seen = [node], {node}
-    while pending:
-        one = pending.pop()
-        yield one
-        pending += [n for n in one.all_input_nodes if n not in seen]
-        seen.update(one.all_input_nodes)
 
 
 def _held_node(

@@ -22,7 +22,7 @@ from ipu_pipeline.capture.calls import RegionCall
 from ipu_pipeline.capture.coarsen import LOSS, coarsen_reads
 from ipu_pipeline.capture.glue import Path
 from ipu_pipeline.capture.programs import Program, block_programs
-from ipu_pipeline.capture.values import TensorMeta
+from ipu_pipeline.capture.values import TensorMeta, reads_behind
 
 if TYPE_CHECKING:
     from ipu_pipeline.capture.captured import CapturedModel
@@ -319,7 +319,7 @@ def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
     for node in [node for node in graph.nodes if node.name in terms.path]:
         others = [n for n in node.users if n.name not in terms.path and n.op != "output"]
         if node.meta.get("writes"):
-            if any(one.meta.get("guard") for one in _following(node)):
+            if reads_behind(node):
                 return False
             continue
         with graph.inserting_after(node):
@@ -330,16 +330,6 @@ def _kept_unscaled(captured: CapturedModel, terms: LossTerms) -> bool:
             user.replace_input_with(node, copies[node])
     glue.nodes.update({k: copies[n] for k, n in glue.nodes.items() if n in copies})
     return True
-
-
-def _following(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield what is computed from ``node``."""
-    pending, seen = [node], {node}
-    while pending:
-        fresh = [user for user in pending.pop().users if user not in seen]
-        yield from fresh
-        seen.update(fresh)
-        pending += fresh
 
 
 @dataclass(frozen=True)

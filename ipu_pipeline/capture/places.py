@@ -112,7 +112,8 @@ class Places:
         return [
             change
             for path, place, before in self._found.values()
-            for change in _changed_numbers(path, place, before)
+            for change in changed(path, place, before)
+            if type(change.value) in (int, float)
         ]
 
     def switched(self) -> list[tuple[Path, Any]]:
@@ -131,7 +132,8 @@ class Places:
         place, before = next(
             (place, before) for path, place, before in self._found.values() if path == change.path
         )
-        set_entry(place, _key_now(before, change.key), value)
+        key = change.key + len(before) if isinstance(before, list) else change.key
+        set_entry(place, key, value)
 
     def restore(self) -> None:
         """Put back what was in every place."""
@@ -189,17 +191,17 @@ def entries_of(place: Any) -> Any:
     if isinstance(place, nn.Module):
         return {n: v for n, v in vars(place).items() if n not in _OF_EVERY_MODULE}
     if isinstance(place, types.FunctionType):
-        return {} if _is_foreign(place) else {**_cells(place), **_globals(place)}
+        return {} if is_foreign(place) else {**_cells(place), **_globals(place)}
     if isinstance(place, types.MethodType | functools.partial | tuple):
         return {}
     if isinstance(place, type | types.ModuleType | Tensor) or hasattr(type(place), "to_dict"):
         return None
-    if isinstance(place, types.SimpleNamespace) or not _is_foreign(type(place)):
+    if isinstance(place, types.SimpleNamespace) or not is_foreign(type(place)):
         return dict(getattr(place, "__dict__", {}))
     return None
 
 
-def _is_foreign(defined: Any) -> bool:
+def is_foreign(defined: Any) -> bool:
     """Whether a class or function is of a library that no user keeps tensors in."""
     return (getattr(defined, "__module__", None) or "").partition(".")[0] in _FOREIGN
 
@@ -217,7 +219,7 @@ def _globals(function: types.FunctionType) -> dict[str, Any]:
     return {
         name: value
         for name, value in named.items()
-        if isinstance(value, kinds) or (not callable(value) and not _is_foreign(type(value)))
+        if isinstance(value, kinds) or (not callable(value) and not is_foreign(type(value)))
     }
 
 
@@ -246,7 +248,7 @@ def _of_module(module: nn.Module) -> Iterator[tuple[tuple[str, Any], Any]]:
         yield from (((kind, n), hook) for n, hook in enumerate(vars(module)[kind].values()))
     yield ("forward", None), _own_forward(module)
     for parent in type(module).__mro__:
-        if not _is_foreign(parent):
+        if not is_foreign(parent):
             shared = [n for n, v in vars(parent).items() if isinstance(v, (*LISTS, dict))]
             yield from ((("attribute", n), vars(parent)[n]) for n in shared)
     yield from ((("module", name), child) for name, child in module.named_children())
@@ -279,10 +281,6 @@ def changed(path: Path, place: Any, before: Any) -> Iterator[PlaceChange]:
             yield PlaceChange(path, n - len(before), value, id(place))
 
 
-def _changed_numbers(path: Path, place: Any, before: Any) -> Iterator[PlaceChange]:
-    return (c for c in changed(path, place, before) if type(c.value) in (int, float))
-
-
 def _sink(place: Any, key: Any) -> Any:
     if isinstance(place, types.FunctionType):
         names = place.__code__.co_freevars
@@ -290,10 +288,6 @@ def _sink(place: Any, key: Any) -> Any:
             return id((place.__closure__ or ())[names.index(key)])
         return id(place.__globals__), key
     return id(place), key
-
-
-def _key_now(before: Any, key: Any) -> Any:
-    return key + len(before) if isinstance(before, list) else key
 
 
 def set_entry(place: Any, key: Any, value: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ipu_pipeline.capture.calls import set_modes
 from ipu_pipeline.capture.coarsen import BlockNodes, Coarse, dependencies, is_attribute
 from ipu_pipeline.capture.state import key_of
-from ipu_pipeline.capture.values import TensorMeta, storage_key
+from ipu_pipeline.capture.values import TensorMeta, reached, storage_key
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,12 @@ def prelude_program(
     """Return the program that computes the prelude values ``wanted`` from the model inputs."""
     by_name = {node.name: node for node in coarse.prelude}
     outputs = tuple(dict.fromkeys(name for name in wanted if name in by_name))
-    pending = [by_name[name] for name in outputs]
-    closure: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in closure:
-            closure.add(node)
-            pending.extend(n for n in dependencies(node) if not is_attribute(n))
+    closure = set(
+        reached(
+            [by_name[name] for name in outputs],
+            lambda node: [n for n in dependencies(node) if not is_attribute(n)],
+        )
+    )
     nodes = [node for node in coarse.prelude if node in closure]
     inputs = [node for node in nodes if node.op == "placeholder"]
     body = [node for node in nodes if node.op != "placeholder"]

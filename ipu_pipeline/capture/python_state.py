@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ipu_pipeline.capture.places import refill
+from ipu_pipeline.capture.places import is_foreign, refill
 from ipu_pipeline.errors import CaptureError
 
 _MODULE = vars(nn.Module())
@@ -32,11 +32,11 @@ _UNSEEN = (
     types.FunctionType, types.MethodType,
     types.BuiltinFunctionType,
 )  # fmt: skip
-# Their functions keep nothing between calls that matters.
-_LIBRARIES = ("torch", "transformers", "numpy", "ipu_pipeline")
-_PLAIN = (bool, int, float, str, type(None), Tensor)
-# A container inside a container inside an attribute: deeper ones belong to somebody else.
-_DEPTH = 3
+_NUMBERS = (bool, int, float, str, type(None))
+_PLAIN = (*_NUMBERS, Tensor)
+_NOTED = (list, dict, set, deque, type, types.SimpleNamespace, types.FunctionType)
+# As deep as `places` look: what only one of both put back would be moved by plans without a word.
+_DEPTH = 5
 
 
 _State = tuple[Callable[[], Any], Callable[[Any], object]]
@@ -113,7 +113,7 @@ class PythonState:
         self._generators = Generators()
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
         self._attributes = {id(live) for live, _ in self._copies}
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}  # how deep it was looked into from there, by id
         for module in modules:
             attributes = vars(module)
             kept = {k: v for k, v in attributes.items() if k not in _INTERNAL}
@@ -123,8 +123,8 @@ class PythonState:
             self._copies.extend((attributes[n], dict(attributes[n])) for n in _HOOKS)
             for value in kept.values():
                 self._note(value, _DEPTH)
-            for function in vars(type(module)).values():
-                self._note(function, _DEPTH)
+            for kind in type(module).__mro__:
+                self._note_class(kind)
         self._random = self._generators.states()
 
     def restore(self, *, tensors: bool = True) -> None:
@@ -140,6 +140,10 @@ class PythonState:
                 live.cell_contents = copied
             elif isinstance(live, list | deque):
                 refill(live, copied)
+            elif isinstance(live, type):
+                for name, value in copied.items():
+                    if vars(live).get(name, live) is not value:
+                        setattr(live, name, value)
             elif isinstance(live, set):
                 live.clear()
                 live.update(copied)
@@ -164,36 +168,45 @@ class PythonState:
     def _note(self, value: Any, depth: int) -> None:
         if isinstance(value, types.FunctionType | types.MethodType):
             self._note_function(value)
-        if isinstance(value, _UNSEEN) or id(value) in self._seen:
+        if isinstance(value, types.MethodType):
+            value = value.__self__
+        if isinstance(value, type):
+            self._note_class(value)
+        if isinstance(value, _UNSEEN) or self._seen.get(id(value), 0) >= depth:
+            return  # a longer way led to it before: then less of what is in it was noted
+        self._seen[id(value)] = depth
+        if self._generators.add(value):
             return
-        self._seen.add(id(value))
-        if self._generators.add(value) or not depth:
-            return
-        inner: Iterator[Any]
-        if isinstance(value, dict):
-            self._copies.append((value, dict(value)))
-            inner = iter(list(value.values()))
-        elif isinstance(value, list | deque | set):
-            self._copies.append((value, list(value)))
-            inner = iter(list(value))
-        elif isinstance(value, tuple):
-            inner = iter(value)
-        else:
-            inner = iter(())
         attributes = getattr(value, "__dict__", None)
-        if type(attributes) is dict:
-            self._copies.append((attributes, dict(attributes)))
-            inner = iter([*inner, *attributes.values()])
-        for item in inner:
+        for container in (value, attributes):
+            if isinstance(container, dict):
+                self._copies.append((container, dict(container)))
+            elif isinstance(container, list | deque | set):
+                self._copies.append((container, list(container)))
+        inner = (value.func, *value.args, value.keywords) if isinstance(value, partial) else value
+        for item in (*_items_of(inner), *_items_of(attributes)):
             self._note(item, depth - 1)
+
+    def _note_class(self, kind: type) -> None:
+        """Note the attributes of a class of the user, which all of its objects share."""
+        if id(kind) in self._seen or is_foreign(kind):
+            return
+        self._seen[id(kind)] = _DEPTH
+        shared = {n: v for n, v in vars(kind).items() if not n.startswith("__") or callable(v)}
+        numbers = {n: v for n, v in shared.items() if isinstance(v, _NUMBERS)}
+        if numbers:
+            self._copies.append((kind, _Some(numbers)))
+        for value in shared.values():
+            self._note(getattr(value, "__func__", value), _DEPTH)  # of a class method
 
     def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
         """Note the plain variables that a function of the user reads outside itself."""
         function: Any = called.__func__ if isinstance(called, types.MethodType) else called
-        library = (function.__module__ or "").partition(".")[0]
-        if id(function) in self._seen or library in _LIBRARIES:
+        if id(function) in self._seen or is_foreign(function):
             return
-        self._seen.add(id(function))
+        self._seen[id(function)] = _DEPTH
+        if vars(function):
+            self._copies.append((vars(function), dict(vars(function))))
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -207,7 +220,7 @@ class PythonState:
         if plain:
             self._copies.append((function.__globals__, _Some(plain)))
         for value in kept.values():
-            if type(value) in (list, dict, set, deque, types.SimpleNamespace, types.FunctionType):
+            if type(value) in _NOTED or not is_foreign(type(value)):
                 self._note(value, _DEPTH)
 
 
@@ -262,6 +275,12 @@ def _state_of(value: Any) -> _State | None:
     return None
 
 
+def _items_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | deque | set | tuple) else []
+
+
 def _bytes_of(state: Any) -> bytes:
     if isinstance(state, Tensor):  # a pickled one names its memory; a trace would record this
         with torch._C.DisableTorchFunction():
@@ -287,6 +306,7 @@ class _Some(dict[str, Any]):
 
 
 def _is_changed(live: Any, copied: Any) -> bool:
+    live = vars(live) if isinstance(live, type) else live
     if isinstance(live, types.CellType):
         return not _same(live.cell_contents, copied)
     if isinstance(live, list | deque):

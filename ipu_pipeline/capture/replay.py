@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ipu_pipeline.capture.calls import COMPARISONS, SHAPE_READS, Region, name_of
@@ -34,7 +34,7 @@ from ipu_pipeline.capture.glue import (
     substituted,
 )
 from ipu_pipeline.capture.patches import patched_calls, patched_methods
-from ipu_pipeline.capture.values import named_tensors
+from ipu_pipeline.capture.values import named_tensors, reads_behind
 from ipu_pipeline.errors import GuardError
 
 _CONTAINERS = (tuple, list, dict, set, slice)
@@ -315,7 +315,7 @@ class Replay(TorchFunctionMode):
         name = getattr(call.target, "__name__", "")
         if name in COMPARISONS or name in _SIZED:
             return False
-        if not self.glue.session.live and _reaches_guard(call.node):
+        if not self.glue.session.live and reads_behind(call.node):
             return False
         number_kind = new[0] if isinstance(new, tuple) else None
         whole = number_kind in (int, complex) and name not in _ARITHMETIC
@@ -373,19 +373,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return value.copy() if isinstance(value, np.ndarray) else value
-
-
-def _reaches_guard(node: fx.Node) -> bool:
-    """Whether a value that Python read depends on ``node``."""
-    pending, seen = [node], {node}
-    while pending:
-        one = pending.pop()
-        if one.meta.get("guard"):
-            return True
-        fresh = [user for user in one.users if user not in seen]
-        seen.update(fresh)
-        pending.extend(fresh)
-    return False
 
 
 def _shown(target: Any) -> str:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ipu_pipeline.capture.places import Path, PlaceChange, Places, shown
 from ipu_pipeline.capture.side_output_call import RepeatedChanges, SideOutputCall, Start, Taken
-from ipu_pipeline.capture.values import SideFloat, SideInt, tensor_paths, tensors_in
+from ipu_pipeline.capture.values import SideFloat, SideInt, computed_from, tensor_paths, tensors_in
 from ipu_pipeline.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -260,15 +260,8 @@ def _from_the_end(value: Any, inner: Any) -> Any:
 
 def _is_of_the_batch(node: fx.Node) -> bool:
     """Whether a value may be another one for another batch."""
-    pending, seen = [node], {node}
-    while pending:
-        source = pending.pop()
-        if source.op in ("placeholder", "call_module") or source.meta.get("random"):
-            return True
-        new = [n for n in source.all_input_nodes if n not in seen]
-        seen.update(new)
-        pending += new
-    return False
+    drawn_or_given = ("placeholder", "call_module")
+    return any(n.op in drawn_or_given or n.meta.get("random") for n in computed_from(node))
 
 
 _OF_THE_RESULT = ("scope", "spec", "storage", "value_shape")

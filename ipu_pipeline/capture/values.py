@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -315,6 +315,30 @@ class Values:
             f"{where} passes a {kind} object from one block to the next; stages exchange tensors "
             f"and plain values only{remedy}"
         )
+
+
+def reached(
+    start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]
+) -> Iterator[fx.Node]:
+    """Yield nodes and what ``step`` leads to from them, each once."""
+    pending = list(dict.fromkeys(start))
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        yield node
+        fresh = set(step(node)) - seen
+        seen |= fresh
+        pending.extend(fresh)
+
+
+def computed_from(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield ``node`` and what it is computed from."""
+    return reached([node], lambda one: one.all_input_nodes)
+
+
+def reads_behind(node: fx.Node) -> bool:
+    """Whether a value that Python reads is ``node`` or is computed from it."""
+    return any(one.meta.get("guard") for one in reached([node], lambda one: one.users))
 
 
 Path = tuple[tuple[Any, Any], ...]

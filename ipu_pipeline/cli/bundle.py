@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -89,19 +90,15 @@ def emit_command(
 def _model_config(model: Path | None) -> str | None:
     """Return the text of ``config.json``, or of the one in a folder; ``None`` for none."""
     from ipu_pipeline.errors import LoweringError
-    from ipu_pipeline.ir.codec import parse_json
-    from ipu_pipeline.ir.files import read_text
+    from ipu_pipeline.ir.codec import read_json
 
     if model is None:
         return None
     path = model / "config.json" if model.is_dir() else model
-    text = read_text(path, "the model's configuration", LoweringError)
-    try:
-        if not isinstance(parse_json(text), dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:
-        raise LoweringError(f"cannot read the model's configuration {path}: {error}") from error
-    return text
+    found = read_json(path, "the model's configuration", LoweringError)
+    if not isinstance(found, dict):
+        raise LoweringError(f"cannot read the model's configuration {path}: it holds no object")
+    return json.dumps(found, indent=2)
 
 
 def run_command(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ipu_pipeline.errors import PlanError
 from ipu_pipeline.ir.codec import from_json, read_json, to_json
-from ipu_pipeline.ir.limits import LIMITS
+from ipu_pipeline.ir.limits import LIMITS, check_count
 
 # Of every rate per second, and of every fixed time: far beyond, a price would be infinite.
 _RATES, _LONGEST_S = (1e-9, 1e30), 1e9
@@ -271,10 +271,9 @@ def _replicated(raw: Mapping[str, Any], source: str) -> list[Device]:
     Raises:
         PlanError: The count is missing or out of range, or there are ``devices`` besides.
     """
-    count, most = raw.get("count"), LIMITS["num_devices"]
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
-        raise PlanError(f"{source}: one device needs a count of 1 to {most}, got {count!r}")
+    name = f"{source}: the count of one device"
+    check_count(name, raw.get("count"), "num_devices", error=PlanError)
     if "devices" in raw:
         raise PlanError(f"{source}: it has device and devices; give one of them")
     one = from_json(Device, raw["device"], f"{source}, device", PlanError)
-    return [replace(one, name=f"{one.name}{index}") for index in range(count)]
+    return [replace(one, name=f"{one.name}{index}") for index in range(raw["count"])]

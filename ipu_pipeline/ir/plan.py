@@ -15,8 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ipu_pipeline.errors import PipelineError, PlanError, shown
+from ipu_pipeline.errors import PlanError, shown
 from ipu_pipeline.ir.codec import Amount, Count, from_json, read_json, to_json, write_json
+from ipu_pipeline.ir.files import of_file
 from ipu_pipeline.ir.graph import Block, BlockGraph, TensorSpec
 from ipu_pipeline.ir.machine import Machine
 
@@ -245,14 +246,14 @@ class Plan:
 
         Raises:
             PlanError: Unreadable, of another schema or library version, an invalid stage list, or
-                edited to what its machine cannot run.
+                edited to what its machine cannot run; or what its price refuses.
         """
         from ipu_pipeline.ir.verify import verify_plan
 
         plan = plan_from_json(read_json(path, "the plan", PlanError, shown_texts=True), str(path))
         if not any_version:
             check_versions(plan.versions, str(path))
-        try:
+        with of_file(path):
             verify_plan(plan)
             if not plan.edited:
                 return plan
@@ -261,8 +262,6 @@ class Plan:
 
             check_runs(plan)
             return priced(plan)
-        except (PipelineError, ValueError) as error:  # a price refuses in its own words
-            raise PlanError(f"{path}: {error}") from error
 
 
 def library_versions() -> dict[str, str]:

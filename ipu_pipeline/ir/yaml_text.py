@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Compose the node of a mapping whose keys differ."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         twice = first_twice(key.value for key, _ in node.value if isinstance(key.value, str))
         if twice is not None:
             raise ValueError(f"it has the key {shown(twice)} twice in one place; remove one")

@@ -31,9 +31,10 @@ def without_adapters(model: nn.Module) -> nn.Module:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    found: nn.Module = copy.deepcopy(model.get_base_model())
+    wrapped: Any = model
+    found: nn.Module = copy.deepcopy(wrapped.get_base_model())
     for path, module in list(found.named_modules()):
-        plain = None
+        plain: Any = None
         if isinstance(module, BaseTunerLayer):
             plain = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
@@ -58,7 +59,6 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
     if not has_adapters(model):
         return {}
     from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     configs: Any = model.peft_config
     for name, config in configs.items():
@@ -72,7 +72,7 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
                 "the model with values"
             )
 
-    def reset(layer: nn.Module) -> None:
+    def reset(layer: Any) -> None:
         for name, config in configs.items():
             if config.init_lora_weights is not False:
                 layer.reset_lora_parameters(name, config.init_lora_weights)
@@ -81,5 +81,4 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
                 if name in parts:
                     parts[name].reset_parameters()
 
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    return dict.fromkeys((layer for layer in layers if isinstance(layer, LoraLayer)), reset)
+    return dict.fromkeys((m for m in model.modules() if isinstance(m, LoraLayer)), reset)

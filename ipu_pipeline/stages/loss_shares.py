@@ -203,7 +203,7 @@ class LossShares:
             raise self._mixed("Python counts what it is divided by, after it has read what "
                               "blocks compute", terms[0])  # fmt: skip
         constant = not any(_is_cut(name, cut, parts, alone=alone) for name in terms[0].inputs)
-        rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms), ""),)
+        rules = self._rules(cut, terms[0]) or (self._fitting.get(_names(terms)) or "",)
         return [
             replace(one, divisors=tuple(own.divisors(p.inputs)), constant=constant, rules=rules)
             for one, own, p in zip(plain, terms, parts, strict=True)

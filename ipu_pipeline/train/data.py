@@ -131,8 +131,8 @@ class EpochBatches(Sampler[list[int]]):
             stop = min((step + 1) * self.batch_size, self.num_used)
             batch = order[step * self.batch_size : stop]
             share = self._share_of(len(batch))
-            first = (share.start,) if share.start else ()  # a share draws its own numbers
-            yield _BatchKey(batch[share], (self.seed, epoch, step, *first))
+            own = (share.start,) if share.start else ()  # a share draws its own numbers
+            yield _BatchKey(batch[share], (self.seed, epoch, step, *own))
 
 
 class _KeyedReader(Dataset[Batch]):

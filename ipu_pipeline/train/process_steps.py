@@ -242,7 +242,7 @@ class ProcessSteps(CollectedSteps):
             return batches, None
         own = [b for b, other in zip(batches, self._others, strict=True) if not other]
         args = self._trainer.args
-        items = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
+        items: Any = self._trainer._get_num_items_in_batch(own, args.device) if own else 0
         return batches, torch.tensor(int(self.total(float(items))))
 
     def _clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

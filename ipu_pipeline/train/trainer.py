@@ -243,19 +243,20 @@ class PipelineTrainer(Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loader of some data, of training data perhaps a share of them."""
         if kwargs.get("is_training"):
-            dataset, kwargs["sampler_fn"] = self._steps.train_data(dataset, kwargs["sampler_fn"])
+            found = self._steps.train_data(dataset, kwargs.get("sampler_fn"))
+            dataset, kwargs["sampler_fn"] = found
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _get_collator_with_removed_columns(self, *args: Any, **kwargs: Any) -> Any:
         return marking(super()._get_collator_with_removed_columns(*args, **kwargs))
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a microbatch; none of one that another process counts."""
-        return self._steps.operations(inputs, super().floating_point_ops(inputs))
+        return int(self._steps.operations(inputs, super().floating_point_ops(inputs)))
 
     def store_flos(self) -> None:
         """Keep the operations of all processes in the state."""
-        self.current_flos = self._steps.total(float(self.current_flos))
+        self.current_flos = int(self._steps.total(float(self.current_flos)))
         super().store_flos()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -153,6 +153,9 @@ def test_refusals(made: tuple[Path, Path], tmp_path: Path) -> None:
     missing = invoke("emit", str(file), "-o", folder, "--model", str(tmp_path / "none"))
     assert missing.exit_code == 1
     assert "cannot read the model's configuration" in missing.output
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    listing = invoke("emit", str(file), "-o", folder, "--model", str(tmp_path / "list.json"))
+    assert "list.json: it holds no object" in listing.output
     unknown = invoke("emit", str(file), "-o", folder, "--optimizer", "Lion")
     assert "optimizer 'Lion' does not exist in poptorch; use one of AdamW" in unknown.output
     changed = ("--ipu-config-overrides", "layers_per_ipu=[2 1 1],gradient_accumulation_steps=5")

@@ -167,7 +167,7 @@ def check_labels(model: nn.Module, batch: Mapping[str, Any]) -> None:
     is_ctc = any("ForCTC" in kind.__name__ for kind in type(model).__mro__)
     if is_ctc and isinstance(labels, Tensor):
         blank = getattr(model.config, "pad_token_id", None)
-        if bool((labels == blank).any()):
+        if blank is not None and bool(labels.eq(blank).any()):
             raise LoweringError(
                 f"labels hold {blank}, the padding token and the blank of the CTC loss, which "
                 "versions of transformers count or leave out; pad labels with -100"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
@@ -113,7 +114,8 @@ class StageThreads:
         progress = RunProgress(schedule.num_stages)
         finished = [threading.Event() for _ in schedule.rows]
         for device, row in enumerate(schedule.rows):
-            job = partial(_run_row, device, row, work, progress, finished[device])
+            here = contextvars.copy_context()  # what the user has set in context variables
+            job = partial(here.run, _run_row, device, row, work, progress, finished[device])
             self._jobs[device].put((intra_op[device], job))
         try:
             self._watch(progress, finished, schedule)

@@ -15,7 +15,7 @@ Guarantees: exactly the chosen blocks recompute, in execution order. ``auto`` ke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.planner.passes.base import check_patterns, chosen_blocks
@@ -60,13 +60,11 @@ class Recompute:
             chosen = keeping if self.blocks == "all" else set()
         else:
             chosen = keeping.intersection(chosen_blocks(plan, self.blocks, self.name))
-        return replace(
-            plan,
-            stages=tuple(
-                replace(stage, **{self.name: tuple(n for n in stage.blocks if n in chosen)})
-                for stage in plan.stages
-            ),
-        )
+        stages = []
+        for stage in plan.stages:
+            blocks: dict[str, Any] = {self.name: tuple(n for n in stage.blocks if n in chosen)}
+            stages.append(replace(stage, **blocks))
+        return replace(plan, stages=tuple(stages))
 
 
 PASS = Recompute

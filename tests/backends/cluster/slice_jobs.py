@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
@@ -166,6 +167,29 @@ def from_meta(
     except PipelineError as error:
         refused = str(error)
     return {"losses": losses, "held": held, "refused": refused}
+
+
+def adapters_from_meta(
+    weights: str, num_stages: int, path: str, target: str = "distributed"
+) -> dict[str, Any]:
+    """Train LoRA over a base from meta; return losses, saved adapters, and the bytes held."""
+    import peft
+
+    base, example = TINY["llama"].build(device="meta")
+    _, batch = TINY["llama"].build(batch_size=8, seed=3)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    plan = ipp.plan(model, example, num_stages=num_stages, microbatches=4)
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=1e-2, eps=1e-3)
+    with ipp.compile(
+        model, plan, target=target, optimizer=optimizer, weights=weights, self_check=False
+    ) as made:
+        losses = [made.train_step(batch).loss for _ in range(3)]
+        held = sum(p.untyped_storage().nbytes() for p in model.parameters())
+        made.save_checkpoint(path)
+    saved = {n: t for f in Path(path).glob("model*.safetensors") for n, t in load_file(f).items()}
+    sums = {n: float(t.double().abs().sum()) for n, t in saved.items()}
+    return {"losses": losses, "held": held, "sums": sums}
 
 
 @with_models

@@ -228,3 +228,26 @@ def test_what_a_killed_launch_has_left_is_removed_by_the_next(
     assert killed not in (running, found)
     lock.release()
     last.release()
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", 1), ("SIGHUP", 0), ("SIGTERM", 0)])
+def test_a_signal_to_one_rank_accuses_no_other(
+    tmp_path: Path, plan_file: Path, number: str, rank: int
+) -> None:
+    script = tmp_path / "script.py"
+    stopped = f'os.environ["RANK"] == "{rank}" and os.kill(os.getpid(), signal.{number})'
+    loop = f"for _ in range(100):\n        made.train_step(batch)\n        {stopped}\n"
+    script.write_text(TRAINS.replace("import os", "import os, signal").split("print(*")[0] + loop)
+    done = subprocess.run(
+        [sys.executable, "-m", "ipu_pipeline", "launch", plan_file, "--", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 128 + signal.Signals[number]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: rank {rank} ended by {number}"]
+    assert "no sign of life" not in done.stderr

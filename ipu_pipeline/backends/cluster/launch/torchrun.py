@@ -92,9 +92,9 @@ def start(
         tell(f"{text}; what the ranks wrote: {folder}")
     finally:
         del store  # until here the processes have met through it
-        lock.release()
         for name in (_POINT, _LOCK):
             (own / name).unlink(missing_ok=True)
+        lock.release()  # behind that: the next launch takes what is unlocked for left behind
         if code == 0 or log_folder is not None:
             shutil.rmtree(own, ignore_errors=True)
     return code

@@ -39,7 +39,7 @@ from ipu_pipeline.backends.cluster.prices.parallel_sizes import (
     sizes_of,
 )
 from ipu_pipeline.errors import PlanError, shown
-from ipu_pipeline.ir.files import read_text
+from ipu_pipeline.ir.files import of_file, read_text
 from ipu_pipeline.ir.limits import check_count
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ir.yaml_text import parse_yaml
@@ -81,10 +81,8 @@ def read_plan(path: str | Path, name: str) -> GivenLayout:
         PlanError: It is unreadable, or says no pipeline.
     """
     text = read_text(path, f"the {name} file", PlanError, most_bytes=_MOST_BYTES)
-    try:
+    with of_file(path):
         return FORMATS[name].read(text)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
 
 
 def _refuse_what_no_format_says(plan: Plan) -> None:
