@@ -119,8 +119,9 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_what_poptorch_refuses_is_not_written(tmp_path: Path) -> None:
     made = case()
+    made.plan = replace(made.plan, num_microbatches=2)  # edited: it would not be planned so
+    made.config = replace(made.config, gradient_accumulation_steps=2)
     with pytest.raises(LoweringError, match=r"gradient accumulation 2 is below 3"):
-        made.plan = replace(made.plan, num_microbatches=2)
         _emit(made, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
