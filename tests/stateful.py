@@ -90,6 +90,12 @@ def _replacing(self: Any, x: Tensor) -> Tensor:
     return x + torch.tanh(y) / self.kept / self.calls * len(self.seen)
 
 
+def _renewing(self: Any, x: Tensor) -> Tensor:
+    y = self.linear(x)
+    self.kept = self.kept * 0.9 + 0.1 * y.detach().abs().mean(0)
+    return x + torch.tanh(y) / self.kept
+
+
 def _seldom(self: Any, x: Tensor) -> Tensor:
     """Nothing is written while the model is captured."""
     y = torch.tanh(self.linear(x))
@@ -124,6 +130,7 @@ class Counting(Layer):
 PROGRAMS["Counting"] = type("Counting", (Net,), {"layer": Counting})
 layers(_scaled, "Scaled")
 layers(_replacing, "Replacing")
+layers(_renewing, "Renewing")
 layers(_seldom, "Seldom")
 layers(_clipped, "Clipped")
 

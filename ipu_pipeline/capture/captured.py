@@ -107,11 +107,9 @@ class CapturedModel:
     def in_order(self) -> bool:
         """Whether a microbatch has to end before the next one begins.
 
-        Blocks draw from generators of Python, or the backward pass changes what they read, or they
-        see what the caller keeps for its own thread.
+        Blocks draw from generators of Python, or the backward pass changes what they read.
         """
-        draw = any(program.draws for program in self.programs)
-        return draw or bool(self._changed_backward or self.thread_locals)
+        return bool(self._changed_backward) or any(program.draws for program in self.programs)
 
     @cached_property
     def thread_locals(self) -> tuple[threading.local, ...]:

@@ -30,6 +30,7 @@ from ipu_pipeline.backends.cluster.sharding import (
     grad_norm,
     keep_own_states,
     kept_aside,
+    same_buffers,
     sharded,
     share_buffers,
     sum_over_ranks,
@@ -417,7 +418,8 @@ class DistributedExecutable(Executable):
             stages, parts = self._prepared(cut, training=True)
             ownership = self._settle_ownership(stages[0]) if stages else self._known_ownership()
             share_buffers(self._changing, self.groups)
-            with kept_aside(ownership.held(self.model)), kept_modes(self.model):
+            buffers = same_buffers(self.model, self._changing)
+            with kept_aside(ownership.held(self.model)), buffers, kept_modes(self.model):
                 pairs = self._shares.own(list(zip(parts, stages, strict=True)))
                 own = self._pipelines.run(pairs, self._inputs(), loss_scaling)
                 with self._watchdog.activity.during("summing gradients"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ipu_pipeline.backends.cluster.groups import Groups, exchange
 from ipu_pipeline.backends.cluster.layout import Layout
 from ipu_pipeline.checkpoint.slices import UNCUT, Slices
+from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.codec import Count
 from ipu_pipeline.ops.master_weights import MasterWeights
 from ipu_pipeline.stages.stage import Stage
@@ -198,6 +199,38 @@ def share_buffers(buffers: Sequence[Tensor], groups: Groups) -> None:
     if groups.layout.num_replicas > 1:
         wires = [b.view(torch.uint8) if b.dtype == torch.bool else b for b in buffers]
         exchange(wires, lambda message: groups.broadcast(message, groups.replicas, 0))
+
+
+@contextmanager
+def same_buffers(model: nn.Module, changing: list[Tensor]) -> Iterator[None]:
+    """Write what blocks assign to buffers into the tensors by which all ranks know them.
+
+    These are ``changing`` from then on.
+
+    Raises:
+        LoweringError: One that is saved has another shape or dtype afterwards.
+    """
+    places = [(m._buffers, n, m) for m in model.modules() for n in m._buffers]
+    before = [(buffers, n, m, buffers[n]) for buffers, n, m in places]
+    yield
+    replaced = [
+        (buffers, n, m, old, now.detach().clone())
+        for buffers, n, m, old in before
+        if isinstance(old, Tensor) and isinstance(now := buffers.get(n), Tensor) and now is not old
+    ]
+    for buffers, name, module, old, now in replaced:
+        if (old.shape, old.dtype) == (now.shape, now.dtype):
+            with torch.no_grad():
+                old.copy_(now)
+            buffers[name] = old
+            if not any(old is tensor for tensor in changing):
+                changing.append(old)
+        elif name not in module._non_persistent_buffers_set:
+            raise LoweringError(
+                f"{type(module).__name__} replaces its buffer {name!r} by a {tuple(now.shape)} "
+                f"{now.dtype} tensor, which other processes do not see: register it at its full "
+                "size, or with persistent=False"
+            )
 
 
 # ---- gradients and the update -------------------------------------------------------------------

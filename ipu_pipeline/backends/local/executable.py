@@ -16,6 +16,7 @@ from ipu_pipeline.backends.local.whole_loss import WholeLossStep, whole_loss
 from ipu_pipeline.capture.captured import described
 from ipu_pipeline.capture.glue_run import Unlifted
 from ipu_pipeline.capture.loss_terms import LossTerms
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Differs
 from ipu_pipeline.errors import LoweringError, StageError
 from ipu_pipeline.ir.plan import Plan
@@ -72,6 +73,7 @@ class LocalExecutable(Executable):
         super().__init__(model, plan, optimizer, options)
         self._scaler.check(model, master_weights=options.master_weights)
         self._device = chosen_device(options.device, model)
+        self._reads_thread_locals = bool(PythonState(model.modules()).thread_locals)
         if options.device is not None:
             move(model, optimizer, self._device)
         self._cache = StageCache(
@@ -366,9 +368,11 @@ class LocalExecutable(Executable):
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+        # Stage threads do not see the caller's thread-locals.
+        alone = self._reads_thread_locals or self.options.sequential
         # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
-        alone = self.options.sequential or self.options.compile_blocks
-        alone = alone or self.plan.num_stages == 1 or step.glue is not None
+        alone = alone or self.options.compile_blocks or self.plan.num_stages == 1
+        alone = alone or step.glue is not None
         in_order = any(stage.in_order for own in step.stages for stage in own)
         try:
             with kept_modes(self.model):

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from ipu_pipeline.backends.cluster.sharding import same_buffers
+from ipu_pipeline.errors import LoweringError
 from tests.backends.cluster.processes import Processes
 from tests.later import in_turn
 from tests.stateful import (
@@ -23,7 +26,15 @@ from tests.stateful import (
 @pytest.mark.parametrize(
     ("name", "recompute"),
     in_turn(
-        ["BatchNorm", "SpectralNorm", "Scaled", "FirstReadsLastWrites", "MomentumHead", "Queue"],
+        [
+            "BatchNorm",
+            "SpectralNorm",
+            "Scaled",
+            "FirstReadsLastWrites",
+            "MomentumHead",
+            "Queue",
+            "Renewing",
+        ],
         ["all", "none"],
     ),
 )
@@ -67,8 +78,24 @@ def data_parallel(name: str, steps: int = 3) -> tuple[list[float], dict[str, Any
     return losses, state_of(copies[0])
 
 
-@pytest.mark.parametrize("name", ["BatchNorm", "Scaled"])
+@pytest.mark.parametrize("name", ["BatchNorm", "Scaled", "Renewing"])
 def test_buffers_of_replicas(four: Processes, name: str) -> None:
     expected = data_parallel(name)
     for rank in four.run("state_jobs.train", name=name, replicas=2):
         assert_alike(rank, expected)
+
+
+def test_a_buffer_that_grows_is_refused_unless_it_is_not_saved() -> None:
+    module = nn.Module()
+    module.register_buffer("table", torch.zeros(2), persistent=False)
+    with same_buffers(module, []):
+        module.table = torch.zeros(3)
+    assert len(module.table) == 3
+    module.register_buffer("table", torch.zeros(2))
+    with (
+        pytest.raises(
+            LoweringError, match=r"Module replaces its buffer 'table' by a \(3,\) .*full"
+        ),
+        same_buffers(module, []),
+    ):
+        module.table = torch.zeros(3)
