@@ -125,6 +125,8 @@ def plan(  # noqa: PLR0913 - the public door: keyword options of one decision
     )
     split = backend.placement(work) if constraints is None else None
     if split is None:
+        layers = _layers(captured.graph, config, depth) or limits.layers_per_ipu
+        limits = replace(limits, layers_per_ipu=layers)
         free = constraints is None and replicas is None
         split, work = backend.search(work, limits, any_replicas=free)
     made = make_plan(model_identity(model), work, split, captured.granularity)
@@ -159,13 +161,7 @@ def _limits(
     wrong = schedule_problem(machine, name)
     if wrong:
         raise ValueError(wrong)
-    return replace(
-        limits,
-        num_microbatches=microbatches,
-        replicas=replicas,
-        schedule=name,
-        layers_per_ipu=_layers(graph, config, limits.num_stages) or limits.layers_per_ipu,
-    )
+    return replace(limits, num_microbatches=microbatches, replicas=replicas, schedule=name)
 
 
 def _captured(

@@ -84,7 +84,7 @@ def _regions(paths: Sequence[Path], cells: int) -> tuple[_Floats, _Floats]:
     kept = cache_folder() / f"regions-{_fingerprint(paths, cells)}.npz"
     if kept.is_file():
         try:
-            with np.load(kept) as found:
+            with kept.open("rb") as file, np.load(file) as found:
                 return found["features"], found["boxes"]
         except Exception as error:  # numpy and zipfile raise what they like of a damaged file
             logger.warning("%s is damaged, so it is made again: %s", kept, first_line(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from ipu_pipeline.capture.lift import keep, lift, settle_hosts
 from ipu_pipeline.capture.patches import not_compiled, preserved_state, tracing_patches
 from ipu_pipeline.capture.places import recording_models, reinstall_recorders
 from ipu_pipeline.capture.programs import Program, block_programs, prelude_program
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.capture.replay import Followed, Replay
 from ipu_pipeline.capture.sizes import Resize, Sized
 from ipu_pipeline.capture.state import without_stand_ins
@@ -105,9 +107,16 @@ class CapturedModel:
     def in_order(self) -> bool:
         """Whether a microbatch has to end before the next one begins.
 
-        Blocks draw from generators of Python, or the backward pass changes what they read.
+        Blocks draw from generators of Python, or the backward pass changes what they read, or they
+        see what the caller keeps for its own thread.
         """
-        return bool(self._changed_backward) or any(program.draws for program in self.programs)
+        draw = any(program.draws for program in self.programs)
+        return draw or bool(self._changed_backward or self.thread_locals)
+
+    @cached_property
+    def thread_locals(self) -> tuple[threading.local, ...]:
+        """What the user's code reads that only the caller's thread sees."""
+        return tuple(PythonState(self.model.modules()).thread_locals)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Coroutine:
     Args:
         body: The code; it runs with the caller's context and grad mode.
         name: That of its thread.
+        thread_locals: What it shares of its caller's.
 
     Attributes:
         result: What the code returned.
@@ -31,11 +32,14 @@ class Coroutine:
         finished: Whether it has returned or raised.
     """
 
-    def __init__(self, body: Callable[[], Any], name: str) -> None:
+    def __init__(
+        self, body: Callable[[], Any], name: str, thread_locals: Iterable[threading.local] = ()
+    ) -> None:
         self.result: Any = None
         self.error: BaseException | None = None
         self.finished = False
         self._body = body
+        self._thread_locals = [(local, dict(vars(local))) for local in thread_locals]
         self._to_run = queue.SimpleQueue[tuple[Any] | None]()
         self._to_caller = queue.SimpleQueue[None]()
         self._grad = torch.is_grad_enabled()
@@ -46,19 +50,23 @@ class Coroutine:
 
     def start(self) -> None:
         """Run up to where the code suspends itself, or to the end; raise what the code raises."""
+        self._leave()
         self._thread.start()
         self._wait()
 
     def suspend(self) -> Any:
         """Called by the code: wait until it is resumed; return what it is resumed with."""
+        self._leave()
         self._to_caller.put(None)
         received = self._to_run.get()
         if received is None:
             raise _AbandonedError
+        self._enter()
         return received[0]
 
     def resume(self, value: Any) -> Any:
         """Let the code go on with ``value``; return or raise what it does."""
+        self._leave()
         self._to_run.put((value,))
         self._wait()
         return self.result
@@ -71,11 +79,13 @@ class Coroutine:
 
     def _wait(self) -> None:
         self._to_caller.get()
+        self._enter()
         if self.error is not None:
             raise self.error
 
     def _main(self) -> None:
         try:
+            self._enter()
             with torch.set_grad_enabled(self._grad):
                 self.result = self._body()
         except _AbandonedError:
@@ -84,4 +94,15 @@ class Coroutine:
             self.error = error
         finally:
             self.finished = True
+            self._leave()
             self._to_caller.put(None)
+
+    def _leave(self) -> None:
+        for local, values in self._thread_locals:
+            values.clear()
+            values.update(vars(local))
+
+    def _enter(self) -> None:
+        for local, values in self._thread_locals:
+            vars(local).clear()
+            vars(local).update(values)

@@ -133,7 +133,7 @@ class GlueRun:
             self._find_places()
             return
         self._modes = [(module, module.training) for module in model.modules()]
-        self._coroutine = Coroutine(self._body, "glue")
+        self._coroutine = Coroutine(self._body, "glue", self._captured.thread_locals)
         with self._going_on():
             self._coroutine.start()
         set_modes(self._modes)

@@ -22,6 +22,7 @@ from torch._functorch import apis
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointFunction
 
+from ipu_pipeline.capture.cached_functions import called_anew
 from ipu_pipeline.capture.places import Places
 from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.errors import CaptureError
@@ -50,7 +51,7 @@ def tracing_patches(model: nn.Module) -> Iterator[None]:
     are taken for packed ones (their position ids start over) where the model itself does that:
     only without a cache, so not where a cache was switched off here.
     """
-    with _ONE_AT_A_TIME, not_compiled(model), contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, not_compiled(model), called_anew(model), contextlib.ExitStack() as stack:
         for config in configs_of(model):
             if getattr(config, "use_cache", False):
                 stack.callback(setattr, config, "use_cache", config.use_cache)

@@ -202,8 +202,10 @@ def entries_of(place: Any) -> Any:
 
 
 def is_foreign(defined: Any) -> bool:
-    """Whether a class or function is of a library that no user keeps tensors in."""
-    return (getattr(defined, "__module__", None) or "").partition(".")[0] in _FOREIGN
+    """Whether a class, function or module is of a library that no user keeps tensors in."""
+    of_module = isinstance(defined, types.ModuleType)
+    name = defined.__name__ if of_module else getattr(defined, "__module__", None)
+    return (name or "").partition(".")[0] in _FOREIGN
 
 
 def _cells(function: types.FunctionType) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import contextlib
 import itertools
 import pickle
 import random
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
-from functools import partial
+from functools import _lru_cache_wrapper, partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ _UNSEEN = (
 )  # fmt: skip
 _NUMBERS = (bool, int, float, str, type(None))
 _PLAIN = (*_NUMBERS, Tensor)
-_NOTED = (list, dict, set, deque, type, types.SimpleNamespace, types.FunctionType)
+_NOTED = (list, dict, set, deque, type, types.SimpleNamespace, types.FunctionType, threading.local)
 # As deep as `places` look: what only one of both put back would be moved by plans without a word.
 _DEPTH = 5
 
@@ -107,9 +108,15 @@ class PythonState:
     Args:
         modules: The modules whose code may run.
         others: Modules whose attributes that code may assign.
+
+    Attributes:
+        thread_locals: What that code reads, and what another thread would not see.
+        cached: Functions whose results functools keeps: namespace or class, name, function.
     """
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[nn.Module] = ()) -> None:
+        self.thread_locals: list[threading.local] = []
+        self.cached: list[tuple[Any, str, _lru_cache_wrapper[Any]]] = []
         self._generators = Generators()
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
         self._attributes = {id(live) for live, _ in self._copies}
@@ -177,6 +184,7 @@ class PythonState:
         self._seen[id(value)] = depth
         if self._generators.add(value):
             return
+        self.thread_locals += [value] if isinstance(value, threading.local) else []
         attributes = getattr(value, "__dict__", None)
         for container in (value, attributes):
             if isinstance(container, dict):
@@ -196,8 +204,16 @@ class PythonState:
         numbers = {n: v for n, v in shared.items() if isinstance(v, _NUMBERS)}
         if numbers:
             self._copies.append((kind, _Some(numbers)))
-        for value in shared.values():
-            self._note(getattr(value, "__func__", value), _DEPTH)  # of a class method
+        self._note_cached(kind, shared)
+        for value in shared.values():  # of a class method, of a property
+            inner = getattr(value, "__func__", getattr(value, "fget", value))
+            self._note(getattr(inner, "__wrapped__", inner), _DEPTH)
+
+    def _note_cached(self, place: Any, entries: dict[str, Any]) -> None:
+        for name, value in entries.items():
+            if isinstance(value, _lru_cache_wrapper) and not is_foreign(value):
+                self.cached.append((place, name, value))
+                self._note(value.__wrapped__, _DEPTH)
 
     def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
         """Note the plain variables that a function of the user reads outside itself."""
@@ -214,14 +230,15 @@ class PythonState:
                 continue
             self._copies.append((cell, content))
             self._note(content, _DEPTH)
-        names = [n for n in function.__code__.co_names if n in function.__globals__]
-        kept = {name: function.__globals__[name] for name in names}
-        plain = {n: v for n, v in kept.items() if isinstance(v, _PLAIN)}
-        if plain:
-            self._copies.append((function.__globals__, _Some(plain)))
-        for value in kept.values():
-            if type(value) in _NOTED or not is_foreign(type(value)):
-                self._note(value, _DEPTH)
+        for known in _spaces(function):
+            kept = {n: known[n] for n in function.__code__.co_names if n in known}
+            plain = {n: v for n, v in kept.items() if isinstance(v, _PLAIN)}
+            if plain:
+                self._copies.append((known, _Some(plain)))
+            self._note_cached(known, kept)
+            for value in kept.values():
+                if type(value) in _NOTED or not is_foreign(type(value)):
+                    self._note(value, _DEPTH)
 
 
 class Draws:
@@ -273,6 +290,15 @@ def _state_of(value: Any) -> _State | None:
     if isinstance(value, torch.Generator):
         return value.get_state, value.set_state
     return None
+
+
+def _spaces(function: types.FunctionType) -> Iterator[dict[str, Any]]:
+    """Yield its globals, and those of the user's modules that it names."""
+    yield function.__globals__
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType) and not is_foreign(value):
+            yield vars(value)
 
 
 def _items_of(value: Any) -> list[Any]:

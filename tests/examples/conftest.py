@@ -44,6 +44,9 @@ class EagerExecutable:
         self.global_step += 1
         return StepResult(loss.item(), num_samples=len(batch["input_ids"]), stage_s=(0.25, 0.5))
 
+    def share_of(self, num_samples):
+        return slice(num_samples)
+
     def eval_step(self, batch):
         self.model.eval()
         with torch.no_grad():

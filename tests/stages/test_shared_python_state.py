@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import threading
+import types
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -131,12 +133,54 @@ def test_blocks_that_read_what_their_model_sets_in_every_pass_are_refused(
         in_stages(model, batch(0))
 
 
-def test_blocks_see_the_context_variables_of_the_caller() -> None:
-    kind = type("Reading", (Reading,), {"read": staticmethod(lambda self: SCALE.get())})
+class OfThread(threading.local):
+    scale = 1.0
+
+
+OF_THREAD = OfThread()
+SETTINGS = types.ModuleType("settings_of_the_user")
+vars(SETTINGS).update(of_thread=threading.local(), scale=1.0, count=0)
+
+
+@pytest.mark.parametrize(
+    ("put", "read"),
+    [
+        (SCALE.set, lambda self: SCALE.get()),
+        (partial(setattr, OF_THREAD, "scale"), lambda self: OF_THREAD.scale),
+        (partial(setattr, SETTINGS.of_thread, "scale"), lambda self: SETTINGS.of_thread.scale),
+        (partial(setattr, SETTINGS, "scale"), lambda self: SETTINGS.scale),
+    ],
+)
+def test_blocks_see_what_the_caller_has_set(
+    put: Callable[[float], object], read: Callable[[Any], float]
+) -> None:
+    kind = type("Reading", (Reading,), {"read": staticmethod(read)})
     model = toy(lambda self, x: last(self, self.layers[0](x)), kind)
-    SCALE.set(1.0)
+    put(1.0)
     with in_stages(model, batch(0)) as executable:
         for scale in (1.0, 2.0, 0.5):
-            SCALE.set(scale)
+            put(scale)
             expected = plain(model, batch(1))
             assert executable.forward_backward(batch(1)) == pytest.approx(expected, rel=1e-6)
+
+
+def counted_while_stages_run(self: Toy, x: Tensor) -> dict[str, Tensor]:
+    h = self.layers[0](x)
+    OF_THREAD.scale += 0.25
+    SETTINGS.count += 1
+    read = h.mean().item()
+    return last(self, h * (OF_THREAD.scale + SETTINGS.count / 8 + read))
+
+
+def test_code_between_blocks_that_reads_values_counts_for_its_caller() -> None:
+    def reset() -> None:
+        OF_THREAD.scale, SETTINGS.count = 1.0, 0  # type: ignore[attr-defined]
+
+    model = toy(counted_while_stages_run)
+    reset()
+    expected = [plain(model, batch(n)) for n in range(2)]
+    reset()
+    with in_stages(model, batch(0)) as executable:
+        found = [executable.forward_backward(batch(n)) for n in range(2)]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert (OF_THREAD.scale, SETTINGS.count) == (2.0, 4)  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,11 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 
 def test_what_poptorch_refuses_is_not_written(tmp_path: Path) -> None:
+    made = case()
+    made.plan = replace(made.plan, num_microbatches=2)  # edited: it would not be planned so
+    made.config = replace(made.config, gradient_accumulation_steps=2)
     with pytest.raises(LoweringError, match=r"gradient accumulation 2 is below 3"):
-        _emit(case(gradient_accumulation_steps=2), tmp_path / "b")
+        _emit(made, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
