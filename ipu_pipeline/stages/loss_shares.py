@@ -150,9 +150,9 @@ class LossShares:
             return True
         weighted = self.weighted(cut, parts, terms, training=False)
         # Terms with factors of their own are measured one by one.
-        if factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0]):
-            if not self._compare(cut, parts, terms):
-                return False
+        together = factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0])
+        if together and not self._compare(cut, parts, terms):
+            return False
         self._checked.add(key)
         return True
 
