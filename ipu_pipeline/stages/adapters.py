@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -64,13 +64,29 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
         return {}
     from peft.tuners.lora.layer import LoraLayer
 
+    configs: Any = model.peft_config
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    _refuse_computed(configs, layers)
+
+    def reset(layer: Any) -> None:
+        for name, config in configs.items():
+            if config.init_lora_weights is not False:
+                layer.reset_lora_parameters(name, config.init_lora_weights)
+                continue
+            for parts in (layer.lora_A, layer.lora_B):
+                if name in parts:
+                    parts[name].reset_parameters()
+
+    return dict.fromkeys(layers, reset)
+
+
+def _refuse_computed(configs: Any, layers: Sequence[Any]) -> None:
+    """Refuse adapters that are no plain LoRA, are merged into weights, or repeat layers."""
     if merged := next((name for layer in layers for name in layer.merged_adapters), ""):
         raise LoweringError(
             f"adapter {merged!r} was merged into weights that have no values, which those of the "
             "base replace; call unmerge_adapter() before, and merge what was trained"
         )
-    configs: Any = model.peft_config
     for name, config in configs.items():
         if getattr(config, "layer_replication", None):
             raise LoweringError(
@@ -86,14 +102,3 @@ def adapter_initializers(model: nn.Module) -> dict[nn.Module, Callable[[nn.Modul
                 "from weights is not known where these are elsewhere; use such a LoRA, or build "
                 "the model with values"
             )
-
-    def reset(layer: Any) -> None:
-        for name, config in configs.items():
-            if config.init_lora_weights is not False:
-                layer.reset_lora_parameters(name, config.init_lora_weights)
-                continue
-            for parts in (layer.lora_A, layer.lora_B):
-                if name in parts:
-                    parts[name].reset_parameters()
-
-    return dict.fromkeys(layers, reset)
