@@ -183,9 +183,9 @@ class BatchShares:
             self._keeps = self._losses.keeps_values(parts[0].inputs)
         if reads or self._draws or self._keeps:
             raise LoweringError(
-                f"{type(self._losses.model).__name__} draws from generators of Python or numpy, or keeps "
-                "or reads values in Python whenever it runs, and a replica would do so for its "
-                "share of the batch only; give every process the whole batch (batches='whole')"
+                f"{type(self._losses.model).__name__} draws from generators of Python or numpy, or "
+                "keeps or reads values in Python whenever it runs, and a replica would do so for "
+                "its share of the batch only; give every process the whole batch (batches='whole')"
             )
 
     def _checked(
