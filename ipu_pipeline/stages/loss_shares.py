@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isclose
+from math import inf, isclose
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,7 @@ class LossShares:
         terms: Sequence[LossTerms],
         *,
         training: bool,
-    ) -> None:
+    ) -> bool:
         """Compare the loss of the first microbatches with that of all their samples.
 
         Once for all batches of the same shapes in which the same host values vary, and once where
@@ -133,6 +133,9 @@ class LossShares:
             terms: What the losses of its microbatches are made of.
             training: Whether this is a step of training.
 
+        Returns:
+            Whether that is known now; of losses that are not finite (no labels) nothing is.
+
         Raises:
             MixedSamplesError: They differ.
         """
@@ -140,31 +143,35 @@ class LossShares:
         pairs = zip(parts, terms, strict=True)
         known = all(part.inputs.keys() >= set(one.inputs) for part, one in pairs)
         if given or len(parts) == 1 or not known or not terms[0].terms:
-            return
+            return True
         programs = len(set(map(id, terms)))
         key = training, described(cut.parts[0].inputs), _varying(cut, parts), programs > 1
         if key in self._checked:
-            return
+            return True
         weighted = self.weighted(cut, parts, terms, training=False)
         # Terms with factors of their own are measured one by one.
-        if factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0]):
-            self._compare(cut, parts, terms)
+        together = factor_name(0) not in weighted[0].inputs and not self.is_ordered(cut, terms[0])
+        if together and not self._compare(cut, parts, terms):
+            return False
         self._checked.add(key)
+        return True
 
     def is_ordered(self, cut: CutBatch, terms: LossTerms) -> bool:
         """Whether microbatches run one after another: the model keeps something or reads values.
 
         Their losses are then those of plain torch for one microbatch after another.
         """
-        if terms.reads_values:
-            return True
-        key = described(cut.parts[0].inputs)
+        return terms.reads_values or self.keeps_values(cut.parts[0].inputs)
+
+    def keeps_values(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model keeps something in Python, so that it gives other values each time."""
+        key = described(inputs)
         if key not in self._ordered:
             evaluation = leaves_in_evaluation(self.model, self.granularity)
             try:
                 with evaluation, plain_runs(self.model) as run:
-                    once, twice = (run(cut.parts[0].inputs, watched=n == 0) for n in range(2))
-                same = all(torch.equal(v, twice.tensors[n]) for n, v in once.tensors.items())
+                    once, twice = (run(inputs, watched=n == 0) for n in range(2))
+                same = all(_same(v, twice.tensors[n]) for n, v in once.tensors.items())
                 self._ordered[key] = once.changes or not (once.draws or same)
             except Exception as error:  # such as a hook that wants gradients
                 logger.info("plain torch does not run without gradients: %s", error)
@@ -261,7 +268,14 @@ class LossShares:
     def _given(self, every: Sequence[Counted], *, training: bool) -> list[float] | None:
         wish = self.wish
         if callable(wish):
-            return _parts_of_one([one.wish for one in every])
+            counts = [one.wish for one in every]
+            if not 0 < abs(sum(counts)) < inf:
+                raise LoweringError(
+                    f"loss_weights returned {counts[:8]} for the microbatches of a batch, which "
+                    "are no parts of a whole; return numbers with a finite sum other than 0, or "
+                    "leave out a batch in which nothing counts"
+                )
+            return _parts_of_one(counts)
         if wish == "samples":
             return _by_samples(every)
         if wish is None or not training:
@@ -369,19 +383,19 @@ class LossShares:
 
     def _compare(
         self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[LossTerms]
-    ) -> None:
+    ) -> bool:
         for mode in (leaves_in_evaluation(self.model, self.granularity), in_evaluation(self.model)):
             with mode, plain_runs(self.model) as run:
                 first = run(cut.parts[0].inputs)
                 if LOSS not in first.tensors:
-                    return
+                    return True
                 if not first.draws:
-                    self._compare_losses(cut, parts, terms, first, run)
-                    return
+                    return self._compare_losses(cut, parts, terms, first, run)
         known = all(term.kind != "opaque" for term in terms[0].varying)
         if LOSS in cut.found.mixed and not (known and MIXING.isdisjoint(terms[0].functions)):
             raise self._mixed("it draws random numbers in evaluation, too, so that it cannot be "
                               "compared", terms[0])  # fmt: skip
+        return True
 
     def _compare_losses(
         self,
@@ -390,8 +404,8 @@ class LossShares:
         terms: Sequence[LossTerms],
         first: PlainRun,
         run: Callable[..., PlainRun],
-    ) -> None:
-        """Find the weights that fit; ``first`` is a run of the first microbatch."""
+    ) -> bool:
+        """Find the weights that fit, if the loss is finite; ``first`` is its first microbatch."""
         number = max(2, CHECKED_BYTES // max(1, sum(v.nbytes for v in first.tensors.values())))
         own = cut.parts[:number]
         samples = sum(part.num_samples for part in own)
@@ -406,7 +420,9 @@ class LossShares:
             whole = loss(part_of(cut.batch, cut.found.axes, 0, samples))
         except Exception as error:  # whatever a model does with more samples
             logger.info("plain torch cannot run %d samples at once: %s", samples, error)
-            return
+            return True
+        if not whole.isfinite():
+            return False
         counted = self.count(cut, parts, terms[:number], training=False)
         tried = self._candidates(cut, counted, terms[:number])
         for rule, shares in tried.items():
@@ -416,7 +432,7 @@ class LossShares:
                 raise self._mixed("it is where they have as many labels each, and not where one "
                                   "has fewer", terms[0])  # fmt: skip
             self._fitting[_names(terms)] = rule
-            return
+            return True
         pairs = zip(next(iter(tried.values())), losses, strict=True)
         summed = sum(share * float(loss) for share, loss in pairs if share)
         raise self._mixed(
@@ -467,8 +483,9 @@ def _varying(cut: CutBatch, parts: Sequence[Microbatch]) -> frozenset[str]:
 
 
 def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
+    if isinstance(value, Tensor) and isinstance(other, Tensor):  # of no labels a mean is NaN
+        nan = value.isnan(), other.isnan()
+        return torch.equal(*nan) and torch.equal(value.nan_to_num(), other.nan_to_num())
     same = type(value) is type(other) and np.shape(value) == np.shape(other)
     return same and bool(np.all(value == other))
 
@@ -498,14 +515,23 @@ def _agreed_rule(every: Sequence[Counted]) -> str | None:
     """Return what fitted the sum of the terms, if that was measured.
 
     Raises:
+        MixedSamplesError: It has more terms in some microbatches than in others.
         LoweringError: It was measured differently on the shares of several processes.
     """
+    numbers = sorted({len(one.divisors) for one in every})
+    if len(numbers) > 1:
+        raise MixedSamplesError(
+            f"the loss of a microbatch has {numbers[0]} terms here and {numbers[-1]} there, as if "
+            "it had one for each sample, so that no weights are known that give the loss of the "
+            "batch; use batches that fill every microbatch (dataloader_drop_last=True), or choose "
+            "weights with loss_weights='samples' or a function"
+        )
     found = {one.rules for one in every} - {("",), ()}
-    if len(found) > 1 or len({len(one.divisors) for one in every}) > 1:
+    if len(found) > 1:
         raise LoweringError(
             f"how the loss adds up over samples was measured as {sorted(found)} on the shares of "
-            "the replicas, or its terms are not the same; say it with loss_weights='samples' or a "
-            "function, or give every process the whole batch (batches='whole')"
+            "the replicas; say it with loss_weights='samples' or a function, or give every process "
+            "the whole batch (batches='whole')"
         )
     return next(iter(found))[0] if found else None
 

@@ -39,7 +39,7 @@ from ipu_pipeline.stages.materialize import is_on_meta
 from ipu_pipeline.train.arguments import num_processes, process_index
 from ipu_pipeline.train.live_loss import LossRun, calls_of
 from ipu_pipeline.train.one_process import WholeBatchAccelerator, as_one_process
-from ipu_pipeline.train.share import ShareOfData, is_others
+from ipu_pipeline.train.share import ShareOfData, mark_of
 from ipu_pipeline.train.steps import CollectedSteps, Prediction, as_output
 
 if TYPE_CHECKING:
@@ -233,10 +233,23 @@ class ProcessSteps(CollectedSteps):
         return float(sum(self._group.gather(number, float)[::each]))
 
     def counted(self, batches: list[Any], num_items: Any) -> tuple[list[Any], Any]:
-        """Return the batches of an optimizer step, and the items of all processes."""
+        """Return the batches of an optimizer step, and the items of all processes.
+
+        Raises:
+            ValueError: The replicas have not read shares of the same batches.
+        """
         if not self._reads_shares:
             return batches, num_items
-        self._others = [is_others(batch) for batch in batches]
+        marks = [mark_of(batch) for batch in batches]
+        self._others = [others for _, others in marks]
+        found = self._group.gather([digest for digest, _ in marks])
+        if any(theirs != found[0] for theirs in found):
+            raise ValueError(
+                "the replicas do not read shares of the same batches: their sampler draws from "
+                "torch's random numbers, from which reading or collating a sample draws, too, and "
+                "as much as the share asks for; give the sampler or what reads a generator of its "
+                "own, or leave batches='share' out"
+            )
         self._left_out = [b for b, other in zip(batches, self._others, strict=True) if other]
         if num_items is None:
             return batches, None

@@ -3,11 +3,13 @@
 The loader of transformers' loop has the same sampler in every process; what it asks the data for
 is read by share. So steps, epochs and what is skipped on resume are those of one process. Of a
 short batch a replica may have nothing: it reads the first part again, marked, and leaves it out.
+The mark also says which samples were asked for: replicas compare that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ipu_pipeline.stages.batch import part_size
 
-# Marks a batch that is another replica's.
-OTHERS = "ipu_pipeline_share_of_another_replica"
+MARK = "ipu_pipeline_share"
 
 
-class _Others(list[Any]):
-    """Samples of another replica."""
+class _Share(list[Any]):
+    """Samples of a share, with its mark.
+
+    That is twice a digest of the whole batch's indices, and 1 more if the share is another's.
+    """
+
+    def __init__(self, samples: list[Any], indices: Sequence[int], *, others: bool) -> None:
+        super().__init__(samples)
+        text = " ".join(map(str, indices)).encode()
+        self.mark = 2 * int.from_bytes(blake2b(text, digest_size=6).digest()) + others
 
 
 class ShareOfData(Dataset[Any]):
@@ -58,11 +67,11 @@ class ShareOfData(Dataset[Any]):
         wanted = own or indices[:step]
         read = getattr(self.data, "__getitems__", None)
         found = read(list(wanted)) if read else [self.data[index] for index in wanted]
-        return found if own else _Others(found)
+        return _Share(found, indices, others=not own)
 
 
 def marking(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """Return a collator that marks batches of another replica."""
+    """Return a collator that marks shares of batches."""
     return _Marking(collate)
 
 
@@ -72,11 +81,15 @@ class _Marking:  # no closure: workers that are spawned are given it
 
     def __call__(self, samples: list[Any]) -> Any:
         batch = self.collate(samples)
-        if isinstance(samples, _Others):
-            batch[OTHERS] = torch.ones(())
+        if isinstance(samples, _Share):
+            batch[MARK] = torch.tensor(samples.mark)
         return batch
 
 
-def is_others(batch: dict[str, Any | Tensor]) -> bool:
-    """Whether a batch is another replica's; its mark is taken off."""
-    return batch.pop(OTHERS, None) is not None
+def mark_of(batch: dict[str, Any | Tensor]) -> tuple[int, bool]:
+    """Return a digest of the whole batch, and whether the share is another replica's.
+
+    The mark is taken off; of what is not read by share there is none.
+    """
+    digest, others = divmod(int(batch.pop(MARK, 0)), 2)
+    return digest, bool(others)

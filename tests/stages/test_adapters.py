@@ -51,6 +51,21 @@ def test_the_base_is_read_and_adapters_do_not_depend_on_what_is_held(tmp_path: P
     ]
 
 
+@pytest.mark.parametrize("kind", ["injected", "mixed"])
+def test_adapters_that_others_wrap_read_the_base(tmp_path: Path, kind: str) -> None:
+    base, batch = TINY["llama"].build()
+    base.save_pretrained(tmp_path)
+    model, _ = TINY["llama"].build(device="meta")
+    config = peft.LoraConfig(**LORA)
+    if kind == "mixed":
+        model = peft.get_peft_model(model, config, mixed=True)
+    else:
+        model.add_adapter(config)
+    materialize(model, tmp_path, seed=3)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
 @pytest.mark.parametrize(("start", "spread"), [("gaussian", 0.5), (False, 0.0)])
 def test_other_beginnings(start: Any, spread: float) -> None:
     model = adapted(init_lora_weights=start)
@@ -74,10 +89,19 @@ class Slice(Slices):
             {"config": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])},
             r"adapter 'default' \(IA3\) is no LoRA that begins with init_lora_weights True",
         ),
+        ({"merge": True}, r"adapter 'default' was merged into weights .* call unmerge_adapter\(\)"),
+        (
+            {"layer_replication": [[0, 1], [0, 2]]},
+            r"layer_replication of adapter 'default' repeats",
+        ),
     ],
 )
-def test_adapters_that_begin_from_weights_are_refused(changes: Any, message: str) -> None:
-    model = adapted(**copy.deepcopy(changes))
+def test_what_depends_on_weights_is_refused(changes: Any, message: str) -> None:
+    changes = copy.deepcopy(changes)
+    merge = changes.pop("merge", False)
+    model: Any = adapted(**changes)
+    if merge:
+        model.merge_adapter()
     with pytest.raises(LoweringError, match=message):
         materialize(model)
 

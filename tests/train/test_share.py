@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from ipu_pipeline.train.share import ShareOfData, is_others, marking
+from ipu_pipeline.train.share import ShareOfData, mark_of, marking
 
 
 class Numbers:
@@ -36,6 +36,7 @@ class Together(Numbers):
 def test_shares_are_read_once_and_what_is_left_over_by_one(kind: Any, size: int) -> None:
     """Batches of 4 samples for 2 replicas; of a short one a replica may have nothing."""
     found: list[list[list[int]]] = []
+    marks: list[list[tuple[int, bool]]] = []
     for replica in range(2):
         share = ShareOfData(kind(size), replica, 2, 2)
         loader = DataLoader(
@@ -44,10 +45,15 @@ def test_shares_are_read_once_and_what_is_left_over_by_one(kind: Any, size: int)
         assert len(share) == size
         batches = list(loader)
         assert len(batches) == -(-size // 4)
-        found.append([[] if is_others(batch) else batch["numbers"] for batch in batches])
+        marks.append([mark_of(batch) for batch in batches])
+        pairs = zip(batches, marks[-1], strict=True)
+        found.append([[] if others else batch["numbers"] for batch, (_, others) in pairs])
         assert all(set(batch) == {"numbers"} for batch in batches)  # the mark is taken off
         if size == 8:
             assert share.data.read == list(chain.from_iterable(found[-1]))
+    digests = [[digest for digest, _ in own] for own in marks]
+    assert digests[0] == digests[1]  # both were asked for the same
+    assert len({*digests[0]}) == len(batches)
     joined = [first + second for first, second in zip(*found, strict=True)]
     assert list(chain.from_iterable(joined)) == list(range(size))
     assert all(len(own) <= 2 for replica in found for own in replica)

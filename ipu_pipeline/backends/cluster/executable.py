@@ -458,6 +458,8 @@ class DistributedExecutable(Executable):
                 self._refuse_other_order(len(prepared))
             self._batch_check.check_glue(self.global_step, given, prepared)
             if not isinstance(cut, CutBatch):
+                if training:
+                    self._shares.check_parts(given)
                 return stages, prepared
             return stages, self._shares.weighted(cut, prepared, stages, training=training)
 

@@ -76,6 +76,7 @@ class BatchShares:
         self.apart = batches == "share" and groups.layout.num_replicas > 1
         self._probed: set[str] = set()
         self._draws = False
+        self._keeps: bool | None = None
 
     def of(self, num_samples: int) -> slice:
         """Return which samples of a batch this process is given in a training step."""
@@ -84,7 +85,7 @@ class BatchShares:
         plan, layout = self._plan, self._groups.layout
         number = plan.num_microbatches * layout.num_replicas
         step = part_size(num_samples, number, plan.micro_batch_size)
-        starts = dealt(range(0, num_samples, step), layout)
+        starts = dealt(range(0, num_samples, step or 1), layout)
         if not starts:
             return slice(num_samples, num_samples)
         return slice(starts[0], min(starts[-1] + step, num_samples))
@@ -144,6 +145,11 @@ class BatchShares:
             return losses.count(probe, parts, terms, training=True, alone=False)
 
         told = together(self, count, "replica")
+        if not any(told):
+            raise LoweringError(
+                "the share of every replica is empty; pass at least one sample of the batch to one "
+                "of them"
+            )
         every = [msgspec.convert(one, Counted) for of_replica in told for one in of_replica]
         first = sum(map(len, told[: layout.replica]))
         found = losses.weighted(cut, parts, terms, training=True, every=every, first=first)
@@ -163,6 +169,25 @@ class BatchShares:
         groups = self._groups
         return groups.waiter.run(lambda: gather_over(groups.replicas, value, kind, groups.device))
 
+    def check_parts(self, parts: Sequence[Microbatch]) -> None:
+        """Refuse microbatches of a share that Python would not compute as one process does.
+
+        Raises:
+            LoweringError: The model draws or keeps values in Python; the same on every process.
+        """
+        if self.apart:
+            together(self, lambda: self._check_python(parts), "replica")
+
+    def _check_python(self, parts: Sequence[Microbatch], *, reads: bool = False) -> None:
+        if self._keeps is None and parts:
+            self._keeps = self._losses.keeps_values(parts[0].inputs)
+        if reads or self._draws or self._keeps:
+            raise LoweringError(
+                f"{type(self._losses.model).__name__} draws from generators of Python or numpy, or "
+                "keeps or reads values in Python whenever it runs, and a replica would do so for "
+                "its share of the batch only; give every process the whole batch (batches='whole')"
+            )
+
     def _checked(
         self, cut: CutBatch, parts: Sequence[Microbatch], terms: Sequence[Any]
     ) -> CutBatch:
@@ -176,13 +201,7 @@ class BatchShares:
             )
         if not parts:
             return cut
-        first = not self._probed
-        if self._draws or (first and losses.is_ordered(cut, terms[0])):
-            raise LoweringError(
-                f"{type(losses.model).__name__} draws from generators of Python or numpy, or keeps "
-                "or reads values in Python whenever it runs, and a replica would do so for its "
-                "share of the batch only; give every process the whole batch (batches='whole')"
-            )
+        self._check_python(cut.parts, reads=not self._probed and terms[0].reads_values)
         probe, ready, known = cut, list(parts), list(terms)
         if len(parts) == 1 and parts[0].num_samples > 1:
             probe = replace(cut, parts=split_batch(cut.batch, 2, 1, cut.found.axes))
@@ -191,6 +210,6 @@ class BatchShares:
             if probe is not cut:
                 # Known programs at other sizes name other terms than those of the share itself.
                 ready, known = replace(self._cache, self_check=False).foreseen(probe.parts)
-            losses.check(probe, ready, known, training=True)
-            self._probed.add(shape)
+            if losses.check(probe, ready, known, training=True):
+                self._probed.add(shape)
         return probe

@@ -175,10 +175,20 @@ def uneven(loss: str, microbatches: int, target: str = "distributed") -> list[fl
 
 
 def in_shares(
-    loss: Any, microbatches: int, sizes: Sequence[int] = (losses.SAMPLES,)
+    loss: Any,
+    microbatches: int,
+    sizes: Sequence[int] = (losses.SAMPLES,),
+    unlabelled: slice = slice(0),
+    *,
+    cut: bool = False,
 ) -> list[dict[str, Any]]:
-    """Compare the loss and gradients of shares with those of the whole batch, or be refused."""
-    model, batch = losses.Model(loss), losses.uneven_batch()
+    """Compare the loss and gradients of shares with those of the whole batch, or be refused.
+
+    ``unlabelled`` samples of the first batch have no labels; ``cut``: the caller cuts batches.
+    """
+    model, full = losses.Model(loss), losses.uneven_batch()
+    batch = {**full, "labels": full["labels"].clone()}
+    batch["labels"][unlabelled] = losses.IGNORED
     size = losses.SAMPLES // microbatches // dist.get_world_size()
     micro = {name: value[:size] for name, value in batch.items()}
     plan = ipp.plan(model.train(), micro, num_stages=1, microbatches=microbatches)
@@ -187,12 +197,15 @@ def in_shares(
     with ipp.compile(model, plan, target="distributed", batches="share") as made:
         for number in sizes:
             whole = {name: value[:number] for name, value in batch.items()}
+            batch = full
             expected, gradients = losses.truth(model, whole)
             kept = made.share_of(number)
             share = {name: value[kept] for name, value in whole.items()}
             model.zero_grad()
             try:
-                own = made.forward_backward(share if len(share["ids"]) else {})
+                given = share if len(share["ids"]) else {}
+                step = made.forward_backward_parts
+                own = step([given], [1.0])[0] if cut else made.forward_backward(given)
             except ipp.errors.LoweringError as error:
                 found.append({"refused": str(error)})
                 continue
@@ -223,4 +236,9 @@ def counting(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 def refused_in_shares() -> list[Any]:
     """Return what is said of losses that shares do not give, and of batches that begin badly."""
     said = [in_shares(loss, 1)[0] for loss in (contrastive, drawn, counting)]
-    return [*said, *in_shares(losses.token_mean, 1, [2, 8, 5, 1])]
+    said += [in_shares(loss, 1, cut=True)[0] for loss in (drawn, counting)]
+    small, *rest = in_shares(losses.token_mean, 1, [2, 8, 5, 1])
+    *others, empty = in_shares(losses.token_mean, 2, [8, 8, 0], slice(4))
+    for begin in (slice(4), slice(4, 8), slice(2)):
+        others += in_shares(losses.class_weights, 2, [8, 8], begin)
+    return [*said, small, empty, *rest, *others]

@@ -24,7 +24,7 @@ from ipu_pipeline.backends.cluster.ranks.consistency import (
 )
 from ipu_pipeline.backends.cluster.shares import dealt
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.loss_shares import Counted, _agreed_rule
+from ipu_pipeline.stages.loss_shares import Counted, MixedSamplesError, _agreed_rule
 from tests.backends.cluster import batch_jobs, jobs
 from tests.backends.cluster.processes import Processes
 from tests.later import in_turn
@@ -132,11 +132,15 @@ def test_every_loss_of_shares_is_that_of_the_whole_batch(two: Processes, microba
 
 
 def test_what_shares_do_not_give_is_refused_by_all(two: Processes) -> None:
+    """Of batches that are cut here or by the caller; the first ones have no labels in a share."""
     messages = [
         "is not that of its microbatches: of 4 samples at once",
         "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
         "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
+        "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
+        "draws from generators of Python or numpy, or keeps or reads values in Python whenever",
         "the share of the first batch has fewer than two samples, on which could be seen how",
+        "the share of every replica is empty; pass at least one sample of the batch to one of",
     ]
     for found in two.run("batch_jobs.refused_in_shares"):
         for one, message in zip(found[: len(messages)], messages, strict=True):
@@ -149,10 +153,10 @@ def test_what_shares_do_not_give_is_refused_by_all(two: Processes) -> None:
 def test_replicas_that_measure_differently_are_refused() -> None:
     assert _agreed_rule([Counted(1, rules=("",)), Counted(1, rules=("sum",))]) == "sum"
     with pytest.raises(
-        LoweringError, match=r"measured as \[\('mean',\), \('sum',\)\] on the shares"
+        LoweringError, match=r"measured as \[\('mean',\), \('sum',\)\] on the shares of the re"
     ):
         _agreed_rule([Counted(1, rules=("mean",)), Counted(1, rules=("sum",))])
-    with pytest.raises(LoweringError, match="or its terms are not the same; say it with loss_wei"):
+    with pytest.raises(MixedSamplesError, match="has 1 terms here and 2 there, as if it had one"):
         _agreed_rule([Counted(1, divisors=(1.0,)), Counted(1, divisors=(1.0, 2.0))])
 
 

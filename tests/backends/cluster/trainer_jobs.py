@@ -170,6 +170,13 @@ def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
+def hidden(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate rows of which each word may be hidden."""
+    batch = padded(rows)
+    batch["input_ids"].masked_fill_(torch.rand(batch["input_ids"].shape) < 0.1, 1)
+    return batch
+
+
 class Reads(TrainerCallback):
     """Reads weights after every step."""
 
@@ -319,8 +326,12 @@ def refused(folder: str) -> list[str]:
     says(ValueError, lambda: made(folder, save_strategy="steps"), resume_from_checkpoint=True)
     says(LoweringError, lambda: made(folder, more={"num_stages": 1}))
     says(ValueError, lambda: made(folder, replicas=3, more={"num_stages": None}))
-    shares = {"replicas": 2, "batches": "share", "include_num_input_tokens_seen": "all"}
-    says(ValueError, lambda: made(folder, more={"num_stages": 1}, **shares))
+    shares: dict[str, Any] = {"replicas": 2, "batches": "share"}
+    seen = {"include_num_input_tokens_seen": "all", **shares}
+    says(ValueError, lambda: made(folder, more={"num_stages": 1}, **seen))
+    length = {"train_sampling_strategy": "group_by_length", "max_steps": 4}
+    more = {"num_stages": 1, "data_collator": hidden}
+    says(ValueError, lambda: made(folder, Long(18), more=more, **shares, **length))
     whole = made(folder)
     whole.hp_search_backend = "optuna"  # as hyperparameter_search sets it
     says(ValueError, lambda: whole)

@@ -312,6 +312,14 @@ def test_means_over_different_labels_have_weights_of_their_own():
         check(model, {**batch, "labels": labels}, executable)
 
 
+def test_a_term_for_each_sample_is_refused_where_a_microbatch_has_fewer():
+    model, batch = Model(a_loss_per_row), uneven_batch()
+    with ipp.compile(model, planned(model, batch, 4)) as executable:
+        check(model, batch, executable)
+        with pytest.raises(MixedSamplesError, match="has 1 terms here and 2 there, as if it had"):
+            executable.forward_backward({name: value[:7] for name, value in batch.items()})
+
+
 def test_means_are_divided_by_a_temperature_of_the_batch():
     def loss(model: nn.Module, logits: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
         return token_mean(model, logits, labels) / temperature
@@ -370,15 +378,22 @@ def test_weights_of_the_users_own(weights: Any):
         assert executable.forward_backward(batch) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_wrong_number_of_weights_and_an_unknown_word_are_refused():
+def test_wrong_weights_and_an_unknown_word_are_refused():
     model, batch = Model(token_mean), uneven_batch()
     plan = planned(model, batch, 4)
-    message = "loss_weights has 2 weights, the batch 4 microbatches"
-    with (
-        ipp.compile(model, plan, loss_weights=[0.5, 0.5]) as executable,
-        pytest.raises(LoweringError, match=message),
-    ):
-        executable.forward_backward(batch)
+    wrong: list[tuple[Any, str]] = [
+        ([0.5, 0.5], "loss_weights has 2 weights, the batch 4 microbatches"),
+        (
+            lambda _: 0.0,
+            r"loss_weights returned \[0.0, 0.0, 0.0, 0.0\] .*leave out a batch in which",
+        ),
+    ]
+    for weights, message in wrong:
+        with (
+            ipp.compile(model, plan, loss_weights=weights) as executable,
+            pytest.raises(LoweringError, match=message),
+        ):
+            executable.forward_backward(batch)
     with pytest.raises(ValueError, match="loss_weights 'tokens' is unknown; use 'samples', a list"):
         ipp.compile(model, plan, loss_weights="tokens")
 
