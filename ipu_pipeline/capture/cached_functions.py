@@ -11,7 +11,6 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -34,8 +33,11 @@ def called_anew(model: nn.Module) -> Iterator[None]:
         _FOUND[model] = [(place, name, _anew(wrapper)) for place, name, wrapper in cached]
     with contextlib.ExitStack() as stack:
         for place, name, call in _FOUND[model]:
-            patched = mock.patch.dict if isinstance(place, dict) else mock.patch.multiple
-            stack.enter_context(patched(place, **{name: call}))
+            put = (
+                functools.partial(setattr, place) if isinstance(place, type) else place.__setitem__
+            )
+            stack.callback(put, name, (vars(place) if isinstance(place, type) else place)[name])
+            put(name, call)
         yield
 
 

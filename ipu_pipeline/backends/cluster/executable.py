@@ -456,7 +456,7 @@ class DistributedExecutable(Executable):
                 refuse_between_blocks(own, self._slices)
             if any(stage.in_order for own in stages for stage in own):
                 self._refuse_other_order(len(prepared))
-            self._batch_check.check_glue(self.global_step, given, prepared)
+            self._batch_check.check_glue(self.global_step, given, prepared, stages)
             if not isinstance(cut, CutBatch):
                 if training:
                     self._shares.check_parts(given)

@@ -57,6 +57,29 @@ def trained(*, replicas: int = 1, odd: int = -1) -> dict[str, Any]:
     return {"losses": losses, "calls": own.calls, "modes": modes, "state": state}
 
 
+def hooked() -> str:
+    """Train with a dict that hooks fill and nobody empties; return why that is refused."""
+    kept: dict[int, Tensor] = {}
+
+    def body(self: Toy, x: Tensor) -> dict[str, Tensor]:
+        h = self.layers[1](self.layers[0](x))
+        return {"loss": h.square().mean() + sum(t.mean() for t in kept.values())}
+
+    own: Any = Toy(body)
+    for number, layer in enumerate(own.layers):
+        layer.register_forward_hook(lambda _, __, out, n=number: kept.__setitem__(n, out))
+    plan = ipp.plan(own, halves(inputs(0))[0], num_stages=2, microbatches=2)
+    made = ipp.compile(own, plan, target="distributed")
+    try:
+        for step in range(STEPS):
+            made.forward_backward(inputs(step))
+    except (ValueError, ipp.errors.PipelineError) as error:
+        return str(error)
+    finally:
+        made.close()
+    return ""
+
+
 def train(made: Any, own: Any, step: int) -> float:
     own.weight = 1.0 + step / 5
     loss: float = made.train_step(inputs(step)).loss

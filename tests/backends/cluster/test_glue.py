@@ -45,4 +45,11 @@ def test_ranks_with_other_numbers_are_named() -> None:
     processes.close()
     for rank in found:
         assert "by the model's own code in step 0, but rank 0 with [[" in rank["error"]
-        assert "give the same on every rank: the same seeds" in rank["error"]
+        assert "do the same on every rank: the same seeds" in rank["error"]
+
+
+def test_ranks_whose_hooks_leave_something_else_are_named() -> None:
+    processes = Processes(2, joined=False)
+    found = processes.run("glue_jobs.hooked")
+    processes.close()
+    assert all("or their hooks fill, of which a rank runs its own only" in text for text in found)

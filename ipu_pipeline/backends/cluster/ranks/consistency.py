@@ -28,7 +28,7 @@ from ipu_pipeline.errors import LoweringError, PipelineError, StageError
 from ipu_pipeline.ir.plan import Plan, library_versions
 from ipu_pipeline.stages.batch import Microbatch
 from ipu_pipeline.stages.executable import ExecutionOptions
-from ipu_pipeline.stages.stage import recomputed_blocks
+from ipu_pipeline.stages.stage import Stage, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks
 
 # Elements of a tensor that are compared between ranks.
@@ -236,9 +236,13 @@ class BatchCheck:
         )
 
     def check_glue(
-        self, step: int, parts: Sequence[Microbatch], prepared: Sequence[Microbatch]
+        self,
+        step: int,
+        parts: Sequence[Microbatch],
+        prepared: Sequence[Microbatch],
+        stages: Sequence[Sequence[Stage]],
     ) -> None:
-        """Compare the numbers that the model's code gave in Python for every microbatch.
+        """Compare what the model's code did for every microbatch: its numbers, and what is sent.
 
         Every process calls this.
 
@@ -251,8 +255,10 @@ class BatchCheck:
         ]
         self._compare(
             f"with {given} by the model's own code in step {step}",
-            "let the code between the model's blocks give the same on every rank: the same seeds "
-            "for random and numpy, and no clock",
+            "let the code between the model's blocks do the same on every rank: the same seeds "
+            "for random and numpy, no clock, and what blocks or their hooks fill, of which a rank "
+            "runs its own only, emptied at the start of forward",
+            values=repr([[(s.receives, s.sends) for s in own] for own in stages]).encode(),
         )
 
     def _compare(self, text: str, remedy: str, head: str = "", values: bytes = b"") -> None:
