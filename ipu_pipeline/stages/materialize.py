@@ -123,7 +123,7 @@ def materialize(
 def _read(
     files: _Files, model: nn.Module, wanted: Collection[str], slices: Slices
 ) -> Mapping[str, Tensor]:
-    """Read what is wanted, of a model with adapters by the names in its base."""
+    """Read what is wanted, of a model with adapters by its own names or those in its base."""
     if not has_adapters(model):
         return files.tensors_of(model, wanted)
     if slices.size > 1:
@@ -131,6 +131,8 @@ def _read(
             "adapters over a model on meta do not go with tensor parallelism; plan with tp 1, or "
             "build the model with values"
         )
+    if any(name_in_base(name) != name for name in files.files):  # save_checkpoint's, with adapters
+        return files.tensors_of(model, wanted)
     found = files.tensors_of(without_adapters(model), {name_in_base(name) for name in wanted})
     names = {n: name_in_base(n) for n in model.state_dict(keep_vars=True)}
     # A module that is trained beside the base begins as a copy of it.
