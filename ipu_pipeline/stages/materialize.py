@@ -109,6 +109,8 @@ def materialize(
             missing.add(key)
             value = torch.empty(slices.shape(parameter), dtype=parameter.dtype)
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    if wanted != set(names):
+        model.register_state_dict_pre_hook(_refuse_stand_ins)
     buffers = _materialize_buffers(model, read)
     _initialize(model, seed, missing, buffers)
     _cut(model, missing, slices)
@@ -118,6 +120,20 @@ def materialize(
             "%d parameters are not in %s and are initialised: %s%s", len(new), weights,
             ", ".join(new[:_SHOWN]), ", ..." if len(new) > _SHOWN else "",
         )  # fmt: skip
+
+
+def _refuse_stand_ins(model: nn.Module, _prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+    """Refuse to hand out stand-ins as weights: ``save_pretrained`` and ``torch.save`` ask so.
+
+    Raises:
+        LoweringError: The caller wants values (``keep_vars`` is for who looks at parameters).
+    """
+    if not keep_vars:
+        raise LoweringError(
+            f"this process has the weights of its own stages of {type(model).__name__} only, and "
+            "stand-ins for the others; save_checkpoint(folder) of the executable writes the whole "
+            "model, which from_pretrained(folder) reads, with adapters compile(weights=folder)"
+        )
 
 
 def _read(

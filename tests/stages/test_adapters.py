@@ -38,6 +38,9 @@ def test_the_base_is_read_and_adapters_do_not_depend_on_what_is_held(tmp_path: P
     materialize(other, tmp_path, seed=4)
     with torch.no_grad():
         assert torch.equal(whole(**batch).logits, base(**batch).logits)  # B is 0
+    with pytest.raises(LoweringError, match=r"stand-ins for the others; save_checkpoint\(folder\)"):
+        part.save_pretrained(tmp_path / "adapters")  # type: ignore[operator]
+    whole.save_pretrained(tmp_path / "adapters")  # type: ignore[operator]
     own, some, differs = (dict(m.named_parameters()) for m in (whole, part, other))
     assert all(torch.equal(own[n], some[n]) for n in held)
     drawn = {n for n in names if "lora_A" in n}
