@@ -109,6 +109,8 @@ def materialize(
             missing.add(key)
             value = torch.empty(slices.shape(parameter), dtype=parameter.dtype)
         swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    if wanted != set(names):
+        model.register_state_dict_pre_hook(_refuse_stand_ins)
     buffers = _materialize_buffers(model, read)
     _initialize(model, seed, missing, buffers)
     _cut(model, missing, slices)
@@ -120,10 +122,24 @@ def materialize(
         )  # fmt: skip
 
 
+def _refuse_stand_ins(model: nn.Module, _prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+    """Refuse to hand out stand-ins as weights: ``save_pretrained`` and ``torch.save`` ask so.
+
+    Raises:
+        LoweringError: The caller wants values (``keep_vars`` is for who looks at parameters).
+    """
+    if not keep_vars:
+        raise LoweringError(
+            f"this process has the weights of its own stages of {type(model).__name__} only, and "
+            "stand-ins for the others; save_checkpoint(folder) of the executable writes the whole "
+            "model, which from_pretrained(folder) reads, with adapters compile(weights=folder)"
+        )
+
+
 def _read(
     files: _Files, model: nn.Module, wanted: Collection[str], slices: Slices
 ) -> Mapping[str, Tensor]:
-    """Read what is wanted, of a model with adapters by the names in its base."""
+    """Read what is wanted, of a model with adapters by its own names or those in its base."""
     if not has_adapters(model):
         return files.tensors_of(model, wanted)
     if slices.size > 1:
@@ -131,6 +147,8 @@ def _read(
             "adapters over a model on meta do not go with tensor parallelism; plan with tp 1, or "
             "build the model with values"
         )
+    if any(name_in_base(name) != name for name in files.files):  # save_checkpoint's, with adapters
+        return files.tensors_of(model, wanted)
     found = files.tensors_of(without_adapters(model), {name_in_base(name) for name in wanted})
     names = {n: name_in_base(n) for n in model.state_dict(keep_vars=True)}
     # A module that is trained beside the base begins as a copy of it.

@@ -47,6 +47,9 @@ Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GRAD: Any = Tensor.grad.__get__  # type: ignore[union-attr]
 _current = threading.local()
+# Which forwards a thread is in. In the model it would count as the user's own, by which all stages
+# run in one thread.
+_inside = threading.local()
 
 
 @contextlib.contextmanager
@@ -81,16 +84,16 @@ class _Forward:
         self._model = model
         self._own = model.forward
         self._call = call
-        self._inside = threading.local()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self._inside, "it", False):
+        inside = vars(_inside).setdefault("forwards", set())
+        if id(self) in inside:
             return self._own(*args, **kwargs)
-        self._inside.it = True
+        inside.add(id(self))
         try:
             return self._call(self._own, args, kwargs)
         finally:
-            self._inside.it = False
+            inside.discard(id(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the copied model's own: compute_loss may copy the model (averaged weights)."""

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ipu_pipeline.checkpoint.slices import Slices
 from ipu_pipeline.errors import LoweringError
-from ipu_pipeline.stages.materialize import materialize
+from ipu_pipeline.stages.materialize import SINGLE, materialize
 from tests.tiny_models import TINY
 
 peft = pytest.importorskip("peft")
@@ -37,6 +38,9 @@ def test_the_base_is_read_and_adapters_do_not_depend_on_what_is_held(tmp_path: P
     materialize(other, tmp_path, seed=4)
     with torch.no_grad():
         assert torch.equal(whole(**batch).logits, base(**batch).logits)  # B is 0
+    with pytest.raises(LoweringError, match=r"stand-ins for the others; save_checkpoint\(folder\)"):
+        part.save_pretrained(tmp_path / "adapters")  # type: ignore[operator]
+    whole.save_pretrained(tmp_path / "adapters")  # type: ignore[operator]
     own, some, differs = (dict(m.named_parameters()) for m in (whole, part, other))
     assert all(torch.equal(own[n], some[n]) for n in held)
     drawn = {n for n in names if "lora_A" in n}
@@ -49,6 +53,17 @@ def test_the_base_is_read_and_adapters_do_not_depend_on_what_is_held(tmp_path: P
     assert [n for n, p in own.items() if p.requires_grad] == [
         n for n in names if "lora_" in n or "modules_to_save" in n
     ]
+
+
+def test_files_with_adapters_are_read_as_they_are(tmp_path: Path) -> None:
+    base, batch = TINY["llama"].build()
+    config = peft.LoraConfig(**LORA, init_lora_weights=False)
+    model = peft.get_peft_model(base, config)
+    save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / SINGLE)
+    again = adapted(init_lora_weights=False)
+    materialize(again, tmp_path, seed=3)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("kind", ["injected", "mixed"])

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
 
+from ipu_pipeline.capture.python_state import PythonState
 from ipu_pipeline.errors import CaptureError, LoweringError
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, schedule_names
-from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun
+from ipu_pipeline.train.live_loss import RUN, LiveLoss, LossRun, calls_of
 from ipu_pipeline.train.trainer import PipelineTrainer
 from tests.later import every_second, in_turn
 from tests.tiny_models import TINY
@@ -280,6 +281,14 @@ def test_outputs_that_cannot_be_copied_are_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"returns a dict that cannot be copied \(never\)"):
         LiveLoss().view(lambda: {"odd": Odd()}, {RUN: torch.tensor(0)})
+
+
+def test_what_stands_for_forward_is_no_state_of_the_users() -> None:
+    """A thread-local would let all stages run in one thread."""
+    model = torch.nn.Linear(2, 2)
+    with calls_of(model, lambda forward, args, _: forward(*args)):
+        model(torch.zeros(1, 2))
+        assert not PythonState(model.modules()).thread_locals
 
 
 def test_an_abandoned_run_ends() -> None:
