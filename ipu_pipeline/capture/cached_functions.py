@@ -19,7 +19,7 @@ from ipu_pipeline.capture.python_state import Generators, PythonState
 from ipu_pipeline.capture.values import tensors_in
 
 # Namespace or class, name there, and what stands there during a trace.
-_Found = list[tuple[Any, str, Callable[..., Any]]]
+_Found = list[tuple[Any, str, Any]]
 _FOUND: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
 # Whether what a function returns is a table: tensors that it does not draw.
 _IS_TABLE: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -30,7 +30,7 @@ def called_anew(model: nn.Module) -> Iterator[None]:
     """Let cached functions of the user that the code of ``model`` names compute tensors anew."""
     if model not in _FOUND:
         cached = PythonState(model.modules()).cached
-        _FOUND[model] = [(place, name, _anew(wrapper)) for place, name, wrapper in cached]
+        _FOUND[model] = [(place, name, _method_anew(value)) for place, name, value in cached]
     with contextlib.ExitStack() as stack:
         for place, name, call in _FOUND[model]:
             put = (
@@ -39,6 +39,11 @@ def called_anew(model: nn.Module) -> Iterator[None]:
             stack.callback(put, name, (vars(place) if isinstance(place, type) else place)[name])
             put(name, call)
         yield
+
+
+def _method_anew(value: Any) -> Any:
+    is_method = isinstance(value, staticmethod | classmethod)
+    return type(value)(_anew(value.__func__)) if is_method else _anew(value)
 
 
 def _anew(wrapper: functools._lru_cache_wrapper[Any]) -> Callable[..., Any]:

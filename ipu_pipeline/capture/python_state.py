@@ -116,7 +116,7 @@ class PythonState:
 
     def __init__(self, modules: Iterable[nn.Module], others: Iterable[nn.Module] = ()) -> None:
         self.thread_locals: list[threading.local] = []
-        self.cached: list[tuple[Any, str, _lru_cache_wrapper[Any]]] = []
+        self.cached: list[tuple[Any, str, Any]] = []
         self._generators = Generators()
         self._copies: list[tuple[Any, Any]] = [(vars(m), vars(m).copy()) for m in others]
         self._attributes = {id(live) for live, _ in self._copies}
@@ -211,9 +211,10 @@ class PythonState:
 
     def _note_cached(self, place: Any, entries: dict[str, Any]) -> None:
         for name, value in entries.items():
-            if isinstance(value, _lru_cache_wrapper) and not is_foreign(value):
+            function = getattr(value, "__func__", value)  # of a static or class method
+            if isinstance(function, _lru_cache_wrapper) and not is_foreign(function):
                 self.cached.append((place, name, value))
-                self._note(value.__wrapped__, _DEPTH)
+                self._note(function.__wrapped__, _DEPTH)
 
     def _note_function(self, called: types.FunctionType | types.MethodType) -> None:
         """Note the plain variables that a function of the user reads outside itself."""

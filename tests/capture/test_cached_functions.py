@@ -37,8 +37,14 @@ class OfClass(Toy):
     def own(self, size: int) -> Tensor:
         return torch.arange(size, dtype=torch.float32).sin()
 
+    @staticmethod
+    @cache
+    def shared(size: int) -> Tensor:
+        return torch.arange(size, dtype=torch.float32) / 8
+
     def forward(self, **inputs: Any) -> Any:
-        return last(self, self.layers[0](inputs["x"] + self.own(inputs["x"].shape[-1])))
+        size = inputs["x"].shape[-1]
+        return last(self, self.layers[0](inputs["x"] + self.own(size) + self.shared(size)))
 
 
 class Inside(Layer):
@@ -65,7 +71,7 @@ def without(self: Toy, x: Tensor) -> dict[str, Tensor]:
 
 
 def forget() -> None:
-    for function in (table, weights, noise, OfClass.own):
+    for function in (table, weights, noise, OfClass.own, OfClass.shared):
         function.cache_clear()
     CALLS.clear()
 
