@@ -72,7 +72,8 @@ class Roofline:
         if is_attention(op):
             share = kernels.attention_share[op.name.endswith("_backward")]
             return op.flops * visible_share(op) / (peak * share)
-        return op.flops / (peak * kernels.product_efficiency(op.dtype, product_sides(op)))
+        efficiency = kernels.product_efficiency(op.dtype, product_sides(op))
+        return op.flops / (peak * efficiency) if efficiency else 0.0  # nothing is multiplied
 
     def _missing_s(self, moved: int, moving_s: float, work_s: float) -> float:
         near_s = moved / max(rate for _, rate in self.device.bytes_curve)

@@ -90,6 +90,7 @@ def test_a_gpu_reaches_less_of_its_peak_with_thin_products() -> None:
     op = OpRecord("aten.mm", "matmul", "float32", ((10, 30), (30, 90)), 10**6, 0)
     share = 0.5 * (10 / 20) * (30 / 40) * (90 / 100)
     assert seconds(op, GPU) == pytest.approx(10**6 / (1e9 * share))
+    assert seconds(replace(op, shapes=((10, 0), (0, 90))), GPU) == 0  # as an edited plan may say
     convolution = OpRecord("aten.convolution", "matmul", "float32", ((4, 3, 8, 8),), 10**6, 0)
     assert seconds(convolution, GPU) == pytest.approx(10**6 / (1e9 * 0.5))
     assert seconds(vector("add", 800), GPU) == pytest.approx(800 / 0.8e8)
