@@ -78,16 +78,21 @@ def plain(model: nn.Module, inputs: dict[str, Tensor]) -> float:
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("make", [lambda: toy(read_globals), lambda: OwnCount(read_globals)])
-def test_counters_move_once_per_microbatch(make: Callable[[], Toy]) -> None:
-    torch.manual_seed(0)
-    model = make()
+def check_two_steps(model: nn.Module, reset: Callable[[], None]) -> None:
+    """Compare two batches in stages with plain torch, both from the state that ``reset`` gives."""
     reset()
     expected = [plain(model, batch(n)) for n in range(2)]
     reset()
     with in_stages(model, batch(0)) as executable:
         found = [executable.forward_backward(batch(n)) for n in range(2)]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: toy(read_globals), lambda: OwnCount(read_globals)])
+def test_counters_move_once_per_microbatch(make: Callable[[], Toy]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    check_two_steps(model, reset)
 
 
 class Reading(Layer):
@@ -177,10 +182,5 @@ def test_code_between_blocks_that_reads_values_counts_for_its_caller() -> None:
         OF_THREAD.scale, SETTINGS.count = 1.0, 0  # type: ignore[attr-defined]
 
     model = toy(counted_while_stages_run)
-    reset()
-    expected = [plain(model, batch(n)) for n in range(2)]
-    reset()
-    with in_stages(model, batch(0)) as executable:
-        found = [executable.forward_backward(batch(n)) for n in range(2)]
-    assert found == pytest.approx(expected, rel=1e-6)
+    check_two_steps(model, reset)
     assert (OF_THREAD.scale, SETTINGS.count) == (2.0, 4)  # type: ignore[attr-defined]
