@@ -17,6 +17,7 @@ from ipu_pipeline.planner.backend import Workload, backend_of
 from ipu_pipeline.planner.options.block_cost import GraphCosts
 from ipu_pipeline.planner.options.cost_models import estimate
 from ipu_pipeline.planner.options.tables import unfused_heads
+from ipu_pipeline.planner.options.vocabulary import check_vocabulary
 from ipu_pipeline.planner.schedules import PipelineShape, schedule_kind, step_seconds
 from ipu_pipeline.planner.schedules.stage_loads import StageLoad
 from ipu_pipeline.planner.search import Constraints, Partition
@@ -51,7 +52,12 @@ class PlanPrice:
 
 
 def price(plan: Plan) -> PlanPrice:
-    """Return the price of ``plan``, from the plan alone; it need not fit."""
+    """Return the price of ``plan``, from the plan alone; it need not fit.
+
+    Raises:
+        PlanError: Its vocabulary cannot be spread so.
+    """
+    check_vocabulary(plan)
     return backend_of(plan.machine).step(plan)
 
 
