@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
@@ -54,15 +55,16 @@ def kv_cache_bytes(
 def _layer_bytes(config: Any, dtype: torch.dtype, batch_size: int, length: int) -> list[int]:
     """Return the bytes of every layer's own keys and values."""
     cache = DynamicCache(config=config)
-    keys, values = _keys_and_values(config, dtype, batch_size, length)
+    if not cache.layers:  # made as they are filled
+        cache.layers += [DynamicLayer() for _ in range(_text(config).num_hidden_layers)]
     for index, layer in enumerate(cache.layers):
-        if not hasattr(layer, "keys"):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise LoweringError(
                 f"layer {index} of {type(config).__name__} keeps a {type(layer).__name__}, which "
                 "is not made of keys and values alone; measure it: generate once and look at the "
                 "cache (return_dict_in_generate=True)"
             )
-        cache.update(keys, values, index)
+        layer.update(*_keys_and_values(config, dtype, batch_size, length))
     return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
 
 
@@ -70,7 +72,7 @@ def _keys_and_values(
     config: Any, dtype: torch.dtype, batch_size: int, length: int
 ) -> tuple[Tensor, Tensor]:
     """Return keys and values of one layer, without their values."""
-    text = config.get_text_config(decoder=True)
+    text = _text(config)
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
     size = size or text.hidden_size // heads
@@ -82,3 +84,7 @@ def _keys_and_values(
         for each in (key_size, value_size)
     ]
     return made[0], made[1]
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config(decoder=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import MambaConfig
+import transformers
 
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.stages.kv_cache import kv_cache_bytes
@@ -48,9 +48,9 @@ def _held(cache: Any) -> int:
 
 
 def test_what_is_not_keys_and_values_is_refused() -> None:
-    import transformers
-
-    config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, state_size=4)
+    config = transformers.MambaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=2, state_size=4
+    )
     model = transformers.MambaForCausalLM(config)
     _, plan, _ = built("llama", num_stages=2)
     with pytest.raises(LoweringError, match="which is not made of keys and values alone; measure"):

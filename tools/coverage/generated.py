@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ipu_pipeline.capture import CapturedModel, capture
 from ipu_pipeline.capture.patches import preserved_state
@@ -26,7 +26,7 @@ from tools.coverage.rank_threads import on_threads
 from tools.coverage.reasons import why_not_built
 from tools.coverage.record import Record, Result, one_line
 
-TOKENS = 5
+TOKENS = 4
 NUM_BEAMS = 3
 CLOSE = 1e-4  # of scores, where logits are near 1
 _WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -47,6 +47,7 @@ def check_generated(item: ModelClass, say: Say = lambda _: None) -> Record:
     start = time.perf_counter()
     torch.set_num_threads(1)
     facts: dict[str, Any] = {"stages": ()}
+    logging.set_verbosity_error()
     with warnings.catch_warnings(), torchs_products():
         warnings.simplefilter("ignore")  # of models and configs
         result, reason = _check(item, say, facts)
@@ -76,7 +77,8 @@ def _check(item: ModelClass, say: Say, facts: dict[str, Any]) -> tuple[Result, s
     except EagerError as error:
         return "eager-fails", str(error)
     facts["inputs"] = tuple(inputs)
-    if _difference(_generated(model, inputs, expected), expected)[0] != 0.0:
+    first = dict(list(expected.items())[:1])
+    if _difference(_generated(model, inputs, first), first)[0] != 0.0:
         return "nondeterministic", "two eager generations differ"
     say("crash")
     try:

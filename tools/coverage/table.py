@@ -44,7 +44,7 @@ _GENERATED = """\
 Made by `python -m tools.coverage --generate --output docs/coverage_generation.json`; do not edit.
 
 Every model class with transformers' `generate` is built with a small config and planned for 2 and
-4 stages. It generates 5 tokens, greedily and with 3 beams, on as many ranks of the distributed
+4 stages. It generates 4 tokens, greedily and with 3 beams, on as many ranks of the distributed
 target as there are stages, each with its own stages' weights only (those of others are NaN; the
 ranks are threads, whose messages are the same). Tokens have to be equal and scores within 1e-4;
 the column says how far apart scores are. **{covered} of the {total} classes that generate are
