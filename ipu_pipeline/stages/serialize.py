@@ -6,7 +6,8 @@ gradient, so that no second tensor as large as the table is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +107,7 @@ class SerializedForward:
         hold_gradients: Compute a fused loss's gradients in its forward pass: right when no other
             microbatch of the stage is in flight meanwhile.
         spread: Computes the loss of a vocabulary that is spread over stages.
+        calls: A region for every block, in which calls that read its tables are taken.
 
     Attributes:
         leaves: Collect the gradients of the lookups.
@@ -116,6 +118,7 @@ class SerializedForward:
     row_shards: Sequence[RowShard]
     hold_gradients: bool = field(kw_only=True)
     spread: SpreadLoss | None = None
+    calls: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
@@ -133,6 +136,10 @@ class SerializedForward:
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
+        with self.calls():
+            return self._run(program, inputs)
+
+    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
         spread = self.spread
         if spread is not None and program.name == spread.table.block:
             whole = Table(program.name, spread.table.parameter, 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,16 +42,28 @@ class _InFlight:
     loss: Tensor | None
     lookups: tuple[tuple[nn.Parameter, Tensor], ...]
     inputs_with_gradient: bool
-    late: _LateLoss | None = None
+    late: LateLoss | None = None
 
 
 @dataclass(frozen=True)
-class _LateLoss:
-    """The loss of a microbatch whose softmax other stages compute: run again when they have."""
+class LateLoss:
+    """The loss of a microbatch whose softmax other stages compute: run again when they have.
+
+    Attributes:
+        values: What the other blocks have computed, by name.
+        blocks: What ran them.
+        key: Of random numbers.
+    """
 
     values: dict[str, Any]
     blocks: SerializedForward
     key: RandomKey
+
+    @property
+    def spread(self) -> SpreadLoss:
+        """What it needs of the other stages."""
+        assert self.blocks.spread is not None
+        return self.blocks.spread
 
 
 @dataclass
@@ -78,6 +90,7 @@ class Stage:
         offload: Names of the blocks that keep their activations in host memory.
         compiled: Whether its blocks go through ``torch.compile``.
         spread: The vocabulary that is spread over stages, in the last one.
+        calls: A region for every block, in which calls that read its tables are taken.
     """
 
     index: int
@@ -99,6 +112,7 @@ class Stage:
     offload: frozenset[str] = frozenset()
     compiled: bool = False
     spread: SpreadTable | None = None
+    calls: Callable[[], AbstractContextManager[None]] = nullcontext
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
     _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)
@@ -137,7 +151,7 @@ class Stage:
         }
         values, blocks = self.compute(inputs, leaves, key, alone=alone)
         sent = {name: values[name] for name in self.sends}
-        late = None if blocks.spread is None else _LateLoss(values, blocks, key)
+        late = None if blocks.spread is None else LateLoss(values, blocks, key)
         results = {name: values[value] for name, value in self.results.items() if value in values}
         if torch.is_grad_enabled():
             loss = results.get("loss")
@@ -151,27 +165,31 @@ class Stage:
         """Return what the loss of a microbatch needs of a vocabulary that is spread."""
         late = self._in_flight[microbatch].late
         assert late is not None
-        assert late.blocks.spread is not None
-        return late.blocks.spread
+        return late.spread
 
     def finish_loss(
-        self, microbatch: int, parts: dict[int, Sequence[SoftmaxPart]]
+        self, microbatch: int, parts: Mapping[int, Sequence[SoftmaxPart]]
     ) -> dict[str, Tensor]:
         """Run the loss of a microbatch on the parts of all stages; return its results (detached).
 
         Call it before the backward pass of that microbatch.
         """
         state = self._in_flight[microbatch]
-        late = state.late
-        assert late is not None
-        self.softmax_of(microbatch).combine(parts)
+        assert state.late is not None
+        results = self.late_results(state.late, parts)
+        state.loss = results.get("loss")
+        return {name: value.detach() for name, value in results.items()}
+
+    def late_results(
+        self, late: LateLoss, parts: Mapping[int, Sequence[SoftmaxPart]]
+    ) -> dict[str, Tensor]:
+        """Run a loss on the parts of all stages; return its results by name."""
+        late.spread.combine(parts)
         self.block = LOSS
         self._run(self.programs[-1], late.values, late.key, late.blocks)
         self.block = ""
         own = self.programs[-1].outputs
-        results = {n: late.values[v] for n, v in self.results.items() if v in own}
-        state.loss = results.get("loss")
-        return {name: value.detach() for name, value in results.items()}
+        return {n: late.values[v] for n, v in self.results.items() if v in own}
 
     def compute(
         self,
@@ -195,6 +213,7 @@ class Stage:
         blocks = SerializedForward(
             self.tables, self.fused, self.row_shards, hold_gradients=alone and not again
         )
+        blocks.calls = self.calls
         if self.spread is not None and torch.is_grad_enabled():
             blocks.spread = SpreadLoss(self.spread)
         self.block = "tables of other stages"

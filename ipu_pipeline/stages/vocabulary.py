@@ -273,7 +273,7 @@ class SpreadLoss:
     table: SpreadTable
     queries: list[SoftmaxQuery] = field(default_factory=list)
     given_back: list[dict[int, SoftmaxGradients]] = field(default_factory=list)
-    _parts: dict[int, Sequence[SoftmaxPart]] | None = None
+    _parts: Mapping[int, Sequence[SoftmaxPart]] | None = None
     _asked: int = 0
 
     def collect(self, loss: Callable[[], object]) -> None:
@@ -290,7 +290,7 @@ class SpreadLoss:
                 "over stages; plan without vocabulary"
             )
 
-    def combine(self, parts: dict[int, Sequence[SoftmaxPart]]) -> None:
+    def combine(self, parts: Mapping[int, Sequence[SoftmaxPart]]) -> None:
         """Take the parts of all stages, for a run of the loss that counts."""
         self._parts, self._asked, self.given_back = parts, 0, [{} for _ in self.queries]
 

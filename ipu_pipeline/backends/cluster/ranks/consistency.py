@@ -100,11 +100,6 @@ def check(plan: Plan, options: ExecutionOptions) -> None:
     recomputed_blocks(options.recompute, plan)
     check_blocks(plan)
     options.refuse_ipus("distributed")
-    if plan.vocabulary is not None:
-        raise LoweringError(
-            "the distributed target does not run a vocabulary that is spread over stages; plan "
-            "without vocabulary, or use target='local'"
-        )
     if options.sequential:
         raise LoweringError(
             "sequential runs all stages in one thread, the distributed target in several "
