@@ -7,9 +7,11 @@ stand-in of the whole shape, the same on all ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -54,24 +56,17 @@ class RowPlan:
 def row_plan(plan: Plan, positions: Sequence[int]) -> RowPlan | None:
     """Return what a plan spreads; ``positions`` are those of the stages in the pipeline.
 
-    Raises:
-        LoweringError: Two stages of one process hold rows that are not neighbours.
+    A process holds as many rows as its stages together, in one run.
     """
     if plan.vocabulary is None:
         return None
     graph, head = plan.graph, spread_head(plan.graph)
     found = lookups(graph, head)
-    rows: dict[int, tuple[int, int]] = {}
+    counts: Counter[int] = Counter()
     for stage, first, end in plan.vocabulary.rows:
-        known = rows.get(positions[stage])
-        if known is not None and known[1] != first:
-            raise LoweringError(
-                f"stage {stage} holds rows {first} to {end - 1} of the vocabulary, and another "
-                f"stage of the same process rows {known[0]} to {known[1] - 1}, which are no "
-                "neighbours: a process holds one run of rows; name the stages of a process one "
-                "after the other in the plan's vocabulary"
-            )
-        rows[positions[stage]] = (first if known is None else known[0], end)
+        counts[positions[stage]] += end - first
+    ends = list(accumulate(counts[position] for position in sorted(counts)))
+    rows = dict(zip(sorted(counts), pairwise([0, *ends]), strict=True))
     size = plan.vocabulary.size
     biases = [n for n in head.head.parameters if graph.parameter_by_fqn[n].shape == (size,)]
     return RowPlan(
