@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check(found: list[dict[str, Any]]) -> None:
     rows = sorted(rank["rows"] for rank in found if rank["tables"])
     assert rows[0][0] == 0
     assert rows[-1][1] == VOCAB
-    assert all(a[1] == b[0] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(rows))
 
 
 def test_curves_checkpoints_and_other_splits(two: Processes, tmp_path: Path) -> None:
