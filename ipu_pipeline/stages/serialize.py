@@ -23,6 +23,11 @@ from ipu_pipeline.stages.tables import RowShard, Table, TableCalls
 from ipu_pipeline.stages.vocabulary import SpreadLoss
 
 
+def no_calls(_: Program) -> AbstractContextManager[None]:
+    """Return a region in which no calls of a block are taken."""
+    return nullcontext()
+
+
 class SerializedRegion(TableCalls):
     """While active, lookups and projections that read ``table`` run in slices.
 
@@ -118,7 +123,7 @@ class SerializedForward:
     row_shards: Sequence[RowShard]
     hold_gradients: bool = field(kw_only=True)
     spread: SpreadLoss | None = None
-    calls: Callable[[], AbstractContextManager[None]] = nullcontext
+    calls: Callable[[Program], AbstractContextManager[None]] = no_calls
 
     def __post_init__(self) -> None:
         self.leaves = LookupLeaves()
@@ -136,7 +141,7 @@ class SerializedForward:
 
     def run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """Return the outputs of ``program``; a fused block's logits may be deferred."""
-        with self.calls():
+        with self.calls(program):
             return self._run(program, inputs)
 
     def _run(self, program: Program, inputs: Sequence[Any]) -> Any:

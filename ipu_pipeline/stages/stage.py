@@ -26,7 +26,7 @@ from ipu_pipeline.ops.random import block_scope
 from ipu_pipeline.stages.compiled_blocks import run_compiled
 from ipu_pipeline.stages.offload import offloaded
 from ipu_pipeline.stages.replay import ReplayedBlock
-from ipu_pipeline.stages.serialize import SerializedForward, add_gradient
+from ipu_pipeline.stages.serialize import SerializedForward, add_gradient, no_calls
 from ipu_pipeline.stages.tables import RowShard, Table, fused_projections
 from ipu_pipeline.stages.vocabulary import SoftmaxPart, SpreadLoss, SpreadTable
 
@@ -112,7 +112,7 @@ class Stage:
     offload: frozenset[str] = frozenset()
     compiled: bool = False
     spread: SpreadTable | None = None
-    calls: Callable[[], AbstractContextManager[None]] = nullcontext
+    calls: Callable[[Program], AbstractContextManager[None]] = no_calls
     block: str = ""
     _in_flight: dict[int, _InFlight] = field(default_factory=dict)
     _replayed: dict[str, ReplayedBlock] = field(default_factory=dict)

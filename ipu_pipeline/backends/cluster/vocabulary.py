@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from ipu_pipeline.backends.cluster.row_server import (
     described_query,
 )
 from ipu_pipeline.backends.cluster.row_slices import RowPlan, RowSlices
+from ipu_pipeline.capture.programs import Program
 from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ops.autocast import autocast_dtype
 from ipu_pipeline.planner.schedules.vocabulary import MOST_KEPT
@@ -185,9 +186,10 @@ class SpreadVocabulary:
     # ---- lookups and evaluation -------------------------------------------------------------
 
     @contextmanager
-    def calls(self) -> Iterator[None]:
-        """Within it, what reads the tables asks those with their rows."""
-        with _RowCalls(self):
+    def calls(self, program: Program) -> Iterator[None]:
+        """Within it, what a block reads of the tables is asked of those with their rows."""
+        reads = any(map(self.is_table, program.module.parameters()))
+        with _RowCalls(self) if reads else nullcontext():
             yield
 
     def is_table(self, tensor: object) -> bool:
@@ -296,6 +298,9 @@ class SpreadVocabulary:
         self._later.wait()
         for rows in self._rows:
             rows.add_to_parameters()
+        for table in self._slices.tables.values() if self._rows else ():
+            if table.requires_grad and table.grad is None:  # none of its rows was looked up
+                table.grad = torch.zeros_like(table)
 
     def clear(self) -> None:
         """Forget a run that has failed."""
