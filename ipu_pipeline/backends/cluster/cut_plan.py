@@ -198,7 +198,7 @@ def refuse_whole_tensors(
             if whole is None or parts is None or not torch.equal(whole, parts):
                 raise LoweringError(
                     f"{type(optimizer).__name__} does not update every element of a {dtype} weight "
-                    "by itself (or cannot be tried from its settings), and with {plan.what} "
+                    f"by itself (or cannot be tried from its settings), and with {plan.what} "
                     f"a rank has a slice of it only; use AdamW, Adam or SGD, or {plan.remedy}"
                 )
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ipu_pipeline as ipp
 from tests.backends.cluster import jobs
-from tests.tiny_models import TINY
 
 
 def own_gradients(name: str, planned: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -89,7 +87,8 @@ def train_and_reload(planned: dict[str, Any], path: str, **options: Any) -> dict
 
 def evaluated(name: str, planned: dict[str, Any]) -> dict[str, float]:
     """Evaluate with rows apart; return the largest difference from plain torch of each output."""
-    made, batch = jobs.compiled(name, planned=planned, learning_rate=None)
+    options = {"learning_rate": None, "loss_weights": None}  # losses count as that of the batch
+    made, batch = jobs.compiled(name, planned=planned, **options)
     with made:
         made.forward_backward(batch)
         result = made.eval_step(batch)
@@ -107,9 +106,7 @@ def from_meta(planned: dict[str, Any], folder: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         model.save_pretrained(source)
     dist.barrier()
-    with torch.device("meta"):
-        empty = transformers.GPT2LMHeadModel(TINY["gpt2-lm"].config())
-    empty.train()
+    empty: Any = ipp.on_meta(source)
     optimizer = torch.optim.AdamW(empty.parameters(), lr=1e-3)
     with ipp.compile(
         empty, plan, target="distributed", optimizer=optimizer, weights=source,
