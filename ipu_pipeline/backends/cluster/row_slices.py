@@ -193,6 +193,10 @@ class RowSlices(Slices):
         """Return all rows, on the rank that writes them; all ranks with rows call this."""
         return self._joined(part, [self._owner]) if self._is_rows(of, part) else part
 
+    def placeholder(self, of: Tensor) -> Tensor:
+        """Return what transformers reads a whole table for, of which rows are kept then."""
+        return of.new_empty(self.shape(of), device="meta") if self.is_cut(of) else of
+
     def writes(self, of: Tensor) -> bool:
         """Whether this rank writes a tensor of which several have a part."""
         return not self.is_cut(of) or self._groups.layout.position == self._owner
