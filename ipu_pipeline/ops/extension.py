@@ -5,9 +5,9 @@ optional: an operation asks :func:`available` and takes its plain-torch path whe
 no. The first such question warns, once per process.
 
 ``IPU_PIPELINE_KERNELS`` in the environment: ``off`` switches the library off, ``require`` makes
-its absence an error, any other value is the path of another build of it. The loops are those of the
-widest instruction set that the processor has; ``IPU_PIPELINE_ISA`` asks for ``baseline``, ``avx2`` or
-``avx512``.
+its absence an error, any other value is the path of another build of it. The loops are those of
+the widest instruction set that the processor has; ``IPU_PIPELINE_ISA`` asks for ``baseline``,
+``avx2`` or ``avx512``.
 """
 
 from __future__ import annotations

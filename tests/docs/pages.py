@@ -113,7 +113,7 @@ class PageRun:
         code = compile("\n" * (block.line - 1) + block.text, str(self.page), "exec")
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(code, self.names)  # noqa: S102 - the pages are ours
+            exec(code, self.names)
         return out.getvalue()
 
     def _console(self, block: CodeBlock) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import transformers
@@ -23,6 +23,7 @@ from tools.docs.svg import draw
 DEVICES, MICROBATCHES = 4, 8
 LAYERS = 16
 MACHINE = f"h100-x{DEVICES}"
+_LAYER = "model.layers."
 
 
 @cache
@@ -62,22 +63,17 @@ def planned(schedule: str) -> Plan:
 def even_layers() -> Plan:
     """Return the plan that gives every GPU the same number of layers."""
     names = [block.name for block in planned("1f1b").blocks]
-    layers = [name for name in names if ".layers." in name]
-    share = len(layers) // DEVICES
-    first, last = names.index(layers[0]), names.index(layers[-1])
+    first, share = names.index(f"{_LAYER}0"), LAYERS // DEVICES
     cuts = [0, *(first + share * i for i in range(1, DEVICES)), len(names)]
-    assert last < len(names)
-    stages = [tuple(names[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    found = planned("1f1b")
-    chosen = ipp.Constraints(
-        num_microbatches=MICROBATCHES, replicas=1, schedule="1f1b"
-    ).with_stages(stages)
+    stages = [tuple(names[begin:end]) for begin, end in pairwise(cuts)]
+    chosen = ipp.Constraints(num_microbatches=MICROBATCHES).with_stages(stages)
     return ipp.plan(
         *model_and_batch(),
         machine=MACHINE,
+        num_stages=DEVICES,
         microbatches=MICROBATCHES,
         replicas=1,
-        constraints=replace(chosen, num_stages=found.num_stages),
+        constraints=chosen,
     )
 
 
@@ -120,7 +116,7 @@ def _steps(rows: Sequence[tuple[str, Plan]]) -> str:
         "|---|---|---:|---:|",
     ]
     for name, plan in rows:
-        layers = [sum(".layers." in block for block in stage.blocks) for stage in plan.stages]
+        layers = [sum(_LAYER in block for block in stage.blocks) for stage in plan.stages]
         lines.append(
             f"| {name} | {', '.join(map(str, layers))} | {milliseconds(plan.objective_s)} ms | "
             f"{plan.objective_s / bound - 1:.1%} |"
