@@ -50,7 +50,7 @@ VQA_ARGS = --model_name_or_path small --ipu_config_name Graphcore/lxmert-base-ip
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-resume demo-vqa test test-acceptance test-pythons test-gpu test-sdk .test-sdk docs check format bench coverage wheel clean
+.PHONY: help demo demo-resume demo-vqa test test-acceptance test-pythons test-gpu test-sdk .test-sdk docs check format bench coverage wheel test-wheel clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -117,6 +117,9 @@ coverage: $(KERNELS) ## check every model class of transformers; goes on where i
 wheel: $(STAMP) ## build the wheel into dist/, with the C++ kernels or not at all
 	@IPU_PIPELINE_KERNELS=require $(PIP) wheel --no-deps --no-build-isolation -w dist .
 	@ls dist/*.whl
+
+test-wheel: ## install the wheel into empty environments, without a compiler, and use it
+	@.ci/wheel $(foreach version,$(VERSIONS),$(shell .ci/python-of $(version)))
 
 clean: ## remove the environment, caches and outputs
 	@rm -rf $(VENV) $(DOCS) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis \

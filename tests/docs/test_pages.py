@@ -11,6 +11,10 @@ import pytest
 from tests.docs.pages import PageRun, blocks_of
 from tests.quick_calibration import make_quick
 
+# Lightning's own: about itself under this torch, and loaders without workers.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec:FutureWarning", "ignore:.*does not have many workers"
+)
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RUN = ("python", "console")
 PAGES = [
