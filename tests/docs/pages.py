@@ -117,14 +117,14 @@ class PageRun:
         return out.getvalue()
 
     def _console(self, block: CodeBlock) -> None:
-        parts = re.split(r"^\$ (.*(?:\\\n.*)*)\n", block.text, flags=re.M)
+        parts = re.split(r"^\$ ((?:.*\\\n)*.*)\n", block.text, flags=re.M)
         position = block.start + len(parts[0])
         for line, want in zip(parts[1::2], parts[2::2], strict=True):
             position += len(line) + 3
             program, *arguments = shlex.split(line.replace("\\\n", " "))
             assert program == "ipu-pipeline", f"{self.page.name}: cannot run {line!r}"
             done = RUNNER.invoke(app, arguments, prog_name=program)
-            wrong = done.exit_code not in (0, 1) or (done.exit_code == 1) != ("error: " in want)
+            wrong = done.exit_code not in (0, 1) or (done.exit_code == 1) != ("error:" in want)
             assert not wrong, f"{self.page.name}: {line!r} ended with {done.output}"
             self._compare(position, want, done.output)
             position += len(want)
