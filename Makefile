@@ -92,8 +92,8 @@ test-sdk: $(KERNELS) ## run the stand-in, a bundle's runtime and the worker unde
 
 docs: $(STAMP) $(DOCS)/.installed ## build the site into out/site, warnings as errors
 	@$(BIN)/python -m tools.docs build/docs
-	@$(DOCS)/bin/mkdocs build --quiet --strict
-	@echo "docs: out/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "docs: out/site/index.html (with search: python -m http.server -d out/site)"
 
 check: $(STAMP) ## lint, format, types, import layers
 	@echo "ruff check"   && $(BIN)/ruff check --quiet .

@@ -119,7 +119,7 @@ def _command(name: str, command: Any) -> str:
             arguments.append(record[0].split()[0])
         if record is None or "--help" in parameter.opts:
             continue
-        flag, meaning = (part.replace("|", "\\|").replace("*", "\\*") for part in record)
+        flag, meaning = record[0], record[1].replace("|", "\\|").replace("*", "\\*")
         options.append(f"| `{flag}` | {meaning} |")
     usage = " ".join(["ipu-pipeline", name, *arguments, *(["[OPTIONS]"] if options else [])])
     table = _table("argument, option | meaning", iter(options)) if options else ""
