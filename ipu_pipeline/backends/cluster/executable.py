@@ -19,6 +19,7 @@ from ipu_pipeline.backends.cluster.cut_plan import (
     refuse_between_blocks,
     refuse_whole_tensors,
 )
+from ipu_pipeline.backends.cluster.inference import agreed, call_on_ranks, refuse
 from ipu_pipeline.backends.cluster.joining import Job, read_own_weights, slices_of
 from ipu_pipeline.backends.cluster.module import StepInputs
 from ipu_pipeline.backends.cluster.ranks.consistency import BatchCheck
@@ -41,6 +42,7 @@ from ipu_pipeline.errors import LoweringError
 from ipu_pipeline.ir.plan import Plan
 from ipu_pipeline.ops.linear import casts_of_one_step
 from ipu_pipeline.stages.batch import BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.calls import check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import EvalResult, Executable, ExecutionOptions, StepResult, T
@@ -249,6 +251,20 @@ class DistributedExecutable(Executable):
                 shared([part], [found], self.groups, {}, own[0].order)
                 for part, found, own in zip(ready, results, stages, strict=True)
             ]
+
+    def _call_model(
+        self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> list[Any]:
+        """Run the model's own code on every rank; see :mod:`.placed`."""
+        check_call(self.model, name)
+        refuse(self.plan, self.options, self.groups.layout, [given for _, given in calls])
+        what = "generation" if name == "generate" else "a forward pass"
+        with self._running(what), in_evaluation(self.model), torch.no_grad():
+            named = [{**{str(n): arg for n, arg in enumerate(a)}, **k} for a, k in calls]
+            self._batch_check.check(what, self.global_step, *named)
+            share_buffers(self._changing, self.groups)
+            changing = agreed(self.model, self._changing, self.groups)
+            return call_on_ranks(self.model, self.plan, self.groups, changing, name, calls)
 
     # ---- state --------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,6 +107,22 @@ class Groups:
         self.broadcast(wire, self.pipeline, position)
         with torch.no_grad():
             tensor.copy_(wire.view(tensor.dtype))
+
+    def start_send(self, wire: Tensor, position: int, tag: int = 0) -> Callable[[], object]:
+        """Begin to send bytes to a position of this pipeline; return what waits for that."""
+        work = dist.isend(wire, group=self.pipeline, tag=tag, group_dst=position)
+        assert work is not None
+        return partial(self.waiter.run, work.wait)
+
+    def start_receive(self, wire: Tensor, position: int, tag: int = 0) -> Callable[[], object]:
+        """Begin to overwrite ``wire`` with bytes from a position; return what waits for them."""
+        work = dist.irecv(wire, group=self.pipeline, tag=tag, group_src=position)
+        assert work is not None
+        return work.wait
+
+    def receive(self, wire: Tensor, position: int) -> None:
+        """Overwrite ``wire`` with the next bytes from a position of this pipeline."""
+        self.waiter.run(self.start_receive(wire, position))
 
     def close(self) -> None:
         """Destroy the groups made here. No process may still be using them."""

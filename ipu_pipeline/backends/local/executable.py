@@ -26,6 +26,7 @@ from ipu_pipeline.ops.threads import available_threads, share_threads
 from ipu_pipeline.planner.schedules import PipelineShape, ScheduleKind, schedule_kind
 from ipu_pipeline.planner.schedules.rows import forward_only
 from ipu_pipeline.stages.batch import READS, BatchCutter, CutBatch, Microbatch, cut_batches
+from ipu_pipeline.stages.calls import called_in_turn, check_call
 from ipu_pipeline.stages.captures import StageCache
 from ipu_pipeline.stages.devices import chosen_device, move
 from ipu_pipeline.stages.executable import (
@@ -42,6 +43,7 @@ from ipu_pipeline.stages.stage import Stage, offloaded_blocks, recomputed_blocks
 from ipu_pipeline.stages.tables import check_blocks, serialized
 from ipu_pipeline.stages.training import (
     apply_update,
+    autocast_region,
     check_model,
     in_evaluation,
     kept_modes,
@@ -195,6 +197,16 @@ class LocalExecutable(Executable):
         self.wait_for_checkpoint()
 
     # ---- running ------------------------------------------------------------------------
+
+    def _call_model(
+        self, name: str, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> list[Any]:
+        """Call the model itself: its stages are on one device, and run one after another."""
+        self._require_usable()
+        check_call(self.model, name)
+        precision = autocast_region(self.options.precision, self._device)
+        with in_evaluation(self.model), torch.no_grad(), precision:
+            return called_in_turn(self.model, name, calls, self._device)
 
     def _split(self, batch: Mapping[str, Any]) -> CutBatch:
         plan = self.plan
@@ -364,10 +376,13 @@ class LocalExecutable(Executable):
         shape = replace(shape, num_microbatches=num_microbatches)
         return (schedule_kind("1f1b") if kind.problem(shape) else kind).rows(shape)
 
-    def _run(self, step: Step) -> None:
+    def _require_usable(self) -> None:
         if self._closed or self._broken is not None:
             reason = f"after a failure ({self._broken})" if self._broken else "it was closed"
             raise LoweringError(f"this executable cannot run: {reason}; compile the model again")
+
+    def _run(self, step: Step) -> None:
+        self._require_usable()
         # Stage threads do not see the caller's thread-locals.
         alone = self._reads_thread_locals or self.options.sequential
         # Torch compiles in one thread at a time, and does not run what it compiles meanwhile.
