@@ -109,7 +109,7 @@ def test_a_spread_vocabulary_has_one_price(machine: str, vocabulary: Any, tmp_pa
     if plan.vocabulary is not None:
         assert "vocabulary ms" in loaded.explain()
         spent = [timeline.seconds[device, "vocabulary"] for device in timeline.devices]
-        expected = [16 * stage.vocabulary_s for stage in plan.stages]
+        expected = [plan.num_microbatches * stage.vocabulary_s for stage in plan.stages]
         assert spent == pytest.approx(expected)
 
 
